@@ -1,0 +1,155 @@
+"""Weights in and out: safetensors with the architecture in the header, and adapters for published state dicts.
+
+Nothing here unpickles: files of others are read with torch.load(weights_only=True) by those who open them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from enat.model import ENAT, ENATConfig
+from enat.tokenizer import VQGAN, VQGANConfig
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_ARCHITECTURES: dict[str, tuple[type[Any], type[Any]]] = {"enat": (ENAT, ENATConfig), "vqgan": (VQGAN, VQGANConfig)}
+
+
+def save_weights(path: str | Path, module: ENAT | VQGAN, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write a safetensors file that load_enat or load_vqgan opens without further knowledge.
+
+    tensors: other values for the module's state dict (an EMA, say).
+    """
+    architecture = next(name for name, (cls, _) in _ARCHITECTURES.items() if isinstance(module, cls))
+    header = {"architecture": architecture, "config": json.dumps(dataclasses.asdict(module.config), sort_keys=True)}
+    state = module.state_dict() if tensors is None else tensors
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, str(path), metadata=header)
+
+
+def load_enat(path: str | Path) -> ENAT:
+    """An ENAT in eval mode from a file of save_weights. Raises ValueError for a file of another architecture or a damaged one."""
+    return _load(path, "enat")
+
+
+def load_vqgan(path: str | Path) -> VQGAN:
+    """A VQGAN in eval mode from a file of save_weights. Raises ValueError as load_enat does."""
+    return _load(path, "vqgan")
+
+
+def _load(path: str | Path, architecture: str) -> Any:
+    module_class, config_class = _ARCHITECTURES[architecture]
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("architecture") != architecture:
+                found = header.get("architecture") or "no known architecture"
+                raise ValueError(f"{path} holds {found}, not the weights of {architecture}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    module = module_class(config_class(**json.loads(header["config"])))
+    return load_strictly(module, tensors, source=str(path)).eval()
+
+
+def load_strictly(module: ModuleT, tensors: Mapping[str, Tensor], source: str = "the state dict") -> ModuleT:
+    """Fill a module; a missing, surplus or wrong-shaped tensor raises ValueError naming it. Values become float32."""
+    _check_names(
+        {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        source,
+    )
+    module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    return module
+
+
+def load_published_enat(state_dict: Mapping[str, Tensor], config: ENATConfig) -> ENAT:
+    """An ENAT from a published state dict, in eval mode, strict as load_strictly but naming published tensors.
+
+    Only the published architecture can be loaded: self-cross attention with reuse. The published `prev_embedder` is never
+    called by the method: its shape is checked, its values are dropped.
+    """
+    if config.decoder_attention != "self_cross" or not config.reuse:
+        raise ValueError("published ENAT weights belong to decoder_attention='self_cross' with reuse=True")
+    model = ENAT(config)
+    published_names = {_published_enat_name(name, config): name for name in model.state_dict()}
+    shapes = {published: tuple(model.state_dict()[own].shape) for published, own in published_names.items()}
+    shapes["mlm_layer.bias"] = (1, 1, config.codebook_size + 1)
+    dim, hidden = config.embed_dim, config.embed_dim * config.mlp_ratio
+    shapes |= {
+        "prev_embedder.fc1.weight": (hidden, dim),
+        "prev_embedder.fc1.bias": (hidden,),
+        "prev_embedder.fc2.weight": (dim, hidden),
+        "prev_embedder.fc2.bias": (dim,),
+    }
+    _check_names(shapes, {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, "the published ENAT")
+    tensors = {own: state_dict[published] for published, own in published_names.items()}
+    tensors["head.bias"] = tensors["head.bias"].flatten()
+    return load_strictly(model, tensors).eval()
+
+
+def load_published_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> VQGAN:
+    """A VQGAN from a published state dict (encoder.*, decoder.*, quantize.embedding.weight), in eval mode, strict."""
+    vqgan = VQGAN(config)
+    published_names = {name.replace("codebook.", "quantize.embedding."): name for name in vqgan.state_dict()}
+    shapes = {published: tuple(vqgan.state_dict()[own].shape) for published, own in published_names.items()}
+    _check_names(shapes, {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, "the published VQGAN")
+    return load_strictly(vqgan, {own: state_dict[published] for published, own in published_names.items()}).eval()
+
+
+def _published_enat_name(name: str, config: ENATConfig) -> str:
+    """Our name of a tensor -> its published name; encoder and decoder blocks are numbered through there."""
+    prefix, _, rest = name.partition(".")
+    if prefix in ("encoder", "decoder"):
+        index, _, rest = rest.partition(".")
+        for own, published in _PUBLISHED_IN_BLOCK.items():
+            rest = rest.replace(own, published)
+        return f"blocks.{int(index) + (config.encoder_layers if prefix == 'decoder' else 0)}.{rest}"
+    return f"{_PUBLISHED_OUTSIDE[name.rpartition('.')[0] if name != 'head.bias' else 'head']}.{name.rpartition('.')[2]}"
+
+
+_PUBLISHED_IN_BLOCK = {
+    "attention.query": "attn.q",
+    "attention.key_value_conditioning": "attn.kv.A",
+    "attention.key_value_own": "attn.kv.B",
+    "attention.project": "attn.proj",
+    "modulation": "adaLN_modulation.1",
+}
+_PUBLISHED_OUTSIDE = {
+    "token_embedding": "x_embedder.word_embeddings",
+    "position_embedding": "x_embedder.position_embeddings",
+    "embedding_norm": "x_embedder.LayerNorm",
+    "label_embedding": "y_embedder.embedding_table",
+    "previous_projection.norm": "prev_proj.norm",
+    "previous_projection.mlp.fc1": "prev_proj.mlp.fc1",
+    "previous_projection.mlp.fc2": "prev_proj.mlp.fc2",
+    "head.norm_in": "norm",
+    "head.dense": "mlm_layer.fc",
+    "head.norm_out": "mlm_layer.ln",
+    "head": "mlm_layer",
+}
+
+
+def _check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str) -> None:
+    missing = sorted(expected.keys() - found.keys())
+    surplus = sorted(found.keys() - expected.keys())
+    shaped = [
+        f"{name} is {found[name]}, expected {expected[name]}" for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]
+    ]
+    problems = []
+    if missing:
+        problems.append(f"missing: {', '.join(missing)}")
+    if surplus:
+        problems.append(f"surplus: {', '.join(surplus)}")
+    if shaped:
+        problems.append(f"wrong shape: {'; '.join(shaped)}")
+    if problems:
+        raise ValueError(f"{source} does not fit the configured architecture ({'. '.join(problems)})")

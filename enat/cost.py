@@ -1,0 +1,129 @@
+"""What generating an image costs, counted from the architecture.
+
+Convention: one MAC is one multiply-accumulate of a linear layer, convolution or attention product (torch's FlopCounterMode
+counts two FLOPs for it). Norms, activations, softmax, embedding look-ups and the codebook search are left out, as in the
+paper. The paper's "FLOPs" are these MACs, with both guidance passes and the tokenizer's decoder.
+
+Two computations are stated. *Published*: the head at every position (and the mask id's column) at every step, and two passes
+at every step when guidance is on. *Executed*: what enat.sampler runs, the head at masked positions only and no unconditional
+pass in an unguided first step.
+
+Shape legend: D width, L tokens, M masked, V codebook size, N steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from enat.model import ENATConfig
+from enat.sampler import SamplerConfig
+from enat.tokenizer import VQGANConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs of one image. Published computation, and beside it what this code executes."""
+
+    transformer_macs: int  # all steps and passes
+    decoder_macs: int  # the tokenizer's decoder; 0 where no tokenizer was given
+    total_macs: int
+    macs_per_step: tuple[int, ...]  # transformer, all passes of the step; sums to transformer_macs
+    executed_transformer_macs: int
+    executed_total_macs: int
+    executed_macs_per_step: tuple[int, ...]
+
+
+def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANConfig | None = None) -> Cost:
+    """Cost of one image. With guidance_scale 1 it is one pass a step, as the sizes are usually compared."""
+    published, executed = [], []
+    is_guided = sampler.guidance_scale != 1.0
+    for step in range(sampler.num_steps):
+        num_masked = sampler.num_masked_at(step, model.num_tokens)
+        reuses = sampler.reuse and model.reuse and step > 0
+        num_old = model.num_tokens - sampler.num_masked_at(step - 1, model.num_tokens) if reuses else 0
+        blocks = step_macs(model, num_masked, num_old)
+        published.append((2 if is_guided else 1) * (blocks + head_macs(model, model.num_tokens, model.codebook_size + 1)))
+        executed.append(sampler.num_passes_at(step) * (blocks + head_macs(model, num_masked, model.codebook_size)))
+    decoder = decoder_macs(tokenizer) if tokenizer is not None else 0
+    return Cost(
+        transformer_macs=sum(published),
+        decoder_macs=decoder,
+        total_macs=sum(published) + decoder,
+        macs_per_step=tuple(published),
+        executed_transformer_macs=sum(executed),
+        executed_total_macs=sum(executed) + decoder,
+        executed_macs_per_step=tuple(executed),
+    )
+
+
+def step_macs(config: ENATConfig, num_masked: int, num_old: int) -> int:
+    """One forward pass for one image without the head: num_old tokens are reused, the other visible ones encoded."""
+    dim = config.embed_dim
+    num_visible = config.num_tokens - num_masked
+    num_new = num_visible - num_old
+    macs = 2 * config.mlp_ratio * dim * dim * num_old  # previous_projection
+    if num_new:
+        macs += config.encoder_layers * _block_macs(config, num_new, num_old, has_conditioning=config.reuse)
+    if num_masked:
+        per_block = {
+            "self_cross": lambda: _block_macs(config, num_masked, num_visible, has_conditioning=True),
+            "cross": lambda: _block_macs(config, num_masked, num_visible, has_conditioning=True, attends_self=False),
+            "full": lambda: _block_macs(config, config.num_tokens, 0, has_conditioning=False),
+        }[config.decoder_attention]()
+        macs += config.decoder_layers * per_block
+    return macs
+
+
+def _block_macs(config: ENATConfig, num_own: int, num_conditioning: int, *, has_conditioning: bool, attends_self: bool = True) -> int:
+    dim = config.embed_dim
+    num_keys = num_conditioning + (num_own if attends_self else 0)
+    modulation = (8 if has_conditioning else 6) * dim * dim
+    query_and_project = 2 * dim * dim * num_own
+    key_value = 2 * dim * dim * num_keys
+    attention = 2 * dim * num_own * num_keys
+    mlp = 2 * config.mlp_ratio * dim * dim * num_own
+    return modulation + query_and_project + key_value + attention + mlp
+
+
+def head_macs(config: ENATConfig, num_positions: int, num_columns: int) -> int:
+    return num_positions * config.embed_dim * (config.embed_dim + num_columns)
+
+
+def encoder_macs(config: VQGANConfig) -> int:
+    """The tokenizer's encoder on one image, without the codebook search."""
+    channels, side = config.level_channels, config.resolution
+    macs = _conv_macs(3, config.base_channels, side)
+    widths = [config.base_channels, *channels]
+    for depth in range(len(channels)):
+        macs += _level_macs(widths[depth], widths[depth + 1], config.num_res_blocks, side >> depth)
+    return macs + _middle_macs(config) + _conv_macs(channels[-1], config.latent_dim, config.grid_size, kernel=1)
+
+
+def decoder_macs(config: VQGANConfig) -> int:
+    """The tokenizer's decoder on one image."""
+    channels, side = config.level_channels, config.resolution
+    macs = _conv_macs(config.latent_dim, channels[-1], config.grid_size) + _middle_macs(config)
+    widths = [*channels, channels[-1]]
+    for depth in range(len(channels)):
+        macs += _level_macs(widths[depth + 1], widths[depth], config.num_res_blocks, side >> depth)
+        if depth:
+            macs += _conv_macs(widths[depth], widths[depth], side >> (depth - 1))
+    return macs + _conv_macs(channels[0], 3, side)
+
+
+def _middle_macs(config: VQGANConfig) -> int:
+    return 2 * _level_macs(config.level_channels[-1], config.level_channels[-1], 1, config.grid_size)
+
+
+def _level_macs(in_channels: int, out_channels: int, num_res_blocks: int, side: int) -> int:
+    macs = 0
+    for index in range(num_res_blocks):
+        entering = in_channels if index == 0 else out_channels
+        macs += _conv_macs(entering, out_channels, side) + _conv_macs(out_channels, out_channels, side)
+        if entering != out_channels:
+            macs += _conv_macs(out_channels, out_channels, side, kernel=1)
+    return macs
+
+
+def _conv_macs(in_channels: int, out_channels: int, side: int, kernel: int = 3) -> int:
+    return in_channels * out_channels * kernel * kernel * side * side

@@ -1,0 +1,59 @@
+"""What is masked in training (paper sec. 3 and 4.2; published settings).
+
+One draw serves a whole group of images (published: the batch of one device), so that every image of a group has the same
+number of masked tokens and visible and masked tokens can be split by gathers of fixed size.
+Shape legend: B images, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """Mask ratio from Beta(alpha, beta); with probability reuse_probability a group trains on features of an earlier step."""
+
+    alpha: float = 12.0
+    beta: float = 3.0
+    reuse_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (self.alpha > 0 and self.beta > 0):
+            raise ValueError(f"Beta({self.alpha}, {self.beta}) does not exist: alpha and beta must be above 0")
+        if not 0 <= self.reuse_probability <= 1:
+            raise ValueError(f"reuse_probability is {self.reuse_probability}; it must be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class MaskedCodes:
+    """Codes as a model sees them in training.
+
+    tokens: int64 (B, L) with num_masked mask ids a row.
+    previous_tokens: the same with more masked, as at an earlier step of sampling; None in fresh mode.
+    """
+
+    tokens: Tensor
+    num_masked: int
+    previous_tokens: Tensor | None
+    previous_num_masked: int
+
+
+def mask_codes(codes: Tensor, mask_id: int, config: MaskingConfig, rng: np.random.Generator) -> MaskedCodes:
+    """Mask codes int64 (B, L) with L >= 2; all randomness comes from rng, on the CPU."""
+    num_images, num_tokens = codes.shape
+    num_masked = min(max(round(num_tokens * rng.beta(config.alpha, config.beta)), 1), num_tokens - 1)
+    is_reuse = rng.random() < config.reuse_probability
+    num_hidden_before = round((num_tokens - num_masked) * rng.random())  # further tokens hidden at the earlier step
+    # A random order of positions: the first num_masked are masked, so a longer prefix masks those and further ones.
+    rank = torch.from_numpy(rng.random((num_images, num_tokens), dtype=np.float32).argsort(axis=1).argsort(axis=1)).to(codes.device)
+
+    def hide(count: int) -> Tensor:
+        return codes.masked_fill(rank < count, mask_id)
+
+    previous_num_masked = num_masked + num_hidden_before if is_reuse else 0
+    return MaskedCodes(hide(num_masked), num_masked, hide(previous_num_masked) if is_reuse else None, previous_num_masked)

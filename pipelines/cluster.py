@@ -1,0 +1,94 @@
+"""Connecting to Ray: a private local cluster by default, an existing one by address.
+
+Ray reads its environment when it is imported, so `prepare_environment` comes before the first import of ray; the command line
+and the tests call it first of all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.workflow import Workers
+
+_QUIET = {
+    "RAY_AUTH_MODE": "token",  # stated: an unset mode warns, and the local cluster stays closed to other users
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # raylet lines about lost workers, which log_to_driver=False lets through
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often the controller looks: start, finish and reports wait for it
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # without a dashboard they only fail
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the config stay right in workers
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",  # bounds the teardown of ranks whose peer died
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "GLOG_minloglevel": "2",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """address: of a running cluster ("auto", "host:6379", "ray://..."); None takes RAY_ADDRESS, else starts a local one.
+
+    num_cpus: of a local cluster; None takes the machine's.
+    """
+
+    address: str | None = None
+    num_cpus: int | None = None
+
+
+def prepare_environment() -> None:
+    """Quiet defaults for Ray; what the user has set stays."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def connect(config: ClusterConfig) -> None:
+    """Connect this process, if it is not connected yet. Raises ValueError where there is no cluster at the address."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    local = {"num_cpus": config.num_cpus, "include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except ConnectionError as error:
+        raise ValueError(f"there is no Ray cluster at {address} ({str(error).splitlines()[0]}); start it, or leave cluster.address out") from error
+    _silence_ray_data()
+
+
+def require(workers: Workers, stage: str) -> None:
+    """Raises ValueError where the cluster can never give what a stage asks for: Ray itself would wait for ever."""
+    import ray
+
+    have = ray.cluster_resources()
+    for resource, each in (("CPU", workers.cpus_per_worker), ("GPU", workers.gpus_per_worker)):
+        wanted = each * workers.num_workers
+        if wanted > have.get(resource, 0.0):
+            raise ValueError(
+                f"{stage}.execution asks for {wanted:g} {resource}s ({workers.num_workers} workers), "
+                f"but the cluster has {have.get(resource, 0.0):g}; lower num_workers or {resource.lower()}s_per_worker"
+            )
+
+
+def _silence_ray_data() -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.enable_rich_progress_bars = False
+    context.print_on_execution_start = False
+    context.log_internal_stack_trace_to_stdout = False
+    context.raise_original_map_exception = True
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,103 @@
+"""Progress of work that runs on other processes, shown on the driver.
+
+Workers report to a small Ray actor; a thread of the driver reads it and moves one bar. Reports never wait and never fail the
+work they tell of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_POLL_SECONDS = 0.3
+
+
+class _State:
+    """Latest values by reporting worker; the sum of their counts is what is done."""
+
+    def __init__(self) -> None:
+        self._done: dict[str, int] = {}
+        self._note = ""
+
+    def report(self, worker: str, done: int, note: str) -> None:
+        self._done[worker] = done
+        self._note = note or self._note
+
+    def read(self) -> tuple[int, str]:
+        return sum(self._done.values()), self._note
+
+
+class Reporter:
+    """What workers hold. done: how much this worker has finished so far (not since the last report)."""
+
+    def __init__(self, state: Any, worker: str = "") -> None:
+        self._state, self._worker = state, worker
+
+    def named(self, worker: str) -> Reporter:
+        return Reporter(self._state, worker)
+
+    def report(self, done: int, note: str = "") -> None:
+        self._state.report.remote(self._worker, done, note)
+
+
+class Bar:
+    """A progress bar on the driver's terminal; plain lines where the output is no terminal."""
+
+    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
+        self._console, self._title = console, title
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<11}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=total, note="")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        self._progress.update(self._task, completed=done, note=note)
+
+    def advance(self, amount: int = 1, note: str | None = None) -> None:
+        self._progress.update(self._task, advance=amount, **({} if note is None else {"note": note}))
+
+    @contextlib.contextmanager
+    def reporter(self) -> Iterator[Reporter]:
+        """A Reporter to send to workers; the bar follows it until the block ends."""
+        state = ray.remote(num_cpus=0)(_State).remote()
+        stop = threading.Event()
+
+        def follow() -> None:
+            while not stop.wait(_POLL_SECONDS):
+                try:
+                    done, note = ray.get(state.read.remote())
+                except ray.exceptions.RayError:
+                    return  # the bar is an extra: where its actor is lost, the work goes on without it
+                self.update(done, note)
+
+        thread = threading.Thread(target=follow, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield Reporter(state)
+        finally:
+            stop.set()
+            thread.join()
+            ray.kill(state)

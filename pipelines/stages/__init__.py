@@ -1,0 +1,1 @@
+"""One stage a file. Stages never import each other; they exchange artifacts."""

@@ -1,0 +1,117 @@
+"""Stage tokenizer: a VQGAN, trained here on small images or imported from a file of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+
+from enat.checkpoint import load_published_vqgan, save_weights
+from enat.images import make_grid, png_bytes, to_float, to_uint8
+from enat.tokenizer import VQGAN, VQGANConfig
+from enat.tokenizer_training import TokenizerRecipe, code_usage, train_tokenizer
+from pipelines import cluster
+from pipelines.artifacts import Manifest, file_digest
+from pipelines.progress import Reporter
+from pipelines.sources import DatasetConfig, load_images
+from pipelines.weights import existing_file, read_state_dict
+from pipelines.workflow import Stage, StageContext, StageResult, WorkerContext, Workers
+
+WEIGHTS = "vqgan.safetensors"
+PICTURE = "reconstructions.png"
+_MAX_IMAGES = 50_000  # of the dataset's start, held in memory: more is not for a tokenizer trained here
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """weights: a published tokenizer's file (.safetensors, .pth, .ckpt); None trains one with `recipe`.
+
+    The architecture is a preset (see enat.tokenizer) with any of its fields replaced.
+    """
+
+    preset: str = "vqgan-small"
+    resolution: int | None = None
+    base_channels: int | None = None
+    channel_multipliers: tuple[int, ...] | None = None
+    num_res_blocks: int | None = None
+    latent_dim: int | None = None
+    codebook_size: int | None = None
+    weights: str | None = None
+    recipe: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    dataset: DatasetConfig | None = None
+    seed: int | None = None
+    execution: Workers = field(default_factory=Workers)
+
+    def __post_init__(self) -> None:
+        self.architecture()
+
+    def architecture(self) -> VQGANConfig:
+        given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(VQGANConfig)}
+        return VQGANConfig.preset(self.preset, **{name: value for name, value in given.items() if value is not None})
+
+    def identity(self) -> dict[str, Any]:
+        architecture = dataclasses.asdict(self.architecture())
+        if self.weights is not None:
+            return {"architecture": architecture, "weights": file_digest(existing_file(self.weights, "tokenizer.weights"))}
+        assert self.dataset is not None
+        recipe = dataclasses.asdict(self.recipe)
+        return {"architecture": architecture, "recipe": recipe, "dataset": self.dataset.identity(), "seed": self.seed}
+
+
+def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    architecture = config.architecture()
+    summary = {"config": dataclasses.asdict(architecture), "is_imported": config.weights is not None}
+    if config.weights is not None:
+        vqgan = load_published_vqgan(read_state_dict(existing_file(config.weights, "tokenizer.weights")), architecture)
+        return StageResult(files=[context.write(WEIGHTS, lambda path: save_weights(path, vqgan))], summary=summary)
+
+    context.connect()
+    cluster.require(config.execution, "tokenizer")
+    with context.bar(config.recipe.num_steps, "steps") as bar, bar.reporter() as reporter:
+        task = ray.remote(**config.execution.resources)(_train)
+        trained = ray.get(task.remote(config, context.for_workers(), reporter))
+    return StageResult(
+        files=[trained["file"]],
+        records=[trained["record"]],
+        summary=summary,
+        metrics=trained["metrics"],
+        worker_seconds=trained["seconds"],
+        device_seconds=trained["seconds"] if config.execution.gpus_per_worker else 0.0,
+    )
+
+
+def _train(config: TokenizerConfig, context: WorkerContext, reporter: Reporter) -> dict[str, Any]:
+    """The whole training, in one worker."""
+    assert config.dataset is not None and config.seed is not None
+    started = time.monotonic()
+    torch.set_num_threads(config.execution.num_threads)
+    architecture, device = config.architecture(), config.execution.device
+    images = torch.from_numpy(load_images(config.dataset, architecture.resolution, 0, _MAX_IMAGES)[0])
+    with torch.random.fork_rng(devices=[]):  # torch's initialisers of convolutions know no generator
+        torch.manual_seed(config.seed)
+        vqgan = VQGAN(architecture).to(device)
+    floats = to_float(images).to(device)
+    for step in train_tokenizer(vqgan, floats, config.recipe, torch.Generator().manual_seed(config.seed)):
+        reporter.report(step.step, f"reconstruction error {step.reconstruction_error:.4f}")
+        if step.step % 20 == 0:
+            context.run.log_metrics({"loss": step.loss, "reconstruction_mse": step.reconstruction_error}, step.step)
+
+    codes = torch.cat([vqgan.encode(part) for part in floats.split(256)])
+    decoded = torch.cat([vqgan.decode(part) for part in codes.split(256)])
+    usage, perplexity = code_usage(codes, architecture.codebook_size)
+    error = torch.mean((decoded - floats).double().square()).item()
+    pairs = torch.stack([images[:40], to_uint8(decoded[:40]).cpu()], dim=1).flatten(0, 1)
+    picture = png_bytes(make_grid(pairs, columns=10, scale=max(1, 48 // architecture.resolution)))
+    context.run.log_bytes(picture, PICTURE)
+    file = context.write(WEIGHTS, lambda path: save_weights(path, vqgan))
+    record = context.write(PICTURE, lambda path: path.write_bytes(picture))
+    metrics = {"reconstruction_mse": error, "code_usage": usage, "code_perplexity": perplexity}
+    return {"file": file, "record": record, "metrics": metrics, "seconds": time.monotonic() - started}
+
+
+STAGE = Stage("tokenizer", 1, run)

@@ -1,0 +1,56 @@
+"""A Ray Data job over planned rows: records as soon as each is done, and lost workers made up for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray.data
+from ray import exceptions
+
+from pipelines.workflow import Execution
+
+_log = logging.getLogger(__name__)
+_MAX_FAILURES = 3
+# What the cluster is to blame for. Errors that a stage's own code raises end the job at once.
+_LOST = (
+    exceptions.ActorDiedError,
+    exceptions.ActorUnavailableError,
+    exceptions.NodeDiedError,
+    exceptions.ObjectLostError,
+    exceptions.OutOfMemoryError,
+    exceptions.WorkerCrashedError,
+)
+
+
+def actor_pool(execution: Execution, num_rows: int) -> dict[str, Any]:
+    """Arguments of map_batches for a callable class: one row at a time, on a pool that is no larger than the work."""
+    return {
+        "batch_size": 1,
+        "compute": ray.data.ActorPoolStrategy(size=min(execution.num_workers, num_rows), max_tasks_in_flight_per_actor=2),
+        "max_restarts": 0,  # stream_records starts anew with what is missing, which also covers lost objects and nodes
+        **execution.resources,
+    }
+
+
+def stream_records(rows: Sequence[dict[str, Any]], job: Callable[[list[dict[str, Any]]], ray.data.Dataset]) -> Iterator[Any]:
+    """Column "record" of the job's output, each as soon as it is done.
+
+    rows: the plan; each has a "part" that its record repeats.   job: makes the dataset for some of the rows.
+    Rows whose worker, node or object was lost are given to a new job, three times at most.
+    """
+    missing = {row["part"]: row for row in rows}
+    for failures in range(_MAX_FAILURES + 1):
+        try:
+            # iter_rows() would hold a finished row back until the next one is done, because it prefetches a batch.
+            for batch in job(list(missing.values())).iter_batches(batch_size=None, prefetch_batches=0):
+                for record in batch["record"]:
+                    del missing[record["part"]]
+                    yield record
+            assert not missing, f"no record of parts {sorted(missing)}"
+            return
+        except _LOST as error:
+            if failures == _MAX_FAILURES:
+                raise
+            _log.warning("workers were lost (%s); going on with the %d parts that are missing", type(error).__name__, len(missing))

@@ -1,0 +1,302 @@
+"""Stages, their keys, the plan, and running it.
+
+A stage is a function `(config, inputs, context) -> StageResult`; a node is a stage with its config and the nodes it reads from.
+The driver walks the nodes in order and asks the store for each key: what is there is reused, what is not is computed and
+committed. Ray does the distribution inside a stage; nothing here schedules anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipelines import config as configuration
+from pipelines import tracking
+from pipelines.artifacts import ArtifactStore, FileRecord, Manifest, digest_of
+from pipelines.progress import Bar
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How a stage is spread over a cluster. Never part of a key: it must not change what comes out."""
+
+    num_workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"execution.num_workers is {self.num_workers}; at least 1 is needed")
+        if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
+            raise ValueError("execution.cpus_per_worker must be above 0 and gpus_per_worker at least 0")
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+    @property
+    def num_threads(self) -> int:
+        """For torch, which would otherwise take every core of the machine in every worker."""
+        return max(1, int(self.cpus_per_worker))
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """For ray.remote and Ray Data."""
+        return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution(Workers):
+    """batch_size: images that one worker computes at once."""
+
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"execution.batch_size is {self.batch_size}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """version: raised whenever the code of a stage changes what it makes; it is part of every key."""
+
+    name: str
+    version: int
+    run: Callable[[Any, Mapping[str, Manifest], StageContext], StageResult]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage as part of a pipeline. inputs: the stage's name for an input -> id of the node that makes it."""
+
+    id: str
+    stage: Stage
+    config: Any
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage made: files that are the artifact, and records that tell how it went. worker_seconds: summed over workers; device_seconds: those of accelerators."""
+
+    files: Sequence[FileRecord]
+    records: Sequence[FileRecord] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    worker_seconds: float = 0.0
+    device_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerContext:
+    """What any worker of a stage may touch: the store under the stage's own key, and its tracking run."""
+
+    stage: str
+    key: str
+    store: ArtifactStore
+    run: tracking.RunHandle
+
+    def write(self, name: str, write: Callable[[Path], None]) -> FileRecord:
+        """Store what `write` puts at the path it is given."""
+        with tempfile.TemporaryDirectory(prefix=f"enat-{self.stage}-") as folder:
+            path = Path(folder) / name
+            write(path)
+            return self.store.put_file(self.stage, self.key, name, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext(WorkerContext):
+    """The driver's: also the terminal, and the way to Ray, which a stage that needs it connects to first."""
+
+    console: Console
+    connect: Callable[[], None]
+
+    def bar(self, total: int, unit: str) -> Bar:
+        return Bar(self.console, self.stage, total, unit)
+
+    def for_workers(self) -> WorkerContext:
+        return WorkerContext(stage=self.stage, key=self.key, store=self.store, run=self.run)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One line of a plan. key: None while an input does not exist yet, since keys hold the digests of inputs."""
+
+    node: Node
+    key: str | None
+    manifest: Manifest | None
+    parts_done: int = 0
+
+    @property
+    def is_reused(self) -> bool:
+        return self.manifest is not None
+
+
+@dataclass(frozen=True)
+class Done:
+    """One line of a closing summary. seconds: waited for here; a reused artifact's own cost is in its manifest."""
+
+    node: Node
+    manifest: Manifest
+    is_reused: bool
+    seconds: float
+
+
+class StageFailed(RuntimeError):
+    """A stage broke down. What it had committed stays, and the same command continues from it."""
+
+
+def stage_key(node: Node, inputs: Mapping[str, Manifest]) -> str:
+    return digest_of(
+        {
+            "stage": node.stage.name,
+            "version": node.stage.version,
+            "config": configuration.identity(node.config),
+            "inputs": {name: manifest.digest for name, manifest in inputs.items()},
+        }
+    )
+
+
+def plan(nodes: Sequence[Node], store: ArtifactStore) -> list[Planned]:
+    """What a run would reuse and compute. Nodes must come after those they read from."""
+    planned: dict[str, Planned] = {}
+    for node in nodes:
+        inputs = {name: planned[id].manifest for name, id in node.inputs.items()}
+        known = {name: manifest for name, manifest in inputs.items() if manifest is not None}
+        if len(known) < len(inputs):
+            planned[node.id] = Planned(node, None, None)
+            continue
+        key = stage_key(node, known)
+        manifest = store.read_manifest(node.stage.name, key)
+        planned[node.id] = Planned(node, key, manifest, 0 if manifest else len(store.read_parts(node.stage.name, key)))
+    return list(planned.values())
+
+
+def execute(
+    nodes: Sequence[Node],
+    store: ArtifactStore,
+    parent: tracking.RunHandle,
+    tracking_config: tracking.TrackingConfig,
+    console: Console,
+    connect: Callable[[], None],
+) -> list[Done]:
+    """Walk the nodes: reuse what the store has, compute the rest. Raises ValueError for bad input, StageFailed otherwise."""
+    done: dict[str, Done] = {}
+    for node in nodes:
+        inputs = {name: done[id].manifest for name, id in node.inputs.items()}
+        key = stage_key(node, inputs)
+        started = time.monotonic()
+        run = _start_stage_run(node, key, inputs, parent, tracking_config)
+        manifest = store.read_manifest(node.stage.name, key)
+        is_reused = manifest is not None
+        if manifest is None:
+            manifest = _compute(node, key, inputs, store, run, console, connect)
+        seconds = time.monotonic() - started
+        _finish_stage_run(run, manifest, is_reused)
+        done[node.id] = Done(node, manifest, is_reused, seconds)
+        verb = "reused" if is_reused else f"made in {seconds:.1f} s"
+        console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
+    return list(done.values())
+
+
+def _compute(
+    node: Node,
+    key: str,
+    inputs: Mapping[str, Manifest],
+    store: ArtifactStore,
+    run: tracking.RunHandle,
+    console: Console,
+    connect: Callable[[], None],
+) -> Manifest:
+    started = time.monotonic()
+    try:
+        context = StageContext(stage=node.stage.name, key=key, store=store, run=run, console=console, connect=connect)
+        result = node.stage.run(node.config, inputs, context)
+    except (ValueError, KeyboardInterrupt) as error:
+        run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    except Exception as error:
+        run.finish("FAILED")
+        _log.exception("stage %s failed", node.id)
+        raise StageFailed(f"stage {node.id} failed: {_root_cause(error)}") from error
+    manifest = Manifest(
+        stage=node.stage.name,
+        key=key,
+        stage_version=node.stage.version,
+        config=configuration.redacted(node.config),
+        inputs={name: {"stage": m.stage, "key": m.key, "digest": m.digest} for name, m in inputs.items()},
+        files=tuple(result.files),
+        records=tuple(result.records),
+        summary=dict(result.summary),
+        metrics={name: float(value) for name, value in result.metrics.items()},
+        provenance={
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "code": code_version(),
+            "host_cpus": os.cpu_count(),
+            "seconds": time.monotonic() - started,
+            "worker_seconds": result.worker_seconds,
+            "device_seconds": result.device_seconds,
+        },
+    )
+    committed = store.commit(manifest)
+    store.discard_work(node.stage.name, key)
+    return committed
+
+
+def _start_stage_run(
+    node: Node, key: str, inputs: Mapping[str, Manifest], parent: tracking.RunHandle, tracking_config: tracking.TrackingConfig
+) -> tracking.RunHandle:
+    tags = {"enat.stage": node.stage.name, "enat.node": node.id, "enat.key": key}
+    tags |= {f"enat.input.{name}": f"{manifest.stage}/{manifest.key}" for name, manifest in inputs.items()}
+    run = tracking.start_run(parent.uri, tracking_config, node.id, tags, parent)
+    run.log_params(configuration.redacted(node.config))
+    return run
+
+
+def _finish_stage_run(run: tracking.RunHandle, manifest: Manifest, is_reused: bool) -> None:
+    run.set_tags({"enat.digest": manifest.digest, "enat.reused": str(is_reused).lower(), "enat.code": str(manifest.provenance["code"])})
+    seconds = {name: manifest.provenance[name] for name in ("seconds", "worker_seconds", "device_seconds")}
+    run.log_metrics({**manifest.metrics, **{f"cost/{name}": value for name, value in seconds.items()}})
+    run.finish()
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost message: Ray wraps what a worker raised in its own errors."""
+    while True:
+        inner = getattr(error, "cause", None) or error.__cause__
+        failures = getattr(error, "worker_failures", None)
+        if isinstance(failures, dict) and failures:
+            inner = next(iter(failures.values()))
+        if not isinstance(inner, BaseException) or inner is error:
+            break
+        error = inner
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}" if not isinstance(error, ValueError) else lines[-1]
+
+
+@cache
+def code_version() -> str:
+    """Package version, with the git commit and "+dirty" where the code is a checkout with changes."""
+    version = package_version("enat-lab")
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return version  # installed without its repository
+    return f"{version}+g{commit.stdout.strip()}{'+dirty' if changes.stdout.strip() else ''}"
