@@ -142,7 +142,9 @@ def _check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
     missing = sorted(expected.keys() - found.keys())
     surplus = sorted(found.keys() - expected.keys())
     shaped = [
-        f"{name} is {found[name]}, expected {expected[name]}" for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]
+        f"{name} is {found[name]}, expected {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
     ]
     problems = []
     if missing:

@@ -74,7 +74,9 @@ def step_macs(config: ENATConfig, num_masked: int, num_old: int) -> int:
     return macs
 
 
-def _block_macs(config: ENATConfig, num_own: int, num_conditioning: int, *, has_conditioning: bool, attends_self: bool = True) -> int:
+def _block_macs(
+    config: ENATConfig, num_own: int, num_conditioning: int, *, has_conditioning: bool, attends_self: bool = True
+) -> int:
     dim = config.embed_dim
     num_keys = num_conditioning + (num_own if attends_self else 0)
     modulation = (8 if has_conditioning else 6) * dim * dim

@@ -83,7 +83,10 @@ class ClassifierEpoch:
 def train_classifier(
     extractor: ClassifierExtractor, images: Tensor, labels: Tensor, num_epochs: int, generator: torch.Generator
 ) -> Iterator[ClassifierEpoch]:
-    """Train in place on uint8 images (N, 3, H, W) and labels int64 (N,), shifted by up to one pixel in 16; yields after each epoch."""
+    """Train in place on uint8 images (N, 3, H, W) and labels int64 (N,); yields after each epoch.
+
+    Batches are shifted by up to one pixel in 16.
+    """
     optimizer = torch.optim.AdamW(extractor.parameters(), lr=1e-3, weight_decay=1e-2)
     reach = max(1, images.shape[-1] // 16)
     for epoch in range(num_epochs):

@@ -34,13 +34,18 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{image.width} x {image.height} pixels is over the limit of {max_pixels}")
-            if getattr(image, "n_frames", 1) > 1:
-                raise ImageError(f"it is animated ({image.n_frames} frames)")
+            if (num_frames := getattr(image, "n_frames", 1)) > 1:
+                raise ImageError(f"it is animated ({num_frames} frames)")
             image.load()
             return _to_rgb(image)
     except UnidentifiedImageError as error:
         raise ImageError("it is neither JPEG nor PNG") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of these for damaged files
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow raises all of these for damaged files
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"it cannot be decoded: {error}") from error

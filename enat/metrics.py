@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 class FeatureMoments:
     """Count, mean and scatter of features, added to in any number of pieces.
 
-    Pieces are merged by the update of Chan, Golub and LeVeque (1979), which loses nothing to a large mean, where a plain sum of squares would.
+    Pieces are merged by the update of Chan, Golub and LeVeque (1979): a plain sum of squares would lose digits to a large mean.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -25,7 +25,7 @@ class FeatureMoments:
         self._scatter = np.zeros((num_features, num_features))  # sum of (x - mean)(x - mean)^T
 
     def add(self, features: torch.Tensor | np.ndarray) -> FeatureMoments:
-        """features: float (B, F), of any device and precision. Raises ValueError for another width or values that are not finite."""
+        """features: float (B, F), any device and precision. Raises ValueError for another width or values that are not finite."""
         values = features.detach().cpu().numpy() if isinstance(features, torch.Tensor) else features
         values = np.asarray(values, dtype=np.float64)
         if values.ndim != 2 or values.shape[1] != len(self._mean):
@@ -78,8 +78,8 @@ class FeatureMoments:
 def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), at least 0 (Heusel et al. 2017, eq. 6).
 
-    The trace of the root is the sum of the singular values of S1^(1/2) S2^(1/2): real and exact also where a covariance is singular,
-    as it is with fewer samples than features.
+    The trace of the root is the sum of the singular values of S1^(1/2) S2^(1/2): real and exact also where a covariance is
+    singular, as it is with fewer samples than features.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"features of width {len(first.mean)} and {len(second.mean)} cannot be compared")

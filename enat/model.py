@@ -234,7 +234,7 @@ class ENAT(nn.Module):
         self.head = Head(config)
 
     def initialize(self, generator: torch.Generator) -> ENAT:
-        """Published initialisation: Linear xavier-uniform with bias 0, adaLN 0 (every block starts as identity), embeddings N(0, 0.02)."""
+        """Published initialisation: Linear xavier-uniform with bias 0, embeddings N(0, 0.02), adaLN 0: blocks start as identity."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 if name.endswith("modulation"):
@@ -325,7 +325,7 @@ class ENAT(nn.Module):
 
 
 def _split(mask: Tensor, previous: ENATOutput | None) -> tuple[Tensor, int]:
-    """Positions as [visible before ; newly visible ; masked], ascending within each: int64 (B, L), and how many were visible before.
+    """Positions as [visible before ; newly visible ; masked], ascending within each: int64 (B, L); and the number visible before.
 
     The counts are known to the caller, so slices of this order have fixed sizes and nothing waits for the device.
     """

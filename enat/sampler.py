@@ -64,9 +64,7 @@ class SamplerConfig:
 
 
 @torch.inference_mode()
-def sample(
-    model: ENAT, labels: Tensor, config: SamplerConfig, *, seeds: Sequence[int], return_trajectory: bool = False
-) -> Any:
+def sample(model: ENAT, labels: Tensor, config: SamplerConfig, *, seeds: Sequence[int], return_trajectory: bool = False) -> Any:
     """Codes for labels, int64 (B,) -> int64 (B, L) in [0, V), on the model's device. The model must be in eval mode.
 
     seeds: one int per image. An image depends on its own seed and label only, not on what else is in the batch.
@@ -140,5 +138,7 @@ def _check(model: ENAT, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         raise ValueError("the model is in training mode, where dropout would disturb samples; call model.eval() first")
     labels = torch.as_tensor(labels, dtype=torch.int64)
     if int(labels.min()) < 0 or int(labels.max()) > model.config.null_label:
-        raise ValueError(f"labels range from {int(labels.min())} to {int(labels.max())}; this model knows 0 to {model.config.null_label}")
+        raise ValueError(
+            f"labels range from {int(labels.min())} to {int(labels.max())}; this model knows 0 to {model.config.null_label}"
+        )
     return labels.to(model.token_embedding.weight.device)

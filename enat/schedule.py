@@ -23,7 +23,10 @@ def num_masked_after(step: int, num_steps: int, num_tokens: int, schedule: str =
 
 
 def guidance_weight(progress: float, guidance_scale: float, schedule: str = "linear") -> float:
-    """w in logits = uncond + w (cond - uncond); 1 is off. "linear" ramps from 1 at progress 0 (published: progress = step / num_steps)."""
+    """w in logits = uncond + w (cond - uncond); 1 is off.
+
+    "linear" ramps from 1 at progress 0 (published, with progress = step / num_steps).
+    """
     if schedule == "linear":
         return 1.0 + (guidance_scale - 1.0) * progress
     if schedule == "constant":

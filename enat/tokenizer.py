@@ -9,6 +9,7 @@ Shape legend: B images, H x W pixels, h x w codes with h = H / downsampling, C c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, *, upsample: bool = False) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_res_blocks
-        self.block = nn.ModuleList([ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+        self.block = nn.ModuleList([ResidualBlock(a, b) for a, b in pairwise(widths)])
         self.upsample = nn.ModuleDict({"conv": nn.Conv2d(out_channels, out_channels, 3, padding=1)}) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class Encoder(nn.Module):
         channels = config.level_channels
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1, bias=False)
         widths = [config.base_channels, *channels]
-        self.down = nn.ModuleList([Level(a, b, config.num_res_blocks) for a, b in zip(widths, widths[1:], strict=False)])
+        self.down = nn.ModuleList([Level(a, b, config.num_res_blocks) for a, b in pairwise(widths)])
         self.mid = Middle(channels[-1])
         self.norm_out = _norm(channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], config.latent_dim, 1)
@@ -184,9 +185,15 @@ class VQGAN(nn.Module):
 
     def encode_latents(self, images: Tensor) -> Tensor:
         """float (B, 3, H, W) in [0, 1] -> float (B, Z, h, w) before quantization. Raises ValueError for another size of image."""
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[-1] % self.config.downsampling or images.shape[-2] % self.config.downsampling:
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or images.shape[-1] % self.config.downsampling
+            or images.shape[-2] % self.config.downsampling
+        ):
             raise ValueError(
-                f"images have shape {tuple(images.shape)}; (B, 3, H, W) with sides divisible by {self.config.downsampling} is needed"
+                f"images have shape {tuple(images.shape)}; "
+                f"(B, 3, H, W) with sides divisible by {self.config.downsampling} is needed"
             )
         return self.encoder(images)
 

@@ -92,7 +92,9 @@ def train_tokenizer(vqgan: VQGAN, images: Tensor, recipe: TokenizerRecipe, gener
 
 
 @torch.no_grad()
-def initialize_codebook(vqgan: VQGAN, images: Tensor, generator: torch.Generator, iterations: int = 10, sample_size: int = 16384) -> None:
+def initialize_codebook(
+    vqgan: VQGAN, images: Tensor, generator: torch.Generator, iterations: int = 10, sample_size: int = 16384
+) -> None:
     """Set the codebook to k-means centres of the latents of (some of) the images."""
     size = vqgan.config.codebook_size
     per_image = vqgan.config.grid_size**2

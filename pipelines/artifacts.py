@@ -177,7 +177,9 @@ class LocalStore(ArtifactStore):
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
-            raise StoreError(f"the store {self.root} cannot be written ({error.strerror}); choose another with store=...") from error
+            raise StoreError(
+                f"the store {self.root} cannot be written ({error.strerror}); choose another with store=..."
+            ) from error
 
     def read_manifest(self, stage: str, key: str) -> Manifest | None:
         path = self._folder(stage, key) / MANIFEST
@@ -213,9 +215,13 @@ class LocalStore(ArtifactStore):
         try:
             status = path.stat()
         except FileNotFoundError as error:
-            raise StoreError(f"{path} is gone, though its manifest lists it; remove {path.parent} to make the artifact again") from error
+            raise StoreError(
+                f"{path} is gone, though its manifest lists it; remove {path.parent} to make the artifact again"
+            ) from error
         if status.st_size != record.size or _digest_once(path, status.st_size, status.st_mtime_ns) != record.sha256:
-            raise StoreError(f"{path} was changed after it was made (its sha256 differs); remove {path.parent} to make the artifact again")
+            raise StoreError(
+                f"{path} was changed after it was made (its sha256 differs); remove {path.parent} to make the artifact again"
+            )
         return path
 
     def put_part(self, stage: str, key: str, name: str, record: Mapping[str, Any]) -> None:
@@ -238,7 +244,9 @@ class LocalStore(ArtifactStore):
 def open_store(uri: str) -> ArtifactStore:
     """A folder's path -> the store in it. Raises StoreError for a kind of place that no store is written for."""
     if "://" in uri:
-        raise StoreError(f"the store {uri} is no local folder; stores in folders (also on a shared file system) are what works so far")
+        raise StoreError(
+            f"the store {uri} is no local folder; stores in folders (also on a shared file system) are what works so far"
+        )
     return LocalStore(Path(uri))
 
 

@@ -21,8 +21,7 @@ from pipelines import cluster
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipelines.pipeline import RunConfig
-    from pipelines.workflow import Done, Planned
+    from pipelines.workflow import Done
 
 
 def main() -> None:
@@ -67,7 +66,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print the answer a
 @_JSON
 def plan(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show the stages of CONFIG, their keys, and what a run would reuse or compute."""
-    from pipelines import pipeline, workflow
+    from pipelines import pipeline, summary, workflow
     from pipelines.artifacts import open_store
 
     run = pipeline.load_run(config, overrides)
@@ -77,7 +76,7 @@ def plan(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         rows = [{"stage": p.node.id, "key": p.key, "reused": p.is_reused, "parts_done": p.parts_done} for p in planned]
         click.echo(json.dumps({"store": store.uri, "stages": rows}, indent=1))
     else:
-        _show_plan(planned, store.uri, _console())
+        summary.show_plan(planned, store.uri, _console())
 
 
 @commands.command(name="run")
@@ -87,8 +86,8 @@ def plan(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 def run_pipeline(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Run the stages of CONFIG; what the store already has is reused, what was interrupted continues."""
     started = time.monotonic()
-    from pipelines import pipeline, tracking, workflow
     from pipelines import config as configuration
+    from pipelines import pipeline, summary, tracking, workflow
     from pipelines.artifacts import open_store
 
     run = pipeline.load_run(config, overrides)
@@ -102,8 +101,11 @@ def run_pipeline(config: Path, overrides: tuple[str, ...], as_json: bool) -> Non
     tags = {"enat.config": str(config), "enat.code": workflow.code_version(), "enat.store": tracking.without_credentials(store.uri)}
     parent = tracking.start_run(uri, run.tracking, run.name, tags)
     parent.log_params(configuration.redacted(run))
+    session = workflow.Session(
+        store=store, run=parent, tracking=run.tracking, console=console, connect=lambda: cluster.connect(run.cluster)
+    )
     try:
-        done = workflow.execute(nodes, store, parent, run.tracking, console, lambda: cluster.connect(run.cluster))
+        done = workflow.execute(nodes, session)
     except BaseException as error:
         parent.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
@@ -113,34 +115,11 @@ def run_pipeline(config: Path, overrides: tuple[str, ...], as_json: bool) -> Non
     parent.log_metrics({**by_id["evaluate"].manifest.metrics, "cost/run_seconds": seconds})
     parent.log_file(report)
     parent.finish()
-    answer = _summary(run, done, store, seconds, report, uri, parent.run_id)
+    answer = summary.summarize(run.name, done, session, seconds, report)
     if as_json:
         click.echo(json.dumps(answer, indent=1))
     else:
-        _show_summary(answer, console)
-
-
-def _summary(run: RunConfig, done: list[Done], store: Any, seconds: float, report: Path, uri: str, run_id: str | None) -> dict[str, Any]:
-    from pipelines.stages.report import MAIN
-    from pipelines.tracking import without_credentials
-
-    scores = {
-        item.node.id.partition("@")[2] or MAIN: dict(item.manifest.metrics) for item in done if item.node.stage.name == "evaluate"
-    }
-    stages = [
-        {
-            "stage": item.node.id,
-            "key": item.manifest.key,
-            "reused": item.is_reused,
-            "seconds": item.seconds,
-            "made_in_seconds": item.manifest.provenance["seconds"],
-            "place": store.place(item.manifest.stage, item.manifest.key),
-            "metrics": dict(item.manifest.metrics),
-        }
-        for item in done
-    ]
-    tracked = {"uri": without_credentials(uri), "run_id": run_id} if run_id else None
-    return {"name": run.name, "seconds": seconds, "report": str(report), "tracking": tracked, "scores": scores, "stages": stages}
+        summary.show(answer, console)
 
 
 def _copy_report(done: list[Done], store: Any, target: Path) -> Path:
@@ -148,49 +127,6 @@ def _copy_report(done: list[Done], store: Any, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(store.fetch(manifest, "report.html"), target)
     return target
-
-
-def _show_plan(planned: list[Planned], store: str, console: Console) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in ("stage", "key", "plan"):
-        table.add_column(column)
-    for item in planned:
-        reads = ", ".join(item.node.inputs.values())
-        key = item.key[:12] if item.key else f"[dim]known after {reads}[/]"
-        parts = f" [dim]({item.parts_done} parts are done)[/]" if item.parts_done else ""
-        table.add_row(item.node.id, key, "[green]reuse[/]" if item.is_reused else f"[yellow]compute[/]{parts}")
-    console.print(table)
-    reused = sum(item.is_reused for item in planned)
-    console.print(f"\n{reused} of {len(planned)} stages are reused from {store}", highlight=False)
-
-
-def _show_summary(answer: dict[str, Any], console: Console) -> None:
-    from rich.table import Table
-
-    stages = Table(box=None, pad_edge=False, title="What was made", title_justify="left", title_style="bold")
-    for column in ("stage", "", "key", "place"):
-        stages.add_column(column, no_wrap=column != "place", overflow="fold")
-    for item in answer["stages"]:
-        status = "[dim]reused[/]" if item["reused"] else f"{item['made_in_seconds']:.1f} s"
-        stages.add_row(item["stage"], status, item["key"][:12], item["place"])
-    console.print()
-    console.print(stages)
-    scores = Table(box=None, pad_edge=False, title="What it is worth", title_justify="left", title_style="bold")
-    names = list(dict.fromkeys(name for metrics in answer["scores"].values() for name in metrics))
-    scores.add_column("")
-    for variant in answer["scores"]:
-        scores.add_column(variant, justify="right")
-    for name in names:
-        scores.add_row(name, *(f"{metrics[name]:.4g}" if name in metrics else "–" for metrics in answer["scores"].values()))
-    console.print()
-    console.print(scores)
-    reused = sum(item["reused"] for item in answer["stages"])
-    console.print(f"\n{len(answer['stages'])} stages, {reused} reused, {answer['seconds']:.1f} s in all", highlight=False)
-    console.print(f"report    {answer['report']}", highlight=False, soft_wrap=True)
-    if answer["tracking"]:
-        console.print(f"tracking  {answer['tracking']['uri']}  run {answer['tracking']['run_id']}", highlight=False, soft_wrap=True)
 
 
 def _console(stderr: bool = False) -> Console:

@@ -62,7 +62,9 @@ def connect(config: ClusterConfig) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except ConnectionError as error:
-        raise ValueError(f"there is no Ray cluster at {address} ({str(error).splitlines()[0]}); start it, or leave cluster.address out") from error
+        raise ValueError(
+            f"there is no Ray cluster at {address} ({str(error).splitlines()[0]}); start it, or leave cluster.address out"
+        ) from error
     _silence_ray_data()
 
 

@@ -107,7 +107,9 @@ def identity(config: Any) -> Any:
     if hasattr(config, "identity"):
         return config.identity()
     if dataclasses.is_dataclass(config):
-        return {field.name: identity(getattr(config, field.name)) for field in dataclasses.fields(config) if field.name != "execution"}
+        return {
+            field.name: identity(getattr(config, field.name)) for field in dataclasses.fields(config) if field.name != "execution"
+        }
     if isinstance(config, Mapping):
         return {key: identity(value) for key, value in config.items()}
     if isinstance(config, list | tuple):

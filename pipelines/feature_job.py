@@ -83,9 +83,7 @@ class FeatureJob:
     worker_seconds: float
 
 
-def compute_moments(
-    reader: ImageReader, num_images: int, extractor: ExtractorFile, execution: Execution, bar: Bar
-) -> FeatureJob:
+def compute_moments(reader: ImageReader, num_images: int, extractor: ExtractorFile, execution: Execution, bar: Bar) -> FeatureJob:
     """Features of the images 0..num_images-1 that the reader gives, num_images at least 1."""
     rows = [
         {"part": block, "start": start, "stop": min(start + BLOCK_SIZE, num_images)}

@@ -79,7 +79,11 @@ def build(run: RunConfig) -> list[Node]:
 
     def add(stage: Stage, variant: str, config: Any, inputs: Mapping[str, str]) -> str:
         """The id of a node; an earlier one's where it would make the same."""
-        content = {"stage": stage.name, "config": configuration.identity(config), "inputs": {k: identities[v] for k, v in inputs.items()}}
+        content = {
+            "stage": stage.name,
+            "config": configuration.identity(config),
+            "inputs": {k: identities[v] for k, v in inputs.items()},
+        }
         identity = digest_of(content)
         id = ids_by_identity.setdefault(identity, stage.name if variant == report.MAIN else f"{stage.name}@{variant}")
         if id not in nodes:
@@ -100,7 +104,8 @@ def build(run: RunConfig) -> list[Node]:
 def _add_model_stages(name: str, run: RunConfig, add: Any) -> dict[str, str]:
     """Nodes of one variant up to its evaluation; input name -> node id."""
     filled = {
-        section: _filled(getattr(run, section), run) for section in ("tokenizer", "token_map", "reference", "train", "generate", "evaluate")
+        section: _filled(getattr(run, section), run)
+        for section in ("tokenizer", "token_map", "reference", "train", "generate", "evaluate")
     }
     resolution = run.tokenizer.architecture().resolution
     ids = {"tokenizer": add(tokenizer.STAGE, name, filled["tokenizer"], {})}
@@ -126,7 +131,7 @@ def _variants(run: RunConfig) -> dict[str, RunConfig]:
 
 def _check(run: RunConfig) -> None:
     """What would fail in a late stage and can be seen now: the model against the token map that the tokenizer will make."""
-    source = open_source((run.token_map.dataset or run.dataset))
+    source = open_source(run.token_map.dataset or run.dataset)
     architecture = run.tokenizer.architecture()
     info = TokenMapInfo(
         dataset=run.dataset.title,

@@ -76,8 +76,8 @@ class Bar:
     def update(self, done: int, note: str = "") -> None:
         self._progress.update(self._task, completed=done, note=note)
 
-    def advance(self, amount: int = 1, note: str | None = None) -> None:
-        self._progress.update(self._task, advance=amount, **({} if note is None else {"note": note}))
+    def advance(self, amount: int) -> None:
+        self._progress.advance(self._task, amount)
 
     @contextlib.contextmanager
     def reporter(self) -> Iterator[Reporter]:

@@ -139,7 +139,6 @@ def open_source(config: DatasetConfig) -> Source:
     return ImageFolderSource(Path(config.path))
 
 
-
 def load_images(config: DatasetConfig, resolution: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """The readable images among rows start..stop-1, cropped: uint8 (R, 3, H, W), labels int64 (R,).
 

@@ -69,7 +69,13 @@ def write_part(
     """Write one part. codes, codes_flipped: integers (R, L) in [0, codebook_size)."""
     assert info.codebook_size <= 1 << 16
     table = pa.table(
-        [pa.array(keys, pa.string()), _code_column(codes), _code_column(codes_flipped), pa.array(labels, pa.int32()), pa.array(source_sha256, pa.binary(32))],
+        [
+            pa.array(keys, pa.string()),
+            _code_column(codes),
+            _code_column(codes_flipped),
+            pa.array(labels, pa.int32()),
+            pa.array(source_sha256, pa.binary(32)),
+        ],
         schema=schema(info),
     )
     pq.write_table(table, path, compression="zstd", write_page_checksum=True)

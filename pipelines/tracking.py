@@ -71,11 +71,14 @@ class RunHandle:
 
         flat = [Param(_ILLEGAL.sub("_", name), str(value)[:_PARAMETER_LIMIT]) for name, value in _flatten(values)]
         for first in range(0, len(flat), 100):  # the most that MLflow takes at once
-            self._do(lambda client, first=first: client.log_batch(self.run_id, params=flat[first : first + 100]))
+            batch = flat[first : first + 100]
+            self._do(lambda client, batch=batch: client.log_batch(self.run_id, params=batch))  # type: ignore[misc]
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        for name, value in tags.items():
-            self._do(lambda client, name=name, value=value: client.set_tag(self.run_id, name, value))
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(name, value) for name, value in tags.items()]
+        self._do(lambda client: client.log_batch(self.run_id, tags=entities))
 
     def log_bytes(self, content: bytes, name: str) -> None:
         """A file, such as "samples/step-000100.png"."""
@@ -98,7 +101,11 @@ class RunHandle:
                 return action(_client(self.uri))
         except Exception as error:  # whatever an observer fails with must not stop the work
             self._given_up = True
-            _log.warning("tracking at %s does not answer; this run goes on without it (%s)", without_credentials(self.uri), _first_line(error))
+            _log.warning(
+                "tracking at %s does not answer; this run goes on without it (%s)",
+                without_credentials(self.uri),
+                _first_line(error),
+            )
             return None
 
 
@@ -108,7 +115,9 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
 
     def create(client: Any) -> str:
         experiment = client.get_experiment_by_name(config.experiment)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(config.experiment, _artifact_location(uri))
+        experiment_id = (
+            experiment.experiment_id if experiment else client.create_experiment(config.experiment, _artifact_location(uri))
+        )
         parents = {"mlflow.parentRunId": parent.run_id} if parent else {}
         run_id: str = client.create_run(experiment_id, run_name=name, tags={**tags, **parents}).info.run_id
         return run_id

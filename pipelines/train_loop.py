@@ -126,7 +126,8 @@ class TrainConfig:
             raise ValueError(f"train.batch_size {self.batch_size} cannot be cut into {self.num_groups} equal groups")
         if self.num_groups % self.execution.num_workers:
             raise ValueError(
-                f"train.num_groups {self.num_groups} cannot be shared by {self.execution.num_workers} workers; each takes whole groups"
+                f"train.num_groups {self.num_groups} cannot be shared by {self.execution.num_workers} workers; "
+                "each takes whole groups"
             )
         for name in ("label_dropout", "ema_decay", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
@@ -134,12 +135,8 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """Without what only shows how training goes: previews do not touch the weights."""
-        return {
-            field.name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-            for field in dataclasses.fields(self)
-            if field.name not in ("execution", "sampler")
-            for value in [getattr(self, field.name)]
-        }
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in ("execution", "sampler")}
 
     def learning_rate_at(self, step: int) -> float:
         return self.learning_rate * min(1.0, (step + 1) / self.warm_up_steps) if self.warm_up_steps else self.learning_rate
@@ -239,15 +236,16 @@ class Trainer:
     def train_step(self) -> None:
         """One global step: this rank's groups, the update, the EMA. Nothing in it waits for the device."""
         config, seed = self.config, self.config.seed
+        assert seed is not None
         deepspeed_engine.set_learning_rate(self.engine, config.learning_rate_at(self.step))
         rows, flipped = self.token_map.batch_rows(seed, self.step, config.batch_size)
         size = config.batch_size // config.num_groups
         for group in self.groups:
             own = slice(group * size, (group + 1) * size)
             rng = np.random.default_rng([seed, self.step, group])
-            codes, labels = self.token_map.take(rows[own], flipped[own] & config.flip)
-            labels[rng.random(size) < config.label_dropout] = self.model.config.null_label
-            codes, labels = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in (codes, labels))
+            stored_codes, stored_labels = self.token_map.take(rows[own], flipped[own] & config.flip)
+            stored_labels[rng.random(size) < config.label_dropout] = self.model.config.null_label
+            codes, labels = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in (stored_codes, stored_labels))
             masked = mask_codes(codes, self.model.config.mask_id, config.masking, rng)
             dropout = torch.Generator(self.device).manual_seed(int(rng.integers(2**63)))
             loss, _ = objective(

@@ -92,7 +92,10 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage made: files that are the artifact, and records that tell how it went. worker_seconds: summed over workers; device_seconds: those of accelerators."""
+    """What a stage made: files that are the artifact, and records that tell how it went.
+
+    worker_seconds: summed over workers.   device_seconds: those of accelerators.
+    """
 
     files: Sequence[FileRecord]
     records: Sequence[FileRecord] = ()
@@ -111,7 +114,7 @@ class WorkerContext:
     store: ArtifactStore
     run: tracking.RunHandle
 
-    def write(self, name: str, write: Callable[[Path], None]) -> FileRecord:
+    def write(self, name: str, write: Callable[[Path], object]) -> FileRecord:
         """Store what `write` puts at the path it is given."""
         with tempfile.TemporaryDirectory(prefix=f"enat-{self.stage}-") as folder:
             path = Path(folder) / name
@@ -131,6 +134,17 @@ class StageContext(WorkerContext):
 
     def for_workers(self) -> WorkerContext:
         return WorkerContext(stage=self.stage, key=self.key, store=self.store, run=self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What all stages of one pipeline run share. connect: to Ray, once a stage needs it."""
+
+    store: ArtifactStore
+    run: tracking.RunHandle
+    tracking: tracking.TrackingConfig
+    console: Console
+    connect: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,7 @@ class Done:
     seconds: float
 
 
-class StageFailed(RuntimeError):
+class StageError(RuntimeError):
     """A stage broke down. What it had committed stays, and the same command continues from it."""
 
 
@@ -187,45 +201,33 @@ def plan(nodes: Sequence[Node], store: ArtifactStore) -> list[Planned]:
     return list(planned.values())
 
 
-def execute(
-    nodes: Sequence[Node],
-    store: ArtifactStore,
-    parent: tracking.RunHandle,
-    tracking_config: tracking.TrackingConfig,
-    console: Console,
-    connect: Callable[[], None],
-) -> list[Done]:
-    """Walk the nodes: reuse what the store has, compute the rest. Raises ValueError for bad input, StageFailed otherwise."""
+def execute(nodes: Sequence[Node], session: Session) -> list[Done]:
+    """Walk the nodes: reuse what the store has, compute the rest. Raises ValueError for bad input, StageError otherwise."""
     done: dict[str, Done] = {}
     for node in nodes:
         inputs = {name: done[id].manifest for name, id in node.inputs.items()}
         key = stage_key(node, inputs)
         started = time.monotonic()
-        run = _start_stage_run(node, key, inputs, parent, tracking_config)
-        manifest = store.read_manifest(node.stage.name, key)
+        run = _start_stage_run(node, key, inputs, session)
+        manifest = session.store.read_manifest(node.stage.name, key)
         is_reused = manifest is not None
         if manifest is None:
-            manifest = _compute(node, key, inputs, store, run, console, connect)
+            manifest = _compute(node, key, inputs, run, session)
         seconds = time.monotonic() - started
         _finish_stage_run(run, manifest, is_reused)
         done[node.id] = Done(node, manifest, is_reused, seconds)
         verb = "reused" if is_reused else f"made in {seconds:.1f} s"
-        console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
+        session.console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
     return list(done.values())
 
 
-def _compute(
-    node: Node,
-    key: str,
-    inputs: Mapping[str, Manifest],
-    store: ArtifactStore,
-    run: tracking.RunHandle,
-    console: Console,
-    connect: Callable[[], None],
-) -> Manifest:
+def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking.RunHandle, session: Session) -> Manifest:
+    store = session.store
     started = time.monotonic()
     try:
-        context = StageContext(stage=node.stage.name, key=key, store=store, run=run, console=console, connect=connect)
+        context = StageContext(
+            stage=node.stage.name, key=key, store=store, run=run, console=session.console, connect=session.connect
+        )
         result = node.stage.run(node.config, inputs, context)
     except (ValueError, KeyboardInterrupt) as error:
         run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -233,7 +235,7 @@ def _compute(
     except Exception as error:
         run.finish("FAILED")
         _log.exception("stage %s failed", node.id)
-        raise StageFailed(f"stage {node.id} failed: {_root_cause(error)}") from error
+        raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
     manifest = Manifest(
         stage=node.stage.name,
         key=key,
@@ -258,18 +260,18 @@ def _compute(
     return committed
 
 
-def _start_stage_run(
-    node: Node, key: str, inputs: Mapping[str, Manifest], parent: tracking.RunHandle, tracking_config: tracking.TrackingConfig
-) -> tracking.RunHandle:
+def _start_stage_run(node: Node, key: str, inputs: Mapping[str, Manifest], session: Session) -> tracking.RunHandle:
     tags = {"enat.stage": node.stage.name, "enat.node": node.id, "enat.key": key}
     tags |= {f"enat.input.{name}": f"{manifest.stage}/{manifest.key}" for name, manifest in inputs.items()}
-    run = tracking.start_run(parent.uri, tracking_config, node.id, tags, parent)
+    run = tracking.start_run(session.run.uri, session.tracking, node.id, tags, session.run)
     run.log_params(configuration.redacted(node.config))
     return run
 
 
 def _finish_stage_run(run: tracking.RunHandle, manifest: Manifest, is_reused: bool) -> None:
-    run.set_tags({"enat.digest": manifest.digest, "enat.reused": str(is_reused).lower(), "enat.code": str(manifest.provenance["code"])})
+    run.set_tags(
+        {"enat.digest": manifest.digest, "enat.reused": str(is_reused).lower(), "enat.code": str(manifest.provenance["code"])}
+    )
     seconds = {name: manifest.provenance[name] for name in ("seconds", "worker_seconds", "device_seconds")}
     run.log_metrics({**manifest.metrics, **{f"cost/{name}": value for name, value in seconds.items()}})
     run.finish()

@@ -32,7 +32,7 @@ _MAX_TRAINING_IMAGES = 50_000
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """extractor: "classifier" (num_epochs over the dataset) or "inception" (inception_weights: a file; None fetches the published one)."""
+    """extractor: "classifier", trained for num_epochs, or "inception".   inception_weights: a file; None fetches the published."""
 
     extractor: str = "classifier"
     num_epochs: int = 20
@@ -61,7 +61,9 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
     cluster.require(config.execution, "reference")
     if config.extractor == "classifier":
         with context.bar(config.num_epochs, "epochs") as bar, bar.reporter() as reporter:
-            made = ray.get(ray.remote(**config.execution.resources)(_train_classifier).remote(config, context.for_workers(), reporter))
+            made = ray.get(
+                ray.remote(**config.execution.resources)(_train_classifier).remote(config, context.for_workers(), reporter)
+            )
     else:
         made = _keep_inception(config, context)
     num_images = len(open_source(config.dataset))
@@ -88,7 +90,9 @@ def _train_classifier(config: ReferenceConfig, context: WorkerContext, reporter:
     torch.set_num_threads(config.execution.num_threads)
     images, labels = map(torch.from_numpy, load_images(config.dataset, config.resolution, 0, _MAX_TRAINING_IMAGES))
     if not len(labels) or int(labels.min()) < 0:
-        raise ValueError(f"dataset {config.dataset.title} has no labelled images to train a classifier on; use extractor: inception")
+        raise ValueError(
+            f"dataset {config.dataset.title} has no labelled images to train a classifier on; use extractor: inception"
+        )
     is_held_out = torch.arange(len(labels)) % _HOLD_OUT_EVERY == 0
     with torch.random.fork_rng(devices=[]):  # torch's initialisers of layers know no generator
         torch.manual_seed(config.seed)
@@ -105,7 +109,11 @@ def _train_classifier(config: ReferenceConfig, context: WorkerContext, reporter:
 
 
 def _keep_inception(config: ReferenceConfig, context: StageContext) -> dict[str, Any]:
-    weights = read_state_dict(existing_file(config.inception_weights, "reference.inception_weights")) if config.inception_weights else None
+    weights = (
+        read_state_dict(existing_file(config.inception_weights, "reference.inception_weights"))
+        if config.inception_weights
+        else None
+    )
     state = InceptionExtractor(weights).network.state_dict()
     file = context.write(EXTRACTOR, lambda path: save_file({name: tensor.contiguous() for name, tensor in state.items()}, path))
     return {"file": file, "metrics": {}, "seconds": 0.0}

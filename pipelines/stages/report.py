@@ -50,23 +50,27 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
     class_names = inputs["token_map"].summary["class_names"]
     grid = _sample_grid(config, samples, vqgan, context)
     history = json.loads(context.store.fetch(model, "history.json").read_text())
-    page = _environment().get_template("report.html.j2").render(
-        name=config.name,
-        dataset=inputs["token_map"].summary["info"]["dataset"],
-        model=model.summary,
-        evaluation=inputs["evaluation"],
-        grid=_data_uri(grid),
-        grid_classes=class_names[: config.max_classes],
-        progression=_data_uri(_progressions(config, model, samples, vqgan, context)),
-        num_steps=samples.summary["sampler"]["num_steps"],
-        loss_curve=_data_uri(_loss_curve(history)) if history else None,
-        reconstructions=_reconstructions(inputs["tokenizer"], context),
-        scores=_scores(config, inputs),
-        cost=_cost(model, samples, inputs["tokenizer"]),
-        artifacts=[
-            {"name": name, "manifest": manifest, "place": context.store.place(manifest.stage, manifest.key)}
-            for name, manifest in inputs.items()
-        ],
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            name=config.name,
+            dataset=inputs["token_map"].summary["info"]["dataset"],
+            model=model.summary,
+            evaluation=inputs["evaluation"],
+            grid=_data_uri(grid),
+            grid_classes=class_names[: config.max_classes],
+            progression=_data_uri(_progressions(config, model, samples, vqgan, context)),
+            num_steps=samples.summary["sampler"]["num_steps"],
+            loss_curve=_data_uri(_loss_curve(history)) if history else None,
+            reconstructions=_reconstructions(inputs["tokenizer"], context),
+            scores=_scores(config, inputs),
+            cost=_cost(model, samples, inputs["tokenizer"]),
+            artifacts=[
+                {"name": name, "manifest": manifest, "place": context.store.place(manifest.stage, manifest.key)}
+                for name, manifest in inputs.items()
+            ],
+        )
     )
     files = [
         context.write(PAGE, lambda path: path.write_text(page, encoding="utf-8")),

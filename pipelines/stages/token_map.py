@@ -22,7 +22,7 @@ from enat.checkpoint import load_vqgan
 from enat.images import ImageError, center_crop, decode_image, to_array, to_float
 from pipelines import cluster, token_map
 from pipelines.artifacts import FileRecord, Manifest
-from pipelines.sources import DatasetConfig, open_source
+from pipelines.sources import DatasetConfig, Source, open_source
 from pipelines.stream import actor_pool, stream_records
 from pipelines.token_map import TokenMapInfo
 from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
@@ -59,10 +59,9 @@ def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageCo
         num_classes=len(source.class_names),
         tokenizer_digest=tokenizer.digest,
     )
-    num_parts = -(-len(source) // config.shard_size)
     plan = [
-        {"part": part, "start": part * config.shard_size, "stop": min((part + 1) * config.shard_size, len(source))}
-        for part in range(num_parts)
+        {"part": part, "start": start, "stop": min(start + config.shard_size, len(source))}
+        for part, start in enumerate(range(0, len(source), config.shard_size))
     ]
     done = context.store.read_parts(context.stage, context.key)
     todo = [row for row in plan if _part_name(row["part"]) not in done]
@@ -73,7 +72,7 @@ def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageCo
             bar.update(sum(record["rows"] + len(record["quarantined"]) for record in done.values()))
             for record in stream_records(todo, lambda rows: _job(rows, config, info, tokenizer, context)):
                 bar.advance(record["rows"] + len(record["quarantined"]))
-    return _collect(config, context, len(source), num_parts, info, source.class_names)
+    return _collect(config, context, source, info)
 
 
 def _grid_size(tokenizer: Manifest) -> int:
@@ -154,11 +153,10 @@ def _part_name(part: int) -> str:
     return f"part-{part:05d}.parquet"
 
 
-def _collect(
-    config: TokenMapConfig, context: StageContext, num_images: int, num_parts: int, info: TokenMapInfo, class_names: Any
-) -> StageResult:
+def _collect(config: TokenMapConfig, context: StageContext, source: Source, info: TokenMapInfo) -> StageResult:
+    num_images = len(source)
     records = context.store.read_parts(context.stage, context.key)
-    assert list(records) == [_part_name(part) for part in range(num_parts)], "a planned part has no record"
+    assert len(records) == -(-num_images // config.shard_size), "a planned part has no record"
     rows = sum(record["rows"] for record in records.values())
     quarantined = [(key, reason) for record in records.values() for key, reason in record["quarantined"]]
     assert rows + len(quarantined) == num_images, "rows + quarantined = inputs"
@@ -169,7 +167,7 @@ def _collect(
             f"{config.max_quarantine_share:g} allows; the first is {key}: {reason}"
         )
     quarantine = context.write(token_map.QUARANTINE, lambda path: token_map.write_quarantine(path, quarantined))
-    counts = np.sum([record["code_counts"] for record in records.values()], axis=0, dtype=np.float64)
+    counts = np.array([record["code_counts"] for record in records.values()], dtype=np.float64).sum(axis=0)
     probs = counts[counts > 0] / counts.sum()
     seconds = sum(record["seconds"] for record in records.values())
     return StageResult(
@@ -178,7 +176,7 @@ def _collect(
             "info": dataclasses.asdict(info),
             "rows": rows,
             "quarantined": len(quarantined),
-            "class_names": list(class_names),
+            "class_names": list(source.class_names),
         },
         metrics={
             "rows": rows,

@@ -1,0 +1,74 @@
+"""What a person sees of a plan, and at the end of a run: what was made, where it lies, what it is worth, what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.stages.report import MAIN
+from pipelines.tracking import without_credentials
+from pipelines.workflow import Done, Planned, Session
+
+
+def summarize(name: str, done: Sequence[Done], session: Session, seconds: float, report: Path) -> dict[str, Any]:
+    """The answer of `enat run`, as JSON can hold it."""
+    scores = {
+        item.node.id.partition("@")[2] or MAIN: dict(item.manifest.metrics) for item in done if item.node.stage.name == "evaluate"
+    }
+    stages = [
+        {
+            "stage": item.node.id,
+            "key": item.manifest.key,
+            "reused": item.is_reused,
+            "seconds": item.seconds,
+            "made_in_seconds": item.manifest.provenance["seconds"],
+            "place": session.store.place(item.manifest.stage, item.manifest.key),
+            "metrics": dict(item.manifest.metrics),
+        }
+        for item in done
+    ]
+    tracked = {"uri": without_credentials(session.run.uri), "run_id": session.run.run_id} if session.run.run_id else None
+    return {"name": name, "seconds": seconds, "report": str(report), "tracking": tracked, "scores": scores, "stages": stages}
+
+
+def show_plan(planned: Sequence[Planned], store: str, console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "key", "plan"):
+        table.add_column(column)
+    for item in planned:
+        reads = ", ".join(item.node.inputs.values())
+        key = item.key[:12] if item.key else f"[dim]known after {reads}[/]"
+        parts = f" [dim]({item.parts_done} parts are done)[/]" if item.parts_done else ""
+        table.add_row(item.node.id, key, "[green]reuse[/]" if item.is_reused else f"[yellow]compute[/]{parts}")
+    console.print(table)
+    reused = sum(item.is_reused for item in planned)
+    console.print(f"\n{reused} of {len(planned)} stages are reused from {store}", highlight=False)
+
+
+def show(answer: Mapping[str, Any], console: Console) -> None:
+    stages = Table(box=None, pad_edge=False, title="What was made", title_justify="left", title_style="bold")
+    for column in ("stage", "", "key", "place"):
+        stages.add_column(column, no_wrap=column != "place", overflow="fold")
+    for item in answer["stages"]:
+        status = "[dim]reused[/]" if item["reused"] else f"{item['made_in_seconds']:.1f} s"
+        stages.add_row(item["stage"], status, item["key"][:12], item["place"])
+    console.print()
+    console.print(stages)
+    scores = Table(box=None, pad_edge=False, title="What it is worth", title_justify="left", title_style="bold")
+    names = list(dict.fromkeys(name for metrics in answer["scores"].values() for name in metrics))
+    scores.add_column("")
+    for variant in answer["scores"]:
+        scores.add_column(variant, justify="right")
+    for name in names:
+        scores.add_row(name, *(f"{metrics[name]:.4g}" if name in metrics else "–" for metrics in answer["scores"].values()))
+    console.print()
+    console.print(scores)
+    reused = sum(item["reused"] for item in answer["stages"])
+    console.print(f"\n{len(answer['stages'])} stages, {reused} reused, {answer['seconds']:.1f} s in all", highlight=False)
+    console.print(f"report    {answer['report']}", highlight=False, soft_wrap=True)
+    if answer["tracking"]:
+        console.print(f"tracking  {answer['tracking']['uri']}  run {answer['tracking']['run_id']}", highlight=False, soft_wrap=True)
