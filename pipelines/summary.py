@@ -32,7 +32,15 @@ def summarize(name: str, done: Sequence[Done], session: Session, seconds: float,
         for item in done
     ]
     tracked = {"uri": without_credentials(session.run.uri), "run_id": session.run.run_id} if session.run.run_id else None
-    return {"name": name, "seconds": seconds, "report": str(report), "tracking": tracked, "scores": scores, "stages": stages}
+    return {
+        "name": name,
+        "seconds": seconds,
+        "store": session.store.uri,
+        "report": str(report),
+        "tracking": tracked,
+        "scores": scores,
+        "stages": stages,
+    }
 
 
 def show_plan(planned: Sequence[Planned], store: str, console: Console) -> None:
@@ -50,25 +58,43 @@ def show_plan(planned: Sequence[Planned], store: str, console: Console) -> None:
 
 
 def show(answer: Mapping[str, Any], console: Console) -> None:
-    stages = Table(box=None, pad_edge=False, title="What was made", title_justify="left", title_style="bold")
-    for column in ("stage", "", "key", "place"):
-        stages.add_column(column, no_wrap=column != "place", overflow="fold")
+    """The closing summary: one line a stage with what it measured, the scores side by side, and where things lie."""
+    stages = _table("What was made", "stage", "", "key", "measured")
     for item in answer["stages"]:
+        if item["stage"].startswith("evaluate"):
+            continue  # its numbers are the scores below
         status = "[dim]reused[/]" if item["reused"] else f"{item['made_in_seconds']:.1f} s"
-        stages.add_row(item["stage"], status, item["key"][:12], item["place"])
+        measured = ", ".join(f"{name.removeprefix('final/')} {_number(value)}" for name, value in item["metrics"].items())
+        stages.add_row(item["stage"], status, item["key"][:12], f"[dim]{measured}[/]")
     console.print()
     console.print(stages)
-    scores = Table(box=None, pad_edge=False, title="What it is worth", title_justify="left", title_style="bold")
-    names = list(dict.fromkeys(name for metrics in answer["scores"].values() for name in metrics))
-    scores.add_column("")
-    for variant in answer["scores"]:
-        scores.add_column(variant, justify="right")
-    for name in names:
-        scores.add_row(name, *(f"{metrics[name]:.4g}" if name in metrics else "–" for metrics in answer["scores"].values()))
+
+    scores = _table("What it is worth", "", *answer["scores"])
+    for name in dict.fromkeys(name for metrics in answer["scores"].values() for name in metrics):
+        scores.add_row(name, *(_number(metrics[name]) if name in metrics else "–" for metrics in answer["scores"].values()))
     console.print()
     console.print(scores)
+    distance = answer["scores"][MAIN]["frechet_distance"]
+    for variant, metrics in answer["scores"].items():
+        if variant != MAIN and distance:
+            console.print(f"\nfrechet_distance of {variant} is {metrics['frechet_distance'] / distance:.1f} times that of {MAIN}")
+
     reused = sum(item["reused"] for item in answer["stages"])
     console.print(f"\n{len(answer['stages'])} stages, {reused} reused, {answer['seconds']:.1f} s in all", highlight=False)
+    console.print(f"artifacts {answer['store']}/<stage>/<key>", highlight=False, soft_wrap=True)
     console.print(f"report    {answer['report']}", highlight=False, soft_wrap=True)
     if answer["tracking"]:
-        console.print(f"tracking  {answer['tracking']['uri']}  run {answer['tracking']['run_id']}", highlight=False, soft_wrap=True)
+        console.print(
+            f"tracking  {answer['tracking']['uri']} (run {answer['tracking']['run_id']})", highlight=False, soft_wrap=True
+        )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"

@@ -1,0 +1,225 @@
+"""The obvious, slow way: what enat/ computes, written from the description, one image and one position at a time.
+
+Weights are those of the fast modules; nothing else of them is used. No batching, no index arithmetic, no fused kernels.
+Shape legend: L tokens, D width, V codebook size, S own tokens of a block, C conditioning tokens, N steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from enat import ENAT, SamplerConfig
+from enat.model import Block
+
+
+@dataclass
+class PlainOutput:
+    """logits (L, V), features (L, D), mask bool (L,) of one image."""
+
+    logits: Tensor
+    features: Tensor
+    mask: Tensor
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return x @ layer.weight.t() + layer.bias
+
+
+def normalize(x: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor, eps: float) -> Tensor:
+    return normalize(x, eps) * norm.weight + norm.bias
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_exact(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(D / heads)) v for query (S, D), key and value (C, D); zeros where there is no key."""
+    width = query.shape[1] // num_heads
+    gathered = torch.zeros_like(query)
+    if len(key) == 0:
+        return gathered
+    for head in range(num_heads):
+        part = slice(head * width, (head + 1) * width)
+        weights = torch.exp(query[:, part] @ key[:, part].t() / math.sqrt(width))
+        gathered[:, part] = weights / weights.sum(dim=1, keepdim=True) @ value[:, part]
+    return gathered
+
+
+def block(weights: Block, x: Tensor, conditioning: Tensor | None, condition: Tensor, num_heads: int, attends_self: bool) -> Tensor:
+    """One adaLN-Zero block on x (S, D); conditioning (C, D) or None for a block that has none; condition (D,) after SiLU."""
+    numbers = linear(weights.modulation, condition)
+    if conditioning is None:
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = numbers.split(x.shape[1])
+    else:
+        shift, scale, shift_cond, scale_cond, gate, shift_mlp, scale_mlp, gate_mlp = numbers.split(x.shape[1])
+    own = normalize(x, 1e-6) * (1 + scale) + shift
+    keys, values = [], []
+    if conditioning is not None:
+        modulated = normalize(conditioning, 1e-6) * (1 + scale_cond) + shift_cond
+        key, value = linear(weights.attention.key_value_conditioning, modulated).split(x.shape[1], dim=1)
+        keys.append(key)
+        values.append(value)
+    if attends_self:
+        key, value = linear(weights.attention.key_value_own, own).split(x.shape[1], dim=1)
+        keys.append(key)
+        values.append(value)
+    gathered = attend(linear(weights.attention.query, own), torch.cat(keys), torch.cat(values), num_heads)
+    x = x + gate * linear(weights.attention.project, gathered)
+    hidden = linear(weights.mlp.fc1, normalize(x, 1e-6) * (1 + scale_mlp) + shift_mlp)
+    return x + gate_mlp * linear(weights.mlp.fc2, gelu_tanh(hidden))
+
+
+@torch.no_grad()
+def forward(model: ENAT, tokens: Tensor, label: int, previous: PlainOutput | None = None) -> PlainOutput:
+    """ENAT in eval mode on one image: tokens int64 (L,), and what this function returned for the step before."""
+    config = model.config
+    mask = tokens == config.codebook_size
+    old = ~previous.mask if previous is not None else torch.zeros_like(mask)
+    new = ~mask & ~old
+
+    embedded = model.token_embedding.weight[tokens] + model.position_embedding.weight
+    embedded = layer_norm(model.embedding_norm, embedded, 1e-6)
+    embedding = model.label_embedding.weight[label]
+    condition = embedding * torch.sigmoid(embedding)
+
+    features = embedded.clone()
+    if config.reuse:
+        carried = previous.features[old] if previous is not None else embedded[old]
+        projection = model.previous_projection
+        hidden = gelu_tanh(linear(projection.mlp.fc1, layer_norm(projection.norm, carried, 1e-6)))
+        features[old] = carried + linear(projection.mlp.fc2, hidden)
+    for weights in model.encoder:
+        conditioning = features[old] if config.reuse else None
+        features[new] = block(weights, features[new], conditioning, condition, config.num_heads, attends_self=True)
+
+    visible = features[~mask].clone()
+    everything = features.clone()  # "full": visible tokens change inside the decoder only
+    for weights in model.decoder:
+        if config.decoder_attention == "full":
+            everything = block(weights, everything, None, condition, config.num_heads, attends_self=True)
+            features[mask] = everything[mask]
+        else:
+            attends_self = config.decoder_attention == "self_cross"
+            features[mask] = block(weights, features[mask], visible, condition, config.num_heads, attends_self)
+
+    head = model.head
+    hidden = layer_norm(head.norm_out, gelu_exact(linear(head.dense, layer_norm(head.norm_in, features, 1e-5))), 1e-5)
+    logits = hidden @ model.token_embedding.weight.t() + head.bias
+    return PlainOutput(logits[:, : config.codebook_size], features, mask)
+
+
+def smoothed_cross_entropy(logits: Tensor, codes: Tensor, mask: Tensor, label_smoothing: float) -> float:
+    """Mean over masked positions of -log p, smoothed towards uniform: logits (B, L, V), codes and mask (B, L)."""
+    terms = []
+    for image in range(len(codes)):
+        for position in range(codes.shape[1]):
+            if mask[image, position]:
+                log_probs = logits[image, position].double().log_softmax(dim=-1)
+                hit = -log_probs[codes[image, position]].item()
+                terms.append((1 - label_smoothing) * hit - label_smoothing * log_probs.mean().item())
+    return sum(terms) / len(terms)
+
+
+def sample(model: ENAT, labels: list[int], config: SamplerConfig, seeds: list[int]) -> Tensor:
+    """int64 (B, L): one image after the other, both passes at every step, logits at every position."""
+    return torch.stack([_sample_image(model, label, config, seed) for label, seed in zip(labels, seeds, strict=True)])
+
+
+def _sample_image(model: ENAT, label: int, config: SamplerConfig, seed: int) -> Tensor:
+    num_tokens, mask_id = model.config.num_tokens, model.config.codebook_size
+    noise = torch.rand((config.num_steps, 2, num_tokens), generator=torch.Generator().manual_seed(seed))
+    noise = noise.clamp_min(2.0**-25)
+    tokens = torch.full((num_tokens,), mask_id)
+    cond = uncond = None
+    for step in range(config.num_steps):
+        ratio = (step + 1) / config.num_steps
+        cond = forward(model, tokens, label, cond if config.reuse and model.config.reuse else None)
+        uncond = forward(model, tokens, model.config.num_classes, uncond if config.reuse and model.config.reuse else None)
+        # The published form: s = w - 1, ramped with step / N.
+        ramp = step / config.num_steps if config.guidance_schedule == "linear" else 1.0
+        logits = cond.logits + ((config.guidance_scale - 1) * ramp if config.guidance_schedule == "linear" else 0) * (
+            cond.logits - uncond.logits
+        )
+        if config.guidance_schedule == "constant":
+            logits = uncond.logits + config.guidance_scale * (cond.logits - uncond.logits)
+
+        drawn, confidence = {}, {}
+        for position in range(num_tokens):
+            if tokens[position] != mask_id:
+                continue
+            log_probs = logits[position].double().log_softmax(dim=0)
+            code = _draw(log_probs, config.sampling_temperature * (1 - ratio), noise[step, 0, position].item())
+            gumbel = -math.log(-math.log(noise[step, 1, position].item()))
+            drawn[position] = code
+            confidence[position] = log_probs[code].item() + config.remask_temperature * (1 - ratio) * gumbel
+
+        num_left = 0 if step == config.num_steps - 1 else math.floor(num_tokens * math.cos(math.pi * ratio / 2))
+        by_confidence = sorted(drawn, key=lambda position: confidence[position])
+        for position in by_confidence[num_left:]:
+            tokens[position] = drawn[position]
+    return tokens
+
+
+def _draw(log_probs: Tensor, temperature: float, uniform: float) -> int:
+    """The first code at which the running sum of the tempered probabilities passes the uniform number."""
+    if temperature == 0:
+        return int(log_probs.argmax())
+    probs = (log_probs / max(temperature, 1e-3)).softmax(dim=0).tolist()
+    total = 0.0
+    for code, prob in enumerate(probs):
+        total += prob
+        if total > uniform:
+            return code
+    return len(probs) - 1
+
+
+def quantize(latents: Tensor, codebook: Tensor) -> Tensor:
+    """float (B, Z, h, w) -> int64 (B, h, w): every squared distance, position by position."""
+    batch, _, height, width = latents.shape
+    codes = torch.zeros(batch, height, width, dtype=torch.int64)
+    for image in range(batch):
+        for row in range(height):
+            for column in range(width):
+                distances = (codebook - latents[image, :, row, column]).square().sum(dim=1)
+                codes[image, row, column] = distances.argmin()
+    return codes
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Heusel et al. 2017, eq. 6, from float64 features (B, F) of both sides, with scipy's matrix square root."""
+    mean1, mean2 = first.mean(axis=0), second.mean(axis=0)
+    cov1, cov2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    root = scipy.linalg.sqrtm(cov1 @ cov2)
+    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * np.real(root)))
+
+
+def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
+    """ADM's crop as pixels uint8 (resolution, resolution, 3): halve with BOX, BICUBIC to the target, slice out the centre."""
+    width, height = image.size
+    while width >= 2 * resolution and height >= 2 * resolution:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), Image.Resampling.BOX)
+    if width <= height:
+        width, height = resolution, round(height * (resolution / width))
+    else:
+        width, height = round(width * (resolution / height)), resolution
+    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - resolution) // 2, (width - resolution) // 2
+    return pixels[top : top + resolution, left : left + resolution]
