@@ -30,7 +30,8 @@ def save_weights(path: str | Path, module: ENAT | VQGAN, tensors: Mapping[str, T
     tensors: other values for the module's state dict (an EMA, say).
     """
     architecture = next(name for name, (cls, _) in _ARCHITECTURES.items() if isinstance(module, cls))
-    header = {"architecture": architecture, "config": json.dumps(dataclasses.asdict(module.config), sort_keys=True)}
+    # One entry only: safetensors writes several in an order that changes from run to run, and equal weights are to be equal bytes.
+    header = {"enat": json.dumps({"architecture": architecture, "config": dataclasses.asdict(module.config)}, sort_keys=True)}
     state = module.state_dict() if tensors is None else tensors
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, str(path), metadata=header)
 
@@ -49,14 +50,14 @@ def _load(path: str | Path, architecture: str) -> Any:
     module_class, config_class = _ARCHITECTURES[architecture]
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get("enat", "{}"))
             if header.get("architecture") != architecture:
                 found = header.get("architecture") or "no known architecture"
                 raise ValueError(f"{path} holds {found}, not the weights of {architecture}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    module = module_class(config_class(**json.loads(header["config"])))
+    module = module_class(config_class(**header["config"]))
     return load_strictly(module, tensors, source=str(path)).eval()
 
 

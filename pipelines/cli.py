@@ -137,7 +137,10 @@ def _console(stderr: bool = False) -> Console:
 
 def _log_to(path: Path) -> None:
     """Everything from warnings up to a file; of our own code, warnings also to the terminal."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the workspace {path.parent.parent} cannot be written ({error.strerror}); choose another") from error
     to_file = logging.FileHandler(path, delay=True)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().handlers = [to_file]

@@ -58,7 +58,10 @@ def connect(config: ClusterConfig) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    local = {"num_cpus": config.num_cpus, "include_dashboard": False} if address == "local" else {}
+    local = {}
+    if address == "local":
+        _stay_on_loopback()
+        local = {"num_cpus": config.num_cpus, "include_dashboard": False}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except ConnectionError as error:
@@ -66,6 +69,15 @@ def connect(config: ClusterConfig) -> None:
             f"there is no Ray cluster at {address} ({str(error).splitlines()[0]}); start it, or leave cluster.address out"
         ) from error
     _silence_ray_data()
+
+
+def _stay_on_loopback() -> None:
+    """Bind every service of a local cluster to 127.0.0.1, as Ray itself does on macOS and Windows; on Linux it would open
+    its ports to the network. Set here and not for good, because joining a real cluster needs the real address."""
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which read the variable when it imported ray
 
 
 def require(workers: Workers, stage: str) -> None:

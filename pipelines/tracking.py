@@ -135,6 +135,7 @@ def _artifact_location(uri: str) -> str | None:
 def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default waits for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # read when mlflow is imported
     from mlflow import MlflowClient
 
     if uri.startswith("sqlite:///"):
@@ -144,9 +145,8 @@ def _client(uri: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """MLflow and alembic tell of every migration and deprecation."""
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Alembic tells of every migration, MLflow's libraries of deprecations."""
+    logging.getLogger("alembic").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

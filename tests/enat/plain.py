@@ -152,13 +152,9 @@ def _sample_image(model: ENAT, label: int, config: SamplerConfig, seed: int) -> 
         ratio = (step + 1) / config.num_steps
         cond = forward(model, tokens, label, cond if config.reuse and model.config.reuse else None)
         uncond = forward(model, tokens, model.config.num_classes, uncond if config.reuse and model.config.reuse else None)
-        # The published form: s = w - 1, ramped with step / N.
-        ramp = step / config.num_steps if config.guidance_schedule == "linear" else 1.0
-        logits = cond.logits + ((config.guidance_scale - 1) * ramp if config.guidance_schedule == "linear" else 0) * (
-            cond.logits - uncond.logits
-        )
-        if config.guidance_schedule == "constant":
-            logits = uncond.logits + config.guidance_scale * (cond.logits - uncond.logits)
+        # The published form: cond + s (cond - uncond) with s = w - 1, ramped with step / N.
+        strength = (config.guidance_scale - 1) * (step / config.num_steps if config.guidance_schedule == "linear" else 1)
+        logits = cond.logits + strength * (cond.logits - uncond.logits)
 
         drawn, confidence = {}, {}
         for position in range(num_tokens):

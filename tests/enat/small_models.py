@@ -31,7 +31,9 @@ def small_config(**overrides: Any) -> ENATConfig:
 def randomize(module: ModuleT, seed: int = 0, std: float = 0.1) -> ModuleT:
     """Every parameter gets N(0, std) added to 1 for the scales of norms and to 0 for the rest; eval mode."""
     generator = torch.Generator().manual_seed(seed)
-    scales = {id(norm.weight) for norm in module.modules() if isinstance(norm, nn.LayerNorm | nn.GroupNorm) and norm.weight is not None}
+    scales = {
+        id(norm.weight) for norm in module.modules() if isinstance(norm, nn.LayerNorm | nn.GroupNorm) and norm.weight is not None
+    }
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(0, std, generator=generator).add_(1.0 if id(parameter) in scales else 0.0)

@@ -1,0 +1,36 @@
+"""Fixtures for all tests. Nothing starts before a test asks for it: most tests need neither Ray nor a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from pipelines import cluster
+
+# Before anything imports ray: it reads its environment when it is imported.
+cluster.prepare_environment()
+
+# A shared machine makes single examples slow; examples that once failed belong into tests, not into a hidden folder.
+settings.register_profile("repository", deadline=None, database=None)
+settings.load_profile("repository")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray cluster of two CPUs for the whole session, started by the first test that asks for it."""
+    import ray
+
+    cluster.connect(cluster.ClusterConfig(address="local", num_cpus=2))
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def local_store(tmp_path: Path):
+    """An empty store in a folder."""
+    from pipelines.artifacts import LocalStore
+
+    return LocalStore(tmp_path / "store")

@@ -1,0 +1,157 @@
+"""Cost: the published numbers, and the MACs that torch counts while the code runs."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from enat import ENAT, VQGAN, ENATConfig, SamplerConfig, VQGANConfig, generation_cost, sample
+from enat.cost import decoder_macs, encoder_macs
+from small_models import nested_tokens, small_config
+
+ONE_PASS = SamplerConfig(guidance_scale=1.0)
+
+empty_cross_attention = pytest.mark.xfail(
+    strict=True, reason="where nothing is visible the cross decoder runs no query projection, but step_macs counts it"
+)
+nothing_masked = pytest.mark.xfail(
+    strict=True,
+    reason="once nothing is masked the decoder still runs (adaLN, keys and values of visible tokens), but step_macs counts 0",
+)
+
+
+def gmacs(config, sampler=ONE_PASS):
+    return generation_cost(config, sampler).transformer_macs / 1e9
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "sampler", "expected"),
+    [
+        ("enat-s", {}, ONE_PASS, 21.3),
+        ("enat-b", {}, ONE_PASS, 46.6),
+        ("enat-l", {}, ONE_PASS, 126.9),
+        ("enat-xl", {}, ONE_PASS, 219.1),
+        ("enat-l", {}, SamplerConfig(guidance_scale=1.0, reuse=False), 222.4),
+        ("enat-l", {"grid_size": 32}, ONE_PASS, 533.6),
+    ],
+)
+def test_published_costs_of_the_transformer(preset, overrides, sampler, expected):
+    assert gmacs(ENATConfig.preset(preset, **overrides), sampler) == pytest.approx(expected, rel=0.002)
+
+
+def test_decoder_attentions_differ_as_published():
+    self_cross, cross, full = (
+        gmacs(ENATConfig.preset("enat-s", decoder_attention=kind)) for kind in ("self_cross", "cross", "full")
+    )
+    assert full - self_cross == pytest.approx(1.9, abs=0.3)
+    assert cross - self_cross == pytest.approx(-1.2, abs=0.3)
+
+
+@pytest.mark.parametrize(("preset", "encoder", "decoder"), [("vqgan-256", 64.3, 93.3), ("vqgan-512", 257.3, 373.1)])
+def test_published_costs_of_the_tokenizer(preset, encoder, decoder):
+    config = VQGANConfig.preset(preset)
+    assert encoder_macs(config) / 1e9 == pytest.approx(encoder, abs=0.05)
+    assert decoder_macs(config) / 1e9 == pytest.approx(decoder, abs=0.05)
+
+
+def test_guidance_doubles_and_the_tokenizer_adds():
+    config, tokenizer = ENATConfig.preset("enat-s"), VQGANConfig.preset("vqgan-256")
+    one, guided = generation_cost(config, ONE_PASS), generation_cost(config, SamplerConfig(), tokenizer)
+    assert guided.macs_per_step == tuple(2 * macs for macs in one.macs_per_step)
+    assert guided.decoder_macs == decoder_macs(tokenizer)
+    assert guided.total_macs == 2 * one.transformer_macs + decoder_macs(tokenizer)
+    assert guided.executed_total_macs == sum(guided.executed_macs_per_step) + decoder_macs(tokenizer)
+    assert one.decoder_macs == 0
+    assert guided.executed_transformer_macs < guided.transformer_macs
+
+
+def counted_macs_per_call(model, run):
+    """MACs of each forward pass of the model inside run(), as torch counts them."""
+    totals = []
+    # The counter knows the products of plain attention, not the fused CPU kernel.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        handle = model.register_forward_hook(lambda *_: totals.append(counter.get_total_flops()))
+        run()
+        handle.remove()
+        assert counter.get_total_flops() == totals[-1]  # nothing outside the model multiplies
+    return tuple((after - before) / 2 for before, after in zip([0, *totals], totals, strict=False))
+
+
+@pytest.mark.parametrize("settings", [{}, {"reuse": False}, {"guidance_scale": 1.0}, {"guidance_schedule": "constant"}], ids=str)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {},
+        {"decoder_attention": "full"},
+        pytest.param({"decoder_attention": "cross"}, marks=empty_cross_attention),
+        {"reuse": False},
+        {"decoder_attention": "full", "reuse": False},
+        {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_size": 5, "mlp_ratio": 2},
+    ],
+    ids=str,
+)
+def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings):
+    model = ENAT(small_config(**architecture)).eval().requires_grad_(False)
+    config = SamplerConfig(num_steps=6, **settings)
+    counted = counted_macs_per_call(model, lambda: sample(model, torch.tensor([1]), config, seeds=[0]))
+    assert counted == generation_cost(model.config, config).executed_macs_per_step
+
+
+@nothing_masked
+def test_executed_macs_of_steps_that_find_nothing_masked():
+    model = ENAT(small_config(grid_size=2)).eval().requires_grad_(False)
+    config = SamplerConfig(num_steps=8)
+    assert config.num_masked_at(7, 4) == 0
+    counted = counted_macs_per_call(model, lambda: sample(model, torch.tensor([1]), config, seeds=[0]))
+    assert counted == generation_cost(model.config, config).executed_macs_per_step
+
+
+def published_run(model, tokens_per_step, reuse, num_masked_per_step):
+    labels = torch.zeros(len(tokens_per_step[0]), dtype=torch.int64, device=tokens_per_step[0].device)
+    previous = None
+    for tokens, num_masked in zip(tokens_per_step, num_masked_per_step, strict=True):
+        previous = model(tokens, labels, previous if reuse else None, num_masked=num_masked)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("decoder_attention", ["self_cross", "full", pytest.param("cross", marks=empty_cross_attention)])
+def test_published_macs_are_those_of_one_forward_pass_a_step(decoder_attention, reuse):
+    model = ENAT(small_config(decoder_attention=decoder_attention)).eval().requires_grad_(False)
+    config = SamplerConfig(guidance_scale=1.0, reuse=reuse, num_steps=5)
+    counts = [config.num_masked_at(step, 16) for step in range(5)]
+    tokens = nested_tokens(model.config, counts, num_images=1)
+    counted = counted_macs_per_call(model, lambda: published_run(model, tokens, reuse, counts))
+    mask_column = 16 * model.config.embed_dim  # the published head also scores the mask id, and cuts it off
+    assert tuple(macs + mask_column for macs in counted) == generation_cost(model.config, config).macs_per_step
+
+
+@pytest.mark.parametrize("preset", ["enat-s", "enat-l"])
+def test_published_macs_of_a_published_size(preset):
+    """On tensors without values: a full-sized model costs nothing to count."""
+    with torch.device("meta"):
+        model = ENAT(ENATConfig.preset(preset)).eval().requires_grad_(False)
+        tokens = [torch.zeros(1, 256, dtype=torch.int64)] * 8
+    counts = [ONE_PASS.num_masked_at(step, 256) for step in range(8)]
+    counted = counted_macs_per_call(model, lambda: published_run(model, tokens, True, counts))
+    assert sum(counted) + 8 * 256 * model.config.embed_dim == generation_cost(model.config, ONE_PASS).transformer_macs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VQGANConfig(),
+        VQGANConfig.preset("vqgan-small"),
+        VQGANConfig(base_channels=32, channel_multipliers=(2, 1, 3), num_res_blocks=3, latent_dim=7, resolution=24),
+        VQGANConfig(base_channels=32, channel_multipliers=(1,), num_res_blocks=1, latent_dim=4, resolution=8),
+    ],
+    ids=str,
+)
+def test_tokenizer_macs_are_those_that_run(config):
+    with torch.device("meta"):
+        vqgan, images = VQGAN(config), torch.zeros(1, 3, config.resolution, config.resolution)
+    with FlopCounterMode(display=False) as counter:
+        latents = vqgan.encode_latents(images)
+    assert counter.get_total_flops() == 2 * encoder_macs(config)
+    with FlopCounterMode(display=False) as counter:
+        vqgan.decode_latents(latents)
+    assert counter.get_total_flops() == 2 * decoder_macs(config)

@@ -1,0 +1,144 @@
+"""The objective: what counts, who teaches, which weights learn."""
+
+import numpy as np
+import pytest
+import torch
+
+import plain
+from enat.loss import masked_cross_entropy, objective, previous_features
+from enat.masking import MaskedCodes, MaskingConfig, mask_codes
+from enat.model import DECODER_ATTENTIONS
+from small_models import golden, golden_enat, nested_tokens, small_enat
+
+LABELS = torch.tensor([0, 3, 5])
+
+
+def drawn_codes(model, seed=0):
+    shape = (len(LABELS), model.config.num_tokens)
+    return torch.randint(model.config.codebook_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn_masks(model, codes, reuse_probability, seed=1):
+    return mask_codes(codes, model.config.mask_id, MaskingConfig(reuse_probability=reuse_probability), np.random.default_rng(seed))
+
+
+def test_losses_equal_the_published_code():
+    arrays = golden("enat_tiny")
+    model = golden_enat(arrays)
+    previous = None
+    for step in range(arrays["meta"]["steps"]):
+        previous = model(arrays[f"step{step}/masked_tokens"], arrays["labels"], previous)
+        loss = masked_cross_entropy(previous, arrays["full_tokens"], arrays["meta"]["label_smoothing"])
+        assert loss.item() == pytest.approx(arrays[f"step{step}/reuse_loss"].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("logits", ["all", "masked"])
+def test_the_loss_equals_the_plain_one(label_smoothing, logits):
+    model = small_enat()
+    codes = drawn_codes(model)
+    masked = drawn_masks(model, codes, 0)
+    loss = masked_cross_entropy(model(masked.tokens, LABELS, logits=logits), codes, label_smoothing)
+    everywhere = model(masked.tokens, LABELS)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(
+        plain.smoothed_cross_entropy(everywhere.logits, codes, everywhere.mask, label_smoothing), rel=1e-5
+    )
+
+
+def test_only_masked_positions_count():
+    model = small_enat()
+    codes = drawn_codes(model)
+    output = model(drawn_masks(model, codes, 0).tokens, LABELS)
+    others = (codes + 1) % model.config.codebook_size
+    truth = masked_cross_entropy(output, codes)
+    assert masked_cross_entropy(output, torch.where(output.mask, codes, others)) == truth
+    assert masked_cross_entropy(output, torch.where(output.mask, others, codes)) != truth
+
+
+def test_half_precision_logits_give_a_float32_loss():
+    model = small_enat().to(torch.bfloat16)
+    codes = drawn_codes(model)
+    loss = masked_cross_entropy(model(drawn_masks(model, codes, 0).tokens, LABELS, logits="masked"), codes)
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reuse_probability", [0, 1])
+@pytest.mark.parametrize("decoder_attention", DECODER_ATTENTIONS)
+def test_every_weight_gets_a_gradient_and_the_teacher_none(decoder_attention, reuse_probability):
+    """ZeRO reduces one buffer a weight on every worker, whatever mode its group drew."""
+    model = small_enat(decoder_attention=decoder_attention).train()
+    teacher = small_enat(seed=1, decoder_attention=decoder_attention)
+    codes = drawn_codes(model)
+    loss, output = objective(model, teacher, codes, LABELS, drawn_masks(model, codes, reuse_probability))
+    loss.backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+    assert [name for name, weight in teacher.named_parameters() if weight.grad is not None] == []
+    assert output.logits.shape == (len(LABELS), output.num_masked, model.config.codebook_size)
+
+
+@pytest.mark.parametrize(("num_masked", "previous_num_masked"), [(7, 7), (7, 16), (15, 16), (1, 1)])
+@pytest.mark.parametrize("decoder_attention", DECODER_ATTENTIONS)
+def test_every_weight_gets_a_gradient_when_nothing_is_new_or_nothing_was_visible(
+    decoder_attention, num_masked, previous_num_masked
+):
+    model = small_enat(decoder_attention=decoder_attention).train()
+    teacher = small_enat(seed=1, decoder_attention=decoder_attention)
+    codes = drawn_codes(model)
+    before, now = nested_tokens(model.config, [previous_num_masked, num_masked])
+    loss, _ = objective(model, teacher, codes, LABELS, MaskedCodes(now, num_masked, before, previous_num_masked))
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None or not gradient.isfinite().all()] == []
+
+
+def test_reuse_trains_the_projection_on_the_features_of_the_teacher():
+    model, teacher = small_enat(), small_enat(seed=1)
+    codes = drawn_codes(model)
+    masked = drawn_masks(model, codes, 1)
+    assert masked.num_masked < masked.previous_num_masked < model.config.num_tokens
+    loss, _ = objective(model, teacher, codes, LABELS, masked)
+    by_hand = masked_cross_entropy(model(masked.tokens, LABELS, teacher(masked.previous_tokens, LABELS)), codes)
+    fresh = masked_cross_entropy(model(masked.tokens, LABELS), codes)
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert abs(loss.item() - fresh.item()) > 1e-3
+    loss.backward()
+    assert model.previous_projection.mlp.fc1.weight.grad.abs().max() > 0
+
+
+def test_fresh_mode_needs_no_teacher_and_reuse_mode_one_without_dropout():
+    model, teacher = small_enat(), small_enat(seed=1).train()
+    codes = drawn_codes(model)
+    assert previous_features(teacher, drawn_masks(model, codes, 0), LABELS) is None
+    with pytest.raises(AssertionError):
+        previous_features(teacher, drawn_masks(model, codes, 1), LABELS)
+
+
+def test_the_head_gives_the_embedding_no_gradient():
+    model = small_enat()
+    features = torch.randn(2, 16, model.config.embed_dim, generator=torch.Generator().manual_seed(0))
+    model.head(features, model.token_embedding.weight).square().sum().backward()
+    assert model.token_embedding.weight.grad is None
+    assert all(weight.grad is not None for weight in model.head.parameters())
+
+
+def test_codes_that_no_visible_token_holds_get_no_gradient():
+    """The head scores every code, so a head that was not detached would reach them."""
+    model = small_enat()
+    codes = drawn_codes(model) % 8
+    loss, _ = objective(model, model, codes, LABELS, drawn_masks(model, codes, 0))
+    loss.backward()
+    rows = model.token_embedding.weight.grad.abs().sum(dim=1)
+    assert (rows[8 : model.config.codebook_size] == 0).all()
+    assert rows[model.config.mask_id] > 0
+
+
+def test_dropout_of_the_objective_is_its_generators():
+    model, teacher = small_enat().train(), small_enat(seed=1)
+    codes = drawn_codes(model)
+    masked = drawn_masks(model, codes, 1)
+    losses = [
+        objective(model, teacher, codes, LABELS, masked, dropout_generator=torch.Generator().manual_seed(seed))[0].item()
+        for seed in (0, 0, 1)
+    ]
+    assert losses[0] == losses[1] != losses[2]

@@ -1,0 +1,110 @@
+"""Training masks: how many, where, and what the earlier step saw."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enat.masking import MaskingConfig, mask_codes
+
+MASK_ID = 99
+
+
+def codes_of(num_images, num_tokens):
+    """Every position holds another code, so that a moved token would show."""
+    return torch.arange(num_images * num_tokens).reshape(num_images, num_tokens) % MASK_ID
+
+
+@given(
+    num_images=st.integers(1, 5),
+    num_tokens=st.integers(2, 40),
+    alpha=st.floats(0.05, 50),
+    beta=st.floats(0.05, 50),
+    seed=st.integers(0, 2**32),
+)
+def test_masks_of_any_draw(num_images, num_tokens, alpha, beta, seed):
+    codes = codes_of(num_images, num_tokens)
+    masked = mask_codes(codes, MASK_ID, MaskingConfig(alpha=alpha, beta=beta), np.random.default_rng(seed))
+
+    # Every row has the same number, at least one token masked and one visible; visible tokens are the codes.
+    mask = masked.tokens == MASK_ID
+    assert 1 <= masked.num_masked <= num_tokens - 1
+    assert (mask.sum(dim=1) == masked.num_masked).all()
+    assert torch.equal(masked.tokens[~mask], codes[~mask])
+
+    # What was masked earlier contains what is masked now.
+    if masked.previous_tokens is not None:
+        previous_mask = masked.previous_tokens == MASK_ID
+        assert masked.num_masked <= masked.previous_num_masked <= num_tokens
+        assert (previous_mask.sum(dim=1) == masked.previous_num_masked).all()
+        assert (previous_mask | ~mask).all()
+        assert torch.equal(masked.previous_tokens[~previous_mask], codes[~previous_mask])
+
+
+@pytest.mark.parametrize(("alpha", "beta", "num_masked"), [(1e6, 1e-3, 15), (1e-3, 1e6, 1)])
+def test_the_number_of_masked_tokens_is_clamped(alpha, beta, num_masked):
+    rng = np.random.default_rng(0)
+    config = MaskingConfig(alpha=alpha, beta=beta)
+    assert {mask_codes(codes_of(1, 16), MASK_ID, config, rng).num_masked for _ in range(20)} == {num_masked}
+
+
+def test_mask_ratios_follow_the_beta_distribution():
+    rng = np.random.default_rng(0)
+    ratios = np.array([mask_codes(codes_of(1, 256), MASK_ID, MaskingConfig(), rng).num_masked / 256 for _ in range(3000)])
+    # Beta(12, 3): mean 12 / 15, variance 12 * 3 / (15^2 * 16). Tolerances are four standard errors.
+    assert ratios.mean() == pytest.approx(0.8, abs=4 * 0.1 / 3000**0.5)
+    assert ratios.std() == pytest.approx(0.1, abs=4 * 0.1 / (2 * 3000) ** 0.5)
+
+
+def test_positions_are_uniform_and_rows_independent():
+    num_images, num_tokens = 20000, 16
+    config = MaskingConfig(alpha=5, beta=8, reuse_probability=1)
+    masked = mask_codes(codes_of(num_images, num_tokens), MASK_ID, config, np.random.default_rng(0))
+    assert masked.num_masked < masked.previous_num_masked < num_tokens
+    for tokens, count in ((masked.tokens, masked.num_masked), (masked.previous_tokens, masked.previous_num_masked)):
+        mask = (tokens == MASK_ID).double()
+        share = count / num_tokens
+        error = (share * (1 - share) / num_images) ** 0.5
+        assert (mask.mean(dim=0) - share).abs().max() < 4.5 * error
+        # Two positions are masked together as often as in a draw without replacement.
+        together = (mask.t() @ mask / num_images)[~torch.eye(num_tokens, dtype=torch.bool)]
+        expected = share * (count - 1) / (num_tokens - 1)
+        assert (together - expected).abs().max() < 5.5 * (expected * (1 - expected) / num_images) ** 0.5
+    assert len(torch.unique(masked.tokens == MASK_ID, dim=0)) > 100
+
+
+def test_the_earlier_step_hides_a_uniform_share_of_the_visible_tokens():
+    rng = np.random.default_rng(0)
+    config = MaskingConfig(alpha=1, beta=1, reuse_probability=1)
+    shares = []
+    for _ in range(2000):
+        masked = mask_codes(codes_of(1, 400), MASK_ID, config, rng)
+        shares.append((masked.previous_num_masked - masked.num_masked) / (400 - masked.num_masked))
+    deciles = np.histogram(shares, bins=10, range=(0, 1))[0] / 2000
+    assert np.abs(deciles - 0.1).max() < 4.5 * (0.1 * 0.9 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize(("probability", "low", "high"), [(0.0, 0, 0), (0.5, 440, 560), (1.0, 1000, 1000)])
+def test_reuse_happens_with_its_probability(probability, low, high):
+    rng = np.random.default_rng(0)
+    config = MaskingConfig(reuse_probability=probability)
+    draws = [mask_codes(codes_of(1, 16), MASK_ID, config, rng) for _ in range(1000)]
+    assert low <= sum(masked.previous_tokens is not None for masked in draws) <= high
+    assert all(masked.previous_num_masked == 0 for masked in draws if masked.previous_tokens is None)
+
+
+def test_the_same_generator_state_gives_the_same_masks():
+    first, second = (mask_codes(codes_of(4, 16), MASK_ID, MaskingConfig(), np.random.default_rng(5)) for _ in range(2))
+    assert torch.equal(first.tokens, second.tokens)
+    assert first.num_masked == second.num_masked
+    assert first.previous_num_masked == second.previous_num_masked
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [({"alpha": 0}, "Beta"), ({"beta": float("nan")}, "Beta"), ({"reuse_probability": 1.5}, "reuse_probability is 1.5")],
+)
+def test_an_impossible_distribution_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        MaskingConfig(**overrides)

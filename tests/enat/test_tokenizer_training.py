@@ -1,0 +1,124 @@
+"""Training a small tokenizer: it learns, its codebook stays in use, and the seed decides all."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enat import VQGAN, VQGANConfig
+from enat.tokenizer_training import TokenizerRecipe, code_usage, initialize_codebook, revive_unused, train_tokenizer
+from small_models import randomize, small_vqgan
+
+
+def gradients(num_images, seed=0):
+    """float (N, 3, 16, 16): smooth colour ramps in random directions, unlike one another."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high, slope = (torch.rand(num_images, 3, 1, 1, generator=generator) for _ in range(3))
+    ramp = torch.linspace(0, 1, 16)
+    return low + (high - low) * (slope * ramp[:, None] + (1 - slope) * ramp[None])
+
+
+def new_vqgan(codebook_size=32):
+    """torch's own initialisation, from a fixed seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VQGAN(VQGANConfig.preset("vqgan-small", codebook_size=codebook_size))
+
+
+@torch.no_grad()
+def mean_squared_error(vqgan, images):
+    return (vqgan.decode(vqgan.encode(images)) - images).square().mean().item()
+
+
+def test_training_learns_and_keeps_the_codebook_in_use():
+    images, vqgan = gradients(128), new_vqgan()
+    untrained = mean_squared_error(vqgan, images)
+    recipe = TokenizerRecipe(num_steps=80, batch_size=16, revive_every=10)
+    steps = list(train_tokenizer(vqgan, images, recipe, torch.Generator().manual_seed(0)))
+
+    assert [step.step for step in steps] == list(range(1, 81))
+    assert [step.is_quantized for step in steps] == [False] * 16 + [True] * 64
+    assert all(math.isfinite(step.loss) for step in steps)
+    assert not vqgan.training
+    # Better than painting every image in the mean colour, which a collapsed codebook could also do.
+    trained = mean_squared_error(vqgan, images)
+    assert trained < 0.2 * images.var().item()
+    assert trained < 0.1 * untrained
+    share, perplexity = code_usage(vqgan.encode(images), 32)
+    assert share > 0.8
+    assert perplexity > 16
+
+
+def test_the_same_seed_gives_the_same_weights():
+    images, recipe = gradients(32), TokenizerRecipe(num_steps=6, batch_size=4, revive_every=2, warm_up_share=0.4)
+
+    def trained(seed):
+        vqgan = new_vqgan()
+        list(train_tokenizer(vqgan, images, recipe, torch.Generator().manual_seed(seed)))
+        return torch.cat([weight.flatten() for weight in vqgan.state_dict().values()])
+
+    first, again, other = trained(0), trained(0), trained(1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_codebook_starts_at_centres_of_the_latents():
+    images, vqgan = gradients(128), small_vqgan()
+    with torch.no_grad():
+        latents = vqgan.encode_latents(images).permute(0, 2, 3, 1).flatten(0, 2)
+
+    def error():
+        return torch.cdist(latents, vqgan.codebook.weight).min(dim=1).values.square().mean().item()
+
+    # Entries that were latents at random are a fair start; k-means is better still.
+    vqgan.codebook.weight.data.copy_(latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(1))[:24]])
+    drawn = error()
+    initialize_codebook(vqgan, images, torch.Generator().manual_seed(0))
+    assert error() < 0.9 * drawn
+    assert code_usage(vqgan.encode(images), 24)[0] > 0.9
+
+
+def test_unused_entries_move_onto_latents_and_used_ones_stay():
+    vqgan = small_vqgan()
+    before = vqgan.codebook.weight.detach().clone()
+    used = torch.zeros(24, dtype=torch.bool)
+    used[:5] = True
+    latents = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    revive_unused(vqgan, used, latents, torch.Generator().manual_seed(1))
+    after = vqgan.codebook.weight.detach()
+    assert torch.equal(after[:5], before[:5])
+    pixels = {tuple(latent.tolist()) for latent in latents.permute(0, 2, 3, 1).flatten(0, 2)}
+    assert {tuple(entry.tolist()) for entry in after[5:]} <= pixels
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=50))
+def test_usage_counts_codes_and_their_entropy(codes):
+    share, perplexity = code_usage(torch.tensor(codes), 10)
+    probs = [codes.count(code) / len(codes) for code in set(codes)]
+    assert share == pytest.approx(len(set(codes)) / 10)
+    assert perplexity == pytest.approx(math.exp(-sum(p * math.log(p) for p in probs)))
+
+
+def test_gradients_pass_the_quantizer():
+    """Straight-through: the encoder learns from the first quantized step on."""
+    vqgan = randomize(VQGAN(VQGANConfig.preset("vqgan-small")), std=0.05)
+    before = vqgan.encoder.conv_in.weight.detach().clone()
+    recipe = TokenizerRecipe(num_steps=1, batch_size=4, warm_up_share=0, commitment=0)
+    list(train_tokenizer(vqgan, gradients(8), recipe, torch.Generator().manual_seed(0)))
+    # AdamW's first step has the size of the learning rate wherever there is a gradient; decay alone moves far less.
+    assert (vqgan.encoder.conv_in.weight - before).abs().median() > 0.5 * recipe.learning_rate / 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"revive_every": 0}, "revive_every is 0"),
+        ({"warm_up_share": 1.0}, "warm_up_share is 1.0"),
+    ],
+)
+def test_an_impossible_recipe_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        TokenizerRecipe(**overrides)

@@ -1,0 +1,270 @@
+"""What the tests of the pipeline share: photographs in folders, a tokenizer of their own, a tiny run, and one real run of the
+command line that several tests read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[2]
+DIGITS = REPOSITORY / "configs" / "digits.yaml"
+
+
+# Images --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def photographs() -> dict[str, Image.Image]:
+    """scikit-learn's two photographs, 640 x 427."""
+    from sklearn.datasets import load_sample_image
+
+    return {name: Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")}
+
+
+@pytest.fixture(scope="session")
+def make_image_folder(photographs: dict[str, Image.Image]) -> Callable[..., Path]:
+    """A folder of crops of the photographs: one class per photograph, JPEG and PNG in turn, of different shapes and depths."""
+
+    def make(root: Path, per_class: int = 6) -> Path:
+        for name, photograph in photographs.items():
+            for number in range(per_class):
+                left, top = 37 * number % 400, 53 * number % 250
+                crop = photograph.crop((left, top, left + 90 + 11 * number, top + 140 - 7 * number))
+                folder = root / name / ("deeper" if number % 3 == 2 else "")
+                folder.mkdir(parents=True, exist_ok=True)
+                suffix = ("jpg", "png", "JPEG")[number % 3]
+                crop.save(folder / f"{number:03d}.{suffix}")
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def image_folder(make_image_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve readable images in two classes."""
+    return make_image_folder(tmp_path_factory.mktemp("images") / "photographs")
+
+
+@pytest.fixture(scope="session")
+def broken_image_folder(make_image_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same twelve, and two files that are none: half of a JPEG, and text that is called one."""
+    root = make_image_folder(tmp_path_factory.mktemp("images") / "with-broken")
+    whole = (root / "china" / "000.jpg").read_bytes()
+    (root / "china" / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "flower" / "text.jpg").write_text("this is not an image")
+    return root
+
+
+# A tiny run ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def vqgan(photographs: dict[str, Image.Image]):
+    """A small tokenizer whose convolutions are untrained, but whose codebook lies where latents of the photographs do."""
+    import torch
+
+    from enat import VQGAN, VQGANConfig
+    from enat.tokenizer_training import initialize_codebook
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = VQGAN(VQGANConfig.preset("vqgan-small", codebook_size=32)).eval()
+    pixels = np.stack([np.asarray(photograph.resize((64, 48))) for photograph in photographs.values()])
+    tiles = torch.from_numpy(pixels).permute(0, 3, 1, 2).unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5)
+    initialize_codebook(made, tiles.reshape(-1, 3, 16, 16).float() / 255, torch.Generator().manual_seed(0))
+    return made.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_weights(vqgan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That tokenizer as a published file of weights, so that a run imports it and trains none."""
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("weights") / "vqgan.safetensors"
+    save_file({name.replace("codebook.", "quantize.embedding."): value.contiguous() for name, value in vqgan.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(image_folder: Path, tokenizer_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A YAML file of a run small enough for a test: twelve photographs, an imported tokenizer, a model of 32 channels."""
+    values = {
+        "name": "tiny",
+        "workspace": str(tmp_path_factory.mktemp("unused-workspace") / "runs"),
+        "dataset": {"kind": "image_folder", "name": "photographs", "path": str(image_folder)},
+        "tokenizer": {"codebook_size": 32, "weights": str(tokenizer_weights)},
+        "token_map": {"shard_size": 4},
+        "reference": {"num_epochs": 1},
+        "train": {
+            "model": {"encoder_layers": 2, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2},
+            "num_steps": 12,
+            "batch_size": 16,
+            "num_groups": 4,
+            "learning_rate": 1e-3,
+            "warm_up_steps": 4,
+            "ema_decay": 0.9,
+            "execution": {"checkpoint_every": 4, "log_every": 1, "max_failures": 0},
+        },
+        "generate": {"num_samples": 20, "shard_size": 8, "sampler": {"num_steps": 4}},
+        "tracking": {"enabled": False},
+    }
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_nodes(tiny_config: Path) -> Callable[..., list[Any]]:
+    """The nodes of the tiny run under overrides; until="train" gives that node and what it reads from, directly or not."""
+    from pipelines import pipeline
+
+    def nodes(*overrides: str, until: str = "report") -> list[Any]:
+        every = {node.id: node for node in pipeline.build(pipeline.load_run(tiny_config, overrides))}
+        needed, waiting = set(), [until]
+        while waiting:
+            needed.add(id := waiting.pop())
+            waiting += every[id].inputs.values()
+        return [node for node in every.values() if node.id in needed]
+
+    return nodes
+
+
+@pytest.fixture(scope="session")
+def make_session() -> Callable[..., Any]:
+    """A workflow session on a store, untracked and with a terminal that nobody reads, for tests that run stages in process."""
+    from rich.console import Console
+
+    from pipelines.tracking import RunHandle, TrackingConfig
+    from pipelines.workflow import Session
+
+    def make(store: Any, **replaced: Any) -> Session:
+        fields = {
+            "store": store,
+            "run": RunHandle("", None),
+            "tracking": TrackingConfig(enabled=False),
+            "console": Console(file=io.StringIO()),
+            "connect": lambda: None,  # the fixture ray_cluster has connected
+        }
+        return Session(**{**fields, **replaced})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_context(make_session: Callable[..., Any]) -> Callable[..., Any]:
+    """The context of one stage, for tests that call a stage's function themselves."""
+    from pipelines.workflow import StageContext
+
+    def make(store: Any, stage: str, key: str = "0" * 64, **replaced: Any) -> StageContext:
+        session = make_session(store)
+        fields = {"store": store, "run": session.run, "console": session.console, "connect": session.connect}
+        return StageContext(stage=stage, key=key, **{**fields, **replaced})
+
+    return make
+
+
+# The command line ----------------------------------------------------------------------------------------------------------
+
+ENAT = Path(sys.executable).with_name("enat")
+
+
+def _environment() -> dict[str, str]:
+    """Of a fresh shell: what this process has set up for its own Ray must not reach the command under test."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DS_", "TORCH_"))}
+    return {**inherited, "COLUMNS": "132"}
+
+
+@pytest.fixture(scope="session")
+def enat() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the `enat` command to its end."""
+
+    def run(*arguments: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+        command = [str(ENAT), *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=240, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def kill_enat_when() -> Callable[..., None]:
+    """Start the `enat` command and kill its whole process group with SIGKILL as soon as a condition holds."""
+    import psutil
+
+    def run(condition: Callable[[], bool], *arguments: object) -> None:
+        command = [str(ENAT), *map(str, arguments)]
+        with subprocess.Popen(
+            command, cwd=REPOSITORY, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        ) as process:
+            deadline = time.monotonic() + 120
+            try:
+                while not condition():
+                    assert process.poll() is None, f"it ended before it could be killed:\n{process.communicate()[0]}"
+                    assert time.monotonic() < deadline, "the condition never held"
+                    time.sleep(0.002)
+            finally:
+                children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                # Ray's daemons have groups of their own and end when they miss their driver; whoever does not is ended here.
+                for child in psutil.wait_procs(children, timeout=15)[1]:
+                    child.kill()
+        assert process.returncode == -signal.SIGKILL
+
+    return run
+
+
+@dataclass(frozen=True)
+class CommandLineRun:
+    """One run of `enat run`, what it said, and where it wrote."""
+
+    overrides: tuple[str, ...]
+    workspace: Path
+    process: subprocess.CompletedProcess[str]
+    seconds: float
+
+    @property
+    def store(self) -> Any:
+        from pipelines.artifacts import LocalStore
+
+        return LocalStore(self.workspace / "store")
+
+    def manifests(self) -> dict[str, Any]:
+        """By the key's stage; of the two models, samples and evaluations the run's own, not the untrained variant's."""
+        from pipelines import pipeline, workflow
+
+        run = pipeline.load_run(DIGITS, (*self.overrides, f"workspace={self.workspace}"))
+        return {planned.node.id: planned.manifest for planned in workflow.plan(pipeline.build(run), self.store)}
+
+
+TINY_DIGITS = (
+    "tokenizer.recipe.num_steps=30",
+    "token_map.shard_size=64",
+    "reference.num_epochs=1",
+    "train.num_steps=20",
+    "train.execution={num_workers: 1, checkpoint_every: 5, log_every: 5, sample_every: 10}",
+    "generate.num_samples=40",
+    "generate.shard_size=20",
+)
+
+
+@pytest.fixture(scope="session")
+def digits_run(enat: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> CommandLineRun:
+    """configs/digits.yaml with few steps, from nothing to the report: all real images, all stages, one variant."""
+    workspace = tmp_path_factory.mktemp("digits")
+    started = time.monotonic()
+    process = enat("run", DIGITS, f"workspace={workspace}", *TINY_DIGITS)
+    return CommandLineRun(TINY_DIGITS, workspace, process, time.monotonic() - started)

@@ -1,0 +1,454 @@
+"""The artifact store: nothing is overwritten, the manifest comes last and once, and what is read is what was written.
+
+The tests of the first part know ArtifactStore only; another kind of store joins them as a parameter of `place`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.artifacts import (
+    MANIFEST,
+    ArtifactStore,
+    FileRecord,
+    LocalStore,
+    Manifest,
+    StoreError,
+    canonical_json,
+    digest_of,
+    open_store,
+)
+
+STAGE, KEY = "train", "ab" * 32
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store under test, and what only its owner may do: look at everything that lies in it, and damage it."""
+
+    store: ArtifactStore
+    contents: Callable[[], dict[str, bytes]]
+    damage: Callable[[str, bytes | None], None]  # None removes the file
+
+
+def _folder_place(root: Path) -> Place:
+    def contents() -> dict[str, bytes]:
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+    def damage(name: str, content: bytes | None) -> None:
+        if content is None:
+            (root / name).unlink()
+        else:
+            (root / name).write_bytes(content)
+
+    return Place(open_store(str(root)), contents, damage)
+
+
+@pytest.fixture(params=["folder"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return {"folder": _folder_place}[request.param](tmp_path / "store")
+
+
+@pytest.fixture
+def store(place: Place) -> ArtifactStore:
+    return place.store
+
+
+@pytest.fixture
+def put(store: ArtifactStore, tmp_path: Path) -> Callable[..., FileRecord]:
+    def put(content: bytes, name: str = "model.safetensors", key: str = KEY) -> FileRecord:
+        source = tmp_path / f"source-{threading.get_ident()}"
+        source.write_bytes(content)
+        return store.put_file(STAGE, key, name, source)
+
+    return put
+
+
+def _manifest(*files: FileRecord, key: str = KEY, **fields: Any) -> Manifest:
+    return Manifest(stage=STAGE, key=key, stage_version=1, config={"width": 8}, inputs={}, files=files, **fields)
+
+
+def _together(count: int, act: Callable[[int], Any]) -> list[Any]:
+    """Results of act(0), act(1), ... begun at the same moment in threads of their own."""
+    barrier, results = threading.Barrier(count), [None] * count
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            results[number] = act(number)
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+# Manifests -----------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_manifest_there_is_no_artifact(store: ArtifactStore, put) -> None:
+    put(b"weights")
+    store.put_part(STAGE, KEY, "part-0", {"rows": 1})
+    assert store.read_manifest(STAGE, KEY) is None and list(store.manifests()) == []
+
+
+def test_a_committed_manifest_comes_back_whole(store: ArtifactStore, put) -> None:
+    manifest = _manifest(
+        put(b"weights"),
+        records=(put(b"{}", "history.json"),),
+        summary={"rows": 3, "names": ["å", "b"]},
+        metrics={"loss": 0.1 + 0.2},
+        provenance={"seconds": 1.5},
+    )
+    assert store.commit(manifest) == manifest
+    assert store.read_manifest(STAGE, KEY) == manifest
+    assert list(store.manifests()) == [manifest]
+    assert store.read_manifest(STAGE, "cd" * 32) is None
+
+
+def test_a_second_manifest_changes_nothing_and_is_answered_with_the_first(store: ArtifactStore, put) -> None:
+    first = store.commit(_manifest(put(b"weights"), provenance={"run": 1}))
+    second = store.commit(_manifest(put(b"other weights"), provenance={"run": 2}))
+    assert second == first == store.read_manifest(STAGE, KEY)
+
+
+def test_of_many_committers_at_once_one_wins_and_the_others_adopt_it(store: ArtifactStore, put) -> None:
+    record = put(b"weights")
+    for attempt in range(20):
+        key = digest_of(attempt)
+        assert put(b"weights", key=key) == record
+        offered = [_manifest(record, key=key, provenance={"run": number}) for number in range(8)]
+        adopted = _together(8, lambda number, offered=offered: store.commit(offered[number]))
+        assert adopted == [store.read_manifest(STAGE, key)] * 8
+        assert sum(manifest == adopted[0] for manifest in offered) == 1
+
+
+_COMMIT = """
+import sys, time
+from pathlib import Path
+from pipelines.artifacts import Manifest, open_store
+uri, go, number, source = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+store = open_store(uri)
+print("ready", flush=True)
+while not go.exists():
+    pass
+for key in range(50):
+    record = store.put_file("train", f"{key:064x}", "model.bin", source)
+    manifest = Manifest(stage="train", key=f"{key:064x}", stage_version=1, config={}, inputs={}, files=(record,), provenance={"run": number})
+    print(store.commit(manifest).provenance["run"])
+"""
+
+
+def test_of_two_processes_that_commit_at_once_one_wins_and_the_other_adopts_it(store: ArtifactStore, tmp_path: Path) -> None:
+    """Each has files of its own, as two runs of a stage that is not deterministic."""
+    go, processes = tmp_path / "go", []
+    for number in range(2):
+        source = tmp_path / f"model-{number}.bin"
+        source.write_bytes(bytes([number]) * 1000)
+        command = [sys.executable, "-c", _COMMIT, store.uri, str(go), str(number), str(source)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    go.touch()
+    answers = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert answers[0] == answers[1] and len(answers[0]) == 50
+    for manifest, winner in zip(store.manifests(), answers[0], strict=True):
+        assert manifest.provenance["run"] == int(winner)
+        assert store.fetch(manifest, "model.bin").read_bytes() == bytes([int(winner)]) * 1000
+
+
+def test_a_manifest_is_not_committed_before_its_files(store: ArtifactStore, place: Place, put) -> None:
+    record = put(b"weights")
+    with pytest.raises((AssertionError, OSError)):
+        store.commit(_manifest(record, FileRecord("more.bin", "more.bin", 3, "0" * 64)))
+    with pytest.raises((AssertionError, OSError)):
+        store.commit(_manifest(replace(record, size=record.size + 1)))
+    assert store.read_manifest(STAGE, KEY) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"stage": "tr',
+        b"{}",
+        b"[]",
+        pytest.param(b"5", marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="a number has no pop")),
+        pytest.param(
+            b"\xff\xfe\x00", marks=pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="its message names no file")
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_named_and_not_taken_for_no_artifact(place: Place, put, content: bytes) -> None:
+    place.store.commit(_manifest(put(b"weights")))
+    place.damage(f"{STAGE}/{KEY}/{MANIFEST}", content)
+    with pytest.raises(StoreError, match=MANIFEST):
+        place.store.read_manifest(STAGE, KEY)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "part-00042.parquet", "no-suffix", "two.dots.tar.gz"])
+@pytest.mark.parametrize("content", [b"", b"weights", bytes(range(256)) * 9000])
+def test_a_file_comes_back_with_its_bytes(store: ArtifactStore, put, name: str, content: bytes) -> None:
+    record = put(content, name)
+    assert (record.name, record.path, record.size) == (name, name, len(content))
+    manifest = store.commit(_manifest(record))
+    assert store.fetch(manifest, name).read_bytes() == content
+
+
+def test_the_same_bytes_again_are_the_same_file(place: Place, put) -> None:
+    first = put(b"weights")
+    before = place.contents()
+    assert put(b"weights") == first and place.contents() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "no-suffix", "two.dots.tar.gz"])
+def test_other_bytes_under_a_taken_name_get_another_path_and_both_stay_readable(store: ArtifactStore, put, name: str) -> None:
+    records = [put(content, name) for content in (b"first", b"second", b"third")]
+    assert len({record.path for record in records}) == 3 and {record.name for record in records} == {name}
+    assert all(Path(record.path).suffixes[-1:] == Path(name).suffixes[-1:] or "." not in name for record in records)
+    assert [store.fetch_file(STAGE, KEY, record).read_bytes() for record in records] == [b"first", b"second", b"third"]
+    assert [put(content, name) for content in (b"first", b"second", b"third")] == records
+
+
+def test_files_of_one_name_that_are_put_at_once_all_stay_readable(store: ArtifactStore, put) -> None:
+    contents = [bytes([number % 4]) * 100_000 for number in range(12)]
+    records = _together(12, lambda number: put(contents[number]))
+    assert [store.fetch_file(STAGE, KEY, record).read_bytes() for record in records] == contents
+    assert len({record.path for record in records}) == 4
+
+
+def test_a_changed_file_is_refused(place: Place, put) -> None:
+    manifest = place.store.commit(_manifest(put(b"weights")))
+    for content in (b"weightz", b"weight", b""):
+        place.damage(f"{STAGE}/{KEY}/model.safetensors", content)
+        with pytest.raises(StoreError, match=r"model\.safetensors was changed after it was made"):
+            place.store.fetch(manifest, "model.safetensors")
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weights")
+    assert place.store.fetch(manifest, "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_file_that_changes_after_it_was_read_is_refused_at_the_next_reading(place: Place, put) -> None:
+    manifest = place.store.commit(_manifest(put(b"weights")))
+    place.store.fetch(manifest, "model.safetensors")
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weightz")
+    with pytest.raises(StoreError, match="was changed"):
+        place.store.fetch(manifest, "model.safetensors")
+
+
+def test_a_file_that_is_gone_is_named(place: Place, put) -> None:
+    manifest = place.store.commit(_manifest(put(b"weights")))
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", None)
+    with pytest.raises(StoreError, match=r"model\.safetensors is gone"):
+        place.store.fetch(manifest, "model.safetensors")
+
+
+def test_a_name_whose_file_was_damaged_does_not_hide_the_right_bytes(place: Place, put) -> None:
+    put(b"weights")
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weightz")
+    record = put(b"weights")
+    assert place.store.fetch_file(STAGE, KEY, record).read_bytes() == b"weights"
+    place.damage(f"{STAGE}/{KEY}/{record.path}", b"weighty")
+    with pytest.raises(StoreError, match="damaged"):
+        put(b"weights")
+
+
+def test_asking_for_a_file_that_the_artifact_does_not_have_names_those_it_has(store: ArtifactStore, put) -> None:
+    manifest = store.commit(_manifest(put(b"1", "a.bin"), records=(put(b"2", "b.json"),)))
+    with pytest.raises(StoreError, match=r"no file 'c\.bin'; it has a\.bin, b\.json"):
+        store.fetch(manifest, "c.bin")
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_part_records_come_back_sorted_by_name_and_belong_to_one_key(store: ArtifactStore) -> None:
+    assert store.read_parts(STAGE, KEY) == {}
+    for part in (10, 2, 1):
+        store.put_part(STAGE, KEY, f"part-{part:05d}.parquet", {"rows": part, "quarantined": [["å", "reason"]]})
+    store.put_part(STAGE, "cd" * 32, "part-00000.parquet", {"rows": 0})
+    parts = store.read_parts(STAGE, KEY)
+    assert list(parts) == ["part-00001.parquet", "part-00002.parquet", "part-00010.parquet"]
+    assert parts["part-00010.parquet"] == {"rows": 10, "quarantined": [["å", "reason"]]}
+
+
+def test_the_first_record_of_a_part_stays(store: ArtifactStore) -> None:
+    records = [{"rows": number} for number in range(8)]
+    _together(8, lambda number: store.put_part(STAGE, KEY, "part-0", records[number]))
+    first = store.read_parts(STAGE, KEY)["part-0"]
+    store.put_part(STAGE, KEY, "part-0", {"rows": 99})
+    assert first in records and store.read_parts(STAGE, KEY) == {"part-0": first}
+
+
+def test_discarding_work_removes_records_and_state_and_leaves_the_artifact(place: Place, put) -> None:
+    store = place.store
+    manifest = store.commit(_manifest(put(b"weights")))
+    store.put_part(STAGE, KEY, "part-0", {"rows": 1})
+    store.put_part(STAGE, "cd" * 32, "part-0", {"rows": 2})
+    committed = {name for name in place.contents() if KEY in name and "part" not in name}
+    store.discard_work(STAGE, KEY)
+    assert {name for name in place.contents() if KEY in name} == committed
+    assert store.read_parts(STAGE, KEY) == {} and store.fetch(manifest, "model.safetensors").read_bytes() == b"weights"
+    assert store.read_parts(STAGE, "cd" * 32) == {"part-0": {"rows": 2}}
+    store.discard_work(STAGE, KEY)  # nothing left to remove is no error
+
+
+# Crashes -------------------------------------------------------------------------------------------------------------------
+
+_PUT = """
+import sys
+from pathlib import Path
+from pipelines.artifacts import open_store
+store, source = open_store(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+for number in range(100_000):
+    source.write_bytes(number.to_bytes(4) * 200_000)
+    record = store.put_file("train", "ab" * 32, f"file-{number:06d}.bin", source)
+    store.put_part("train", "ab" * 32, f"file-{number:06d}.bin", {"number": number, "path": record.path})
+"""
+
+
+@pytest.mark.parametrize("milliseconds", [5, 20, 45, 90])
+def test_a_process_that_is_killed_while_it_writes_leaves_no_half_file_under_a_name(
+    place: Place, tmp_path: Path, milliseconds: int
+) -> None:
+    command = [sys.executable, "-c", _PUT, place.store.uri, str(tmp_path / "source")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        while not place.store.read_parts(STAGE, KEY):
+            time.sleep(0.001)
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    files = {name.rpartition("/")[2]: content for name, content in place.contents().items() if name.endswith(".bin")}
+    assert files
+    for name, content in files.items():
+        number = int(name.removeprefix("file-").removesuffix(".bin"))
+        assert content == number.to_bytes(4) * 200_000, name
+    parts = place.store.read_parts(STAGE, KEY)
+    assert set(parts) <= set(files), "a part is recorded after its file"
+    # What was cut off can be written by the next run under its own name.
+    following = f"file-{len(files):06d}.bin"
+    source = tmp_path / "again"
+    source.write_bytes(b"whole")
+    assert place.store.put_file(STAGE, KEY, following, source).path == following
+
+
+# Digests -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_digest_names_the_content_and_not_how_it_came_about() -> None:
+    files = (FileRecord("a.bin", "a.bin", 1, "1" * 64), FileRecord("b.bin", "b.bin", 2, "2" * 64))
+    manifest = _manifest(*files, provenance={"seconds": 1.0})
+    same = [
+        replace(manifest, provenance={"seconds": 2.0, "code": "other"}),
+        replace(manifest, records=(FileRecord("history.json", "history.json", 5, "3" * 64),)),
+        replace(manifest, metrics={"loss": 1.0}),
+        replace(manifest, files=files[::-1]),
+        replace(manifest, files=(replace(files[0], path="a.0123456789ab.bin"), files[1])),
+    ]
+    other = [
+        replace(manifest, key="cd" * 32),
+        replace(manifest, stage="generate"),
+        replace(manifest, files=files[:1]),
+        replace(manifest, files=(replace(files[0], sha256="4" * 64), files[1])),
+        replace(manifest, files=(replace(files[0], name="c.bin"), files[1])),
+    ]
+    assert {each.digest for each in same} == {manifest.digest}
+    assert len({each.digest for each in [manifest, *other]}) == len(other) + 1
+
+
+def test_a_manifest_comes_back_from_json_with_its_digest() -> None:
+    manifest = _manifest(FileRecord("a.bin", "a.bin", 1, "1" * 64), summary={"rows": 3}, metrics={"loss": 1 / 3})
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert json.loads(manifest.to_json())["digest"] == manifest.digest
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(_VALUES)
+def test_canonical_json_says_the_value_and_nothing_of_its_order(value: Any) -> None:
+    def turned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: turned(value[key]) for key in reversed(value)}
+        return [turned(inner) for inner in value] if isinstance(value, list) else value
+
+    text = canonical_json(value)
+    assert canonical_json(turned(value)) == text and json.loads(text) == value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_canonical_json_refuses_numbers_that_equal_nothing(value: float) -> None:
+    for whole in (value, {"deep": [value]}):
+        with pytest.raises(ValueError, match="JSON"):
+            canonical_json(whole)
+
+
+# Places --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_that_can_be_written_says_nothing_and_keeps_nothing(place: Place) -> None:
+    place.store.check_writable()
+    assert place.contents() == {}
+
+
+def test_a_store_below_a_file_cannot_be_written_and_says_so(tmp_path: Path) -> None:
+    """Root may write everywhere, but not below a file."""
+    (tmp_path / "file").write_text("in the way")
+    store = open_store(str(tmp_path / "file" / "store"))
+    with pytest.raises(StoreError, match=rf"the store {tmp_path}/file/store cannot be written"):
+        store.check_writable()
+    assert store.read_manifest(STAGE, KEY) is None and list(store.manifests()) == []
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_kind_of_place_without_a_store_is_refused() -> None:
+    with pytest.raises(StoreError, match="ftp://host/folder"):
+        open_store("ftp://host/folder")
+
+
+def test_a_local_store_opens_relative_to_where_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store("runs/store")
+    monkeypatch.chdir("/")
+    assert store.uri == str(tmp_path / "runs" / "store") and store.place(STAGE, KEY).startswith(store.uri)
+
+
+def test_what_a_local_store_publishes_can_be_read_by_others(tmp_path: Path, put, local_store: LocalStore) -> None:
+    """Temporary files begin as private to their user; artifacts are shared."""
+    source = tmp_path / "source"
+    source.write_bytes(b"weights")
+    old = os.umask(0o077)
+    try:
+        record = local_store.put_file(STAGE, KEY, "model.bin", source)
+        local_store.commit(_manifest(record))
+    finally:
+        os.umask(old)
+    folder = local_store.root / STAGE / KEY
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o644"}
