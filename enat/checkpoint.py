@@ -51,14 +51,17 @@ def _load(path: str | Path, architecture: str) -> Any:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("enat", "{}"))
-            if header.get("architecture") != architecture:
-                found = header.get("architecture") or "no known architecture"
-                raise ValueError(f"{path} holds {found}, not the weights of {architecture}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    module = module_class(config_class(**header["config"]))
-    return load_strictly(module, tensors, source=str(path)).eval()
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file of weights: {error}") from error
+    found = header.get("architecture") if isinstance(header, dict) else None
+    if found != architecture:
+        raise ValueError(f"{path} holds {found or 'no known architecture'}, not the weights of {architecture}")
+    try:
+        config = config_class(**header["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} describes its {architecture} by fields that are not known here ({error})") from error
+    return load_strictly(module_class(config), tensors, source=str(path)).eval()
 
 
 def load_strictly(module: ModuleT, tensors: Mapping[str, Tensor], source: str = "the state dict") -> ModuleT:

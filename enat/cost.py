@@ -80,7 +80,8 @@ def _block_macs(
     dim = config.embed_dim
     num_keys = num_conditioning + (num_own if attends_self else 0)
     modulation = (8 if has_conditioning else 6) * dim * dim
-    query_and_project = 2 * dim * dim * num_own
+    # Where there is nothing to attend to (cross attention at the first step) no query is made.
+    query_and_project = (2 if num_keys else 1) * dim * dim * num_own
     key_value = 2 * dim * dim * num_keys
     attention = 2 * dim * num_own * num_keys
     mlp = 2 * config.mlp_ratio * dim * dim * num_own

@@ -26,7 +26,7 @@ class FeatureMoments:
 
     def add(self, features: torch.Tensor | np.ndarray) -> FeatureMoments:
         """features: float (B, F), any device and precision. Raises ValueError for another width or values that are not finite."""
-        values = features.detach().cpu().numpy() if isinstance(features, torch.Tensor) else features
+        values = features.detach().cpu().double().numpy() if isinstance(features, torch.Tensor) else features
         values = np.asarray(values, dtype=np.float64)
         if values.ndim != 2 or values.shape[1] != len(self._mean):
             raise ValueError(f"features have shape {values.shape}; (B, {len(self._mean)}) is needed")

@@ -292,7 +292,9 @@ class ENAT(nn.Module):
         visible = torch.cat([old, new], dim=1) if old is not None else new
 
         # Decoder: mask tokens gather from the visible ones.
-        masked = self._decode(_take(embedded, masked_index), visible, label_embedding)
+        masked = _take(embedded, masked_index)
+        if num_masked or self.training:
+            masked = self._decode(masked, visible, label_embedding)
 
         in_order = torch.cat([visible, masked], dim=1)
         position = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))

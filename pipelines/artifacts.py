@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -98,6 +99,11 @@ class Manifest:
         for name in ("files", "records"):
             fields[name] = tuple(FileRecord(**record) for record in fields[name])
         return cls(**fields)
+
+
+def without_credentials(uri: str) -> str:
+    """A URI for showing, without user and password. Cuts at the last @, since a password may hold one, or a slash."""
+    return re.sub(r"://\S*@", "://", uri)
 
 
 class ArtifactStore(ABC):
@@ -187,7 +193,7 @@ class LocalStore(ArtifactStore):
             return Manifest.from_json(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:  # no JSON, or other JSON than a manifest's
             raise StoreError(f"{path} is not a manifest ({error}); move the artifact away to make it again") from error
 
     def commit(self, manifest: Manifest) -> Manifest:

@@ -88,7 +88,7 @@ def run_pipeline(config: Path, overrides: tuple[str, ...], as_json: bool) -> Non
     started = time.monotonic()
     from pipelines import config as configuration
     from pipelines import pipeline, summary, tracking, workflow
-    from pipelines.artifacts import open_store
+    from pipelines.artifacts import open_store, without_credentials
 
     run = pipeline.load_run(config, overrides)
     store = open_store(run.store_uri)
@@ -98,7 +98,7 @@ def run_pipeline(config: Path, overrides: tuple[str, ...], as_json: bool) -> Non
     console = _console(stderr=as_json)
     nodes = pipeline.build(run)
     uri = tracking.resolve_uri(run.tracking, workspace)
-    tags = {"enat.config": str(config), "enat.code": workflow.code_version(), "enat.store": tracking.without_credentials(store.uri)}
+    tags = {"enat.config": str(config), "enat.code": workflow.code_version(), "enat.store": without_credentials(store.uri)}
     parent = tracking.start_run(uri, run.tracking, run.name, tags)
     parent.log_params(configuration.redacted(run))
     session = workflow.Session(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
+
+from pipelines.artifacts import without_credentials
 
 ConfigT = TypeVar("ConfigT")
 
@@ -34,7 +35,7 @@ def load_config(schema: type[ConfigT], path: Path, overrides: Sequence[str] = ()
         layers = [(str(path), OmegaConf.load(path))]
     except FileNotFoundError as error:
         raise ConfigError(f"there is no config file {path}") from error
-    except (YAMLError, OmegaConfBaseException, IsADirectoryError, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from error
     if not isinstance(layers[0][1], DictConfig):
         raise ConfigError(f"{path} holds no mapping of keys to values")
@@ -92,7 +93,7 @@ def redacted(config: Any) -> dict[str, Any]:
             return {key: clean(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [clean(inner) for inner in value]
-        return re.sub(r"://[^/@\s]*@", "://", value) if isinstance(value, str) else value
+        return without_credentials(value) if isinstance(value, str) else value
 
     cleaned: dict[str, Any] = clean(to_dict(config))
     return cleaned
@@ -153,7 +154,18 @@ def _has_resolver(value: Any) -> bool:
         return any(map(_has_resolver, value.values()))
     if isinstance(value, list):
         return any(map(_has_resolver, value))
-    return isinstance(value, str) and "${" in value and ":" in value.split("${", 1)[1].split("}", 1)[0]
+    if not isinstance(value, str):
+        return False
+    # A colon inside of ${...}, however nested; one behind it, as in ${host}:6379, is text.
+    depth = 0
+    for index, character in enumerate(value):
+        if value.startswith("${", index):
+            depth += 1
+        elif character == "}" and depth:
+            depth -= 1
+        elif character == ":" and depth:
+            return True
+    return False
 
 
 def _one_line(error: BaseException) -> str:

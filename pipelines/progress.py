@@ -47,7 +47,7 @@ class Reporter:
 
 
 class Bar:
-    """A progress bar on the driver's terminal; plain lines where the output is no terminal."""
+    """A progress bar on the driver's terminal; nothing where the output is no terminal."""
 
     def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
         self._console, self._title = console, title

@@ -6,6 +6,7 @@ A source is opened on the driver, which makes the shard plan; workers open it ag
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,10 +110,7 @@ class ImageFolderSource(Source):
         if not self.root.is_dir():
             raise ValueError(f"dataset.path {self.root} is no folder; give one that holds a folder of images per class")
         self.class_names = tuple(sorted(entry.name for entry in self.root.iterdir() if entry.is_dir()))
-        self._paths = sorted(
-            (path for path in self.root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.parent != self.root),
-            key=lambda path: path.relative_to(self.root).as_posix(),
-        )
+        self._paths = [path for name in self.class_names for path in _image_files(self.root / name)]
         if not self._paths:
             raise ValueError(f"dataset.path {self.root} has no images in class folders ({', '.join(_SUFFIXES)})")
         self._label = {name: label for label, name in enumerate(self.class_names)}
@@ -128,6 +126,12 @@ class ImageFolderSource(Source):
         for path in self._paths[start:stop]:
             relative = path.relative_to(self.root)
             yield ImageRow(relative.as_posix(), path.read_bytes(), self._label[relative.parts[0]])
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Images at any depth, following links, in the order of their paths."""
+    found = [Path(parent) / name for parent, _, names in os.walk(folder, followlinks=True) for name in names]
+    return sorted((path for path in found if path.suffix.lower() in _SUFFIXES), key=lambda path: path.as_posix())
 
 
 @cache

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.artifacts import without_credentials
 from pipelines.stages.report import MAIN
-from pipelines.tracking import without_credentials
 from pipelines.workflow import Done, Planned, Session
 
 

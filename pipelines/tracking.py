@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+
+from pipelines.artifacts import without_credentials
 
 _log = logging.getLogger(__name__)
 _PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
@@ -35,12 +36,6 @@ class TrackingConfig:
 
 def resolve_uri(config: TrackingConfig, beside: Path) -> str:
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(beside / 'mlflow.db').absolute()}"
-
-
-def without_credentials(uri: str) -> str:
-    """A URI for showing: user and password, if it holds any, are left out."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 @dataclass

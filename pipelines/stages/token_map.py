@@ -86,7 +86,7 @@ def _job(
     arguments = (context.for_workers(), info, tokenizer, config.execution)
     return (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(_Decode(config.dataset, info.resolution), batch_size=1, num_cpus=1)
+        .map_batches(_Decode(config.dataset, info.resolution), batch_size=1, num_cpus=cluster.cpus_beside(config.execution))
         .map_batches(_Encode, fn_constructor_args=arguments, **actor_pool(config.execution, len(rows)))
     )
 

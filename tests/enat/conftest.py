@@ -1,16 +1,13 @@
-"""Settings of this folder: two threads, and properties that draw the same examples in every run."""
+"""Settings of this folder."""
 
 import sys
 from pathlib import Path
 
 import torch
-from hypothesis import settings
 
-# plain.py and small_models.py stand beside the tests, whatever import mode pytest runs in.
-sys.path.insert(0, str(Path(__file__).parent))
+# This folder for plain.py and small_models.py, whatever import mode pytest runs in. The repository's root before it: tests/ may
+# stand on the path, too, where a folder called enat would hide the package.
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-torch.set_num_threads(2)
-
-# No deadline: the first forward pass of a process is many times slower than the next.
-settings.register_profile("enat", deadline=None, derandomize=True, max_examples=40)
-settings.load_profile("enat")
+# One thread: these tensors are tiny, and on a busy machine threads mostly wait for one another.
+torch.set_num_threads(1)

@@ -2,22 +2,14 @@
 
 import pytest
 import torch
+from small_models import nested_tokens, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from enat import ENAT, VQGAN, ENATConfig, SamplerConfig, VQGANConfig, generation_cost, sample
 from enat.cost import decoder_macs, encoder_macs
-from small_models import nested_tokens, small_config
 
 ONE_PASS = SamplerConfig(guidance_scale=1.0)
-
-empty_cross_attention = pytest.mark.xfail(
-    strict=True, reason="where nothing is visible the cross decoder runs no query projection, but step_macs counts it"
-)
-nothing_masked = pytest.mark.xfail(
-    strict=True,
-    reason="once nothing is masked the decoder still runs (adaLN, keys and values of visible tokens), but step_macs counts 0",
-)
 
 
 def gmacs(config, sampler=ONE_PASS):
@@ -83,7 +75,7 @@ def counted_macs_per_call(model, run):
     [
         {},
         {"decoder_attention": "full"},
-        pytest.param({"decoder_attention": "cross"}, marks=empty_cross_attention),
+        {"decoder_attention": "cross"},
         {"reuse": False},
         {"decoder_attention": "full", "reuse": False},
         {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_size": 5, "mlp_ratio": 2},
@@ -97,9 +89,9 @@ def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings)
     assert counted == generation_cost(model.config, config).executed_macs_per_step
 
 
-@nothing_masked
-def test_executed_macs_of_steps_that_find_nothing_masked():
-    model = ENAT(small_config(grid_size=2)).eval().requires_grad_(False)
+@pytest.mark.parametrize("decoder_attention", ["self_cross", "cross", "full"])
+def test_executed_macs_of_steps_that_find_nothing_masked(decoder_attention):
+    model = ENAT(small_config(grid_size=2, decoder_attention=decoder_attention)).eval().requires_grad_(False)
     config = SamplerConfig(num_steps=8)
     assert config.num_masked_at(7, 4) == 0
     counted = counted_macs_per_call(model, lambda: sample(model, torch.tensor([1]), config, seeds=[0]))
@@ -114,7 +106,7 @@ def published_run(model, tokens_per_step, reuse, num_masked_per_step):
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("decoder_attention", ["self_cross", "full", pytest.param("cross", marks=empty_cross_attention)])
+@pytest.mark.parametrize("decoder_attention", ["self_cross", "full", "cross"])
 def test_published_macs_are_those_of_one_forward_pass_a_step(decoder_attention, reuse):
     model = ENAT(small_config(decoder_attention=decoder_attention)).eval().requires_grad_(False)
     config = SamplerConfig(guidance_scale=1.0, reuse=reuse, num_steps=5)

@@ -1,14 +1,14 @@
 """The objective: what counts, who teaches, which weights learn."""
 
 import numpy as np
+import plain
 import pytest
 import torch
+from small_models import golden, golden_enat, nested_tokens, small_enat
 
-import plain
 from enat.loss import masked_cross_entropy, objective, previous_features
 from enat.masking import MaskedCodes, MaskingConfig, mask_codes
 from enat.model import DECODER_ATTENTIONS
-from small_models import golden, golden_enat, nested_tokens, small_enat
 
 LABELS = torch.tensor([0, 3, 5])
 

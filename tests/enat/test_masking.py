@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import beta as beta_distribution
 
 from enat.masking import MaskingConfig, mask_codes
 
@@ -47,6 +48,16 @@ def test_the_number_of_masked_tokens_is_clamped(alpha, beta, num_masked):
     rng = np.random.default_rng(0)
     config = MaskingConfig(alpha=alpha, beta=beta)
     assert {mask_codes(codes_of(1, 16), MASK_ID, config, rng).num_masked for _ in range(20)} == {num_masked}
+
+
+def test_numbers_of_masked_tokens_are_rounded_and_follow_the_beta_distribution():
+    rng, num_tokens, num_draws = np.random.default_rng(0), 16, 5000
+    counts = [mask_codes(codes_of(1, num_tokens), MASK_ID, MaskingConfig(), rng).num_masked for _ in range(num_draws)]
+    # Each number takes the ratios that round to it, the first and the last also what is beyond.
+    below = beta_distribution(12, 3).cdf((np.arange(1, num_tokens - 1) + 0.5) / num_tokens)
+    probs = np.diff(below, prepend=0, append=1)
+    deviation = np.bincount(counts, minlength=num_tokens)[1:] - num_draws * probs
+    assert (np.abs(deviation) < 4.5 * np.sqrt(num_draws * probs) + 1).all()
 
 
 def test_mask_ratios_follow_the_beta_distribution():

@@ -1,12 +1,12 @@
 """The network: equal to the published one and to the plain one, the published sizes, what it refuses."""
 
+import plain
 import pytest
 import torch
+from small_models import golden, golden_enat, nested_tokens, small_config, small_enat
 
-import plain
 from enat import ENAT, ENATConfig
 from enat.model import DECODER_ATTENTIONS
-from small_models import golden, golden_enat, nested_tokens, small_config, small_enat
 
 # All masked, then fewer and fewer, none new from one step to the next, and nothing masked at the end.
 NUM_MASKED = [16, 13, 7, 7, 1, 0]

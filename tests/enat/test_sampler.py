@@ -1,11 +1,11 @@
 """Sampling: equal to the published run and to the plain loop, and what holds for every run."""
 
+import plain
 import pytest
 import torch
-
-import plain
-from enat import SamplerConfig, sample
 from small_models import golden, golden_enat, small_enat
+
+from enat import SamplerConfig, sample
 
 GREEDY = {"sampling_temperature": 0.0, "remask_temperature": 0.0}
 
@@ -135,6 +135,18 @@ def test_temperature_0_takes_the_most_likely_code():
         best = model(trajectory[0], labels).logits.argmax(dim=-1)  # the first step is unguided
     revealed = trajectory[1] != model.config.mask_id
     assert torch.equal(trajectory[1][revealed], best[revealed])
+
+
+@pytest.mark.parametrize("settings", [{"sampling_temperature": 0.0}, {"num_steps": 1}], ids=["throughout", "in the last step"])
+def test_temperature_0_is_an_argmax_and_no_low_temperature(settings):
+    """One code is a little more likely than all others, by less than any temperature could tell."""
+    model = small_enat()
+    with torch.no_grad():
+        model.head.norm_out.weight.zero_()
+        model.head.norm_out.bias.zero_()
+        model.head.bias.zero_()
+        model.head.bias[17] = 1e-5
+    assert (sample(model, torch.arange(4), SamplerConfig(**settings), seeds=range(4)) == 17).all()
 
 
 def test_without_any_temperature_seeds_do_not_matter():

@@ -1,11 +1,11 @@
 """The tokenizer: equal to the published one, shapes, sizes, what it refuses."""
 
+import plain
 import pytest
 import torch
-
-import plain
-from enat import VQGAN, VQGANConfig
 from small_models import golden, golden_vqgan, randomize, small_vqgan
+
+from enat import VQGAN, VQGANConfig
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,9 @@ def tokenizer_weights(vqgan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
 
     path = tmp_path_factory.mktemp("weights") / "vqgan.safetensors"
-    save_file({name.replace("codebook.", "quantize.embedding."): value.contiguous() for name, value in vqgan.state_dict().items()}, path)
+    save_file(
+        {name.replace("codebook.", "quantize.embedding."): value.contiguous() for name, value in vqgan.state_dict().items()}, path
+    )
     return path
 
 
@@ -207,7 +209,13 @@ def kill_enat_when() -> Callable[..., None]:
     def run(condition: Callable[[], bool], *arguments: object) -> None:
         command = [str(ENAT), *map(str, arguments)]
         with subprocess.Popen(
-            command, cwd=REPOSITORY, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            cwd=REPOSITORY,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         ) as process:
             deadline = time.monotonic() + 120
             try:
