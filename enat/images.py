@@ -30,11 +30,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter and an error
+            warnings.simplefilter("ignore")  # of odd metadata, which is not used, and of bombs, which are an error below
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{image.width} x {image.height} pixels is over the limit of {max_pixels}")
-            if (num_frames := getattr(image, "n_frames", 1)) > 1:
+            # An MPO is a JPEG with further pictures behind it (phones, stereo cameras); the first is the photograph.
+            if image.format != "MPO" and (num_frames := getattr(image, "n_frames", 1)) > 1:
                 raise ImageError(f"it is animated ({num_frames} frames)")
             image.load()
             return _to_rgb(image)
@@ -54,7 +55,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grayscale; convert("RGB") would clip it to 255
         values = np.asarray(image, dtype=np.uint32)
-        return Image.fromarray((values // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -62,11 +63,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """ADM's crop to (resolution, resolution): halve with BOX while at least twice too large, BICUBIC to size, centre crop."""
+    """ADM's crop to (resolution, resolution): halve with BOX while at least twice too large, BICUBIC to size, centre crop.
+
+    Raises ImageError for an image so narrow that the resized one would be over MAX_PIXELS.
+    """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"it is too narrow: at {resolution} pixels it would be {width} x {height}")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
 

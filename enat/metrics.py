@@ -41,7 +41,9 @@ class FeatureMoments:
         return self
 
     def merge(self, other: FeatureMoments) -> FeatureMoments:
-        """Add what another one saw. Merge in a fixed order where the last bits matter."""
+        """Add what another one saw. Merge in a fixed order where the last bits matter. Raises ValueError for another width."""
+        if len(other._mean) != len(self._mean):
+            raise ValueError(f"moments of {len(other._mean)} features cannot be merged into those of {len(self._mean)}")
         count = self.count + other.count
         if other.count:
             shift = other._mean - self._mean

@@ -267,6 +267,8 @@ class ENAT(nn.Module):
         logits: "masked" evaluates the head at masked positions only.
         dropout_generator: draws the dropout in training mode; None takes torch's default generator.
         """
+        if tokens.shape != (len(labels), self.config.num_tokens):
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; ({len(labels)}, {self.config.num_tokens}) is needed")
         mask = tokens == self.config.mask_id
         if previous is not None and self.previous_projection is None:
             raise ValueError("this model was made with reuse=False and takes no features of a previous step")

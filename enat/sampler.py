@@ -15,7 +15,7 @@ from torch import Tensor
 from enat import schedule
 from enat.model import ENAT, ENATOutput
 
-_LOWEST_TEMPERATURE = 1e-3  # published: keeps the last step's draw from dividing by zero
+_LOWEST_TEMPERATURE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,11 @@ class SamplerConfig:
     def guidance_at(self, step: int) -> float:
         return schedule.guidance_weight(step / self.num_steps, self.guidance_scale, self.guidance_schedule)
 
+    def sampling_temperature_at(self, step: int) -> float:
+        """0, or at least 1e-3: the published sampler draws at that temperature in the last step."""
+        falling = schedule.temperature((step + 1) / self.num_steps, self.sampling_temperature)
+        return max(falling, _LOWEST_TEMPERATURE) if self.sampling_temperature else 0.0
+
     def num_masked_at(self, step: int, num_tokens: int) -> int:
         """Tokens masked in the input of `step`; num_steps gives what is left at the end, 0."""
         return num_tokens if step == 0 else schedule.num_masked_after(step - 1, self.num_steps, num_tokens, self.mask_schedule)
@@ -63,7 +68,7 @@ class SamplerConfig:
         return 2 if any(self.guidance_at(any_step) != 1.0 for any_step in range(self.num_steps)) else 1
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: codes may be fed to a model that is being trained
 def sample(model: ENAT, labels: Tensor, config: SamplerConfig, *, seeds: Sequence[int], return_trajectory: bool = False) -> Any:
     """Codes for labels, int64 (B,) -> int64 (B, L) in [0, V), on the model's device. The model must be in eval mode.
 
@@ -100,7 +105,7 @@ def sample(model: ENAT, labels: Tensor, config: SamplerConfig, *, seeds: Sequenc
         # Draw a code for every masked token; confidence is its untempered log-probability, with noise.
         masked_index = output.masked_index[:num_images]
         token_noise, remask_noise = (uniforms[:, step, kind].gather(1, masked_index) for kind in (0, 1))
-        sampled_codes = _draw_codes(log_probs, schedule.temperature(progress, config.sampling_temperature), token_noise)
+        sampled_codes = _draw_codes(log_probs, config.sampling_temperature_at(step), token_noise)
         confidence = log_probs.gather(-1, sampled_codes[..., None])[..., 0]
         confidence = confidence - schedule.temperature(progress, config.remask_temperature) * torch.log(-torch.log(remask_noise))
 
@@ -114,7 +119,7 @@ def _draw_codes(log_probs: Tensor, temperature: float, uniform: Tensor) -> Tenso
     """Codes (B, M) from softmax(log_probs / temperature) by inverse CDF; the most likely code at temperature 0."""
     if temperature == 0:
         return log_probs.argmax(dim=-1)
-    cumulative = (log_probs / max(temperature, _LOWEST_TEMPERATURE)).softmax(dim=-1).cumsum(dim=-1)
+    cumulative = (log_probs / temperature).softmax(dim=-1).cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None], right=True)[..., 0]
     return drawn.clamp_max(log_probs.shape[-1] - 1)
 
@@ -136,7 +141,8 @@ def _check(model: ENAT, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         raise ValueError("there is nothing to sample: labels is empty")
     if model.training:
         raise ValueError("the model is in training mode, where dropout would disturb samples; call model.eval() first")
-    labels = torch.as_tensor(labels, dtype=torch.int64)
+    if labels.is_floating_point():
+        raise ValueError(f"labels have dtype {labels.dtype}; integers are needed")
     if int(labels.min()) < 0 or int(labels.max()) > model.config.null_label:
         raise ValueError(
             f"labels range from {int(labels.min())} to {int(labels.max())}; this model knows 0 to {model.config.null_label}"

@@ -101,9 +101,12 @@ def run_pipeline(config: Path, overrides: tuple[str, ...], as_json: bool) -> Non
     tags = {"enat.config": str(config), "enat.code": workflow.code_version(), "enat.store": without_credentials(store.uri)}
     parent = tracking.start_run(uri, run.tracking, run.name, tags)
     parent.log_params(configuration.redacted(run))
-    session = workflow.Session(
-        store=store, run=parent, tracking=run.tracking, console=console, connect=lambda: cluster.connect(run.cluster)
-    )
+
+    def connect() -> None:
+        with console.status("connecting to Ray"):
+            cluster.connect(run.cluster)
+
+    session = workflow.Session(store=store, run=parent, tracking=run.tracking, console=console, connect=connect)
     try:
         done = workflow.execute(nodes, session)
     except BaseException as error:

@@ -77,7 +77,8 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
     distance = answer["scores"][MAIN]["frechet_distance"]
     for variant, metrics in answer["scores"].items():
         if variant != MAIN and distance:
-            console.print(f"\nfrechet_distance of {variant} is {metrics['frechet_distance'] / distance:.1f} times that of {MAIN}")
+            ratio = metrics["frechet_distance"] / distance
+            console.print(f"\nfrechet_distance of {variant} is {ratio:.1f} times that of {MAIN}", highlight=False)
 
     reused = sum(item["reused"] for item in answer["stages"])
     console.print(f"\n{len(answer['stages'])} stages, {reused} reused, {answer['seconds']:.1f} s in all", highlight=False)

@@ -161,7 +161,8 @@ def _sample_image(model: ENAT, label: int, config: SamplerConfig, seed: int) -> 
             if tokens[position] != mask_id:
                 continue
             log_probs = logits[position].double().log_softmax(dim=0)
-            code = _draw(log_probs, config.sampling_temperature * (1 - ratio), noise[step, 0, position].item())
+            temperature = max(config.sampling_temperature * (1 - ratio), 1e-3) if config.sampling_temperature else 0.0
+            code = _draw(log_probs, temperature, noise[step, 0, position].item())
             gumbel = -math.log(-math.log(noise[step, 1, position].item()))
             drawn[position] = code
             confidence[position] = log_probs[code].item() + config.remask_temperature * (1 - ratio) * gumbel
@@ -177,7 +178,7 @@ def _draw(log_probs: Tensor, temperature: float, uniform: float) -> int:
     """The first code at which the running sum of the tempered probabilities passes the uniform number."""
     if temperature == 0:
         return int(log_probs.argmax())
-    probs = (log_probs / max(temperature, 1e-3)).softmax(dim=0).tolist()
+    probs = (log_probs / temperature).softmax(dim=0).tolist()
     total = 0.0
     for code, prob in enumerate(probs):
         total += prob

@@ -225,3 +225,17 @@ def test_a_grid_places_images_row_by_row_on_white(as_list):
                 row, column = 1 + index // 3 * 9 + y, 1 + index % 3 * 13 + x
                 expected[row, column] = images[index, :, y // 2, x // 2].numpy()
     assert np.array_equal(grid, expected)
+
+
+def test_a_jpeg_with_further_pictures_behind_it_is_its_first():
+    first, second = (Image.new("RGB", (20, 12), color) for color in ("red", "blue"))
+    buffer = io.BytesIO()
+    first.save(buffer, "MPO", save_all=True, append_images=[second], quality=95)
+    red, _, blue = np.asarray(decode_image(buffer.getvalue()), dtype=int).mean(axis=(0, 1))
+    assert red > 240
+    assert blue < 15
+
+
+def test_an_image_too_narrow_to_be_resized_is_refused():
+    with pytest.raises(ImageError, match="too narrow: at 256 pixels it would be 256 x 25600000"):
+        center_crop(Image.new("RGB", (1, 100_000)), 256)

@@ -82,6 +82,29 @@ def test_the_codebook_starts_at_centres_of_the_latents():
     assert code_usage(vqgan.encode(images), 24)[0] > 0.9
 
 
+def test_quantized_training_starts_from_that_codebook_and_moves_dead_entries_until_it_settles():
+    vqgan, images = new_vqgan(), tiles(16)
+    # Nearly no learning rate: only the codebook's own rules move anything.
+    recipe = TokenizerRecipe(num_steps=10, batch_size=8, warm_up_share=0.2, revive_every=2, learning_rate=1e-9)
+    entries = vqgan.codebook.weight.data
+    steps = train_tokenizer(vqgan, images, recipe, torch.Generator().manual_seed(0))
+
+    def run_two_steps_after_killing(count):
+        entries[:count] = 1e3
+        next(steps)
+        return next(steps).is_quantized
+
+    assert not run_two_steps_after_killing(32)
+    assert (entries > 900).all()
+    assert run_two_steps_after_killing(32)  # the codebook is made of latents, whatever it was
+    assert (entries < 100).all()
+    assert run_two_steps_after_killing(10)
+    assert (entries < 100).all()
+    run_two_steps_after_killing(0)
+    run_two_steps_after_killing(10)  # the last fifth
+    assert (entries[:10] > 900).all()
+
+
 def test_unused_entries_move_onto_latents_and_used_ones_stay():
     vqgan = small_vqgan()
     before = vqgan.codebook.weight.detach().clone()
