@@ -65,7 +65,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
             loss_curve=_data_uri(_loss_curve(history)) if history else None,
             reconstructions=_reconstructions(inputs["tokenizer"], context),
             scores=_scores(config, inputs),
-            cost=_cost(model, samples, inputs["tokenizer"]),
+            cost=_cost(inputs),
             artifacts=[
                 {"name": name, "manifest": manifest, "place": context.store.place(manifest.stage, manifest.key)}
                 for name, manifest in inputs.items()
@@ -165,15 +165,29 @@ def _scores(config: ReportConfig, inputs: Mapping[str, Manifest]) -> list[dict[s
     return rows
 
 
-def _cost(model: Manifest, samples: Manifest, tokenizer: Manifest) -> dict[str, Any]:
+def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Analytic cost of an image, and what the run's own stages took."""
+    model, samples, tokenizer = (inputs[name] for name in ("model", "samples", "tokenizer"))
     architecture, sampler = ENATConfig(**model.summary["model"]), SamplerConfig(**samples.summary["sampler"])
     cost = generation_cost(architecture, sampler, VQGANConfig(**tokenizer.summary["config"]))
     masked = [sampler.num_masked_at(step, architecture.num_tokens) for step in range(sampler.num_steps)]
-    return {"cost": cost, "masked": masked, "num_tokens": architecture.num_tokens, "guidance_scale": sampler.guidance_scale}
+    times = ("seconds", "worker_seconds", "device_seconds")
+    per_sample = {name: samples.provenance[name] / samples.summary["num_samples"] for name in times}
+    stages = ("tokenizer", "token_map", "reference", "model", "samples", "evaluation")
+    return {
+        "cost": cost,
+        "masked": masked,
+        "num_tokens": architecture.num_tokens,
+        "guidance_scale": sampler.guidance_scale,
+        "measured": [
+            {"what": "codes of one sample", **per_sample},
+            *({"what": name, **{time: inputs[name].provenance[time] for time in times}} for name in stages),
+        ],
+    }
 
 
 def _data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
 
 
-STAGE = Stage("report", 1, run)
+STAGE = Stage("report", 2, run)
