@@ -32,8 +32,8 @@ def main() -> None:
     except click.exceptions.Exit as exit:
         sys.exit(exit.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        usage = f"{error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else "enat --help"
+        _fail(f"{error.format_message().rstrip('.')}; see {usage}", 2)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; the same command continues from what is committed", 130)
     except ValueError as error:

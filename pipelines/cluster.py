@@ -71,16 +71,6 @@ def connect(config: ClusterConfig) -> None:
     _silence_ray_data()
 
 
-def cpus_beside(workers: Workers) -> float:
-    """CPUs for each task that feeds a pool of workers: 1, or 0 (sharing the pool's) where the pool takes the whole cluster.
-
-    A task that asked for a CPU no one will ever free would wait for ever, and the pool for it.
-    """
-    import ray
-
-    return 1.0 if ray.cluster_resources()["CPU"] >= workers.cpus_per_worker * workers.num_workers + 1 else 0.0
-
-
 def _stay_on_loopback() -> None:
     """Bind every service of a local cluster to 127.0.0.1, as Ray itself does on macOS and Windows; on Linux it would open
     its ports to the network. Set here and not for good, because joining a real cluster needs the real address."""

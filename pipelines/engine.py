@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -78,11 +79,15 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint folder has the state of every rank that took part."""
-    if not (folder / STATE).is_file():
+    """Whether a checkpoint folder has the state of every rank that took part, and none of its files is cut short."""
+    try:
+        ranks = range(load_state(folder)["world_size"])
+        for path in (*folder.glob("*.safetensors"), *(folder / f"optimizer-{rank:05d}.safetensors" for rank in ranks)):
+            with safe_open(str(path), framework="pt"):
+                pass  # opening compares the file's length with its header
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
-    ranks = range(load_state(folder)["world_size"])
-    return all((folder / f"optimizer-{rank:05d}.safetensors").is_file() for rank in ranks)
+    return True
 
 
 def load_moments(folder: Path, engine: Any, world_size: int) -> None:

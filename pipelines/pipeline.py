@@ -52,6 +52,9 @@ class RunConfig:
         for name in (self.name, *self.variants):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise ValueError(f"the name {name!r} must begin with a letter or digit and go on with those, '.', '_' or '-'")
+        for name, values in self.variants.items():
+            if not isinstance(values, Mapping):
+                raise ValueError(f"variant {name} is {values!r}; it must be a mapping of keys to the values that replace the run's")
         if report.MAIN in self.variants:
             raise ValueError(f"a variant cannot be called {report.MAIN!r}: that is the run's own model")
 

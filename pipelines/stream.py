@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import ray
 import ray.data
 from ray import exceptions
 
@@ -32,6 +33,18 @@ def actor_pool(execution: Execution, num_rows: int) -> dict[str, Any]:
         "max_restarts": 0,  # stream_records starts anew with what is missing, which also covers lost objects and nodes
         **execution.resources,
     }
+
+
+def feeding_tasks(execution: Execution) -> dict[str, Any]:
+    """Arguments of map_batches for tasks that prepare rows for an actor pool: a CPU each.
+
+    Where the pool takes the whole cluster they share its CPUs, and are no more than its workers: a task that asked for a CPU that
+    no one will ever free would wait for ever, and the pool for it.
+    """
+    spare = ray.cluster_resources()["CPU"] - execution.cpus_per_worker * execution.num_workers
+    if spare >= 1:
+        return {"batch_size": 1, "num_cpus": 1}
+    return {"batch_size": 1, "num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=execution.num_workers)}
 
 
 def stream_records(rows: Sequence[dict[str, Any]], job: Callable[[list[dict[str, Any]]], ray.data.Dataset]) -> Iterator[Any]:

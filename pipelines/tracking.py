@@ -44,6 +44,7 @@ class RunHandle:
 
     uri: str
     run_id: str | None
+    parent: RunHandle | None = field(default=None, repr=False)
     _given_up: bool = field(default=False, repr=False)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
@@ -95,18 +96,22 @@ class RunHandle:
             with _quiet():
                 return action(_client(self.uri))
         except Exception as error:  # whatever an observer fails with must not stop the work
-            self._given_up = True
-            _log.warning(
-                "tracking at %s does not answer; this run goes on without it (%s)",
-                without_credentials(self.uri),
-                _first_line(error),
-            )
+            self._give_up(_first_line(error))
             return None
+
+    def _give_up(self, reason: str) -> None:
+        """Also on behalf of the run that this one is nested in: one warning is enough, and no later stage need try."""
+        self._given_up = True
+        if self.parent is None or not self.parent._given_up:
+            _log.warning("tracking at %s does not answer; this run goes on without it (%s)", without_credentials(self.uri), reason)
+        if self.parent is not None:
+            self.parent._given_up = True
 
 
 def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, str], parent: RunHandle | None = None) -> RunHandle:
     """A new run, nested where a parent is given. Where tracking is off or down: a handle that does nothing."""
-    handle = RunHandle(uri, "pending" if config.enabled and not (parent and (parent.run_id is None or parent._given_up)) else None)
+    is_off = not config.enabled or (parent is not None and (parent.run_id is None or parent._given_up))
+    handle = RunHandle(uri, None if is_off else "pending", parent)
 
     def create(client: Any) -> str:
         experiment = client.get_experiment_by_name(config.experiment)
@@ -156,4 +161,4 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]

@@ -152,6 +152,7 @@ class TrainTask:
     token_map: Manifest
     tokenizer: Manifest
     reporter: Reporter
+    resume_from: str | None = None  # a checkpoint's folder, where Ray Train does not know of one itself
 
 
 def initial_model(architecture: ENATConfig, seed: int) -> ENAT:
@@ -166,7 +167,8 @@ def train_loop(task: Mapping[str, TrainTask]) -> dict[str, Any] | None:
     trainer = Trainer(task["task"], ray.train.torch.get_device())
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        trainer.start(None)
+        resume_from = task["task"].resume_from
+        trainer.start(Path(resume_from) if resume_from else None)
     else:
         with checkpoint.as_directory() as folder:
             trainer.start(Path(folder))

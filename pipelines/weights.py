@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,7 +25,9 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     A torch file may hold the state dict under "state_dict". Raises ValueError for what is no file of weights.
     """
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch tells of a pickle's protocol, also of one that it refuses next
+            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is not opened: it is no torch file, or holds more than tensors") from error
     except (SafetensorError, RuntimeError, EOFError) as error:

@@ -20,6 +20,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from pipelines import config as configuration
@@ -229,6 +230,12 @@ def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking
             stage=node.stage.name, key=key, store=store, run=run, console=session.console, connect=session.connect
         )
         result = node.stage.run(node.config, inputs, context)
+    except RayTaskError as error:
+        run.finish("FAILED")
+        if isinstance(error.cause, ValueError):  # bad input that a worker found: its own sentence, without the worker's traceback
+            raise ValueError(str(error.cause)) from error
+        _log.exception("stage %s failed", node.id)
+        raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
     except (ValueError, KeyboardInterrupt) as error:
         run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise

@@ -23,7 +23,7 @@ from enat.images import ImageError, center_crop, decode_image, to_array, to_floa
 from pipelines import cluster, token_map
 from pipelines.artifacts import FileRecord, Manifest
 from pipelines.sources import DatasetConfig, Source, open_source
-from pipelines.stream import actor_pool, stream_records
+from pipelines.stream import actor_pool, feeding_tasks, stream_records
 from pipelines.token_map import TokenMapInfo
 from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
 
@@ -86,7 +86,7 @@ def _job(
     arguments = (context.for_workers(), info, tokenizer, config.execution)
     return (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(_Decode(config.dataset, info.resolution), batch_size=1, num_cpus=cluster.cpus_beside(config.execution))
+        .map_batches(_Decode(config.dataset, info.resolution), **feeding_tasks(config.execution))
         .map_batches(_Encode, fn_constructor_args=arguments, **actor_pool(config.execution, len(rows)))
     )
 

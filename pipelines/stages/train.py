@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
@@ -87,6 +87,7 @@ def _fit(
         token_map=inputs["token_map"],
         tokenizer=inputs["tokenizer"],
         reporter=reporter,
+        resume_from=_newest_checkpoint_without_snapshot(Path(storage) / _RUN_NAME),
     )
     trainer = TorchTrainer(
         train_loop,
@@ -104,7 +105,6 @@ def _fit(
             failure_config=FailureConfig(max_failures=execution.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
-        resume_from_checkpoint=_newest_checkpoint_without_snapshot(Path(storage) / _RUN_NAME),
     )
     interrupt = signal.getsignal(signal.SIGINT)
     try:
@@ -114,7 +114,7 @@ def _fit(
     return result
 
 
-def _newest_checkpoint_without_snapshot(folder: Path) -> Checkpoint | None:
+def _newest_checkpoint_without_snapshot(folder: Path) -> str | None:
     """Ray Train finds its checkpoints through a snapshot file that it writes in place. A driver killed in that moment leaves a
     torn one, which Ray Train refuses to start with: then the file goes, and the newest whole checkpoint is named here."""
     snapshot = folder / _SNAPSHOT
@@ -128,7 +128,7 @@ def _newest_checkpoint_without_snapshot(folder: Path) -> Checkpoint | None:
         return None
     whole = [path for path in sorted(folder.glob("step-*")) if is_whole(path)]
     _log.warning("the record of checkpoints was torn; training continues from %s", whole[-1].name if whole else "the start")
-    return Checkpoint.from_directory(str(whole[-1])) if whole else None
+    return str(whole[-1]) if whole else None
 
 
 STAGE = Stage("train", 1, run)

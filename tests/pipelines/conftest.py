@@ -250,12 +250,12 @@ class CommandLineRun:
 
         return LocalStore(self.workspace / "store")
 
-    def manifests(self) -> dict[str, Any]:
-        """By the key's stage; of the two models, samples and evaluations the run's own, not the untrained variant's."""
+    def planned(self) -> dict[str, Any]:
+        """Nodes of the run by id, each with the manifest that the store has for it."""
         from pipelines import pipeline, workflow
 
         run = pipeline.load_run(DIGITS, (*self.overrides, f"workspace={self.workspace}"))
-        return {planned.node.id: planned.manifest for planned in workflow.plan(pipeline.build(run), self.store)}
+        return {planned.node.id: planned for planned in workflow.plan(pipeline.build(run), self.store)}
 
 
 TINY_DIGITS = (

@@ -152,8 +152,8 @@ while not go.exists():
     pass
 for key in range(50):
     record = store.put_file("train", f"{key:064x}", "model.bin", source)
-    manifest = Manifest(stage="train", key=f"{key:064x}", stage_version=1, config={}, inputs={}, files=(record,), provenance={"run": number})
-    print(store.commit(manifest).provenance["run"])
+    fields = {"stage_version": 1, "config": {}, "inputs": {}, "provenance": {"run": number}}
+    print(store.commit(Manifest(stage="train", key=f"{key:064x}", files=(record,), **fields)).provenance["run"])
 """
 
 

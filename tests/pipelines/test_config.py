@@ -161,7 +161,7 @@ def test_resolvers_are_refused_so_that_no_secret_is_read_from_the_environment(lo
 
 
 def test_a_resolver_in_an_override_is_refused(load) -> None:
-    with pytest.raises(ConfigError, match="override layer.label.*resolvers"):
+    with pytest.raises(ConfigError, match=r"override layer\.label.*resolvers"):
         load("name: a", "layer.label=${oc.env:HOME}")
 
 

@@ -1,0 +1,236 @@
+"""The report: one page that needs nothing else, shows what the run made, and lets no name out of its text."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from enat.checkpoint import load_vqgan
+from enat.images import to_uint8
+from pipelines.artifacts import LocalStore, Manifest
+from pipelines.samples import read_codes
+from pipelines.stages import report
+
+HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a browser would see."""
+
+    tags: Counter[str] = field(default_factory=Counter)
+    attributes: list[tuple[str, str, str]] = field(default_factory=list)
+    text: str = ""
+    rows: list[list[str]] = field(default_factory=list)
+    images: dict[str, Image.Image] = field(default_factory=dict)
+    open: list[str] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, html: str) -> Page:
+        page = cls()
+        HTMLParser.__init__(page)
+        page.feed(html)
+        page.close()
+        return page
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        values = {name: value or "" for name, value in attrs}
+        self.attributes += [(tag, name, value) for name, value in values.items()]
+        if tag == "img":
+            self.images[values["alt"]] = Image.open(io.BytesIO(base64.b64decode(values["src"].partition(",")[2])))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def inputs(digits_run) -> dict[str, Manifest]:
+    """What the report of the real run reads, by the report's names for it."""
+    planned = digits_run.planned()
+    return {name: planned[id].manifest for name, id in planned["report"].node.inputs.items()}
+
+
+@pytest.fixture(scope="module")
+def store(digits_run) -> LocalStore:
+    return digits_run.store
+
+
+@pytest.fixture(scope="module")
+def config(digits_run) -> report.ReportConfig:
+    return digits_run.planned()["report"].node.config
+
+
+@pytest.fixture
+def render(
+    store: LocalStore, make_context: Callable[..., Any], request: pytest.FixtureRequest
+) -> Callable[[report.ReportConfig, dict[str, Manifest]], Page]:
+    """A report under a key that nothing else reads."""
+
+    def render(config: report.ReportConfig, inputs: dict[str, Manifest]) -> Page:
+        result = report.run(config, inputs, make_context(store, "test-report", request.node.name))
+        return Page.parse(store.fetch_file("test-report", request.node.name, result.records[0]).read_text(encoding="utf-8"))
+
+    return render
+
+
+@pytest.fixture(scope="module")
+def html(digits_run) -> str:
+    return (digits_run.workspace / "digits.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page.parse(html)
+
+
+# Self-contained ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_refers_to_nothing_outside_of_itself(html: str, page: Page) -> None:
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & page.tags.keys()
+    loading = ("src", "srcset", "href", "data", "action", "poster", "background", "xlink:href")
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), f"{tag} runs {name}"
+        assert name not in loading or value.startswith("data:image/png;base64,"), f"{tag} loads {name}={value[:40]}"
+    for text in (html.partition("<style>")[2].partition("</style>")[0], *(v for _, name, v in page.attributes if name == "style")):
+        assert "url(" not in text and "@import" not in text
+    assert page.open == [], "every tag is closed"
+
+
+def test_every_picture_is_whole(page: Page) -> None:
+    assert set(page.images) == {"samples, one column per class", "progressive decoding", "loss curve", "reconstructions"}
+    for picture in page.images.values():
+        picture.load()
+        assert np.asarray(picture.convert("L")).std() > 1, "a picture of one colour shows nothing"
+
+
+# What it shows -------------------------------------------------------------------------------------------------------------
+
+
+def _tile(grid: Image.Image, row: int, column: int, size: int) -> np.ndarray:
+    """One image of a grid of size x size tiles with gaps of two pixels, at 16 x 16."""
+    left, top = 2 + column * (size + 2), 2 + row * (size + 2)
+    return np.asarray(grid.crop((left, top, left + size, top + size)).resize((16, 16), Image.Resampling.NEAREST))
+
+
+@pytest.fixture(scope="module")
+def decoded(store: LocalStore, inputs: dict[str, Manifest]) -> np.ndarray:
+    """The samples as images, uint8 (R, 16, 16, 3)."""
+    vqgan = load_vqgan(store.fetch(inputs["tokenizer"], "vqgan.safetensors"))
+    codes = torch.from_numpy(read_codes(store, inputs["samples"]).codes).view(-1, 4, 4)
+    return to_uint8(vqgan.decode(codes)).permute(0, 2, 3, 1).numpy()
+
+
+def test_the_grid_has_a_column_for_every_class(page: Page, decoded: np.ndarray) -> None:
+    grid = page.images["samples, one column per class"]
+    assert grid.size == (10 * 50 + 2, 4 * 50 + 2)
+    for index in range(40):
+        np.testing.assert_array_equal(_tile(grid, index // 10, index % 10, 48), decoded[index])
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in page.text
+
+
+def test_the_progression_ends_with_the_sample_and_begins_almost_all_gray(page: Page, decoded: np.ndarray) -> None:
+    grid = page.images["progressive decoding"]
+    assert grid.size == (8 * 66 + 2, 6 * 66 + 2)
+    for sample in range(6):
+        np.testing.assert_array_equal(_tile(grid, sample, 7, 64), decoded[sample])
+        gray = [(_tile(grid, sample, step, 64) == 160).all(axis=-1).mean() for step in range(8)]
+        assert gray == sorted(gray, reverse=True) and gray[0] > 0.8 and gray[-1] < 0.2
+
+
+def test_the_cost_table_reveals_every_token_once_and_adds_up(page: Page, inputs: dict[str, Manifest]) -> None:
+    start = next(number for number, row in enumerate(page.rows) if row[:2] == ["step", "masked before"])
+    steps, (decoder, total) = page.rows[start + 1 : start + 9], page.rows[start + 9 : start + 11]
+    assert [row[0] for row in steps] == [str(step) for step in range(1, 9)]
+    assert sum(int(row[2]) for row in steps) == 16 and steps[0][1] == "16 of 16"
+    assert decoder[0] == "tokenizer's decoder" and total[0] == "total"
+    for column in (3, 4):
+        assert sum(float(row[column]) for row in [*steps, decoder]) == pytest.approx(float(total[column]), abs=0.05)
+    assert float(total[3]) == pytest.approx(1e3 * inputs["evaluation"].metrics["gmacs_total"], abs=0.01)
+
+
+def test_both_models_stand_in_the_scores(page: Page, inputs: dict[str, Manifest]) -> None:
+    rows = {row[0]: row for row in page.rows}
+    for variant, name in (("main", "evaluation"), ("untrained", "evaluation@untrained")):
+        assert f"{inputs[name].metrics['frechet_distance']:.4g}" in rows[variant]
+        assert f"{100 * inputs[name].metrics['class_agreement']:.1f} %" in rows[variant]
+
+
+def test_every_artifact_stands_there_with_its_key_and_place(page: Page, store: LocalStore, inputs: dict[str, Manifest]) -> None:
+    assert len(inputs) == 9
+    for name, manifest in inputs.items():
+        row = next(row for row in page.rows if row[0] == name and manifest.key in row[-1])
+        assert store.place(manifest.stage, manifest.key) in row[-1]
+
+
+# Odd runs ------------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_text_whatever_they_hold(render, config: report.ReportConfig, inputs: dict[str, Manifest], page: Page) -> None:
+    summary = inputs["token_map"].summary
+    hostile_map = replace(
+        inputs["token_map"],
+        summary={**summary, "info": {**summary["info"], "dataset": HOSTILE}, "class_names": [f"{n}{HOSTILE}" for n in range(10)]},
+    )
+    evaluation = inputs["evaluation"]
+    hostile_evaluation = replace(evaluation, summary={**evaluation.summary, "extractor": HOSTILE})
+    hostile = render(replace(config, name=HOSTILE), {**inputs, "token_map": hostile_map, "evaluation": hostile_evaluation})
+    assert hostile.tags == page.tags and set(hostile.images) == set(page.images)
+    assert not [name for _, name, _ in hostile.attributes if name.startswith("on")]
+    assert hostile.text.count(HOSTILE) >= 1 + 1 + 10 + 1
+
+
+def test_a_model_without_training_has_no_loss_curve(render, config: report.ReportConfig, inputs: dict[str, Manifest]) -> None:
+    swapped = {**inputs, **{name: inputs[f"{name}@untrained"] for name in ("model", "samples", "evaluation")}}
+    assert set(render(config, swapped).images) == {"samples, one column per class", "progressive decoding", "reconstructions"}
+
+
+def test_what_was_not_made_is_not_shown(render, config: report.ReportConfig, inputs: dict[str, Manifest]) -> None:
+    """An imported tokenizer has no reconstructions, a run without a judge no agreement."""
+
+    def judgeless(manifest: Manifest) -> Manifest:
+        return replace(manifest, metrics={name: value for name, value in manifest.metrics.items() if "agreement" not in name})
+
+    tokenizer = inputs["tokenizer"]
+    imported = replace(tokenizer, records=(), summary={**tokenizer.summary, "is_imported": True})
+    shown = render(config, {name: judgeless(manifest) for name, manifest in inputs.items()} | {"tokenizer": imported})
+    assert set(shown.images) == {"samples, one column per class", "progressive decoding", "loss curve"}
+    assert "class agreement (independent" not in shown.text and next(row for row in shown.rows if row[0] == "main")[5] == "–"
+
+
+def test_more_classes_than_columns_show_the_first(
+    render, config: report.ReportConfig, inputs: dict[str, Manifest], decoded
+) -> None:
+    grid = render(replace(config, max_classes=3, samples_per_class=2), inputs).images["samples, one column per class"]
+    assert grid.size == (3 * 50 + 2, 2 * 50 + 2)
+    for row, first in enumerate((0, 10)):
+        for column in range(3):
+            np.testing.assert_array_equal(_tile(grid, row, column, 48), decoded[first + column])
+
+
+@pytest.mark.parametrize("wrong", ["samples_per_class", "num_progressions", "max_classes"])
+def test_a_report_of_nothing_is_refused(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"report\.samples_per_class, num_progressions and max_classes must be at least 1"):
+        report.ReportConfig(**{wrong: 0})

@@ -1,0 +1,61 @@
+"""Imports point one way, and importing does nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import importlinter.configuration
+import pytest
+from importlinter.application import use_cases
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_contracts_of_pyproject_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not through importlinter.cli, which would switch off the loggers of this process."""
+    importlinter.configuration.configure()
+    is_kept = use_cases.lint_imports(config_filename=str(REPOSITORY / "pyproject.toml"), cache_dir=None)
+    printed = capsys.readouterr().out
+    assert is_kept, printed
+    assert "0 broken" in printed
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        (
+            "pipelines.cli",
+            ("torch", "ray", "mlflow", "numpy", "pyarrow", "omegaconf", "sklearn", "matplotlib", "deepspeed", "boto3"),
+        ),
+        ("pipelines.artifacts", ("torch", "ray", "mlflow", "numpy", "pyarrow", "omegaconf", "click")),
+        ("pipelines.tracking, pipelines.cluster, pipelines.config", ("torch", "ray", "mlflow", "numpy", "pyarrow")),
+        ("pipelines.pipeline", ("mlflow", "deepspeed", "sklearn", "matplotlib.pyplot", "torch_fidelity")),
+    ],
+)
+def test_a_light_module_imports_nothing_heavy(module: str, heavy: tuple[str, ...], tmp_path: Path) -> None:
+    process = _python(f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])", tmp_path)
+    assert process.stdout == "[]\n", process.stderr
+
+
+def test_importing_every_module_says_and_starts_and_writes_nothing(tmp_path: Path) -> None:
+    code = """
+import importlib, os, pkgutil, threading
+from pipelines import cluster
+cluster.prepare_environment()
+import enat, pipelines
+for package in (enat, pipelines):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+import ray
+assert not ray.is_initialized()
+assert threading.active_count() == 1, threading.enumerate()
+"""
+    process = _python(code, tmp_path)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,47 @@
+"""Progress: what workers report is summed on the driver, and a lost report is no matter."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+import ray
+from rich.console import Console
+
+from pipelines.progress import Bar
+
+
+@pytest.fixture
+def terminal() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=120)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_bar_shows_the_sum_of_what_workers_have_done(terminal: Console) -> None:
+    with Bar(terminal, "train", 100, "steps") as bar, bar.reporter() as reporter:
+        for worker, done in (("a", 10), ("b", 5), ("a", 30)):
+            reporter.named(worker).report(done, "loss 0.5" if worker == "a" else "")
+        deadline = time.monotonic() + 20
+        while bar._progress.tasks[0].completed != 35 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (task,) = bar._progress.tasks
+        assert (task.completed, task.total, task.fields["note"]) == (35, 100, "loss 0.5")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_work_goes_on_where_the_bar_s_actor_is_lost(terminal: Console) -> None:
+    with Bar(terminal, "train", 100, "steps") as bar, bar.reporter() as reporter:
+        ray.kill(reporter._state)
+        reporter.report(10)
+        time.sleep(0.5)
+        bar.update(20)
+        assert bar._progress.tasks[0].completed == 20
+
+
+def test_a_bar_says_nothing_where_the_output_is_no_terminal() -> None:
+    output = io.StringIO()
+    with Bar(Console(file=output), "train", 3, "steps") as bar:
+        bar.advance(2)
+        bar.update(3, "loss 0.5")
+    assert output.getvalue() == ""
