@@ -25,10 +25,8 @@ STAGES += ["train@untrained", "generate@untrained", "evaluate@untrained", "repor
 # The whole run -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_run_succeeds_and_takes_its_time(digits_run) -> None:
-    """A minute on two idle cores; the rest is for machines that are shared."""
+def test_the_run_succeeds(digits_run) -> None:
     assert digits_run.process.returncode == 0, digits_run.process.stderr
-    assert digits_run.seconds < 180
 
 
 def test_nothing_but_our_own_lines_is_said(digits_run) -> None:
