@@ -7,7 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,21 +133,27 @@ def _arguments(case: Case, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def answers(folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
-    """What each command answers."""
-    found = {}
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Run a command in a process of its own."""
+    folder = tmp_path_factory.mktemp("answers")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    with subprocess.Popen(
-        [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as server:
+    command = [sys.executable, "-c", _SERVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdin is not None and server.stdout is not None and server.stdout.readline() == "ready\n"
-        for case in CASES:
-            paths = [folder / f"{case.name}.{kind}" for kind in ("out", "err")]
-            print(json.dumps([_arguments(case, folder), *map(str, paths)]), file=server.stdin, flush=True)
+
+        def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+            paths = [folder / f"{len(list(folder.iterdir()))}.{kind}" for kind in ("out", "err")]
+            print(json.dumps([[*map(str, arguments)], *map(str, paths)]), file=server.stdin, flush=True)
             code = int(server.stdout.readline())
-            found[case.name] = subprocess.CompletedProcess([], code, *(path.read_text() for path in paths))
+            return subprocess.CompletedProcess([], code, *(path.read_text() for path in paths))
+
+        yield run
         server.stdin.close()
-    return found
+
+
+@pytest.fixture(scope="module")
+def answers(ask: Callable[..., Any], folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    return {case.name: ask(*_arguments(case, folder)) for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -155,9 +161,8 @@ def test_what_is_wrong_is_said_in_one_line_with_its_exit_code(answers: dict[str,
     _assert_said(case, folder, answers[case.name])
 
 
-@pytest.mark.parametrize("name", ["unknown key", "a stage that breaks"])
-def test_a_command_of_a_fresh_shell_says_the_same(enat: Callable[..., Any], folder: Path, name: str) -> None:
-    case = next(case for case in CASES if case.name == name)
+def test_a_command_of_a_fresh_shell_says_the_same(enat: Callable[..., Any], folder: Path) -> None:
+    case = CASES[-1]
     _assert_said(case, folder, enat(*_arguments(case, folder)))
 
 
@@ -197,8 +202,8 @@ def test_the_traceback_of_a_stage_that_broke_is_in_the_log_that_is_named(answers
 # Answers -------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_as_json_names_stages_keys_and_what_is_done(enat: Callable[..., Any], tmp_path: Path) -> None:
-    process = enat("plan", DIGITS, f"workspace={tmp_path / 'runs'}", "--json")
+def test_a_plan_as_json_names_stages_keys_and_what_is_done(ask: Callable[..., Any], tmp_path: Path) -> None:
+    process = ask("plan", DIGITS, f"workspace={tmp_path / 'runs'}", "--json")
     assert (process.returncode, process.stderr) == (0, "")
     answer = json.loads(process.stdout)
     assert answer["store"] == str(tmp_path / "runs" / "store")
@@ -209,9 +214,9 @@ def test_a_plan_as_json_names_stages_keys_and_what_is_done(enat: Callable[..., A
     assert not (tmp_path / "runs").exists(), "a plan writes nothing"
 
 
-def test_a_plan_for_people_says_what_is_reused_and_what_is_not_known_yet(digits_run, enat: Callable[..., Any]) -> None:
+def test_a_plan_for_people_says_what_is_reused_and_what_is_not_known_yet(digits_run, ask: Callable[..., Any]) -> None:
     overrides = (*digits_run.overrides, "train.seed=1")
-    process = enat("plan", DIGITS, f"workspace={digits_run.workspace}", *overrides)
+    process = ask("plan", DIGITS, f"workspace={digits_run.workspace}", *overrides)
     assert (process.returncode, process.stderr) == (0, "")
     lines = {line.split()[0]: line for line in process.stdout.splitlines() if line.strip()}
     assert all("reuse" in lines[stage] for stage in ("tokenizer", "token_map", "reference"))

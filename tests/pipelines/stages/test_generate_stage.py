@@ -77,9 +77,7 @@ def test_the_codes_of_a_sample_are_the_sampler_s_for_its_seed_and_label_alone(sa
     assert len(np.unique(read.codes, axis=0)) == 20, "no two samples are the same"
 
 
-@pytest.mark.parametrize(
-    "execution", [Execution(num_workers=2, batch_size=64), Execution(num_workers=2, batch_size=3), Execution(batch_size=1)]
-)
+@pytest.mark.parametrize("execution", [Execution(num_workers=2, batch_size=3), Execution(batch_size=1)])
 def test_codes_and_files_do_not_depend_on_workers_or_batch(make_samples, samples, execution: Execution) -> None:
     assert make_samples(dataclasses.replace(CONFIG, execution=execution))[1].digest == samples[1].digest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,26 @@ def broken(broken_image_folder: Path) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def one_worker(make_token_map, broken: tuple[str, ...]) -> tuple[LocalStore, Manifest]:
     return make_token_map(*broken, "token_map.execution.num_workers=1")
+
+
+@pytest.fixture
+def decoding_at_once() -> Iterator[list[int]]:
+    """How many of this session's processes decode images, seen every moment while the test runs."""
+    stop, seen = threading.Event(), [0]
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            titles = []
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    titles.append(" ".join(process.cmdline()))
+            seen.append(sum(title.startswith("ray::MapBatches(_Decode)") for title in titles))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield seen
+    stop.set()
+    watcher.join()
 
 
 def _rows(store: LocalStore, manifest: Manifest) -> list[dict[str, Any]]:
@@ -115,12 +135,13 @@ def test_the_measured_use_of_the_codebook_is_that_of_the_stored_codes(one_worker
 
 @pytest.mark.parametrize("execution", ["{num_workers: 2}", "{num_workers: 1, batch_size: 1}"])
 def test_every_file_has_the_same_bytes_whatever_the_workers_and_the_batch(
-    make_token_map, broken: tuple[str, ...], one_worker, execution: str
+    make_token_map, broken: tuple[str, ...], one_worker, decoding_at_once: list[int], execution: str
 ) -> None:
     store, manifest = make_token_map(*broken, f"token_map.execution={execution}")
     assert len(manifest.files) == 5 and manifest.digest == one_worker[1].digest
     for record in manifest.files:
         assert store.fetch(manifest, record.name).read_bytes() == one_worker[0].fetch(one_worker[1], record.name).read_bytes()
+    assert max(decoding_at_once) <= 2, "tasks that decode are no crowd, also where the workers take all CPUs of the cluster"
 
 
 def test_too_many_unreadable_images_fail_with_a_sentence_and_leave_no_map(
@@ -145,25 +166,3 @@ def test_asking_for_more_than_the_cluster_has_fails_at_once(make_token_map) -> N
         ValueError, match=r"asks for 1 GPUs \(1 workers\), but the cluster has 0; lower num_workers or gpus_per_worker"
     ):
         make_token_map("token_map.execution.gpus_per_worker=1")
-
-
-def test_decoding_beside_a_pool_of_all_cpus_starts_no_crowd_of_processes(make_token_map, broken: tuple[str, ...]) -> None:
-    """Seven parts on two CPUs: what decodes them at one moment is not seven processes, nor a thousand for a large dataset."""
-    stop, crowds = threading.Event(), [0]
-
-    def watch() -> None:
-        while not stop.wait(0.02):
-            titles = []
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    titles.append(" ".join(process.cmdline()))
-            crowds.append(sum(title.startswith("ray::MapBatches(_Decode)") for title in titles))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        make_token_map(*broken, "token_map.execution.num_workers=2", "token_map.shard_size=2")
-    finally:
-        stop.set()
-        watcher.join()
-    assert max(crowds) <= 2
