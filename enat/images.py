@@ -6,16 +6,34 @@ Shape legend: B images, H x W pixels.
 from __future__ import annotations
 
 import io
-import warnings
+import re
+import zlib
 from collections.abc import Sequence
+from typing import IO, NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # Pillow's own threshold, but an error here where Pillow only warns
-_FORMATS = ("JPEG", "PNG")
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff]")
+_JPEG_END = b"\xff\xd9"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_OTHER_FORMATS = {  # in this order: a page may hold a drawing
+    "GIF": rb"GIF8[79]a",
+    "BMP": rb"BM.{4}\0{4}",
+    "WebP": rb"RIFF.{4}WEBP",
+    "TIFF": rb"II\*\0|MM\0\*",
+    "AVIF": rb".{4}ftypavi[fs]",
+    "HEIC": rb".{4}ftyp(hei|hev|mif1)",
+    "JPEG 2000": rb".{4}jP  |\xff\x4f\xff\x51",
+    "HTML": rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)\b",
+    "SVG": rb"(\xef\xbb\xbf)?\s*(<\?xml.*|<!.*)?<svg\b",
+}
 
 
 class ImageError(ValueError):
@@ -23,43 +41,133 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """JPEG or PNG bytes -> 8-bit RGB image, as stored (an EXIF orientation is not applied, as in ADM's loader).
+    """JPEG or PNG bytes -> 8-bit RGB image. Raises ImageError for anything that is not exactly one whole image.
 
-    Transparency is laid on white, 16 bits are scaled to 8. Raises ImageError for anything that is not exactly one whole image.
+    Pixels come as they are stored, as in ADM's loader: an EXIF orientation, a colour profile and a gamma are not applied.
+    CMYK is taken as inverted, as Photoshop writes it, with an Adobe marker or without. Of 16 bits the upper 8 are taken.
+    Unlike ADM's loader, which drops transparency, this one lays it on white.
     """
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which is not used, and of bombs, which are an error below
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            if image.width * image.height > max_pixels:
-                raise ImageError(f"{image.width} x {image.height} pixels is over the limit of {max_pixels}")
-            # An MPO is a JPEG with further pictures behind it (phones, stereo cameras); the first is the photograph.
-            if image.format != "MPO" and (num_frames := getattr(image, "n_frames", 1)) > 1:
+        image = _open(data)
+        if image.width * image.height > max_pixels:
+            raise ImageError(f"{image.width} x {image.height} pixels is over the limit of {max_pixels}")
+        return _to_rgb(image)
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of these for damaged files
+        if "truncated" in str(error).lower():
+            raise ImageError("it cannot be decoded: truncated") from error
+        kind = "unsupported" if "cannot handle" in str(error) else "damaged data"  # "cannot handle 12-bit layers"
+        raise ImageError(f"it cannot be decoded: {kind} ({error})") from error
+
+
+def _open(data: bytes) -> JpegImageFile | PngImageFile:
+    """The image without its pixels. No name counts, only bytes; not Image.open, which forgets why a file was refused."""
+    if data.startswith(b"\xff\xd8\xff"):
+        # Of an MPO, a JPEG with further pictures behind it (phones, stereo cameras), this is the first: the photograph.
+        return JpegImageFile(io.BytesIO(_jpeg_without_metadata(data)))
+    if data.startswith(_PNG_SIGNATURE):
+        return PngImageFile(io.BytesIO(_png_without_metadata(data)))
+    _refuse_other_formats(data)
+
+
+def _refuse_other_formats(data: bytes) -> NoReturn:
+    if not data.strip(b"\0"):
+        raise ImageError(f"it is {'nothing but zeros' if data else 'empty'}, neither JPEG nor PNG")
+    for name, pattern in _OTHER_FORMATS.items():
+        if re.match(pattern, data[:1024], re.DOTALL):
+            if name == "HTML":
+                raise ImageError("it is not an image but HTML")
+            raise ImageError(f"it is {name}, an unsupported format (neither JPEG nor PNG)")
+    raise ImageError("it is neither JPEG nor PNG")
+
+
+def _jpeg_without_metadata(data: bytes) -> bytes:
+    """A JPEG less its EXIF, profiles, comments: pixels do not depend on them, and Pillow stumbles over malformed ones."""
+    kept, position = [data[:2]], 2
+    while marker := _JPEG_MARKER.search(data, position):  # libjpeg, too, skips what is between segments
+        code, start = data[marker.end() - 1], marker.end()
+        if code == 0xDA:  # the first scan, and all behind it
+            if data.find(_JPEG_END, start) < 0:  # Pillow would take what follows a cut for pixels: zeros of a download, say
+                break
+            return b"".join(kept) + data[start - 2 :]
+        length = int.from_bytes(data[start : start + 2], "big")
+        position = start + length
+        # JFIF's APP0 and Adobe's APP14 tell the colour space, if they are long enough for libjpeg to heed them.
+        if not (0xE0 <= code <= 0xEF or code == 0xFE) or (code in (0xE0, 0xEE) and length >= 14):
+            kept.append(data[start - 2 : position])
+    raise ImageError("it cannot be decoded: truncated")
+
+
+def _png_without_metadata(data: bytes) -> bytes:
+    """A PNG less the chunks that pixels do not depend on, which may be damaged or bombs; checksums of the others verified.
+
+    Pillow itself does not verify those of pixels, and refuses an image for its texts.
+    """
+    kept, position, previous = [_PNG_SIGNATURE], len(_PNG_SIGNATURE), b""
+    while True:
+        length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        if previous == b"IDAT" != kind:  # whether the pixels are complete Pillow finds out; all behind them is metadata
+            return b"".join([*kept, _PNG_END])
+        end = position + 12 + length
+        if end > len(data):
+            raise ImageError("it cannot be decoded: truncated")
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"acTL", b"IDAT"):
+            if zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+                raise ImageError(f"it cannot be decoded: damaged data (wrong checksum of {kind.decode()})")
+            if kind != b"acTL":
+                kept.append(data[position:end])
+            elif (num_frames := int.from_bytes(data[position + 8 : position + 12], "big")) > 1:
                 raise ImageError(f"it is animated ({num_frames} frames)")
-            image.load()
-            return _to_rgb(image)
-    except UnidentifiedImageError as error:
-        raise ImageError("it is neither JPEG nor PNG") from error
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow raises all of these for damaged files
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"it cannot be decoded: {error}") from error
+        position, previous = end, kind
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grayscale; convert("RGB") would clip it to 255
-        values = np.asarray(image, dtype=np.uint32)
-        return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+def _to_rgb(image: JpegImageFile | PngImageFile) -> Image.Image:
+    if not image.tile or (image.mode == "P" and image.palette is None):
+        raise SyntaxError("no palette" if image.tile else "no pixels")
+    rawmode, stream = image.tile[0].args, image.fp  # how pixels are stored, as Pillow puts it; gone after loading
+    assert stream is not None
+    image.load()
+    if isinstance(image, JpegImageFile) and _ends_early(image, stream):
+        raise ImageError("it cannot be decoded: truncated")
+    key = image.info.get("transparency")  # the transparent colour; of a palette, its index or the alphas
+    if image.mode == "I;16":  # convert("RGB") would clip it to 255
+        pixels = np.asarray(image)
+        rgb = Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+        return rgb if key is None else _whiten(rgb, pixels == key)
+    if rawmode == "RGB;16B" and key is not None:
+        stream.seek(0)
+        lower = PngImageFile(stream)
+        lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # Pillow's only way to the lower bytes
+        pixels = np.asarray(image, dtype=np.uint16) * 256 + np.asarray(lower)
+        return _whiten(image, (pixels == key).all(axis=-1))
+    if rawmode in ("L;2", "L;4") and key is not None:  # Pillow scales the pixels to 0..255, but not the transparent one
+        image.info["transparency"] = key * (85 if rawmode == "L;2" else 17)
+    if image.mode in ("RGBA", "LA") or key is not None:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _ends_early(image: JpegImageFile, stream: IO[bytes]) -> bool:
+    """Whether the file was closed before its last block; libjpeg leaves the rest mid-gray, and Pillow does not tell.
+
+    Where a photograph ends in just this gray, more bytes decide: those of a complete one are skipped.
+    """
+    if image.getpixel((image.width - 1, image.height - 1)) not in (128, (128, 128, 128)):
+        return False
+    stream.seek(0)
+    scans, end, rest = stream.read().rpartition(_JPEG_END)
+    longer = JpegImageFile(io.BytesIO(scans + bytes(64) + end + rest))
+    return longer.tobytes() != image.tobytes()
+
+
+def _whiten(image: Image.Image, is_transparent: np.ndarray) -> Image.Image:
+    """RGB image, bool (H, W) -> the image with white there."""
+    pixels = np.array(image)
+    pixels[is_transparent] = 255
+    return Image.fromarray(pixels)
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
