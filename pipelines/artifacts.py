@@ -4,7 +4,7 @@ An artifact is `<store>/<stage>/<key>/` with a `manifest.json` that lists every 
 written last and only if there is none: no manifest, no artifact. Nothing in a store is ever overwritten, so two runs that
 make the same artifact at once need no lock: the first manifest wins and the other run adopts it.
 
-This is the only module that knows where a store lies. `open_store` turns a URI into one; stages see `ArtifactStore` only.
+This module and s3_store alone know where a store lies. `open_store` turns a URI into one; stages see `ArtifactStore` only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.s3 import S3Config
 
 MANIFEST = "manifest.json"
-_PARTS = ".parts"  # one small record per committed shard of an unfinished artifact
-_WORK = ".work"  # checkpoints and other state of an unfinished artifact
+PARTS = ".parts"  # one small record per committed shard of an unfinished artifact
+WORK = ".work"  # checkpoints and other state of an unfinished artifact
 
 
 class StoreError(ValueError):
@@ -99,6 +102,20 @@ class Manifest:
         for name in ("files", "records"):
             fields[name] = tuple(FileRecord(**record) for record in fields[name])
         return cls(**fields)
+
+    @classmethod
+    def read(cls, text: bytes, place: object) -> Manifest:
+        """The same for what lies in a store. Raises StoreError, naming the place, for what is no manifest."""
+        try:
+            return cls.from_json(text)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:  # no JSON, or other JSON than a manifest's
+            raise StoreError(f"{place} is not a manifest ({error}); move the artifact away to make it again") from error
+
+
+def paths_of(name: str, sha256: str) -> tuple[str, str]:
+    """Where a file may lie: under its name, and where other bytes lie there, under the name with its digest."""
+    suffixes = "".join(Path(name).suffixes)
+    return name, f"{name.removesuffix(suffixes)}.{sha256[:12]}{suffixes}"
 
 
 def without_credentials(uri: str) -> str:
@@ -175,7 +192,7 @@ class LocalStore(ArtifactStore):
         return str(self._folder(stage, key))
 
     def work_uri(self, stage: str, key: str) -> str:
-        return str(self._folder(stage, key) / _WORK)
+        return str(self._folder(stage, key) / WORK)
 
     def check_writable(self) -> None:
         try:
@@ -190,11 +207,9 @@ class LocalStore(ArtifactStore):
     def read_manifest(self, stage: str, key: str) -> Manifest | None:
         path = self._folder(stage, key) / MANIFEST
         try:
-            return Manifest.from_json(path.read_bytes())
+            return Manifest.read(path.read_bytes(), path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (KeyError, TypeError, AttributeError, ValueError) as error:  # no JSON, or other JSON than a manifest's
-            raise StoreError(f"{path} is not a manifest ({error}); move the artifact away to make it again") from error
 
     def commit(self, manifest: Manifest) -> Manifest:
         folder = self._folder(manifest.stage, manifest.key)
@@ -209,8 +224,7 @@ class LocalStore(ArtifactStore):
     def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
         folder = self._folder(stage, key)
         sha256, size = file_digest(source), source.stat().st_size
-        suffixes = "".join(Path(name).suffixes)
-        for path in (name, f"{name.removesuffix(suffixes)}.{sha256[:12]}{suffixes}"):
+        for path in paths_of(name, sha256):
             target = folder / path
             if _copy_if_absent(source, target) or file_digest(target) == sha256:
                 return FileRecord(name=name, path=path, size=size, sha256=sha256)
@@ -231,13 +245,13 @@ class LocalStore(ArtifactStore):
         return path
 
     def put_part(self, stage: str, key: str, name: str, record: Mapping[str, Any]) -> None:
-        _write_if_absent(self._folder(stage, key) / _PARTS / f"{name}.json", canonical_json(record))
+        _write_if_absent(self._folder(stage, key) / PARTS / f"{name}.json", canonical_json(record))
 
     def read_parts(self, stage: str, key: str) -> dict[str, dict[str, Any]]:
-        return {path.stem: json.loads(path.read_bytes()) for path in sorted((self._folder(stage, key) / _PARTS).glob("*.json"))}
+        return {path.stem: json.loads(path.read_bytes()) for path in sorted((self._folder(stage, key) / PARTS).glob("*.json"))}
 
     def discard_work(self, stage: str, key: str) -> None:
-        for name in (_PARTS, _WORK):
+        for name in (PARTS, WORK):
             shutil.rmtree(self._folder(stage, key) / name, ignore_errors=True)
 
     def manifests(self) -> Iterator[Manifest]:
@@ -247,12 +261,16 @@ class LocalStore(ArtifactStore):
                 yield manifest
 
 
-def open_store(uri: str) -> ArtifactStore:
-    """A folder's path -> the store in it. Raises StoreError for a kind of place that no store is written for."""
+def open_store(uri: str, s3: S3Config | None = None) -> ArtifactStore:
+    """A folder's path or s3://bucket/prefix -> the store there. s3: how the bucket is reached; without it, AWS's own settings
+    decide. Raises StoreError for a kind of place that no store is written for."""
+    if uri.startswith("s3://"):
+        from pipelines.s3_store import S3Store
+
+        return S3Store(uri, s3)
     if "://" in uri:
-        raise StoreError(
-            f"the store {uri} is no local folder; stores in folders (also on a shared file system) are what works so far"
-        )
+        shown = without_credentials(uri)
+        raise StoreError(f"the store {shown} is neither a folder nor s3://bucket/prefix; choose one with store=...")
     return LocalStore(Path(uri))
 
 

@@ -1,0 +1,115 @@
+"""The artifact store in a bucket: the contract of ArtifactStore by conditional writes, which S3 decides in one step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from pipelines import cache
+from pipelines.artifacts import (
+    MANIFEST,
+    PARTS,
+    WORK,
+    ArtifactStore,
+    FileRecord,
+    Manifest,
+    StoreError,
+    canonical_json,
+    file_digest,
+    paths_of,
+)
+from pipelines.s3 import MissingFileError, S3Config, S3Folder, in_parallel
+from pipelines.storage import StorageError
+
+
+class S3Store(ArtifactStore):
+    """A store below s3://bucket/prefix. Files are read through this machine's cache, which checks them."""
+
+    def __init__(self, uri: str, s3: S3Config | None = None) -> None:
+        self.folder = S3Folder(uri, s3)
+        self.uri = self.folder.uri
+
+    def place(self, stage: str, key: str) -> str:
+        return f"{self.uri}/{stage}/{key}"
+
+    def work_uri(self, stage: str, key: str) -> str:
+        return f"{self.place(stage, key)}/{WORK}"
+
+    def check_writable(self) -> None:
+        """Also that a name which is taken is refused: an endpoint that ignored the condition would let runs overwrite others."""
+        probe = f".probe-{uuid4().hex}"
+        try:
+            is_kept = self.folder.put_if_absent(probe, b"first") and not self.folder.put_if_absent(probe, b"second")
+            self.folder.delete(probe)
+        except StorageError as error:
+            raise StoreError(f"the store {self.uri} cannot be written: {error}") from error
+        if not is_kept:
+            raise StoreError(
+                f"the store {self.uri} overwrites what is there (it ignores If-None-Match); choose another with store=..."
+            )
+
+    def read_manifest(self, stage: str, key: str) -> Manifest | None:
+        try:
+            content = self.folder.read(f"{stage}/{key}/{MANIFEST}")
+        except MissingFileError:
+            return None
+        return Manifest.read(content, f"{self.place(stage, key)}/{MANIFEST}")
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        folder = f"{manifest.stage}/{manifest.key}/"
+        sizes = {file.name.removeprefix(folder): file.size for file in self.folder.list(folder)}
+        for record in (*manifest.files, *manifest.records):
+            assert sizes.get(record.path) == record.size, record
+        if self.folder.put_if_absent(folder + MANIFEST, manifest.to_json()):
+            return manifest
+        committed = self.read_manifest(manifest.stage, manifest.key)
+        assert committed is not None
+        return committed
+
+    def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
+        sha256, size = file_digest(source), source.stat().st_size
+        for path in paths_of(name, sha256):
+            if self.folder.put_if_absent(f"{stage}/{key}/{path}", source, sha256):
+                return FileRecord(name=name, path=path, size=size, sha256=sha256)
+        place = f"{self.place(stage, key)}/{name}"
+        raise StoreError(f"{place} is damaged: it does not hold the bytes that its name promises; remove it and run again")
+
+    def fetch_file(self, stage: str, key: str, record: FileRecord) -> Path:
+        name = f"{stage}/{key}/{record.path}"
+        suffix = "".join(Path(record.name).suffixes)
+        try:
+            return cache.fetch(record.sha256, record.size, lambda path: self.folder.download(name, path), suffix)
+        except MissingFileError as error:
+            reason = "is gone, though its manifest lists it"
+            raise StoreError(f"{self.uri}/{name} {reason}; remove {self.place(stage, key)} to make the artifact again") from error
+        except cache.WrongContentError as error:
+            reason = "was changed after it was made (its sha256 differs)"
+            raise StoreError(f"{self.uri}/{name} {reason}; remove {self.place(stage, key)} to make the artifact again") from error
+
+    def put_part(self, stage: str, key: str, name: str, record: Mapping[str, Any]) -> None:
+        self.folder.put_if_absent(f"{stage}/{key}/{PARTS}/{name}.json", canonical_json(record))
+
+    def read_parts(self, stage: str, key: str) -> dict[str, dict[str, Any]]:
+        folder = f"{stage}/{key}/{PARTS}/"
+        names = [file.name for file in self.folder.list(folder) if file.name.endswith(".json")]
+        contents = in_parallel(self.folder.read, names)
+        return {
+            name.removeprefix(folder).removesuffix(".json"): json.loads(content)
+            for name, content in zip(names, contents, strict=True)
+        }
+
+    def discard_work(self, stage: str, key: str) -> None:
+        for name in (PARTS, WORK):
+            self.folder.delete(f"{stage}/{key}/{name}/")
+
+    def manifests(self) -> Iterator[Manifest]:
+        places = ((stage, key) for stage in self.folder.folders() for key in self._folder(stage).folders())
+        while some := [*islice(places, 64)]:  # read whole, so that a reader who stops leaves no thread waiting
+            yield from [found for found in in_parallel(lambda place: self.read_manifest(*place), some) if found is not None]
+
+    def _folder(self, stage: str) -> S3Folder:
+        return S3Folder(f"{self.uri}/{stage}", self.folder.config)

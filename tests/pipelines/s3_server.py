@@ -1,0 +1,156 @@
+"""An S3 endpoint over real HTTP on the loopback interface, and buckets in it. Answers can be lost, cut short or replaced."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import pytest
+
+from pipelines.s3 import S3Config, S3Folder
+
+# What of the environment would let a test reach a real bucket, or find other credentials than these.
+_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test-key",
+    "AWS_SECRET_ACCESS_KEY": "test-secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+_FORBIDDEN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")
+
+Environ = dict[str, Any]
+
+
+@dataclass
+class Fault:
+    """What happens to requests that match, the first `times` of them. lose: the work is done and the answer is not sent.
+    cut: only so many bytes of the body are sent.   status, code: this answer is sent, and nothing is done."""
+
+    matches: Callable[[Environ], bool]
+    times: int = 1
+    lose: bool = False
+    cut: int | None = None
+    status: str = ""
+    code: str = ""
+
+
+@dataclass
+class S3Endpoint:
+    """url: where it listens.   requests: method, path with query, and headers of what was asked, oldest first."""
+
+    url: str = ""
+    requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def config(self) -> S3Config:
+        return S3Config(endpoint_url=self.url, path_style=True)
+
+    @property
+    def boto(self) -> Any:
+        """A client for arranging and looking, that is none of the tested ones."""
+        import boto3
+
+        return boto3.client("s3", endpoint_url=self.url)
+
+    def fill(self, folder: S3Folder, contents: dict[str, bytes]) -> None:
+        """Put many objects at once, without HTTP."""
+        from moto.s3.models import s3_backends
+
+        bucket, _, prefix = folder.uri.removeprefix("s3://").partition("/")
+        for name, content in contents.items():
+            s3_backends["123456789012"]["global"].put_object(bucket, f"{prefix}/{name}".lstrip("/"), content)
+
+    @contextmanager
+    def fault(self, method: str, name: str, **what: Any) -> Iterator[Fault]:
+        """Requests with this method for a path that holds `name`."""
+        fault = Fault(lambda environ: environ["REQUEST_METHOD"] == method and name in _target(environ), **what)
+        self.faults.append(fault)
+        try:
+            yield fault
+        finally:
+            self.faults.remove(fault)
+
+
+def _target(environ: Environ) -> str:
+    return f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"
+
+
+class _Application:
+    """moto, with faults. moto looks and then writes; S3 does both in one step, so here conditional writes come one by one."""
+
+    def __init__(self, moto: Any, endpoint: S3Endpoint) -> None:
+        self.moto, self.endpoint = moto, endpoint
+        self.one_by_one = threading.Lock()
+
+    def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
+        headers = {name.removeprefix("HTTP_"): value for name, value in environ.items() if name.startswith("HTTP_")}
+        self.endpoint.requests.append((environ["REQUEST_METHOD"], _target(environ), headers))
+        fault = next((fault for fault in self.endpoint.faults if fault.times > 0 and fault.matches(environ)), None)
+        if fault is None:
+            return self._answer(environ, start_response)
+        fault.times -= 1
+        if fault.status:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response(fault.status, [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{fault.code}</Code><Message>as the test wants it</Message></Error>".encode()]
+        if fault.lose:
+            list(self._answer(environ, lambda *_: None))
+            environ["werkzeug.socket"].shutdown(2)
+            return []
+        content = b"".join(self._answer(environ, start_response))
+        return [content[: fault.cut]]
+
+    def _answer(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
+        if "HTTP_IF_NONE_MATCH" not in environ:
+            return self.moto(environ, start_response)
+        with self.one_by_one:
+            return [*self.moto(environ, start_response)]
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[S3Endpoint]:
+    """The endpoint is also the environment's, for this process and those it starts: open_store("s3://...") finds it."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
+
+    class Handler(MotoRequestHandler):
+        def log(self, *_: Any) -> None:
+            """Neither each request nor that an answer was lost, which is on purpose."""
+
+    endpoint = S3Endpoint()
+    application = _Application(DomainDispatcherApplication(create_backend_app), endpoint)
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Handler)
+    endpoint.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _FORBIDDEN:
+            patch.delenv(name, raising=False)
+        for name, value in {**_ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint.url}.items():
+            patch.setenv(name, value)
+        yield endpoint
+    server.shutdown()
+    thread.join()
+
+
+_numbers = count()
+
+
+@pytest.fixture(scope="session")
+def make_bucket(s3_endpoint: S3Endpoint) -> Callable[..., S3Folder]:
+    """A folder in a bucket of its own: make_bucket("a/b") lies below a prefix."""
+
+    def make(prefix: str = "") -> S3Folder:
+        bucket = f"bucket-{next(_numbers)}"
+        s3_endpoint.boto.create_bucket(Bucket=bucket)
+        return S3Folder(f"s3://{bucket}/{prefix}", s3_endpoint.config)
+
+    return make
