@@ -18,6 +18,14 @@ settings.register_profile("repository", deadline=None, database=None)
 settings.load_profile("repository")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache is neither read nor filled, by this process, by Ray's workers or by commands that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENAT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray cluster of two CPUs for the whole session, started by the first test that asks for it."""

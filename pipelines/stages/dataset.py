@@ -1,0 +1,122 @@
+"""Stage dataset: what a dataset holds, one row per image in the order that everything later goes by, and what is odd about it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.markup import escape
+
+from pipelines.artifacts import FileRecord, Manifest
+from pipelines.dataset import INDEX, IndexSummary, check_unique, write_index
+from pipelines.sources import DatasetConfig, Entry, Findings, Source, open_source
+from pipelines.workflow import Stage, StageContext, StageResult, WorkerContext
+
+FINDINGS = "findings.json"
+_LISTING_THREADS = 16
+_SHOWN_AT_MOST = 3
+
+
+def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    source, findings = open_source(config), Findings()
+    started = time.monotonic()
+    scanned = _scan_by_workers(source, config, findings, context) if source.reads_to_scan else _scan_here(source, findings)
+    made: list[IndexSummary] = []
+
+    def write(path: Path) -> None:
+        made.append(write_index(path, scanned))
+        check_unique(path)
+        if not made[0].num_images:
+            raise ValueError(f"dataset {config.title} has no images at {config.path}")
+
+    file: FileRecord = context.write(INDEX, write)
+    index = made[0]
+    class_names = _class_names(source, config, index)
+    for label, name in enumerate(class_names):
+        if label not in index.images_per_label:
+            findings.add("classes without images", name)
+    record = context.write(FINDINGS, lambda path: path.write_text(json.dumps(findings.names, indent=1)))
+    for kind, names in findings.names.items():
+        shown = escape(", ".join(names[:_SHOWN_AT_MOST]) + (", ..." if len(names) > _SHOWN_AT_MOST else ""))
+        context.console.print(f"[yellow]![/] {len(names):,} {kind}: [dim]{shown}[/]", highlight=False)
+    counts = {kind.replace(" ", "_"): len(names) for kind, names in findings.names.items()}
+    return StageResult(
+        files=[file],
+        records=[record],
+        summary={
+            "name": config.title,
+            "num_images": index.num_images,
+            "num_captions": index.num_captions,
+            "class_names": class_names,
+            "findings": counts,
+        },
+        metrics={"images": index.num_images, "classes": len(class_names), "captions": index.num_captions, **counts},
+        worker_seconds=time.monotonic() - started,
+    )
+
+
+def _scan_here(source: Source, findings: Findings) -> Iterator[Entry]:
+    """Listing alone: a thread per folder, because a bucket answers slowly."""
+    units = source.units()
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        for start in range(0, len(units), _LISTING_THREADS):
+            some = [(unit, Findings()) for unit in units[start : start + _LISTING_THREADS]]
+            if len(some) == 1:  # one folder of everything: not held in memory
+                yield from source.scan(some[0][0], findings)
+                continue
+            for entries, (_, found) in zip(pool.map(lambda pair: list(source.scan(*pair)), some), some, strict=True):
+                findings.merge(found.names)
+                yield from entries
+
+
+def _scan_by_workers(source: Source, config: DatasetConfig, findings: Findings, context: StageContext) -> Iterator[Entry]:
+    """A task per file. What a task found is a part, so that a scan that was interrupted goes on from there."""
+    units = source.units()
+    done = context.store.read_parts(context.stage, context.key)
+    context.connect()
+    task = ray.remote(num_cpus=1)(_scan_file)
+    worker_context = context.for_workers()
+    running = {
+        unit: task.remote(config, unit, _part_name(n), worker_context) for n, unit in enumerate(units) if _part_name(n) not in done
+    }
+    with context.bar(len(units), "files") as bar:
+        for number, unit in enumerate(units):
+            part: dict[str, Any] = ray.get(running.pop(unit)) if unit in running else done.pop(_part_name(number))
+            findings.merge(part["findings"])
+            for key, position, size, label in part["entries"]:
+                yield Entry(key, unit, position, size, label)
+            bar.advance(1)
+
+
+def _scan_file(config: DatasetConfig, unit: str, name: str, context: WorkerContext) -> dict[str, Any]:
+    findings = Findings()
+    entries = [[entry.key, entry.position, entry.size, entry.label] for entry in open_source(config).scan(unit, findings)]
+    part = {"entries": entries, "findings": findings.names}
+    context.store.put_part(context.stage, context.key, name, part)
+    return part
+
+
+def _part_name(number: int) -> str:
+    return f"scan-{number:05d}"
+
+
+def _class_names(source: Source, config: DatasetConfig, index: IndexSummary) -> list[str]:
+    """By number. Raises ValueError where a label is none of them."""
+    known, largest = source.known_classes(), max(index.images_per_label)
+    advice = " are named in the files"
+    if known is None:
+        advice = "; set dataset.num_classes"
+        known = [str(label) for label in range(config.num_classes or largest + 1)]
+    elif config.num_classes not in (None, len(known)):
+        raise ValueError(f"dataset.num_classes is {config.num_classes}, but the files name {len(known)} classes")
+    if largest >= len(known):
+        raise ValueError(f"dataset {config.title} has label {largest}, but {len(known)} classes{advice}")
+    return list(known)
+
+
+STAGE = Stage("dataset", 1, run)
