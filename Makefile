@@ -4,13 +4,15 @@ BIN := .venv/bin
 UV_VERSION := 0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock
+.PHONY: help setup demo test faults lint bench format lock
 
 help:
 	@echo "make setup   .venv with everything pinned in requirements.lock"
 	@echo "make demo    from real images of digits to a scored model (needs about 4 minutes on two cores)"
 	@echo "make test    the tests"
+	@echo "make faults  whole runs killed and gone on with (about 4 minutes)"
 	@echo "make lint    ruff, mypy, import rules"
+	@echo "make bench   how fast things are here, as ratios (about 10 minutes)"
 	@echo "make format  ruff format and fixes"
 	@echo "make lock    requirements.lock anew from pyproject.toml"
 
@@ -33,11 +35,17 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest --durations=10
 
+faults: setup
+	$(BIN)/python -m pytest -m faults --durations=5
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+bench: setup
+	$(BIN)/python tests/benchmarks/tokenization.py
 
 format: setup
 	$(BIN)/ruff check --fix .

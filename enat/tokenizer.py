@@ -75,6 +75,12 @@ class VQGANConfig:
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
+    def encoding_bytes(self) -> int:
+        """Memory that encoding one image takes at its peak, in float32, as a rule of thumb: four times the widest activation."""
+        widest = max(channels * (self.resolution >> depth) ** 2 for depth, channels in enumerate(self.level_channels))
+        return 4 * 4 * widest
+
+    @property
     def grid_size(self) -> int:
         """h = w, codes along one side."""
         return self.resolution // self.downsampling
@@ -207,9 +213,14 @@ class VQGAN(nn.Module):
         return distance.argmin(dim=1).view(batch, height, width)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """float (B, 3, H, W) in [0, 1] -> codes int64 (B, h, w) in [0, V)."""
-        return self.quantize(self.encode_latents(images))
+    def encode(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """float (B, 3, H, W) in [0, 1] -> codes int64 (B, h, w) in [0, V).
+
+        dtype: of the convolutions; the nearest entry is looked for in float32 in any case.
+        """
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            latents = self.encode_latents(images)
+        return self.quantize(latents.float())
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -26,19 +26,12 @@ class ConfigError(ValueError):
     """A sentence about one key or file of the configuration."""
 
 
-def load_config(schema: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """The file's values under the overrides ("train.num_steps=10"), as an instance of schema. Raises ConfigError."""
+def load_config(schema: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
+    """The file's values (none without a file) under the overrides ("train.num_steps=10") as a schema. Raises ConfigError."""
     for override in overrides:
         if "=" not in override.lstrip("="):
             raise ConfigError(f"{override!r} is no override; write key=value, such as train.num_steps=100")
-    try:
-        layers = [(str(path), OmegaConf.load(path))]
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no config file {path}") from error
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from error
-    if not isinstance(layers[0][1], DictConfig):
-        raise ConfigError(f"{path} holds no mapping of keys to values")
+    layers = [(str(path), _read(path))] if path is not None else [("the command line", OmegaConf.create({}))]
     for override in overrides:
         try:
             layers.append((f"override {override}", OmegaConf.from_dotlist([override])))
@@ -48,6 +41,18 @@ def load_config(schema: type[ConfigT], path: Path, overrides: Sequence[str] = ()
         if _has_resolver(OmegaConf.to_container(values)):
             raise ConfigError(f"{source}: resolvers in ${{...}} are not allowed, only references to other keys")
     return merge(schema, layers)
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        values = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no config file {path}") from error
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{path} holds no mapping of keys to values")
+    return values
 
 
 def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]]) -> ConfigT:
@@ -102,14 +107,17 @@ def redacted(config: Any) -> dict[str, Any]:
 def identity(config: Any) -> Any:
     """What of a config decides the outcome, for keys.
 
-    Fields called `execution` (workers, devices, batch per device) are left out. A config that refers to something outside
+    Fields called `execution` (workers, devices, batch per device) are left out, and those called `dataset`, which enters as the
+    artifact of its index. A config that refers to something outside
     (a dataset, a weights file) has a method `identity()` that gives its content's digest in place of its path.
     """
     if hasattr(config, "identity"):
         return config.identity()
     if dataclasses.is_dataclass(config):
         return {
-            field.name: identity(getattr(config, field.name)) for field in dataclasses.fields(config) if field.name != "execution"
+            field.name: identity(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+            if field.name not in ("execution", "dataset")
         }
     if isinstance(config, Mapping):
         return {key: identity(value) for key, value in config.items()}

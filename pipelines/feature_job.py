@@ -19,9 +19,9 @@ from enat.features import FeatureExtractor, load_extractor
 from enat.images import to_uint8
 from enat.metrics import FeatureMoments
 from pipelines.artifacts import ArtifactStore, FileRecord, Manifest
+from pipelines.dataset import Dataset
 from pipelines.progress import Bar
 from pipelines.samples import read_codes
-from pipelines.sources import DatasetConfig, load_images
 from pipelines.stream import actor_pool, stream_records
 from pipelines.workflow import Execution
 
@@ -38,11 +38,11 @@ class ImageReader(Protocol):
 class SourceImages:
     """The real images of a dataset, cropped as the token map crops them. Unreadable ones, which it quarantines, are left out."""
 
-    dataset: DatasetConfig
+    dataset: Dataset
     resolution: int
 
     def read(self, start: int, stop: int, device: str) -> torch.Tensor:
-        return torch.from_numpy(load_images(self.dataset, self.resolution, start, stop)[0]).to(device)
+        return torch.from_numpy(self.dataset.load_images(self.resolution, start, stop)[0]).to(device)
 
 
 class DecodedSamples:

@@ -1,14 +1,15 @@
 """The pipeline from a dataset to a scored model: its configuration, and the stages it consists of.
 
-tokenizer -> token_map -> train -> generate -> evaluate -> report, and reference -> evaluate. A variant is the same pipeline with
-some values replaced; what a variant shares with the run's own model is the same artifact, made once.
+dataset, tokenizer -> token_map -> train -> generate -> evaluate -> report, and reference -> evaluate. A variant is the same
+pipeline with some values replaced; what a variant shares with the run's own model is the same artifact, made once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,24 @@ from pipelines import config as configuration
 from pipelines.artifacts import digest_of
 from pipelines.cluster import ClusterConfig
 from pipelines.config import ConfigError
+from pipelines.s3 import S3Config
 from pipelines.sources import DatasetConfig, open_source
-from pipelines.stages import evaluate, generate, reference, report, token_map, tokenizer, train
+from pipelines.stages import captions, dataset, evaluate, generate, reference, report, token_map, tokenizer, train
 from pipelines.token_map import TokenMapInfo
 from pipelines.tracking import TrackingConfig
 from pipelines.train_loop import TrainConfig
 from pipelines.workflow import Node, Stage
+
+_WITHOUT_MODEL = {"dataset", "tokenizer", "token_map", "captions", "reference"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One YAML file. A stage's `dataset` and `seed` are the run's where the stage gives none.
 
-    workspace: folder for the store, tracking and logs.   store: of artifacts; None takes <workspace>/store.
+    workspace: folder for the store, tracking and logs.   store: of artifacts, a folder or s3://bucket/prefix; None takes
+    <workspace>/store.   s3: how buckets are reached, where the usual AWS variables do not say it.
+    targets: stages to make, with what they need; none means all, to the report.
     variants: name -> values that replace those of the run, such as {untrained: {train: {num_steps: 0}}}.
     """
 
@@ -36,9 +42,12 @@ class RunConfig:
     seed: int = 0
     workspace: str = "runs"
     store: str | None = None
+    s3: S3Config = field(default_factory=S3Config)
+    targets: tuple[str, ...] = ()
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     tokenizer: tokenizer.TokenizerConfig = field(default_factory=tokenizer.TokenizerConfig)
     token_map: token_map.TokenMapConfig = field(default_factory=token_map.TokenMapConfig)
+    captions: captions.CaptionsConfig = field(default_factory=captions.CaptionsConfig)
     reference: reference.ReferenceConfig = field(default_factory=reference.ReferenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     generate: generate.GenerateConfig = field(default_factory=generate.GenerateConfig)
@@ -63,8 +72,8 @@ class RunConfig:
         return self.store or str(Path(self.workspace) / "store")
 
 
-def load_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """A run from YAML and overrides, checked as far as can be without computing. Raises ValueError."""
+def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run from YAML, if any, and overrides, checked as far as can be without computing. Raises ValueError."""
     run = configuration.load_config(RunConfig, path, overrides)
     for name, variant in [(report.MAIN, run), *_variants(run).items()]:
         try:
@@ -79,19 +88,20 @@ def build(run: RunConfig) -> list[Node]:
     nodes: dict[str, Node] = {}
     ids_by_identity: dict[str, str] = {}
     identities: dict[str, str] = {}
+    own_identities: dict[DatasetConfig, Any] = {}
 
     def add(stage: Stage, variant: str, config: Any, inputs: Mapping[str, str]) -> str:
-        """The id of a node; an earlier one's where it would make the same."""
-        content = {
-            "stage": stage.name,
-            "config": configuration.identity(config),
-            "inputs": {k: identities[v] for k, v in inputs.items()},
-        }
-        identity = digest_of(content)
-        id = ids_by_identity.setdefault(identity, stage.name if variant == report.MAIN else f"{stage.name}@{variant}")
-        if id not in nodes:
-            nodes[id], identities[id] = Node(id, stage, config, dict(inputs)), identity
-        return id
+        """The id of a node; an earlier one's where it would make the same. A second one of a stage is told apart by a number."""
+        if stage is dataset.STAGE and config not in own_identities:
+            own_identities[config] = configuration.identity(config)
+        own = own_identities[config] if stage is dataset.STAGE else configuration.identity(config)
+        identity = digest_of({"stage": stage.name, "config": own, "inputs": {k: identities[v] for k, v in inputs.items()}})
+        if identity not in ids_by_identity:
+            id = base = stage.name if variant == report.MAIN else f"{stage.name}@{variant}"
+            id = next(id for id in chain([base], (f"{base}-{n}" for n in count(2))) if id not in nodes)
+            nodes[id], identities[id] = Node(id, stage, config, dict(inputs), own), identity
+            ids_by_identity[identity] = id
+        return ids_by_identity[identity]
 
     report_inputs: dict[str, str] = {}
     for name, variant in {report.MAIN: run, **_variants(run)}.items():
@@ -101,22 +111,30 @@ def build(run: RunConfig) -> list[Node]:
     seed = run.generate.seed if run.generate.seed is not None else run.seed
     page = replace(run.report, name=run.name, generate_seed=seed, variants=tuple(run.variants))
     add(report.STAGE, report.MAIN, page, report_inputs)
-    return list(nodes.values())
+    return _needed(nodes, run.targets)
 
 
 def _add_model_stages(name: str, run: RunConfig, add: Any) -> dict[str, str]:
     """Nodes of one variant up to its evaluation; input name -> node id."""
     filled = {
         section: _filled(getattr(run, section), run)
-        for section in ("tokenizer", "token_map", "reference", "train", "generate", "evaluate")
+        for section in ("tokenizer", "token_map", "captions", "reference", "train", "generate", "evaluate")
     }
     resolution = run.tokenizer.architecture().resolution
-    ids = {"tokenizer": add(tokenizer.STAGE, name, filled["tokenizer"], {})}
-    ids["token_map"] = add(token_map.STAGE, name, filled["token_map"], {"tokenizer": ids["tokenizer"]})
-    ids["reference"] = add(reference.STAGE, name, replace(filled["reference"], resolution=resolution), {})
-    ids["model"] = add(train.STAGE, name, filled["train"], {"token_map": ids["token_map"], "tokenizer": ids["tokenizer"]})
+
+    def dataset_of(section: str) -> dict[str, str]:
+        return {"dataset": add(dataset.STAGE, name, filled[section].dataset, {})}
+
+    ids = {"tokenizer": add(tokenizer.STAGE, name, filled["tokenizer"], {} if run.tokenizer.weights else dataset_of("tokenizer"))}
+    ids["token_map"] = add(token_map.STAGE, name, filled["token_map"], {**dataset_of("token_map"), "tokenizer": ids["tokenizer"]})
+    if run.captions.encoder is not None:
+        add(captions.STAGE, name, filled["captions"], dataset_of("captions"))
+    ids["reference"] = add(reference.STAGE, name, replace(filled["reference"], resolution=resolution), dataset_of("reference"))
+    learned_from = {} if run.train.weights else {"token_map": ids["token_map"]}
+    ids["model"] = add(train.STAGE, name, filled["train"], {**learned_from, "tokenizer": ids["tokenizer"]})
     ids["samples"] = add(generate.STAGE, name, filled["generate"], {"model": ids["model"]})
     scored = {key: ids[key] for key in ("samples", "tokenizer", "reference", "model")}
+    scored |= dataset_of("evaluate") if run.evaluate.judge else {}
     ids["evaluation"] = add(evaluate.STAGE, name, filled["evaluate"], scored)
     return ids
 
@@ -124,7 +142,22 @@ def _add_model_stages(name: str, run: RunConfig, add: Any) -> dict[str, str]:
 def _filled(section: Any, run: RunConfig) -> Any:
     """A stage's config with the run's dataset and seed where it has none of its own."""
     given = {name: getattr(run, name) for name in ("dataset", "seed") if getattr(section, name, ...) is None}
-    return replace(section, **given)
+    filled = replace(section, **given)
+    if getattr(filled, "dataset", None) is not None and filled.dataset.s3 is None:
+        filled = replace(filled, dataset=replace(filled.dataset, s3=run.s3))
+    return replace(filled, s3=run.s3) if getattr(filled, "s3", ...) is None else filled
+
+
+def _needed(nodes: dict[str, Node], targets: Sequence[str]) -> list[Node]:
+    """The targets and what they read from, in order."""
+    stages = list(dict.fromkeys(node.stage.name for node in nodes.values()))
+    for target in targets:
+        if target not in stages:
+            raise ConfigError(f"targets names {target!r}; the stages of this run are {', '.join(stages)}")
+    needed = {id for id, node in nodes.items() if not targets or node.stage.name in targets}
+    for id in reversed(nodes):
+        needed |= set(nodes[id].inputs.values()) if id in needed else set()
+    return [node for id, node in nodes.items() if id in needed]
 
 
 def _variants(run: RunConfig) -> dict[str, RunConfig]:
@@ -134,16 +167,21 @@ def _variants(run: RunConfig) -> dict[str, RunConfig]:
 
 def _check(run: RunConfig) -> None:
     """What would fail in a late stage and can be seen now: the model against the token map that the tokenizer will make."""
-    source = open_source(run.token_map.dataset or run.dataset)
     architecture = run.tokenizer.architecture()
+    given = _filled(run.token_map, run).dataset
+    classes = open_source(given).known_classes()
+    num_classes = len(classes) if classes is not None else given.num_classes
     info = TokenMapInfo(
         dataset=run.dataset.title,
         resolution=architecture.resolution,
         grid_size=architecture.grid_size,
         codebook_size=architecture.codebook_size,
-        num_classes=len(source.class_names),
+        num_classes=num_classes if num_classes is not None else run.train.model.num_classes or 1,
         tokenizer_digest="",
     )
+    is_trained = run.train.weights is None and (not run.targets or not _WITHOUT_MODEL.issuperset(run.targets))
+    if not is_trained:
+        return
     run.train.model.architecture(info)
     sampler = run.generate.sampler
     if sampler.reuse and run.train.model.reuse is False:

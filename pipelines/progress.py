@@ -13,7 +13,18 @@ from typing import Any
 
 import ray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 _POLL_SECONDS = 0.3
 
@@ -46,6 +57,17 @@ class Reporter:
         self._state.report.remote(self._worker, done, note)
 
 
+class _SpeedColumn(ProgressColumn):
+    """Of the last seconds, as the time left is."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.1f} {self._unit}/s" if task.speed else "", style="dim")
+
+
 class Bar:
     """A progress bar on the driver's terminal; nothing where the output is no terminal."""
 
@@ -57,6 +79,7 @@ class Bar:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn(unit),
+            _SpeedColumn(unit),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", style="dim"),

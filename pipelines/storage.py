@@ -80,6 +80,10 @@ class LocalFolder(Folder):
             if len(set(ancestors)) == len(ancestors):  # else a link has already led round in a circle
                 yield from _walk(start, prefix, ancestors)
 
+    def file(self, name: str) -> StoredFile:
+        """One file, without listing its folder."""
+        return _stored(name, (self.root / name).stat())
+
     def entries(self) -> builtins.list[str]:
         return sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in self.root.iterdir())
 
@@ -122,6 +126,10 @@ def open_folder(uri: str, s3: S3Config) -> Folder:
     return LocalFolder(Path(uri))
 
 
+def _stored(name: str, status: os.stat_result) -> StoredFile:
+    return StoredFile(name, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}")
+
+
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
@@ -141,6 +149,6 @@ def _walk(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> 
         except OSError as error:
             raise StorageError(f"{folder / entry.name} cannot be read ({error.strerror})") from error
         if not name.endswith("/"):
-            yield StoredFile(prefix + name, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}")
+            yield _stored(prefix + name, status)
         elif _identity(status) not in ancestors:
             yield from _walk(folder / entry.name, prefix + name, (*ancestors, _identity(status)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +15,7 @@ from pipelines.stages.report import MAIN
 from pipelines.workflow import Done, Planned, Session
 
 
-def summarize(name: str, done: Sequence[Done], session: Session, seconds: float, report: Path) -> dict[str, Any]:
+def summarize(name: str, done: Sequence[Done], session: Session, seconds: float, report: Path | None) -> dict[str, Any]:
     """The answer of `enat run`, as JSON can hold it."""
     scores = {
         item.node.id.partition("@")[2] or MAIN: dict(item.manifest.metrics) for item in done if item.node.stage.name == "evaluate"
@@ -36,7 +37,7 @@ def summarize(name: str, done: Sequence[Done], session: Session, seconds: float,
         "name": name,
         "seconds": seconds,
         "store": session.store.uri,
-        "report": str(report),
+        "report": str(report) if report else None,
         "tracking": tracked,
         "scores": scores,
         "stages": stages,
@@ -69,25 +70,38 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
     console.print()
     console.print(stages)
 
-    scores = _table("What it is worth", "", *answer["scores"])
-    for name in dict.fromkeys(name for metrics in answer["scores"].values() for name in metrics):
-        scores.add_row(name, *(_number(metrics[name]) if name in metrics else "–" for metrics in answer["scores"].values()))
-    console.print()
-    console.print(scores)
-    distance = answer["scores"][MAIN]["frechet_distance"]
-    for variant, metrics in answer["scores"].items():
-        if variant != MAIN and distance:
-            ratio = metrics["frechet_distance"] / distance
-            console.print(f"\nfrechet_distance of {variant} is {ratio:.1f} times that of {MAIN}", highlight=False)
+    if answer["scores"]:
+        _show_scores(answer["scores"], console)
 
     reused = sum(item["reused"] for item in answer["stages"])
     console.print(f"\n{len(answer['stages'])} stages, {reused} reused, {answer['seconds']:.1f} s in all", highlight=False)
     console.print(f"artifacts {answer['store']}/<stage>/<key>", highlight=False, soft_wrap=True)
-    console.print(f"report    {answer['report']}", highlight=False, soft_wrap=True)
+    if answer["report"]:
+        console.print(f"report    {answer['report']}", highlight=False, soft_wrap=True)
     if answer["tracking"]:
         console.print(
             f"tracking  {answer['tracking']['uri']} (run {answer['tracking']['run_id']})", highlight=False, soft_wrap=True
         )
+
+
+def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    scores = _table("What it is worth", "", *scored)
+    for name in dict.fromkeys(name for metrics in scored.values() for name in metrics):
+        scores.add_row(name, *(_number(metrics[name]) if name in metrics else "–" for metrics in scored.values()))
+    console.print()
+    console.print(scores)
+    distance = scored[MAIN]["frechet_distance"]
+    for variant, metrics in scored.items():
+        if variant != MAIN and distance:
+            ratio = metrics["frechet_distance"] / distance
+            console.print(f"\nfrechet_distance of {variant} is {ratio:.1f} times that of {MAIN}", highlight=False)
+
+
+def show_import(target: str, values: Sequence[str], name: str, place: str, console: Console) -> None:
+    """How a config uses what was imported. values: of the config, key=value; the weights are named by their digest instead."""
+    key = f"{target}.weights="
+    lines = OmegaConf.to_yaml(OmegaConf.from_dotlist([key + name if value.startswith(key) else value for value in values]))
+    console.print(f"\n{place}\n\nin a config:\n\n{lines.rstrip()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:

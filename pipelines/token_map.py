@@ -2,7 +2,9 @@
 
 Files `part-00000.parquet`, ... hold the rows in the dataset's order, `quarantine.parquet` the images that could not be read.
 Columns: `key` string, `codes` and `codes_flipped` fixed_size_list<uint16>[L], `label` int32 (-1 none), `source_sha256` binary
-of the image's file. The Parquet key-value metadata under `enat` states dataset, resolution, grid, codebook and tokenizer.
+of the image's bytes; of a dataset with captions also `captions` list<string> and `first_caption` int64, the number of the first
+of them among all captions of the dataset, by which their features are found (caption_features.py). The Parquet key-value
+metadata under `enat` states dataset, resolution, grid, codebook and tokenizer.
 
 Shape legend: R rows, L = grid_size**2 codes, B images of a global batch.
 """
@@ -12,20 +14,23 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.artifacts import ArtifactStore, Manifest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUARANTINE = "quarantine.parquet"
 QUARANTINE_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string())])
 _METADATA_KEY = b"enat"
+_CAPTIONS = pa.list_(pa.field("element", pa.string()))  # as Parquet names the items; pyarrow's own "item" would not come back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +43,47 @@ class TokenMapInfo:
     codebook_size: int
     num_classes: int
     tokenizer_digest: str
+    num_captions: int = 0
+    dtype: str = "float32"
     crop: str = "adm-center"
     format_version: int = FORMAT_VERSION
+
+    def require(self, who: str, *, tokenizer_digest: str, grid_size: int, codebook_size: int) -> None:
+        """Raises ValueError, naming both sides, where the map's codes are not what `who` was made for."""
+        expected = {"tokenizer": tokenizer_digest[:12], "grid": grid_size, "codebook": codebook_size}
+        own = {"tokenizer": self.tokenizer_digest[:12], "grid": self.grid_size, "codebook": self.codebook_size}
+        if differing := [name for name in own if own[name] != expected[name]]:
+            sides = [", ".join(f"{name} {side[name]}" for name in differing) for side in (own, expected)]
+            raise ValueError(f"the token map of {self.dataset} ({self.resolution} px) has {sides[0]}, but {who} expects {sides[1]}")
+
+
+@dataclass(kw_only=True)
+class TokenRows:
+    """Rows of a part. codes, codes_flipped: integers (R, L) in [0, codebook_size); the others have R items."""
+
+    codes: np.ndarray
+    codes_flipped: np.ndarray
+    keys: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    source_sha256: list[bytes] = field(default_factory=list)
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+    first_captions: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @classmethod
+    def concatenate(cls, pieces: Sequence[TokenRows]) -> TokenRows:
+        joined: dict[str, Any] = {}
+        for name in cls.__dataclass_fields__:
+            values = [getattr(piece, name) for piece in pieces]
+            joined[name] = np.concatenate(values) if name.startswith("codes") else [item for some in values for item in some]
+        return cls(**joined)
 
 
 def schema(info: TokenMapInfo) -> pa.Schema:
     codes = pa.list_(pa.field("element", pa.uint16()), info.grid_size**2)
+    captions = [("captions", _CAPTIONS), ("first_caption", pa.int64())] if info.num_captions else []
     return pa.schema(
         [
             ("key", pa.string()),
@@ -51,34 +91,25 @@ def schema(info: TokenMapInfo) -> pa.Schema:
             ("codes_flipped", codes),
             ("label", pa.int32()),
             ("source_sha256", pa.binary(32)),
+            *captions,
         ],
         metadata={_METADATA_KEY: json.dumps(dataclasses.asdict(info), sort_keys=True)},
     )
 
 
-def write_part(
-    path: Path,
-    info: TokenMapInfo,
-    *,
-    keys: Sequence[str],
-    codes: np.ndarray,
-    codes_flipped: np.ndarray,
-    labels: Sequence[int],
-    source_sha256: Sequence[bytes],
-) -> None:
-    """Write one part. codes, codes_flipped: integers (R, L) in [0, codebook_size)."""
+def write_part(path: Path, info: TokenMapInfo, rows: TokenRows) -> None:
+    """Write one part."""
     assert info.codebook_size <= 1 << 16
-    table = pa.table(
-        [
-            pa.array(keys, pa.string()),
-            _code_column(codes),
-            _code_column(codes_flipped),
-            pa.array(labels, pa.int32()),
-            pa.array(source_sha256, pa.binary(32)),
-        ],
-        schema=schema(info),
-    )
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+    columns = [
+        pa.array(rows.keys, pa.string()),
+        _code_column(rows.codes),
+        _code_column(rows.codes_flipped),
+        pa.array(rows.labels, pa.int32()),
+        pa.array(rows.source_sha256, pa.binary(32)),
+    ]
+    if info.num_captions:
+        columns += [pa.array(rows.captions, _CAPTIONS), pa.array(rows.first_captions, pa.int64())]
+    pq.write_table(pa.table(columns, schema=schema(info)), path, compression="zstd", write_page_checksum=True)
 
 
 def write_quarantine(path: Path, rows: Sequence[tuple[str, str]]) -> None:
@@ -91,62 +122,113 @@ def _code_column(codes: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(codes.astype(np.uint16).ravel()), codes.shape[1])
 
 
+@dataclass(frozen=True)
+class BatchRows:
+    """What a global step reads: int64 (B,) rows, bool (B,) whether each is flipped, int64 (B,) caption numbers, -1 for none."""
+
+    rows: np.ndarray
+    flipped: np.ndarray
+    captions: np.ndarray
+
+
 class TokenMap:
     """A token map in memory.
 
     codes: uint16 (R, 2, L), as stored and flipped.   labels: int32 (R,).   info: TokenMapInfo.
+    captions: int64 (R, 2), number of the first caption and how many there are.
     """
 
-    def __init__(self, info: TokenMapInfo, codes: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(self, info: TokenMapInfo, codes: np.ndarray, labels: np.ndarray, captions: np.ndarray | None = None) -> None:
         self.info, self.codes, self.labels = info, codes, labels
+        self.captions = np.zeros((len(labels), 2), np.int64) if captions is None else captions
 
     @classmethod
     def open(cls, store: ArtifactStore, manifest: Manifest) -> TokenMap:
         """Read all parts, each checked against its digest, schema and metadata. Raises ValueError for one that does not fit."""
         info = TokenMapInfo(**manifest.summary["info"])
-        expected = schema(info)
-        codes, labels = [], []
+        rows = int(manifest.summary["rows"])
+        codes = np.empty((rows, 2, info.grid_size**2), np.uint16)
+        labels, captions = np.empty(rows, np.int32), np.zeros((rows, 2), np.int64)
+        start = 0
         for record in manifest.files:
             if not record.name.startswith("part-"):
                 continue
-            path = store.fetch(manifest, record.name)
-            table = pq.read_table(path, columns=["codes", "codes_flipped", "label"], page_checksum_verification=True)
-            if not pq.read_schema(path).equals(expected, check_metadata=True):
-                raise ValueError(f"{path} is not a part of this token map: its schema or metadata differs from the manifest's")
-            rows = [_code_values(table[name], info.grid_size**2) for name in ("codes", "codes_flipped")]
-            codes.append(np.stack(rows, axis=1))
-            labels.append(table["label"].to_numpy())
-        return cls(info, np.concatenate(codes), np.concatenate(labels))
+            table = _read_part(store.fetch(manifest, record.name), info)
+            here = slice(start, start + len(table))
+            start = here.stop
+            if start > rows:
+                continue  # counted to the end, for the message
+            for side, name in enumerate(("codes", "codes_flipped")):
+                codes[here, side] = _code_values(table[name], info.grid_size**2)
+            labels[here] = table["label"].to_numpy()
+            if info.num_captions:
+                captions[here, 0] = table["first_caption"].to_numpy()
+                captions[here, 1] = pc.list_value_length(table["captions"]).to_numpy()
+        if start != rows:
+            raise ValueError(f"the parts of token map {manifest.key[:12]} hold {start} rows, not the {rows} of its manifest")
+        return cls(info, codes, labels, captions)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch_rows(self, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of a global step and which of them are flipped: int64 (B,), bool (B,).
+    def batch_rows(self, seed: int, step: int, batch_size: int) -> BatchRows:
+        """Rows of a global step, which of them are flipped, and which of their captions is meant.
 
         Steps walk through one epoch's permutation after the other without a gap, so every image is seen once an epoch
-        whatever the batch size, and a step's rows depend on (seed, step, batch_size) alone.
+        whatever the batch size, and a step's rows depend on (seed, step, batch_size) alone. Flips and captions are drawn
+        anew each epoch, per row.
         """
         positions = step * batch_size + np.arange(batch_size)
         epochs, offsets = np.divmod(positions, len(self))
-        rows, flipped = np.empty(batch_size, np.int64), np.empty(batch_size, bool)
+        rows, flipped, draws = np.empty(batch_size, np.int64), np.empty(batch_size, bool), np.empty(batch_size)
         for epoch in np.unique(epochs):
-            permutation, flips = _epoch(seed, int(epoch), len(self))
+            permutation, flips, caption_draws = _epoch(seed, int(epoch), len(self))
             here = epochs == epoch
             rows[here] = permutation[offsets[here]]
             flipped[here] = flips[rows[here]]
-        return rows, flipped
+            draws[here] = caption_draws[rows[here]]
+        first, count = self.captions[rows].T
+        return BatchRows(rows, flipped, np.where(count > 0, first + (draws * count).astype(np.int64), -1))
 
     def take(self, rows: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """codes int64 (B, L) and labels int64 (B,) of rows."""
-        return self.codes[rows, flipped.astype(np.intp)].astype(np.int64), self.labels[rows].astype(np.int64)
+        """codes int64 (B, L) and labels int64 (B,) of rows; the null label, num_classes, where a row has none."""
+        labels = self.labels[rows].astype(np.int64)
+        return self.codes[rows, flipped.astype(np.intp)].astype(np.int64), np.where(labels < 0, self.info.num_classes, labels)
 
 
 @lru_cache(maxsize=2)  # a batch spans at most two epochs unless the map is smaller than a batch
-def _epoch(seed: int, epoch: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of an epoch, int64 (R,), and whether each row is flipped in it, bool (R,)."""
+def _epoch(seed: int, epoch: int, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The order of an epoch, int64 (R,), and in it per row: whether it is flipped, bool (R,), a draw from [0, 1), float64 (R,)."""
     rng = np.random.default_rng([seed, epoch])
-    return rng.permutation(num_rows), rng.random(num_rows) < 0.5
+    return rng.permutation(num_rows), rng.random(num_rows) < 0.5, rng.random(num_rows)
+
+
+def _read_part(path: Path, info: TokenMapInfo) -> pa.Table:
+    columns = ["codes", "codes_flipped", "label", *(["captions", "first_caption"] if info.num_captions else [])]
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if not file.schema_arrow.equals(schema(info), check_metadata=True):
+                raise ValueError(f"{path} is not a part of this token map: its schema or metadata differs from the manifest's")
+            return file.read(columns)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_codes(store: ArtifactStore, manifest: Manifest, rows: Sequence[int]) -> tuple[list[str], np.ndarray]:
+    """Keys and codes uint16 (R, L) of some rows, given in ascending order, reading only the parts that hold them."""
+    keys, codes, start, remaining = [], [], 0, list(map(int, rows))
+    for record in manifest.files:
+        if not record.name.startswith("part-") or not remaining:
+            continue
+        path = store.fetch(manifest, record.name)
+        stop = start + pq.read_metadata(path).num_rows
+        here = [row - start for row in remaining if row < stop]
+        if here:
+            table = pq.read_table(path, columns=["key", "codes"]).take(here)
+            keys += table["key"].to_pylist()
+            codes.append(_code_values(table["codes"], manifest.summary["info"]["grid_size"] ** 2))
+        start, remaining = stop, remaining[len(here) :]
+    return keys, np.concatenate(codes)
 
 
 def _code_values(column: pa.ChunkedArray, num_codes: int) -> np.ndarray:

@@ -32,7 +32,9 @@ from enat.model import ENAT, ENATConfig
 from enat.sampler import SamplerConfig, sample
 from pipelines import engine as deepspeed_engine
 from pipelines.artifacts import Manifest
+from pipelines.external import content_digest
 from pipelines.progress import Reporter
+from pipelines.s3 import S3Config
 from pipelines.token_map import TokenMap, TokenMapInfo
 from pipelines.workflow import WorkerContext, Workers
 
@@ -100,8 +102,12 @@ class TrainConfig:
     batch_size: of the whole step, in num_groups equal groups (published: 16 devices of 128).
     flip: whether half of the images are taken as their mirror image.
     label_dropout: 0.235 is what the published two drops, 0.15 in the data and 0.1 in the embedding, amount to.
+    weights: published weights to take instead of training: a file by path, s3:// or hf://, or the "sha256:..." under which
+    `enat import` keeps one.   s3: None takes the run's.
     """
 
+    weights: str | None = None
+    s3: S3Config | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -136,7 +142,9 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """Without what only shows how training goes: previews do not touch the weights."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in ("execution", "sampler")}
+        if self.weights is not None:
+            return {"model": values["model"], "weights": content_digest(self.weights, "train.weights", self.s3)}
+        return {name: value for name, value in values.items() if name not in ("execution", "sampler", "weights", "s3")}
 
     def learning_rate_at(self, step: int) -> float:
         return self.learning_rate * min(1.0, (step + 1) / self.warm_up_steps) if self.warm_up_steps else self.learning_rate
@@ -240,12 +248,12 @@ class Trainer:
         config, seed = self.config, self.config.seed
         assert seed is not None
         deepspeed_engine.set_learning_rate(self.engine, config.learning_rate_at(self.step))
-        rows, flipped = self.token_map.batch_rows(seed, self.step, config.batch_size)
+        batch = self.token_map.batch_rows(seed, self.step, config.batch_size)
         size = config.batch_size // config.num_groups
         for group in self.groups:
             own = slice(group * size, (group + 1) * size)
             rng = np.random.default_rng([seed, self.step, group])
-            stored_codes, stored_labels = self.token_map.take(rows[own], flipped[own] & config.flip)
+            stored_codes, stored_labels = self.token_map.take(batch.rows[own], batch.flipped[own] & config.flip)
             stored_labels[rng.random(size) < config.label_dropout] = self.model.config.null_label
             codes, labels = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in (stored_codes, stored_labels))
             masked = mask_codes(codes, self.model.config.mask_id, config.masking, rng)

@@ -1,22 +1,50 @@
-"""Files of weights that came from outside."""
+"""Reading weights that came from outside, without running anything that they bring."""
 
 from __future__ import annotations
 
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from enat.checkpoint import load_enat, load_published_enat, load_published_vqgan, load_vqgan
+from enat.model import ENAT, ENATConfig
+from enat.tokenizer import VQGAN, VQGANConfig
 
-def existing_file(path: str, key: str) -> Path:
-    """The file that config key `key` names. Raises ValueError where there is none."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"{key} is {path}, which is no file")
-    return file
+ModuleT = TypeVar("ModuleT", ENAT, VQGAN)
+
+
+def open_vqgan(path: Path, config: VQGANConfig) -> VQGAN:
+    """A tokenizer from a published file or one of save_weights, in eval mode. Raises ValueError where it is not of this config."""
+    if _is_own(path):
+        return _checked(load_vqgan(path), config, path)
+    return load_published_vqgan(read_state_dict(path), config)
+
+
+def open_enat(path: Path, config: ENATConfig) -> ENAT:
+    """The same for a generator."""
+    if _is_own(path):
+        return _checked(load_enat(path), config, path)
+    return load_published_enat(read_state_dict(path), config)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether save_weights wrote the file: then its header says what it holds."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "enat" in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+def _checked(module: ModuleT, config: Any, path: Path) -> ModuleT:
+    if module.config != config:
+        raise ValueError(f"{path} holds {module.config}, but the config says {config}")
+    return module
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:

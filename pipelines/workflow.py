@@ -74,21 +74,30 @@ class Execution(Workers):
 
 @dataclass(frozen=True)
 class Stage:
-    """version: raised whenever the code of a stage changes what it makes; it is part of every key."""
+    """version: raised whenever the code of a stage changes what it makes; it is part of every key.
+
+    accept: says whether an artifact that is there will do for a config, where that has limits which are no part of the key.
+    Raises ValueError where it will not.
+    """
 
     name: str
     version: int
     run: Callable[[Any, Mapping[str, Manifest], StageContext], StageResult]
+    accept: Callable[[Any, Manifest], None] | None = None
 
 
 @dataclass(frozen=True)
 class Node:
-    """A stage as part of a pipeline. inputs: the stage's name for an input -> id of the node that makes it."""
+    """A stage as part of a pipeline. inputs: the stage's name for an input -> id of the node that makes it.
+
+    identity: of the config, by whoever has it already: that of a dataset takes a listing of all its files.
+    """
 
     id: str
     stage: Stage
     config: Any
     inputs: Mapping[str, str] = field(default_factory=dict)
+    identity: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +190,7 @@ def stage_key(node: Node, inputs: Mapping[str, Manifest]) -> str:
         {
             "stage": node.stage.name,
             "version": node.stage.version,
-            "config": configuration.identity(node.config),
+            "config": node.identity if node.identity is not None else configuration.identity(node.config),
             "inputs": {name: manifest.digest for name, manifest in inputs.items()},
         }
     )
@@ -214,6 +223,8 @@ def execute(nodes: Sequence[Node], session: Session) -> list[Done]:
         is_reused = manifest is not None
         if manifest is None:
             manifest = _compute(node, key, inputs, run, session)
+        elif node.stage.accept is not None:
+            node.stage.accept(node.config, manifest)
         seconds = time.monotonic() - started
         _finish_stage_run(run, manifest, is_reused)
         done[node.id] = Done(node, manifest, is_reused, seconds)

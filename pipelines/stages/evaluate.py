@@ -20,9 +20,10 @@ from enat.sampler import SamplerConfig
 from enat.tokenizer import VQGANConfig
 from pipelines import cluster
 from pipelines.artifacts import Manifest
+from pipelines.dataset import Dataset
 from pipelines.feature_job import DecodedSamples, ExtractorFile, compute_moments
 from pipelines.samples import read_codes
-from pipelines.sources import DatasetConfig, load_images
+from pipelines.sources import DatasetConfig
 from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
 
 JUDGES = ("svc",)
@@ -41,10 +42,6 @@ class EvaluateConfig:
         if self.judge is not None and self.judge not in JUDGES:
             raise ValueError(f"evaluate.judge is {self.judge!r}; choose one of {', '.join(JUDGES)}, or leave it out")
 
-    def identity(self) -> dict[str, Any]:
-        """The dataset matters to the judge alone: the reference stands among the inputs."""
-        return {"judge": self.judge, "dataset": self.dataset.identity() if self.judge and self.dataset else None}
-
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     samples, tokenizer, reference, model = (inputs[name] for name in ("samples", "tokenizer", "reference", "model"))
@@ -60,7 +57,9 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     metrics = {"frechet_distance": frechet_distance(job.moments, real), **_cost(model, samples, tokenizer)}
     seconds = job.worker_seconds
     if config.judge is not None:
-        judged = ray.get(ray.remote(num_cpus=1)(_judge).remote(config, reference, reader, samples, context.for_workers()))
+        assert config.dataset is not None
+        dataset = Dataset(config.dataset, context.store, inputs["dataset"])
+        judged = ray.get(ray.remote(num_cpus=1)(_judge).remote(dataset, reference, reader, samples, context.for_workers()))
         metrics |= judged
     return StageResult(
         files=[context.write("moments.safetensors", job.moments.save)],
@@ -90,14 +89,13 @@ def _cost(model: Manifest, samples: Manifest, tokenizer: Manifest) -> dict[str, 
 
 
 def _judge(
-    config: EvaluateConfig, reference: Manifest, reader: DecodedSamples, samples: Manifest, context: WorkerContext
+    dataset: Dataset, reference: Manifest, reader: DecodedSamples, samples: Manifest, context: WorkerContext
 ) -> dict[str, float]:
     """Agreement of a support vector machine with the labels asked for; its own accuracy on real images it did not see."""
     from sklearn.model_selection import cross_val_score
     from sklearn.svm import SVC
 
-    assert config.dataset is not None
-    images, labels = load_images(config.dataset, int(reference.summary["resolution"]), 0, _MAX_JUDGE_IMAGES)
+    images, labels = dataset.load_images(int(reference.summary["resolution"]), 0, _MAX_JUDGE_IMAGES)
     pixels = _gray(torch.from_numpy(images))
     machine = SVC(C=10.0)
     accuracy = cross_val_score(machine, pixels, labels, cv=5).mean()
@@ -112,4 +110,4 @@ def _gray(images: torch.Tensor) -> Any:
     return images.double().mean(dim=1).flatten(1).numpy() / 255
 
 
-STAGE = Stage("evaluate", 1, run)
+STAGE = Stage("evaluate", 2, run)

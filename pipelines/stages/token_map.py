@@ -1,16 +1,21 @@
 """Stage token_map: every image of a dataset as codes, in Parquet.
 
-The driver plans one row per output file; Ray Data carries each row through decoding (tasks) and encoding (actors), and the
-actor writes the file. So a file's bytes do not depend on how many workers there are, and a file that was committed before a
-crash is not made again.
+The driver plans one part per output file, and blocks of images within a part. Ray Data streams the blocks through decoding
+(tasks on CPUs) and encoding (a pool of actors); the driver puts the codes of a part together and writes its file. Pixels never
+reach the driver, and only as many blocks are on their way as memory allows. Which images the encoder computes together is
+planned too: so a file's bytes do not depend on how many workers there are, how they batch, or where a crash interrupted them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import time
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,164 +24,340 @@ import ray.data
 import torch
 
 from enat.checkpoint import load_vqgan
-from enat.images import ImageError, center_crop, decode_image, to_array, to_float
+from enat.images import ImageError, to_float
+from enat.tokenizer import VQGANConfig
 from pipelines import cluster, token_map
 from pipelines.artifacts import FileRecord, Manifest
-from pipelines.sources import DatasetConfig, Source, open_source
-from pipelines.stream import actor_pool, feeding_tasks, stream_records
-from pipelines.token_map import TokenMapInfo
+from pipelines.dataset import Dataset
+from pipelines.sources import DatasetConfig
+from pipelines.stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
+from pipelines.token_map import TokenMapInfo, TokenRows
 from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
+
+CODE_COUNTS = "code_counts.json"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ENCODING_MEMORY = {"cpu": 1 << 30, "cuda": 16 << 30}  # what one pass of the encoder may take
+_MAX_BLOCK_BYTES = 64 << 20  # of pixels: Ray Data would cut larger blocks in two
+_LEAST_MEMORY = 128 << 20  # of pixels on their way
+_WRITERS = 4  # parts that are written at once; a bucket answers slowly
+_WRITES_WAITING = 16
+_REASONS_COUNTED = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMapExecution(Execution):
+    """num_workers encode; on CPUs each computes as many passes at once as it has CPUs.
+
+    batch_size: images that travel from decoding to encoding together, rounded to whole passes.   num_decoders: images are
+    decoded by as many tasks, a CPU each; None takes all CPUs that the encoders leave.
+    """
+
+    batch_size: int = 256
+    num_decoders: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_decoders is not None and self.num_decoders < 1:
+            raise ValueError(f"execution.num_decoders is {self.num_decoders}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMapConfig:
     """shard_size: images per Parquet file, which is also what a crash can lose.
 
-    max_quarantine_share: of images that cannot be read, in [0, 1]; more fails the stage.
+    max_quarantine_share: of images that cannot be read, in [0, 1]; more fails the stage. A limit, so no part of the key.
+    dtype: of the encoder's convolutions, "float32" or "bfloat16".
+    images_per_pass: images that the encoder computes together; None as many as memory allows on this kind of device. It is part
+    of the key, because sums of floats depend on it, if only for codes that are nearly tied.
     """
 
     shard_size: int = 2048
     max_quarantine_share: float = 0.01
+    dtype: str = "float32"
+    images_per_pass: int | None = None
     dataset: DatasetConfig | None = None
-    execution: Execution = field(default_factory=Execution)
+    execution: TokenMapExecution = field(default_factory=TokenMapExecution)
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
             raise ValueError(f"token_map.shard_size is {self.shard_size}; it must be at least 1")
         if not 0 <= self.max_quarantine_share <= 1:
             raise ValueError(f"token_map.max_quarantine_share is {self.max_quarantine_share}; it must be in [0, 1]")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"token_map.dtype is {self.dtype!r}; choose one of {', '.join(_DTYPES)}")
+        if self.images_per_pass is not None and self.images_per_pass < 1:
+            raise ValueError(f"token_map.images_per_pass is {self.images_per_pass}; it must be at least 1")
+
+    def identity(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("shard_size", "dtype", "images_per_pass")}
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """What an encoder needs to know."""
+
+    tokenizer: Manifest
+    info: TokenMapInfo
+    images_per_pass: int
+    execution: TokenMapExecution
 
 
 def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     assert config.dataset is not None
-    source = open_source(config.dataset)
-    tokenizer = inputs["tokenizer"]
+    dataset, tokenizer = Dataset(config.dataset, context.store, inputs["dataset"]), inputs["tokenizer"]
+    architecture = VQGANConfig(**tokenizer.summary["config"])
     info = TokenMapInfo(
-        dataset=config.dataset.title,
-        resolution=tokenizer.summary["config"]["resolution"],
-        grid_size=_grid_size(tokenizer),
-        codebook_size=tokenizer.summary["config"]["codebook_size"],
-        num_classes=len(source.class_names),
+        dataset=dataset.name,
+        resolution=architecture.resolution,
+        grid_size=architecture.grid_size,
+        codebook_size=architecture.codebook_size,
+        num_classes=len(dataset.class_names),
         tokenizer_digest=tokenizer.digest,
+        num_captions=dataset.num_captions,
+        dtype=config.dtype,
     )
-    plan = [
-        {"part": part, "start": start, "stop": min(start + config.shard_size, len(source))}
-        for part, start in enumerate(range(0, len(source), config.shard_size))
-    ]
+    per_pass = config.images_per_pass or _images_per_pass(architecture, config.execution.device)
+    encoding = _Encoding(tokenizer, info, per_pass, config.execution)
+    parts = range(-(-dataset.num_images // config.shard_size))
     done = context.store.read_parts(context.stage, context.key)
-    todo = [row for row in plan if _part_name(row["part"]) not in done]
+    _check_passes(per_pass, done.values())
+    todo = [part for part in parts if _part_name(part) not in done]
     if todo:
         context.connect()
         cluster.require(config.execution, "token_map")
-        with context.bar(len(source), "images") as bar:
+        with context.bar(dataset.num_images, "images") as bar:
             bar.update(sum(record["rows"] + len(record["quarantined"]) for record in done.values()))
-            for record in stream_records(todo, lambda rows: _job(rows, config, info, tokenizer, context)):
-                bar.advance(record["rows"] + len(record["quarantined"]))
-    return _collect(config, context, source, info)
+            quarantined = sum(len(record["quarantined"]) for record in done.values())
+            blocks = _plan(todo, config.shard_size, dataset.num_images, _block_size(encoding))
+            with closing(_encode_parts(blocks, dataset, encoding, context)) as encoded:
+                for block in encoded:
+                    bar.advance(block["images"])
+                    quarantined += len(block["quarantined"])
+                    _check_quarantine(quarantined, dataset.num_images, config.max_quarantine_share, block["quarantined"])
+    return _collect(config, dataset, info, len(parts), context)
 
 
-def _grid_size(tokenizer: Manifest) -> int:
-    config = tokenizer.summary["config"]
-    return int(config["resolution"]) // 2 ** (len(config["channel_multipliers"]) - 1)
+def _images_per_pass(architecture: VQGANConfig, device: str) -> int:
+    """The power of two, 256 at most, that fits into the memory set aside: the same on all machines with this kind of device."""
+    fitting = max(1, _ENCODING_MEMORY[device] // architecture.encoding_bytes)
+    return min(256 if device == "cuda" else 64, 1 << (int(fitting).bit_length() - 1))
 
 
-def _job(
-    rows: list[dict[str, int]], config: TokenMapConfig, info: TokenMapInfo, tokenizer: Manifest, context: StageContext
-) -> ray.data.Dataset:
-    arguments = (context.for_workers(), info, tokenizer, config.execution)
-    return (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(_Decode(config.dataset, info.resolution), **feeding_tasks(config.execution))
-        .map_batches(_Encode, fn_constructor_args=arguments, **actor_pool(config.execution, len(rows)))
-    )
+def _check_passes(images_per_pass: int, done: Iterable[Mapping[str, Any]]) -> None:
+    """Parts that another kind of device made are not gone on with here: codes that are nearly tied may come out otherwise."""
+    for record in done:
+        if record["images_per_pass"] != images_per_pass:
+            raise ValueError(
+                f"this token map was begun with {record['images_per_pass']} images a pass, as fits another kind of device, "
+                f"and here it would be {images_per_pass}; go on where it was begun, or set token_map.images_per_pass to begin anew"
+            )
+
+
+def _block_size(encoding: _Encoding) -> int:
+    """Images per block: whole passes."""
+    fitting = _MAX_BLOCK_BYTES // (3 * encoding.info.resolution**2)
+    wanted = min(encoding.execution.batch_size, fitting)
+    return encoding.images_per_pass * max(1, wanted // encoding.images_per_pass)
+
+
+def _plan(parts: Sequence[int], shard_size: int, num_images: int, block_size: int) -> list[dict[str, int]]:
+    """Blocks of the given parts: images start..stop-1."""
+    rows: list[dict[str, int]] = []
+    for part in parts:
+        end = min((part + 1) * shard_size, num_images)
+        for start in range(part * shard_size, end, block_size):
+            rows.append({"block": len(rows), "part": part, "start": start, "stop": min(start + block_size, end)})
+    return rows
+
+
+def _encode_parts(
+    blocks: list[dict[str, int]], dataset: Dataset, encoding: _Encoding, context: StageContext
+) -> Generator[dict[str, Any]]:
+    """Blocks as they are done. A part is written once all of its blocks are there, while others are still computed."""
+
+    def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
+        arguments, execution = (context.for_workers(), encoding), encoding.execution
+        encoded = (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map_batches(_Decode(dataset, encoding.info.resolution), **feeding_tasks(execution, execution.num_decoders))
+            .map_batches(_Encode, fn_constructor_args=arguments, **actor_pool(execution, len(rows)))
+        )
+        return with_memory_limit(encoded, _pixels_on_their_way(encoding))
+
+    num_blocks = Counter(row["part"] for row in blocks)
+    arrived: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    writing: list[Future[None]] = []
+    with ThreadPoolExecutor(_WRITERS) as pool, closing(stream_records(blocks, job, id="block")) as records:
+        for block in records:
+            part = block["part"]
+            arrived[part].append(block)
+            if len(arrived[part]) == num_blocks[part]:
+                whole = sorted(arrived.pop(part), key=lambda block: int(block["start"]))
+                writing.append(pool.submit(_write_part, part, whole, encoding, context))
+            while len(writing) > _WRITES_WAITING or (writing and writing[0].done()):
+                writing.pop(0).result()
+            yield block
+        for future in writing:
+            future.result()
+
+
+def _pixels_on_their_way(encoding: _Encoding) -> int:
+    """Bytes of decoded blocks that may wait for encoders: enough that none of these ever waits."""
+    execution = encoding.execution
+    num_decoders = execution.num_decoders or int(ray.cluster_resources()["CPU"])
+    block_bytes = 3 * encoding.info.resolution**2 * _block_size(encoding)
+    return max(_LEAST_MEMORY, block_bytes * (4 * execution.num_workers + 2 * num_decoders))
+
+
+def _write_part(part: int, blocks: Sequence[dict[str, Any]], encoding: _Encoding, context: WorkerContext) -> None:
+    info = encoding.info
+    rows, name = TokenRows.concatenate([block["rows"] for block in blocks]), _part_name(part)
+    file = context.write(name, lambda path: token_map.write_part(path, info, rows))
+    counts = np.bincount(np.concatenate([rows.codes, rows.codes_flipped]).ravel(), minlength=info.codebook_size)
+    record = {
+        "rows": len(rows),
+        "file": asdict(file),
+        "quarantined": [row for block in blocks for row in block["quarantined"]],
+        "code_counts": counts.tolist(),
+        "images_per_pass": encoding.images_per_pass,
+        "seconds": sum(block["seconds"] for block in blocks),
+        "decoding_seconds": sum(block["decoding_seconds"] for block in blocks),
+    }
+    context.store.put_part(context.stage, context.key, name, record)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What is known of a block's images. A class of its own, because Ray makes arrays of lists of plain values, empty ones too.
+
+    images: slot, key, label, sha256, captions, number of the first one; of the readable ones.   quarantined: key, reason.
+    """
+
+    block: dict[str, int]
+    images: list[tuple[int, str, int, bytes, tuple[str, ...], int]]
+    quarantined: list[list[str]]
+    seconds: float
 
 
 class _Decode:
-    """Plan row -> the same row with pixels uint8 (R, 3, H, W), and what could not be read."""
+    """Block -> the same with pixels uint8 (R, 3, H, W), zeros where an image cannot be read, and what is known of each image."""
 
-    def __init__(self, dataset: DatasetConfig | None, resolution: int) -> None:
+    def __init__(self, dataset: Dataset, resolution: int) -> None:
         self.dataset, self.resolution = dataset, resolution
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        assert self.dataset is not None
-        keys, pixels, labels, digests, quarantined = [], [], [], [], []
-        for row in open_source(self.dataset).read(int(batch["start"][0]), int(batch["stop"][0])):
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        started = time.monotonic()
+        block = {name: int(values[0]) for name, values in batch.items()}
+        shape = (block["stop"] - block["start"], 3, self.resolution, self.resolution)
+        pixels = np.zeros(shape, np.uint8)
+        images: list[Any] = []
+        quarantined: list[list[str]] = []
+        for slot, row in enumerate(self.dataset.read(block["start"], block["stop"])):
             try:
-                pixels.append(to_array(center_crop(decode_image(row.data), self.resolution)))
+                pixels[slot] = row.pixels(self.resolution)
             except ImageError as error:
                 quarantined.append([row.key, str(error)])
                 continue
-            keys.append(row.key)
-            labels.append(row.label)
-            digests.append(hashlib.sha256(row.data).digest())
-        stacked = np.stack(pixels) if pixels else np.empty((0, 3, self.resolution, self.resolution), np.uint8)
-        decoded = {"keys": keys, "pixels": stacked, "labels": labels, "digests": digests, "quarantined": quarantined}
-        return {"part": [int(batch["part"][0])], "decoded": [decoded]}
+            digest = hashlib.sha256(row.data).digest()
+            images.append((slot, row.key, row.label, digest, row.captions, row.first_caption))
+        return {"pixels": pixels[None], "block": [_Decoded(block, images, quarantined, time.monotonic() - started)]}
 
 
 class _Encode:
-    """Row with pixels -> a Parquet file in the store, and a record of it. One actor holds one tokenizer."""
+    """Block with pixels -> rows of the token map. One actor holds one tokenizer."""
 
-    def __init__(self, context: WorkerContext, info: TokenMapInfo, tokenizer: Manifest, execution: Execution) -> None:
-        torch.set_num_threads(execution.num_threads)
-        self.context, self.info, self.execution = context, info, execution
-        self.vqgan = load_vqgan(context.store.fetch(tokenizer, "vqgan.safetensors")).to(execution.device)
+    def __init__(self, context: WorkerContext, encoding: _Encoding) -> None:
+        self.encoding, execution = encoding, encoding.execution
+        self.dtype = _DTYPES[encoding.info.dtype]
+        self.vqgan = load_vqgan(context.store.fetch(encoding.tokenizer, "vqgan.safetensors")).to(execution.device)
+        if execution.device == "cuda":  # float32 is to be float32, and the same each time
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        # One thread per pass, since a convolution's sums depend on the number of its threads.
+        num_passes = execution.num_threads if execution.device == "cpu" else 1
+        self.pool = ThreadPoolExecutor(num_passes, initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         started = time.monotonic()
-        name, decoded = _part_name(int(batch["part"][0])), batch["decoded"][0]
-        codes, flipped = self._encode(decoded["pixels"]), self._encode(decoded["pixels"][..., ::-1].copy())
-        columns = {"keys": decoded["keys"], "labels": decoded["labels"], "source_sha256": decoded["digests"]}
-        file = self.context.write(
-            name, lambda path: token_map.write_part(path, self.info, codes=codes, codes_flipped=flipped, **columns)
+        block: _Decoded = batch["block"][0]
+        pixels = batch["pixels"][0]
+        images = block.images
+        size = self.encoding.images_per_pass
+        passes = [pixels[start : start + size] for start in range(0, len(pixels), size)]
+        encoded = np.concatenate(list(self.pool.map(self._encode, passes)))
+        kept = np.array([image[0] for image in images], np.int64)
+        _, keys, labels, digests, captions, first_captions = zip(*images, strict=True) if images else [()] * 6
+        rows = TokenRows(
+            codes=encoded[kept, 0],
+            codes_flipped=encoded[kept, 1],
+            keys=list(keys),
+            labels=list(labels),
+            source_sha256=list(digests),
+            captions=list(captions),
+            first_captions=list(first_captions),
         )
         record = {
-            "part": int(batch["part"][0]),
-            "rows": len(codes),
-            "file": asdict(file),
-            "quarantined": decoded["quarantined"],
-            "code_counts": np.bincount(np.concatenate([codes, flipped]).ravel(), minlength=self.info.codebook_size).tolist(),
+            **{name: block.block[name] for name in ("block", "part", "start")},
+            "rows": rows,
+            "images": len(pixels),
+            "quarantined": block.quarantined,
             "seconds": time.monotonic() - started,
+            "decoding_seconds": block.seconds,
         }
-        self.context.store.put_part(self.context.stage, self.context.key, name, record)
         return {"record": [record]}
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
-        encoded = [
-            self.vqgan.encode(to_float(part.to(self.execution.device))).flatten(1).cpu()
-            for part in torch.from_numpy(pixels).split(self.execution.batch_size)
-        ]
-        return torch.cat(encoded).numpy() if encoded else np.empty((0, self.info.grid_size**2), np.int64)
+        """uint8 (R, 3, H, W) -> codes uint16 (R, 2, L), of the images and of their mirror images; R images_per_pass at most.
+
+        The encoder always sees images_per_pass images: what a convolution computes depends on the size of its batch.
+        """
+        padding = np.zeros((self.encoding.images_per_pass - len(pixels), *pixels.shape[1:]), np.uint8)
+        images = to_float(torch.from_numpy(np.concatenate([pixels, padding])).to(self.encoding.execution.device))
+        sides = [self.vqgan.encode(side, self.dtype).flatten(1) for side in (images, images.flip(-1))]
+        return torch.stack(sides, dim=1)[: len(pixels)].cpu().numpy().astype(np.uint16)
 
 
 def _part_name(part: int) -> str:
     return f"part-{part:05d}.parquet"
 
 
-def _collect(config: TokenMapConfig, context: StageContext, source: Source, info: TokenMapInfo) -> StageResult:
-    num_images = len(source)
+def _check_quarantine(quarantined: int, num_images: int, max_share: float, examples: Sequence[Sequence[str]]) -> None:
+    if examples and quarantined > max_share * num_images:
+        key, reason = examples[0]
+        raise ValueError(
+            f"{quarantined} of {num_images} images cannot be read, more than token_map.max_quarantine_share "
+            f"{max_share:g} allows; one is {key}: {reason}"
+        )
+
+
+def _accept(config: TokenMapConfig, manifest: Manifest) -> None:
+    """Of a map that is there already the limit may have been another."""
+    rows, quarantined = manifest.summary["rows"], manifest.summary["quarantined"]
+    examples = [[f"see {token_map.QUARANTINE} of {manifest.key[:12]}", ", ".join(manifest.summary["quarantine_reasons"])]]
+    _check_quarantine(quarantined, rows + quarantined, config.max_quarantine_share, examples)
+
+
+def _collect(config: TokenMapConfig, dataset: Dataset, info: TokenMapInfo, num_parts: int, context: StageContext) -> StageResult:
     records = context.store.read_parts(context.stage, context.key)
-    assert len(records) == -(-num_images // config.shard_size), "a planned part has no record"
+    assert len(records) == num_parts, "a planned part has no record"
     rows = sum(record["rows"] for record in records.values())
     quarantined = [(key, reason) for record in records.values() for key, reason in record["quarantined"]]
-    assert rows + len(quarantined) == num_images, "rows + quarantined = inputs"
-    if len(quarantined) > config.max_quarantine_share * num_images:
-        key, reason = quarantined[0]
-        raise ValueError(
-            f"{len(quarantined)} of {num_images} images cannot be read, more than token_map.max_quarantine_share "
-            f"{config.max_quarantine_share:g} allows; the first is {key}: {reason}"
-        )
+    assert rows + len(quarantined) == dataset.num_images, "rows + quarantined = inputs"
+    _check_quarantine(len(quarantined), dataset.num_images, config.max_quarantine_share, quarantined)
     quarantine = context.write(token_map.QUARANTINE, lambda path: token_map.write_quarantine(path, quarantined))
-    counts = np.array([record["code_counts"] for record in records.values()], dtype=np.float64).sum(axis=0)
-    probs = counts[counts > 0] / counts.sum()
-    seconds = sum(record["seconds"] for record in records.values())
+    counts = np.array([record["code_counts"] for record in records.values()], dtype=np.int64).sum(axis=0)
+    probs = counts[counts > 0] / max(1, counts.sum())
+    encoding_seconds = sum(record["seconds"] for record in records.values())
+    reasons = Counter(reason.partition(":")[0] for _, reason in quarantined).most_common(_REASONS_COUNTED)
     return StageResult(
         files=[*(FileRecord(**record["file"]) for record in records.values()), quarantine],
+        records=[context.write(CODE_COUNTS, lambda path: path.write_text(json.dumps(counts.tolist())))],
         summary={
             "info": dataclasses.asdict(info),
             "rows": rows,
             "quarantined": len(quarantined),
-            "class_names": list(source.class_names),
+            "quarantine_reasons": dict(reasons),
+            "class_names": list(dataset.class_names),
         },
         metrics={
             "rows": rows,
@@ -184,9 +365,9 @@ def _collect(config: TokenMapConfig, context: StageContext, source: Source, info
             "code_usage": float((counts > 0).mean()),
             "code_perplexity": float(np.exp(-(probs * np.log(probs)).sum())),
         },
-        worker_seconds=seconds,
-        device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
+        worker_seconds=encoding_seconds + sum(record["decoding_seconds"] for record in records.values()),
+        device_seconds=encoding_seconds if config.execution.gpus_per_worker else 0.0,
     )
 
 
-STAGE = Stage("token_map", 1, run)
+STAGE = Stage("token_map", 2, run, _accept)

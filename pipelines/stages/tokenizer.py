@@ -11,15 +11,18 @@ from typing import Any
 import ray
 import torch
 
-from enat.checkpoint import load_published_vqgan, save_weights
+from enat.checkpoint import save_weights
 from enat.images import make_grid, png_bytes, to_float, to_uint8
 from enat.tokenizer import VQGAN, VQGANConfig
 from enat.tokenizer_training import TokenizerRecipe, code_usage, train_tokenizer
 from pipelines import cluster
-from pipelines.artifacts import Manifest, file_digest
+from pipelines.artifacts import Manifest
+from pipelines.dataset import Dataset
+from pipelines.external import content_digest, local_file
 from pipelines.progress import Reporter
-from pipelines.sources import DatasetConfig, load_images
-from pipelines.weights import existing_file, read_state_dict
+from pipelines.s3 import S3Config
+from pipelines.sources import DatasetConfig
+from pipelines.weights import open_vqgan
 from pipelines.workflow import Stage, StageContext, StageResult, WorkerContext, Workers
 
 WEIGHTS = "vqgan.safetensors"
@@ -29,7 +32,8 @@ _MAX_IMAGES = 50_000  # of the dataset's start, held in memory: more is not for 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """weights: a published tokenizer's file (.safetensors, .pth, .ckpt); None trains one with `recipe`.
+    """weights: a published tokenizer's file (.safetensors, .pth, .ckpt) by path, s3:// or hf://, or the "sha256:..." under which
+    `enat import` keeps one; None trains one with `recipe`.   s3: None takes the run's.
 
     The architecture is a preset (see enat.tokenizer) with any of its fields replaced.
     """
@@ -44,6 +48,7 @@ class TokenizerConfig:
     weights: str | None = None
     recipe: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     dataset: DatasetConfig | None = None
+    s3: S3Config | None = None
     seed: int | None = None
     execution: Workers = field(default_factory=Workers)
 
@@ -57,24 +62,24 @@ class TokenizerConfig:
     def identity(self) -> dict[str, Any]:
         architecture = dataclasses.asdict(self.architecture())
         if self.weights is not None:
-            return {"architecture": architecture, "weights": file_digest(existing_file(self.weights, "tokenizer.weights"))}
-        assert self.dataset is not None
-        recipe = dataclasses.asdict(self.recipe)
-        return {"architecture": architecture, "recipe": recipe, "dataset": self.dataset.identity(), "seed": self.seed}
+            return {"architecture": architecture, "weights": content_digest(self.weights, "tokenizer.weights", self.s3)}
+        return {"architecture": architecture, "recipe": dataclasses.asdict(self.recipe), "seed": self.seed}
 
 
 def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     architecture = config.architecture()
     summary = {"config": dataclasses.asdict(architecture), "is_imported": config.weights is not None}
     if config.weights is not None:
-        vqgan = load_published_vqgan(read_state_dict(existing_file(config.weights, "tokenizer.weights")), architecture)
+        vqgan = open_vqgan(local_file(config.weights, "tokenizer.weights", config.s3), architecture)
         return StageResult(files=[context.write(WEIGHTS, lambda path: save_weights(path, vqgan))], summary=summary)
 
+    assert config.dataset is not None
+    dataset = Dataset(config.dataset, context.store, inputs["dataset"])
     context.connect()
     cluster.require(config.execution, "tokenizer")
     with context.bar(config.recipe.num_steps, "steps") as bar, bar.reporter() as reporter:
         task = ray.remote(**config.execution.resources)(_train)
-        trained = ray.get(task.remote(config, context.for_workers(), reporter))
+        trained = ray.get(task.remote(config, dataset, context.for_workers(), reporter))
     return StageResult(
         files=[trained["file"]],
         records=[trained["record"]],
@@ -85,13 +90,13 @@ def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageC
     )
 
 
-def _train(config: TokenizerConfig, context: WorkerContext, reporter: Reporter) -> dict[str, Any]:
+def _train(config: TokenizerConfig, dataset: Dataset, context: WorkerContext, reporter: Reporter) -> dict[str, Any]:
     """The whole training, in one worker."""
-    assert config.dataset is not None and config.seed is not None
+    assert config.seed is not None
     started = time.monotonic()
     torch.set_num_threads(config.execution.num_threads)
     architecture, device = config.architecture(), config.execution.device
-    images = torch.from_numpy(load_images(config.dataset, architecture.resolution, 0, _MAX_IMAGES)[0])
+    images = torch.from_numpy(dataset.load_images(architecture.resolution, 0, _MAX_IMAGES)[0])
     with torch.random.fork_rng(devices=[]):  # torch's initialisers of convolutions know no generator
         torch.manual_seed(config.seed)
         vqgan = VQGAN(architecture).to(device)
@@ -114,4 +119,4 @@ def _train(config: TokenizerConfig, context: WorkerContext, reporter: Reporter) 
     return {"file": file, "record": record, "metrics": metrics, "seconds": time.monotonic() - started}
 
 
-STAGE = Stage("tokenizer", 1, run)
+STAGE = Stage("tokenizer", 2, run)

@@ -21,12 +21,15 @@ from ray.train.v2.api.config import LoggingConfig
 
 from enat.checkpoint import save_weights
 from enat.model import ENATConfig
+from enat.tokenizer import VQGANConfig
 from pipelines import cluster
 from pipelines.artifacts import FileRecord, Manifest
 from pipelines.engine import is_whole
+from pipelines.external import local_file
 from pipelines.progress import Reporter
 from pipelines.token_map import TokenMapInfo
 from pipelines.train_loop import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainConfig, TrainTask, initial_model, train_loop
+from pipelines.weights import open_enat
 from pipelines.workflow import Stage, StageContext, StageResult
 
 _log = logging.getLogger(__name__)
@@ -35,12 +38,16 @@ _SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    if config.weights is not None:
+        return _imported(config, config.weights, inputs["tokenizer"], context)
     info = TokenMapInfo(**inputs["token_map"].summary["info"])
-    if info.tokenizer_digest != inputs["tokenizer"].digest:
-        raise ValueError(
-            f"the token map was made with tokenizer {info.tokenizer_digest[:12]}, not with {inputs['tokenizer'].digest[:12]}"
-        )
     architecture = config.model.architecture(info)
+    info.require(
+        "the model",
+        tokenizer_digest=inputs["tokenizer"].digest,
+        grid_size=architecture.grid_size,
+        codebook_size=architecture.codebook_size,
+    )
     started = time.monotonic()
     if config.num_steps == 0:
         files, history = _untrained(config, architecture, context), list[dict[str, float]]()
@@ -56,17 +63,42 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
     return StageResult(
         files=files,
         records=[record],
-        summary={
-            "model": dataclasses.asdict(architecture),
-            "parameters": sum(tensor.numel() for tensor in initial_model(architecture, 0).parameters()),
-            "tokenizer_digest": info.tokenizer_digest,
-            "num_steps": config.num_steps,
-            "dataset": info.dataset,
-        },
+        summary=_summary(architecture, info, config.num_steps, is_imported=False),
         metrics=metrics,
         worker_seconds=seconds,
         device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
     )
+
+
+def _imported(config: TrainConfig, weights: str, tokenizer: Manifest, context: StageContext) -> StageResult:
+    """Published weights, as if they had been trained here on codes of this tokenizer."""
+    codes = VQGANConfig(**tokenizer.summary["config"])
+    info = TokenMapInfo(
+        dataset="imported",
+        resolution=codes.resolution,
+        grid_size=codes.grid_size,
+        codebook_size=codes.codebook_size,
+        num_classes=config.model.num_classes or ENATConfig.num_classes,
+        tokenizer_digest=tokenizer.digest,
+    )
+    architecture = config.model.architecture(info)
+    model = open_enat(local_file(weights, "train.weights", config.s3), architecture)
+    return StageResult(
+        files=[context.write(WEIGHTS, lambda path: save_weights(path, model))],
+        records=[context.write(HISTORY, lambda path: path.write_text("[]"))],
+        summary=_summary(architecture, info, num_steps=0, is_imported=True),
+    )
+
+
+def _summary(architecture: ENATConfig, info: TokenMapInfo, num_steps: int, is_imported: bool) -> dict[str, Any]:
+    return {
+        "model": dataclasses.asdict(architecture),
+        "parameters": sum(tensor.numel() for tensor in initial_model(architecture, 0).parameters()),
+        "tokenizer_digest": info.tokenizer_digest,
+        "num_steps": num_steps,
+        "dataset": info.dataset,
+        "is_imported": is_imported,
+    }
 
 
 def _untrained(config: TrainConfig, architecture: ENATConfig, context: StageContext) -> list[FileRecord]:
@@ -80,6 +112,8 @@ def _fit(
 ) -> dict[str, Any]:
     execution = config.execution
     storage = context.store.work_uri(context.stage, context.key)
+    if "://" in storage:
+        raise ValueError(f"training keeps its checkpoints in the store, and {storage} is no folder; choose one with store=...")
     task = TrainTask(
         config=config,
         architecture=architecture,

@@ -7,18 +7,23 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from layouts import Layouts, make_layouts
 from PIL import Image
+from s3_server import S3Endpoint, make_bucket, s3_endpoint  # noqa: F401 (fixtures)
+
+from pipelines.s3 import S3Folder
 
 REPOSITORY = Path(__file__).parents[2]
 DIGITS = REPOSITORY / "configs" / "digits.yaml"
@@ -67,6 +72,26 @@ def broken_image_folder(make_image_folder: Callable[..., Path], tmp_path_factory
     (root / "china" / "half.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "flower" / "text.jpg").write_text("this is not an image")
     return root
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
+    """Twenty photographs in every layout."""
+    return make_layouts(tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture
+def own_layouts(layouts: Layouts, tmp_path: Path) -> Layouts:
+    """A copy to change."""
+    return replace(layouts, root=Path(shutil.copytree(layouts.root, tmp_path / "own")))
+
+
+@pytest.fixture(scope="session")
+def layouts_bucket(layouts: Layouts, make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint) -> S3Folder:  # noqa: F811
+    """The same in a bucket."""
+    folder = make_bucket("data/sets")
+    s3_endpoint.fill(folder, layouts.contents())
+    return folder
 
 
 # A tiny run ----------------------------------------------------------------------------------------------------------------

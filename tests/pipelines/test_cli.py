@@ -14,11 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
 
 from enat import ENAT, VQGAN, ENATConfig, VQGANConfig
-from enat.checkpoint import save_weights
+from enat.checkpoint import load_enat, load_vqgan, save_weights
+from pipelines import pipeline, workflow
+from pipelines.artifacts import Manifest, file_digest, open_store
 
-DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
+REPOSITORY = Path(__file__).parents[2]
+DIGITS = REPOSITORY / "configs" / "digits.yaml"
 
 
 class Code:
@@ -59,15 +65,19 @@ CASES = [
     Case("codebook", "train.model.codebook_size is 1024, but the token map of digits", ("train.model.codebook_size=1024",)),
     Case(
         "no dataset",
-        "dataset.path {folder}/nowhere is no folder",
+        "dataset.path: {folder}/nowhere is no folder",
         ("dataset.kind=image_folder", "dataset.path={folder}/nowhere"),
     ),
     Case("no config", "there is no config file {folder}/nowhere.yaml", config="{folder}/nowhere.yaml"),
     Case("no config to plan", "there is no config file {folder}/nowhere.yaml", config="{folder}/nowhere.yaml", command="plan"),
     Case("store below a file", "the store {folder}/file/store cannot be written", ("store={folder}/file/store",)),
     Case("workspace below a file", "{folder}/file", ("workspace={folder}/file/runs", "store={folder}/elsewhere")),
-    Case("no weights", "tokenizer.weights is {folder}/nowhere.pth, which is no file", ("tokenizer.weights={folder}/nowhere.pth",)),
-    Case("weights of an ENAT", "does not fit the configured architecture", ("tokenizer.weights={folder}/enat.safetensors",)),
+    Case("no weights", "tokenizer.weights: {folder}/nowhere.pth is no file", ("tokenizer.weights={folder}/nowhere.pth",)),
+    Case(
+        "weights of an ENAT",
+        "enat.safetensors holds enat, not the weights of vqgan",
+        ("tokenizer.weights={folder}/enat.safetensors",),
+    ),
     Case(
         "weights of another size", "wrong shape: quantize.embedding.weight is (64, 16)", ("tokenizer.weights={folder}/other.pth",)
     ),
@@ -209,7 +219,7 @@ def test_a_plan_as_json_names_stages_keys_and_what_is_done(ask: Callable[..., An
     assert answer["store"] == str(tmp_path / "runs" / "store")
     rows = {row["stage"]: row for row in answer["stages"]}
     assert set(rows["train"]) == {"stage", "key", "reused", "parts_done"}
-    assert len(rows["tokenizer"]["key"]) == 64 and rows["token_map"]["key"] is None
+    assert len(rows["dataset"]["key"]) == 64 and rows["tokenizer"]["key"] is None and rows["token_map"]["key"] is None
     assert not any(row["reused"] or row["parts_done"] for row in answer["stages"])
     assert not (tmp_path / "runs").exists(), "a plan writes nothing"
 
@@ -218,18 +228,32 @@ def test_a_plan_for_people_says_what_is_reused_and_what_is_not_known_yet(digits_
     overrides = (*digits_run.overrides, "train.seed=1")
     process = ask("plan", DIGITS, f"workspace={digits_run.workspace}", *overrides)
     assert (process.returncode, process.stderr) == (0, "")
-    lines = {line.split()[0]: line for line in process.stdout.splitlines() if line.strip()}
-    assert all("reuse" in lines[stage] for stage in ("tokenizer", "token_map", "reference"))
+    lines = {line.split()[0]: line for line in process.stdout.splitlines() if line[:1].strip()}  # not those that go on
+    assert all("reuse" in lines[stage] for stage in ("dataset", "tokenizer", "token_map", "reference"))
     assert "compute" in lines["train"] and "known after train" in lines["generate"] and "compute" in lines["generate"]
-    assert "3 of 10 stages are reused" in process.stdout
+    assert "4 of 11 stages are reused" in process.stdout
 
 
 def test_help_is_there_for_every_command(enat: Callable[..., Any]) -> None:
     process = enat("--help")
     assert process.returncode == 0 and process.stderr == ""
-    for command in ("plan", "run"):
+    for command in ("artifacts", "import", "plan", "run"):
         assert command in process.stdout
-        assert "KEY=VALUE" in enat(command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        (("plan",), "KEY=VALUE"),
+        (("run",), "KEY=VALUE"),
+        (("import", "vqgan"), "FIELD=VALUE"),
+        (("import", "enat"), "--vqgan"),
+        (("artifacts", "show"), "--contact-sheet"),
+    ],
+)
+def test_help_says_what_a_command_takes(ask: Callable[..., Any], command: tuple[str, ...], word: str) -> None:
+    process = ask(*command, "--help")
+    assert (process.returncode, process.stderr) == (0, "") and word in process.stdout
 
 
 @pytest.mark.parametrize("arguments", [("run",), ("run", "a.yaml", "--jsn"), ("rnu", "a.yaml")])
@@ -237,3 +261,182 @@ def test_a_command_that_is_used_wrongly_says_so_in_one_line(enat: Callable[..., 
     process = enat(*arguments)
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.startswith("enat: ") and process.stderr.count("\n") == 1 and "--help" in process.stderr
+
+
+# Importing weights, and looking at artifacts -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What `enat import ... --json` answered, and the store that it wrote to."""
+
+    answer: dict[str, Any]
+    store: Path
+
+    @property
+    def manifest(self) -> Manifest:
+        manifest = open_store(str(self.store)).read_manifest(self.answer["stage"], self.answer["key"])
+        assert manifest is not None
+        return manifest
+
+    @property
+    def file(self) -> Path:
+        return open_store(str(self.store)).fetch(self.manifest, self.manifest.files[0].name)
+
+
+@pytest.fixture(scope="module")
+def weights(folder: Path) -> dict[str, Path]:
+    """One tokenizer in each kind of file, by suffix; "own" as enat itself writes it."""
+    published = torch.load(folder / "right.pth", weights_only=True)
+    torch.save({"state_dict": published, "epoch": torch.tensor(3)}, folder / "right.ckpt")
+    save_file(published, folder / "right.safetensors")
+    vqgan = VQGAN(VQGANConfig.preset("vqgan-small"))
+    vqgan.load_state_dict({name.replace("quantize.embedding.", "codebook."): value for name, value in published.items()})
+    save_weights(folder / "own.safetensors", vqgan)
+    files = {suffix: folder / f"right.{suffix}" for suffix in ("pth", "ckpt", "safetensors")}
+    return {**files, "own": folder / "own.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def import_vqgan(ask: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[object], Imported]:
+    store = tmp_path_factory.mktemp("imported") / "store"
+
+    def run(path: object) -> Imported:
+        process = ask("import", "vqgan", path, "--preset", "vqgan-small", "--store", store, "--json")
+        assert process.returncode == 0, process.stderr
+        return Imported(json.loads(process.stdout), store)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["pth", "ckpt", "safetensors", "own"])
+def test_a_tokenizer_is_imported_from_each_kind_of_file(import_vqgan, weights: dict[str, Path], kind: str) -> None:
+    imported = import_vqgan(weights[kind])
+    expected = torch.load(weights["pth"], weights_only=True)
+    vqgan = load_vqgan(imported.file)
+    assert vqgan.config == VQGANConfig.preset("vqgan-small") and imported.manifest.summary["is_imported"]
+    for name, tensor in vqgan.state_dict().items():
+        assert torch.equal(tensor, expected[name.replace("codebook.", "quantize.embedding.")])
+    assert imported.answer["weights"] == f"sha256:{file_digest(weights[kind])}" and imported.answer["stage"] == "tokenizer"
+    assert imported.answer["place"] == f"{imported.store}/tokenizer/{imported.answer['key']}"
+    assert not imported.answer["reused"]
+
+
+def test_what_was_imported_before_is_reused(import_vqgan, weights: dict[str, Path]) -> None:
+    first, second = (import_vqgan(weights["pth"]).answer for _ in range(2))
+    assert second == {**first, "reused": True}
+
+
+def test_a_config_finds_what_was_imported_by_its_digest_alone(
+    ask: Callable[..., Any], import_vqgan, weights: dict[str, Path]
+) -> None:
+    """The file itself may be gone."""
+    imported = import_vqgan(weights["pth"])
+    values = ["tokenizer.preset=vqgan-small", f"tokenizer.weights={imported.answer['weights']}", "targets=[tokenizer]"]
+    process = ask("plan", DIGITS, f"store={imported.store}", *values, "--json")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert json.loads(process.stdout)["stages"] == [
+        {"stage": "tokenizer", "key": imported.answer["key"], "reused": True, "parts_done": 0}
+    ]
+
+
+def test_the_lines_that_an_import_prints_are_those_of_a_config(
+    ask: Callable[..., Any], import_vqgan, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    imported = import_vqgan(weights["pth"])
+    process = ask("import", "vqgan", weights["pth"], "--preset", "vqgan-small", "--store", imported.store)
+    assert process.returncode == 0 and imported.answer["place"] in process.stdout
+    lines = process.stdout.partition("in a config:\n")[2]
+    path = tmp_path / "config.yaml"
+    path.write_text(f"name: any\ntargets: [tokenizer]\n{lines}")
+    (node,) = pipeline.build(pipeline.load_run(path))
+    assert workflow.stage_key(node, {}) == imported.answer["key"]
+    assert OmegaConf.load(path).tokenizer.weights == imported.answer["weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("{folder}/other.pth",), "wrong shape: quantize.embedding.weight is (64, 16), expected (128, 16)"),
+        (("{folder}/right.pth", "codebook_size=64"), "wrong shape: quantize.embedding.weight is (128, 16), expected (64, 16)"),
+        (("{folder}/right.pth", "codebook_sise=64"), "unknown key tokenizer.codebook_sise; did you mean tokenizer.codebook_size?"),
+        (("{folder}/code.pth",), "{folder}/code.pth is not opened: it is no torch file, or holds more than tensors"),
+        (("{folder}/inside.ckpt",), "{folder}/inside.ckpt is not opened: it is no torch file, or holds more than tensors"),
+        (("{folder}/code.safetensors",), "{folder}/code.safetensors is no readable file of weights"),
+        (("{folder}/enat.safetensors",), "{folder}/enat.safetensors holds enat, not the weights of vqgan"),
+        (("{folder}/nowhere.pth",), "tokenizer.weights: {folder}/nowhere.pth is no file"),
+        ((f"sha256:{'ab' * 32}",), "but the store has nothing made from it; import the file first: enat import --help"),
+        (("{folder}/right.pth", "--preset", "vqgan-big"), "no VQGAN preset is called 'vqgan-big'"),
+    ],
+)
+def test_weights_that_cannot_be_imported_are_refused_in_one_line(
+    ask: Callable[..., Any], folder: Path, tmp_path: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    given = [argument.format(folder=folder) for argument in arguments]
+    process = ask("import", "vqgan", "--preset", "vqgan-small", *given, "--store", tmp_path / "store")
+    assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("enat: ") and sentence.format(folder=folder) in process.stderr
+    assert not (folder / "executed").exists(), "nothing that a file brings is run"
+    assert not any(open_store(str(tmp_path / "store")).manifests())
+
+
+def test_a_generator_is_imported_with_the_tokenizer_that_it_was_made_for(
+    ask: Callable[..., Any], import_vqgan, weights: dict[str, Path], folder: Path
+) -> None:
+    """From a state dict of the published layout, as big as a test can have it."""
+    imported = import_vqgan(weights["pth"])
+    sizes = {"encoder_layers": 2, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
+    model = ENAT(ENATConfig(**sizes, grid_size=4, codebook_size=128))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    published = _published_enat(model)
+    torch.save(published, folder / "generator.pth")
+    arguments = ["--preset", "enat-s", "--vqgan", imported.answer["weights"], "--vqgan-preset", "vqgan-small"]
+    fields = [f"{name}={value}" for name, value in sizes.items()]
+    process = ask("import", "enat", folder / "generator.pth", *arguments, *fields, "--store", imported.store, "--json")
+    assert process.returncode == 0, process.stderr
+    generator = Imported(json.loads(process.stdout), imported.store)
+    assert generator.answer["stage"] == "train" and generator.manifest.inputs["tokenizer"]["key"] == imported.answer["key"]
+    loaded = load_enat(generator.file)
+    assert loaded.config == model.config and generator.manifest.summary["is_imported"]
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    wrong = ask("import", "enat", folder / "generator.pth", *arguments, *fields[:-1], "--store", imported.store)
+    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("enat: the published ENAT does not fit")
+    assert "wrong shape: y_embedder.embedding_table.weight is (6, 32), expected (1001, 32)" in wrong.stderr
+
+
+def _published_enat(model: ENAT) -> dict[str, torch.Tensor]:
+    """A state dict of ours under the names of the published ones, with the embedder that they have and never use."""
+    from enat import checkpoint
+
+    own = model.state_dict()
+    state = {checkpoint._published_enat_name(name, model.config): tensor.clone() for name, tensor in own.items()}
+    state["mlm_layer.bias"] = state["mlm_layer.bias"][None, None]
+    width = model.config.embed_dim
+    for name, (rows, columns) in {"fc1": (4 * width, width), "fc2": (width, 4 * width)}.items():
+        state |= {f"prev_embedder.{name}.weight": torch.zeros(rows, columns), f"prev_embedder.{name}.bias": torch.zeros(rows)}
+    return state
+
+
+def test_an_artifact_is_shown_by_the_beginning_of_its_key(ask: Callable[..., Any], import_vqgan, weights: dict[str, Path]) -> None:
+    imported = import_vqgan(weights["pth"])
+    key = imported.answer["key"]
+    process = ask("artifacts", "show", f"tokenizer/{key[:16]}", "--store", imported.store, "--json")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert Manifest.from_json(process.stdout.encode()) == imported.manifest
+    for_people = ask("artifacts", "show", key[:16], "--store", imported.store)
+    assert for_people.returncode == 0 and key in "".join(for_people.stdout.split()) and "vqgan.safetensors" in for_people.stdout
+    wrong = ask("artifacts", "show", "xyz", "--store", imported.store)
+    assert wrong.returncode == 2 and wrong.stderr == f"enat: the store {imported.store} has no artifact whose key begins with xyz\n"
+    refused = ask("artifacts", "show", key[:16], "--store", imported.store, "--contact-sheet", imported.store / "sheet.png")
+    assert refused.returncode == 2 and "a contact sheet shows a token map" in refused.stderr
+
+
+def test_a_contact_sheet_of_a_run_s_token_map_is_written(digits_run, ask: Callable[..., Any], tmp_path: Path) -> None:
+    key = digits_run.planned()["token_map"].key
+    store, sheet = digits_run.workspace / "store", tmp_path / "sheet.png"
+    process = ask("artifacts", "show", key[:12], "--store", store, "--contact-sheet", sheet, "--images", "20")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert f"contact sheet {sheet}" in process.stdout and "perplexity" in process.stdout
+    with Image.open(sheet) as picture:
+        assert picture.size == (16 * 98 + 2, 3 * 98 + 2)

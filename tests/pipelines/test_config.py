@@ -258,6 +258,15 @@ def test_identity_leaves_out_execution_at_any_depth() -> None:
     assert identity(one) != identity(replace(one, layer=Layer(width=9)))
 
 
+def test_identity_leaves_out_the_dataset_which_enters_as_its_index(image_folder: Path) -> None:
+    from pipelines.sources import DatasetConfig
+    from pipelines.stages.token_map import TokenMapConfig
+
+    here, there = DatasetConfig(kind="image_folder", path=str(image_folder)), DatasetConfig(kind="images", path="/nowhere")
+    assert identity(TokenMapConfig(dataset=here)) == identity(TokenMapConfig(dataset=there))
+    assert "dataset" not in str(identity(TokenMapConfig(dataset=here)))
+
+
 def test_identity_of_what_lies_outside_is_its_content_and_not_its_path(
     image_folder: Path, make_image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

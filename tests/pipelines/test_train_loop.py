@@ -100,12 +100,12 @@ def plain(made_map, config: TrainConfig) -> Trained:
     size = config.batch_size // config.num_groups
     history = []
     for step in range(config.num_steps):
-        rows, flipped = token_map.batch_rows(config.seed, step, config.batch_size)
+        batch = token_map.batch_rows(config.seed, step, config.batch_size)
         losses = []
         for group in range(config.num_groups):
             rng = np.random.default_rng([config.seed, step, group])
             own = slice(group * size, (group + 1) * size)
-            codes, labels = map(torch.from_numpy, token_map.take(rows[own], flipped[own] & config.flip))
+            codes, labels = map(torch.from_numpy, token_map.take(batch.rows[own], batch.flipped[own] & config.flip))
             labels[torch.from_numpy(rng.random(size) < config.label_dropout)] = model.config.null_label
             masked = mask_codes(codes, model.config.mask_id, config.masking, rng)
             dropout = torch.Generator().manual_seed(int(rng.integers(2**63)))
@@ -200,6 +200,7 @@ def test_a_worker_that_is_killed_is_replaced_and_training_goes_on_from_the_check
     _assert_close(trained, plain)
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("fresh_key")
 def test_a_run_that_failed_goes_on_with_other_workers_also_where_ray_s_record_is_torn(fit, plain: Trained, deadly: Deadly) -> None:
     """Two workers leave a checkpoint, one goes on from it. Ray Train's record of checkpoints is left torn by a driver that is
@@ -275,7 +276,9 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(fit) -> None
 def test_a_token_map_of_another_tokenizer_is_refused(made_map, config: TrainConfig, make_context: Callable[..., Any]) -> None:
     store, inputs = made_map
     other = dataclasses.replace(inputs["tokenizer"], key="cd" * 32)
-    with pytest.raises(ValueError, match="the token map was made with tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"the token map of photographs \(16 px\) has tokenizer \w{12}, but the model expects tokenizer \w{12}"
+    ):
         train.run(config, {**inputs, "tokenizer": other}, make_context(store, "train"))
 
 

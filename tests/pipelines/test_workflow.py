@@ -276,7 +276,9 @@ def _execution_overrides() -> list[str]:
         for each in dataclasses.fields(config):
             value = getattr(config, each.name)
             if each.name == "execution":
-                found += [f"{path}execution.{inner.name}={getattr(value, inner.name) + 1}" for inner in dataclasses.fields(value)]
+                found += [
+                    f"{path}execution.{inner.name}={(getattr(value, inner.name) or 0) + 1}" for inner in dataclasses.fields(value)
+                ]
             elif dataclasses.is_dataclass(value):
                 found += walk(value, f"{path}{each.name}.")
         return found
@@ -320,7 +322,9 @@ AFTER_TRAIN = {"train", "generate", "evaluate", "report"}
         ("evaluate.judge=null", {"evaluate", "report"}),
         ("report.samples_per_class=2", {"report"}),
         ("name=other", {"report"}),
-        ("dataset.name=other", AFTER_TOKENIZER | {"reference"}),
+        ("token_map.images_per_pass=8", AFTER_TOKENIZER - {"tokenizer"}),
+        ("token_map.dtype=bfloat16", AFTER_TOKENIZER - {"tokenizer"}),
+        ("dataset.name=other", AFTER_TOKENIZER | {"dataset", "reference"}),
         ("seed=1", AFTER_TOKENIZER | {"reference"}),
         ("tokenizer.resolution=32", AFTER_TOKENIZER | {"reference"}),
     ],
@@ -335,7 +339,7 @@ def test_a_variant_shares_what_it_does_not_change(without_variants: Path) -> Non
     def nodes(values: str) -> list[str]:
         return [node.id for node in pipeline.build(pipeline.load_run(without_variants, (f"variants={values}",)))]
 
-    own = ["tokenizer", "token_map", "reference", "train", "generate", "evaluate"]
+    own = ["dataset", "tokenizer", "token_map", "reference", "train", "generate", "evaluate"]
     assert nodes("{}") == [*own, "report"]
     assert nodes("{a: {train: {num_steps: 0}}}") == [*own, "train@a", "generate@a", "evaluate@a", "report"]
     assert nodes("{a: {generate: {sampler: {num_steps: 4}}}}") == [*own, "generate@a", "evaluate@a", "report"]
@@ -347,6 +351,31 @@ def test_a_variant_shares_what_it_does_not_change(without_variants: Path) -> Non
         "evaluate@a",
         "report",
     ]
+
+
+@pytest.mark.parametrize(
+    ("targets", "nodes"),
+    [
+        ("[tokenizer]", ["dataset", "tokenizer"]),
+        ("[token_map]", ["dataset", "tokenizer", "token_map"]),
+        ("[reference, token_map]", ["dataset", "tokenizer", "token_map", "reference"]),
+        ("[train]", ["dataset", "tokenizer", "token_map", "train", "train@untrained"]),
+    ],
+)
+def test_targets_are_made_with_what_they_need_and_under_the_same_keys(targets: str, nodes: list[str]) -> None:
+    assert _keys(DIGITS, f"targets={targets}") == {id: key for id, key in _keys(DIGITS).items() if id in nodes}
+    assert list(_keys(DIGITS, f"targets={targets}")) == nodes
+
+
+def test_a_target_that_is_no_stage_of_the_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"targets names 'captions'; the stages of this run are dataset, tokenizer, token_map"):
+        pipeline.build(pipeline.load_run(DIGITS, ("targets=[token_map, captions]",)))
+
+
+def test_without_training_a_model_that_would_not_fit_does_no_harm() -> None:
+    """A config for a token map alone need not know what will be trained on it."""
+    nodes = pipeline.build(pipeline.load_run(DIGITS, ("targets=[token_map]", "train.model.grid_size=16")))
+    assert [node.id for node in nodes] == ["dataset", "tokenizer", "token_map"]
 
 
 def test_a_variant_s_nodes_read_from_its_own() -> None:

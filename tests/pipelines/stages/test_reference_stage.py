@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layouts import open_dataset
 
 from enat.metrics import FeatureMoments
 from pipelines import workflow
 from pipelines.artifacts import LocalStore
-from pipelines.sources import DatasetConfig, load_images
+from pipelines.sources import DatasetConfig
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -42,11 +43,12 @@ def test_moments_of_inception_are_those_of_torch_fidelitys_network(
 
     store = LocalStore(tmp_path / "store")
     overrides = ("reference.extractor=inception", f"reference.inception_weights={inception_weights}")
-    (done,) = workflow.execute(tiny_nodes(*overrides, until="reference"), make_session(store))
+    done = workflow.execute(tiny_nodes(*overrides, until="reference"), make_session(store))[-1]
     moments = FeatureMoments.load(store.fetch(done.manifest, "moments.safetensors"))
 
     network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(inception_weights))
-    images = torch.from_numpy(load_images(DatasetConfig(kind="image_folder", path=str(image_folder)), 16, 0, 100)[0])
+    dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(image_folder)), store)
+    images = torch.from_numpy(dataset.load_images(16, 0, 100)[0])
     features = network(images)[0].double().numpy()
     assert moments.count == len(features) == 12
     np.testing.assert_allclose(moments.mean, features.mean(axis=0), rtol=1e-5, atol=1e-7)

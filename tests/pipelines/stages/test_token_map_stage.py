@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import os
+import pickle
+import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +20,13 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hostile import corpus, photo
 from PIL import Image
 
 from pipelines import workflow
 from pipelines.artifacts import LocalStore, Manifest
+from pipelines.stages import token_map as stage
+from pipelines.token_map import TokenMap
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -81,6 +90,20 @@ def _adm_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
+def _codes(vqgan: Any, images: list[Image.Image], resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (B, L) of the crops, and of their mirror images."""
+    crops = torch.from_numpy(np.stack([_adm_crop(image, resolution) for image in images]))
+    floats = crops.permute(0, 3, 1, 2).float() / 255
+    codes, flipped = (vqgan.encode(batch).flatten(1).numpy() for batch in (floats, floats.flip(-1)))
+    return codes, flipped
+
+
+def _assert_same_bytes(one: tuple[LocalStore, Manifest], other: tuple[LocalStore, Manifest]) -> None:
+    assert one[1].digest == other[1].digest
+    for record in one[1].files:
+        assert one[0].fetch(one[1], record.name).read_bytes() == other[0].fetch(other[1], record.name).read_bytes()
+
+
 def test_every_image_is_a_row_or_stands_in_quarantine_with_a_reason(one_worker, broken_image_folder: Path) -> None:
     store, manifest = one_worker
     keys = [row["key"] for row in _rows(store, manifest)]
@@ -97,14 +120,17 @@ def test_every_image_is_a_row_or_stands_in_quarantine_with_a_reason(one_worker, 
     assert keys == sorted(keys), "rows keep the order of the dataset"
 
 
-def test_codes_are_those_of_the_cropped_image_and_of_its_mirror_image(one_worker, broken_image_folder: Path, vqgan) -> None:
-    store, manifest = one_worker
+@pytest.mark.parametrize("resolution", [16, 32])
+def test_codes_are_those_of_the_cropped_image_and_of_its_mirror_image(
+    make_token_map, one_worker, broken: tuple[str, ...], broken_image_folder: Path, vqgan, resolution: int
+) -> None:
+    store, manifest = one_worker if resolution == 16 else make_token_map(*broken, f"tokenizer.resolution={resolution}")
     rows = _rows(store, manifest)
-    crops = np.stack([_adm_crop(Image.open(broken_image_folder / row["key"]).convert("RGB"), 16) for row in rows])
-    images = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
-    codes, flipped = (vqgan.encode(batch).flatten(1).numpy() for batch in (images, images.flip(-1)))
+    images = [Image.open(broken_image_folder / row["key"]).convert("RGB") for row in rows]
+    codes, flipped = _codes(vqgan, images, resolution)
     np.testing.assert_array_equal([row["codes"] for row in rows], codes)
     np.testing.assert_array_equal([row["codes_flipped"] for row in rows], flipped)
+    assert codes.shape == (12, (resolution // 4) ** 2) and manifest.summary["info"]["resolution"] == resolution
     assert len(np.unique(codes)) > 8 and (codes != flipped).any(), "the tokenizer under test tells images apart"
 
 
@@ -137,10 +163,9 @@ def test_the_measured_use_of_the_codebook_is_that_of_the_stored_codes(one_worker
 def test_every_file_has_the_same_bytes_whatever_the_workers_and_the_batch(
     make_token_map, broken: tuple[str, ...], one_worker, decoding_at_once: list[int], execution: str
 ) -> None:
-    store, manifest = make_token_map(*broken, f"token_map.execution={execution}")
-    assert len(manifest.files) == 5 and manifest.digest == one_worker[1].digest
-    for record in manifest.files:
-        assert store.fetch(manifest, record.name).read_bytes() == one_worker[0].fetch(one_worker[1], record.name).read_bytes()
+    made = make_token_map(*broken, f"token_map.execution={execution}")
+    assert len(made[1].files) == 5
+    _assert_same_bytes(made, one_worker)
     assert max(decoding_at_once) <= 2, "tasks that decode are no crowd, also where the workers take all CPUs of the cluster"
 
 
@@ -149,11 +174,42 @@ def test_too_many_unreadable_images_fail_with_a_sentence_and_leave_no_map(
 ) -> None:
     sentence = (
         r"2 of 14 images cannot be read, more than token_map\.max_quarantine_share 0\.1 allows; "
-        r"the first is china/half\.jpg: it cannot be decoded"
+        r"one is (china/half\.jpg: it cannot be decoded|flower/text\.jpg: it is neither JPEG nor PNG)"
     )
     with pytest.raises(ValueError, match=sentence):
         make_token_map(f"dataset.path={broken_image_folder}", "token_map.max_quarantine_share=0.1", store=local_store)
-    assert [manifest.stage for manifest in local_store.manifests()] == ["tokenizer"]
+    assert {manifest.stage for manifest in local_store.manifests()} == {"dataset", "tokenizer"}
+
+
+def test_a_quarantine_as_large_as_is_allowed_is_no_failure(make_token_map, broken_image_folder: Path) -> None:
+    """Two of fourteen, and not one more."""
+    _, manifest = make_token_map(f"dataset.path={broken_image_folder}", f"token_map.max_quarantine_share={2 / 14}")
+    assert manifest.summary["quarantined"] == 2
+
+
+def test_the_limit_is_no_part_of_the_key_and_holds_for_a_map_that_is_there_already(
+    make_token_map, broken_image_folder: Path, one_worker
+) -> None:
+    """Raising it after a failure goes on with what was made; lowering it refuses what is there."""
+    store, manifest = one_worker
+    dataset = f"dataset.path={broken_image_folder}"
+    assert make_token_map(dataset, "token_map.max_quarantine_share=1", store=store)[1].key == manifest.key
+    sentence = rf"2 of 14 images cannot be read, .* 0\.1 allows; one is see quarantine\.parquet of {manifest.key[:12]}: it "
+    with pytest.raises(ValueError, match=sentence):
+        make_token_map(dataset, "token_map.max_quarantine_share=0.1", store=store)
+
+
+def test_a_map_that_was_begun_on_another_kind_of_device_is_not_mixed(
+    make_token_map, broken_image_folder: Path, one_worker, local_store: LocalStore
+) -> None:
+    """By itself the number of images a pass is what fits the device."""
+    record = {"images_per_pass": 256, "rows": 0, "quarantined": []}
+    key = one_worker[1].key
+    local_store.put_part("token_map", key, "part-00000.parquet", record)
+    with pytest.raises(
+        ValueError, match=r"begun with 256 images a pass, as fits another kind of device, and here it would be 64; "
+    ):
+        make_token_map(f"dataset.path={broken_image_folder}", "token_map.max_quarantine_share=0.2", store=local_store)
 
 
 def test_asking_for_more_than_the_cluster_has_fails_at_once(make_token_map) -> None:
@@ -166,3 +222,211 @@ def test_asking_for_more_than_the_cluster_has_fails_at_once(make_token_map) -> N
         ValueError, match=r"asks for 1 GPUs \(1 workers\), but the cluster has 0; lower num_workers or gpus_per_worker"
     ):
         make_token_map("token_map.execution.gpus_per_worker=1")
+
+
+# Many small passes, lost workers --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every file of the hostile corpus whose name is that of an image."""
+    root = tmp_path_factory.mktemp("hostile") / "images"
+    root.mkdir()
+    for file in corpus():
+        (root / file.name).write_bytes(file.data)
+    return root
+
+
+@pytest.fixture(scope="module")
+def hostile(hostile_folder: Path) -> tuple[str, ...]:
+    """Overrides: the corpus as an unlabelled dataset at 32 px, four images a pass, ten to a dozen parts."""
+    dataset = f"dataset={{kind: images, name: hostile, path: {hostile_folder}}}"
+    sizes = ("token_map.shard_size=16", "token_map.images_per_pass=4", "token_map.max_quarantine_share=0.6")
+    return ("targets=[token_map]", dataset, "tokenizer.resolution=32", *sizes)
+
+
+@pytest.fixture(scope="module")
+def hostile_records() -> list[dict[str, Any]]:
+    """What the workers sent back to the driver when it made the next fixture."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def hostile_map(make_token_map, hostile: tuple[str, ...], hostile_records: list[dict[str, Any]]) -> tuple[LocalStore, Manifest]:
+    stream = stage.stream_records
+
+    def recorded(*arguments: Any, **more: Any) -> Generator[Any]:
+        for record in stream(*arguments, **more):
+            hostile_records.append(record)
+            yield record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "stream_records", recorded)
+        return make_token_map(*hostile)
+
+
+def _hostile_inputs() -> dict[str, Any]:
+    """jpeg_2000.jp2 is no image by its name, and a finding of the dataset."""
+    return {file.name: file for file in corpus() if not file.name.endswith((".jp2", ".avif"))}
+
+
+def test_each_hostile_file_is_a_row_with_the_codes_of_its_pixels_or_quarantined_with_its_reason(hostile_map, vqgan) -> None:
+    store, manifest = hostile_map
+    rows = _rows(store, manifest)
+    reasons = {row["key"]: row["reason"] for row in pq.read_table(store.fetch(manifest, "quarantine.parquet")).to_pylist()}
+    inputs = _hostile_inputs()
+    readable = sorted(name for name, file in inputs.items() if file.pixels is not None)
+    assert [row["key"] for row in rows] == readable and len(rows) + len(reasons) == len(inputs) > 150
+    assert reasons.keys() == inputs.keys() - set(readable)
+    for name, reason in reasons.items():
+        assert inputs[name].reason in reason, name
+    codes, flipped = _codes(vqgan, [Image.fromarray(inputs[name].pixels) for name in readable], 32)
+    np.testing.assert_array_equal([row["codes"] for row in rows], codes)
+    np.testing.assert_array_equal([row["codes_flipped"] for row in rows], flipped)
+    assert sum(manifest.summary["quarantine_reasons"].values()) <= len(reasons) == manifest.metrics["quarantined"]
+
+
+def test_rows_of_an_unlabelled_dataset_have_no_class_and_training_gets_the_null_label(hostile_map) -> None:
+    store, manifest = hostile_map
+    assert {row["label"] for row in _rows(store, manifest)} == {-1} and manifest.summary["class_names"] == []
+    token_map = TokenMap.open(store, manifest)
+    labels = token_map.take(np.arange(len(token_map)), np.zeros(len(token_map), bool))[1]
+    assert set(labels.tolist()) == {token_map.info.num_classes}
+
+
+EXECUTIONS = ["{num_workers: 2, batch_size: 16}", "{num_workers: 1, cpus_per_worker: 2, batch_size: 256}"]
+EXECUTIONS += ["{num_workers: 1, batch_size: 1, num_decoders: 1}"]
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_many_passes_give_the_same_bytes_however_they_are_spread(
+    make_token_map, hostile: tuple[str, ...], hostile_map, execution: str
+) -> None:
+    """Two CPUs a worker compute two passes at once."""
+    _assert_same_bytes(make_token_map(*hostile, f"token_map.execution={execution}"), hostile_map)
+
+
+@pytest.mark.parametrize("task", ["_Decode", "_Encode"])
+def test_a_killed_worker_changes_no_byte(make_token_map, hostile: tuple[str, ...], hostile_map, task: str) -> None:
+    """A process of this session's own cluster, killed while Ray's title of it says that it decodes or encodes."""
+    killed, stop = [], threading.Event()
+
+    def kill_one() -> None:
+        while not killed and not stop.is_set():
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    title = " ".join(process.cmdline())
+                    if title.startswith("ray::") and f"MapBatches({task})" in title:
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(title)
+                        break
+            time.sleep(0.002)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        made = make_token_map(*hostile, "token_map.execution={batch_size: 4}")
+    finally:
+        stop.set()
+        killer.join()
+    assert len(killed) == 1, "one was killed in time"
+    _assert_same_bytes(made, hostile_map)
+
+
+class _WrittenParts:
+    """Counts the parts that the driver writes, and interrupts it after some."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
+        self.parts: list[int] = []
+        self._write, self._stop_after, self._lock = stage._write_part, stop_after, threading.Lock()
+        monkeypatch.setattr(stage, "_write_part", self)
+
+    def __call__(self, part: int, *arguments: Any) -> None:
+        with self._lock:
+            if len(self.parts) == self._stop_after:
+                raise KeyboardInterrupt
+            self._write(part, *arguments)
+            self.parts.append(part)
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing_and_ends_with_the_same_bytes(
+    make_token_map, tiny_nodes, hostile: tuple[str, ...], hostile_map, local_store: LocalStore
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        first = _WrittenParts(patch, stop_after=3)
+        with pytest.raises(KeyboardInterrupt):
+            make_token_map(*hostile, store=local_store)
+    assert len(first.parts) == 3 and not any(manifest.stage == "token_map" for manifest in local_store.manifests())
+
+    def parts_done(*changed: str) -> int:
+        return workflow.plan(tiny_nodes(*hostile, *changed, until="token_map"), local_store)[-1].parts_done
+
+    assert parts_done() == parts_done("token_map.execution.batch_size=16") == 3
+    for changed in ("shard_size=15", "images_per_pass=3", "dtype=bfloat16"):
+        assert parts_done(f"token_map.{changed}") == 0, "another config takes no part of this one"
+    with pytest.MonkeyPatch.context() as patch:
+        second = _WrittenParts(patch)
+        made = make_token_map(*hostile, "token_map.execution={num_workers: 2, batch_size: 16}", store=local_store)
+    assert sorted(first.parts + second.parts) == list(range(len(made[1].files) - 1)), "each part is written once"
+    _assert_same_bytes(made, hostile_map)
+
+
+def test_bfloat16_changes_few_codes_and_says_so_in_the_map(make_token_map, hostile: tuple[str, ...], hostile_map) -> None:
+    store, manifest = make_token_map(*hostile, "token_map.dtype=bfloat16")
+    assert manifest.summary["info"]["dtype"] == "bfloat16" and hostile_map[1].summary["info"]["dtype"] == "float32"
+    exact, rounded = TokenMap.open(*hostile_map), TokenMap.open(store, manifest)
+    share = (exact.codes != rounded.codes).mean()
+    sys.stdout.write(f"bfloat16 changes {share:.2%} of {exact.codes.size:,} codes (32 entries, untrained convolutions)\n")
+    assert 0 < share < 0.1
+
+
+def test_what_comes_back_to_the_driver_holds_no_pixels(hostile_map, hostile_records: list[dict[str, Any]]) -> None:
+    """Neither as an array nor as bytes: a record is much smaller than its images, 3,072 bytes each."""
+    assert sum(record["images"] for record in hostile_records) == len(_hostile_inputs())
+    for record in hostile_records:
+        arrays = {name: value for name, value in vars(record["rows"]).items() if isinstance(value, np.ndarray)}
+        assert arrays.keys() == {"codes", "codes_flipped"} and not any(isinstance(value, np.ndarray) for value in record.values())
+        assert len(pickle.dumps(record)) < 1_500 + 500 * record["images"]
+    assert max(record["images"] for record in hostile_records) == 16, "blocks of a whole part"
+
+
+# Captions ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_with_captions_has_them_in_its_map(make_token_map, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    written = {
+        "000.jpg": ["a  cat", "the cat"],
+        "001.jpg": [],
+        "002.jpg": ["a dog\n"],
+        "003.jpg": [],
+        "004.jpg": ["one", "two", "six"],
+    }
+    for name, subject in zip(written, ("chelsea", "coffee", "flower", "astronaut", "chelsea"), strict=True):
+        Image.fromarray(photo(subject)).save(root / name)
+    (root / "002.jpg").write_bytes(b"")
+    annotations = [
+        {"id": 10 * image + n, "image_id": image, "caption": caption}
+        for image, captions in enumerate(written.values())
+        for n, caption in enumerate(captions)
+    ]
+    images = [{"id": image, "file_name": name} for image, name in enumerate(written)]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations[::-1]}))
+    store, manifest = make_token_map(
+        "targets=[token_map]",
+        f"dataset={{kind: coco, name: small, path: {root}, captions: {tmp_path / 'captions.json'}}}",
+        *("token_map.max_quarantine_share=0.2", "token_map.shard_size=2"),
+    )
+    rows = _rows(store, manifest)
+    assert [(row["key"], row["captions"], row["first_caption"]) for row in rows] == [
+        ("000.jpg", ["a cat", "the cat"], 0),
+        ("001.jpg", [], 2),
+        ("003.jpg", [], 3),  # that of 002.jpg, which is broken, is number 2
+        ("004.jpg", ["one", "two", "six"], 3),
+    ]
+    assert manifest.summary["info"]["num_captions"] == 6
+    token_map = TokenMap.open(store, manifest)
+    drawn = [token_map.batch_rows(0, step, 4) for step in range(40)]
+    seen = {(int(row), int(caption)) for batch in drawn for row, caption in zip(batch.rows, batch.captions, strict=True)}
+    assert seen == {(0, 0), (0, 1), (1, -1), (2, -1), (3, 3), (3, 4), (3, 5)}

@@ -1,0 +1,141 @@
+"""Stage captions: what a text encoder makes of every caption of a dataset, and of the empty one, stored beside the token map."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray.data
+import torch
+
+from enat.text import load_text_encoder
+from pipelines import cluster
+from pipelines.artifacts import FileRecord, Manifest
+from pipelines.caption_features import EMPTY, CaptionFeaturesInfo, captions_name, write_captions, write_empty
+from pipelines.dataset import INDEX, Dataset
+from pipelines.external import folder_digest, local_folder
+from pipelines.s3 import S3Config
+from pipelines.sources import DatasetConfig
+from pipelines.stream import actor_pool, stream_records
+from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
+
+_ENCODER_KEY = "captions.encoder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionsConfig:
+    """encoder: a CLIP text model by folder (which all workers see), s3:// or hf://owner/name; None for no caption features.
+
+    captions_per_file: 1,024 of ViT-L/14 are 121 MB, which is also what a crash can lose.   s3: None takes the run's.
+    """
+
+    encoder: str | None = None
+    captions_per_file: int = 1024
+    dataset: DatasetConfig | None = None
+    s3: S3Config | None = None
+    execution: Execution = field(default_factory=Execution)
+
+    def __post_init__(self) -> None:
+        if self.captions_per_file < 1:
+            raise ValueError(f"captions.captions_per_file is {self.captions_per_file}; it must be at least 1")
+
+    def identity(self) -> dict[str, Any]:
+        assert self.encoder is not None
+        return {"encoder": folder_digest(self.folder()), "captions_per_file": self.captions_per_file}
+
+    def folder(self) -> Path:
+        assert self.encoder is not None
+        return local_folder(self.encoder, _ENCODER_KEY, self.s3)
+
+
+def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    assert config.dataset is not None
+    dataset = Dataset(config.dataset, context.store, inputs["dataset"])
+    if not dataset.num_captions:
+        raise ValueError(f"dataset {dataset.name} has no captions; leave captions.encoder out, or use kind coco")
+    encoder = load_text_encoder(config.folder())
+    info = CaptionFeaturesInfo(
+        num_captions=dataset.num_captions,
+        captions_per_file=config.captions_per_file,
+        num_positions=encoder.num_positions,
+        width=encoder.width,
+        encoder_digest=folder_digest(config.folder()),
+    )
+    empty = context.write(EMPTY, lambda path: write_empty(path, info, encoder.encode([""])))
+    done = context.store.read_parts(context.stage, context.key)
+    todo = [row for row in _plan(dataset, info) if captions_name(row["part"]) not in done]
+    if todo:
+        context.connect()
+        cluster.require(config.execution, "captions")
+
+        def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
+            arguments = (config, dataset, info, context.for_workers())
+            return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                _Encode, fn_constructor_args=arguments, **actor_pool(config.execution, len(rows))
+            )
+
+        with context.bar(info.num_captions, "captions") as bar:
+            bar.update(sum(record["captions"] for record in done.values()))
+            for record in stream_records(todo, job):
+                bar.advance(record["captions"])
+    records = context.store.read_parts(context.stage, context.key)
+    assert len(records) == info.num_files, "a planned file has no record"
+    seconds = sum(record["seconds"] for record in records.values())
+    return StageResult(
+        files=[*(FileRecord(**record["file"]) for record in records.values()), empty],
+        summary={"info": dataclasses.asdict(info), "dataset_digest": inputs["dataset"].digest},
+        metrics={"captions": info.num_captions, "mean_tokens": sum(r["tokens"] for r in records.values()) / info.num_captions},
+        worker_seconds=seconds,
+        device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
+    )
+
+
+def _plan(dataset: Dataset, info: CaptionFeaturesInfo) -> list[dict[str, int]]:
+    """Files, each with its captions start.. and the rows of the index that hold them."""
+    firsts = pq.read_table(dataset.store.fetch(dataset.manifest, INDEX), columns=["first_caption"])["first_caption"].to_numpy()
+    rows = []
+    for part in range(info.num_files):
+        start = part * info.captions_per_file
+        stop = start + info.captions_from(start)
+        # Rows without captions share their number with the next row; starting with them is harmless.
+        first_row = int(np.searchsorted(firsts, start, side="right")) - 1
+        rows.append({"part": part, "start": start, "first_row": first_row, "last_row": int(np.searchsorted(firsts, stop))})
+    return rows
+
+
+class _Encode:
+    """File -> its captions' features in the store. One actor holds one text encoder."""
+
+    def __init__(self, config: CaptionsConfig, dataset: Dataset, info: CaptionFeaturesInfo, context: WorkerContext) -> None:
+        torch.set_num_threads(config.execution.num_threads)
+        self.dataset, self.info, self.context = dataset, info, context
+        self.encoder = load_text_encoder(config.folder()).to(config.execution.device)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        started = time.monotonic()
+        row = {name: int(values[0]) for name, values in batch.items()}
+        table = self.dataset.index(row["first_row"], row["last_row"])
+        captions = [caption for captions in table["captions"].to_pylist() for caption in captions]
+        skipped = row["start"] - table["first_caption"][0].as_py()
+        count = self.info.captions_from(row["start"])
+        features = self.encoder.encode(captions[skipped : skipped + count])
+        name = captions_name(row["part"])
+        file = self.context.write(name, lambda path: write_captions(path, self.info, row["start"], features))
+        record = {
+            "part": row["part"],
+            "captions": count,
+            "tokens": int(features.num_tokens.sum()),
+            "file": asdict(file),
+            "seconds": time.monotonic() - started,
+        }
+        self.context.store.put_part(self.context.stage, self.context.key, name, record)
+        return {"record": [record]}
+
+
+STAGE = Stage("captions", 1, run)

@@ -1,0 +1,306 @@
+"""How fast a dataset becomes codes, what it takes, and how fast training reads them: ratios within one run.
+
+    make bench                                             all of it (about 10 minutes on two cores)
+    .venv/bin/python tests/benchmarks/tokenization.py --scale 0.1     a tenth of the images
+
+Two rates of the pipeline are compared with plain loops on the same machine: with an encoder that is the bottleneck (plain loop:
+the encoder on images that are already decoded), and with images that take longer to decode than to encode (plain loop: decoding).
+Starting Ray's workers is left out by taking the difference between a long and a short run. Each run is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+# name -> architecture of the tokenizer, pixels of the source images (width, height), images of the short and of the long run
+_ENCODER_BOUND = ({"resolution": 128, "base_channels": 64, "num_res_blocks": 1}, (160, 140), (48, 192))
+_DECODER_BOUND = (
+    {"resolution": 16, "base_channels": 32, "channel_multipliers": [1, 1, 2], "num_res_blocks": 1},
+    (500, 375),
+    (400, 2400),
+)
+_MEMORY = ({"resolution": 64, "base_channels": 32, "channel_multipliers": [1, 1, 1], "num_res_blocks": 1}, (80, 64), (1000, 10_000))
+_IMAGENET_ROWS = 1_281_167
+
+
+@click.command()
+@click.option("--scale", default=1.0, help="Of the numbers of images and rows.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def main(scale: float, as_json: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="enat-bench-") as place:
+        os.environ["ENAT_CACHE"] = str(Path(place) / "cache")
+        figures = {
+            "hardware": hardware(),
+            "commit": _commit(),
+            **encoder_bound(Path(place), scale),
+            **decoder_bound(Path(place), scale),
+            **memory(Path(place), scale),
+            **bytes_per_image(Path(place)),
+            **reader(int(_IMAGENET_ROWS * scale)),
+        }
+    if as_json:
+        click.echo(json.dumps(figures, indent=1))
+        return
+    table = Table(title="tokenization", title_justify="left", box=None)
+    table.add_column("figure")
+    table.add_column("value")
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+    Console(width=120).print(table)
+
+
+def encoder_bound(place: Path, scale: float) -> dict[str, float]:
+    config, size, counts = _ENCODER_BOUND
+    pipeline = _pipeline_rate(place / "encoder", config, size, counts, scale)
+    plain = _in_process("_plain_encoder", place / "encoder", config, _scaled(counts, scale)[0])
+    return {
+        "encoder_bound_pipeline_images_per_second": pipeline,
+        "encoder_alone_images_per_second": plain,
+        "encoder_bound_ratio": pipeline / plain,
+    }
+
+
+def decoder_bound(place: Path, scale: float) -> dict[str, float]:
+    config, size, counts = _DECODER_BOUND
+    pipeline = _pipeline_rate(place / "decoder", config, size, counts, scale)
+    plain = _in_process("_plain_decoder", place / "decoder", config, _scaled(counts, scale)[0])
+    return {
+        "decoder_bound_pipeline_images_per_second": pipeline,
+        "decoding_alone_images_per_second": plain,
+        "decoder_bound_ratio": pipeline / plain,
+    }
+
+
+def memory(place: Path, scale: float) -> dict[str, float]:
+    """Peak of what the run's processes hold for themselves and in shared memory together, in MB."""
+    config, size, counts = _MEMORY
+    short, long = _scaled(counts, scale)
+    peaks = [_run_pipeline(place / "memory", config, size, count)["peak_bytes"] / 1e6 for count in (short, long)]
+    return {
+        f"peak_memory_mb_of_{short}_images": peaks[0],
+        f"peak_memory_mb_of_{long}_images": peaks[1],
+        "peak_memory_ratio": peaks[1] / peaks[0],
+    }
+
+
+def bytes_per_image(place: Path) -> dict[str, float]:
+    """Of a map with 256 codes an image and its mirror image, codes drawn evenly from 1,024: 640 bytes of entropy."""
+    from pipelines.token_map import TokenMapInfo, TokenRows, write_part
+
+    rng, rows = np.random.default_rng(0), 2048
+    info = TokenMapInfo(
+        dataset="bench", resolution=256, grid_size=16, codebook_size=1024, num_classes=1000, tokenizer_digest="0" * 64
+    )
+    codes = rng.integers(0, 1024, (2, rows, 256))
+    path = place / "part.parquet"
+    keys = [f"n{row // 1300:08d}/n{row // 1300:08d}_{row}.JPEG" for row in range(rows)]
+    digests = [rng.bytes(32) for _ in range(rows)]
+    write_part(path, info, TokenRows(codes=codes[0], codes_flipped=codes[1], keys=keys, labels=[0] * rows, source_sha256=digests))
+    return {"bytes_per_image_on_disk_at_most": path.stat().st_size / rows}
+
+
+def reader(num_rows: int) -> dict[str, float]:
+    """Rows a second that one process takes for batches of 2,048, in the order of an epoch, from a map as large as ImageNet's."""
+    from pipelines.token_map import TokenMap, TokenMapInfo
+
+    info = TokenMapInfo(dataset="bench", resolution=256, grid_size=16, codebook_size=1024, num_classes=1000, tokenizer_digest="")
+    codes = np.random.default_rng(0).integers(0, 1024, (num_rows, 2, 256), dtype=np.uint16)
+    token_map = TokenMap(info, codes, np.zeros(num_rows, np.int32))
+    batch_size, num_steps = 2048, max(1, num_rows // 2048)
+    started = time.perf_counter()
+    for step in range(num_steps):
+        batch = token_map.batch_rows(0, step, batch_size)
+        token_map.take(batch.rows, batch.flipped)
+    return {"reader_rows_per_second": num_steps * batch_size / (time.perf_counter() - started)}
+
+
+# The pipeline ------------------------------------------------------------------------------------------------------------------
+
+
+def _scaled(counts: tuple[int, int], scale: float) -> tuple[int, int]:
+    short = max(8, int(counts[0] * scale))
+    return short, max(2 * short, int(counts[1] * scale))
+
+
+def _pipeline_rate(place: Path, config: dict[str, Any], size: tuple[int, int], counts: tuple[int, int], scale: float) -> float:
+    short, long = _scaled(counts, scale)
+    seconds = [_run_pipeline(place, config, size, count)["seconds"] for count in (short, long)]
+    return (long - short) / (seconds[1] - seconds[0])
+
+
+def _run_pipeline(place: Path, config: dict[str, Any], size: tuple[int, int], count: int) -> dict[str, float]:
+    weights = _write_tokenizer(place, config)
+    images = _write_images(place / f"images-{count}", size, count)
+    return _in_process(
+        "_token_map", place / f"run-{count}", {"weights": str(weights), "images": str(images), "config": config}, count
+    )
+
+
+def _token_map(place: Path, task: dict[str, Any], count: int) -> dict[str, float]:
+    """One encoder with a CPU, one decoder with another, from images to a committed token map."""
+    from pipelines import cluster
+
+    cluster.prepare_environment()
+    from pipelines import pipeline, workflow
+    from pipelines.artifacts import LocalStore
+    from pipelines.tracking import TrackingConfig, start_run
+
+    tokenizer = ["tokenizer.preset=vqgan-256"] + [f"tokenizer.{name}={json.dumps(value)}" for name, value in task["config"].items()]
+    values = ["name=bench", "targets=[token_map]", f"dataset={{kind: images, path: {task['images']}}}", *tokenizer]
+    values += [f"tokenizer.weights={task['weights']}", "token_map.shard_size=512", "cluster.num_cpus=2"]
+    values += ["token_map.images_per_pass=8", "token_map.execution={num_workers: 1, batch_size: 64}"]
+    off = TrackingConfig(enabled=False)
+    session = workflow.Session(
+        store=LocalStore(place),
+        run=start_run("", off, "bench", {}),
+        tracking=off,
+        console=Console(stderr=True, quiet=True),
+        connect=lambda: cluster.connect(cluster.ClusterConfig(num_cpus=2)),
+    )
+    nodes = pipeline.build(pipeline.load_run(None, values))
+    session.connect()
+    with _PeakMemory() as peak:
+        started = time.perf_counter()
+        done = workflow.execute(nodes, session)[-1]
+        seconds = time.perf_counter() - started
+    assert done.manifest.summary["rows"] == count
+    return {"seconds": seconds, "peak_bytes": peak.bytes}
+
+
+class _PeakMemory:
+    """Of this process and all it started, looked at ten times a second: private memory, and shared memory once. Whatever else
+    uses shared memory on the machine disturbs it."""
+
+    def __enter__(self) -> _PeakMemory:
+        self.bytes, self._stop = 0.0, threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        import psutil
+
+        shared_before = psutil.disk_usage("/dev/shm").used  # where Ray's objects lie
+        while not self._stop.wait(0.1):
+            held = psutil.disk_usage("/dev/shm").used - shared_before
+            for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+                try:
+                    held += process.memory_full_info().uss
+                except psutil.Error:
+                    continue
+            self.bytes = max(self.bytes, held)
+
+
+# Plain loops -------------------------------------------------------------------------------------------------------------------
+
+
+def _plain_encoder(place: Path, config: dict[str, Any], count: int) -> float:
+    """Images a second: the encoder alone, one thread, passes of eight, image and mirror image, from pixels in memory."""
+    import torch
+
+    from enat.checkpoint import load_vqgan
+    from enat.images import to_float
+
+    torch.set_num_threads(1)
+    vqgan = load_vqgan(_write_tokenizer(place, config))
+    size = config["resolution"]
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+    vqgan.encode(to_float(pixels[:8]))
+    started = time.perf_counter()
+    for some in pixels.split(8):
+        images = to_float(some)
+        vqgan.encode(images)
+        vqgan.encode(images.flip(-1))
+    return count / (time.perf_counter() - started)
+
+
+def _plain_decoder(place: Path, config: dict[str, Any], count: int) -> float:
+    """Images a second: reading, decoding and cropping alone, one thread."""
+    from enat.images import center_crop, decode_image, to_array
+
+    files = sorted((place / f"images-{count}").glob("*.jpg"))
+    started = time.perf_counter()
+    for file in files:
+        to_array(center_crop(decode_image(file.read_bytes()), config["resolution"]))
+    return len(files) / (time.perf_counter() - started)
+
+
+# Means -------------------------------------------------------------------------------------------------------------------------
+
+
+def _write_tokenizer(place: Path, config: dict[str, Any]) -> Path:
+    import torch
+
+    from enat.checkpoint import save_weights
+    from enat.tokenizer import VQGAN, VQGANConfig
+
+    path = place / "vqgan.safetensors"
+    if not path.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        save_weights(path, VQGAN(VQGANConfig(**config)))
+    return path
+
+
+def _write_images(folder: Path, size: tuple[int, int], count: int) -> Path:
+    """JPEGs of crops of a photograph that ships with scikit-learn."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        photograph, rng = load_sample_image("china.jpg"), np.random.default_rng(0)  # 640 x 427
+        for index in range(count):
+            left, top = (int(rng.integers(0, limit - side + 1)) for limit, side in zip((640, 427), size, strict=True))
+            crop = photograph[top : top + size[1], left : left + size[0]]
+            Image.fromarray(crop).save(folder / f"{index:06d}.jpg", quality=90)
+    return folder
+
+
+def _in_process(function: str, place: Path, *arguments: Any) -> Any:
+    """A function of this file in a new process, so that no run profits from another's warm memory."""
+    call = json.dumps([function, str(place), *arguments])
+    command = [sys.executable, __file__, "--call", call]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(finished.stderr)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def hardware() -> str:
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
+
+
+def _commit() -> str:
+    from pipelines.workflow import code_version
+
+    return code_version()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--call"]:
+        name, folder, *rest = json.loads(sys.argv[2])
+        print(json.dumps(globals()[name](Path(folder), *rest)))  # noqa: T201
+    else:
+        main()
