@@ -9,11 +9,11 @@ import tokenization
 
 def test_the_pipeline_under_measurement_makes_a_map_of_all_images(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
-    config, size, _ = tokenization._DECODER_BOUND
-    measured = tokenization._run_pipeline(tmp_path, config, size, 24)
+    workload = tokenization._DECODER_BOUND
+    measured = tokenization._run_pipeline(tmp_path, workload, 24)
     assert measured["seconds"] > 0 and measured["peak_bytes"] > 1e8, "Ray's processes alone take more"
-    assert tokenization._plain_decoder(tmp_path, config, 24) > 0
-    assert tokenization._plain_encoder(tmp_path, config, 16) > 0
+    assert tokenization._plain_decoder(tmp_path, workload.config, 24) > 0
+    assert tokenization._plain_encoder(tmp_path, workload.config, 16) > 0
 
 
 def test_a_row_takes_little_more_than_its_codes_entropy(tmp_path: Path) -> None:

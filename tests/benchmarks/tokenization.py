@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,28 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-# name -> architecture of the tokenizer, pixels of the source images (width, height), images of the short and of the long run
-_ENCODER_BOUND = ({"resolution": 128, "base_channels": 64, "num_res_blocks": 1}, (160, 140), (48, 192))
-_DECODER_BOUND = (
-    {"resolution": 16, "base_channels": 32, "channel_multipliers": [1, 1, 2], "num_res_blocks": 1},
-    (500, 375),
-    (400, 2400),
-)
-_MEMORY = ({"resolution": 64, "base_channels": 32, "channel_multipliers": [1, 1, 1], "num_res_blocks": 1}, (80, 64), (1000, 10_000))
+
+@dataclass(frozen=True)
+class Workload:
+    """config: of the tokenizer.   size: pixels of the source images, width and height.   counts: images of a short and a long run.
+
+    batch_size: images that travel together.
+    """
+
+    config: dict[str, Any]
+    size: tuple[int, int]
+    counts: tuple[int, int]
+    batch_size: int
+
+    def scaled(self, scale: float) -> tuple[int, int]:
+        short = max(8, int(self.counts[0] * scale))
+        return short, max(2 * short, int(self.counts[1] * scale))
+
+
+_TINY = {"resolution": 16, "base_channels": 32, "channel_multipliers": [1, 1, 2], "num_res_blocks": 1}
+_ENCODER_BOUND = Workload({"resolution": 128, "base_channels": 64, "num_res_blocks": 1}, (160, 140), (48, 192), 64)
+_DECODER_BOUND = Workload(_TINY, (500, 375), (400, 3000), 256)
+_MEMORY = Workload({**_TINY, "resolution": 64, "channel_multipliers": [1, 1, 1]}, (80, 64), (1000, 10_000), 256)
 _IMAGENET_ROWS = 1_281_167
 
 
@@ -48,8 +63,8 @@ def main(scale: float, as_json: bool) -> None:
         figures = {
             "hardware": hardware(),
             "commit": _commit(),
-            **encoder_bound(Path(place), scale),
-            **decoder_bound(Path(place), scale),
+            **rate("encoder", _ENCODER_BOUND, "_plain_encoder", Path(place), scale),
+            **rate("decoder", _DECODER_BOUND, "_plain_decoder", Path(place), scale),
             **memory(Path(place), scale),
             **bytes_per_image(Path(place)),
             **reader(int(_IMAGENET_ROWS * scale)),
@@ -65,33 +80,23 @@ def main(scale: float, as_json: bool) -> None:
     Console(width=120).print(table)
 
 
-def encoder_bound(place: Path, scale: float) -> dict[str, float]:
-    config, size, counts = _ENCODER_BOUND
-    pipeline = _pipeline_rate(place / "encoder", config, size, counts, scale)
-    plain = _in_process("_plain_encoder", place / "encoder", config, _scaled(counts, scale)[0])
+def rate(name: str, workload: Workload, plain_loop: str, place: Path, scale: float) -> dict[str, float]:
+    """Images a second of the pipeline, of a plain loop, and their ratio. Starting workers is the same in a short and a long run."""
+    place, (short, long) = place / name, workload.scaled(scale)
+    seconds = [_run_pipeline(place, workload, count)["seconds"] for count in (short, long)]
+    pipeline = (long - short) / (seconds[1] - seconds[0])
+    plain = _in_process(plain_loop, place, workload.config, short)
     return {
-        "encoder_bound_pipeline_images_per_second": pipeline,
-        "encoder_alone_images_per_second": plain,
-        "encoder_bound_ratio": pipeline / plain,
-    }
-
-
-def decoder_bound(place: Path, scale: float) -> dict[str, float]:
-    config, size, counts = _DECODER_BOUND
-    pipeline = _pipeline_rate(place / "decoder", config, size, counts, scale)
-    plain = _in_process("_plain_decoder", place / "decoder", config, _scaled(counts, scale)[0])
-    return {
-        "decoder_bound_pipeline_images_per_second": pipeline,
-        "decoding_alone_images_per_second": plain,
-        "decoder_bound_ratio": pipeline / plain,
+        f"{name}_bound_pipeline_images_per_second": pipeline,
+        f"{name}_alone_images_per_second": plain,
+        f"{name}_bound_ratio": pipeline / plain,
     }
 
 
 def memory(place: Path, scale: float) -> dict[str, float]:
     """Peak of what the run's processes hold for themselves and in shared memory together, in MB."""
-    config, size, counts = _MEMORY
-    short, long = _scaled(counts, scale)
-    peaks = [_run_pipeline(place / "memory", config, size, count)["peak_bytes"] / 1e6 for count in (short, long)]
+    short, long = _MEMORY.scaled(scale)
+    peaks = [_run_pipeline(place / "memory", _MEMORY, count)["peak_bytes"] / 1e6 for count in (short, long)]
     return {
         f"peak_memory_mb_of_{short}_images": peaks[0],
         f"peak_memory_mb_of_{long}_images": peaks[1],
@@ -133,26 +138,21 @@ def reader(num_rows: int) -> dict[str, float]:
 # The pipeline ------------------------------------------------------------------------------------------------------------------
 
 
-def _scaled(counts: tuple[int, int], scale: float) -> tuple[int, int]:
-    short = max(8, int(counts[0] * scale))
-    return short, max(2 * short, int(counts[1] * scale))
+def _run_pipeline(place: Path, workload: Workload, count: int) -> dict[str, float]:
+    images = _write_images(place / f"images-{count}", workload.size, count)
+    tokenizer = [f"tokenizer.{name}={json.dumps(value)}" for name, value in workload.config.items()]
+    values = [
+        f"dataset={{kind: images, path: {images}}}",
+        "tokenizer.preset=vqgan-256",
+        *tokenizer,
+        f"tokenizer.weights={_write_tokenizer(place, workload.config)}",
+        "token_map={shard_size: 512, images_per_pass: 8}",
+        f"token_map.execution={{num_workers: 1, batch_size: {workload.batch_size}}}",
+    ]
+    return _in_process("_token_map", place / f"run-{count}", values, count)
 
 
-def _pipeline_rate(place: Path, config: dict[str, Any], size: tuple[int, int], counts: tuple[int, int], scale: float) -> float:
-    short, long = _scaled(counts, scale)
-    seconds = [_run_pipeline(place, config, size, count)["seconds"] for count in (short, long)]
-    return (long - short) / (seconds[1] - seconds[0])
-
-
-def _run_pipeline(place: Path, config: dict[str, Any], size: tuple[int, int], count: int) -> dict[str, float]:
-    weights = _write_tokenizer(place, config)
-    images = _write_images(place / f"images-{count}", size, count)
-    return _in_process(
-        "_token_map", place / f"run-{count}", {"weights": str(weights), "images": str(images), "config": config}, count
-    )
-
-
-def _token_map(place: Path, task: dict[str, Any], count: int) -> dict[str, float]:
+def _token_map(place: Path, values: list[str], count: int) -> dict[str, float]:
     """One encoder with a CPU, one decoder with another, from images to a committed token map."""
     from pipelines import cluster
 
@@ -161,10 +161,6 @@ def _token_map(place: Path, task: dict[str, Any], count: int) -> dict[str, float
     from pipelines.artifacts import LocalStore
     from pipelines.tracking import TrackingConfig, start_run
 
-    tokenizer = ["tokenizer.preset=vqgan-256"] + [f"tokenizer.{name}={json.dumps(value)}" for name, value in task["config"].items()]
-    values = ["name=bench", "targets=[token_map]", f"dataset={{kind: images, path: {task['images']}}}", *tokenizer]
-    values += [f"tokenizer.weights={task['weights']}", "token_map.shard_size=512", "cluster.num_cpus=2"]
-    values += ["token_map.images_per_pass=8", "token_map.execution={num_workers: 1, batch_size: 64}"]
     off = TrackingConfig(enabled=False)
     session = workflow.Session(
         store=LocalStore(place),
@@ -173,7 +169,7 @@ def _token_map(place: Path, task: dict[str, Any], count: int) -> dict[str, float
         console=Console(stderr=True, quiet=True),
         connect=lambda: cluster.connect(cluster.ClusterConfig(num_cpus=2)),
     )
-    nodes = pipeline.build(pipeline.load_run(None, values))
+    nodes = pipeline.build(pipeline.load_run(None, ["name=bench", "targets=[token_map]", *values]))
     session.connect()
     with _PeakMemory() as peak:
         started = time.perf_counter()
