@@ -14,6 +14,7 @@ from pathlib import Path
 SCHEME = "hf://"
 # Pickles are not among them: what is not fetched cannot be opened by mistake.
 WEIGHTS_AND_TEXT = ("*.safetensors", "*.json", "*.txt")
+_LIKE_A_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _REFERENCE = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+))?(?:@(?P<revision>[^@]+))?")
 
 
@@ -42,7 +43,8 @@ def fetch_folder(reference: str, patterns: Sequence[str] = WEIGHTS_AND_TEXT) -> 
     if not _is_remote(reference):
         folder = Path(reference).expanduser()
         if not folder.is_dir():
-            raise ValueError(f"{reference} is no folder")
+            hint = f"; a repository of the hub is written {SCHEME}{reference}" if _LIKE_A_REPOSITORY.fullmatch(reference) else ""
+            raise ValueError(f"{reference} is no folder{hint}")
         return folder
     place = parse_reference(reference)
     if place.path is not None:

@@ -171,6 +171,11 @@ def test_a_folder_and_a_file_cannot_be_taken_for_one_another() -> None:
         fetch_file("hf://owner/name@main")
 
 
+def test_what_looks_like_a_repository_is_told_how_to_write_it() -> None:
+    with pytest.raises(ValueError, match=r"^openai/clip is no folder; a repository of the hub is written hf://openai/clip$"):
+        fetch_folder("openai/clip")
+
+
 def test_local_paths_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").write_bytes(b"")
