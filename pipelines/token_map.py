@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,7 @@ FORMAT_VERSION = 2
 QUARANTINE = "quarantine.parquet"
 QUARANTINE_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string())])
 _METADATA_KEY = b"enat"
+_FETCHES = 8  # parts that are fetched at once
 _CAPTIONS = pa.list_(pa.field("element", pa.string()))  # as Parquet names the items; pyarrow's own "item" would not come back
 
 
@@ -149,11 +151,12 @@ class TokenMap:
         rows = int(manifest.summary["rows"])
         codes = np.empty((rows, 2, info.grid_size**2), np.uint16)
         labels, captions = np.empty(rows, np.int32), np.zeros((rows, 2), np.int64)
+        names = [record.name for record in manifest.files if record.name.startswith("part-")]
+        with ThreadPoolExecutor(_FETCHES) as pool:  # from a bucket, which answers slowly; and checking digests takes a core each
+            paths = list(pool.map(lambda name: store.fetch(manifest, name), names))
         start = 0
-        for record in manifest.files:
-            if not record.name.startswith("part-"):
-                continue
-            table = _read_part(store.fetch(manifest, record.name), info)
+        for path in paths:
+            table = _read_part(path, info)
             here = slice(start, start + len(table))
             start = here.stop
             if start > rows:
