@@ -52,8 +52,9 @@ class ImageRow:
 
     def pixels(self, resolution: int) -> np.ndarray:
         """The ADM centre crop, uint8 (3, H, W). Raises ImageError."""
-        if self.size > MAX_FILE_BYTES:
-            raise ImageError(f"the file has {self.size:,} bytes, more than {MAX_FILE_BYTES:,}")
+        size = max(self.size, len(self.data))  # of a row of a Parquet file nothing is known before it is read
+        if size > MAX_FILE_BYTES:
+            raise ImageError(f"the file has {size:,} bytes, more than {MAX_FILE_BYTES:,}")
         return to_array(center_crop(decode_image(self.data), resolution))
 
 

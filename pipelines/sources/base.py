@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice, tee
+from itertools import tee
 from pathlib import PurePosixPath
 
 from pipelines.storage import Folder, StoredFile
@@ -18,6 +18,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".b
 MAX_LABEL = 999_999  # a larger number is a mistake, and every class up to the largest has a name in the index
 _READING_THREADS = 16  # a bucket answers in tens of milliseconds, many times longer than it takes to decode
 _READ_AT_ONCE = 64
+_BYTES_AT_ONCE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,20 @@ class RangeSource(Source):
 
     def read(self, entries: Sequence[Entry]) -> Iterator[bytes]:
         with ThreadPoolExecutor(_READING_THREADS) as pool:
-            remaining = iter(entries)
-            while some := list(islice(remaining, _READ_AT_ONCE)):
+            for some in _pieces(entries):
                 yield from pool.map(lambda entry: self.folder.read(entry.file, entry.position, entry.size), some)
+
+
+def _pieces(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """What is read ahead of whoever decodes: a number of images, but of large ones no more than a certain memory."""
+    piece: list[Entry] = []
+    for entry in entries:
+        if piece and (len(piece) == _READ_AT_ONCE or sum(e.size for e in piece) + entry.size > _BYTES_AT_ONCE):
+            yield piece
+            piece = []
+        piece.append(entry)
+    if piece:
+        yield piece
 
 
 def is_image(name: str) -> bool:

@@ -26,7 +26,8 @@ from s3_server import S3Endpoint
 from sklearn.datasets import load_digits
 
 from pipelines.s3 import S3Folder
-from pipelines.sources import DatasetConfig, open_source
+from pipelines.sources import DatasetConfig, Entry, open_source
+from pipelines.sources.base import _pieces
 from pipelines.sources.digits import DigitsSource
 from pipelines.storage import StorageError
 
@@ -367,3 +368,15 @@ def test_captions_may_lie_where_the_command_runs_or_in_a_bucket(
     monkeypatch.chdir(layouts.root)
     for captions in ("captions.json", f"{layouts_bucket.uri}/captions.json"):
         assert read(DatasetConfig(kind="coco", path="coco", captions=captions, s3=layouts_bucket.config)) == layouts.rows("coco")
+
+
+# Reading ahead -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [([1] * 130, [64, 64, 2]), ([40 << 20] * 3, [1, 1, 1]), ([9, 90 << 20, 9], [1, 1, 1])]
+)
+def test_of_large_images_few_are_read_ahead(sizes: list[int], expected: list[int]) -> None:
+    entries = [Entry(str(number), "file", 0, size) for number, size in enumerate(sizes)]
+    pieces = list(_pieces(entries))
+    assert [len(piece) for piece in pieces] == expected and [entry for piece in pieces for entry in piece] == entries
