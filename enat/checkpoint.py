@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from enat.model import ENAT, ENATConfig
+from enat.config import ENATConfig
+from enat.model import ENAT
 from enat.tokenizer import VQGAN, VQGANConfig
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -37,7 +38,10 @@ def save_weights(path: str | Path, module: ENAT | VQGAN, tensors: Mapping[str, T
 
 
 def load_enat(path: str | Path) -> ENAT:
-    """An ENAT in eval mode from a file of save_weights. Raises ValueError for a file of another architecture or a damaged one."""
+    """An ENAT in eval mode from a file of save_weights. Raises ValueError for a file of another architecture or a damaged one.
+
+    Fields of the config that a file does not name have their defaults: they are younger than the file.
+    """
     return _load(path, "enat")
 
 
@@ -78,11 +82,13 @@ def load_strictly(module: ModuleT, tensors: Mapping[str, Tensor], source: str = 
 def load_published_enat(state_dict: Mapping[str, Tensor], config: ENATConfig) -> ENAT:
     """An ENAT from a published state dict, in eval mode, strict as load_strictly but naming published tensors.
 
-    Only the published architecture can be loaded: self-cross attention with reuse. The published `prev_embedder` is never
-    called by the method: its shape is checked, its values are dropped.
+    Only the published architecture can be loaded: self-cross attention with reuse of visible tokens, without text and
+    qk_norm. The published `prev_embedder` is never called by the method: its shape is checked, its values are dropped.
     """
     if config.decoder_attention != "self_cross" or not config.reuse:
         raise ValueError("published ENAT weights belong to decoder_attention='self_cross' with reuse=True")
+    if config.text_width is not None or config.qk_norm or config.reused_features != "visible":
+        raise ValueError("published ENAT weights know no text_width, no qk_norm and no reused_features but 'visible'")
     model = ENAT(config)
     published_names = {_published_enat_name(name, config): name for name in model.state_dict()}
     shapes = {published: tuple(model.state_dict()[own].shape) for published, own in published_names.items()}

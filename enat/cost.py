@@ -1,4 +1,4 @@
-"""What generating an image costs, counted from the architecture.
+"""What generating an image and training on one cost, counted from the architecture.
 
 Convention: one MAC is one multiply-accumulate of a linear layer, convolution or attention product (torch's FlopCounterMode
 counts two FLOPs for it). Norms, activations, softmax, embedding look-ups and the codebook search are left out, as in the
@@ -8,14 +8,16 @@ Two computations are stated. *Published*: the head at every position (and the ma
 at every step when guidance is on. *Executed*: what enat.sampler runs, the head at masked positions only and no unconditional
 pass in an unguided first step.
 
-Shape legend: D width, L tokens, M masked, V codebook size, N steps.
+Training counts the backward pass as well, product by product; see training_macs.
+
+Shape legend: D width, L tokens, M masked, V codebook size, N steps, T text tokens, W width of caption features.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from enat.model import ENATConfig
+from enat.config import ENATConfig
 from enat.sampler import SamplerConfig
 from enat.tokenizer import VQGANConfig
 
@@ -36,14 +38,13 @@ class Cost:
 def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANConfig | None = None) -> Cost:
     """Cost of one image. With guidance_scale 1 it is one pass a step, as the sizes are usually compared."""
     published, executed = [], []
-    is_guided = sampler.guidance_scale != 1.0
+    is_guided = sampler.guidance_scale != 1.0 and model.is_conditional
     for step in range(sampler.num_steps):
         num_masked = sampler.num_masked_at(step, model.num_tokens)
         reuses = sampler.reuse and model.reuse and step > 0
-        num_old = model.num_tokens - sampler.num_masked_at(step - 1, model.num_tokens) if reuses else 0
-        blocks = step_macs(model, num_masked, num_old)
+        blocks = step_macs(model, num_masked, sampler.num_masked_at(step - 1, model.num_tokens) if reuses else None)
         published.append((2 if is_guided else 1) * (blocks + head_macs(model, model.num_tokens, model.codebook_size + 1)))
-        executed.append(sampler.num_passes_at(step) * (blocks + head_macs(model, num_masked, model.codebook_size)))
+        executed.append(sampler.num_passes_at(step, model) * (blocks + head_macs(model, num_masked, model.codebook_size)))
     decoder = decoder_macs(tokenizer) if tokenizer is not None else 0
     return Cost(
         transformer_macs=sum(published),
@@ -56,22 +57,63 @@ def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANC
     )
 
 
-def step_macs(config: ENATConfig, num_masked: int, num_old: int) -> int:
-    """One forward pass for one image without the head: num_old tokens are reused, the other visible ones encoded."""
-    dim = config.embed_dim
+def training_macs(config: ENATConfig, num_masked: int, previous_num_masked: int | None = None) -> int:
+    """One image in a training step of enat.loss.objective: forward, backward and, where a teacher gives features, its forward.
+
+    previous_num_masked: masked tokens the teacher sees; None in fresh mode. Raises ValueError for a model made without reuse.
+    The backward pass of a product is two more, for either factor, so a step is three forward passes ("3x"); what needs no
+    gradient is left out: the detached embedding in the head, and the caption features. Attention counts as its plain form;
+    fused kernels compute the scores once more in the backward pass. Activation checkpointing runs the blocks once more, which
+    counts as no progress and is left out. So are the optimizer and the average of the weights, which are no products.
+    """
+    if previous_num_masked is not None and not config.reuse:
+        raise ValueError("this model is made with reuse=False: no teacher gives it features, so previous_num_masked is to be None")
+    head = head_macs(config, num_masked, config.codebook_size)
+    forward = _forward_macs(config, num_masked, previous_num_masked, skips_empty_parts=False) + head
+    without_gradient = num_masked * config.embed_dim * config.codebook_size + _text_macs(config)
+    teacher = 0
+    if previous_num_masked is not None:  # what the visible tokens leave comes from the encoder alone
+        teacher = _forward_macs(config, previous_num_masked, None, has_decoder=config.reuses_masked)
+    return 3 * forward - without_gradient + teacher
+
+
+def step_macs(config: ENATConfig, num_masked: int, previous_num_masked: int | None = None) -> int:
+    """One forward pass for one image without the head, reusing a step that had previous_num_masked; None reuses nothing."""
+    return _forward_macs(config, num_masked, previous_num_masked)
+
+
+def _forward_macs(
+    config: ENATConfig,
+    num_masked: int,
+    previous_num_masked: int | None,
+    *,
+    skips_empty_parts: bool = True,
+    has_decoder: bool = True,
+) -> int:
+    """skips_empty_parts: training runs encoder and decoder even where no token needs them, so that every weight takes part."""
+    dim, has_text = config.embed_dim, config.text_width is not None
+    num_text = config.num_text_tokens if has_text else 0
     num_visible = config.num_tokens - num_masked
+    num_carried = previous_num_masked if previous_num_masked is not None and config.reuses_masked else 0
+    num_old = config.num_tokens - previous_num_masked if previous_num_masked is not None and config.reuses_visible else 0
     num_new = num_visible - num_old
-    macs = 2 * config.mlp_ratio * dim * dim * num_old  # previous_projection
-    if num_new:
-        macs += config.encoder_layers * _block_macs(config, num_new, num_old, has_conditioning=config.reuse)
-    if num_masked:
-        per_block = {
-            "self_cross": lambda: _block_macs(config, num_masked, num_visible, has_conditioning=True),
-            "cross": lambda: _block_macs(config, num_masked, num_visible, has_conditioning=True, attends_self=False),
-            "full": lambda: _block_macs(config, config.num_tokens, 0, has_conditioning=False),
-        }[config.decoder_attention]()
+    macs = _text_macs(config) + 2 * config.mlp_ratio * dim * dim * (num_old + num_carried)  # projections of what is reused
+    if num_new or not skips_empty_parts:
+        has_conditioning = config.reuses_visible or has_text
+        macs += config.encoder_layers * _block_macs(config, num_new, num_text + num_old, has_conditioning=has_conditioning)
+    if has_decoder and (num_masked or not skips_empty_parts):
+        if config.decoder_attention == "full":
+            per_block = _block_macs(config, config.num_tokens, num_text, has_conditioning=has_text)
+        else:
+            attends_self = config.decoder_attention == "self_cross"
+            per_block = _block_macs(config, num_masked, num_text + num_visible, has_conditioning=True, attends_self=attends_self)
         macs += config.decoder_layers * per_block
     return macs
+
+
+def _text_macs(config: ENATConfig) -> int:
+    """Projections of the text tokens and of the pooled caption."""
+    return 0 if config.text_width is None else (config.num_text_tokens + 1) * config.text_width * config.embed_dim
 
 
 def _block_macs(

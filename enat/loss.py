@@ -10,52 +10,71 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enat.masking import MaskedCodes
-from enat.model import ENATOutput
+from enat.model import ENATOutput, TextCondition
 
 LABEL_SMOOTHING = 0.1
 
 
-def masked_cross_entropy(output: ENATOutput, codes: Tensor, label_smoothing: float = LABEL_SMOOTHING) -> Tensor:
+def masked_cross_entropy(
+    output: ENATOutput, codes: Tensor, label_smoothing: float = LABEL_SMOOTHING, z_loss: float = 0.0
+) -> Tensor:
     """Mean cross-entropy over masked positions, in nats, float32 scalar.
 
     output: of a forward with logits="masked" (B, M, V) or "all" (B, L, V).   codes: the truth, int64 (B, L).
+    z_loss: weight of the mean squared log-normaliser, added to the loss; it keeps logits from drifting, which costs precision
+        in half precision (PaLM, arXiv 2204.02311, sec. 5: weight 1e-4). The published recipe has none.
     """
-    logits = output.logits
-    if logits.shape[1] != output.num_masked:
-        logits = logits.gather(1, output.masked_index[..., None].expand(-1, -1, logits.shape[-1]))
-    targets = codes.gather(1, output.masked_index)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
+    logits = _masked_logits(output).float().flatten(0, 1)
+    targets = codes.gather(1, output.masked_index).flatten()
+    loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    return loss + z_loss * logits.logsumexp(dim=-1).square().mean() if z_loss else loss
 
 
 @torch.no_grad()
-def previous_features(teacher: nn.Module, masked: MaskedCodes, labels: Tensor) -> ENATOutput | None:
+def token_accuracy(output: ENATOutput, codes: Tensor) -> Tensor:
+    """Share of masked positions whose most likely code is the true one, float32 scalar; arguments as of masked_cross_entropy."""
+    return (_masked_logits(output).argmax(dim=-1) == codes.gather(1, output.masked_index)).float().mean()
+
+
+def _masked_logits(output: ENATOutput) -> Tensor:
+    """(B, M, V), whether or not the forward left the other positions out."""
+    logits = output.logits
+    if logits.shape[1] == output.num_masked:
+        return logits
+    return logits.gather(1, output.masked_index[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+@torch.no_grad()
+def previous_features(teacher: nn.Module, masked: MaskedCodes, condition: Tensor | TextCondition) -> ENATOutput | None:
     """What the step before would have left: the EMA model's output on more heavily masked tokens; None in fresh mode.
 
+    Only what will be reused is computed: features, and no logits.
     teacher must be in eval mode: the sampler, too, reuses features that were computed without dropout.
     """
     if masked.previous_tokens is None:
         return None
     assert not teacher.training
-    return teacher(masked.previous_tokens, labels, num_masked=masked.previous_num_masked, logits="masked")
+    return teacher(masked.previous_tokens, condition, num_masked=masked.previous_num_masked, logits="none")
 
 
 def objective(
     model: nn.Module,
     teacher: nn.Module,
     codes: Tensor,
-    labels: Tensor,
+    condition: Tensor | TextCondition,
     masked: MaskedCodes,
     *,
-    dropout_generator: torch.Generator | None = None,
+    dropout_mask: Tensor | None = None,
     label_smoothing: float = LABEL_SMOOTHING,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, ENATOutput]:
     """Loss of one group and the output it came from.
 
     model: an ENAT, or an engine that forwards to one.   teacher: its EMA.   codes: int64 (B, L).
-    labels: int64 (B,), already dropped to the null label where the recipe says so.
+    condition: labels int64 (B,) or captions, already dropped to the null one where the recipe says so.
+    dropout_mask: see draw_dropout_mask. Every image has as many masked tokens, so the loss of a group computed in several passes
+        is the mean of their losses, weighted by images.
     """
-    previous = previous_features(teacher, masked, labels)
-    output = model(
-        masked.tokens, labels, previous, num_masked=masked.num_masked, logits="masked", dropout_generator=dropout_generator
-    )
-    return masked_cross_entropy(output, codes, label_smoothing), output
+    previous = previous_features(teacher, masked, condition)
+    output = model(masked.tokens, condition, previous, num_masked=masked.num_masked, logits="masked", dropout_mask=dropout_mask)
+    return masked_cross_entropy(output, codes, label_smoothing, z_loss), output

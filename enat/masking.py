@@ -42,6 +42,11 @@ class MaskedCodes:
     previous_tokens: Tensor | None
     previous_num_masked: int
 
+    def rows(self, images: slice) -> MaskedCodes:
+        """The same of some images: a group may be computed in several passes."""
+        previous_tokens = self.previous_tokens[images] if self.previous_tokens is not None else None
+        return MaskedCodes(self.tokens[images], self.num_masked, previous_tokens, self.previous_num_masked)
+
 
 def mask_codes(codes: Tensor, mask_id: int, config: MaskingConfig, rng: np.random.Generator) -> MaskedCodes:
     """Mask codes int64 (B, L) with L >= 2; all randomness comes from rng, on the CPU."""

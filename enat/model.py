@@ -1,101 +1,56 @@
 """ENAT: a non-autoregressive transformer that spends its computation where tokens change.
 
-Read top-down beside the paper (EfficientNAT, NeurIPS 2024, arXiv 2411.06959): configuration, adaLN, attention, block,
-network, forward. An encoder sees visible tokens only; a shallow decoder lets the mask tokens gather information from
-themselves and from the encoded visible tokens (self-cross attention, sec. 4.1); features of tokens that were visible at the
-step before are projected and reused instead of being computed again (sec. 4.2).
+Read top-down beside the paper (EfficientNAT, NeurIPS 2024, arXiv 2411.06959): condition, adaLN, attention, block, network,
+forward; the configuration stands in enat/config.py. An encoder sees visible tokens only; a shallow decoder lets the mask tokens
+gather information from themselves and from the encoded visible tokens (self-cross attention, sec. 4.1); features of tokens that
+were visible at the step before are projected and reused instead of being computed again (sec. 4.2).
 
 Shape legend: B batch, L = grid_size**2 tokens, D width, V codebook size, M masked tokens (equal in every row of a batch),
-S tokens of one block, C conditioning tokens of one block.
+S tokens of one block, C conditioning tokens of one block, T text tokens, W width of caption features.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-DECODER_ATTENTIONS = ("self_cross", "cross", "full")
+from enat.config import DECODER_ATTENTIONS, REUSED_FEATURES, ENATConfig
 
-# Table 1 of the paper gives width and depth; the encoder + decoder splits follow from its FLOPs.
-_PRESETS: dict[str, dict[str, int]] = {
-    "enat-s": {"encoder_layers": 15, "decoder_layers": 1, "embed_dim": 512, "num_heads": 8},
-    "enat-b": {"encoder_layers": 15, "decoder_layers": 1, "embed_dim": 768, "num_heads": 12},
-    "enat-l": {"encoder_layers": 22, "decoder_layers": 2, "embed_dim": 1024, "num_heads": 16},
-    "enat-xl": {"encoder_layers": 26, "decoder_layers": 2, "embed_dim": 1280, "num_heads": 16},
-}
+__all__ = ["DECODER_ATTENTIONS", "ENAT", "REUSED_FEATURES", "ENATConfig", "ENATOutput", "TextCondition", "draw_dropout_mask"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ENATConfig:
-    """Architecture of an ENAT. Everything that decides the shape of its weights stands here.
+@dataclass(frozen=True)
+class TextCondition:
+    """Captions as a model sees them: hidden (B, T, W), a feature of every text token; pooled (B, W), one of the whole caption.
 
-    decoder_attention: who attends to whom in the decoder, [queries] <- [keys]:
-        "self_cross"  [M] <- [M] and [V]: the paper's proposal
-        "cross"       [M] <- [V]: CrossMAE type
-        "full"        [M] and [V] <- [M] and [V]: MAE type
-    reuse: whether features of the step before may be reused (paper sec. 4.2). Without it `previous` is refused.
-    dropout: applied to the embedded tokens in training, a probability in [0, 1).
+    Any floating dtype: the model computes in that of its weights. Length, slices and devices are as of a tensor of labels.
     """
 
-    encoder_layers: int
-    decoder_layers: int
-    embed_dim: int
-    num_heads: int
-    grid_size: int = 16
-    codebook_size: int = 1024
-    num_classes: int = 1000
-    decoder_attention: str = "self_cross"
-    reuse: bool = True
-    dropout: float = 0.1
-    mlp_ratio: int = 4
+    hidden: Tensor
+    pooled: Tensor
 
-    def __post_init__(self) -> None:
-        if self.decoder_attention not in DECODER_ATTENTIONS:
-            raise ValueError(f"decoder_attention is {self.decoder_attention!r}; choose one of {', '.join(DECODER_ATTENTIONS)}")
-        for name in ("embed_dim", "num_heads", "grid_size", "codebook_size", "num_classes", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.encoder_layers < 0 or self.decoder_layers < 1:
-            raise ValueError(f"{self.encoder_layers} encoder and {self.decoder_layers} decoder layers; at least 0 and 1 are needed")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+    def __len__(self) -> int:
+        return len(self.hidden)
 
-    @classmethod
-    def preset(cls, name: str, grid_size: int = 16, **overrides: Any) -> ENATConfig:
-        """A published size: "enat-s", "enat-b", "enat-l" or "enat-xl". Raises ValueError for any other name."""
-        if name not in _PRESETS:
-            raise ValueError(f"no ENAT preset is called {name!r}; choose one of {', '.join(_PRESETS)}")
-        return cls(**{**_PRESETS[name], "grid_size": grid_size, **overrides})
+    def __getitem__(self, rows: slice | Tensor) -> TextCondition:
+        return TextCondition(self.hidden[rows], self.pooled[rows])
 
-    @property
-    def num_tokens(self) -> int:
-        """L, tokens of one image."""
-        return self.grid_size**2
-
-    @property
-    def mask_id(self) -> int:
-        """The token that stands for "masked"."""
-        return self.codebook_size
-
-    @property
-    def null_label(self) -> int:
-        """The label that stands for "no class", used for guidance."""
-        return self.num_classes
+    def to(self, device: torch.device | str) -> TextCondition:
+        return TextCondition(self.hidden.to(device), self.pooled.to(device))
 
 
 @dataclass(frozen=True)
 class ENATOutput:
     """What one step computes, and what the next step may reuse.
 
-    logits: (B, L, V); with logits="masked" only the masked positions, (B, M, V) in the order of `masked_index`.
-    features: (B, L, D) before the final norm: encoder features where visible, decoder features where masked.
+    logits: (B, L, V); with logits="masked" those of masked positions, (B, M, V) as in `masked_index`; with "none" (B, 0, V).
+    features: (B, L, D) before the final norm: encoder features where visible, decoder features where masked. Text has none.
     mask: bool (B, L), True = masked.   masked_index: int64 (B, M), ascending positions.   num_masked: M.
     """
 
@@ -132,13 +87,15 @@ class Attention(nn.Module):
     being computed. attends_self=False leaves only the conditioning tokens (CrossMAE type).
     """
 
-    def __init__(self, dim: int, num_heads: int, *, attends_self: bool, has_conditioning: bool) -> None:
+    def __init__(self, config: ENATConfig, *, attends_self: bool, has_conditioning: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        dim, self.num_heads = config.embed_dim, config.num_heads
         self.query = nn.Linear(dim, dim)
         self.key_value_conditioning = nn.Linear(dim, 2 * dim) if has_conditioning else None
         self.key_value_own = nn.Linear(dim, 2 * dim) if attends_self else None
         self.project = nn.Linear(dim, dim)
+        self.query_norm = nn.LayerNorm(dim // self.num_heads, eps=1e-6) if config.qk_norm else None
+        self.key_norm = nn.LayerNorm(dim // self.num_heads, eps=1e-6) if config.qk_norm else None
 
     def forward(self, x: Tensor, conditioning: Tensor | None) -> Tensor:
         sources = []
@@ -151,6 +108,10 @@ class Attention(nn.Module):
             return self.project(torch.zeros_like(x))
         key, value = rearrange(key_value, "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
         query = rearrange(self.query(x), "b s (h d) -> b h s d", h=self.num_heads)
+        if (
+            self.query_norm is not None and self.key_norm is not None
+        ):  # autocast norms in float32, which attention would have to follow
+            query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
         gathered = F.scaled_dot_product_attention(query, key, value)
         return self.project(rearrange(gathered, "b h s d -> b s (h d)"))
 
@@ -165,13 +126,13 @@ class Block(nn.Module):
         self.norm_own = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.norm_conditioning = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.norm_mlp = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(dim, config.num_heads, attends_self=attends_self, has_conditioning=has_conditioning)
+        self.attention = Attention(config, attends_self=attends_self, has_conditioning=has_conditioning)
         self.mlp = MLP(dim, config.mlp_ratio)
         self.modulation = nn.Linear(dim, (8 if has_conditioning else 6) * dim)
 
-    def forward(self, x: Tensor, conditioning: Tensor | None, label_embedding: Tensor) -> Tensor:
-        """x (B, S, D), conditioning (B, C, D) or None, label_embedding (B, D) after SiLU -> (B, S, D)."""
-        chunks = list(self.modulation(label_embedding).chunk(8 if self.has_conditioning else 6, dim=-1))
+    def forward(self, x: Tensor, conditioning: Tensor | None, condition: Tensor) -> Tensor:
+        """x (B, S, D), conditioning (B, C, D) or None, condition (B, D), of label or caption, after SiLU -> (B, S, D)."""
+        chunks = list(self.modulation(condition).chunk(8 if self.has_conditioning else 6, dim=-1))
         shift, scale = chunks[:2]
         gate, shift_mlp, scale_mlp, gate_mlp = chunks[-4:]
         if self.has_conditioning and conditioning is not None:
@@ -182,15 +143,21 @@ class Block(nn.Module):
 
 
 class PreviousProjection(nn.Module):
-    """Carries the features of an earlier step over to this one (paper sec. 4.2)."""
+    """Carries features of an earlier step over to this one (paper sec. 4.2).
 
-    def __init__(self, config: ENATConfig) -> None:
+    Visible tokens keep their features and the MLP is a residual. Masked positions (see ENATConfig.reused_features) have an
+    embedding of this step, to which the MLP's output alone is added.
+    """
+
+    def __init__(self, config: ENATConfig, *, is_residual: bool) -> None:
         super().__init__()
+        self.is_residual = is_residual
         self.norm = nn.LayerNorm(config.embed_dim, eps=1e-6)
         self.mlp = MLP(config.embed_dim, config.mlp_ratio)
 
     def forward(self, features: Tensor) -> Tensor:
-        return features + self.mlp(self.norm(features))
+        projected = self.mlp(self.norm(features))
+        return features + projected if self.is_residual else projected
 
 
 class Head(nn.Module):
@@ -211,22 +178,36 @@ class Head(nn.Module):
 
 
 class ENAT(nn.Module):
+    """activation_checkpointing, an attribute: in training, blocks keep their inputs only and run again for the backward pass."""
+
+    null_hidden: Tensor
+    null_pooled: Tensor
+
     def __init__(self, config: ENATConfig) -> None:
         super().__init__()
         self.config = config
-        dim = config.embed_dim
+        self.activation_checkpointing = False
+        dim, has_text = config.embed_dim, config.text_width is not None
         self.token_embedding = nn.Embedding(config.codebook_size + 1, dim)
         self.position_embedding = nn.Embedding(config.num_tokens, dim)
         self.embedding_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.label_embedding = nn.Embedding(config.num_classes + 1, dim)
-        self.previous_projection = PreviousProjection(config) if config.reuse else None
-        self.encoder = nn.ModuleList([Block(config, has_conditioning=config.reuse) for _ in range(config.encoder_layers)])
+        self.label_embedding = nn.Embedding(config.num_classes + 1, dim) if not has_text else None
+        self.text_projection = nn.Linear(config.text_width, dim) if config.text_width is not None else None
+        self.pooled_projection = nn.Linear(config.text_width, dim) if config.text_width is not None else None
+        if config.text_width is not None:  # the empty caption: zeros until set_null_caption
+            self.register_buffer("null_hidden", torch.zeros(config.num_text_tokens, config.text_width))
+            self.register_buffer("null_pooled", torch.zeros(config.text_width))
+        self.previous_projection = PreviousProjection(config, is_residual=True) if config.reuses_visible else None
+        self.masked_projection = PreviousProjection(config, is_residual=False) if config.reuses_masked else None
+        self.encoder = nn.ModuleList(
+            [Block(config, has_conditioning=config.reuses_visible or has_text) for _ in range(config.encoder_layers)]
+        )
         self.decoder = nn.ModuleList(
             [
                 Block(
                     config,
                     attends_self=config.decoder_attention != "cross",
-                    has_conditioning=config.decoder_attention != "full",
+                    has_conditioning=config.decoder_attention != "full" or has_text,
                 )
                 for _ in range(config.decoder_layers)
             ]
@@ -234,10 +215,13 @@ class ENAT(nn.Module):
         self.head = Head(config)
 
     def initialize(self, generator: torch.Generator) -> ENAT:
-        """Published initialisation: Linear xavier-uniform with bias 0, embeddings N(0, 0.02), adaLN 0: blocks start as identity."""
+        """Published initialisation: Linear xavier-uniform with bias 0, embeddings N(0, 0.02), adaLN 0: blocks start as identity.
+
+        The projection of masked positions starts at 0, so that training starts as if nothing of them were reused.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                if name.endswith("modulation"):
+                if name.endswith("modulation") or name == "masked_projection.mlp.fc2":
                     nn.init.zeros_(module.weight)
                 else:
                     nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -247,85 +231,175 @@ class ENAT(nn.Module):
         nn.init.zeros_(self.head.bias)
         return self
 
+    def set_null_caption(self, hidden: Tensor, pooled: Tensor) -> None:
+        """Keep the features of the empty caption, hidden (T, W) and pooled (W,), as buffers that are saved with the weights."""
+        self.check_condition(TextCondition(hidden[None], pooled[None]))
+        self.null_hidden.copy_(hidden)
+        self.null_pooled.copy_(pooled)
+
+    def null_condition(self, num_images: int) -> Tensor | TextCondition:
+        """The condition that says nothing, on the model's device: null labels int64 (B,), or the empty caption."""
+        if self.config.text_width is None:
+            device = self.token_embedding.weight.device
+            return torch.full((num_images,), self.config.null_label, dtype=torch.int64, device=device)
+        return TextCondition(self.null_hidden.expand(num_images, -1, -1), self.null_pooled.expand(num_images, -1))
+
+    def drop_condition(self, condition: Tensor | TextCondition, is_dropped: Tensor) -> Tensor | TextCondition:
+        """The condition with the null label or the empty caption where is_dropped, bool (B,)."""
+        self.check_condition(condition)
+        if not isinstance(condition, TextCondition):
+            return condition.masked_fill(is_dropped, self.config.null_label)
+        return TextCondition(
+            torch.where(is_dropped[:, None, None], self.null_hidden, condition.hidden),
+            torch.where(is_dropped[:, None], self.null_pooled, condition.pooled),
+        )
+
+    def check_condition(self, condition: Tensor | TextCondition) -> None:
+        """Raises ValueError for a condition of another kind or shape than the model's. Values are not looked at."""
+        num_text_tokens, width = self.config.num_text_tokens, self.config.text_width
+        if width is None:
+            if isinstance(condition, TextCondition):
+                raise ValueError("this model knows no text: it takes labels, not a TextCondition")
+            if condition.ndim != 1:
+                raise ValueError(f"labels have shape {tuple(condition.shape)}; one label per image, (B,), is needed")
+        elif not isinstance(condition, TextCondition):
+            raise ValueError("this model is conditioned on text: it takes a TextCondition, not labels")
+        elif condition.hidden.shape[1:] != (num_text_tokens, width) or condition.pooled.shape != (len(condition), width):
+            shapes = f"{tuple(condition.hidden.shape)} and {tuple(condition.pooled.shape)}"
+            raise ValueError(f"caption features have shapes {shapes}; (B, {num_text_tokens}, {width}) and (B, {width}) are needed")
+
     def forward(
         self,
         tokens: Tensor,
-        labels: Tensor,
+        labels: Tensor | TextCondition,
         previous: ENATOutput | None = None,
         *,
         num_masked: int | None = None,
-        logits: Literal["all", "masked"] = "all",
-        dropout_generator: torch.Generator | None = None,
+        logits: Literal["all", "masked", "none"] = "all",
+        dropout_mask: Tensor | None = None,
     ) -> ENATOutput:
         """Predict codes at every position from the visible ones.
 
         tokens: int64 (B, L), codes in [0, V) or the mask id V; every row has the same number of masked tokens.
-        labels: int64 (B,) in [0, num_classes], num_classes meaning "no class".
+        labels: int64 (B,) in [0, num_classes], num_classes meaning "no class"; a TextCondition for a model with text.
         previous: the output of the step before on the same images; its visible tokens must still be visible and unchanged.
         num_masked: M where the caller knows it (sampler and trainer do). Without it the masks are counted and checked, which
             waits for the device and raises ValueError for rows that differ or for a visible token of `previous` masked again.
-        logits: "masked" evaluates the head at masked positions only.
-        dropout_generator: draws the dropout in training mode; None takes torch's default generator.
+        logits: "masked" evaluates the head at masked positions only. "none" computes only what the next step reuses: no head, and
+            where that is the visible tokens no decoder; masked positions then hold their embedding.
+        dropout_mask: bool (B, L, D), True = kept, of draw_dropout_mask; used in training mode with dropout only. None draws it
+            from torch's default generator.
         """
+        self.check_condition(labels)
         if tokens.shape != (len(labels), self.config.num_tokens):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; ({len(labels)}, {self.config.num_tokens}) is needed")
         mask = tokens == self.config.mask_id
-        if previous is not None and self.previous_projection is None:
+        if previous is not None and not self.config.reuse:
             raise ValueError("this model was made with reuse=False and takes no features of a previous step")
         if num_masked is None:
             num_masked = _count_masked(mask, previous)
-        order, num_old = _split(mask, previous)
+        order, num_visible_before = _split(mask, previous)
+        num_old = num_visible_before if self.config.reuses_visible else 0
         num_visible = tokens.shape[1] - num_masked
-        old_index, new_index, masked_index = order[:, :num_old], order[:, num_old:num_visible], order[:, num_visible:]
+        masked_index = order[:, num_visible:]
 
-        embedded = self._embed(tokens, dropout_generator)
-        label_embedding = F.silu(self.label_embedding(labels))
+        embedded = self._embed(tokens, dropout_mask)
+        condition, text = self._embed_condition(labels)
 
-        # Encoder: newly visible tokens attend to themselves and to the projected features of the old ones.
         # In training, parts without a token run on empty tensors: every weight then has a gradient in every step, if zero,
         # and workers whose groups drew different modes can reduce the same buffers.
-        new = _take(embedded, new_index)
+        computed = _take(embedded, order[:, num_old:])
+        # A teacher may compute in another precision than the model it teaches.
+        before = embedded if previous is None else previous.features.to(embedded.dtype)
+        if self.masked_projection is not None and (previous is not None or self.training):
+            carried_index = order[:, num_visible_before if previous is not None else order.shape[1] :]
+            carried = self.masked_projection(_take(before, carried_index))
+            others, masked_before = computed.tensor_split([computed.shape[1] - carried.shape[1]], dim=1)
+            computed = torch.cat([others, masked_before + carried], dim=1)
+        new, masked = computed.tensor_split([num_visible - num_old], dim=1)
         old = None
         if self.previous_projection is not None and (num_old or self.training):
-            old = self.previous_projection(_take(embedded if previous is None else previous.features, old_index))
+            old = self.previous_projection(_take(before, order[:, :num_old]))
+
+        # Encoder: newly visible tokens attend to themselves, to the text and to the projected features of the old ones.
         if new.shape[1] or self.training:
+            conditioning = _join(text, old)
             for block in self.encoder:
-                new = block(new, old, label_embedding)
+                new = self._run(block, new, conditioning, condition)
         visible = torch.cat([old, new], dim=1) if old is not None else new
 
         # Decoder: mask tokens gather from the visible ones.
-        masked = _take(embedded, masked_index)
-        if num_masked or self.training:
-            masked = self._decode(masked, visible, label_embedding)
+        if (num_masked and (logits != "none" or self.config.reuses_masked)) or self.training:
+            masked = self._decode(masked, visible, text, condition)
 
         in_order = torch.cat([visible, masked], dim=1)
         position = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
         features = _take(in_order, position)
+        scored = {"all": features, "masked": masked, "none": masked[:, :0]}[logits]
         return ENATOutput(
-            logits=self.head(features if logits == "all" else masked, self.token_embedding.weight),
+            logits=self.head(scored, self.token_embedding.weight),
             features=features,
             mask=mask,
             masked_index=masked_index,
             num_masked=num_masked,
         )
 
-    def _embed(self, tokens: Tensor, dropout_generator: torch.Generator | None) -> Tensor:
-        embedded = self.embedding_norm(self.token_embedding(tokens) + self.position_embedding.weight)
+    def _embed(self, tokens: Tensor, dropout_mask: Tensor | None) -> Tensor:
+        # Every weight is used through a call of its module: ZeRO-3 gathers partitioned weights when a module is called.
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        embedded = self.embedding_norm(self.token_embedding(tokens) + self.position_embedding(position))
         if self.training and self.config.dropout:
-            keep = 1 - self.config.dropout
-            drawn = torch.rand(embedded.shape, generator=dropout_generator, device=embedded.device)
-            embedded = embedded * (drawn < keep) / keep
+            if dropout_mask is None:
+                dropout_mask = draw_dropout_mask(self.config, len(tokens), None, embedded.device)
+            if dropout_mask is None or dropout_mask.shape != embedded.shape:
+                raise ValueError(f"dropout_mask does not have the shape of the embedded tokens, {tuple(embedded.shape)}")
+            embedded = embedded * dropout_mask / (1 - self.config.dropout)
         return embedded
 
-    def _decode(self, masked: Tensor, visible: Tensor, label_embedding: Tensor) -> Tensor:
+    def _embed_condition(self, labels: Tensor | TextCondition) -> tuple[Tensor, Tensor | None]:
+        """What drives adaLN, (B, D) after SiLU, and the text as conditioning tokens (B, T, D), None without text."""
+        if isinstance(labels, TextCondition):
+            assert self.text_projection is not None and self.pooled_projection is not None
+            dtype = self.text_projection.weight.dtype
+            return F.silu(self.pooled_projection(labels.pooled.to(dtype))), self.text_projection(labels.hidden.to(dtype))
+        assert self.label_embedding is not None
+        return F.silu(self.label_embedding(labels)), None
+
+    def _decode(self, masked: Tensor, visible: Tensor, text: Tensor | None, condition: Tensor) -> Tensor:
         if self.config.decoder_attention == "full":
             both = torch.cat([visible, masked], dim=1)
             for block in self.decoder:
-                both = block(both, None, label_embedding)
+                both = self._run(block, both, text, condition)
             return both[:, visible.shape[1] :]
+        conditioning = _join(text, visible)
         for block in self.decoder:
-            masked = block(masked, visible, label_embedding)
+            masked = self._run(block, masked, conditioning, condition)
         return masked
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            # A block draws nothing: there is no state of a generator to keep.
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
+
+def draw_dropout_mask(
+    config: ENATConfig, num_images: int, generator: torch.Generator | None, device: torch.device | str
+) -> Tensor | None:
+    """What dropout keeps of a group's embedded tokens, bool (B, L, D), True = kept; None where the config has no dropout.
+
+    Drawn for a whole group and cut into rows, it is the same whatever the number of passes that compute the group.
+    """
+    if not config.dropout:
+        return None
+    drawn = torch.rand((num_images, config.num_tokens, config.embed_dim), generator=generator, device=device)
+    return drawn < 1 - config.dropout
+
+
+def _join(text: Tensor | None, tokens: Tensor | None) -> Tensor | None:
+    """[text ; tokens] of what there is."""
+    sources = [source for source in (text, tokens) if source is not None]
+    return torch.cat(sources, dim=1) if len(sources) > 1 else (sources[0] if sources else None)
 
 
 def _split(mask: Tensor, previous: ENATOutput | None) -> tuple[Tensor, int]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from enat import schedule
-from enat.model import ENAT, ENATOutput
+from enat.config import ENATConfig
+from enat.model import ENAT, ENATOutput, TextCondition
 
 _LOWEST_TEMPERATURE = 1e-3
 
@@ -25,7 +26,7 @@ class SamplerConfig:
     guidance_scale: w in uncond + w (cond - uncond), 1 = off. The published "cfg" s is w = 1 + s (2.5 there is 3.5 here).
     sampling_temperature: of drawing codes, falling linearly; 0 takes the most likely code.
     remask_temperature: of the Gumbel noise on confidence, falling linearly; 0 adds none.
-    reuse: take features of visible tokens from the step before (needs a model made with reuse).
+    reuse: take features from the step before (acts with a model made with reuse).
     """
 
     num_steps: int = 8
@@ -57,30 +58,41 @@ class SamplerConfig:
         """Tokens masked in the input of `step`; num_steps gives what is left at the end, 0."""
         return num_tokens if step == 0 else schedule.num_masked_after(step - 1, self.num_steps, num_tokens, self.mask_schedule)
 
-    def num_passes_at(self, step: int) -> int:
+    def num_passes_at(self, step: int, model: ENATConfig) -> int:
         """2 with an unconditional pass, 1 without.
 
-        An unguided first step needs none: nothing is visible at step 0, so its unconditional pass leaves nothing to reuse.
-        Later steps keep theirs while any step is guided, because each pass reuses its own features.
+        An unguided first step needs none where only features of visible tokens are reused: nothing is visible at step 0, so its
+        unconditional pass leaves nothing. Later steps keep theirs while any step is guided, because each pass reuses its own
+        features. An unconditional model has nothing to be guided away from.
         """
-        if step == 0 and self.guidance_at(0) == 1.0:
-            return 1
-        return 2 if any(self.guidance_at(any_step) != 1.0 for any_step in range(self.num_steps)) else 1
+        is_guided = model.is_conditional and any(self.guidance_at(any_step) != 1.0 for any_step in range(self.num_steps))
+        leaves_nothing = not (self.reuse and model.reuses_masked)
+        return 1 if not is_guided or (step == 0 and leaves_nothing and self.guidance_at(0) == 1.0) else 2
 
 
 @torch.no_grad()  # not inference_mode: codes may be fed to a model that is being trained
-def sample(model: ENAT, labels: Tensor, config: SamplerConfig, *, seeds: Sequence[int], return_trajectory: bool = False) -> Any:
-    """Codes for labels, int64 (B,) -> int64 (B, L) in [0, V), on the model's device. The model must be in eval mode.
+def sample(
+    model: ENAT,
+    labels: Tensor | TextCondition,
+    config: SamplerConfig,
+    *,
+    seeds: Sequence[int],
+    return_trajectory: bool = False,
+) -> Any:
+    """Codes for labels int64 (B,), or captions -> int64 (B, L) in [0, V), on the model's device. The model must be in eval mode.
 
+    labels: an unconditional model has one, 0. Guidance leads away from the null label, or from the empty caption.
     seeds: one int per image. An image depends on its own seed and label only, not on what else is in the batch.
     return_trajectory: return (codes, trajectory) with the tokens fed at each step, N tensors int64 (B, L).
-    Raises ValueError where the numbers of seeds and labels differ, a label is out of range, or the model is in training mode.
+    Raises ValueError where the numbers of seeds and labels differ, a label is out of range, captions do not fit the model, or the
+    model is in training mode.
     """
-    labels = _check(model, labels, seeds)
+    _check(model, labels, seeds)
+    device = model.token_embedding.weight.device
     num_images, num_tokens, mask_id = len(labels), model.config.num_tokens, model.config.mask_id
-    uniforms = _draw_uniforms(seeds, config.num_steps, num_tokens).to(labels.device)
-    both_labels = torch.cat([labels, torch.full_like(labels, model.config.null_label)])
-    tokens = torch.full((num_images, num_tokens), mask_id, dtype=torch.int64, device=labels.device)
+    uniforms = _draw_uniforms(seeds, config.num_steps, num_tokens).to(device)
+    conditions = _concatenate(labels.to(device), model.null_condition(num_images))
+    tokens = torch.full((num_images, num_tokens), mask_id, dtype=torch.int64, device=device)
     previous: ENATOutput | None = None
     trajectory = []
     for step in range(config.num_steps):
@@ -89,11 +101,12 @@ def sample(model: ENAT, labels: Tensor, config: SamplerConfig, *, seeds: Sequenc
         num_masked, num_left = config.num_masked_at(step, num_tokens), config.num_masked_at(step + 1, num_tokens)
 
         # Predict. Conditional and unconditional passes share a batch; each has its own features to reuse.
-        num_passes = config.num_passes_at(step)
+        num_passes = config.num_passes_at(step, model.config)
         output = model(
-            tokens.repeat(num_passes, 1), both_labels[: num_passes * num_images], previous, num_masked=num_masked, logits="masked"
+            tokens.repeat(num_passes, 1), conditions[: num_passes * num_images], previous, num_masked=num_masked, logits="masked"
         )
-        previous = output if config.reuse and model.config.reuse and num_masked < num_tokens else None
+        leaves_features = num_masked < num_tokens or model.config.reuses_masked
+        previous = output if config.reuse and model.config.reuse and leaves_features else None
 
         # Guide.
         cond_logits, uncond_logits = output.logits.float().chunk(2) if num_passes == 2 else (output.logits.float(), None)
@@ -134,17 +147,26 @@ def _draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int) -> Ten
     return drawn.clamp_min(2.0**-25)  # log(0) would turn zero noise into NaN
 
 
-def _check(model: ENAT, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+def _concatenate(first: Tensor | TextCondition, second: Tensor | TextCondition) -> Tensor | TextCondition:
+    if isinstance(first, TextCondition) and isinstance(second, TextCondition):
+        return TextCondition(torch.cat([first.hidden, second.hidden]), torch.cat([first.pooled, second.pooled]))
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    return torch.cat([first, second])
+
+
+def _check(model: ENAT, labels: Tensor | TextCondition, seeds: Sequence[int]) -> None:
     if len(seeds) != len(labels):
         raise ValueError(f"{len(seeds)} seeds for {len(labels)} labels; give one seed per image")
     if len(labels) == 0:
         raise ValueError("there is nothing to sample: labels is empty")
     if model.training:
         raise ValueError("the model is in training mode, where dropout would disturb samples; call model.eval() first")
+    model.check_condition(labels)
+    if isinstance(labels, TextCondition):
+        return
     if labels.is_floating_point():
         raise ValueError(f"labels have dtype {labels.dtype}; integers are needed")
     if int(labels.min()) < 0 or int(labels.max()) > model.config.null_label:
         raise ValueError(
             f"labels range from {int(labels.min())} to {int(labels.max())}; this model knows 0 to {model.config.null_label}"
         )
-    return labels.to(model.token_embedding.weight.device)

@@ -9,14 +9,16 @@ This module and s3_store alone know where a store lies. `open_store` turns a URI
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.s3 import S3Config
+
+_log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PARTS = ".parts"  # one small record per committed shard of an unfinished artifact
@@ -112,6 +116,18 @@ class Manifest:
             raise StoreError(f"{place} is not a manifest ({error}); move the artifact away to make it again") from error
 
 
+def part_record(content: bytes, place: object) -> dict[str, Any] | None:
+    """What put_part wrote. None, with a warning, for what a machine that lost its power may have left: the part is made again."""
+    try:
+        record = json.loads(content)
+        if isinstance(record, dict):
+            return record
+    except ValueError:
+        pass
+    _log.warning("the record %s is damaged; its part is made again", place)
+    return None
+
+
 def paths_of(name: str, sha256: str) -> tuple[str, str]:
     """Where a file may lie: under its name, and where other bytes lie there, under the name with its digest."""
     suffixes = "".join(Path(name).suffixes)
@@ -158,8 +174,12 @@ class ArtifactStore(ABC):
         """Records of the parts that are done, by name, sorted."""
 
     @abstractmethod
-    def work_uri(self, stage: str, key: str) -> str:
-        """Where an unfinished stage keeps state of its own (checkpoints)."""
+    def discard_part(self, stage: str, key: str, name: str) -> None:
+        """Take back the record of a part, after which its files may be discarded."""
+
+    @abstractmethod
+    def discard_files(self, stage: str, key: str, files: Iterable[FileRecord]) -> None:
+        """Remove files of an unfinished artifact that no record names any more."""
 
     @abstractmethod
     def discard_work(self, stage: str, key: str) -> None:
@@ -190,9 +210,6 @@ class LocalStore(ArtifactStore):
 
     def place(self, stage: str, key: str) -> str:
         return str(self._folder(stage, key))
-
-    def work_uri(self, stage: str, key: str) -> str:
-        return str(self._folder(stage, key) / WORK)
 
     def check_writable(self) -> None:
         try:
@@ -248,7 +265,24 @@ class LocalStore(ArtifactStore):
         _write_if_absent(self._folder(stage, key) / PARTS / f"{name}.json", canonical_json(record))
 
     def read_parts(self, stage: str, key: str) -> dict[str, dict[str, Any]]:
-        return {path.stem: json.loads(path.read_bytes()) for path in sorted((self._folder(stage, key) / PARTS).glob("*.json"))}
+        records = {}
+        for path in sorted((self._folder(stage, key) / PARTS).glob("*.json")):
+            with contextlib.suppress(FileNotFoundError):  # discarded since it was listed
+                if (record := part_record(path.read_bytes(), path)) is None:
+                    path.unlink()  # a record is put only where there is none
+                else:
+                    records[path.stem] = record
+        return records
+
+    def discard_part(self, stage: str, key: str, name: str) -> None:
+        (self._folder(stage, key) / PARTS / f"{name}.json").unlink(missing_ok=True)
+
+    def discard_files(self, stage: str, key: str, files: Iterable[FileRecord]) -> None:
+        for record in files:
+            path = self._folder(stage, key) / record.path
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                path.parent.rmdir()
 
     def discard_work(self, stage: str, key: str) -> None:
         for name in (PARTS, WORK):

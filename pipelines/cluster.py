@@ -80,16 +80,20 @@ def _stay_on_loopback() -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which read the variable when it imported ray
 
 
-def require(workers: Workers, stage: str) -> None:
-    """Raises ValueError where the cluster can never give what a stage asks for: Ray itself would wait for ever."""
+def require(workers: Workers, stage: str, min_workers: int | None = None) -> None:
+    """Raises ValueError where the cluster can never give what a stage asks for: Ray itself would wait for ever.
+
+    min_workers: how many will do, where that is fewer than workers.num_workers.
+    """
     import ray
 
     have = ray.cluster_resources()
     for resource, each in (("CPU", workers.cpus_per_worker), ("GPU", workers.gpus_per_worker)):
-        wanted = each * workers.num_workers
+        num_workers = min_workers or workers.num_workers
+        wanted = each * num_workers
         if wanted > have.get(resource, 0.0):
             raise ValueError(
-                f"{stage}.execution asks for {wanted:g} {resource}s ({workers.num_workers} workers), "
+                f"{stage}.execution asks for {wanted:g} {resource}s ({num_workers} workers), "
                 f"but the cluster has {have.get(resource, 0.0):g}; lower num_workers or {resource.lower()}s_per_worker"
             )
 

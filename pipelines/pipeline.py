@@ -22,7 +22,7 @@ from pipelines.sources import DatasetConfig, open_source
 from pipelines.stages import captions, dataset, evaluate, generate, reference, report, token_map, tokenizer, train
 from pipelines.token_map import TokenMapInfo
 from pipelines.tracking import TrackingConfig
-from pipelines.train_loop import TrainConfig
+from pipelines.train_config import TrainConfig
 from pipelines.workflow import Node, Stage
 
 _WITHOUT_MODEL = {"dataset", "tokenizer", "token_map", "captions", "reference"}
@@ -127,10 +127,12 @@ def _add_model_stages(name: str, run: RunConfig, add: Any) -> dict[str, str]:
 
     ids = {"tokenizer": add(tokenizer.STAGE, name, filled["tokenizer"], {} if run.tokenizer.weights else dataset_of("tokenizer"))}
     ids["token_map"] = add(token_map.STAGE, name, filled["token_map"], {**dataset_of("token_map"), "tokenizer": ids["tokenizer"]})
+    features = {}
     if run.captions.encoder is not None:
-        add(captions.STAGE, name, filled["captions"], dataset_of("captions"))
+        features = {"captions": add(captions.STAGE, name, filled["captions"], dataset_of("captions"))}
     ids["reference"] = add(reference.STAGE, name, replace(filled["reference"], resolution=resolution), dataset_of("reference"))
     learned_from = {} if run.train.weights else {"token_map": ids["token_map"]}
+    learned_from |= features if run.train.model.text else {}
     ids["model"] = add(train.STAGE, name, filled["train"], {**learned_from, "tokenizer": ids["tokenizer"]})
     ids["samples"] = add(generate.STAGE, name, filled["generate"], {"model": ids["model"]})
     scored = {key: ids[key] for key in ("samples", "tokenizer", "reference", "model")}

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -30,18 +31,30 @@ _POLL_SECONDS = 0.3
 
 
 class _State:
-    """Latest values by reporting worker; the sum of their counts is what is done."""
+    """Latest values by reporting worker; the sum of their counts is what is done. Also whether workers are asked to stop."""
 
     def __init__(self) -> None:
         self._done: dict[str, int] = {}
         self._note = ""
+        self._messages: list[str] = []
+        self._is_stop_requested = False
 
     def report(self, worker: str, done: int, note: str) -> None:
         self._done[worker] = done
         self._note = note or self._note
 
-    def read(self) -> tuple[int, str]:
-        return sum(self._done.values()), self._note
+    def tell(self, message: str) -> None:
+        self._messages.append(message)
+
+    def read(self) -> tuple[int, str, list[str]]:
+        messages, self._messages = self._messages, []
+        return sum(self._done.values()), self._note, messages
+
+    def request_stop(self) -> None:
+        self._is_stop_requested = True
+
+    def is_stop_requested(self) -> bool:
+        return self._is_stop_requested
 
 
 class Reporter:
@@ -49,12 +62,34 @@ class Reporter:
 
     def __init__(self, state: Any, worker: str = "") -> None:
         self._state, self._worker = state, worker
+        self._answer: Any = None
+        self._is_stop_requested = False
 
     def named(self, worker: str) -> Reporter:
         return Reporter(self._state, worker)
 
     def report(self, done: int, note: str = "") -> None:
         self._state.report.remote(self._worker, done, note)
+
+    def tell(self, message: str) -> None:
+        """A line for whoever looks at the terminal."""
+        self._state.tell.remote(message)
+
+    def request_stop(self) -> None:
+        """Ask all workers to save what they have and stop."""
+        self._state.request_stop.remote()
+
+    def is_stop_requested(self) -> bool:
+        """The answer to the last question that was answered: the caller never waits."""
+        if self._answer is None:
+            self._answer = self._state.is_stop_requested.remote()
+        if ray.wait([self._answer], timeout=0)[0]:
+            answer, self._answer = self._answer, self._state.is_stop_requested.remote()
+            try:
+                self._is_stop_requested = ray.get(answer)
+            except ray.exceptions.RayError:
+                return self._is_stop_requested  # the driver is gone; Ray ends this worker, too
+        return self._is_stop_requested
 
 
 class _SpeedColumn(ProgressColumn):
@@ -109,12 +144,16 @@ class Bar:
         stop = threading.Event()
 
         def follow() -> None:
-            while not stop.wait(_POLL_SECONDS):
+            is_over = False
+            while not is_over:
+                is_over = stop.wait(_POLL_SECONDS)
                 try:
-                    done, note = ray.get(state.read.remote())
+                    done, note, messages = ray.get(state.read.remote())
                 except ray.exceptions.RayError:
                     return  # the bar is an extra: where its actor is lost, the work goes on without it
                 self.update(done, note)
+                for message in messages:
+                    self._console.print(f"[yellow]![/] {escape(message)}", highlight=False)
 
         thread = threading.Thread(target=follow, name="progress", daemon=True)
         thread.start()

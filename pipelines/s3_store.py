@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pipelines.artifacts import (
     StoreError,
     canonical_json,
     file_digest,
+    part_record,
     paths_of,
 )
 from pipelines.s3 import MissingFileError, S3Config, S3Folder, in_parallel
@@ -35,9 +35,6 @@ class S3Store(ArtifactStore):
 
     def place(self, stage: str, key: str) -> str:
         return f"{self.uri}/{stage}/{key}"
-
-    def work_uri(self, stage: str, key: str) -> str:
-        return f"{self.place(stage, key)}/{WORK}"
 
     def check_writable(self) -> None:
         """Also that a name which is taken is refused: an endpoint that ignored the condition would let runs overwrite others."""
@@ -96,11 +93,28 @@ class S3Store(ArtifactStore):
     def read_parts(self, stage: str, key: str) -> dict[str, dict[str, Any]]:
         folder = f"{stage}/{key}/{PARTS}/"
         names = [file.name for file in self.folder.list(folder) if file.name.endswith(".json")]
-        contents = in_parallel(self.folder.read, names)
-        return {
-            name.removeprefix(folder).removesuffix(".json"): json.loads(content)
-            for name, content in zip(names, contents, strict=True)
-        }
+        records = {}
+        for name, content in zip(names, in_parallel(self._read_if_there, names), strict=True):
+            if content is None:
+                continue
+            if (record := part_record(content, f"{self.uri}/{name}")) is None:
+                self.folder.delete(name)  # a record is put only where there is none
+            else:
+                records[name.removeprefix(folder).removesuffix(".json")] = record
+        return records
+
+    def _read_if_there(self, name: str) -> bytes | None:
+        try:
+            return self.folder.read(name)
+        except MissingFileError:  # discarded since it was listed
+            return None
+
+    def discard_part(self, stage: str, key: str, name: str) -> None:
+        self.folder.delete(f"{stage}/{key}/{PARTS}/{name}.json")
+
+    def discard_files(self, stage: str, key: str, files: Iterable[FileRecord]) -> None:
+        for record in files:
+            self.folder.delete(f"{stage}/{key}/{record.path}")
 
     def discard_work(self, stage: str, key: str) -> None:
         for name in (PARTS, WORK):

@@ -1,4 +1,4 @@
-"""Runs, metrics and pictures in MLflow. The only module that imports mlflow.
+"""Runs, metrics, pictures and registered models in MLflow. The only module that imports mlflow.
 
 Tracking is an observer: when its server is down, slow or refuses a value, one warning is shown and the work goes on. A
 `RunHandle` is what workers hold (rank 0 of training logs through one); it opens its own client where it is used.
@@ -23,15 +23,42 @@ from pipelines.artifacts import without_credentials
 _log = logging.getLogger(__name__)
 _PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
 _ILLEGAL = re.compile(r"[^\w\-. /]")
+_ILLEGAL_IN_MODEL = re.compile(r"[^\w\-.]+")
+_RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
+# What a database of MLflow's registry has room for. sqlite takes longer values, PostgreSQL and MySQL refuse or cut them.
+_MODEL_NAME_LIMIT = 256
+_TAG_LIMIT = 5000
+_DESCRIPTION_LIMIT = 5000
+_MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
+_OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; else a refusal
+
+DIGEST_TAG = "enat.digest"
+CREATED_TAG = "enat.created"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """uri: of the tracking store; None takes MLFLOW_TRACKING_URI, else an sqlite file beside the artifact store."""
+    """uri: of the tracking store; None takes MLFLOW_TRACKING_URI, else an sqlite file beside the artifact store.
+
+    model_alias: kept at the version of a registered model that was trained last; None sets no alias. Aliases of other names
+    are never touched.
+    """
 
     uri: str | None = None
     experiment: str = "enat"
     enabled: bool = True
+    model_alias: str | None = "newest"
+
+    def __post_init__(self) -> None:
+        alias = self.model_alias
+        if alias is None:
+            return
+        if not re.fullmatch(r"[\w-]{1,255}", alias):
+            raise ValueError(
+                f"tracking.model_alias is {alias!r}; it must be 1 to 255 letters, digits, '_' and '-', or null for none"
+            )
+        if _RESERVED_ALIAS.fullmatch(alias):
+            raise ValueError(f"tracking.model_alias is {alias!r}, which MLflow keeps for itself; choose another, such as newest")
 
 
 def resolve_uri(config: TrackingConfig, beside: Path) -> str:
@@ -86,6 +113,56 @@ class RunHandle:
     def log_file(self, path: Path, folder: str = ".") -> None:
         self._do(lambda client: client.log_artifact(self.run_id, str(path), None if folder == "." else folder))
 
+    def register_model(
+        self, name: str, files: Mapping[str, bytes], tags: Mapping[str, str], description: str, alias: str | None
+    ) -> str | None:
+        """A version of the registered model `name`, or the one there is for the same content. Its number; None where it failed.
+
+        files: put into the run's folder `model`, which is the version's source.   tags: must hold enat.digest, which names the
+        content, and enat.created, UTC.   alias: goes to the version created last, in whatever order versions were registered.
+        A server that takes runs but no models costs the model only: one warning, and tracking goes on.
+        """
+        from mlflow.exceptions import MlflowException
+
+        legal = model_name(name)
+
+        def register(client: Any) -> str | None:
+            try:
+                version = _version_of(client, legal, tags[DIGEST_TAG]) or self._new_version(client, legal, files, tags, description)
+                if alias is not None:
+                    _move_alias(client, legal, alias)
+            except MlflowException as error:
+                if error.error_code in _OUT_OF_ORDER:
+                    raise
+                _log.warning("%s is not registered as a model (%s)", legal, _first_line(error))
+                return None
+            return version
+
+        version: str | None = self._do(register)
+        return version
+
+    def _new_version(
+        self, client: Any, name: str, files: Mapping[str, bytes], tags: Mapping[str, str], description: str
+    ) -> str | None:
+        with tempfile.TemporaryDirectory() as folder:
+            for file, content in files.items():
+                (Path(folder) / file).write_bytes(content)
+            client.log_artifacts(self.run_id, folder, _MODEL_FOLDER)
+        _create(lambda: client.create_registered_model(name))
+        made = client.create_model_version(
+            name,
+            f"runs:/{self.run_id}/{_MODEL_FOLDER}",  # a server takes no local path, and none of a run that is not named
+            self.run_id,
+            tags={key: value[:_TAG_LIMIT] for key, value in tags.items()},
+            description=_shortened(description),
+            await_creation_for=0,
+        )
+        # The registry knows no condition for creating. Of runs that register the same content at once the first version stays.
+        first = _version_of(client, name, tags[DIGEST_TAG])
+        if first != str(made.version):
+            client.delete_model_version(name, str(made.version))
+        return first
+
     def finish(self, status: str = "FINISHED") -> None:
         self._do(lambda client: client.set_terminated(self.run_id, status))
 
@@ -115,15 +192,75 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
 
     def create(client: Any) -> str:
         experiment = client.get_experiment_by_name(config.experiment)
-        experiment_id = (
-            experiment.experiment_id if experiment else client.create_experiment(config.experiment, _artifact_location(uri))
-        )
+        if experiment is None:
+            _create(lambda: client.create_experiment(config.experiment, _artifact_location(uri)))
+            experiment = client.get_experiment_by_name(config.experiment)
         parents = {"mlflow.parentRunId": parent.run_id} if parent else {}
-        run_id: str = client.create_run(experiment_id, run_name=name, tags={**tags, **parents}).info.run_id
+        run_id: str = client.create_run(experiment.experiment_id, run_name=name, tags={**tags, **parents}).info.run_id
         return run_id
 
     handle.run_id = handle._do(create)
     return handle
+
+
+def _create(create: Callable[[], object]) -> None:
+    """Make something by name, unless another run did so just before."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        create()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def model_name(text: str) -> str:
+    """A legal name of a registered model. A name that is legal already stays as it is."""
+    return _ILLEGAL_IN_MODEL.sub("-", text).strip(".-")[:_MODEL_NAME_LIMIT].rstrip(".-") or "model"
+
+
+def _first_versions(client: Any, name: str) -> dict[str, Any]:
+    """Digest -> the first version of that content. Versions without a digest were made by someone else and are left alone."""
+    versions = client.search_model_versions(f"name='{name}'")
+    ours = [version for version in versions if DIGEST_TAG in version.tags]
+    return {version.tags[DIGEST_TAG]: version for version in sorted(ours, key=lambda version: -int(version.version))}
+
+
+def _version_of(client: Any, name: str, digest: str) -> str | None:
+    version = _first_versions(client, name).get(digest)
+    return None if version is None else str(version.version)
+
+
+def _move_alias(client: Any, name: str, alias: str) -> None:
+    """To the version created last. Looks again after every move: another run may have registered a newer one meanwhile."""
+    from mlflow.exceptions import MlflowException
+
+    alias_at = _version_at(client, name, alias)
+    while (newest := _newest_version(client, name)) != alias_at:
+        try:
+            client.set_registered_model_alias(name, alias, newest)
+            alias_at = newest
+        except MlflowException:
+            if alias_at is not None or (alias_at := _version_at(client, name, alias)) is None:
+                raise  # else another run set it first: of two that are new the database refuses one
+
+
+def _version_at(client: Any, name: str, alias: str) -> str | None:
+    version = client.get_registered_model(name).aliases.get(alias)
+    return None if version is None else str(version)
+
+
+def _newest_version(client: Any, name: str) -> str:
+    versions = _first_versions(client, name).values()
+    newest = max(versions, key=lambda version: (version.tags.get(CREATED_TAG, ""), int(version.version)))
+    return str(newest.version)
+
+
+def _shortened(description: str) -> str:
+    rest = "\n\n(the rest is in the file README.md of this version)"
+    if len(description) <= _DESCRIPTION_LIMIT:
+        return description
+    return description[: _DESCRIPTION_LIMIT - len(rest)] + rest
 
 
 def _artifact_location(uri: str) -> str | None:

@@ -1,202 +1,105 @@
-"""What every training worker runs.
+"""What every training worker runs: steps, and beside them checkpoints, figures and previews.
 
-A global batch is `num_groups` equal groups. Everything that is drawn for a group (rows, flips, label drops, mask ratio, masks,
-reuse, dropout) comes from (seed, step, group), and ranks take whole groups: so what is trained on does not depend on the number
-of workers, and a resumed run draws what an uninterrupted one would have.
-
-Shape legend: B images of a group, L tokens.
+Shape legend: B images, L tokens.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from enat.checkpoint import load_enat, load_vqgan, save_weights
+from enat.checkpoint import load_vqgan, save_weights
+from enat.cost import training_macs
 from enat.images import make_grid, png_bytes, to_uint8
-from enat.loss import LABEL_SMOOTHING, objective
-from enat.masking import MaskingConfig, mask_codes
-from enat.model import ENAT, ENATConfig
-from enat.sampler import SamplerConfig, sample
-from pipelines import engine as deepspeed_engine
-from pipelines.artifacts import Manifest
-from pipelines.external import content_digest
+from enat.loss import objective, token_accuracy
+from enat.model import ENAT, ENATConfig, TextCondition
+from enat.sampler import sample
+from pipelines.artifacts import FileRecord, Manifest
+from pipelines.batches import Batches, GroupBatch, rows_of
+from pipelines.caption_features import EMPTY_INDEX, CaptionFeatures
+from pipelines.checkpoints import Checkpoint, CheckpointWriter, newest_checkpoint, open_checkpoint, own_share
+from pipelines.engine import Engine, prepare_forward
 from pipelines.progress import Reporter
-from pipelines.s3 import S3Config
-from pipelines.token_map import TokenMap, TokenMapInfo
-from pipelines.workflow import WorkerContext, Workers
+from pipelines.stop_signal import STOP, StopSignal
+from pipelines.token_map import TokenMap
+from pipelines.train_config import TrainConfig
+from pipelines.train_metrics import (
+    GroupRecord,
+    first_not_finite,
+    matmul_peak,
+    memory_bytes,
+    relative_distance,
+    summarize,
+    total_macs,
+)
+from pipelines.workflow import WorkerContext
 
 WEIGHTS = "model.safetensors"  # the EMA: what samples are made with
 RAW_WEIGHTS = "raw.safetensors"
 HISTORY = "history.json"
 _REPORT_SECONDS = 0.2
+_PREVIEWS = 20
+_ROWS_NAMED = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A preset with any field replaced, or all of a model's sizes. What is left out of grid_size, codebook_size and num_classes
-    is the token map's; what is given must equal it."""
+class DivergedError(FloatingPointError):
+    """Training has diverged in a step. draws: number of the draw that did it, which a rollback goes past."""
 
-    preset: str | None = None
-    encoder_layers: int | None = None
-    decoder_layers: int | None = None
-    embed_dim: int | None = None
-    num_heads: int | None = None
-    grid_size: int | None = None
-    codebook_size: int | None = None
-    num_classes: int | None = None
-    decoder_attention: str | None = None
-    reuse: bool | None = None
-    dropout: float | None = None
-    mlp_ratio: int | None = None
+    def __init__(self, message: str, draws: int) -> None:
+        super().__init__(message, draws)
+        self.draws = draws
 
-    def architecture(self, token_map: TokenMapInfo) -> ENATConfig:
-        """Raises ValueError where the model does not fit the token map."""
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None and name != "preset"}
-        for name in ("grid_size", "codebook_size", "num_classes"):
-            if given.setdefault(name, getattr(token_map, name)) != getattr(token_map, name):
-                raise ValueError(
-                    f"train.model.{name} is {given[name]}, but the token map of {token_map.dataset} "
-                    f"({token_map.resolution} px) has {getattr(token_map, name)}"
-                )
-        if self.preset is not None:
-            return ENATConfig.preset(self.preset, **given)
-        missing = [name for name in ("encoder_layers", "decoder_layers", "embed_dim", "num_heads") if name not in given]
-        if missing:
-            raise ValueError(f"train.model has no preset, so it must give {', '.join(missing)}")
-        return ENATConfig(**given)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainExecution(Workers):
-    """Intervals are in steps. max_failures: how often lost workers are replaced before the stage fails."""
-
-    checkpoint_every: int = 1000
-    log_every: int = 50
-    sample_every: int = 5000
-    max_failures: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("checkpoint_every", "log_every", "sample_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.execution.{name} is {getattr(self, name)}; it must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Defaults are the published recipe at 256 px; num_steps 0 gives the untrained model.
-
-    batch_size: of the whole step, in num_groups equal groups (published: 16 devices of 128).
-    flip: whether half of the images are taken as their mirror image.
-    label_dropout: 0.235 is what the published two drops, 0.15 in the data and 0.1 in the embedding, amount to.
-    weights: published weights to take instead of training: a file by path, s3:// or hf://, or the "sha256:..." under which
-    `enat import` keeps one.   s3: None takes the run's.
-    """
-
-    weights: str | None = None
-    s3: S3Config | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    num_steps: int = 500_000
-    batch_size: int = 2048
-    num_groups: int = 16
-    learning_rate: float = 4e-4
-    warm_up_steps: int = 5000
-    betas: tuple[float, float] = (0.99, 0.99)
-    weight_decay: float = 0.03
-    flip: bool = True
-    label_dropout: float = 0.235
-    label_smoothing: float = LABEL_SMOOTHING
-    ema_decay: float = 0.9999
-    seed: int | None = None
-    execution: TrainExecution = field(default_factory=TrainExecution)
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 0 or self.batch_size < 1 or self.num_groups < 1 or self.warm_up_steps < 0:
-            raise ValueError("train.num_steps and warm_up_steps must be at least 0, batch_size and num_groups at least 1")
-        if self.batch_size % self.num_groups:
-            raise ValueError(f"train.batch_size {self.batch_size} cannot be cut into {self.num_groups} equal groups")
-        if self.num_groups % self.execution.num_workers:
-            raise ValueError(
-                f"train.num_groups {self.num_groups} cannot be shared by {self.execution.num_workers} workers; "
-                "each takes whole groups"
-            )
-        for name in ("label_dropout", "ema_decay", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be in [0, 1)")
-
-    def identity(self) -> dict[str, Any]:
-        """Without what only shows how training goes: previews do not touch the weights."""
-        values = dataclasses.asdict(self)
-        if self.weights is not None:
-            return {"model": values["model"], "weights": content_digest(self.weights, "train.weights", self.s3)}
-        return {name: value for name, value in values.items() if name not in ("execution", "sampler", "weights", "s3")}
-
-    def learning_rate_at(self, step: int) -> float:
-        return self.learning_rate * min(1.0, (step + 1) / self.warm_up_steps) if self.warm_up_steps else self.learning_rate
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """What the driver gives every worker."""
+    """What the driver gives every worker. captions: features, for a text-conditional model."""
 
     config: TrainConfig
     architecture: ENATConfig
     context: WorkerContext
     token_map: Manifest
     tokenizer: Manifest
+    captions: Manifest | None
     reporter: Reporter
-    resume_from: str | None = None  # a checkpoint's folder, where Ray Train does not know of one itself
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What rank 0 answers. files: none where the run was stopped. milestones: EMA weights of some steps."""
+
+    files: tuple[FileRecord, ...]
+    milestones: tuple[FileRecord, ...]
+    history: list[dict[str, float]]
+    step: int
+    skipped_draws: int
+    num_restarts: int
 
 
 def initial_model(architecture: ENATConfig, seed: int) -> ENAT:
     return ENAT(architecture).initialize(torch.Generator().manual_seed(seed))
 
 
-def train_loop(task: Mapping[str, TrainTask]) -> dict[str, Any] | None:
-    """Ray Train's entry: trains to the end, resuming where a checkpoint is; rank 0 returns what it stored."""
-    import ray.train
+def train_loop(task: Mapping[str, TrainTask]) -> TrainResult | None:
+    """Ray Train's entry: trains to the end, or to where it is asked to stop, from the newest checkpoint that there is."""
     import ray.train.torch
 
     trainer = Trainer(task["task"], ray.train.torch.get_device())
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        resume_from = task["task"].resume_from
-        trainer.start(Path(resume_from) if resume_from else None)
-    else:
-        with checkpoint.as_directory() as folder:
-            trainer.start(Path(folder))
-    while trainer.step < trainer.config.num_steps:
-        trainer.train_step()
-        if trainer.is_due(trainer.config.execution.log_every):
-            trainer.log()
-        if trainer.is_due(trainer.config.execution.sample_every):
-            trainer.preview()
-        if trainer.step % trainer.config.execution.checkpoint_every == 0 and trainer.step < trainer.config.num_steps:
-            trainer.check_finite()
-            folder = Path(tempfile.mkdtemp(prefix="enat-checkpoint-"))
-            trainer.save(folder)
-            ray.train.report(
-                {"step": trainer.step},
-                checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-                checkpoint_dir_name=f"step-{trainer.step:08d}",
-                delete_local_checkpoint_after_upload=True,
-            )
-    return trainer.store_result() if trainer.rank == 0 else None
+    with trainer.background:
+        return trainer.run()
 
 
 class Trainer:
@@ -204,144 +107,327 @@ class Trainer:
 
     def __init__(self, task: TrainTask, device: torch.device) -> None:
         self.task, self.config, self.device = task, task.config, device
-        self.rank, world_size = dist.get_rank(), dist.get_world_size()
-        torch.set_num_threads(self.config.execution.num_threads)
-        per_rank = self.config.num_groups // world_size
-        self.groups = range(self.rank * per_rank, (self.rank + 1) * per_rank)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        execution = self.config.execution
+        torch.set_num_threads(execution.num_threads)
         self.token_map = TokenMap.open(task.context.store, task.token_map)
-        self.update_ema = get_ema_multi_avg_fn(self.config.ema_decay)
-        self.step = 0
-        self.history: list[dict[str, float]] = []
-        # Since the last log, on the device: sum of losses, of those in reuse mode, and how many groups of each there were.
-        self.sums = torch.zeros(4, device=device)
-        self.last_log = (time.monotonic(), 0)
-        self.last_report = 0.0
-
-    def start(self, checkpoint: Path | None) -> None:
-        """Make model, EMA and engine, from a checkpoint where there is one."""
-        assert self.config.seed is not None
-        if checkpoint is None:
-            model = initial_model(self.task.architecture, self.config.seed)
-            self.ema = copy.deepcopy(model)
-        else:
-            model, self.ema = load_enat(checkpoint / RAW_WEIGHTS), load_enat(checkpoint / WEIGHTS)
-        self.ema.to(self.device).eval().requires_grad_(False)
-        model.to(self.device).train()
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.config.learning_rate, betas=self.config.betas, weight_decay=self.config.weight_decay
+        self.captions = CaptionFeatures.open(task.context.store, task.captions) if task.captions is not None else None
+        self.checkpoints = CheckpointWriter(
+            task.context,
+            rank=self.rank,
+            world_size=self.world_size,
+            attempt=str(_agreed(uuid4().hex[:12])),
+            keep_last=execution.keep_last,
+            keep_every=execution.keep_every,
         )
-        self.engine = deepspeed_engine.make_engine(model, optimizer, len(self.groups))
-        if checkpoint is not None:
-            state = deepspeed_engine.load_state(checkpoint)
-            deepspeed_engine.load_moments(checkpoint, self.engine, state["world_size"])
-            self.step, self.history = state["step"], state["history"]
-        self.last_log = (time.monotonic(), self.step)
+        self.signal = StopSignal(task.reporter)
+        self.update_ema = get_ema_multi_avg_fn(self.config.ema_decay)
+        self.background = ThreadPoolExecutor(1, thread_name_prefix="tracking")  # no server of metrics holds up a step
+        self.peak = self._peak()
+        self.batches: Batches | None = None
+        self.num_rollbacks = 0
 
-    @property
-    def model(self) -> ENAT:
-        module = self.engine.module
-        assert isinstance(module, ENAT)
-        return module
+    def run(self) -> TrainResult | None:
+        self.start(self._newest())
+        execution, last = self.config.execution, self.config.num_steps
+        while self.step < last:
+            self.train_step()
+            raised = self.signal.poll()
+            try:
+                if self._is_due(execution.log_every) or raised:
+                    self.log()
+                if raised or (self.step % execution.checkpoint_every == 0 and self.step < last):
+                    self.save()
+            except DivergedError as error:
+                self.roll_back(error)
+                continue
+            if self._is_due(execution.sample_every):
+                self.preview()
+            if raised == STOP and self.step < last:
+                self.checkpoints.wait()
+                return self._result(()) if self.rank == 0 else None
+        self.checkpoints.wait()
+        return self.store_result()
+
+    # Start and end ---------------------------------------------------------------------------------------------------------------
+
+    def start(self, checkpoint: Checkpoint | None) -> None:
+        """Make model, EMA and engine, from a checkpoint where there is one."""
+        config, architecture = self.config, self.task.architecture
+        assert config.seed is not None
+        self.step, self.skipped_draws, self.num_restarts = 0, 0, 0
+        self.history: list[dict[str, float]] = []
+        self.milestones: list[FileRecord] = []
+        opened = open_checkpoint(self.task.context.store, self.task.context, checkpoint) if checkpoint else None
+        model = ENAT(architecture) if opened else initial_model(architecture, config.seed)
+        if self.captions is not None:
+            hidden, pooled = map(torch.from_numpy, self.captions.take(np.array([EMPTY_INDEX])))
+            model.set_null_caption(hidden[0], pooled[0])
+        self.ema = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
+        prepare_forward(self.ema, config, self.device)
+        fragments = opened.tensors() if opened else None
+        if fragments is not None:
+            fragments.fill("weight", model)
+            fragments.fill("ema", self.ema)
+        if self.batches is not None:
+            self.batches.close()
+        num_passes = -(-config.num_groups // self.world_size) * config.execution.microbatches
+        self.engine = Engine(model, config, self.device, num_passes)
+        if opened is not None and fragments is not None:
+            state = opened.state
+            self.engine.load(fragments, state["num_updates"], state["loss_scale"])
+            self.step, self.skipped_draws = state["step"], state["skipped_draws"]
+            self.history, self.num_restarts = state["history"], state["num_restarts"] + 1
+            self.milestones = [FileRecord(**record) for record in state["milestones"]]
+        self._begin_batches()
+        self.record = GroupRecord(config.num_groups)
+        self.interval = _Interval(self.step)
+
+    def roll_back(self, error: DivergedError) -> None:
+        """Go back to the newest checkpoint and on with the draws after the one that training diverged at, or raise."""
+        execution = self.config.execution
+        if execution.on_divergence != "rollback" or self.num_rollbacks >= execution.max_rollbacks:
+            raise error
+        self.num_rollbacks += 1
+        self.checkpoints.wait()
+        dist.barrier()  # a checkpoint is there once all ranks have written it
+        self.start(self._newest())
+        self.skipped_draws = error.draws + 1 - self.step
+        self._begin_batches()
+        self._tell(f"{error}; going on from step {self.step} with the draws after it")
+
+    def store_result(self) -> TrainResult | None:
+        context, weights = self.task.context, self.engine.weights()
+        if self.rank:
+            return None
+        files = (
+            context.write(WEIGHTS, lambda path: save_weights(path, self.ema)),
+            context.write(RAW_WEIGHTS, lambda path: save_weights(path, self.engine.model, weights)),
+        )
+        return self._result(files)
+
+    def _result(self, files: tuple[FileRecord, ...]) -> TrainResult:
+        return TrainResult(files, tuple(self.milestones), self.history, self.step, self.skipped_draws, self.num_restarts)
+
+    def _newest(self) -> Checkpoint | None:
+        """What rank 0 found whole, for all ranks."""
+        found = newest_checkpoint(self.task.context, self._tell) if self.rank == 0 else None
+        agreed = _agreed(found)
+        assert agreed is None or isinstance(agreed, Checkpoint)
+        return agreed
+
+    def _begin_batches(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
+        first = self.step + self.skipped_draws
+        self.batches = Batches(
+            self.config, self.token_map, self.captions, step=first, rank=self.rank, world_size=self.world_size
+        )
+
+    # A step ----------------------------------------------------------------------------------------------------------------------
 
     def train_step(self) -> None:
         """One global step: this rank's groups, the update, the EMA. Nothing in it waits for the device."""
-        config, seed = self.config, self.config.seed
-        assert seed is not None
-        deepspeed_engine.set_learning_rate(self.engine, config.learning_rate_at(self.step))
-        batch = self.token_map.batch_rows(seed, self.step, config.batch_size)
-        size = config.batch_size // config.num_groups
-        for group in self.groups:
-            own = slice(group * size, (group + 1) * size)
-            rng = np.random.default_rng([seed, self.step, group])
-            stored_codes, stored_labels = self.token_map.take(batch.rows[own], batch.flipped[own] & config.flip)
-            stored_labels[rng.random(size) < config.label_dropout] = self.model.config.null_label
-            codes, labels = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in (stored_codes, stored_labels))
-            masked = mask_codes(codes, self.model.config.mask_id, config.masking, rng)
-            dropout = torch.Generator(self.device).manual_seed(int(rng.integers(2**63)))
-            loss, _ = objective(
-                self.engine, self.ema, codes, labels, masked, dropout_generator=dropout, label_smoothing=config.label_smoothing
-            )
-            self.engine.backward(loss)
-            self.engine.step()
-            value, is_reuse = loss.detach().float(), masked.previous_tokens is not None
-            self.sums[0] += value
-            self.sums[2] += 1
-            if is_reuse:
-                self.sums[1] += value
-                self.sums[3] += 1
+        assert self.batches is not None
+        learning_rate = self.config.learning_rate_at(self.step)
+        # DeepSpeed takes the mean over passes and ranks; what is wanted is the mean over groups.
+        scale = self.batches.per_step * self.world_size / self.config.num_groups
+        for batch in self.batches.take_step():
+            self._learn(batch.to(self.device), scale * batch.weight, learning_rate)
         with torch.no_grad():
-            self.update_ema(list(self.ema.parameters()), list(self.model.parameters()), self.step + 1)
+            averaged = dict(self.ema.named_parameters())
+            for names, parameters in self.engine.pieces() if self.engine.zero_stage == 3 else [_all_of(self.engine.model)]:
+                with self.engine.whole(parameters):
+                    self.update_ema([averaged[name] for name in names], parameters, self.step + 1)
         self.step += 1
         self._report()
 
-    def is_due(self, interval: int) -> bool:
-        return self.step % interval == 0 or self.step == self.config.num_steps
-
-    def log(self) -> None:
-        """Means since the last log, to the history and (rank 0) to tracking. Raises where the loss is no longer finite."""
-        dist.all_reduce(self.sums)
-        total, reuse, count, reuse_count = self.sums.tolist()
-        if not count:
-            return
-        now, since = time.monotonic(), self.last_log
-        row = {
-            "step": self.step,
-            "loss": total / count,
-            "learning_rate": self.config.learning_rate_at(self.step - 1),
-            "gradient_norm": deepspeed_engine.gradient_norm(self.engine),
-            "images_per_second": (self.step - since[1]) * self.config.batch_size / (now - since[0]),
-        }
-        self.check_finite(row["loss"])
-        if reuse_count:
-            row["reuse_loss"] = reuse / reuse_count
-        if count > reuse_count:
-            row["fresh_loss"] = (total - reuse) / (count - reuse_count)
-        self.history.append(row)
-        self.sums.zero_()
-        self.last_log = (now, self.step)
-        if self.rank == 0:
-            self.task.context.run.log_metrics({name: value for name, value in row.items() if name != "step"}, self.step)
-
-    def check_finite(self, loss: float = 0.0) -> None:
-        """Raises FloatingPointError where training has diverged, so that no such model is saved."""
-        norm = deepspeed_engine.gradient_norm(self.engine)
-        if not math.isfinite(loss) or not math.isfinite(norm) or norm < 0:  # DeepSpeed writes -1 for a norm that overflowed
-            raise FloatingPointError(
-                f"training diverged by step {self.step} (loss {loss}, gradient norm {norm}); nothing was saved since the last "
-                "checkpoint. Lower train.learning_rate or lengthen train.warm_up_steps"
+    def _learn(self, batch: GroupBatch, scale: float, learning_rate: float) -> None:
+        count, measured = self.config.execution.microbatches, []
+        for codes, condition, masked, dropout_mask in batch.parts(count, self.ema):
+            loss, output = objective(
+                self.engine,  # type: ignore[arg-type]
+                self.ema,
+                codes,
+                condition,
+                masked,
+                dropout_mask=dropout_mask,
+                label_smoothing=self.config.label_smoothing,
+                z_loss=self.config.z_loss,
+            )
+            self.engine.backward(loss * scale, learning_rate)
+            measured.append(torch.stack([loss.detach(), token_accuracy(output, codes)]))
+        if batch.weight:
+            masked = batch.masked
+            macs = training_macs(
+                self.task.architecture, masked.num_masked, masked.previous_num_masked if batch.is_reuse else None
+            )
+            self.record.add(
+                self.step,
+                batch.group,
+                torch.stack(measured).mean(dim=0) if count > 1 else measured[0],
+                mask_ratio=batch.mask_ratio,
+                is_reuse=batch.is_reuse,
+                macs=float(macs * len(batch.codes)),
             )
 
+    # Beside the steps ------------------------------------------------------------------------------------------------------------
+
+    def log(self) -> None:
+        """Means since the last time, to the history and (rank 0) to tracking. Raises DivergedError."""
+        interval = self.interval
+        num_steps = self.step - interval.first_step
+        if not num_steps:
+            return
+        assert self.batches is not None
+        values = self.record.collect(interval.first_step, num_steps, self.device)
+        now, (difference, weights) = time.perf_counter(), self._ema_distance()
+        self.interval = _Interval(self.step, self.batches.seconds_waited, self.checkpoints.seconds_waited)
+        row: dict[str, float] = {"step": self.step, **summarize(values)}
+        row["gradient_norm"] = self.engine.gradient_norm()
+        self._check(values, row)
+        seconds = now - interval.started
+        flops = 2 * total_macs(values) / seconds
+        row |= {
+            "learning_rate": self.config.learning_rate_at(self.step - 1),
+            "images_per_second": num_steps * self.config.batch_size / seconds,
+            "step_seconds": seconds / num_steps,
+            "model_tflops_per_second": flops / 1e12,
+            "model_flops_utilization": flops / (self.peak * self.world_size),
+            "data_wait_share": (self.batches.seconds_waited - interval.data_wait) / seconds,
+            "checkpoint_wait_share": (self.checkpoints.seconds_waited - interval.checkpoint_wait) / seconds,
+            "memory_gb": memory_bytes(self.device) / 1e9,
+            "ema_distance": math.sqrt(difference / weights),
+            "num_workers": self.world_size,
+        }
+        if self.config.precision == "fp16":
+            row["loss_scale"] = self.engine.loss_scale
+        self.history.append({name: value for name, value in row.items() if math.isfinite(value)})
+        self._track(lambda run, step=self.step: run.log_metrics({k: v for k, v in row.items() if k != "step"}, step))
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step, unless training has diverged."""
+        self.log()
+        tensors = dict(self.engine.fragments()) | dict(own_share("ema", self.ema, self.rank, self.world_size))
+        keep_every = self.config.execution.keep_every
+        if self.rank == 0 and keep_every is not None and self.step % keep_every == 0:
+            name = f"model-step-{self.step:08d}.safetensors"
+            self.milestones.append(self.task.context.write(name, lambda path: save_weights(path, self.ema)))
+        state = {
+            "step": self.step,
+            "skipped_draws": self.skipped_draws,
+            "num_updates": self.engine.num_updates,
+            "loss_scale": self.engine.loss_scale,
+            "num_restarts": self.num_restarts,
+            "milestones": [vars(record) for record in self.milestones],
+            "history": self.history,
+        }
+        self.checkpoints.save(self.step, tensors, state)
+
     def preview(self) -> None:
-        """A sample grid of fixed seeds, two images of each of the first ten classes, from rank 0 to tracking."""
+        """A sample grid of fixed seeds, two images of each of the first ten classes or some captions, from rank 0 to tracking."""
         if self.rank:
             return
         vqgan = load_vqgan(self.task.context.store.fetch(self.task.tokenizer, "vqgan.safetensors")).to(self.device)
-        labels = torch.arange(min(10, self.model.config.num_classes)).repeat(2)
-        codes = sample(self.ema, labels, self.config.sampler, seeds=range(len(labels)))
-        side = self.model.config.grid_size
+        condition = self._preview_condition()
+        count = len(condition.pooled if isinstance(condition, TextCondition) else condition)
+        codes = sample(self.ema, condition, self.config.sampler, seeds=range(count))
+        side = self.ema.config.grid_size
         images = to_uint8(vqgan.decode(codes.view(-1, side, side)))
-        grid = make_grid(images, columns=len(labels) // 2, scale=max(1, 64 // images.shape[-1]))
-        self.task.context.run.log_bytes(png_bytes(grid), f"samples/step-{self.step:08d}.png")
+        grid = png_bytes(make_grid(images, columns=count // 2, scale=max(1, 64 // images.shape[-1])))
+        self._track(lambda run, name=f"samples/step-{self.step:08d}.png": run.log_bytes(grid, name))
 
-    def save(self, folder: Path) -> None:
-        """This rank's share of a checkpoint."""
+    def _preview_condition(self) -> torch.Tensor | TextCondition:
+        if self.captions is None:
+            return torch.arange(min(_PREVIEWS // 2, max(1, self.ema.config.num_classes))).repeat(2)
+        numbers = np.arange(_PREVIEWS) * len(self.captions) // _PREVIEWS
+        return TextCondition(*(torch.from_numpy(array).to(self.device) for array in self.captions.take(numbers)))
+
+    def _check(self, values: Any, row: Mapping[str, float]) -> None:
+        """Raises DivergedError, on all ranks alike, so that no such model is saved."""
+        first_step = self.step - len(values)
+        reason, bad = "", first_not_finite(values)
+        if bad is not None:
+            reason = f"the loss of step {first_step + bad[0] + 1} is not finite"
+        elif not math.isfinite(row["gradient_norm"]) and not self.engine.is_overflow_of_scale():
+            bad, reason = (len(values) - 1, []), f"the gradient of step {self.step} is not finite"
+        else:
+            lowest = min((past["loss"] for past in self.history), default=math.inf)
+            if row["loss"] > self.config.execution.divergence_factor * lowest:
+                bad = (len(values) - 1, [])
+                reason = f"the mean loss of steps {first_step + 1} to {self.step} is {row['loss']:.3g}, after {lowest:.3g}"
+        if bad is None:
+            return
+        draws = first_step + bad[0] + self.skipped_draws
+        groups = bad[1] or range(self.config.num_groups)
+        named = "; ".join(f"group {group}: {_rows(rows_of(self.config, self.token_map, draws, group))}" for group in groups[:2])
+        raise DivergedError(
+            f"training diverged by step {self.step}: {reason} (batch {draws}, rows of the token map in {named}); nothing was saved "
+            "since the last checkpoint. Lower train.learning_rate, lengthen train.warm_up_steps, clip with train.gradient_clip, or "
+            "go past such batches with train.execution.on_divergence=rollback",
+            draws,
+        )
+
+    def _ema_distance(self) -> tuple[float, float]:
+        averaged = dict(self.ema.named_parameters())
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for names, parameters in self.engine.pieces():
+            with torch.no_grad(), self.engine.whole(parameters):
+                sums += torch.stack(relative_distance([averaged[name] for name in names], parameters))
+        difference, weights = sums.tolist()
+        return difference, weights
+
+    def _peak(self) -> float:
+        stated = self.config.execution.peak_tflops
+        if stated is not None:
+            return stated * 1e12
+        return matmul_peak(self.device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision])
+
+    def _is_due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.config.num_steps
+
+    def _track(self, action: Any) -> None:
         if self.rank == 0:
-            save_weights(folder / RAW_WEIGHTS, self.model)
-            save_weights(folder / WEIGHTS, self.ema)
-        deepspeed_engine.save_rank_state(folder, self.engine, {"step": self.step, "history": self.history})
+            self.background.submit(action, self.task.context.run)
 
-    def store_result(self) -> dict[str, Any]:
-        context = self.task.context
-        files = [
-            context.write(WEIGHTS, lambda path: save_weights(path, self.ema)),
-            context.write(RAW_WEIGHTS, lambda path: save_weights(path, self.model)),
-        ]
-        return {"files": files, "history": self.history}
+    def _tell(self, message: str) -> None:
+        if self.rank == 0:
+            self.task.reporter.tell(message)
 
     def _report(self) -> None:
         now = time.monotonic()
-        if self.rank == 0 and (now - self.last_report > _REPORT_SECONDS or self.step == self.config.num_steps):
-            self.last_report = now
+        if self.rank == 0 and (now - self.interval.last_report > _REPORT_SECONDS or self.step == self.config.num_steps):
+            self.interval.last_report = now
             last = self.history[-1] if self.history else None
             note = f"loss {last['loss']:.3f}, {last['images_per_second']:.0f} images/s" if last else ""
             self.task.reporter.report(self.step, note)
+
+
+@dataclass
+class _Interval:
+    """Since when the next row of figures counts."""
+
+    first_step: int
+    data_wait: float = 0.0
+    checkpoint_wait: float = 0.0
+    last_report: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started = time.perf_counter()
+
+
+def _all_of(model: ENAT) -> tuple[list[str], list[torch.nn.Parameter]]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return list(names), list(parameters)
+
+
+def _agreed(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _rows(rows: Any) -> str:
+    named = ", ".join(map(str, rows[:_ROWS_NAMED].tolist()))
+    return named + (f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else "")

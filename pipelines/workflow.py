@@ -78,12 +78,15 @@ class Stage:
 
     accept: says whether an artifact that is there will do for a config, where that has limits which are no part of the key.
     Raises ValueError where it will not.
+    publish: makes an artifact known to others, given its inputs. Called whether it was made or reused, since those others may be
+    new; so it must do no harm when done again. It observes: what it raises is one warning.
     """
 
     name: str
     version: int
     run: Callable[[Any, Mapping[str, Manifest], StageContext], StageResult]
     accept: Callable[[Any, Manifest], None] | None = None
+    publish: Callable[[Manifest, Mapping[str, Manifest], PublishContext], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,15 @@ class StageContext(WorkerContext):
 
     def for_workers(self) -> WorkerContext:
         return WorkerContext(stage=self.stage, key=self.key, store=self.store, run=self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishContext:
+    """Where an artifact lies, and the tracking run of its stage."""
+
+    store: ArtifactStore
+    run: tracking.RunHandle
+    tracking: tracking.TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +238,7 @@ def execute(nodes: Sequence[Node], session: Session) -> list[Done]:
         elif node.stage.accept is not None:
             node.stage.accept(node.config, manifest)
         seconds = time.monotonic() - started
+        _publish(node, manifest, inputs, run, session)
         _finish_stage_run(run, manifest, is_reused)
         done[node.id] = Done(node, manifest, is_reused, seconds)
         verb = "reused" if is_reused else f"made in {seconds:.1f} s"
@@ -276,6 +289,16 @@ def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking
     committed = store.commit(manifest)
     store.discard_work(node.stage.name, key)
     return committed
+
+
+def _publish(node: Node, manifest: Manifest, inputs: Mapping[str, Manifest], run: tracking.RunHandle, session: Session) -> None:
+    if node.stage.publish is None:
+        return
+    try:
+        node.stage.publish(manifest, inputs, PublishContext(store=session.store, run=run, tracking=session.tracking))
+    except Exception as error:  # noqa: BLE001 (the artifact is there, and that is what the run is for)
+        _log.warning("%s is made, but not published (%s)", node.id, _root_cause(error))
+        _log.debug("publishing %s failed", node.id, exc_info=True)
 
 
 def _start_stage_run(node: Node, key: str, inputs: Mapping[str, Manifest], session: Session) -> tracking.RunHandle:

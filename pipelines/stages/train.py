@@ -1,47 +1,50 @@
 """Stage train: an ENAT on a token map, by Ray Train and DeepSpeed.
 
-Result: EMA weights (`model.safetensors`), raw weights and the history of the run. Checkpoints lie in the store under the stage's
-own key until the artifact is committed, so the same command continues an interrupted run.
+Result: EMA weights (`model.safetensors`), raw weights, the history of the run, and EMA weights of the steps that were to be kept.
+Checkpoints lie in the store under the stage's own key until the artifact is committed, so the same command continues an
+interrupted run, with as many workers as there are then.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
+import shutil
 import signal
+import tempfile
+import threading
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
+from rich.console import Console
 
 from enat.checkpoint import save_weights
 from enat.model import ENATConfig
 from enat.tokenizer import VQGANConfig
 from pipelines import cluster
 from pipelines.artifacts import FileRecord, Manifest
-from pipelines.engine import is_whole
+from pipelines.caption_features import CaptionFeaturesInfo
 from pipelines.external import local_file
 from pipelines.progress import Reporter
 from pipelines.token_map import TokenMapInfo
-from pipelines.train_loop import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainConfig, TrainTask, initial_model, train_loop
+from pipelines.train_config import TrainConfig
+from pipelines.train_loop import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model, train_loop
 from pipelines.weights import open_enat
 from pipelines.workflow import Stage, StageContext, StageResult
-
-_log = logging.getLogger(__name__)
-_RUN_NAME = "ray-train"
-_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     if config.weights is not None:
         return _imported(config, config.weights, inputs["tokenizer"], context)
     info = TokenMapInfo(**inputs["token_map"].summary["info"])
-    architecture = config.model.architecture(info)
+    captions = CaptionFeaturesInfo(**inputs["captions"].summary["info"]) if "captions" in inputs else None
+    architecture = config.model.architecture(info, captions)
     info.require(
         "the model",
         tokenizer_digest=inputs["tokenizer"].digest,
@@ -50,20 +53,23 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
     )
     started = time.monotonic()
     if config.num_steps == 0:
-        files, history = _untrained(config, architecture, context), list[dict[str, float]]()
+        trained = TrainResult(_untrained(config, architecture, context), (), [], 0, 0, 0)
     else:
         context.connect()
-        cluster.require(config.execution, "train")
+        cluster.require(config.execution, "train", config.execution.min_workers)
         with context.bar(config.num_steps, "steps") as bar, bar.reporter() as reporter:
-            result = _fit(config, architecture, inputs, context, reporter)
-        files, history = result["files"], result["history"]
-    record = context.write(HISTORY, lambda path: path.write_text(json.dumps(history)))
+            trained = _fit(config, architecture, inputs, context, reporter)
+        if not trained.files:
+            context.console.print(f"training stopped at step {trained.step}, which is saved; the same command goes on from there")
+            raise KeyboardInterrupt
+    record = context.write(HISTORY, lambda path: path.write_text(json.dumps(trained.history)))
     seconds = (time.monotonic() - started) * config.execution.num_workers
-    metrics = {f"final/{name}": value for name, value in (history[-1] if history else {}).items()}
+    metrics = {f"final/{name}": value for name, value in (trained.history[-1] if trained.history else {}).items()}
+    summary = _summary(architecture, info, config.num_steps, is_imported=False)
     return StageResult(
-        files=files,
-        records=[record],
-        summary=_summary(architecture, info, config.num_steps, is_imported=False),
+        files=trained.files,
+        records=[record, *trained.milestones],
+        summary={**summary, "skipped_draws": trained.skipped_draws, "num_restarts": trained.num_restarts},
         metrics=metrics,
         worker_seconds=seconds,
         device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
@@ -101,68 +107,89 @@ def _summary(architecture: ENATConfig, info: TokenMapInfo, num_steps: int, is_im
     }
 
 
-def _untrained(config: TrainConfig, architecture: ENATConfig, context: StageContext) -> list[FileRecord]:
+def _untrained(config: TrainConfig, architecture: ENATConfig, context: StageContext) -> tuple[FileRecord, ...]:
     assert config.seed is not None
     model = initial_model(architecture, config.seed)
-    return [context.write(name, lambda path: save_weights(path, model)) for name in (WEIGHTS, RAW_WEIGHTS)]
+    return tuple(context.write(name, lambda path: save_weights(path, model)) for name in (WEIGHTS, RAW_WEIGHTS))
 
 
 def _fit(
     config: TrainConfig, architecture: ENATConfig, inputs: Mapping[str, Manifest], context: StageContext, reporter: Reporter
-) -> dict[str, Any]:
+) -> TrainResult:
     execution = config.execution
-    storage = context.store.work_uri(context.stage, context.key)
-    if "://" in storage:
-        raise ValueError(f"training keeps its checkpoints in the store, and {storage} is no folder; choose one with store=...")
     task = TrainTask(
         config=config,
         architecture=architecture,
         context=context.for_workers(),
         token_map=inputs["token_map"],
         tokenizer=inputs["tokenizer"],
+        captions=inputs.get("captions"),
         reporter=reporter,
-        resume_from=_newest_checkpoint_without_snapshot(Path(storage) / _RUN_NAME),
     )
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=execution.num_workers,
-            use_gpu=bool(execution.gpus_per_worker),
-            resources_per_worker={"CPU": execution.cpus_per_worker, "GPU": execution.gpus_per_worker},
-        ),
-        run_config=RunConfig(
-            name=_RUN_NAME,
-            storage_path=storage,
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=execution.max_failures),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        result: dict[str, Any] = trainer.fit().return_value
-    finally:
-        signal.signal(signal.SIGINT, interrupt)  # fit() leaves its own handler behind
+    with _storage() as storage:
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"task": task},
+            torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=(execution.min_workers, execution.num_workers) if execution.min_workers else execution.num_workers,
+                use_gpu=bool(execution.gpus_per_worker),
+                resources_per_worker={"CPU": execution.cpus_per_worker, "GPU": execution.gpus_per_worker},
+            ),
+            run_config=RunConfig(
+                name="train",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=execution.max_failures),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        result: TrainResult = _wait_for(trainer, reporter, context.console)
     return result
 
 
-def _newest_checkpoint_without_snapshot(folder: Path) -> str | None:
-    """Ray Train finds its checkpoints through a snapshot file that it writes in place. A driver killed in that moment leaves a
-    torn one, which Ray Train refuses to start with: then the file goes, and the newest whole checkpoint is named here."""
-    snapshot = folder / _SNAPSHOT
-    if not snapshot.is_file():
-        return None
+@contextmanager
+def _storage() -> Iterator[str]:
+    """A folder of Ray Train's own: a new one each time, since from a used one it would go on with a record of its own."""
+    folder = tempfile.mkdtemp(prefix="enat-ray-train-")
     try:
-        json.loads(snapshot.read_bytes())
-    except ValueError:
-        snapshot.unlink()
-    else:
-        return None
-    whole = [path for path in sorted(folder.glob("step-*")) if is_whole(path)]
-    _log.warning("the record of checkpoints was torn; training continues from %s", whole[-1].name if whole else "the start")
-    return str(whole[-1]) if whole else None
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-STAGE = Stage("train", 1, run)
+def _wait_for(trainer: TorchTrainer, reporter: Reporter, console: Console) -> Any:
+    """The answer of rank 0. The first SIGINT or SIGTERM asks the workers to save and stop, a second one ends at once.
+
+    Ray Train waits in a thread of its own: in the main one it would put its own handler of SIGINT in place, which drops what
+    was learnt since the last checkpoint.
+    """
+    answer: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            answer.set_result(trainer.fit().return_value)
+        except BaseException as error:  # noqa: BLE001 (raised again where it is waited for)
+            answer.set_exception(error)
+
+    num_signals = 0
+
+    def on_signal(*_: object) -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals > 1:
+            raise KeyboardInterrupt
+        console.print("saving a checkpoint, then stopping (once more to stop at once)")
+        reporter.request_stop()
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
+    try:
+        return answer.result()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+STAGE = Stage("train", 2, run)

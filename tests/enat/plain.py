@@ -1,7 +1,8 @@
 """The obvious, slow way: what enat/ computes, written from the description, one image and one position at a time.
 
 Weights are those of the fast modules; nothing else of them is used. No batching, no index arithmetic, no fused kernels.
-Shape legend: L tokens, D width, V codebook size, S own tokens of a block, C conditioning tokens, N steps.
+Shape legend: L tokens, D width, V codebook size, S own tokens of a block, C conditioning tokens, N steps, T text tokens,
+W width of caption features.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from enat import ENAT, SamplerConfig
-from enat.model import Block
+from enat import ENAT, SamplerConfig, TextCondition
+from enat.model import Block, PreviousProjection
+
+
+@dataclass
+class Caption:
+    """hidden (T, W), pooled (W,) of one caption."""
+
+    hidden: Tensor
+    pooled: Tensor
 
 
 @dataclass
@@ -26,6 +35,13 @@ class PlainOutput:
     logits: Tensor
     features: Tensor
     mask: Tensor
+
+
+def rows(condition: Tensor | TextCondition) -> list[int] | list[Caption]:
+    """Labels (B,) or captions, one by one."""
+    if isinstance(condition, Tensor):
+        return condition.tolist()
+    return [Caption(hidden, pooled) for hidden, pooled in zip(condition.hidden, condition.pooled, strict=True)]
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -47,6 +63,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def gelu_exact(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def normalize_heads(norm: nn.LayerNorm, x: Tensor, num_heads: int) -> Tensor:
+    """LayerNorm of every head of x (S, D) by itself."""
+    return torch.cat([layer_norm(norm, part, 1e-6) for part in x.chunk(num_heads, dim=1)], dim=1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
@@ -80,44 +101,61 @@ def block(weights: Block, x: Tensor, conditioning: Tensor | None, condition: Ten
         key, value = linear(weights.attention.key_value_own, own).split(x.shape[1], dim=1)
         keys.append(key)
         values.append(value)
-    gathered = attend(linear(weights.attention.query, own), torch.cat(keys), torch.cat(values), num_heads)
+    query, key = linear(weights.attention.query, own), torch.cat(keys)
+    if weights.attention.query_norm is not None:
+        query = normalize_heads(weights.attention.query_norm, query, num_heads)
+        key = normalize_heads(weights.attention.key_norm, key, num_heads)
+    gathered = attend(query, key, torch.cat(values), num_heads)
     x = x + gate * linear(weights.attention.project, gathered)
     hidden = linear(weights.mlp.fc1, normalize(x, 1e-6) * (1 + scale_mlp) + shift_mlp)
     return x + gate_mlp * linear(weights.mlp.fc2, gelu_tanh(hidden))
 
 
+def carry(projection: PreviousProjection, features: Tensor) -> Tensor:
+    """The MLP that carries features (D,) of one position over to the next step."""
+    return linear(projection.mlp.fc2, gelu_tanh(linear(projection.mlp.fc1, layer_norm(projection.norm, features, 1e-6))))
+
+
 @torch.no_grad()
-def forward(model: ENAT, tokens: Tensor, label: int, previous: PlainOutput | None = None) -> PlainOutput:
+def forward(model: ENAT, tokens: Tensor, label: int | Caption, previous: PlainOutput | None = None) -> PlainOutput:
     """ENAT in eval mode on one image: tokens int64 (L,), and what this function returned for the step before."""
     config = model.config
     mask = tokens == config.codebook_size
-    old = ~previous.mask if previous is not None else torch.zeros_like(mask)
+    has_old = config.reuse and config.reused_features in ("visible", "all")
+    old = ~previous.mask if previous is not None and has_old else torch.zeros_like(mask)
     new = ~mask & ~old
 
-    embedded = model.token_embedding.weight[tokens] + model.position_embedding.weight
-    embedded = layer_norm(model.embedding_norm, embedded, 1e-6)
-    embedding = model.label_embedding.weight[label]
+    if config.text_width is None:
+        embedding, text = model.label_embedding.weight[label], torch.zeros(0, config.embed_dim)
+    else:
+        embedding, text = linear(model.pooled_projection, label.pooled), linear(model.text_projection, label.hidden)
     condition = embedding * torch.sigmoid(embedding)
 
-    features = embedded.clone()
-    if config.reuse:
-        carried = previous.features[old] if previous is not None else embedded[old]
-        projection = model.previous_projection
-        hidden = gelu_tanh(linear(projection.mlp.fc1, layer_norm(projection.norm, carried, 1e-6)))
-        features[old] = carried + linear(projection.mlp.fc2, hidden)
+    features = model.token_embedding.weight[tokens] + model.position_embedding.weight
+    features = layer_norm(model.embedding_norm, features, 1e-6)
+    if previous is not None and config.reused_features in ("masked", "all"):
+        for position in range(len(tokens)):
+            if previous.mask[position]:
+                features[position] = features[position] + carry(model.masked_projection, previous.features[position])
+    if previous is not None and has_old:
+        for position in range(len(tokens)):
+            if old[position]:
+                features[position] = previous.features[position] + carry(model.previous_projection, previous.features[position])
     for weights in model.encoder:
-        conditioning = features[old] if config.reuse else None
+        conditioning = torch.cat([text, features[old]]) if has_old or config.text_width is not None else None
         features[new] = block(weights, features[new], conditioning, condition, config.num_heads, attends_self=True)
 
     visible = features[~mask].clone()
     everything = features.clone()  # "full": visible tokens change inside the decoder only
     for weights in model.decoder:
         if config.decoder_attention == "full":
-            everything = block(weights, everything, None, condition, config.num_heads, attends_self=True)
+            conditioning = text if config.text_width is not None else None
+            everything = block(weights, everything, conditioning, condition, config.num_heads, attends_self=True)
             features[mask] = everything[mask]
         else:
             attends_self = config.decoder_attention == "self_cross"
-            features[mask] = block(weights, features[mask], visible, condition, config.num_heads, attends_self)
+            conditioning = torch.cat([text, visible])
+            features[mask] = block(weights, features[mask], conditioning, condition, config.num_heads, attends_self)
 
     head = model.head
     hidden = layer_norm(head.norm_out, gelu_exact(linear(head.dense, layer_norm(head.norm_in, features, 1e-5))), 1e-5)
@@ -125,33 +163,49 @@ def forward(model: ENAT, tokens: Tensor, label: int, previous: PlainOutput | Non
     return PlainOutput(logits[:, : config.codebook_size], features, mask)
 
 
-def smoothed_cross_entropy(logits: Tensor, codes: Tensor, mask: Tensor, label_smoothing: float) -> float:
-    """Mean over masked positions of -log p, smoothed towards uniform: logits (B, L, V), codes and mask (B, L)."""
+def smoothed_cross_entropy(logits: Tensor, codes: Tensor, mask: Tensor, label_smoothing: float, z_loss: float = 0.0) -> float:
+    """Mean over masked positions of -log p, smoothed towards uniform, plus z_loss (log sum exp)^2.
+
+    logits (B, L, V), codes and mask (B, L).
+    """
     terms = []
     for image in range(len(codes)):
         for position in range(codes.shape[1]):
             if mask[image, position]:
                 log_probs = logits[image, position].double().log_softmax(dim=-1)
                 hit = -log_probs[codes[image, position]].item()
-                terms.append((1 - label_smoothing) * hit - label_smoothing * log_probs.mean().item())
+                smoothed = (1 - label_smoothing) * hit - label_smoothing * log_probs.mean().item()
+                terms.append(smoothed + z_loss * math.log(logits[image, position].double().exp().sum().item()) ** 2)
     return sum(terms) / len(terms)
 
 
-def sample(model: ENAT, labels: list[int], config: SamplerConfig, seeds: list[int]) -> Tensor:
+def token_accuracy(logits: Tensor, codes: Tensor, mask: Tensor) -> float:
+    """Share of masked positions where no code is likelier than the true one: logits (B, L, V), codes and mask (B, L)."""
+    hits = [
+        logits[image, position].argmax() == codes[image, position]
+        for image in range(len(codes))
+        for position in range(codes.shape[1])
+        if mask[image, position]
+    ]
+    return sum(map(int, hits)) / len(hits)
+
+
+def sample(model: ENAT, labels: list[int] | list[Caption], config: SamplerConfig, seeds: list[int]) -> Tensor:
     """int64 (B, L): one image after the other, both passes at every step, logits at every position."""
     return torch.stack([_sample_image(model, label, config, seed) for label, seed in zip(labels, seeds, strict=True)])
 
 
-def _sample_image(model: ENAT, label: int, config: SamplerConfig, seed: int) -> Tensor:
+def _sample_image(model: ENAT, label: int | Caption, config: SamplerConfig, seed: int) -> Tensor:
     num_tokens, mask_id = model.config.num_tokens, model.config.codebook_size
     noise = torch.rand((config.num_steps, 2, num_tokens), generator=torch.Generator().manual_seed(seed))
     noise = noise.clamp_min(2.0**-25)
     tokens = torch.full((num_tokens,), mask_id)
+    null = model.config.num_classes if model.config.text_width is None else Caption(model.null_hidden, model.null_pooled)
     cond = uncond = None
     for step in range(config.num_steps):
         ratio = (step + 1) / config.num_steps
         cond = forward(model, tokens, label, cond if config.reuse and model.config.reuse else None)
-        uncond = forward(model, tokens, model.config.num_classes, uncond if config.reuse and model.config.reuse else None)
+        uncond = forward(model, tokens, null, uncond if config.reuse and model.config.reuse else None)
         # The published form: cond + s (cond - uncond) with s = w - 1, ramped with step / N.
         strength = (config.guidance_scale - 1) * (step / config.num_steps if config.guidance_schedule == "linear" else 1)
         logits = cond.logits + strength * (cond.logits - uncond.logits)

@@ -1,7 +1,7 @@
 """Small models whose every weight is random, and the golden data with its models.
 
 Random weights matter: as initialised, adaLN is zero, every block is the identity, and a wrong block would go unseen.
-Shape legend: B images, L tokens.
+Shape legend: B images, L tokens, T text tokens, W width of caption features.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from enat import ENAT, VQGAN, ENATConfig, VQGANConfig
+from enat import ENAT, VQGAN, ENATConfig, TextCondition, VQGANConfig
 from enat.checkpoint import load_published_enat, load_published_vqgan
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -42,7 +42,32 @@ def randomize(module: ModuleT, seed: int = 0, std: float = 0.1) -> ModuleT:
 
 def small_enat(seed: int = 0, std: float = 0.2, **overrides: Any) -> ENAT:
     """Width 32 and std 0.2 keep activations near 1, so that attention, adaLN and the logits are all far from uniform."""
-    return randomize(ENAT(small_config(**overrides)), seed, std)
+    model = randomize(ENAT(small_config(**overrides)), seed, std)
+    if model.config.text_width is not None:
+        empty = captions(model.config, 1, seed=999)
+        model.set_null_caption(empty.hidden[0], empty.pooled[0])
+    return model
+
+
+# A text-conditional small model: small_enat(**TEXT).
+TEXT: dict[str, Any] = {"text_width": 12, "num_text_tokens": 3, "num_classes": 0}
+
+
+def captions(config: ENATConfig, num_images: int, seed: int = 0) -> TextCondition:
+    """Random caption features float32, hidden (B, T, W) and pooled (B, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn((num_images, config.num_text_tokens, config.text_width), generator=generator)
+    return TextCondition(hidden, torch.randn((num_images, config.text_width), generator=generator))
+
+
+def conditions(model: ENAT, num_images: int = 3) -> Tensor | TextCondition:
+    """Different captions or labels; the last is the null one. For an unconditional model all are."""
+    if model.config.text_width is None:
+        labels = torch.arange(num_images).clamp_max(model.config.null_label)
+        labels[-1] = model.config.null_label
+        return labels
+    is_last = torch.arange(num_images) == num_images - 1
+    return model.drop_condition(captions(model.config, num_images), is_last)
 
 
 def small_vqgan(seed: int = 0, **overrides: Any) -> VQGAN:

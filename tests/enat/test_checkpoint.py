@@ -7,7 +7,17 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_models import golden, golden_enat_config, golden_vqgan_config, nested_tokens, published_weights, small_enat, small_vqgan
+from small_models import (
+    TEXT,
+    conditions,
+    golden,
+    golden_enat_config,
+    golden_vqgan_config,
+    nested_tokens,
+    published_weights,
+    small_enat,
+    small_vqgan,
+)
 
 from enat import ENATConfig, VQGANConfig
 from enat.checkpoint import (
@@ -77,6 +87,13 @@ def test_published_weights_belong_to_the_published_architecture(overrides):
         load_published_enat(published_weights(arrays), dataclasses.replace(golden_enat_config(arrays), **overrides))
 
 
+@pytest.mark.parametrize("overrides", [{"qk_norm": True}, {"reused_features": "masked"}, {"reused_features": "all"}, TEXT], ids=str)
+def test_published_weights_know_none_of_the_extensions(overrides):
+    arrays = golden("enat_tiny")
+    with pytest.raises(ValueError, match="no text_width, no qk_norm and no reused_features but 'visible'"):
+        load_published_enat(published_weights(arrays), dataclasses.replace(golden_enat_config(arrays), **overrides))
+
+
 def test_published_half_precision_becomes_float32():
     load, weights = published("enat")
     model = load({name: tensor.half() for name, tensor in weights.items()})
@@ -95,6 +112,29 @@ def test_an_enat_round_trips(tmp_path, decoder_attention, reuse):
     (tokens,) = nested_tokens(model.config, [9])
     labels = torch.tensor([0, 1, 2])
     assert torch.equal(loaded(tokens, labels).logits, model(tokens, labels).logits)
+
+
+@pytest.mark.parametrize(
+    "extension", [{"qk_norm": True}, {"reused_features": "all"}, {"reused_features": "masked", **TEXT}, {"num_classes": 0}], ids=str
+)
+def test_an_extended_enat_round_trips(tmp_path, extension):
+    model = small_enat(**extension)
+    save_weights(tmp_path / "model.safetensors", model)
+    loaded = load_enat(tmp_path / "model.safetensors")
+    assert loaded.config == model.config
+    before, now = nested_tokens(model.config, [13, 9])
+    labels, null = conditions(model), loaded.null_condition(3)
+    assert torch.equal(loaded(now, labels, loaded(before, labels)).logits, model(now, labels, model(before, labels)).logits)
+    assert torch.equal(loaded(now, null).logits, model(now, model.null_condition(3)).logits)  # the empty caption came along
+
+
+def test_a_file_written_before_a_field_existed_has_its_default(tmp_path):
+    model, path = small_enat(), tmp_path / "model.safetensors"
+    old = dataclasses.asdict(model.config)
+    for field in ("text_width", "num_text_tokens", "qk_norm", "reused_features"):
+        del old[field]
+    save_file(model.state_dict(), path, metadata={"enat": json.dumps({"architecture": "enat", "config": old})})
+    assert load_enat(path).config == model.config
 
 
 def test_a_vqgan_round_trips(tmp_path):

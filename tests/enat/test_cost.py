@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from small_models import nested_tokens, small_config
+from small_models import TEXT, conditions, nested_tokens, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from enat import ENAT, VQGAN, ENATConfig, SamplerConfig, VQGANConfig, generation_cost, sample
-from enat.cost import decoder_macs, encoder_macs
+from enat.cost import decoder_macs, encoder_macs, head_macs, step_macs, training_macs
+from enat.loss import objective
+from enat.masking import MaskedCodes
 
 ONE_PASS = SamplerConfig(guidance_scale=1.0)
 
@@ -57,6 +59,21 @@ def test_guidance_doubles_and_the_tokenizer_adds():
     assert guided.executed_transformer_macs < guided.transformer_macs
 
 
+# What a model may have beside the published architecture.
+JOINT_STACK = {"encoder_layers": 0, "decoder_layers": 4, "decoder_attention": "full", "reuse": False}
+EXTENSIONS = [
+    {"qk_norm": True},
+    {"num_classes": 0},
+    {"reused_features": "masked"},
+    {"reused_features": "all"},
+    {"reused_features": "masked", "decoder_attention": "cross", **TEXT},
+    {"reused_features": "all", "qk_norm": True, **TEXT},
+    {"reuse": False, **TEXT},
+    JOINT_STACK,
+    {**JOINT_STACK, **TEXT},
+]
+
+
 def counted_macs_per_call(model, run):
     """MACs of each forward pass of the model inside run(), as torch counts them."""
     totals = []
@@ -79,22 +96,24 @@ def counted_macs_per_call(model, run):
         {"reuse": False},
         {"decoder_attention": "full", "reuse": False},
         {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_size": 5, "mlp_ratio": 2},
+        *EXTENSIONS,
     ],
     ids=str,
 )
 def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings):
     model = ENAT(small_config(**architecture)).eval().requires_grad_(False)
     config = SamplerConfig(num_steps=6, **settings)
-    counted = counted_macs_per_call(model, lambda: sample(model, torch.tensor([1]), config, seeds=[0]))
+    counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0]))
     assert counted == generation_cost(model.config, config).executed_macs_per_step
 
 
 @pytest.mark.parametrize("decoder_attention", ["self_cross", "cross", "full"])
-def test_executed_macs_of_steps_that_find_nothing_masked(decoder_attention):
-    model = ENAT(small_config(grid_size=2, decoder_attention=decoder_attention)).eval().requires_grad_(False)
+@pytest.mark.parametrize("extension", [{}, {"reused_features": "all", **TEXT}], ids=str)
+def test_executed_macs_of_steps_that_find_nothing_masked(decoder_attention, extension):
+    model = ENAT(small_config(grid_size=2, decoder_attention=decoder_attention, **extension)).eval().requires_grad_(False)
     config = SamplerConfig(num_steps=8)
     assert config.num_masked_at(7, 4) == 0
-    counted = counted_macs_per_call(model, lambda: sample(model, torch.tensor([1]), config, seeds=[0]))
+    counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0]))
     assert counted == generation_cost(model.config, config).executed_macs_per_step
 
 
@@ -115,6 +134,44 @@ def test_published_macs_are_those_of_one_forward_pass_a_step(decoder_attention, 
     counted = counted_macs_per_call(model, lambda: published_run(model, tokens, reuse, counts))
     mask_column = 16 * model.config.embed_dim  # the published head also scores the mask id, and cuts it off
     assert tuple(macs + mask_column for macs in counted) == generation_cost(model.config, config).macs_per_step
+
+
+def test_reusing_visible_tokens_saves_and_the_plain_stack_costs_most():
+    enat, nat = gmacs(ENATConfig.preset("enat-s")), gmacs(ENATConfig.preset("nat-s"))
+    fresh, masked, both = (
+        gmacs(ENATConfig.preset("enat-s", **overrides))
+        for overrides in ({"reuse": False}, {"reused_features": "masked"}, {"reused_features": "all"})
+    )
+    assert enat < both < fresh < masked < nat
+
+
+def test_an_unconditional_model_is_never_guided():
+    config = ENATConfig.preset("enat-s", num_classes=0)
+    assert generation_cost(config, SamplerConfig()) == generation_cost(config, ONE_PASS)
+
+
+@pytest.mark.parametrize(("num_masked", "previous_num_masked"), [(12, None), (7, 13), (7, 16), (7, 7), (1, 1), (15, 16)])
+@pytest.mark.parametrize(
+    "architecture", [{}, {"decoder_attention": "full"}, {"decoder_attention": "cross"}, {"reuse": False}, *EXTENSIONS], ids=str
+)
+def test_training_macs_are_those_of_a_step_of_the_objective(architecture, num_masked, previous_num_masked):
+    model, teacher = ENAT(small_config(**architecture)).train(), ENAT(small_config(**architecture)).eval()
+    if previous_num_masked is not None and not model.config.reuse:
+        with pytest.raises(ValueError, match="reuse=False"):
+            training_macs(model.config, num_masked, previous_num_masked)
+        return
+    codes, before, now = nested_tokens(model.config, [0, previous_num_masked or 16, num_masked], num_images=1)
+    masked = MaskedCodes(now, num_masked, before if previous_num_masked is not None else None, previous_num_masked or 0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        objective(model, teacher, codes, conditions(model, 1), masked, z_loss=1e-4)[0].backward()
+    assert counter.get_total_flops() == 2 * training_macs(model.config, num_masked, previous_num_masked)
+
+
+@pytest.mark.parametrize("preset", ["enat-s", "enat-l", "nat-s"])
+def test_a_training_step_is_nearly_three_forward_passes(preset):
+    config = ENATConfig.preset(preset)
+    forward = step_macs(config, 205) + head_macs(config, 205, config.codebook_size)
+    assert training_macs(config, 205) / forward == pytest.approx(3, abs=0.05)
 
 
 @pytest.mark.parametrize("preset", ["enat-s", "enat-l"])

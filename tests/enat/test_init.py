@@ -10,6 +10,7 @@ LAZY = ["torch_fidelity", "torchvision"]  # only InceptionV3 needs them
 def test_importing_the_method_imports_no_machinery():
     modules = [
         "checkpoint",
+        "config",
         "cost",
         "features",
         "images",

@@ -4,12 +4,20 @@ import numpy as np
 import plain
 import pytest
 import torch
-from small_models import golden, golden_enat, nested_tokens, small_enat
+from small_models import TEXT, conditions, golden, golden_enat, nested_tokens, small_enat
 
-from enat.loss import masked_cross_entropy, objective, previous_features
+from enat.loss import masked_cross_entropy, objective, previous_features, token_accuracy
 from enat.masking import MaskedCodes, MaskingConfig, mask_codes
-from enat.model import DECODER_ATTENTIONS
+from enat.model import DECODER_ATTENTIONS, draw_dropout_mask
 
+# What a model may have beside the published architecture.
+EXTENSIONS = [
+    {},
+    {"qk_norm": True},
+    {"reused_features": "masked"},
+    {"reused_features": "all", **TEXT},
+    {"num_classes": 0},
+]
 LABELS = torch.tensor([0, 3, 5])
 
 
@@ -32,17 +40,17 @@ def test_losses_equal_the_published_code():
         assert loss.item() == pytest.approx(arrays[f"step{step}/reuse_loss"].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.7, 0.0), (0.0, 1e-3), (0.1, 0.5)])
 @pytest.mark.parametrize("logits", ["all", "masked"])
-def test_the_loss_equals_the_plain_one(label_smoothing, logits):
+def test_the_loss_equals_the_plain_one(label_smoothing, z_loss, logits):
     model = small_enat()
     codes = drawn_codes(model)
     masked = drawn_masks(model, codes, 0)
-    loss = masked_cross_entropy(model(masked.tokens, LABELS, logits=logits), codes, label_smoothing)
+    loss = masked_cross_entropy(model(masked.tokens, LABELS, logits=logits), codes, label_smoothing, z_loss)
     everywhere = model(masked.tokens, LABELS)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(
-        plain.smoothed_cross_entropy(everywhere.logits, codes, everywhere.mask, label_smoothing), rel=1e-5
+        plain.smoothed_cross_entropy(everywhere.logits, codes, everywhere.mask, label_smoothing, z_loss), rel=1e-5
     )
 
 
@@ -56,6 +64,21 @@ def test_only_masked_positions_count():
     assert masked_cross_entropy(output, torch.where(output.mask, others, codes)) != truth
 
 
+@pytest.mark.parametrize("logits", ["all", "masked"])
+def test_accuracy_equals_the_plain_one(logits):
+    model = small_enat()
+    masked = drawn_masks(model, drawn_codes(model), 0)
+    everywhere = model(masked.tokens, LABELS)
+    # The most likely codes themselves, but for every third position.
+    codes = everywhere.logits.argmax(dim=-1)
+    codes[:, ::3] = (codes[:, ::3] + 1) % model.config.codebook_size
+    accuracy = token_accuracy(model(masked.tokens, LABELS, logits=logits), codes)
+    assert accuracy.dtype == torch.float32
+    assert not accuracy.requires_grad
+    assert 0.5 < accuracy.item() < 1
+    assert accuracy.item() == pytest.approx(plain.token_accuracy(everywhere.logits, codes, everywhere.mask))
+
+
 def test_half_precision_logits_give_a_float32_loss():
     model = small_enat().to(torch.bfloat16)
     codes = drawn_codes(model)
@@ -65,12 +88,13 @@ def test_half_precision_logits_give_a_float32_loss():
 
 @pytest.mark.parametrize("reuse_probability", [0, 1])
 @pytest.mark.parametrize("decoder_attention", DECODER_ATTENTIONS)
-def test_every_weight_gets_a_gradient_and_the_teacher_none(decoder_attention, reuse_probability):
+@pytest.mark.parametrize("extension", EXTENSIONS, ids=str)
+def test_every_weight_gets_a_gradient_and_the_teacher_none(extension, decoder_attention, reuse_probability):
     """ZeRO reduces one buffer a weight on every worker, whatever mode its group drew."""
-    model = small_enat(decoder_attention=decoder_attention).train()
-    teacher = small_enat(seed=1, decoder_attention=decoder_attention)
+    model = small_enat(decoder_attention=decoder_attention, **extension).train()
+    teacher = small_enat(seed=1, decoder_attention=decoder_attention, **extension)
     codes = drawn_codes(model)
-    loss, output = objective(model, teacher, codes, LABELS, drawn_masks(model, codes, reuse_probability))
+    loss, output = objective(model, teacher, codes, conditions(model), drawn_masks(model, codes, reuse_probability))
     loss.backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
     assert [name for name, weight in teacher.named_parameters() if weight.grad is not None] == []
@@ -79,21 +103,24 @@ def test_every_weight_gets_a_gradient_and_the_teacher_none(decoder_attention, re
 
 @pytest.mark.parametrize(("num_masked", "previous_num_masked"), [(7, 7), (7, 16), (15, 16), (1, 1)])
 @pytest.mark.parametrize("decoder_attention", DECODER_ATTENTIONS)
+@pytest.mark.parametrize("extension", EXTENSIONS, ids=str)
 def test_every_weight_gets_a_gradient_when_nothing_is_new_or_nothing_was_visible(
-    decoder_attention, num_masked, previous_num_masked
+    extension, decoder_attention, num_masked, previous_num_masked
 ):
-    model = small_enat(decoder_attention=decoder_attention).train()
-    teacher = small_enat(seed=1, decoder_attention=decoder_attention)
+    model = small_enat(decoder_attention=decoder_attention, **extension).train()
+    teacher = small_enat(seed=1, decoder_attention=decoder_attention, **extension)
     codes = drawn_codes(model)
     before, now = nested_tokens(model.config, [previous_num_masked, num_masked])
-    loss, _ = objective(model, teacher, codes, LABELS, MaskedCodes(now, num_masked, before, previous_num_masked))
+    masked = MaskedCodes(now, num_masked, before, previous_num_masked)
+    loss, _ = objective(model, teacher, codes, conditions(model), masked)
     loss.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters()}
     assert [name for name, gradient in gradients.items() if gradient is None or not gradient.isfinite().all()] == []
 
 
-def test_reuse_trains_the_projection_on_the_features_of_the_teacher():
-    model, teacher = small_enat(), small_enat(seed=1)
+@pytest.mark.parametrize("reused_features", ["visible", "masked", "all"])
+def test_reuse_trains_the_projection_on_the_features_of_the_teacher(reused_features):
+    model, teacher = small_enat(reused_features=reused_features), small_enat(seed=1, reused_features=reused_features)
     codes = drawn_codes(model)
     masked = drawn_masks(model, codes, 1)
     assert masked.num_masked < masked.previous_num_masked < model.config.num_tokens
@@ -103,7 +130,19 @@ def test_reuse_trains_the_projection_on_the_features_of_the_teacher():
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
     assert abs(loss.item() - fresh.item()) > 1e-3
     loss.backward()
-    assert model.previous_projection.mlp.fc1.weight.grad.abs().max() > 0
+    projections = [model.previous_projection, model.masked_projection]
+    gradients = [projection.mlp.fc1.weight.grad for projection in projections if projection is not None]
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("reused_features", ["visible", "masked", "all"])
+def test_a_half_precision_model_learns_from_a_float32_teacher(reused_features):
+    model = small_enat(reused_features=reused_features, qk_norm=True).to(torch.bfloat16).train()
+    teacher = small_enat(seed=1, reused_features=reused_features, qk_norm=True)
+    codes = drawn_codes(model)
+    loss, output = objective(model, teacher, codes, LABELS, drawn_masks(model, codes, 1))
+    loss.backward()
+    assert (loss.dtype, output.features.dtype) == (torch.float32, torch.bfloat16)
 
 
 def test_fresh_mode_needs_no_teacher_and_reuse_mode_one_without_dropout():
@@ -133,12 +172,34 @@ def test_codes_that_no_visible_token_holds_get_no_gradient():
     assert rows[model.config.mask_id] > 0
 
 
-def test_dropout_of_the_objective_is_its_generators():
+def test_dropout_of_the_objective_is_its_masks():
     model, teacher = small_enat().train(), small_enat(seed=1)
     codes = drawn_codes(model)
     masked = drawn_masks(model, codes, 1)
-    losses = [
-        objective(model, teacher, codes, LABELS, masked, dropout_generator=torch.Generator().manual_seed(seed))[0].item()
-        for seed in (0, 0, 1)
-    ]
+    masks = [draw_dropout_mask(model.config, 3, torch.Generator().manual_seed(seed), "cpu") for seed in (0, 0, 1)]
+    losses = [objective(model, teacher, codes, LABELS, masked, dropout_mask=mask)[0].item() for mask in masks]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("reuse_probability", [0, 1])
+@pytest.mark.parametrize("extension", EXTENSIONS, ids=str)
+def test_a_group_in_several_passes_has_the_loss_and_gradients_of_one(extension, reuse_probability):
+    model, teacher = small_enat(**extension).train(), small_enat(seed=1, **extension)
+    codes, condition = drawn_codes(model), conditions(model)
+    masked = drawn_masks(model, codes, reuse_probability)
+    dropout_mask = draw_dropout_mask(model.config, 3, torch.Generator().manual_seed(0), "cpu")
+
+    def computed(passes):
+        model.zero_grad()
+        total = 0.0
+        for images in passes:
+            part = codes[images], condition[images], masked.rows(images)
+            loss = objective(model, teacher, *part, dropout_mask=dropout_mask[images], z_loss=1e-3)[0] * len(part[0]) / 3
+            loss.backward()
+            total += loss.item()
+        return total, [weight.grad.clone() for weight in model.parameters()]
+
+    loss, gradients = computed([slice(0, 3)])
+    loss_of_passes, gradients_of_passes = computed([slice(0, 1), slice(1, 3)])
+    assert loss_of_passes == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(gradients_of_passes, gradients, atol=1e-5, rtol=1e-4)

@@ -119,3 +119,16 @@ def test_the_same_generator_state_gives_the_same_masks():
 def test_an_impossible_distribution_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         MaskingConfig(**overrides)
+
+
+@pytest.mark.parametrize("reuse_probability", [0.0, 1.0])
+def test_rows_are_the_same_masked_codes_of_some_images(reuse_probability):
+    masked = mask_codes(codes_of(5, 16), MASK_ID, MaskingConfig(reuse_probability=reuse_probability), np.random.default_rng(0))
+    parts = [masked.rows(slice(0, 2)), masked.rows(slice(2, 5))]
+    assert torch.equal(torch.cat([part.tokens for part in parts]), masked.tokens)
+    assert {part.num_masked for part in parts} == {masked.num_masked}
+    assert {part.previous_num_masked for part in parts} == {masked.previous_num_masked}
+    if reuse_probability:
+        assert torch.equal(torch.cat([part.previous_tokens for part in parts]), masked.previous_tokens)
+    else:
+        assert [part.previous_tokens for part in parts] == [None, None]

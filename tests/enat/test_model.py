@@ -3,10 +3,10 @@
 import plain
 import pytest
 import torch
-from small_models import golden, golden_enat, nested_tokens, small_config, small_enat
+from small_models import TEXT, captions, conditions, golden, golden_enat, nested_tokens, small_config, small_enat
 
-from enat import ENAT, ENATConfig
-from enat.model import DECODER_ATTENTIONS
+from enat import ENAT, ENATConfig, TextCondition
+from enat.model import DECODER_ATTENTIONS, draw_dropout_mask
 
 # All masked, then fewer and fewer, none new from one step to the next, and nothing masked at the end.
 NUM_MASKED = [16, 13, 7, 7, 1, 0]
@@ -40,19 +40,73 @@ def test_a_fresh_step_equals_the_published_code(golden_run, step):
     torch.testing.assert_close(output.features, arrays[f"step{step}/fresh_features"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("has_reuse", "carries"), [(True, True), (True, False), (False, False)])
-@pytest.mark.parametrize("decoder_attention", DECODER_ATTENTIONS)
-def test_the_fast_forward_equals_the_plain_one(decoder_attention, has_reuse, carries):
-    model = small_enat(decoder_attention=decoder_attention, reuse=has_reuse)
-    labels = torch.tensor([4, 0, model.config.null_label])
+def assert_equal_to_the_plain_forward(model, carries):
+    labels = conditions(model)
     fast, slow = None, [None] * len(labels)
     for tokens in nested_tokens(model.config, NUM_MASKED):
         fast = model(tokens, labels, fast if carries else None)
-        for image, label in enumerate(labels.tolist()):
+        for image, label in enumerate(plain.rows(labels)):
             slow[image] = plain.forward(model, tokens[image], label, slow[image] if carries else None)
             assert torch.equal(fast.mask[image], slow[image].mask)
             torch.testing.assert_close(fast.logits[image], slow[image].logits, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(fast.features[image], slow[image].features, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("has_reuse", "carries"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("decoder_attention", DECODER_ATTENTIONS)
+@pytest.mark.parametrize("extension", [{}, TEXT], ids=["classes", "text"])
+def test_the_fast_forward_equals_the_plain_one(decoder_attention, has_reuse, carries, extension):
+    model = small_enat(decoder_attention=decoder_attention, reuse=has_reuse, **extension)
+    assert_equal_to_the_plain_forward(model, carries)
+
+
+@pytest.mark.parametrize("extension", [{}, TEXT, {"qk_norm": True}], ids=["classes", "text", "qk_norm"])
+@pytest.mark.parametrize("decoder_attention", DECODER_ATTENTIONS)
+@pytest.mark.parametrize("reused_features", ["masked", "all"])
+def test_other_reused_features_equal_the_plain_ones(reused_features, decoder_attention, extension):
+    model = small_enat(decoder_attention=decoder_attention, reused_features=reused_features, **extension)
+    assert_equal_to_the_plain_forward(model, carries=True)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"qk_norm": True},
+        {"num_classes": 0},
+        {"encoder_layers": 0, "decoder_attention": "full", "reuse": False},
+        {"encoder_layers": 0, "decoder_attention": "full", "reuse": False, "qk_norm": True, **TEXT},
+        {"encoder_layers": 0, "decoder_attention": "full", "reused_features": "masked"},
+    ],
+    ids=str,
+)
+def test_other_architectures_equal_the_plain_ones(architecture):
+    model = small_enat(**architecture)
+    assert_equal_to_the_plain_forward(model, carries=model.config.reuse)
+
+
+def test_norms_of_queries_and_keys_act():
+    """Otherwise the comparisons above would not see them being ignored."""
+    model = small_enat(qk_norm=True)
+    without = ENAT(small_config()).eval()
+    without.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in without.state_dict()})
+    (tokens,) = nested_tokens(model.config, [9])
+    assert (model(tokens, conditions(model)).logits - without(tokens, conditions(model)).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("reused_features", ["masked", "all"])
+def test_features_of_masked_positions_act(reused_features):
+    model = small_enat(reused_features=reused_features)
+    before, now = nested_tokens(model.config, [16, 9])
+    labels = conditions(model)
+    previous = model(before, labels)
+    assert (model(now, labels, previous).logits - model(now, labels).logits).abs().max() > 0.1
+
+
+def test_features_of_masked_positions_start_as_if_nothing_were_reused():
+    model = ENAT(small_config(reused_features="masked")).initialize(torch.Generator().manual_seed(0)).eval()
+    before, now = nested_tokens(model.config, [13, 7])
+    labels = conditions(model)
+    assert torch.equal(model(now, labels, model(before, labels)).logits, model(now, labels).logits)
 
 
 def test_reuse_changes_what_is_computed():
@@ -120,13 +174,17 @@ def test_initialisation_has_the_published_spread():
     assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
 
 
-def test_dropout_is_drawn_from_its_generator_in_training_only():
+def drawn_dropout(model, num_images, seed=0):
+    return draw_dropout_mask(model.config, num_images, torch.Generator().manual_seed(seed), "cpu")
+
+
+def test_dropout_is_that_of_its_mask_in_training_only():
     model = small_enat(dropout=0.5)
     (tokens,) = nested_tokens(model.config, [9])
     labels = torch.tensor([0, 1, 2])
 
     def features(seed):
-        return model(tokens, labels, dropout_generator=torch.Generator().manual_seed(seed)).features
+        return model(tokens, labels, dropout_mask=drawn_dropout(model, 3, seed)).features
 
     assert torch.equal(features(0), features(1))
     model.train()
@@ -134,12 +192,102 @@ def test_dropout_is_drawn_from_its_generator_in_training_only():
     assert not torch.allclose(features(0), features(1))
 
 
+def test_a_group_in_several_passes_is_the_group_in_one():
+    model = small_enat(dropout=0.5).train()
+    (tokens,) = nested_tokens(model.config, [9], num_images=5)
+    labels, mask = torch.tensor([0, 1, 2, 3, 5]), drawn_dropout(model, 5)
+    whole = model(tokens, labels, dropout_mask=mask).features
+    parts = [model(tokens[part], labels[part], dropout_mask=mask[part]).features for part in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_dropout_without_a_mask_is_drawn_from_the_default_generator():
+    model = small_enat(dropout=0.5).train()
+    (tokens,) = nested_tokens(model.config, [9])
+    labels = torch.tensor([0, 1, 2])
+    torch.manual_seed(3)
+    drawn = model(tokens, labels).features
+    assert torch.equal(drawn, model(tokens, labels, dropout_mask=drawn_dropout(model, 3, seed=3)).features)
+
+
+def test_without_dropout_nothing_is_drawn_and_a_wrong_mask_is_refused():
+    assert drawn_dropout(small_enat(dropout=0.0), 3) is None
+    model = small_enat(dropout=0.5).train()
+    (tokens,) = nested_tokens(model.config, [9])
+    with pytest.raises(ValueError, match="dropout_mask"):
+        model(tokens, torch.tensor([0, 1, 2]), dropout_mask=drawn_dropout(model, 2))
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [{}, {"decoder_attention": "full"}, {"reused_features": "all"}, {"qk_norm": True, **TEXT}],
+    ids=str,
+)
+def test_activation_checkpointing_changes_no_bit(architecture):
+    model = small_enat(dropout=0.5, **architecture)
+    before, now = nested_tokens(model.config, [13, 7])
+    labels, mask = conditions(model), drawn_dropout(model, 3)
+    with torch.no_grad():
+        previous = model(before, labels)
+    model.train()
+    losses, gradients, calls = [], [], []
+    model.decoder[0].register_forward_pre_hook(lambda *_: calls.append(model.activation_checkpointing))
+    for model.activation_checkpointing in (False, True):
+        loss = model(now, labels, previous, dropout_mask=mask).logits.logsumexp(dim=-1).square().mean()
+        losses.append(loss)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert torch.equal(*losses)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert calls == [False, True, True]  # once more in the backward pass
+
+    with torch.no_grad():
+        model(now, labels, previous)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("reused_features", ["visible", "masked", "all"])
+def test_a_step_without_logits_leaves_what_the_next_one_reuses(reused_features):
+    model = small_enat(reused_features=reused_features)
+    before, now = nested_tokens(model.config, [13, 7])
+    labels = conditions(model)
+    whole, bare = model(before, labels), model(before, labels, logits="none")
+    assert bare.logits.shape == (3, 0, model.config.codebook_size)
+    assert torch.equal(model(now, labels, whole).logits, model(now, labels, bare).logits)
+
+
+@pytest.mark.parametrize(
+    "architecture", [{"reused_features": "all", "qk_norm": True, **TEXT}, {"decoder_attention": "full"}, {"reuse": False}], ids=str
+)
+def test_every_weight_is_used_within_a_call_of_its_module(architecture):
+    """ZeRO-3 gathers partitioned weights when their module is called. The head takes the token embedding's as an argument."""
+    model = small_enat(**architecture)
+    gathered = {}
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            gathered[module, name] = weight.data
+
+            def gather(called, _, name=name):
+                getattr(called, name).data = gathered[called, name]
+
+            def release(called, _, __, name=name):
+                getattr(called, name).data = torch.zeros(0)
+
+            module.register_forward_pre_hook(gather)
+            if module is not model.token_embedding:
+                module.register_forward_hook(release)
+                release(module, None, None)
+    with torch.no_grad():
+        output = model(nested_tokens(model.config, [9])[0], conditions(model))
+    expected = small_enat(**architecture)(nested_tokens(model.config, [9])[0], conditions(small_enat(**architecture)))
+    assert torch.equal(output.logits, expected.logits)
+
+
 def test_dropout_keeps_the_mean():
     model = small_enat(encoder_layers=0, dropout=0.25).train()
     tokens = nested_tokens(model.config, [1], num_images=1)[0].expand(4000, -1)
     visible = ~(tokens[0] == model.config.mask_id)
     labels = torch.zeros(4000, dtype=torch.int64)
-    drawn = model(tokens, labels, dropout_generator=torch.Generator().manual_seed(0)).features[:, visible]
+    drawn = model(tokens, labels, dropout_mask=drawn_dropout(model, 4000)).features[:, visible]
     kept = model.eval()(tokens[:1], labels[:1]).features[0, visible]
     assert (drawn == 0).double().mean().item() == pytest.approx(0.25, abs=0.01)
     torch.testing.assert_close(drawn.mean(dim=0), kept, atol=0.15, rtol=0)
@@ -183,6 +331,12 @@ def test_an_empty_batch_is_refused():
         ({"encoder_layers": -1}, "-1 encoder"),
         ({"decoder_layers": 0}, "0 decoder"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"num_classes": -1}, "num_classes is -1"),
+        ({"text_width": 12}, "num_classes is 5 beside text_width"),
+        ({"text_width": 0, "num_classes": 0}, "text_width is 0"),
+        ({**TEXT, "num_text_tokens": 0}, "num_text_tokens is 0"),
+        ({"reused_features": "hidden"}, "visible, masked, all"),
+        ({"reuse": False, "reused_features": "all"}, "reused_features is 'all' with reuse=False"),
     ],
 )
 def test_an_impossible_architecture_is_refused(overrides, message):
@@ -195,3 +349,84 @@ def test_presets_take_overrides_and_refuse_unknown_names():
     assert (config.embed_dim, config.num_tokens, config.null_label, config.mask_id) == (768, 1024, 10, 1024)
     with pytest.raises(ValueError, match="enat-s, enat-b, enat-l, enat-xl"):
         ENATConfig.preset("enat-m")
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
+def test_the_plain_nat_has_the_width_and_depth_of_its_enat(size):
+    nat, enat = ENATConfig.preset(f"nat-{size}"), ENATConfig.preset(f"enat-{size}")
+    assert (nat.embed_dim, nat.num_heads, nat.decoder_layers) == (
+        enat.embed_dim,
+        enat.num_heads,
+        enat.encoder_layers + enat.decoder_layers,
+    )
+    assert (nat.encoder_layers, nat.decoder_attention, nat.reuse) == (0, "full", False)
+
+
+def test_captions_and_their_pooled_feature_are_seen():
+    model = small_enat(**TEXT)
+    (tokens,) = nested_tokens(model.config, [10])
+    first, second = captions(model.config, 3, seed=1), captions(model.config, 3, seed=2)
+    logits = model(tokens, first).logits
+    assert (logits - model(tokens, TextCondition(second.hidden, first.pooled)).logits).abs().max() > 0.1
+    assert (logits - model(tokens, TextCondition(first.hidden, second.pooled)).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_captions_are_computed_in_the_dtype_of_the_weights(dtype):
+    model = small_enat(**TEXT)
+    (tokens,) = nested_tokens(model.config, [10])
+    given = captions(model.config, 3)
+    rounded = TextCondition(given.hidden.to(dtype), given.pooled.to(dtype))
+    output = model(tokens, rounded)
+    assert output.logits.dtype == torch.float32
+    assert torch.equal(output.logits, model(tokens, TextCondition(rounded.hidden.float(), rounded.pooled.float())).logits)
+    assert model.to(torch.bfloat16)(tokens, rounded).logits.dtype == torch.bfloat16
+
+
+def test_dropped_labels_and_captions_are_the_null_ones():
+    is_dropped = torch.tensor([False, True, False])
+    model = small_enat()
+    assert model.drop_condition(torch.tensor([3, 2, 0]), is_dropped).tolist() == [3, 5, 0]
+    assert model.null_condition(2).tolist() == [5, 5]
+    assert small_enat(num_classes=0).null_condition(2).tolist() == [0, 0]
+
+    model = small_enat(**TEXT)
+    given, null = captions(model.config, 3), model.null_condition(3)
+    dropped = model.drop_condition(given, is_dropped)
+    assert (len(null), null.hidden.shape, null.pooled.shape) == (3, (3, 3, 12), (3, 12))
+    for image, source in enumerate((given, null, given)):
+        assert torch.equal(dropped.hidden[image], source.hidden[image])
+        assert torch.equal(dropped.pooled[image], source.pooled[image])
+    assert torch.equal(null.hidden[0], model.null_hidden)
+    assert not torch.equal(null.pooled[0], torch.zeros(12))
+
+
+def test_the_empty_caption_travels_with_the_weights():
+    model = small_enat(**TEXT)
+    other = ENAT(model.config)
+    assert not other.null_hidden.any()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.null_hidden, model.null_hidden)
+    assert torch.equal(other.null_pooled, model.null_pooled)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "condition", "message"),
+    [
+        ({}, TextCondition(torch.zeros(3, 3, 12), torch.zeros(3, 12)), "takes labels, not a TextCondition"),
+        (TEXT, torch.tensor([0, 0, 0]), "takes a TextCondition, not labels"),
+        ({}, torch.zeros(3, 1, dtype=torch.int64), r"labels have shape \(3, 1\)"),
+        (TEXT, TextCondition(torch.zeros(3, 4, 12), torch.zeros(3, 12)), r"\(3, 4, 12\) and \(3, 12\); \(B, 3, 12\)"),
+        (TEXT, TextCondition(torch.zeros(3, 3, 12), torch.zeros(2, 12)), r"\(3, 3, 12\) and \(2, 12\); \(B, 3, 12\)"),
+        (TEXT, TextCondition(torch.zeros(2, 3, 12), torch.zeros(2, 12)), r"tokens have shape \(3, 16\); \(2, 16\)"),
+    ],
+)
+def test_a_condition_of_another_kind_or_shape_is_refused(architecture, condition, message):
+    model = small_enat(**architecture)
+    with pytest.raises(ValueError, match=message):
+        model(nested_tokens(model.config, [9])[0], condition)
+
+
+def test_an_empty_caption_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\(1, 2, 12\) and \(1, 12\)"):
+        small_enat(**TEXT).set_null_caption(torch.zeros(2, 12), torch.zeros(12))

@@ -3,7 +3,7 @@
 import plain
 import pytest
 import torch
-from small_models import golden, golden_enat, small_enat
+from small_models import TEXT, captions, conditions, golden, golden_enat, small_enat
 
 from enat import SamplerConfig, sample
 
@@ -43,6 +43,29 @@ def test_the_sampler_equals_the_plain_one(architecture, settings):
     labels, seeds = [3, 0, 4, 3], [11, 12, 13, 14]
     config = SamplerConfig(**settings)
     assert torch.equal(sample(model, torch.tensor(labels), config, seeds=seeds), plain.sample(model, labels, config, seeds))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"guidance_scale": 1.0}, {"guidance_schedule": "constant", "guidance_scale": 2.0}, {"reuse": False}], ids=str
+)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        TEXT,
+        {"decoder_attention": "cross", **TEXT},
+        {"decoder_attention": "full", "encoder_layers": 0, "reuse": False, **TEXT},
+        {"reused_features": "masked"},
+        {"reused_features": "all"},
+        {"reused_features": "all", "qk_norm": True, **TEXT},
+        {"num_classes": 0},
+        {"num_classes": 0, "reused_features": "masked"},
+    ],
+    ids=str,
+)
+def test_the_sampler_of_other_architectures_equals_the_plain_one(architecture, settings):
+    model, seeds = small_enat(**architecture), [11, 12, 13]
+    labels, config = conditions(model), SamplerConfig(**settings)
+    assert torch.equal(sample(model, labels, config, seeds=seeds), plain.sample(model, plain.rows(labels), config, seeds))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +138,45 @@ def test_unconditional_passes_run_where_they_count(settings, batches):
     model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
     sample(model, torch.arange(3), SamplerConfig(num_steps=4, **settings), seeds=range(3))
     assert seen == batches
+
+
+def test_features_of_masked_tokens_need_both_passes_from_the_first_step():
+    model = small_enat(reused_features="masked")
+    seen = []
+    model.register_forward_pre_hook(lambda module, arguments: seen.append((len(arguments[0]), arguments[2] is not None)))
+    sample(model, torch.arange(3), SamplerConfig(num_steps=3), seeds=range(3))
+    sample(model, torch.arange(3), SamplerConfig(num_steps=3, reuse=False), seeds=range(3))
+    assert seen == [(6, False), (6, True), (6, True), (3, False), (6, False), (6, False)]
+
+
+def test_an_unconditional_model_has_nothing_to_be_guided_away_from():
+    model = small_enat(num_classes=0)
+    seen = []
+    model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    guided, unguided = (
+        sample(model, torch.zeros(3, dtype=torch.int64), SamplerConfig(guidance_scale=scale), seeds=range(3))
+        for scale in (3.5, 1.0)
+    )
+    assert torch.equal(guided, unguided)
+    assert set(seen) == {3}
+
+
+def test_an_image_depends_on_its_seed_and_caption_only():
+    model, seeds = small_enat(**TEXT), [7, 1, 0, 3]
+    text = captions(model.config, 4)
+    together = sample(model, text, SamplerConfig(), seeds=seeds)
+    alone = [sample(model, text[i : i + 1], SamplerConfig(), seeds=[seeds[i]])[0] for i in range(4)]
+    assert torch.equal(together, torch.stack(alone))
+    assert not torch.equal(together[0], sample(model, text[1:2], SamplerConfig(), seeds=seeds[:1])[0])
+
+
+def test_captions_are_guided_away_from_the_empty_one():
+    model = small_enat(**TEXT)
+    text, config = captions(model.config, 4), SamplerConfig(guidance_scale=1.0)
+    codes, guided = (sample(model, text, c, seeds=range(4)) for c in (config, SamplerConfig()))
+    model.set_null_caption(torch.zeros(3, 12), torch.ones(12))
+    assert torch.equal(sample(model, text, config, seeds=range(4)), codes)
+    assert not torch.equal(sample(model, text, SamplerConfig(), seeds=range(4)), guided)
 
 
 def test_guidance_scale_1_is_the_conditional_model():
@@ -201,6 +263,19 @@ def test_a_model_without_reuse_ignores_the_setting():
 def test_wrong_requests_are_refused(labels, seeds, message):
     with pytest.raises(ValueError, match=message):
         sample(small_enat(), torch.tensor(labels), SamplerConfig(), seeds=seeds)
+
+
+def test_conditions_that_do_not_fit_the_model_are_refused():
+    model = small_enat(**TEXT)
+    text = captions(model.config, 2)
+    with pytest.raises(ValueError, match="takes a TextCondition, not labels"):
+        sample(model, torch.tensor([0, 0]), SamplerConfig(), seeds=[1, 2])
+    with pytest.raises(ValueError, match="takes labels, not a TextCondition"):
+        sample(small_enat(), text, SamplerConfig(), seeds=[1, 2])
+    with pytest.raises(ValueError, match="3 seeds for 2 labels"):
+        sample(model, text, SamplerConfig(), seeds=[1, 2, 3])
+    with pytest.raises(ValueError, match="this model knows 0 to 0"):
+        sample(small_enat(num_classes=0), torch.tensor([1]), SamplerConfig(), seeds=[1])
 
 
 def test_a_model_in_training_mode_is_refused():

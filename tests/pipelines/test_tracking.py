@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import _validate_model_name
 
 from pipelines import config as configuration
 from pipelines import tracking, workflow
@@ -218,6 +231,214 @@ def test_tracking_that_is_off_touches_nothing(tmp_path: Path) -> None:
         each.finish()
         assert each.run_id is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_start_at_once_share_a_new_experiment(server: str) -> None:
+    config = TrackingConfig(experiment="new")
+    with ThreadPoolExecutor(6) as threads:
+        handles = list(threads.map(lambda _: tracking.start_run(server, config, "run", {}), range(6)))
+    client = MlflowClient(server)
+    found = client.search_runs([client.get_experiment_by_name("new").experiment_id])
+    assert {handle.run_id for handle in handles} == {run.info.run_id for run in found} and len(found) == 6
+
+
+# Registered models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A tracking server over HTTP that serves artifacts itself: it sees nothing of this side's folders."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: the server and its workers
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+@dataclass
+class Registry:
+    """A tracking store with a model registry, and models whose names no other test uses."""
+
+    uri: str
+    client: MlflowClient
+    name: str
+
+    def start_run(self) -> RunHandle:
+        return tracking.start_run(self.uri, CONFIG, "trained", {})
+
+    def register(self, digest: str, created: str = "2026-01-01T00:00:00+00:00", **replaced: Any) -> str | None:
+        fields = {
+            "name": self.name,
+            "files": {"README.md": b"# a model", "manifest.json": b"{}"},
+            "tags": {tracking.DIGEST_TAG: digest, tracking.CREATED_TAG: created, "enat.store": "s3://bucket/store"},
+            "description": "# a model",
+            "alias": "newest",
+        }
+        return self.start_run().register_model(**{**fields, **replaced})
+
+    def versions(self) -> dict[str, str]:
+        """Number -> digest."""
+        found = self.client.search_model_versions(f"name='{self.name}'")
+        return {str(version.version): version.tags[tracking.DIGEST_TAG] for version in found}
+
+    def at(self, alias: str = "newest") -> str:
+        return self.versions()[str(self.client.get_model_version_by_alias(self.name, alias).version)]
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def registry(request: pytest.FixtureRequest) -> Registry:
+    uri = request.getfixturevalue("uri" if request.param == "sqlite" else "server")
+    return Registry(uri, MlflowClient(uri), f"enat-s-{request.node.originalname}")
+
+
+def test_a_registered_version_is_found_by_its_alias_with_its_tags_and_files(registry: Registry, tmp_path: Path) -> None:
+    assert registry.register("a" * 64) == "1"
+    version = registry.client.get_model_version_by_alias(registry.name, "newest")
+    assert version.tags["enat.digest"] == "a" * 64 and version.tags["enat.store"] == "s3://bucket/store"
+    assert version.description == "# a model" and version.status == "READY"
+    assert version.source == f"runs:/{version.run_id}/model"
+    folder = Path(download_artifacts(version.source, tracking_uri=registry.uri, dst_path=str(tmp_path)))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"README.md": b"# a model", "manifest.json": b"{}"}
+
+
+def test_the_same_content_is_one_version_however_often_it_is_registered(registry: Registry) -> None:
+    assert [registry.register(digest) for digest in ("a", "b", "a", "b", "a")] == ["1", "2", "1", "2", "1"]
+    assert registry.versions() == {"1": "a", "2": "b"}
+
+
+def test_the_alias_stands_at_what_was_created_last_in_whatever_order_it_was_registered(registry: Registry) -> None:
+    registry.register("b", created="2026-02-02T00:00:00+00:00")
+    registry.register("a", created="2026-01-01T00:00:00+00:00")
+    assert registry.at() == "b"
+    registry.register("c", created="2026-03-03T00:00:00+00:00")
+    registry.register("b", created="2026-02-02T00:00:00+00:00")
+    assert registry.at() == "c"
+
+
+def test_the_alias_goes_on_to_a_newer_version_that_another_run_registers_meanwhile(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move, others = MlflowClient.set_registered_model_alias, iter(["b"])
+
+    def interrupted(*arguments: Any) -> None:
+        for digest in others:
+            registry.register(digest, created="2026-02-02T00:00:00+00:00")
+        move(*arguments)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", interrupted)
+    registry.register("a")
+    assert registry.at() == "b"
+
+
+def test_an_alias_that_is_not_there_is_set_and_others_stay_where_they_are(registry: Registry) -> None:
+    registry.register("a", alias=None)
+    assert registry.client.get_registered_model(registry.name).aliases == {}
+    registry.client.set_registered_model_alias(registry.name, "chosen", "1")
+    registry.register("b", created="2026-02-02T00:00:00+00:00")
+    registry.register("a")
+    assert registry.at() == "b" and registry.at("chosen") == "a"
+
+
+def test_a_version_that_someone_else_made_is_left_alone(registry: Registry) -> None:
+    registry.client.create_registered_model(registry.name)
+    registry.client.create_model_version(registry.name, "s3://bucket/theirs")
+    assert registry.register("a") == "2"
+    assert str(registry.client.get_model_version_by_alias(registry.name, "newest").version) == "2"
+
+
+def test_runs_that_register_at_once_leave_one_version_of_each_content(registry: Registry) -> None:
+    digests = [f"digest-{number % 4}" for number in range(12)]
+    with ThreadPoolExecutor(6) as threads:
+        numbers = list(threads.map(lambda digest: registry.register(digest, created=f"2026-01-0{digest[-1]}"), digests))
+    versions = registry.versions()
+    assert sorted(versions.values()) == sorted(set(digests))
+    assert [versions[str(number)] for number in numbers] == digests
+    assert registry.at() == "digest-3"
+
+
+def test_what_a_registry_has_no_room_for_is_cut(registry: Registry) -> None:
+    tags = {tracking.DIGEST_TAG: "a", tracking.CREATED_TAG: "2026", "enat.store": "x" * 9000}
+    registry.register("a", description="d" * 9000, tags=tags)
+    version = registry.client.get_model_version(registry.name, "1")
+    assert len(version.description) == 5000 and version.description.endswith("(the rest is in the file README.md of this version)")
+    assert len(version.tags["enat.store"]) == 5000
+
+
+@given(st.text())
+def test_any_name_is_made_one_that_mlflow_takes(text: str) -> None:
+    name = tracking.model_name(text)
+    _validate_model_name(name)
+    assert "'" not in name and len(name) <= 256
+    assert tracking.model_name(name) == name
+
+
+@pytest.mark.parametrize("dataset", ["a/b: c", "../up", 'it\'s "so"', "Ünï κόδε 图", "x" * 400, "50%?#&"])
+def test_a_model_of_any_dataset_is_registered(registry: Registry, dataset: str) -> None:
+    name = f"{registry.name}-{dataset}"
+    assert registry.register("a", name=name) == "1"
+    assert registry.register("a", name=name) == "1"
+    assert registry.client.get_model_version_by_alias(tracking.model_name(name), "newest").tags["enat.digest"] == "a"
+
+
+@pytest.mark.parametrize("alias", ["newest", "v1a", "1", "ä_b-c", "x" * 255])
+def test_aliases_that_mlflow_takes_are_taken(client: MlflowClient, alias: str) -> None:
+    assert TrackingConfig(model_alias=alias).model_alias == alias
+    client.create_registered_model(f"alias-{alias[:20]}")
+    client.create_model_version(f"alias-{alias[:20]}", "s3://bucket/model")
+    client.set_registered_model_alias(f"alias-{alias[:20]}", alias, "1")
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v1", "V12", "", "a b", "a.b", "a/b", "x" * 256])
+def test_an_alias_that_mlflow_refuses_is_refused_before_anything_runs(client: MlflowClient, alias: str) -> None:
+    with pytest.raises(ValueError, match=r"tracking\.model_alias is "):
+        TrackingConfig(model_alias=alias)
+    with pytest.raises(MlflowException):
+        client.set_registered_model_alias("any", alias, "1")
+
+
+def test_a_server_that_takes_runs_but_no_models_is_told_of_once_and_goes_on_tracking(
+    client: MlflowClient, handle: RunHandle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        raise MlflowException("this user may not", error_code=7)  # PERMISSION_DENIED
+
+    monkeypatch.setattr(MlflowClient, "create_registered_model", refuse)
+    with caplog.at_level(logging.WARNING, "pipelines"):
+        tags = {tracking.DIGEST_TAG: "a", tracking.CREATED_TAG: "2026"}
+        assert handle.register_model("enat-refused", {}, tags, "", "newest") is None
+    assert [record.getMessage() for record in caplog.records] == ["enat-refused is not registered as a model (this user may not)"]
+    handle.log_metrics({"loss": 1.0})
+    assert client.get_run(handle.run_id).data.metrics == {"loss": 1.0}
+
+
+def test_without_a_server_no_model_is_registered_and_one_warning_shown(caplog: pytest.LogCaptureFixture) -> None:
+    handle = RunHandle(CLOSED, "0" * 32)
+    with caplog.at_level(logging.WARNING, "pipelines"):
+        for _ in range(2):
+            assert handle.register_model("enat", {}, {tracking.DIGEST_TAG: "a"}, "", "newest") is None
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("pipelines")]
+    assert len(warnings) == 1 and warnings[0].startswith(f"tracking at {CLOSED} does not answer")
 
 
 # Secrets -------------------------------------------------------------------------------------------------------------------

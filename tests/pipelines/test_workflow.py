@@ -133,6 +133,48 @@ def test_the_terminal_gets_one_line_a_stage(counted: Counted, local_store: Local
     assert ["reused" in line for line in lines] == [False, False, True, False]
 
 
+# Publishing ----------------------------------------------------------------------------------------------------------------
+
+
+def _published(counted: Counted, publish: Callable[..., None]) -> list[Node]:
+    first, second = counted.nodes()
+    return [first, dataclasses.replace(second, stage=dataclasses.replace(second.stage, publish=publish))]
+
+
+def test_an_artifact_is_published_whether_it_was_made_or_reused(counted: Counted, session: workflow.Session) -> None:
+    calls: list[tuple[Any, ...]] = []
+    nodes = _published(counted, lambda *arguments: calls.append(arguments))
+    first, second = (item.manifest for item in workflow.execute(nodes, session))
+    workflow.execute(nodes, session)
+    assert [(manifest, inputs) for manifest, inputs, _ in calls] == [(second, {"text": first})] * 2
+    context = calls[0][2]
+    assert context.store is session.store and context.tracking is session.tracking
+    assert session.store.fetch(calls[0][0], "text").read_text() == "ab", "it is there by then"
+
+
+def test_publishing_that_fails_is_one_warning_and_the_run_goes_on(
+    counted: Counted, session: workflow.Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    def publish(*arguments: Any) -> None:
+        raise KeyError("license")
+
+    nodes = [*_published(counted, publish), Node("third", Stage("append", 1, counted.write), WordConfig(word="c"))]
+    with caplog.at_level("WARNING", "pipelines"):
+        assert len(workflow.execute(nodes, session)) == 3
+    assert [record.getMessage() for record in caplog.records] == ["second is made, but not published (KeyError: 'license')"]
+
+
+def test_what_failed_is_not_published(session: workflow.Session) -> None:
+    calls: list[Any] = []
+    failing = _failing(RuntimeError("no"))
+    node = dataclasses.replace(
+        failing, inputs={}, stage=dataclasses.replace(failing.stage, publish=lambda *arguments: calls.append(arguments))
+    )
+    with pytest.raises(StageError):
+        workflow.execute([node], session)
+    assert calls == []
+
+
 # Failing -------------------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +310,13 @@ def _changed(path: Path, override: str, *both: str) -> set[str]:
     return {id for id in before if before[id] != after[id]}
 
 
+def _other(value: Any) -> Any:
+    """A value that is none of the defaults but as good."""
+    if isinstance(value, bool):
+        return str(not value).lower()
+    return {"stop": "rollback"}[value] if isinstance(value, str) else (value or 0) + 1
+
+
 def _execution_overrides() -> list[str]:
     """Another value for every field that is an execution setting of a stage."""
 
@@ -277,7 +326,7 @@ def _execution_overrides() -> list[str]:
             value = getattr(config, each.name)
             if each.name == "execution":
                 found += [
-                    f"{path}execution.{inner.name}={(getattr(value, inner.name) or 0) + 1}" for inner in dataclasses.fields(value)
+                    f"{path}execution.{inner.name}={_other(getattr(value, inner.name))}" for inner in dataclasses.fields(value)
                 ]
             elif dataclasses.is_dataclass(value):
                 found += walk(value, f"{path}{each.name}.")
@@ -291,7 +340,8 @@ def _execution_overrides() -> list[str]:
     [
         *_execution_overrides(),
         *("workspace=elsewhere", "store=elsewhere", "cluster.num_cpus=7", "cluster.address=host:1"),
-        *("tracking.uri=http://host", "tracking.experiment=other", "tracking.enabled=false", "train.sampler.num_steps=3"),
+        *("tracking.uri=http://host", "tracking.experiment=other", "tracking.enabled=false", "tracking.model_alias=best"),
+        "train.sampler.num_steps=3",
     ],
 )
 def test_where_and_how_a_run_is_made_never_changes_a_key(without_variants: Path, override: str) -> None:

@@ -1,0 +1,127 @@
+"""The architecture of an ENAT: everything that decides the shape of its weights, and the published sizes.
+
+Shape legend: L = grid_size**2 tokens, T text tokens, W width of caption features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+DECODER_ATTENTIONS = ("self_cross", "cross", "full")
+REUSED_FEATURES = ("visible", "masked", "all")
+
+# Table 1 of the paper gives width and depth; the encoder + decoder splits follow from its FLOPs.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "enat-s": {"encoder_layers": 15, "decoder_layers": 1, "embed_dim": 512, "num_heads": 8},
+    "enat-b": {"encoder_layers": 15, "decoder_layers": 1, "embed_dim": 768, "num_heads": 12},
+    "enat-l": {"encoder_layers": 22, "decoder_layers": 2, "embed_dim": 1024, "num_heads": 16},
+    "enat-xl": {"encoder_layers": 26, "decoder_layers": 2, "embed_dim": 1280, "num_heads": 16},
+}
+# The baseline of the paper's ablations, MaskGIT's network: one stack in which all tokens attend to all, at every step anew.
+_PRESETS |= {
+    name.replace("enat", "nat"): {
+        **sizes,
+        "encoder_layers": 0,
+        "decoder_layers": sizes["encoder_layers"] + sizes["decoder_layers"],
+        "decoder_attention": "full",
+        "reuse": False,
+    }
+    for name, sizes in _PRESETS.items()
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ENATConfig:
+    """Architecture of an ENAT. Everything that decides the shape of its weights stands here.
+
+    num_classes: 0 without text_width makes an unconditional model, whose only label is the null label 0.
+    text_width: W of the caption features the model is conditioned on, num_text_tokens (T) tokens a caption; it excludes classes.
+    decoder_attention: who attends to whom in the decoder, [queries] <- [keys]:
+        "self_cross"  [M] <- [M] and [V]: the paper's proposal
+        "cross"       [M] <- [V]: CrossMAE type
+        "full"        [M] and [V] <- [M] and [V]: MAE type; with encoder_layers=0 the plain stack of MaskGIT
+    reuse: whether features of the step before may be reused (paper sec. 4.2). Without it `previous` is refused.
+    reused_features: which of them. The paper reuses "visible"; the others are our reading of what else could be, for ablation:
+        "visible"  of tokens visible before: they are not encoded again
+        "masked"   of tokens masked before: added, projected, to the embedding of these positions; visible ones are encoded anew
+        "all"      both
+    qk_norm: LayerNorm of queries and keys in every head (Dehghani et al. 2023, arXiv 2302.05442), for stability in half precision.
+    dropout: applied to the embedded tokens in training, a probability in [0, 1).
+    """
+
+    encoder_layers: int
+    decoder_layers: int
+    embed_dim: int
+    num_heads: int
+    grid_size: int = 16
+    codebook_size: int = 1024
+    num_classes: int = 1000
+    decoder_attention: str = "self_cross"
+    reuse: bool = True
+    dropout: float = 0.1
+    mlp_ratio: int = 4
+    text_width: int | None = None
+    num_text_tokens: int = 77
+    qk_norm: bool = False
+    reused_features: str = "visible"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("decoder_attention", DECODER_ATTENTIONS), ("reused_features", REUSED_FEATURES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        for name in ("embed_dim", "num_heads", "grid_size", "codebook_size", "mlp_ratio", "num_text_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}; it must be at least 0")
+        if self.text_width is not None and self.text_width < 1:
+            raise ValueError(f"text_width is {self.text_width}; it must be at least 1, or null for a model without text")
+        if self.text_width is not None and self.num_classes:
+            raise ValueError(f"num_classes is {self.num_classes} beside text_width; a text-conditional model needs num_classes 0")
+        if not self.reuse and self.reused_features != "visible":
+            raise ValueError(f"reused_features is {self.reused_features!r} with reuse=False, which reuses nothing")
+        if self.encoder_layers < 0 or self.decoder_layers < 1:
+            raise ValueError(f"{self.encoder_layers} encoder and {self.decoder_layers} decoder layers; at least 0 and 1 are needed")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+
+    @classmethod
+    def preset(cls, name: str, grid_size: int = 16, **overrides: Any) -> ENATConfig:
+        """A published size, "enat-s", "-b", "-l" or "-xl", or the plain NAT of the same width and depth, "nat-s" to "nat-xl".
+
+        Raises ValueError for any other name.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"no ENAT preset is called {name!r}; choose one of {', '.join(_PRESETS)}")
+        return cls(**{**_PRESETS[name], "grid_size": grid_size, **overrides})
+
+    @property
+    def num_tokens(self) -> int:
+        """L, tokens of one image."""
+        return self.grid_size**2
+
+    @property
+    def mask_id(self) -> int:
+        """The token that stands for "masked"."""
+        return self.codebook_size
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for "no class", used for guidance."""
+        return self.num_classes
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether there is anything that guidance could strengthen: classes or captions."""
+        return self.num_classes > 0 or self.text_width is not None
+
+    @property
+    def reuses_visible(self) -> bool:
+        return self.reuse and self.reused_features in ("visible", "all")
+
+    @property
+    def reuses_masked(self) -> bool:
+        return self.reuse and self.reused_features in ("masked", "all")

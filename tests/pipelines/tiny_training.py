@@ -1,0 +1,395 @@
+"""Training small enough for tests: a token map of drawn codes, ranks as plain processes on gloo, and the same training as one
+writes it for one process, with neither Ray nor DeepSpeed.
+
+Ranks are forked by a server that has imported torch, Ray and DeepSpeed once, so that a run takes a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from enat.checkpoint import save_weights
+from enat.loss import objective, token_accuracy
+from enat.masking import mask_codes
+from enat.model import ENAT, TextCondition, draw_dropout_mask
+from enat.text import TextFeatures
+from pipelines.artifacts import ArtifactStore, LocalStore, Manifest
+from pipelines.caption_features import CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
+from pipelines.token_map import TokenMap, TokenMapInfo, TokenRows, write_part
+from pipelines.tracking import RunHandle
+from pipelines.train_config import ModelConfig, TrainConfig, TrainExecution
+from pipelines.train_loop import Trainer, TrainResult, TrainTask, initial_model
+from pipelines.workflow import WorkerContext
+
+_FORKS = multiprocessing.get_context("forkserver")
+_PRELOADED = ["tiny_training", "deepspeed", "ray.train.torch", "ray.train.v2._internal.execution.context"]
+
+
+# Ranks ---------------------------------------------------------------------------------------------------------------------
+
+
+class RankLostError(Exception):
+    """A rank ended without an answer."""
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    """What function(*arguments) gives on every rank of a process group of new processes. Raises what the first to fail raised."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the server imports DeepSpeed
+    _FORKS.set_forkserver_preload(_PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        work = pickle.dumps((dict(os.environ), f"file://{folder}/rendezvous", world_size, function, arguments))
+        ranks = []
+        for rank in range(world_size):
+            receiving, sending = _FORKS.Pipe(duplex=False)
+            process = _FORKS.Process(target=_run_rank, args=(sending, rank, work))
+            process.start()
+            sending.close()
+            ranks.append((process, receiving))
+        try:
+            return _answers(ranks, timeout)
+        finally:
+            for process, _ in ranks:
+                process.kill()
+                process.join()
+
+
+def _answers(ranks: Sequence[tuple[Any, Any]], timeout: float) -> list[Any]:
+    answers: dict[int, Any] = {}
+    waiting = {receiving: rank for rank, (_, receiving) in enumerate(ranks)}
+    while waiting:
+        ready = wait(list(waiting), timeout)
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} gave no answer in {timeout:g} s")
+        for receiving in ready:
+            rank = waiting.pop(receiving)  # type: ignore[index]
+            try:
+                value, error, told = pickle.loads(receiving.recv_bytes())  # type: ignore[union-attr]
+            except EOFError as lost:
+                raise RankLostError(f"rank {rank}") from lost
+            if error is not None:
+                error.add_note(f"on rank {rank}:\n{told}")
+                raise error
+            answers[rank] = value
+    return [answers[rank] for rank in range(len(ranks))]
+
+
+def _run_rank(sending: Any, rank: int, work: bytes) -> None:
+    environment, rendezvous, world_size, function, arguments = pickle.loads(work)
+    os.environ.update(environment, LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))  # as Ray Train sets them
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    try:
+        answer = function(*arguments), None, ""
+    except Exception as error:
+        answer = None, error, traceback.format_exc()
+    sending.send_bytes(pickle.dumps(answer))
+    if answer[1] is None:
+        dist.barrier()  # a rank that left early would fail the others
+    os._exit(0)
+
+
+# What is trained on --------------------------------------------------------------------------------------------------------
+
+GRID, CODEBOOK, CLASSES, ROWS, TEXT_TOKENS, TEXT_WIDTH = 4, 32, 2, 20, 3, 8
+
+CONFIG = TrainConfig(
+    model=ModelConfig(encoder_layers=2, decoder_layers=1, embed_dim=32, num_heads=2),
+    num_steps=12,
+    batch_size=16,
+    num_groups=4,
+    learning_rate=1e-3,
+    warm_up_steps=4,
+    ema_decay=0.9,
+    seed=0,
+    execution=TrainExecution(checkpoint_every=4, log_every=1, max_failures=0, peak_tflops=0.1),
+)
+
+
+def changed(config: TrainConfig = CONFIG, *, execution: dict[str, Any] | None = None, **fields: Any) -> TrainConfig:
+    """The config with some fields replaced, also of its execution and its model."""
+    if isinstance(fields.get("model"), dict):
+        fields["model"] = replace(config.model, **fields["model"])
+    return replace(config, execution=replace(config.execution, **(execution or {})), **fields)
+
+
+@dataclass(frozen=True)
+class Material:
+    """A store with what training reads, and the manifests of that by the stage's names for its inputs."""
+
+    store: ArtifactStore
+    inputs: dict[str, Manifest]
+
+    @property
+    def token_map(self) -> TokenMap:
+        return TokenMap.open(self.store, self.inputs["token_map"])
+
+    @property
+    def captions(self) -> CaptionFeatures:
+        return CaptionFeatures.open(self.store, self.inputs["captions"])
+
+    def architecture(self, config: TrainConfig) -> Any:
+        info = TokenMapInfo(**self.inputs["token_map"].summary["info"])
+        captions = CaptionFeaturesInfo(**self.inputs["captions"].summary["info"]) if config.model.text else None
+        return config.model.architecture(info, captions)
+
+
+def make_material(store: ArtifactStore, vqgan: Any, folder: Path) -> Material:
+    """Codes whose distribution depends on the class, two captions for every image, and a tokenizer for previews."""
+    rng = np.random.default_rng(0)
+    labels = [row % CLASSES for row in range(ROWS)]
+    codes = np.stack([(label * 16 + rng.integers(0, 8, GRID**2)) % CODEBOOK for label in labels])
+    rows = TokenRows(
+        codes=codes,
+        codes_flipped=codes.reshape(-1, GRID, GRID)[:, :, ::-1].reshape(-1, GRID**2).copy(),
+        keys=[f"{row:03d}" for row in range(ROWS)],
+        labels=labels,
+        source_sha256=[bytes([row]) * 32 for row in range(ROWS)],
+        captions=[(f"image {row}", f"picture {row}") for row in range(ROWS)],
+        first_captions=[2 * row for row in range(ROWS)],
+    )
+
+    def commit(stage: str, summary: dict[str, Any], **writers: Callable[[Path], object]) -> Manifest:
+        files = []
+        for name, write in writers.items():
+            path = folder / name
+            write(path)
+            files.append(store.put_file(stage, stage * 4, name, path))
+        fields = {"stage_version": 1, "config": {}, "inputs": {}, "summary": summary}
+        return store.commit(Manifest(stage=stage, key=stage * 4, files=tuple(files), **fields))
+
+    tokenizer = commit(
+        "tokenizer", {"config": vars(vqgan.config)}, **{"vqgan.safetensors": lambda path: save_weights(path, vqgan)}
+    )
+    info = TokenMapInfo(
+        dataset="drawn",
+        resolution=16,
+        grid_size=GRID,
+        codebook_size=CODEBOOK,
+        num_classes=CLASSES,
+        tokenizer_digest=tokenizer.digest,
+        num_captions=2 * ROWS,
+    )
+    token_map = commit(
+        "token_map",
+        {"info": vars(info), "rows": ROWS},
+        **{"part-00000.parquet": lambda path: write_part(path, info, rows)},
+    )
+    text = CaptionFeaturesInfo(
+        num_captions=2 * ROWS, captions_per_file=2 * ROWS, num_positions=TEXT_TOKENS, width=TEXT_WIDTH, encoder_digest="0" * 64
+    )
+
+    def features(count: int) -> TextFeatures:
+        hidden, pooled = rng.normal(size=(count, TEXT_TOKENS, TEXT_WIDTH)), rng.normal(size=(count, TEXT_WIDTH))
+        values = [torch.from_numpy(array).half() for array in (hidden, pooled)]
+        return TextFeatures(*values, torch.full((count,), TEXT_TOKENS))
+
+    captions = commit(
+        "captions",
+        {"info": vars(text)},
+        **{
+            captions_name(0): lambda path: write_captions(path, text, 0, features(2 * ROWS)),
+            "empty.safetensors": lambda path: write_empty(path, text, features(1)),
+        },
+    )
+    return Material(store, {"tokenizer": tokenizer, "token_map": token_map, "captions": captions})
+
+
+@pytest.fixture(scope="session")
+def material(vqgan: Any, tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return make_material(LocalStore(tmp_path_factory.mktemp("store")), vqgan, tmp_path_factory.mktemp("material"))
+
+
+# Training on ranks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ScriptedReporter:
+    """Stands for the driver and for Ray's watcher of nodes: every rank asks it once a step, in the thread that trains.
+
+    stop_at, preempt_at: the step after which training is asked to stop, or this rank's node is said to go.
+    """
+
+    stop_at: int | None = None
+    preempt_at: int | None = None
+    messages: list[str] = field(default_factory=list)
+    num_asked: int = 0
+
+    def report(self, done: int, note: str = "") -> None:
+        pass
+
+    def tell(self, message: str) -> None:
+        self.messages.append(message)
+
+    def is_stop_requested(self) -> bool:
+        self.num_asked += 1
+        return self.stop_at is not None and self.num_asked >= self.stop_at
+
+    @property
+    def preemption_info(self) -> str | None:
+        return "the node goes" if self.preempt_at is not None and self.num_asked >= self.preempt_at else None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training left: EMA weights, raw weights, the history of the run, and what was said on the way."""
+
+    ema: dict[str, torch.Tensor]
+    raw: dict[str, torch.Tensor]
+    history: list[dict[str, float]]
+    result: TrainResult | None = None
+    messages: tuple[str, ...] = ()
+
+    def column(self, name: str) -> list[float]:
+        return [row[name] for row in self.history]
+
+
+def train_rank(trainer_class: type[Trainer], task: TrainTask, reporters: Sequence[ScriptedReporter]) -> Any:
+    """Trains as train_loop does, where Ray's part is played by a reporter for every rank."""
+    import ray.train.v2._internal.execution.context as ray_context
+
+    reporter = reporters[dist.get_rank()]
+    ray_context.get_train_context = lambda: SimpleNamespace(preemption_context=reporter)
+    trainer = trainer_class(replace(task, reporter=reporter), torch.device("cpu"))  # type: ignore[arg-type]
+    with trainer.background:
+        return trainer.run(), reporter.messages
+
+
+def train(
+    material: Material,
+    config: TrainConfig,
+    key: str,
+    *,
+    world_size: int = 1,
+    trainer_class: type[Trainer] = Trainer,
+    run: RunHandle | None = None,
+    **script: Any,
+) -> Trained:
+    """Train on processes of this machine, under a key of the store. script: of every rank, see ScriptedReporter."""
+    task = TrainTask(
+        config=config,
+        architecture=material.architecture(config),
+        context=WorkerContext(stage="train", key=key, store=material.store, run=run or RunHandle("", None)),
+        token_map=material.inputs["token_map"],
+        tokenizer=material.inputs["tokenizer"],
+        captions=material.inputs["captions"] if config.model.text else None,
+        reporter=None,  # type: ignore[arg-type]
+    )
+    reporters = [ScriptedReporter(**script) for _ in range(world_size)]
+    result, messages = run_ranks(world_size, train_rank, trainer_class, task, reporters)[0]
+    weights = [load_file(material.store.fetch_file("train", key, record)) for record in result.files] or [{}, {}]
+    return Trained(*weights, result.history, result, tuple(messages))
+
+
+# The same without Ray and DeepSpeed ----------------------------------------------------------------------------------------
+
+
+def train_plainly(material: Material, config: TrainConfig) -> Trained:
+    """One process, every group in turn, torch's own AdamW, clipping and autocast, an EMA by hand."""
+    token_map, captions = material.token_map, material.captions if config.model.text else None
+    model = initial_model(material.architecture(config), config.seed or 0)
+    if captions is not None:
+        model.set_null_caption(*(torch.from_numpy(array[0]) for array in captions.take(np.array([-1]))))
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(_decay_groups(model, config), betas=config.betas)
+    precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    scale = 2.0**16 if config.precision == "fp16" else 1.0
+    model.train()
+    history = []
+    for step in range(config.num_steps):
+        batch, rows = token_map.batch_rows(config.seed or 0, step, config.batch_size), []
+        for group in range(config.num_groups):
+            with torch.autocast("cpu", precision) if precision else nullcontext():
+                loss, accuracy, is_reuse = _group_loss(model, ema, token_map, captions, batch, config, step, group)
+            (loss * scale / config.num_groups).backward()
+            rows.append((loss.item(), accuracy.item(), is_reuse))
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= scale
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip or float("inf"))
+        for some in optimizer.param_groups:
+            some["lr"] = config.learning_rate_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for averaged, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+                averaged.mul_(config.ema_decay).add_(parameter, alpha=1 - config.ema_decay)
+        losses, accuracies, modes = zip(*rows, strict=True)
+        history.append(
+            {
+                "step": step + 1,
+                "loss": float(np.mean(losses)),
+                "token_accuracy": float(np.mean(accuracies)),
+                "gradient_norm": norm.item(),
+                "num_reuse": float(sum(modes)),
+            }
+        )
+    return Trained(ema.state_dict(), model.state_dict(), history)
+
+
+def _group_loss(
+    model: ENAT,
+    ema: ENAT,
+    token_map: TokenMap,
+    captions: CaptionFeatures | None,
+    batch: Any,
+    config: TrainConfig,
+    step: int,
+    group: int,
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    size = config.batch_size // config.num_groups
+    rng = np.random.default_rng([config.seed, step, group])
+    own = slice(group * size, (group + 1) * size)
+    codes, condition = map(torch.from_numpy, token_map.take(batch.rows[own], batch.flipped[own] & config.flip))
+    if captions is not None:
+        condition = TextCondition(*map(torch.from_numpy, captions.take(batch.captions[own])))
+    condition = model.drop_condition(condition, torch.from_numpy(rng.random(size) < config.label_dropout))
+    masked = mask_codes(codes, model.config.mask_id, config.masking, rng)
+    dropout = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    kept = draw_dropout_mask(model.config, size, dropout, torch.device("cpu"))
+    options = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
+    loss, output = objective(model, ema, codes, condition, masked, dropout_mask=kept, **options)
+    return loss, token_accuracy(output, codes), masked.previous_tokens is not None
+
+
+def _decay_groups(model: ENAT, config: TrainConfig) -> list[dict[str, Any]]:
+    """Linear layers' weights are the matrices: all parameters of two axes but the embeddings, which are tables."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embedding" not in name
+        (decayed if is_matrix or config.weight_decay_on == "all" else others).append(parameter)
+    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def assert_close(trained: Trained, plain: Trained, *, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+    """The same steps, losses to a relative rtol, raw and EMA weights to atol."""
+    assert trained.column("step") == plain.column("step")
+    np.testing.assert_allclose(trained.column("loss"), plain.column("loss"), rtol=rtol)
+    for mine, theirs in ((trained.raw, plain.raw), (trained.ema, plain.ema)):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert mine[name].dtype == torch.float32
+            torch.testing.assert_close(mine[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def read_history(store: ArtifactStore, key: str, record: Any) -> list[dict[str, float]]:
+    history: list[dict[str, float]] = json.loads(store.fetch_file("train", key, record).read_text())
+    return history
