@@ -106,7 +106,7 @@ class Engine:
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict on the CPU. All ranks must call it; rank 0 gets the values."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for names, parameters in self.pieces():
             with self.whole(parameters):
                 if self.rank == 0:
@@ -155,7 +155,8 @@ class Engine:
     def _places(self) -> Iterator[tuple[str, _Place]]:
         """Where this rank's share of every parameter lies among the flat tensors that its optimizer updates."""
         optimizer = self.deepspeed.optimizer
-        for name, parameter in self.model.named_parameters():
+        parameters: Iterable[tuple[str, Any]] = self.model.named_parameters()  # with what DeepSpeed writes on them
+        for name, parameter in parameters:
             if self.zero_stage == 0:
                 yield name, _Place(parameter, 0, 0, parameter.numel())
             elif self.zero_stage == 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.table import Table
 from pipelines.artifacts import without_credentials
 from pipelines.stages.report import MAIN
 from pipelines.workflow import Done, Planned, Session
+
+_METRICS_SHOWN = 5  # of a stage; all are in its manifest and in tracking
 
 
 def summarize(name: str, done: Sequence[Done], session: Session, seconds: float, report: Path | None) -> dict[str, Any]:
@@ -65,7 +68,8 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
         if item["stage"].startswith("evaluate"):
             continue  # its numbers are the scores below
         status = "[dim]reused[/]" if item["reused"] else f"{item['made_in_seconds']:.1f} s"
-        measured = ", ".join(f"{name.removeprefix('final/')} {_number(value)}" for name, value in item["metrics"].items())
+        some = islice(item["metrics"].items(), _METRICS_SHOWN)
+        measured = ", ".join(f"{name.removeprefix('final/')} {_number(value)}" for name, value in some)
         stages.add_row(item["stage"], status, item["key"][:12], f"[dim]{measured}[/]")
     console.print()
     console.print(stages)

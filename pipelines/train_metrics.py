@@ -5,6 +5,7 @@ Shape legend: N steps of an interval, G groups of a step.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,13 +84,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Most that the device's allocator held, or what this process holds of the machine's memory."""
+    """Most that was held so far: by the device's allocator, or by this process of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import psutil
-
-    held: int = psutil.Process().memory_info().rss
-    return held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def relative_distance(averaged: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

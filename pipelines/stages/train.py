@@ -27,7 +27,7 @@ from rich.console import Console
 from enat.checkpoint import save_weights
 from enat.model import ENATConfig
 from enat.tokenizer import VQGANConfig
-from pipelines import cluster
+from pipelines import cluster, model_card
 from pipelines.artifacts import FileRecord, Manifest
 from pipelines.caption_features import CaptionFeaturesInfo
 from pipelines.external import local_file
@@ -37,6 +37,8 @@ from pipelines.train_config import TrainConfig
 from pipelines.train_loop import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model, train_loop
 from pipelines.weights import open_enat
 from pipelines.workflow import Stage, StageContext, StageResult
+
+_SHOWN_FIRST = ("step", "loss", "token_accuracy", "images_per_second", "model_flops_utilization")
 
 
 def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -64,13 +66,14 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
             raise KeyboardInterrupt
     record = context.write(HISTORY, lambda path: path.write_text(json.dumps(trained.history)))
     seconds = (time.monotonic() - started) * config.execution.num_workers
-    metrics = {f"final/{name}": value for name, value in (trained.history[-1] if trained.history else {}).items()}
+    last = trained.history[-1] if trained.history else {}
+    names = sorted(last, key=lambda name: name not in _SHOWN_FIRST)
     summary = _summary(architecture, info, config.num_steps, is_imported=False)
     return StageResult(
         files=trained.files,
         records=[record, *trained.milestones],
         summary={**summary, "skipped_draws": trained.skipped_draws, "num_restarts": trained.num_restarts},
-        metrics=metrics,
+        metrics={f"final/{name}": last[name] for name in names},
         worker_seconds=seconds,
         device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
     )
@@ -192,4 +195,4 @@ def _wait_for(trainer: TorchTrainer, reporter: Reporter, console: Console) -> An
             signal.signal(number, handler)
 
 
-STAGE = Stage("train", 2, run)
+STAGE = Stage("train", 2, run, publish=model_card.publish)
