@@ -15,6 +15,7 @@ from typing import Any
 
 from pipelines import config as configuration
 from pipelines.artifacts import digest_of
+from pipelines.caption_features import CaptionFeaturesInfo
 from pipelines.cluster import ClusterConfig
 from pipelines.config import ConfigError
 from pipelines.s3 import S3Config
@@ -26,6 +27,9 @@ from pipelines.train_config import TrainConfig
 from pipelines.workflow import Node, Stage
 
 _WITHOUT_MODEL = {"dataset", "tokenizer", "token_map", "captions", "reference"}
+_UP_TO_MODEL = {*_WITHOUT_MODEL, "train"}
+# Stands for features that are not made yet, where only the rest of a model is looked at.
+_ANY_CAPTIONS = CaptionFeaturesInfo(num_captions=0, captions_per_file=1, num_positions=1, width=1, encoder_digest="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +188,12 @@ def _check(run: RunConfig) -> None:
     is_trained = run.train.weights is None and (not run.targets or not _WITHOUT_MODEL.issuperset(run.targets))
     if not is_trained:
         return
-    run.train.model.architecture(info)
+    if run.train.model.text:
+        if run.captions.encoder is None:
+            raise ValueError("train.model.text needs the features of captions; give captions.encoder")
+        if not run.targets or not _UP_TO_MODEL.issuperset(run.targets):
+            raise ValueError("stage generate draws classes, not captions; for a model of captions give targets=[train]")
+    run.train.model.architecture(info, _ANY_CAPTIONS)
     sampler = run.generate.sampler
     if sampler.reuse and run.train.model.reuse is False:
         raise ValueError("generate.sampler.reuse needs a model with train.model.reuse; set one of them to match the other")

@@ -32,8 +32,11 @@ def sample_seed(run_seed: int, index: int) -> int:
 
 
 def sample_label(index: int, num_classes: int) -> int:
-    """Classes in turn, so that any num_samples divisible by num_classes is balanced, and so is every prefix nearly."""
-    return index % num_classes
+    """Classes in turn, so that any num_samples divisible by num_classes is balanced, and so is every prefix nearly.
+
+    The label of an unconditional model, which has no classes, is 0.
+    """
+    return index % max(1, num_classes)
 
 
 def write_samples(path: Path, index: np.ndarray, labels: np.ndarray, seeds: np.ndarray, codes: np.ndarray) -> None:

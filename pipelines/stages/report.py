@@ -20,12 +20,13 @@ from enat.model import ENATConfig
 from enat.sampler import SamplerConfig, sample
 from enat.tokenizer import VQGAN, VQGANConfig
 from pipelines.artifacts import Manifest
-from pipelines.samples import read_codes, sample_seed
+from pipelines.samples import read_codes, sample_label, sample_seed
 from pipelines.workflow import Stage, StageContext, StageResult
 
 PAGE = "report.html"
 MAIN = "main"  # what the run's own model is called beside its variants
 _MASKED_GRAY = 160
+_COLUMNS_WITHOUT_CLASSES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +88,11 @@ def _environment() -> jinja2.Environment:
 
 def _sample_grid(config: ReportConfig, samples: Manifest, vqgan: VQGAN, context: StageContext) -> Image.Image:
     """One column per class, samples_per_class rows; classes come in turn, so rows are runs of consecutive samples."""
-    num_classes = int(samples.summary["num_classes"])
+    num_classes = int(samples.summary["num_classes"]) or _COLUMNS_WITHOUT_CLASSES
     count = min(config.samples_per_class * num_classes, int(samples.summary["num_samples"]))
     shown = read_codes(context.store, samples, 0, count)
     columns = min(num_classes, config.max_classes)
-    codes = torch.from_numpy(shown.codes[shown.labels < columns])
+    codes = torch.from_numpy(shown.codes[shown.labels < columns])  # of a model without classes all labels are 0
     return make_grid(_decode(vqgan, codes), columns=columns, scale=_scale(vqgan, 48))
 
 
@@ -101,7 +102,7 @@ def _progressions(config: ReportConfig, model: Manifest, samples: Manifest, vqga
     sampler = SamplerConfig(**samples.summary["sampler"])
     assert config.generate_seed is not None
     index = range(min(config.num_progressions, int(samples.summary["num_samples"])))
-    labels = torch.tensor([i % enat.config.num_classes for i in index])
+    labels = torch.tensor([sample_label(i, enat.config.num_classes) for i in index])
     seeds = [sample_seed(config.generate_seed, i) for i in index]
     codes, trajectory = sample(enat, labels, sampler, seeds=seeds, return_trajectory=True)
     factor = vqgan.config.downsampling

@@ -1,0 +1,128 @@
+"""The runnable configs: each is a run that can be planned, and says what is published."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from enat import ENATConfig
+from pipelines import pipeline
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+IMAGENET256 = ["imagenet256", "imagenet256-sizes", "imagenet256-ablations"]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pipeline.RunConfig]:
+    """A config whose files of others are replaced by small ones."""
+    root = tmp_path_factory.mktemp("files")
+    (root / "images" / "n0").mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(root / "images" / "n0" / "a.png")
+    (root / "captions.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "n0/a.png"}], "annotations": []}))
+    (root / "weights").write_bytes(b"weights")
+    (root / "clip").mkdir()
+    (root / "clip" / "config.json").write_text("{}")
+
+    def load(name: str, *overrides: str) -> pipeline.RunConfig:
+        text = (CONFIGS / f"{name}.yaml").read_text()
+        own = [f"dataset.path={root / 'images'}", f"tokenizer.weights={root / 'weights'}"] if "digits" not in name else []
+        own += [f"dataset.captions={root / 'captions.json'}", f"captions.encoder={root / 'clip'}"] if "captions:" in text else []
+        return pipeline.load_run(CONFIGS / f"{name}.yaml", (*own, *overrides))
+
+    return load
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_can_be_planned(load: Callable[..., Any], name: str) -> None:
+    assert pipeline.build(load(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_opens_with_its_command_hardware_duration_and_result(name: str) -> None:
+    head = (CONFIGS / f"{name}.yaml").read_text().split("\nname:")[0]
+    assert head.startswith("# ") and all(f"#   {word} " in head for word in ("command", "hardware", "duration", "expected"))
+    assert f"configs/{name}.yaml" in head
+
+
+@pytest.mark.parametrize("name", IMAGENET256)
+def test_imagenet_at_256_px_is_trained_as_published(load: Callable[..., Any], name: str) -> None:
+    train = load(name).train
+    assert (train.batch_size, train.num_groups, train.num_steps, train.warm_up_steps) == (2048, 16, 500_000, 5000)
+    assert (train.learning_rate, train.learning_rate_schedule, train.betas, train.weight_decay) == (
+        4e-4,
+        "constant",
+        (0.99, 0.99),
+        0.03,
+    )
+    assert (train.weight_decay_on, train.gradient_clip, train.precision) == ("all", None, "fp16")
+    assert (train.ema_decay, train.label_smoothing, train.z_loss, train.flip) == (0.9999, 0.1, 0.0, True)
+    assert (train.masking.alpha, train.masking.beta, train.masking.reuse_probability) == (12, 3, 0.5)
+    assert train.label_dropout == pytest.approx(1 - (1 - 0.15) * (1 - 0.1))
+
+
+def test_what_differs_at_512_px_is_batch_and_learning_rate(load: Callable[..., Any]) -> None:
+    small, large = load("imagenet256").train, load("imagenet512").train
+    assert (large.batch_size, large.learning_rate) == (512, 1e-4)
+    same = {"batch_size": small.batch_size, "learning_rate": small.learning_rate, "sampler": small.sampler}
+    assert dataclasses.replace(large, **same) == small
+
+
+def test_sizes_are_trained_on_one_token_map_by_one_recipe(load: Callable[..., Any]) -> None:
+    nodes = pipeline.build(load("imagenet256-sizes"))
+    trained = [node for node in nodes if node.stage.name == "train"]
+    assert [node.config.model.preset for node in trained] == ["enat-s", "enat-b", "enat-l", "enat-xl"]
+    assert {node.inputs["token_map"] for node in trained} == {"token_map"}
+    assert len({json.dumps({**node.identity, "model": None}, default=str) for node in trained}) == 1
+    assert len([node for node in nodes if node.stage.name in ("dataset", "tokenizer", "token_map")]) == 3
+
+
+def test_ablations_change_one_thing_each(load: Callable[..., Any]) -> None:
+    run = load("imagenet256-ablations")
+    models = {
+        node.id.partition("@")[2]: (node.config.model, node.config.masking)
+        for node in pipeline.build(run)
+        if node.stage.name == "train"
+    }
+    own = ENATConfig.preset("enat-s")
+
+    def architecture(name: str) -> ENATConfig:
+        given = {field: value for field, value in dataclasses.asdict(models[name][0]).items() if value is not None}
+        given.pop("text")
+        return ENATConfig.preset(given.pop("preset"), **given)
+
+    assert architecture("") == own
+    assert architecture("nat") == ENATConfig.preset("nat-s", decoder_layers=5)
+    assert architecture("disentangled") == dataclasses.replace(own, reuse=False)
+    assert architecture("mae") == dataclasses.replace(own, decoder_attention="full")
+    assert architecture("crossmae") == dataclasses.replace(own, decoder_attention="cross")
+    assert architecture("reuse-masked") == dataclasses.replace(own, reused_features="masked")
+    for name in ("split-14-2", "split-12-4", "split-8-8"):
+        made = architecture(name)
+        assert f"split-{made.encoder_layers}-{made.decoder_layers}" == name and made.encoder_layers + made.decoder_layers == 16
+    assert models["trained-fresh"][1].reuse_probability == 0 and models["trained-reusing"][1].reuse_probability == 1
+
+
+def test_a_model_of_captions_reads_their_features(load: Callable[..., Any]) -> None:
+    nodes = {node.id: node for node in pipeline.build(load("coco256"))}
+    assert nodes["train"].inputs["captions"] == "captions"
+    assert nodes["train"].config.model == dataclasses.replace(nodes["train"].config.model, preset="enat-b", text=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("captions.encoder=null",), r"train\.model\.text needs the features of captions; give captions\.encoder"),
+        (("targets=[report]",), r"stage generate draws classes, not captions; for a model of captions give targets=\[train\]"),
+        (("train.model.num_classes=10",), r"train\.model\.num_classes is 10, but text takes the place of classes"),
+    ],
+)
+def test_a_model_of_captions_that_cannot_be_is_refused(load: Callable[..., Any], overrides: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load("coco256", *overrides)
