@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,10 +21,8 @@ from typing import Any
 
 import click
 import numpy as np
+from common import in_process, run_script, show, where
 from rich.console import Console
-from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 @dataclass(frozen=True)
@@ -61,23 +56,14 @@ def main(scale: float, as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="enat-bench-") as place:
         os.environ["ENAT_CACHE"] = str(Path(place) / "cache")
         figures = {
-            "hardware": hardware(),
-            "commit": _commit(),
+            **where(),
             **rate("encoder", _ENCODER_BOUND, "_plain_encoder", Path(place), scale),
             **rate("decoder", _DECODER_BOUND, "_plain_decoder", Path(place), scale),
             **memory(Path(place), scale),
             **bytes_per_image(Path(place)),
             **reader(int(_IMAGENET_ROWS * scale)),
         }
-    if as_json:
-        click.echo(json.dumps(figures, indent=1))
-        return
-    table = Table(title="tokenization", title_justify="left", box=None)
-    table.add_column("figure")
-    table.add_column("value")
-    for name, value in figures.items():
-        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
-    Console(width=120).print(table)
+    show("tokenization", figures, as_json)
 
 
 def rate(name: str, workload: Workload, plain_loop: str, place: Path, scale: float) -> dict[str, float]:
@@ -85,7 +71,7 @@ def rate(name: str, workload: Workload, plain_loop: str, place: Path, scale: flo
     place, (short, long) = place / name, workload.scaled(scale)
     seconds = [_run_pipeline(place, workload, count)["seconds"] for count in (short, long)]
     pipeline = (long - short) / (seconds[1] - seconds[0])
-    plain = _in_process(plain_loop, place, workload.config, short)
+    plain = in_process(__file__, plain_loop, place, workload.config, short)
     return {
         f"{name}_bound_pipeline_images_per_second": pipeline,
         f"{name}_alone_images_per_second": plain,
@@ -149,7 +135,7 @@ def _run_pipeline(place: Path, workload: Workload, count: int) -> dict[str, floa
         "token_map={shard_size: 512, images_per_pass: 8}",
         f"token_map.execution={{num_workers: 1, batch_size: {workload.batch_size}}}",
     ]
-    return _in_process("_token_map", place / f"run-{count}", values, count)
+    return in_process(__file__, "_token_map", place / f"run-{count}", values, count)
 
 
 def _token_map(place: Path, values: list[str], count: int) -> dict[str, float]:
@@ -273,30 +259,5 @@ def _write_images(folder: Path, size: tuple[int, int], count: int) -> Path:
     return folder
 
 
-def _in_process(function: str, place: Path, *arguments: Any) -> Any:
-    """A function of this file in a new process, so that no run profits from another's warm memory."""
-    call = json.dumps([function, str(place), *arguments])
-    command = [sys.executable, __file__, "--call", call]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise SystemExit(finished.stderr)
-    return json.loads(finished.stdout.splitlines()[-1])
-
-
-def hardware() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
-
-
-def _commit() -> str:
-    from pipelines.workflow import code_version
-
-    return code_version()
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--call"]:
-        name, folder, *rest = json.loads(sys.argv[2])
-        print(json.dumps(globals()[name](Path(folder), *rest)))  # noqa: T201
-    else:
-        main()
+    run_script(globals(), main)

@@ -1,0 +1,56 @@
+"""What benchmarks share: a process of its own for every run, the machine's name, one table of figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+
+def in_process(file: str, function: str, place: Path, *arguments: Any) -> Any:
+    """A function of a benchmark in a new process, so that no run profits from another's warm memory. Answers are JSON."""
+    call = json.dumps([function, str(place), *arguments])
+    finished = subprocess.run([sys.executable, file, "--call", call], capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(finished.stderr)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def run_script(functions: Mapping[str, Any], main: click.Command) -> None:
+    """A benchmark's script: its command, or in a process of its own one of its functions."""
+    if sys.argv[1:2] == ["--call"]:
+        name, folder, *rest = json.loads(sys.argv[2])
+        print(json.dumps(functions[name](Path(folder), *rest)))  # noqa: T201
+    else:
+        main()
+
+
+def show(title: str, figures: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(figures, indent=1))
+        return
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("figure")
+    table.add_column("value")
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+    Console(width=120).print(table)
+
+
+def where() -> dict[str, str]:
+    """The machine and the commit, which stand above all figures."""
+    from pipelines.workflow import code_version
+
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {"hardware": f"{os.cpu_count()} x {names[0] if names else platform.machine()}", "commit": code_version()}

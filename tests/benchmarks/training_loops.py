@@ -1,0 +1,230 @@
+"""Two training loops in one process: the obvious one, over all tokens with attention masks, and the bare one, which is what the
+pipeline runs without Ray and DeepSpeed. Same weights, same draws, same loss. Needs `enat` and torch alone, so that it runs on any
+machine with a GPU:
+
+    python tests/benchmarks/training_loops.py --device cuda --preset enat-l --group-size 128 --precision bf16
+
+Shape legend: B images, L tokens, D width, V codebook size.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from enat import ENAT, ENATConfig
+from enat.cost import training_macs
+from enat.loss import objective, token_accuracy
+from enat.masking import MaskedCodes, MaskingConfig, mask_codes
+from enat.model import Block, draw_dropout_mask
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EMA_DECAY = 0.999
+
+
+class Draws:
+    """What step after step learns from: codes (B, L), labels (B,), masked codes, dropout."""
+
+    def __init__(self, config: ENATConfig, group_size: int, device: str) -> None:
+        self.config, self.group_size, self.device = config, group_size, device
+
+    def group(self, step: int) -> tuple[Tensor, Tensor, MaskedCodes, Tensor | None]:
+        config, rng = self.config, np.random.default_rng(step)
+        codes = torch.from_numpy(rng.integers(0, config.codebook_size, (self.group_size, config.num_tokens))).to(self.device)
+        labels = torch.from_numpy(rng.integers(0, config.num_classes, self.group_size)).to(self.device)
+        masking = MaskingConfig(reuse_probability=float(step % 2) if config.reuse else 0.0)  # fresh and reusing in turn
+        masked = mask_codes(codes, config.mask_id, masking, rng)
+        generator = torch.Generator(self.device).manual_seed(step)
+        return codes, labels, masked, draw_dropout_mask(config, self.group_size, generator, self.device)
+
+    def macs(self, step: int) -> int:
+        masked = self.group(step)[2]
+        previous = masked.previous_num_masked if masked.previous_tokens is not None else None
+        return self.group_size * training_macs(self.config, masked.num_masked, previous)
+
+
+class ObviousLoop:
+    """All tokens through every layer, masks in the attention, logits everywhere, one parameter after the other."""
+
+    def __init__(self, model: ENAT, precision: str) -> None:
+        self.model, self.ema = model.train(), copy.deepcopy(model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.99, 0.99), weight_decay=0.03)
+        self.precision = precision
+
+    def step(self, codes: Tensor, labels: Tensor, masked: MaskedCodes, dropout: Tensor | None) -> Tensor:
+        with _autocast(codes.device, self.precision):
+            previous, mask_before = None, None
+            if masked.previous_tokens is not None:
+                with torch.no_grad():
+                    previous, _ = dense_forward(self.ema, masked.previous_tokens, labels)
+                mask_before = masked.previous_tokens == self.model.config.mask_id
+            _, logits = dense_forward(self.model, masked.tokens, labels, previous, mask_before, dropout)
+        mask = masked.tokens == self.model.config.mask_id
+        loss = F.cross_entropy(logits[mask].float(), codes[mask], label_smoothing=0.1)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for averaged, parameter in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+                averaged.mul_(EMA_DECAY).add_(parameter, alpha=1 - EMA_DECAY)
+        return loss.detach()
+
+
+class BareLoop:
+    """What a worker computes, without Ray, DeepSpeed and the record."""
+
+    def __init__(self, model: ENAT, precision: str, *, compile: bool = False) -> None:
+        self.model, self.ema = model.train(), copy.deepcopy(model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.99, 0.99), weight_decay=0.03, fused=True)
+        self.update_ema = get_ema_multi_avg_fn(EMA_DECAY)
+        self.precision = precision
+        if compile:
+            for block in (*self.model.encoder, *self.model.decoder, *self.ema.encoder, *self.ema.decoder):
+                block.compile(dynamic=True)
+
+    def step(self, codes: Tensor, labels: Tensor, masked: MaskedCodes, dropout: Tensor | None) -> Tensor:
+        with _autocast(codes.device, self.precision):
+            loss, output = objective(self.model, self.ema, codes, labels, masked, dropout_mask=dropout)
+        token_accuracy(output, codes)
+        loss.backward()
+        self.update()
+        return loss.detach()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            self.update_ema(list(self.ema.parameters()), list(self.model.parameters()), 1)
+
+
+def dense_forward(
+    model: ENAT,
+    tokens: Tensor,
+    labels: Tensor,
+    previous: Tensor | None = None,
+    mask_before: Tensor | None = None,
+    dropout: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features (B, L, D) and logits (B, L, V) of an ENAT with self-cross attention. previous: features of the step before."""
+    mask = tokens == model.config.mask_id
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    embedded = model.embedding_norm(model.token_embedding(tokens) + model.position_embedding(position))
+    if dropout is not None:
+        embedded = embedded * dropout / (1 - model.config.dropout)
+    condition = F.silu(model.label_embedding(labels))
+    old, projected = torch.zeros_like(mask), None
+    if previous is not None:
+        old, projected = ~mask_before, model.previous_projection(previous)
+    new, x = ~mask & ~old, embedded
+    for block in model.encoder:
+        x = _dense_block(block, x, projected, condition, torch.cat([old, new], dim=1) if projected is not None else new)
+    visible = torch.where(old[..., None], projected, x) if projected is not None else x
+    y = embedded
+    for block in model.decoder:
+        y = _dense_block(block, y, visible, condition, torch.cat([~mask, mask], dim=1))
+    features = torch.where(mask[..., None], y, visible)
+    return features, model.head(features, model.token_embedding.weight)
+
+
+def _dense_block(block: Block, x: Tensor, conditioning: Tensor | None, condition: Tensor, is_key: Tensor) -> Tensor:
+    """is_key: bool (B, keys), which of [conditioning ; own] tokens may be attended to."""
+    chunks = [chunk[:, None] for chunk in block.modulation(condition).chunk(8, dim=-1)]
+    shift, scale, shift_cond, scale_cond, gate, shift_mlp, scale_mlp, gate_mlp = chunks
+    attention, heads = block.attention, block.attention.num_heads
+    own = block.norm_own(x) * (1 + scale) + shift
+    key_value = attention.key_value_own(own)
+    if conditioning is not None:
+        modulated = block.norm_conditioning(conditioning) * (1 + scale_cond) + shift_cond
+        key_value = torch.cat([attention.key_value_conditioning(modulated), key_value], dim=1)
+    query, key, value = (
+        part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (attention.query(own), *key_value.chunk(2, dim=-1))
+    )
+    gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=is_key[:, None, None])
+    x = x + gate * attention.project(gathered.transpose(1, 2).flatten(2))
+    return x + gate_mlp * block.mlp(block.norm_mlp(x) * (1 + scale_mlp) + shift_mlp)
+
+
+def seconds_per_step(step: Callable[..., Tensor], draws: Draws, *, num_steps: int, warm_up: int) -> float:
+    """Of steps warm_up..warm_up+num_steps-1, draws included."""
+    for number in range(warm_up):
+        step(*draws.group(number))
+    _synchronize(draws.device)
+    started = time.perf_counter()
+    for number in range(warm_up, warm_up + num_steps):
+        step(*draws.group(number))
+    _synchronize(draws.device)
+    return (time.perf_counter() - started) / num_steps
+
+
+def make_model(config: ENATConfig, device: str) -> ENAT:
+    return ENAT(config).initialize(torch.Generator().manual_seed(0)).to(device)
+
+
+def compare(
+    preset: str, *, group_size: int, device: str, precision: str, num_steps: int, warm_up: int = 2, compiled: bool = False
+) -> dict[str, Any]:
+    """Seconds of a step of both loops and their ratio; on a GPU also the share of its measured matrix products."""
+    config = ENATConfig.preset(preset)
+    draws = Draws(config, group_size, device)
+    obvious = seconds_per_step(ObviousLoop(make_model(config, device), precision).step, draws, num_steps=num_steps, warm_up=warm_up)
+    figures: dict[str, Any] = {"obvious_seconds_per_step": obvious}
+    flops = 2 * sum(draws.macs(number) for number in range(warm_up, warm_up + num_steps)) / num_steps
+    for name, is_compiled in (("bare", False), *((("compiled", True),) if compiled else ())):
+        loop = BareLoop(make_model(config, device), precision, compile=is_compiled)
+        seconds = seconds_per_step(loop.step, draws, num_steps=num_steps, warm_up=10 if is_compiled else warm_up)
+        figures |= {
+            f"{name}_seconds_per_step": seconds,
+            f"obvious_over_{name}": obvious / seconds,
+            f"{name}_tflops": flops / seconds / 1e12,
+        }
+    return figures
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def matmul_tflops(device: str, precision: str) -> float:
+    size, repeats = (8192, 20) if device.startswith("cuda") else (1024, 4)
+    left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
+    for _ in range(2):
+        _synchronize(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            left @ right
+        _synchronize(device)
+    return 2 * size**3 * repeats / (time.perf_counter() - started) / 1e12
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--preset", default="enat-s")
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--num-steps", type=int, default=4)
+    parser.add_argument("--compiled", action="store_true")
+    given = vars(parser.parse_args())
+    peak = matmul_tflops(given["device"], given["precision"])
+    print(json.dumps({"matmul_tflops": peak, **compare(given.pop("preset"), **given)}, indent=1))  # noqa: T201

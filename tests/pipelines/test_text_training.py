@@ -1,0 +1,78 @@
+"""Training on captions, from a dataset in COCO's layout to a model that samples from text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from layouts import Layouts
+from tiny_clip import make_tiny_clip
+
+from enat import SamplerConfig, TextCondition, sample
+from enat.checkpoint import load_enat
+from pipelines import workflow
+from pipelines.artifacts import LocalStore
+from pipelines.caption_features import EMPTY_INDEX, CaptionFeatures
+from pipelines.workflow import Done
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_nodes: Callable[..., Any], make_session: Callable[..., Any], layouts: Layouts, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LocalStore, dict[str, Done]]:
+    root = tmp_path_factory.mktemp("text")
+    encoder = make_tiny_clip(root / "clip", max_position_embeddings=16)
+    dataset = layouts.config("coco")
+    overrides = [
+        f"dataset={{kind: coco, name: photographs, path: {dataset.path}, captions: {dataset.captions}}}",
+        f"captions={{encoder: {encoder}}}",
+        "train.model.text=true",
+        "train.execution.num_workers=2",
+        "targets=[train]",
+    ]
+    store = LocalStore(root / "store")
+    done = workflow.execute(tiny_nodes(*overrides, until="train"), make_session(store))
+    return store, {item.node.id: item for item in done}
+
+
+def test_the_model_has_the_widths_of_the_features_and_no_classes(trained: tuple[LocalStore, dict[str, Done]]) -> None:
+    model = trained[1]["train"].manifest.summary["model"]
+    assert (model["text_width"], model["num_text_tokens"], model["num_classes"]) == (32, 16, 0)
+
+
+def test_the_model_keeps_the_empty_caption(trained: tuple[LocalStore, dict[str, Done]]) -> None:
+    store, done = trained
+    empty, pooled = CaptionFeatures.open(store, done["captions"].manifest).take(np.array([EMPTY_INDEX]))
+    for name in ("model.safetensors", "raw.safetensors"):
+        model = load_enat(store.fetch(done["train"].manifest, name))
+        assert torch.equal(model.null_hidden, torch.from_numpy(empty[0]).float()) and model.null_hidden.any()
+        assert torch.equal(model.null_pooled, torch.from_numpy(pooled[0]).float())
+
+
+def test_the_model_samples_from_captions(trained: tuple[LocalStore, dict[str, Done]]) -> None:
+    store, done = trained
+    model = load_enat(store.fetch(done["train"].manifest, "model.safetensors"))
+    features = CaptionFeatures.open(store, done["captions"].manifest)
+    condition = TextCondition(*map(torch.from_numpy, features.take(np.arange(4))))
+    codes = sample(model, condition, SamplerConfig(num_steps=4), seeds=range(4))
+    assert codes.shape == (4, 16) and int(codes.max()) < 32
+
+
+def test_a_text_model_without_features_of_its_captions_is_refused(tiny_nodes: Callable[..., Any], layouts: Layouts) -> None:
+    with pytest.raises(ValueError, match=r"train\.model\.text needs the features of captions; give captions\.encoder"):
+        tiny_nodes("train.model.text=true", "targets=[train]")
+
+
+def test_weights_are_registered_as_a_model_of_captions(trained: tuple[LocalStore, dict[str, Done]]) -> None:
+    from pipelines.model_card import model_card
+
+    store, done = trained
+    inputs = {name: done[id].manifest for name, id in done["train"].node.inputs.items()}
+    card = model_card(done["train"].manifest, inputs, store.uri)
+    assert "caption" in card and Path(store.uri).name in card
