@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -53,22 +53,25 @@ class GroupBatch:
         return self.masked.previous_tokens is not None
 
     def to(self, device: torch.device) -> GroupBatch:
-        def move(tensor: Tensor) -> Tensor:
-            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-            return pinned.to(device, non_blocking=True)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pinned(self) -> GroupBatch:
+        """In memory that a GPU reads by itself, so that moving it there holds nobody up."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> GroupBatch:
         masked, condition = self.masked, self.condition
-        previous = None if masked.previous_tokens is None else move(masked.previous_tokens)
+        previous = None if masked.previous_tokens is None else change(masked.previous_tokens)
         if isinstance(condition, TextCondition):
-            condition = TextCondition(move(condition.hidden), move(condition.pooled))
+            condition = TextCondition(change(condition.hidden), change(condition.pooled))
         else:
-            condition = move(condition)
+            condition = change(condition)
         return replace(
             self,
-            codes=move(self.codes),
+            codes=change(self.codes),
             condition=condition,
-            is_dropped=move(self.is_dropped),
-            masked=replace(masked, tokens=move(masked.tokens), previous_tokens=previous),
+            is_dropped=change(self.is_dropped),
+            masked=replace(masked, tokens=change(masked.tokens), previous_tokens=previous),
         )
 
     def parts(self, count: int, model: ENAT) -> Iterator[tuple[Tensor, Tensor | TextCondition, MaskedCodes, Tensor | None]]:
@@ -79,8 +82,7 @@ class GroupBatch:
         kept = draw_dropout_mask(model.config, len(self.codes), generator, self.codes.device)
         for start in range(0, len(self.codes), size):
             rows = slice(start, start + size)
-            own = condition[rows] if isinstance(condition, Tensor) else TextCondition(condition.hidden[rows], condition.pooled[rows])
-            yield self.codes[rows], own, self.masked.rows(rows), None if kept is None else kept[rows]
+            yield self.codes[rows], condition[rows], self.masked.rows(rows), None if kept is None else kept[rows]
 
 
 def rows_of(config: TrainConfig, token_map: TokenMap, step: int, group: int) -> np.ndarray:
@@ -121,12 +123,18 @@ class Batches:
         step: int,
         rank: int,
         world_size: int,
+        pin: bool = False,
     ) -> None:
         groups = [list(map(int, some)) for some in np.array_split(range(config.num_groups), world_size)]
         self.per_step = len(groups[0])
         self._own = groups[rank]
         self._first = step
-        self._draw = lambda step, group: draw_group(config, token_map, captions, step, group)
+
+        def draw(step: int, group: int) -> GroupBatch:
+            batch = draw_group(config, token_map, captions, step, group)
+            return batch.pinned() if pin else batch
+
+        self._draw = draw
         self._remaining = self._order()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: deque[tuple[float, Future[GroupBatch]]] = deque()

@@ -205,8 +205,19 @@ class Fragments:
                 parameter.copy_(self.read(kind, name, 0, parameter.numel()).view_as(parameter))
 
 
+def owners(module: torch.nn.Module, world_size: int) -> dict[str, int]:
+    """Which rank writes a parameter that all ranks have: consecutive ones, about as many values for every rank."""
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    total, start, found = sum(sizes.values()), 0, {}
+    for name, size in sizes.items():
+        found[name] = (2 * start + size) * world_size // (2 * total)  # where its middle lies
+        start += size
+    return found
+
+
 def own_share(kind: str, module: torch.nn.Module, rank: int, world_size: int) -> Iterator[tuple[str, Tensor]]:
-    """What one rank writes of values that all ranks have: every world_size-th parameter, whole."""
-    for index, (name, parameter) in enumerate(module.named_parameters()):
-        if index % world_size == rank:
+    """What one rank writes of values that all ranks have: its parameters, whole."""
+    owner = owners(module, world_size)
+    for name, parameter in module.named_parameters():
+        if owner[name] == rank:
             yield fragment_name(kind, name, 0), parameter.detach().view(-1)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from enat.model import ENAT, ENATOutput
-from pipelines.checkpoints import Fragments, fragment_name, own_share
+from pipelines.checkpoints import Fragments, fragment_name, own_share, owners
 from pipelines.train_config import TrainConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,9 +41,7 @@ class Engine:
         model.to(device).train()
         model.activation_checkpointing = config.execution.activation_checkpointing
         prepare_forward(model, config, device)
-        optimizer = torch.optim.AdamW(
-            _weight_decay_groups(model, config), lr=config.learning_rate, betas=config.betas, fused=True
-        )
+        optimizer = torch.optim.AdamW(_weight_decay_groups(model, config), lr=config.learning_rate, betas=config.betas, fused=True)
         self.deepspeed = _initialize(model, optimizer, config, passes_per_step)
         self.model = model
         self.loss_scale = _FIRST_LOSS_SCALE
@@ -120,9 +118,9 @@ class Engine:
         found: dict[str, Tensor] = {}
         if self.zero_stage < 3:
             found |= own_share("weight", self.model, self.rank, self.world_size)
-        is_shared_out = self.zero_stage > 0
-        for index, (name, place) in enumerate(self._places()):
-            if not is_shared_out and index % self.world_size != self.rank:
+        owner = owners(self.model, self.world_size) if self.zero_stage == 0 else {}
+        for name, place in self._places():
+            if owner.get(name, self.rank) != self.rank:
                 continue
             state = self._inner.state[place.flat]
             for moment in _MOMENTS:

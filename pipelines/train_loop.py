@@ -79,7 +79,7 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What rank 0 answers. files: none where the run was stopped. milestones: EMA weights of some steps."""
+    """What rank 0 answers. files: none where the run was stopped or has diverged. milestones: EMA weights of some steps."""
 
     files: tuple[FileRecord, ...]
     milestones: tuple[FileRecord, ...]
@@ -87,6 +87,7 @@ class TrainResult:
     step: int
     skipped_draws: int
     num_restarts: int
+    diverged: DivergedError | None = None
 
 
 def initial_model(architecture: ENATConfig, seed: int) -> ENAT:
@@ -99,7 +100,10 @@ def train_loop(task: Mapping[str, TrainTask]) -> TrainResult | None:
 
     trainer = Trainer(task["task"], ray.train.torch.get_device())
     with trainer.background:
-        return trainer.run()
+        try:
+            return trainer.run()
+        except DivergedError as error:  # as an answer: what is raised Ray Train takes for a lost worker, and tries the same again
+            return trainer.result((), diverged=error)
 
 
 class Trainer:
@@ -108,18 +112,12 @@ class Trainer:
     def __init__(self, task: TrainTask, device: torch.device) -> None:
         self.task, self.config, self.device = task, task.config, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what is agreed among ranks travels through it
         execution = self.config.execution
         torch.set_num_threads(execution.num_threads)
         self.token_map = TokenMap.open(task.context.store, task.token_map)
         self.captions = CaptionFeatures.open(task.context.store, task.captions) if task.captions is not None else None
-        self.checkpoints = CheckpointWriter(
-            task.context,
-            rank=self.rank,
-            world_size=self.world_size,
-            attempt=str(_agreed(uuid4().hex[:12])),
-            keep_last=execution.keep_last,
-            keep_every=execution.keep_every,
-        )
         self.signal = StopSignal(task.reporter)
         self.update_ema = get_ema_multi_avg_fn(self.config.ema_decay)
         self.background = ThreadPoolExecutor(1, thread_name_prefix="tracking")  # no server of metrics holds up a step
@@ -145,7 +143,7 @@ class Trainer:
                 self.preview()
             if raised == STOP and self.step < last:
                 self.checkpoints.wait()
-                return self._result(()) if self.rank == 0 else None
+                return self.result(()) if self.rank == 0 else None
         self.checkpoints.wait()
         return self.store_result()
 
@@ -155,6 +153,14 @@ class Trainer:
         """Make model, EMA and engine, from a checkpoint where there is one."""
         config, architecture = self.config, self.task.architecture
         assert config.seed is not None
+        self.checkpoints = CheckpointWriter(
+            self.task.context,
+            rank=self.rank,
+            world_size=self.world_size,
+            attempt=str(_agreed(uuid4().hex[:12])),  # a new one also after a rollback, which may reach a step again
+            keep_last=config.execution.keep_last,
+            keep_every=config.execution.keep_every,
+        )
         self.step, self.skipped_draws, self.num_restarts = 0, 0, 0
         self.history: list[dict[str, float]] = []
         self.milestones: list[FileRecord] = []
@@ -204,10 +210,11 @@ class Trainer:
             context.write(WEIGHTS, lambda path: save_weights(path, self.ema)),
             context.write(RAW_WEIGHTS, lambda path: save_weights(path, self.engine.model, weights)),
         )
-        return self._result(files)
+        return self.result(files)
 
-    def _result(self, files: tuple[FileRecord, ...]) -> TrainResult:
-        return TrainResult(files, tuple(self.milestones), self.history, self.step, self.skipped_draws, self.num_restarts)
+    def result(self, files: tuple[FileRecord, ...], diverged: DivergedError | None = None) -> TrainResult:
+        milestones = tuple(self.milestones)
+        return TrainResult(files, milestones, self.history, self.step, self.skipped_draws, self.num_restarts, diverged)
 
     def _newest(self) -> Checkpoint | None:
         """What rank 0 found whole, for all ranks."""
@@ -221,7 +228,13 @@ class Trainer:
             self.batches.close()
         first = self.step + self.skipped_draws
         self.batches = Batches(
-            self.config, self.token_map, self.captions, step=first, rank=self.rank, world_size=self.world_size
+            self.config,
+            self.token_map,
+            self.captions,
+            step=first,
+            rank=self.rank,
+            world_size=self.world_size,
+            pin=self.device.type == "cuda",
         )
 
     # A step ----------------------------------------------------------------------------------------------------------------------
@@ -259,9 +272,7 @@ class Trainer:
             measured.append(torch.stack([loss.detach(), token_accuracy(output, codes)]))
         if batch.weight:
             masked = batch.masked
-            macs = training_macs(
-                self.task.architecture, masked.num_masked, masked.previous_num_masked if batch.is_reuse else None
-            )
+            macs = training_macs(self.task.architecture, masked.num_masked, masked.previous_num_masked if batch.is_reuse else None)
             self.record.add(
                 self.step,
                 batch.group,
@@ -381,7 +392,9 @@ class Trainer:
         stated = self.config.execution.peak_tflops
         if stated is not None:
             return stated * 1e12
-        return matmul_peak(self.device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision])
+        return matmul_peak(
+            self.device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
+        )
 
     def _is_due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.config.num_steps

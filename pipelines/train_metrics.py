@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def summarize(values: np.ndarray) -> dict[str, float]:
     loss, ratio, is_reuse = flat[:, _LOSS], flat[:, _MASK_RATIO], flat[:, _IS_REUSE] > 0
     row = {"loss": float(loss.mean()), "token_accuracy": float(flat[:, _ACCURACY].mean())}
     chosen = {"fresh_loss": ~is_reuse, "reuse_loss": is_reuse}
-    for low, high in zip(MASK_RATIO_BOUNDS, MASK_RATIO_BOUNDS[1:], strict=False):
+    for low, high in pairwise(MASK_RATIO_BOUNDS):
         chosen[f"loss_by_mask_ratio/{low:.1f}-{high:.1f}"] = (ratio >= low) & ((ratio < high) | (high == MASK_RATIO_BOUNDS[-1]))
     return row | {name: float(loss[some].mean()) for name, some in chosen.items() if some.any()}
 

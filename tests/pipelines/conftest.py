@@ -22,6 +22,7 @@ import pytest
 from layouts import Layouts, make_layouts
 from PIL import Image
 from s3_server import S3Endpoint, make_bucket, s3_endpoint  # noqa: F401 (fixtures)
+from tiny_training import material  # noqa: F401 (a fixture)
 
 from pipelines.s3 import S3Folder
 
@@ -256,6 +257,29 @@ def kill_enat_when() -> Callable[..., None]:
                 for child in psutil.wait_procs(children, timeout=15)[1]:
                     child.kill()
         assert process.returncode == -signal.SIGKILL
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def end_enat_when() -> Callable[..., tuple[int, str]]:
+    """Start the `enat` command, send it SIGTERM as soon as a condition holds, and wait for its end: exit code and output."""
+
+    def run(condition: Callable[[], bool], *arguments: object) -> tuple[int, str]:
+        command = [str(ENAT), *map(str, arguments)]
+        with subprocess.Popen(
+            command, cwd=REPOSITORY, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            deadline = time.monotonic() + 120
+            try:
+                while not condition():
+                    assert process.poll() is None, f"it ended before it could be sent a signal:\n{process.communicate()[0]}"
+                    assert time.monotonic() < deadline, "the condition never held"
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGTERM)
+                return process.wait(120), process.communicate()[0]
+            finally:
+                process.kill()
 
     return run
 

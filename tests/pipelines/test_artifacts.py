@@ -337,6 +337,44 @@ def test_discarding_work_removes_records_and_state_and_leaves_the_artifact(place
     store.discard_work(STAGE, KEY)  # nothing left to remove is no error
 
 
+def test_a_part_that_is_taken_back_can_be_recorded_anew(store: ArtifactStore) -> None:
+    for part in ("part-0", "part-1"):
+        store.put_part(STAGE, KEY, part, {"rows": 1})
+    for _ in range(2):  # what is not there need not be taken back
+        store.discard_part(STAGE, KEY, "part-0")
+        assert store.read_parts(STAGE, KEY) == {"part-1": {"rows": 1}}
+    store.put_part(STAGE, KEY, "part-0", {"rows": 2})
+    assert store.read_parts(STAGE, KEY) == {"part-0": {"rows": 2}, "part-1": {"rows": 1}}
+
+
+def test_files_that_are_discarded_are_gone_and_no_others(place: Place, put) -> None:
+    discarded = [put(b"1", ".work/step-1/a.bin"), put(b"2", ".work/step-1/b.bin")]
+    other, kept = put(b"other 2", ".work/step-1/b.bin"), put(b"3", ".work/step-2/a.bin")
+    for _ in range(2):  # what is gone need not be discarded
+        place.store.discard_files(STAGE, KEY, discarded)
+        for record in discarded:
+            with pytest.raises(StoreError, match="is gone"):
+                place.store.fetch_file(STAGE, KEY, record)
+    assert place.store.fetch_file(STAGE, KEY, other).read_bytes() == b"other 2"
+    assert place.store.fetch_file(STAGE, KEY, kept).read_bytes() == b"3"
+    place.store.discard_files(STAGE, KEY, [other, kept])
+    assert place.contents() == {}
+    assert put(b"again", ".work/step-1/a.bin").path == ".work/step-1/a.bin"
+
+
+@pytest.mark.parametrize("content", [b"", b'{"rows"', b"\xff\xfe", b"[1]", b"null"])
+def test_a_damaged_record_of_a_part_is_none_and_the_part_can_be_recorded_again(
+    place: Place, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    for part in ("part-0", "part-1"):
+        place.store.put_part(STAGE, KEY, part, {"rows": 1})
+    place.damage(f"{STAGE}/{KEY}/.parts/part-0.json", content)
+    assert place.store.read_parts(STAGE, KEY) == {"part-1": {"rows": 1}}
+    assert "part-0.json is damaged; its part is made again" in caplog.text
+    place.store.put_part(STAGE, KEY, "part-0", {"rows": 2})
+    assert place.store.read_parts(STAGE, KEY)["part-0"] == {"rows": 2}
+
+
 # Crashes -------------------------------------------------------------------------------------------------------------------
 
 _PUT = """

@@ -209,10 +209,9 @@ def killed_twice(
     recorded = [path.stem for path in token_map.glob(".parts/*.json")]
     parts = {name: (token_map / name).stat() for name in recorded}
 
-    snapshot = "train/*/.work/ray-train/checkpoint_manager_snapshot.json"
-    kill_enat_when(lambda: any("step-" in path.read_text() for path in store.glob(snapshot)), *command)
+    kill_enat_when(lambda: any(store.glob("train/*/.parts/checkpoint-*.json")), *command)
     was_untrained = not any(store.glob("train/*/manifest.json"))
-    checkpoints = sorted(path.name for path in store.glob("train/*/.work/ray-train/step-*"))
+    checkpoints = sorted(path.name for path in store.glob("train/*/.work/step-*"))
     process = enat(*command)
     return {
         "store": LocalStore(store),

@@ -100,7 +100,6 @@ def test_many_artifacts_are_listed_in_order_and_unfinished_ones_are_not(store: S
 
 def test_places_are_uris_in_the_bucket(store: S3Store) -> None:
     assert store.uri.endswith("/team/store") and store.place(STAGE, KEY) == f"{store.uri}/{STAGE}/{KEY}"
-    assert store.work_uri(STAGE, KEY) == f"{store.uri}/{STAGE}/{KEY}/.work"
 
 
 def test_a_store_is_opened_by_its_uri_and_travels_to_workers(store: S3Store, record) -> None:

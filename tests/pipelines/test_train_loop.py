@@ -1,317 +1,530 @@
-"""Training on Ray Train and DeepSpeed equals a plain loop, whatever the workers, and survives their loss."""
+"""The training loop: what it trains equals a plain loop, whatever the workers, and survives their loss.
+
+Ranks are plain processes (tiny_training.py); what Ray adds to them is in test_train_stage.py.
+"""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
+import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
-from ray.train.v2.api.exceptions import TrainingFailedError
+import torch.distributed as dist
 from safetensors.torch import load_file
+from tiny_training import (
+    CONFIG,
+    Material,
+    RankLostError,
+    Trained,
+    assert_close,
+    changed,
+    make_material,
+    train,
+    train_plainly,
+)
 
-from enat import ENAT
-from enat.checkpoint import load_enat
-from enat.loss import objective
-from enat.masking import mask_codes
-from enat.model import draw_dropout_mask
-from pipelines import workflow
-from pipelines.artifacts import LocalStore, Manifest
-from pipelines.stages import train
-from pipelines.token_map import TokenMap, TokenMapInfo
+from pipelines.artifacts import FileRecord, LocalStore, StoreError, open_store
+from pipelines.batches import GroupBatch
+from pipelines.checkpoints import find_checkpoints
 from pipelines.tracking import RunHandle
-from pipelines.train_config import ModelConfig, TrainConfig, TrainExecution
-from pipelines.train_loop import initial_model
-from pipelines.workflow import StageError
+from pipelines.train_config import TrainConfig
+from pipelines.train_loop import DivergedError, Trainer, initial_model
+from pipelines.workflow import WorkerContext
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-KEY = "ab" * 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _workers_need_no_test_modules() -> None:
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-
-@pytest.fixture(scope="module")
-def made_map(
-    tiny_nodes: Callable[..., Any], make_session: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[LocalStore, dict[str, Manifest]]:
-    """A store with the tokenizer and the token map of the tiny run, and these two as the inputs of training."""
-    store = LocalStore(tmp_path_factory.mktemp("store"))
-    done = workflow.execute(tiny_nodes(until="token_map"), make_session(store))
-    return store, {item.node.id: item.manifest for item in done}
-
-
-@pytest.fixture(scope="module")
-def config(tiny_nodes: Callable[..., Any]) -> TrainConfig:
-    return tiny_nodes(until="train")[-1].config
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What training left: EMA weights, raw weights, and the history of the run."""
-
-    ema: dict[str, torch.Tensor]
-    raw: dict[str, torch.Tensor]
-    history: list[dict[str, float]]
+Plainly = Callable[[TrainConfig], Trained]
+OPTIONS = {
+    "model": {"qk_norm": True, "dropout": 0.1},
+    "learning_rate_schedule": "cosine",
+    "gradient_clip": 0.2,
+    "z_loss": 1e-2,
+    "weight_decay_on": "matrices",
+    "weight_decay": 0.3,
+}
 
 
 @pytest.fixture
-def fit(made_map, config: TrainConfig, make_context: Callable[..., Any], request: pytest.FixtureRequest) -> Callable[..., Trained]:
-    """Train in a store under a key that the test has for itself."""
-    store, inputs = made_map
-
-    def fit(
-        *, key: str = request.node.name, run: RunHandle | None = None, execution: dict[str, Any] | None = None, **changed: Any
-    ) -> Trained:
-        spread = dataclasses.replace(config.execution, **(execution or {}))
-        replaced = {"run": run} if run else {}
-        context = make_context(store, "train", key, **replaced)
-        result = train.run(dataclasses.replace(config, execution=spread, **changed), inputs, context)
-        files = {record.name: store.fetch_file("train", key, record) for record in (*result.files, *result.records)}
-        return Trained(
-            load_file(files["model.safetensors"]),
-            load_file(files["raw.safetensors"]),
-            json.loads(files["history.json"].read_text()),
-        )
-
-    return fit
+def key(request: pytest.FixtureRequest) -> str:
+    """Of the store, for one test alone."""
+    return request.node.name
 
 
 @pytest.fixture(scope="module")
-def plain(made_map, config: TrainConfig) -> Trained:
-    """The same training as one writes it for one process: no Ray, no DeepSpeed, no shards, every group in turn."""
-    store, inputs = made_map
-    token_map = TokenMap.open(store, inputs["token_map"])
-    model = initial_model(config.model.architecture(token_map.info), config.seed)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=config.betas, weight_decay=config.weight_decay)
-    size = config.batch_size // config.num_groups
-    history = []
-    for step in range(config.num_steps):
-        batch = token_map.batch_rows(config.seed, step, config.batch_size)
-        losses = []
-        for group in range(config.num_groups):
-            rng = np.random.default_rng([config.seed, step, group])
-            own = slice(group * size, (group + 1) * size)
-            codes, labels = map(torch.from_numpy, token_map.take(batch.rows[own], batch.flipped[own] & config.flip))
-            labels[torch.from_numpy(rng.random(size) < config.label_dropout)] = model.config.null_label
-            masked = mask_codes(codes, model.config.mask_id, config.masking, rng)
-            dropout = torch.Generator().manual_seed(int(rng.integers(2**63)))
-            kept = draw_dropout_mask(model.config, size, dropout, torch.device("cpu"))
-            loss, _ = objective(model, ema, codes, labels, masked, dropout_mask=kept, label_smoothing=config.label_smoothing)
-            (loss / config.num_groups).backward()
-            losses.append(loss.item())
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / config.warm_up_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for averaged, parameter in zip(ema.parameters(), model.parameters(), strict=True):
-                averaged.mul_(config.ema_decay).add_(parameter, alpha=1 - config.ema_decay)
-        history.append({"step": step + 1, "loss": float(np.mean(losses))})
-    return Trained(ema.state_dict(), model.state_dict(), history)
+def plainly(material: Material) -> Plainly:
+    """The plain loop's training under a config, computed once."""
+    return cache(lambda config: train_plainly(material, config))
 
 
-def _assert_close(trained: Trained, plain: Trained) -> None:
-    assert [row["step"] for row in trained.history] == [row["step"] for row in plain.history]
-    np.testing.assert_allclose([row["loss"] for row in trained.history], [row["loss"] for row in plain.history], rtol=1e-5)
-    for mine, theirs in ((trained.raw, plain.raw), (trained.ema, plain.ema)):
-        assert mine.keys() == theirs.keys()
-        for name, value in theirs.items():
-            torch.testing.assert_close(mine[name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+@pytest.fixture(scope="module")
+def plain(plainly: Plainly) -> Trained:
+    return plainly(CONFIG)
+
+
+def _context(material: Material, key: str) -> WorkerContext:
+    return WorkerContext(stage="train", key=key, store=material.store, run=RunHandle("", None))
+
+
+def _checkpoint_steps(material: Material, key: str) -> list[int]:
+    return [checkpoint.step for checkpoint in find_checkpoints(_context(material, key)) if checkpoint.is_whole]
+
+
+def _weights(material: Material, key: str, record: FileRecord) -> dict[str, torch.Tensor]:
+    return load_file(material.store.fetch_file("train", key, record))
+
+
+def _assert_same_bits(mine: Trained, other: Trained) -> None:
+    for ours, theirs in ((mine.raw, other.raw), (mine.ema, other.ema)):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert mine.column("step") == other.column("step") and mine.column("loss") == other.column("loss")
+
+
+# What is trained -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_train_what_a_plain_loop_trains(fit, plain: Trained, num_workers: int, zero_stage: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_workers_train_what_a_plain_loop_trains(
+    material: Material, plain: Trained, key: str, world_size: int, zero_stage: int
+) -> None:
     """On gloo: losses to a relative 1e-5, raw and EMA weights to 1e-5, whatever is shared out."""
-    trained = fit(execution={"num_workers": num_workers, "zero_stage": zero_stage})
-    _assert_close(trained, plain)
+    trained = train(material, changed(execution={"zero_stage": zero_stage}), key, world_size=world_size)
+    assert_close(trained, plain)
+    np.testing.assert_allclose(trained.column("gradient_norm"), plain.column("gradient_norm"), rtol=1e-4)
+    np.testing.assert_allclose(trained.column("token_accuracy"), plain.column("token_accuracy"), atol=1e-6)
 
 
-def test_the_comparison_could_fail(plain: Trained, made_map, config: TrainConfig) -> None:
+def test_the_comparison_could_fail(material: Material, plain: Trained) -> None:
     """Twelve steps move the weights by far more than the tolerance, and the EMA stays apart from them."""
-    initial = initial_model(config.model.architecture(TokenMapInfo(**made_map[1]["token_map"].summary["info"])), config.seed)
-    assert (plain.raw["token_embedding.weight"] - initial.token_embedding.weight).abs().max() > 1e-3
-    assert (plain.raw["token_embedding.weight"] - plain.ema["token_embedding.weight"]).abs().max() > 1e-3
+    name = "token_embedding.weight"
+    initial = initial_model(material.architecture(CONFIG), 0).state_dict()
+    assert (plain.raw[name] - initial[name]).abs().max() > 1e-3 and (plain.raw[name] - plain.ema[name]).abs().max() > 1e-3
     assert plain.history[0]["loss"] - plain.history[-1]["loss"] > 0.01
 
 
-# Losses --------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+def test_all_options_at_once_train_what_a_plain_loop_trains(
+    material: Material, key: str, world_size: int, zero_stage: int, plainly: Plainly
+) -> None:
+    """Microbatches and activation checkpointing are ways to compute the same; the others are in the plain loop, too."""
+    execution = {"zero_stage": zero_stage, "microbatches": 2, "activation_checkpointing": True}
+    config = changed(execution=execution, **OPTIONS)
+    other = plainly(config)
+    assert min(other.column("gradient_norm")) > 0.2, "every step is clipped"
+    trained = train(material, config, key, world_size=world_size)
+    assert_close(trained, other, atol=3e-5)
+    np.testing.assert_allclose(trained.column("gradient_norm"), other.column("gradient_norm"), rtol=1e-4)
 
 
-@dataclasses.dataclass
-class Deadly(RunHandle):
-    """Tracking of a run whose rank 0 is killed by SIGKILL once, when it logs a step. It notes every step that is logged.
+def test_a_text_model_trains_what_a_plain_loop_trains(material: Material, key: str, plainly: Plainly) -> None:
+    config = changed(model={"text": True}, label_dropout=0.5, execution={"zero_stage": 3})
+    assert_close(train(material, config, key, world_size=2), plainly(config))
 
-    snapshot: Ray Train's record of checkpoints, which must name `checkpoint` before: what is tested is the going on from it.
-    """
+
+def test_groups_that_ranks_cannot_share_equally_train_the_same(material: Material, plain: Trained, key: str) -> None:
+    """Four groups, three ranks: two of them take part in a second pass without weight."""
+    assert_close(train(material, CONFIG, key, world_size=3), plain)
+
+
+class EmaWatcher(Trainer):
+    """Keeps an EMA of its own of the weights after every step, and compares at the end."""
+
+    def start(self, checkpoint: Any) -> None:
+        super().start(checkpoint)
+        self.own_ema = {name: value.clone() for name, value in self.ema.named_parameters()}
+
+    def train_step(self) -> None:
+        super().train_step()
+        weights = self.engine.weights()
+        for name, value in self.own_ema.items() if self.rank == 0 else ():
+            value.mul_(self.config.ema_decay).add_(weights[name], alpha=1 - self.config.ema_decay)
+
+    def store_result(self) -> Any:
+        assert {parameter.dtype for parameter in (*self.engine.model.parameters(), *self.ema.parameters())} == {torch.float32}
+        for name, value in self.ema.named_parameters() if self.rank == 0 else ():
+            torch.testing.assert_close(value, self.own_ema[name], rtol=0, atol=1e-6)
+        return super().store_result()
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage"), [("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1), ("fp16", 2), ("fp16", 3)]
+)
+def test_in_half_precision_weights_stay_float32_and_the_ema_is_theirs(
+    material: Material, key: str, precision: str, zero_stage: int, plainly: Plainly
+) -> None:
+    """Losses follow the plain loop under torch's autocast as closely as rounding lets them."""
+    config = changed(precision=precision, num_steps=6, execution={"zero_stage": zero_stage})
+    trained = train(material, config, key, world_size=2, trainer_class=EmaWatcher)
+    other = plainly(config)
+    np.testing.assert_allclose(trained.column("loss"), other.column("loss"), rtol=1e-3)
+    np.testing.assert_allclose(trained.column("gradient_norm"), other.column("gradient_norm"), rtol=0.02)
+    exact = plainly(replace(config, precision="fp32"))
+    assert trained.column("loss") != pytest.approx(exact.column("loss"), rel=1e-6), "computed in half precision"
+    assert ("loss_scale" in trained.history[0]) is (precision == "fp16")
+
+
+# Going on ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_that_was_stopped_and_resumed_is_one_that_was_not_bit_for_bit(material: Material, key: str, world_size: int) -> None:
+    """What one rank is asked reaches all in the next step; the step they stop at is no multiple of anything."""
+    whole = train(material, CONFIG, f"{key}-whole", world_size=world_size)
+    stopped = train(material, CONFIG, key, world_size=world_size, stop_at=6)
+    assert stopped.result is not None and stopped.result.files == () and stopped.result.step == 7
+    assert stopped.column("step") == list(range(1, 8)) and _checkpoint_steps(material, key)[-1] == 7
+    resumed = train(material, CONFIG, key, world_size=world_size)
+    _assert_same_bits(resumed, whole)
+    assert resumed.result is not None and resumed.result.num_restarts == 1
+    assert resumed.messages == ()
+
+
+class Recorder(Trainer):
+    """Notes which groups its rank learned from."""
+
+    def _learn(self, batch: GroupBatch, *rest: Any) -> None:
+        if batch.weight:
+            with (Path(os.environ["NOTES"]) / f"{self.rank}").open("a") as notes:
+                notes.write(f"{self.step} {batch.step} {batch.group} {batch.codes.tolist()}\n")
+        super()._learn(batch, *rest)
+
+
+def test_from_two_workers_to_one_and_back_nothing_changes(
+    material: Material, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 50 steps: the same groups, each once, and losses to a relative 1e-5 in every step."""
+    config = changed(num_steps=50, execution={"zero_stage": 2})
+    noted = {}
+    for name, spread in (("whole", [(1, None)]), ("moved", [(2, 16), (1, 16), (2, None)])):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv("NOTES", str(tmp_path / name))
+        for world_size, stop_at in spread:
+            trained = train(material, config, f"{key}-{name}", world_size=world_size, trainer_class=Recorder, stop_at=stop_at)
+        lines = [line for path in (tmp_path / name).iterdir() for line in path.read_text().splitlines()]
+        noted[name] = sorted(lines), trained
+    (groups, moved), (expected, whole) = noted["moved"], noted["whole"]
+    assert groups == expected and len(groups) == 50 * config.num_groups
+    np.testing.assert_allclose(moved.column("loss"), whole.column("loss"), rtol=1e-5)
+    assert moved.column("step") == list(range(1, 51))
+    assert set(moved.column("num_workers")) == {1, 2}
+
+
+class Killed(Trainer):
+    """Its last rank is lost once, after step 6, when the checkpoint of step 4 is whole."""
+
+    def train_step(self) -> None:
+        super().train_step()
+        mark = Path(os.environ["NOTES"]) / "killed"
+        if self.step == 6 and self.rank == self.world_size - 1 and not mark.exists():
+            deadline = time.monotonic() + 30
+            while not any(checkpoint.is_whole for checkpoint in find_checkpoints(self.task.context)):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def place(
+    request: pytest.FixtureRequest, material: Material, vqgan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Material:
+    monkeypatch.setenv("NOTES", str(tmp_path))
+    if request.param == "folder":
+        return material
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    folder = request.getfixturevalue("make_bucket")("store")
+    return make_material(open_store(folder.uri, folder.config), vqgan, tmp_path)
+
+
+@pytest.mark.parametrize(("place", "zero_stage"), [("folder", 1), ("bucket", 3)], indirect=["place"])
+def test_a_run_whose_worker_was_killed_goes_on_from_the_last_checkpoint(
+    place: Material, plain: Trained, key: str, zero_stage: int
+) -> None:
+    config = changed(execution={"zero_stage": zero_stage})
+    with pytest.raises((RankLostError, RuntimeError)):
+        train(place, config, key, world_size=2, trainer_class=Killed)
+    assert _checkpoint_steps(place, key) == [4]
+    resumed = train(place, config, key, world_size=2, trainer_class=Killed)
+    assert_close(resumed, plain)
+    assert resumed.result is not None and resumed.result.num_restarts == 1 and _checkpoint_steps(place, key) == [4, 8]
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(material: Material, plain: Trained, key: str) -> None:
+    train(material, CONFIG, key, world_size=2, stop_at=8)
+    assert _checkpoint_steps(material, key) == [8, 9]
+    newest = find_checkpoints(_context(material, key))[-1]
+    assert isinstance(material.store, LocalStore)
+    path = material.store.root / "train" / key / newest.tensors[1].path
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    resumed = train(material, CONFIG, key, world_size=2)
+    (message,) = resumed.messages
+    assert (
+        message.startswith("the checkpoint of step 9 is damaged, the one before it is taken") and newest.tensors[1].path in message
+    )
+    assert_close(resumed, plain)
+
+
+def test_a_node_that_is_about_to_go_has_a_checkpoint_saved_once(material: Material, plain: Trained, key: str) -> None:
+    """Ray's watcher tells from step 5 on, over and over; training goes on until Ray ends it."""
+    trained = train(material, changed(execution={"keep_last": 9}), key, world_size=2, preempt_at=5)
+    assert _checkpoint_steps(material, key) == [4, 6, 8]
+    assert_close(trained, plain)
+
+
+class PreemptedRank(Trainer):
+    """Only the node of the last rank is about to go."""
+
+    def __init__(self, task: Any, device: torch.device) -> None:
+        if dist.get_rank() == 0:
+            task.reporter.preempt_at = None
+        super().__init__(task, device)
+
+
+def test_what_one_rank_is_told_makes_all_ranks_save(material: Material, key: str) -> None:
+    train(material, changed(execution={"keep_last": 9}), key, world_size=2, preempt_at=5, trainer_class=PreemptedRank)
+    assert _checkpoint_steps(material, key) == [4, 6, 8]
+
+
+def test_a_stop_in_the_last_step_ends_as_a_run_that_is_done(material: Material, plain: Trained, key: str) -> None:
+    assert_close(train(material, CONFIG, key, stop_at=12), plain)
+
+
+class FullStore(LocalStore):
+    """A store that takes no checkpoint any more."""
+
+    def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
+        if name.startswith(".work/"):
+            raise StoreError("no space left")
+        return super().put_file(stage, key, name, source)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_training(material: Material, key: str) -> None:
+    assert isinstance(material.store, LocalStore)
+    with pytest.raises(StoreError, match="no space left"):
+        train(replace(material, store=FullStore(material.store.root)), CONFIG, key)
+
+
+# Divergence ----------------------------------------------------------------------------------------------------------------
+
+
+class Poisoned(Trainer):
+    """The loss of draw 6 is not a number, or that of draw 9 three times what it is, on the last rank's groups."""
+
+    poison: tuple[int, float] = (6, math.nan)
+
+    def _learn(self, batch: GroupBatch, scale: float, learning_rate: float) -> None:
+        super()._learn(batch, scale, learning_rate)
+        if batch.step == self.poison[0] and batch.weight:
+            self.record.measured[-1] = self.record.measured[-1] * torch.tensor([self.poison[1], 1.0])
+
+
+class Spiked(Poisoned):
+    poison = (9, 4.0)
+
+
+def test_a_run_that_diverges_says_where_and_saves_nothing_poisoned(material: Material, key: str) -> None:
+    config = changed(execution={"checkpoint_every": 1, "keep_last": 9})
+    sentence = (
+        r"training diverged by step 7: the loss of step 7 is not finite \(batch 6, rows of the token map in "
+        r"group 0: \d+, \d+, \d+, \d+; group 1: [\d, ]+\); .*Lower train\.learning_rate.*on_divergence=rollback"
+    )
+    with pytest.raises(DivergedError, match=sentence) as raised:
+        train(material, config, key, world_size=2, trainer_class=Poisoned)
+    rows = material.token_map.batch_rows(0, 6, 16).rows
+    assert f"group 0: {', '.join(map(str, rows[:4]))}; group 1: {', '.join(map(str, rows[4:8]))})" in str(raised.value)
+    assert _checkpoint_steps(material, key) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material: Material, key: str, zero_stage: int) -> None:
+    execution = {"checkpoint_every": 1, "zero_stage": zero_stage, "log_every": 12}
+    with pytest.raises(DivergedError, match=r"training diverged by step \d+"):
+        train(material, changed(learning_rate=1e30, warm_up_steps=0, execution=execution), key, world_size=2)
+    for checkpoint in find_checkpoints(_context(material, key)):
+        for record in checkpoint.tensors:
+            saved = _weights(material, key, record)
+            assert all(torch.isfinite(value).all() for name, value in saved.items() if name.startswith(("weight/", "ema/")))
+
+
+@pytest.mark.parametrize("trainer_class", [Poisoned, Spiked])
+def test_after_a_rollback_training_goes_past_the_batches_that_did_it(
+    material: Material, key: str, trainer_class: type[Poisoned]
+) -> None:
+    draw, last_checkpoint = trainer_class.poison[0], trainer_class.poison[0] // 4 * 4
+    config = changed(execution={"on_divergence": "rollback"})
+    trained = train(material, config, key, world_size=2, trainer_class=trainer_class)
+    assert trained.result is not None and trained.result.skipped_draws == draw + 1 - last_checkpoint
+    assert trained.column("step") == list(range(1, 13)) and np.isfinite(trained.column("loss")).all()
+    (message,) = trained.messages
+    assert f"(batch {draw}, rows" in message and message.endswith(f"going on from step {last_checkpoint} with the draws after it")
+    assert all(torch.isfinite(value).all() for weights in (trained.raw, trained.ema) for value in weights.values())
+
+
+def test_a_rollback_before_the_first_checkpoint_begins_anew(material: Material, key: str) -> None:
+    trained = train(material, changed(execution={"on_divergence": "rollback", "checkpoint_every": 8}), key, trainer_class=Poisoned)
+    assert trained.result is not None and trained.result.skipped_draws == 7 and trained.column("step") == list(range(1, 13))
+
+
+class AlwaysPoisoned(Trainer):
+    """Diverges in step 7 whatever is drawn."""
+
+    def train_step(self) -> None:
+        super().train_step()
+        if self.step == 7:
+            self.record.measured[-1] = self.record.measured[-1] * math.nan
+
+
+def test_a_run_that_diverges_again_and_again_fails(material: Material, key: str) -> None:
+    config = changed(execution={"on_divergence": "rollback", "max_rollbacks": 2})
+    with pytest.raises(DivergedError, match="training diverged by step 7") as raised:
+        train(material, config, key, trainer_class=AlwaysPoisoned)
+    assert raised.value.draws == 6 + 3 + 3
+
+
+def test_draws_that_were_skipped_stay_skipped_after_a_restart(material: Material, key: str) -> None:
+    config = changed(execution={"on_divergence": "rollback"})
+    whole = train(material, config, f"{key}-whole", trainer_class=Poisoned)
+    train(material, config, key, trainer_class=Poisoned, stop_at=11)  # three of them before the rollback
+    resumed = train(material, config, key, trainer_class=Poisoned)
+    assert resumed.result is not None and resumed.result.skipped_draws == 3
+    _assert_same_bits(resumed, whole)
+
+
+# What is kept and seen -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_milestones_are_the_ema_at_their_steps(material: Material, key: str, zero_stage: int, plainly: Plainly) -> None:
+    config = changed(execution={"keep_every": 4, "keep_last": 1, "zero_stage": zero_stage})
+    trained = train(material, config, key, world_size=2)
+    assert trained.result is not None
+    assert [record.name for record in trained.result.milestones] == [f"model-step-{step:08d}.safetensors" for step in (4, 8)]
+    for record, step in zip(trained.result.milestones, (4, 8), strict=True):
+        expected = plainly(changed(num_steps=step)).ema
+        for name, value in _weights(material, key, record).items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
+    assert _checkpoint_steps(material, key) == [4, 8]
+
+
+def test_milestones_survive_a_restart(material: Material, key: str) -> None:
+    config = changed(execution={"keep_every": 4, "keep_last": 1})
+    train(material, config, key, stop_at=5)
+    resumed = train(material, config, key)
+    assert resumed.result is not None and [record.name[-13:-12] for record in resumed.result.milestones] == ["4", "8"]
+    for record in resumed.result.milestones:
+        assert _weights(material, key, record)
+
+
+@dataclass
+class Notebook(RunHandle):
+    """Tracking that notes in a file which process logged what. hang: seconds that its server takes for every call."""
 
     uri: str = ""
     run_id: str | None = None
-    notes: Path = Path()
-    snapshot: Path = Path()
-    checkpoint: str = "step-00000004"
-    kill_at: int = 6
+    notes: str = ""
+    hang: float = 0.0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        lines = self.notes.read_text().split() if self.notes.exists() else []
-        self.notes.write_text(" ".join([*lines, str(step)]))
-        if step == self.kill_at and str(step) not in lines:
-            deadline = time.monotonic() + 30
-            while time.monotonic() < deadline and not (self.snapshot.exists() and self.checkpoint in self.snapshot.read_text()):
-                time.sleep(0.02)
-            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.hang)
+        with Path(self.notes).open("a") as notes:
+            notes.write(json.dumps([os.getpid(), time.monotonic(), step, dict(metrics)]) + "\n")
 
-    def steps(self) -> list[int]:
-        return [int(step) for step in self.notes.read_text().split()]
+    def log_bytes(self, content: bytes, name: str) -> None:
+        with Path(self.notes).open("a") as notes:
+            notes.write(json.dumps([os.getpid(), time.monotonic(), name, len(content)]) + "\n")
 
-
-@pytest.fixture
-def deadly(made_map, tmp_path: Path) -> Deadly:
-    snapshot = Path(made_map[0].work_uri("train", KEY)) / "ray-train" / "checkpoint_manager_snapshot.json"
-    return Deadly(notes=tmp_path / "notes", snapshot=snapshot)
+    def read(self) -> list[list[Any]]:
+        return [json.loads(line) for line in Path(self.notes).read_text().splitlines()]
 
 
-@pytest.fixture
-def fresh_key(made_map):
-    """Tests of resuming share a key, and each begins without what the one before left under it."""
-    made_map[0].discard_work("train", KEY)
-    yield
-    made_map[0].discard_work("train", KEY)
+@dataclass(frozen=True)
+class Watched:
+    """A run of two ranks that was tracked, and what tracking got."""
+
+    trained: Trained
+    noted: list[list[Any]]
 
 
-@pytest.mark.usefixtures("fresh_key")
-def test_a_worker_that_is_killed_is_replaced_and_training_goes_on_from_the_checkpoint(fit, plain: Trained, deadly: Deadly) -> None:
-    trained = fit(key=KEY, run=deadly, execution={"num_workers": 2, "max_failures": 1})
-    assert deadly.steps() == [*range(1, 7), *range(5, 13)]
-    _assert_close(trained, plain)
+@pytest.fixture(scope="module")
+def watched(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    run = Notebook(notes=str(tmp_path_factory.mktemp("notes") / "lines"))
+    config = changed(num_steps=20, execution={"sample_every": 8, "peak_tflops": None, "checkpoint_every": 6})
+    return Watched(train(material, config, "watched", world_size=2, run=run), run.read())
 
 
-@pytest.mark.faults
-@pytest.mark.usefixtures("fresh_key")
-def test_a_run_that_failed_goes_on_with_other_workers_also_where_ray_s_record_is_torn(fit, plain: Trained, deadly: Deadly) -> None:
-    """Two workers leave a checkpoint, one goes on from it. Ray Train's record of checkpoints is left torn by a driver that is
-    killed while it writes it."""
-    with pytest.raises(TrainingFailedError):
-        fit(key=KEY, run=deadly, execution={"num_workers": 2, "max_failures": 0})
-    deadly.snapshot.write_bytes(deadly.snapshot.read_bytes()[:-7])
-    trained = fit(key=KEY, run=deadly, execution={"num_workers": 1})
-    assert deadly.steps() == [*range(1, 7), *range(5, 13)]
-    _assert_close(trained, plain)
+def test_figures_are_there_and_plausible(watched: Watched, material: Material) -> None:
+    history = watched.trained.history
+    assert [row["step"] for row in history] == list(range(1, 21))
+    buckets = {f"loss_by_mask_ratio/{bounds}" for bounds in ("0.0-0.6", "0.6-0.7", "0.7-0.8", "0.8-0.9", "0.9-1.0")}
+    seen = {name for row in history for name in row}
+    assert {"fresh_loss", "reuse_loss"} <= seen and len(buckets & seen) >= 3 and not (seen - buckets) & {"loss_scale"}
+    for row in history:
+        losses = [row[name] for name in row if name in buckets | {"fresh_loss", "reuse_loss"}]
+        assert min(losses) <= row["loss"] <= max(losses) and 2 < row["loss"] < 5
+        assert 0 <= row["token_accuracy"] <= 1 and 0.01 < row["gradient_norm"] < 100
+        assert row["learning_rate"] == pytest.approx(1e-3 * min(1, row["step"] / 4))
+        assert row["images_per_second"] * row["step_seconds"] == pytest.approx(16) and 0.1 < row["images_per_second"] < 1e5
+        assert 0 < row["model_flops_utilization"] < 1 and row["model_tflops_per_second"] > 0
+        assert 0 <= row["data_wait_share"] <= 1 and 0 <= row["checkpoint_wait_share"] <= 1
+        assert 0.05 < row["memory_gb"] < 20 and 0 < row["ema_distance"] < 1 and row["num_workers"] == 2
 
 
-def test_a_run_that_diverges_fails_with_advice_and_saves_nothing_poisoned(
-    made_map, tiny_nodes: Callable[..., Any], make_session: Callable[..., Any]
-) -> None:
-    store, _ = made_map
-    nodes = tiny_nodes("train.learning_rate=1e6", "train.warm_up_steps=0", "train.execution.checkpoint_every=1", until="train")
-    with pytest.raises(StageError, match=r"stage train failed: .*training diverged by step \d+ .*Lower train\.learning_rate"):
-        workflow.execute(nodes, make_session(store))
-    planned = workflow.plan(nodes, store)[-1]
-    assert planned.key is not None and not planned.is_reused
-    folder = Path(store.place("train", planned.key))
-    assert not list(folder.glob("*.safetensors"))
-    weights = list(folder.glob(".work/ray-train/step-*/*.safetensors"))
-    assert all(torch.isfinite(tensor).all() for path in weights for tensor in load_file(path).values())
+def test_the_share_of_reusing_groups_is_in_the_means(watched: Watched, material: Material, plainly: Plainly) -> None:
+    """fresh_loss and reuse_loss average to the loss, weighted by their numbers of groups."""
+    plain = plainly(changed(num_steps=20))
+    for row, expected in zip(watched.trained.history, plain.history, strict=True):
+        share = expected["num_reuse"] / 4
+        assert ("reuse_loss" in row, "fresh_loss" in row) == (share > 0, share < 1)
+        assert row["loss"] == pytest.approx(share * row.get("reuse_loss", 0) + (1 - share) * row.get("fresh_loss", 0))
 
 
-# Without training ----------------------------------------------------------------------------------------------------------
+def test_one_rank_alone_tracks_every_row_and_every_preview(watched: Watched) -> None:
+    assert len({process for process, *_ in watched.noted}) == 1
+    rows = {step: metrics for _, _, step, metrics in watched.noted if isinstance(step, int)}
+    assert list(rows) == list(range(1, 21))
+    assert all(rows[row["step"]]["loss"] == row["loss"] for row in watched.trained.history)
+    assert [name for _, _, name, _ in watched.noted if isinstance(name, str)] == [
+        f"samples/step-{step:08d}.png" for step in (8, 16, 20)
+    ]
 
 
-def test_no_steps_give_the_initial_weights_of_the_seed(fit, config: TrainConfig, made_map) -> None:
-    untrained = fit(num_steps=0)
-    initial = initial_model(config.model.architecture(TokenMapInfo(**made_map[1]["token_map"].summary["info"])), config.seed)
-    for weights in (untrained.raw, untrained.ema):
-        assert weights.keys() == initial.state_dict().keys()
-        assert all(torch.equal(weights[name], value) for name, value in initial.state_dict().items())
-    assert untrained.history == []
+def test_an_interval_of_several_steps_is_their_mean(material: Material, plain: Trained, key: str) -> None:
+    trained = train(material, changed(execution={"log_every": 5, "checkpoint_every": 6}), key, world_size=2)
+    assert trained.column("step") == [5, 6, 10, 12], "a checkpoint's figures are complete"
+    losses = plain.column("loss")
+    for row, (first, last) in zip(trained.history, [(0, 5), (5, 6), (6, 10), (10, 12)], strict=True):
+        assert row["loss"] == pytest.approx(np.mean(losses[first:last]), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "sentence"),
-    [
-        ("grid_size", 16, r"train\.model\.grid_size is 16, but the token map of photographs \(16 px\) has 4"),
-        ("codebook_size", 1024, r"train\.model\.codebook_size is 1024, but the token map of photographs \(16 px\) has 32"),
-        ("num_classes", 1000, r"train\.model\.num_classes is 1000, but the token map of photographs \(16 px\) has 2"),
-        ("num_heads", 3, r"embed_dim 32 is not divisible by num_heads 3"),
-    ],
-)
-def test_a_model_that_does_not_fit_the_token_map_is_refused(
-    fit, config: TrainConfig, field: str, value: int, sentence: str
-) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        fit(model=dataclasses.replace(config.model, **{field: value}))
+def test_a_tracking_server_that_hangs_holds_up_no_step(material: Material, key: str, tmp_path: Path) -> None:
+    """Each call takes as long as many steps. What was not told when training ended is told then."""
+    run = Notebook(notes=str(tmp_path / "lines"), hang=0.5)
+    trained = train(material, CONFIG, key, run=run)
+    assert sum(trained.column("step_seconds")[2:]) < 0.5 * 5
+    assert [step for _, _, step, _ in run.read() if isinstance(step, int)] == list(range(1, 13))
 
 
-def test_a_model_without_preset_must_give_its_sizes(fit) -> None:
-    with pytest.raises(ValueError, match="no preset, so it must give decoder_layers, num_heads"):
-        fit(model=ModelConfig(encoder_layers=1, embed_dim=32))
+# Compiled ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_preset_takes_the_sizes_of_the_token_map_and_every_replaced_field(made_map) -> None:
-    info = TokenMapInfo(**made_map[1]["token_map"].summary["info"])
-    made = ModelConfig(preset="enat-s", encoder_layers=3, reuse=False).architecture(info)
-    assert (made.embed_dim, made.encoder_layers, made.reuse) == (512, 3, False)
-    assert (made.grid_size, made.codebook_size, made.num_classes) == (4, 32, 2)
+@pytest.mark.faults  # a minute of compiling
+def test_a_compiled_model_trains_the_same(material: Material, key: str, plainly: Plainly) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
-
-def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(fit) -> None:
-    with pytest.raises(ValueError, match=r"train\.execution asks for 4 CPUs \(4 workers\), but the cluster has 2"):
-        fit(execution={"num_workers": 4})
-
-
-def test_a_token_map_of_another_tokenizer_is_refused(made_map, config: TrainConfig, make_context: Callable[..., Any]) -> None:
-    store, inputs = made_map
-    other = dataclasses.replace(inputs["tokenizer"], key="cd" * 32)
-    with pytest.raises(
-        ValueError, match=r"the token map of photographs \(16 px\) has tokenizer \w{12}, but the model expects tokenizer \w{12}"
-    ):
-        train.run(config, {**inputs, "tokenizer": other}, make_context(store, "train"))
-
-
-@pytest.mark.parametrize(
-    ("changed", "sentence"),
-    [
-        ({"num_groups": 5}, r"train\.batch_size 16 cannot be cut into 5 equal groups"),
-        ({"num_groups": 1, "execution": TrainExecution(num_workers=2)}, r"train\.num_groups 1 cannot be shared by 2 workers"),
-        ({"num_steps": -1}, r"train\.num_steps"),
-        ({"label_dropout": 1.0}, r"train\.label_dropout is 1\.0; it must be in \[0, 1\)"),
-        ({"ema_decay": -0.1}, r"train\.ema_decay is -0\.1"),
-    ],
-)
-def test_a_recipe_that_cannot_be_is_refused(config: TrainConfig, changed: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        dataclasses.replace(config, **changed)
-
-
-@pytest.mark.parametrize("field", ["checkpoint_every", "log_every", "sample_every"])
-def test_an_interval_of_no_steps_is_refused(field: str) -> None:
-    with pytest.raises(ValueError, match=rf"train\.execution\.{field} is 0; it must be at least 1"):
-        TrainExecution(**{field: 0})
-
-
-def test_the_learning_rate_rises_in_a_line_and_stays() -> None:
-    config = TrainConfig(learning_rate=1.0, warm_up_steps=4)
-    assert [config.learning_rate_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert dataclasses.replace(config, warm_up_steps=0).learning_rate_at(0) == 1.0
-
-
-def test_trained_weights_open_as_a_model(made_map, fit, config: TrainConfig) -> None:
-    fit(num_steps=0, key="opened")
-    model = load_enat(made_map[0].root / "train" / "opened" / "model.safetensors")
-    assert isinstance(model, ENAT) and model.config.embed_dim == config.model.embed_dim
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("no C++ compiler")
+    config = changed(num_steps=4, execution={"compile": True, "zero_stage": 1})
+    assert_close(train(material, config, key), plainly(config), rtol=1e-4, atol=1e-4)

@@ -13,8 +13,9 @@ import os
 import pickle
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -41,7 +42,7 @@ from pipelines.train_loop import Trainer, TrainResult, TrainTask, initial_model
 from pipelines.workflow import WorkerContext
 
 _FORKS = multiprocessing.get_context("forkserver")
-_PRELOADED = ["tiny_training", "deepspeed", "ray.train.torch", "ray.train.v2._internal.execution.context"]
+_PRELOADED = ["tiny_training", "deepspeed", "torch._dynamo", "torch._inductor.lowering", "ray.train.torch"]
 
 
 # Ranks ---------------------------------------------------------------------------------------------------------------------
@@ -65,7 +66,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
             sending.close()
             ranks.append((process, receiving))
         try:
-            return _answers(ranks, timeout)
+            answers = _answers(ranks, timeout)
+            for process, _ in ranks:
+                process.join(10)
+            return answers
         finally:
             for process, _ in ranks:
                 process.kill()
@@ -96,6 +100,7 @@ def _run_rank(sending: Any, rank: int, work: bytes) -> None:
     environment, rendezvous, world_size, function, arguments = pickle.loads(work)
     os.environ.update(environment, LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))  # as Ray Train sets them
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls functions that torch has renamed
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     try:
         answer = function(*arguments), None, ""
@@ -103,7 +108,8 @@ def _run_rank(sending: Any, rank: int, work: bytes) -> None:
         answer = None, error, traceback.format_exc()
     sending.send_bytes(pickle.dumps(answer))
     if answer[1] is None:
-        dist.barrier()  # a rank that left early would fail the others
+        with suppress(RuntimeError):  # another rank failed meanwhile
+            dist.barrier()  # a rank that left early would fail the others
     os._exit(0)
 
 
@@ -176,9 +182,7 @@ def make_material(store: ArtifactStore, vqgan: Any, folder: Path) -> Material:
         fields = {"stage_version": 1, "config": {}, "inputs": {}, "summary": summary}
         return store.commit(Manifest(stage=stage, key=stage * 4, files=tuple(files), **fields))
 
-    tokenizer = commit(
-        "tokenizer", {"config": vars(vqgan.config)}, **{"vqgan.safetensors": lambda path: save_weights(path, vqgan)}
-    )
+    tokenizer = commit("tokenizer", {"config": vars(vqgan.config)}, **{"vqgan.safetensors": lambda path: save_weights(path, vqgan)})
     info = TokenMapInfo(
         dataset="drawn",
         resolution=16,
@@ -304,6 +308,15 @@ def train(
 
 def train_plainly(material: Material, config: TrainConfig) -> Trained:
     """One process, every group in turn, torch's own AdamW, clipping and autocast, an EMA by hand."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more only wait for each other on tensors this small
+    try:
+        return _train_plainly(material, config)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _train_plainly(material: Material, config: TrainConfig) -> Trained:
     token_map, captions = material.token_map, material.captions if config.model.text else None
     model = initial_model(material.architecture(config), config.seed or 0)
     if captions is not None:
