@@ -84,6 +84,11 @@ def open_checkpoint(store: ArtifactStore, context: WorkerContext, checkpoint: Ch
     return OpenedCheckpoint(json.loads(state.read_bytes()), tuple(paths))
 
 
+def is_milestone(step: int, keep_every: int | None) -> bool:
+    """Whether a checkpoint of this step stays until the end."""
+    return keep_every is not None and step % keep_every == 0
+
+
 def newest_checkpoint(context: WorkerContext, tell: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole one whose every byte is right. Tells of those that are not."""
     for checkpoint in reversed([found for found in find_checkpoints(context) if found.is_whole]):
@@ -154,8 +159,8 @@ class CheckpointWriter:
         whole = [checkpoint for checkpoint in found if checkpoint.is_whole]
         kept = whole[-self._keep_last :]
         for checkpoint in found:
-            is_milestone = self._keep_every is not None and checkpoint.step % self._keep_every == 0 and checkpoint.is_whole
-            if checkpoint in kept or is_milestone or not kept or checkpoint.step >= kept[-1].step:
+            is_kept = checkpoint in kept or (checkpoint.is_whole and is_milestone(checkpoint.step, self._keep_every))
+            if is_kept or not kept or checkpoint.step >= kept[-1].step:
                 continue
             for part in checkpoint.parts:
                 self._context.store.discard_part(self._context.stage, self._context.key, part)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -25,10 +26,18 @@ from enat.images import make_grid, png_bytes, to_uint8
 from enat.loss import objective, token_accuracy
 from enat.model import ENAT, ENATConfig, TextCondition
 from enat.sampler import sample
-from pipelines.artifacts import FileRecord, Manifest
+from pipelines.artifacts import FileRecord, Manifest, StoreError
 from pipelines.batches import Batches, GroupBatch, rows_of
 from pipelines.caption_features import EMPTY_INDEX, CaptionFeatures
-from pipelines.checkpoints import Checkpoint, CheckpointWriter, newest_checkpoint, open_checkpoint, own_share
+from pipelines.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    find_checkpoints,
+    is_milestone,
+    newest_checkpoint,
+    open_checkpoint,
+    own_share,
+)
 from pipelines.engine import Engine, prepare_forward
 from pipelines.progress import Reporter
 from pipelines.stop_signal import STOP, StopSignal
@@ -87,6 +96,7 @@ class TrainResult:
     step: int
     skipped_draws: int
     num_restarts: int
+    num_rollbacks: int
     diverged: DivergedError | None = None
 
 
@@ -123,7 +133,6 @@ class Trainer:
         self.background = ThreadPoolExecutor(1, thread_name_prefix="tracking")  # no server of metrics holds up a step
         self.peak = self._peak()
         self.batches: Batches | None = None
-        self.num_rollbacks = 0
 
     def run(self) -> TrainResult | None:
         self.start(self._newest())
@@ -161,9 +170,8 @@ class Trainer:
             keep_last=config.execution.keep_last,
             keep_every=config.execution.keep_every,
         )
-        self.step, self.skipped_draws, self.num_restarts = 0, 0, 0
+        self.step, self.skipped_draws, self.num_restarts, self.num_rollbacks = 0, 0, 0, 0
         self.history: list[dict[str, float]] = []
-        self.milestones: list[FileRecord] = []
         opened = open_checkpoint(self.task.context.store, self.task.context, checkpoint) if checkpoint else None
         model = ENAT(architecture) if opened else initial_model(architecture, config.seed)
         if self.captions is not None:
@@ -183,8 +191,8 @@ class Trainer:
             state = opened.state
             self.engine.load(fragments, state["num_updates"], state["loss_scale"])
             self.step, self.skipped_draws = state["step"], state["skipped_draws"]
-            self.history, self.num_restarts = state["history"], state["num_restarts"] + 1
-            self.milestones = [FileRecord(**record) for record in state["milestones"]]
+            self.history = state["history"]
+            self.num_restarts, self.num_rollbacks = state["num_restarts"] + 1, state["num_rollbacks"]
         self._begin_batches()
         self.record = GroupRecord(config.num_groups)
         self.interval = _Interval(self.step)
@@ -194,10 +202,12 @@ class Trainer:
         execution = self.config.execution
         if execution.on_divergence != "rollback" or self.num_rollbacks >= execution.max_rollbacks:
             raise error
-        self.num_rollbacks += 1
+        num_restarts, num_rollbacks = self.num_restarts, self.num_rollbacks + 1
         self.checkpoints.wait()
         dist.barrier()  # a checkpoint is there once all ranks have written it
+        del self.engine, self.ema  # there may be no room for two
         self.start(self._newest())
+        self.num_restarts, self.num_rollbacks = num_restarts, num_rollbacks
         self.skipped_draws = error.draws + 1 - self.step
         self._begin_batches()
         self._tell(f"{error}; going on from step {self.step} with the draws after it")
@@ -210,11 +220,41 @@ class Trainer:
             context.write(WEIGHTS, lambda path: save_weights(path, self.ema)),
             context.write(RAW_WEIGHTS, lambda path: save_weights(path, self.engine.model, weights)),
         )
-        return self.result(files)
+        return self.result(files, milestones=tuple(self._milestones()))
 
-    def result(self, files: tuple[FileRecord, ...], diverged: DivergedError | None = None) -> TrainResult:
-        milestones = tuple(self.milestones)
-        return TrainResult(files, milestones, self.history, self.step, self.skipped_draws, self.num_restarts, diverged)
+    def result(
+        self,
+        files: tuple[FileRecord, ...],
+        *,
+        milestones: tuple[FileRecord, ...] = (),
+        diverged: DivergedError | None = None,
+    ) -> TrainResult:
+        return TrainResult(
+            files=files,
+            milestones=milestones,
+            history=self.history,
+            step=self.step,
+            skipped_draws=self.skipped_draws,
+            num_restarts=self.num_restarts,
+            num_rollbacks=self.num_rollbacks,
+            diverged=diverged,
+        )
+
+    def _milestones(self) -> Iterator[FileRecord]:
+        """EMA weights from the checkpoints that were kept for good, as files of their own. Rank 0."""
+        context, keep_every = self.task.context, self.config.execution.keep_every
+        kept = {found.step: found for found in find_checkpoints(context) if found.is_whole and is_milestone(found.step, keep_every)}
+        for step, checkpoint in sorted(kept.items()):
+            try:
+                fragments = open_checkpoint(context.store, context, checkpoint).tensors()
+            except StoreError as error:
+                self._tell(f"the weights of step {step} are not kept: {error}")
+                continue
+            model = ENAT(self.task.architecture)
+            model.load_state_dict(self.ema.state_dict())  # for what is no parameter
+            fragments.fill("ema", model)
+            name = f"model-step-{step:08d}.safetensors"
+            yield context.write(name, partial(save_weights, module=model))
 
     def _newest(self) -> Checkpoint | None:
         """What rank 0 found whole, for all ranks."""
@@ -320,17 +360,13 @@ class Trainer:
         """Begin a checkpoint of this step, unless training has diverged."""
         self.log()
         tensors = dict(self.engine.fragments()) | dict(own_share("ema", self.ema, self.rank, self.world_size))
-        keep_every = self.config.execution.keep_every
-        if self.rank == 0 and keep_every is not None and self.step % keep_every == 0:
-            name = f"model-step-{self.step:08d}.safetensors"
-            self.milestones.append(self.task.context.write(name, lambda path: save_weights(path, self.ema)))
         state = {
             "step": self.step,
             "skipped_draws": self.skipped_draws,
             "num_updates": self.engine.num_updates,
             "loss_scale": self.engine.loss_scale,
             "num_restarts": self.num_restarts,
-            "milestones": [vars(record) for record in self.milestones],
+            "num_rollbacks": self.num_rollbacks,
             "history": self.history,
         }
         self.checkpoints.save(self.step, tensors, state)

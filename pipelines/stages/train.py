@@ -55,7 +55,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
     )
     started = time.monotonic()
     if config.num_steps == 0:
-        trained = TrainResult(_untrained(config, architecture, context), (), [], 0, 0, 0)
+        trained = TrainResult(_untrained(config, architecture, context), (), [], 0, 0, 0, 0)
     else:
         context.connect()
         cluster.require(config.execution, "train", config.execution.min_workers)
@@ -67,14 +67,16 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
             context.console.print(f"training stopped at step {trained.step}, which is saved; the same command goes on from there")
             raise KeyboardInterrupt
     record = context.write(HISTORY, lambda path: path.write_text(json.dumps(trained.history)))
-    seconds = (time.monotonic() - started) * config.execution.num_workers
+    num_workers = [row["num_workers"] for row in trained.history] or [config.execution.num_workers]  # elastic runs change it
+    seconds = (time.monotonic() - started) * sum(num_workers) / len(num_workers)
     last = trained.history[-1] if trained.history else {}
     names = sorted(last, key=lambda name: name not in _SHOWN_FIRST)
-    summary = _summary(architecture, info, config.num_steps, is_imported=False)
+    fates = {name: getattr(trained, name) for name in ("skipped_draws", "num_restarts", "num_rollbacks")}
+    summary = {**_summary(architecture, info, config.num_steps, is_imported=False), **fates}
     return StageResult(
         files=trained.files,
         records=[record, *trained.milestones],
-        summary={**summary, "skipped_draws": trained.skipped_draws, "num_restarts": trained.num_restarts},
+        summary=summary,
         metrics={f"final/{name}": last[name] for name in names},
         worker_seconds=seconds,
         device_seconds=seconds if config.execution.gpus_per_worker else 0.0,

@@ -90,8 +90,10 @@ def _assert_same_bits(mine: Trained, other: Trained) -> None:
 # What is trained -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"),
+    [(1, 0), (1, 1), (1, 3), (2, 2), (2, 3), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 2), (2, 0), (2, 1)))],
+)
 def test_workers_train_what_a_plain_loop_trains(
     material: Material, plain: Trained, key: str, world_size: int, zero_stage: int
 ) -> None:
@@ -110,7 +112,9 @@ def test_the_comparison_could_fail(material: Material, plain: Trained) -> None:
     assert plain.history[0]["loss"] - plain.history[-1]["loss"] > 0.01
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"), [(2, 2), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 0), (2, 3)))]
+)
 def test_all_options_at_once_train_what_a_plain_loop_trains(
     material: Material, key: str, world_size: int, zero_stage: int, plainly: Plainly
 ) -> None:
@@ -155,7 +159,14 @@ class EmaWatcher(Trainer):
 
 
 @pytest.mark.parametrize(
-    ("precision", "zero_stage"), [("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1), ("fp16", 2), ("fp16", 3)]
+    ("precision", "zero_stage"),
+    [
+        ("bf16", 0),
+        ("bf16", 3),
+        ("fp16", 1),
+        ("fp16", 3),
+        *(pytest.param(*pair, marks=pytest.mark.faults) for pair in (("bf16", 1), ("bf16", 2), ("fp16", 2))),
+    ],
 )
 def test_in_half_precision_weights_stay_float32_and_the_ema_is_theirs(
     material: Material, key: str, precision: str, zero_stage: int, plainly: Plainly
