@@ -83,7 +83,8 @@ class TrainExecution(Workers):
     """How training runs; what comes out of it does not depend on it but for rounding. Intervals are in steps.
 
     min_workers: elastic from there to num_workers, by what the cluster has; None for always num_workers.
-    zero_stage: of DeepSpeed, 0 to 3: what of optimizer state (1), gradients (2) and weights (3) is shared out among workers.
+    zero_stage: of DeepSpeed, 0 to 3: what of optimizer state (1), gradients (2) and weights (3) is shared out among workers; one
+    worker alone has all of it.
     microbatches: passes that a group is computed in, for devices on which it does not fit in one.
     activation_checkpointing, compile: memory for time, and start-up time for speed (torch.compile of every block).
     keep_last, keep_every: checkpoints that are kept: the newest ones, and those whose step is a multiple, whose EMA weights also
@@ -122,7 +123,7 @@ class TrainExecution(Workers):
             )
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             raise ValueError(
-                f"train.execution.keep_every is {self.keep_every}; it must be a multiple of checkpoint_every ({self.checkpoint_every})"
+                f"train.execution.keep_every is {self.keep_every}; it must be a multiple of checkpoint_every"
             )
         if self.zero_stage not in range(4):
             raise ValueError(f"train.execution.zero_stage is {self.zero_stage}; DeepSpeed has 0, 1, 2 and 3")

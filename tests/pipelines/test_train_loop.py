@@ -91,8 +91,7 @@ def _assert_same_bits(mine: Trained, other: Trained) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "zero_stage"),
-    [(1, 0), (1, 1), (1, 3), (2, 2), (2, 3), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 2), (2, 0), (2, 1)))],
+    ("world_size", "zero_stage"), [(1, 0), (2, 1), (2, 2), (2, 3), pytest.param(2, 0, marks=pytest.mark.faults)]
 )
 def test_workers_train_what_a_plain_loop_trains(
     material: Material, plain: Trained, key: str, world_size: int, zero_stage: int
