@@ -12,7 +12,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make faults  whole runs killed and gone on with (about 4 minutes)"
 	@echo "make lint    ruff, mypy, import rules"
-	@echo "make bench   how fast things are here, as ratios (about 10 minutes)"
+	@echo "make bench   how fast things are here, as ratios (about 20 minutes)"
 	@echo "make format  ruff format and fixes"
 	@echo "make lock    requirements.lock anew from pyproject.toml"
 
@@ -46,6 +46,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python tests/benchmarks/tokenization.py
+	$(BIN)/python tests/benchmarks/training.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -253,4 +253,6 @@ def _initialize(model: ENAT, optimizer: torch.optim.Optimizer, config: TrainConf
             "zero_allow_untested_optimizer": True,
         },
     )
+    if zero_stage == 0 and dist.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # with itself: every gradient would only be copied
     return engine

@@ -122,9 +122,7 @@ class TrainExecution(Workers):
                 f"train.execution.min_workers is {self.min_workers}, more than num_workers, which is {self.num_workers}"
             )
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            raise ValueError(
-                f"train.execution.keep_every is {self.keep_every}; it must be a multiple of checkpoint_every"
-            )
+            raise ValueError(f"train.execution.keep_every is {self.keep_every}; it must be a multiple of checkpoint_every")
         if self.zero_stage not in range(4):
             raise ValueError(f"train.execution.zero_stage is {self.zero_stage}; DeepSpeed has 0, 1, 2 and 3")
         if self.zero_stage == 3 and self.compile:

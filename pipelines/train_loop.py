@@ -48,7 +48,7 @@ from pipelines.train_metrics import (
     first_not_finite,
     matmul_peak,
     memory_bytes,
-    relative_distance,
+    squared_distance,
     summarize,
     total_macs,
 )
@@ -420,7 +420,7 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for names, parameters in self.engine.pieces():
             with torch.no_grad(), self.engine.whole(parameters):
-                sums += torch.stack(relative_distance([averaged[name] for name in names], parameters))
+                sums += squared_distance([averaged[name] for name in names], parameters)
         difference, weights = sums.tolist()
         return difference, weights
 

@@ -5,13 +5,13 @@ Shape legend: N steps of an interval, G groups of a step.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -85,17 +85,18 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Most that was held so far: by the device's allocator, or by this process of the machine's memory."""
+    """Most that the device's allocator held so far; of a CPU what this process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    held: int = psutil.Process().memory_info().rss
+    return held
 
 
-def relative_distance(averaged: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Squared norms of the difference and of the weights, for summing over pieces of a model."""
-    difference = torch._foreach_sub(list(averaged), list(weights))
-    squares = [torch.stack(torch._foreach_norm(some)).double().square().sum() for some in (difference, list(weights))]
-    return squares[0], squares[1]
+def squared_distance(averaged: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """float64 (2,): squared norms of the difference and of the weights, for summing over pieces of a model."""
+    pairs = list(zip(averaged, weights, strict=True))  # one after the other: the difference of a whole model takes its memory again
+    norms = [torch.stack([torch.dist(ours, theirs) for ours, theirs in pairs]), torch.stack([theirs.norm() for _, theirs in pairs])]
+    return torch.stack(norms).double().square().sum(dim=1)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -23,6 +23,7 @@ from common import in_process, run_script, show, where
 from rich.console import Console
 
 _GROUP_SIZE = 4
+_GROUP_SIZE_OF_SCALING = 16  # what workers exchange in a step does not grow with it; the published groups have 128
 
 
 @click.command()
@@ -96,7 +97,7 @@ def scaling(place: Path, preset: str, num_steps: int) -> dict[str, float]:
     """Images a second of two workers over one, a core each."""
     speeds = []
     for num_workers in (1, 2):
-        recipe = _recipe(preset, num_steps, num_workers=num_workers, cpus_per_worker=1)
+        recipe = _recipe(preset, max(1, num_steps // 3), _GROUP_SIZE_OF_SCALING, num_workers=num_workers, cpus_per_worker=1)
         trained = in_process(__file__, "pipeline", place / f"workers-{num_workers}", recipe)
         speeds.append(trained["images_per_second"])
     return {"one_worker_images_per_second": speeds[0], "two_workers_over_one": speeds[1] / speeds[0]}
@@ -105,21 +106,21 @@ def scaling(place: Path, preset: str, num_steps: int) -> dict[str, float]:
 # Runs ------------------------------------------------------------------------------------------------------------------------
 
 
-def _recipe(preset: str, num_steps: int, **execution: Any) -> dict[str, Any]:
-    """Two groups a step, one step of warming up."""
+def _recipe(preset: str, num_steps: int, group_size: int = _GROUP_SIZE, **execution: Any) -> dict[str, Any]:
+    """Two groups a step; num_steps steps are warming up, as many are timed."""
     return {
         "model": {"preset": preset},
-        "num_steps": num_steps + 1,
-        "batch_size": 2 * _GROUP_SIZE,
+        "num_steps": 2 * num_steps,
+        "batch_size": 2 * group_size,
         "num_groups": 2,
         "warm_up_steps": 2,
         "seed": 0,
-        "execution": {"log_every": 1, "checkpoint_every": 10_000, **execution},
+        "execution": {"log_every": num_steps, "checkpoint_every": 10_000, **execution},
     }
 
 
 def pipeline(place: Path, recipe: dict[str, Any]) -> dict[str, float]:
-    """Figures of the history of a run on Ray, means over its steps but the first."""
+    """Figures of the second half of a run on Ray."""
     from pipelines import cluster
 
     cluster.prepare_environment()
@@ -138,15 +139,12 @@ def pipeline(place: Path, recipe: dict[str, Any]) -> dict[str, float]:
         connect=lambda: cluster.connect(cluster.ClusterConfig(num_cpus=os.cpu_count())),
     )
     result = train.run(_config(recipe), _inputs(store), context)
-    history = json.loads(store.fetch_file("train", context.key, result.records[0]).read_text())[1:]
-    figures = {
-        name: float(np.mean([row[name] for row in history])) for name in ("step_seconds", "data_wait_share", "images_per_second")
-    }
-    return figures | {"memory_gb": max(row["memory_gb"] for row in history)}
+    history: list[dict[str, float]] = json.loads(store.fetch_file("train", context.key, result.records[0]).read_text())
+    return history[-1]
 
 
 def bare(place: Path, recipe: dict[str, Any]) -> float:
-    """Seconds of a step of the bare loop on the groups that the pipeline draws, without the first one."""
+    """Seconds of a step of the bare loop on the groups of the second half of a run."""
     from training_loops import BareLoop
 
     from enat.loss import objective, token_accuracy
@@ -160,7 +158,7 @@ def bare(place: Path, recipe: dict[str, Any]) -> float:
     token_map = TokenMap.open(store, _inputs(store)["token_map"])
     loop = BareLoop(initial_model(config.model.architecture(token_map.info), 0), "fp32")
     for step in range(config.num_steps):
-        if step == 1:
+        if step == config.num_steps // 2:
             started = time.perf_counter()
         for group in range(config.num_groups):
             ((codes, condition, masked, dropout_mask),) = draw_group(config, token_map, None, step, group).parts(1, loop.ema)
@@ -168,7 +166,7 @@ def bare(place: Path, recipe: dict[str, Any]) -> float:
             token_accuracy(output, codes)
             (loss / config.num_groups).backward()
         loop.update()
-    return (time.perf_counter() - started) / (config.num_steps - 1)
+    return (time.perf_counter() - started) / (config.num_steps // 2)
 
 
 def _config(recipe: dict[str, Any]) -> Any:

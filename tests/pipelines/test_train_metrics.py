@@ -16,7 +16,7 @@ from pipelines.train_metrics import (
     first_not_finite,
     matmul_peak,
     memory_bytes,
-    relative_distance,
+    squared_distance,
     summarize,
     total_macs,
 )
@@ -108,11 +108,11 @@ def test_every_rank_sees_the_groups_of_all() -> None:
     assert first[0, :, 0].tolist() == [1.0, 2.0, 3.0] and total_macs(first) == 6.0
 
 
-def test_the_relative_distance_sums_over_pieces() -> None:
+def test_the_squared_distance_sums_over_pieces() -> None:
     weights = [torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])]
     averaged = [weight * 1.1 for weight in weights]
-    whole = relative_distance(averaged, weights)
-    pieces = [relative_distance([mine], [other]) for mine, other in zip(averaged, weights, strict=True)]
+    whole = squared_distance(averaged, weights)
+    pieces = [squared_distance([mine], [other]) for mine, other in zip(averaged, weights, strict=True)]
     for place in range(2):
         assert sum(piece[place].item() for piece in pieces) == pytest.approx(whole[place].item())
     assert whole[1].item() == pytest.approx(169.0) and math.sqrt(whole[0] / whole[1]) == pytest.approx(0.1, rel=1e-5)
