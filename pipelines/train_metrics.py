@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -88,6 +87,8 @@ def memory_bytes(device: torch.device) -> int:
     """Most that the device's allocator held so far; of a CPU what this process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import psutil
+
     held: int = psutil.Process().memory_info().rss
     return held
 

@@ -52,10 +52,12 @@ def loops(_: Path, preset: str, device: str, precision: str, num_steps: int) -> 
     """A step of the obvious loop over one of ours; on a GPU compiled, too, with the share of the measured matrix products."""
     import training_loops
 
+    from pipelines.train_metrics import matmul_peak
+
     is_gpu = device == "cuda"
     if not is_gpu:
         torch.set_num_threads(os.cpu_count() or 1)
-    peak = training_loops.matmul_tflops(device, precision)
+    peak = matmul_peak(torch.device(device), training_loops.DTYPES[precision]) / 1e12
     measured = training_loops.compare(
         preset,
         group_size=128 if is_gpu else _GROUP_SIZE,

@@ -1,6 +1,6 @@
 """Two training loops in one process: the obvious one, over all tokens with attention masks, and the bare one, which is what the
-pipeline runs without Ray and DeepSpeed. Same weights, same draws, same loss. Needs `enat` and torch alone, so that it runs on any
-machine with a GPU:
+pipeline runs without Ray and DeepSpeed. Same weights, same draws, same loss. Needs neither of them, so that it runs on any machine
+with a GPU:
 
     python tests/benchmarks/training_loops.py --device cuda --preset enat-l --group-size 128 --precision bf16
 
@@ -31,6 +31,7 @@ from enat.cost import training_macs
 from enat.loss import objective, token_accuracy
 from enat.masking import MaskedCodes, MaskingConfig, mask_codes
 from enat.model import Block, draw_dropout_mask
+from pipelines.train_metrics import matmul_peak
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMA_DECAY = 0.999
@@ -203,18 +204,6 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_tflops(device: str, precision: str) -> float:
-    size, repeats = (8192, 20) if device.startswith("cuda") else (1024, 4)
-    left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
-    for _ in range(2):
-        _synchronize(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            left @ right
-        _synchronize(device)
-    return 2 * size**3 * repeats / (time.perf_counter() - started) / 1e12
-
-
 if __name__ == "__main__":
     import argparse
 
@@ -226,5 +215,5 @@ if __name__ == "__main__":
     parser.add_argument("--num-steps", type=int, default=4)
     parser.add_argument("--compiled", action="store_true")
     given = vars(parser.parse_args())
-    peak = matmul_tflops(given["device"], given["precision"])
-    print(json.dumps({"matmul_tflops": peak, **compare(given.pop("preset"), **given)}, indent=1))  # noqa: T201
+    peak = matmul_peak(torch.device(given["device"]), DTYPES[given["precision"]])
+    print(json.dumps({"matmul_tflops": peak / 1e12, **compare(given.pop("preset"), **given)}, indent=1))  # noqa: T201
