@@ -19,7 +19,10 @@ from pipelines.artifacts import LocalStore
 from pipelines.caption_features import EMPTY_INDEX, CaptionFeatures
 from pipelines.workflow import Done
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.faults,
+]  # of the parts alone: test_train_loop.py, test_learning.py
 
 
 @pytest.fixture(scope="module")

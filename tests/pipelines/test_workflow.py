@@ -310,11 +310,12 @@ def _changed(path: Path, override: str, *both: str) -> set[str]:
     return {id for id in before if before[id] != after[id]}
 
 
-def _other(value: Any) -> Any:
+def _other(name: str, value: Any) -> Any:
     """A value that is none of the defaults but as good."""
-    if isinstance(value, bool):
-        return str(not value).lower()
-    return {"stop": "rollback"}[value] if isinstance(value, str) else (value or 0) + 1
+    chosen = {"on_divergence": "rollback", "keep_every": 1000}
+    if name in chosen:
+        return chosen[name]
+    return str(not value).lower() if isinstance(value, bool) else (value or 0) + 1
 
 
 def _execution_overrides() -> list[str]:
@@ -326,7 +327,8 @@ def _execution_overrides() -> list[str]:
             value = getattr(config, each.name)
             if each.name == "execution":
                 found += [
-                    f"{path}execution.{inner.name}={_other(getattr(value, inner.name))}" for inner in dataclasses.fields(value)
+                    f"{path}execution.{inner.name}={_other(inner.name, getattr(value, inner.name))}"
+                    for inner in dataclasses.fields(value)
                 ]
             elif dataclasses.is_dataclass(value):
                 found += walk(value, f"{path}{each.name}.")
