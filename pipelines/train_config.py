@@ -137,6 +137,7 @@ class TrainExecution(Workers):
 class TrainConfig:
     """Defaults are the published recipe at 256 px but for its fp16; num_steps 0 gives the untrained model.
 
+    masking: of a model without reuse, reuse_probability counts as 0.
     batch_size: of the whole step, in num_groups equal groups (published: 16 devices of 128).
     learning_rate_schedule: after the warm-up "constant" (published), or "cosine" down to final_learning_rate at num_steps.
     gradient_clip: largest norm of the whole gradient; None does not clip (published).

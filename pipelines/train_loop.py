@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -100,6 +100,13 @@ class TrainResult:
     diverged: DivergedError | None = None
 
 
+def effective_config(task: TrainTask) -> TrainConfig:
+    """The recipe as the model can follow it: one made without reuse never trains on features of an earlier step."""
+    if task.architecture.reuse:
+        return task.config
+    return replace(task.config, masking=replace(task.config.masking, reuse_probability=0.0))
+
+
 def initial_model(architecture: ENATConfig, seed: int) -> ENAT:
     return ENAT(architecture).initialize(torch.Generator().manual_seed(seed))
 
@@ -120,7 +127,7 @@ class Trainer:
     """One rank: its share of the groups, the engine, the EMA, and the record of how it went."""
 
     def __init__(self, task: TrainTask, device: torch.device) -> None:
-        self.task, self.config, self.device = task, task.config, device
+        self.task, self.config, self.device = task, effective_config(task), device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what is agreed among ranks travels through it

@@ -410,6 +410,13 @@ def test_draws_that_were_skipped_stay_skipped_after_a_restart(material: Material
     _assert_same_bits(resumed, whole)
 
 
+def test_a_model_without_reuse_trains_fresh_whatever_the_recipe_says(material: Material, key: str) -> None:
+    nat = {"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False}
+    trained = train(material, changed(model=nat), key, world_size=2)
+    assert np.isfinite(trained.column("loss")).all() and trained.column("fresh_loss") == trained.column("loss")
+    assert not any("reuse_loss" in row for row in trained.history)
+
+
 # What is kept and seen -----------------------------------------------------------------------------------------------------
 
 
