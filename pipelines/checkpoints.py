@@ -30,7 +30,7 @@ _RECORD = re.compile(r"checkpoint-(\d{8,})-(\w+)-(\d{5})-of-(\d{5})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one checkpoint by rank, and the state, which is a file of rank 0. Order of field names is that of age."""
+    """The files of one checkpoint by rank, and the state, which is a file of rank 0."""
 
     step: int
     attempt: str
