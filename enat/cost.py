@@ -6,7 +6,7 @@ paper. The paper's "FLOPs" are these MACs, with both guidance passes and the tok
 
 Two computations are stated. *Published*: the head at every position (and the mask id's column) at every step, and two passes
 at every step when guidance is on. *Executed*: what enat.sampler runs, the head at masked positions only and no unconditional
-pass in an unguided first step.
+pass in an unguided step that leaves the guided ones nothing to reuse.
 
 Training counts the backward pass as well, product by product; see training_macs.
 
@@ -35,16 +35,23 @@ class Cost:
     executed_macs_per_step: tuple[int, ...]
 
 
-def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANConfig | None = None) -> Cost:
-    """Cost of one image. With guidance_scale 1 it is one pass a step, as the sizes are usually compared."""
+def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANConfig | None = None, *, num_given: int = 0) -> Cost:
+    """Cost of one image. With guidance_scale 1 it is one pass a step, as the sizes are usually compared.
+
+    num_given: tokens given to the sampler as its start, 0 to L-1. Reveal orders, temperatures, top_k and top_p cost no MACs.
+    """
+    if not 0 <= num_given < model.num_tokens:
+        raise ValueError(f"num_given is {num_given}; of {model.num_tokens} tokens 0 to {model.num_tokens - 1} can be given")
+    num_made = model.num_tokens - num_given
     published, executed = [], []
-    is_guided = sampler.guidance_scale != 1.0 and model.is_conditional
+    is_guided = sampler.is_guided and model.is_conditional
     for step in range(sampler.num_steps):
-        num_masked = sampler.num_masked_at(step, model.num_tokens)
-        reuses = sampler.reuse and model.reuse and step > 0
-        blocks = step_macs(model, num_masked, sampler.num_masked_at(step - 1, model.num_tokens) if reuses else None)
+        num_masked = sampler.num_masked_at(step, num_made)
+        reuses = step > 0 and sampler.leaves_features_at(step - 1, model, num_given)
+        blocks = step_macs(model, num_masked, sampler.num_masked_at(step - 1, num_made) if reuses else None)
         published.append((2 if is_guided else 1) * (blocks + head_macs(model, model.num_tokens, model.codebook_size + 1)))
-        executed.append(sampler.num_passes_at(step, model) * (blocks + head_macs(model, num_masked, model.codebook_size)))
+        num_passes = sampler.num_passes_at(step, model, num_given)
+        executed.append(num_passes * (blocks + head_macs(model, num_masked, model.codebook_size)))
     decoder = decoder_macs(tokenizer) if tokenizer is not None else 0
     return Cost(
         transformer_macs=sum(published),

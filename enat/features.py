@@ -1,16 +1,19 @@
-"""Feature extractors behind one small interface: uint8 images in, float32 features out.
+"""Feature extractors behind one small interface: uint8 images in, named float32 outputs out.
 
 "inception" is torch-fidelity's InceptionV3, the network of published FIDs. "classifier" is a small network trained on a
-dataset's own labels, for images that ImageNet features say little about.
+dataset's own labels, for images that ImageNet features say little about. "dinov2" and "clip" are image encoders of transformers
+(enat/image_encoders.py). Others join through register_extractor.
 
-Shape legend: B images, H x W pixels, F features.
+Outputs: "features" (B, F) always; "spatial" (B, S) and "logits" (B, K) of networks that have them.
+Shape legend: B images, H x W pixels, F features, S spatial features, K classes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,19 +24,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from enat.image_encoders import ImageEncoder
 from enat.images import to_float
-
-EXTRACTORS = ("classifier", "inception")
 
 
 class FeatureExtractor(Protocol):
-    """num_features: F.   __call__: uint8 (B, 3, H, W) -> float32 (B, F) on the same device."""
+    """outputs: name -> width; "features" is always among them.
 
-    num_features: int
+    __call__: uint8 (B, 3, H, W) -> output name -> float32 (B, width), on the same device; each image seen alone.
+    """
 
-    def __call__(self, images: Tensor) -> Tensor: ...
+    outputs: Mapping[str, int]
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]: ...
 
     def to(self, device: str) -> FeatureExtractor: ...
+
+
+ExtractorFactory = Callable[[Path], FeatureExtractor]
 
 
 class ClassifierExtractor(nn.Module):
@@ -42,13 +50,18 @@ class ClassifierExtractor(nn.Module):
     def __init__(self, num_classes: int, num_features: int = 64, width: int = 32) -> None:
         super().__init__()
         self.num_classes, self.num_features, self.width = num_classes, num_features, width
+        self.outputs: Mapping[str, int] = {"features": num_features}
         self.stem = nn.Conv2d(3, width, 3, padding=1)
         self.down1 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
         self.down2 = nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1)
         self.project = nn.Linear(2 * width * 4 * 4, num_features)
         self.classify = nn.Linear(num_features, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"features": self.features(images)}
+
+    def features(self, images: Tensor) -> Tensor:
+        """float (B, F)"""
         x = F.gelu(self.stem(to_float(images) * 2 - 1))
         x = F.gelu(self.down2(F.gelu(self.down1(x))))
         # Averaged, never enlarged: a 4 x 4 grid keeps where strokes are for any image of 16 pixels and more.
@@ -57,7 +70,7 @@ class ClassifierExtractor(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """float (B, num_classes)"""
-        return self.classify(self(images))
+        return self.classify(self.features(images))
 
     def save(self, path: Path) -> None:
         header = {"classifier": json.dumps([self.num_classes, self.num_features, self.width])}
@@ -106,35 +119,99 @@ def train_classifier(
     extractor.eval()
 
 
-class InceptionExtractor(nn.Module):
-    """torch-fidelity's InceptionV3, 2048 features after the last pooling.
+_INCEPTION_LAYERS = ["2048", "logits_unbiased"]
 
-    weights: its state dict. None lets torch-fidelity fetch the published weights.
+
+class InceptionExtractor(nn.Module):
+    """torch-fidelity's InceptionV3 of the original FID, with the outputs of ADM's evaluation.
+
+    "features" 2048, after the last pooling. "logits" 1008, without the bias, as the Inception Score takes them.
+    "spatial" 2023, of ADM's sFID: the first 7 channels at 17 x 17 positions of what the original graph calls "mixed_6/conv".
+    The graph counts its blocks from "mixed" (Mixed_5b), so mixed_6 is Mixed_6d, and its first convolution is the 1x1 branch,
+    taken behind the ReLU. Values are in the order row, column, channel, as ADM's reference statistics (mu_s, sigma_s) have them.
+
+    weights: a state dict of torch-fidelity's network.
     """
 
-    num_features = 2048
+    outputs: Mapping[str, int] = {"features": 2048, "spatial": 17 * 17 * 7, "logits": 1008}
 
-    def __init__(self, weights: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         with tempfile.TemporaryDirectory() as folder:
-            path = None
-            if weights is not None:
-                # torch-fidelity opens its file with weights_only=False, so it gets one that was written here.
-                path = str(Path(folder) / "inception.pth")
-                torch.save(weights, path)
-            self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path)
+            # torch-fidelity opens its file with weights_only=False, so it gets one that was written here.
+            path = str(Path(folder) / "inception.pth")
+            torch.save(dict(weights), path)
+            try:
+                self.network = FeatureExtractorInceptionV3("inception", _INCEPTION_LAYERS, feature_extractor_weights_path=path)
+            except RuntimeError as error:  # what load_state_dict raises: several lines of names
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"the weights are not those of torch-fidelity's InceptionV3 ({reason})") from error
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)[0]
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        taps: list[Tensor] = []
+        with self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: taps.append(output)):
+            features, logits = self.network(images)
+        spatial = taps[0][:, :7].permute(0, 2, 3, 1).flatten(1).float()
+        return {"features": features, "spatial": spatial, "logits": logits}
+
+    def save(self, path: Path) -> None:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}, path)
+
+
+def published_inception_weights() -> dict[str, Tensor]:
+    """The weights that torch-fidelity publishes, fetched on first use into torch's hub cache.
+
+    torch-fidelity's own download checks no hash and unpickles what comes; this one checks the hash that the file's name holds and
+    takes tensors only. Raises ValueError where they cannot be had.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    try:
+        weights: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
+            URL_INCEPTION_V3, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"InceptionV3's published weights cannot be fetched ({error}); name a file of them") from error
+    return weights
+
+
+_FACTORIES: dict[str, ExtractorFactory] = {
+    "classifier": ClassifierExtractor.load,
+    "inception": lambda path: InceptionExtractor(load_file(path)),
+    "dinov2": ImageEncoder.load,
+    "clip": ImageEncoder.load,
+}
+BUILT_IN = tuple(_FACTORIES)
+
+
+def register_extractor(kind: str, factory: ExtractorFactory) -> None:
+    """Make a kind of extractor known to configs under its name.
+
+    factory: path of a safetensors file with the weights that the config names (empty where it names none) -> the extractor on the
+    CPU, ready to be called. It is sent to workers, so it is a function or class of a module that they can import, too. Raises
+    ValueError for a name that is taken.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", kind):
+        raise ValueError(f"the name {kind!r} of a feature extractor must be lower-case letters, digits, '_' and '-'")
+    if kind in _FACTORIES:
+        raise ValueError(f"a feature extractor is called {kind!r} already; choose another name")
+    _FACTORIES[kind] = factory
+
+
+def extractor_kinds() -> tuple[str, ...]:
+    return tuple(_FACTORIES)
+
+
+def extractor_factory(kind: str) -> ExtractorFactory:
+    """Raises ValueError for a kind that is not known."""
+    if kind not in _FACTORIES:
+        raise ValueError(f"no feature extractor is called {kind!r}; choose one of {', '.join(_FACTORIES)}")
+    return _FACTORIES[kind]
 
 
 def load_extractor(kind: str, path: Path) -> FeatureExtractor:
-    """An extractor from the file that the reference stage kept. Raises ValueError for another kind."""
-    if kind == "classifier":
-        return ClassifierExtractor.load(path)
-    if kind == "inception":
-        return InceptionExtractor(load_file(path))
-    raise ValueError(f"no feature extractor is called {kind!r}; choose one of {', '.join(EXTRACTORS)}")
+    """An extractor from the file that the reference stage kept. Raises ValueError for an unknown kind or another kind's file."""
+    return extractor_factory(kind)(path)

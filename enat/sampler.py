@@ -1,73 +1,23 @@
 """Parallel decoding in a few steps: predict, guide, draw, re-mask (paper sec. 3 and 4.2, MaskGIT-style).
 
+What is done at which step stands in enat/sampler_config.py.
 Shape legend: B images, L tokens, V codebook size, N steps, M masked tokens of the step at hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from enat import schedule
-from enat.config import ENATConfig
 from enat.model import ENAT, ENATOutput, TextCondition
+from enat.sampler_config import SamplerConfig
 
-_LOWEST_TEMPERATURE = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """Defaults are the published settings at 256 px.
-
-    guidance_scale: w in uncond + w (cond - uncond), 1 = off. The published "cfg" s is w = 1 + s (2.5 there is 3.5 here).
-    sampling_temperature: of drawing codes, falling linearly; 0 takes the most likely code.
-    remask_temperature: of the Gumbel noise on confidence, falling linearly; 0 adds none.
-    reuse: take features from the step before (acts with a model made with reuse).
-    """
-
-    num_steps: int = 8
-    guidance_scale: float = 3.5
-    sampling_temperature: float = 6.0
-    remask_temperature: float = 1.5
-    mask_schedule: str = "cosine"
-    guidance_schedule: str = "linear"
-    reuse: bool = True
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}; at least 1 is needed")
-        for name in ("guidance_scale", "sampling_temperature", "remask_temperature"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and at least 0")
-        schedule.mask_ratio(0.0, self.mask_schedule)
-        schedule.guidance_weight(0.0, 1.0, self.guidance_schedule)
-
-    def guidance_at(self, step: int) -> float:
-        return schedule.guidance_weight(step / self.num_steps, self.guidance_scale, self.guidance_schedule)
-
-    def sampling_temperature_at(self, step: int) -> float:
-        """0, or at least 1e-3: the published sampler draws at that temperature in the last step."""
-        falling = schedule.temperature((step + 1) / self.num_steps, self.sampling_temperature)
-        return max(falling, _LOWEST_TEMPERATURE) if self.sampling_temperature else 0.0
-
-    def num_masked_at(self, step: int, num_tokens: int) -> int:
-        """Tokens masked in the input of `step`; num_steps gives what is left at the end, 0."""
-        return num_tokens if step == 0 else schedule.num_masked_after(step - 1, self.num_steps, num_tokens, self.mask_schedule)
-
-    def num_passes_at(self, step: int, model: ENATConfig) -> int:
-        """2 with an unconditional pass, 1 without.
-
-        An unguided first step needs none where only features of visible tokens are reused: nothing is visible at step 0, so its
-        unconditional pass leaves nothing. Later steps keep theirs while any step is guided, because each pass reuses its own
-        features. An unconditional model has nothing to be guided away from.
-        """
-        is_guided = model.is_conditional and any(self.guidance_at(any_step) != 1.0 for any_step in range(self.num_steps))
-        leaves_nothing = not (self.reuse and model.reuses_masked)
-        return 1 if not is_guided or (step == 0 and leaves_nothing and self.guidance_at(0) == 1.0) else 2
+__all__ = ["SamplerConfig", "decode_steps", "draw_uniforms", "sample"]
 
 
 @torch.no_grad()  # not inference_mode: codes may be fed to a model that is being trained
@@ -77,36 +27,54 @@ def sample(
     config: SamplerConfig,
     *,
     seeds: Sequence[int],
+    start: Tensor | None = None,
     return_trajectory: bool = False,
 ) -> Any:
     """Codes for labels int64 (B,), or captions -> int64 (B, L) in [0, V), on the model's device. The model must be in eval mode.
 
     labels: an unconditional model has one, 0. Guidance leads away from the null label, or from the empty caption.
-    seeds: one int per image. An image depends on its own seed and label only, not on what else is in the batch.
+    seeds: one int per image. An image depends on its own seed, label and start only, not on what else is in the batch.
+    start: int64 (B, L), codes that are given and stay, and the mask id V where codes are to be made, equally many in every image.
+        Inpainting, outpainting and editing with another label differ in what is masked; see enat.regions. None gives nothing.
     return_trajectory: return (codes, trajectory) with the tokens fed at each step, N tensors int64 (B, L).
-    Raises ValueError where the numbers of seeds and labels differ, a label is out of range, captions do not fit the model, or the
-    model is in training mode.
+    Raises ValueError where the numbers of seeds and labels differ, a label is out of range, captions do not fit the model, start
+    is not as above, or the model is in training mode.
     """
     _check(model, labels, seeds)
+    num_given = 0
+    if start is None:
+        tokens = torch.full((len(labels), model.config.num_tokens), model.config.mask_id, dtype=torch.int64)
+    else:
+        tokens, num_given = start, _count_given(model, start, len(labels))
     device = model.token_embedding.weight.device
-    num_images, num_tokens, mask_id = len(labels), model.config.num_tokens, model.config.mask_id
-    uniforms = _draw_uniforms(seeds, config.num_steps, num_tokens).to(device)
-    conditions = _concatenate(labels.to(device), model.null_condition(num_images))
-    tokens = torch.full((num_images, num_tokens), mask_id, dtype=torch.int64, device=device)
+    uniforms = draw_uniforms(seeds, config.num_steps, model.config.num_tokens).to(device)
+    conditions = _concatenate(labels.to(device), model.null_condition(len(labels)))
+    *trajectory, codes = decode_steps(model, conditions, tokens.to(device), uniforms, config, num_given=num_given)
+    return (codes, trajectory) if return_trajectory else codes
+
+
+@torch.no_grad()
+def decode_steps(
+    model: ENAT, conditions: Tensor | TextCondition, tokens: Tensor, uniforms: Tensor, config: SamplerConfig, *, num_given: int = 0
+) -> list[Tensor]:
+    """The loop of `sample`, on the device alone: nothing waits for it, so that a whole call can be one CUDA graph.
+
+    conditions: of 2 B images, those of the B images and then B null ones. tokens: int64 (B, L) with L - num_given mask ids a row.
+    uniforms: float32 (B, N, 2, L) of draw_uniforms. Returns the tokens fed at each step and the codes: N + 1 times int64 (B, L).
+    """
+    (num_images, num_tokens), mask_id = tokens.shape, model.config.mask_id
+    fixed_priority = _fixed_priority(config, model.config.grid_size, uniforms)
     previous: ENATOutput | None = None
-    trajectory = []
+    states = [tokens]
     for step in range(config.num_steps):
-        trajectory.append(tokens)
-        progress = (step + 1) / config.num_steps
-        num_masked, num_left = config.num_masked_at(step, num_tokens), config.num_masked_at(step + 1, num_tokens)
+        num_masked, num_left = (config.num_masked_at(at, num_tokens - num_given) for at in (step, step + 1))
 
         # Predict. Conditional and unconditional passes share a batch; each has its own features to reuse.
-        num_passes = config.num_passes_at(step, model.config)
-        output = model(
-            tokens.repeat(num_passes, 1), conditions[: num_passes * num_images], previous, num_masked=num_masked, logits="masked"
-        )
-        leaves_features = num_masked < num_tokens or model.config.reuses_masked
-        previous = output if config.reuse and model.config.reuse and leaves_features else None
+        num_passes = config.num_passes_at(step, model.config, num_given)
+        images = slice(num_passes * num_images)
+        previous = _rows(previous, images) if previous is not None else None
+        output = model(tokens.repeat(num_passes, 1), conditions[images], previous, num_masked=num_masked, logits="masked")
+        previous = output if config.leaves_features_at(step, model.config, num_given) else None
 
         # Guide.
         cond_logits, uncond_logits = output.logits.float().chunk(2) if num_passes == 2 else (output.logits.float(), None)
@@ -115,29 +83,51 @@ def sample(
             logits = uncond_logits + config.guidance_at(step) * (cond_logits - uncond_logits)
         log_probs = logits.log_softmax(dim=-1)
 
-        # Draw a code for every masked token; confidence is its untempered log-probability, with noise.
+        # Draw a code for every masked token; its confidence is its untempered log-probability, with noise.
         masked_index = output.masked_index[:num_images]
         token_noise, remask_noise = (uniforms[:, step, kind].gather(1, masked_index) for kind in (0, 1))
-        sampled_codes = _draw_codes(log_probs, config.sampling_temperature_at(step), token_noise)
-        confidence = log_probs.gather(-1, sampled_codes[..., None])[..., 0]
-        confidence = confidence - schedule.temperature(progress, config.remask_temperature) * torch.log(-torch.log(remask_noise))
+        sampled_codes = _draw_codes(log_probs, config.sampling_temperature_at(step), token_noise, config.top_k, config.top_p)
+        if fixed_priority is None:
+            confidence = log_probs.gather(-1, sampled_codes[..., None])[..., 0]
+            priority = confidence - config.remask_temperature_at(step) * torch.log(-torch.log(remask_noise))
+        else:
+            priority = fixed_priority.gather(1, masked_index)
 
-        # Re-mask the least confident. Visible tokens never change.
-        least_confident = confidence.argsort(dim=1, stable=True)[:, :num_left]
-        tokens = tokens.scatter(1, masked_index, sampled_codes.scatter(1, least_confident, mask_id))
-    return (tokens, trajectory) if return_trajectory else tokens
+        # Re-mask those of the lowest priority. Visible tokens never change.
+        last = priority.argsort(dim=1, stable=True)[:, :num_left]
+        tokens = tokens.scatter(1, masked_index, sampled_codes.scatter(1, last, mask_id))
+        states.append(tokens)
+    return states
 
 
-def _draw_codes(log_probs: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+def _draw_codes(log_probs: Tensor, temperature: float, uniform: Tensor, top_k: int | None, top_p: float) -> Tensor:
     """Codes (B, M) from softmax(log_probs / temperature) by inverse CDF; the most likely code at temperature 0."""
     if temperature == 0:
         return log_probs.argmax(dim=-1)
-    cumulative = (log_probs / temperature).softmax(dim=-1).cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None], right=True)[..., 0]
-    return drawn.clamp_max(log_probs.shape[-1] - 1)
+    if top_p == 1.0 and (top_k is None or top_k >= log_probs.shape[-1]):
+        cumulative = (log_probs / temperature).softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None], right=True)[..., 0]
+        return drawn.clamp_max(log_probs.shape[-1] - 1)
+    # From the most likely code down, the lowest first among equals: what is left to draw from stands in front.
+    ordered, codes = log_probs.sort(dim=-1, descending=True, stable=True)
+    probs = (ordered[..., :top_k] / temperature).softmax(dim=-1)
+    cumulative = probs.cumsum(dim=-1)
+    last = (cumulative - probs < top_p).sum(dim=-1, keepdim=True).sub_(1)  # fewest that hold top_p, at least one
+    drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative.gather(-1, last), right=True)
+    return codes.gather(-1, torch.minimum(drawn, last))[..., 0]
 
 
-def _draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int) -> Tensor:
+def _fixed_priority(config: SamplerConfig, grid_size: int, uniforms: Tensor) -> Tensor | None:
+    """(B, L), tokens of the highest are revealed first; None where confidence decides."""
+    if config.reveal_order == "confidence":
+        return None
+    if config.reveal_order == "random":
+        return uniforms[:, 0, 1]  # what would be noise on confidence is free here
+    rank = torch.tensor(schedule.halton_order(grid_size), device=uniforms.device).argsort()
+    return -rank.expand(len(uniforms), -1)
+
+
+def draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int) -> Tensor:
     """All randomness of a call: float32 (B, N, 2, L) in (0, 1), for drawing codes and for re-masking.
 
     Drawn on the CPU from each image's own generator, so that batch, worker and device do not change it.
@@ -145,6 +135,11 @@ def _draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int) -> Ten
     shape = (num_steps, 2, num_tokens)
     drawn = torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
     return drawn.clamp_min(2.0**-25)  # log(0) would turn zero noise into NaN
+
+
+def _rows(output: ENATOutput, images: slice) -> ENATOutput:
+    """What may be reused, of some images."""
+    return replace(output, features=output.features[images], mask=output.mask[images])
 
 
 def _concatenate(first: Tensor | TextCondition, second: Tensor | TextCondition) -> Tensor | TextCondition:
@@ -170,3 +165,23 @@ def _check(model: ENAT, labels: Tensor | TextCondition, seeds: Sequence[int]) ->
         raise ValueError(
             f"labels range from {int(labels.min())} to {int(labels.max())}; this model knows 0 to {model.config.null_label}"
         )
+
+
+def _count_given(model: ENAT, start: Tensor, num_images: int) -> int:
+    """Tokens that every image is given. Raises ValueError for a start that the sampler cannot go on from."""
+    num_tokens, mask_id = model.config.num_tokens, model.config.mask_id
+    if start.dtype != torch.int64:
+        raise ValueError(f"start has dtype {start.dtype}; torch.int64 is needed")
+    if start.shape != (num_images, num_tokens):
+        raise ValueError(f"start has shape {tuple(start.shape)}; ({num_images}, {num_tokens}) is needed, the tokens of every image")
+    if int(start.min()) < 0 or int(start.max()) > mask_id:
+        raise ValueError(
+            f"start ranges from {int(start.min())} to {int(start.max())}; codes are 0 to {mask_id - 1}, the mask id is {mask_id}"
+        )
+    counts = (start == mask_id).sum(dim=1)
+    fewest, most = int(counts.min()), int(counts.max())
+    if fewest != most:
+        raise ValueError(f"images of start have {fewest} to {most} masked tokens; all images of a call must have the same number")
+    if most == 0:
+        raise ValueError(f"start holds no mask id, {mask_id}: there is nothing to make")
+    return num_tokens - most

@@ -107,6 +107,61 @@ def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings)
     assert counted == generation_cost(model.config, config).executed_macs_per_step
 
 
+@pytest.mark.parametrize("num_given", [1, 11, 15])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reuse": False},
+        {"guidance_scale": 1.0, "reveal_order": "halton", "remask_temperature": 0.0},
+        {"guidance_scales": (1.0, 1.0, 2.0, 3.0, 1.0, 1.0), "mask_ratios": (0.9, 0.8, 0.5, 0.2, 0.1, 0.0)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", [{}, {"decoder_attention": "cross"}, *EXTENSIONS], ids=str)
+def test_executed_macs_where_tokens_are_given(architecture, settings, num_given):
+    model = ENAT(small_config(**architecture)).eval().requires_grad_(False)
+    config = SamplerConfig(num_steps=6, **settings)
+    (start,) = nested_tokens(model.config, [16 - num_given], num_images=1)
+    counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0], start=start))
+    assert counted == generation_cost(model.config, config, num_given=num_given).executed_macs_per_step
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scales": (1.0, 1.0, 2.0, 1.0), "mask_ratios": (0.9, 0.5, 0.2, 0.0)},
+        {"guidance_scales": (1.0, 1.0, 2.0, 1.0), "reuse": False},
+        {"mask_schedule": "arccos", "guidance_schedule": "power_cosine", "guidance_power": 2.0},
+        {"top_k": 3, "top_p": 0.9, "mask_schedule": "square_root"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", [{}, {"reused_features": "masked"}, TEXT], ids=str)
+def test_executed_macs_of_searched_strategies(architecture, settings):
+    model = ENAT(small_config(**architecture)).eval().requires_grad_(False)
+    config = SamplerConfig(num_steps=4, **settings)
+    counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0]))
+    assert counted == generation_cost(model.config, config).executed_macs_per_step
+
+
+def test_given_tokens_are_encoded_once():
+    config, fresh = ENATConfig.preset("enat-s"), SamplerConfig(guidance_scale=1.0, reuse=False)
+    for num_given in (64, 128, 255):
+        saved = [generation_cost(config, sampler, num_given=num_given).macs_per_step for sampler in (fresh, ONE_PASS)]
+        assert saved[0][0] == saved[1][0]
+        assert all(without > 1.5 * with_reuse for without, with_reuse in list(zip(*saved, strict=True))[1:])
+    with pytest.raises(ValueError, match="num_given is 256; of 256 tokens 0 to 255 can be given"):
+        generation_cost(config, ONE_PASS, num_given=256)
+
+
+def test_lists_of_guidance_scales_decide_on_published_passes():
+    config, lists = ENATConfig.preset("enat-s"), {"num_steps": 3, "mask_ratios": (0.9, 0.5, 0.0)}
+    one, guided = (generation_cost(config, SamplerConfig(guidance_scales=s, **lists)) for s in ((1, 1, 1), (1, 1, 2)))
+    assert guided.macs_per_step == tuple(2 * macs for macs in one.macs_per_step)
+    assert guided.executed_macs_per_step[0] == one.executed_macs_per_step[0]
+
+
 @pytest.mark.parametrize("decoder_attention", ["self_cross", "cross", "full"])
 @pytest.mark.parametrize("extension", [{}, {"reused_features": "all", **TEXT}], ids=str)
 def test_executed_macs_of_steps_that_find_nothing_masked(decoder_attention, extension):

@@ -1,14 +1,26 @@
-"""Moments in pieces equal moments of all data; the Frechet distance equals other people's and its closed forms."""
+"""Moments in pieces equal moments of all data; distances and scores equal other people's and their closed forms."""
 
+import mpmath
 import numpy as np
 import plain
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-from enat.metrics import FeatureMoments, frechet_distance
+from enat.feature_arrays import CHUNK
+from enat.metrics import (
+    FeatureMoments,
+    FeatureStatistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    load_moments,
+)
 
 
 def drawn_features(count, num_features, seed=0):
@@ -148,14 +160,18 @@ def test_singular_covariances_change_nothing():
     first, second = (drawn_features(count, 6, seed) for seed, count in enumerate((80, 90)))
     basis, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(40, 6)))
     expected = frechet_distance(moments_of(first), moments_of(second))
-    assert frechet_distance(moments_of(first @ basis.T), moments_of(second @ basis.T)) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(moments_of(first @ basis.T), moments_of(second @ basis.T)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_subspaces_without_overlap():
-    """Nothing of one covariance meets the other: the trace of the root is zero."""
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_subspaces_without_overlap(is_turned):
+    """Nothing of one covariance meets the other: the trace of the root is zero. Turned, rounding hides the zeros."""
     features = drawn_features(30, 8)
     first, second = np.zeros((30, 16)), np.zeros((30, 16))
     first[:, :8], second[:, 8:] = features - features.mean(axis=0), features - features.mean(axis=0)
+    if is_turned:
+        basis, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(16, 16)))
+        first, second = first @ basis, second @ basis
     expected = 2 * np.trace(np.cov(features, rowvar=False))
     assert frechet_distance(moments_of(first), moments_of(second)) == pytest.approx(expected, rel=1e-9)
 
@@ -172,3 +188,153 @@ def test_the_distance_is_symmetric_and_not_negative(seeds, counts):
 def test_features_of_two_widths_cannot_be_compared():
     with pytest.raises(ValueError, match="width 3 and 4"):
         frechet_distance(moments_of(np.eye(3)), moments_of(np.eye(4)))
+
+
+def precise_distance(first, second):
+    """The Frechet distance of all features at once, in 40 digits; covariances must be regular."""
+    with mpmath.workdps(40):
+        means, covariances = [], []
+        for features in (first, second):
+            rows = [mpmath.matrix(row.tolist()) for row in features]
+            mean = sum(rows[1:], rows[0]) / len(rows)
+            scatter = mpmath.zeros(features.shape[1])
+            for row in rows:
+                scatter += (row - mean) * (row - mean).T
+            means.append(mean)
+            covariances.append(scatter / (len(rows) - 1))
+        root = mpmath.cholesky(covariances[0])
+        eigenvalues = mpmath.eigsy(root.T * covariances[1] * root, eigvals_only=True)
+        trace = sum(covariances[0][i, i] + covariances[1][i, i] for i in range(first.shape[1]))
+        shift = means[0] - means[1]
+        return float((shift.T * shift)[0] + trace - 2 * sum(mpmath.sqrt(value) for value in eigenvalues))
+
+
+@pytest.fixture(scope="module")
+def two_sets():
+    """Two sets of 130 features float32 (B, 12), and their distance in 40 digits."""
+    first, second = (drawn_features(130, 12, seed).astype(np.float32) for seed in (3, 4))
+    return first, second, precise_distance(first, second)
+
+
+@pytest.mark.parametrize("order", ["in order", "backwards", "shuffled"])
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_any_cut_and_order_of_arrival_gives_the_distance_of_all_at_once(two_sets, num_workers, batch_size, order):
+    """Pieces are keyed by the index of their first sample and merged in index order, so the order of arrival changes no bit."""
+    first, second, expected = two_sets
+
+    def merged(features, order):
+        pieces = {}
+        for worker in np.array_split(np.arange(len(features)), num_workers):
+            for start in range(0, len(worker), batch_size):
+                indices = worker[start : start + batch_size]
+                pieces[int(indices[0])] = moments_of(features[indices])
+        arrived = list(pieces)
+        if order == "backwards":
+            arrived.reverse()
+        elif order == "shuffled":
+            np.random.default_rng(0).shuffle(arrived)
+        whole = FeatureMoments(features.shape[1])
+        for index in sorted(arrived):
+            whole.merge(pieces[index])
+        return whole
+
+    distance = frechet_distance(merged(first, order), merged(second, order))
+    assert distance == pytest.approx(expected, rel=1e-9)
+    assert distance == frechet_distance(merged(first, "in order"), merged(second, "in order"))
+
+
+def test_statistics_of_others_stand_in_for_moments(tmp_path):
+    features, others = drawn_features(50, 6), drawn_features(40, 6, 1)
+    expected = frechet_distance(moments_of(features), moments_of(others))
+    statistics = FeatureStatistics(others.mean(axis=0), np.cov(others, rowvar=False))
+    assert statistics.count is None
+    assert frechet_distance(moments_of(features), statistics) == pytest.approx(expected, rel=1e-12)
+
+    for kept in (statistics, FeatureStatistics(statistics.mean, statistics.covariance, 40), moments_of(others)):
+        kept.save(tmp_path / "moments.safetensors")
+        loaded = load_moments(tmp_path / "moments.safetensors")
+        assert type(loaded) is type(kept)
+        assert loaded.count == kept.count
+        assert np.array_equal(loaded.mean, kept.mean)
+        assert np.array_equal(loaded.covariance, kept.covariance)
+
+
+def test_other_files_hold_no_moments(tmp_path):
+    save_file({"weight": np.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no moments of features, but weight"):
+        load_moments(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "message"),
+    [
+        (np.zeros(3), np.eye(4), r"\(F,\) and \(F, F\) are needed"),
+        (np.zeros((3, 1)), np.eye(3), r"\(F,\) and \(F, F\) are needed"),
+        (np.zeros(0), np.zeros((0, 0)), r"\(F,\) and \(F, F\) are needed"),
+        (np.zeros(3), np.full((3, 3), np.nan), "not finite"),
+        (np.zeros(3), np.tri(3), "not symmetric"),
+        (np.zeros(3), -np.eye(3), "negative variances"),
+    ],
+)
+def test_numbers_that_are_no_statistics_are_refused(mean, covariance, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureStatistics(mean, covariance)
+
+
+@pytest.mark.parametrize(("count", "num_splits"), [(100, 10), (103, 7), (10, 10), (2 * CHUNK + 5, 1)])
+def test_the_inception_score_equals_torch_fidelity(count, num_splits):
+    logits = 3 * torch.from_numpy(drawn_features(count, 20)).float()
+    theirs = isc_features_to_metric(logits, splits=num_splits, shuffle=True, rng_seed=2020)
+    score = inception_score(logits, num_splits)
+    assert score.value == pytest.approx(theirs[KEY_METRIC_ISC_MEAN], rel=1e-9)
+    assert score.std == pytest.approx(theirs[KEY_METRIC_ISC_STD], rel=1e-6, abs=1e-12)
+    ordered = isc_features_to_metric(logits, splits=num_splits, shuffle=False)
+    assert inception_score(logits.numpy(), num_splits, seed=None).value == pytest.approx(ordered[KEY_METRIC_ISC_MEAN], rel=1e-9)
+
+
+def test_adms_splits_are_of_one_size_but_the_last():
+    logits = drawn_features(23, 6)
+    parts = [inception_score(logits[start : start + 10], 1, seed=None).value for start in (0, 10, 20)]
+    assert inception_score(logits, split_size=10, seed=None).value == pytest.approx(np.mean(parts), rel=1e-12)
+    assert inception_score(logits, split_size=23, seed=None) == inception_score(logits, 1, seed=None)
+
+
+def test_bounds_of_the_inception_score():
+    """1 where all images look alike, the number of classes where each is sure and all are as frequent."""
+    assert inception_score(np.ones((50, 7)), 5).value == pytest.approx(1, rel=1e-12)
+    assert inception_score(np.tile(2000 * np.eye(7), (5, 1)), 5, seed=None).value == pytest.approx(7, rel=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(80, 80), (120, 75)])
+def test_the_kernel_distance_equals_torch_fidelity(counts):
+    generated, reference = (torch.from_numpy(drawn_features(count, 16, seed)) for seed, count in enumerate(counts))
+    options = {"kid_subsets": 7, "kid_subset_size": 50, "rng_seed": 11, "verbose": False}
+    theirs = kid_features_to_metric(generated, reference, **options)
+    distance = kernel_distance(generated, reference, 7, 50, seed=11)
+    assert distance.value == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-9)
+    assert distance.std == pytest.approx(theirs[KEY_METRIC_KID_STD], rel=1e-9)
+
+
+def test_the_kernel_distance_is_unbiased():
+    """Of two sets of one distribution it scatters around zero; the biased estimate is positive."""
+    sets = np.random.default_rng(0).normal(size=(2, 2000, 8))
+    distance = kernel_distance(*sets, num_subsets=200, subset_size=50)
+    assert abs(distance.value) < 4 * distance.std / 200**0.5
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda features: inception_score(features, 11), "10 samples cannot be cut into 11 splits"),
+        (lambda features: inception_score(features[:, 0]), r"shape \(N, F\) are needed"),
+        (lambda features: inception_score(np.full((10, 4), np.nan)), "logits hold values that are not finite"),
+        (lambda features: kernel_distance(features, features[:, :2], 5, 5), "width 4 and 2"),
+        (lambda features: kernel_distance(features, features[:6], 5, 7), "subsets of 7 cannot be drawn from 10 generated and 6"),
+        (lambda features: kernel_distance(features, torch.full((10, 4), torch.inf), 5, 5), "reference features hold values"),
+        (lambda features: kernel_distance(features.astype(int), features, 5, 5), "floats of shape"),
+    ],
+)
+def test_features_that_cannot_be_scored_are_refused(score, message):
+    with pytest.raises(ValueError, match=message):
+        score(drawn_features(10, 4))

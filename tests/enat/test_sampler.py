@@ -290,7 +290,7 @@ def test_a_model_in_training_mode_is_refused():
         ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
         ({"sampling_temperature": float("nan")}, "sampling_temperature is nan"),
         ({"remask_temperature": float("inf")}, "remask_temperature is inf"),
-        ({"mask_schedule": "linear"}, "choose one of cosine"),
+        ({"mask_schedule": "sine"}, "choose one of cosine"),
         ({"guidance_schedule": "cosine"}, "choose one of linear, constant"),
     ],
 )

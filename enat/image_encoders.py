@@ -1,0 +1,106 @@
+"""Image encoders of transformers as feature extractors: DINOv2 (class token) and CLIP (projected image embedding).
+
+Images are brought to the encoder's size as torch-fidelity does for both, with TensorFlow 1's bilinear resizing. Weights are read
+from a folder as the hub has them, safetensors only. torch-fidelity's own ways are not taken: it gets DINOv2 by running code of a
+repository's main branch, and CLIP as TorchScript, which is code as well.
+
+Shape legend: B images, H x W pixels, F features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# Mean and standard deviation of RGB in [0, 1] that each was trained with.
+_NORMALIZATION = {
+    "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+_DINOV2_SIDE = 224  # what it is evaluated with, though its positions are of a larger grid
+_HEADER = "image_encoder"
+
+
+class ImageEncoder(nn.Module):
+    """kind: "dinov2" or "clip".   model: transformers' Dinov2Model or CLIPVisionModelWithProjection."""
+
+    def __init__(self, kind: str, model: Any) -> None:
+        super().__init__()
+        self.kind = kind
+        self.model = model.eval().requires_grad_(False)
+        self.side = _DINOV2_SIDE if kind == "dinov2" else model.config.image_size
+        self.outputs: Mapping[str, int] = {
+            "features": model.config.hidden_size if kind == "dinov2" else model.config.projection_dim
+        }
+        mean, std = _NORMALIZATION[kind]
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, 3, H, W) -> "features" float32 (B, F)"""
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+        pixels = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(self.side, self.side), align_corners=False)
+        output = self.model(pixel_values=(pixels - self.mean) / self.std)
+        return {"features": (output.pooler_output if self.kind == "dinov2" else output.image_embeds).float()}
+
+    def save(self, path: Path) -> None:
+        header = {_HEADER: json.dumps([self.kind, self.model.config.to_dict()])}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}, path, metadata=header)
+
+    @classmethod
+    def load(cls, path: Path) -> ImageEncoder:
+        """From a file of save. Raises ValueError for another file."""
+        with safe_open(str(path), framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+        if header is None:
+            raise ValueError(f"{path} holds no image encoder")
+        kind, fields = json.loads(header)
+        config_class, model_class = _classes(kind)
+        with torch.random.fork_rng(devices=[]):  # transformers' initialisers know no generator
+            model = model_class(config_class.from_dict(fields))
+        model.load_state_dict(load_file(path))
+        return cls(kind, model)
+
+
+def read_image_encoder(kind: str, folder: Path) -> ImageEncoder:
+    """From a folder as the hub has them: config.json and model.safetensors (or its shards), such as facebook/dinov2-large.
+
+    Nothing is unpickled, fetched or run. Raises ValueError where the folder holds no such encoder, or not all of its weights.
+    """
+    config_class, model_class = _classes(kind)
+    try:
+        fields = json.loads((folder / "config.json").read_bytes())
+        found = fields.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder} holds no {kind}: its config.json cannot be read ({error})") from error
+    allowed = {"dinov2": ("dinov2",), "clip": ("clip", "clip_vision_model")}[kind]
+    if found not in allowed:
+        raise ValueError(f"{folder} holds a model of type {found}, not {' or '.join(allowed)}, which extractor {kind} needs")
+    try:
+        config = config_class.from_pretrained(folder, local_files_only=True)
+        with torch.random.fork_rng(devices=[]):
+            model, report = model_class.from_pretrained(
+                folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} holds no readable weights of {kind} ({' '.join(str(error).split())[:200]})") from error
+    missing = sorted(map(str, report["missing_keys"]))
+    if missing or report["mismatched_keys"]:  # transformers would go on with values that it drew
+        named = ", ".join(missing[:3] or sorted(str(key[0]) for key in report["mismatched_keys"])[:3])
+        raise ValueError(f"{folder} does not hold all weights of {kind}: {named} missing or of another shape")
+    return ImageEncoder(kind, model)
+
+
+def _classes(kind: str) -> tuple[Any, Any]:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+
+    return (Dinov2Config, Dinov2Model) if kind == "dinov2" else (CLIPVisionConfig, CLIPVisionModelWithProjection)

@@ -1,0 +1,126 @@
+"""The sampler once more, slow and obvious, with every option; and settings and starts that several tests use.
+
+Unlike plain.py it runs the fast model, which plain.py checks: what differs is the sampling.
+Shape legend: B images, L tokens.
+"""
+
+import math
+
+import torch
+from scipy.stats import qmc
+
+from enat import ENATConfig
+
+SEARCHED = {
+    "num_steps": 4,
+    "mask_ratios": (0.9, 0.5, 0.3, 0.0),
+    "guidance_scales": (1.0, 4.0, 0.5, 2.0),
+    "sampling_temperatures": (1.5, 3.0, 0.0, 0.4),
+    "remask_temperatures": (4.0, 0.0, 2.0, 7.0),
+}
+HALTON = {"reveal_order": "halton", "remask_temperature": 0.0, "mask_schedule": "arccos"}
+RANDOM = {"reveal_order": "random", "remask_temperature": 0.0}
+
+
+def some_start(config: ENATConfig, num_given: int, num_images: int = 3, seed: int = 0) -> torch.Tensor:
+    """Random codes at num_given positions of each image, other ones in every image."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(config.codebook_size, (num_images, config.num_tokens), generator=generator)
+    rank = torch.rand(codes.shape, generator=generator).argsort(dim=1).argsort(dim=1)
+    return codes.masked_fill(rank >= num_given, config.mask_id)
+
+
+RATIOS = {
+    "cosine": lambda p: math.cos(p * math.pi / 2),
+    "arccos": lambda p: 2 / math.pi * math.acos(p),
+    "linear": lambda p: 1 - p,
+    "square": lambda p: 1 - p * p,
+    "cubic": lambda p: 1 - p * p * p,
+    "square_root": lambda p: 1 - p**0.5,
+}
+
+
+def ratio_left(config, step):
+    if step == config.num_steps - 1:
+        return 0.0
+    return config.mask_ratios[step] if config.mask_ratios else RATIOS[config.mask_schedule]((step + 1) / config.num_steps)
+
+
+def strength(config, step):
+    """s = w - 1, as published."""
+    if config.guidance_scales:
+        return config.guidance_scales[step] - 1
+    share = step / config.num_steps
+    share = {"linear": share, "constant": 1, "power_cosine": (1 - math.cos(math.pi * share**config.guidance_power)) / 2}
+    return (config.guidance_scale - 1) * share[config.guidance_schedule]
+
+
+def temperature(config, step, kind):
+    values, start = getattr(config, f"{kind}_temperatures"), getattr(config, f"{kind}_temperature")
+    if values:
+        return values[step]
+    falls = getattr(config, f"{kind}_temperature_schedule") == "linear"
+    return max(start * (1 - (step + 1) / config.num_steps) if falls else start, 1e-3 if start else 0)  # 0 is asked for, never met
+
+
+def draw(log_probs, temperature, uniform, top_k, top_p):
+    """One code. Among all codes from the first on; where some are left out, from the most likely on."""
+    if temperature == 0:
+        return int(log_probs.argmax())
+    probs = (log_probs / temperature).softmax(dim=0).tolist()
+    codes = list(range(len(probs)))
+    if (top_k is not None and top_k < len(probs)) or top_p < 1:
+        codes.sort(key=lambda code: -log_probs[code].item())
+        codes = codes[:top_k]
+        total, nucleus = sum(probs[code] for code in codes), []
+        while sum(probs[code] for code in nucleus) < top_p * total and len(nucleus) < len(codes):
+            nucleus.append(codes[len(nucleus)])
+        codes = nucleus
+    running, total = 0.0, sum(probs[code] for code in codes)
+    for code in codes:
+        running += probs[code]
+        if running > uniform * total:
+            return code
+    return codes[-1]
+
+
+def halton(grid_size):
+    points = qmc.Halton(2, scramble=False).random(60 * grid_size**2)[1:]
+    cells = (points * grid_size + 1e-9).astype(int)
+    return list(dict.fromkeys((cells[:, 0] * grid_size + cells[:, 1]).tolist()))
+
+
+@torch.no_grad()
+def reference_sample(model, labels, config, seeds, start=None):
+    """All positions are predicted, drawn and ranked at every step, with both passes; what is visible is then put back."""
+    (num_images, num_tokens), mask_id = (len(labels), model.config.num_tokens), model.config.mask_id
+    tokens = start.clone() if start is not None else torch.full((num_images, num_tokens), mask_id)
+    num_made = int((tokens[0] == mask_id).sum())
+    noise = torch.stack([torch.rand((config.num_steps, 2, num_tokens), generator=torch.Generator().manual_seed(s)) for s in seeds])
+    cond = uncond = None
+    for step in range(config.num_steps):
+        mask = tokens == mask_id
+        reuses = config.reuse and model.config.reuse
+        cond = model(tokens, labels, cond if reuses else None)
+        logits = cond.logits
+        if model.config.is_conditional:
+            uncond = model(tokens, model.null_condition(num_images), uncond if reuses else None)
+            logits = logits + strength(config, step) * (logits - uncond.logits)
+        log_probs = logits.double().log_softmax(dim=-1)
+        codes, priority = torch.zeros_like(tokens), torch.zeros(tokens.shape, dtype=torch.float64)
+        for image in range(num_images):
+            for position in range(num_tokens):
+                uniform, gumbel = noise[image, step, 0, position].item(), -math.log(-math.log(noise[image, step, 1, position]))
+                here = log_probs[image, position]
+                code = draw(here, temperature(config, step, "sampling"), uniform, config.top_k, config.top_p)
+                codes[image, position] = code
+                priority[image, position] = here[code] + temperature(config, step, "remask") * gumbel
+                if config.reveal_order == "random":
+                    priority[image, position] = noise[image, 0, 1, position].item()
+                if config.reveal_order == "halton":
+                    priority[image, position] = -halton(model.config.grid_size).index(position)
+        priority[~mask] = math.inf
+        tokens = torch.where(mask, codes, tokens)
+        num_left = math.floor(num_made * ratio_left(config, step))
+        tokens.scatter_(1, priority.argsort(dim=1)[:, :num_left], mask_id)
+    return tokens
