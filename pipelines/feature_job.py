@@ -1,132 +1,373 @@
-"""Moments of the features of many images, computed on Ray.
+"""Features of many images, computed on Ray: moments of all of them, and rows that are kept.
 
-The images are cut into blocks of fixed size by sample index. A block's moments are computed by whoever is free and merged in
-index order, so the result does not depend on workers, batch size or which block came first.
+Images travel in blocks of fixed size by index: loaded by tasks on CPUs, then decoded and looked at by a pool of actors. Which
+images a network computes together is fixed by index as well, `images_per_pass` of them, since sums of floats depend on what
+stands beside an image. Blocks come back in any order; the driver puts them together into parts and merges parts in the order of
+their index. So features and moments are the same bits whatever the workers, the batch size, or a crash on the way.
+
+Shape legend: R images of a block, P images of a pass, F features.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import ray.data
 import torch
+from safetensors.numpy import load_file, save_file
 
-from enat.checkpoint import load_vqgan
-from enat.features import FeatureExtractor, load_extractor
-from enat.images import to_uint8
-from enat.metrics import FeatureMoments
-from pipelines.artifacts import ArtifactStore, FileRecord, Manifest
-from pipelines.dataset import Dataset
-from pipelines.progress import Bar
-from pipelines.samples import read_codes
-from pipelines.stream import actor_pool, stream_records
-from pipelines.workflow import Execution
+from enat.features import BUILT_IN, ExtractorFactory, FeatureExtractor, extractor_factory
+from enat.metrics import FeatureMoments, FeatureStatistics, load_moments
+from pipelines.artifacts import WORK, ArtifactStore, FileRecord, Manifest
+from pipelines.readers import BlockReader, Decoder, fixed_numerics, pass_pool, run_pass
+from pipelines.stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
+from pipelines.workflow import Execution, StageContext
 
-BLOCK_SIZE = 256
-
-
-class ImageReader(Protocol):
-    """Where images come from. read: uint8 (R, 3, H, W) of sample indices start..stop-1; may leave out unreadable ones."""
-
-    def read(self, start: int, stop: int, device: str) -> torch.Tensor: ...
+BLOCK_SIZE = 256  # images that travel together
+_BLOCKS_PER_PART = 4  # at least; what a crash can lose
+_MAX_PARTS = 32  # each commits the moments so far, 33 MB for 2048 features
+_OBJECT_STORE_BYTES = 1 << 30  # of blocks on their way
+EXTRACTOR_FILE = "extractor.safetensors"  # of a reference
+MOMENTS_FILES = {"features": "moments.safetensors", "spatial": "spatial_moments.safetensors"}  # by output
+_KEPT = ("features", "logits")  # outputs whose rows are kept; of "spatial" only the moments are ever needed
 
 
-@dataclass(frozen=True)
-class SourceImages:
-    """The real images of a dataset, cropped as the token map crops them. Unreadable ones, which it quarantines, are left out."""
+class ExtractorSource(Protocol):
+    """What workers get an extractor from."""
 
-    dataset: Dataset
-    resolution: int
-
-    def read(self, start: int, stop: int, device: str) -> torch.Tensor:
-        return torch.from_numpy(self.dataset.load_images(self.resolution, start, stop)[0]).to(device)
-
-
-class DecodedSamples:
-    """Generated codes, decoded by the tokenizer and rounded to uint8."""
-
-    def __init__(self, store: ArtifactStore, samples: Manifest, tokenizer: Manifest, batch_size: int) -> None:
-        self._store, self._samples, self._tokenizer, self._batch_size = store, samples, tokenizer, batch_size
-        self._vqgan: Any = None
-
-    def read(self, start: int, stop: int, device: str) -> torch.Tensor:
-        if self._vqgan is None:
-            self._vqgan = load_vqgan(self._store.fetch(self._tokenizer, "vqgan.safetensors")).to(device)
-        codes = torch.from_numpy(read_codes(self._store, self._samples, start, stop).codes)
-        side = self._vqgan.config.grid_size
-        parts = codes.view(-1, side, side).split(self._batch_size)
-        return torch.cat([to_uint8(self._vqgan.decode(part.to(device))) for part in parts])
+    def load(self) -> FeatureExtractor: ...
 
 
 @dataclass(frozen=True)
 class ExtractorFile:
-    """Where an extractor's weights lie, also before its artifact is committed."""
+    """Where an extractor's weights lie, also before its artifact is committed.
+
+    factory: opens the file on a worker, whose own registry knows nothing of kinds that were registered on the driver; None for
+    a built-in kind.
+    """
 
     store: ArtifactStore
     kind: str
     stage: str
     key: str
     file: FileRecord
+    factory: ExtractorFactory | None
+
+    @classmethod
+    def of(cls, store: ArtifactStore, kind: str, stage: str, key: str, file: FileRecord) -> ExtractorFile:
+        """Raises ValueError for a kind that this process does not know."""
+        factory = extractor_factory(kind)
+        return cls(store, kind, stage, key, file, None if kind in BUILT_IN else factory)
+
+    @classmethod
+    def of_reference(cls, store: ArtifactStore, reference: Manifest) -> ExtractorFile:
+        """The one that a reference was made with."""
+        file = reference.file(EXTRACTOR_FILE)
+        return cls.of(store, reference.summary["extractor"], reference.stage, reference.key, file)
 
     def load(self) -> FeatureExtractor:
-        return load_extractor(self.kind, self.store.fetch_file(self.stage, self.key, self.file))
+        factory = self.factory or extractor_factory(self.kind)
+        return factory(self.store.fetch_file(self.stage, self.key, self.file))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """What is computed, and nothing of how.
+
+    images_per_pass: P.   kept: rows of "features" and "logits" that are stored; None all, else ascending image indices. An index
+    counts readable images within its block.
+    """
+
+    num_images: int
+    images_per_pass: int
+    kept: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError("there are no images to compute features of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSet:
+    """count: images that could be read.   moments: by output.   files: safetensors with kept rows, in order, of read_rows.
+
+    worker_seconds: summed over workers.   device_seconds: those of the actors that hold the network.
+    """
+
+    count: int
+    moments: dict[str, FeatureMoments]
+    files: tuple[FileRecord, ...]
+    worker_seconds: float
+    device_seconds: float
+
+
+def drawn_evenly(num_images: int, count: int, seed: int) -> np.ndarray:
+    """At most count ascending indices below num_images, one drawn from each of count equal intervals: int64."""
+    if count >= num_images:
+        return np.arange(num_images)
+    edges = np.arange(count + 1, dtype=np.int64) * num_images // max(1, count)
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+
+
+def read_rows(store: ArtifactStore, stage: str, key: str, files: Sequence[FileRecord], name: str) -> np.ndarray:
+    """Rows of one output, in the order of their images: (R, F), or (R,) of a measure. Raises ValueError where none were kept."""
+    parts = [load_file(store.fetch_file(stage, key, file)) for file in files]
+    found = [part[name] for part in parts if name in part]
+    if not found:
+        raise ValueError(f"artifact {stage}/{key[:12]} keeps no {name} of its images")
+    return np.concatenate(found)
+
+
+def stored_moments(store: ArtifactStore, manifest: Manifest) -> dict[str, FeatureMoments | FeatureStatistics]:
+    """Moments by output, of a committed artifact."""
+    names = {file.name for file in manifest.files}
+    return {output: load_moments(store.fetch(manifest, name)) for output, name in MOMENTS_FILES.items() if name in names}
+
+
+def feature_files(manifest: Manifest) -> tuple[FileRecord, ...]:
+    """Those of a committed artifact that compute_features made."""
+    return tuple(file for file in manifest.files if file.name.startswith(_PART_PREFIX))
+
+
+def compute_features(
+    reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution, context: StageContext
+) -> FeatureSet:
+    """Features of the images 0..num_images-1 that the reader gives. Goes on after the parts that are committed under the key.
+
+    Raises ValueError where no image can be read, and for an extractor that gives values that are not finite, or other widths than
+    it says.
+    """
+    size = _part_size(spec.num_images)
+    parts = [range(start, min(start + size, spec.num_images)) for start in range(0, spec.num_images, size)]
+    committed = context.store.read_parts(context.stage, context.key)
+    records: list[dict[str, Any]] = []  # the moments of a part go on from those before it, so what counts is an unbroken row
+    while len(records) < len(parts) and _part_name(len(records)) in committed:
+        records.append(committed[_part_name(len(records))])
+    moments = _load_moments(records[-1], context) if records else {}
+    with context.bar(spec.num_images, "images") as bar:
+        bar.update(sum(len(part) for part in parts[: len(records)]))
+        if len(records) < len(parts):
+            writer = _PartWriter(parts, records, moments, context)
+            blocks = _blocks(parts, len(records))
+            with closing(_computed(blocks, reader, spec, extractor, execution)) as computed:
+                writer.write_all(computed, bar.advance)
+            records, moments = writer.records, writer.moments
+    count = sum(record["rows"] for record in records)
+    if not count:
+        raise ValueError(f"none of the {spec.num_images} images can be read")
+    return FeatureSet(
+        count=count,
+        moments=moments,
+        files=tuple(FileRecord(**record["file"]) for record in records if record["file"]),
+        worker_seconds=sum(record["seconds"] + record["loading_seconds"] for record in records),
+        device_seconds=sum(record["seconds"] for record in records) if execution.gpus_per_worker else 0.0,
+    )
+
+
+def _part_size(num_images: int) -> int:
+    """Images per part: whole blocks, and a function of num_images alone."""
+    blocks = -(-num_images // BLOCK_SIZE)
+    return BLOCK_SIZE * max(_BLOCKS_PER_PART, -(-blocks // _MAX_PARTS))
+
+
+def _blocks(parts: Sequence[range], first_part: int) -> list[dict[str, int]]:
+    rows: list[dict[str, int]] = []
+    for number in range(first_part, len(parts)):
+        for start in range(parts[number].start, parts[number].stop, BLOCK_SIZE):
+            stop = min(start + BLOCK_SIZE, parts[number].stop)
+            rows.append({"block": start // BLOCK_SIZE, "part": number, "start": start, "stop": stop})
+    return rows
+
+
+def _computed(
+    blocks: list[dict[str, int]], reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution
+) -> Generator[dict[str, Any]]:
+    """Records of blocks, each as soon as it is done."""
+
+    def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
+        num_loading = len(rows) if len(rows) < execution.num_workers else None  # Ray Data warns of more tasks than blocks
+        computed = (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map_batches(_Load(reader), **feeding_tasks(execution, num_loading))
+            .map_batches(_Extract, fn_constructor_args=(reader, spec, extractor, execution), **actor_pool(execution, len(rows)))
+        )
+        return with_memory_limit(computed, _OBJECT_STORE_BYTES)
+
+    return stream_records(blocks, job, id="block")
+
+
+# On workers ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class FeatureJob:
-    """moments of all images, and the seconds that workers spent."""
+class _Loaded:
+    """A block's rows as the reader stores them. A class of its own, because Ray makes columns of dictionaries of arrays."""
 
-    moments: FeatureMoments
-    worker_seconds: float
-
-
-def compute_moments(reader: ImageReader, num_images: int, extractor: ExtractorFile, execution: Execution, bar: Bar) -> FeatureJob:
-    """Features of the images 0..num_images-1 that the reader gives, num_images at least 1."""
-    rows = [
-        {"part": block, "start": start, "stop": min(start + BLOCK_SIZE, num_images)}
-        for block, start in enumerate(range(0, num_images, BLOCK_SIZE))
-    ]
-
-    def job(todo: list[dict[str, int]]) -> ray.data.Dataset:
-        return ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-            _BlockMoments, fn_constructor_args=(reader, extractor, execution), **actor_pool(execution, len(todo))
-        )
-
-    records: dict[int, dict[str, Any]] = {}
-    with bar:
-        for record in stream_records(rows, job):
-            records[record["part"]] = record
-            bar.advance(record["images"])
-    assert sorted(records) == list(range(len(rows)))
-    merged = FeatureMoments(len(records[0]["moments"].mean))
-    for block in range(len(rows)):
-        merged.merge(records[block]["moments"])
-    return FeatureJob(merged, sum(record["seconds"] for record in records.values()))
+    block: dict[str, int]
+    rows: dict[str, np.ndarray]
+    seconds: float
 
 
-class _BlockMoments:
-    """One actor holds one extractor."""
+@dataclass(frozen=True)
+class _Outputs:
+    """A block's outputs. rows: output or measure -> (R, ...), of kept outputs those rows alone."""
 
-    def __init__(self, reader: ImageReader, extractor: ExtractorFile, execution: Execution) -> None:
-        torch.set_num_threads(execution.num_threads)
-        self.reader, self.execution = reader, execution
+    num_rows: int
+    for_moments: dict[str, np.ndarray] = field(default_factory=dict)
+    kept: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class _Load:
+    """Block -> what is needed to make its images, on a CPU."""
+
+    def __init__(self, reader: BlockReader) -> None:
+        self.reader = reader
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[_Loaded]]:
+        started = time.monotonic()
+        block = {name: int(values[0]) for name, values in batch.items()}
+        rows = self.reader.load(block["start"], block["stop"])
+        return {"block": [_Loaded(block, rows, time.monotonic() - started)]}
+
+
+class _Extract:
+    """What was loaded of a block -> its outputs. One actor holds one extractor."""
+
+    def __init__(self, reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution) -> None:
+        fixed_numerics(execution.device)
+        self.spec, self.device = spec, execution.device
         self.extractor = extractor.load().to(execution.device)
+        self.decoder: Decoder = reader.decoder(execution.device)
+        self.pool = pass_pool(execution, spec.images_per_pass)
 
-    @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         started = time.monotonic()
-        images = self.reader.read(int(batch["start"][0]), int(batch["stop"][0]), self.execution.device)
-        moments = FeatureMoments(self.extractor.num_features)
-        features = [self.extractor(part) for part in images.split(self.execution.batch_size)]
-        if features:
-            moments.add(torch.cat(features))
+        loaded: _Loaded = batch["block"][0]
+        num_rows = len(next(iter(loaded.rows.values())))
+        size = self.spec.images_per_pass
+        passes = [{name: rows[first : first + size] for name, rows in loaded.rows.items()} for first in range(0, num_rows, size)]
+        results = list(self.pool.map(self._pass, passes))
+        outputs = {name: np.concatenate([result[name] for result in results]) for name in (results[0] if results else ())}
+        self._check(outputs, loaded.block)
         record = {
-            "part": int(batch["part"][0]),
-            "images": int(batch["stop"][0] - batch["start"][0]),
-            "moments": moments,
+            **{name: loaded.block[name] for name in ("block", "part", "start")},
+            "images": loaded.block["stop"] - loaded.block["start"],
+            "outputs": self._selected(outputs, num_rows, loaded.block),
             "seconds": time.monotonic() - started,
+            "loading_seconds": loaded.seconds,
         }
         return {"record": [record]}
+
+    def _pass(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs and measures of the images of one pass."""
+
+        def outputs(padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            decoded = self.decoder(padded)
+            return {**self.extractor(decoded.images), **decoded.measures}
+
+        return run_pass(outputs, rows, self.spec.images_per_pass, self.device)
+
+    def _check(self, outputs: Mapping[str, np.ndarray], block: Mapping[str, int]) -> None:
+        where = f"images {block['start']} to {block['stop'] - 1}"
+        for name, width in self.extractor.outputs.items() if outputs else ():
+            values = outputs.get(name)
+            if values is None or values.shape[1:] != (width,):
+                shape = "nothing" if values is None else f"shape {values.shape}"
+                raise ValueError(f"the feature extractor says that {name} has width {width}, but gave {shape} for {where}")
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} of {where} hold values that are not finite; the extractor or its weights are broken")
+
+    def _selected(self, outputs: Mapping[str, np.ndarray], num_rows: int, block: Mapping[str, int]) -> _Outputs:
+        kept = np.arange(num_rows)
+        if self.spec.kept is not None:
+            first, last = np.searchsorted(self.spec.kept, [block["start"], block["stop"]])
+            kept = self.spec.kept[first:last] - block["start"]
+            kept = kept[kept < num_rows]
+        known = self.extractor.outputs
+        rows = {name: values[kept] for name, values in outputs.items() if name in _KEPT and name in known and len(kept)}
+        measures = {name: values for name, values in outputs.items() if name not in known}
+        moments = {name: values for name, values in outputs.items() if name in MOMENTS_FILES and name in known}
+        return _Outputs(num_rows, moments, {**rows, **measures})
+
+
+# On the driver -------------------------------------------------------------------------------------------------------------
+
+_PART_PREFIX = "features-"
+
+
+def _part_name(part: int) -> str:
+    return f"{_PART_PREFIX}{part:05d}.safetensors"
+
+
+class _PartWriter:
+    """Puts blocks together into parts, and commits parts in order, each with the moments of all images up to it."""
+
+    def __init__(
+        self, parts: Sequence[range], records: list[dict[str, Any]], moments: dict[str, FeatureMoments], context: StageContext
+    ) -> None:
+        self.parts, self.records, self.moments, self.context = parts, list(records), dict(moments), context
+        self._waiting: dict[int, list[dict[str, Any]]] = {}
+
+    def write_all(self, computed: Iterator[dict[str, Any]], advance: Callable[[int], object]) -> None:
+        num_blocks = Counter({number: -(-len(part) // BLOCK_SIZE) for number, part in enumerate(self.parts)})
+        following = len(self.records)  # the next part to be handed to the thread, which alone touches records and moments
+        writing: list[Future[None]] = []
+        with ThreadPoolExecutor(1) as thread:
+            for record in computed:
+                self._waiting.setdefault(record["part"], []).append(record)
+                advance(record["images"])
+                while len(self._waiting.get(following, ())) == num_blocks[following] > 0:
+                    whole = sorted(self._waiting.pop(following), key=lambda block: int(block["start"]))
+                    writing.append(thread.submit(self._write, following, whole))
+                    following += 1
+                while len(writing) > 2 or (writing and writing[0].done()):  # a part's rows are held until it is written
+                    writing.pop(0).result()
+            for future in writing:
+                future.result()
+        assert len(self.records) == len(self.parts), "a planned part was not computed"
+
+    def _write(self, part: int, blocks: Sequence[dict[str, Any]]) -> None:
+        if part > len(self.records):
+            return  # the part before it failed, which write_all raises; moments go on from one part to the next
+        outputs = [block["outputs"] for block in blocks]
+        for name in dict.fromkeys(name for each in outputs for name in each.for_moments):
+            rows = np.concatenate([each.for_moments[name] for each in outputs if name in each.for_moments])
+            self.moments.setdefault(name, FeatureMoments(rows.shape[1])).add(rows)
+        kept_names = dict.fromkeys(name for each in outputs for name in each.kept)
+        kept = {name: np.concatenate([each.kept[name] for each in outputs if name in each.kept]) for name in kept_names}
+        record = {
+            "rows": sum(each.num_rows for each in outputs),
+            "file": asdict(self._put(_part_name(part), lambda path: save_file(kept, path))) if kept else None,
+            "moments": {
+                name: asdict(self._put(f"{WORK}/{name}-{part:05d}.safetensors", m.save)) for name, m in self.moments.items()
+            },
+            "seconds": sum(block["seconds"] for block in blocks),
+            "loading_seconds": sum(block["loading_seconds"] for block in blocks),
+        }
+        self.context.store.put_part(self.context.stage, self.context.key, _part_name(part), record)
+        if len(self.records) > 1:  # only the newest moments are gone on from, or those before, by another run of the same stage
+            outdated = [FileRecord(**file) for file in self.records[-2]["moments"].values()]
+            self.context.store.discard_files(self.context.stage, self.context.key, outdated)
+        self.records.append(record)
+
+    def _put(self, name: str, write: Callable[[Path], object]) -> FileRecord:
+        with tempfile.TemporaryDirectory(prefix=f"enat-{self.context.stage}-") as folder:
+            path = Path(folder) / "file.safetensors"
+            write(path)
+            return self.context.store.put_file(self.context.stage, self.context.key, name, path)
+
+
+def _load_moments(record: Mapping[str, Any], context: StageContext) -> dict[str, FeatureMoments]:
+    return {
+        name: FeatureMoments.load(context.store.fetch_file(context.stage, context.key, FileRecord(**file)))
+        for name, file in record["moments"].items()
+    }

@@ -1,108 +1,206 @@
-"""Stage evaluate: what the samples are worth, and what making one costs.
+"""Stage evaluate: what samples are worth, and what making one costs.
 
-Features of the decoded samples on Ray, their Frechet distance to the reference, analytic MACs; and, where asked for, how often a
-classifier that has nothing to do with the extractor sees the class that was asked for.
+Features of the samples on Ray, and the scores of these against the reference; analytic MACs of a sample and measured time; and,
+where asked for, how often a classifier that has nothing to do with the extractor sees the class that was asked for. Samples are
+codes of stage `generate`, or images of any other generator (stage `images`), of which no cost is known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
+from enat.config import ENATConfig
 from enat.cost import generation_cost
-from enat.metrics import FeatureMoments, frechet_distance
-from enat.model import ENATConfig
+from enat.images import png_bytes
 from enat.sampler import SamplerConfig
 from enat.tokenizer import VQGANConfig
-from pipelines import cluster
+from pipelines import cluster, evaluation_card
 from pipelines.artifacts import Manifest
 from pipelines.dataset import Dataset
-from pipelines.feature_job import DecodedSamples, ExtractorFile, compute_moments
+from pipelines.feature_job import (
+    MOMENTS_FILES,
+    ExtractorFile,
+    FeatureSet,
+    FeatureSpec,
+    compute_features,
+    feature_files,
+    read_rows,
+    stored_moments,
+)
+from pipelines.image_sets import ImageSetConfig
+from pipelines.readers import BlockReader, SourceImages, read_images, sample_reader
 from pipelines.samples import read_codes
+from pipelines.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
 from pipelines.sources import DatasetConfig
-from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow import Execution, Stage, StageContext, StageResult
 
 JUDGES = ("svc",)
 _MAX_JUDGE_IMAGES = 20_000  # a support vector machine's fit grows with the square of it
+_NEED_ROWS = {"features": {"kernel_distance", "precision_recall", "density_coverage"}, "logits": {"inception_score"}}
+_MEASURED = ("images_per_second", "device_seconds_per_image", "worker_seconds_per_image", "peak_memory_gb")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """judge: "svc", a scikit-learn support vector machine fitted on the pixels of the real images; None for none."""
+    """metrics: of pipelines.scores.METRICS, and always the Frechet distance; None takes all that extractor and reference allow.
 
+    judge: "svc", a scikit-learn support vector machine fitted on the pixels of the real images; None for none.
+    images: where samples of another generator lie, if it is these that are scored.
+    """
+
+    metrics: tuple[str, ...] | None = None
+    settings: ScoreSettings = field(default_factory=ScoreSettings)
     judge: str | None = None
     dataset: DatasetConfig | None = None
+    images: ImageSetConfig | None = None
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
         if self.judge is not None and self.judge not in JUDGES:
             raise ValueError(f"evaluate.judge is {self.judge!r}; choose one of {', '.join(JUDGES)}, or leave it out")
+        for metric in self.metrics or ():
+            if metric not in METRICS:
+                raise ValueError(f"evaluate.metrics names {metric!r}; choose from {', '.join(METRICS)}")
+
+    def identity(self) -> dict[str, Any]:
+        metrics = None if self.metrics is None else sorted({*self.metrics, "frechet_distance"})
+        return {"metrics": metrics, "settings": asdict(self.settings), "judge": self.judge}
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
-    samples, tokenizer, reference, model = (inputs[name] for name in ("samples", "tokenizer", "reference", "model"))
+    samples, reference = inputs["samples"], inputs["reference"]
+    num_samples = evaluation_card.num_samples_of(samples)
+    _check_resolution(samples, inputs)
+    per_pass = int(reference.summary["images_per_pass"])
+    real_moments = stored_moments(context.store, reference)
+    settings = config.settings.fitted(num_samples, int(reference.summary["num_kept"]))
+    chosen = Available(
+        extractor=reference.summary["extractor"],
+        outputs=tuple(reference.summary["outputs"]),
+        has_spatial="spatial" in real_moments,
+        num_generated=num_samples,
+        num_reference=int(reference.summary["num_kept"]),
+        settings=settings,
+    ).chosen(config.metrics)
     context.connect()
     cluster.require(config.execution, "evaluate")
-    extractor = ExtractorFile(
-        context.store, reference.summary["extractor"], "reference", reference.key, reference.file("extractor.safetensors")
-    )
-    num_samples = int(samples.summary["num_samples"])
-    reader = DecodedSamples(context.store, samples, tokenizer, config.execution.batch_size)
-    job = compute_moments(reader, num_samples, extractor, config.execution, context.bar(num_samples, "images"))
-    real = FeatureMoments.load(context.store.fetch(reference, "moments.safetensors"))
-    metrics = {"frechet_distance": frechet_distance(job.moments, real), **_cost(model, samples, tokenizer)}
-    seconds = job.worker_seconds
+    reader = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)
+    job = _features(reader, chosen, inputs, config.execution, context)
+    spread = Spread(config.execution, lambda total: context.bar(total, "blocks of rows"))
+    needed = [output for output, metrics in _NEED_ROWS.items() if not metrics.isdisjoint(chosen)]
+    made = {output: read_rows(context.store, context.stage, context.key, job.files, output) for output in needed}
+    real_rows = None
+    if "features" in needed:
+        real_rows = read_rows(context.store, reference.stage, reference.key, feature_files(reference), "features")
+    real = ImageStatistics(moments=real_moments, features=real_rows)
+    scores = compute_scores(chosen, ImageStatistics(moments=job.moments, **made), real, settings, spread)
+    metrics = _named(scores, reference.summary["extractor"]) | _cost(inputs)
     if config.judge is not None:
-        assert config.dataset is not None
-        dataset = Dataset(config.dataset, context.store, inputs["dataset"])
-        judged = ray.get(ray.remote(num_cpus=1)(_judge).remote(dataset, reference, reader, samples, context.for_workers()))
-        metrics |= judged
+        metrics |= _judged(config, reader, per_pass, inputs, context)
+    protocol = evaluation_card.protocol_of(reference, samples, config.settings)
+    grid = evaluation_card.sample_grid(reader, samples, per_pass)
     return StageResult(
-        files=[context.write("moments.safetensors", job.moments.save)],
+        files=[*(context.write(MOMENTS_FILES[output], found.save) for output, found in job.moments.items()), *job.files],
+        records=[context.write(evaluation_card.GRID, lambda path: path.write_bytes(png_bytes(grid)))],
         summary={
-            "extractor": reference.summary["extractor"],
-            "reference_digest": reference.digest,
-            "num_samples": num_samples,
-            "num_reference": real.count,
-            "rounding": "uint8",
+            **{name: protocol[name] for name in ("extractor", "reference_digest", "num_samples", "num_reference", "rounding")},
+            "protocol": protocol,
+            "protocol_digest": evaluation_card.protocol_digest(protocol),
+            "metrics": list(chosen),
+            "settings": asdict(settings),
         },
         metrics=metrics,
-        worker_seconds=seconds,
-        device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
+        worker_seconds=job.worker_seconds + spread.seconds,
+        device_seconds=job.device_seconds + (spread.seconds if config.execution.gpus_per_worker else 0.0),
     )
 
 
-def _cost(model: Manifest, samples: Manifest, tokenizer: Manifest) -> dict[str, float]:
+def _check_resolution(samples: Manifest, inputs: Mapping[str, Manifest]) -> None:
+    """Extractors bring images to their own size, so a wrong one would go unnoticed."""
+    made, real = evaluation_card.resolution_of(samples, inputs), inputs["reference"].summary["resolution"]
+    if real is not None and made != real:
+        raise ValueError(f"the samples have {made} px and the reference {real} px; scores of two sizes are not comparable")
+
+
+def _features(
+    reader: BlockReader, chosen: tuple[str, ...], inputs: Mapping[str, Manifest], execution: Execution, context: StageContext
+) -> FeatureSet:
+    reference = inputs["reference"]
+    extractor = ExtractorFile.of_reference(context.store, reference)
+    moments_are_enough = all(metrics.isdisjoint(chosen) for metrics in _NEED_ROWS.values())
+    spec = FeatureSpec(
+        num_images=evaluation_card.num_samples_of(inputs["samples"]),
+        images_per_pass=int(reference.summary["images_per_pass"]),
+        kept=np.empty(0, np.int64) if moments_are_enough else None,
+    )
+    return compute_features(reader, spec, extractor, execution, context)
+
+
+def _named(scores: Mapping[str, float], extractor: str) -> dict[str, float]:
+    """Under the names that scores of Inception are published by."""
+    named = {}
+    for name, value in scores.items():
+        metric = name.removesuffix("_std")
+        named[published_name(metric, extractor) + name[len(metric) :]] = value
+    return named
+
+
+def _cost(inputs: Mapping[str, Manifest]) -> dict[str, float]:
+    """Of one image: MACs counted from the architecture, seconds as they were measured when the samples were made."""
+    samples, model = inputs["samples"], inputs.get("model")
+    measured = {name: samples.metrics[name] for name in _MEASURED if name in samples.metrics}
+    if model is None or "sampler" not in samples.summary:
+        return measured
     architecture, sampler = ENATConfig(**model.summary["model"]), SamplerConfig(**samples.summary["sampler"])
-    cost = generation_cost(architecture, sampler, VQGANConfig(**tokenizer.summary["config"]))
+    mask_ratio = samples.summary.get("mask_ratio")
+    num_given = 0 if mask_ratio is None else architecture.num_tokens - max(1, round(mask_ratio * architecture.num_tokens))
+    cost = generation_cost(architecture, sampler, VQGANConfig(**inputs["tokenizer"].summary["config"]), num_given=num_given)
     return {
         "gmacs_transformer": cost.transformer_macs / 1e9,
         "gmacs_decoder": cost.decoder_macs / 1e9,
         "gmacs_total": cost.total_macs / 1e9,
         "gmacs_executed": cost.executed_total_macs / 1e9,
-        "seconds_per_sample": samples.provenance["worker_seconds"] / samples.summary["num_samples"],
+        "gflops_total": 2 * cost.total_macs / 1e9,
+        **measured,
     }
 
 
-def _judge(
-    dataset: Dataset, reference: Manifest, reader: DecodedSamples, samples: Manifest, context: WorkerContext
+def _judged(
+    config: EvaluateConfig, reader: BlockReader, images_per_pass: int, inputs: Mapping[str, Manifest], context: StageContext
 ) -> dict[str, float]:
-    """Agreement of a support vector machine with the labels asked for; its own accuracy on real images it did not see."""
+    samples = inputs["samples"]
+    if samples.stage == "images" or samples.summary.get("labels") == "captions":
+        raise ValueError("evaluate.judge needs samples that were generated here, one class each; leave it out for others")
+    assert config.dataset is not None
+    dataset = Dataset(config.dataset, context.store, inputs["dataset"])
+    real = SourceImages(dataset, evaluation_card.resolution_of(samples, inputs))
+    labels = read_codes(context.store, samples, 0, min(_MAX_JUDGE_IMAGES, evaluation_card.num_samples_of(samples))).labels
+    scores: dict[str, float] = ray.get(ray.remote(num_cpus=1)(_judge).remote(real, reader, images_per_pass, labels))
+    return scores
+
+
+def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, asked: np.ndarray) -> dict[str, float]:
+    """Agreement of a support vector machine with the labels asked for; its own accuracy on real images it did not see.
+
+    asked: int64 (N,), of the first N samples.
+    """
     from sklearn.model_selection import cross_val_score
     from sklearn.svm import SVC
 
-    images, labels = dataset.load_images(int(reference.summary["resolution"]), 0, _MAX_JUDGE_IMAGES)
+    torch.set_num_threads(1)
+    images, labels = real.dataset.load_images(real.resolution, 0, _MAX_JUDGE_IMAGES)
     pixels = _gray(torch.from_numpy(images))
     machine = SVC(C=10.0)
     accuracy = cross_val_score(machine, pixels, labels, cv=5).mean()
     machine.fit(pixels, labels)
-    generated = read_codes(context.store, samples)
-    predicted = machine.predict(_gray(reader.read(0, len(generated.labels), "cpu")))
-    return {"class_agreement": float((predicted == generated.labels).mean()), "judge_accuracy": float(accuracy)}
+    predicted = machine.predict(_gray(read_images(reader, 0, len(asked), images_per_pass)))
+    return {"class_agreement": float((predicted == asked).mean()), "judge_accuracy": float(accuracy)}
 
 
 def _gray(images: torch.Tensor) -> Any:
@@ -110,4 +208,4 @@ def _gray(images: torch.Tensor) -> Any:
     return images.double().mean(dim=1).flatten(1).numpy() / 255
 
 
-STAGE = Stage("evaluate", 2, run)
+STAGE = Stage("evaluate", 3, run, publish=evaluation_card.publish)

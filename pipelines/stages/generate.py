@@ -1,59 +1,124 @@
-"""Stage generate: codes for num_samples samples, classes in turn, one seed each.
+"""Stage generate: codes for num_samples samples, one seed each: of classes in turn, of given labels, or of captions.
 
-One Parquet file per shard_size samples; actors take files, so the codes of a sample depend on its seed and label alone, and a
-file that was committed before a crash is not made again.
+One Parquet file per shard_size samples; actors take files, so the codes of a sample depend on its seed and on what is asked for
+alone, and a file that was committed before a crash is not made again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
+import ray
 import ray.data
 import torch
 
 from enat.checkpoint import load_enat
+from enat.config import ENATConfig
+from enat.model import ENAT, TextCondition
 from enat.sampler import SamplerConfig, sample
 from pipelines import cluster
-from pipelines.artifacts import FileRecord, Manifest
-from pipelines.samples import sample_label, sample_seed, write_samples
+from pipelines.artifacts import ArtifactStore, FileRecord, Manifest
+from pipelines.caption_features import CaptionFeatures
+from pipelines.dataset import INDEX
+from pipelines.device import device_name, peak_memory_gb
+from pipelines.readers import fixed_numerics, pass_pool
+from pipelines.samples import (
+    NONE,
+    SamplePlan,
+    Samples,
+    caption_order,
+    drawn_rows,
+    masked_positions,
+    part_name,
+    sample_label,
+    sample_seed,
+    write_samples,
+)
+from pipelines.sources import DatasetConfig
 from pipelines.stream import actor_pool, stream_records
+from pipelines.token_map import TokenMap
 from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
+
+CAPTION_CHOICES = ("drawn", "in_order")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateExecution(Execution):
+    """compile: torch.compile of every block: start-up time for speed. As everything here it changes codes by rounding at most."""
+
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """shard_size: samples per Parquet file, which is also what a crash can lose."""
+    """shard_size: samples per Parquet file, which is also what a crash can lose.
+
+    labels: asked for in turn; none means each class in turn.
+    caption_choice: of a model of captions. "drawn" by the seed: one caption each of as many different images as there are, then a
+    second one each, and so on; "in_order" as the dataset has them. Where captions run out they begin anew, with other seeds.
+    mask_ratio: begin with codes of the token map, this share of them masked, and the label of their row; rows and positions are
+    drawn by the seed. None begins with nothing.
+    dataset: whose captions a model of captions is given; None takes the run's.
+    precision: of the model's passes, "fp32", or "bf16" as autocast has it. It changes codes, so it is part of the key.
+    images_per_pass: images that the model always computes together, by index: matrix products round by their shape, and a code
+    whose draw is nearly tied could come out otherwise. So it is part of the key, and execution.batch_size is how many a worker
+    computes at once, in passes side by side on the threads of a CPU.
+    """
 
     num_samples: int = 50_000
     shard_size: int = 1000
+    labels: tuple[int, ...] = ()
+    caption_choice: str = "drawn"
+    mask_ratio: float | None = None
+    precision: str = "fp32"
+    images_per_pass: int = 32
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    dataset: DatasetConfig | None = None
     seed: int | None = None
-    execution: Execution = field(default_factory=Execution)
+    execution: GenerateExecution = field(default_factory=GenerateExecution)
 
     def __post_init__(self) -> None:
         if self.num_samples < 2 or self.shard_size < 1:
             raise ValueError("generate.num_samples must be at least 2 and shard_size at least 1")
+        for name, value, known in (
+            ("caption_choice", self.caption_choice, CAPTION_CHOICES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"generate.{name} is {value!r}; choose one of {', '.join(known)}")
+        if self.mask_ratio is not None and not 0 < self.mask_ratio <= 1:
+            raise ValueError(f"generate.mask_ratio is {self.mask_ratio}; it must be above 0 and at most 1, or null for no start")
+        if self.mask_ratio is not None and self.labels:
+            raise ValueError("generate.mask_ratio takes the labels of the token map's rows; give no generate.labels with it")
+        if self.images_per_pass < 1:
+            raise ValueError(f"generate.images_per_pass is {self.images_per_pass}; it must be at least 1")
 
 
 def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     model = inputs["model"]
-    num_parts = -(-config.num_samples // config.shard_size)
-    names = [_part_name(part) for part in range(num_parts)]
+    architecture = ENATConfig(**model.summary["model"])
+    scheme = _check(config, architecture, inputs)
+    names = [part_name(part) for part in range(-(-config.num_samples // config.shard_size))]
     done = context.store.read_parts(context.stage, context.key)
     todo = [{"part": part} for part, name in enumerate(names) if name not in done]
     if todo:
         context.connect()
         cluster.require(config.execution, "generate")
+        plan = ray.put(_plan(config, architecture, inputs, context.store))
 
         def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
-            arguments = (config, model, context.for_workers())
             pool = actor_pool(config.execution, len(rows))
+            num_workers = min(config.execution.num_workers, len(rows))
+            task = _Task(config, model, inputs.get("captions"), plan, num_workers, context.for_workers())
             return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                _Sample, fn_constructor_args=arguments, **pool
+                _Sample, fn_constructor_args=(task,), **pool
             )
 
         with context.bar(config.num_samples, "samples") as bar:
@@ -62,49 +127,183 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
                 bar.advance(record["rows"])
     records = context.store.read_parts(context.stage, context.key)
     assert list(records) == names and sum(record["rows"] for record in records.values()) == config.num_samples
-    seconds = sum(record["seconds"] for record in records.values())
+    seconds = sum(record["seconds"] + record["start_seconds"] for record in records.values())
     return StageResult(
         files=[FileRecord(**record["file"]) for record in records.values()],
         summary={
             "num_samples": config.num_samples,
             "shard_size": config.shard_size,
-            "num_classes": model.summary["model"]["num_classes"],
+            "num_classes": architecture.num_classes,
+            "labels": scheme,
+            "mask_ratio": config.mask_ratio,
             "sampler": asdict(config.sampler),
+            "precision": config.precision,
+            "batch_size": config.images_per_pass,
+            "device": ", ".join(sorted({record["device"] for record in records.values()})),
         },
-        metrics={"samples": config.num_samples, "samples_per_worker_second": config.num_samples / seconds},
+        metrics=_metrics(config, list(records.values())),
         worker_seconds=seconds,
         device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
     )
 
 
+def _metrics(config: GenerateConfig, records: list[dict[str, Any]]) -> dict[str, float]:
+    """images_per_second: of all workers together while they sample. Seconds per image are without loading the model."""
+    per_image = sum(record["seconds"] for record in records) / config.num_samples
+    return {
+        "samples": config.num_samples,
+        "images_per_second": config.num_samples / sum(record["seconds"] / record["num_workers"] for record in records),
+        "worker_seconds_per_image": per_image,
+        "device_seconds_per_image": per_image if config.execution.gpus_per_worker else 0.0,
+        "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
+    }
+
+
+def _check(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manifest]) -> str:
+    """How labels are chosen, in words. Raises ValueError where the model cannot do what is asked for."""
+    if model.text_width is not None:
+        for name, given in (("labels", config.labels), ("mask_ratio", config.mask_ratio)):
+            if given:
+                raise ValueError(f"generate.{name} is for models of classes, and this model is conditioned on captions")
+        if "captions" not in inputs:
+            raise ValueError("this model is conditioned on captions, so generate needs their features; give captions.encoder")
+        return "captions"
+    if wrong := [label for label in config.labels if not 0 <= label < max(1, model.num_classes)]:
+        raise ValueError(f"generate.labels has {wrong[0]}, but this model knows 0 to {max(1, model.num_classes) - 1}")
+    if config.mask_ratio is not None:
+        if "token_map" not in inputs:
+            raise ValueError("generate.mask_ratio begins with codes of a token map, and this run has none")
+        return "token map rows"
+    if config.labels:
+        return "given"
+    return "each class in turn" if model.num_classes else "none"
+
+
+def _plan(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manifest], store: ArtifactStore) -> SamplePlan:
+    assert config.seed is not None
+    if model.text_width is not None:
+        order = _caption_order(config, inputs["captions"], store)
+        return SamplePlan.of_captions(np.resize(order, config.num_samples))
+    if config.mask_ratio is None:
+        labels = [sample_label(index, model.num_classes, config.labels) for index in range(config.num_samples)]
+        return SamplePlan.of_labels(np.array(labels, np.int64))
+    token_map = TokenMap.open(store, inputs["token_map"])
+    token_map.info.require(
+        "the model",
+        tokenizer_digest=inputs["model"].summary["tokenizer_digest"],
+        grid_size=model.grid_size,
+        codebook_size=model.codebook_size,
+    )
+    if not len(token_map):
+        raise ValueError(f"the token map of {token_map.info.dataset} has no rows to begin with")
+    rows = drawn_rows(len(token_map), config.num_samples, config.seed)
+    codes, row_labels = token_map.take(rows, np.zeros(len(rows), bool))
+    # A row without a label has the map's null label; the model's own is another number where it has no classes.
+    row_labels = np.where(row_labels < model.num_classes, row_labels, model.null_label)
+    return SamplePlan(row_labels, np.full_like(rows, NONE), rows, codes.astype(np.uint16))
+
+
+def _caption_order(config: GenerateConfig, captions: Manifest, store: ArtifactStore) -> np.ndarray:
+    num_captions = int(captions.summary["info"]["num_captions"])
+    if config.caption_choice == "in_order":
+        return np.arange(num_captions)
+    source = captions.inputs["dataset"]
+    index = store.read_manifest(source["stage"], source["key"])
+    if index is None:
+        raise ValueError(f"{source['stage']}/{source['key'][:12]}, which says whose captions these are, is gone from {store.uri}")
+    first = pq.read_table(store.fetch(index, INDEX), columns=["first_caption"])["first_caption"].to_numpy()
+    assert config.seed is not None
+    return caption_order(first, num_captions, config.seed)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a worker is given. plan: reference to a SamplePlan in Ray's object store.   num_workers: that share the work."""
+
+    config: GenerateConfig
+    model: Manifest
+    captions: Manifest | None
+    plan: Any
+    num_workers: int
+    context: WorkerContext
+
+
 class _Sample:
     """Part number -> a Parquet file in the store, and a record of it. One actor holds one model."""
 
-    def __init__(self, config: GenerateConfig, model: Manifest, context: WorkerContext) -> None:
-        torch.set_num_threads(config.execution.num_threads)
-        self.config, self.context = config, context
-        self.model = load_enat(context.store.fetch(model, "model.safetensors")).to(config.execution.device)
+    def __init__(self, task: _Task) -> None:
+        started = time.monotonic()
+        self.config, self.context, self.num_workers = task.config, task.context, task.num_workers
+        fixed_numerics(self.config.execution.device)
+        self.pool = pass_pool(self.config.execution, self.config.images_per_pass)
+        self.plan: SamplePlan = ray.get(task.plan)
+        self.model = _prepare(load_enat(task.context.store.fetch(task.model, "model.safetensors")), self.config.execution)
+        self.captions = None if task.captions is None else CaptionFeatures.open(task.context.store, task.captions)
+        self.start_seconds = time.monotonic() - started  # told once, with the first part
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         started = time.monotonic()
-        part, config = int(batch["part"][0]), self.config
+        part, config, plan = int(batch["part"][0]), self.config, self.plan
         assert config.seed is not None
         index = np.arange(part * config.shard_size, min((part + 1) * config.shard_size, config.num_samples))
-        labels = np.array([sample_label(i, self.model.config.num_classes) for i in index.tolist()])
         seeds = np.array([sample_seed(config.seed, i) for i in index.tolist()])
-        codes = []
-        for first in range(0, len(index), config.execution.batch_size):
-            rows = slice(first, first + config.execution.batch_size)
-            codes.append(sample(self.model, torch.from_numpy(labels[rows]), config.sampler, seeds=seeds[rows].tolist()).cpu())
-        stacked = torch.cat(codes).numpy()
-        file = self.context.write(_part_name(part), lambda path: write_samples(path, index, labels, seeds, stacked))
-        record = {"part": part, "rows": len(index), "file": asdict(file), "seconds": time.monotonic() - started}
-        self.context.store.put_part(self.context.stage, self.context.key, _part_name(part), record)
+        passes = [slice(first, first + config.images_per_pass) for first in range(0, len(index), config.images_per_pass)]
+        codes = list(self.pool.map(lambda rows: self._codes(index[rows], seeds[rows]), passes))
+        samples = Samples(
+            index=index,
+            labels=plan.labels[index],
+            codes=torch.cat(codes).numpy(),
+            seeds=seeds,
+            captions=plan.captions[index],
+            rows=plan.rows[index],
+        )
+        file = self.context.write(part_name(part), lambda path: write_samples(path, samples))
+        record = {
+            "part": part,
+            "rows": len(index),
+            "file": asdict(file),
+            "seconds": time.monotonic() - started,
+            "start_seconds": self.start_seconds,
+            "num_workers": self.num_workers,
+            "peak_memory_gb": peak_memory_gb(config.execution.device),
+            "device": device_name(config.execution.device),
+        }
+        self.start_seconds = 0.0
+        self.context.store.put_part(self.context.stage, self.context.key, part_name(part), record)
         return {"record": [record]}
 
+    def _codes(self, index: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
+        """int64 (B, L) of samples that are computed together."""
+        condition: torch.Tensor | TextCondition = torch.from_numpy(self.plan.labels[index])
+        if self.model.config.text_width is not None:
+            assert self.captions is not None
+            condition = TextCondition(*map(torch.from_numpy, self.captions.take(self.plan.captions[index])))
+        is_autocast = self.config.precision == "bf16"
+        with torch.autocast(self.config.execution.device, torch.bfloat16) if is_autocast else nullcontext():
+            start = self._start(index, seeds)
+            codes: torch.Tensor = sample(self.model, condition, self.config.sampler, seeds=seeds.tolist(), start=start)
+        return codes.cpu()
 
-def _part_name(part: int) -> str:
-    return f"part-{part:05d}.parquet"
+    def _start(self, index: np.ndarray, seeds: np.ndarray) -> torch.Tensor | None:
+        """int64 (B, L): codes of token map rows, as many masked in each; None where samples begin with nothing."""
+        if self.plan.start is None:
+            return None
+        assert self.config.mask_ratio is not None
+        tokens = self.plan.start[index].astype(np.int64)
+        num_tokens = tokens.shape[1]
+        num_masked = max(1, round(self.config.mask_ratio * num_tokens))
+        for row, seed in zip(tokens, seeds.tolist(), strict=True):
+            row[masked_positions(seed, num_tokens, num_masked)] = self.model.config.mask_id
+        return torch.from_numpy(tokens)
 
 
-STAGE = Stage("generate", 1, run)
+def _prepare(model: ENAT, execution: GenerateExecution) -> ENAT:
+    """On the worker's device, and compiled where execution says so."""
+    model = model.to(execution.device)
+    if execution.compile:
+        for block in (*model.encoder, *model.decoder):
+            block.compile(dynamic=True)  # the number of masked tokens changes from step to step
+    return model
+
+
+STAGE = Stage("generate", 2, run)

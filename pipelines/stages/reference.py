@@ -1,47 +1,71 @@
-"""Stage reference: the feature extractor, and the moments of the real images' features.
+"""Stage reference: the feature extractor, and what the features of real images are like: their moments, and rows that are kept.
 
-Extractor "classifier" is trained here on the dataset's labels, with a share held out to say how good it is; "inception" is
-torch-fidelity's InceptionV3.
+The images are those of a dataset, cropped as the token map crops them, or ADM's reference statistics (an .npz file). Extractor
+"classifier" is trained here on the dataset's labels, with a share held out to say how good it is; the others are given weights.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from safetensors.torch import save_file
 
-from enat.features import EXTRACTORS, ClassifierExtractor, InceptionExtractor, train_classifier
-from pipelines import cluster
-from pipelines.artifacts import Manifest
+from enat.features import (
+    BUILT_IN,
+    ClassifierExtractor,
+    FeatureExtractor,
+    InceptionExtractor,
+    extractor_kinds,
+    load_extractor,
+    published_inception_weights,
+    train_classifier,
+)
+from enat.image_encoders import read_image_encoder
+from enat.metrics import FeatureMoments, FeatureStatistics
+from pipelines import adm_reference, cluster
+from pipelines.adm_reference import NpzImages, NpzReference
+from pipelines.artifacts import FileRecord, Manifest
 from pipelines.dataset import Dataset
-from pipelines.external import content_digest, local_file
-from pipelines.feature_job import ExtractorFile, SourceImages, compute_moments
+from pipelines.external import content_digest, folder_digest, local_file, local_folder
+from pipelines.feature_job import EXTRACTOR_FILE, MOMENTS_FILES, ExtractorFile, FeatureSpec, compute_features, drawn_evenly
 from pipelines.progress import Reporter
+from pipelines.readers import BlockReader, PixelBlocks, SourceImages
 from pipelines.s3 import S3Config
 from pipelines.sources import DatasetConfig
 from pipelines.weights import read_state_dict
 from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
 
-EXTRACTOR = "extractor.safetensors"
-MOMENTS = "moments.safetensors"
-_WEIGHTS_KEY = "reference.inception_weights"
+_WEIGHTS_KEY = "reference.weights"
+CROP = "adm-center"  # of datasets, as their token maps have it
+_FROM_FOLDERS = ("dinov2", "clip")
 _HOLD_OUT_EVERY = 5  # every fifth image tests the classifier and never trains it
 _MAX_TRAINING_IMAGES = 50_000
+_KEPT_SEED = 0  # not the run's: runs of other seeds are to be compared with the same reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """extractor: "classifier", trained for num_epochs, or "inception".   inception_weights: a file (also s3:// or hf://);
-    None fetches the published. s3: None takes the run's."""
+    """extractor: "classifier", trained for num_epochs on the dataset's labels; "inception"; "dinov2"; "clip"; or a registered one.
+
+    weights: of the extractor, a file, of dinov2 and clip a folder with config.json and safetensors; also s3:// or hf://. None
+    fetches the published ones of "inception".   npz: ADM's reference statistics in place of a dataset; also s3://.
+    num_kept: images whose features are kept for what moments do not tell (kernel distance, precision and recall), drawn evenly.
+    images_per_pass: images that the extractor computes together, here and of samples: sums of floats depend on it, in their last
+    digits.   s3: None takes the run's.
+    """
 
     extractor: str = "classifier"
     num_epochs: int = 20
-    inception_weights: str | None = None
+    weights: str | None = None
+    npz: str | None = None
+    num_kept: int = 50_000
+    images_per_pass: int = 32
     resolution: int | None = None
     dataset: DatasetConfig | None = None
     s3: S3Config | None = None
@@ -49,46 +73,130 @@ class ReferenceConfig:
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
-        if self.extractor not in EXTRACTORS:
-            raise ValueError(f"reference.extractor is {self.extractor!r}; choose one of {', '.join(EXTRACTORS)}")
+        if self.extractor not in extractor_kinds():
+            raise ValueError(f"reference.extractor is {self.extractor!r}; choose one of {', '.join(extractor_kinds())}")
+        if self.extractor == "classifier" and (self.npz or self.weights):
+            raise ValueError("extractor classifier is trained on a dataset's labels; it takes no reference.npz and no weights")
+        if self.extractor in _FROM_FOLDERS and not self.weights:
+            raise ValueError(f"extractor {self.extractor} needs reference.weights: a folder, or hf://owner/name of the hub")
+        if self.num_kept < 0 or self.images_per_pass < 1:
+            raise ValueError("reference.num_kept must be at least 0 and images_per_pass at least 1")
 
     def identity(self) -> dict[str, Any]:
-        common = {"extractor": self.extractor, "resolution": self.resolution}
+        common = {name: getattr(self, name) for name in ("extractor", "resolution", "num_kept", "images_per_pass")}
+        common["npz"] = content_digest(self.npz, adm_reference.KEY, self.s3) if self.npz else None
         if self.extractor == "classifier":
             return {**common, "num_epochs": self.num_epochs, "seed": self.seed}
-        weights = self.inception_weights
-        return {**common, "weights": content_digest(weights, _WEIGHTS_KEY, self.s3) if weights else "published"}
+        return {**common, "weights": self._weights_identity()}
+
+    def _weights_identity(self) -> str:
+        if self.weights is None:
+            return "published"
+        if self.extractor in _FROM_FOLDERS:
+            return folder_digest(local_folder(self.weights, _WEIGHTS_KEY, self.s3))
+        return content_digest(self.weights, _WEIGHTS_KEY, self.s3)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An extractor's file, and what making it took."""
+
+    file: FileRecord
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _RealImages:
+    """What the reference is of.
+
+    reader, num_images: images to compute features of; None and 0 where npz has statistics alone.   npz: its statistics are of all
+    images that the file was made from, of which it may hold some.
+    """
+
+    name: str
+    described: str
+    reader: BlockReader | None
+    num_images: int
+    dataset: Dataset | None = None
+    npz: NpzReference | None = None
 
 
 def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
-    assert config.dataset is not None and config.resolution is not None
-    dataset = Dataset(config.dataset, context.store, inputs["dataset"])
+    real = _real_images(config, inputs, context)
     context.connect()
     cluster.require(config.execution, "reference")
+    made = _make_extractor(config, real.dataset, context)
+    source = ExtractorFile.of(context.store, config.extractor, context.stage, context.key, made.file)
+    outputs = dict(source.load().outputs)
+    if real.npz is not None:
+        assert config.resolution is not None
+        real.npz.check(config.extractor, outputs, config.resolution)
+    features = None
+    if real.reader is not None:
+        kept = drawn_evenly(real.num_images, config.num_kept, _KEPT_SEED)
+        spec = FeatureSpec(num_images=real.num_images, images_per_pass=config.images_per_pass, kept=kept)
+        features = compute_features(real.reader, spec, source, config.execution, context)
+    moments: dict[str, FeatureMoments | FeatureStatistics] = dict(features.moments) if features else {}
+    count = features.count if features else None
+    if real.npz is not None and real.npz.statistics and config.extractor == "inception":
+        moments, count = dict(real.npz.statistics), real.npz.statistics["features"].count
+    making_device_seconds = made.seconds if config.execution.gpus_per_worker else 0.0
+    return StageResult(
+        files=[
+            made.file,
+            *(context.write(MOMENTS_FILES[output], found.save) for output, found in moments.items()),
+            *(features.files if features else ()),
+        ],
+        summary={
+            "extractor": config.extractor,
+            "extractor_digest": made.file.sha256,
+            "outputs": outputs,
+            "images_per_pass": config.images_per_pass,
+            "of": real.described,
+            "dataset": real.name,
+            "resolution": config.resolution,
+            "num_images": count,
+            "num_kept": min(config.num_kept, features.count) if features else 0,
+            "rounding": "uint8",
+            "is_imported": real.npz is not None,
+        },
+        metrics={**({} if count is None else {"images": count}), **made.metrics},
+        worker_seconds=made.seconds + (features.worker_seconds if features else 0.0),
+        device_seconds=making_device_seconds + (features.device_seconds if features else 0.0),
+    )
+
+
+def _real_images(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageContext) -> _RealImages:
+    assert config.resolution is not None
+    if config.npz is not None:
+        npz = NpzReference.open(config.npz, config.s3)
+        reader = PixelBlocks(NpzImages(config.npz, config.s3)) if npz.num_images else None
+        return _RealImages(npz.name, f"{npz.name}, {config.resolution} px", reader, npz.num_images, npz=npz)
+    assert config.dataset is not None
+    dataset = Dataset(config.dataset, context.store, inputs["dataset"])
+    reader = PixelBlocks(SourceImages(dataset, config.resolution))
+    described = f"{dataset.name}, {config.resolution} px, {CROP}"
+    return _RealImages(dataset.name, described, reader, dataset.num_images, dataset=dataset)
+
+
+def _make_extractor(config: ReferenceConfig, dataset: Dataset | None, context: StageContext) -> _Made:
+    """Made once: features that are committed are of this extractor, also when the stage goes on after a crash."""
+    committed = context.store.read_parts(context.stage, context.key).get(EXTRACTOR_FILE)
+    if committed is not None:
+        return _Made(FileRecord(**committed["file"]), committed["metrics"], committed["seconds"])
     if config.extractor == "classifier":
         with context.bar(config.num_epochs, "epochs") as bar, bar.reporter() as reporter:
             task = ray.remote(**config.execution.resources)(_train_classifier)
-            made = ray.get(task.remote(config, dataset, context.for_workers(), reporter))
+            made: _Made = ray.get(task.remote(config, dataset, context.for_workers(), reporter))
     else:
-        made = _keep_inception(config, context)
-    job = compute_moments(
-        SourceImages(dataset, config.resolution),
-        dataset.num_images,
-        ExtractorFile(context.store, config.extractor, context.stage, context.key, made["file"]),
-        config.execution,
-        context.bar(dataset.num_images, "images"),
-    )
-    seconds = made["seconds"] + job.worker_seconds
-    return StageResult(
-        files=[made["file"], context.write(MOMENTS, job.moments.save)],
-        summary={"extractor": config.extractor, "num_images": job.moments.count, "resolution": config.resolution},
-        metrics={"images": job.moments.count, **made["metrics"]},
-        worker_seconds=seconds,
-        device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
-    )
+        made = _keep_extractor(config, context)
+    record = {"file": asdict(made.file), "metrics": dict(made.metrics), "seconds": made.seconds}
+    context.store.put_part(context.stage, context.key, EXTRACTOR_FILE, record)
+    return made
 
 
-def _train_classifier(config: ReferenceConfig, dataset: Dataset, context: WorkerContext, reporter: Reporter) -> dict[str, Any]:
+def _train_classifier(config: ReferenceConfig, dataset: Dataset, context: WorkerContext, reporter: Reporter) -> _Made:
     assert config.resolution is not None and config.seed is not None
     started = time.monotonic()
     torch.set_num_threads(config.execution.num_threads)
@@ -106,16 +214,29 @@ def _train_classifier(config: ReferenceConfig, dataset: Dataset, context: Worker
     with torch.inference_mode():
         predicted = torch.cat([extractor.logits(part).argmax(dim=1) for part in images[is_held_out].split(256)])
     accuracy = (predicted == labels[is_held_out]).double().mean().item()
-    file = context.write(EXTRACTOR, extractor.save)
-    return {"file": file, "metrics": {"held_out_accuracy": accuracy}, "seconds": time.monotonic() - started}
+    file = context.write(EXTRACTOR_FILE, extractor.save)
+    return _Made(file, {"held_out_accuracy": accuracy}, time.monotonic() - started)
 
 
-def _keep_inception(config: ReferenceConfig, context: StageContext) -> dict[str, Any]:
-    place = config.inception_weights
+def _keep_extractor(config: ReferenceConfig, context: StageContext) -> _Made:
+    """The weights that the config names, written in this store's own format. The file is opened here once, so a wrong one fails."""
+    place = config.weights
+    if config.extractor in _FROM_FOLDERS:
+        assert place is not None
+        return _Made(
+            context.write(EXTRACTOR_FILE, read_image_encoder(config.extractor, local_folder(place, _WEIGHTS_KEY, config.s3)).save)
+        )
     weights = read_state_dict(local_file(place, _WEIGHTS_KEY, config.s3)) if place else None
-    state = InceptionExtractor(weights).network.state_dict()
-    file = context.write(EXTRACTOR, lambda path: save_file({name: tensor.contiguous() for name, tensor in state.items()}, path))
-    return {"file": file, "metrics": {}, "seconds": 0.0}
+    if config.extractor == "inception":
+        return _Made(context.write(EXTRACTOR_FILE, InceptionExtractor(weights or published_inception_weights()).save))
+    assert config.extractor not in BUILT_IN
+    tensors = {name: tensor.contiguous() for name, tensor in (weights or {}).items()}
+
+    def write(path: Path) -> FeatureExtractor:
+        save_file(tensors, path)
+        return load_extractor(config.extractor, path)
+
+    return _Made(context.write(EXTRACTOR_FILE, write))
 
 
-STAGE = Stage("reference", 2, run)
+STAGE = Stage("reference", 3, run)

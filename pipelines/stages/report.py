@@ -10,23 +10,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from enat.checkpoint import load_enat, load_vqgan
+from enat.config import ENATConfig
 from enat.cost import generation_cost
-from enat.images import make_grid, png_bytes, to_uint8
-from enat.model import ENATConfig
+from enat.images import make_grid, png_bytes
+from enat.model import TextCondition
 from enat.sampler import SamplerConfig, sample
 from enat.tokenizer import VQGAN, VQGANConfig
-from pipelines.artifacts import Manifest
-from pipelines.samples import read_codes, sample_label, sample_seed
+from pipelines.artifacts import ArtifactStore, Manifest
+from pipelines.caption_features import CaptionFeatures
+from pipelines.dataset import INDEX
+from pipelines.evaluation_card import MAIN, SCORES
+from pipelines.pictures import decode_codes, step_images, strip
+from pipelines.samples import NONE, Samples, read_codes
 from pipelines.workflow import Stage, StageContext, StageResult
 
 PAGE = "report.html"
-MAIN = "main"  # what the run's own model is called beside its variants
-_MASKED_GRAY = 160
-_COLUMNS_WITHOUT_CLASSES = 10
+_COLUMNS = 10  # of the grid where samples are not of each class in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,6 @@ class ReportConfig:
     num_progressions: int = 6
     max_classes: int = 20
     name: str | None = None
-    generate_seed: int | None = None
     variants: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,10 +51,12 @@ class ReportConfig:
 
 def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     vqgan = load_vqgan(context.store.fetch(inputs["tokenizer"], "vqgan.safetensors"))
-    model, samples = inputs["model"], inputs["samples"]
-    class_names = inputs["token_map"].summary["class_names"]
-    grid = _sample_grid(config, samples, vqgan, context)
-    history = json.loads(context.store.fetch(model, "history.json").read_text())
+    model, samples, store = inputs["model"], inputs["samples"], context.store
+    shown = _shown_samples(config, samples, store)
+    columns = min(int(samples.summary["num_classes"]), config.max_classes) if _is_by_class(samples) else _COLUMNS
+    grid = make_grid(decode_codes(vqgan, torch.from_numpy(shown.codes)), columns=columns, scale=_scale(vqgan, 48))
+    progression = _progressions(config, inputs, vqgan, store)
+    history = json.loads(store.fetch(model, "history.json").read_text())
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -59,16 +65,20 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
             dataset=inputs["token_map"].summary["info"]["dataset"],
             model=model.summary,
             evaluation=inputs["evaluation"],
+            headline=[(name, title) for name, title in SCORES.items() if name in inputs["evaluation"].metrics][:2],
+            reconstruction=inputs["reconstruction"].metrics if "reconstruction" in inputs else None,
             grid=_data_uri(grid),
-            grid_classes=class_names[: config.max_classes],
-            progression=_data_uri(_progressions(config, model, samples, vqgan, context)),
+            grid_classes=inputs["token_map"].summary["class_names"][:columns] if _is_by_class(samples) else None,
+            captions=_captions(shown, inputs, store),
+            progression=_data_uri(progression) if progression is not None else None,
             num_steps=samples.summary["sampler"]["num_steps"],
             loss_curve=_data_uri(_loss_curve(history)) if history else None,
             reconstructions=_reconstructions(inputs["tokenizer"], context),
+            titles=_titles(config, inputs),
             scores=_scores(config, inputs),
             cost=_cost(inputs),
             artifacts=[
-                {"name": name, "manifest": manifest, "place": context.store.place(manifest.stage, manifest.key)}
+                {"name": name, "manifest": manifest, "place": store.place(manifest.stage, manifest.key)}
                 for name, manifest in inputs.items()
             ],
         )
@@ -86,39 +96,46 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
 
 
-def _sample_grid(config: ReportConfig, samples: Manifest, vqgan: VQGAN, context: StageContext) -> Image.Image:
-    """One column per class, samples_per_class rows; classes come in turn, so rows are runs of consecutive samples."""
-    num_classes = int(samples.summary["num_classes"]) or _COLUMNS_WITHOUT_CLASSES
-    count = min(config.samples_per_class * num_classes, int(samples.summary["num_samples"]))
-    shown = read_codes(context.store, samples, 0, count)
-    columns = min(num_classes, config.max_classes)
-    codes = torch.from_numpy(shown.codes[shown.labels < columns])  # of a model without classes all labels are 0
-    return make_grid(_decode(vqgan, codes), columns=columns, scale=_scale(vqgan, 48))
+def _is_by_class(samples: Manifest) -> bool:
+    return bool(samples.summary["labels"] == "each class in turn")
 
 
-def _progressions(config: ReportConfig, model: Manifest, samples: Manifest, vqgan: VQGAN, context: StageContext) -> Image.Image:
-    """A row per sample, a column per step; what is still masked is gray."""
-    enat = load_enat(context.store.fetch(model, "model.safetensors"))
-    sampler = SamplerConfig(**samples.summary["sampler"])
-    assert config.generate_seed is not None
-    index = range(min(config.num_progressions, int(samples.summary["num_samples"])))
-    labels = torch.tensor([sample_label(i, enat.config.num_classes) for i in index])
-    seeds = [sample_seed(config.generate_seed, i) for i in index]
-    codes, trajectory = sample(enat, labels, sampler, seeds=seeds, return_trajectory=True)
-    factor = vqgan.config.downsampling
-    frames = []
-    for tokens in [*trajectory[1:], codes]:
-        is_masked = tokens == enat.config.mask_id
-        images = _decode(vqgan, tokens.masked_fill(is_masked, 0))
-        side = enat.config.grid_size
-        pixels = is_masked.view(-1, 1, side, side).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-        frames.append(images.masked_fill(pixels, _MASKED_GRAY))
-    return make_grid(torch.stack(frames, dim=1).flatten(0, 1), columns=sampler.num_steps, scale=_scale(vqgan, 64))
+def _shown_samples(config: ReportConfig, samples: Manifest, store: ArtifactStore) -> Samples:
+    """samples_per_class rows of a grid: a column per class where each comes in turn, else the first samples."""
+    num_samples = int(samples.summary["num_samples"])
+    if not _is_by_class(samples):
+        return read_codes(store, samples, 0, min(config.samples_per_class * _COLUMNS, num_samples))
+    num_classes = int(samples.summary["num_classes"])
+    shown = read_codes(store, samples, 0, min(config.samples_per_class * num_classes, num_samples))
+    return shown.rows_where(shown.labels < config.max_classes)
 
 
-def _decode(vqgan: VQGAN, codes: torch.Tensor) -> torch.Tensor:
-    side = vqgan.config.grid_size
-    return torch.cat([to_uint8(vqgan.decode(part)) for part in codes.view(-1, side, side).split(64)])
+def _captions(shown: Samples, inputs: Mapping[str, Manifest], store: ArtifactStore) -> list[str]:
+    """What the samples of the grid were asked for, in their order; empty for a model of classes."""
+    if "captions" not in inputs:
+        return []
+    source = inputs["captions"].inputs["dataset"]
+    index = store.read_manifest(source["stage"], source["key"])
+    if index is None:
+        return [f"caption {number}" for number in shown.captions.tolist()]
+    texts = pc.list_flatten(pq.read_table(store.fetch(index, INDEX), columns=["captions"])["captions"])
+    captions: list[str] = texts.take(shown.captions).to_pylist()
+    return captions
+
+
+def _progressions(config: ReportConfig, inputs: Mapping[str, Manifest], vqgan: VQGAN, store: ArtifactStore) -> Image.Image | None:
+    """A row per sample, a column per step; what is still masked is gray. None for samples that begin with codes of images."""
+    model, samples = inputs["model"], inputs["samples"]
+    shown = read_codes(store, samples, 0, min(config.num_progressions, int(samples.summary["num_samples"])))
+    if (shown.rows != NONE).any():
+        return None
+    enat, sampler = load_enat(store.fetch(model, "model.safetensors")), SamplerConfig(**samples.summary["sampler"])
+    condition: torch.Tensor | TextCondition = torch.from_numpy(shown.labels)
+    if "captions" in inputs:
+        features = CaptionFeatures.open(store, inputs["captions"]).take(shown.captions)
+        condition = TextCondition(*map(torch.from_numpy, features))
+    codes, trajectory = sample(enat, condition, sampler, seeds=shown.seeds.tolist(), return_trajectory=True)
+    return strip(step_images(vqgan, trajectory, codes, enat.config.mask_id), _scale(vqgan, 64))
 
 
 def _scale(vqgan: VQGAN, pixels: int) -> int:
@@ -146,6 +163,13 @@ def _reconstructions(tokenizer: Manifest, context: StageContext) -> str | None:
     if tokenizer.summary["is_imported"]:
         return None
     return _data_uri(Image.open(context.store.fetch(tokenizer, "reconstructions.png")))
+
+
+def _titles(config: ReportConfig, inputs: Mapping[str, Manifest]) -> dict[str, str]:
+    """Metric -> title, of those that any variant has."""
+    suffixes = ["", *(f"@{variant}" for variant in config.variants)]
+    found = {name for suffix in suffixes for name in inputs[f"evaluation{suffix}"].metrics}
+    return {name: title for name, title in SCORES.items() if name in found}
 
 
 def _scores(config: ReportConfig, inputs: Mapping[str, Manifest]) -> list[dict[str, Any]]:
@@ -179,7 +203,7 @@ def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
         "cost": cost,
         "masked": masked,
         "num_tokens": architecture.num_tokens,
-        "guidance_scale": sampler.guidance_scale,
+        "guidance": "given per step" if sampler.guidance_scales else f"scale {sampler.guidance_scale:g}",
         "measured": [
             {"what": "codes of one sample", **per_sample},
             *({"what": name, **{time: inputs[name].provenance[time] for time in times}} for name in stages),
@@ -191,4 +215,4 @@ def _data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
 
 
-STAGE = Stage("report", 2, run)
+STAGE = Stage("report", 3, run)

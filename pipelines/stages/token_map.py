@@ -204,7 +204,7 @@ def _encode_parts(
 def _pixels_on_their_way(encoding: _Encoding) -> int:
     """Bytes of decoded blocks that may wait for encoders: enough that none of these ever waits."""
     execution = encoding.execution
-    num_decoders = execution.num_decoders or int(ray.cluster_resources()["CPU"])
+    num_decoders = execution.num_decoders or int(ray.cluster_resources().get("CPU", 1))
     block_bytes = 3 * encoding.info.resolution**2 * _block_size(encoding)
     return max(_LEAST_MEMORY, block_bytes * (4 * execution.num_workers + 2 * num_decoders))
 

@@ -1,0 +1,62 @@
+"""Pictures of samples for people: grids, the steps of decoding side by side, and as an animation.
+
+Shape legend: B images, L tokens, N steps, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from enat.images import make_grid, to_uint8
+from enat.tokenizer import VQGAN
+
+MASKED_GRAY = 160
+_IMAGES_PER_PASS = 16
+_FRAME_MILLISECONDS = 250
+_LAST_FRAME_MILLISECONDS = 2000
+
+
+@torch.no_grad()
+def decode_codes(vqgan: VQGAN, codes: Tensor) -> Tensor:
+    """int64 (B, L) -> uint8 (B, 3, H, W) on the CPU."""
+    side, device = vqgan.config.grid_size, vqgan.codebook.weight.device
+    parts = codes.view(-1, side, side).split(_IMAGES_PER_PASS)
+    return torch.cat([to_uint8(vqgan.decode(part.to(device))).cpu() for part in parts])
+
+
+def step_images(vqgan: VQGAN, trajectory: Sequence[Tensor], codes: Tensor, mask_id: int) -> Tensor:
+    """What is known after each step: uint8 (N + 1, B, 3, H, W), the first before any; what is still masked is gray.
+
+    trajectory: the tokens fed at each step, N times int64 (B, L).   codes: int64 (B, L), the result.
+    """
+    side, factor = vqgan.config.grid_size, vqgan.config.downsampling
+    frames = []
+    for tokens in (*trajectory, codes):
+        is_masked = tokens.cpu() == mask_id
+        pixels = is_masked.view(-1, 1, side, side).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        images = decode_codes(vqgan, tokens.cpu().masked_fill(is_masked, 0))
+        frames.append(images.masked_fill(pixels, MASKED_GRAY))
+    return torch.stack(frames)
+
+
+def strip(frames: Tensor, scale: int = 1, *, with_start: bool = False) -> Image.Image:
+    """uint8 (N + 1, B, 3, H, W) -> a row per image, a column per step. with_start: also what is known before any step."""
+    shown = frames if with_start else frames[1:]
+    return make_grid(shown.transpose(0, 1).flatten(0, 1), columns=len(shown), scale=scale)
+
+
+def animation(frames: Tensor, columns: int, scale: int = 1) -> bytes:
+    """uint8 (N + 1, B, 3, H, W) -> an endless GIF of a grid of the images, which rests on the result."""
+    grids = [make_grid(images, columns, scale=scale) for images in frames]
+    # One palette for all frames, that of the result: else the colours flicker.
+    palette = grids[-1].quantize(256)
+    indexed = [grid.quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
+    durations = [_FRAME_MILLISECONDS] * (len(grids) - 1) + [_LAST_FRAME_MILLISECONDS]
+    buffer = io.BytesIO()
+    indexed[0].save(buffer, format="GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0)
+    return buffer.getvalue()

@@ -1,0 +1,374 @@
+"""What `enat sample` does: a few images from one model on this machine, with pictures of how they came about. Needs no Ray.
+
+Sample i has the seed that stage generate would give it, so both make the same images.
+
+Shape legend: B images of a batch, L codes, N steps, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from enat.adm import AdmWriter
+from enat.images import ImageError, center_crop, decode_image, make_grid, png_bytes, to_array, to_float
+from enat.model import TextCondition
+from enat.regions import box_mask
+from enat.sampler import SamplerConfig, sample
+from enat.text import TextEncoder, TextFeatures
+from pipelines import pictures
+from pipelines.artifacts import canonical_json
+from pipelines.dataset import MAX_FILE_BYTES
+from pipelines.device import device_name, peak_memory_gb
+from pipelines.models import Generator
+from pipelines.samples import sample_label, sample_seed
+
+GRID, STEPS, ANIMATION, NPZ, RECORD, SOURCE = "grid.png", "steps.png", "progress.gif", "samples.npz", "samples.json", "source.png"
+FOLDER = "images"
+OUTPUTS = ("grid", "images", "steps", "gif", "npz")
+_SHOWN_IN_GRID = 100
+_SHOWN_BY_STEPS = 8
+_SMALLEST = 96  # pixels of an image in a grid, so that small ones can be seen
+_MAX_COPIES = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """What of an image is made anew. pixels: uint8 (3, H, W).   is_masked: bool (L,)."""
+
+    pixels: Tensor
+    is_masked: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """labels or captions: asked for in turn; neither means each class in turn.   outputs: of OUTPUTS."""
+
+    num_images: int
+    sampler: SamplerConfig
+    labels: tuple[int, ...] = ()
+    captions: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+    batch_size: int = 16
+    is_bf16: bool = False
+    outputs: tuple[str, ...] = OUTPUTS
+    region: Region | None = None
+
+    @property
+    def num_asked(self) -> int:
+        return len(self.labels or self.captions)
+
+
+def choose_device(name: str) -> str:
+    """ "auto" takes a GPU where there is one. Raises ValueError for a device that is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is no device; choose cpu, cuda, cuda:1, ...") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {name} is not here; this machine has cpu and {torch.cuda.device_count()} GPUs")
+    return name
+
+
+# What is asked for ----------------------------------------------------------------------------------------------------------
+
+
+def parse_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) -> tuple[int, ...]:
+    """ "207, 360-362, golden retriever x4" -> labels: class numbers, ranges with both ends, or names, each perhaps repeated.
+
+    Raises ValueError for what is none of them, and for a label that the model does not know.
+    """
+    labels: list[int] = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        repeated = re.fullmatch(r"(.*?)(?:(?<=\d)|\s)\s*[x×]\s*(\d{1,7})", item)
+        wanted, count = (repeated[1].strip(), int(repeated[2])) if repeated else (item, 1)
+        several = re.fullmatch(r"(\d{1,9})\s*-\s*(\d{1,9})", wanted)
+        if several:
+            first, last = int(several[1]), int(several[2])
+            _check_label(last if first <= last else -1, num_classes, item)
+            found = list(range(first, last + 1))
+        else:
+            found = [_label(wanted, num_classes, class_names)]
+        if len(found) * count + len(labels) > _MAX_COPIES:
+            raise ValueError(f"--labels asks for more than {_MAX_COPIES:,} images")
+        labels += found * count
+    if not labels:
+        raise ValueError("--labels is empty; write class numbers, such as 207,360 x4, or leave it out")
+    return tuple(labels)
+
+
+def _label(wanted: str, num_classes: int, class_names: Sequence[str]) -> int:
+    if re.fullmatch(r"\d{1,9}", wanted):
+        _check_label(int(wanted), num_classes, wanted)
+        return int(wanted)
+    found = [label for label, name in enumerate(class_names) if name.casefold() == wanted.casefold()]
+    if not found and class_names:
+        raise ValueError(
+            f"--labels has {wanted!r}, which is no class of this model; its classes are called like {class_names[0]!r}"
+        )
+    if not found:
+        raise ValueError(f"--labels has {wanted!r}, but names of this model's classes are not known; give numbers")
+    if len(found) > 1:
+        raise ValueError(f"--labels has {wanted!r}, which several classes are called: {', '.join(map(str, found))}; give a number")
+    return found[0]
+
+
+def _check_label(label: int, num_classes: int, item: str) -> None:
+    if not 0 <= label < max(1, num_classes):
+        raise ValueError(f"--labels has {item}, but this model knows the labels 0 to {max(1, num_classes) - 1}")
+
+
+def read_region(place: Path, box: Sequence[int], keep: str, generator: Generator) -> Region:
+    """An image in the model's size and which of its codes are made anew.
+
+    box: left, top, right, bottom in pixels of the image after its centre crop to the model's size; every code that it touches is
+    inside.   keep: "outside" of it or "inside". Raises ValueError for what is no image, and for a box that is not in it.
+    """
+    config = generator.vqgan.config
+    try:
+        if place.stat().st_size > MAX_FILE_BYTES:
+            raise ImageError(f"the file has more than {MAX_FILE_BYTES:,} bytes")
+        pixels = to_array(center_crop(decode_image(place.read_bytes()), config.resolution))
+    except OSError as error:
+        raise ValueError(f"--inpaint {place} cannot be read ({error.strerror})") from error
+    except ImageError as error:
+        raise ValueError(f"--inpaint {place}: {error}") from error
+    left, top, right, bottom = box
+    if not (0 <= left < right <= config.resolution and 0 <= top < bottom <= config.resolution):
+        side = config.resolution
+        raise ValueError(f"--box {left},{top},{right},{bottom} is not left,top,right,bottom within {side} x {side} pixels")
+    size = config.downsampling
+    first_row, first_column, last_row, last_column = top // size, left // size, -(-bottom // size), -(-right // size)
+    inside = box_mask(
+        config.grid_size, top=first_row, left=first_column, height=last_row - first_row, width=last_column - first_column
+    )
+    is_masked = inside if keep == "outside" else ~inside
+    if not is_masked.any():
+        raise ValueError(f"--box {left},{top},{right},{bottom} with --keep {keep} leaves nothing to be made")
+    return Region(pixels=torch.from_numpy(pixels), is_masked=is_masked)
+
+
+def check_request(request: SampleRequest, generator: Generator) -> None:
+    """Raises ValueError where the model cannot do what is asked for."""
+    config = generator.model.config
+    if request.num_images < 1 or request.batch_size < 1:
+        raise ValueError("--num-images and --batch-size must be at least 1")
+    if config.text_width is None and request.captions:
+        knows = f"{config.num_classes:,} classes" if config.num_classes else "no condition"
+        raise ValueError(f"--caption is for models of captions, and this one knows {knows}; use --labels")
+    if config.text_width is not None and not request.captions:
+        raise ValueError("this model is conditioned on captions; say what to show with --caption")
+    if config.text_width is not None and request.labels:
+        raise ValueError("--labels is for models of classes, and this one is conditioned on captions; use --caption")
+    for label in request.labels:
+        _check_label(label, config.num_classes, str(label))
+    if generator.vqgan.config.codebook_size != config.codebook_size or generator.vqgan.config.grid_size != config.grid_size:
+        raise ValueError("the tokenizer and the model do not belong together: their grids or codebooks differ")
+
+
+# Making it ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """index: of the samples.   codes: int64 (B, L).   images: uint8 (B, 3, H, W).   trajectory: N times int64 (B, L)."""
+
+    index: range
+    codes: Tensor
+    images: Tensor
+    trajectory: list[Tensor]
+
+
+def make_samples(
+    generator: Generator,
+    request: SampleRequest,
+    folder: Path,
+    encoder: TextEncoder | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Sample, decode and write what is asked for into the folder. Returns the record, which is also samples.json.
+
+    encoder: of a model of captions.   advance: told of images as they are made. Images are never all in memory.
+    """
+    check_request(request, generator)  # before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    resolution = generator.vqgan.config.resolution
+    shown, files, started = [], [], time.monotonic()
+    sampling_seconds = 0.0
+    with ExitStack() as stack:
+        writer = None
+        if "npz" in request.outputs:
+            labels = None if request.captions else _labels(request, generator, range(request.num_images))
+            writer = stack.enter_context(
+                AdmWriter(folder / NPZ, num_images=request.num_images, height=resolution, width=resolution, labels=labels)
+            )
+            files.append(NPZ)
+        for batch, seconds in sample_batches(generator, request, encoder):
+            sampling_seconds += seconds
+            if writer is not None:
+                writer.write(batch.images)
+            if "images" in request.outputs:
+                files += _write_images(folder, batch)
+            if batch.index.start < _SHOWN_IN_GRID:
+                shown.append(batch.images)
+            if batch.index.start == 0:
+                files += _write_steps(generator, request, batch, folder)
+            advance(len(batch.index))
+    if "grid" in request.outputs:
+        files.append(_write(folder / GRID, png_bytes(grid_of(torch.cat(shown)[:_SHOWN_IN_GRID], request.num_asked))))
+    record = _record(generator, request, [*files, RECORD])
+    record["seconds"] = time.monotonic() - started
+    record["images_per_second"] = request.num_images / sampling_seconds
+    record["peak_memory_gb"] = peak_memory_gb(request.device)
+    (folder / RECORD).write_text(json.dumps(record, indent=1))
+    return record
+
+
+def sample_batches(generator: Generator, request: SampleRequest, encoder: TextEncoder | None) -> Iterator[tuple[Batch, float]]:
+    """Batches in order, each with the seconds that sampling and decoding it took. encoder: of a model of captions."""
+    check_request(request, generator)
+    model, vqgan = generator.model.to(request.device), generator.vqgan.to(request.device)
+    features = _encode(generator, request, encoder)
+    start = None if request.region is None else _start(generator, request)
+    for first in range(0, request.num_images, request.batch_size):
+        started = time.monotonic()
+        index = range(first, min(first + request.batch_size, request.num_images))
+        condition: Tensor | TextCondition = torch.from_numpy(_labels(request, generator, index))
+        if features is not None:
+            rows = torch.tensor([i % len(request.captions) for i in index])
+            condition = TextCondition(features.hidden.cpu()[rows], features.pooled.cpu()[rows])
+        with torch.autocast(torch.device(request.device).type, torch.bfloat16, enabled=request.is_bf16):
+            codes, trajectory = sample(
+                model,
+                condition,
+                request.sampler,
+                seeds=[sample_seed(request.seed, i) for i in index],
+                start=None if start is None else start.expand(len(index), -1),
+                return_trajectory=True,
+            )
+        images = pictures.decode_codes(vqgan, codes)
+        yield Batch(index, codes.cpu(), images, [tokens.cpu() for tokens in trajectory]), time.monotonic() - started
+
+
+def _labels(request: SampleRequest, generator: Generator, index: Sequence[int]) -> np.ndarray:
+    """int64 (B,)"""
+    num_classes = generator.model.config.num_classes
+    return np.array([sample_label(i, num_classes, request.labels) for i in index], np.int64)
+
+
+def _encode(generator: Generator, request: SampleRequest, encoder: TextEncoder | None) -> TextFeatures | None:
+    if not request.captions:
+        return None
+    if encoder is None:
+        raise ValueError("--caption needs --text-encoder, the CLIP text model that the model was trained with")
+    known, own = (encoder.num_positions, encoder.width), (generator.model.config.num_text_tokens, generator.model.config.text_width)
+    if known != own:
+        raise ValueError(
+            f"--text-encoder makes {known[0]} x {known[1]} features of a caption, but the model takes {own[0]} x {own[1]}"
+        )
+    return encoder.to(request.device).encode(request.captions)
+
+
+def _start(generator: Generator, request: SampleRequest) -> Tensor:
+    """int64 (1, L) on the CPU: the image's codes, masked where they are made anew."""
+    assert request.region is not None
+    vqgan = generator.vqgan
+    with torch.no_grad():
+        codes = vqgan.encode(to_float(request.region.pixels[None]).to(request.device)).flatten(1).cpu()
+    return codes.masked_fill(request.region.is_masked, generator.model.config.mask_id)
+
+
+# Writing it -----------------------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, content: bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path.name
+
+
+def _image_name(index: int) -> str:
+    return f"{FOLDER}/{index:06d}.png"
+
+
+def _write_images(folder: Path, batch: Batch) -> list[str]:
+    for index, pixels in zip(batch.index, batch.images.numpy(), strict=True):
+        _write(folder / _image_name(index), png_bytes(Image.fromarray(pixels.transpose(1, 2, 0))))
+    return [_image_name(index) for index in batch.index]
+
+
+def _write_steps(generator: Generator, request: SampleRequest, batch: Batch, folder: Path) -> list[str]:
+    """How the first images came about: a strip and an animation; of a region also what was given."""
+    files = []
+    few, scale = slice(_SHOWN_BY_STEPS), scale_for(generator.vqgan.config.resolution)
+    is_given = request.region is not None
+    if is_given or {"steps", "gif"} & set(request.outputs):
+        trajectory = [tokens[few] for tokens in batch.trajectory]
+        frames = pictures.step_images(generator.vqgan, trajectory, batch.codes[few], generator.model.config.mask_id)
+        if "steps" in request.outputs:
+            files.append(_write(folder / STEPS, png_bytes(pictures.strip(frames, scale, with_start=is_given))))
+        if "gif" in request.outputs:
+            files.append(_write(folder / ANIMATION, pictures.animation(frames, _columns(frames.shape[1]), scale)))
+        if request.region is not None:
+            beside = torch.stack([request.region.pixels, frames[0, 0]])
+            files.append(_write(folder / SOURCE, png_bytes(make_grid(beside, 2, scale=scale))))
+    return files
+
+
+def grid_of(images: Tensor, num_asked: int = 0) -> Image.Image:
+    """uint8 (B, 3, H, W). num_asked: labels or captions that were asked for in turn; of a few, a row holds each of them once."""
+    columns = num_asked if 1 < num_asked <= 16 and len(images) > num_asked else _columns(len(images))
+    return make_grid(images, columns, scale=scale_for(images.shape[-1]))
+
+
+def _columns(num_images: int) -> int:
+    return min(num_images, max(4, round(num_images**0.5)))
+
+
+def scale_for(resolution: int) -> int:
+    """How much an image is enlarged to be seen."""
+    return max(1, _SMALLEST // resolution)
+
+
+def _record(generator: Generator, request: SampleRequest, files: Sequence[str]) -> dict[str, Any]:
+    """What samples.json holds."""
+    labels = _labels(request, generator, range(request.num_images)).tolist()
+    samples = []
+    for index in range(request.num_images):
+        asked: dict[str, Any] = {"label": labels[index]}
+        if request.captions:
+            asked = {"caption": request.captions[index % len(request.captions)]}
+        elif generator.class_names:
+            asked["class"] = generator.class_names[labels[index]]
+        named = {"file": _image_name(index)} if "images" in request.outputs else {}
+        samples.append({"index": index, "seed": sample_seed(request.seed, index), **asked, **named})
+    region = {}
+    if request.region is not None:
+        region = {"regenerated_codes": request.region.is_masked.nonzero().flatten().tolist()}
+    return {
+        "model": dict(generator.origin),
+        "parameters": sum(tensor.numel() for tensor in generator.model.parameters()),
+        "sampler": json.loads(canonical_json(asdict(request.sampler))),
+        "seed": request.seed,
+        "precision": "bf16" if request.is_bf16 else "fp32",
+        "device": device_name(request.device),
+        "batch_size": request.batch_size,
+        "resolution": generator.vqgan.config.resolution,
+        **region,
+        "files": [name for name in files if not name.startswith(f"{FOLDER}/")],
+        "samples": samples,
+    }

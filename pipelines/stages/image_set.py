@@ -1,0 +1,69 @@
+"""Stage images: an index of images that another generator made. Every one of them is read, and must be whole and of one size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+
+from pipelines.artifacts import Manifest
+from pipelines.dataset import INDEX, check_unique, write_index
+from pipelines.image_sets import ImageSetConfig, check_images, resolution_of, scan
+from pipelines.sources import Entry, Findings
+from pipelines.workflow import Stage, StageContext, StageResult
+
+_IMAGES_PER_TASK = 512
+
+
+def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    started = time.monotonic()
+    config, findings = replace(config, kind=config.found_kind()), Findings()
+    entries = scan(config, findings)
+    resolution = resolution_of(config, entries)
+    if config.kind == "npz":
+        check_images(config, entries, resolution)
+    else:
+        _check_by_workers(config, entries, resolution, context)
+
+    def write(path: Path) -> None:
+        write_index(path, entries)
+        check_unique(path)
+
+    labels = {entry.label for entry in entries}
+    return StageResult(
+        files=[context.write(INDEX, write)],
+        summary={
+            "name": config.name,
+            "kind": config.kind,
+            "num_images": len(entries),
+            "resolution": resolution,
+            "content_digest": config.digest(),
+            "labels": "unknown" if -1 in labels else "given",
+            "num_classes": 0 if -1 in labels else max(labels) + 1,
+            "other_files": len(findings.names.get("other files", [])),
+        },
+        metrics={"images": len(entries)},
+        worker_seconds=time.monotonic() - started,
+    )
+
+
+def _check_by_workers(config: ImageSetConfig, entries: list[Entry], resolution: int, context: StageContext) -> None:
+    """A task per so many images, waited for in order: of several odd images the first is named."""
+    context.connect()
+    task = ray.remote(num_cpus=1)(check_images)
+    pieces = [entries[start : start + _IMAGES_PER_TASK] for start in range(0, len(entries), _IMAGES_PER_TASK)]
+    running = [task.remote(config, piece, resolution) for piece in pieces]
+    with context.bar(len(entries), "images") as bar:
+        try:
+            for piece, reference in zip(pieces, running, strict=True):
+                ray.get(reference)
+                bar.advance(len(piece))
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+
+STAGE = Stage("images", 1, run)

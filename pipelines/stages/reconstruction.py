@@ -1,0 +1,148 @@
+"""Stage reconstruction: what the tokenizer keeps of real images, which no generator on its codes can exceed.
+
+Images are decoded from their codes in the token map: distance of their features to the reference, and PSNR and SSIM against the
+originals, read again from the dataset; and how evenly the codes are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from enat.image_metrics import psnr, ssim
+from enat.metrics import frechet_distance
+from enat.tokenizer import VQGANConfig
+from pipelines import cluster, token_map
+from pipelines.artifacts import ArtifactStore, Manifest
+from pipelines.dataset import Dataset
+from pipelines.feature_job import (
+    MOMENTS_FILES,
+    ExtractorFile,
+    FeatureSpec,
+    compute_features,
+    drawn_evenly,
+    read_rows,
+    stored_moments,
+)
+from pipelines.readers import Decoded, Decoder, Rows, code_decoder
+from pipelines.sources import DatasetConfig
+from pipelines.workflow import Execution, Stage, StageContext, StageResult
+
+_MOST_PSNR = 100.0  # decibels; of an image that came back as it was, where the ratio is infinite
+_MEASURES = ("psnr", "ssim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """num_images: of the dataset, its first ones; None takes all."""
+
+    num_images: int | None = None
+    dataset: DatasetConfig | None = None
+    execution: Execution = field(default_factory=Execution)
+
+    def __post_init__(self) -> None:
+        if self.num_images is not None and self.num_images < 2:
+            raise ValueError(f"reconstruction.num_images is {self.num_images}; it must be at least 2, or null for all")
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Images of a dataset decoded from their codes, each measured against its original. Those in quarantine are left out.
+
+    quarantined: indices in the dataset of those that the token map leaves out, ascending.
+    """
+
+    dataset: Dataset
+    token_map: Manifest
+    tokenizer: Manifest
+    quarantined: tuple[int, ...]
+
+    @property
+    def store(self) -> ArtifactStore:
+        return self.dataset.store
+
+    def load(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        resolution = int(self.token_map.summary["info"]["resolution"])
+        is_left_out = set(self.quarantined)
+        rows = [row for index, row in enumerate(self.dataset.read(start, stop), start) if index not in is_left_out]
+        num_codes = int(self.token_map.summary["info"]["grid_size"]) ** 2
+        if not rows:
+            shape = (0, 3, resolution, resolution)
+            return {"codes": np.empty((0, num_codes), np.int64), "originals": np.empty(shape, np.uint8)}
+        first = start - int(np.searchsorted(self.quarantined, start))
+        keys, codes = token_map.read_codes(self.store, self.token_map, range(first, first + len(rows)))
+        for key, row in zip(keys, rows, strict=True):
+            if key != row.key:
+                raise ValueError(f"the token map has {key} where the dataset has {row.key}; they are not of the same images")
+        originals = np.stack([row.pixels(resolution) for row in rows])
+        return {"codes": codes.astype(np.int64), "originals": originals}
+
+    def decoder(self, device: str) -> Decoder:
+        decode = code_decoder(self.store, self.tokenizer, device)
+
+        def decoded(rows: Rows) -> Decoded:
+            images = decode(rows).images
+            ratio = psnr(images, rows["originals"]).clamp(max=_MOST_PSNR)
+            return Decoded(images, {"psnr": ratio, "ssim": ssim(images, rows["originals"])})
+
+        return decoded
+
+
+def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    assert config.dataset is not None
+    reference, tokens, tokenizer = (inputs[name] for name in ("reference", "token_map", "tokenizer"))
+    dataset = Dataset(config.dataset, context.store, inputs["dataset"])
+    info = token_map.TokenMapInfo(**tokens.summary["info"])
+    architecture = VQGANConfig(**tokenizer.summary["config"])
+    info.require(
+        "the tokenizer",
+        tokenizer_digest=tokenizer.digest,
+        grid_size=architecture.grid_size,
+        codebook_size=architecture.codebook_size,
+    )
+    if reference.summary["resolution"] != info.resolution:
+        raise ValueError(f"the token map has {info.resolution} px and the reference {reference.summary['resolution']} px")
+    num_images = min(config.num_images or dataset.num_images, dataset.num_images)
+    context.connect()
+    cluster.require(config.execution, "reconstruction")
+    spec = FeatureSpec(
+        num_images=num_images, images_per_pass=int(reference.summary["images_per_pass"]), kept=drawn_evenly(num_images, 0, 0)
+    )
+    reader = Reconstructions(dataset, tokens, tokenizer, _quarantined(dataset, tokens, context))
+    job = compute_features(reader, spec, ExtractorFile.of_reference(context.store, reference), config.execution, context)
+    extractor = reference.summary["extractor"]
+    distance = frechet_distance(job.moments["features"], stored_moments(context.store, reference)["features"])
+    measures = {name: read_rows(context.store, context.stage, context.key, job.files, name) for name in _MEASURES}
+    return StageResult(
+        files=[*(context.write(MOMENTS_FILES[name], found.save) for name, found in job.moments.items()), *job.files],
+        summary={
+            "extractor": extractor,
+            "extractor_digest": reference.summary["extractor_digest"],
+            "reference": reference.summary["of"],
+            "reference_digest": reference.digest,
+            "num_images": job.count,
+            "rounding": "uint8",
+        },
+        metrics={
+            "reconstruction_fid" if extractor == "inception" else "reconstruction_frechet_distance": distance,
+            **{name: float(values.mean()) for name, values in measures.items()},
+            **{name: tokens.metrics[name] for name in ("code_usage", "code_perplexity")},
+        },
+        worker_seconds=job.worker_seconds,
+        device_seconds=job.device_seconds,
+    )
+
+
+def _quarantined(dataset: Dataset, tokens: Manifest, context: StageContext) -> tuple[int, ...]:
+    """As Reconstructions needs them."""
+    left_out = set(pq.read_table(context.store.fetch(tokens, token_map.QUARANTINE))["key"].to_pylist())
+    if not left_out:
+        return ()
+    keys = dataset.index(0, dataset.num_images)["key"].to_pylist()
+    return tuple(index for index, key in enumerate(keys) if key in left_out)
+
+
+STAGE = Stage("reconstruction", 1, run)
