@@ -1,0 +1,413 @@
+"""Evaluations in MLflow read into rows that can be compared: one row per set of samples and protocol, a section per protocol.
+
+A protocol says how a number was measured (extractor, reference, how many samples, ...). Numbers of unequal protocols are never
+put into one section.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from pipelines import tracked, tracking
+from pipelines.artifacts import digest_of, without_credentials
+from pipelines.published import DATASETS, PublishedResult, matching_dataset, published_for
+from pipelines.tracked import TrackedRun
+
+MAIN = "main"
+_EVALUATIONS = "tags.`enat.stage` = 'evaluate'"
+_FINISHED = "attributes.status = 'FINISHED'"
+_MAX_DEPTH = 8  # of runs nested in each other; a loop of parents ends here
+_IDS_PER_QUERY = 100
+_DISTANCES = ("fid", "frechet_distance")
+_NAMES_SHOWN = 8  # of what exists, in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """experiments: names.   filter: MLflow's filter string, on the runs of stage evaluate.
+
+    runs: names of config runs, or ids of runs of pipelines or of stage evaluate; none means all.
+    """
+
+    experiments: tuple[str, ...] = ("enat",)
+    filter: str | None = None
+    runs: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"experiment{'s' if len(self.experiments) > 1 else ''} {', '.join(map(repr, self.experiments))}"]
+        parts += [f"filter {self.filter!r}"] if self.filter else []
+        parts += [f"runs {', '.join(map(repr, self.runs))}"] if self.runs else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One set of samples, scored by one protocol. What is not known is None, or no metric.
+
+    run_ids: runs that logged these numbers, the newest first; it is the one that counts.   measured: start of the first of them.
+    samples, trained: artifacts, as "stage/key".   evaluation: digest of the artifact that holds the scores.
+    generated: parameters of the stage that made the samples; None where its run was not found.
+    """
+
+    run_ids: tuple[str, ...]
+    config_run: str | None
+    model: str
+    variant: str
+    dataset: str | None
+    resolution: int | None
+    parameters: int | None
+    train_steps: int | None
+    num_steps: int | None
+    guidance_scale: float | None
+    num_samples: int | None
+    samples: str | None
+    trained: str | None
+    evaluation: str | None
+    protocol_digest: str | None
+    protocol: Mapping[str, Any]
+    measured: datetime
+    metrics: Mapping[str, float]
+    generated: Mapping[str, str] | None = None
+
+    @property
+    def label(self) -> str:
+        return self.model if self.variant == MAIN else f"{self.model} ({self.variant})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Rows that were measured alike, by size, and what others published for the same dataset. name: a letter."""
+
+    name: str
+    dataset: str | None
+    resolution: int | None
+    protocol_digest: str | None
+    protocol: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    published: tuple[PublishedResult, ...] = ()
+    published_dataset: str | None = None
+
+    @cached_property
+    def distance(self) -> str | None:
+        """The metric that the figures draw: fid, or the Frechet distance on another extractor's features."""
+        counts = Counter(name for row in self.rows for name in _DISTANCES if name in row.metrics)
+        return max(_DISTANCES, key=lambda name: counts[name]) if counts else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """experiment: of the newest evaluation.   sections: at least one, each with at least one row.
+
+    notes: sentences on what was left out or is doubtful.
+    """
+
+    uri: str
+    query: Query
+    experiment: str
+    sections: tuple[Section, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for section in self.sections for row in section.rows]
+
+    @property
+    def common_protocol(self) -> dict[str, Any]:
+        """What all known protocols say alike."""
+        known = [section.protocol for section in self.sections if section.protocol]
+        return {name: value for name, value in known[0].items() if all(p.get(name) == value for p in known)} if known else {}
+
+
+def compare(uri: str, query: Query, published: str = "auto") -> Comparison:
+    """Read, fold and group. published: "none", "auto" (by dataset and resolution) or one of published.DATASETS.
+
+    Raises ValueError, saying what was searched and what exists, where nothing is found; TrackingError where MLflow cannot be read.
+    """
+    known = tracked.experiments(uri)
+    found, parents = _find(uri, query, known)
+    notes = _Notes()
+    rows = _fold([_row(run, parents, notes) for run in found])
+    rows = _with_generation(uri, rows, found)
+    sections = _sections(rows, published, notes)
+    experiment = next(name for name, id in known.items() if id == found[0].experiment_id)
+    return Comparison(uri=uri, query=query, experiment=experiment, sections=sections, notes=tuple(notes.sentences))
+
+
+# Finding -------------------------------------------------------------------------------------------------------------------
+
+
+def _find(uri: str, query: Query, known: Mapping[str, str]) -> tuple[list[TrackedRun], dict[str, TrackedRun]]:
+    """Finished evaluations, newest first, and their ancestors by id. known: name -> id of experiments."""
+    given = {id: run for id in query.runs if _is_id(id) and (run := tracked.read_run(uri, id)) is not None}
+    if unknown := [id for id in query.runs if _is_id(id) and id not in given]:
+        raise ValueError(f"there is no run {', '.join(unknown)} at {without_credentials(uri)}, or it was deleted")
+    ids: set[str] = set()
+    if not query.runs or len(given) < len(set(query.runs)):  # an id says by itself where a run is
+        for name in query.experiments:
+            if name not in known:
+                raise ValueError(f"there is no experiment {name!r} at {without_credentials(uri)}; there are {_listed(known)}")
+            ids.add(known[name])
+    ids |= {run.experiment_id for run in given.values()}
+    filters = [_EVALUATIONS, _FINISHED, *([query.filter] if query.filter else [])]
+    evaluations = tracked.search_runs(uri, sorted(ids), " and ".join(filters))
+    parents = _ancestors(uri, evaluations)
+    selected, met = [], set()
+    for run in evaluations:
+        names = {name for ancestor in (run, *_line(run, parents)) for name in (ancestor.run_id, ancestor.name)}
+        if not query.runs or names & set(query.runs):
+            selected.append(run)
+            met |= names
+    if not selected or set(query.runs) - met:
+        raise ValueError(_nothing_found(uri, query, sorted(ids), sorted(set(query.runs) - met), known))
+    return selected, parents
+
+
+def _is_id(text: str) -> bool:
+    return len(text) == 32 and set(text) <= set("0123456789abcdef")
+
+
+def _ancestors(uri: str, runs: Iterable[TrackedRun]) -> dict[str, TrackedRun]:
+    """All runs that these are nested in, by id."""
+    by_id: dict[str, TrackedRun] = {}
+    level = list(runs)
+    for _ in range(_MAX_DEPTH):
+        experiments = sorted({run.experiment_id for run in level})
+        wanted = sorted({run.parent_id for run in level if run.parent_id and run.parent_id not in by_id and _is_id(run.parent_id)})
+        level = []
+        for first in range(0, len(wanted), _IDS_PER_QUERY):
+            ids = ", ".join(f"'{id}'" for id in wanted[first : first + _IDS_PER_QUERY])
+            level += tracked.search_runs(uri, experiments, f"attributes.run_id IN ({ids})")
+        by_id |= {run.run_id: run for run in level}
+    return by_id
+
+
+def _line(run: TrackedRun, parents: Mapping[str, TrackedRun]) -> list[TrackedRun]:
+    """Its parent, the parent's parent, and so on."""
+    line: list[TrackedRun] = []
+    while (parent := parents.get(run.parent_id or "")) is not None and len(line) < _MAX_DEPTH:
+        run = parent
+        line.append(run)
+    return line
+
+
+def _nothing_found(uri: str, query: Query, ids: Sequence[str], unmet: Sequence[str], known: Mapping[str, str]) -> str:
+    """What was searched, and what exists there."""
+    everything = tracked.search_runs(uri, ids, limit=1000)
+    evaluations = [run for run in everything if run.tags.get("enat.stage") == "evaluate"]
+    finished = sum(run.status == "FINISHED" for run in evaluations)
+    tops = dict.fromkeys(run.name for run in everything if run.parent_id is None)
+    what = f"no finished evaluation of {', '.join(map(repr, unmet))} is" if unmet and len(query.runs) > len(unmet) else ""
+    what = what or "no finished evaluation is"
+    exists = f"{len(everything)} runs, {len(evaluations)} of them evaluations ({finished} finished)" if everything else "no runs"
+    exists += f", of {_listed(tops)}" if tops else ""
+    return f"{what} at {without_credentials(uri)} in {query}; there are {exists}, and the experiments are {_listed(known)}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = [printable(name) for name in names]
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return (", ".join(names[:_NAMES_SHOWN]) or "none") + more
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Notes:
+    sentences: list[str] = field(default_factory=list)
+
+    def add(self, sentence: str) -> None:
+        if sentence not in self.sentences:
+            self.sentences.append(sentence)
+
+
+def printable(text: str) -> str:
+    """Text that a terminal cannot take for commands, on one line."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: _Notes) -> Row:
+    tags = run.tags
+    line = _line(run, parents)
+    variant = tags.get("enat.variant") or tags.get("enat.node", "").partition("@")[2] or MAIN
+    trained = tags.get("enat.input.model")
+    protocol = _protocol(run, notes)
+    return Row(
+        run_ids=(run.run_id,),
+        config_run=printable(line[-1].name) if line else None,
+        model=printable(tags.get("enat.model") or (trained or run.name)[:18]),
+        variant=printable(variant),
+        dataset=_text(tags.get("enat.dataset")),
+        resolution=_integer(run, "enat.resolution", notes),
+        parameters=_integer(run, "enat.parameters", notes),
+        train_steps=_integer(run, "enat.train_steps", notes),
+        num_steps=_integer(run, "enat.num_steps", notes),
+        guidance_scale=_number(run, "enat.guidance_scale", notes),
+        num_samples=_integer(run, "enat.num_samples", notes),
+        samples=_text(tags.get("enat.samples") or tags.get("enat.input.samples")),
+        trained=trained,
+        evaluation=tags.get(tracking.DIGEST_TAG),
+        protocol_digest=digest_of(protocol)[:12] if protocol else _text(tags.get("enat.protocol_digest")),
+        protocol=protocol,
+        measured=run.started,
+        metrics={name: value for name, value in run.metrics.items() if math.isfinite(value)},
+    )
+
+
+def _text(value: str | None) -> str | None:
+    return printable(value) if value else None
+
+
+def _integer(run: TrackedRun, tag: str, notes: _Notes) -> int | None:
+    number = _number(run, tag, notes)
+    return None if number is None else int(number)
+
+
+def _number(run: TrackedRun, tag: str, notes: _Notes) -> float | None:
+    """None where a tag is missing, or, with a note, where it is no number: tags may be edited by hand."""
+    text = run.tags.get(tag)
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value):
+        return value
+    notes.add(f"The tag {tag} of run {run.run_id} is {printable(text)[:40]!r}, no number; it is shown as missing.")
+    return None
+
+
+def _protocol(run: TrackedRun, notes: _Notes) -> dict[str, Any]:
+    text = run.tags.get("enat.protocol")
+    if not text:
+        notes.add("Of some runs it is not known how they were measured; their numbers may not be comparable, even with each other.")
+        return {}
+    try:
+        protocol = json.loads(text)
+    except ValueError:
+        protocol = None
+    if isinstance(protocol, dict):
+        return {printable(str(name)): printable(v) if isinstance(v, str) else v for name, v in protocol.items()}
+    notes.add(f"The tag enat.protocol of run {run.run_id} cannot be read; its protocol counts as unknown.")
+    return {}
+
+
+def _fold(rows: Sequence[Row]) -> list[Row]:
+    """One row per samples and protocol. rows: newest first; the newest counts, the others are the same numbers logged again."""
+    folded: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.samples, row.protocol_digest) if row.samples else (row.run_ids,)
+        folded.setdefault(key, []).append(row)
+    return [_folded(same) for same in folded.values()]
+
+
+def _folded(same: Sequence[Row]) -> Row:
+    newest = same[0]
+    first = min(row.measured for row in same if row is newest or (row.evaluation and row.evaluation == newest.evaluation))
+    return replace(newest, run_ids=tuple(id for row in same for id in row.run_ids), measured=first)
+
+
+def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun]) -> list[Row]:
+    """The rows with the parameters of stage generate, which tell what else about the sampler differs.
+
+    It is enough to read one run of each set of samples: what it says is part of the key.
+    """
+    experiments = {run.run_id: run.experiment_id for run in runs}
+    found: dict[str, Mapping[str, str] | None] = {}
+    for row in rows:
+        stage, _, key = (row.samples or "").partition("/")
+        if stage == "generate" and row.samples not in found and key.isalnum():
+            tags = f"tags.`enat.stage` = 'generate' and tags.`enat.key` = '{key}'"
+            made = tracked.search_runs(uri, [experiments[row.run_ids[0]]], tags, limit=1)
+            found[str(row.samples)] = _without_execution(made[0].params) if made else None
+    return [replace(row, generated=found.get(row.samples or "")) for row in rows]
+
+
+def _without_execution(params: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in params.items() if not name.startswith("execution.")}
+
+
+def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Label -> the rows of one trained model. Models that are called alike but are not the same are told apart by their runs."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.trained or row.label, []).append(row)
+    named: dict[str, list[Row]] = {}
+    for group in groups.values():
+        first = group[0]
+        name = first.label if len({row.label for row in group}) == 1 else first.model
+        if name in named:
+            name = f"{name}, {first.config_run or first.trained}"
+        while name in named:
+            name += "'"
+        named[name] = group
+    return named
+
+
+# Sections ------------------------------------------------------------------------------------------------------------------
+
+
+def _sections(rows: Sequence[Row], published: str, notes: _Notes) -> tuple[Section, ...]:
+    groups: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.dataset or "", row.resolution or 0, row.protocol_digest or ""), []).append(row)
+    sections = []
+    for number, (_, group) in enumerate(sorted(groups.items())):
+        first = group[0]
+        section = Section(
+            name=_letters(number),
+            dataset=first.dataset,
+            resolution=first.resolution,
+            protocol_digest=first.protocol_digest,
+            protocol=first.protocol,
+            rows=tuple(sorted(group, key=_by_size)),
+        )
+        sections.append(_with_published(section, published, notes))
+    if published in DATASETS and not any(section.published for section in sections):
+        notes.add(f"Nothing here is an FID at the resolution of {published}, so no published numbers are shown.")
+    return tuple(sections)
+
+
+def _by_size(row: Row) -> tuple[Any, ...]:
+    return (
+        row.parameters if row.parameters is not None else math.inf,
+        row.model,
+        row.train_steps or 0,
+        row.num_steps or 0,
+        row.guidance_scale or 0.0,
+        row.variant != MAIN,
+        row.variant,
+        row.samples or "",
+    )
+
+
+def _letters(number: int) -> str:
+    """0 -> A, 25 -> Z, 26 -> AA"""
+    letters = ""
+    number += 1
+    while number:
+        number, rest = divmod(number - 1, 26)
+        letters = chr(ord("A") + rest) + letters
+    return letters
+
+
+def _with_published(section: Section, published: str, notes: _Notes) -> Section:
+    """Quoted numbers are FIDs of Inception features; they belong beside nothing else."""
+    if published == "none" or section.distance != "fid":
+        return section
+    if published == "auto":
+        dataset = matching_dataset(section.dataset, section.resolution)
+    else:
+        is_other = section.resolution is not None and not published.endswith(str(section.resolution))
+        dataset = None if is_other else published
+    if dataset is None:
+        return section
+    return replace(section, published=published_for(dataset), published_dataset=dataset)
