@@ -10,8 +10,6 @@ This module and s3_store alone know where a store lies. `open_store` turns a URI
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import re
@@ -19,119 +17,55 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.manifest import (
+    MANIFEST,
+    PARTS,
+    USED,
+    WORK,
+    DamagedManifestError,
+    FileRecord,
+    Manifest,
+    StoredPath,
+    StoreError,
+    canonical_json,
+    digest_of,
+    file_digest,
+    is_artifact,
+    is_inside,
+    part_record,
+    paths_of,
+    read_use_note,
+    use_note,
+)
+
 if TYPE_CHECKING:
     from pipelines.s3 import S3Config
 
+__all__ = [
+    "MANIFEST",
+    "PARTS",
+    "USED",
+    "WORK",
+    "ArtifactStore",
+    "DamagedManifestError",
+    "FileRecord",
+    "LocalStore",
+    "Manifest",
+    "StoreError",
+    "StoredPath",
+    "canonical_json",
+    "digest_of",
+    "file_digest",
+    "open_store",
+    "part_record",
+    "without_credentials",
+]
+
 _log = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
-PARTS = ".parts"  # one small record per committed shard of an unfinished artifact
-WORK = ".work"  # checkpoints and other state of an unfinished artifact
-
-
-class StoreError(ValueError):
-    """The store cannot do what was asked: a place that cannot be written, a file that is not what its manifest says."""
-
-
-def canonical_json(value: Any) -> bytes:
-    """The one JSON text of a value, for hashing. NaN is refused, because it equals nothing."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def digest_of(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of an artifact. path: where it lies under the artifact; usually its name (see ArtifactStore.put_file)."""
-
-    name: str
-    path: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What an artifact is (stage, key, files), what it was made from, and what making it took.
-
-    records: files that tell how it was made (a loss history, pictures): kept and verified like files, but no part of the digest.
-    inputs: name -> {"stage", "key", "digest"}.   summary: facts about the content (rows, classes, grid, ...).
-    metrics: measured numbers.   provenance: created (UTC), code version, seconds: never part of a digest.
-    """
-
-    stage: str
-    key: str
-    stage_version: int
-    config: Mapping[str, Any]
-    inputs: Mapping[str, Mapping[str, str]]
-    files: tuple[FileRecord, ...]
-    records: tuple[FileRecord, ...] = ()
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    format: int = 1
-
-    @property
-    def digest(self) -> str:
-        """Names the content: making the same files again, elsewhere or later, gives the same digest."""
-        files = [[record.name, record.size, record.sha256] for record in sorted(self.files, key=lambda record: record.name)]
-        return digest_of({"stage": self.stage, "key": self.key, "files": files})
-
-    def file(self, name: str) -> FileRecord:
-        for record in (*self.files, *self.records):
-            if record.name == name:
-                return record
-        names = ", ".join(record.name for record in (*self.files, *self.records))
-        raise StoreError(f"artifact {self.stage}/{self.key[:12]} has no file {name!r}; it has {names}")
-
-    def to_json(self) -> bytes:
-        return json.dumps({**asdict(self), "digest": self.digest}, indent=1, sort_keys=True, allow_nan=False).encode()
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Manifest:
-        fields = json.loads(text)
-        fields.pop("digest")
-        for name in ("files", "records"):
-            fields[name] = tuple(FileRecord(**record) for record in fields[name])
-        return cls(**fields)
-
-    @classmethod
-    def read(cls, text: bytes, place: object) -> Manifest:
-        """The same for what lies in a store. Raises StoreError, naming the place, for what is no manifest."""
-        try:
-            return cls.from_json(text)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:  # no JSON, or other JSON than a manifest's
-            raise StoreError(f"{place} is not a manifest ({error}); move the artifact away to make it again") from error
-
-
-def part_record(content: bytes, place: object) -> dict[str, Any] | None:
-    """What put_part wrote. None, with a warning, for what a machine that lost its power may have left: the part is made again."""
-    try:
-        record = json.loads(content)
-        if isinstance(record, dict):
-            return record
-    except ValueError:
-        pass
-    _log.warning("the record %s is damaged; its part is made again", place)
-    return None
-
-
-def paths_of(name: str, sha256: str) -> tuple[str, str]:
-    """Where a file may lie: under its name, and where other bytes lie there, under the name with its digest."""
-    suffixes = "".join(Path(name).suffixes)
-    return name, f"{name.removesuffix(suffixes)}.{sha256[:12]}{suffixes}"
 
 
 def without_credentials(uri: str) -> str:
@@ -186,8 +120,60 @@ class ArtifactStore(ABC):
         """Remove part records and working state once the artifact is committed."""
 
     @abstractmethod
+    def note_use(self, stage: str, key: str, inputs: Iterable[tuple[str, str]] = ()) -> None:
+        """Say that a run is about to reuse or make an artifact, before it looks whether there is one: see garbage.py.
+
+        inputs: (stage, key) of what it is made from.
+        """
+
+    @abstractmethod
+    def noted_inputs(self, stage: str, key: str) -> list[tuple[str, str]]:
+        """What the newest use noted as inputs; none where there is no note that can be read."""
+
+    @abstractmethod
+    def delete_manifest(self, stage: str, key: str) -> None:
+        """From now on the artifact does not exist; its files still lie there."""
+
+    @abstractmethod
+    def delete_files(self, stage: str, key: str, paths: Iterable[str]) -> None:
+        """Remove exactly these files of the folder of stage/key. What is gone need not be removed."""
+
+    @abstractmethod
+    def names(self) -> Iterator[tuple[str, str]]:
+        """(stage, key) of all that is called as artifacts are, committed or not, in order."""
+
+    @abstractmethod
+    def folders(self) -> Iterator[tuple[str, str, list[StoredPath]]]:
+        """The same with all files, of those folders that lie in the store itself, not behind a link."""
+
+    @abstractmethod
+    def list_files(self, stage: str, key: str) -> list[StoredPath]:
+        """All files in the folder of stage/key, by path; none where there is no such folder, or it is a link."""
+
+    @abstractmethod
+    def read_chunks(self, stage: str, key: str, path: str) -> Iterator[bytes]:
+        """A file as it lies there now, past every cache and check. Raises FileNotFoundError."""
+
+    def read_manifests(self, names: Iterable[tuple[str, str]] | None = None) -> Iterator[Manifest | DamagedManifestError]:
+        """Committed artifacts, of these names or of all; in place of a manifest that is none, the reason."""
+        for stage, key in self.names() if names is None else names:
+            found = self._manifest_or_damage((stage, key))
+            if found is not None:
+                yield found
+
+    def _manifest_or_damage(self, name: tuple[str, str]) -> Manifest | DamagedManifestError | None:
+        try:
+            return self.read_manifest(*name)
+        except DamagedManifestError as error:
+            return error
+
     def manifests(self) -> Iterator[Manifest]:
-        """All committed artifacts."""
+        """All committed artifacts. Of a manifest that is none a warning tells."""
+        for found in self.read_manifests():
+            if isinstance(found, Manifest):
+                yield found
+            else:
+                _log.warning("%s", found)
 
     @abstractmethod
     def place(self, stage: str, key: str) -> str:
@@ -224,9 +210,11 @@ class LocalStore(ArtifactStore):
     def read_manifest(self, stage: str, key: str) -> Manifest | None:
         path = self._folder(stage, key) / MANIFEST
         try:
-            return Manifest.read(path.read_bytes(), path)
+            return Manifest.read(path.read_bytes(), path, stage, key)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise DamagedManifestError(f"{path} cannot be read ({error.strerror})", stage, key) from error
 
     def commit(self, manifest: Manifest) -> Manifest:
         folder = self._folder(manifest.stage, manifest.key)
@@ -288,11 +276,56 @@ class LocalStore(ArtifactStore):
         for name in (PARTS, WORK):
             shutil.rmtree(self._folder(stage, key) / name, ignore_errors=True)
 
-    def manifests(self) -> Iterator[Manifest]:
-        for path in sorted(self.root.glob(f"*/*/{MANIFEST}")):
-            manifest = self.read_manifest(path.parent.parent.name, path.parent.name)
-            if manifest is not None:
-                yield manifest
+    def note_use(self, stage: str, key: str, inputs: Iterable[tuple[str, str]] = ()) -> None:
+        target = self._folder(stage, key) / USED
+        note = _temporary(target, use_note(inputs))
+        note.chmod(0o644)
+        note.replace(target)
+
+    def noted_inputs(self, stage: str, key: str) -> list[tuple[str, str]]:
+        try:
+            return read_use_note((self._folder(stage, key) / USED).read_bytes())
+        except OSError:
+            return []
+
+    def delete_manifest(self, stage: str, key: str) -> None:
+        self.delete_files(stage, key, [MANIFEST])
+
+    def delete_files(self, stage: str, key: str, paths: Iterable[str]) -> None:
+        folder = self._folder(stage, key)
+        for path in paths:
+            assert is_artifact(stage, key) and is_inside(path), (stage, key, path)
+            assert not any(parent.is_symlink() for parent in (folder / path).parents if parent.is_relative_to(self.root / stage))
+            (folder / path).unlink(missing_ok=True)
+            for parent in Path(path).parents:  # of the artifact's folder too, once it is empty
+                with contextlib.suppress(OSError):  # not empty, or gone
+                    (folder / parent).rmdir()
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        for stage in _folders_in(self.root):
+            yield from ((stage, key) for key in _folders_in(self.root / stage) if is_artifact(stage, key))
+
+    def folders(self) -> Iterator[tuple[str, str, list[StoredPath]]]:
+        for stage, key in self.names():
+            if files := self.list_files(stage, key):
+                yield stage, key, files
+
+    def list_files(self, stage: str, key: str) -> list[StoredPath]:
+        root = self._folder(stage, key)
+        if root.is_symlink() or root.parent.is_symlink():
+            return []
+        found = []
+        for folder, _, names in os.walk(root):
+            for name in names:
+                path = Path(folder) / name
+                with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                    status = path.lstat()
+                    found.append(StoredPath(path.relative_to(root).as_posix(), status.st_size, status.st_mtime))
+        return sorted(found, key=lambda file: file.path)
+
+    def read_chunks(self, stage: str, key: str, path: str) -> Iterator[bytes]:
+        with (self._folder(stage, key) / path).open("rb") as file:
+            yield from iter(lambda: file.read(1 << 20), b"")
 
 
 def open_store(uri: str, s3: S3Config | None = None) -> ArtifactStore:
@@ -319,12 +352,24 @@ def _copy_if_absent(source: Path, target: Path) -> bool:
 
 
 def _write_if_absent(target: Path, content: bytes) -> bool:
+    return _publish(_temporary(target, content), target)
+
+
+def _temporary(target: Path, content: bytes) -> Path:
+    """A file beside `target` that holds the content, whatever happens to this machine next."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".tmp-", delete=False) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return _publish(Path(file.name), target)
+    return Path(file.name)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _publish(temporary: Path, target: Path) -> bool:

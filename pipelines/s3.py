@@ -40,6 +40,7 @@ _PARTS_AT_MOST = 10_000  # S3's own limit
 _UPLOADS = 4  # parts that are uploaded, and held in memory, at once
 _PAGES_AHEAD = 10  # of 1,000 names: what one thread lists before somebody wants it
 _CONFLICTS = 4  # a write that is refused because of another that then leaves nothing behind is tried again
+_DELETED_AT_ONCE = 1000  # S3's own limit
 _FEW = 16  # sub-folders that are too few to keep the threads busy
 
 _Item = TypeVar("_Item")
@@ -130,7 +131,7 @@ class S3Folder(Folder):
         """Keys that end with / stand for empty folders, where a console made them, and are no files."""
         start, found = len(self._prefix), answer.get("Contents", ())
         return [
-            StoredFile(entry["Key"][start:], entry["Size"], entry["ETag"].strip('"'))
+            StoredFile(entry["Key"][start:], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"].timestamp())
             for entry in found
             if not entry["Key"].endswith("/")
         ]
@@ -156,8 +157,11 @@ class S3Folder(Folder):
     def download(self, name: str, path: Path) -> None:
         """Write an object to a file, which is replaced. The object must not change meanwhile."""
         with path.open("wb") as file:
-            for content in self._ranges(name, *self._status(name)):
-                file.write(content)
+            file.writelines(self.chunks(name))
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """An object in pieces, in order, some read ahead. Raises MissingFileError."""
+        return self._ranges(name, *self._status(name))
 
     def size(self, name: str) -> int | None:
         """Bytes of an object, or None where it does not exist."""
@@ -213,6 +217,11 @@ class S3Folder(Folder):
         raise StorageError(f"{self.uri}/{name} is answered in part only, {ATTEMPTS} times; look after the endpoint")
 
     # Writing -----------------------------------------------------------------------------------------------------------------
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a small object in the place of what is there: the only thing that is ever overwritten is a note of the time."""
+        with self._explained("write", name):
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=content)
 
     def put_if_absent(self, name: str, source: Path | bytes, sha256: str | None = None, *, part_size: int = _PART) -> bool:
         """Write an object unless its name is taken. Returns whether the name now holds exactly these bytes.
@@ -298,15 +307,25 @@ class S3Folder(Folder):
         token: str | None = None
         while True:
             answer = self._list_page(prefix, token)
-            keys = [{"Key": entry["Key"]} for entry in answer.get("Contents", ())]
-            if keys:
-                with self._explained("delete", prefix):
-                    failed = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True}).get("Errors")
-                if failed:
-                    code = failed[0].get("Code")
-                    raise StorageError(f"{self.uri}/{prefix} cannot be deleted ({code}); check the permission to delete")
+            self._delete([entry["Key"] for entry in answer.get("Contents", ())], prefix)
             if not (token := answer.get("NextContinuationToken")):
                 return
+
+    def delete_files(self, names: Iterable[str]) -> None:
+        """Remove the objects with exactly these names; those that are gone are no error."""
+        remaining = iter(names)
+        while some := [*islice(remaining, _DELETED_AT_ONCE)]:
+            self._delete([self._prefix + name for name in some], some[0])
+
+    def _delete(self, keys: builtins.list[str], place: str) -> None:
+        if not keys:
+            return
+        with self._explained("delete", place):
+            objects = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+            failed = self._client.delete_objects(Bucket=self._bucket, Delete=objects).get("Errors")
+        if failed:
+            code = failed[0].get("Code")
+            raise StorageError(f"{self.uri}/{place} cannot be deleted ({code}); check the permission to delete")
 
     @property
     def _client(self) -> Any:

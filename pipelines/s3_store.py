@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,18 +12,23 @@ from pipelines import cache
 from pipelines.artifacts import (
     MANIFEST,
     PARTS,
+    USED,
     WORK,
     ArtifactStore,
+    DamagedManifestError,
     FileRecord,
     Manifest,
+    StoredPath,
     StoreError,
     canonical_json,
     file_digest,
     part_record,
-    paths_of,
 )
+from pipelines.manifest import is_artifact, is_inside, paths_of, read_use_note, use_note
 from pipelines.s3 import MissingFileError, S3Config, S3Folder, in_parallel
-from pipelines.storage import StorageError
+from pipelines.storage import StorageError, StoredFile
+
+_READ_AT_ONCE = 256  # manifests
 
 
 class S3Store(ArtifactStore):
@@ -54,7 +59,7 @@ class S3Store(ArtifactStore):
             content = self.folder.read(f"{stage}/{key}/{MANIFEST}")
         except MissingFileError:
             return None
-        return Manifest.read(content, f"{self.place(stage, key)}/{MANIFEST}")
+        return Manifest.read(content, f"{self.place(stage, key)}/{MANIFEST}", stage, key)
 
     def commit(self, manifest: Manifest) -> Manifest:
         folder = f"{manifest.stage}/{manifest.key}/"
@@ -113,17 +118,59 @@ class S3Store(ArtifactStore):
         self.folder.delete(f"{stage}/{key}/{PARTS}/{name}.json")
 
     def discard_files(self, stage: str, key: str, files: Iterable[FileRecord]) -> None:
-        for record in files:
-            self.folder.delete(f"{stage}/{key}/{record.path}")
+        self.delete_files(stage, key, [record.path for record in files])
 
     def discard_work(self, stage: str, key: str) -> None:
         for name in (PARTS, WORK):
             self.folder.delete(f"{stage}/{key}/{name}/")
 
-    def manifests(self) -> Iterator[Manifest]:
-        places = ((stage, key) for stage in self.folder.folders() for key in self._folder(stage).folders())
-        while some := [*islice(places, 64)]:  # read whole, so that a reader who stops leaves no thread waiting
-            yield from [found for found in in_parallel(lambda place: self.read_manifest(*place), some) if found is not None]
+    def note_use(self, stage: str, key: str, inputs: Iterable[tuple[str, str]] = ()) -> None:
+        self.folder.put(f"{stage}/{key}/{USED}", use_note(inputs))
 
-    def _folder(self, stage: str) -> S3Folder:
-        return S3Folder(f"{self.uri}/{stage}", self.folder.config)
+    def noted_inputs(self, stage: str, key: str) -> list[tuple[str, str]]:
+        content = self._read_if_there(f"{stage}/{key}/{USED}")
+        return [] if content is None else read_use_note(content)
+
+    def delete_manifest(self, stage: str, key: str) -> None:
+        self.delete_files(stage, key, [MANIFEST])
+
+    def delete_files(self, stage: str, key: str, paths: Iterable[str]) -> None:
+        paths = [*paths]
+        assert is_artifact(stage, key) and all(is_inside(path) for path in paths), (stage, key, paths)
+        self.folder.delete_files(f"{stage}/{key}/{path}" for path in paths)
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Folders are listed, not what lies in them."""
+        for stage in self.folder.folders():
+            folder = S3Folder(f"{self.uri}/{stage}", self.folder.config)
+            yield from ((stage, key) for key in folder.folders() if is_artifact(stage, key))
+
+    def folders(self) -> Iterator[tuple[str, str, list[StoredPath]]]:
+        for place, files in groupby(self.folder.list(), key=lambda file: file.name.split("/", 2)[:2]):
+            stage, key = place if len(place) == 2 else ("", "")
+            if is_artifact(stage, key):
+                paths = [*_paths(files, f"{stage}/{key}/")]
+                if paths:
+                    yield stage, key, paths
+
+    def list_files(self, stage: str, key: str) -> list[StoredPath]:
+        return [*_paths(self.folder.list(f"{stage}/{key}/"), f"{stage}/{key}/")]
+
+    def read_chunks(self, stage: str, key: str, path: str) -> Iterator[bytes]:
+        try:
+            yield from self.folder.chunks(f"{stage}/{key}/{path}")
+        except MissingFileError as error:
+            raise FileNotFoundError(f"{self.place(stage, key)}/{path} is gone") from error
+
+    def read_manifests(self, names: Iterable[tuple[str, str]] | None = None) -> Iterator[Manifest | DamagedManifestError]:
+        remaining = iter(self.names() if names is None else names)
+        while some := [*islice(remaining, _READ_AT_ONCE)]:  # read whole, so that a reader who stops leaves no thread waiting
+            yield from [found for found in in_parallel(self._manifest_or_damage, some) if found is not None]
+
+
+def _paths(files: Iterable[StoredFile], folder: str) -> Iterator[StoredPath]:
+    """Objects can be called what files cannot, such as a//b or a/../b: they are nobody's."""
+    for file in files:
+        path = file.name.removeprefix(folder)
+        if is_inside(path):
+            yield StoredPath(path, file.size, file.modified)

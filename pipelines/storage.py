@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -30,11 +30,13 @@ class StorageError(ValueError):
 
 @dataclass(frozen=True)
 class StoredFile:
-    """name: relative to the folder, with /.   size: bytes.   version: changes when the content does (of a bucket: the ETag)."""
+    """name: relative to the folder, with /.   size: bytes.   version: changes when the content does (of a bucket: the ETag).
+    modified: seconds since 1970."""
 
     name: str
     size: int
     version: str
+    modified: float = field(default=0.0, compare=False)
 
 
 class Folder(ABC):
@@ -127,7 +129,7 @@ def open_folder(uri: str, s3: S3Config) -> Folder:
 
 
 def _stored(name: str, status: os.stat_result) -> StoredFile:
-    return StoredFile(name, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}")
+    return StoredFile(name, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}", status.st_mtime)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

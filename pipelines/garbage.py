@@ -1,0 +1,213 @@
+"""Removing what nobody needs any more: what was not used for a while and nothing that is kept was made from.
+
+Kept are artifacts that were made or used within the age limit, those that are named, those that MLflow's registry has models of,
+what a stage that was at work within the limit is made from, and everything that any of these was made from. Unfinished stages
+and stray files (of a run that lost a race, or was killed) go by age alone.
+
+*Use* is when any file in an artifact's folder was last written; every run writes its note there before it looks whether the
+artifact exists (ArtifactStore.note_use). Removing looks at it again, takes the manifest away, looks once more, and puts the
+manifest back if a note came in between. So of a run and a removal that meet, either the run finds no artifact and makes it again,
+or the artifact stays. What remains: a run that began longer ago than the limit and still reads what it noted then, and one that
+comes in the moments in which the files are removed and takes over some that are about to go. Neither goes unseen: what is gone
+fails the run by name, and the same command makes it again. A crash leaves files that no manifest names, for the next time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from pipelines.artifacts import MANIFEST, PARTS, USED, ArtifactStore, DamagedManifestError, Manifest, StoredPath
+from pipelines.inventory import Name, created, find_unfinished, name_of, short
+from pipelines.lineage import Lineage
+
+_log = logging.getLogger(__name__)
+_THREADS = 8  # removals at once
+
+Kind: TypeAlias = Literal["artifact", "unfinished", "stray files"]
+Reason: TypeAlias = Literal["recent", "named", "registered", "damaged", "elsewhere", "needed"]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Files that can go. manifest: of an artifact, which goes first.   used: seconds since 1970."""
+
+    kind: Kind
+    stage: str
+    key: str
+    files: tuple[StoredPath, ...]
+    used: float
+    manifest: Manifest | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """removals: what was made from others before those.   kept: artifacts, and why.   damaged: manifests that are none; their
+    folders are left alone, and so is what they can be seen to be made from.   limit: what was used since then (seconds since
+    1970) stays."""
+
+    removals: Sequence[Removal]
+    kept: Mapping[Name, Reason]
+    damaged: Sequence[DamagedManifestError]
+    limit: float
+
+
+@dataclass
+class Outcome:
+    """What collect did. spared: removals that were not made, with the reason."""
+
+    removed: list[Removal] = field(default_factory=list)
+    spared: list[tuple[Removal, str]] = field(default_factory=list)
+
+
+def plan(store: ArtifactStore, *, limit: float, named: Collection[Name] = (), registered: Collection[Name] = ()) -> Plan:
+    """What could go. limit: seconds since 1970.   named, registered: (stage, key) of what is to stay."""
+    folders = {(stage, key): files for stage, key, files in store.folders()}  # before manifests: what is committed meanwhile is new
+    read = [*store.read_manifests()]
+    manifests = {name_of(found): found for found in read if isinstance(found, Manifest)}
+    damaged = [found for found in read if isinstance(found, DamagedManifestError)]
+    unfinished = find_unfinished(((*name, files) for name, files in folders.items() if name not in manifests), manifests.values())
+
+    roots: dict[Name, Reason] = {}
+    for name, manifest in manifests.items():
+        if name not in folders:
+            roots[name] = "elsewhere"  # behind a link, or committed just now
+        elif _last_used(folders[name], manifest) >= limit:
+            roots[name] = "recent"
+        elif name in named:
+            roots[name] = "named"
+        elif name in registered:
+            roots[name] = "registered"
+    kept = dict(roots)
+    graph = Lineage(manifests.values())
+    needed = [name for each in damaged for name in each.inputs]
+    needed += [name for each in unfinished if each.used >= limit for name in store.noted_inputs(each.stage, each.key)]
+    for name in (*needed, *graph.ancestors([*roots, *needed])):
+        if name in manifests:
+            kept.setdefault(name, "needed")
+
+    removals = [
+        Removal("artifact", *name, tuple(folders[name]), _last_used(folders[name], manifests[name]), manifests[name])
+        for name in reversed(graph.oldest_first(manifests))
+        if name not in kept
+    ]
+    removals += [Removal("unfinished", each.stage, each.key, each.files, each.used) for each in unfinished if each.used < limit]
+    for name in kept:
+        if stray := _stray_files(folders.get(name, []), manifests[name], limit):
+            removals.append(Removal("stray files", *name, stray, max(file.modified for file in stray), manifests[name]))
+    return Plan(removals=removals, kept=kept, damaged=damaged, limit=limit)
+
+
+def _last_used(files: Iterable[StoredPath], manifest: Manifest | None = None) -> float:
+    made = created(manifest) if manifest is not None else None
+    return max([file.modified for file in files] + ([made] if made is not None else []), default=0.0)
+
+
+def _stray_files(files: Iterable[StoredPath], manifest: Manifest, limit: float) -> tuple[StoredPath, ...]:
+    """Of a committed artifact: what it does not name, but for the notes on it."""
+    own = {MANIFEST, USED, *(record.path for record in (*manifest.files, *manifest.records))}
+    return tuple(file for file in files if file.path not in own and file.modified < limit)
+
+
+def collect(store: ArtifactStore, planned: Plan, advance: Callable[[Removal], None] = lambda _: None) -> Outcome:
+    """Remove what a plan names and is still as it was. advance: is told of each removal that was made or spared."""
+    outcome, needed = Outcome(), set[Name]()
+    graph = Lineage(removal.manifest for removal in planned.removals if removal.kind == "artifact" and removal.manifest)
+
+    def remove(removal: Removal) -> str | None:
+        if removal.kind == "artifact" and (removal.stage, removal.key) in needed:
+            return "something made from it was used meanwhile"
+        return _REMOVE[removal.kind](store, removal, planned.limit)
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="gc") as pool:
+        for some in _in_turn(planned.removals, graph):
+            for removal, reason in zip(some, pool.map(remove, some), strict=True):
+                if reason is None:
+                    outcome.removed.append(removal)
+                else:
+                    outcome.spared.append((removal, reason))
+                advance(removal)
+            needed.update(graph.ancestors([(spared.stage, spared.key) for spared, _ in outcome.spared]))
+    return outcome
+
+
+def _in_turn(removals: Iterable[Removal], graph: Lineage) -> list[list[Removal]]:
+    """Removals that can be made at once, after those of what was made from them."""
+    turns: dict[Name, int] = {}
+    groups: dict[int, list[Removal]] = {}
+    for removal in removals:
+        name = (removal.stage, removal.key)
+        turn = 0
+        if removal.kind == "artifact":
+            turn = turns[name] = 1 + max((turns.get(made, 0) for made in graph.outputs(name)), default=0)
+        groups.setdefault(turn, []).append(removal)
+    return [some for _, some in sorted(groups.items())]
+
+
+def _remove_artifact(store: ArtifactStore, removal: Removal, limit: float) -> str | None:
+    """None where it is gone now, else why not."""
+    name, manifest = (removal.stage, removal.key), removal.manifest
+    assert manifest is not None
+    if _last_used(store.list_files(*name), manifest) >= limit:  # also if it was removed and made again
+        return "it was used meanwhile"
+    store.delete_manifest(*name)
+    after = store.list_files(*name)
+    if _last_used(after) >= limit:
+        _put_back(store, manifest, after)
+        return "it was used meanwhile"
+    _delete(store, name, [file.path for file in after])
+    return None
+
+
+def _put_back(store: ArtifactStore, manifest: Manifest, files: Iterable[StoredPath]) -> None:
+    sizes = {file.path: file.size for file in files}
+    if all(sizes.get(record.path) == record.size for record in (*manifest.files, *manifest.records)):
+        store.commit(manifest)
+    else:
+        _log.warning("%s was damaged and is made again by the run that asks for it now", short(name_of(manifest)))
+
+
+def _remove_unfinished(store: ArtifactStore, removal: Removal, limit: float) -> str | None:
+    name = (removal.stage, removal.key)
+    files = store.list_files(*name)
+    if _last_used(files) >= limit:
+        return "work on it goes on"
+    if MANIFEST in {file.path for file in files}:
+        return "it was finished meanwhile"
+    _delete(store, name, [file.path for file in files])
+    return None
+
+
+def _remove_stray(store: ArtifactStore, removal: Removal, limit: float) -> str | None:
+    name = (removal.stage, removal.key)
+    manifest = store.read_manifest(*name)
+    if manifest is None:
+        return "the artifact is gone"
+    planned = {file.path for file in removal.files}
+    _delete(store, name, [file.path for file in _stray_files(store.list_files(*name), manifest, limit) if file.path in planned])
+    return None
+
+
+_REMOVE: Mapping[Kind, Callable[[ArtifactStore, Removal, float], str | None]] = {
+    "artifact": _remove_artifact,
+    "unfinished": _remove_unfinished,
+    "stray files": _remove_stray,
+}
+
+
+def _delete(store: ArtifactStore, name: Name, paths: Iterable[str]) -> None:
+    """Records of parts go before the files they vouch for, and the note of use last, so that whatever a crash leaves is
+    consistent, and seen as this program's."""
+    paths = [*paths]
+    records = [path for path in paths if path.startswith(f"{PARTS}/")]
+    others = [path for path in paths if path not in {*records, USED}]
+    for some in (records, others, [USED] if USED in paths else []):
+        if some:
+            store.delete_files(*name, some)
