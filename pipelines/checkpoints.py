@@ -156,11 +156,15 @@ class CheckpointWriter:
 
     def _discard_old(self) -> None:
         found = find_checkpoints(self._context)
-        whole = [checkpoint for checkpoint in found if checkpoint.is_whole]
+        # A step that is reached again, after a rollback or a restart, replaces what an earlier attempt left, which may be damaged.
+        found.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.attempt == self._attempt))
+        by_step = {checkpoint.step: checkpoint for checkpoint in found if checkpoint.is_whole}
+        whole = list(by_step.values())
         kept = whole[-self._keep_last :]
         for checkpoint in found:
-            is_kept = checkpoint in kept or (checkpoint.is_whole and is_milestone(checkpoint.step, self._keep_every))
-            if is_kept or not kept or checkpoint.step >= kept[-1].step:
+            is_milestone_kept = checkpoint in whole and is_milestone(checkpoint.step, self._keep_every)
+            is_newer = bool(kept) and checkpoint.step >= kept[-1].step and by_step.get(checkpoint.step) in (checkpoint, None)
+            if checkpoint in kept or is_milestone_kept or is_newer or not kept:
                 continue
             for part in checkpoint.parts:
                 self._context.store.discard_part(self._context.stage, self._context.key, part)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from pipelines.requirements import GROWS, Capacity, Need, cluster_grows, judge
 
 if TYPE_CHECKING:
     from pipelines.workflow import Workers
@@ -62,6 +65,8 @@ def connect(config: ClusterConfig) -> None:
     if address == "local":
         _stay_on_loopback()
         local = {"num_cpus": config.num_cpus, "include_dashboard": False}
+    else:
+        check_listening(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except ConnectionError as error:
@@ -69,6 +74,19 @@ def connect(config: ClusterConfig) -> None:
             f"there is no Ray cluster at {address} ({str(error).splitlines()[0]}); start it, or leave cluster.address out"
         ) from error
     _silence_ray_data()
+
+
+def check_listening(address: str) -> None:
+    """Raises ValueError where nobody listens: Ray itself would try for minutes. Of "auto" and the like Ray knows better."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise ValueError(
+            f"there is no Ray cluster at {address} ({error.strerror or error}); start it, or leave cluster.address out"
+        ) from error
 
 
 def _stay_on_loopback() -> None:
@@ -80,22 +98,22 @@ def _stay_on_loopback() -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which read the variable when it imported ray
 
 
+def capacity() -> Capacity:
+    """What the cluster that this process is connected to has now."""
+    import ray
+
+    return Capacity(tuple(node["Resources"] for node in ray.nodes() if node["Alive"]))
+
+
 def require(workers: Workers, stage: str, min_workers: int | None = None) -> None:
-    """Raises ValueError where the cluster can never give what a stage asks for: Ray itself would wait for ever.
+    """Raises ValueError where the cluster cannot give what a stage asks for: Ray itself would wait for ever. Where more nodes come
+    when they are asked for (ENAT_CLUSTER_GROWS=1), that is what is wanted.
 
     min_workers: how many will do, where that is fewer than workers.num_workers.
     """
-    import ray
-
-    have = ray.cluster_resources()
-    for resource, each in (("CPU", workers.cpus_per_worker), ("GPU", workers.gpus_per_worker)):
-        num_workers = min_workers or workers.num_workers
-        wanted = each * num_workers
-        if wanted > have.get(resource, 0.0):
-            raise ValueError(
-                f"{stage}.execution asks for {wanted:g} {resource}s ({num_workers} workers), "
-                f"but the cluster has {have.get(resource, 0.0):g}; lower num_workers or {resource.lower()}s_per_worker"
-            )
+    verdict = judge(Need(node=stage, workers=workers, least=min_workers or workers.num_workers), capacity())
+    if verdict.problem is not None and not cluster_grows():
+        raise ValueError(f"{verdict.problem}. That is what it has now: where nodes come when they are asked for, set {GROWS}=1")
 
 
 def _silence_ray_data() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +47,8 @@ class Engine:
         self.loss_scale = _FIRST_LOSS_SCALE
         self.num_updates = 0
         self._updates_since_overflow = 0
-        self._norm: Any = 0.0
+        self.measures_norm = True  # alone among the ZeRO stages, 0 measures the gradient only where it is wanted
+        self._norm: Any = None
         self._passes_left = self._passes_per_step = passes_per_step
 
     def __call__(self, tokens: Tensor, condition: Any, previous: ENATOutput | None, **options: Any) -> Any:
@@ -67,14 +68,17 @@ class Engine:
             for group in self.deepspeed.optimizer.param_groups:
                 group["lr"] = learning_rate
             if self.zero_stage == 0:
-                self._norm = self._clip()
+                self._norm = self._clip() if self.measures_norm or self.config.gradient_clip is not None else None
         self.deepspeed.step()
         if self._passes_left == 0:
             self._passes_left = self._passes_per_step
             self._count_update()
 
-    def gradient_norm(self) -> float:
-        """Of the whole gradient of the last step, before clipping; inf where it overflowed. Waits for the device."""
+    def gradient_norm(self) -> float | None:
+        """Of the whole gradient of the last step, before clipping; inf where it overflowed, None where it was not measured. Waits
+        for the device."""
+        if self.zero_stage == 0 and self._norm is None:
+            return None
         norm = float(self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm())
         return norm if norm >= 0 else float("inf")  # DeepSpeed writes -1 for one that is not finite
 
@@ -129,10 +133,19 @@ class Engine:
                 found[fragment_name("weight", name, place.start)] = place.of(place.flat)
         return found
 
-    def load(self, fragments: Fragments, num_updates: int, loss_scale: float) -> None:
-        """Take up the moments of a checkpoint. The engine must have been made from a model that holds its weights already."""
-        self.num_updates, self.loss_scale = num_updates, loss_scale
-        if num_updates == 0:
+    def counters(self) -> dict[str, float]:
+        """What of the state is no tensor."""
+        return {
+            "num_updates": self.num_updates,
+            "loss_scale": self.loss_scale,
+            "updates_since_overflow": self._updates_since_overflow,
+        }
+
+    def load(self, fragments: Fragments, counters: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's moments and counters. The engine must have been made from a model that holds its weights."""
+        self.num_updates, self.loss_scale = counters["num_updates"], counters["loss_scale"]
+        self._updates_since_overflow = counters["updates_since_overflow"]
+        if self.num_updates == 0:
             return
         for name, place in self._places():
             state = self._inner.state[place.flat]
@@ -142,7 +155,7 @@ class Engine:
                 place.of(state[moment]).copy_(fragments.read(moment, name, place.start, place.length))
         for flat in {id(place.flat): place.flat for _, place in self._places()}.values():
             # torch keeps it with the weights where the update is fused.
-            self._inner.state[flat]["step"] = torch.tensor(float(num_updates), device=flat.device)
+            self._inner.state[flat]["step"] = torch.tensor(float(self.num_updates), device=flat.device)
 
     @property
     def _inner(self) -> Any:

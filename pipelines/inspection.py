@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,8 +21,11 @@ from enat.images import ImageError, make_grid, png_bytes, to_uint8
 from pipelines import config as configuration
 from pipelines.artifacts import ArtifactStore, Manifest, StoreError
 from pipelines.dataset import INDEX, Dataset
+from pipelines.inventory import find
 from pipelines.sources import DatasetConfig
 from pipelines.token_map import QUARANTINE, TokenMapInfo, read_codes
+
+__all__ = ["contact_sheet", "facts_table", "find", "input_of", "show", "write_contact_sheet"]
 
 _SHOWN_QUARANTINED = 5
 _SHOWN_FILES = 6
@@ -29,25 +33,17 @@ _COLUMNS = 8  # images a line of a contact sheet, each with its decoded twin
 _SMALLEST = 96  # pixels of an image on a contact sheet, so that small ones can be seen
 
 
-def find(store: ArtifactStore, name: str) -> Manifest:
-    """The artifact whose key, or stage/key, begins so. Raises StoreError where there is none, or several."""
-    stage, slash, key = name.rpartition("/")
-    found = [m for m in store.manifests() if m.key.startswith(key) and (not slash or m.stage == stage)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise StoreError(f"the store {store.uri} has no artifact whose key begins with {name}")
-    several = ", ".join(f"{manifest.stage}/{manifest.key[:12]}" for manifest in found[:_SHOWN_FILES])
-    raise StoreError(f"{name} may mean {several}; give more of the key")
-
-
 def show(store: ArtifactStore, manifest: Manifest, console: Console) -> None:
+    console.print(facts_table(store, manifest), highlight=False)
+
+
+def facts_table(store: ArtifactStore, manifest: Manifest) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _facts(store, manifest):
         table.add_row(escape(name), escape(value))
-    console.print(table, highlight=False)
+    return table
 
 
 def _facts(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -55,8 +51,9 @@ def _facts(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, str]
     yield "artifact", f"{manifest.stage}/{manifest.key}"
     yield "place", store.place(manifest.stage, manifest.key)
     yield "digest", manifest.digest
-    yield "made", f"{provenance['created']} by {provenance['code']} in {provenance['seconds']:.1f} s"
-    yield "cost", f"{provenance['worker_seconds']:.1f} worker-seconds, {provenance['device_seconds']:.1f} device-seconds"
+    if {"created", "code", "seconds", "worker_seconds", "device_seconds"} <= provenance.keys():
+        yield "made", f"{provenance['created']} by {provenance['code']} in {provenance['seconds']:.1f} s"
+        yield "cost", f"{provenance['worker_seconds']:.1f} worker-seconds, {provenance['device_seconds']:.1f} device-seconds"
     for name, source in manifest.inputs.items():
         yield f"from {name}", f"{source['stage']}/{source['key'][:12]}"
     for name, value in manifest.summary.items():
@@ -98,7 +95,14 @@ def _short(value: Any) -> str:
 
 
 def write_contact_sheet(store: ArtifactStore, manifest: Manifest, path: Path, num_images: int) -> None:
-    """A PNG of evenly spaced rows of a token map: each source image, and to its right what its codes decode to.
+    """contact_sheet as a PNG."""
+    sheet = contact_sheet(store, manifest, num_images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_bytes(sheet))
+
+
+def contact_sheet(store: ArtifactStore, manifest: Manifest, num_images: int) -> Image.Image:
+    """Evenly spaced rows of a token map: each source image, and to its right what its codes decode to.
 
     Where the source is no longer there, its place is black. Raises ValueError for another kind of artifact.
     """
@@ -109,18 +113,17 @@ def write_contact_sheet(store: ArtifactStore, manifest: Manifest, path: Path, nu
     info = TokenMapInfo(**manifest.summary["info"])
     rows = np.unique(np.linspace(0, manifest.summary["rows"] - 1, num_images).round().astype(int)).tolist()
     keys, codes = read_codes(store, manifest, rows)
-    vqgan = load_vqgan(store.fetch(_input(store, manifest, "tokenizer"), "vqgan.safetensors"))
+    vqgan = load_vqgan(store.fetch(input_of(store, manifest, "tokenizer"), "vqgan.safetensors"))
     grid = torch.from_numpy(codes.astype(np.int64)).view(-1, info.grid_size, info.grid_size)
     decoded = torch.cat([to_uint8(vqgan.decode(one)) for one in grid.split(1)])
     sources = torch.from_numpy(_source_images(store, manifest, keys, info.resolution))
     pairs = torch.stack([sources, decoded], dim=1).flatten(0, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_bytes(make_grid(pairs, columns=2 * _COLUMNS, scale=max(1, _SMALLEST // info.resolution))))
+    return make_grid(pairs, columns=2 * _COLUMNS, scale=max(1, _SMALLEST // info.resolution))
 
 
 def _source_images(store: ArtifactStore, manifest: Manifest, keys: list[str], resolution: int) -> np.ndarray:
     """uint8 (R, 3, H, W)"""
-    index = _input(store, manifest, "dataset")
+    index = input_of(store, manifest, "dataset")
     dataset = Dataset(configuration.merge(DatasetConfig, [("the artifact's config", _as_config(index.config))]), store, index)
     all_keys = pq.read_table(store.fetch(index, INDEX), columns=["key"])["key"]
     images = np.zeros((len(keys), 3, resolution, resolution), np.uint8)
@@ -133,7 +136,8 @@ def _source_images(store: ArtifactStore, manifest: Manifest, keys: list[str], re
     return images
 
 
-def _input(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
+def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
+    """What it was made from. Raises StoreError where the store no longer has it."""
     source = manifest.inputs[name]
     found = store.read_manifest(source["stage"], source["key"])
     if found is None:

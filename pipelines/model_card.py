@@ -5,16 +5,21 @@ The weights stay in the artifact store. A registered version says which artifact
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from enat import ENATConfig, SamplerConfig, VQGANConfig, generation_cost
+from enat.masking import MaskingConfig
 from pipelines import tracking
 from pipelines.artifacts import MANIFEST, Manifest, without_credentials
 from pipelines.workflow import PublishContext
 
 CARD = "README.md"
+# Fields of a model and of its masking that give it no name of its own: what the data decides, and sizes.
+_FROM_DATA = {"grid_size", "codebook_size", "num_classes", "text_width", "num_text_tokens"}
+_SIZES = {"encoder_layers", "decoder_layers", "embed_dim", "num_heads"}
 _NOT_RECIPE = {"execution", "model", "s3", "sampler"}  # parts of a TrainConfig that stand elsewhere on a card, or on none
 
 
@@ -24,7 +29,7 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
         return
     card = model_card(manifest, inputs, context.store.uri)
     context.run.register_model(
-        _name(manifest),
+        registered_name(manifest),
         files={CARD: card.encode(), MANIFEST: manifest.to_json()},
         tags=model_tags(manifest, inputs, context.store.uri),
         description=card,
@@ -32,10 +37,32 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
     )
 
 
-def registered_name(summary: Mapping[str, Any], preset: str | None) -> str:
-    """enat-<size>-<dataset>: the size is the preset's, or the number of parameters."""
-    size = preset or f"enat-{_short_count(summary['parameters'])}"
-    return tracking.model_name(f"{size}-{summary['dataset']}")
+def registered_name(manifest: Manifest) -> str:
+    """enat-<size>-<dataset>, and what differs from it: enat-s-imagenet-decoder_attention-full.
+
+    Versions of one name follow each other, and an alias moves among them; so an ablation is no version of what it is compared
+    with. The size is the preset's; of a model without one it is the number of parameters and the layers of encoder and decoder.
+    """
+    model, preset = ENATConfig(**manifest.summary["model"]), manifest.config["model"]["preset"]
+    if preset:
+        size, usual = preset, ENATConfig.preset(preset)
+    else:
+        size = f"enat-{_short_count(manifest.summary['parameters'])}-{model.encoder_layers}e{model.decoder_layers}d"
+        usual = ENATConfig(**{name: getattr(model, name) for name in _SIZES})
+    changed = _differences(model, usual, without=_FROM_DATA)
+    if model.reuse and not manifest.summary["is_imported"]:
+        changed |= _differences(MaskingConfig(**manifest.config["masking"]), MaskingConfig())
+    parts = [size, manifest.summary["dataset"], *(f"{name}-{_plain(value)}" for name, value in changed.items())]
+    return tracking.model_name("-".join(parts))
+
+
+def _differences(config: Any, usual: Any, without: Iterable[str] = ()) -> dict[str, Any]:
+    values, expected = dataclasses.asdict(config), dataclasses.asdict(usual)
+    return {name: value for name, value in values.items() if name not in without and value != expected[name]}
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -> dict[str, str]:
@@ -79,7 +106,7 @@ def _head(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
         else f"It was trained on {dataset} at {resolution} px for {summary['num_steps']:,} steps."
     )
     return (
-        f"# {_escaped(_name(manifest))}\n\n"
+        f"# {_escaped(registered_name(manifest))}\n\n"
         f"ENAT (EfficientNAT, NeurIPS 2024, arXiv 2411.06959) with {summary['parameters']:,} parameters: a non-autoregressive "
         f"transformer that generates the tokens of an image in a few parallel steps, {_condition(manifest)}. {origin}\n\n"
         f"Artifact `{manifest.stage}/{manifest.key}`, made {provenance['created']} by code {provenance['code']}."
@@ -119,7 +146,7 @@ model = load_enat(store.fetch(trained, "model.safetensors"))
 vqgan = load_vqgan(store.fetch(tokenizer, "vqgan.safetensors"))
 
 {labels}
-codes = sample(model, labels, {_sampler(manifest)}, seeds=range(len(labels)))
+codes = sample(model, labels, {_sampler_call(_sampler(manifest))}, seeds=range(len(labels)))
 images = vqgan.decode(codes.view(-1, {model.grid_size}, {model.grid_size}))  # float (B, 3, H, W) in [0, 1]
 ```"""
 
@@ -179,13 +206,17 @@ def _limits(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
     )
 
 
-def _name(manifest: Manifest) -> str:
-    return registered_name(manifest.summary, manifest.config["model"]["preset"])
-
-
 def _sampler(manifest: Manifest) -> SamplerConfig:
     """The one that training showed its samples with."""
     return SamplerConfig(**manifest.config["sampler"])
+
+
+def _sampler_call(sampler: SamplerConfig) -> str:
+    """As Python, without fields that are what they usually are."""
+    usual = SamplerConfig()
+    shown = ("num_steps", "guidance_scale", "sampling_temperature", "remask_temperature")
+    values = [(name, value) for name, value in vars(sampler).items() if name in shown or value != getattr(usual, name)]
+    return f"SamplerConfig({', '.join(f'{name}={value!r}' for name, value in values)})"
 
 
 def _tokenizer_config(inputs: Mapping[str, Manifest]) -> VQGANConfig:

@@ -1,7 +1,8 @@
 """The pipeline from a dataset to a scored model: its configuration, and the stages it consists of.
 
-dataset, tokenizer -> token_map -> train -> generate -> evaluate -> report, and reference -> evaluate. A variant is the same
-pipeline with some values replaced; what a variant shares with the run's own model is the same artifact, made once.
+dataset, tokenizer -> token_map -> train -> generate -> evaluate -> report, and reference -> evaluate; where asked for, token_map,
+reference -> reconstruction. A variant is the same pipeline with some values replaced; what a variant shares with the run's own
+model is the same artifact, made once. Images of other generators are scored by the same stages: images, reference -> evaluate.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,30 @@ from pipelines.artifacts import digest_of
 from pipelines.caption_features import CaptionFeaturesInfo
 from pipelines.cluster import ClusterConfig
 from pipelines.config import ConfigError
+from pipelines.costs import Prices
+from pipelines.evaluation_card import MAIN
+from pipelines.image_sets import ImageSetConfig
 from pipelines.s3 import S3Config
 from pipelines.sources import DatasetConfig, open_source
-from pipelines.stages import captions, dataset, evaluate, generate, reference, report, token_map, tokenizer, train
+from pipelines.stages import (
+    captions,
+    dataset,
+    evaluate,
+    generate,
+    image_set,
+    reconstruction,
+    reference,
+    report,
+    token_map,
+    tokenizer,
+    train,
+)
 from pipelines.token_map import TokenMapInfo
 from pipelines.tracking import TrackingConfig
 from pipelines.train_config import TrainConfig
 from pipelines.workflow import Node, Stage
 
-_WITHOUT_MODEL = {"dataset", "tokenizer", "token_map", "captions", "reference"}
-_UP_TO_MODEL = {*_WITHOUT_MODEL, "train"}
+_WITHOUT_MODEL = {"dataset", "tokenizer", "token_map", "captions", "reference", "reconstruction"}
 # Stands for features that are not made yet, where only the rest of a model is looked at.
 _ANY_CAPTIONS = CaptionFeaturesInfo(num_captions=0, captions_per_file=1, num_positions=1, width=1, encoder_digest="")
 
@@ -39,6 +55,8 @@ class RunConfig:
     workspace: folder for the store, tracking and logs.   store: of artifacts, a folder or s3://bucket/prefix; None takes
     <workspace>/store.   s3: how buckets are reached, where the usual AWS variables do not say it.
     targets: stages to make, with what they need; none means all, to the report.
+    reconstruction: how well the tokenizer keeps the images of the token map; left out where the section is.
+    prices: of hours, so that what a result took is told in money, too.
     variants: name -> values that replace those of the run, such as {untrained: {train: {num_steps: 0}}}.
     """
 
@@ -53,12 +71,14 @@ class RunConfig:
     token_map: token_map.TokenMapConfig = field(default_factory=token_map.TokenMapConfig)
     captions: captions.CaptionsConfig = field(default_factory=captions.CaptionsConfig)
     reference: reference.ReferenceConfig = field(default_factory=reference.ReferenceConfig)
+    reconstruction: reconstruction.ReconstructionConfig | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     generate: generate.GenerateConfig = field(default_factory=generate.GenerateConfig)
     evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
     report: report.ReportConfig = field(default_factory=report.ReportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    prices: Prices | None = None
     variants: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,8 +88,14 @@ class RunConfig:
         for name, values in self.variants.items():
             if not isinstance(values, Mapping):
                 raise ValueError(f"variant {name} is {values!r}; it must be a mapping of keys to the values that replace the run's")
-        if report.MAIN in self.variants:
-            raise ValueError(f"a variant cannot be called {report.MAIN!r}: that is the run's own model")
+        if MAIN in self.variants:
+            raise ValueError(f"a variant cannot be called {MAIN!r}: that is the run's own model")
+
+    @cached_property
+    def variant_runs(self) -> dict[str, RunConfig]:
+        """The runs that variants stand for, by name. Raises ConfigError."""
+        base = replace(self, variants={})
+        return {name: configuration.with_overrides(base, values, f"variant {name}") for name, values in self.variants.items()}
 
     @property
     def store_uri(self) -> str:
@@ -79,11 +105,11 @@ class RunConfig:
 def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """A run from YAML, if any, and overrides, checked as far as can be without computing. Raises ValueError."""
     run = configuration.load_config(RunConfig, path, overrides)
-    for name, variant in [(report.MAIN, run), *_variants(run).items()]:
+    for name, variant in [(MAIN, run), *run.variant_runs.items()]:
         try:
             _check(variant)
         except ValueError as error:
-            raise ConfigError(str(error) if name == report.MAIN else f"variant {name}: {error}") from error
+            raise ConfigError(str(error) if name == MAIN else f"variant {name}: {error}") from error
     return run
 
 
@@ -101,27 +127,26 @@ def build(run: RunConfig) -> list[Node]:
         own = own_identities[config] if stage is dataset.STAGE else configuration.identity(config)
         identity = digest_of({"stage": stage.name, "config": own, "inputs": {k: identities[v] for k, v in inputs.items()}})
         if identity not in ids_by_identity:
-            id = base = stage.name if variant == report.MAIN else f"{stage.name}@{variant}"
+            id = base = stage.name if variant == MAIN else f"{stage.name}@{variant}"
             id = next(id for id in chain([base], (f"{base}-{n}" for n in count(2))) if id not in nodes)
             nodes[id], identities[id] = Node(id, stage, config, dict(inputs), own), identity
             ids_by_identity[identity] = id
         return ids_by_identity[identity]
 
     report_inputs: dict[str, str] = {}
-    for name, variant in {report.MAIN: run, **_variants(run)}.items():
+    for name, variant in {MAIN: run, **run.variant_runs}.items():
         ids = _add_model_stages(name, variant, add)
-        kept = ids if name == report.MAIN else {f"{key}@{name}": ids[key] for key in ("model", "samples", "evaluation")}
+        kept = ids if name == MAIN else {f"{key}@{name}": ids[key] for key in ("model", "samples", "evaluation")}
         report_inputs |= kept
-    seed = run.generate.seed if run.generate.seed is not None else run.seed
-    page = replace(run.report, name=run.name, generate_seed=seed, variants=tuple(run.variants))
-    add(report.STAGE, report.MAIN, page, report_inputs)
+    page = replace(run.report, name=run.name, variants=tuple(run.variants))
+    add(report.STAGE, MAIN, page, report_inputs)
     return _needed(nodes, run.targets)
 
 
 def _add_model_stages(name: str, run: RunConfig, add: Any) -> dict[str, str]:
     """Nodes of one variant up to its evaluation; input name -> node id."""
     filled = {
-        section: _filled(getattr(run, section), run)
+        section: completed(getattr(run, section), run)
         for section in ("tokenizer", "token_map", "captions", "reference", "train", "generate", "evaluate")
     }
     resolution = run.tokenizer.architecture().resolution
@@ -131,21 +156,51 @@ def _add_model_stages(name: str, run: RunConfig, add: Any) -> dict[str, str]:
 
     ids = {"tokenizer": add(tokenizer.STAGE, name, filled["tokenizer"], {} if run.tokenizer.weights else dataset_of("tokenizer"))}
     ids["token_map"] = add(token_map.STAGE, name, filled["token_map"], {**dataset_of("token_map"), "tokenizer": ids["tokenizer"]})
-    features = {}
+    features, asked_for = {}, {}
     if run.captions.encoder is not None:
         features = {"captions": add(captions.STAGE, name, filled["captions"], dataset_of("captions"))}
-    ids["reference"] = add(reference.STAGE, name, replace(filled["reference"], resolution=resolution), dataset_of("reference"))
+        if run.train.model.text:
+            of_samples = replace(filled["captions"], dataset=filled["generate"].dataset)
+            asked_for = {"captions": add(captions.STAGE, name, of_samples, dataset_of("generate"))}
+    given = {} if run.reference.npz else dataset_of("reference")
+    ids["reference"] = add(reference.STAGE, name, at_resolution(filled["reference"], resolution), given)
+    if run.reconstruction is not None:
+        kept = {key: ids[key] for key in ("tokenizer", "token_map", "reference")} | dataset_of("token_map")
+        measured = replace(run.reconstruction, dataset=filled["token_map"].dataset)
+        ids["reconstruction"] = add(reconstruction.STAGE, name, measured, kept)
     learned_from = {} if run.train.weights else {"token_map": ids["token_map"]}
     learned_from |= features if run.train.model.text else {}
     ids["model"] = add(train.STAGE, name, filled["train"], {**learned_from, "tokenizer": ids["tokenizer"]})
-    ids["samples"] = add(generate.STAGE, name, filled["generate"], {"model": ids["model"]})
+    asked_for |= {"token_map": ids["token_map"]} if run.generate.mask_ratio is not None else {}
+    ids["samples"] = add(generate.STAGE, name, filled["generate"], {"model": ids["model"], **asked_for})
     scored = {key: ids[key] for key in ("samples", "tokenizer", "reference", "model")}
     scored |= dataset_of("evaluate") if run.evaluate.judge else {}
     ids["evaluation"] = add(evaluate.STAGE, name, filled["evaluate"], scored)
-    return ids
+    return ids | ({"captions": asked_for["captions"]} if "captions" in asked_for else {})
 
 
-def _filled(section: Any, run: RunConfig) -> Any:
+def build_evaluation(run: RunConfig, images: ImageSetConfig, resolution: int | None = None) -> list[Node]:
+    """The nodes that score images of another generator as a run scores its own samples. resolution: of the reference, where it
+    does not say it; None takes that of the run's own samples."""
+    filled = {section: completed(getattr(run, section), run) for section in ("reference", "evaluate")}
+    source = replace(images, s3=images.s3 or run.s3)
+    nodes = [Node("images", image_set.STAGE, source)]
+    given = {}
+    if not run.reference.npz:
+        nodes.append(Node("dataset", dataset.STAGE, filled["reference"].dataset))
+        given = {"dataset": "dataset"}
+    of_reference = resolution or run.tokenizer.architecture().resolution
+    nodes.append(Node("reference", reference.STAGE, at_resolution(filled["reference"], of_reference), given))
+    scored = replace(filled["evaluate"], images=source, judge=None)  # which class was asked for is not known
+    nodes.append(Node("evaluate", evaluate.STAGE, scored, {"samples": "images", "reference": "reference"}))
+    return nodes
+
+
+def at_resolution(config: reference.ReferenceConfig, resolution: int) -> reference.ReferenceConfig:
+    return config if config.resolution is not None else replace(config, resolution=resolution)
+
+
+def completed(section: Any, run: RunConfig) -> Any:
     """A stage's config with the run's dataset and seed where it has none of its own."""
     given = {name: getattr(run, name) for name in ("dataset", "seed") if getattr(section, name, ...) is None}
     filled = replace(section, **given)
@@ -166,15 +221,10 @@ def _needed(nodes: dict[str, Node], targets: Sequence[str]) -> list[Node]:
     return [node for id, node in nodes.items() if id in needed]
 
 
-def _variants(run: RunConfig) -> dict[str, RunConfig]:
-    base = replace(run, variants={})
-    return {name: configuration.with_overrides(base, values, f"variant {name}") for name, values in run.variants.items()}
-
-
 def _check(run: RunConfig) -> None:
     """What would fail in a late stage and can be seen now: the model against the token map that the tokenizer will make."""
     architecture = run.tokenizer.architecture()
-    given = _filled(run.token_map, run).dataset
+    given = completed(run.token_map, run).dataset
     classes = open_source(given).known_classes()
     num_classes = len(classes) if classes is not None else given.num_classes
     info = TokenMapInfo(
@@ -188,11 +238,8 @@ def _check(run: RunConfig) -> None:
     is_trained = run.train.weights is None and (not run.targets or not _WITHOUT_MODEL.issuperset(run.targets))
     if not is_trained:
         return
-    if run.train.model.text:
-        if run.captions.encoder is None:
-            raise ValueError("train.model.text needs the features of captions; give captions.encoder")
-        if not run.targets or not _UP_TO_MODEL.issuperset(run.targets):
-            raise ValueError("stage generate draws classes, not captions; for a model of captions give targets=[train]")
+    if run.train.model.text and run.captions.encoder is None:
+        raise ValueError("train.model.text needs the features of captions; give captions.encoder")
     run.train.model.architecture(info, _ANY_CAPTIONS)
     sampler = run.generate.sampler
     if sampler.reuse and run.train.model.reuse is False:

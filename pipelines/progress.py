@@ -7,7 +7,9 @@ work they tell of.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +30,7 @@ from rich.progress import (
 from rich.text import Text
 
 _POLL_SECONDS = 0.3
+LINE_SECONDS = "ENAT_PROGRESS_SECONDS"
 
 
 class _State:
@@ -104,7 +107,7 @@ class _SpeedColumn(ProgressColumn):
 
 
 class Bar:
-    """A progress bar on the driver's terminal; nothing where the output is no terminal."""
+    """A progress bar on the driver's terminal. Where the output is no terminal nothing, or a line every ENAT_PROGRESS_SECONDS."""
 
     def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
         self._console, self._title = console, title
@@ -123,6 +126,9 @@ class Bar:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(title, total=total, note="")
+        self._total, self._unit = total, unit
+        self._line_seconds = 0.0 if console.is_terminal else float(os.environ.get(LINE_SECONDS, "0"))
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -133,9 +139,20 @@ class Bar:
 
     def update(self, done: int, note: str = "") -> None:
         self._progress.update(self._task, completed=done, note=note)
+        self._show_line(note)
 
     def advance(self, amount: int) -> None:
         self._progress.advance(self._task, amount)
+        self._show_line("")
+
+    def _show_line(self, note: str) -> None:
+        """In a log, which has no bar."""
+        if not self._line_seconds or time.monotonic() - self._last_line < self._line_seconds:
+            return
+        self._last_line = time.monotonic()
+        done = self._progress.tasks[0].completed
+        line = f"  {self._title} {done:,.0f} of {self._total:,} {self._unit}  {note}".rstrip()
+        self._console.print(line, style="dim", highlight=False, markup=False)
 
     @contextlib.contextmanager
     def reporter(self) -> Iterator[Reporter]:

@@ -41,7 +41,7 @@ def feeding_tasks(execution: Execution, num_tasks: int | None = None) -> dict[st
     Where the pool takes the whole cluster they share its CPUs, and are no more than its workers: a task that asked for a CPU that
     no one will ever free would wait for ever, and the pool for it.
     """
-    spare = ray.cluster_resources()["CPU"] - execution.cpus_per_worker * execution.num_workers
+    spare = ray.cluster_resources().get("CPU", 0) - execution.cpus_per_worker * execution.num_workers
     if spare >= 1:
         return {"batch_size": 1, "num_cpus": 1, "compute": ray.data.TaskPoolStrategy(size=num_tasks)}
     return {"batch_size": 1, "num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=num_tasks or execution.num_workers)}

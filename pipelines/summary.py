@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.artifacts import without_credentials
-from pipelines.stages.report import MAIN
+from pipelines.evaluation_card import DISTANCES, MAIN
 from pipelines.workflow import Done, Planned, Session
 
-_METRICS_SHOWN = 5  # of a stage; all are in its manifest and in tracking
+_METRICS_SHOWN = 5  # of a stage, these before others; all are in its manifest and in tracking
+_FIRST = ("rows", "images", "samples", "final/step", "final/loss", "final/token_accuracy", "final/images_per_second")
 
 
 def summarize(name: str, done: Sequence[Done], session: Session, seconds: float, report: Path | None) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def show_plan(planned: Sequence[Planned], store: str, console: Console) -> None:
     for column in ("stage", "key", "plan"):
         table.add_column(column)
     for item in planned:
-        reads = ", ".join(item.node.inputs.values())
+        reads = ", ".join(dict.fromkeys(item.node.inputs.values()))
         key = item.key[:12] if item.key else f"[dim]known after {reads}[/]"
         parts = f" [dim]({item.parts_done} parts are done)[/]" if item.parts_done else ""
         table.add_row(item.node.id, key, "[green]reuse[/]" if item.is_reused else f"[yellow]compute[/]{parts}")
@@ -68,7 +68,8 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
         if item["stage"].startswith("evaluate"):
             continue  # its numbers are the scores below
         status = "[dim]reused[/]" if item["reused"] else f"{item['made_in_seconds']:.1f} s"
-        some = islice(item["metrics"].items(), _METRICS_SHOWN)
+        ordered = sorted(item["metrics"], key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+        some = ((name, item["metrics"][name]) for name in ordered[:_METRICS_SHOWN])
         measured = ", ".join(f"{name.removeprefix('final/')} {_number(value)}" for name, value in some)
         stages.add_row(item["stage"], status, item["key"][:12], f"[dim]{measured}[/]")
     console.print()
@@ -94,11 +95,11 @@ def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) ->
         scores.add_row(name, *(_number(metrics[name]) if name in metrics else "–" for metrics in scored.values()))
     console.print()
     console.print(scores)
-    distance = scored[MAIN]["frechet_distance"]
-    for variant, metrics in scored.items():
-        if variant != MAIN and distance:
-            ratio = metrics["frechet_distance"] / distance
-            console.print(f"\nfrechet_distance of {variant} is {ratio:.1f} times that of {MAIN}", highlight=False)
+    for name in DISTANCES:
+        distance = scored.get(MAIN, {}).get(name)
+        for variant, metrics in scored.items():
+            if variant != MAIN and distance and name in metrics:
+                console.print(f"\n{name} of {variant} is {metrics[name] / distance:.1f} times that of {MAIN}", highlight=False)
 
 
 def show_import(target: str, values: Sequence[str], name: str, place: str, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Runs, metrics, pictures and registered models in MLflow. The only module that imports mlflow.
+"""Runs, metrics, pictures and registered models in MLflow. tracked.py reads them. No other module imports mlflow.
 
 Tracking is an observer: when its server is down, slow or refuses a value, one warning is shown and the work goes on. A
 `RunHandle` is what workers hold (rank 0 of training logs through one); it opens its own client where it is used.
@@ -30,7 +30,7 @@ _MODEL_NAME_LIMIT = 256
 _TAG_LIMIT = 5000
 _DESCRIPTION_LIMIT = 5000
 _MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
-_OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; else a refusal
+OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; else a refusal
 
 DIGEST_TAG = "enat.digest"
 CREATED_TAG = "enat.created"
@@ -132,9 +132,9 @@ class RunHandle:
                 if alias is not None:
                     _move_alias(client, legal, alias)
             except MlflowException as error:
-                if error.error_code in _OUT_OF_ORDER:
+                if error.error_code in OUT_OF_ORDER:
                     raise
-                _log.warning("%s is not registered as a model (%s)", legal, _first_line(error))
+                _log.warning("%s is not registered as a model (%s)", legal, first_line(error))
                 return None
             return version
 
@@ -163,6 +163,20 @@ class RunHandle:
             client.delete_model_version(name, str(made.version))
         return first
 
+    def tag_model(self, name: str, digest: str, choose: Callable[[Mapping[str, str]], Mapping[str, str | None]]) -> None:
+        """Tag the version of the registered model `name` that has this content, where there is one.
+
+        choose: given the tags that it has, those to set; None takes one away.
+        """
+
+        def tag(client: Any) -> None:
+            found = _first_versions(client, model_name(name)).get(digest)
+            if found is not None:
+                version = as_model_version(found)
+                set_version_tags(client, version, choose(version.tags))
+
+        self._do(tag)
+
     def finish(self, status: str = "FINISHED") -> None:
         self._do(lambda client: client.set_terminated(self.run_id, status))
 
@@ -170,10 +184,10 @@ class RunHandle:
         if self.run_id is None or self._given_up:
             return None
         try:
-            with _quiet():
-                return action(_client(self.uri))
+            with quiet():
+                return action(client_of(self.uri))
         except Exception as error:  # whatever an observer fails with must not stop the work
-            self._give_up(_first_line(error))
+            self._give_up(first_line(error))
             return None
 
     def _give_up(self, reason: str) -> None:
@@ -201,6 +215,35 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
 
     handle.run_id = handle._do(create)
     return handle
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersion:
+    """One version of a registered model, with the tags that it has."""
+
+    name: str
+    version: str
+    tags: Mapping[str, str]
+
+
+def set_version_tags(client: Any, version: ModelVersion, tags: Mapping[str, str | None]) -> None:
+    """None takes a tag away."""
+    from mlflow.exceptions import MlflowException
+
+    for key, value in tags.items():
+        if value is not None:
+            client.set_model_version_tag(version.name, version.version, key, value[:_TAG_LIMIT])
+        elif key in version.tags:
+            try:
+                client.delete_model_version_tag(version.name, version.version, key)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another process took it away just before
+                    raise
+
+
+def as_model_version(version: Any) -> ModelVersion:
+    tags = {str(key): str(value) for key, value in version.tags.items()}
+    return ModelVersion(name=version.name, version=str(version.version), tags=tags)
 
 
 def _create(create: Callable[[], object]) -> None:
@@ -269,10 +312,12 @@ def _artifact_location(uri: str) -> str | None:
 
 
 @cache
-def _client(uri: str) -> Any:
+def client_of(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default waits for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # read when mlflow is imported
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # of single small files
     from mlflow import MlflowClient
 
     if uri.startswith("sqlite:///"):
@@ -281,9 +326,10 @@ def _client(uri: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Alembic tells of every migration, MLflow's libraries of deprecations."""
-    logging.getLogger("alembic").setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Alembic and MLflow tell of every migration, MLflow's libraries of deprecations."""
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -297,5 +343,5 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]

@@ -92,7 +92,7 @@ class TrainExecution(Workers):
     max_failures: how often lost workers are replaced before the stage fails.
     on_divergence: "stop", or "rollback" to the newest checkpoint and past the batches that did it, at most max_rollbacks times.
     divergence_factor: a mean loss this many times the lowest so far counts as diverged, as one that is not finite does.
-    peak_tflops: of one device, what its utilisation is stated against; None measures matrix products at the start.
+    peak_tflops: of one device, what its utilisation is stated against; None measures matrix products at the first row.
     """
 
     min_workers: int | None = None

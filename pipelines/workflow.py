@@ -23,10 +23,12 @@ from typing import Any
 from ray.exceptions import RayTaskError
 from rich.console import Console
 
+from pipelines import code_package, tracking
 from pipelines import config as configuration
-from pipelines import tracking
 from pipelines.artifacts import ArtifactStore, FileRecord, Manifest, digest_of
+from pipelines.costs import Prices
 from pipelines.progress import Bar
+from pipelines.storage import StorageError
 
 _log = logging.getLogger(__name__)
 
@@ -151,22 +153,25 @@ class StageContext(WorkerContext):
 
 @dataclass(frozen=True, kw_only=True)
 class PublishContext:
-    """Where an artifact lies, and the tracking run of its stage."""
+    """Where an artifact lies, and the tracking run of its stage. node: its id in the pipeline, such as evaluate@variant."""
 
     store: ArtifactStore
     run: tracking.RunHandle
     tracking: tracking.TrackingConfig
+    node: str
+    prices: Prices | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all stages of one pipeline run share. connect: to Ray, once a stage needs it."""
+    """What all stages of one pipeline run share. connect: to Ray, once a stage needs it.   prices: for costs in money."""
 
     store: ArtifactStore
     run: tracking.RunHandle
     tracking: tracking.TrackingConfig
     console: Console
     connect: Callable[[], None]
+    prices: Prices | None = None
 
 
 @dataclass(frozen=True)
@@ -208,29 +213,39 @@ def stage_key(node: Node, inputs: Mapping[str, Manifest]) -> str:
     )
 
 
-def plan(nodes: Sequence[Node], store: ArtifactStore) -> list[Planned]:
-    """What a run would reuse and compute. Nodes must come after those they read from."""
-    planned: dict[str, Planned] = {}
+def plan(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manifest] | None = None) -> list[Planned]:
+    """What a run would reuse and compute. Nodes must come after those they read from.
+
+    given: artifacts that nodes may read by these ids without a node that makes them.
+    """
+    found: dict[str, Manifest | None] = dict(given or {})
+    planned = []
     for node in nodes:
-        inputs = {name: planned[id].manifest for name, id in node.inputs.items()}
+        inputs = {name: found[id] for name, id in node.inputs.items()}
         known = {name: manifest for name, manifest in inputs.items() if manifest is not None}
         if len(known) < len(inputs):
-            planned[node.id] = Planned(node, None, None)
+            found[node.id] = None
+            planned.append(Planned(node, None, None))
             continue
         key = stage_key(node, known)
-        manifest = store.read_manifest(node.stage.name, key)
-        planned[node.id] = Planned(node, key, manifest, 0 if manifest else len(store.read_parts(node.stage.name, key)))
-    return list(planned.values())
+        manifest = found[node.id] = store.read_manifest(node.stage.name, key)
+        planned.append(Planned(node, key, manifest, 0 if manifest else len(store.read_parts(node.stage.name, key))))
+    return planned
 
 
-def execute(nodes: Sequence[Node], session: Session) -> list[Done]:
-    """Walk the nodes: reuse what the store has, compute the rest. Raises ValueError for bad input, StageError otherwise."""
-    done: dict[str, Done] = {}
+def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifest] | None = None) -> list[Done]:
+    """Walk the nodes: reuse what the store has, compute the rest. given: as of plan.
+
+    Raises ValueError for bad input, StageError otherwise.
+    """
+    found: dict[str, Manifest] = dict(given or {})
+    done = []
     for node in nodes:
-        inputs = {name: done[id].manifest for name, id in node.inputs.items()}
+        inputs = {name: found[id] for name, id in node.inputs.items()}
         key = stage_key(node, inputs)
         started = time.monotonic()
         run = _start_stage_run(node, key, inputs, session)
+        _note_use(session.store, node.stage.name, key, inputs)
         manifest = session.store.read_manifest(node.stage.name, key)
         is_reused = manifest is not None
         if manifest is None:
@@ -240,10 +255,18 @@ def execute(nodes: Sequence[Node], session: Session) -> list[Done]:
         seconds = time.monotonic() - started
         _publish(node, manifest, inputs, run, session)
         _finish_stage_run(run, manifest, is_reused)
-        done[node.id] = Done(node, manifest, is_reused, seconds)
+        found[node.id] = manifest
+        done.append(Done(node, manifest, is_reused, seconds))
         verb = "reused" if is_reused else f"made in {seconds:.1f} s"
         session.console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
-    return list(done.values())
+    return done
+
+
+def _note_use(store: ArtifactStore, stage: str, key: str, inputs: Mapping[str, Manifest]) -> None:
+    try:
+        store.note_use(stage, key, [(source.stage, source.key) for source in inputs.values()])
+    except (OSError, StorageError) as error:  # where nothing can be written the stage says so, and what is there can be reused
+        _log.info("the use of %s/%s is not noted, so that `enat artifacts gc` may take it for unused (%s)", stage, key, error)
 
 
 def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking.RunHandle, session: Session) -> Manifest:
@@ -295,7 +318,8 @@ def _publish(node: Node, manifest: Manifest, inputs: Mapping[str, Manifest], run
     if node.stage.publish is None:
         return
     try:
-        node.stage.publish(manifest, inputs, PublishContext(store=session.store, run=run, tracking=session.tracking))
+        context = PublishContext(store=session.store, run=run, tracking=session.tracking, node=node.id, prices=session.prices)
+        node.stage.publish(manifest, inputs, context)
     except Exception as error:  # noqa: BLE001 (the artifact is there, and that is what the run is for)
         _log.warning("%s is made, but not published (%s)", node.id, _root_cause(error))
         _log.debug("publishing %s failed", node.id, exc_info=True)
@@ -335,6 +359,8 @@ def _root_cause(error: BaseException) -> str:
 @cache
 def code_version() -> str:
     """Package version, with the git commit and "+dirty" where the code is a checkout with changes."""
+    if (state := code_package.read_state()) is not None:  # of a job: its package knows what it was packed from
+        return state.label
     version = package_version("enat-lab")
     here = Path(__file__).parent
     try:

@@ -1,0 +1,181 @@
+"""What of a machine stands in the way of a run, and what to do about it: one finding a line, nothing is changed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+GOOD, WARNING, BAD = "good", "warning", "bad"
+_NEEDED_PYTHON = (3, 11)
+_FREE_GB = 5.0  # of the workspace's disk: Ray spills and caches are written there
+_SHARED_GB = 1.0  # of /dev/shm, where Ray's object store lies
+
+
+@dataclass(frozen=True)
+class Finding:
+    """what: that was looked at.   state: GOOD, WARNING (some runs are affected) or BAD.   advice: what to do, where not GOOD."""
+
+    what: str
+    state: str
+    said: str
+    advice: str = ""
+
+
+def examine(config: Any) -> Iterator[Finding]:
+    """Findings for a run's config, in the order in which a run would meet them. config: RunConfig.
+
+    A check that breaks down is a finding, too: the others are still made.
+    """
+    checks: Mapping[str, Callable[[], Iterator[Finding]]] = {
+        "Python": _python,
+        "packages": _packages,
+        "devices": _devices,
+        "disk": lambda: _disk(Path(config.workspace)),
+        "Ray": lambda: _ray(config.cluster),
+        "store": lambda: _store(config),
+        "tracking": lambda: _tracking(config),
+        "weights": lambda: _weights(config),
+    }
+    for what, check in checks.items():
+        try:
+            yield from check()
+        except Exception as error:  # noqa: BLE001 (whatever is broken is what this is for)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            yield Finding(what, BAD, reason[:300], _ADVICE[what])
+
+
+_ADVICE = {
+    "Python": "install Python 3.11 or newer and run make setup again",
+    "packages": "run make setup again",
+    "devices": "see that the driver is loaded (nvidia-smi) and fits the installed torch",
+    "disk": "choose another workspace",
+    "Ray": "start the cluster, or leave cluster.address and RAY_ADDRESS out for a local one",
+    "store": "see that the folder or bucket exists and may be written; credentials come from the AWS variables",
+    "tracking": "start the server, change MLFLOW_TRACKING_URI, or go on without: runs do not need it",
+    "weights": "fetch the file, or give another path",
+}
+
+
+def _python() -> Iterator[Finding]:
+    said = f"{platform.python_version()} at {sys.executable}"
+    state = GOOD if sys.version_info >= _NEEDED_PYTHON else BAD
+    yield Finding("Python", state, said, "" if state == GOOD else _ADVICE["Python"])
+
+
+def _packages() -> Iterator[Finding]:
+    """Versions as pyproject.toml asks for them, and that the ones with compiled parts can be imported."""
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for text in requires("enat-lab") or ():
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} is {found}, needed {requirement.specifier}")
+    for name in ("torch", "torchvision", "pyarrow"):  # deepspeed tells of its accelerator when it is imported
+        importlib.import_module(name)
+    said = "; ".join(wrong) or ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "deepspeed", "mlflow", "pyarrow"))
+    yield Finding("packages", BAD if wrong else GOOD, said, _ADVICE["packages"] if wrong else "")
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
+    if count:
+        yield Finding("devices", GOOD, f"{count} x {names}, CUDA {torch.version.cuda}")
+    elif shutil.which("nvidia-smi"):
+        yield Finding("devices", WARNING, "there is a driver for GPUs, but torch sees none", _ADVICE["devices"])
+    else:
+        yield Finding("devices", GOOD, f"no GPU, {os.cpu_count()} CPUs: stages with gpus_per_worker need a cluster")
+
+
+def _disk(workspace: Path) -> Iterator[Finding]:
+    existing = next(folder for folder in (workspace.absolute(), *workspace.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free / 1e9
+    enough = free >= _FREE_GB
+    yield Finding("disk", GOOD if enough else WARNING, f"{free:,.0f} GB free for {workspace}", "" if enough else _ADVICE["disk"])
+    shared = Path("/dev/shm")  # noqa: S108 (where Ray's object store lies)
+    if shared.exists() and (size := shutil.disk_usage(shared).total / 1e9) < _SHARED_GB:
+        advice = "in a container, start it with --shm-size=4g: Ray falls back to the disk, which is slow"
+        yield Finding("shared memory", WARNING, f"{shared} has {size:.2f} GB", advice)
+
+
+def _ray(config: Any) -> Iterator[Finding]:
+    from pipelines import cluster
+
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if not address or address == "local":
+        yield Finding("Ray", GOOD, f"{version('ray')}, a local cluster for every run")
+        return
+    cluster.check_listening(address)
+    import ray
+
+    was_connected = ray.is_initialized()
+    cluster.connect(config)
+    have = ray.cluster_resources()
+    said = f"{address}: {len(ray.nodes())} nodes, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
+    if not was_connected:
+        ray.shutdown()
+    yield Finding("Ray", GOOD, said)
+
+
+def _store(config: Any) -> Iterator[Finding]:
+    from pipelines.artifacts import open_store, without_credentials
+
+    store = open_store(config.store_uri, config.s3)
+    store.check_writable()
+    yield Finding("store", GOOD, f"{without_credentials(store.uri)} can be written")
+
+
+def _tracking(config: Any) -> Iterator[Finding]:
+    from pipelines import tracked, tracking
+    from pipelines.artifacts import without_credentials
+
+    if not config.tracking.enabled:
+        yield Finding("tracking", WARNING, "off: nothing will be compared", "leave tracking.enabled out")
+        return
+    uri = tracking.resolve_uri(config.tracking, Path(config.workspace))
+    shown = without_credentials(uri)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        yield Finding("tracking", GOOD, f"{shown}, made by the first run")
+        return
+    yield Finding("tracking", GOOD, f"{shown} answers, {len(tracked.experiments(uri))} experiments")
+
+
+def _weights(config: Any) -> Iterator[Finding]:
+    """Files that a config names; what is fetched from a hub or a bucket is only said."""
+    named = {
+        "tokenizer.weights": config.tokenizer.weights,
+        "train.weights": config.train.weights,
+        "reference.weights": config.reference.weights,
+        "reference.npz": config.reference.npz,
+        "captions.encoder": config.captions.encoder,
+    }
+    for key, place in named.items():
+        if place is None:
+            continue
+        if place.startswith(("s3://", "hf://", "sha256:")):
+            yield Finding("weights", GOOD, f"{key} is {place}, which is fetched when its stage runs")
+        elif Path(place).exists():
+            yield Finding("weights", GOOD, f"{key} is {place}")
+        else:
+            yield Finding("weights", BAD, f"{key} names {place}, which is not there", _ADVICE["weights"])
+    if config.reference.extractor == "inception" and config.reference.weights is None:
+        advice = "without access to the internet, fetch the file and name it as reference.weights"
+        yield Finding("weights", WARNING, "Inception's published weights are fetched when stage reference runs", advice)

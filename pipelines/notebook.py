@@ -1,0 +1,166 @@
+"""For notebooks and scripts: what runs made, opened, sampled from, and shown. `guide/digits.ipynb` goes through all of it.
+
+    from pipelines import notebook as enat
+
+    enat.ls("train")                                # a table: size, age, key, dataset, what it is
+    model = enat.open_model("train/3f2a")           # or name@alias of MLflow's registry
+    enat.show(enat.sample(model, labels="0-9", num_images=40))  # a picture, shown where a cell ends with it
+
+A store is a folder or s3://bucket/prefix; an artifact is named by the beginning of its key, after its stage and a slash.
+What cannot be done raises ValueError or StoreError with one sentence.
+
+Shape legend: B images, L codes, N steps, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.jupyter import JupyterMixin
+from rich.table import Table
+from rich.tree import Tree
+from torch import Tensor
+
+from enat.text import TextEncoder
+from pipelines import inspection, lineage, models, pictures, sampling, tracking
+from pipelines.artifacts import ArtifactStore, Manifest, open_store
+from pipelines.inventory import Query, list_artifacts, list_table
+from pipelines.models import Generator
+from pipelines.s3 import S3Config
+from pipelines.token_map import TokenMap
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm's, in notebooks without ipywidgets
+
+_STORE = "runs/store"
+
+Store = ArtifactStore | str | Path
+
+
+@dataclass(frozen=True)
+class Artifact(JupyterMixin):
+    """One artifact of a store. A cell that ends with it shows what it is made of."""
+
+    store: ArtifactStore
+    manifest: Manifest
+
+    def __rich__(self) -> Table:
+        return inspection.facts_table(self.store, self.manifest)
+
+    def path(self, name: str) -> Path:
+        """One of its files, on this machine. Raises StoreError where it has none of that name."""
+        return self.store.fetch(self.manifest, name)
+
+    def input(self, name: str) -> Artifact:
+        """What it was made from, by the name that the manifest gives it: "token_map", "tokenizer", ..."""
+        if name not in self.manifest.inputs:
+            raise ValueError(f"{self.manifest.stage} is made from {', '.join(self.manifest.inputs) or 'nothing'}, not from {name}")
+        return Artifact(self.store, inspection.input_of(self.store, self.manifest, name))
+
+    def lineage(self) -> Tree:
+        """Two branches: what it was made from, and what was made from it."""
+        found, both = lineage.Lineage(self.store.manifests()), Tree("", hide_root=True)
+        both.children += lineage.trees(found, self.manifest)
+        return both
+
+    def contact_sheet(self, num_images: int = 32) -> Image.Image:
+        """Of a token map: source images, and to the right of each what its codes decode to."""
+        return inspection.contact_sheet(self.store, self.manifest, num_images)
+
+
+@dataclass(frozen=True)
+class SampledImages:
+    """images: uint8 (B, 3, H, W).   codes: int64 (B, L).   steps: uint8 (N + 1, B, 3, H, W), what is known after each step."""
+
+    request: sampling.SampleRequest
+    images: Tensor
+    codes: Tensor
+    steps: Tensor
+
+    def strip(self, num_images: int = 8) -> Image.Image:
+        """How the first of them came about: a row an image, a column a step."""
+        return pictures.strip(self.steps[:, :num_images], sampling.scale_for(self.images.shape[-1]))
+
+    def animation(self, columns: int = 8) -> bytes:
+        """The same of all of them, as a GIF."""
+        return pictures.animation(self.steps, min(columns, len(self.images)), sampling.scale_for(self.images.shape[-1]))
+
+
+def ls(*stages: str, dataset: str | None = None, store: Store = _STORE) -> Table:
+    """What the store holds, of some stages or of all, newest first."""
+    opened = _open(store)
+    query = Query(stages=stages, datasets=(dataset,) if dataset else ())
+    found = list_artifacts(opened.manifests(), query, now=time.time())
+    return list_table(found)
+
+
+def open_artifact(name: str, store: Store = _STORE) -> Artifact:
+    """name: "token_map/3f2a"."""
+    opened = _open(store)
+    return Artifact(opened, inspection.find(opened, name))
+
+
+def open_token_map(name: str | Artifact, store: Store = _STORE) -> TokenMap:
+    """Codes, labels and captions of all rows, in memory. name: "3f2a", "token_map/3f2a", or the artifact."""
+    found = name if isinstance(name, Artifact) else open_artifact(name if "/" in name else f"token_map/{name}", store)
+    return TokenMap.open(found.store, found.manifest)
+
+
+def open_model(name: str, store: Store | None = None, tracking_uri: str | None = None) -> Generator:
+    """A model with its tokenizer: "train/3f2a", or a registered one: name@alias, models:/name/version.
+
+    store: runs/store; of a registered model where its version says.   tracking_uri: MLFLOW_TRACKING_URI, else runs/mlflow.db.
+    """
+    if not models.is_registered(name):
+        return models.from_artifact(_open(store or _STORE), name)
+    uri = tracking.resolve_uri(tracking.TrackingConfig(uri=tracking_uri), Path("runs"))
+    return models.from_registry(uri, name, _open(store) if store else None, S3Config())
+
+
+def sample(
+    generator: Generator,
+    *,
+    labels: str | Sequence[int] = (),
+    captions: Sequence[str] = (),
+    encoder: TextEncoder | None = None,
+    num_images: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    **sampler: Any,
+) -> SampledImages:
+    """Images of a model, the same as `enat sample` and stage generate make with that seed.
+
+    labels: as of `enat sample`, "207,360-362 x2", or numbers.   captions, encoder: of a model of captions.   num_images: as many as
+    are asked for, 16 where nothing is.   sampler: values of its SamplerConfig to replace, such as num_steps=12.
+    """
+    config = generator.model.config
+    numbers = sampling.parse_labels(labels, config.num_classes, generator.class_names) if isinstance(labels, str) else tuple(labels)
+    request = sampling.SampleRequest(
+        num_images=num_images or len(numbers) or len(captions) or 16,
+        sampler=replace(generator.sampler, **sampler),
+        labels=numbers,
+        captions=tuple(captions),
+        seed=seed,
+        device=sampling.choose_device(device),
+    )
+    batches = [batch for batch, _ in sampling.sample_batches(generator, request, encoder)]
+    steps = [pictures.step_images(generator.vqgan, batch.trajectory, batch.codes, config.mask_id) for batch in batches]
+    images, codes = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "codes"))
+    return SampledImages(request, images, codes, torch.cat(steps, dim=1))
+
+
+def show(images: SampledImages | Tensor) -> Image.Image:
+    """A grid of samples, a row for each time that all labels were asked for; or of uint8 (B, 3, H, W)."""
+    if isinstance(images, Tensor):
+        return sampling.grid_of(images)
+    return sampling.grid_of(images.images, images.request.num_asked)
+
+
+def _open(store: Store) -> ArtifactStore:
+    return store if isinstance(store, ArtifactStore) else open_store(str(store), S3Config())

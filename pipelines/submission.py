@@ -1,0 +1,248 @@
+"""From a config to a job on a cluster: what is sent, under which id, and what is refused before anything starts.
+
+The id is a digest of the resolved config and the code (or image), so the same submission twice is one job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines import config as configuration
+from pipelines import jobs
+from pipelines.artifacts import digest_of, without_credentials
+from pipelines.code_package import CodePackage
+from pipelines.code_package import pack as pack_code
+from pipelines.evaluation_card import MAIN
+from pipelines.jobs import Cluster, Job
+from pipelines.pipeline import RunConfig
+from pipelines.requirements import GROWS, Capacity, Need, judge, need_of
+
+# What a run reads from, for its targets. The graph itself takes a look at the dataset, which may be out of reach from here.
+READS = {
+    "dataset": (),
+    "tokenizer": ("dataset",),
+    "token_map": ("dataset", "tokenizer"),
+    "captions": ("dataset",),
+    "reference": ("dataset",),
+    "reconstruction": ("dataset", "tokenizer", "token_map", "reference"),
+    "train": ("token_map", "tokenizer", "captions"),
+    "generate": ("train", "token_map", "captions"),
+    "evaluate": ("generate", "tokenizer", "reference", "train", "dataset"),
+    "report": ("evaluate", "generate", "train", "tokenizer", "token_map", "reference"),
+}
+_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN",
+)  # fmt: skip
+_SHORTEST_CREDENTIAL = 8  # a shorter value would be found in any text
+_IN_URI = re.compile(
+    r"://[^/?#\s]*@|://[^@\s]*:[^@\s]*@|[?&](X-Amz-Signature|X-Amz-Security-Token|Signature|sig|token|access_token|api_key|password)=",
+    re.IGNORECASE,
+)
+_STOP_SECONDS = 60  # for a checkpoint of training; Ray itself gives three
+_NAME_LENGTH = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What a cluster is asked to run. run: the id that its attempts share.   arguments: of `enat run`, after the config.
+    package: None where an image holds the code.   grows: nodes come when they are asked for."""
+
+    run: str
+    arguments: tuple[str, ...]
+    metadata: Mapping[str, str]
+    needs: tuple[Need, ...]
+    package: CodePackage | None
+    image: str | None
+    config_text: str
+    grows: bool = False
+
+    @property
+    def entrypoint(self) -> str:
+        """For a shell. An image knows nothing of the config, and Ray sends no files along with one: the config is written first."""
+        run = "python -m pipelines run"
+        if self.package is not None:
+            return f"{run} {shlex.join((self.package.config, *self.arguments))}"
+        path = f'"${{TMPDIR:-/tmp}}/{self.run}.yaml"'
+        return f"printf %s {shlex.quote(self.config_text)} > {path} && {run} {path} {shlex.join(self.arguments)}"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """outcome: "submitted"; "active" where the same run is under way; "succeeded" where it has succeeded before."""
+
+    job: Job
+    outcome: str
+
+
+def prepare(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    image: str | None = None,
+    allow_local_store: bool = False,
+    grows: bool = False,
+) -> Submission:
+    """Raises ValueError for what cannot run on a cluster: a bad config, a store that it would not see, credentials."""
+    for override in overrides:
+        _refuse_credentials(override.partition("=")[0], override.partition("=")[2])
+    run = configuration.load_config(RunConfig, config, overrides)
+    if run.cluster.address not in (None, "auto"):
+        raise ValueError(f"cluster.address is {run.cluster.address}, but a job runs on the cluster it is sent to; leave it out")
+    for key, value in _strings(configuration.to_dict(run)):
+        _refuse_credentials(key, value)
+    places = _places(run, allow_local_store)
+    run = configuration.with_overrides(run, places, "--allow-local-store") if places else run
+    package = None if image else pack_code(config)
+    if package is not None:
+        _refuse_credentials_in(package)
+    resolved = {key: value for key, value in configuration.to_dict(run).items() if key != "cluster"}
+    code = {"image": image} if image else {"code": package.state.digest if package else None}
+    id = f"enat-{run.name[:_NAME_LENGTH]}-{digest_of({'config': resolved, **code})[:12]}"
+    given = (*overrides, *(f"{key}={value}" for key, value in places.items()), "cluster.address=auto")
+    metadata = {jobs.RUN: id, "enat.name": run.name, "enat.config": str(config), "enat.store": run.store_uri}
+    return Submission(
+        run=id,
+        arguments=given,
+        metadata=metadata | _code_metadata(package, image),
+        needs=tuple(needs(run)),
+        package=package,
+        image=image,
+        config_text=config.read_text(),
+        grows=grows,
+    )
+
+
+def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> Submitted:
+    """Start the run, unless it is under way or has succeeded (again: also then). One that failed or was stopped goes on as a
+    further attempt: what its earlier ones committed is in the store. Raises ValueError where the cluster has no room for it."""
+    earlier = jobs.attempts(cluster.jobs(), submission.run)
+    last = earlier[-1] if earlier else None
+    if last is not None and last.is_active:
+        return Submitted(last, "active")
+    if last is not None and last.status == "SUCCEEDED" and not again:
+        return Submitted(last, "succeeded")
+    _check_room(submission, cluster.capacity())
+    number = last.attempt + 1 if last is not None else 1
+    id = submission.run if number == 1 else f"{submission.run}-{number}"
+    metadata = {**submission.metadata, jobs.ATTEMPT: str(number)}
+    with tempfile.TemporaryDirectory(prefix="enat-submit-") as folder:
+        environment = _runtime_environment(submission, Path(folder))
+        is_ours = cluster.start(id, submission.entrypoint, environment, metadata)
+    job = cluster.job(id)
+    if job is None:
+        raise jobs.ClusterError(f"{id} was sent to {cluster.address}, which does not have it; submit it again")
+    return Submitted(job, "submitted" if is_ours else "active")
+
+
+def needs(run: RunConfig) -> list[Need]:
+    """What the stages of a run ask a cluster for, as far as its config tells: what is in the store needs nothing."""
+    wanted = _needed(run.targets or tuple(READS))
+    found: dict[tuple[str, Any], Need] = {}
+    base = replace(run, variants={})
+    variants = {name: configuration.with_overrides(base, values, f"variant {name}") for name, values in run.variants.items()}
+    for name, variant in {MAIN: run, **variants}.items():
+        for stage in (stage for stage in READS if stage in wanted):
+            need = need_of(stage if name == MAIN else f"{stage}@{name}", getattr(variant, stage))
+            if need is not None and (stage, need.workers) not in found:
+                found[stage, need.workers] = need
+    return list(found.values())
+
+
+def _check_room(submission: Submission, capacity: Capacity) -> None:
+    """Raises ValueError for stages that the cluster has no room for now, unless more nodes are to come."""
+    verdicts = [judge(need, capacity) for need in submission.needs]
+    if (problems := [verdict.problem for verdict in verdicts if verdict.problem]) and not submission.grows:
+        more = f" (and {len(problems) - 1} more stages do not fit: see enat plan --address)" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{problems[0]}{more}. That is what it has now ({capacity.describe()}); "
+            "where nodes come when they are asked for, give --wait-for-nodes"
+        )
+
+
+def _needed(targets: Sequence[str]) -> set[str]:
+    needed, waiting = set(), list(targets)
+    while waiting:
+        if (stage := waiting.pop()) not in needed:
+            needed.add(stage)
+            waiting += READS.get(stage, ())
+    return needed
+
+
+def _places(run: RunConfig, allow_local_store: bool) -> dict[str, str]:
+    """Store and workspace where they have to be made absolute. Raises ValueError for a store that only this machine would see."""
+    is_remote, is_absolute = "://" in run.store_uri, Path(run.store_uri).is_absolute()
+    if is_remote or (run.store is not None and is_absolute):
+        return {}
+    if not allow_local_store:
+        raise ValueError(
+            f"the store {run.store_uri} is a folder of this machine, which the cluster would not see; "
+            "give store=s3://bucket/prefix or the absolute path of a folder that all nodes share, "
+            "or --allow-local-store where the cluster is this machine alone"
+        )
+    return {"workspace": str(Path(run.workspace).absolute()), "store": str(Path(run.store_uri).absolute())}
+
+
+def _code_metadata(package: CodePackage | None, image: str | None) -> dict[str, str]:
+    if package is None:
+        return {"enat.image": str(image)}
+    state = package.state
+    return {
+        "enat.code": state.label,
+        "enat.commit": state.commit or "unknown",
+        "enat.dirty": str(state.diff_digest is not None).lower(),
+        "enat.diff_sha256": state.diff_digest or "",
+        "enat.code_sha256": state.digest,
+    }
+
+
+def _runtime_environment(submission: Submission, folder: Path) -> dict[str, Any]:
+    """Nothing secret: jobs and their environments can be read by whoever may list jobs. The cluster has its own credentials."""
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS), "ENAT_PROGRESS_SECONDS": "30"}
+    variables |= {GROWS: "1"} if submission.grows else {}
+    if submission.package is None:
+        return {"image_uri": submission.image, "env_vars": variables}
+    archive = folder / "code.zip"
+    archive.write_bytes(submission.package.content)
+    return {"working_dir": str(archive), "env_vars": variables}
+
+
+def _strings(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _strings(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _strings(value, prefix)
+    elif isinstance(values, str):
+        yield prefix, values
+
+
+def _secrets() -> dict[str, str]:
+    return {name: os.environ[name] for name in _CREDENTIALS if len(os.environ.get(name, "")) >= _SHORTEST_CREDENTIAL}
+
+
+def _refuse_credentials(key: str, value: str) -> None:
+    if _IN_URI.search(value):
+        shown = without_credentials(value.partition("?")[0])
+        raise ValueError(
+            f"{key} holds a credential in its address ({shown}), and a job's arguments can be read by all who see the cluster; "
+            "give the cluster the credential by its environment or a secret, and leave it out here"
+        )
+    if name := next((name for name, secret in _secrets().items() if secret in value), None):
+        raise ValueError(
+            f"{key} holds the value of {name}; the cluster gets it by its environment or a secret, so leave it out here"
+        )
+
+
+def _refuse_credentials_in(package: CodePackage) -> None:
+    for name, secret in _secrets().items():
+        if found := next((file for file, content in package.files.items() if secret.encode() in content), None):
+            raise ValueError(f"{found} holds the value of {name}, and would be sent to the cluster with the code; take it out")
