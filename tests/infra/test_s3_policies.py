@@ -1,0 +1,333 @@
+"""Policies of buckets against what the store really asks for: each role's work is done over HTTP, every request is written down,
+and each must be allowed to that role, and what is not its work must not be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.etree import ElementTree
+
+import pytest
+from manifests import INFRA
+
+from pipelines import garbage
+from pipelines.artifacts import USED, WORK, Manifest
+from pipelines.s3 import S3Config
+from pipelines.s3_client import client_of
+from pipelines.s3_store import S3Store
+
+S3 = INFRA / "s3"
+ROLES = ["reader", "stage-writer", "committer", "collector"]
+BUCKET, PREFIX = "policies", "store"
+TOKEN_MAP, TRAIN, OTHER = "a" * 64, "b" * 64, "c" * 64  # keys
+
+
+# Requests and policies -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """action: IAM's name of what is asked.   key: of the object, or for a listing the prefix."""
+
+    action: str
+    key: str
+    is_conditional: bool = False
+
+    @property
+    def resource(self) -> str:
+        return f"arn:aws:s3:::{BUCKET}" if self.action == "s3:ListBucket" else f"arn:aws:s3:::{BUCKET}/{self.key}"
+
+
+def _requests(prepared: Any) -> list[Request]:
+    """What one HTTP request needs, by AWS's table of operations and actions."""
+    url = urlsplit(prepared.url)
+    query = parse_qs(url.query, keep_blank_values=True)
+    key = unquote(url.path).removeprefix(f"/{BUCKET}").lstrip("/")
+    is_conditional = "If-None-Match" in prepared.headers
+    match prepared.method:
+        case "GET" if "list-type" in query:
+            return [Request("s3:ListBucket", query["prefix"][0])]
+        case "GET" | "HEAD":
+            return [Request("s3:GetObject", key)]
+        case "PUT":
+            return [Request("s3:PutObject", key, is_conditional or "partNumber" in query)]
+        case "POST" if "delete" in query:
+            body = prepared.body if isinstance(prepared.body, bytes | str) else prepared.body.read()
+            tree = ElementTree.fromstring(body)
+            return [Request("s3:DeleteObject", element.text or "") for element in tree.iter() if element.tag.endswith("Key")]
+        case "POST":  # begins or completes an upload in parts
+            return [Request("s3:PutObject", key, is_conditional or "uploads" in query)]
+        case "DELETE" if "uploadId" in query:
+            return [Request("s3:AbortMultipartUpload", key)]
+    raise AssertionError(f"{prepared.method} {prepared.url}")
+
+
+def _policy(name: str, bucket: str = BUCKET, prefix: str = PREFIX) -> dict[str, Any]:
+    return json.loads((S3 / f"{name}.json").read_text().replace("BUCKET", bucket).replace("PREFIX", prefix))
+
+
+def _is_allowed(policy: dict[str, Any], request: Request) -> bool:
+    """By moto's reading of policies, which knows no conditions: the one on a listing's prefix is looked at here."""
+    from moto.iam.access_control import IAMPolicy, PermissionResult
+
+    statements = []
+    for statement in policy["Statement"]:
+        condition = statement.get("Condition")
+        if condition is not None:
+            assert statement["Action"] == ["s3:ListBucket"] and set(condition) == {"StringLike"}
+            if not any(fnmatchcase(request.key, pattern) for pattern in condition["StringLike"]["s3:prefix"]):
+                continue
+        statements.append({key: value for key, value in statement.items() if key != "Condition"})
+    judged = IAMPolicy(json.dumps({"Statement": statements})).is_action_permitted(request.action, request.resource)
+    return judged == PermissionResult.PERMITTED
+
+
+# The store at work ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recorded:
+    store: S3Store
+    requests: list[Request]
+    root: Path
+
+    def file(self, name: str, content: bytes) -> Path:
+        path = self.root / name.replace("/", "-")
+        path.write_bytes(content)
+        return path
+
+
+@pytest.fixture
+def recorded(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    config = S3Config(endpoint_url=s3_server, region="us-east-1", path_style=True)
+    client = client_of(config)
+    client.create_bucket(Bucket=BUCKET)
+    found: list[Request] = []
+
+    def record(request: Any, **_: Any) -> None:
+        found.extend(_requests(request))
+
+    client.meta.events.register("before-send.s3", record)
+    yield Recorded(S3Store(f"s3://{BUCKET}/{PREFIX}", config), found, tmp_path)
+    client.meta.events.unregister("before-send.s3", record)
+    for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        client.delete_object(Bucket=BUCKET, Key=entry["Key"])
+    client.delete_bucket(Bucket=BUCKET)
+
+
+def _work_of_a_worker(recorded: Recorded) -> None:
+    """What tasks and ranks do: files, records of parts, checkpoints that come and go, and what is there already is read."""
+    store = recorded.store
+    for content in (b"bytes", b"other bytes"):  # the second lies under a name with its digest
+        store.put_file("token_map", TOKEN_MAP, "part-00000.parquet", recorded.file("part", content))
+    record = store.put_file("train", TRAIN, f"{WORK}/step-00000100-a/rank-00000.safetensors", recorded.file("rank", b"1"))
+    store.put_part("train", TRAIN, "checkpoint-00000100-a-00000-of-00001", {"tensors": 1})
+    assert store.read_parts("train", TRAIN)
+    store.fetch_file("train", TRAIN, record)
+    store.discard_part("train", TRAIN, "checkpoint-00000100-a-00000-of-00001")
+    store.discard_files("train", TRAIN, [record])
+    assert store.read_manifest("dataset", OTHER) is None
+    large = recorded.file("large", b"x" * (6 << 20))  # goes up in parts
+    assert store.folder.put_if_absent(f"train/{TRAIN}/large.safetensors", large, part_size=5 << 20)
+    changed = recorded.file("changed", b"x" * (6 << 20))
+    with pytest.raises(ValueError, match="changed while it was written"):  # an upload that is given up
+        store.folder.put_if_absent(f"train/{TRAIN}/changed.safetensors", changed, "0" * 64, part_size=5 << 20)
+
+
+def _work_of_a_driver(recorded: Recorded) -> Manifest:
+    """The rest of a run: looks whether the store can be written, commits, clears up."""
+    store = recorded.store
+    store.check_writable()
+    store.note_use("token_map", TOKEN_MAP)
+    store.note_use("token_map", TOKEN_MAP)  # in the place of the first
+    record = store.put_file("token_map", TOKEN_MAP, "index.json", recorded.file("index", b"{}"))
+    manifest = Manifest(stage="token_map", key=TOKEN_MAP, stage_version=1, config={}, inputs={}, files=(record,))
+    store.put_file("token_map", TOKEN_MAP, f"{WORK}/state", recorded.file("state", b"2"))
+    store.put_part("token_map", TOKEN_MAP, "00000", {"rows": 1})
+    committed = store.commit(manifest)
+    assert store.commit(manifest) == committed
+    store.discard_work("token_map", TOKEN_MAP)
+    return committed
+
+
+def _work_of_a_reader(recorded: Recorded, manifest: Manifest) -> None:
+    store = recorded.store
+    assert list(store.manifests()) == [manifest]
+    assert store.read_manifest("token_map", OTHER) is None
+    assert store.read_parts("token_map", TOKEN_MAP) == {}
+    assert store.fetch(manifest, "index.json").read_bytes() == b"{}"
+
+
+def _work_of_a_collector(recorded: Recorded, manifest: Manifest) -> None:
+    """Removes all there is; and one manifest is put back, as it is when a run notes its use just then."""
+    store = recorded.store
+    store.delete_manifest(manifest.stage, manifest.key)
+    store.commit(manifest)
+    planned = garbage.plan(store, limit=time.time() + 3600)
+    outcome = garbage.collect(store, planned)
+    assert outcome.removed and not outcome.spared
+
+
+def _asked(recorded: Recorded, work: Callable[[], Any]) -> list[Request]:
+    start = len(recorded.requests)
+    work()
+    return recorded.requests[start:]
+
+
+def test_roles_may_do_their_work_and_no_more(recorded: Recorded) -> None:
+    by_worker = _asked(recorded, lambda: _work_of_a_worker(recorded))
+    by_driver = _asked(recorded, lambda: _work_of_a_driver(recorded))
+    manifest = recorded.store.read_manifest("token_map", TOKEN_MAP)
+    assert manifest is not None
+    by_reader = _asked(recorded, lambda: _work_of_a_reader(recorded, manifest))
+    by_collector = _asked(recorded, lambda: _work_of_a_collector(recorded, manifest))
+
+    assert {request.action for request in by_worker} == {
+        "s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload",
+    }  # fmt: skip
+    assert {request.action for request in by_reader} == {"s3:ListBucket", "s3:GetObject"}
+    work = {
+        "reader": by_reader,
+        "stage-writer": by_reader + by_worker,
+        "committer": by_reader + by_worker + by_driver,
+        "collector": by_reader + by_collector,
+    }
+    for role in ROLES:
+        refused = [request for request in work[role] if not _is_allowed(_policy(role), request)]
+        assert not refused, (role, refused)
+    # Each role is kept from what the next one does.
+    changing = [request for request in recorded.requests if request.action not in {"s3:ListBucket", "s3:GetObject"}]
+    assert changing and not any(_is_allowed(_policy("reader"), request) for request in changing)
+    files = [request for request in changing if request.action == "s3:PutObject" and not request.key.endswith("/manifest.json")]
+    assert files and not any(_is_allowed(_policy("collector"), request) for request in files)
+    kept = {
+        request.key.rpartition("/")[2].split("-")[0] for request in by_driver if not _is_allowed(_policy("stage-writer"), request)
+    }
+    assert kept == {"manifest.json", ".probe"}
+    assert any(not _is_allowed(_policy("committer"), request) for request in by_collector)
+    # What bucket-policy.json refuses, a write without a condition, is asked for where it makes an exception and nowhere else.
+    (exceptions,) = [statement["NotResource"] for statement in _policy("bucket-policy")["Statement"] if "NotResource" in statement]
+    overwriting = {request for request in recorded.requests if request.action == "s3:PutObject" and not request.is_conditional}
+    assert overwriting and all(any(fnmatchcase(request.resource, pattern) for pattern in exceptions) for request in overwriting)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request("s3:GetObject", "mlflow/1/artifacts/model"),
+        Request("s3:PutObject", "elsewhere/file"),
+        Request("s3:DeleteObject", f"{PREFIX}-other/a"),
+        Request("s3:ListBucket", "elsewhere/"),
+        Request("s3:ListBucket", ""),
+        Request("s3:PutBucketPolicy", ""),
+    ],
+    ids=lambda request: f"{request.action} {request.key}",
+)
+def test_nobody_leaves_the_prefix(role: str, request_: Request) -> None:
+    assert not _is_allowed(_policy(role), request_)
+
+
+@pytest.mark.parametrize("role", ["reader", "stage-writer", "committer"])
+def test_what_is_committed_stays(role: str) -> None:
+    for name in ("manifest.json", "part-00000.parquet", "model.safetensors"):
+        assert not _is_allowed(_policy(role), Request("s3:DeleteObject", f"{PREFIX}/train/{TRAIN}/{name}"))
+
+
+def test_the_tracking_server_keeps_to_its_own_prefix() -> None:
+    policy = _policy("tracking")
+    assert _is_allowed(policy, Request("s3:PutObject", "mlflow/1/artifacts/model/README.md"))
+    assert not _is_allowed(policy, Request("s3:GetObject", f"{PREFIX}/train/k/model.safetensors"))
+
+
+def test_datasets_are_only_read() -> None:
+    policy = json.loads((S3 / "dataset-reader.json").read_text().replace("DATASETS", BUCKET))
+    assert _is_allowed(policy, Request("s3:GetObject", "imagenet/train/a.jpg")) and _is_allowed(
+        policy, Request("s3:ListBucket", "")
+    )
+    assert not _is_allowed(policy, Request("s3:PutObject", "imagenet/train/a.jpg"))
+
+
+# Files ---------------------------------------------------------------------------------------------------------------------
+
+
+def _known_actions() -> set[str]:
+    """Of S3, in AWS's own description of its API as boto3 has it, and what IAM calls differently."""
+    description = next(iter(sorted((files("botocore") / "data" / "s3").iterdir(), key=str)))
+    service = description / "service-2.json.gz"
+    import gzip
+
+    operations = json.loads(gzip.decompress(service.read_bytes()))["operations"]
+    return {f"s3:{name}" for name in operations} | {"s3:ListBucket"}  # ListObjectsV2 is called s3:ListBucket by IAM
+
+
+@pytest.mark.parametrize("path", sorted(S3.glob("*.json")), ids=lambda path: path.stem)
+def test_policies_are_well_formed(path: Path) -> None:
+    document = json.loads(path.read_text())
+    if path.stem == "lifecycle":
+        return
+    assert document["Version"] == "2012-10-17"
+    known = _known_actions()
+    for statement in document["Statement"]:
+        assert statement["Effect"] in {"Allow", "Deny"} and statement["Sid"].isalnum()
+        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        for action in actions:
+            assert action in known or (action == "s3:*" and statement["Effect"] == "Deny")
+        if statement["Effect"] == "Allow":
+            assert "Principal" not in statement and "NotResource" not in statement
+            assert all(resource.startswith("arn:aws:s3:::") and resource != "arn:aws:s3:::*" for resource in statement["Resource"])
+
+
+def test_the_bucket_refuses_overwriting_and_plain_http() -> None:
+    """Conditions by their names in AWS's user guide, "Enforce conditional writes": uploads in parts are exempt until completed."""
+    encrypted, write_once = _policy("bucket-policy")["Statement"]
+    assert encrypted["Condition"] == {"Bool": {"aws:SecureTransport": "false"}} and encrypted["Effect"] == "Deny"
+    assert write_once["Effect"] == "Deny" and write_once["Action"] == "s3:PutObject"
+    assert write_once["Condition"] == {"Null": {"s3:if-none-match": "true"}, "Bool": {"s3:ObjectCreationOperation": "true"}}
+    of_others, notes = write_once[
+        "NotResource"
+    ]  # MLflow writes without a condition; of an artifact only the note of its last use is replaced
+    assert (of_others, notes) == (f"arn:aws:s3:::{BUCKET}/mlflow/*", f"arn:aws:s3:::{BUCKET}/*/{USED}")
+
+
+def test_all_settings_are_taken_by_a_bucket(s3_server: str, s3_environment: dict[str, str]) -> None:
+    import boto3
+
+    words = ["settings", "--versioning", "--lifecycle", S3 / "lifecycle.json", "--policy", S3 / "bucket-policy.json"]
+    done = subprocess.run(
+        [sys.executable, S3 / "create_bucket.py", *words],
+        env=s3_environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    client = boto3.client(
+        "s3", endpoint_url=s3_server, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
+    )
+    rules = {rule["ID"]: rule for rule in client.get_bucket_lifecycle_configuration(Bucket="settings")["Rules"]}
+    assert rules["uploads-that-broke-off"]["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] == 2
+    assert rules["what-was-deleted"]["NoncurrentVersionExpiration"]["NoncurrentDays"] == 7
+    assert not any("Days" in rule.get("Expiration", {}) for rule in rules.values())  # what is there does not end by itself
+    assert "arn:aws:s3:::settings/*" in client.get_bucket_policy(Bucket="settings")["Policy"]
+
+
+def test_a_bucket_that_cannot_be_made_is_told(s3_environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, S3 / "create_bucket.py", "any"],
+        env=s3_environment | {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("any cannot be set up: ") and "Traceback" not in done.stderr

@@ -1,0 +1,88 @@
+"""systemd's units and the cron line: what they run, when, as whom, and that they never run twice at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from manifests import INFRA, cron_line, of_kind, unit
+
+SERVICE = unit("enat-reevaluate.service")["Service"]
+TIMER = unit("enat-reevaluate.timer")["Timer"]
+
+
+def test_the_unit_runs_as_a_user_of_its_own_and_can_write_only_its_folders() -> None:
+    assert SERVICE["User"] == "enat" and SERVICE["Type"] == "oneshot"
+    assert SERVICE["ProtectSystem"] == "strict" and SERVICE["NoNewPrivileges"] == "yes" and SERVICE["CapabilityBoundingSet"] == ""
+    assert SERVICE["StateDirectory"] == "enat" and SERVICE["CacheDirectory"] == "enat"
+    for word in SERVICE["ExecStart"].split():
+        for name in ("store=", "workspace="):
+            if word.startswith(name):
+                assert word.removeprefix(name).startswith("/var/lib/enat")  # the StateDirectory
+    assert "SuccessExitStatus" not in SERVICE  # a result that moved is a failed unit
+
+
+def test_secrets_are_in_a_file_and_not_in_the_unit() -> None:
+    assert SERVICE["EnvironmentFile"] == "/etc/enat/enat.env"
+    assert "/etc/enat/enat.env" in (INFRA / "single-machine" / "enat.env.example").read_text()
+
+
+def test_all_three_schedules_say_the_same() -> None:
+    fields, user, _ = cron_line()
+    (kubernetes,) = of_kind("CronJob")
+    assert " ".join(fields) == kubernetes["spec"]["schedule"] == "0 3 * * 1"
+    assert TIMER["OnCalendar"] == "Mon *-*-* 03:00:00 UTC" and TIMER["Persistent"] == "true"
+    assert user == "enat"
+
+
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("systemd is not installed")
+    program = tmp_path / "enat"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    for name in ("enat-reevaluate.service", "enat-reevaluate.timer"):
+        text = (INFRA / "single-machine" / name).read_text()
+        (tmp_path / name).write_text(text.replace("/opt/enat/.venv/bin/enat", str(program)))
+    units = [tmp_path / "enat-reevaluate.service", tmp_path / "enat-reevaluate.timer"]
+    done = subprocess.run([analyze, "verify", "--man=no", *units], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and str(tmp_path) not in done.stderr, done.stderr
+    calendar = subprocess.run([analyze, "calendar", TIMER["OnCalendar"]], capture_output=True, text=True, timeout=60, check=False)
+    assert calendar.returncode == 0 and "Next elapse: Mon" in calendar.stdout
+
+
+def test_the_cron_line_runs_and_never_twice_at_once(tmp_path: Path) -> None:
+    """The line itself, with the machine's folders replaced and a program in place of `enat` that says what it was given."""
+    if shutil.which("flock") is None:
+        pytest.skip("flock is not installed")
+    state, etc, opt = (tmp_path / name for name in ("state", "etc", "opt"))
+    program = opt / ".venv" / "bin" / "enat"
+    for folder in (state, etc, program.parent):
+        folder.mkdir(parents=True)
+    (etc / "enat.env").write_text("MLFLOW_TRACKING_URI=http://tracking:5000\n")
+    program.write_text('#!/bin/sh\necho "$MLFLOW_TRACKING_URI $*" >> ran\nwhile [ ! -e go ]; do sleep 0.05; done\n')
+    program.chmod(0o755)
+    command = cron_line()[2]
+    for real, ours in (("/var/lib/enat", state), ("/etc/enat", etc), ("/opt/enat", opt)):
+        command = command.replace(real, str(ours))
+
+    def run() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["/bin/bash", "-c", command], env={"PATH": os.environ["PATH"]})
+
+    first = run()
+    try:
+        deadline = time.monotonic() + 60
+        while not (state / "ran").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert run().wait(timeout=60) == 0  # finds the lock taken
+    finally:
+        (state / "go").touch()
+    assert first.wait(timeout=60) == 0
+    (line,) = (state / "ran").read_text().splitlines()
+    assert line == f"http://tracking:5000 reevaluate --alias newest --older-than 30d --fresh store={state}/store workspace={state}"
+    assert " ".join(line.split()[1:]).replace(str(state), "/var/lib/enat") == SERVICE["ExecStart"].partition(" ")[2]
