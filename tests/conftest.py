@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hypothesis import settings
 
 from pipelines import cluster
 
+# Before anything imports torch: its threads only get in each other's way on what is as small as in tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before anything imports ray: it reads its environment when it is imported.
 cluster.prepare_environment()
 

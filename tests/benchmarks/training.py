@@ -23,6 +23,7 @@ from common import in_process, run_script, show, where
 from rich.console import Console
 
 _GROUP_SIZE = 4
+_TURNS = 3
 _GROUP_SIZE_OF_SCALING = 16  # what workers exchange in a step does not grow with it; the published groups have 128
 
 
@@ -70,17 +71,23 @@ def loops(_: Path, preset: str, device: str, precision: str, num_steps: int) -> 
     return {"matmul_tflops": peak, **measured, **shares}
 
 
-def overhead(place: Path, preset: str, num_steps: int) -> dict[str, float]:
-    """Seconds of a step in the pipeline over those of the bare loop on the same groups, all cores each; what it waited for."""
-    cpus = os.cpu_count() or 1
-    recipe = _recipe(preset, num_steps, num_workers=1, cpus_per_worker=cpus)
-    bare = in_process(__file__, "bare", place / "bare", recipe)
-    trained = in_process(__file__, "pipeline", place / "overhead", recipe)
+def overhead(place: Path, preset: str, num_steps: int, turns: int = _TURNS) -> dict[str, float]:
+    """Seconds of a step in the pipeline over those of the bare loop on the same groups, all cores each; what it waited for.
+
+    The two take turns, and the fastest run of each counts: what else a shared machine does only ever makes a run slower.
+    """
+    recipe = _recipe(preset, num_steps, num_workers=1, cpus_per_worker=os.cpu_count() or 1)
+    bare, trained = [], []
+    for turn in range(turns):
+        bare.append(in_process(__file__, "bare", place / f"bare-{turn}", recipe))
+        trained.append(in_process(__file__, "pipeline", place / f"overhead-{turn}", recipe))
+    fastest = min(trained, key=lambda figures: figures["step_seconds"])
     return {
-        "pipeline_seconds_per_step": trained["step_seconds"],
-        "bare_seconds_per_step_on_the_same_groups": bare,
-        "pipeline_over_bare": trained["step_seconds"] / bare,
-        "data_wait_share": trained["data_wait_share"],
+        "pipeline_seconds_per_step": fastest["step_seconds"],
+        "bare_seconds_per_step_on_the_same_groups": min(bare),
+        "slowest_over_fastest_bare_run": max(bare) / min(bare),
+        "pipeline_over_bare": fastest["step_seconds"] / min(bare),
+        "data_wait_share": fastest["data_wait_share"],
     }
 
 

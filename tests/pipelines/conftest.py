@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -318,10 +319,52 @@ TINY_DIGITS = (
 )
 
 
+class _BesideOthers:
+    """A command that runs while tests do that do not look at it yet."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="enat-digits-"))
+        self._started = time.monotonic()
+        with (self.folder / "out").open("w") as out, (self.folder / "err").open("w") as err:
+            command = [str(ENAT), *map(str, arguments), f"workspace={self.folder / 'runs'}"]
+            self._process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env={**_environment(), "ENAT_CACHE": str(self.folder / "cache")},
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def finish(self) -> CommandLineRun:
+        self._process.wait(280)
+        said = ((self.folder / name).read_text() for name in ("out", "err"))
+        finished = subprocess.CompletedProcess(self._process.args, self._process.returncode, *said)
+        return CommandLineRun(TINY_DIGITS, self.folder / "runs", finished, time.monotonic() - self._started)
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_RUNS: list[_BesideOthers] = []
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The run takes more than a minute and is begun at once where a test will look at it."""
+    if not session.config.option.collectonly and any("digits_run" in getattr(item, "fixturenames", ()) for item in session.items):
+        _RUNS.append(_BesideOthers("run", DIGITS, *TINY_DIGITS))
+
+
+def pytest_sessionfinish() -> None:
+    for run in _RUNS:
+        run.close()
+
+
 @pytest.fixture(scope="session")
-def digits_run(enat: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> CommandLineRun:
+def digits_run() -> CommandLineRun:
     """configs/digits.yaml with few steps, from nothing to the report: all real images, all stages, one variant."""
-    workspace = tmp_path_factory.mktemp("digits")
-    started = time.monotonic()
-    process = enat("run", DIGITS, f"workspace={workspace}", *TINY_DIGITS)
-    return CommandLineRun(TINY_DIGITS, workspace, process, time.monotonic() - started)
+    return _RUNS[0].finish()

@@ -13,17 +13,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import Place, open_place
 
 from pipelines.artifacts import (
     MANIFEST,
     ArtifactStore,
+    DamagedManifestError,
     FileRecord,
     LocalStore,
     Manifest,
@@ -32,60 +34,13 @@ from pipelines.artifacts import (
     digest_of,
     open_store,
 )
-from pipelines.s3 import S3Folder
 
 STAGE, KEY = "train", "ab" * 32
 
 
-@dataclass(frozen=True)
-class Place:
-    """A store under test, and what only its owner may do: look at everything that lies in it, and damage it."""
-
-    store: ArtifactStore
-    contents: Callable[[], dict[str, bytes]]
-    damage: Callable[[str, bytes | None], None]  # None removes the file
-    rounds: int = 50  # of a race; fewer where each takes longer
-
-
-def _folder_place(root: Path) -> Place:
-    def contents() -> dict[str, bytes]:
-        return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-    def damage(name: str, content: bytes | None) -> None:
-        if content is None:
-            (root / name).unlink()
-        else:
-            (root / name).write_bytes(content)
-
-    return Place(open_store(str(root)), contents, damage)
-
-
-def _bucket_place(folder: S3Folder) -> Place:
-    import boto3
-
-    store, client = open_store(f"{folder.uri}/store", folder.config), boto3.client("s3")
-
-    def contents() -> dict[str, bytes]:
-        inside = S3Folder(store.uri, folder.config)
-        return {file.name: inside.read(file.name) for file in inside.list()}
-
-    def damage(name: str, content: bytes | None) -> None:
-        bucket = store.uri.removeprefix("s3://").partition("/")[0]
-        target = {"Bucket": bucket, "Key": f"store/{name}"}
-        if content is None:
-            client.delete_object(**target)
-        else:
-            client.put_object(**target, Body=content)
-
-    return Place(store, contents, damage, rounds=12)
-
-
 @pytest.fixture(params=["folder", "bucket"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    if request.param == "folder":
-        return _folder_place(tmp_path / "store")
-    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
-    return _bucket_place(request.getfixturevalue("make_bucket")())
+    return open_place(request, tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -225,6 +180,68 @@ def test_a_damaged_manifest_is_named_and_not_taken_for_no_artifact(place: Place,
     place.damage(f"{STAGE}/{KEY}/{MANIFEST}", content)
     with pytest.raises(StoreError, match=MANIFEST):
         place.store.read_manifest(STAGE, KEY)
+
+
+def test_a_damaged_manifest_costs_a_warning_and_hides_no_other(place: Place, put, caplog: pytest.LogCaptureFixture) -> None:
+    others = [place.store.commit(_manifest(put(b"weights", key=digit * 64), key=digit * 64)) for digit in "13"]
+    place.store.commit(_manifest(put(b"weights", key="2" * 64), key="2" * 64))
+    place.damage(f"{STAGE}/{'2' * 64}/{MANIFEST}", b"{")
+    assert list(place.store.manifests()) == others
+    assert f"{STAGE}/{'2' * 64}/{MANIFEST} is not a manifest" in caplog.text
+    first, damaged, last = place.store.read_manifests()
+    assert [first, last] == others and isinstance(damaged, DamagedManifestError)
+    assert (damaged.stage, damaged.key, damaged.inputs) == (STAGE, "2" * 64, ())
+    assert list(place.store.read_manifests([(STAGE, "3" * 64), (STAGE, "4" * 64)])) == [others[1]]
+
+
+_FILE = {"name": "a.bin", "path": "a.bin", "size": 1, "sha256": "1" * 64}
+_INPUT = {"stage": "dataset", "key": "d" * 64, "digest": "e" * 64}
+
+
+@pytest.mark.parametrize(
+    "path", ["../a", "..", "a/../../b", "/etc/passwd", "", "a//b", "./a", "a\\b", "a\0", 5, None, "manifest.json"]
+)
+@pytest.mark.parametrize("field", ["name", "path"])
+def test_a_manifest_that_names_a_file_elsewhere_is_not_believed(field: str, path: object) -> None:
+    for kind in ("files", "records"):
+        fields = {**json.loads(_manifest().to_json()), kind: [{**_FILE, field: path}]}
+        with pytest.raises(DamagedManifestError, match=r"place is not a manifest \(it lists a file called"):
+            Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"stage": "generate"}, "speaks of generate/abab"),
+        ({"key": "cd" * 32}, "speaks of train/cdcd"),
+        ({"inputs": {"dataset": {**_INPUT, "key": "../" + "d" * 61}}}, "input dataset is no artifact"),
+        ({"inputs": {"dataset": {**_INPUT, "stage": "../.."}}}, "input dataset is no artifact"),
+        ({"inputs": {"dataset": {**_INPUT, "digest": 5}}}, "input dataset is no artifact"),
+        ({"inputs": {"dataset": {}}}, "stage"),
+        ({"inputs": []}, "items"),
+        ({"files": [{**_FILE, "size": -1}]}, "size or sha256 of a.bin"),
+        ({"files": [{**_FILE, "sha256": "../" * 10}]}, "size or sha256 of a.bin"),
+        ({"files": None}, "not iterable|after"),
+        ({"summary": []}, "summary is no JSON object"),
+        ({"surplus": 1}, "surplus"),
+    ],
+)
+def test_a_manifest_that_is_not_what_it_should_be_is_not_believed(changes: dict[str, Any], reason: str) -> None:
+    text = json.dumps({**json.loads(_manifest().to_json()), **changes}).encode()
+    with pytest.raises(DamagedManifestError, match=reason):
+        Manifest.read(text, "place", STAGE, KEY)
+
+
+def test_a_manifest_that_is_nested_without_end_is_not_believed() -> None:
+    with pytest.raises(DamagedManifestError):
+        Manifest.read(b"[" * 100_000, "place", STAGE, KEY)
+
+
+def test_what_a_manifest_of_a_newer_format_was_made_from_can_be_seen() -> None:
+    fields = {**json.loads(_manifest().to_json()), "novelty": 1, "inputs": {"a": _INPUT, "b": {"stage": "..", "key": "x"}, "c": 1}}
+    with pytest.raises(DamagedManifestError) as caught:
+        Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
+    assert caught.value.inputs == (("dataset", "d" * 64),)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------------
@@ -373,6 +390,112 @@ def test_a_damaged_record_of_a_part_is_none_and_the_part_can_be_recorded_again(
     assert "part-0.json is damaged; its part is made again" in caplog.text
     place.store.put_part(STAGE, KEY, "part-0", {"rows": 2})
     assert place.store.read_parts(STAGE, KEY)["part-0"] == {"rows": 2}
+
+
+def test_discarding_a_file_leaves_those_whose_names_begin_alike(place: Place, put) -> None:
+    shortest, *others = [put(name.encode(), name) for name in ("a", "a.bin", "a-b", "ab/c")]
+    place.store.discard_files(STAGE, KEY, [shortest])
+    assert set(place.contents()) == {f"{STAGE}/{KEY}/{record.path}" for record in others}
+
+
+# What lies there -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_called_like_an_artifact_is_listed_with_its_files_and_nothing_else(place: Place, put) -> None:
+    before = time.time()
+    place.store.commit(_manifest(put(b"weights", key="2" * 64), key="2" * 64))
+    place.store.put_part("evaluate", "1" * 64, "part-0", {"rows": 1})
+    foreign = ["notes.txt", "train/notes.txt", "train/short/file", f"Train/{KEY}/file", f"a.b/{KEY}/file", f"train/{'2' * 65}/file"]
+    for name in [*foreign, f"train/{'G' * 64}/file"]:
+        place.damage(name, b"x")
+    names = [("evaluate", "1" * 64), ("train", "2" * 64)]
+    assert list(place.store.names()) == names
+    folders = list(place.store.folders())
+    assert [(stage, key) for stage, key, _ in folders] == names
+    assert [file.path for file in folders[0][2]] == [".parts/part-0.json"]
+    assert [(file.path, file.size) for file in folders[1][2]][1:] == [("model.safetensors", 7)] and len(folders[1][2]) == 2
+    for stage, key, files in folders:
+        assert place.store.list_files(stage, key) == files
+        assert all(before - 2 <= file.modified <= time.time() + 2 for file in files)
+    assert place.store.list_files("train", "3" * 64) == []
+
+
+def test_without_its_manifest_an_artifact_does_not_exist_and_can_be_committed_again(place: Place, put) -> None:
+    manifest = place.store.commit(_manifest(put(b"weights")))
+    for _ in range(2):  # what is gone need not be deleted
+        place.store.delete_manifest(STAGE, KEY)
+        assert place.store.read_manifest(STAGE, KEY) is None
+    assert list(place.contents()) == [f"{STAGE}/{KEY}/model.safetensors"]
+    assert place.store.commit(manifest) == manifest == place.store.read_manifest(STAGE, KEY)
+
+
+def test_exactly_the_files_that_are_named_are_deleted(place: Place, put) -> None:
+    for name in ("a", "a.bin", "ab/c", "ab/d"):
+        put(b"x", name)
+    put(b"x", "a", key="cd" * 32)
+    for _ in range(2):
+        place.store.delete_files(STAGE, KEY, ["a", "ab/c", "nowhere"])
+        assert set(place.contents()) == {f"{STAGE}/{KEY}/a.bin", f"{STAGE}/{KEY}/ab/d", f"{STAGE}/{'cd' * 32}/a"}
+    place.store.delete_files(STAGE, KEY, iter(["a.bin", "ab/d"]))
+    assert list(place.store.names()) == [(STAGE, "cd" * 32)], "an empty folder does not stay"
+
+
+@pytest.mark.parametrize("path", ["../x", "../../outside", "/outside", "a/../../../outside", ".", ""])
+def test_no_name_leads_a_deletion_out_of_the_artifact(place: Place, put, path: str) -> None:
+    put(b"x", "a")
+    place.damage("outside", b"x")
+    before = place.contents()
+    for stage, key, name in ((STAGE, KEY, path), ("..", KEY, "a"), (STAGE, path, "a")):
+        with pytest.raises(AssertionError):
+            place.store.delete_files(stage, key, [name])
+    assert place.contents() == before
+
+
+def test_a_use_is_noted_as_often_as_there_is_one_with_what_is_read(place: Place) -> None:
+    store = place.store
+    inputs = [("dataset", "1" * 64), ("tokenizer", "2" * 64)]
+    store.note_use(STAGE, KEY, reversed(inputs))
+    assert store.noted_inputs(STAGE, KEY) == inputs and store.read_manifest(STAGE, KEY) is None
+    place.age(f"{STAGE}/{KEY}/.used", 1000)
+    (old,) = store.list_files(STAGE, KEY)
+    store.note_use(STAGE, KEY)
+    (new,) = store.list_files(STAGE, KEY)
+    assert old.path == new.path == ".used" and 990 < new.modified - old.modified < 1010
+    assert store.noted_inputs(STAGE, KEY) == [] == store.noted_inputs(STAGE, "cd" * 32)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"inputs": [["..", "x"]]}', b'{"inputs": [1]}', b"\xff"])
+def test_a_note_of_use_that_cannot_be_read_names_no_inputs(place: Place, content: bytes) -> None:
+    place.damage(f"{STAGE}/{KEY}/.used", content)
+    assert place.store.noted_inputs(STAGE, KEY) == []
+
+
+def test_chunks_are_the_bytes_that_lie_there_now_whatever_was_read_before(place: Place, put) -> None:
+    content = bytes(range(256)) * 20_000
+    manifest = place.store.commit(_manifest(put(content)))
+    place.store.fetch(manifest, "model.safetensors")
+    assert b"".join(place.store.read_chunks(STAGE, KEY, "model.safetensors")) == content
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"other")
+    assert b"".join(place.store.read_chunks(STAGE, KEY, "model.safetensors")) == b"other"
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", None)
+    with pytest.raises(FileNotFoundError):
+        list(place.store.read_chunks(STAGE, KEY, "model.safetensors"))
+
+
+def test_what_lies_behind_a_link_can_be_read_and_is_not_listed_for_removal(tmp_path: Path, local_store: LocalStore) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"weights")
+    elsewhere = LocalStore(tmp_path / "elsewhere")
+    for key in ("1" * 64, "2" * 64):
+        elsewhere.commit(_manifest(elsewhere.put_file(STAGE, key, "a", source), key=key))
+    (local_store.root / STAGE).mkdir(parents=True)
+    (local_store.root / STAGE / ("1" * 64)).symlink_to(elsewhere.root / STAGE / ("1" * 64))
+    (local_store.root / "linked").symlink_to(elsewhere.root / STAGE)
+    assert [manifest.key for manifest in local_store.manifests()] == ["1" * 64]
+    assert list(local_store.folders()) == [] and local_store.list_files(STAGE, "1" * 64) == []
+    with pytest.raises(AssertionError):
+        local_store.delete_files(STAGE, "1" * 64, ["a"])
+    assert elsewhere.read_manifest(STAGE, "1" * 64) is not None
 
 
 # Crashes -------------------------------------------------------------------------------------------------------------------

@@ -137,15 +137,22 @@ def test_ranks_of_two_world_sizes_are_not_one_checkpoint(run: Run) -> None:
     assert newest is not None and (newest.step, newest.world_size) == (4, 1)
 
 
-def test_two_attempts_at_a_step_keep_their_own_files(run: Run) -> None:
-    """They need not agree in every bit, and what the first one wrote is not overwritten."""
-    for attempt, value in (("first", 1.0), ("second", 2.0)):
-        writer = run.writer(attempt=attempt)
-        writer.save(5, {"weight/w@0": torch.full((4,), value)}, {"attempt": attempt})
+def test_a_second_attempt_at_a_step_replaces_the_first_once_it_is_whole(run: Run) -> None:
+    """The first may be damaged, or from before a rollback. Files of attempts are apart: they need not agree in every bit."""
+    tensors = {attempt: {"weight/w@0": torch.full((4,), value)} for attempt, value in (("zz", 1.0), ("aa", 2.0))}
+    for rank in (1, 0):
+        writer = run.writer(rank=rank, world_size=2, attempt="zz")
+        writer.save(5, tensors["zz"], {"attempt": "zz"})
         writer.wait()
-    found = find_checkpoints(run.context)
-    assert [run.opened(checkpoint)[0] for checkpoint in found] == [{"attempt": "first"}, {"attempt": "second"}]
-    assert [run.opened(checkpoint)[1][0].item() for checkpoint in found] == [1.0, 2.0]
+    for rank, expected in ((1, ["aa", "zz"]), (0, ["aa"])):
+        writer = run.writer(rank=rank, world_size=2, attempt="aa")
+        writer.save(5, tensors["aa"], {"attempt": "aa"})
+        writer.wait()
+        found = find_checkpoints(run.context)
+        assert [checkpoint.attempt for checkpoint in found] == expected
+        newest = run.newest()
+        assert newest is not None and newest.attempt == expected[-1]
+        assert run.opened(newest)[1][0].item() == tensors[expected[-1]]["weight/w@0"][0]
 
 
 def test_the_newest_is_that_of_the_last_step(run: Run) -> None:

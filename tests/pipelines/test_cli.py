@@ -189,7 +189,7 @@ def test_what_is_wrong_leaves_no_artifact_and_bad_configuration_nothing_at_all(
 ) -> None:
     workspace = folder / "runs" / case.name
     if "weights" in case.name or case.code == 1:  # these are read when their stage runs
-        assert not list(workspace.glob("store/*/*/*"))
+        assert not list(workspace.glob("store/*/*/[!.]*"))
     else:
         assert not workspace.exists()
     assert (folder / "file").read_text() == (folder / "blocked" / "tokenizer").read_text() == "in the way"
@@ -309,7 +309,9 @@ def import_vqgan(ask: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     return run
 
 
-@pytest.mark.parametrize("kind", ["pth", "ckpt", "safetensors", "own"])
+@pytest.mark.parametrize(
+    "kind", ["ckpt", "own", *(pytest.param(kind, marks=pytest.mark.faults) for kind in ("pth", "safetensors"))]
+)
 def test_a_tokenizer_is_imported_from_each_kind_of_file(import_vqgan, weights: dict[str, Path], kind: str) -> None:
     imported = import_vqgan(weights[kind])
     expected = torch.load(weights["pth"], weights_only=True)
@@ -322,6 +324,7 @@ def test_a_tokenizer_is_imported_from_each_kind_of_file(import_vqgan, weights: d
     assert not imported.answer["reused"]
 
 
+@pytest.mark.faults
 def test_what_was_imported_before_is_reused(import_vqgan, weights: dict[str, Path]) -> None:
     first, second = (import_vqgan(weights["pth"]).answer for _ in range(2))
     assert second == {**first, "reused": True}
@@ -340,6 +343,7 @@ def test_a_config_finds_what_was_imported_by_its_digest_alone(
     ]
 
 
+@pytest.mark.faults
 def test_the_lines_that_an_import_prints_are_those_of_a_config(
     ask: Callable[..., Any], import_vqgan, weights: dict[str, Path], tmp_path: Path
 ) -> None:

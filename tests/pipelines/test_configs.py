@@ -16,7 +16,7 @@ from pipelines import pipeline
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-IMAGENET256 = ["imagenet256", "imagenet256-sizes", "imagenet256-ablations"]
+IMAGENET256 = ["imagenet256", "imagenet256-sizes", "imagenet256-ablations", "imagenet256-one-step"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,10 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pipeline.Run
     def load(name: str, *overrides: str) -> pipeline.RunConfig:
         text = (CONFIGS / f"{name}.yaml").read_text()
         own = [f"dataset.path={root / 'images'}", f"tokenizer.weights={root / 'weights'}"] if "digits" not in name else []
-        own += [f"dataset.captions={root / 'captions.json'}", f"captions.encoder={root / 'clip'}"] if "captions:" in text else []
+        if "captions:" in text:
+            own += [f"captions.encoder={root / 'clip'}", f"dataset.captions={root / 'captions.json'}"]
+            for section in ("reference", "generate"):
+                own += [f"{section}.dataset.path={root / 'images'}", f"{section}.dataset.captions={root / 'captions.json'}"]
         return pipeline.load_run(CONFIGS / f"{name}.yaml", (*own, *overrides))
 
     return load
@@ -119,10 +122,59 @@ def test_a_model_of_captions_reads_their_features(load: Callable[..., Any]) -> N
     ("overrides", "sentence"),
     [
         (("captions.encoder=null",), r"train\.model\.text needs the features of captions; give captions\.encoder"),
-        (("targets=[report]",), r"stage generate draws classes, not captions; for a model of captions give targets=\[train\]"),
         (("train.model.num_classes=10",), r"train\.model\.num_classes is 10, but text takes the place of classes"),
     ],
 )
 def test_a_model_of_captions_that_cannot_be_is_refused(load: Callable[..., Any], overrides: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         load("coco256", *overrides)
+
+
+@pytest.mark.parametrize(("name", "guidance", "temperature"), [*((n, 3.5, 6) for n in IMAGENET256[:3]), ("imagenet512", 4.5, 4)])
+def test_imagenet_is_evaluated_as_published(load: Callable[..., Any], name: str, guidance: float, temperature: float) -> None:
+    """50 images of each class in 8 steps, FID by Inception's features of the training set."""
+    nodes = {node.id: node for node in pipeline.build(load(name))}
+    made, scored = nodes["generate"].config, nodes["evaluate"]
+    sampler = made.sampler
+    assert (made.num_samples, made.labels, sampler.num_steps) == (50_000, (), 8)
+    assert (sampler.guidance_scale, sampler.sampling_temperature, sampler.remask_temperature) == (guidance, temperature, 1.5)
+    assert nodes["reference"].config.extractor == "inception"
+    assert nodes["reference"].inputs["dataset"] == nodes["token_map"].inputs["dataset"] == "dataset"
+    assert scored.inputs == {"samples": "generate", "tokenizer": "tokenizer", "reference": "reference", "model": "train"}
+
+
+def test_one_step_decoding_begins_with_the_codes_of_the_token_map(load: Callable[..., Any]) -> None:
+    made = {node.id: node for node in pipeline.build(load("imagenet256-one-step")) if node.stage.name == "generate"}
+    assert {node.config.mask_ratio for node in made.values()} == {0.2, 0.4, 0.6, 0.8}
+    for node in made.values():
+        assert node.inputs == {"model": "train", "token_map": "token_map"}
+        assert (node.config.sampler.num_steps, node.config.sampler.guidance_scale) == (1, 1.0)
+
+
+def test_captions_of_the_validation_images_are_what_coco_is_scored_by(load: Callable[..., Any]) -> None:
+    nodes = {node.id: node for node in pipeline.build(load("coco256"))}
+    asked_for = nodes[nodes["generate"].inputs["captions"]]
+    assert nodes["generate"].config.num_samples == 30_000
+    assert asked_for.id != nodes["train"].inputs["captions"] and asked_for.inputs["dataset"] == nodes["reference"].inputs["dataset"]
+    assert nodes[asked_for.inputs["dataset"]].config.name == "coco2014-val"
+
+
+def test_digits_are_compared_on_one_token_map_by_one_evaluation(load: Callable[..., Any]) -> None:
+    """Four sizes, and the four attentions: ENAT's, the plain stack, MAE's and CrossMAE's. What digits.yaml made is reused."""
+    nodes = pipeline.build(load("digits-compare"))
+    demo = {node.id: node for node in pipeline.build(load("digits"))}
+    trained = [node for node in nodes if node.stage.name == "train"]
+    assert len(trained) == 7 and {node.inputs["token_map"] for node in trained} == {"token_map"}
+    assert {node.config.model.decoder_attention for node in trained} == {None, "full", "cross"}
+    assert len({node.config.model.embed_dim for node in trained}) == 4
+    assert len([node for node in nodes if node.stage.name in ("tokenizer", "token_map", "reference")]) == 3
+    for node in nodes:
+        if node.id in ("tokenizer", "token_map", "reference"):
+            assert node.identity == demo[node.id].identity
+
+
+def test_a_sweep_trains_nothing_that_the_demo_has_not(load: Callable[..., Any]) -> None:
+    swept, demo = (pipeline.build(load(name)) for name in ("digits-sweeps", "digits"))
+    (model,) = [node for node in swept if node.stage.name == "train"]
+    assert model.identity == next(node for node in demo if node.id == "train").identity
+    assert len([node for node in swept if node.stage.name == "generate"]) == 9

@@ -46,7 +46,7 @@ class Report:
     """Of every step: mean loss, gradient norm, loss scale, whether it was left out. weights: of rank 0, at the end."""
 
     losses: list[float]
-    norms: list[float]
+    norms: list[float | None]
     scales: list[float]
     overflows: list[bool]
     weights: dict[str, torch.Tensor]
@@ -70,7 +70,7 @@ def _run_job(material: Material, job: Job) -> Report:
     groups = np.array_split(range(config.num_groups), world_size)[rank].tolist()
     engine = Engine(model, config, torch.device("cpu"), len(groups))
     if fragments is not None and state is not None:
-        engine.load(fragments, state["num_updates"], state["loss_scale"])
+        engine.load(fragments, state)
     losses, norms, scales, overflows = [], [], [], []
     for step in range(job.first, job.last):
         total = torch.zeros(1)
@@ -96,7 +96,7 @@ def _save(folder: Path, engine: Engine) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.clone() for name, value in engine.fragments().items()}, folder / f"{engine.rank}.safetensors")
     if engine.rank == 0:
-        (folder / "state.json").write_text(json.dumps({"num_updates": engine.num_updates, "loss_scale": engine.loss_scale}))
+        (folder / "state.json").write_text(json.dumps(engine.counters()))
     dist.barrier()
 
 
@@ -141,6 +141,7 @@ def moved(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Moved
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("saved", STAGES)
+@pytest.mark.faults
 def test_state_of_two_ranks_goes_on_with_other_ranks_at_another_stage(moved: Moved, saved: int, world_size: int) -> None:
     """As if there had been no interruption: losses to a relative 1e-5, weights to 1e-5."""
     second = (moved.by_one if world_size == 1 else moved.by_two)[saved, (saved + 1) % 4]
@@ -150,6 +151,7 @@ def test_state_of_two_ranks_goes_on_with_other_ranks_at_another_stage(moved: Mov
     assert second.num_updates == LAST
 
 
+@pytest.mark.faults
 def test_the_comparison_could_fail(moved: Moved) -> None:
     assert np.abs(np.diff(moved.whole.losses)).min() > 1e-4
 
@@ -250,13 +252,38 @@ def test_a_step_that_is_left_out_changes_no_weight_and_no_moment(
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             whole = (kind, name, 0, parameter.numel())
             assert torch.equal(before.read(*whole), after.read(*whole)), (kind, name)
-    assert state_before == {"num_updates": 4, "loss_scale": 2.0**16}
-    assert state_after == {"num_updates": 4, "loss_scale": 2.0**15}
+    assert state_before == {"num_updates": 4, "loss_scale": 2.0**16, "updates_since_overflow": 4}
+    assert state_after == {"num_updates": 4, "loss_scale": 2.0**15, "updates_since_overflow": 0}
 
 
 def test_the_scale_doubles_after_long_without_overflow(material: Material) -> None:
     (reports,) = run_ranks(1, _run_jobs_that_double_soon, material, [Job(_stage(1, precision="fp16"), last=7)])
     assert reports[0].scales == [2.0**16, 2.0**16, 2.0**17, 2.0**17, 2.0**17, 2.0**18, 2.0**18]
+
+
+def test_the_scale_of_a_resumed_run_doubles_when_that_of_an_uninterrupted_one_does(material: Material, tmp_path: Path) -> None:
+    config = _stage(1, precision="fp16")
+    jobs = [Job(config, last=5, saves={4: tmp_path}), Job(config, first=5, last=7, load=tmp_path)]
+    (reports,) = run_ranks(1, _run_jobs_that_double_soon, material, jobs)
+    assert reports[1].scales == [2.0**18, 2.0**18]
+
+
+def test_stage_0_measures_the_gradient_where_it_is_asked_to(material: Material) -> None:
+    """And where it clips: the norm is what it clips by."""
+    jobs = [Job(_stage(0), last=1), Job(_stage(0, gradient_clip=0.1), last=1)]
+    unmeasured, clipping = run_ranks(1, _run_jobs_without_norms, material, jobs)[0]
+    (measured,) = run_ranks(1, run_jobs, material, jobs[:1])[0]
+    assert unmeasured.norms == [None] and clipping.norms == measured.norms and measured.norms[0] > 0
+
+
+def _run_jobs_without_norms(material: Material, jobs: list[Job]) -> list[Report]:
+    class Unasked(Engine):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.measures_norm = False
+
+    globals()["Engine"] = Unasked
+    return run_jobs(material, jobs)
 
 
 def _run_jobs_that_double_soon(material: Material, jobs: list[Job]) -> list[Report]:

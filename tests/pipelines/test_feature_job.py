@@ -1,53 +1,106 @@
-"""Moments computed on Ray equal those of numpy, whatever the workers, the batches and the order of blocks."""
+"""Features computed on Ray equal those of numpy, and are the same bits whatever the workers, the batches and what was lost."""
 
 from __future__ import annotations
 
 import functools
-import io
+import os
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import ray
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from layouts import open_dataset
-from rich.console import Console
+from safetensors.numpy import load_file
 
 from enat.features import ClassifierExtractor
-from pipelines.artifacts import LocalStore
+from pipelines import feature_job
+from pipelines.artifacts import WORK, LocalStore
 from pipelines.dataset import Dataset
-from pipelines.feature_job import BLOCK_SIZE, ExtractorFile, FeatureJob, SourceImages, compute_moments
-from pipelines.progress import Bar
+from pipelines.feature_job import BLOCK_SIZE, ExtractorFile, FeatureSet, FeatureSpec, compute_features, drawn_evenly, read_rows
+from pipelines.readers import PixelBlocks, SourceImages, read_images
 from pipelines.sources import DatasetConfig
 from pipelines.workflow import Execution
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-NUM_FEATURES = 24
+WIDTH = 24
+KEY = "f" * 64
 
 
-class ExactExtractor:
-    """Features that are the same whatever the batch: sums of products of small integers, which float64 holds exactly.
+@dataclass(frozen=True)
+class SumsExtractor:
+    """Features that are the same whatever the batch: sums of products of small integers, which float32 holds exactly.
 
     A network's own features change in their last bits with the batch, which would hide what the merging of moments does.
     """
 
-    num_features = NUM_FEATURES
+    folder: str = ""  # a file is written there for every pass
 
-    def __init__(self) -> None:
-        self.weights = np.random.default_rng(0).integers(-9, 10, (3 * 16 * 16, NUM_FEATURES)).astype(np.float64)
+    @property
+    def outputs(self) -> dict[str, int]:
+        return {"features": WIDTH, "logits": 2, "spatial": 5}
 
-    def load(self) -> ExactExtractor:
+    def load(self) -> SumsExtractor:
         return self
 
-    def to(self, device: str) -> ExactExtractor:
+    def to(self, device: str) -> SumsExtractor:
         return self
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(images.flatten(1).numpy().astype(np.float64) @ self.weights + 1e6)
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.folder:
+            Path(self.folder, os.urandom(8).hex()).write_text(str(len(images)))
+        weights = np.random.default_rng(0).integers(-3, 4, (3 * 16 * 16, WIDTH)).astype(np.float32)
+        sums = torch.from_numpy(images.flatten(1).numpy().astype(np.float32) @ weights + 1e5)
+        return {"features": sums, "logits": sums[:, :2] - 7, "spatial": 2 * sums[:, :5]}
+
+
+@dataclass(frozen=True)
+class WrongExtractor(SumsExtractor):
+    """One that does not do what it says."""
+
+    wrong: str = ""
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = super().__call__(images)
+        if self.wrong == "nan":
+            outputs["logits"][3, 1] = torch.nan
+        elif self.wrong == "width":
+            outputs["spatial"] = outputs["spatial"][:, :4]
+        else:
+            del outputs["features"]
+        return outputs
+
+
+@dataclass(frozen=True)
+class DyingImages:
+    """Kills its worker at the first read from a place on, once."""
+
+    reader: SourceImages
+    at: int
+    marker: str
+
+    def read(self, start: int, stop: int, device: str) -> torch.Tensor:
+        if start >= self.at and not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.reader.read(start, stop, device)
+
+
+class StoppingStore(LocalStore):
+    """One whose run is stopped right after a part was committed."""
+
+    def put_part(self, stage: str, key: str, name: str, record: Any) -> None:
+        super().put_part(stage, key, name, record)
+        raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,17 +108,12 @@ def _workers_need_no_test_modules() -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def _moments(dataset: Dataset, num_images: int, extractor: Any, execution: Execution) -> FeatureJob:
-    bar = Bar(Console(file=io.StringIO()), "test", num_images, "images")
-    return compute_moments(SourceImages(dataset, 16), num_images, extractor, execution, bar)
-
-
-def _oracle(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return features.mean(axis=0), np.cov(features, rowvar=False)
-
-
-NUM_IMAGES = 600  # two whole blocks and a piece of a third
-SPREADS = [(num_workers, batch_size) for num_workers in (1, 2) for batch_size in (1, 8, 64)]
+@pytest.fixture(scope="module", autouse=True)
+def _a_part_is_a_block() -> Iterator[None]:
+    """So that few images are several parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_job, "_BLOCKS_PER_PART", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -73,53 +121,238 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(DatasetConfig(), LocalStore(tmp_path_factory.mktemp("digits")))
 
 
+NUM_IMAGES = 600  # two whole blocks and a piece of a third
+SPREADS = [(1, 1), (1, 8), (1, 64), (2, 1), (2, 8), (2, 64)]
+
+
 @pytest.fixture(scope="module")
-def moments_of(digits: Dataset) -> Callable[[int, int], FeatureJob]:
-    """The job at a number of workers and a batch size, run once."""
+def small_classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, ExtractorFile]:
+    """A stored network with drawn weights, whose features do depend on the batch in their last bits."""
+    store, folder = LocalStore(tmp_path_factory.mktemp("extractor")), tmp_path_factory.mktemp("file")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ClassifierExtractor(10).eval().save(folder / "extractor.safetensors")
+    record = store.put_file("reference", "k", "extractor.safetensors", folder / "extractor.safetensors")
+    return store, ExtractorFile.of(store, "classifier", "reference", "k", record)
+
+
+@pytest.fixture(scope="module")
+def computed(
+    digits: Dataset, small_classifier: Any, make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[LocalStore, FeatureSet]]:
+    """The job with a network at a number of workers, a batch size and CPUs a worker, run once."""
 
     @functools.cache
-    def run(num_workers: int, batch_size: int) -> FeatureJob:
-        return _moments(digits, NUM_IMAGES, ExactExtractor(), Execution(num_workers=num_workers, batch_size=batch_size))
+    def run(num_workers: int, batch_size: int, cpus: int = 1) -> tuple[LocalStore, FeatureSet]:
+        store = LocalStore(tmp_path_factory.mktemp("store"))
+        execution = Execution(num_workers=num_workers, batch_size=batch_size, cpus_per_worker=cpus)
+        spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=16)
+        reader = PixelBlocks(SourceImages(digits, 16))
+        return store, compute_features(reader, spec, small_classifier[1], execution, make_context(store, "evaluate", KEY))
 
     return run
 
 
+def _bits(store: LocalStore, found: FeatureSet) -> tuple[Any, ...]:
+    rows = read_rows(store, "evaluate", KEY, found.files, "features")
+    moments = found.moments["features"]
+    return rows.tobytes(), moments.mean.tobytes(), moments.covariance.tobytes(), tuple(file.sha256 for file in found.files)
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(("num_workers", "batch_size"), SPREADS)
-def test_moments_of_the_digits_equal_those_of_numpy(digits: Dataset, moments_of, num_workers: int, batch_size: int) -> None:
+def test_features_and_moments_are_the_same_bits_whatever_the_workers_and_batches(
+    computed, num_workers: int, batch_size: int
+) -> None:
     assert 2 * BLOCK_SIZE < NUM_IMAGES < 3 * BLOCK_SIZE
-    images, _ = digits.load_images(16, 0, NUM_IMAGES)
-    mean, covariance = _oracle(ExactExtractor()(torch.from_numpy(images)).numpy())
-    job = moments_of(num_workers, batch_size)
-    assert job.moments.count == NUM_IMAGES and job.worker_seconds > 0
-    np.testing.assert_allclose(job.moments.mean, mean, rtol=1e-9, atol=0)
-    np.testing.assert_allclose(job.moments.covariance, covariance, rtol=1e-9, atol=1e-9 * np.abs(covariance).max())
+    assert _bits(*computed(num_workers, batch_size)) == _bits(*computed(1, 64))
 
 
-def test_moments_are_the_same_bits_whatever_the_workers_and_batches(moments_of) -> None:
-    moments = [moments_of(*spread).moments for spread in SPREADS]
-    assert len({(each.mean.tobytes(), each.covariance.tobytes()) for each in moments}) == 1
+@pytest.mark.faults
+def test_passes_beside_each_other_on_two_cpus_change_no_bit(computed) -> None:
+    assert _bits(*computed(1, 64, 2)) == _bits(*computed(1, 64))
 
 
-def test_unreadable_images_are_left_out_of_the_moments(broken_image_folder: Path, local_store: LocalStore) -> None:
+def test_features_are_those_of_the_network_and_moments_those_of_numpy(digits: Dataset, small_classifier, computed) -> None:
+    store, found = computed(2, 8)
+    images = torch.from_numpy(digits.load_images(16, 0, NUM_IMAGES)[0])
+    with torch.inference_mode():
+        expected = small_classifier[1].load()(images)["features"].numpy()
+    features = read_rows(store, "evaluate", KEY, found.files, "features")
+    np.testing.assert_allclose(features, expected, atol=1e-5)  # float32: the last bits depend on threads and batch
+    assert found.count == found.moments["features"].count == NUM_IMAGES and found.worker_seconds > 0 == found.device_seconds
+    np.testing.assert_allclose(found.moments["features"].mean, features.astype(np.float64).mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(found.moments["features"].covariance, np.cov(features.astype(np.float64).T), rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="keeps no logits"):
+        read_rows(store, "evaluate", KEY, found.files, "logits")
+
+
+def _sums(
+    dataset: Dataset, context: Any, spec: FeatureSpec, reader: Any = None, extractor: Any = SumsExtractor(), **execution: Any
+) -> FeatureSet:
+    reader = PixelBlocks(reader or SourceImages(dataset, 16))
+    return compute_features(reader, spec, extractor, Execution(**execution), context)
+
+
+@pytest.mark.faults
+def test_rows_are_kept_where_asked_and_moments_are_of_all(digits: Dataset, local_store: LocalStore, make_context) -> None:
+    kept = drawn_evenly(NUM_IMAGES, 50, seed=1)
+    spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=32, kept=kept)
+    found = _sums(digits, make_context(local_store, "reference", KEY), spec)
+    outputs = SumsExtractor()(torch.from_numpy(digits.load_images(16, 0, NUM_IMAGES)[0]))
+    for name in ("features", "logits"):
+        np.testing.assert_array_equal(read_rows(local_store, "reference", KEY, found.files, name), outputs[name].numpy()[kept])
+    assert set(load_file(local_store.fetch_file("reference", KEY, found.files[0]))) == {"features", "logits"}
+    for name in ("features", "spatial"):
+        values = outputs[name].double().numpy()
+        np.testing.assert_allclose(found.moments[name].mean, values.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(found.moments[name].covariance, np.cov(values.T), rtol=1e-9)
+    assert set(found.moments) == {"features", "spatial"}
+
+
+@pytest.mark.faults
+def test_nothing_is_kept_where_nothing_is_asked_for(digits: Dataset, local_store: LocalStore, make_context) -> None:
+    spec = FeatureSpec(num_images=20, images_per_pass=32, kept=np.empty(0, np.int64))
+    found = _sums(digits, make_context(local_store, "reference", KEY), spec)
+    assert found.files == () and found.moments["features"].count == 20
+
+
+@pytest.mark.faults
+def test_a_pass_always_has_as_many_images(digits: Dataset, local_store: LocalStore, make_context, tmp_path: Path) -> None:
+    spec = FeatureSpec(num_images=37, images_per_pass=16)
+    _sums(digits, make_context(local_store, "evaluate", KEY), spec, extractor=SumsExtractor(str(tmp_path)), batch_size=1)
+    passes = [int(path.read_text()) for path in tmp_path.iterdir() if path.is_file()]
+    assert passes == [16, 16, 16]
+
+
+def test_unreadable_images_are_left_out(broken_image_folder: Path, local_store: LocalStore, make_context) -> None:
     """As they are from the token map, so that both speak of the same images."""
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(broken_image_folder)), local_store)
-    extractor = ExactExtractor()
     images, _ = dataset.load_images(16, 0, 14)
-    job = _moments(dataset, 14, extractor, Execution())
-    assert job.moments.count == len(images) == 12
-    np.testing.assert_allclose(job.moments.mean, _oracle(extractor(torch.from_numpy(images)).numpy())[0], rtol=1e-9)
+    found = _sums(dataset, make_context(local_store, "reference", KEY), FeatureSpec(num_images=14, images_per_pass=4))
+    assert found.count == len(images) == 12
+    expected = SumsExtractor()(torch.from_numpy(images))["features"].numpy()
+    np.testing.assert_array_equal(read_rows(local_store, "reference", KEY, found.files, "features"), expected)
 
 
-def test_a_stored_extractor_is_opened_and_used_by_the_workers(digits: Dataset, local_store: LocalStore, tmp_path: Path) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        extractor = ClassifierExtractor(10).eval()
-    extractor.save(tmp_path / "extractor.safetensors")
-    record = local_store.put_file("reference", "k", "extractor.safetensors", tmp_path / "extractor.safetensors")
-    stored = ExtractorFile(local_store, "classifier", "reference", "k", record)
-    images, _ = digits.load_images(16, 0, 100)
-    with torch.inference_mode():
-        mean, covariance = _oracle(extractor(torch.from_numpy(images)).double().numpy())
-    job = _moments(digits, 100, stored, Execution(batch_size=100))
-    np.testing.assert_allclose(job.moments.mean, mean, atol=1e-5)  # float32 features: the last bits depend on threads
-    np.testing.assert_allclose(job.moments.covariance, covariance, atol=1e-5)
+@pytest.mark.faults
+def test_images_none_of_which_can_be_read_are_an_error(tmp_path: Path, local_store: LocalStore, make_context) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "text.jpg").write_text("this is not an image")
+    dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(tmp_path / "images")), local_store)
+    with pytest.raises(ValueError, match="none of the 1 images can be read"):
+        _sums(dataset, make_context(local_store, "reference", KEY), FeatureSpec(num_images=1, images_per_pass=4))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ("nan", "logits of images 0 to 19 hold values that are not finite"),
+        pytest.param("width", r"spatial has width 5, but gave shape \(20, 4\) for images 0 to 19", marks=pytest.mark.faults),
+        pytest.param("nothing", "features has width 24, but gave nothing for images 0 to 19", marks=pytest.mark.faults),
+    ],
+)
+def test_an_extractor_that_is_broken_is_named(
+    digits: Dataset, local_store: LocalStore, make_context, wrong: str, reason: str
+) -> None:
+    context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=20, images_per_pass=32)
+    with pytest.raises((ValueError, ray.exceptions.RayTaskError), match=reason) as caught:
+        _sums(digits, context, spec, extractor=WrongExtractor(wrong=wrong))
+    assert isinstance(getattr(caught.value, "cause", caught.value), ValueError)  # which workflow shows as a sentence
+
+
+# What was done stays done ---------------------------------------------------------------------------------------------------
+
+MANY = 400  # a whole part and a piece of a second one, of one block each
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits: Dataset, make_context: Callable[..., Any], tmp_path_factory) -> FeatureSet:
+    store = LocalStore(tmp_path_factory.mktemp("undisturbed"))
+    return _sums(digits, make_context(store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64))
+
+
+def _same(found: FeatureSet, expected: FeatureSet) -> None:
+    assert found.files == expected.files
+    for name, moments in expected.moments.items():
+        np.testing.assert_array_equal(found.moments[name].mean, moments.mean)
+        np.testing.assert_array_equal(found.moments[name].covariance, moments.covariance)
+
+
+@pytest.mark.faults
+def test_a_killed_worker_is_made_up_for(
+    digits: Dataset, local_store, make_context, undisturbed: FeatureSet, tmp_path: Path
+) -> None:
+    reader = DyingImages(SourceImages(digits, 16), BLOCK_SIZE, str(tmp_path / "killed"))
+    context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64)
+    _same(_sums(digits, context, spec, reader=reader), undisturbed)
+    assert (tmp_path / "killed").exists()
+
+
+@pytest.mark.faults
+def test_a_stopped_job_goes_on_after_its_committed_parts(
+    digits: Dataset, local_store, make_context, undisturbed: FeatureSet, tmp_path: Path
+) -> None:
+    context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64)
+    with pytest.raises(KeyboardInterrupt):
+        _sums(digits, make_context(StoppingStore(local_store.root), "evaluate", KEY), spec)
+    assert list(local_store.read_parts("evaluate", KEY)) == ["features-00000.safetensors"]
+    found = _sums(digits, context, spec, extractor=SumsExtractor(str(tmp_path)))
+    num_passes = sum(path.is_file() for path in tmp_path.iterdir())
+    assert num_passes == 3, "only the second part, 144 images"
+    _same(found, undisturbed)
+    _same(_sums(digits, context, spec, extractor=WrongExtractor(wrong="nan")), undisturbed)  # nothing left to compute
+
+
+class FailingStore(LocalStore):
+    """One that takes a while to find that it cannot write, so that the next part waits already."""
+
+    asked: ClassVar[list[str]] = []
+
+    def put_part(self, stage: str, key: str, name: str, record: Any) -> None:
+        self.asked.append(name)
+        time.sleep(0.3)
+        raise OSError("no space left")
+
+
+def test_after_a_part_that_could_not_be_written_no_later_one_is(tmp_path: Path, make_context) -> None:
+    parts = [range(0, BLOCK_SIZE), range(BLOCK_SIZE, MANY)]
+    blocks = [
+        {"part": number, "start": part.start, "images": len(part), "outputs": feature_job._Outputs(len(part))}
+        for number, part in enumerate(parts)
+    ]
+    computed = iter([{**block, "seconds": 0.0, "loading_seconds": 0.0} for block in blocks])
+    store = FailingStore(tmp_path / "full")
+    writer = feature_job._PartWriter(parts, [], {}, make_context(store, "evaluate", KEY))
+    with pytest.raises(OSError, match="no space left"):
+        writer.write_all(computed, lambda _: None)
+    assert store.asked == ["features-00000.safetensors"] and writer.records == []
+
+
+@pytest.mark.faults
+def test_moments_on_the_way_are_no_part_of_the_artifact(undisturbed: FeatureSet) -> None:
+    assert [file.name for file in undisturbed.files] == ["features-00000.safetensors", "features-00001.safetensors"]
+    assert not any(file.path.startswith(WORK) for file in undisturbed.files)
+
+
+# Pieces --------------------------------------------------------------------------------------------------------------------
+
+
+@given(num_images=st.integers(1, 400), count=st.integers(0, 500), seed=st.integers(0, 9))
+def test_drawn_rows_are_one_of_each_interval(num_images: int, count: int, seed: int) -> None:
+    drawn = drawn_evenly(num_images, count, seed)
+    assert len(drawn) == min(count, num_images) and (np.diff(drawn) > 0).all()
+    if 0 < count < num_images:
+        edges = np.arange(count + 1) * num_images // count
+        assert ((edges[:-1] <= drawn) & (drawn < edges[1:])).all()
+    np.testing.assert_array_equal(drawn, drawn_evenly(num_images, count, seed))
+
+
+def test_a_few_images_here_and_now_are_those_of_the_reader(digits: Dataset) -> None:
+    images = read_images(PixelBlocks(SourceImages(digits, 16)), 3, 40, images_per_pass=16)
+    np.testing.assert_array_equal(images.numpy(), digits.load_images(16, 3, 40)[0])
+
+
+def test_no_images_are_an_error() -> None:
+    with pytest.raises(ValueError, match="there are no images"):
+        FeatureSpec(num_images=0, images_per_pass=1)

@@ -20,7 +20,10 @@ from enat import ENAT, VQGAN, ENATConfig, SamplerConfig, generation_cost
 from enat.checkpoint import save_weights
 from pipelines import model_card, tracking, workflow
 from pipelines.artifacts import LocalStore, Manifest
+from pipelines.config import load_config, with_overrides
 from pipelines.model_card import registered_name
+from pipelines.pipeline import RunConfig
+from pipelines.token_map import TokenMapInfo
 from pipelines.tracking import TrackingConfig
 from pipelines.workflow import PublishContext
 
@@ -49,12 +52,23 @@ class Trained:
         )
         return dataclasses.replace(self, manifest=changed)
 
+    def of(self, preset: str | None, changes: dict[str, Any] | None = None, **summary: Any) -> Trained:
+        """The same with a preset's architecture, some of it changed."""
+        usual = ENATConfig.preset(preset) if preset else SMALL
+        model = dataclasses.asdict(dataclasses.replace(usual, **(changes or {})))
+        return self.replaced(config={"model": {"preset": preset}}, model=model, **summary)
+
+    @property
+    def name(self) -> str:
+        return registered_name(self.manifest)
+
     @property
     def card(self) -> str:
         return model_card.model_card(self.manifest, self.inputs, self.store.uri)
 
     def publish(self, run: tracking.RunHandle, **config: Any) -> None:
-        model_card.publish(self.manifest, self.inputs, PublishContext(store=self.store, run=run, tracking=TrackingConfig(**config)))
+        context = PublishContext(store=self.store, run=run, tracking=TrackingConfig(**config), node="train")
+        model_card.publish(self.manifest, self.inputs, context)
 
 
 def _commit(
@@ -94,7 +108,7 @@ def trained(vqgan: VQGAN, tmp_path_factory: pytest.TempPathFactory) -> Trained:
             "weights": None,
             "s3": None,
             "model": {"preset": None, "embed_dim": 32},
-            "masking": {"minimum": 0.5},
+            "masking": {"alpha": 12.0, "beta": 3.0, "reuse_probability": 0.5},
             "sampler": dataclasses.asdict(SamplerConfig(num_steps=4, guidance_scale=2.0)),
             "num_steps": 1200,
             "learning_rate": 0.001,
@@ -132,17 +146,54 @@ def run(uri: str) -> tracking.RunHandle:
     [
         ("enat-l", 574_300_000, "imagenet", "enat-l-imagenet"),
         ("nat-s", 98_100_000, "imagenet", "nat-s-imagenet"),
-        (None, 1_310_000, "digits", "enat-1.3m-digits"),
-        (None, 574_300_000, "imagenet", "enat-574m-imagenet"),
-        (None, 1_040_700_000, "coco", "enat-1.0b-coco"),
-        (None, 9_960_000, "coco", "enat-10m-coco"),
-        (None, 40_500, "digits", "enat-40k-digits"),
-        (None, 832, "digits", "enat-832-digits"),
+        (None, 1_310_000, "digits", "enat-1.3m-1e1d-digits"),
+        (None, 574_300_000, "imagenet", "enat-574m-1e1d-imagenet"),
+        (None, 1_040_700_000, "coco", "enat-1.0b-1e1d-coco"),
+        (None, 9_960_000, "coco", "enat-10m-1e1d-coco"),
+        (None, 40_500, "digits", "enat-40k-1e1d-digits"),
+        (None, 832, "digits", "enat-832-1e1d-digits"),
         ("enat-b", 1, "my/data: v2", "enat-b-my-data-v2"),
     ],
 )
-def test_a_model_is_called_by_its_size_and_its_dataset(preset: str | None, parameters: int, dataset: str, name: str) -> None:
-    assert registered_name({"parameters": parameters, "dataset": dataset}, preset) == name
+def test_a_model_is_called_by_its_size_and_its_dataset(
+    trained: Trained, preset: str | None, parameters: int, dataset: str, name: str
+) -> None:
+    assert trained.of(preset, parameters=parameters, dataset=dataset).name == name
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "masking", "name"),
+    [
+        ("enat-s", {"decoder_attention": "full"}, {}, "enat-s-digits-decoder_attention-full"),
+        ("enat-s", {"encoder_layers": 14, "decoder_layers": 2}, {}, "enat-s-digits-encoder_layers-14-decoder_layers-2"),
+        ("enat-s", {"reuse": False}, {"reuse_probability": 0.0}, "enat-s-digits-reuse-false"),
+        ("enat-s", {"reused_features": "all"}, {}, "enat-s-digits-reused_features-all"),
+        ("enat-s", {}, {"reuse_probability": 0.25}, "enat-s-digits-reuse_probability-0.25"),
+        ("nat-s", {"decoder_layers": 5}, {}, "nat-s-digits-decoder_layers-5"),
+        ("enat-s", {"grid_size": 32, "codebook_size": 8, "num_classes": 0, "text_width": 768}, {}, "enat-s-digits"),
+        (None, {"qk_norm": True}, {}, "enat-1.0k-1e1d-digits-qk_norm-true"),
+    ],
+)
+def test_an_ablation_has_a_name_of_its_own(
+    trained: Trained, preset: str | None, changes: dict[str, Any], masking: dict[str, Any], name: str
+) -> None:
+    """So it is no version of the model that it is compared with, and no alias moves between them."""
+    changed = trained.of(preset, changes, parameters=1000, dataset="digits")
+    assert changed.replaced(config={"masking": masking}).name == name
+
+
+def test_all_ablations_of_a_config_have_different_names(trained: Trained) -> None:
+    """Of the paper's ablations and of the digits' variants: one name each."""
+    for config in ("imagenet256-ablations", "digits-variants"):
+        run = load_config(RunConfig, Path(__file__).parents[2] / "configs" / f"{config}.yaml")
+        names = set()
+        variants = [run, *(with_overrides(run, values, "") for values in run.variants.values())]
+        for variant in variants:
+            info = TokenMapInfo(dataset="it", resolution=256, grid_size=16, codebook_size=1024, num_classes=10, tokenizer_digest="")
+            recipe = {"model": dataclasses.asdict(variant.train.model), "masking": dataclasses.asdict(variant.train.masking)}
+            model = dataclasses.asdict(variant.train.model.architecture(info))
+            names.add(trained.replaced(config=recipe, model=model, parameters=1000).name)
+        assert len(names) == len(variants) > 7
 
 
 # The card ------------------------------------------------------------------------------------------------------------------
@@ -158,7 +209,7 @@ def test_the_code_on_a_card_loads_the_model_and_samples_from_it(trained: Trained
 
 def test_a_card_says_what_the_model_is_made_from_and_what_it_measured(trained: Trained) -> None:
     card = trained.card
-    assert card.startswith(f"# enat-{model_card._short_count(trained.manifest.summary['parameters'])}-digits\n")
+    assert card.startswith(f"# enat-{model_card._short_count(trained.manifest.summary['parameters'])}-1e1d-digits\n")
     for source in trained.inputs.values():
         assert source.digest in card
     for row in [
@@ -170,7 +221,7 @@ def test_a_card_says_what_the_model_is_made_from_and_what_it_measured(trained: T
         "| decoder_attention | self_cross |",
         "| learning_rate | 0.001 |",
         "| betas | 0.9, 0.99 |",
-        "| masking | minimum 0.5 |",
+        "| masking | alpha 12.0, beta 3.0, reuse_probability 0.5 |",
         "| making it, worker-seconds | 7,200.5 |",
         "| making it, device-seconds | 3,600.0 |",
     ]:
@@ -227,7 +278,7 @@ def test_a_card_of_a_large_model_fits_a_description(trained: Trained) -> None:
 def test_a_trained_model_is_registered_with_its_card_and_manifest(
     trained: Trained, run: tracking.RunHandle, tmp_path: Path
 ) -> None:
-    named = trained.replaced(config={"model": {"preset": "enat-s"}}, dataset="first")
+    named = trained.of("enat-s", dataset="first")
     named.publish(run)
     version = MlflowClient(run.uri).get_model_version_by_alias("enat-s-first", "newest")
     assert version.run_id == run.run_id and version.description == named.card
@@ -270,7 +321,7 @@ def test_an_untrained_model_is_not_registered_and_an_imported_one_is(trained: Tr
 def test_the_alias_is_the_configured_one(trained: Trained, run: tracking.RunHandle) -> None:
     named = trained.replaced(dataset="alias")
     named.publish(run, model_alias=None)
-    name = model_card.registered_name(named.manifest.summary, None)
+    name = named.name
     client = MlflowClient(run.uri)
     assert client.get_registered_model(name).aliases == {}
     named.publish(run, model_alias="candidate")
@@ -307,7 +358,7 @@ def test_the_model_of_a_run_is_registered_when_it_is_made_and_again_with_another
         config = TrackingConfig(experiment="runs")
         parent = tracking.start_run(server, config, "run", {})
         done = workflow.execute(nodes, make_session(store, run=parent, tracking=config))[-1]
-        name = registered_name(done.manifest.summary, None)
+        name = registered_name(done.manifest)
         version = MlflowClient(server).get_model_version_by_alias(name, "newest")
         assert version.tags["enat.digest"] == done.manifest.digest and "not trained here" in version.description
     assert done.is_reused

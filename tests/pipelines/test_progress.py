@@ -45,3 +45,17 @@ def test_a_bar_says_nothing_where_the_output_is_no_terminal() -> None:
         bar.advance(2)
         bar.update(3, "loss 0.5")
     assert output.getvalue() == ""
+
+
+def test_a_log_has_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENAT_PROGRESS_SECONDS", "0.001")
+    shown = io.StringIO()
+    with Bar(Console(file=shown, width=100), "train", 1000, "steps") as bar:
+        time.sleep(0.01)
+        bar.update(250, "loss 3.2")
+    assert shown.getvalue() == "  train 250 of 1,000 steps  loss 3.2\n"
+    monkeypatch.delenv("ENAT_PROGRESS_SECONDS")
+    shown = io.StringIO()
+    with Bar(Console(file=shown), "train", 1000, "steps") as bar:
+        bar.update(250)
+    assert shown.getvalue() == ""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from s3_server import S3Endpoint
 
-from pipelines.artifacts import FileRecord, Manifest, StoreError, open_store
+from pipelines import transfer, workflow
+from pipelines.artifacts import FileRecord, LocalStore, Manifest, StoreError, open_store
 from pipelines.s3 import S3Config, S3Folder
 from pipelines.s3_store import S3Store
 from pipelines.storage import StorageError
+from pipelines.workflow import Node, Stage, StageContext, StageResult
 
 STAGE, KEY = "train", "ab" * 32
 
@@ -98,6 +103,47 @@ def test_many_artifacts_are_listed_in_order_and_unfinished_ones_are_not(store: S
     assert next(store.manifests()) == manifests[0]
 
 
+def test_more_files_than_one_request_takes_are_deleted(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+    names = [f"{number:04d}" for number in range(1001)]
+    s3_endpoint.fill(store.folder, {f"{STAGE}/{KEY}/{name}": b"" for name in (*names, "kept")})
+    before = len(s3_endpoint.requests)
+    store.delete_files(STAGE, KEY, names)
+    assert len(s3_endpoint.requests) - before == 2
+    assert [file.path for file in store.list_files(STAGE, KEY)] == ["kept"]
+
+
+def test_a_deletion_that_is_refused_says_so(store: S3Store, record, s3_endpoint: S3Endpoint) -> None:
+    fault = s3_endpoint.fault("POST", "delete", status="403 Forbidden", code="AccessDenied", times=9)
+    with fault, pytest.raises(StorageError, match="no permission to delete it"):
+        store.delete_files(STAGE, KEY, [record.path])
+    assert [file.path for file in store.list_files(STAGE, KEY)] == [record.path]
+
+
+def test_objects_that_are_called_as_no_file_can_be_are_nobodys(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+    s3_endpoint.fill(store.folder, {f"{STAGE}/{KEY}/{name}": b"" for name in ("a//b", "a/../../b", "./c", "good")})
+    assert [file.path for file in store.list_files(STAGE, KEY)] == ["good"]
+    assert [[file.path for file in files] for _, _, files in store.folders()] == [["good"]]
+
+
+def test_manifests_are_read_many_at_once(store: S3Store, s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = {f"train/{key:064x}/manifest.json": replace(_manifest(), key=f"{key:064x}").to_json() for key in range(96)}
+    s3_endpoint.fill(store.folder, manifests)
+    read, lock, now, most = S3Folder.read, threading.Lock(), 0, 0
+
+    def slow(self: S3Folder, name: str, *arguments: Any) -> bytes:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return read(self, name, *arguments)
+
+    monkeypatch.setattr(S3Folder, "read", slow)
+    assert len(list(store.manifests())) == 96 and most >= 12
+
+
 def test_places_are_uris_in_the_bucket(store: S3Store) -> None:
     assert store.uri.endswith("/team/store") and store.place(STAGE, KEY) == f"{store.uri}/{STAGE}/{KEY}"
 
@@ -106,6 +152,49 @@ def test_a_store_is_opened_by_its_uri_and_travels_to_workers(store: S3Store, rec
     """The environment names the endpoint, as it does where there is no configuration."""
     for same in (open_store(f"{store.uri}/"), pickle.loads(pickle.dumps(store))):
         assert same.uri == store.uri and same.fetch_file(STAGE, KEY, record).read_bytes() == b"weights"
+
+
+# Users that share a bucket ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    """Of stages that only join what they read."""
+
+
+def _write(config: NoConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    read = "".join(context.store.fetch(manifest, "text").read_text() for manifest in inputs.values())
+    return StageResult(files=[context.write("text", lambda path: path.write_text(f"{read}{context.stage} "))])
+
+
+def _refuse(config: NoConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    raise AssertionError(f"{context.stage} is computed again")
+
+
+def _nodes(run: Callable[..., StageResult]) -> list[Node]:
+    chain = ["dataset", "token_map", "train"]
+    sources: list[dict[str, str]] = [{}, {"dataset": "dataset"}, {"token_map": "token_map", "dataset": "dataset"}]
+    return [Node(name, Stage(name, 1, run), NoConfig(), inputs) for name, inputs in zip(chain, sources, strict=True)]
+
+
+def test_another_user_with_an_empty_disk_computes_nothing_again(
+    store: S3Store, make_session: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = workflow.execute(_nodes(_write), make_session(store))
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "another-machine"))
+    second = workflow.execute(_nodes(_refuse), make_session(open_store(store.uri, store.folder.config)))
+    assert [item.manifest for item in second] == [item.manifest for item in first] and all(item.is_reused for item in second)
+    path = store.fetch(second[-1].manifest, "text")
+    assert path.read_text() == "dataset token_map dataset train " and path.is_relative_to(tmp_path / "another-machine")
+
+
+def test_what_is_pulled_out_of_a_bucket_is_reused_without_it(
+    store: S3Store, make_session: Callable[..., Any], local_store: LocalStore
+) -> None:
+    done = workflow.execute(_nodes(_write), make_session(store))
+    transfer.pull(store, local_store, transfer.with_inputs(store, done[-1].manifest))
+    again = workflow.execute(_nodes(_refuse), make_session(local_store))
+    assert [item.manifest for item in again] == [item.manifest for item in done]
 
 
 # Places that will not do ---------------------------------------------------------------------------------------------------

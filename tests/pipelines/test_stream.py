@@ -63,6 +63,7 @@ def test_every_row_has_one_record_and_is_worked_on_once(tmp_path: Path, num_work
     assert [_times_given(tmp_path, part) for part in range(5)] == [1] * 5
 
 
+@pytest.mark.faults
 def test_the_rows_of_a_worker_that_was_killed_are_given_to_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = _records(tmp_path, Execution(), deadly_part=2, lives=1)
     assert sorted(record["part"] for record in records) == list(range(5)), "no record twice, none missing"

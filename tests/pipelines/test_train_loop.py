@@ -35,10 +35,11 @@ from tiny_training import (
 
 from pipelines.artifacts import FileRecord, LocalStore, StoreError, open_store
 from pipelines.batches import GroupBatch
-from pipelines.checkpoints import find_checkpoints
+from pipelines.checkpoints import find_checkpoints, open_checkpoint
 from pipelines.tracking import RunHandle
 from pipelines.train_config import TrainConfig
-from pipelines.train_loop import DivergedError, Trainer, initial_model
+from pipelines.train_loop import Trainer, initial_model
+from pipelines.train_monitor import DivergedError
 from pipelines.workflow import WorkerContext
 
 Plainly = Callable[[TrainConfig], Trained]
@@ -140,8 +141,8 @@ def test_groups_that_ranks_cannot_share_equally_train_the_same(material: Materia
 class EmaWatcher(Trainer):
     """Keeps an EMA of its own of the weights after every step, and compares at the end."""
 
-    def start(self, checkpoint: Any) -> None:
-        super().start(checkpoint)
+    def start(self, checkpoint: Any, diverged: Any = None) -> None:
+        super().start(checkpoint, diverged)
         self.own_ema = {name: value.clone() for name, value in self.ema.named_parameters()}
 
     def train_step(self) -> None:
@@ -160,11 +161,11 @@ class EmaWatcher(Trainer):
 @pytest.mark.parametrize(
     ("precision", "zero_stage"),
     [
-        ("bf16", 0),
-        ("bf16", 3),
         ("fp16", 1),
-        ("fp16", 3),
-        *(pytest.param(*pair, marks=pytest.mark.faults) for pair in (("bf16", 1), ("bf16", 2), ("fp16", 2))),
+        *(
+            pytest.param(*pair, marks=pytest.mark.faults)
+            for pair in (*(("bf16", stage) for stage in range(4)), ("fp16", 2), ("fp16", 3))
+        ),
     ],
 )
 def test_in_half_precision_weights_stay_float32_and_the_ema_is_theirs(
@@ -254,7 +255,9 @@ def place(
     return make_material(open_store(folder.uri, folder.config), vqgan, tmp_path)
 
 
-@pytest.mark.parametrize(("place", "zero_stage"), [("folder", 1), ("bucket", 3)], indirect=["place"])
+@pytest.mark.parametrize(
+    ("place", "zero_stage"), [("folder", 1), pytest.param("bucket", 3, marks=pytest.mark.faults)], indirect=["place"]
+)
 def test_a_run_whose_worker_was_killed_goes_on_from_the_last_checkpoint(
     place: Material, plain: Trained, key: str, zero_stage: int
 ) -> None:
@@ -335,7 +338,7 @@ class Poisoned(Trainer):
     def _learn(self, batch: GroupBatch, scale: float, learning_rate: float) -> None:
         super()._learn(batch, scale, learning_rate)
         if batch.step == self.poison[0] and batch.weight:
-            self.record.measured[-1] = self.record.measured[-1] * torch.tensor([self.poison[1], 1.0])
+            self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * torch.tensor([self.poison[1], 1.0])
 
 
 class Spiked(Poisoned):
@@ -385,13 +388,47 @@ def test_a_rollback_before_the_first_checkpoint_begins_anew(material: Material, 
     assert trained.result is not None and trained.result.skipped_draws == 7 and trained.column("step") == list(range(1, 13))
 
 
+def test_what_a_node_about_to_go_asked_for_in_the_step_of_a_rollback_is_saved_after_the_next(material: Material, key: str) -> None:
+    """Steps 5 and 6 are thrown away with step 7; what was asked for in step 7 is saved after the step that follows."""
+    config = changed(execution={"on_divergence": "rollback", "keep_last": 9})
+    trained = train(material, config, key, trainer_class=Poisoned, preempt_at=6)  # told in step 6, known to all in step 7
+    assert trained.result is not None and trained.result.skipped_draws == 3
+    assert _checkpoint_steps(material, key) == [4, 5, 8]
+
+
+class DamagedBeforeRollback(Poisoned):
+    """The checkpoint of step 4 is damaged while step 6 runs; step 7 diverges."""
+
+    poison = (6, math.nan)
+
+    def train_step(self) -> None:
+        super().train_step()
+        if self.step == 6 and self.num_rollbacks == 0:
+            self.checkpoints.wait()
+            (record,) = find_checkpoints(self.task.context)[-1].tensors
+            path = self.task.context.store.root / "train" / self.task.context.key / record.path  # type: ignore[attr-defined]
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def test_a_damaged_checkpoint_is_written_anew_when_its_step_is_reached_again(material: Material, key: str) -> None:
+    """Training goes back to its start, since there is nothing else, and leaves a checkpoint of step 4 that can be read."""
+    config = changed(execution={"on_divergence": "rollback"})
+    train(material, config, key, trainer_class=DamagedBeforeRollback, stop_at=11)  # 7 steps, and 4 once more
+    context = _context(material, key)
+    assert _checkpoint_steps(material, key) == [4, 5]
+    for checkpoint in find_checkpoints(context):
+        open_checkpoint(material.store, context, checkpoint)  # compares digests
+    resumed = train(material, config, key, trainer_class=Poisoned)
+    assert resumed.result is not None and resumed.result.step == 12 and resumed.column("step") == list(range(1, 13))
+
+
 class AlwaysPoisoned(Trainer):
     """Diverges in step 7 whatever is drawn."""
 
     def train_step(self) -> None:
         super().train_step()
         if self.step == 7:
-            self.record.measured[-1] = self.record.measured[-1] * math.nan
+            self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * math.nan
 
 
 def test_a_run_that_diverges_again_and_again_fails(material: Material, key: str) -> None:
@@ -401,6 +438,7 @@ def test_a_run_that_diverges_again_and_again_fails(material: Material, key: str)
     assert raised.value.draws == 6 + 3 + 3
 
 
+@pytest.mark.faults
 def test_draws_that_were_skipped_stay_skipped_after_a_restart(material: Material, key: str) -> None:
     config = changed(execution={"on_divergence": "rollback"})
     whole = train(material, config, f"{key}-whole", trainer_class=Poisoned)
@@ -420,7 +458,7 @@ def test_a_model_without_reuse_trains_fresh_whatever_the_recipe_says(material: M
 # What is kept and seen -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.faults)])
 def test_milestones_are_the_ema_at_their_steps(material: Material, key: str, zero_stage: int, plainly: Plainly) -> None:
     config = changed(execution={"keep_every": 4, "keep_last": 1, "zero_stage": zero_stage})
     trained = train(material, config, key, world_size=2)
@@ -523,6 +561,7 @@ def test_an_interval_of_several_steps_is_their_mean(material: Material, plain: T
         assert row["loss"] == pytest.approx(np.mean(losses[first:last]), rel=1e-5)
 
 
+@pytest.mark.faults
 def test_a_tracking_server_that_hangs_holds_up_no_step(material: Material, key: str, tmp_path: Path) -> None:
     """Each call takes as long as many steps. What was not told when training ended is told then."""
     run = Notebook(notes=str(tmp_path / "lines"), hang=0.5)

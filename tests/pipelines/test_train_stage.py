@@ -125,6 +125,7 @@ class Deadly(RunHandle):
         return [[int(step) for step in life.split()] for life in self.notes.read_text().split("killed")]
 
 
+@pytest.mark.faults
 def test_a_worker_that_is_killed_is_replaced_and_training_goes_on_from_the_checkpoint(
     fit, plain: Trained, material: Material, key: str, tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_worker_that_is_killed_is_replaced_and_training_goes_on_from_the_check
     assert fitted.made is not None and fitted.made.summary["num_restarts"] == 1
 
 
+@pytest.mark.faults
 def test_an_elastic_run_begins_with_the_workers_that_the_cluster_has_room_for(fit, plain: Trained) -> None:
     fitted = fit(changed(execution={"num_workers": 4, "min_workers": 1}))
     assert set(fitted.column("num_workers")) == {2}
@@ -168,10 +170,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_the_next_one_goes_on_from_there(
     assert_close(fitted, plain)
 
 
+@pytest.mark.faults
 def test_a_run_that_diverges_fails_at_once_and_is_not_tried_again(fit, material: Material, key: str, tmp_path: Path) -> None:
     """The same steps would diverge again; max_failures is for workers that are lost."""
     run = Deadly(notes=tmp_path / "notes")
-    config = changed(learning_rate=1e30, warm_up_steps=0, execution={"checkpoint_every": 1, "max_failures": 3})
+    config = changed(learning_rate=1e10, warm_up_steps=0, execution={"checkpoint_every": 1, "max_failures": 3})
     with pytest.raises(DivergedError, match=r"training diverged by step (\d+).*Lower train\.learning_rate"):
         fit(config, run=run)
     (steps,) = run.lives()

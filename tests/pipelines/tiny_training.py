@@ -15,7 +15,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -272,8 +272,7 @@ def train_rank(trainer_class: type[Trainer], task: TrainTask, reporters: Sequenc
 
     reporter = reporters[dist.get_rank()]
     ray_context.get_train_context = lambda: SimpleNamespace(preemption_context=reporter)
-    trainer = trainer_class(replace(task, reporter=reporter), torch.device("cpu"))  # type: ignore[arg-type]
-    with trainer.background:
+    with closing(trainer_class(replace(task, reporter=reporter), torch.device("cpu"))) as trainer:  # type: ignore[arg-type]
         return trainer.run(), reporter.messages
 
 

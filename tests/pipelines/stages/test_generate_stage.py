@@ -1,103 +1,458 @@
-"""Stage generate on Ray: every sample once, and the same codes whoever makes them."""
+"""Stage generate on Ray: every sample once, and the same codes whoever makes them, whatever is killed on the way."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
+from random_weights import randomized
+from workers import kill_a_worker
 
-from enat import ENAT, ENATConfig, SamplerConfig, sample
+from enat import ENAT, ENATConfig, SamplerConfig, TextCondition, sample
 from enat.checkpoint import save_weights
-from pipelines.artifacts import LocalStore, Manifest
-from pipelines.samples import read_codes, sample_seed
+from enat.text import TextFeatures
+from pipelines.artifacts import FileRecord, LocalStore, Manifest
+from pipelines.caption_features import (
+    EMPTY,
+    CaptionFeatures,
+    CaptionFeaturesInfo,
+    captions_name,
+    write_captions,
+    write_empty,
+)
+from pipelines.dataset import INDEX, write_index
+from pipelines.samples import Samples, read_codes, sample_seed
+from pipelines.sources import Entry
 from pipelines.stages import generate
-from pipelines.workflow import Execution
+from pipelines.stages.generate import GenerateConfig, GenerateExecution
+from pipelines.token_map import TokenMapInfo, TokenRows, write_part
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 SAMPLER = SamplerConfig(num_steps=4, guidance_scale=2.0)
-CONFIG = generate.GenerateConfig(num_samples=20, shard_size=8, sampler=SAMPLER, seed=3)
+CONFIG = GenerateConfig(num_samples=20, shard_size=8, sampler=SAMPLER, seed=3)
+SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2, "grid_size": 4, "codebook_size": 32}
+CAPTIONS_PER_IMAGE = (2, 0, 1, 3, 2, 1)  # one image has none
+NUM_CAPTIONS = sum(CAPTIONS_PER_IMAGE)
+FIELDS: dict[str, Any] = {"stage_version": 1, "config": {}, "inputs": {}}
+
+
+def random_model(**sizes: Any) -> ENAT:
+    return randomized(ENAT(ENATConfig(**{**SIZES, **sizes})))
 
 
 @pytest.fixture(scope="module")
 def model() -> ENAT:
-    """Every weight random: a model as it is initialised would give all classes the same logits."""
-    made = ENAT(
-        ENATConfig(encoder_layers=1, decoder_layers=1, embed_dim=32, num_heads=2, grid_size=4, codebook_size=32, num_classes=3)
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.normal_(std=0.2, generator=generator)
-    return made.eval()
+    return random_model(num_classes=3)
 
 
 @pytest.fixture(scope="module")
-def make_samples(
-    model: ENAT, make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[generate.GenerateConfig], tuple[LocalStore, Manifest]]:
-    def make(config: generate.GenerateConfig) -> tuple[LocalStore, Manifest]:
+def text_model() -> ENAT:
+    return random_model(num_classes=0, text_width=8, num_text_tokens=3)
+
+
+@dataclass
+class Made:
+    """A stage's inputs and result in a store of its own."""
+
+    store: LocalStore
+    inputs: dict[str, Manifest]
+    manifest: Manifest
+    metrics: dict[str, float]
+    worker_seconds: float
+
+
+def keep_model(store: LocalStore, folder: Path, model: ENAT) -> Manifest:
+    save_weights(folder / "weights", model)
+    record = store.put_file("train", "m", "model.safetensors", folder / "weights")
+    summary = {"model": dataclasses.asdict(model.config), "tokenizer_digest": "t"}
+    return store.commit(Manifest(stage="train", key="m", files=(record,), summary=summary, **FIELDS))
+
+
+def keep_captions(store: LocalStore, folder: Path) -> Manifest:
+    """Features of the captions of six images, in files of four captions."""
+    entries = [Entry(str(i), f"{i}.png", 0, 1, captions=(f"of {i}",) * count) for i, count in enumerate(CAPTIONS_PER_IMAGE)]
+    write_index(folder / INDEX, entries)
+    record = store.put_file("dataset", "d", INDEX, folder / INDEX)
+    index = store.commit(Manifest(stage="dataset", key="d", files=(record,), **FIELDS))
+    info = CaptionFeaturesInfo(num_captions=NUM_CAPTIONS, captions_per_file=4, num_positions=3, width=8, encoder_digest="e")
+    generator = torch.Generator().manual_seed(1)
+
+    def features(count: int) -> TextFeatures:
+        hidden = torch.randn(count, 3, 8, generator=generator).half()
+        return TextFeatures(hidden, hidden[:, 0], torch.full((count,), 3))
+
+    records = []
+    for number in range(info.num_files):
+        name, start = captions_name(number), number * info.captions_per_file
+        write_captions(folder / name, info, start, features(info.captions_from(start)))
+        records.append(store.put_file("captions", "c", name, folder / name))
+    write_empty(folder / EMPTY, info, features(1))
+    records.append(store.put_file("captions", "c", EMPTY, folder / EMPTY))
+    source = {"dataset": {"stage": "dataset", "key": "d", "digest": index.digest}}
+    summary = {"info": dataclasses.asdict(info)}
+    return store.commit(Manifest(stage="captions", key="c", files=tuple(records), summary=summary, **{**FIELDS, "inputs": source}))
+
+
+def keep_token_map(store: LocalStore, folder: Path, tokenizer_digest: str = "t") -> Manifest:
+    """Thirty rows of random codes, labels 0 to 2, the last one without a label."""
+    info = TokenMapInfo(
+        dataset="random", resolution=16, grid_size=4, codebook_size=32, num_classes=3, tokenizer_digest=tokenizer_digest
+    )
+    codes = np.random.default_rng(0).integers(0, 32, (30, 16))
+    labels = [*(row % 3 for row in range(29)), -1]
+    rows = TokenRows(
+        codes=codes, codes_flipped=codes, keys=[str(i) for i in range(30)], labels=labels, source_sha256=[b"0" * 32] * 30
+    )
+    write_part(folder / "map", info, rows)
+    record = store.put_file("token_map", "t", "part-00000.parquet", folder / "map")
+    summary = {"info": dataclasses.asdict(info), "rows": 30}
+    return store.commit(Manifest(stage="token_map", key="t", files=(record,), summary=summary, **FIELDS))
+
+
+@pytest.fixture(scope="module")
+def make(make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
+    def run(config: GenerateConfig, model: ENAT, *others: Callable[[LocalStore, Path], Manifest]) -> Made:
         folder = tmp_path_factory.mktemp("generate")
         store = LocalStore(folder / "store")
-        save_weights(folder / "weights", model)
-        record = store.put_file("train", "m", "model.safetensors", folder / "weights")
-        summary = {"model": dataclasses.asdict(model.config)}
-        fields: dict[str, Any] = {"stage_version": 1, "config": {}, "inputs": {}}
-        inputs = {"model": store.commit(Manifest(stage="train", key="m", files=(record,), summary=summary, **fields))}
-        result = generate.run(config, inputs, make_context(store, "generate", "k"))
-        return store, store.commit(
-            Manifest(stage="generate", key="k", files=tuple(result.files), summary=dict(result.summary), **fields)
-        )
+        inputs = {"model": keep_model(store, folder, model)} | {
+            made.stage: made for made in (keep(store, folder) for keep in others)
+        }
+        return finish(config, store, inputs, make_context)
 
-    return make
+    return run
+
+
+@pytest.fixture
+def make_here(make_context: Callable[..., Any], tmp_path: Path) -> Callable[..., Samples]:
+    """The same by one worker in this process, without the actors, and read back."""
+
+    def run(config: GenerateConfig, model: ENAT, *others: Callable[[LocalStore, Path], Manifest]) -> Samples:
+        store = LocalStore(tmp_path / "here")
+        inputs = {"model": keep_model(store, tmp_path, model)} | {made.stage: made for made in (k(store, tmp_path) for k in others)}
+        context = make_context(store, "generate", "k").for_workers()
+        plan = ray.put(generate._plan(config, model.config, inputs, store))
+        worker = generate._Sample(generate._Task(config, inputs["model"], inputs.get("captions"), plan, 1, context))
+        parts = -(-config.num_samples // config.shard_size)
+        files = [FileRecord(**worker({"part": np.array([part])})["record"][0]["file"]) for part in range(parts)]
+        summary = {"num_samples": config.num_samples, "shard_size": config.shard_size}
+        return read_codes(store, Manifest(stage="generate", key="k", files=tuple(files), summary=summary, **FIELDS))
+
+    return run
+
+
+def finish(config: GenerateConfig, store: LocalStore, inputs: dict[str, Manifest], make_context: Callable[..., Any]) -> Made:
+    result = generate.run(config, inputs, make_context(store, "generate", "k"))
+    fields = {**FIELDS, "files": tuple(result.files), "summary": dict(result.summary)}
+    manifest = store.commit(Manifest(stage="generate", key="k", **fields))
+    return Made(store, inputs, manifest, dict(result.metrics), result.worker_seconds)
 
 
 @pytest.fixture(scope="module")
-def samples(make_samples) -> tuple[LocalStore, Manifest]:
-    return make_samples(CONFIG)
+def samples(make: Callable[..., Made], model: ENAT) -> Made:
+    return make(CONFIG, model)
 
 
-def test_there_are_exactly_num_samples_rows_with_classes_in_turn(samples) -> None:
-    store, manifest = samples
-    assert [record.name for record in manifest.files] == [f"part-{part:05d}.parquet" for part in range(3)]
-    read = read_codes(store, manifest)
+# Classes -------------------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_exactly_num_samples_rows_with_classes_in_turn(samples: Made) -> None:
+    assert [record.name for record in samples.manifest.files] == [f"part-{part:05d}.parquet" for part in range(3)]
+    read = read_codes(samples.store, samples.manifest)
     assert read.index.tolist() == list(range(20)) and read.labels.tolist() == [index % 3 for index in range(20)]
     assert read.codes.shape == (20, 16) and read.codes.min() >= 0 and read.codes.max() < 32
+    assert read.seeds.tolist() == [sample_seed(3, index) for index in range(20)]
+    assert set(read.captions) == set(read.rows) == {-1}
+    assert pq.read_schema(samples.store.fetch(samples.manifest, "part-00000.parquet")).names == ["index", "label", "seed", "codes"]
 
 
-def test_the_codes_of_a_sample_are_the_sampler_s_for_its_seed_and_label_alone(samples, model: ENAT) -> None:
-    read = read_codes(*samples)
+def test_the_codes_of_a_sample_are_the_sampler_s_for_its_seed_and_label_alone(samples: Made, model: ENAT) -> None:
+    read = read_codes(samples.store, samples.manifest)
     for index in (0, 7, 8, 19):
         alone = sample(model, torch.tensor([index % 3]), SAMPLER, seeds=[sample_seed(3, index)])
         np.testing.assert_array_equal(alone[0].numpy(), read.codes[index])
     assert len(np.unique(read.codes, axis=0)) == 20, "no two samples are the same"
 
 
-@pytest.mark.parametrize("execution", [Execution(num_workers=2, batch_size=3), Execution(batch_size=1)])
-def test_codes_and_files_do_not_depend_on_workers_or_batch(make_samples, samples, execution: Execution) -> None:
-    assert make_samples(dataclasses.replace(CONFIG, execution=execution))[1].digest == samples[1].digest
+def test_codes_and_files_do_not_depend_on_workers_or_batch(make, model: ENAT, samples: Made) -> None:
+    made = make(dataclasses.replace(CONFIG, execution=GenerateExecution(num_workers=2, batch_size=3)), model)
+    assert made.manifest.digest == samples.manifest.digest
+
+
+def test_codes_do_not_depend_on_how_many_are_computed_together(make_here, model: ENAT, samples: Made) -> None:
+    read, whole = make_here(dataclasses.replace(CONFIG, images_per_pass=1), model), read_codes(samples.store, samples.manifest)
+    np.testing.assert_array_equal(read.codes, whole.codes)
+
+
+def test_what_was_measured_is_told(samples: Made) -> None:
+    summary, metrics = samples.manifest.summary, samples.metrics
+    assert summary["labels"] == "each class in turn" and summary["batch_size"] == 32 and summary["num_classes"] == 3
+    assert summary["device"] and "," not in summary["device"], "all parts were made on one kind of CPU"
+    assert SamplerConfig(**summary["sampler"]) == SAMPLER
+    assert metrics["samples"] == 20 and metrics["device_seconds_per_image"] == 0
+    assert metrics["images_per_second"] == pytest.approx(1 / metrics["worker_seconds_per_image"]), "by one worker"
+    assert samples.worker_seconds > 20 * metrics["worker_seconds_per_image"], "loading the model counts as well"
+    assert 0.05 < metrics["peak_memory_gb"] < 20
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 20), (0, 8), (8, 16), (5, 11), (15, 20), (19, 20)])
-def test_a_range_of_samples_is_a_piece_of_the_whole(samples, start: int, stop: int) -> None:
-    whole, piece = read_codes(*samples), read_codes(*samples, start, stop)
+def test_a_range_of_samples_is_a_piece_of_the_whole(samples: Made, start: int, stop: int) -> None:
+    whole, piece = read_codes(samples.store, samples.manifest), read_codes(samples.store, samples.manifest, start, stop)
     assert piece.index.tolist() == list(range(start, stop))
     np.testing.assert_array_equal(piece.codes, whole.codes[start:stop])
     np.testing.assert_array_equal(piece.labels, whole.labels[start:stop])
+    np.testing.assert_array_equal(piece.seeds, whole.seeds[start:stop])
 
 
-def test_seeds_of_neighbouring_samples_and_runs_share_nothing() -> None:
-    seeds = [sample_seed(run, index) for run in range(20) for index in range(500)]
-    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
-    bits = np.array([[seed >> bit & 1 for bit in range(63)] for seed in seeds])
-    assert abs(bits.mean(axis=0) - 0.5).max() < 0.03  # six standard deviations
+@pytest.mark.parametrize(("start", "stop"), [(0, 21), (-1, 5), (20, 20), (7, 3)])
+def test_samples_that_are_not_there_are_said(samples: Made, start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match=rf"generate/k has no samples {start} to {stop - 1}: they are numbered 0 to 19"):
+        read_codes(samples.store, samples.manifest, start, stop)
 
 
-@pytest.mark.parametrize("wrong", [{"num_samples": 1}, {"shard_size": 0}])
-def test_a_number_of_samples_that_makes_no_sense_is_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"generate\.num_samples must be at least 2 and shard_size at least 1"):
-        generate.GenerateConfig(**wrong)
+def test_given_labels_come_in_turn(make_here, model: ENAT, samples: Made) -> None:
+    read = make_here(dataclasses.replace(CONFIG, labels=(2, 2, 0), num_samples=8), model)
+    others = read_codes(samples.store, samples.manifest)
+    assert read.labels.tolist() == [2, 2, 0, 2, 2, 0, 2, 2]
+    for index, label in enumerate(read.labels):
+        is_same = np.array_equal(read.codes[index], others.codes[index])
+        assert is_same == (label == index % 3), "the same seed and label make the same codes, another label others"
+
+
+def test_bfloat16_is_autocast_around_the_same_sampler(make_here, model: ENAT, samples: Made) -> None:
+    read = make_here(dataclasses.replace(CONFIG, num_samples=8, precision="bf16"), model)
+    seeds = [sample_seed(3, index) for index in range(8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = sample(model, torch.arange(8) % 3, SAMPLER, seeds=seeds)
+    np.testing.assert_array_equal(read.codes, expected.numpy())
+    share = (read.codes == read_codes(samples.store, samples.manifest, 0, 8).codes).mean()
+    assert 0.2 < share < 1, "it is rounding that differs"
+
+
+def test_an_unconditional_model_has_no_labels_to_tell(make_here) -> None:
+    model = random_model(num_classes=0)
+    assert make_here(dataclasses.replace(CONFIG, num_samples=4), model).labels.tolist() == [0] * 4
+    assert generate._check(CONFIG, model.config, {}) == "none"
+
+
+@pytest.mark.faults
+def test_a_compiled_model_makes_the_same_codes(make_here, model: ENAT, samples: Made) -> None:
+    read = make_here(dataclasses.replace(CONFIG, num_samples=8, execution=GenerateExecution(compile=True)), model)
+    np.testing.assert_array_equal(read.codes, read_codes(samples.store, samples.manifest, 0, 8).codes)
+
+
+# Captions ------------------------------------------------------------------------------------------------------------------
+
+
+def test_codes_are_those_of_the_recorded_captions(make, text_model: ENAT) -> None:
+    made = make(dataclasses.replace(CONFIG, num_samples=12, shard_size=5), text_model, keep_captions)
+    read = read_codes(made.store, made.manifest)
+    assert set(read.labels) == {-1} and made.manifest.summary["labels"] == "captions"
+    assert sorted(read.captions[:NUM_CAPTIONS]) == list(range(NUM_CAPTIONS)), "each caption once before any comes twice"
+    assert read.captions[NUM_CAPTIONS:].tolist() == read.captions[: 12 - NUM_CAPTIONS].tolist()
+    features = CaptionFeatures.open(made.store, made.inputs["captions"])
+    for index in (0, 5, 11):
+        condition = TextCondition(*map(torch.from_numpy, features.take(read.captions[index : index + 1])))
+        alone = sample(text_model, condition, SAMPLER, seeds=[sample_seed(3, index)])
+        np.testing.assert_array_equal(alone[0].numpy(), read.codes[index])
+
+
+def test_captions_can_be_taken_as_the_dataset_has_them(make_here, text_model: ENAT) -> None:
+    read = make_here(dataclasses.replace(CONFIG, num_samples=12, caption_choice="in_order"), text_model, keep_captions)
+    assert read.captions.tolist() == [*range(NUM_CAPTIONS), *range(12 - NUM_CAPTIONS)]
+
+
+def test_fewer_samples_than_images_take_one_caption_of_different_images(make_here, text_model: ENAT) -> None:
+    read = make_here(dataclasses.replace(CONFIG, num_samples=5), text_model, keep_captions)
+    image_of = np.repeat(np.arange(6), CAPTIONS_PER_IMAGE)
+    assert sorted(image_of[read.captions]) == [0, 2, 3, 4, 5]
+
+
+# Codes to begin with -------------------------------------------------------------------------------------------------------
+
+
+def test_masked_codes_of_the_token_map_are_filled_in_and_the_others_stay(make, model: ENAT) -> None:
+    config = dataclasses.replace(CONFIG, mask_ratio=0.5, sampler=SamplerConfig(num_steps=1, guidance_scale=1.0))
+    made = make(config, model, keep_token_map)
+    read = read_codes(made.store, made.manifest)
+    truth = np.random.default_rng(0).integers(0, 32, (30, 16))[read.rows]
+    assert len(set(read.rows.tolist())) == 20, "no row twice before all were there"
+    row_labels = np.array([*(row % 3 for row in range(29)), 3])  # the null label of the row that has none
+    assert read.labels.tolist() == row_labels[read.rows].tolist()
+    kept = (read.codes == truth).sum(axis=1)
+    assert kept.min() >= 8 and kept.mean() < 10, "half of the 16 codes stay; of the others few are guessed right"
+    masks = {tuple(row) for row in read.codes == truth}
+    assert len(masks) > 15, "every sample has its own positions"
+    assert made.manifest.summary["labels"] == "token map rows" and made.manifest.summary["mask_ratio"] == 0.5
+
+
+def test_a_small_share_masks_one_code_at_least(make_here, model: ENAT) -> None:
+    config = dataclasses.replace(CONFIG, mask_ratio=0.01, sampler=SamplerConfig(num_steps=1, guidance_scale=1.0))
+    read = make_here(config, model, keep_token_map)
+    truth = np.random.default_rng(0).integers(0, 32, (30, 16))[read.rows]
+    assert ((read.codes != truth).sum(axis=1) <= 1).all() and (read.codes != truth).any()
+
+
+# What cannot be ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"num_samples": 1}, r"generate\.num_samples must be at least 2 and shard_size at least 1"),
+        ({"shard_size": 0}, r"generate\.num_samples must be at least 2 and shard_size at least 1"),
+        ({"mask_ratio": 0.0}, r"generate\.mask_ratio is 0\.0; it must be above 0 and at most 1"),
+        ({"mask_ratio": 0.5, "labels": (1,)}, r"give no generate\.labels with it"),
+        ({"precision": "fp8"}, r"generate\.precision is 'fp8'; choose one of fp32, bf16"),
+        ({"caption_choice": "best"}, r"generate\.caption_choice is 'best'; choose one of drawn, in_order"),
+        ({"images_per_pass": 0}, r"generate\.images_per_pass is 0"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        GenerateConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_text", "sentence"),
+    [
+        ({"labels": (1, 3)}, False, r"generate\.labels has 3, but this model knows 0 to 2"),
+        ({"mask_ratio": 0.5}, False, "begins with codes of a token map, and this run has none"),
+        ({}, True, r"needs their features; give captions\.encoder"),
+        ({"labels": (1,)}, True, r"generate\.labels is for models of classes"),
+        ({"mask_ratio": 0.5}, True, r"generate\.mask_ratio is for models of classes"),
+    ],
+)
+def test_what_the_model_cannot_do_is_said(make, model: ENAT, text_model: ENAT, given, is_text: bool, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make(dataclasses.replace(CONFIG, **given), text_model if is_text else model)
+
+
+def test_a_token_map_of_another_tokenizer_is_refused(make, model: ENAT) -> None:
+    config = dataclasses.replace(CONFIG, mask_ratio=0.5)
+    with pytest.raises(ValueError, match="has tokenizer other, but the model expects tokenizer t"):
+        make(config, model, lambda store, folder: keep_token_map(store, folder, "other"))
+
+
+# Kills ---------------------------------------------------------------------------------------------------------------------
+
+LONG = dataclasses.replace(CONFIG, num_samples=90, shard_size=6, sampler=dataclasses.replace(SAMPLER, num_steps=16))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make: Callable[..., Made], model: ENAT) -> Made:
+    return make(LONG, model)
+
+
+@pytest.fixture
+def inputs(model: ENAT, tmp_path: Path) -> tuple[LocalStore, dict[str, Manifest]]:
+    store = LocalStore(tmp_path / "store")
+    return store, {"model": keep_model(store, tmp_path, model)}
+
+
+class _UnhurriedStore(LocalStore):
+    """Leaves time to be killed between two parts, whatever else the machine does."""
+
+    def put_part(self, stage: str, key: str, name: str, record: Any) -> None:
+        super().put_part(stage, key, name, record)
+        time.sleep(0.1)
+
+
+def wait_for_parts(store: LocalStore, count: int, is_alive: Callable[[], bool] = lambda: True) -> None:
+    deadline = time.monotonic() + 60
+    while len(store.read_parts("generate", "k")) < count:
+        assert is_alive() and time.monotonic() < deadline, f"only {len(store.read_parts('generate', 'k'))} parts were made"
+        time.sleep(0.005)
+
+
+@pytest.mark.faults
+def test_a_worker_that_is_killed_costs_nothing_but_time(uninterrupted: Made, inputs, make_context: Callable[..., Any]) -> None:
+    store, given = inputs
+    killed: list[int] = []
+    stop = threading.Event()
+
+    def kill_one() -> None:
+        wait_for_parts(store, 2)
+        if kill_a_worker("MapWorker(MapBatches(_Sample)", stop.is_set):
+            killed.append(len(store.read_parts("generate", "k")))
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # which workers cannot import
+    try:
+        made = finish(LONG, _UnhurriedStore(store.root), given, make_context)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        stop.set()
+        killer.join()
+    assert killed and killed[0] < 15, "it was killed in time"
+    assert made.manifest.digest == uninterrupted.manifest.digest
+
+
+_DRIVER = """
+import sys, pickle, ray
+from pipelines import cluster
+cluster.connect(cluster.ClusterConfig(address=sys.argv[1]))
+from pipelines.stages import generate
+from pathlib import Path
+config, inputs, context = pickle.loads(Path(sys.argv[2]).read_bytes())
+ray.cloudpickle.register_pickle_by_value(sys.modules[type(context).__module__])  # which workers cannot import
+generate.run(config, inputs, context())
+"""
+
+
+@dataclass(frozen=True)
+class _Context:
+    """Makes a stage's context in another process."""
+
+    store: LocalStore
+
+    def __call__(self) -> Any:
+        import io
+
+        from rich.console import Console
+
+        from pipelines.tracking import RunHandle
+        from pipelines.workflow import StageContext
+
+        console = Console(file=io.StringIO())
+        return StageContext(
+            stage="generate", key="k", store=self.store, run=RunHandle("", None), console=console, connect=lambda: None
+        )
+
+
+@pytest.mark.faults
+def test_a_driver_that_is_killed_is_gone_on_from(
+    uninterrupted: Made, inputs, tmp_path: Path, make_context: Callable[..., Any]
+) -> None:
+    store, given = inputs
+    task = tmp_path / "task"
+    task.write_bytes(ray.cloudpickle.dumps((LONG, given, _Context(_UnhurriedStore(store.root)))))
+    command = [sys.executable, "-c", _DRIVER, ray.get_runtime_context().gcs_address, str(task)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as driver:
+        wait_for_parts(store, 2, lambda: driver.poll() is None)
+        driver.send_signal(signal.SIGKILL)
+    parts = {name: (Path(store.place("generate", "k")) / name).stat() for name in store.read_parts("generate", "k")}
+    assert 2 <= len(parts) < 15, "it was killed in time"
+    made = finish(LONG, store, given, make_context)
+    assert made.manifest.digest == uninterrupted.manifest.digest
+    for name, before in parts.items():
+        now = (Path(store.place("generate", "k")) / name).stat()
+        assert (now.st_mtime_ns, now.st_ino) == (before.st_mtime_ns, before.st_ino), "what was done stays"
+    read = read_codes(made.store, made.manifest)
+    assert read.index.tolist() == list(range(90)), "no padding, nothing twice"

@@ -1,4 +1,4 @@
-"""Stage reference: the moments of real images, with either extractor."""
+"""Stage reference: what real images are like, of a dataset or of ADM's reference file, with any extractor."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ import numpy as np
 import pytest
 import torch
 from layouts import open_dataset
+from random_weights import inception_state
 
-from enat.metrics import FeatureMoments
+from enat.features import ClassifierExtractor
+from enat.metrics import FeatureMoments, FeatureStatistics, load_moments
 from pipelines import workflow
+from pipelines.adm_reference import NpzReference
 from pipelines.artifacts import LocalStore
+from pipelines.feature_job import feature_files, read_rows
 from pipelines.sources import DatasetConfig
+from pipelines.stages import reference
+from pipelines.workflow import Execution, StageResult
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+KEY = "e" * 64
 
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """InceptionV3 with random weights that are always the same, in torch's own format: the published ones cannot be had here."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
+    """InceptionV3 with drawn weights, in torch's own format."""
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    skeleton = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
-    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
-        torch.manual_seed(0)
-        # The constructor insists on a file; an empty one lets it finish with what it drew.
-        patch.setattr(torch, "load", lambda *_, **__: {})
-        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
-        skeleton.__init__("inception", ["2048"], feature_extractor_weights_path="none")
-    torch.save(skeleton.state_dict(), path)
+    torch.save(inception_state(), path)
     return path
 
 
+@pytest.mark.faults
 def test_moments_of_inception_are_those_of_torch_fidelitys_network(
     tiny_nodes: Callable[..., Any], make_session: Callable[..., Any], inception_weights: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     store = LocalStore(tmp_path / "store")
-    overrides = ("reference.extractor=inception", f"reference.inception_weights={inception_weights}")
-    done = workflow.execute(tiny_nodes(*overrides, until="reference"), make_session(store))[-1]
+    overrides = ("reference.extractor=inception", f"reference.weights={inception_weights}", "reference.images_per_pass=4")
+    done = workflow.execute(tiny_nodes(*overrides, "reference.num_kept=5", until="reference"), make_session(store))[-1]
     moments = FeatureMoments.load(store.fetch(done.manifest, "moments.safetensors"))
 
     network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(inception_weights))
@@ -53,6 +53,13 @@ def test_moments_of_inception_are_those_of_torch_fidelitys_network(
     assert moments.count == len(features) == 12
     np.testing.assert_allclose(moments.mean, features.mean(axis=0), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(moments.covariance, np.cov(features.T), rtol=1e-3, atol=1e-7)
+    assert load_moments(store.fetch(done.manifest, "spatial_moments.safetensors")).mean.shape == (2023,)
+    summary = done.manifest.summary
+    assert read_rows(store, "reference", done.manifest.key, feature_files(done.manifest), "logits").shape == (5, 1008)
+    assert (summary["num_images"], summary["num_kept"], summary["images_per_pass"]) == (12, 5, 4)
+    assert summary["of"] == "photographs, 16 px, adm-center" and summary["rounding"] == "uint8"
+    assert summary["extractor_digest"] == done.manifest.file("extractor.safetensors").sha256
+    assert summary["outputs"] == {"features": 2048, "spatial": 2023, "logits": 1008} and not summary["is_imported"]
 
 
 def test_another_file_of_inception_weights_is_another_artifact(
@@ -62,9 +69,167 @@ def test_another_file_of_inception_weights_is_another_artifact(
     other.write_bytes(inception_weights.read_bytes() + b"x")
     moved.write_bytes(inception_weights.read_bytes())
 
-    def key(path: Path) -> str:
-        nodes = tiny_nodes("reference.extractor=inception", f"reference.inception_weights={path}", until="reference")
+    def key(path: Path, *overrides: str) -> str:
+        nodes = tiny_nodes("reference.extractor=inception", f"reference.weights={path}", *overrides, until="reference")
         return workflow.stage_key(nodes[-1], {})
 
     assert key(moved) == key(inception_weights)
-    assert key(other) != key(inception_weights)
+    assert key(moved, "seed=7") == key(inception_weights)  # runs of other seeds have the same reference
+    assert key(moved, "reference.execution.batch_size=3") == key(inception_weights)
+    different = {key(other), key(moved, "reference.num_kept=7"), key(moved, "reference.images_per_pass=8"), key(moved)}
+    assert len(different) == 4
+
+
+# ADM's reference files --------------------------------------------------------------------------------------------------------
+
+
+def _statistics(width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    values = np.random.default_rng(seed).normal(size=(50, width))
+    return values.mean(axis=0), np.cov(values.T)
+
+
+def _write_npz(path: Path, width: int = 2048, images: np.ndarray | None = None, **arrays: np.ndarray) -> Path:
+    mu, sigma = _statistics(width, 0)
+    mu_s, sigma_s = _statistics(2023, 1)
+    held = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, **({} if images is None else {"arr_0": images})}
+    np.savez(path, **{**held, **arrays})
+    return path
+
+
+def _images(count: int, side: int = 16) -> np.ndarray:
+    return np.random.default_rng(2).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def _run(config: reference.ReferenceConfig, make_context: Callable[..., Any], store: LocalStore) -> StageResult:
+    return reference.run(config, {}, make_context(store, "reference", KEY))
+
+
+def _config(path: Path, weights: Path, **given: Any) -> reference.ReferenceConfig:
+    common = {"extractor": "inception", "weights": str(weights), "npz": str(path), "resolution": 16, "seed": 0}
+    return reference.ReferenceConfig(**{**common, **given})
+
+
+def test_statistics_of_a_published_file_are_taken_as_they_are(
+    inception_weights: Path, make_context, local_store: LocalStore, tmp_path: Path
+) -> None:
+    path = _write_npz(tmp_path / "VIRTUAL_photographs16.npz")
+    result = _run(_config(path, inception_weights), make_context, local_store)
+    files = {file.name: local_store.fetch_file("reference", KEY, file) for file in result.files}
+    assert set(files) == {"extractor.safetensors", "moments.safetensors", "spatial_moments.safetensors"}
+    for name, (mean, covariance) in (("moments", _statistics(2048, 0)), ("spatial_moments", _statistics(2023, 1))):
+        found = load_moments(files[f"{name}.safetensors"])
+        assert isinstance(found, FeatureStatistics)
+        np.testing.assert_array_equal(found.mean, mean)
+        np.testing.assert_array_equal(found.covariance, covariance)
+    assert result.summary["of"] == "VIRTUAL_photographs16.npz, 16 px" and result.summary["is_imported"]
+    assert result.summary["num_images"] is None and result.summary["num_kept"] == 0  # the file does not say how many
+
+
+@pytest.mark.faults
+def test_images_of_a_published_file_are_those_of_precision_and_recall(
+    inception_weights: Path, make_context, local_store: LocalStore, tmp_path: Path
+) -> None:
+    from enat.features import load_extractor
+
+    path = _write_npz(tmp_path / "with-images.npz", images=_images(5))
+    result = _run(_config(path, inception_weights, images_per_pass=5), make_context, local_store)
+    files = {file.name: local_store.fetch_file("reference", KEY, file) for file in result.files}
+    np.testing.assert_array_equal(load_moments(files["moments.safetensors"]).mean, _statistics(2048, 0)[0])
+    kept = read_rows(
+        local_store, "reference", KEY, [file for file in result.files if file.name.startswith("features-")], "features"
+    )
+    network = load_extractor("inception", files["extractor.safetensors"])
+    expected = network(torch.from_numpy(_images(5).transpose(0, 3, 1, 2)))["features"].numpy()
+    np.testing.assert_allclose(kept, expected, rtol=1e-4, atol=1e-5)
+    assert result.summary["num_kept"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"mu": np.zeros(2047)}, "mu"),
+        ({"mu": np.full(2048, np.nan)}, "not finite"),
+        ({"mu": np.array([{}], object)}, "mu"),
+        ({"arr_0": _images(2, side=8)}, "has images of 8 px, but this run makes 16 px"),
+        ({"arr_0": _images(2).astype(np.float32)}, "arr_0"),
+    ],
+)
+def test_reference_files_that_do_not_fit_are_refused(
+    arrays: dict[str, Any], reason: str, inception_weights: Path, make_context, local_store: LocalStore, tmp_path: Path
+) -> None:
+    path = _write_npz(tmp_path / "reference.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"reference\.npz.*{reason}"):
+        _run(_config(path, inception_weights), make_context, local_store)
+
+
+def test_statistics_of_other_features_are_refused(tmp_path: Path) -> None:
+    found = NpzReference.open(str(_write_npz(tmp_path / "narrow.npz", width=64)), None)
+    with pytest.raises(ValueError, match=r"has 64 features; Inception has 2048"):
+        found.check("inception", {"features": 2048, "spatial": 2023}, 16)
+    with pytest.raises(ValueError, match="no images; set extractor: inception"):
+        found.check("dinov2", {"features": 384}, 16)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 half"])
+def test_what_is_no_npz_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "reference.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"reference\.npz: .* is no \.npz file"):
+        NpzReference.open(str(tmp_path / "reference.npz"), None)
+
+
+def test_an_archive_without_images_and_statistics_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", values=np.zeros(3))
+    with pytest.raises(ValueError, match=r"neither images .* nor statistics"):
+        NpzReference.open(str(tmp_path / "other.npz"), None)
+
+
+# What a config may say --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"extractor": "resnet"}, "'resnet'; choose one of classifier, inception, dinov2, clip"),
+        ({"extractor": "classifier", "npz": "a.npz"}, "takes no reference.npz"),
+        ({"extractor": "classifier", "weights": "a.pth"}, "and no weights"),
+        ({"extractor": "dinov2"}, "needs reference.weights: a folder"),
+        ({"num_kept": -1}, "num_kept must be at least 0"),
+        ({"images_per_pass": 0}, "images_per_pass at least 1"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        reference.ReferenceConfig(**given)
+
+
+def test_the_classifier_of_a_stopped_stage_is_not_trained_again(
+    make_context, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features that were committed are of that classifier."""
+    dataset = open_dataset(DatasetConfig(), local_store)
+    config = reference.ReferenceConfig(
+        num_epochs=1, resolution=16, seed=0, dataset=DatasetConfig(), execution=Execution(num_workers=1)
+    )
+    context, inputs = make_context(local_store, "reference", KEY), {"dataset": dataset.manifest}
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "compute_features", stop)
+        with pytest.raises(KeyboardInterrupt):
+            reference.run(config, inputs, context)
+    committed = local_store.read_parts("reference", KEY)["extractor.safetensors"]
+    monkeypatch.setattr(ClassifierExtractor, "__init__", stop)  # of this process, which makes none when it is loaded, either
+    monkeypatch.setattr(reference, "_train_classifier", stop)
+    monkeypatch.setattr(reference.ExtractorFile, "load", lambda self: type("Known", (), {"outputs": {"features": 64}}))
+    monkeypatch.setattr(reference, "compute_features", lambda *_: _nothing_computed())
+    result = reference.run(config, inputs, context)
+    assert result.files[0].sha256 == committed["file"]["sha256"] and result.metrics["held_out_accuracy"] > 0.1
+
+
+def _nothing_computed() -> Any:
+    from pipelines.feature_job import FeatureSet
+
+    moments = {"features": FeatureMoments(64)}
+    return FeatureSet(count=1797, moments=moments, files=(), worker_seconds=0.0, device_seconds=0.0)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import pickle
-import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hostile import corpus, photo
 from PIL import Image
+from workers import kill_a_worker, titled_processes
 
 from pipelines import workflow
 from pipelines.artifacts import LocalStore, Manifest
@@ -61,11 +57,7 @@ def decoding_at_once() -> Iterator[list[int]]:
 
     def watch() -> None:
         while not stop.wait(0.02):
-            titles = []
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    titles.append(" ".join(process.cmdline()))
-            seen.append(sum(title.startswith("ray::MapBatches(_Decode)") for title in titles))
+            seen.append(sum(title.startswith("ray::MapBatches(_Decode)") for _, title in titled_processes()))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -159,7 +151,10 @@ def test_the_measured_use_of_the_codebook_is_that_of_the_stored_codes(one_worker
     assert manifest.metrics["code_perplexity"] == pytest.approx(np.exp(entropy), rel=1e-12)
 
 
-@pytest.mark.parametrize("execution", ["{num_workers: 2}", "{num_workers: 1, batch_size: 1}"])
+@pytest.mark.parametrize(
+    "execution", ["{num_workers: 2}", pytest.param("{num_workers: 1, batch_size: 1}", marks=pytest.mark.faults)]
+)
+@pytest.mark.faults
 def test_every_file_has_the_same_bytes_whatever_the_workers_and_the_batch(
     make_token_map, broken: tuple[str, ...], one_worker, decoding_at_once: list[int], execution: str
 ) -> None:
@@ -169,6 +164,7 @@ def test_every_file_has_the_same_bytes_whatever_the_workers_and_the_batch(
     assert max(decoding_at_once) <= 2, "tasks that decode are no crowd, also where the workers take all CPUs of the cluster"
 
 
+@pytest.mark.faults
 def test_too_many_unreadable_images_fail_with_a_sentence_and_leave_no_map(
     make_token_map, broken_image_folder: Path, local_store: LocalStore
 ) -> None:
@@ -181,6 +177,7 @@ def test_too_many_unreadable_images_fail_with_a_sentence_and_leave_no_map(
     assert {manifest.stage for manifest in local_store.manifests()} == {"dataset", "tokenizer"}
 
 
+@pytest.mark.faults
 def test_a_quarantine_as_large_as_is_allowed_is_no_failure(make_token_map, broken_image_folder: Path) -> None:
     """Two of fourteen, and not one more."""
     _, manifest = make_token_map(f"dataset.path={broken_image_folder}", f"token_map.max_quarantine_share={2 / 14}")
@@ -299,6 +296,7 @@ EXECUTIONS += ["{num_workers: 1, batch_size: 1, num_decoders: 1}"]
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.faults
 def test_many_passes_give_the_same_bytes_however_they_are_spread(
     make_token_map, hostile: tuple[str, ...], hostile_map, execution: str
 ) -> None:
@@ -307,20 +305,14 @@ def test_many_passes_give_the_same_bytes_however_they_are_spread(
 
 
 @pytest.mark.parametrize("task", ["_Decode", "_Encode"])
+@pytest.mark.faults
 def test_a_killed_worker_changes_no_byte(make_token_map, hostile: tuple[str, ...], hostile_map, task: str) -> None:
     """A process of this session's own cluster, killed while Ray's title of it says that it decodes or encodes."""
-    killed, stop = [], threading.Event()
+    killed: list[str | None] = []
+    stop = threading.Event()
 
     def kill_one() -> None:
-        while not killed and not stop.is_set():
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    title = " ".join(process.cmdline())
-                    if title.startswith("ray::") and f"MapBatches({task})" in title:
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(title)
-                        break
-            time.sleep(0.002)
+        killed.append(kill_a_worker(f"MapBatches({task})", stop.is_set))
 
     killer = threading.Thread(target=kill_one)
     killer.start()
@@ -329,7 +321,7 @@ def test_a_killed_worker_changes_no_byte(make_token_map, hostile: tuple[str, ...
     finally:
         stop.set()
         killer.join()
-    assert len(killed) == 1, "one was killed in time"
+    assert killed[0], "one was killed in time"
     _assert_same_bytes(made, hostile_map)
 
 
@@ -349,6 +341,7 @@ class _WrittenParts:
             self.parts.append(part)
 
 
+@pytest.mark.faults
 def test_an_interrupted_run_goes_on_with_what_is_missing_and_ends_with_the_same_bytes(
     make_token_map, tiny_nodes, hostile: tuple[str, ...], hostile_map, local_store: LocalStore
 ) -> None:
@@ -371,6 +364,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_ends_with_the_same_
     _assert_same_bytes(made, hostile_map)
 
 
+@pytest.mark.faults
 def test_bfloat16_changes_few_codes_and_says_so_in_the_map(make_token_map, hostile: tuple[str, ...], hostile_map) -> None:
     store, manifest = make_token_map(*hostile, "token_map.dtype=bfloat16")
     assert manifest.summary["info"]["dtype"] == "bfloat16" and hostile_map[1].summary["info"]["dtype"] == "float32"

@@ -1,0 +1,48 @@
+"""How fast images are sampled, what reuse and the sampler's gathers bring over the obvious way, and how long 50,000 samples take:
+ratios within one run.
+
+    make bench                                        with the other benchmarks
+    .venv/bin/python tests/benchmarks/sampling.py     by itself (about 2 minutes on a CPU)
+    .venv/bin/python tests/benchmarks/sampling.py --batch-size 1 --num-rounds 1       quicker, and less sure
+
+The samplers that are compared are in sampling_loops.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import in_process, run_script, show, where
+
+
+@click.command()
+@click.option("--preset", default="enat-s", help="Size of the model.")
+@click.option("--batch-size", type=int, help="Images at a time; by default 2 on a CPU and 256 on a GPU.")
+@click.option("--num-rounds", default=2, help="Calls of each sampler, of which the fastest counts.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def main(preset: str, batch_size: int | None, num_rounds: int, as_json: bool) -> None:
+    device, precision = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
+    given = {
+        "preset": preset,
+        "batch_size": batch_size if batch_size is not None else (256 if device == "cuda" else 2),
+        "device": device,
+        "precision": precision,
+    }
+    with tempfile.TemporaryDirectory(prefix="enat-bench-") as folder:
+        figures = in_process(__file__, "samplers", Path(folder), given, num_rounds)
+    show("sampling", {**where(), **given, **figures}, as_json)
+
+
+def samplers(_: Path, given: dict[str, Any], num_rounds: int) -> dict[str, Any]:
+    """All figures, of one core or of a GPU; there also compiled and as a CUDA graph."""
+    import sampling_loops
+
+    return sampling_loops.measure(given.pop("preset"), num_rounds=num_rounds, compiled=given["device"] == "cuda", **given)
+
+
+if __name__ == "__main__":
+    run_script(globals(), main)

@@ -1,0 +1,249 @@
+"""Two samplers in one process: the obvious one, which sends all tokens through every layer with attention masks, twice a step, and
+enat.sampler, fresh and with reuse. Same weights, same noise, same codes. On a GPU also compiled, and as one CUDA graph a call:
+
+    python tests/benchmarks/sampling_loops.py --device cuda --preset enat-l --precision bf16 --batch-size 128 --compiled
+
+Shape legend: B images, L tokens, V codebook size, N steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(1, str(Path(__file__).parent))
+
+from training_loops import DTYPES, _synchronize, dense_forward, make_model
+
+from enat import ENAT, VQGAN, ENATConfig, SamplerConfig, VQGANConfig, generation_cost
+from enat.sampler import decode_steps, draw_uniforms
+from pipelines.train_metrics import matmul_peak
+
+NUM_PUBLISHED_SAMPLES = 50_000
+FRESH, REUSE = SamplerConfig(reuse=False), SamplerConfig()
+
+
+@torch.no_grad()
+def obvious_sample(model: ENAT, conditions: Tensor, uniforms: Tensor, config: SamplerConfig) -> Tensor:
+    """Codes int64 (B, L) of a model with self-cross attention; conditions int64 (2 B,), labels and then null labels.
+
+    Both passes at every step, logits at every position, codes drawn for every position; what was visible is put back.
+    """
+    (num_images, _, _, num_tokens), mask_id = uniforms.shape, model.config.mask_id
+    tokens = torch.full((num_images, num_tokens), mask_id, device=uniforms.device)
+    features, mask_before = None, None
+    for step in range(config.num_steps):
+        mask = tokens == mask_id
+        features, logits = dense_forward(
+            model, tokens.repeat(2, 1), conditions, features if config.reuse else None, mask_before if config.reuse else None
+        )
+        mask_before = mask.repeat(2, 1)
+        cond, uncond = logits.float().chunk(2)
+        log_probs = (uncond + config.guidance_at(step) * (cond - uncond)).log_softmax(dim=-1)
+        cumulative = (log_probs / config.sampling_temperature_at(step)).softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.searchsorted(cumulative, uniforms[:, step, 0, :, None] * cumulative[..., -1:], right=True)
+        drawn = drawn.clamp_max(mask_id - 1)
+        noise = config.remask_temperature_at(step) * torch.log(-torch.log(uniforms[:, step, 1]))
+        confidence = (log_probs.gather(-1, drawn)[..., 0] - noise).masked_fill(~mask, float("inf"))
+        tokens = torch.where(mask, drawn[..., 0], tokens)
+        hidden = confidence.argsort(dim=1)[:, : config.num_masked_at(step + 1, num_tokens)]
+        tokens = tokens.scatter(1, hidden, mask_id)
+    return tokens
+
+
+class Loop:
+    """enat.sampler on prepared noise and conditions; compiled, its blocks go through torch.compile."""
+
+    def __init__(self, model: ENAT, config: SamplerConfig, *, compiled: bool = False) -> None:
+        self.model, self.config = model, config
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64  # every step has its own shapes
+            for block in (*model.encoder, *model.decoder):
+                block.compile(dynamic=True)
+
+    def __call__(self, conditions: Tensor, uniforms: Tensor) -> Tensor:
+        tokens = torch.full((len(uniforms), self.model.config.num_tokens), self.model.config.mask_id, device=uniforms.device)
+        return decode_steps(self.model, conditions, tokens, uniforms, self.config)[-1]
+
+
+class GraphedLoop:
+    """A whole call of a Loop as one CUDA graph, recorded for the batch it is made with.
+
+    That is more than torch.compile's mode "reduce-overhead" does with a block: nothing is launched or copied between blocks.
+    """
+
+    def __init__(self, loop: Loop, conditions: Tensor, uniforms: Tensor) -> None:
+        self.conditions, self.uniforms = conditions.clone(), uniforms.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # as torch.cuda.graph asks for: run before it is recorded, beside the default stream
+            for _ in range(3):
+                loop(self.conditions, self.uniforms)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.codes = loop(self.conditions, self.uniforms)
+
+    def __call__(self, conditions: Tensor, uniforms: Tensor) -> Tensor:
+        self.conditions.copy_(conditions)
+        self.uniforms.copy_(uniforms)
+        self.graph.replay()
+        return self.codes.clone()
+
+
+def inputs(model: ENAT, batch_size: int, config: SamplerConfig, device: str) -> tuple[Tensor, Tensor]:
+    """Conditions and noise of the first batch_size samples."""
+    labels = torch.arange(batch_size, device=device) % model.config.num_classes
+    uniforms = draw_uniforms(range(batch_size), config.num_steps, model.config.num_tokens).to(device)
+    return torch.cat([labels, torch.full_like(labels, model.config.null_label)]), uniforms
+
+
+def compare(
+    preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int = 2, compiled: bool = False
+) -> dict[str, Any]:
+    """Images a second of both samplers and their ratios; beside reuse what its MACs promise. Weights are of `precision`."""
+    model = _model(preset, precision, device)
+    conditions, uniforms = inputs(model, batch_size, REUSE, device)
+    samplers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "obvious": lambda *given: obvious_sample(model, *given, FRESH),
+        "fresh": Loop(model, FRESH),
+        "reuse": Loop(model, REUSE),
+    }
+    figures: dict[str, Any] = {}
+    if compiled:
+        samplers |= _compiled_samplers(_model(preset, precision, device), conditions, uniforms, figures)
+    speeds = images_per_second(samplers, conditions, uniforms, num_rounds)
+    macs = {
+        name: generation_cost(model.config, config).executed_transformer_macs for name, config in (("fresh", FRESH), ("", REUSE))
+    }
+    for name, speed in speeds.items():
+        figures[f"{name}_images_per_second"] = speed
+        if name != "obvious":
+            figures[f"{name}_over_obvious"] = speed / speeds["obvious"]
+            figures[f"{name}_tflops"] = 2 * macs.get(name, macs[""]) * speed / 1e12
+    figures["reuse_over_fresh"] = speeds["reuse"] / speeds["fresh"]
+    figures["macs_of_fresh_over_reuse"] = macs["fresh"] / macs[""]
+    return figures
+
+
+def _compiled_samplers(
+    model: ENAT, conditions: Tensor, uniforms: Tensor, figures: dict[str, Any]
+) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """What of compiling and recording works here; figures say what does not."""
+    samplers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+    try:
+        loop = Loop(model, REUSE, compiled=True)
+        loop(conditions, uniforms)
+        samplers["compiled"] = loop
+        if conditions.is_cuda:
+            samplers["graphed"] = GraphedLoop(loop, conditions, uniforms)
+    except Exception as error:
+        figures["compiling_failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return samplers
+
+
+def images_per_second(
+    samplers: Mapping[str, Callable[[Tensor, Tensor], Tensor]], conditions: Tensor, uniforms: Tensor, num_rounds: int
+) -> dict[str, float]:
+    """The best of num_rounds calls of each, in turn, so that a machine's slow moment meets all alike. First calls warm up."""
+    fastest = dict.fromkeys(samplers, float("inf"))
+    few = slice(None) if conditions.is_cuda else slice(1)  # a GPU picks its kernels by shape
+    for sampler in samplers.values():
+        sampler(conditions.view(2, -1)[:, few].flatten(), uniforms[few])
+    for _ in range(num_rounds):
+        for name, sampler in samplers.items():
+            started = _clock(str(conditions.device))
+            sampler(conditions, uniforms)
+            fastest[name] = min(fastest[name], _clock(str(conditions.device)) - started)
+    return {name: len(uniforms) / seconds for name, seconds in fastest.items()}
+
+
+def options_over_plain(preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int = 2) -> dict[str, float]:
+    """Speed with filters on what codes are drawn from, and with half of the tokens given, over that without, with reuse."""
+    model = _model(preset, precision, device)
+    conditions, uniforms = inputs(model, batch_size, REUSE, device)
+    num_tokens = model.config.num_tokens
+    codes = torch.zeros((batch_size, num_tokens), dtype=torch.int64, device=device)
+    start = torch.where(torch.arange(num_tokens, device=device) < num_tokens // 2, codes, model.config.mask_id)
+
+    def half_given(conditions: Tensor, uniforms: Tensor) -> Tensor:
+        return decode_steps(model, conditions, start[: len(uniforms)], uniforms, REUSE, num_given=num_tokens // 2)[-1]
+
+    filtered = Loop(model, SamplerConfig(top_k=512, top_p=0.95))
+    samplers = {"plain": Loop(model, REUSE), "filtered": filtered, "half_given": half_given}
+    speeds = images_per_second(samplers, conditions, uniforms, num_rounds)
+    macs = [generation_cost(model.config, REUSE, num_given=count).executed_transformer_macs for count in (0, num_tokens // 2)]
+    return {
+        "top_k_and_top_p_over_plain": speeds["filtered"] / speeds["plain"],
+        "half_given_over_plain": speeds["half_given"] / speeds["plain"],
+        "macs_of_plain_over_half_given": macs[0] / macs[1],
+    }
+
+
+@torch.no_grad()
+def decoding(*, batch_size: int, device: str, precision: str, num_rounds: int = 2) -> dict[str, float]:
+    """Images a second of the tokenizer's decoder at 256 px."""
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig.preset("vqgan-256")).eval().to(device=device, dtype=DTYPES[precision])
+    codes = torch.randint(vqgan.config.codebook_size, (batch_size, 16, 16)).to(device)
+    fastest = float("inf")
+    for number in range(num_rounds + 1):
+        started = _clock(device)
+        vqgan.decode(codes)
+        if number:
+            fastest = min(fastest, _clock(device) - started)
+    return {"decoded_images_per_second": batch_size / fastest}
+
+
+def measure(
+    preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int = 2, compiled: bool = False
+) -> dict[str, Any]:
+    """All figures; shares of the device's matrix products, and minutes for the samples that published scores are made of.
+
+    Of a CPU one core is measured.
+    """
+    if device == "cpu":
+        torch.set_num_threads(1)
+    given = {"batch_size": batch_size, "device": device, "precision": precision, "num_rounds": num_rounds}
+    peak = matmul_peak(torch.device(device), DTYPES[precision]) / 1e12
+    figures = compare(preset, compiled=compiled, **given) | options_over_plain(preset, **given) | decoding(**given)
+    shares = {name.replace("tflops", "share_of_matmul_peak"): value / peak for name, value in figures.items() if "tflops" in name}
+    sampled = max(
+        value for name, value in figures.items() if name.endswith("_images_per_second") and name != "decoded_images_per_second"
+    )
+    seconds = NUM_PUBLISHED_SAMPLES * (1 / sampled + 1 / figures["decoded_images_per_second"])
+    return {"matmul_tflops": peak, **figures, **shares, "minutes_for_50k_samples": seconds / 60}
+
+
+def _clock(device: str) -> float:
+    """Seconds. On a CPU those that this thread was given, so that ratios hold beside whatever else the machine does."""
+    if device == "cpu":
+        return time.thread_time()
+    _synchronize(device)
+    return time.perf_counter()
+
+
+def _model(preset: str, precision: str, device: str) -> ENAT:
+    return make_model(ENATConfig.preset(preset), device).to(DTYPES[precision]).eval().requires_grad_(False)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--preset", default="enat-s")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--num-rounds", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true")
+    arguments = vars(parser.parse_args())
+    print(json.dumps(measure(arguments.pop("preset"), **arguments), indent=1))  # noqa: T201

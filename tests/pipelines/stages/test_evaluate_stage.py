@@ -1,0 +1,496 @@
+"""Stage evaluate: scores equal those of torch-fidelity and scipy on the same features, whoever computes them, and say how."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from layouts import open_dataset
+from PIL import Image
+from random_weights import inception_state
+
+from enat import ENATConfig, SamplerConfig, VQGANConfig, features, generation_cost
+from enat.checkpoint import save_weights
+from enat.images import to_uint8
+from pipelines import evaluation_card, workflow
+from pipelines.artifacts import LocalStore, Manifest
+from pipelines.feature_job import ExtractorFile, drawn_evenly
+from pipelines.image_sets import ImageSetConfig
+from pipelines.model_card import registered_name
+from pipelines.samples import SamplePlan, Samples, part_name, write_samples
+from pipelines.scores import METRICS, Available, ScoreSettings, published_name
+from pipelines.sources import DatasetConfig
+from pipelines.stages import evaluate, image_set, reference
+from pipelines.tracking import TrackingConfig, start_run
+from pipelines.workflow import Execution, PublishContext, Stage, StageResult
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+NUM_SAMPLES, NUM_REAL, SHARD = 300, 280, 128
+SETTINGS = ScoreSettings(num_splits=3, kernel_subsets=5, kernel_subset_size=60)
+SAMPLER = SamplerConfig(num_steps=4, guidance_scale=2.5)
+MODEL = ENATConfig(encoder_layers=2, decoder_layers=1, embed_dim=32, num_heads=2, grid_size=4, codebook_size=32, num_classes=10)
+_PROJECTION = np.random.default_rng(0).integers(-3, 4, (3 * 16 * 16, 12)).astype(np.float32)
+
+
+class SumsExtractor:
+    """Sums of products of small integers: float32 holds them exactly, so that every way of computing them gives the same."""
+
+    outputs = {"features": 8, "spatial": 4, "logits": 6}  # noqa: RUF012
+
+    def __init__(self, path: Path) -> None:
+        pass
+
+    def to(self, device: str) -> SumsExtractor:
+        return self
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        sums = torch.from_numpy(images.flatten(1).numpy().astype(np.float32) @ _PROJECTION)
+        return {"features": sums[:, :8] / 4096, "spatial": sums[:, 8:] / 4096, "logits": sums[:, :6] / 4096}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sums_are_registered() -> Any:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_FACTORIES", dict(features._FACTORIES))
+        features.register_extractor("sums", SumsExtractor)
+        yield
+
+
+def _commit(store: LocalStore, stage: str, key: str, result: StageResult, **fields: Any) -> Manifest:
+    return store.commit(
+        Manifest(
+            stage=stage,
+            key=key,
+            stage_version=1,
+            config=fields.get("config", {}),
+            inputs={},
+            files=tuple(result.files),
+            records=tuple(result.records),
+            summary=dict(result.summary),
+            metrics={name: float(value) for name, value in result.metrics.items()},
+            provenance={
+                "created": "2026-01-01T00:00:00+00:00", "code": "test", "seconds": 1.0, "worker_seconds": 2.0, "device_seconds": 0.0
+            },
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Material:
+    """Inputs of the stage in a store, and the codes of the samples."""
+
+    store: LocalStore
+    inputs: dict[str, Manifest]
+    codes: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def material(vqgan, make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Material:
+    """Samples with drawn codes, and a reference of the first real digits."""
+    folder = tmp_path_factory.mktemp("material")
+    store = LocalStore(folder / "store")
+    save_weights(folder / "vqgan", vqgan)
+    file = store.put_file("tokenizer", "t", "vqgan.safetensors", folder / "vqgan")
+    tokenizer = _commit(store, "tokenizer", "t", StageResult(files=[file], summary={"config": asdict(vqgan.config)}))
+    codes = np.random.default_rng(1).integers(0, 32, (NUM_SAMPLES, 16)) % (1 + np.arange(NUM_SAMPLES)[:, None] % 32)
+    samples = _commit(store, "generate", "g", _samples(store, folder, codes))
+    summary = {"model": asdict(MODEL), "parameters": 1234, "dataset": "digits", "num_steps": 70, "is_imported": False}
+    model = _commit(store, "train", "m", StageResult(files=[], summary=summary), config={"model": {"preset": None}, "masking": {}})
+    dataset = open_dataset(DatasetConfig(), store)
+    few = replace(dataset.manifest, summary={**dataset.manifest.summary, "num_images": NUM_REAL})
+    result = _reference(few, make_context(store, "reference", "r"))
+    real = _commit(store, "reference", "r", result)
+    inputs = {"samples": samples, "tokenizer": tokenizer, "reference": real, "model": model, "dataset": dataset.manifest}
+    return Material(store, inputs, codes)
+
+
+def _samples(store: LocalStore, folder: Path, codes: np.ndarray) -> StageResult:
+    files = []
+    plan = SamplePlan.of_labels(np.arange(NUM_SAMPLES) % 10)
+    for part, start in enumerate(range(0, NUM_SAMPLES, SHARD)):
+        index = np.arange(start, min(start + SHARD, NUM_SAMPLES))
+        rows = Samples(
+            index=index,
+            labels=plan.labels[index],
+            codes=codes[index],
+            seeds=index,
+            captions=plan.captions[index],
+            rows=plan.rows[index],
+        )
+        write_samples(folder / part_name(part), rows)
+        files.append(store.put_file("generate", "g", part_name(part), folder / part_name(part)))
+    summary = {
+        "num_samples": NUM_SAMPLES,
+        "shard_size": SHARD,
+        "num_classes": 10,
+        "sampler": asdict(SAMPLER),
+        "labels": "each class in turn",
+        "mask_ratio": None,
+    }
+    metrics = {"images_per_second": 7.0, "device_seconds_per_image": 0.0, "worker_seconds_per_image": 0.2, "peak_memory_gb": 0.5}
+    return StageResult(files=files, summary=summary, metrics={**metrics, "samples": NUM_SAMPLES})
+
+
+def _reference(dataset: Manifest, context: Any, **given: Any) -> StageResult:
+    config = reference.ReferenceConfig(
+        extractor="sums", num_kept=200, images_per_pass=16, resolution=16, dataset=DatasetConfig(), seed=0, **given
+    )
+    return reference.run(config, {"dataset": dataset}, context)
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    material: Material, make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., StageResult]:
+    """The stage at a number of workers and a batch size, run once, each into a store of its own."""
+
+    @functools.cache
+    def run(num_workers: int = 1, batch_size: int = 64, **given: Any) -> StageResult:
+        execution = Execution(num_workers=num_workers, batch_size=batch_size)
+        config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(), execution=execution, **given)
+        key = hashlib.sha256(repr((num_workers, batch_size, given)).encode()).hexdigest()
+        return evaluate.run(config, material.inputs, make_context(material.store, "evaluate", key))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def outputs(material: Material, vqgan) -> dict[str, dict[str, np.ndarray]]:
+    """What the extractor makes of all samples, and of all real images, without the pipeline."""
+    made = to_uint8(vqgan.decode(torch.from_numpy(material.codes).view(-1, 4, 4)))
+    dataset = open_dataset(DatasetConfig(), material.store)
+    real = torch.from_numpy(dataset.load_images(16, 0, NUM_REAL)[0])
+    extractor = SumsExtractor(Path())
+    return {
+        name: {output: values.numpy() for output, values in extractor(images).items()}
+        for name, images in (("made", made), ("real", real))
+    }
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "batch_size"), [(2, 8), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 1), (1, 8), (2, 64)))]
+)
+@pytest.mark.faults
+def test_files_and_scores_are_the_same_bits_whatever_the_workers_and_batches(
+    evaluated: Callable[..., StageResult], num_workers: int, batch_size: int
+) -> None:
+    found, expected = evaluated(num_workers, batch_size), evaluated()
+    assert [(file.name, file.sha256) for file in found.files] == [(file.name, file.sha256) for file in expected.files]
+    assert found.metrics == expected.metrics
+    assert found.records[0].sha256 == expected.records[0].sha256
+
+
+def test_scores_are_those_of_torch_fidelity_and_scipy(evaluated: Callable[..., StageResult], outputs, material: Material) -> None:
+    from scipy.linalg import sqrtm
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    metrics, made, real = evaluated().metrics, outputs["made"], outputs["real"]
+    for name, output in (("frechet_distance", "features"), ("spatial_frechet_distance", "spatial")):
+        x, y = (side[output].astype(np.float64) for side in (made, real))
+        shift, root = x.mean(axis=0) - y.mean(axis=0), sqrtm(np.cov(x.T) @ np.cov(y.T))
+        assert metrics[name] == pytest.approx(shift @ shift + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root.real), rel=1e-6)
+    kept = torch.from_numpy(real["features"][drawn_evenly(NUM_REAL, 200, 0)])
+    generated = torch.from_numpy(made["features"])
+    scores = isc_features_to_metric(torch.from_numpy(made["logits"]), splits=3, shuffle=True, rng_seed=2020)
+    scores |= kid_features_to_metric(
+        generated.double(), kept.double(), kid_subsets=5, kid_subset_size=60, rng_seed=2020, verbose=False,
+        kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1,
+    )  # fmt: skip
+    scores |= prc_features_to_metric(
+        generated.double(), kept.double(), prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
+    )
+    for ours, theirs in (
+        ("inception_score", "inception_score_mean"),
+        ("inception_score_std", "inception_score_std"),
+        ("kernel_distance", "kernel_inception_distance_mean"),
+        ("kernel_distance_std", "kernel_inception_distance_std"),
+        ("precision", "precision"),
+        ("recall", "recall"),
+    ):
+        assert metrics[ours] == pytest.approx(scores[theirs], rel=1e-6), ours
+    distances = torch.cdist(kept.double(), kept.double()).kthvalue(6, dim=1).values
+    holds = torch.cdist(generated.double(), kept.double()) < distances
+    assert metrics["density"] == pytest.approx(holds.double().sum(dim=1).mean().item() / 5)
+    assert metrics["coverage"] == pytest.approx(holds.any(dim=0).double().mean().item())
+    assert 0 < metrics["coverage"] < 1 and metrics["inception_score"] > 1, "or equality would say little"
+
+
+def test_costs_are_counted_and_those_measured_while_sampling_are_told(evaluated: Callable[..., StageResult], vqgan) -> None:
+    metrics = evaluated().metrics
+    cost = generation_cost(MODEL, SAMPLER, VQGANConfig(**asdict(vqgan.config)))
+    assert metrics["gmacs_total"] == pytest.approx(cost.total_macs / 1e9)
+    assert metrics["gflops_total"] == pytest.approx(2 * metrics["gmacs_total"])
+    assert metrics["gmacs_transformer"] + metrics["gmacs_decoder"] == pytest.approx(metrics["gmacs_total"])
+    assert metrics["images_per_second"] == 7.0 and metrics["worker_seconds_per_image"] == 0.2
+    assert metrics["peak_memory_gb"] == 0.5 and "samples" not in metrics
+
+
+@pytest.mark.faults
+def test_the_judge_tells_how_often_it_sees_the_class_that_was_asked_for(evaluated: Callable[..., StageResult]) -> None:
+    metrics = evaluated(judge="svc", metrics=()).metrics
+    assert metrics["judge_accuracy"] > 0.9
+    assert 0 < metrics["class_agreement"] < 0.3  # of drawn codes
+    assert "kernel_distance" not in metrics and "spatial_frechet_distance" not in metrics
+    assert metrics["frechet_distance"] == evaluated().metrics["frechet_distance"]
+
+
+def test_only_what_scores_need_is_kept_of_single_samples(evaluated: Callable[..., StageResult]) -> None:
+    names = [file.name for file in evaluated(judge="svc", metrics=()).files]
+    assert names == ["moments.safetensors", "spatial_moments.safetensors"]
+    assert "features-00000.safetensors" in [file.name for file in evaluated().files]
+
+
+def test_the_protocol_says_how_it_was_measured(evaluated: Callable[..., StageResult], material: Material) -> None:
+    summary, real = evaluated().summary, material.inputs["reference"]
+    assert summary["protocol"] == {
+        "extractor": "sums",
+        "extractor_digest": real.file("extractor.safetensors").sha256,
+        "reference": "digits, 16 px, adm-center",
+        "reference_digest": real.digest,
+        "num_samples": NUM_SAMPLES,
+        "num_reference": NUM_REAL,
+        "rounding": "uint8",
+        "labels": "each class in turn",
+        "metric_version": "1, num_splits 3, kernel_subsets 5, kernel_subset_size 60",
+    }
+    text = json.dumps(summary["protocol"], sort_keys=True, separators=(",", ":"))
+    assert summary["protocol_digest"] == hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert summary["num_reference"] == NUM_REAL and summary["metrics"] == list(METRICS)
+
+
+def test_the_usual_settings_need_no_words_in_a_protocol(material: Material) -> None:
+    protocol = evaluation_card.protocol_of(material.inputs["reference"], material.inputs["samples"], ScoreSettings())
+    assert protocol["metric_version"] == "1"
+
+
+def test_the_picture_has_a_column_for_every_class(evaluated: Callable[..., StageResult], material: Material, vqgan) -> None:
+    key = hashlib.sha256(repr((1, 64, {})).encode()).hexdigest()
+    picture = Image.open(material.store.fetch_file("evaluate", key, evaluated().records[0]))
+    made = to_uint8(vqgan.decode(torch.from_numpy(material.codes[10:11]).view(-1, 4, 4)))[0]
+    tile, gap, scale = 16 * 4, 2, 4
+    assert picture.width == 10 * (tile + gap) + gap
+    below_the_first = np.asarray(picture)[gap + tile + gap :: scale, gap::scale][:16, :16]
+    np.testing.assert_array_equal(below_the_first, made.permute(1, 2, 0).numpy())
+
+
+def test_tags_and_the_picture_are_published_of_reused_evaluations_too(
+    evaluated: Callable[..., StageResult], material: Material, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    key = hashlib.sha256(repr((1, 64, {})).encode()).hexdigest()
+    manifest = _commit(material.store, "evaluate", key, evaluated())
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for node, variant in (("evaluate", "main"), ("evaluate@untrained", "untrained")):
+        run = start_run(uri, TrackingConfig(), node, {})
+        context = PublishContext(store=material.store, run=run, tracking=TrackingConfig(), node=node)
+        evaluate.STAGE.publish(manifest, material.inputs, context)
+        client = MlflowClient(tracking_uri=uri)
+        tags = {name: value for name, value in client.get_run(run.run_id).data.tags.items() if name.startswith("enat.")}
+        protocol = manifest.summary["protocol"]
+        assert tags == {
+            "enat.model": registered_name(material.inputs["model"]),
+            "enat.variant": variant,
+            "enat.dataset": "digits",
+            "enat.resolution": "16",
+            "enat.parameters": "1234",
+            "enat.train_steps": "70",
+            "enat.num_steps": "4",
+            "enat.guidance_scale": "2.5",
+            "enat.num_samples": str(NUM_SAMPLES),
+            "enat.protocol": json.dumps(protocol, sort_keys=True, separators=(",", ":")),
+            "enat.protocol_digest": manifest.summary["protocol_digest"],
+            "enat.samples": "generate/g",
+        }
+        logged = client.download_artifacts(run.run_id, "samples.png", str(tmp_path))
+        assert Image.open(logged).format == "PNG"
+
+
+# Samples made elsewhere -------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_another_generator_get_the_same_scores_as_the_codes_they_were_decoded_from(
+    evaluated: Callable[..., StageResult], material: Material, make_context, vqgan, tmp_path: Path
+) -> None:
+    images = to_uint8(vqgan.decode(torch.from_numpy(material.codes).view(-1, 4, 4)))
+    np.savez(tmp_path / "others.npz", images.permute(0, 2, 3, 1).numpy())
+    config = ImageSetConfig(path=str(tmp_path / "others.npz"), name="other-model")
+    indexed = image_set.run(config, {}, make_context(material.store, "images", "i"))
+    samples = _commit(material.store, "images", "i", indexed)
+    inputs = {"samples": samples, "reference": material.inputs["reference"]}
+    given = evaluate.EvaluateConfig(settings=SETTINGS, images=config)
+    result = evaluate.run(given, inputs, make_context(material.store, "evaluate", "o" * 64))
+    ours = evaluated()
+    assert result.metrics == {name: ours.metrics[name] for name in result.metrics}
+    assert {"frechet_distance", "recall", "inception_score"} <= set(result.metrics) and "gmacs_total" not in result.metrics
+    assert result.summary["protocol"]["labels"] == "unknown" and result.summary["num_samples"] == NUM_SAMPLES
+    manifest = _commit(material.store, "evaluate", "o" * 64, result)
+    tags = evaluation_card.tags_of(manifest, inputs, "evaluate")
+    assert tags["enat.model"] == "other-model" and tags["enat.dataset"] == "digits" and tags["enat.samples"] == "images/i"
+    assert tags["enat.resolution"] == "16" and not {"enat.parameters", "enat.num_steps", "enat.train_steps"} & set(tags)
+    with pytest.raises(ValueError, match="judge needs samples that were generated here"):
+        evaluate.run(replace(given, judge="svc"), inputs, make_context(material.store, "evaluate", "o" * 64))
+
+
+# What cannot be -------------------------------------------------------------------------------------------------------------
+
+
+def _available(**given: Any) -> Available:
+    known = {"extractor": "inception", "outputs": ("features", "spatial", "logits"), "has_spatial": True}
+    return Available(**{**known, "num_generated": 100, "num_reference": 100, **given})
+
+
+def test_all_metrics_are_chosen_that_can_be_computed() -> None:
+    assert _available().chosen(None) == METRICS
+    assert _available(outputs=("features",), has_spatial=False).chosen(None) == (
+        "frechet_distance",
+        "kernel_distance",
+        "precision_recall",
+        "density_coverage",
+    )
+    assert _available(num_reference=0).chosen(None) == ("frechet_distance", "spatial_frechet_distance", "inception_score")
+    assert "density_coverage" not in _available(num_generated=5).chosen(None)
+    assert _available().chosen(("precision_recall",)) == ("frechet_distance", "precision_recall")
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "reason"),
+    [
+        ("inception_score", {"outputs": ("features",)}, "gives no logits"),
+        ("spatial_frechet_distance", {"outputs": ("features",)}, "gives no spatial features"),
+        ("spatial_frechet_distance", {"has_spatial": False}, "the reference has no moments of spatial features"),
+        ("kernel_distance", {"num_reference": 0}, "keeps no features of single images"),
+        ("density_coverage", {"num_generated": 5}, "it needs 6 samples of either kind, and there are 5"),
+    ],
+)
+def test_a_metric_that_cannot_be_computed_is_refused_by_name(metric: str, given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"evaluate.metrics names {metric}, .*{reason}"):
+        _available(**given).chosen((metric,))
+
+
+def test_scores_of_inception_have_their_published_names() -> None:
+    assert [published_name(metric, "inception") for metric in METRICS[:4]] == ["fid", "sfid", "inception_score", "kid"]
+    assert [published_name(metric, "dinov2") for metric in METRICS] == list(METRICS)
+    assert evaluate._named({"kernel_distance": 1.0, "kernel_distance_std": 2.0, "recall": 3.0}, "inception") == {
+        "kid": 1.0,
+        "kid_std": 2.0,
+        "recall": 3.0,
+    }
+
+
+def test_settings_shrink_to_the_samples_there_are() -> None:
+    assert ScoreSettings().fitted(30, 20).kernel_subset_size == 20
+    assert ScoreSettings().fitted(4, 0).num_splits == 4
+    assert ScoreSettings().fitted(50_000, 50_000) == ScoreSettings()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"judge": "forest"}, "evaluate.judge is 'forest'; choose one of svc"),
+        ({"metrics": ("fid",)}, "names 'fid'; choose from frechet_distance"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        evaluate.EvaluateConfig(**given)
+
+
+@pytest.mark.parametrize("name", ["num_splits", "kernel_subsets", "precision_neighbours", "kernel_subset_size", "seed"])
+def test_settings_that_make_no_sense_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"evaluate\.settings\..*{name}"):
+        ScoreSettings(**{name: -1})
+
+
+def test_samples_of_another_size_are_refused(material: Material, make_context) -> None:
+    real = material.inputs["reference"]
+    larger = {**material.inputs, "reference": replace(real, summary={**real.summary, "resolution": 32})}
+    with pytest.raises(ValueError, match="the samples have 16 px and the reference 32 px"):
+        evaluate.run(evaluate.EvaluateConfig(), larger, make_context(material.store, "evaluate", "s" * 64))
+
+
+def test_how_it_is_computed_is_no_part_of_a_key(material: Material) -> None:
+    def key(**given: Any) -> str:
+        stage = Stage("evaluate", 1, evaluate.run)
+        return workflow.stage_key(workflow.Node("evaluate", stage, evaluate.EvaluateConfig(**given)), {})
+
+    assert key() == key(execution=Execution(num_workers=2, batch_size=1), dataset=DatasetConfig())
+    assert key(metrics=()) == key(metrics=("frechet_distance",)) != key()
+    assert len({key(), key(judge="svc"), key(settings=SETTINGS), key(metrics=("inception_score",))}) == 4
+
+
+def test_a_reference_of_an_extractor_that_is_not_registered_here_is_refused(material: Material) -> None:
+    real = material.inputs["reference"]
+    unknown = replace(real, summary={**real.summary, "extractor": "unheard-of"})
+    with pytest.raises(ValueError, match="no feature extractor is called 'unheard-of'"):
+        ExtractorFile.of_reference(material.store, unknown)
+
+
+# The gate ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.faults
+def test_scores_of_real_files_equal_those_of_torch_fidelity(
+    photographs: dict[str, Image.Image], make_context: Callable[..., Any], local_store: LocalStore, tmp_path: Path
+) -> None:
+    """Two folders of PNGs through torch-fidelity's own command, and through the stages, with the same weights of InceptionV3.
+
+    The weights are random: published ones cannot be had everywhere. Batch norms are set so that activations stay near 1.
+    """
+    from torch_fidelity import calculate_metrics
+
+    weights = _inception_weights(tmp_path / "inception.pth")
+    for folder, name, seed in (("made", "china", 0), ("real", "flower", 1)):
+        (tmp_path / folder).mkdir()
+        rng = np.random.default_rng(seed)
+        for number in range(40):
+            left, top = rng.integers(0, 640 - 64), rng.integers(0, 427 - 64)
+            photographs[name].crop((left, top, left + 64, top + 64)).save(tmp_path / folder / f"{number:03d}.png")
+    theirs = calculate_metrics(
+        input1=str(tmp_path / "made"), input2=str(tmp_path / "real"), cuda=False, batch_size=8, verbose=False, save_cpu_ram=True,
+        isc=True, fid=True, kid=True, prc=True, isc_splits=4, kid_subsets=10, kid_subset_size=20, cache=False,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights),
+    )  # fmt: skip
+
+    source = ImageSetConfig(path=str(tmp_path / "made"), name="made")
+    samples = _commit(local_store, "images", "i", image_set.run(source, {}, make_context(local_store, "images", "i")))
+    dataset = open_dataset(DatasetConfig(kind="images", path=str(tmp_path / "real")), local_store)
+    config = reference.ReferenceConfig(
+        extractor="inception", weights=str(weights), resolution=64, images_per_pass=8, dataset=dataset.config, seed=0
+    )
+    made = reference.run(config, {"dataset": dataset.manifest}, make_context(local_store, "reference", "r"))
+    inputs = {"samples": samples, "reference": _commit(local_store, "reference", "r", made)}
+    settings = ScoreSettings(num_splits=4, kernel_subsets=10, kernel_subset_size=20)
+    given = evaluate.EvaluateConfig(settings=settings, images=source)
+    ours = evaluate.run(given, inputs, make_context(local_store, "evaluate", "g" * 64)).metrics
+    assert theirs["frechet_inception_distance"] > 1 and theirs["kernel_inception_distance_mean"] > 0.01
+    for name, tolerance, theirs_name in (
+        ("fid", 1e-5, "frechet_inception_distance"),
+        ("kid", 1e-4, "kernel_inception_distance_mean"),
+        ("kid_std", 1e-4, "kernel_inception_distance_std"),
+        ("inception_score", 1e-4, "inception_score_mean"),
+        ("inception_score_std", 1e-4, "inception_score_std"),
+        ("precision", 1e-4, "precision"),
+        ("recall", 1e-4, "recall"),
+    ):
+        assert ours[name] == pytest.approx(theirs[theirs_name], rel=tolerance, abs=tolerance), name
+    assert ours["sfid"] > 0
+
+
+def _inception_weights(path: Path) -> Path:
+    torch.save(inception_state(), path)
+    return path

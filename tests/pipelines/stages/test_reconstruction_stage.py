@@ -1,0 +1,149 @@
+"""Stage reconstruction: images decoded from the token map against their originals, as scikit-image and numpy measure them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from enat.images import to_uint8
+from enat.metrics import FeatureMoments, frechet_distance
+from pipelines import token_map, workflow
+from pipelines.artifacts import LocalStore, Manifest
+from pipelines.dataset import Dataset
+from pipelines.feature_job import ExtractorFile, stored_moments
+from pipelines.stages import reconstruction
+from pipelines.stages import reference as reference_stage
+from pipelines.workflow import Execution, Node, StageResult
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+KEY = "d" * 64
+
+
+@dataclass(frozen=True)
+class Made:
+    """Stages up to reference and token map, of twelve photographs and two files that are none."""
+
+    store: LocalStore
+    manifests: dict[str, Manifest]
+    nodes: dict[str, Node]
+
+    @property
+    def inputs(self) -> dict[str, Manifest]:
+        return {name: self.manifests[name] for name in ("token_map", "tokenizer", "dataset", "reference")}
+
+
+@pytest.fixture(scope="module")
+def made(
+    tiny_nodes: Callable[..., Any],
+    make_session: Callable[..., Any],
+    broken_image_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Made:
+    store = LocalStore(tmp_path_factory.mktemp("reconstruction") / "store")
+    overrides = (f"dataset.path={broken_image_folder}", "token_map.max_quarantine_share=0.5", "reference.images_per_pass=4")
+    nodes = {node.id: node for until in ("reference", "token_map") for node in tiny_nodes(*overrides, until=until)}
+    ordered = [nodes[name] for name in ("dataset", "tokenizer", "token_map", "reference")]
+    done = workflow.execute(ordered, make_session(store))
+    return Made(store, {item.node.id: item.manifest for item in done}, nodes)
+
+
+@pytest.fixture(scope="module")
+def reconstructed(made: Made, make_context: Callable[..., Any]) -> Callable[..., StageResult]:
+    def run(key: str = KEY, num_images: int | None = None, **execution: Any) -> StageResult:
+        dataset = made.nodes["dataset"].config
+        config = reconstruction.ReconstructionConfig(num_images=num_images, dataset=dataset, execution=Execution(**execution))
+        return reconstruction.run(config, made.inputs, make_context(made.store, "reconstruction", key))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def result(reconstructed: Callable[..., StageResult]) -> StageResult:
+    return reconstructed()
+
+
+@pytest.fixture(scope="module")
+def pairs(made: Made, vqgan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The originals that can be read, and what their codes decode to: uint8 (12, 3, 16, 16)."""
+    dataset = Dataset(made.nodes["dataset"].config, made.store, made.manifests["dataset"])
+    originals = torch.from_numpy(dataset.load_images(16, 0, 14)[0])
+    _, codes = token_map.read_codes(made.store, made.manifests["token_map"], range(12))
+    return originals, to_uint8(vqgan.decode(torch.from_numpy(codes.astype(np.int64)).view(-1, 4, 4)))
+
+
+def test_pairs_are_measured_as_scikit_image_does(result: StageResult, pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    arrays = [tensor.permute(0, 2, 3, 1).numpy() for tensor in pairs]
+    ratios = [peak_signal_noise_ratio(original, decoded) for original, decoded in zip(*arrays, strict=True)]
+    similar = [
+        structural_similarity(
+            original, decoded, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+        )
+        for original, decoded in zip(*arrays, strict=True)
+    ]
+    assert result.metrics["psnr"] == pytest.approx(np.mean(ratios), abs=0.02)  # a code's pixel may round the other way
+    assert result.metrics["ssim"] == pytest.approx(np.mean(similar), abs=2e-3)
+    assert result.summary["num_images"] == 12
+
+
+def test_the_distance_is_that_of_the_decoded_images_to_the_reference(
+    result: StageResult, made: Made, pairs: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    extractor = ExtractorFile.of_reference(made.store, made.manifests["reference"]).load()
+    with torch.inference_mode():
+        features = extractor(pairs[1])["features"]
+    real = stored_moments(made.store, made.manifests["reference"])["features"]
+    expected = frechet_distance(FeatureMoments(64).add(features), real)
+    assert result.metrics["reconstruction_frechet_distance"] == pytest.approx(expected, rel=1e-2) and expected > 0
+    assert "reconstruction_fid" not in result.metrics  # which is of Inception's features
+
+
+def test_codes_are_as_evenly_used_as_the_token_map_says(result: StageResult, made: Made) -> None:
+    metrics = made.manifests["token_map"].metrics
+    assert result.metrics["code_usage"] == metrics["code_usage"] > 0
+    assert result.metrics["code_perplexity"] == metrics["code_perplexity"] > 1
+
+
+@pytest.mark.faults
+def test_it_does_not_depend_on_workers_or_batch(result: StageResult, reconstructed: Callable[..., StageResult]) -> None:
+    other = reconstructed("c" * 64, num_workers=2, batch_size=1)
+    assert other.metrics == result.metrics
+    assert [(file.name, file.sha256) for file in other.files] == [(file.name, file.sha256) for file in result.files]
+
+
+@pytest.mark.faults
+def test_the_first_images_alone(reconstructed: Callable[..., StageResult]) -> None:
+    assert reconstructed("b" * 64, num_images=5).summary["num_images"] == 5
+
+
+def test_a_token_map_of_another_tokenizer_is_refused(made: Made, make_context: Callable[..., Any]) -> None:
+    other = replace(made.manifests["tokenizer"], key="0" * 64)
+    config = reconstruction.ReconstructionConfig(dataset=made.nodes["dataset"].config)
+    with pytest.raises(ValueError, match="the tokenizer expects tokenizer"):
+        reconstruction.run(config, {**made.inputs, "tokenizer": other}, make_context(made.store, "reconstruction", KEY))
+
+
+def test_a_reference_of_another_size_is_refused(made: Made, make_context: Callable[..., Any]) -> None:
+    real = made.manifests["reference"]
+    other = replace(real, summary={**real.summary, "resolution": 8})
+    config = reconstruction.ReconstructionConfig(dataset=made.nodes["dataset"].config)
+    with pytest.raises(ValueError, match="the token map has 16 px and the reference 8 px"):
+        reconstruction.run(config, {**made.inputs, "reference": other}, make_context(made.store, "reconstruction", KEY))
+
+
+def test_fewer_than_two_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"reconstruction\.num_images is 1; it must be at least 2"):
+        reconstruction.ReconstructionConfig(num_images=1)
+
+
+def test_the_stage_and_the_reference_stage_speak_of_the_same_images(made: Made) -> None:
+    assert made.manifests["reference"].summary["of"] == f"photographs, 16 px, {reference_stage.CROP}"
+    assert token_map.TokenMapInfo(**made.manifests["token_map"].summary["info"]).crop == reference_stage.CROP

@@ -1,0 +1,79 @@
+"""The pages of the guide and the README say what is so: files, settings and messages that they name are there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from pipelines.pipeline import RunConfig
+
+REPOSITORY = Path(__file__).parents[2]
+GUIDE = REPOSITORY / "pipelines" / "guide"
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "infra" / "README.md", *sorted(GUIDE.glob("*.md"))]
+SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
+
+
+def _settings(page: Path) -> set[str]:
+    """`train.execution.keep_last` and the like, also within a command."""
+    text = page.read_text()
+    return {key for key in re.findall(r"\b((?:\w+\.)+\w+)(?=[=:`])", text) if key.split(".")[0] in SECTIONS and "/" not in key}
+
+
+def _is_setting(config: object, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    kinds = typing.get_type_hints(config).get(name)
+    if kinds is None:
+        return False
+    inner = [kind for kind in (typing.get_args(kinds) or (kinds,)) if dataclasses.is_dataclass(kind)]
+    return not rest or any(_is_setting(kind, rest) for kind in inner)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for place in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, heading = place.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), place
+        lines = target.read_text().splitlines() if heading else []
+        headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines if line.startswith("#")}
+        assert not heading or heading in headings, place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_settings_that_a_page_names_exist(page: Path) -> None:
+    names = {name for name in _settings(page) if not name.endswith((".yaml", ".py", ".md", ".json", ".parquet", ".npz"))}
+    assert not {name for name in names if not _is_setting(RunConfig, name)}
+
+
+def test_the_check_of_settings_refuses_what_is_none() -> None:
+    assert _is_setting(RunConfig, "train.execution.keep_last") and not _is_setting(RunConfig, "train.execution.keep_lasts")
+    assert _settings(GUIDE / "train.md") and not _is_setting(RunConfig, "train.keep_last")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_configs_that_a_page_names_exist(page: Path) -> None:
+    named = set(re.findall(r"\b((?:imagenet|coco|digits)[\w-]*\.yaml)", page.read_text()))
+    assert named <= {path.name for path in (REPOSITORY / "configs").glob("*.yaml")}
+
+
+def test_every_page_of_the_guide_is_in_the_readme() -> None:
+    linked = set(re.findall(r"\(pipelines/guide/([\w.-]+)\)", (REPOSITORY / "README.md").read_text()))
+    assert linked == {path.name for path in GUIDE.iterdir() if path.suffix in {".md", ".ipynb"}}
+
+
+def _messages() -> list[str]:
+    rows = [line for line in (GUIDE / "troubleshooting.md").read_text().splitlines() if line.startswith("| `")]
+    return [message for row in rows for message in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+
+
+@pytest.mark.parametrize("message", _messages())
+def test_the_code_says_what_troubleshooting_explains(message: str) -> None:
+    """A message of several pieces, with "..." or X and N where values stand."""
+    code = "\n".join(path.read_text() for folder in ("pipelines", "enat") for path in (REPOSITORY / folder).rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", code)  # sentences that go on in the next line
+    pieces = [piece.strip() for piece in re.split(r"\.\.\.|\b[XN]\b", message)]
+    assert all(piece in joined for piece in pieces if piece)

@@ -1,0 +1,112 @@
+"""The Python API of notebooks, and the example notebook, run as a user would run it, on a short run of the demonstration."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+from rich.console import Console
+
+from enat.images import make_grid
+from pipelines import notebook
+from pipelines.artifacts import StoreError
+from pipelines.samples import read_codes
+
+EXAMPLE = Path(notebook.__file__).parent / "guide" / "digits.ipynb"
+
+
+def _said(renderable: object) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def trained(digits_run) -> str:
+    return f"train/{digits_run.planned()['train'].key}"
+
+
+def test_artifacts_are_listed_opened_and_traced(digits_run, trained: str) -> None:
+    listed = _said(notebook.ls("train", "token_map", store=digits_run.store))
+    assert trained[:18] in listed and "token_map/" in listed and "evaluate/" not in listed
+    assert "0 images" not in listed and _said(notebook.ls(dataset="flowers", store=digits_run.store)).count("\n") == 1, "a header"
+    artifact = notebook.open_artifact(trained, digits_run.store.uri)
+    assert artifact.manifest.key in _said(artifact) and "text/html" in artifact._repr_mimebundle_([], [])
+    assert [row["step"] for row in json.loads(artifact.path("history.json").read_text())] == [5, 10, 15, 20]
+    assert "token_map/" in _said(artifact.lineage()) and "evaluate/" in _said(artifact.lineage())
+    assert artifact.input("token_map").manifest.stage == "token_map"
+    assert artifact.input("token_map").contact_sheet(8).size == (16 * 98 + 2, 98 + 2)
+    with pytest.raises(ValueError, match=r"train is made from .*token_map.*, not from captions"):
+        artifact.input("captions")
+    with pytest.raises(StoreError, match="has no artifact whose key begins with train/xyz"):
+        notebook.open_artifact("train/xyz", digits_run.store)
+
+
+def test_a_token_map_is_opened_by_its_key_or_from_what_was_made_of_it(digits_run, trained: str) -> None:
+    source = notebook.open_artifact(trained, digits_run.store).input("token_map")
+    opened = [notebook.open_token_map(source), notebook.open_token_map(source.manifest.key[:10], digits_run.store)]
+    for token_map in opened:
+        assert len(token_map) == 1797
+        codes, labels = token_map.take(np.arange(3), np.zeros(3, bool))
+        assert codes.shape == (3, 16) and labels.tolist() == [0, 1, 2]
+
+
+def test_images_are_those_of_stage_generate(digits_run, trained: str) -> None:
+    model = notebook.open_model(trained, digits_run.store)
+    generated = digits_run.planned()["generate"].manifest
+    sampler = generated.summary["sampler"]
+    made = read_codes(digits_run.store, generated)
+    samples = notebook.sample(
+        model, labels="0-9", num_images=10, **{name: sampler[name] for name in ("num_steps", "guidance_scale")}
+    )
+    assert samples.images.dtype == torch.uint8 and samples.images.shape == (10, 3, 16, 16)
+    assert (samples.codes.numpy() == made.codes[:10]).mean() > 0.95, "but for sums in another order"
+    assert samples.steps.shape == (sampler["num_steps"] + 1, 10, 3, 16, 16) and torch.equal(samples.steps[-1], samples.images)
+    assert notebook.show(samples).tobytes() == make_grid(samples.images, 4, scale=6).tobytes()
+    assert samples.strip(3).size == (sampler["num_steps"] * 98 + 2, 3 * 98 + 2)
+    with Image.open(io.BytesIO(samples.animation())) as gif:
+        assert gif.n_frames == sampler["num_steps"] + 1
+    assert notebook.show(samples.images[:1]).size == (98 + 2, 98 + 2)
+    several = notebook.sample(model, labels=(3, 5), num_images=6, num_steps=2)
+    assert notebook.show(several).size == (2 * 98 + 2, 3 * 98 + 2), "a column a label"
+
+
+def test_what_cannot_be_done_is_one_sentence(digits_run, trained: str) -> None:
+    model = notebook.open_model(trained, digits_run.store)
+    with pytest.raises(ValueError, match="this model knows the labels 0 to 9"):
+        notebook.sample(model, labels="11")
+    with pytest.raises(ValueError, match="this model knows the labels 0 to 9"):
+        notebook.sample(model, labels=[11])
+    with pytest.raises(ValueError, match="--caption is for models of captions"):
+        notebook.sample(model, captions=["a three"])
+    with pytest.raises(ValueError, match="is no model"):
+        notebook.open_model(
+            f"token_map/{notebook.open_artifact(trained, digits_run.store).input('token_map').manifest.key}", digits_run.store
+        )
+
+
+def test_the_example_runs_and_was_run(digits_run, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = nbformat.read(EXAMPLE, as_version=4)
+    cells = [cell for cell in example.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), (
+        "committed as it was executed, from top to end"
+    )
+    assert not [each for cell in cells for each in cell.outputs if each.output_type == "error"]
+    assert sum("image/png" in each.get("data", {}) for cell in cells for each in cell.outputs) >= 5
+    (parameters,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    names = {"STORE": digits_run.store.uri, "TRACKING": f"sqlite:///{digits_run.workspace}/mlflow.db", "MODEL": trained}
+    for name, value in names.items():
+        parameters.source, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value!r}", parameters.source)
+        assert count == 1
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    NotebookClient(example, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert sum("image/png" in each.get("data", {}) for cell in cells for each in cell.outputs) >= 5
