@@ -9,8 +9,8 @@ UV_VERSION := 0.13.8
 help:
 	@echo "make setup   .venv with everything pinned in requirements.lock"
 	@echo "make demo    from real images of digits to a scored model (needs about 4 minutes on two cores)"
-	@echo "make test    the tests"
-	@echo "make faults  whole runs killed and gone on with (about 4 minutes)"
+	@echo "make test    the tests (about 12 minutes)"
+	@echo "make faults  whole runs killed and gone on with, and slow tests (about 35 minutes)"
 	@echo "make lint    ruff, mypy, import rules"
 	@echo "make bench   how fast things are here, as ratios (about 20 minutes)"
 	@echo "make format  ruff format and fixes"
@@ -47,6 +47,8 @@ lint: setup
 bench: setup
 	$(BIN)/python tests/benchmarks/tokenization.py
 	$(BIN)/python tests/benchmarks/training.py
+	$(BIN)/python tests/benchmarks/sampling.py
+	$(BIN)/python tests/benchmarks/evaluation.py
 
 format: setup
 	$(BIN)/ruff check --fix .
