@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import subprocess
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
 
@@ -25,11 +26,18 @@ _CONFIGS = ":(glob)configs/**/*.yaml"
 _DISTRIBUTION = "enat-lab"
 _NEVER = frozenset({"__pycache__", ".DS_Store"})
 _OLDEST = (1980, 1, 1, 0, 0, 0)  # that a zip can state
+# What git's own settings of a user would change of a patch, said outright.
+_SETTINGS = ("-c", "core.quotepath=off", "-c", "color.ui=false", "-c", "diff.suppressBlankEmpty=false")
+_PATCH = (
+    "--no-ext-diff", "--no-textconv", "--no-renames", "--no-relative", "--binary", "-U3", "--inter-hunk-context=0",
+    "--diff-algorithm=myers", "--indent-heuristic", "--src-prefix=a/", "--dst-prefix=b/", "-O/dev/null",
+)  # fmt: skip
+_SHORT = 12  # digits of a commit or digest that people read
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodeState:
-    """Which code this is. commit: 40 hex digits; None where there is no repository.   diff_digest: sha256 of what `git diff` says
+    """Which code this is. commit: 40 hex digits; None where none is known.   diff_digest: sha256 of what `git diff` says
     against that commit; None without changes.   digest: of the code's own bytes, however they came about."""
 
     version: str
@@ -39,10 +47,20 @@ class CodeState:
 
     @property
     def label(self) -> str:
-        """As manifests and tracking name it."""
+        """As manifests and tracking name it: two that are called the same are the same code."""
         if self.commit is None:
-            return self.version
-        return f"{self.version}+g{self.commit[:12]}{'+dirty' if self.diff_digest else ''}"
+            return f"{self.version}+code.{self.digest[:_SHORT]}"
+        changes = f"+dirty.{self.diff_digest[:_SHORT]}" if self.diff_digest else ""
+        return f"{self.version}+g{self.commit[:_SHORT]}{changes}"
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Of a job, or of a tracking run."""
+        return {
+            "enat.commit": self.commit or "unknown",
+            "enat.diff_sha256": self.diff_digest or "",
+            "enat.code_sha256": self.digest,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +74,23 @@ class CodePackage:
     left_behind: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Code:
+    """What lies under a root. files: of the package, by name.   diff: empty without changes, and where there is no repository."""
+
+    state: CodeState
+    files: Mapping[str, bytes]
+    diff: bytes
+    is_tracked: bool
+
+
 def pack(config: Path, root: Path = ROOT) -> CodePackage:
-    """The code under `root` with one config. Raises ValueError where it is too large, or holds what cannot be sent."""
-    tracked = _tracked(root)
-    is_repository = bool(tracked)  # code installed into a folder that a repository ignores belongs to none
-    files = {name: _read(root / name) for name in tracked or _installed(root)}
-    commit = _commit(root) if is_repository else None
-    held_back = [f":(exclude,literal){name}" for name in _ignored(root)]
-    changed = ("diff", "--no-ext-diff", "--binary", "HEAD", "--", *_CODE, _CONFIGS, *held_back)
-    diff = (_git(root, *changed) or b"") if is_repository else b""
-    own = {name: content for name, content in files.items() if name.startswith(tuple(f"{folder}/" for folder in _CODE))}
-    state = CodeState(
-        version=package_version(_DISTRIBUTION),
-        commit=commit,
-        diff_digest=hashlib.sha256(diff).hexdigest() if diff else None,
-        digest=_digest(own),
-    )
+    """The code under `root` with one config. Raises ValueError where it is too large, holds what cannot be sent, or git fails."""
+    code = _look(root)
     place = _place(config, root)
-    files[place] = _read(config)
-    record = {"version": state.version, "commit": commit, "diff_digest": state.diff_digest, "digest": state.digest}
-    files[RECORD] = json.dumps(record, indent=1).encode()
-    if diff:
-        files[CHANGES] = diff
+    files = {**code.files, place: _read(config), RECORD: _record(code.state)}
+    if code.diff:
+        files[CHANGES] = code.diff
     content = _zip(files)
     if len(content) > SIZE_LIMIT:
         largest = sorted(files.keys() - {CHANGES, RECORD}, key=lambda name: -len(files[name]))[:3]
@@ -85,17 +98,65 @@ def pack(config: Path, root: Path = ROOT) -> CodePackage:
             f"the code to send is {len(content) / 1e6:.1f} MB, more than {SIZE_LIMIT / 1e6:.0f} MB; the largest files are "
             f"{', '.join(largest)}: take them out of git, or name them in .rayignore"
         )
-    left_behind = _untracked(root) if is_repository else ()
-    return CodePackage(state=state, content=content, config=place, files=files, left_behind=left_behind)
+    left_behind = _untracked(root) if code.is_tracked else ()
+    return CodePackage(state=code.state, content=content, config=place, files=files, left_behind=left_behind)
+
+
+def state_of(root: Path = ROOT) -> CodeState:
+    """Of the code under `root`: by its record, else by git, else by its bytes. Raises ValueError where git fails."""
+    return read_state(root) or _look(root).state
+
+
+def write_record(commit: str, root: Path = ROOT) -> None:
+    """For the build of an image, which holds no repository. commit: that the code was copied from; "unknown" where none is named.
+
+    Raises ValueError for anything else.
+    """
+    if commit != "unknown" and not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise ValueError(f"REVISION is {commit!r}; give the 40 digits of `git rev-parse HEAD`, or leave it out")
+    own = {name: _read(root / name) for name in _installed(root)}
+    known = None if commit == "unknown" else commit
+    state = CodeState(version=package_version(_DISTRIBUTION), commit=known, diff_digest=None, digest=_digest(own))
+    (root / RECORD).write_bytes(_record(state))
 
 
 def read_state(root: Path = ROOT) -> CodeState | None:
-    """Of code that came as a package; None for a checkout and for installed code."""
+    """Of code that came as a package or in an image; None for a checkout and for installed code."""
     try:
         record = json.loads((root / RECORD).read_bytes())
     except FileNotFoundError:
         return None
     return CodeState(**record)
+
+
+def read_changes(root: Path = ROOT) -> bytes | None:
+    """What a package was changed by since its commit; None where nothing was."""
+    path = root / CHANGES
+    return path.read_bytes() if path.is_file() else None
+
+
+def _look(root: Path) -> _Code:
+    tracked = _tracked(root) if _repository_of(root) is not None else []
+    files = {name: _read(root / name) for name in tracked or _installed(root)}
+    commit, diff = None, b""
+    if tracked:  # code installed into a folder that a repository ignores belongs to none
+        commit = _git(root, "rev-parse", "HEAD").decode().strip()
+        held_back = [f":(exclude,literal){name}" for name in _ignored(root)]
+        diff = _git(root, "diff", *_PATCH, "HEAD", "--", *_CODE, _CONFIGS, *held_back)
+    own = {name: content for name, content in files.items() if name.startswith(tuple(f"{folder}/" for folder in _CODE))}
+    state = CodeState(
+        version=package_version(_DISTRIBUTION),
+        commit=commit,
+        diff_digest=hashlib.sha256(diff).hexdigest() if diff else None,
+        digest=_digest(own),
+    )
+    return _Code(state=state, files=files, diff=diff, is_tracked=bool(tracked))
+
+
+def _repository_of(root: Path) -> Path | None:
+    """The folder with a repository that `root` lies in. Looked for by name: git says no more than that it fails, whether there is
+    none or it belongs to someone else."""
+    return next((folder for folder in (root.resolve(), *root.resolve().parents) if (folder / ".git").exists()), None)
 
 
 def _tracked(root: Path) -> list[str]:
@@ -124,6 +185,10 @@ def _installed(root: Path) -> list[str]:
 def _untracked(root: Path) -> tuple[str, ...]:
     names = _names(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *_CODE)
     return tuple(name for name in names if name.endswith(".py"))
+
+
+def _record(state: CodeState) -> bytes:
+    return json.dumps(asdict(state), indent=1).encode()
 
 
 def _place(config: Path, root: Path) -> str:
@@ -155,22 +220,19 @@ def _read(path: Path) -> bytes:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _commit(root: Path) -> str | None:
-    answer = _git(root, "rev-parse", "HEAD")
-    return answer.decode().strip() if answer else None
-
-
 def _names(root: Path, *arguments: str) -> list[str]:
-    return [name.decode(errors="surrogateescape") for name in (_git(root, *arguments) or b"").split(b"\0") if name]
+    return [name.decode(errors="surrogateescape") for name in _git(root, *arguments).split(b"\0") if name]
 
 
-def _git(root: Path, *arguments: str) -> bytes | None:
-    """None where there is no repository, no commit, or no git. Says the same whatever the user's own settings are."""
-    settings = ("-c", "core.quotepath=off", "-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false", "-c", "color.ui=false")
+def _git(root: Path, *arguments: str) -> bytes:
+    """What it says. Raises ValueError where it fails: what is in a repository must not be taken for code without one."""
     try:
-        done = subprocess.run(["git", *settings, *arguments], cwd=root, capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        done = subprocess.run(["git", *_SETTINGS, *arguments], cwd=root, capture_output=True, check=True)
+    except OSError as error:
+        raise ValueError(f"{_repository_of(root)} is a git repository, but git cannot be started ({error.strerror})") from error
+    except subprocess.CalledProcessError as error:
+        said = " ".join(error.stderr.decode(errors="replace").split()) or f"exit code {error.returncode}"
+        raise ValueError(f"git {arguments[0]} fails in {root}: {said}") from error
     return done.stdout
 
 

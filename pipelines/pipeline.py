@@ -102,12 +102,15 @@ class RunConfig:
         return self.store or str(Path(self.workspace) / "store")
 
 
-def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run from YAML, if any, and overrides, checked as far as can be without computing. Raises ValueError."""
+def load_run(path: Path | None, overrides: Sequence[str] = (), *, is_dataset_here: bool = True) -> RunConfig:
+    """A run from YAML, if any, and overrides, checked as far as can be without computing. Raises ValueError.
+
+    is_dataset_here: False where another machine reads it, and it need not be in reach of this one.
+    """
     run = configuration.load_config(RunConfig, path, overrides)
     for name, variant in [(MAIN, run), *run.variant_runs.items()]:
         try:
-            _check(variant)
+            _check(variant, is_dataset_here)
         except ValueError as error:
             raise ConfigError(str(error) if name == MAIN else f"variant {name}: {error}") from error
     return run
@@ -221,11 +224,11 @@ def _needed(nodes: dict[str, Node], targets: Sequence[str]) -> list[Node]:
     return [node for id, node in nodes.items() if id in needed]
 
 
-def _check(run: RunConfig) -> None:
+def _check(run: RunConfig, is_dataset_here: bool) -> None:
     """What would fail in a late stage and can be seen now: the model against the token map that the tokenizer will make."""
     architecture = run.tokenizer.architecture()
     given = completed(run.token_map, run).dataset
-    classes = open_source(given).known_classes()
+    classes = open_source(given).known_classes() if is_dataset_here else None
     num_classes = len(classes) if classes is not None else given.num_classes
     info = TokenMapInfo(
         dataset=run.dataset.title,

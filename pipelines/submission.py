@@ -9,20 +9,21 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines import config as configuration
-from pipelines import jobs
-from pipelines.artifacts import digest_of, without_credentials
-from pipelines.code_package import CodePackage
+from pipelines import jobs, pipeline, workflow
+from pipelines.artifacts import digest_of, open_store, without_credentials
+from pipelines.code_package import CHANGES, CodePackage, describe_left_behind
 from pipelines.code_package import pack as pack_code
 from pipelines.evaluation_card import MAIN
 from pipelines.jobs import Cluster, Job
 from pipelines.pipeline import RunConfig
 from pipelines.requirements import GROWS, Capacity, Need, judge, need_of
+from pipelines.storage import StorageError
 
 # What a run reads from, for its targets. The graph itself takes a look at the dataset, which may be out of reach from here.
 READS = {
@@ -46,23 +47,39 @@ _IN_URI = re.compile(
     r"://[^/?#\s]*@|://[^@\s]*:[^@\s]*@|[?&](X-Amz-Signature|X-Amz-Security-Token|Signature|sig|token|access_token|api_key|password)=",
     re.IGNORECASE,
 )
+_INSTEAD = "give the cluster the credential by its environment or a secret, and leave it out here"
+_CONFIG_ENDINGS = (".yaml", ".yml")
+_DIGEST_OF_IMAGE = re.compile(r"@sha256:[0-9a-f]{64}$")
 _STOP_SECONDS = 60  # for a checkpoint of training; Ray itself gives three
 _NAME_LENGTH = 80
+_DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
     """What a cluster is asked to run. run: the id that its attempts share.   arguments: of `enat run`, after the config.
-    package: None where an image holds the code.   grows: nodes come when they are asked for."""
+    package: None where an image holds the code.   config: resolved.   grows: nodes come when they are asked for."""
 
     run: str
     arguments: tuple[str, ...]
     metadata: Mapping[str, str]
-    needs: tuple[Need, ...]
+    config: RunConfig
     package: CodePackage | None
     image: str | None
     config_text: str
     grows: bool = False
+
+    @property
+    def warning(self) -> str | None:
+        """What a person should know before it is sent."""
+        if self.package is not None:
+            return describe_left_behind(self.package.left_behind) if self.package.left_behind else None
+        if _DIGEST_OF_IMAGE.search(self.image or ""):
+            return None
+        return (
+            f"the image {self.image} is named by a tag, and other code that is pushed under it would count as the same run; "
+            "NAME@sha256:DIGEST says which code it is"
+        )
 
     @property
     def entrypoint(self) -> str:
@@ -93,29 +110,34 @@ def prepare(
     """Raises ValueError for what cannot run on a cluster: a bad config, a store that it would not see, credentials."""
     for override in overrides:
         _refuse_credentials(override.partition("=")[0], override.partition("=")[2])
-    run = configuration.load_config(RunConfig, config, overrides)
+    run = pipeline.load_run(config, overrides, is_dataset_here=False)
+    _refuse_unknown_targets(run)
+    text = config.read_text()
+    _refuse_credentials_in_lines((f"{config}, line {number},", line) for number, line in enumerate(text.splitlines(), start=1))
     if run.cluster.address not in (None, "auto"):
         raise ValueError(f"cluster.address is {run.cluster.address}, but a job runs on the cluster it is sent to; leave it out")
     for key, value in _strings(configuration.to_dict(run)):
         _refuse_credentials(key, value)
     places = _places(run, allow_local_store)
     run = configuration.with_overrides(run, places, "--allow-local-store") if places else run
+    if image is not None:
+        _refuse_credentials("--image", image)
     package = None if image else pack_code(config)
     if package is not None:
         _refuse_credentials_in(package)
     resolved = {key: value for key, value in configuration.to_dict(run).items() if key != "cluster"}
     code = {"image": image} if image else {"code": package.state.digest if package else None}
-    id = f"enat-{run.name[:_NAME_LENGTH]}-{digest_of({'config': resolved, **code})[:12]}"
+    id = f"enat-{run.name[:_NAME_LENGTH]}-{digest_of({'config': resolved, **code})[:_DIGITS]}"
     given = (*overrides, *(f"{key}={value}" for key, value in places.items()), "cluster.address=auto")
     metadata = {jobs.RUN: id, "enat.name": run.name, "enat.config": str(config), "enat.store": run.store_uri}
     return Submission(
         run=id,
         arguments=given,
         metadata=metadata | _code_metadata(package, image),
-        needs=tuple(needs(run)),
+        config=run,
         package=package,
         image=image,
-        config_text=config.read_text(),
+        config_text=text,
         grows=grows,
     )
 
@@ -129,7 +151,7 @@ def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> 
         return Submitted(last, "active")
     if last is not None and last.status == "SUCCEEDED" and not again:
         return Submitted(last, "succeeded")
-    _check_room(submission, cluster.capacity())
+    check_room(submission.config, cluster.capacity(), submission.grows)
     number = last.attempt + 1 if last is not None else 1
     id = submission.run if number == 1 else f"{submission.run}-{number}"
     metadata = {**submission.metadata, jobs.ATTEMPT: str(number)}
@@ -143,12 +165,10 @@ def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> 
 
 
 def needs(run: RunConfig) -> list[Need]:
-    """What the stages of a run ask a cluster for, as far as its config tells: what is in the store needs nothing."""
+    """What the stages of a run ask a cluster for, as far as its config tells, whether or not the store has what they make."""
     wanted = _needed(run.targets or tuple(READS))
     found: dict[tuple[str, Any], Need] = {}
-    base = replace(run, variants={})
-    variants = {name: configuration.with_overrides(base, values, f"variant {name}") for name, values in run.variants.items()}
-    for name, variant in {MAIN: run, **variants}.items():
+    for name, variant in {MAIN: run, **run.variant_runs}.items():
         for stage in (stage for stage in READS if stage in wanted):
             need = need_of(stage if name == MAIN else f"{stage}@{name}", getattr(variant, stage))
             if need is not None and (stage, need.workers) not in found:
@@ -156,15 +176,44 @@ def needs(run: RunConfig) -> list[Need]:
     return list(found.values())
 
 
-def _check_room(submission: Submission, capacity: Capacity) -> None:
-    """Raises ValueError for stages that the cluster has no room for now, unless more nodes are to come."""
-    verdicts = [judge(need, capacity) for need in submission.needs]
-    if (problems := [verdict.problem for verdict in verdicts if verdict.problem]) and not submission.grows:
+def check_room(run: RunConfig, capacity: Capacity, grows: bool) -> None:
+    """Raises ValueError for stages that the cluster has no room for now, unless more nodes are to come.
+
+    Only where something does not fit are dataset and store looked at, which takes time and rights: what is in the store needs
+    no room.
+    """
+    if grows or not (problems := _problems(needs(run), capacity)):
+        return
+    not_seen = ""
+    try:
+        planned = workflow.plan(pipeline.build(run), open_store(run.store_uri, run.s3))
+    except (ValueError, OSError, StorageError) as error:
+        not_seen = f"; what the store has already is not known here ({error})"
+    else:
+        missing = (need_of(item.node.id, item.node.config) for item in planned if not item.is_reused)
+        problems = _problems([need for need in missing if need is not None], capacity)
+    if problems:
         more = f" (and {len(problems) - 1} more stages do not fit: see enat plan --address)" if len(problems) > 1 else ""
         raise ValueError(
             f"{problems[0]}{more}. That is what it has now ({capacity.describe()}); "
-            "where nodes come when they are asked for, give --wait-for-nodes"
+            f"where nodes come when they are asked for, give --wait-for-nodes{not_seen}"
         )
+
+
+def _problems(asked: Sequence[Need], capacity: Capacity) -> list[str]:
+    return [verdict.problem for verdict in (judge(need, capacity) for need in asked) if verdict.problem]
+
+
+def _refuse_unknown_targets(run: RunConfig) -> None:
+    """Before anything is sent. Raises ConfigError."""
+    every = (run, *run.variant_runs.values())
+    has = {
+        "captions": any(each.captions.encoder is not None for each in every),
+        "reconstruction": any(each.reconstruction is not None for each in every),
+    }
+    known = [stage for stage in READS if has.get(stage, True)]
+    if unknown := [target for target in run.targets if target not in known]:
+        raise configuration.ConfigError(f"targets names {unknown[0]!r}; the stages of this run are {', '.join(known)}")
 
 
 def _needed(targets: Sequence[str]) -> set[str]:
@@ -194,13 +243,7 @@ def _code_metadata(package: CodePackage | None, image: str | None) -> dict[str, 
     if package is None:
         return {"enat.image": str(image)}
     state = package.state
-    return {
-        "enat.code": state.label,
-        "enat.commit": state.commit or "unknown",
-        "enat.dirty": str(state.diff_digest is not None).lower(),
-        "enat.diff_sha256": state.diff_digest or "",
-        "enat.code_sha256": state.digest,
-    }
+    return {"enat.code": state.label, "enat.dirty": str(state.diff_digest is not None).lower(), **state.tags}
 
 
 def _runtime_environment(submission: Submission, folder: Path) -> dict[str, Any]:
@@ -234,15 +277,42 @@ def _refuse_credentials(key: str, value: str) -> None:
         shown = without_credentials(value.partition("?")[0])
         raise ValueError(
             f"{key} holds a credential in its address ({shown}), and a job's arguments can be read by all who see the cluster; "
-            "give the cluster the credential by its environment or a secret, and leave it out here"
+            f"{_INSTEAD}"
         )
-    if name := next((name for name, secret in _secrets().items() if secret in value), None):
-        raise ValueError(
-            f"{key} holds the value of {name}; the cluster gets it by its environment or a secret, so leave it out here"
-        )
+    if name := _secret_in(value):
+        raise ValueError(f"{key} holds the value of {name}; {_INSTEAD}")
+
+
+def _refuse_credentials_in_lines(lines: Iterable[tuple[str, str]]) -> None:
+    """As they are written: also what an override replaces is sent. lines: where each stands, and its text."""
+    for where, line in lines:
+        if _IN_URI.search(line):
+            raise ValueError(f"{where} holds a credential in an address, and would be sent to the cluster; {_INSTEAD}")
+        if name := _secret_in(line):
+            raise ValueError(f"{where} holds the value of {name}, and would be sent to the cluster; {_INSTEAD}")
+
+
+def _secret_in(text: str) -> str | None:
+    """The variable whose value it holds."""
+    return next((name for name, secret in _secrets().items() if secret in text), None)
 
 
 def _refuse_credentials_in(package: CodePackage) -> None:
     for name, secret in _secrets().items():
         if found := next((file for file, content in package.files.items() if secret.encode() in content), None):
             raise ValueError(f"{found} holds the value of {name}, and would be sent to the cluster with the code; take it out")
+    _refuse_credentials_in_lines(_lines_of_configs(package))
+
+
+def _lines_of_configs(package: CodePackage) -> Iterator[tuple[str, str]]:
+    """Of all configs that go along, as they are and as they were."""
+    for name, content in package.files.items():
+        if name.endswith(_CONFIG_ENDINGS):
+            for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
+                yield f"{name}, line {number},", line
+    changed = ""
+    for line in package.files.get(CHANGES, b"").decode(errors="replace").splitlines():
+        if line.startswith("diff --git "):
+            changed = line.rpartition(" b/")[2]
+        elif changed.endswith(_CONFIG_ENDINGS):
+            yield f"{changed}, as it was committed or as it is now,", line

@@ -43,11 +43,10 @@ def submit(
     one is under way, and goes on where it stopped after it failed or was stopped.
     """
     from pipelines import jobs, submission
-    from pipelines.code_package import describe_left_behind
 
     prepared = submission.prepare(config, overrides, image=image, allow_local_store=allow_local_store, grows=wait_for_nodes)
-    if prepared.package is not None and prepared.package.left_behind:
-        click.echo(f"enat: {describe_left_behind(prepared.package.left_behind)}", err=True)
+    if prepared.warning is not None:
+        click.echo(f"enat: {prepared.warning}", err=True)
     with console(stderr=True).status("submitting"):
         cluster = jobs.Cluster(address)
         done = submission.submit(cluster, prepared, again=again)

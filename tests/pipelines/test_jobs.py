@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import code_package, pipeline, submission
+from pipelines import code_package, pipeline, submission, workflow
+from pipelines.artifacts import LocalStore, Manifest
 from pipelines.requirements import Capacity, Need, judge, need_of
 from pipelines.workflow import Workers
 
@@ -93,7 +95,7 @@ def test_changes_go_along_as_files_and_as_a_patch_that_git_can_apply(checkout: P
     package = code_package.pack(checkout / "configs" / "digits.yaml", checkout)
     archive = zipfile.ZipFile(io.BytesIO(package.content))
     assert archive.read("enat/model.py") == b"width = 2\n" and "pipelines/templates/page.j2" not in archive.namelist()
-    assert package.state.diff_digest is not None and package.state.label.endswith("+dirty")
+    assert package.state.diff_digest is not None and package.state.label.endswith(f"+dirty.{package.state.diff_digest[:12]}")
     clone = tmp_path / "clone"
     _git(tmp_path, "clone", "--quiet", str(checkout), str(clone))
     (tmp_path / "changes.diff").write_bytes(archive.read("changes.diff"))
@@ -107,7 +109,99 @@ def test_the_package_unpacked_says_which_code_it_is(checkout: Path, tmp_path: Pa
     package = code_package.pack(checkout / "configs" / "digits.yaml", checkout)
     zipfile.ZipFile(io.BytesIO(package.content)).extractall(tmp_path / "unpacked")
     assert code_package.read_state(tmp_path / "unpacked") == package.state
+    assert code_package.read_changes(tmp_path / "unpacked") == package.files["changes.diff"]
+    assert code_package.state_of(tmp_path / "unpacked") == package.state == code_package.state_of(checkout)
     assert code_package.read_state(checkout) is None, "a checkout says so itself"
+    assert code_package.read_changes(checkout) is None
+
+
+def test_the_changes_are_the_same_whatever_the_user_s_own_settings(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / ".gitattributes").write_text("*.py diff=upper\n")
+    model = checkout / "enat" / "model.py"
+    model.write_text("".join(f"line_{number} = {number % 3}\n\n" for number in range(40)))
+    _git(checkout, "add", ".")
+    _git(checkout, "commit", "--quiet", "-m", "longer")
+    model.write_text(model.read_text().replace("line_20 = 2\n", "").replace("line_25 = 1\n\n", "line_25 = 7\n"))
+    (checkout / "pipelines" / "templates" / "page.j2").rename(checkout / "pipelines" / "templates" / "other.j2")
+    _git(checkout, "add", ".")
+    before = code_package.pack(checkout / "configs" / "digits.yaml", checkout)
+    settings = tmp_path / "settings"
+    settings.write_text(
+        "[core]\nquotepath = true\n[color]\nui = always\n"
+        "[diff]\nnoprefix = true\nmnemonicPrefix = true\ncontext = 1\ninterHunkContext = 9\nalgorithm = patience\n"
+        f"renames = copies\nsuppressBlankEmpty = true\nexternal = false\norderFile = {tmp_path}/order\n"
+        '[diff "upper"]\ntextconv = tr a-z A-Z <\n'
+    )
+    (tmp_path / "order").write_text("pipelines/*\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+    assert (
+        b"LINE_" in subprocess.run(["git", "diff", "--no-ext-diff", "HEAD"], cwd=checkout, capture_output=True, check=True).stdout
+    ), "the settings are read"
+    assert code_package.pack(checkout / "configs" / "digits.yaml", checkout).content == before.content
+
+
+# A repository that git does not read ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unreadable(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout that git takes for someone else's."""
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    return checkout
+
+
+def test_a_repository_of_someone_else_is_not_taken_for_none(unreadable: Path) -> None:
+    with pytest.raises(ValueError, match=r"git ls-files fails in .*dubious ownership") as refused:
+        code_package.pack(unreadable / "configs" / "digits.yaml", unreadable)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="dubious ownership"):
+        code_package.state_of(unreadable)
+
+
+def test_a_failing_diff_is_not_taken_for_no_changes(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = shutil.which("git")
+    wrapper = tmp_path / "bin" / "git"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\ncase " $* " in *" diff "*) echo fatal: broken >&2; exit 128;; esac\nexec {git} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match=r"^git diff fails in .*: fatal: broken$"):
+        code_package.pack(checkout / "configs" / "digits.yaml", checkout)
+
+
+def test_a_repository_without_git_is_refused_and_installed_code_needs_none(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="is a git repository, but git cannot be started"):
+        code_package.pack(checkout / "configs" / "digits.yaml", checkout)
+    shutil.rmtree(checkout / ".git")
+    state = code_package.state_of(checkout)
+    assert state.commit is None and state.label == f"{state.version}+code.{state.digest[:12]}"
+
+
+def test_a_run_whose_code_cannot_be_told_says_so_and_warns(
+    unreadable: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = code_package.state_of
+    monkeypatch.setattr(code_package, "state_of", lambda: read(unreadable))
+    label = workflow.code_version.__wrapped__()
+    assert label.endswith("+unknown") and f"results will say {label} (git ls-files fails in {unreadable}" in caplog.text
+
+
+def test_an_image_knows_the_commit_that_it_was_built_from(checkout: Path) -> None:
+    state = code_package.state_of(checkout)
+    shutil.rmtree(checkout / ".git")
+    code_package.write_record(str(state.commit), checkout)
+    recorded = code_package.state_of(checkout)
+    assert recorded.commit == state.commit and len(recorded.digest) == 64 and recorded.label == state.label
+    code_package.write_record("unknown", checkout)
+    assert code_package.state_of(checkout).label == f"{state.version}+code.{recorded.digest[:12]}"
+    for wrong in ("", "main", state.commit[:12]):
+        with pytest.raises(ValueError, match=r"^REVISION is "):
+            code_package.write_record(wrong, checkout)
 
 
 def test_the_same_code_is_the_same_bytes_whenever_it_is_packed(checkout: Path) -> None:
@@ -256,6 +350,31 @@ def test_a_local_store_is_kept_by_its_absolute_path_where_that_is_asked_for(
     assert prepare(store=("store=/shared/store",)).arguments == ("store=/shared/store", "cluster.address=auto")
 
 
+def test_an_image_by_its_tag_is_warned_of_and_by_its_digest_is_not(prepare: Callable[..., Any]) -> None:
+    warning = prepare(image="enat:1").warning
+    assert warning.startswith("the image enat:1 is named by a tag, and other code") and "\n" not in warning
+    assert prepare(image="enat@sha256:" + "0" * 64).warning is None
+    assert "tag" not in (prepare().warning or "")
+
+
+@pytest.mark.parametrize("target", ["tran", "reconstruction", "captions"])
+def test_targets_that_the_run_does_not_have_are_refused_as_the_run_itself_would(prepare: Callable[..., Any], target: str) -> None:
+    with pytest.raises(ValueError, match=f"^targets names '{target}'; the stages of this run are") as refused:
+        prepare(f"targets=[dataset, {target}]")
+    with pytest.raises(ValueError, match=f"^targets names '{target}'") as by_run:
+        pipeline.build(pipeline.load_run(DIGITS, [f"targets=[{target}]"]))
+    stages = [set(str(each.value).partition("are ")[2].split(", ")) for each in (refused, by_run)]
+    assert stages[0] == stages[1]
+    prepare(f"targets=[{target}]", "reconstruction={}", "captions.encoder=hf://a/b") if target != "tran" else None
+
+
+def test_a_model_that_does_not_fit_is_refused_and_a_dataset_out_of_reach_is_not(prepare: Callable[..., Any]) -> None:
+    far = ("dataset.kind=image_folder", "dataset.path=/only/on/the/cluster")
+    assert prepare(*far).package is not None
+    with pytest.raises(ValueError, match="reuse"):
+        prepare(*far, "generate.sampler.reuse=true", "train.model.reuse=false")
+
+
 def test_the_address_of_another_cluster_is_refused(prepare: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"cluster\.address is head:6379, but a job runs on the cluster it is sent to"):
         prepare("cluster.address=head:6379")
@@ -280,11 +399,46 @@ def test_a_credential_in_an_address_is_refused_and_not_repeated(prepare: Callabl
     assert "hunter2" not in str(refused.value)
 
 
-def test_a_credential_in_the_config_is_refused_too(prepare: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"image": "enat:1"}])
+@pytest.mark.parametrize("overrides", [(), ("tracking.uri=http://mlflow:5000",)])
+@pytest.mark.parametrize("line", ["tracking: {uri: 'http://user:hunter2@mlflow:5000'}", "# was http://user:hunter2@mlflow:5000"])
+def test_a_credential_in_the_config_is_refused_also_where_nothing_reads_it(
+    prepare: Callable[..., Any], tmp_path: Path, line: str, overrides: tuple[str, ...], options: dict[str, str]
+) -> None:
+    """The file goes along as it is, whatever replaces its values."""
     config = tmp_path / "bad.yaml"
-    config.write_text(DIGITS.read_text() + "tracking: {uri: 'http://user:hunter2@mlflow:5000'}\n")
-    with pytest.raises(ValueError, match=r"^tracking\.uri holds a credential"):
-        prepare(config=config)
+    config.write_text(f"{DIGITS.read_text()}{line}\n")
+    number = len(config.read_text().splitlines())
+    with pytest.raises(ValueError, match=rf"^{config}, line {number}, holds a credential in an address") as refused:
+        prepare(*overrides, config=config, **options)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_value_of_a_secret_variable_in_the_config_is_refused(
+    prepare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
+    config = tmp_path / "bad.yaml"
+    config.write_text(f"# wJalrXUtnFEMI\n{DIGITS.read_text()}")
+    with pytest.raises(ValueError, match=rf"^{config}, line 1, holds the value of AWS_SECRET_ACCESS_KEY") as refused:
+        prepare(config=config, image="enat:1")
+    assert "wJalrXUtnFEMI" not in str(refused.value)
+
+
+def test_a_credential_in_another_config_and_one_that_was_committed_are_not_sent(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "pack_code", lambda config: code_package.pack(config, checkout))
+    other = checkout / "configs" / "deeper" / "more.yaml"
+    other.write_text("name: more\ntracking: {uri: 'http://user:hunter2@mlflow:5000'}\n")
+    with pytest.raises(ValueError, match=r"^configs/deeper/more\.yaml, line 2, holds a credential in an address"):
+        submission.prepare(DIGITS, CLUSTER_STORE)
+    _git(checkout, "commit", "--quiet", "-am", "oh no")
+    other.write_text("name: more\n")
+    with pytest.raises(ValueError, match=r"^configs/deeper/more\.yaml, as it was committed or as it is now, holds a credential"):
+        submission.prepare(DIGITS, CLUSTER_STORE)
+    _git(checkout, "commit", "--quiet", "-am", "never mind")
+    assert submission.prepare(DIGITS, CLUSTER_STORE).package is not None
 
 
 @pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "RAY_AUTH_TOKEN"])
@@ -292,7 +446,7 @@ def test_the_value_of_a_secret_variable_is_refused_anywhere(
     prepare: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "wJalrXUtnFEMI")
-    with pytest.raises(ValueError, match=f"^dataset.name holds the value of {name}; the cluster gets it"):
+    with pytest.raises(ValueError, match=f"^dataset.name holds the value of {name}; give the cluster the credential"):
         prepare("dataset.name=my-wJalrXUtnFEMI")
     assert "wJalrXUtnFEMI" not in str(dataclasses.asdict(prepare("train.num_steps=3")))
 
@@ -360,8 +514,34 @@ def test_stages_that_ask_for_nothing_need_nothing(prepare: Callable[..., Any]) -
     run = pipeline.load_run(DIGITS)
     assert need_of("dataset", run.dataset) is None and need_of("report", run.report) is None
     assert need_of("train@untrained", dataclasses.replace(run.train, num_steps=0)) is None
-    assert [need.node for need in prepare("targets=[token_map]").needs] == ["tokenizer", "token_map"]
-    assert prepare("targets=[dataset]").needs == ()
+    assert [need.node for need in submission.needs(prepare("targets=[token_map]").config)] == ["tokenizer", "token_map"]
+    assert submission.needs(prepare("targets=[dataset]").config) == []
+
+
+def test_what_the_store_has_needs_no_room(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    store, capacity = LocalStore(tmp_path / "store"), Capacity(({"CPU": 4.0},))
+    run = prepare("targets=[token_map]", "tokenizer.execution.gpus_per_worker=1", store=(f"store={store.root}",)).config
+    with pytest.raises(ValueError, match=r"^tokenizer\.execution asks for 1 GPUs \(1 workers\), but the cluster has 0") as refused:
+        submission.check_room(run, capacity, grows=False)
+    assert "not known here" not in str(refused.value)
+    submission.check_room(run, capacity, grows=True)
+    nodes = pipeline.build(run)
+    for node in nodes[:2]:  # dataset and tokenizer
+        found = {each.node.id: each for each in workflow.plan(nodes, store)}
+        _commit(store, node.stage.name, found[node.id].key)
+    assert [item.is_reused for item in workflow.plan(nodes, store)] == [True, True, False]
+    submission.check_room(run, capacity, grows=False)
+
+
+def test_where_the_dataset_is_out_of_reach_it_is_said_that_the_store_was_not_asked(prepare: Callable[..., Any]) -> None:
+    run = prepare("dataset.kind=image_folder", "dataset.path=/only/on/the/cluster", "generate.execution.num_workers=9").config
+    with pytest.raises(ValueError, match=r"^generate\.execution asks .*what the store has already is not known here \(.*/only/on"):
+        submission.check_room(run, Capacity(({"CPU": 4.0},)), grows=False)
+
+
+def _commit(store: LocalStore, stage: str, key: str) -> None:
+    provenance = {"created": "2026-01-02T03:04:05+00:00", "code": "test", "seconds": 0, "worker_seconds": 0, "device_seconds": 0}
+    store.commit(Manifest(stage=stage, key=key, stage_version=1, config={}, inputs={}, files=(), provenance=provenance))
 
 
 def test_what_a_submission_needs_is_what_its_stages_are(tiny_nodes: Callable[..., list[Any]]) -> None:
@@ -375,7 +555,7 @@ def test_what_a_submission_needs_is_what_its_stages_are(tiny_nodes: Callable[...
 def test_needs_are_those_of_the_graph(prepare: Callable[..., Any]) -> None:
     nodes = {node.id: need_of(node.id, node.config) for node in pipeline.build(pipeline.load_run(DIGITS))}
     of_graph = {(need.node.partition("@")[0], need.workers) for need in nodes.values() if need is not None}
-    assert {(need.node.partition("@")[0], need.workers) for need in prepare().needs} == of_graph
+    assert {(need.node.partition("@")[0], need.workers) for need in submission.needs(prepare().config)} == of_graph
 
 
 # Where no cluster is -------------------------------------------------------------------------------------------------------
