@@ -17,6 +17,8 @@ from typing import Any
 from pipelines.artifacts import without_credentials
 from pipelines.tracking import OUT_OF_ORDER, ModelVersion, as_model_version, client_of, first_line, quiet, set_version_tags
 
+_ARTIFACT_TAGS = ("enat.artifact", "enat.evaluation")  # of a version: those that name an artifact as stage/key
+
 
 class TrackingError(RuntimeError):
     """A tracking store that cannot be read."""
@@ -150,7 +152,8 @@ def find_model(uri: str, reference: str) -> dict[str, str]:
 
 
 def registered_artifacts(uri: str) -> dict[str, str]:
-    """What registered versions say they are, as "stage/key" -> "name version number". Versions made by others say nothing.
+    """What registered versions are, and their last evaluations, as "stage/key" -> "name version number": the evaluation is what the
+    next one is compared with. Versions made by others say nothing.
 
     Raises ValueError where no store lies at the URI, TrackingError where the registry does not answer.
     """
@@ -159,7 +162,7 @@ def registered_artifacts(uri: str) -> dict[str, str]:
         return client.search_model_versions(max_results=1000, page_token=token)
 
     with _reading(uri) as client:
-        tagged = [(version.tags.get("enat.artifact"), version) for version in _pages(page)]
+        tagged = [(version.tags.get(tag), version) for version in _pages(page) for tag in _ARTIFACT_TAGS]
     return {str(artifact): f"{version.name} version {version.version}" for artifact, version in tagged if artifact}
 
 

@@ -249,8 +249,9 @@ def collect(
 ) -> None:
     """Remove what was not used for a while, unless something that stays was made from it.
 
-    What stays: artifacts used within --older-than, those given by --keep, models that MLflow's registry has, and everything any
-    of these was made from. Of unfinished stages, and of files that no manifest names, only the age counts.
+    What stays: artifacts used within --older-than, those given by --keep, models that MLflow's registry has with their last
+    evaluations, and everything any of these was made from. Of unfinished stages, and of files that no manifest names, only the
+    age counts.
     """
     from pipelines import garbage, garbage_report, inventory
 

@@ -147,13 +147,26 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
     run = tracking.start_run(uri, tracking.TrackingConfig(uri=uri), "training", {})
     tags = {"enat.digest": "d", "enat.created": "2026", "enat.artifact": f"train/{key_of('x')}", "enat.store": "/elsewhere"}
+    tags["enat.evaluation"] = f"evaluate/{key_of('scores')}"
     assert run.register_model("enat-s-digits", {"README.md": b""}, tags, "a card", None) == "1"
     assert run.register_model("other", {"README.md": b""}, {"enat.digest": "e", "enat.created": "2026"}, "", None) == "1"
     return uri
 
 
-def test_the_registry_says_which_artifacts_are_models(registry: str) -> None:
-    assert tracked.registered_artifacts(registry) == {f"train/{key_of('x')}": "enat-s-digits version 1"}
+def test_the_registry_says_which_artifacts_are_models_and_their_evaluations(registry: str) -> None:
+    names = (f"train/{key_of('x')}", f"evaluate/{key_of('scores')}")
+    assert tracked.registered_artifacts(registry) == dict.fromkeys(names, "enat-s-digits version 1")
+
+
+def test_the_evaluation_of_a_registered_model_stays_with_its_samples(place: Place, chain, registry: str) -> None:
+    """It is what the next evaluation is compared with."""
+    scores = make(place.store, "evaluate/scores", chain.samples, chain.train, provenance={})
+    make(place.store, "evaluate/others", chain.samples, provenance={})
+    place.age("", 2 * DAY)
+    answer = _json(place, "gc", "--older-than", "1d", "--tracking-uri", registry, "--delete")
+    assert [(row["stage"], row["key"]) for row in answer["removals"]] == [("evaluate", key_of("others"))]
+    assert answer["kept"]["/".join(name_of(scores))] == "registered"
+    assert answer["kept"]["/".join(name_of(chain.samples))] == "needed"
 
 
 def test_without_delete_it_is_only_said_what_would_go(place: Place, chain, registry: str) -> None:
