@@ -26,6 +26,7 @@ _NOT_THERE = {"NoSuchKey", "404"}
 class S3Config:
     """How a bucket is reached. None: AWS's usual environment variables and configuration files decide.
 
+    region: without it AWS_REGION counts, as in AWS's other libraries, before AWS_DEFAULT_REGION, which alone botocore knows.
     anonymous: requests are not signed, for public buckets.   path_style: the bucket stands in the path, not in the host name.
     """
 
@@ -70,7 +71,8 @@ def _open_client(config: S3Config, process: int) -> Any:
         max_pool_connections=CONNECTIONS,
         tcp_keepalive=True,
     )
-    return boto3.session.Session().client("s3", endpoint_url=config.endpoint_url, region_name=config.region, config=options)
+    region = config.region or os.environ.get("AWS_REGION") or None
+    return boto3.session.Session().client("s3", endpoint_url=config.endpoint_url, region_name=region, config=options)
 
 
 def error_code(error: Any) -> str:
@@ -127,7 +129,7 @@ _REFUSALS = {  # codes of S3 -> what they mean and what to do
     ),
     "RequestTimeTooSkewed": "cannot be accessed: this machine's clock is wrong, so says {endpoint}; set it",
     "PermanentRedirect 301 AuthorizationHeaderMalformed": (
-        "cannot be accessed: its bucket does not lie in the region {region}; set the region, or AWS_DEFAULT_REGION"
+        "cannot be accessed: its bucket does not lie in the region {region}; set the region, or AWS_REGION"
     ),
     "PreconditionFailed": "changed while it was being read; run again",
     "NotImplemented": "cannot be written: {endpoint} cannot write a name only if it is free (If-None-Match); use another store",

@@ -384,6 +384,27 @@ def test_without_credentials_the_sentence_names_where_they_belong(make_bucket, s
         list(S3Folder("s3://bucket/a", config).list())
 
 
+@pytest.mark.parametrize(
+    ("given", "region", "used"),
+    [
+        ({"AWS_REGION": "eu-central-1"}, None, "eu-central-1"),
+        ({"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-1"}, None, "eu-central-1"),
+        ({"AWS_REGION": "", "AWS_DEFAULT_REGION": "eu-west-1"}, None, "eu-west-1"),
+        ({"AWS_REGION": "eu-central-1"}, "eu-west-2", "eu-west-2"),
+    ],
+)
+def test_the_region_is_the_configuration_s_or_aws_region_or_what_botocore_finds(
+    s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], region: str | None, used: str
+) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    s3_client._open_client.cache_clear()  # a client is made with the environment of its first use
+    client = s3_client.client_of(S3Config(endpoint_url=s3_endpoint.url, region=region))
+    s3_client._open_client.cache_clear()
+    assert client.meta.region_name == used
+
+
 def test_a_profile_that_is_not_there_is_named(s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(StorageError, match="AWS_PROFILE names a profile"):
