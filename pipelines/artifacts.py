@@ -12,15 +12,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.atomic import copy_if_absent, publish, temporary, write_if_absent
 from pipelines.manifest import (
     MANIFEST,
     PARTS,
@@ -41,6 +40,7 @@ from pipelines.manifest import (
     read_use_note,
     use_note,
 )
+from pipelines.redaction import without_credentials
 
 if TYPE_CHECKING:
     from pipelines.s3 import S3Config
@@ -68,11 +68,6 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 
-def without_credentials(uri: str) -> str:
-    """A URI for showing, without user and password. Cuts at the last @, since a password may hold one, or a slash."""
-    return re.sub(r"://\S*@", "://", uri)
-
-
 class ArtifactStore(ABC):
     """Artifacts by (stage, key). Safe to send to workers; they write parts and files directly."""
 
@@ -82,9 +77,40 @@ class ArtifactStore(ABC):
     def read_manifest(self, stage: str, key: str) -> Manifest | None:
         """The committed manifest, or None where the artifact does not exist (yet)."""
 
-    @abstractmethod
     def commit(self, manifest: Manifest) -> Manifest:
-        """Make the artifact exist. Returns the manifest that counts: an earlier one, where another run was first."""
+        """Make the artifact exist. Returns the manifest that counts: an earlier one, where another run was first.
+
+        Raises StoreError where files of it are not there. Whoever removes files looks for a manifest afterwards, and here files
+        are looked for after the manifest is written: so of two that meet, at least one sees the other.
+        """
+        name = manifest.stage, manifest.key
+        self._check_files(manifest)
+        if not self._put_manifest(manifest):
+            if (committed := self.read_manifest(*name)) is None:
+                raise StoreError(f"{self.place(*name)} was removed while it was being made; run again")
+            return committed
+        try:
+            self._check_files(manifest)
+        except StoreError:
+            with contextlib.suppress(ValueError, OSError):  # those who may not remove it are told to have it removed
+                self.delete_manifest(*name)
+            raise
+        return manifest
+
+    def _check_files(self, manifest: Manifest) -> None:
+        place = self.place(manifest.stage, manifest.key)
+        for record in self.missing_files(manifest):
+            raise StoreError(
+                f"{place}/{record.path} is gone, or cut off, before the artifact was made of it; remove {place} and run again"
+            )
+
+    @abstractmethod
+    def missing_files(self, manifest: Manifest) -> Iterator[FileRecord]:
+        """Those files and records of an artifact, committed or not, that do not lie in the store in their full size."""
+
+    @abstractmethod
+    def _put_manifest(self, manifest: Manifest) -> bool:
+        """Whether it lies there now; else another one does."""
 
     @abstractmethod
     def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
@@ -198,14 +224,23 @@ class LocalStore(ArtifactStore):
         return str(self._folder(stage, key))
 
     def check_writable(self) -> None:
+        """Also that a file can be given its name in one step, if the name is free: what a store is never without."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
+            probe = temporary(self.root / "probe", b"")
         except OSError as error:
             raise StoreError(
                 f"the store {self.root} cannot be written ({error.strerror}); choose another with store=..."
             ) from error
+        named = probe.with_name(f"{probe.name}.named")
+        try:
+            publish(probe, named)
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.root} lies on a file system without hard links ({error.strerror}), which give files their names"
+                " in one step; choose another with store=..."
+            ) from error
+        named.unlink()
 
     def read_manifest(self, stage: str, key: str) -> Manifest | None:
         path = self._folder(stage, key) / MANIFEST
@@ -216,22 +251,24 @@ class LocalStore(ArtifactStore):
         except OSError as error:
             raise DamagedManifestError(f"{path} cannot be read ({error.strerror})", stage, key) from error
 
-    def commit(self, manifest: Manifest) -> Manifest:
-        folder = self._folder(manifest.stage, manifest.key)
+    def missing_files(self, manifest: Manifest) -> Iterator[FileRecord]:
         for record in (*manifest.files, *manifest.records):
-            assert (folder / record.path).stat().st_size == record.size, record
-        if not _write_if_absent(folder / MANIFEST, manifest.to_json()):
-            committed = self.read_manifest(manifest.stage, manifest.key)
-            assert committed is not None
-            return committed
-        return manifest
+            try:
+                size = (self._folder(manifest.stage, manifest.key) / record.path).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                size = None
+            if size != record.size:
+                yield record
+
+    def _put_manifest(self, manifest: Manifest) -> bool:
+        return write_if_absent(self._folder(manifest.stage, manifest.key) / MANIFEST, manifest.to_json())
 
     def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
         folder = self._folder(stage, key)
         sha256, size = file_digest(source), source.stat().st_size
         for path in paths_of(name, sha256):
             target = folder / path
-            if _copy_if_absent(source, target) or file_digest(target) == sha256:
+            if copy_if_absent(source, target) or file_digest(target) == sha256:
                 return FileRecord(name=name, path=path, size=size, sha256=sha256)
         raise StoreError(f"{folder / name} is damaged: it does not hold the bytes that its name promises; remove it and run again")
 
@@ -250,7 +287,7 @@ class LocalStore(ArtifactStore):
         return path
 
     def put_part(self, stage: str, key: str, name: str, record: Mapping[str, Any]) -> None:
-        _write_if_absent(self._folder(stage, key) / PARTS / f"{name}.json", canonical_json(record))
+        write_if_absent(self._folder(stage, key) / PARTS / f"{name}.json", canonical_json(record))
 
     def read_parts(self, stage: str, key: str) -> dict[str, dict[str, Any]]:
         records = {}
@@ -278,7 +315,7 @@ class LocalStore(ArtifactStore):
 
     def note_use(self, stage: str, key: str, inputs: Iterable[tuple[str, str]] = ()) -> None:
         target = self._folder(stage, key) / USED
-        note = _temporary(target, use_note(inputs))
+        note = temporary(target, use_note(inputs))
         note.chmod(0o644)
         note.replace(target)
 
@@ -341,47 +378,11 @@ def open_store(uri: str, s3: S3Config | None = None) -> ArtifactStore:
     return LocalStore(Path(uri))
 
 
-def _copy_if_absent(source: Path, target: Path) -> bool:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".tmp-", delete=False) as copy:
-        with source.open("rb") as original:
-            shutil.copyfileobj(original, copy, 1 << 20)
-        copy.flush()
-        os.fsync(copy.fileno())
-    return _publish(Path(copy.name), target)
-
-
-def _write_if_absent(target: Path, content: bytes) -> bool:
-    return _publish(_temporary(target, content), target)
-
-
-def _temporary(target: Path, content: bytes) -> Path:
-    """A file beside `target` that holds the content, whatever happens to this machine next."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".tmp-", delete=False) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return Path(file.name)
-
-
 def _folders_in(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _publish(temporary: Path, target: Path) -> bool:
-    """Give a finished temporary file its name, in one step, only if the name is free."""
-    temporary.chmod(0o644)
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()
-    return True
 
 
 @cache

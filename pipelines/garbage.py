@@ -1,15 +1,18 @@
 """Removing what nobody needs any more: what was not used for a while and nothing that is kept was made from.
 
-Kept are artifacts that were made or used within the age limit, those that are named, those that MLflow's registry has models of,
-what a stage that was at work within the limit is made from, and everything that any of these was made from. Unfinished stages
-and stray files (of a run that lost a race, or was killed) go by age alone.
+Kept are artifacts that were made or used within the age limit, those that are named, models that MLflow's registry has and their
+last evaluations, what a stage that was at work within the limit noted, and everything that any of these was made from. Unfinished
+stages and stray files (of a run that lost a race, or was killed) go by age alone.
 
-*Use* is when any file in an artifact's folder was last written; every run writes its note there before it looks whether the
-artifact exists (ArtifactStore.note_use). Removing looks at it again, takes the manifest away, looks once more, and puts the
-manifest back if a note came in between. So of a run and a removal that meet, either the run finds no artifact and makes it again,
-or the artifact stays. What remains: a run that began longer ago than the limit and still reads what it noted then, and one that
-comes in the moments in which the files are removed and takes over some that are about to go. Neither goes unseen: what is gone
-fails the run by name, and the same command makes it again. A crash leaves files that no manifest names, for the next time.
+*Use* is when any file in an artifact's folder was last written. Every run writes its note there before it looks whether the
+artifact exists, and again every few minutes until the run ends, into all that it has so far (uses.py); a stage that is at work has
+noted all that, too. Removing looks at it again, takes the manifest away, looks once more, and puts the manifest back if a note
+came in between. So of a run and a removal that meet, either the run finds no artifact and makes it again, or the artifact stays.
+
+What remains is a run that comes in the moments in which the files are removed, and takes over some that are about to go. Both look
+twice: a commit looks for its files after the manifest is written (ArtifactStore.commit), a removal for a manifest after the files
+are gone. So no manifest stays whose files went; the run fails by name, and the same command makes it again. A crash leaves files
+that no manifest names, for the next time.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from pipelines.artifacts import MANIFEST, PARTS, USED, ArtifactStore, DamagedManifestError, Manifest, StoredPath
+from pipelines.artifacts import MANIFEST, PARTS, USED, ArtifactStore, DamagedManifestError, Manifest, StoredPath, StoreError
 from pipelines.inventory import Name, created, find_unfinished, name_of, short
 from pipelines.lineage import Lineage
 
@@ -160,18 +163,16 @@ def _remove_artifact(store: ArtifactStore, removal: Removal, limit: float) -> st
     store.delete_manifest(*name)
     after = store.list_files(*name)
     if _last_used(after) >= limit:
-        _put_back(store, manifest, after)
+        _put_back(store, manifest)
         return "it was used meanwhile"
-    _delete(store, name, [file.path for file in after])
-    return None
+    return _remove_files(store, name, after, limit)
 
 
-def _put_back(store: ArtifactStore, manifest: Manifest, files: Iterable[StoredPath]) -> None:
-    sizes = {file.path: file.size for file in files}
-    if all(sizes.get(record.path) == record.size for record in (*manifest.files, *manifest.records)):
+def _put_back(store: ArtifactStore, manifest: Manifest) -> None:
+    try:
         store.commit(manifest)
-    else:
-        _log.warning("%s was damaged and is made again by the run that asks for it now", short(name_of(manifest)))
+    except StoreError as error:
+        _log.warning("%s was damaged and is made again by the run that asks for it now (%s)", short(name_of(manifest)), error)
 
 
 def _remove_unfinished(store: ArtifactStore, removal: Removal, limit: float) -> str | None:
@@ -181,7 +182,31 @@ def _remove_unfinished(store: ArtifactStore, removal: Removal, limit: float) -> 
         return "work on it goes on"
     if MANIFEST in {file.path for file in files}:
         return "it was finished meanwhile"
-    _delete(store, name, [file.path for file in files])
+    return _remove_files(store, name, files, limit)
+
+
+def _remove_files(store: ArtifactStore, name: Name, files: Iterable[StoredPath], limit: float) -> str | None:
+    """Remove files of what has no manifest. None where they are gone now, else why some stay.
+
+    Records of parts go before the files they vouch for, and the note of use last, so that whatever a crash leaves is consistent,
+    and seen as this program's. A run may come at any moment: a commit and this look for each other's doing after their own.
+    """
+    paths = {file.path for file in files} - {USED}
+    records = {path for path in paths if path.startswith(f"{PARTS}/")}
+    if records:
+        store.delete_files(*name, sorted(records))
+        if _last_used(store.list_files(*name)) >= limit:  # a run that read the records before finds their files
+            return "work on it goes on"
+    if paths - records:
+        store.delete_files(*name, sorted(paths - records))
+    left = {file.path: file for file in store.list_files(*name)}
+    if MANIFEST in left:
+        if (made := store.read_manifest(*name)) is not None and not [*store.missing_files(made)]:
+            return "it was made again meanwhile"
+        store.delete_manifest(*name)
+        _log.warning("%s was made of files that were being removed, and is gone again; run again what made it", short(name))
+    if USED in left and _last_used(left.values()) < limit:  # else it is of a run that has just come
+        store.delete_files(*name, [USED])
     return None
 
 
@@ -191,7 +216,10 @@ def _remove_stray(store: ArtifactStore, removal: Removal, limit: float) -> str |
     if manifest is None:
         return "the artifact is gone"
     planned = {file.path for file in removal.files}
-    _delete(store, name, [file.path for file in _stray_files(store.list_files(*name), manifest, limit) if file.path in planned])
+    paths = [file.path for file in _stray_files(store.list_files(*name), manifest, limit) if file.path in planned]
+    paths.sort(key=lambda path: not path.startswith(f"{PARTS}/"))  # records before the files they vouch for
+    if paths:
+        store.delete_files(*name, paths)
     return None
 
 
@@ -200,14 +228,3 @@ _REMOVE: Mapping[Kind, Callable[[ArtifactStore, Removal, float], str | None]] = 
     "unfinished": _remove_unfinished,
     "stray files": _remove_stray,
 }
-
-
-def _delete(store: ArtifactStore, name: Name, paths: Iterable[str]) -> None:
-    """Records of parts go before the files they vouch for, and the note of use last, so that whatever a crash leaves is
-    consistent, and seen as this program's."""
-    paths = [*paths]
-    records = [path for path in paths if path.startswith(f"{PARTS}/")]
-    others = [path for path in paths if path not in {*records, USED}]
-    for some in (records, others, [USED] if USED in paths else []):
-        if some:
-            store.delete_files(*name, some)

@@ -17,6 +17,7 @@ from pipelines.artifacts import ArtifactStore, Manifest, file_digest, open_store
 from pipelines.external import local_file
 from pipelines.inspection import find
 from pipelines.s3 import S3Config
+from pipelines.uses import note_reading
 from pipelines.weights import open_enat, open_vqgan
 
 _STAGE = "train"  # whose artifacts are models, trained or imported
@@ -71,6 +72,7 @@ def from_artifact(store: ArtifactStore, name: str) -> Generator:
 
 
 def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:
+    note_reading(store, manifest)
     tokenizer = _input(store, manifest, "tokenizer")
     if tokenizer is None:
         source = manifest.inputs["tokenizer"]

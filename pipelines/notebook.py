@@ -35,6 +35,7 @@ from pipelines.inventory import Query, list_artifacts, list_table
 from pipelines.models import Generator
 from pipelines.s3 import S3Config
 from pipelines.token_map import TokenMap
+from pipelines.uses import note_reading
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm's, in notebooks without ipywidgets
 
@@ -103,7 +104,9 @@ def ls(*stages: str, dataset: str | None = None, store: Store = _STORE) -> Table
 def open_artifact(name: str, store: Store = _STORE) -> Artifact:
     """name: "token_map/3f2a"."""
     opened = _open(store)
-    return Artifact(opened, inspection.find(opened, name))
+    found = inspection.find(opened, name)
+    note_reading(opened, found)
+    return Artifact(opened, found)
 
 
 def open_token_map(name: str | Artifact, store: Store = _STORE) -> TokenMap:

@@ -61,16 +61,13 @@ class S3Store(ArtifactStore):
             return None
         return Manifest.read(content, f"{self.place(stage, key)}/{MANIFEST}", stage, key)
 
-    def commit(self, manifest: Manifest) -> Manifest:
+    def missing_files(self, manifest: Manifest) -> Iterator[FileRecord]:
         folder = f"{manifest.stage}/{manifest.key}/"
         sizes = {file.name.removeprefix(folder): file.size for file in self.folder.list(folder)}
-        for record in (*manifest.files, *manifest.records):
-            assert sizes.get(record.path) == record.size, record
-        if self.folder.put_if_absent(folder + MANIFEST, manifest.to_json()):
-            return manifest
-        committed = self.read_manifest(manifest.stage, manifest.key)
-        assert committed is not None
-        return committed
+        yield from (record for record in (*manifest.files, *manifest.records) if sizes.get(record.path) != record.size)
+
+    def _put_manifest(self, manifest: Manifest) -> bool:
+        return self.folder.put_if_absent(f"{manifest.stage}/{manifest.key}/{MANIFEST}", manifest.to_json())
 
     def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
         sha256, size = file_digest(source), source.stat().st_size

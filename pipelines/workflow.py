@@ -27,8 +27,9 @@ from pipelines import code_package, tracking
 from pipelines import config as configuration
 from pipelines.artifacts import ArtifactStore, FileRecord, Manifest, digest_of
 from pipelines.costs import Prices
+from pipelines.inventory import inputs_of, name_of
 from pipelines.progress import Bar
-from pipelines.storage import StorageError
+from pipelines.uses import Uses
 
 _log = logging.getLogger(__name__)
 
@@ -240,33 +241,30 @@ def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifes
     """
     found: dict[str, Manifest] = dict(given or {})
     done = []
-    for node in nodes:
-        inputs = {name: found[id] for name, id in node.inputs.items()}
-        key = stage_key(node, inputs)
-        started = time.monotonic()
-        run = _start_stage_run(node, key, inputs, session)
-        _note_use(session.store, node.stage.name, key, inputs)
-        manifest = session.store.read_manifest(node.stage.name, key)
-        is_reused = manifest is not None
-        if manifest is None:
-            manifest = _compute(node, key, inputs, run, session)
-        elif node.stage.accept is not None:
-            node.stage.accept(node.config, manifest)
-        seconds = time.monotonic() - started
-        _publish(node, manifest, inputs, run, session)
-        _finish_stage_run(run, manifest, is_reused)
-        found[node.id] = manifest
-        done.append(Done(node, manifest, is_reused, seconds))
-        verb = "reused" if is_reused else f"made in {seconds:.1f} s"
-        session.console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
+    with Uses(session.store) as uses:
+        for manifest in found.values():
+            uses.note(*name_of(manifest), inputs_of(manifest))
+        for node in nodes:
+            inputs = {name: found[id] for name, id in node.inputs.items()}
+            key = stage_key(node, inputs)
+            started = time.monotonic()
+            run = _start_stage_run(node, key, inputs, session)
+            # With all that the run has: what a later stage needs must not go while this one is at work.
+            uses.note(node.stage.name, key, map(name_of, found.values()))
+            made = session.store.read_manifest(node.stage.name, key)
+            is_reused = made is not None
+            if made is None:
+                made = _compute(node, key, inputs, run, session)
+            elif node.stage.accept is not None:
+                node.stage.accept(node.config, made)
+            seconds = time.monotonic() - started
+            _publish(node, made, inputs, run, session)
+            _finish_stage_run(run, made, is_reused)
+            found[node.id] = made
+            done.append(Done(node, made, is_reused, seconds))
+            verb = "reused" if is_reused else f"made in {seconds:.1f} s"
+            session.console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
     return done
-
-
-def _note_use(store: ArtifactStore, stage: str, key: str, inputs: Mapping[str, Manifest]) -> None:
-    try:
-        store.note_use(stage, key, [(source.stage, source.key) for source in inputs.values()])
-    except (OSError, StorageError) as error:  # where nothing can be written the stage says so, and what is there can be reused
-        _log.info("the use of %s/%s is not noted, so that `enat artifacts gc` may take it for unused (%s)", stage, key, error)
 
 
 def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking.RunHandle, session: Session) -> Manifest:

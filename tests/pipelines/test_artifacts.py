@@ -5,8 +5,10 @@ The tests of the first part know ArtifactStore only and hold for every kind of s
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from pipelines.artifacts import (
     digest_of,
     open_store,
 )
+from pipelines.storage import StorageError
 
 STAGE, KEY = "train", "ab" * 32
 
@@ -157,11 +160,51 @@ def test_of_two_processes_that_commit_at_once_one_wins_and_the_other_adopts_it(p
 
 def test_a_manifest_is_not_committed_before_its_files(store: ArtifactStore, place: Place, put) -> None:
     record = put(b"weights")
-    with pytest.raises((AssertionError, OSError)):
+    advice = f"remove {store.place(STAGE, KEY)} and run again"
+    with pytest.raises(StoreError, match=f"more.bin is gone, or cut off, before the artifact was made of it; {advice}"):
         store.commit(_manifest(record, FileRecord("more.bin", "more.bin", 3, "0" * 64)))
-    with pytest.raises((AssertionError, OSError)):
+    with pytest.raises(StoreError, match=f"{record.path} is gone, or cut off, .*; {advice}"):
         store.commit(_manifest(replace(record, size=record.size + 1)))
     assert store.read_manifest(STAGE, KEY) is None
+
+
+@pytest.mark.parametrize("may_remove", [True, False])
+def test_a_manifest_whose_files_go_while_it_is_committed_does_not_stay(
+    store: ArtifactStore, place: Place, put, monkeypatch: pytest.MonkeyPatch, may_remove: bool
+) -> None:
+    """Just before it is written; whoever removed them had looked for a manifest before. A driver in a bucket may not remove one."""
+    record = put(b"weights")
+    write = type(store)._put_manifest
+
+    def overtaken(self: ArtifactStore, manifest: Manifest) -> bool:
+        self.delete_files(STAGE, KEY, [record.path])
+        return write(self, manifest)
+
+    def refused(*_: object) -> None:
+        raise StorageError("it cannot be deleted (AccessDenied)")
+
+    monkeypatch.setattr(type(store), "_put_manifest", overtaken)
+    if not may_remove:
+        monkeypatch.setattr(type(store), "delete_manifest", refused)
+    with pytest.raises(StoreError, match=rf"{record.path} is gone.*; remove {store.place(STAGE, KEY)} and run again"):
+        store.commit(_manifest(record))
+    assert (store.read_manifest(STAGE, KEY) is None) == may_remove
+
+
+def test_a_manifest_that_is_removed_while_another_is_committed_is_told(
+    store: ArtifactStore, place: Place, put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.commit(_manifest(put(b"weights")))
+    write = type(store)._put_manifest
+
+    def overtaken(self: ArtifactStore, manifest: Manifest) -> bool:
+        is_written = write(self, manifest)
+        self.delete_manifest(STAGE, KEY)
+        return is_written
+
+    monkeypatch.setattr(type(store), "_put_manifest", overtaken)
+    with pytest.raises(StoreError, match="was removed while it was being made; run again"):
+        store.commit(_manifest(put(b"other weights")))
 
 
 @pytest.mark.parametrize(
@@ -610,6 +653,20 @@ def test_a_store_below_a_file_cannot_be_written_and_says_so(tmp_path: Path) -> N
         store.check_writable()
     assert store.read_manifest(STAGE, KEY) is None and list(store.manifests()) == []
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_file_system_without_hard_links_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch) -> None:
+    """Such as many that a network or a container mounts."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    store = open_store(str(tmp_path / "store"))
+    sentence = rf"the store {tmp_path}/store lies on a file system without hard links \(Operation not permitted\).*store=\.\.\."
+    with pytest.raises(StoreError, match=sentence):
+        store.check_writable()
+    assert list((tmp_path / "store").iterdir()) == []
 
 
 def test_a_kind_of_place_without_a_store_is_refused() -> None:

@@ -238,6 +238,18 @@ def test_overriding_a_config_leaves_it_and_checks_as_a_file_is_checked() -> None
         ("first://a:b@c second://d:e@f", "first://c second://f"),
         ("http://user:pass@word@host", "http://host"),
         ("http://user:pass/word@host", "http://host"),
+        ("postgresql://host/db?user=u&password=p&sslmode=require", "postgresql://host/db?sslmode=require"),
+        ("postgresql://u:p@host/db?sslmode=require&PASSWORD=p", "postgresql://host/db?sslmode=require"),
+        ("postgresql://host/db?password=p", "postgresql://host/db"),
+        ("mysql+pymysql:///db?unix_socket=/s&password=p@q", "mysql+pymysql:///db?unix_socket=/s"),
+        ("https://b.example.org/k?X-Amz-Signature=p&X-Amz-Expires=9", "https://b.example.org/k?X-Amz-Expires=9"),
+        ("http://user:p?token=x@host/a", "http://"),
+        ("http://host/a?page=1", "http://host/a?page=1"),
+        ("s3://bucket/team@x/store", "s3://bucket/team@x/store"),
+        ("s3://key:pass/word@bucket/store", "s3://bucket/store"),
+        ("s3://bucket/team@x,http://user:p@host", "s3://bucket/team@x,http://host"),
+        ("hf://owner/name/a.pth@main", "hf://owner/name/a.pth@main"),
+        ("sqlite:////data/team@x/mlflow.db", "sqlite:////data/team@x/mlflow.db"),
     ],
 )
 def test_redacted_takes_user_and_password_out_of_uris_at_any_depth(uri: str, shown: str) -> None:

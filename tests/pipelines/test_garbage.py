@@ -240,6 +240,69 @@ def test_an_artifact_that_was_damaged_and_is_asked_for_in_the_last_moment_is_not
     assert place.store.read_manifest(*name_of(manifest)) is None
 
 
+def _when_files_go(place: Place, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something once, when all is looked at and the first file that is no manifest and no record is about to be removed."""
+    original, waiting = type(place.store).delete_files, [act]
+
+    def delete_files(self: ArtifactStore, stage: str, key: str, paths: Any) -> None:
+        paths = [*paths]
+        if waiting and paths != [MANIFEST] and not any(path.startswith(".parts/") for path in paths):
+            waiting.pop()()
+        original(self, stage, key, paths)
+
+    monkeypatch.setattr(type(place.store), "delete_files", delete_files)
+
+
+@pytest.mark.parametrize("kind", ["artifact", "unfinished"])
+def test_a_run_that_takes_over_files_that_are_about_to_go_leaves_no_artifact_without_them(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    manifest = make(place.store, "train/a", provenance={})
+    if kind == "unfinished":
+        place.store.put_part(*name_of(manifest), "checkpoint-1", {"step": 1})
+        place.store.delete_manifest(*name_of(manifest))
+    place.age("", 40 * DAY)
+    planned = _plan(place)
+    assert _going(planned, kind) == {name_of(manifest)}
+
+    def run() -> None:
+        _touch(place, manifest)
+        assert make(place.store, "train/a", provenance={}) == manifest
+
+    _when_files_go(place, monkeypatch, run)
+    garbage.collect(place.store, planned)
+    assert place.store.read_manifest(*name_of(manifest)) is None
+    assert f"train/{manifest.key[:12]} was made of files that were being removed, and is gone again" in caplog.text
+    assert {name.rpartition("/")[2] for name in place.contents()} == {USED}, "the run's note stays"
+    assert make(place.store, "train/a", provenance={}) == manifest, "it is made again"
+
+
+def test_what_a_run_makes_of_its_own_files_while_old_ones_go_stays(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make(place.store, "train/a", provenance={})
+    place.age("", 40 * DAY)
+    planned, made = _plan(place), []
+    _when_files_go(
+        place, monkeypatch, lambda: made.append(make(place.store, "train/a", files={"other.bin": b"other"}, provenance={}))
+    )
+    outcome = garbage.collect(place.store, planned)
+    assert [reason for _, reason in outcome.spared] == ["it was made again meanwhile"]
+    assert place.store.read_manifest(*name_of(manifest)) == made[0]
+    assert place.store.fetch(made[0], "other.bin").read_bytes() == b"other"
+
+
+def test_files_of_parts_stay_for_a_run_that_comes_when_the_records_go(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have read the records before, and counts on what they name."""
+    name = ("train", key_of("a"))
+    place.damage("/".join((*name, "part-0.bin")), b"part")
+    place.store.put_part(*name, "part-0", {"rows": 1})
+    place.age("", 40 * DAY)
+    planned = _plan(place)
+    _when(place.store, monkeypatch, "delete_files", lambda: place.store.note_use(*name), after=False)
+    outcome = garbage.collect(place.store, planned)
+    assert [reason for _, reason in outcome.spared] == ["work on it goes on"]
+    assert {path.rpartition("/")[2] for path in place.contents()} == {"part-0.bin", USED}
+
+
 class _KilledError(Exception):
     pass
 

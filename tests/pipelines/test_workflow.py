@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from pipelines import pipeline, workflow
+from pipelines import pipeline, uses, workflow
 from pipelines.artifacts import LocalStore, Manifest
 from pipelines.config import ConfigError
 from pipelines.workflow import Execution, Node, Stage, StageContext, StageError, StageResult, Workers
@@ -131,6 +134,63 @@ def test_the_terminal_gets_one_line_a_stage(counted: Counted, local_store: Local
     lines = terminal.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["first", "second", "first", "second"]
     assert ["reused" in line for line in lines] == [False, False, True, False]
+
+
+# What is in use ------------------------------------------------------------------------------------------------------------
+
+
+def _third(run: Callable[..., StageResult]) -> Node:
+    return Node("third", Stage("third", 1, run), WordConfig(), {"text": "second"})
+
+
+def test_a_stage_at_work_has_noted_all_that_the_run_has(counted: Counted, session: workflow.Session) -> None:
+    """Also what only a later stage reads: it must not be removed as unused while this one goes on for weeks."""
+    noted: list[tuple[str, str]] = []
+
+    def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        noted.extend(context.store.noted_inputs(context.stage, context.key))
+        return counted.write(config, inputs, context)
+
+    done = workflow.execute([*counted.nodes(), _third(run)], session)
+    assert noted == sorted((item.manifest.stage, item.manifest.key) for item in done[:2])
+
+
+def test_what_a_run_has_is_noted_again_for_as_long_as_a_stage_lasts(
+    counted: Counted, local_store: LocalStore, session: workflow.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uses, "_EVERY", 0.01)
+    given = workflow.execute(counted.nodes(first="given")[:1], session)[0].manifest
+
+    def old() -> list[Path]:
+        return [path for path in local_store.root.glob("*/*/.used") if path.stat().st_mtime < 1000]
+
+    def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        notes = [*local_store.root.glob("*/*/.used")]
+        for path in notes:
+            os.utime(path, (0, 0))
+        deadline = time.monotonic() + 20
+        while old():
+            assert time.monotonic() < deadline, old()
+            time.sleep(0.005)
+        assert len(notes) == 4, "of the given one, of two that are made, and of this one"
+        return counted.write(config, inputs, context)
+
+    workflow.execute([*counted.nodes(), _third(run)], session, {"elsewhere": given})
+    assert "enat-uses" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_uses_that_cannot_be_noted_are_one_warning(
+    counted: Counted, session: workflow.Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(LocalStore, "note_use", refused)
+    with caplog.at_level("WARNING", "pipelines"):
+        done = workflow.execute(counted.nodes(), session)
+    (record,) = caplog.records
+    sentence = f"the use of write/{done[0].manifest.key[:12]} is not noted, so that `enat artifacts gc` may take it for unused"
+    assert record.getMessage().startswith(sentence) and "Permission denied" in record.getMessage()
 
 
 # Publishing ----------------------------------------------------------------------------------------------------------------
