@@ -199,7 +199,7 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3_endpoint: st
         raise click.UsageError("name artifacts by the beginnings of their keys, or give --all")
     opened = _open(store, s3_endpoint)
     with console(stderr=True).status("reading manifests"):
-        found = [*opened.read_manifests()] if all_of_them else inventory.look_up(opened, keys)
+        found = [*verification.read_manifests(opened)] if all_of_them else inventory.look_up(opened, keys)
     rows, is_whole = [], True
     with _bar("verifying", sum(inventory.size_of(each) for each in found if isinstance(each, Manifest)), as_json) as advance:
         for verdict in verification.verify(opened, found, advance):
@@ -218,6 +218,8 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3_endpoint: st
         damaged = [opened.place(row["stage"], row["key"]) for row in rows if not row["is_whole"]]
         click.echo(f"\ndamaged: {len(damaged):,} of {len(rows):,} artifacts. Remove each, and a run that needs it makes it again:")
         click.echo("\n".join(damaged))
+        if not all(row["is_readable"] for row in rows):
+            click.echo("What cannot be read may be whole: before you remove it, look after its disk or endpoint and verify again.")
     if not is_whole:
         sys.exit(1)
 

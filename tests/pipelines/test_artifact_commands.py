@@ -138,6 +138,20 @@ def test_verifying_names_what_is_wrong_what_to_do_and_fails(place: Place, chain)
     assert answer.exit_code == 1 and not json.loads(answer.stdout)["artifacts"][0]["is_whole"]
 
 
+def test_what_cannot_be_read_is_told_and_fails(place: Place, chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = type(place.store).read_chunks
+
+    def failing(self: Any, stage: str, *rest: str) -> Any:
+        if stage == "dataset":
+            raise OSError(5, "Input/output error")
+        return original(self, stage, *rest)
+
+    monkeypatch.setattr(type(place.store), "read_chunks", failing)
+    answer = _ask(place, "verify", "--all")
+    assert answer.exit_code == 1 and "DAMAGED file.bin cannot be read (Input/output error)" in answer.stdout
+    assert answer.stdout.count("whole 1 files") == 2 and "What cannot be read may be whole" in answer.stdout
+
+
 # gc ------------------------------------------------------------------------------------------------------------------------
 
 

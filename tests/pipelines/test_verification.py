@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from places import Place, make, open_place
 
 from pipelines import verification
 from pipelines.artifacts import MANIFEST, Manifest
+from pipelines.storage import StorageError
 from pipelines.verification import Verdict
 
 CONTENT = bytes(range(256)) * 10_000
@@ -26,7 +28,7 @@ def manifest(place: Place) -> Manifest:
 
 
 def _verify(place: Place) -> list[Verdict]:
-    return list(verification.verify(place.store, place.store.read_manifests()))
+    return list(verification.verify(place.store, verification.read_manifests(place.store)))
 
 
 def test_what_is_whole_is_said_to_be_and_every_byte_is_read(place: Place, manifest: Manifest) -> None:
@@ -93,6 +95,41 @@ def test_a_byte_that_flips_on_the_way_is_looked_at_again(place: Place, manifest:
     counted: list[int] = []
     (verdict,) = verification.verify(place.store, [manifest], counted.append)
     assert verdict.problems == () and flips == [] and sum(counted) == verdict.size
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), StorageError("s3://b/other.bin: the line is cut")])
+def test_what_cannot_be_read_is_named_and_the_rest_is_looked_at(
+    place: Place, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A disk may fail at one file, and of a bucket one object."""
+    others = [make(place.store, f"train/{name}") for name in ("b", "c")]
+    place.damage(f"train/{others[0].key}/file.bin", b"x" * len(b"train/b"))
+    original = type(place.store).read_chunks
+
+    def failing(self: Any, stage: str, key: str, path: str) -> Any:
+        if path == "other.bin":
+            raise error
+        return original(self, stage, key, path)
+
+    monkeypatch.setattr(type(place.store), "read_chunks", failing)
+    verdicts = {verdict.key: verdict for verdict in _verify(place)}
+    unread = verdicts[manifest.key]
+    assert unread.problems == (f"other.bin cannot be read ({getattr(error, 'strerror', error)})",) and not unread.is_readable
+    assert "holds other bytes" in verdicts[others[0].key].problems[0] and verdicts[others[0].key].is_readable
+    assert verdicts[others[1].key].problems == ()
+
+
+def test_a_manifest_that_cannot_be_read_is_a_verdict_too(place: Place, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, original = make(place.store, "train/b"), type(place.store).read_manifest
+
+    def failing(self: Any, stage: str, key: str) -> Any:
+        if key == manifest.key:
+            raise StorageError("refused (InternalError)")
+        return original(self, stage, key)
+
+    monkeypatch.setattr(type(place.store), "read_manifest", failing)
+    verdicts = {verdict.key: (verdict.problems, verdict.is_readable) for verdict in _verify(place)}
+    assert verdicts == {manifest.key: (("manifest.json cannot be read (refused (InternalError))",), False), other.key: ((), True)}
 
 
 @pytest.mark.parametrize("place", ["folder"], indirect=True)
