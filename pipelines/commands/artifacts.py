@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.commands.options import ENDPOINT, JSON, STORE, console
+from pipelines.artifacts import open_store
+from pipelines.commands.options import JSON, STORE, console, s3_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.console import Console
 
-    from pipelines.artifacts import ArtifactStore
+    from pipelines.s3_client import S3Config
 
 _WIDTH_OF_A_PIPE = 1000
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -63,13 +64,13 @@ def artifacts() -> None:
 @click.option("--sort", type=click.Choice(["age", "size"]), default="age", show_default=True, help="Newest or largest first.")
 @click.option("--unfinished", is_flag=True, help="What runs left that did not come to an end, instead.")
 @STORE
-@ENDPOINT
+@s3_options
 @JSON
-def list_artifacts(sort: str, unfinished: bool, store: str, s3_endpoint: str | None, as_json: bool, **query: Any) -> None:
+def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_json: bool, **query: Any) -> None:
     """List artifacts: size, age, key, dataset, and what each is."""
     from pipelines import inventory
 
-    opened, now = _open(store, s3_endpoint), time.time()
+    opened, now = open_store(store, s3), time.time()
     with console(stderr=True).status("reading manifests"):
         manifests = [*opened.manifests()]
     if unfinished:
@@ -93,7 +94,7 @@ def list_artifacts(sort: str, unfinished: bool, store: str, s3_endpoint: str | N
 @artifacts.command(name="show")
 @click.argument("artifact", metavar="[STAGE/]KEY")
 @STORE
-@ENDPOINT
+@s3_options
 @click.option("--lineage", "with_lineage", is_flag=True, help="Also what it was made from and what was made from it, as trees.")
 @click.option(
     "--contact-sheet",
@@ -105,7 +106,7 @@ def list_artifacts(sort: str, unfinished: bool, store: str, s3_endpoint: str | N
 def show_artifact(
     artifact: str,
     store: str,
-    s3_endpoint: str | None,
+    s3: S3Config,
     with_lineage: bool,
     contact_sheet: Path | None,
     images: int,
@@ -114,7 +115,7 @@ def show_artifact(
     """Show an artifact: what it was made from, by what, what is in it, and what it measured. The beginning of its key is enough."""
     from pipelines import inspection, lineage
 
-    opened = _open(store, s3_endpoint)
+    opened = open_store(store, s3)
     manifest = inspection.find(opened, artifact)
     graph = lineage.Lineage(opened.manifests()) if with_lineage else None
     if contact_sheet is not None:
@@ -138,20 +139,18 @@ def show_artifact(
 @click.option("--to", "target", default="runs/store", show_default=True, help="The store to copy into: a folder or s3://...")
 @click.option("--files", type=_FOLDER, help="Write its files and manifest into this folder, instead of into a store.")
 @click.option("--with-inputs", is_flag=True, help="Also everything it was made from, so that all of it is reused there.")
-@ENDPOINT
+@s3_options
 @JSON
-def pull(
-    artifact: str, store: str, target: str, files: Path | None, with_inputs: bool, s3_endpoint: str | None, as_json: bool
-) -> None:
+def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs: bool, s3: S3Config, as_json: bool) -> None:
     """Copy an artifact out of --store into another store, where it is reused, or into plain files. Every byte is checked; the
     same command again goes on where it stopped."""
     from pipelines import inventory, transfer
     from pipelines.units import show_size
 
-    source = _open(store, s3_endpoint)
+    source = open_store(store, s3)
     if files is not None and with_inputs:
         raise click.UsageError("--files takes one artifact; leave --with-inputs out")
-    opened = None if files is not None else _open(target, s3_endpoint)
+    opened = None if files is not None else open_store(target, s3)
     if opened is not None and opened.uri == source.uri:
         raise click.UsageError(f"--store and --to are the same store, {opened.uri}")
     manifest = inventory.find(source, artifact)
@@ -186,9 +185,9 @@ def pull(
 @click.argument("keys", nargs=-1, metavar="[[STAGE/]KEY]...")
 @click.option("--all", "all_of_them", is_flag=True, help="Every artifact of the store.")
 @STORE
-@ENDPOINT
+@s3_options
 @JSON
-def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3_endpoint: str | None, as_json: bool) -> None:
+def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, as_json: bool) -> None:
     """Read every byte of artifacts where it lies and compare with what was written. Exit code 1 if any is not whole; nothing is
     repaired."""
     from pipelines import inventory, verification
@@ -197,7 +196,7 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3_endpoint: st
 
     if bool(keys) == all_of_them:
         raise click.UsageError("name artifacts by the beginnings of their keys, or give --all")
-    opened = _open(store, s3_endpoint)
+    opened = open_store(store, s3)
     with console(stderr=True).status("reading manifests"):
         found = [*verification.read_manifests(opened)] if all_of_them else inventory.look_up(opened, keys)
     rows, is_whole = [], True
@@ -236,7 +235,7 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3_endpoint: st
 @click.option("--workspace", type=_FOLDER, default=Path("runs"), show_default=True)
 @click.option("--ignore-registry", is_flag=True, help="Do not ask MLflow which models are registered; they may be removed.")
 @STORE
-@ENDPOINT
+@s3_options
 @JSON
 def collect(
     older_than: float,
@@ -246,7 +245,7 @@ def collect(
     workspace: Path,
     ignore_registry: bool,
     store: str,
-    s3_endpoint: str | None,
+    s3: S3Config,
     as_json: bool,
 ) -> None:
     """Remove what was not used for a while, unless something that stays was made from it.
@@ -259,7 +258,7 @@ def collect(
 
     if older_than < _SHORTEST_LIMIT:
         raise click.UsageError("--older-than is at least 1h: what is younger may belong to a run that is under way")
-    opened = _open(store, s3_endpoint)
+    opened = open_store(store, s3)
     registered = set() if ignore_registry else _registered(tracking_uri, workspace, delete)
     with console(stderr=True).status("looking at the store"):
         named = {inventory.name_of(manifest) for manifest in inventory.find_all(opened, keep)}
@@ -290,13 +289,6 @@ def _registered(tracking_uri: str | None, workspace: Path, is_needed: bool) -> s
             sys.exit(1)
         return set()
     return {(stage, key) for stage, _, key in (artifact.partition("/") for artifact in artifacts)}
-
-
-def _open(store: str, s3_endpoint: str | None) -> ArtifactStore:
-    from pipelines.artifacts import open_store
-    from pipelines.s3 import S3Config
-
-    return open_store(store, S3Config(endpoint_url=s3_endpoint))
 
 
 @contextmanager

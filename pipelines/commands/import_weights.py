@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.commands.options import ENDPOINT, JSON, STORE, console
+from pipelines.commands.options import JSON, STORE, console, s3_options
+
+if TYPE_CHECKING:
+    from pipelines.s3_client import S3Config
 
 
 @click.group(name="import")
@@ -22,12 +26,12 @@ _VQGAN = click.option("--preset", default="vqgan-256", show_default=True, help="
 @_VQGAN
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @STORE
-@ENDPOINT
+@s3_options
 @JSON
-def import_vqgan(weights: str, preset: str, overrides: tuple[str, ...], store: str, s3_endpoint: str | None, as_json: bool) -> None:
+def import_vqgan(weights: str, preset: str, overrides: tuple[str, ...], store: str, s3: S3Config, as_json: bool) -> None:
     """Import a tokenizer. Prints the lines by which a config uses it. FIELD=VALUE replaces what the preset says."""
     values = [f"tokenizer.preset={preset}", f"tokenizer.weights={weights}", *(f"tokenizer.{override}" for override in overrides)]
-    _import("tokenizer", values, store, s3_endpoint, as_json)
+    _import("tokenizer", values, store, s3, as_json)
 
 
 @import_weights.command(name="enat")
@@ -37,7 +41,7 @@ def import_vqgan(weights: str, preset: str, overrides: tuple[str, ...], store: s
 @click.option("--vqgan-preset", default="vqgan-256", show_default=True)
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @STORE
-@ENDPOINT
+@s3_options
 @JSON
 def import_enat(
     weights: str,
@@ -46,7 +50,7 @@ def import_enat(
     vqgan_preset: str,
     overrides: tuple[str, ...],
     store: str,
-    s3_endpoint: str | None,
+    s3: S3Config,
     as_json: bool,
 ) -> None:
     """Import a generator. Prints the lines by which a config uses it. tokenizer.FIELD=VALUE or FIELD=VALUE (of the generator)
@@ -54,18 +58,18 @@ def import_enat(
     values = [f"tokenizer.preset={vqgan_preset}", f"tokenizer.weights={vqgan}"]
     values += [f"train.model.preset={preset}", f"train.weights={weights}"]
     values += [override if override.startswith("tokenizer.") else f"train.model.{override}" for override in overrides]
-    _import("train", values, store, s3_endpoint, as_json)
+    _import("train", values, store, s3, as_json)
 
 
-def _import(target: str, values: list[str], store: str, s3_endpoint: str | None, as_json: bool) -> None:
+def _import(target: str, values: list[str], store: str, s3: S3Config, as_json: bool) -> None:
     """Run the one stage that reads the weights, just as a pipeline with these values would: so it finds what is made here."""
     from pipelines import pipeline, summary, workflow
     from pipelines import tracking as mlflow_tracking
     from pipelines.artifacts import open_store
     from pipelines.external import content_digest
 
-    endpoint = [f"s3.endpoint_url={s3_endpoint}"] if s3_endpoint else []
-    run = pipeline.load_run(None, ["name=import", f"store={store}", f"targets=[{target}]", *endpoint, *values])
+    reached = [f"s3.{name}={value}" for name, value in vars(s3).items() if value]
+    run = pipeline.load_run(None, ["name=import", f"store={store}", f"targets=[{target}]", *reached, *values])
     opened = open_store(run.store_uri, run.s3)
     opened.check_writable()
     off = mlflow_tracking.TrackingConfig(enabled=False)

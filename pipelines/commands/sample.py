@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.commands.options import ENDPOINT, JSON, console
+from pipelines.commands.options import JSON, console, s3_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,9 +50,9 @@ _DEFAULT_IMAGES = 16
 @click.option("--preset", help="Of published --weights: enat-s, enat-b, enat-l or enat-xl.")
 @click.option("--vqgan", metavar="FILE", help="Weights of its tokenizer.")
 @click.option("--vqgan-preset", help="Of published ones. [default: vqgan-256]")
-@ENDPOINT
+@s3_options
 @JSON
-def sample(arguments: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def sample(arguments: tuple[str, ...], s3: S3Config, as_json: bool, **options: Any) -> None:
     """Make images with one model, on this machine.
 
     MODEL is the beginning of a model's key ([train/]KEY), or a registered one: name@alias. FIELD=VALUE replaces values of its
@@ -61,13 +61,11 @@ def sample(arguments: tuple[str, ...], as_json: bool, **options: Any) -> None:
     from rich.progress import Progress
 
     from pipelines import sampling
-    from pipelines.s3 import S3Config
 
     output = _checked_output(options["output"], options["overwrite"])
     outputs = tuple(name for name in sampling.OUTPUTS if options[name])
     device = sampling.choose_device(options["device"])
     box = _parse_box(options["inpaint"], options["box"])
-    s3 = S3Config(endpoint_url=options["s3_endpoint"])
     terminal = console(stderr=True)
     model, overrides = _split(arguments)
     with terminal.status("loading the model"):

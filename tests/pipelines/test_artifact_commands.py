@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from places import Place, folder_place, key_of, make, open_place
+from s3_server import S3Endpoint
 
 from pipelines import tracked, tracking
 from pipelines.artifacts import MANIFEST, Manifest
 from pipelines.commands.artifacts import artifacts
+from pipelines.commands.import_weights import import_weights
+from pipelines.commands.sample import sample
 from pipelines.inventory import name_of
 
 DAY = 86400.0
@@ -150,6 +153,38 @@ def test_what_cannot_be_read_is_told_and_fails(place: Place, chain, monkeypatch:
     answer = _ask(place, "verify", "--all")
     assert answer.exit_code == 1 and "DAMAGED file.bin cannot be read (Input/output error)" in answer.stdout
     assert answer.stdout.count("whole 1 files") == 2 and "What cannot be read may be whole" in answer.stdout
+
+
+# A bucket that everybody may read -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["bucket"], indirect=True)
+def test_a_public_bucket_is_listed_verified_and_pulled_from_without_credentials(
+    place: Place, chain, s3_endpoint: S3Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor with any variable that says where it is: the options say it all."""
+    bucket = place.store.uri.split("/")[2]
+    s3_endpoint.boto.put_bucket_acl(Bucket=bucket, ACL="public-read")
+    for entry in s3_endpoint.boto.list_objects_v2(Bucket=bucket)["Contents"]:
+        s3_endpoint.boto.put_object_acl(Bucket=bucket, Key=entry["Key"], ACL="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    public = ("--s3-endpoint", s3_endpoint.url, "--s3-region", "eu-north-1", "--s3-anonymous", "--s3-path-style")
+    before = len(s3_endpoint.requests)
+    assert len(_json(place, "ls", *public)["artifacts"]) == 3
+    assert _json(place, "show", _key(chain.train), *public)["key"] == chain.train.key
+    assert _json(place, "verify", "--all", *public)["is_whole"]
+    answer = _json(place, "pull", _key(chain.samples), "--to", tmp_path / "mine", "--with-inputs", *public)
+    assert len(answer["pulled"]) == 3 and folder_place(tmp_path / "mine").store.read_manifest(*name_of(chain.samples))
+    asked = s3_endpoint.requests[before:]
+    assert asked and all("AUTHORIZATION" not in headers and target.startswith(f"/{bucket}") for _, target, headers in asked)
+
+
+def test_every_command_that_opens_a_store_without_a_config_can_reach_any_bucket() -> None:
+    groups = [artifacts, import_weights]
+    for command in [*(each for group in groups for each in group.commands.values()), sample]:
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--s3-endpoint", "--s3-region", "--s3-anonymous", "--s3-path-style"} <= options, command.name
 
 
 # gc ------------------------------------------------------------------------------------------------------------------------
