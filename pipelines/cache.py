@@ -1,16 +1,19 @@
-"""Files that this machine has fetched, by the sha256 of their content: verified, shared by its processes, bounded in size.
+"""What this machine has fetched: shared by its processes, bounded in size, all of it by ENAT_CACHE_GB.
 
-`<root>/files/<sha256[:2]>/<sha256><suffix>`. A file appears there in one step, when it is whole, so processes that fetch the same
-file at once do each other no harm. When it was last fetched is its time of access.
+`<root>/files/<sha256[:2]>/<sha256><suffix>`: files by the sha256 of their content, verified.   `<root>/downloads/<name>/`: folders
+whose names say what is in them. Both appear in one step, when they are whole, so processes that fetch the same at once do each
+other no harm. When it was last fetched is a file's time of access, and a folder's time of change: looking into it is no use.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from uuid import uuid4
@@ -19,6 +22,7 @@ from pipelines.artifacts import StoreError, file_digest
 from pipelines.digest_cache import cache_root
 
 _PARTIAL = ".partial-"
+_PARTIALS = (_PARTIAL, ".tmp-")  # .tmp-: of folders, as earlier versions called them
 _KEPT_SECONDS = 3600  # whoever was given a path may still be about to open it
 _ABANDONED_SECONDS = 24 * 3600  # of a download whose process was killed
 _GIB = 1 << 30
@@ -30,7 +34,7 @@ def fetch(sha256: str, size: int, download: Callable[[Path], None], suffix: str 
     Raises StoreError where, twice, something else came, and where the cache cannot be written.
     """
     path = cache_root() / "files" / sha256[:2] / f"{sha256}{suffix}"
-    try:
+    with _explained():
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             _note_use(path)
@@ -47,11 +51,45 @@ def fetch(sha256: str, size: int, download: Callable[[Path], None], suffix: str 
                     return path
             finally:
                 partial.unlink(missing_ok=True)
+    raise WrongContentError(f"what was fetched twice is not what was asked for: {size} bytes with the sha256 {sha256}")
+
+
+def fetch_folder(name: str, size: int, download: Callable[[Path], None]) -> Path:
+    """A local path of the folder of this name; `download` fills it, with `size` bytes of files, where there is none.
+
+    Raises StoreError where the cache cannot be written.
+    """
+    path = cache_root() / "downloads" / name
+    with _explained():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            _note_use(path)
+            return path
+        _make_room(size)
+        partial = path.with_name(f"{_PARTIAL}{uuid4().hex}")
+        try:
+            partial.mkdir()
+            download(partial)
+            os.utime(partial)
+            try:
+                partial.rename(path)
+            except OSError:
+                if not path.is_dir():  # else another process was first, with the same bytes
+                    raise
+            _note_use(path)
+            return path
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StoreError(
             f"the cache {cache_root()} cannot be used ({error.strerror}); make room there, or set ENAT_CACHE to another folder"
         ) from error
-    raise WrongContentError(f"what was fetched twice is not what was asked for: {size} bytes with the sha256 {sha256}")
 
 
 class WrongContentError(StoreError):
@@ -82,28 +120,59 @@ def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _note_use(path: Path) -> None:
-    """From here on nobody removes the file for a while."""
+    """From here on nobody removes it for a while."""
     with _lock(fcntl.LOCK_SH):
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        now = time.time_ns()
+        os.utime(path, ns=(now, now if path.is_dir() else path.stat().st_mtime_ns))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file or folder of the cache. used, changed: seconds since 1970."""
+
+    path: Path
+    size: int
+    used: float
+    changed: float
+
+    @classmethod
+    def of(cls, path: Path) -> _Entry:
+        status = path.stat()
+        if not path.is_dir():
+            return cls(path, status.st_size, status.st_atime, status.st_mtime)
+        inside = [(Path(folder) / name).stat() for folder, _, names in os.walk(path) for name in names]
+        return cls(
+            path, sum(each.st_size for each in inside), status.st_mtime, max([status.st_mtime, *(s.st_mtime for s in inside)])
+        )
+
+    @property
+    def is_partial(self) -> bool:
+        return self.path.name.startswith(_PARTIALS)
+
+    def remove(self) -> None:
+        if self.path.is_dir():
+            gone = self.path.with_name(f"{_PARTIAL}{uuid4().hex}")  # in one step: half of a folder is none
+            self.path.rename(gone)
+            shutil.rmtree(gone)
+        else:
+            self.path.unlink(missing_ok=True)
 
 
 def _make_room(size: int) -> None:
-    """Remove what was not used for longest, until `size` more bytes are within the limit or only recent files are left."""
+    """Remove what was not used for longest, until `size` more bytes are within the limit or only recent ones are left."""
     limit, now = size_limit(), time.time()
     with _lock(fcntl.LOCK_EX):
-        files = []
-        for path in (cache_root() / "files").glob("*/*"):
-            try:
-                files.append((path, path.stat()))
-            except FileNotFoundError:
-                continue  # a download that ended
-        total = size + sum(status.st_size for _, status in files)
-        for path, status in sorted(files, key=lambda file: file[1].st_atime):
-            is_abandoned = path.name.startswith(_PARTIAL) and now - status.st_mtime > _ABANDONED_SECONDS
-            is_old = not path.name.startswith(_PARTIAL) and now - status.st_atime > _KEPT_SECONDS
+        entries = []
+        for path in (*(cache_root() / "files").glob("*/*"), *(cache_root() / "downloads").glob("*")):
+            with suppress(FileNotFoundError):  # a download that ended
+                entries.append(_Entry.of(path))
+        total = size + sum(entry.size for entry in entries)
+        for entry in sorted(entries, key=lambda entry: entry.used):
+            is_abandoned = entry.is_partial and now - entry.changed > _ABANDONED_SECONDS
+            is_old = not entry.is_partial and now - entry.used > _KEPT_SECONDS
             if is_abandoned or (is_old and total > limit):
-                path.unlink(missing_ok=True)
-                total -= status.st_size
+                entry.remove()
+                total -= entry.size
 
 
 @contextmanager

@@ -1,17 +1,15 @@
 """Files that others made (weights, text encoders): a local path, s3://bucket/key or hf://owner/name/path -> a path here.
 
-What is fetched from a bucket is kept in the cache folder under its URI and version, so an unchanged file is fetched once.
+What is fetched from a bucket is kept in the cache (cache.py) under its URI and version, so an unchanged file is fetched once.
 """
 
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 
-from pipelines import hub
+from pipelines import cache, hub
 from pipelines.artifacts import digest_of
-from pipelines.digest_cache import cache_root
 from pipelines.s3 import S3Config, S3Folder
 from pipelines.storage import LocalFolder, StorageError, StoredFile
 
@@ -61,22 +59,14 @@ def content_digest(reference: str, key: str, s3: S3Config | None = None) -> str:
 def _downloaded(folder: S3Folder, files: list[StoredFile]) -> Path:
     """A local folder with these files, whole or not there at all."""
     versions = [[file.name, file.size, file.version] for file in files]
-    target = cache_root() / "downloads" / digest_of([folder.uri, versions])[:32]
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as place:
-        copy = Path(place) / "files"
+
+    def download(target: Path) -> None:
         for file in files:
-            path = copy / file.name
+            path = target / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
             folder.download(file.name, path)
-        try:
-            copy.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was first, with the same bytes
-                raise
-    return target
+
+    return cache.fetch_folder(digest_of([folder.uri, versions])[:32], sum(file.size for file in files), download)
 
 
 def folder_digest(folder: Path) -> str:

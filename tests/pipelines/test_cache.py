@@ -139,6 +139,68 @@ def test_downloads_of_killed_processes_are_removed_and_those_under_way_are_not(r
     assert [path.name for path in _files(root) if path.name.startswith(".partial")] == [".partial-under-way"]
 
 
+# Folders -------------------------------------------------------------------------------------------------------------------
+
+
+def _fetch_folder(name: str, mib: int = 1, hours: float = 0) -> Path:
+    """A folder of two files, one of them in a folder of its own, last fetched `hours` ago."""
+
+    def download(path: Path) -> None:
+        (path / "inside").mkdir()
+        (path / "inside" / "model.bin").write_bytes(bytes(mib << 20))
+        (path / "config.json").write_bytes(b"")
+
+    path = cache.fetch_folder(name, mib << 20, download)
+    os.utime(path, (time.time() - hours * HOUR,) * 2)
+    return path
+
+
+@pytest.mark.usefixtures("root")
+def test_folders_and_files_make_room_for_each_other_the_one_not_used_for_longest_first(origin: Origin, fill, monkeypatch) -> None:
+    paths = fill(5, 3)
+    folders = [_fetch_folder("a", hours=6), _fetch_folder("b", hours=4)]
+    monkeypatch.setenv("ENAT_CACHE_GB", str(3 / 1024))
+    new = _fetch_folder("c")
+    assert [path.exists() for path in (*paths, *folders, new)] == [False, True, False, True, True]
+    newest = origin.fetch(b"\xff" * (1 << 20))
+    assert [path.exists() for path in (paths[1], folders[1], new, newest)] == [True, False, True, True]
+    assert [path.name for path in new.parent.iterdir()] == ["c"], "nothing is left of what is gone"
+
+
+def test_a_folder_that_is_fetched_again_counts_as_used_and_one_of_the_last_hour_stays(root: Path, monkeypatch) -> None:
+    folders = [_fetch_folder("a", hours=6), _fetch_folder("b", hours=0.9), _fetch_folder("c", hours=1.1)]
+
+    def unasked(path: Path) -> None:
+        raise AssertionError("it is there")
+
+    assert cache.fetch_folder("a", 1 << 20, unasked) == folders[0]
+    monkeypatch.setenv("ENAT_CACHE_GB", "0")
+    _fetch_folder("d")
+    assert [path.exists() for path in folders] == [True, True, False]
+
+
+def test_looking_for_room_does_not_make_a_folder_look_used(root: Path, origin: Origin, monkeypatch) -> None:
+    """Many file systems note when a folder was listed."""
+    folder = _fetch_folder("a", hours=48)
+    origin.fetch(b"weights")
+    monkeypatch.setenv("ENAT_CACHE_GB", "0")
+    origin.fetch(b"other weights")
+    assert not folder.exists()
+
+
+def test_folders_of_killed_processes_are_removed_and_those_under_way_are_not(root: Path, origin: Origin) -> None:
+    downloads = _fetch_folder("a").parent
+    for name, hours in ((".partial-abandoned", 25), (".tmp-abandoned", 25), (".partial-under-way", 1)):
+        (downloads / name).mkdir()
+        (downloads / name / "half").write_bytes(b"half")
+        os.utime(downloads / name / "half", (time.time() - hours * HOUR,) * 2)
+        os.utime(downloads / name, (time.time() - 25 * HOUR,) * 2)
+    origin.fetch(b"weights")
+    assert sorted(path.name for path in downloads.iterdir()) == [".partial-under-way", "a"]
+
+
+# Many processes ------------------------------------------------------------------------------------------------------------
+
 _FETCH = """
 import hashlib, sys, time
 from pathlib import Path
