@@ -33,6 +33,17 @@ class Cost:
     executed_transformer_macs: int
     executed_total_macs: int
     executed_macs_per_step: tuple[int, ...]
+    one_pass_macs: int  # transformer, one pass at every step: what sizes are compared by
+    executed_one_pass_macs: int
+
+    @property
+    def guidance_macs(self) -> int:
+        """What guidance adds: the unconditional passes."""
+        return self.transformer_macs - self.one_pass_macs
+
+    @property
+    def executed_guidance_macs(self) -> int:
+        return self.executed_transformer_macs - self.executed_one_pass_macs
 
 
 def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANConfig | None = None, *, num_given: int = 0) -> Cost:
@@ -42,16 +53,17 @@ def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANC
     """
     if not 0 <= num_given < model.num_tokens:
         raise ValueError(f"num_given is {num_given}; of {model.num_tokens} tokens 0 to {model.num_tokens - 1} can be given")
-    num_made = model.num_tokens - num_given
-    published, executed = [], []
+    one_pass, executed_pass, executed = [], [], []
     is_guided = sampler.is_guided and model.is_conditional
     for step in range(sampler.num_steps):
-        num_masked = sampler.num_masked_at(step, num_made)
+        num_masked = sampler.num_masked_at(step, model.num_tokens, num_given)
         reuses = step > 0 and sampler.leaves_features_at(step - 1, model, num_given)
-        blocks = step_macs(model, num_masked, sampler.num_masked_at(step - 1, num_made) if reuses else None)
-        published.append((2 if is_guided else 1) * (blocks + head_macs(model, model.num_tokens, model.codebook_size + 1)))
-        num_passes = sampler.num_passes_at(step, model, num_given)
-        executed.append(num_passes * (blocks + head_macs(model, num_masked, model.codebook_size)))
+        previous = sampler.num_masked_at(step - 1, model.num_tokens, num_given) if reuses else None
+        blocks = step_macs(model, num_masked, previous)
+        one_pass.append(blocks + head_macs(model, model.num_tokens, model.codebook_size + 1))
+        executed_pass.append(blocks + head_macs(model, num_masked, model.codebook_size))
+        executed.append(sampler.num_passes_at(step, model, num_given) * executed_pass[-1])
+    published = [(2 if is_guided else 1) * macs for macs in one_pass]
     decoder = decoder_macs(tokenizer) if tokenizer is not None else 0
     return Cost(
         transformer_macs=sum(published),
@@ -61,6 +73,8 @@ def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANC
         executed_transformer_macs=sum(executed),
         executed_total_macs=sum(executed) + decoder,
         executed_macs_per_step=tuple(executed),
+        one_pass_macs=sum(one_pass),
+        executed_one_pass_macs=sum(executed_pass),
     )
 
 

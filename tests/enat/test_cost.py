@@ -59,6 +59,16 @@ def test_guidance_doubles_and_the_tokenizer_adds():
     assert guided.executed_transformer_macs < guided.transformer_macs
 
 
+def test_what_guidance_adds_is_told_apart():
+    """Published: as much again. Executed: as much again but for the first step, which the ramp leaves unguided."""
+    config = ENATConfig.preset("enat-s")
+    one, guided = generation_cost(config, ONE_PASS), generation_cost(config, SamplerConfig())
+    assert guided.one_pass_macs == guided.guidance_macs == one.transformer_macs == one.one_pass_macs
+    assert guided.executed_one_pass_macs == one.executed_transformer_macs
+    assert guided.executed_guidance_macs == one.executed_transformer_macs - one.executed_macs_per_step[0] > 0
+    assert one.guidance_macs == one.executed_guidance_macs == 0
+
+
 # What a model may have beside the published architecture.
 JOINT_STACK = {"encoder_layers": 0, "decoder_layers": 4, "decoder_attention": "full", "reuse": False}
 EXTENSIONS = [
