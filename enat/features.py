@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ class FeatureExtractor(Protocol):
     """outputs: name -> width; "features" is always among them.
 
     __call__: uint8 (B, 3, H, W) -> output name -> float32 (B, width), on the same device; each image seen alone.
+
+    An extractor with an attribute `is_thread_safe = True` may be called by several threads at once, as those of this module may:
+    it keeps nothing of a call on itself, also not in hooks of its layers. All others are called by one thread.
     """
 
     outputs: Mapping[str, int]
@@ -46,6 +50,8 @@ ExtractorFactory = Callable[[Path], FeatureExtractor]
 
 class ClassifierExtractor(nn.Module):
     """A small convolutional classifier; its features are those before the last layer."""
+
+    is_thread_safe = True
 
     def __init__(self, num_classes: int, num_features: int = 64, width: int = 32) -> None:
         super().__init__()
@@ -133,6 +139,7 @@ class InceptionExtractor(nn.Module):
     weights: a state dict of torch-fidelity's network.
     """
 
+    is_thread_safe = True
     outputs: Mapping[str, int] = {"features": 2048, "spatial": 17 * 17 * 7, "logits": 1008}
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -148,13 +155,18 @@ class InceptionExtractor(nn.Module):
             except RuntimeError as error:  # what load_state_dict raises: several lines of names
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(f"the weights are not those of torch-fidelity's InceptionV3 ({reason})") from error
+        # One hook for all calls, and a place for each thread: a hook that lasts for a call would also see the images of others.
+        self._tap = threading.local()
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        self._tap.output = output
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        taps: list[Tensor] = []
-        with self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: taps.append(output)):
-            features, logits = self.network(images)
-        spatial = taps[0][:, :7].permute(0, 2, 3, 1).flatten(1).float()
+        features, logits = self.network(images)
+        spatial = self._tap.output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
+        del self._tap.output  # it would be held until the thread's next call
         return {"features": features, "spatial": spatial, "logits": logits}
 
     def save(self, path: Path) -> None:

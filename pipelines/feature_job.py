@@ -32,6 +32,9 @@ from pipelines.readers import BlockReader, Decoder, fixed_numerics, pass_pool, r
 from pipelines.stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
 from pipelines.workflow import Execution, StageContext
 
+# Raised whenever features of the same images by the same weights come out otherwise: 2 since DINOv2's positions are resampled as
+# published, and spatial features are an image's own also in passes side by side.
+FEATURES_VERSION = 2
 BLOCK_SIZE = 256  # images that travel together
 _BLOCKS_PER_PART = 4  # at least; what a crash can lose
 _MAX_PARTS = 32  # each commits the moments so far, 33 MB for 2048 features
@@ -131,6 +134,15 @@ def stored_moments(store: ArtifactStore, manifest: Manifest) -> dict[str, Featur
     """Moments by output, of a committed artifact."""
     names = {file.name for file in manifest.files}
     return {output: load_moments(store.fetch(manifest, name)) for output, name in MOMENTS_FILES.items() if name in names}
+
+
+def require_same_features(reference: Manifest) -> None:
+    """Raises ValueError where a reference holds features that this program would compute otherwise."""
+    if (found := reference.summary.get("features_version", 1)) != FEATURES_VERSION:
+        raise ValueError(
+            f"reference/{reference.key[:12]} has features of version {found}, and here they are of version {FEATURES_VERSION}: "
+            "a distance to it would say nothing; make the reference anew, from a config that says how"
+        )
 
 
 def feature_files(manifest: Manifest) -> tuple[FileRecord, ...]:
@@ -247,7 +259,8 @@ class _Extract:
         self.spec, self.device = spec, execution.device
         self.extractor = extractor.load().to(execution.device)
         self.decoder: Decoder = reader.decoder(execution.device)
-        self.pool = pass_pool(execution, spec.images_per_pass)
+        is_thread_safe = bool(getattr(self.extractor, "is_thread_safe", False))
+        self.pool = pass_pool(execution, spec.images_per_pass, is_thread_safe=is_thread_safe)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         started = time.monotonic()

@@ -138,9 +138,13 @@ def run_pass(
     return {name: values[:num_rows].cpu().numpy() for name, values in compute(padded).items()}
 
 
-def pass_pool(execution: Execution, images_per_pass: int) -> ThreadPoolExecutor:
-    """For passes side by side, a thread of torch each: sums depend on the number of threads that share a matrix product."""
-    num_passes = min(execution.num_threads, max(1, execution.batch_size // images_per_pass)) if execution.device == "cpu" else 1
+def pass_pool(execution: Execution, images_per_pass: int, *, is_thread_safe: bool = True) -> ThreadPoolExecutor:
+    """For passes side by side, a thread of torch each: sums depend on the number of threads that share a matrix product.
+
+    is_thread_safe: whether what computes may be called by several threads at once; else there is one.
+    """
+    is_spread = execution.device == "cpu" and is_thread_safe
+    num_passes = min(execution.num_threads, max(1, execution.batch_size // images_per_pass)) if is_spread else 1
     return ThreadPoolExecutor(num_passes, initializer=torch.set_num_threads, initargs=(1,))
 
 

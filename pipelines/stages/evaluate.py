@@ -31,6 +31,7 @@ from pipelines.feature_job import (
     compute_features,
     feature_files,
     read_rows,
+    require_same_features,
     stored_moments,
 )
 from pipelines.image_sets import ImageSetConfig
@@ -76,6 +77,7 @@ class EvaluateConfig:
 def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     samples, reference = inputs["samples"], inputs["reference"]
     num_samples = evaluation_card.num_samples_of(samples)
+    require_same_features(reference)
     _check_resolution(samples, inputs)
     per_pass = int(reference.summary["images_per_pass"])
     real_moments = stored_moments(context.store, reference)
@@ -208,4 +210,4 @@ def _gray(images: torch.Tensor) -> Any:
     return images.double().mean(dim=1).flatten(1).numpy() / 255
 
 
-STAGE = Stage("evaluate", 3, run, publish=evaluation_card.publish)
+STAGE = Stage("evaluate", 4, run, publish=evaluation_card.publish)

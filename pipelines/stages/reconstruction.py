@@ -25,6 +25,7 @@ from pipelines.feature_job import (
     compute_features,
     drawn_evenly,
     read_rows,
+    require_same_features,
     stored_moments,
 )
 from pipelines.readers import Decoded, Decoder, Rows, code_decoder
@@ -94,6 +95,7 @@ class Reconstructions:
 def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     assert config.dataset is not None
     reference, tokens, tokenizer = (inputs[name] for name in ("reference", "token_map", "tokenizer"))
+    require_same_features(reference)
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
     info = token_map.TokenMapInfo(**tokens.summary["info"])
     architecture = VQGANConfig(**tokenizer.summary["config"])
@@ -145,4 +147,4 @@ def _quarantined(dataset: Dataset, tokens: Manifest, context: StageContext) -> t
     return tuple(index for index, key in enumerate(keys) if key in left_out)
 
 
-STAGE = Stage("reconstruction", 1, run)
+STAGE = Stage("reconstruction", 2, run)

@@ -33,7 +33,15 @@ from pipelines.adm_reference import NpzImages, NpzReference
 from pipelines.artifacts import FileRecord, Manifest
 from pipelines.dataset import Dataset
 from pipelines.external import content_digest, folder_digest, local_file, local_folder
-from pipelines.feature_job import EXTRACTOR_FILE, MOMENTS_FILES, ExtractorFile, FeatureSpec, compute_features, drawn_evenly
+from pipelines.feature_job import (
+    EXTRACTOR_FILE,
+    FEATURES_VERSION,
+    MOMENTS_FILES,
+    ExtractorFile,
+    FeatureSpec,
+    compute_features,
+    drawn_evenly,
+)
 from pipelines.progress import Reporter
 from pipelines.readers import BlockReader, PixelBlocks, SourceImages
 from pipelines.s3 import S3Config
@@ -152,6 +160,7 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
             "extractor": config.extractor,
             "extractor_digest": made.file.sha256,
             "outputs": outputs,
+            "features_version": FEATURES_VERSION,
             "images_per_pass": config.images_per_pass,
             "of": real.described,
             "dataset": real.name,
@@ -239,4 +248,4 @@ def _keep_extractor(config: ReferenceConfig, context: StageContext) -> _Made:
     return _Made(context.write(EXTRACTOR_FILE, write))
 
 
-STAGE = Stage("reference", 3, run)
+STAGE = Stage("reference", 4, run)

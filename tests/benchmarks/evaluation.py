@@ -123,6 +123,7 @@ def _inputs(store: Any, preset: str) -> dict[str, Any]:
     from enat.checkpoint import save_weights
     from enat.features import InceptionExtractor
     from enat.metrics import FeatureMoments
+    from pipelines.feature_job import FEATURES_VERSION
 
     def put(stage: str, name: str, write: Any) -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -146,6 +147,7 @@ def _inputs(store: Any, preset: str) -> dict[str, Any]:
         "extractor": "inception",
         "extractor_digest": files[0].sha256,
         "outputs": extractor.outputs,
+        "features_version": FEATURES_VERSION,
         "images_per_pass": _IMAGES_PER_PASS,
         "of": "drawn",
         "dataset": "bench",

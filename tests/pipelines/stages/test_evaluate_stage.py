@@ -423,6 +423,14 @@ def test_samples_of_another_size_are_refused(material: Material, make_context) -
         evaluate.run(evaluate.EvaluateConfig(), larger, make_context(material.store, "evaluate", "s" * 64))
 
 
+def test_a_reference_whose_features_would_come_out_otherwise_now_is_refused(material: Material, make_context) -> None:
+    real = material.inputs["reference"]
+    before = {name: value for name, value in real.summary.items() if name != "features_version"}
+    older = {**material.inputs, "reference": replace(real, summary=before)}
+    with pytest.raises(ValueError, match=r"reference/r has features of version 1, .* make the reference anew"):
+        evaluate.run(evaluate.EvaluateConfig(), older, make_context(material.store, "evaluate", "s" * 64))
+
+
 def test_how_it_is_computed_is_no_part_of_a_key(material: Material) -> None:
     def key(**given: Any) -> str:
         stage = Stage("evaluate", 1, evaluate.run)
