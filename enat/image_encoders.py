@@ -2,14 +2,16 @@
 
 Images are brought to the encoder's size as torch-fidelity does for both, with TensorFlow 1's bilinear resizing. Weights are read
 from a folder as the hub has them, safetensors only. torch-fidelity's own ways are not taken: it gets DINOv2 by running code of a
-repository's main branch, and CLIP as TorchScript, which is code as well.
+repository's main branch, and CLIP as TorchScript, which is code as well. What that code of DINOv2 does otherwise than transformers,
+resampling its positions, is done here as it does it.
 
-Shape legend: B images, H x W pixels, F features.
+Shape legend: B images, H x W pixels, F features, L patches of an image, D width of embeddings.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,23 +20,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Mean and standard deviation of RGB in [0, 1] that each was trained with.
 _NORMALIZATION = {
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-_DINOV2_SIDE = 224  # what it is evaluated with, though its positions are of a larger grid
+_DINOV2_SIDE = 224  # what it is evaluated with, though its positions are of a larger grid, 37 x 37
+_DINOV2_OFFSET = 0.1  # patches; interpolate_offset of the published code
 _HEADER = "image_encoder"
 
 
 class ImageEncoder(nn.Module):
     """kind: "dinov2" or "clip".   model: transformers' Dinov2Model or CLIPVisionModelWithProjection."""
 
+    is_thread_safe = True  # what transformers collects on the way, it keeps in variables of a context
+
     def __init__(self, kind: str, model: Any) -> None:
         super().__init__()
         self.kind = kind
         self.model = model.eval().requires_grad_(False)
+        if kind == "dinov2":
+            self.model.embeddings.interpolate_pos_encoding = self._positions
         self.side = _DINOV2_SIDE if kind == "dinov2" else model.config.image_size
         self.outputs: Mapping[str, int] = {
             "features": model.config.hidden_size if kind == "dinov2" else model.config.projection_dim
@@ -51,6 +59,21 @@ class ImageEncoder(nn.Module):
         pixels = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(self.side, self.side), align_corners=False)
         output = self.model(pixel_values=(pixels - self.mean) / self.std)
         return {"features": (output.pooler_output if self.kind == "dinov2" else output.image_embeds).float()}
+
+    def _positions(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """Position embeddings (1, 1 + L, D) of embeddings (B, 1 + L, D), resampled as in the published code: by a factor that is a
+        bit larger than that of the sizes, which moves and stretches the grid a little. transformers takes the sizes themselves.
+        """
+        positions = self.model.embeddings.position_embeddings
+        grid_size = math.isqrt(positions.shape[1] - 1)
+        if embeddings.shape[1] == positions.shape[1] and height == width:
+            return positions
+        patch_size = self.model.config.patch_size
+        factors = [(side // patch_size + _DINOV2_OFFSET) / grid_size for side in (height, width)]
+        grid = positions[:, 1:].reshape(1, grid_size, grid_size, -1).permute(0, 3, 1, 2)
+        resampled = F.interpolate(grid.float(), scale_factor=factors, mode="bicubic")
+        assert resampled.shape[2] * resampled.shape[3] == embeddings.shape[1] - 1
+        return torch.cat([positions[:, :1], resampled.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
 
     def save(self, path: Path) -> None:
         header = {_HEADER: json.dumps([self.kind, self.model.config.to_dict()])}

@@ -1,7 +1,10 @@
-"""DINOv2 and CLIP as feature extractors: CLIP against torch-fidelity's network, DINOv2 against transformers' own."""
+"""DINOv2 and CLIP as feature extractors: CLIP against torch-fidelity's network, DINOv2 against transformers' own, with positions
+as the published code resamples them."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from random_weights import randomized
@@ -9,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 from enat.features import load_extractor
-from enat.image_encoders import read_image_encoder
+from enat.image_encoders import ImageEncoder, read_image_encoder
 
 
 def uint8_images(count, side):
@@ -101,6 +104,64 @@ def test_dinov2_features_are_the_class_token_of_normalized_pixels(dinov2_folder)
     features = encoder(images)["features"]
     assert features.shape == (2, encoder.outputs["features"]) == (2, 32) and features.std() > 0.01
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
+def cubic_weight(distance):
+    """Of a sample at this distance, in samples: Keys 1981 with a = -0.75, as torch has it."""
+    x, a = abs(distance), -0.75
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+def plainly_resampled(grid, size, offset):
+    """grid: float64 (M, M, D) -> (size, size, D). Position p of the new grid lies at (p + 1/2) M / (size + offset) - 1/2 of the old
+    one; beyond the border it goes on as it ends."""
+    old = len(grid)
+    weights = np.zeros((size, old))
+    for new in range(size):
+        place = (new + 0.5) * old / (size + offset) - 0.5
+        for sample in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            weights[new, min(max(sample, 0), old - 1)] += cubic_weight(place - sample)
+    return np.einsum("yi,xj,ijd->yxd", weights, weights, grid)
+
+
+def test_dinov2_resamples_its_positions_as_the_published_code_does():
+    """37 x 37 positions, of the 518 pixels that it was trained with, for 16 x 16 patches of 224: by (16 + 0.1) / 37."""
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14)
+    model = randomized(Dinov2Model(config))
+    smaller = Dinov2Model(Dinov2Config(**{**config.to_dict(), "image_size": 224})).eval()  # has nothing to resample
+    state = model.state_dict()
+    name = "embeddings.position_embeddings"
+    positions = state[name]
+    assert positions.shape == (1, 1 + 37 * 37, 32)
+
+    def with_offset(offset):
+        """What enters the first layer, and the features."""
+        resampled = plainly_resampled(positions[0, 1:].double().numpy().reshape(37, 37, 32), 16, offset)
+        whole = torch.cat([positions[:, :1], torch.from_numpy(resampled).float().reshape(1, 256, 32)], dim=1)
+        smaller.load_state_dict({**state, name: whole})
+        with torch.no_grad():
+            return smaller.embeddings(pixels), smaller(pixels).pooler_output
+
+    images = uint8_images(2, 224)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
+    encoder = ImageEncoder("dinov2", model)
+    embeddings, (expected, features) = encoder.model.embeddings(pixels), with_offset(0.1)
+    torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder(images)["features"], features, rtol=1e-4, atol=1e-4)
+    assert (embeddings - with_offset(0.0)[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_an_encoder_may_be_called_by_several_threads(kind, clip_folder, dinov2_folder):
+    encoder = read_image_encoder(kind, clip_folder if kind == "clip" else dinov2_folder)
+    batches = uint8_images(8, 30).split(1)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda images: encoder(images)["features"], batches))
+    for features, images in zip(found, batches, strict=True):
+        torch.testing.assert_close(features, encoder(images)["features"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["clip", "dinov2"])
