@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,14 @@ from enat import ENAT, VQGAN, ENATConfig, SamplerConfig, TextCondition, sample
 from enat.checkpoint import save_weights
 from enat.images import to_uint8
 from enat.text import load_text_encoder
-from pipelines import cli, tracking
+from pipelines import cli, garbage, notebook, tracking
 from pipelines.artifacts import LocalStore, Manifest
 from pipelines.commands.sample import sample as command
 from pipelines.external import folder_digest
 from pipelines.pictures import MASKED_GRAY, animation, step_images, strip
 from pipelines.samples import sample_seed
 from pipelines.sampling import parse_labels
+from pipelines.storage import StorageError
 
 SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2, "grid_size": 4, "codebook_size": 32}
 CLASSES = ("tench", "golden retriever", "crane", "crane", "t-shirt, jersey")
@@ -317,6 +320,43 @@ def test_a_registered_model_is_found_by_name_and_alias(ask, world: World, tmp_pa
     assert code == 2 and f"which the store {tmp_path / 'elsewhere'} does not have" in err
     code, _, err = ask("enat-s-digits@newest", "--tracking-uri", f"sqlite:///{tmp_path / 'no.db'}", store=None)
     assert code == 2 and "no.db" in err and not (tmp_path / "no.db").exists()
+
+
+def _open_in_a_notebook(world: World, ask: Callable[..., tuple[int, str, str]]) -> None:
+    notebook.open_artifact(f"train/{world.key}", world.store)
+
+
+def _load_in_a_notebook(world: World, ask: Callable[..., tuple[int, str, str]]) -> None:
+    notebook.open_model(f"train/{world.key}", world.store)
+
+
+def _sample(world: World, ask: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = ask("cc", "--labels", "2")
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("use", [_sample, _load_in_a_notebook, _open_in_a_notebook])
+def test_a_model_that_is_sampled_is_in_use_with_what_it_was_made_from(world: World, ask, use: Callable[..., None]) -> None:
+    """So that nobody removes it as unused though it is sampled daily."""
+    for path in (path for path in world.store.root.rglob("*") if path.is_file()):
+        os.utime(path, (0, 0))
+    assert garbage.plan(world.store, limit=time.time() - 3600).kept == {}
+    use(world, ask)
+    kept = garbage.plan(world.store, limit=time.time() - 3600).kept
+    made_from = [(source["stage"], source["key"]) for source in world.manifest.inputs.values()]
+    assert kept == {("train", world.key): "recent", **dict.fromkeys(made_from, "needed")}
+
+
+@pytest.mark.parametrize("use", [_sample, _load_in_a_notebook, _open_in_a_notebook])
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), StorageError("s3://b/.used: no permission")])
+def test_a_store_that_only_others_may_write_is_sampled_from_all_the_same(
+    world: World, ask, monkeypatch: pytest.MonkeyPatch, error: Exception, use: Callable[..., None]
+) -> None:
+    def refused(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(LocalStore, "note_use", refused)
+    use(world, ask)
 
 
 def test_files_of_weights_make_what_the_artifact_makes(ask, world: World, tmp_path: Path) -> None:
