@@ -49,25 +49,35 @@ def sample(
     device = model.token_embedding.weight.device
     uniforms = draw_uniforms(seeds, config.num_steps, model.config.num_tokens).to(device)
     conditions = _concatenate(labels.to(device), model.null_condition(len(labels)))
-    *trajectory, codes = decode_steps(model, conditions, tokens.to(device), uniforms, config, num_given=num_given)
+    order = schedule.halton_order(model.config.grid_size) if config.reveal_order == "halton" else None
+    rank = None if order is None else torch.tensor(order, device=device).argsort()
+    *trajectory, codes = decode_steps(model, conditions, tokens.to(device), uniforms, config, num_given=num_given, halton_rank=rank)
     return (codes, trajectory) if return_trajectory else codes
 
 
 @torch.no_grad()
 def decode_steps(
-    model: ENAT, conditions: Tensor | TextCondition, tokens: Tensor, uniforms: Tensor, config: SamplerConfig, *, num_given: int = 0
+    model: ENAT,
+    conditions: Tensor | TextCondition,
+    tokens: Tensor,
+    uniforms: Tensor,
+    config: SamplerConfig,
+    *,
+    num_given: int = 0,
+    halton_rank: Tensor | None = None,
 ) -> list[Tensor]:
     """The loop of `sample`, on the device alone: nothing waits for it, so that a whole call can be one CUDA graph.
 
     conditions: of 2 B images, those of the B images and then B null ones. tokens: int64 (B, L) with L - num_given mask ids a row.
-    uniforms: float32 (B, N, 2, L) of draw_uniforms. Returns the tokens fed at each step and the codes: N + 1 times int64 (B, L).
+    uniforms: float32 (B, N, 2, L) of draw_uniforms. halton_rank: int64 (L,), of reveal_order "halton" each token's place in it.
+    Returns the tokens fed at each step and the codes: N + 1 times int64 (B, L).
     """
     (num_images, num_tokens), mask_id = tokens.shape, model.config.mask_id
-    fixed_priority = _fixed_priority(config, model.config.grid_size, uniforms)
+    fixed_priority = _fixed_priority(config, uniforms, halton_rank)
     previous: ENATOutput | None = None
     states = [tokens]
     for step in range(config.num_steps):
-        num_masked, num_left = (config.num_masked_at(at, num_tokens - num_given) for at in (step, step + 1))
+        num_masked, num_left = (config.num_masked_at(at, num_tokens, num_given) for at in (step, step + 1))
 
         # Predict. Conditional and unconditional passes share a batch; each has its own features to reuse.
         num_passes = config.num_passes_at(step, model.config, num_given)
@@ -117,14 +127,12 @@ def _draw_codes(log_probs: Tensor, temperature: float, uniform: Tensor, top_k: i
     return codes.gather(-1, torch.minimum(drawn, last))[..., 0]
 
 
-def _fixed_priority(config: SamplerConfig, grid_size: int, uniforms: Tensor) -> Tensor | None:
+def _fixed_priority(config: SamplerConfig, uniforms: Tensor, halton_rank: Tensor | None) -> Tensor | None:
     """(B, L), tokens of the highest are revealed first; None where confidence decides."""
-    if config.reveal_order == "confidence":
-        return None
-    if config.reveal_order == "random":
-        return uniforms[:, 0, 1]  # what would be noise on confidence is free here
-    rank = torch.tensor(schedule.halton_order(grid_size), device=uniforms.device).argsort()
-    return -rank.expand(len(uniforms), -1)
+    assert (halton_rank is not None) == (config.reveal_order == "halton")
+    if halton_rank is not None:
+        return -halton_rank.expand(len(uniforms), -1)
+    return uniforms[:, 0, 1] if config.reveal_order == "random" else None  # what would be noise on confidence is free here
 
 
 def draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int) -> Tensor:

@@ -6,19 +6,21 @@ Shape legend: L tokens, V codebook size, N steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
 from enat import schedule
 from enat.config import ENATConfig
 
 _LOWEST_TEMPERATURE = 1e-3
-# A list of per-step values, and the named schedule that it takes the place of.
-_SCHEDULE_OF_LIST = {
-    "mask_ratios": "mask_schedule",
-    "guidance_scales": "guidance_schedule",
-    "sampling_temperatures": "sampling_temperature_schedule",
-    "remask_temperatures": "remask_temperature_schedule",
+# A list of per-step values, and what it takes the place of. What comes first would take the place of a list in return.
+_REPLACED_BY_LIST = {
+    "mask_ratios": ("mask_schedule",),
+    "guidance_scales": ("guidance_scale", "guidance_schedule", "guidance_power"),
+    "sampling_temperatures": ("sampling_temperature", "sampling_temperature_schedule"),
+    "remask_temperatures": ("remask_temperature", "remask_temperature_schedule"),
 }
 
 
@@ -42,7 +44,9 @@ class SamplerConfig:
     its scalar and of its schedule:
     mask_ratios: share of tokens left masked after each step, falling, 0 after the last.
     guidance_scales, sampling_temperatures, remask_temperatures: as the scalars, at each step.
-    Raises ValueError for what cannot be, or would be ignored.
+    Raises ValueError for what cannot be, and for what would be ignored: whatever a list takes the place of, unless it is at its
+    default, and top_k, top_p and remask_temperature where nothing is drawn or no confidence looked at. A schedule of a scalar that
+    is off (guidance 1, temperature 0) is no mistake: so scalars can be swept.
     """
 
     num_steps: int = 8
@@ -72,17 +76,19 @@ class SamplerConfig:
         schedule.guidance_weight(0.0, 1.0, self.guidance_schedule)
         for name in ("sampling_temperature_schedule", "remask_temperature_schedule"):
             schedule.temperature(0.0, 0.0, getattr(self, name))
-        for name in _SCHEDULE_OF_LIST:
+        for name in _REPLACED_BY_LIST:
             if getattr(self, name) is not None:  # YAML and JSON know lists only
                 object.__setattr__(self, name, tuple(getattr(self, name)))
                 self._check_list(name)
         self._check_drawing()
 
     def _check_list(self, name: str) -> None:
-        values, replaced = getattr(self, name), _SCHEDULE_OF_LIST[name]
-        default = next(field.default for field in fields(self) if field.name == replaced)
-        if getattr(self, replaced) != default:
-            raise ValueError(f"{name} lists the values of all steps, so {replaced} {getattr(self, replaced)!r} is to be left out")
+        values = getattr(self, name)
+        for replaced in _REPLACED_BY_LIST[name]:
+            if getattr(self, replaced) != _DEFAULTS[replaced]:
+                raise ValueError(
+                    f"{name} lists the values of all steps, so {replaced} {getattr(self, replaced)!r} is to be left out"
+                )
         if len(values) != self.num_steps:
             raise ValueError(f"{name} has {len(values)} values for {self.num_steps} steps; give one value a step")
         for step, value in enumerate(values):
@@ -112,6 +118,32 @@ class SamplerConfig:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or null for all codes")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1, which leaves all codes")
+        if not any(self.sampling_temperatures or (self.sampling_temperature,)):
+            for name in ("top_k", "top_p"):
+                if getattr(self, name) != _DEFAULTS[name]:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}, but at sampling_temperature 0 nothing is drawn: the most likely code is "
+                        f"taken; leave {name} out"
+                    )
+
+    def values_beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of this sampler that still hold beside given ones, which are to be laid over them.
+
+        A list that is given takes the place of the scalar and the schedule here, a scalar (or mask_schedule) of the list here;
+        those are back at their defaults. Raises ValueError where both are given.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for of_steps, others in _REPLACED_BY_LIST.items():
+            has_list, scalar = given.get(of_steps) is not None, others[0]
+            if has_list and (both := [name for name in others if name in given]):
+                raise ValueError(f"{of_steps} lists the values of all steps, so {both[0]} is to be left out")
+            replaced = others if has_list else (of_steps,) if scalar in given else ()
+            values |= {name: _DEFAULTS[name] for name in replaced}
+        return values
+
+    def replaced(self, **given: Any) -> SamplerConfig:
+        """This sampler with other values, checked together: see values_beside. Raises ValueError as the constructor does."""
+        return SamplerConfig(**{**self.values_beside(given), **given})
 
     @property
     def is_guided(self) -> bool:
@@ -138,20 +170,25 @@ class SamplerConfig:
             return self.remask_temperatures[step]
         return schedule.temperature((step + 1) / self.num_steps, self.remask_temperature, self.remask_temperature_schedule)
 
-    def num_masked_at(self, step: int, num_tokens: int) -> int:
+    def num_masked_at(self, step: int, num_tokens: int, num_given: int = 0) -> int:
         """Tokens masked in the input of `step`; num_steps gives what is left at the end, 0.
 
-        num_tokens: those that are to be made, all L where nothing is given.
+        num_tokens: all L of an image. num_given: those of them that are given, 0 to L-1. Where nothing is, counts are rounded down
+        (published). Few that are to be made would so be drawn early, one alone at the first step, hot and unguided: beside what is
+        given counts are rounded to the nearest, and the last one is left for the last step.
         """
-        if step == 0:
-            return num_tokens
+        num_made = num_tokens - num_given
+        if step in (0, self.num_steps):
+            return num_made if step == 0 else 0
         if self.mask_ratios is not None:
-            return math.floor(num_tokens * self.mask_ratios[step - 1])
-        return schedule.num_masked_after(step - 1, self.num_steps, num_tokens, self.mask_schedule)
+            ratio = self.mask_ratios[step - 1]
+        else:
+            ratio = schedule.mask_ratio(step / self.num_steps, self.mask_schedule)
+        return max(1, math.floor(num_made * ratio + 0.5)) if num_given else math.floor(num_made * ratio)
 
     def leaves_features_at(self, step: int, model: ENATConfig, num_given: int = 0) -> bool:
         """Whether the pass of `step` computes anything that the next step reuses. num_given: tokens that are given, 0 to L-1."""
-        num_masked = self.num_masked_at(step, model.num_tokens - num_given)
+        num_masked = self.num_masked_at(step, model.num_tokens, num_given)
         return self.reuse and model.reuse and (model.reuses_masked or num_masked < model.num_tokens)
 
     def num_passes_at(self, step: int, model: ENATConfig, num_given: int = 0) -> int:
@@ -166,6 +203,9 @@ class SamplerConfig:
         is_guided_later = any(self.guidance_at(later) != 1.0 for later in range(step + 1, self.num_steps))
         counts = self.guidance_at(step) != 1.0 or (is_guided_later and self.leaves_features_at(step, model, num_given))
         return 2 if counts else 1
+
+
+_DEFAULTS = {field.name: field.default for field in fields(SamplerConfig)}
 
 
 def _check_value(name: str, value: float) -> None:

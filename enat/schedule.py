@@ -29,13 +29,6 @@ def mask_ratio(progress: float, schedule: str = "cosine") -> float:
     return _MASK_RATIOS[_known(schedule, MASK_SCHEDULES, "mask schedule")](progress)
 
 
-def num_masked_after(step: int, num_steps: int, num_tokens: int, schedule: str = "cosine") -> int:
-    """Tokens left masked after step 0..num_steps-1; none after the last. L=256, 8 steps: 251 236 212 181 142 97 49 0."""
-    if step == num_steps - 1:
-        return 0
-    return math.floor(num_tokens * mask_ratio((step + 1) / num_steps, schedule))
-
-
 def guidance_weight(progress: float, guidance_scale: float, schedule: str = "linear", power: float = 1.0) -> float:
     """w in logits = uncond + w (cond - uncond); 1 is off.
 

@@ -122,5 +122,7 @@ def reference_sample(model, labels, config, seeds, start=None):
         priority[~mask] = math.inf
         tokens = torch.where(mask, codes, tokens)
         num_left = math.floor(num_made * ratio_left(config, step))
+        if num_made < num_tokens and step < config.num_steps - 1:  # to the nearest, so that few are not all drawn at once
+            num_left = max(1, math.floor(num_made * ratio_left(config, step) + 0.5))
         tokens.scatter_(1, priority.argsort(dim=1)[:, :num_left], mask_id)
     return tokens

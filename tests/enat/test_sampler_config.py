@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
-from slow_sampler import RANDOM, SEARCHED
+from hypothesis import given
+from hypothesis import strategies as st
+from slow_sampler import HALTON, RANDOM, SEARCHED
 
 from enat import SamplerConfig
+from enat.schedule import MASK_SCHEDULES
 
 
 def test_settings_come_back_from_json_where_tuples_are_lists():
@@ -22,6 +26,67 @@ def test_new_settings_leave_the_published_ones_as_they_are():
     assert [config.guidance_at(step) for step in range(8)] == [1 + 2.5 * step / 8 for step in range(8)]
     assert [config.sampling_temperature_at(step) for step in range(8)] == [5.25, 4.5, 3.75, 3.0, 2.25, 1.5, 0.75, 1e-3]
     assert [config.remask_temperature_at(step) for step in range(8)] == [1.5 * (1 - (step + 1) / 8) for step in range(8)]
+
+
+@given(num_steps=st.integers(1, 64), num_tokens=st.integers(1, 1024), mask_schedule=st.sampled_from(MASK_SCHEDULES))
+def test_fewer_and_fewer_tokens_are_masked_and_none_at_the_end(num_steps, num_tokens, mask_schedule):
+    config = SamplerConfig(num_steps=num_steps, mask_schedule=mask_schedule)
+    counts = [config.num_masked_at(step, num_tokens) for step in range(num_steps + 1)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[1] < counts[0] == num_tokens
+    assert counts[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("num_made", "counts"),
+    [
+        (1, [1, 1, 1, 1, 1, 1, 1, 1, 0]),
+        (2, [2, 2, 2, 2, 1, 1, 1, 1, 0]),
+        (4, [4, 4, 4, 3, 3, 2, 2, 1, 0]),
+        (9, [9, 9, 8, 7, 6, 5, 3, 2, 0]),
+        (128, [128, 126, 118, 106, 91, 71, 49, 25, 0]),
+    ],
+)
+def test_few_tokens_beside_given_ones_are_not_drawn_at_once_and_the_last_one_last(num_made, counts):
+    config = SamplerConfig()
+    assert [config.num_masked_at(step, 256, 256 - num_made) for step in range(9)] == counts
+
+
+def test_the_last_token_beside_given_ones_waits_whatever_the_ratios():
+    config = SamplerConfig(num_steps=3, mask_ratios=(0.2, 0.01, 0.0))
+    assert [config.num_masked_at(step, 16, 14) for step in range(4)] == [2, 1, 1, 0]
+    assert [config.num_masked_at(step, 16) for step in range(4)] == [16, 3, 0, 0]
+
+
+OWN = SamplerConfig(num_steps=2, guidance_scale=6.0, guidance_schedule="power_cosine", guidance_power=2.0, remask_temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        (OWN, {"reveal_order": "halton"}, dataclasses.replace(OWN, reveal_order="halton")),
+        (OWN, {"guidance_scales": [1, 2]}, SamplerConfig(num_steps=2, guidance_scales=(1, 2), remask_temperature=0.0)),
+        (OWN, {"guidance_scales": None}, OWN),
+        (SamplerConfig(**SEARCHED), {"guidance_scales": None}, SamplerConfig(**{**SEARCHED, "guidance_scales": None})),
+        (
+            SamplerConfig(**SEARCHED),
+            {"guidance_scale": 2.0, "mask_schedule": "linear"},
+            SamplerConfig(**{**SEARCHED, "guidance_scales": None, "mask_ratios": None}, guidance_scale=2.0, mask_schedule="linear"),
+        ),
+        (SamplerConfig(**HALTON), {"mask_ratios": (*range(7, 0, -1), 0)}, "mask_ratios[0] is 7 after 1.0"),
+        (OWN, {"guidance_scale": 3.5, "guidance_scales": (1, 2)}, "so guidance_scale is to be left out"),
+        (OWN, {"guidance_scale": 2.0, "guidance_scales": None}, OWN.replaced(guidance_scale=2.0)),
+        (SamplerConfig(**SEARCHED), {"num_steps": 5}, "mask_ratios has 4 values for 5 steps"),
+        (SamplerConfig(**SEARCHED), {"guidance_schedule": "constant"}, "so guidance_schedule 'constant' is to be left out"),
+    ],
+    ids=str,
+)
+def test_values_take_the_place_of_their_counterparts_and_are_checked_together(own, given, expected):
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            own.replaced(**given)
+    else:
+        assert own.replaced(**given) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,6 +110,15 @@ def test_new_settings_leave_the_published_ones_as_they_are():
             {"num_steps": 2, "remask_temperatures": (1, 0), "remask_temperature_schedule": "constant"},
             "remask_temperature_schedule 'constant' is to be left out",
         ),
+        ({"num_steps": 2, "guidance_scales": (1, 2), "guidance_scale": 2.0}, "guidance_scale 2.0 is to be left out"),
+        (
+            {"num_steps": 2, "sampling_temperatures": (1, 0), "sampling_temperature": 1.0},
+            "sampling_temperature 1.0 is to be left out",
+        ),
+        ({"num_steps": 2, "remask_temperatures": (0, 0), "remask_temperature": 0.0}, "remask_temperature 0.0 is to be left out"),
+        ({"sampling_temperature": 0.0, "top_k": 5}, "top_k is 5, but at sampling_temperature 0 nothing is drawn"),
+        ({"sampling_temperature": 0.0, "top_p": 0.9}, "top_p is 0.9, but at sampling_temperature 0 nothing is drawn"),
+        ({"num_steps": 2, "sampling_temperatures": (0, 0), "top_k": 5}, "nothing is drawn: the most likely code is taken"),
         ({"top_k": 0}, "top_k is 0; it must be at least 1"),
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
@@ -67,3 +141,13 @@ def test_settings_that_cannot_be_or_would_be_ignored_are_refused(options, messag
 def test_lists_of_zeros_are_no_noise():
     config = SamplerConfig(reveal_order="halton", num_steps=2, remask_temperatures=(0, 0))
     assert config.remask_temperatures == (0, 0)
+
+
+def test_codes_may_be_left_out_where_some_steps_draw():
+    assert SamplerConfig(num_steps=2, sampling_temperatures=(1, 0), top_k=5).top_k == 5
+
+
+def test_scalars_that_are_off_can_keep_their_schedules():
+    off = {"guidance_scale": 1.0, "sampling_temperature": 0.0, "remask_temperature": 0.0}
+    constant = dict.fromkeys(("guidance_schedule", "sampling_temperature_schedule", "remask_temperature_schedule"), "constant")
+    assert not SamplerConfig(**off, **constant).is_guided

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from slow_sampler import HALTON, RANDOM, SEARCHED, halton, reference_sample, some_start
 from small_models import TEXT, conditions, small_config, small_enat
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from enat import ENAT, SamplerConfig, sample
 from enat.regions import box_mask
@@ -94,6 +95,8 @@ def configs(draw):
             options[f"{scalar}s"] = tuple(draw(numbers) for _ in range(num_steps))
         else:
             options |= {scalar: draw(numbers), schedule: draw(st.sampled_from(names))}
+    if not any(options.get("sampling_temperatures", (options.get("sampling_temperature"),))):
+        options |= {"top_k": None, "top_p": 1.0}  # which would be refused
     options["reveal_order"] = draw(st.sampled_from(["confidence", "random", "halton"]))
     options["remask_temperature"] = draw(numbers) if options["reveal_order"] == "confidence" else 0.0
     return SamplerConfig(**options)
@@ -110,7 +113,7 @@ def test_every_token_is_made_once_and_what_is_given_stays(config, num_given, see
     for step, (tokens, following) in enumerate(zip(trajectory, [*trajectory[1:], codes], strict=True)):
         visible = tokens != MASK_ID
         assert torch.equal(following[visible], tokens[visible])
-        assert ((~visible).sum(dim=1) == config.num_masked_at(step, 16 - num_given)).all()
+        assert ((~visible).sum(dim=1) == config.num_masked_at(step, 16, num_given)).all()
 
 
 @settings(max_examples=25, deadline=None)
@@ -143,6 +146,14 @@ def test_an_image_depends_on_its_own_seed_label_and_start_only(config, num_given
     assert torch.equal(sample(MODEL, labels[1:2], config, seeds=[9], start=start[1:2])[0], together[1])
 
 
+class _NothingFromTheHost(TorchFunctionMode):
+    """Within it no tensor is made from values of Python, which would be copied to the device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy), function
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("options", [{}, {"reuse": False}, SEARCHED, HALTON, RANDOM, {"top_k": 5, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("num_given", [0, 7])
 def test_the_loop_never_looks_at_a_value(options, num_given):
@@ -152,7 +163,9 @@ def test_the_loop_never_looks_at_a_value(options, num_given):
         model = ENAT(small_config()).eval()
         labels, tokens = torch.zeros(6, dtype=torch.int64), torch.zeros((3, 16), dtype=torch.int64)
         uniforms = torch.zeros(3, config.num_steps, 2, 16)
-    states = decode_steps(model, labels, tokens, uniforms, config, num_given=num_given)
+        rank = torch.zeros(16, dtype=torch.int64) if config.reveal_order == "halton" else None
+    with _NothingFromTheHost():
+        states = decode_steps(model, labels, tokens, uniforms, config, num_given=num_given, halton_rank=rank)
     assert [state.shape for state in states] == [(3, 16)] * (config.num_steps + 1)
 
 
@@ -239,9 +252,16 @@ def test_given_codes_are_encoded_once_and_then_reused():
     model.encoder[0].register_forward_pre_hook(lambda _, arguments: encoded.append(tuple(arguments[0].shape[:2])))
     config = SamplerConfig(num_steps=4, guidance_scale=2.0)
     sample(model, torch.arange(3), config, seeds=range(3), start=start)
-    left = [config.num_masked_at(step, 9) for step in range(5)]
+    left = [config.num_masked_at(step, 16, num_given=7) for step in range(5)]
     assert left == [9, 8, 6, 3, 0]
     assert encoded == [(6, 7), (6, 1), (6, 2), (6, 3)]
+
+
+def test_a_code_made_alone_is_drawn_at_the_last_step_guided_and_cold():
+    start = some_start(MODEL.config, 15)
+    codes, trajectory = sample(MODEL, torch.arange(3), SamplerConfig(), seeds=range(3), start=start, return_trajectory=True)
+    assert all(torch.equal(tokens, start) for tokens in trajectory)
+    assert (codes != MASK_ID).all()
 
 
 @pytest.mark.parametrize("num_given", [0, 7])

@@ -15,21 +15,8 @@ from enat.schedule import (
     guidance_weight,
     halton_order,
     mask_ratio,
-    num_masked_after,
     temperature,
 )
-
-
-def test_the_published_numbers_of_masked_tokens():
-    assert [num_masked_after(step, 8, 256) for step in range(8)] == [251, 236, 212, 181, 142, 97, 49, 0]
-
-
-@given(num_steps=st.integers(1, 64), num_tokens=st.integers(1, 1024), schedule=st.sampled_from(MASK_SCHEDULES))
-def test_fewer_and_fewer_tokens_are_masked_and_none_at_the_end(num_steps, num_tokens, schedule):
-    counts = [num_tokens] + [num_masked_after(step, num_steps, num_tokens, schedule) for step in range(num_steps)]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[1] < num_tokens
-    assert counts[-1] == 0
 
 
 def test_the_mask_ratio_goes_from_all_to_none_along_a_cosine():
