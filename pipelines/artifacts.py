@@ -25,6 +25,7 @@ from pipelines.manifest import (
     PARTS,
     USED,
     WORK,
+    DamagedFileError,
     DamagedManifestError,
     FileRecord,
     Manifest,
@@ -51,6 +52,7 @@ __all__ = [
     "USED",
     "WORK",
     "ArtifactStore",
+    "DamagedFileError",
     "DamagedManifestError",
     "FileRecord",
     "LocalStore",
@@ -119,7 +121,8 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def fetch_file(self, stage: str, key: str, record: FileRecord) -> Path:
-        """A local path of a file whose bytes were checked against its record. Raises StoreError where they differ."""
+        """A local path of a file whose bytes were checked against its record. Raises DamagedFileError where they differ, and
+        another StoreError where they could not be looked at."""
 
     def fetch(self, manifest: Manifest, name: str) -> Path:
         """The same for a file of a committed artifact."""
@@ -277,13 +280,9 @@ class LocalStore(ArtifactStore):
         try:
             status = path.stat()
         except FileNotFoundError as error:
-            raise StoreError(
-                f"{path} is gone, though its manifest lists it; remove {path.parent} to make the artifact again"
-            ) from error
+            raise DamagedFileError(f"{path} is gone, though its manifest lists it", str(path.parent)) from error
         if status.st_size != record.size or _digest_once(path, status.st_size, status.st_mtime_ns) != record.sha256:
-            raise StoreError(
-                f"{path} was changed after it was made (its sha256 differs); remove {path.parent} to make the artifact again"
-            )
+            raise DamagedFileError(f"{path} was changed after it was made (its sha256 differs)", str(path.parent))
         return path
 
     def put_part(self, stage: str, key: str, name: str, record: Mapping[str, Any]) -> None:

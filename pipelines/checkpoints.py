@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipelines.artifacts import WORK, ArtifactStore, FileRecord, StoreError
+from pipelines.artifacts import PARTS, WORK, ArtifactStore, DamagedFileError, FileRecord, StoreError
 from pipelines.workflow import WorkerContext
 
 _RECORD = re.compile(r"checkpoint-(\d{8,})-(\w+)-(\d{5})-of-(\d{5})")
@@ -77,7 +77,7 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(store: ArtifactStore, context: WorkerContext, checkpoint: Checkpoint) -> OpenedCheckpoint:
-    """Raises StoreError where a file is gone or damaged."""
+    """Raises DamagedFileError where a file is gone or damaged, another StoreError where it cannot be looked at."""
     assert checkpoint.state is not None
     paths = [store.fetch_file(context.stage, context.key, record) for record in checkpoint.tensors]
     state = store.fetch_file(context.stage, context.key, checkpoint.state)
@@ -89,16 +89,44 @@ def is_milestone(step: int, keep_every: int | None) -> bool:
     return keep_every is not None and step % keep_every == 0
 
 
+class NoReadableCheckpointError(StoreError):
+    """There are whole checkpoints, and not one of them is as it was written."""
+
+
 def newest_checkpoint(context: WorkerContext, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole one whose every byte is right. Tells of those that are not."""
+    """The newest whole one whose every byte is right. Newer ones, which are not, are told of and removed: they would be in the way
+    of those that are written from here on.
+
+    Where none is as it was written this raises NoReadableCheckpointError and removes nothing. Weeks of training may lie in them, a
+    bucket may have earlier versions of the files, and whether to begin anew is for people to say. Whatever else keeps a file from
+    being read (no room in the cache, no network) is raised as it is, since the checkpoint may be as good as ever.
+    """
+    damaged: list[tuple[Checkpoint, DamagedFileError]] = []
     for checkpoint in reversed([found for found in find_checkpoints(context) if found.is_whole]):
         try:
             open_checkpoint(context.store, context, checkpoint)
-        except StoreError as error:
-            tell(f"the checkpoint of step {checkpoint.step} is damaged, the one before it is taken ({error})")
+        except DamagedFileError as error:
+            damaged.append((checkpoint, error))
             continue
+        for other, damage in damaged:
+            tell(f"the checkpoint of step {other.step} is damaged and removed, the one before it is taken ({damage.what})")
+            discard(context, other)
         return checkpoint
+    if damaged:
+        newest, damage = damaged[0]
+        steps = ", ".join(str(checkpoint.step) for checkpoint, _ in damaged)
+        raise NoReadableCheckpointError(
+            f"no checkpoint can be read (steps {steps}; that of step {newest.step}: {damage.what}); bring the files back, or remove "
+            f"{context.store.place(context.stage, context.key)}/{PARTS} to train from the start"
+        )
     return None
+
+
+def discard(context: WorkerContext, checkpoint: Checkpoint) -> None:
+    """Records first: what is half removed is no checkpoint."""
+    for part in checkpoint.parts:
+        context.store.discard_part(context.stage, context.key, part)
+    context.store.discard_files(context.stage, context.key, checkpoint.files)
 
 
 class CheckpointWriter:
@@ -146,7 +174,7 @@ class CheckpointWriter:
         name = f"checkpoint-{step:08d}-{self._attempt}-{self._rank:05d}-of-{self._world_size:05d}"
         self._context.store.put_part(self._context.stage, self._context.key, name, record)
         if self._rank == 0:
-            self._discard_old()
+            self._discard_old(step)
 
     def _put(self, name: str, write: Callable[[Path], object]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="enat-checkpoint-") as folder:
@@ -154,8 +182,10 @@ class CheckpointWriter:
             write(path)
             return asdict(self._context.store.put_file(self._context.stage, self._context.key, name, path))
 
-    def _discard_old(self) -> None:
-        found = find_checkpoints(self._context)
+    def _discard_old(self, step: int) -> None:
+        """step: the last one begun. What others have left above it is neither counted, since it may be damaged, nor removed, since
+        it may be all there is."""
+        found = [checkpoint for checkpoint in find_checkpoints(self._context) if checkpoint.step <= step]
         # A step that is reached again, after a rollback or a restart, replaces what an earlier attempt left, which may be damaged.
         found.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.attempt == self._attempt))
         by_step = {checkpoint.step: checkpoint for checkpoint in found if checkpoint.is_whole}
@@ -166,9 +196,7 @@ class CheckpointWriter:
             is_newer = bool(kept) and checkpoint.step >= kept[-1].step and by_step.get(checkpoint.step) in (checkpoint, None)
             if checkpoint in kept or is_milestone_kept or is_newer or not kept:
                 continue
-            for part in checkpoint.parts:
-                self._context.store.discard_part(self._context.stage, self._context.key, part)
-            self._context.store.discard_files(self._context.stage, self._context.key, checkpoint.files)
+            discard(self._context, checkpoint)
 
 
 # Fragments -----------------------------------------------------------------------------------------------------------------

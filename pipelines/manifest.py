@@ -38,6 +38,18 @@ class DamagedManifestError(StoreError):
         self.stage, self.key, self.inputs = stage, key, inputs
 
 
+class DamagedFileError(StoreError):
+    """The bytes of a file are gone, or not those that were put there. what: the finding, without the advice that goes with it for
+    an artifact.   place: of the artifact."""
+
+    def __init__(self, what: str, place: str) -> None:
+        super().__init__(what, place)  # so that it survives pickling
+        self.what, self.place = what, place
+
+    def __str__(self) -> str:
+        return f"{self.what}; remove {self.place} to make the artifact again"
+
+
 def canonical_json(value: Any) -> bytes:
     """The one JSON text of a value, for hashing. NaN is refused, because it equals nothing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -15,6 +15,7 @@ from pipelines.artifacts import (
     USED,
     WORK,
     ArtifactStore,
+    DamagedFileError,
     DamagedManifestError,
     FileRecord,
     Manifest,
@@ -84,10 +85,10 @@ class S3Store(ArtifactStore):
             return cache.fetch(record.sha256, record.size, lambda path: self.folder.download(name, path), suffix)
         except MissingFileError as error:
             reason = "is gone, though its manifest lists it"
-            raise StoreError(f"{self.uri}/{name} {reason}; remove {self.place(stage, key)} to make the artifact again") from error
+            raise DamagedFileError(f"{self.uri}/{name} {reason}", self.place(stage, key)) from error
         except cache.WrongContentError as error:
             reason = "was changed after it was made (its sha256 differs)"
-            raise StoreError(f"{self.uri}/{name} {reason}; remove {self.place(stage, key)} to make the artifact again") from error
+            raise DamagedFileError(f"{self.uri}/{name} {reason}", self.place(stage, key)) from error
 
     def put_part(self, stage: str, key: str, name: str, record: Mapping[str, Any]) -> None:
         self.folder.put_if_absent(f"{stage}/{key}/{PARTS}/{name}.json", canonical_json(record))

@@ -24,12 +24,13 @@ from enat.checkpoint import load_vqgan, save_weights
 from enat.cost import training_macs
 from enat.loss import objective, token_accuracy
 from enat.model import ENAT, ENATConfig
-from pipelines.artifacts import FileRecord, Manifest, StoreError
+from pipelines.artifacts import DamagedFileError, FileRecord, Manifest, StoreError
 from pipelines.batches import Batches, GroupBatch
 from pipelines.caption_features import EMPTY_INDEX, CaptionFeatures
 from pipelines.checkpoints import (
     Checkpoint,
     CheckpointWriter,
+    NoReadableCheckpointError,
     find_checkpoints,
     is_milestone,
     newest_checkpoint,
@@ -40,6 +41,7 @@ from pipelines.engine import Engine, prepare_forward
 from pipelines.previews import preview
 from pipelines.progress import Reporter
 from pipelines.stop_signal import GO_ON, STOP, StopSignal
+from pipelines.storage import StorageError
 from pipelines.token_map import TokenMap
 from pipelines.train_config import TrainConfig
 from pipelines.train_monitor import DivergedError, TrainMonitor
@@ -66,7 +68,8 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What rank 0 answers. files: none where the run was stopped or has diverged. milestones: EMA weights of some steps."""
+    """What rank 0 answers. files: none where the run was stopped or has failed. milestones: EMA weights of some steps.
+    error: what it failed with, where other workers would fail with it again."""
 
     files: tuple[FileRecord, ...]
     milestones: tuple[FileRecord, ...]
@@ -75,7 +78,7 @@ class TrainResult:
     skipped_draws: int
     num_restarts: int
     num_rollbacks: int
-    diverged: DivergedError | None = None
+    error: Exception | None = None
 
 
 def effective_config(task: TrainTask) -> TrainConfig:
@@ -96,8 +99,8 @@ def train_loop(task: Mapping[str, TrainTask]) -> TrainResult | None:
     with closing(Trainer(task["task"], ray.train.torch.get_device())) as trainer:
         try:
             return trainer.run()
-        except DivergedError as error:  # as an answer: what is raised Ray Train takes for a lost worker, and tries the same again
-            return trainer.result((), diverged=error)
+        except (DivergedError, NoReadableCheckpointError) as error:
+            return trainer.result((), error=error)  # what is raised Ray Train takes for a lost worker, and tries the same again
 
 
 class Trainer:
@@ -117,6 +120,7 @@ class Trainer:
         self.background = ThreadPoolExecutor(1, thread_name_prefix="tracking")  # no server of metrics holds up a step
         self.monitor = TrainMonitor(self.config, self.token_map, device, self.world_size)
         self.batches: Batches | None = None
+        self.step, self.skipped_draws, self.num_restarts, self.num_rollbacks = 0, 0, 0, 0
         self.last_report = 0.0
 
     def run(self) -> TrainResult | None:
@@ -190,11 +194,11 @@ class Trainer:
     def roll_back(self, error: DivergedError) -> None:
         """Go back to the newest checkpoint and on with the draws after the one that training diverged at, or raise."""
         execution = self.config.execution
+        self.checkpoints.wait()  # also where this is the end: Ray ends a worker soon after its answer, whatever it is writing
+        dist.barrier()  # a checkpoint is there once all ranks have written it
         if execution.on_divergence != "rollback" or self.num_rollbacks >= execution.max_rollbacks:
             raise error
         num_restarts, num_rollbacks = self.num_restarts, self.num_rollbacks + 1
-        self.checkpoints.wait()
-        dist.barrier()  # a checkpoint is there once all ranks have written it
         del self.engine, self.ema  # there may be no room for two
         self.start(self._newest(), error)
         self.num_restarts, self.num_rollbacks = num_restarts, num_rollbacks
@@ -215,7 +219,7 @@ class Trainer:
         files: tuple[FileRecord, ...],
         *,
         milestones: tuple[FileRecord, ...] = (),
-        diverged: DivergedError | None = None,
+        error: Exception | None = None,
     ) -> TrainResult:
         return TrainResult(
             files=files,
@@ -225,7 +229,7 @@ class Trainer:
             skipped_draws=self.skipped_draws,
             num_restarts=self.num_restarts,
             num_rollbacks=self.num_rollbacks,
-            diverged=diverged,
+            error=error,
         )
 
     def _milestones(self) -> Iterator[FileRecord]:
@@ -235,8 +239,8 @@ class Trainer:
         for step, checkpoint in sorted(kept.items()):
             try:
                 fragments = open_checkpoint(context.store, context, checkpoint).tensors()
-            except StoreError as error:
-                self._tell(f"the weights of step {step} are not kept: {error}")
+            except DamagedFileError as error:
+                self._tell(f"the weights of step {step} are not kept: {error.what}")
                 continue
             model = ENAT(self.task.architecture)
             model.load_state_dict(self.ema.state_dict())  # for what is no parameter
@@ -245,11 +249,17 @@ class Trainer:
             yield context.write(name, partial(save_weights, module=model))
 
     def _newest(self) -> Checkpoint | None:
-        """What rank 0 found whole, for all ranks."""
-        found = newest_checkpoint(self.task.context, self._tell) if self.rank == 0 else None
-        agreed = _agreed(found)
-        assert agreed is None or isinstance(agreed, Checkpoint)
-        return agreed
+        """What rank 0 found whole, for all ranks. They fail together where it cannot look."""
+        found: Checkpoint | Exception | None = None
+        if self.rank == 0:
+            try:
+                found = newest_checkpoint(self.task.context, self._tell)
+            except (StoreError, StorageError) as error:
+                found = error
+        found = _agreed(found)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _begin_batches(self) -> None:
         if self.batches is not None:

@@ -69,8 +69,8 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
         cluster.require(config.execution, "train", config.execution.min_workers)
         with context.bar(config.num_steps, "steps") as bar, bar.reporter() as reporter:
             trained = _fit(config, architecture, inputs, context, reporter)
-        if trained.diverged is not None:
-            raise trained.diverged
+        if trained.error is not None:
+            raise trained.error
         if not trained.files:
             context.console.print(f"training stopped at step {trained.step}, which is saved; the same command goes on from there")
             raise KeyboardInterrupt

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pipelines.artifacts import PARTS, FileRecord, LocalStore, StoreError, open_store
+from pipelines.artifacts import PARTS, DamagedFileError, FileRecord, LocalStore, StoreError, open_store
 from pipelines.checkpoints import (
     Checkpoint,
     CheckpointWriter,
     Fragments,
+    NoReadableCheckpointError,
     find_checkpoints,
     fragment_name,
     newest_checkpoint,
@@ -236,14 +237,63 @@ def test_of_a_damaged_one_is_told_and_the_one_before_is_taken(
     run.damage(f".work/step-00000008-a/{name}", change)
     assert run.opened(run.newest())[0] == {"step": 4}
     (told,) = run.told
-    assert told.startswith("the checkpoint of step 8 is damaged, the one before it is taken (") and name in told and reason in told
+    assert told.startswith("the checkpoint of step 8 is damaged and removed, the one before it is taken (")
+    assert name in told and reason in told and "to make the artifact again" not in told, "that would remove the others, too"
+    assert run.newest() is not None and len(run.told) == 1 and run.steps() == [4], "nothing of it is in the way any more"
 
 
-def test_where_all_are_damaged_there_is_none(run: Run) -> None:
+def test_where_all_are_damaged_nothing_is_removed_and_people_are_asked(run: Run) -> None:
     for step in (4, 8):
         run.save(step)
         run.damage(f".work/step-{step:08d}-a/state.json", lambda _: b"")
-    assert run.newest() is None and len(run.told) == 2
+    sentence = (
+        rf"no checkpoint can be read \(steps 8, 4; that of step 8: .*state\.json was changed .*\); bring .*{KEY}/\.parts to train"
+    )
+    for _ in range(2):
+        with pytest.raises(NoReadableCheckpointError, match=sentence):
+            run.newest()
+    assert run.steps() == [4, 8] and run.told == []
+
+
+@pytest.mark.parametrize(("keep_last", "num_damaged"), [(1, 1), (2, 2)])
+def test_after_a_damaged_one_the_next_ones_are_kept_and_the_good_one_goes_as_any_other(
+    run: Run, keep_last: int, num_damaged: int
+) -> None:
+    """Also those below the steps of the damaged ones: nothing is lost if training stops before it gets there."""
+    damaged = [8, 12][:num_damaged]
+    for step in (4, *damaged):
+        run.save(step)
+    for step in damaged:
+        run.damage(f".work/step-{step:08d}-a/state.json", _flip)
+    newest = run.newest()
+    assert newest is not None and newest.step == 4
+    run.save(6, attempt="b", keep_last=keep_last)
+    assert run.steps() == [4, 6][-keep_last:] and run.opened(run.newest())[0] == {"step": 6}
+    run.save(7, attempt="b", keep_last=keep_last)
+    assert run.steps() == [6, 7][-keep_last:] and run.opened(run.newest())[0] == {"step": 7}
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_what_another_attempt_left_at_later_steps_counts_for_nothing_until_they_are_reached(run: Run, keep_last: int) -> None:
+    """It may be damaged, or be there still because nobody looked: what is written now stays as if it were alone."""
+    for step in (8, 12):
+        run.save(step, attempt="a")
+    for step, expected in ((2, [2]), (3, [2, 3]), (5, [3, 5])):
+        run.save(step, attempt="b", keep_last=keep_last)
+        assert run.steps() == [*expected[-keep_last:], 8, 12]
+    run.save(13, attempt="b", keep_last=keep_last)
+    assert run.steps() == [12, 13][-keep_last:]
+
+
+@pytest.mark.parametrize("run", ["bucket"], indirect=True)
+def test_a_cache_that_is_full_is_not_taken_for_damage(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of the files then. Training that began at step 0 would replace what is as good as ever."""
+    run.save(4)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(StoreError, match="cannot be used") as raised:
+        run.newest()
+    assert not isinstance(raised.value, (DamagedFileError, NoReadableCheckpointError)) and run.steps() == [4]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"tensors": {"na', b"[]"])

@@ -5,13 +5,11 @@ Ranks are plain processes (tiny_training.py); what Ray adds to them is in test_t
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,27 +18,27 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from plain_training import train_plainly
 from tiny_training import (
     CONFIG,
     Material,
     RankLostError,
     Trained,
     assert_close,
+    assert_same_bits,
     changed,
+    checkpoint_steps,
+    damage_newest_checkpoint,
     make_material,
     train,
-    train_plainly,
+    worker_context,
 )
 
 from pipelines.artifacts import FileRecord, LocalStore, StoreError, open_store
 from pipelines.batches import GroupBatch
-from pipelines.checkpoints import find_checkpoints, open_checkpoint
-from pipelines.tracking import RunHandle
+from pipelines.checkpoints import NoReadableCheckpointError, find_checkpoints
 from pipelines.train_config import TrainConfig
 from pipelines.train_loop import Trainer, initial_model
-from pipelines.train_monitor import DivergedError
-from pipelines.workflow import WorkerContext
 
 Plainly = Callable[[TrainConfig], Trained]
 OPTIONS = {
@@ -68,24 +66,6 @@ def plainly(material: Material) -> Plainly:
 @pytest.fixture(scope="module")
 def plain(plainly: Plainly) -> Trained:
     return plainly(CONFIG)
-
-
-def _context(material: Material, key: str) -> WorkerContext:
-    return WorkerContext(stage="train", key=key, store=material.store, run=RunHandle("", None))
-
-
-def _checkpoint_steps(material: Material, key: str) -> list[int]:
-    return [checkpoint.step for checkpoint in find_checkpoints(_context(material, key)) if checkpoint.is_whole]
-
-
-def _weights(material: Material, key: str, record: FileRecord) -> dict[str, torch.Tensor]:
-    return load_file(material.store.fetch_file("train", key, record))
-
-
-def _assert_same_bits(mine: Trained, other: Trained) -> None:
-    for ours, theirs in ((mine.raw, other.raw), (mine.ema, other.ema)):
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert mine.column("step") == other.column("step") and mine.column("loss") == other.column("loss")
 
 
 # What is trained -----------------------------------------------------------------------------------------------------------
@@ -136,6 +116,13 @@ def test_a_text_model_trains_what_a_plain_loop_trains(material: Material, key: s
 def test_groups_that_ranks_cannot_share_equally_train_the_same(material: Material, plain: Trained, key: str) -> None:
     """Four groups, three ranks: two of them take part in a second pass without weight."""
     assert_close(train(material, CONFIG, key, world_size=3), plain)
+
+
+def test_a_model_without_reuse_trains_fresh_whatever_the_recipe_says(material: Material, key: str) -> None:
+    nat = {"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False}
+    trained = train(material, changed(model=nat), key, world_size=2)
+    assert np.isfinite(trained.column("loss")).all() and trained.column("fresh_loss") == trained.column("loss")
+    assert not any("reuse_loss" in row for row in trained.history)
 
 
 class EmaWatcher(Trainer):
@@ -191,9 +178,9 @@ def test_a_run_that_was_stopped_and_resumed_is_one_that_was_not_bit_for_bit(mate
     whole = train(material, CONFIG, f"{key}-whole", world_size=world_size)
     stopped = train(material, CONFIG, key, world_size=world_size, stop_at=6)
     assert stopped.result is not None and stopped.result.files == () and stopped.result.step == 7
-    assert stopped.column("step") == list(range(1, 8)) and _checkpoint_steps(material, key)[-1] == 7
+    assert stopped.column("step") == list(range(1, 8)) and checkpoint_steps(material, key)[-1] == 7
     resumed = train(material, CONFIG, key, world_size=world_size)
-    _assert_same_bits(resumed, whole)
+    assert_same_bits(resumed, whole)
     assert resumed.result is not None and resumed.result.num_restarts == 1
     assert resumed.messages == ()
 
@@ -264,33 +251,35 @@ def test_a_run_whose_worker_was_killed_goes_on_from_the_last_checkpoint(
     config = changed(execution={"zero_stage": zero_stage})
     with pytest.raises((RankLostError, RuntimeError)):
         train(place, config, key, world_size=2, trainer_class=Killed)
-    assert _checkpoint_steps(place, key) == [4]
+    assert checkpoint_steps(place, key) == [4]
     resumed = train(place, config, key, world_size=2, trainer_class=Killed)
     assert_close(resumed, plain)
-    assert resumed.result is not None and resumed.result.num_restarts == 1 and _checkpoint_steps(place, key) == [4, 8]
+    assert resumed.result is not None and resumed.result.num_restarts == 1 and checkpoint_steps(place, key) == [4, 8]
+
+
+def test_where_no_checkpoint_can_be_read_training_does_not_begin_anew(material: Material, key: str) -> None:
+    """On no rank: people may have the files elsewhere."""
+    train(material, changed(execution={"keep_last": 1}), key, world_size=2, stop_at=5)
+    path = damage_newest_checkpoint(material.store, worker_context(material, key))
+    with pytest.raises(NoReadableCheckpointError, match=f"steps 6; that of step 6: .*{path} was changed"):
+        train(material, CONFIG, key, world_size=2)
+    assert checkpoint_steps(material, key) == [6]
 
 
 def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(material: Material, plain: Trained, key: str) -> None:
     train(material, CONFIG, key, world_size=2, stop_at=8)
-    assert _checkpoint_steps(material, key) == [8, 9]
-    newest = find_checkpoints(_context(material, key))[-1]
-    assert isinstance(material.store, LocalStore)
-    path = material.store.root / "train" / key / newest.tensors[1].path
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    assert checkpoint_steps(material, key) == [8, 9]
+    path = damage_newest_checkpoint(material.store, worker_context(material, key))
     resumed = train(material, CONFIG, key, world_size=2)
     (message,) = resumed.messages
-    assert (
-        message.startswith("the checkpoint of step 9 is damaged, the one before it is taken") and newest.tensors[1].path in message
-    )
+    assert message.startswith("the checkpoint of step 9 is damaged and removed, the one before it is taken") and path in message
     assert_close(resumed, plain)
 
 
 def test_a_node_that_is_about_to_go_has_a_checkpoint_saved_once(material: Material, plain: Trained, key: str) -> None:
     """Ray's watcher tells from step 5 on, over and over; training goes on until Ray ends it."""
     trained = train(material, changed(execution={"keep_last": 9}), key, world_size=2, preempt_at=5)
-    assert _checkpoint_steps(material, key) == [4, 6, 8]
+    assert checkpoint_steps(material, key) == [4, 6, 8]
     assert_close(trained, plain)
 
 
@@ -305,7 +294,7 @@ class PreemptedRank(Trainer):
 
 def test_what_one_rank_is_told_makes_all_ranks_save(material: Material, key: str) -> None:
     train(material, changed(execution={"keep_last": 9}), key, world_size=2, preempt_at=5, trainer_class=PreemptedRank)
-    assert _checkpoint_steps(material, key) == [4, 6, 8]
+    assert checkpoint_steps(material, key) == [4, 6, 8]
 
 
 def test_a_stop_in_the_last_step_ends_as_a_run_that_is_done(material: Material, plain: Trained, key: str) -> None:
@@ -325,249 +314,6 @@ def test_a_checkpoint_that_cannot_be_written_ends_training(material: Material, k
     assert isinstance(material.store, LocalStore)
     with pytest.raises(StoreError, match="no space left"):
         train(replace(material, store=FullStore(material.store.root)), CONFIG, key)
-
-
-# Divergence ----------------------------------------------------------------------------------------------------------------
-
-
-class Poisoned(Trainer):
-    """The loss of draw 6 is not a number, or that of draw 9 three times what it is, on the last rank's groups."""
-
-    poison: tuple[int, float] = (6, math.nan)
-
-    def _learn(self, batch: GroupBatch, scale: float, learning_rate: float) -> None:
-        super()._learn(batch, scale, learning_rate)
-        if batch.step == self.poison[0] and batch.weight:
-            self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * torch.tensor([self.poison[1], 1.0])
-
-
-class Spiked(Poisoned):
-    poison = (9, 4.0)
-
-
-def test_a_run_that_diverges_says_where_and_saves_nothing_poisoned(material: Material, key: str) -> None:
-    config = changed(execution={"checkpoint_every": 1, "keep_last": 9})
-    sentence = (
-        r"training diverged by step 7: the loss of step 7 is not finite \(batch 6, rows of the token map in "
-        r"group 0: \d+, \d+, \d+, \d+; group 1: [\d, ]+\); .*Lower train\.learning_rate.*on_divergence=rollback"
-    )
-    with pytest.raises(DivergedError, match=sentence) as raised:
-        train(material, config, key, world_size=2, trainer_class=Poisoned)
-    rows = material.token_map.batch_rows(0, 6, 16).rows
-    assert f"group 0: {', '.join(map(str, rows[:4]))}; group 1: {', '.join(map(str, rows[4:8]))})" in str(raised.value)
-    assert _checkpoint_steps(material, key) == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material: Material, key: str, zero_stage: int) -> None:
-    execution = {"checkpoint_every": 1, "zero_stage": zero_stage, "log_every": 12}
-    with pytest.raises(DivergedError, match=r"training diverged by step \d+"):
-        train(material, changed(learning_rate=1e30, warm_up_steps=0, execution=execution), key, world_size=2)
-    for checkpoint in find_checkpoints(_context(material, key)):
-        for record in checkpoint.tensors:
-            saved = _weights(material, key, record)
-            assert all(torch.isfinite(value).all() for name, value in saved.items() if name.startswith(("weight/", "ema/")))
-
-
-@pytest.mark.parametrize("trainer_class", [Poisoned, Spiked])
-def test_after_a_rollback_training_goes_past_the_batches_that_did_it(
-    material: Material, key: str, trainer_class: type[Poisoned]
-) -> None:
-    draw, last_checkpoint = trainer_class.poison[0], trainer_class.poison[0] // 4 * 4
-    config = changed(execution={"on_divergence": "rollback"})
-    trained = train(material, config, key, world_size=2, trainer_class=trainer_class)
-    assert trained.result is not None and trained.result.skipped_draws == draw + 1 - last_checkpoint
-    assert trained.column("step") == list(range(1, 13)) and np.isfinite(trained.column("loss")).all()
-    (message,) = trained.messages
-    assert f"(batch {draw}, rows" in message and message.endswith(f"going on from step {last_checkpoint} with the draws after it")
-    assert all(torch.isfinite(value).all() for weights in (trained.raw, trained.ema) for value in weights.values())
-
-
-def test_a_rollback_before_the_first_checkpoint_begins_anew(material: Material, key: str) -> None:
-    trained = train(material, changed(execution={"on_divergence": "rollback", "checkpoint_every": 8}), key, trainer_class=Poisoned)
-    assert trained.result is not None and trained.result.skipped_draws == 7 and trained.column("step") == list(range(1, 13))
-
-
-def test_what_a_node_about_to_go_asked_for_in_the_step_of_a_rollback_is_saved_after_the_next(material: Material, key: str) -> None:
-    """Steps 5 and 6 are thrown away with step 7; what was asked for in step 7 is saved after the step that follows."""
-    config = changed(execution={"on_divergence": "rollback", "keep_last": 9})
-    trained = train(material, config, key, trainer_class=Poisoned, preempt_at=6)  # told in step 6, known to all in step 7
-    assert trained.result is not None and trained.result.skipped_draws == 3
-    assert _checkpoint_steps(material, key) == [4, 5, 8]
-
-
-class DamagedBeforeRollback(Poisoned):
-    """The checkpoint of step 4 is damaged while step 6 runs; step 7 diverges."""
-
-    poison = (6, math.nan)
-
-    def train_step(self) -> None:
-        super().train_step()
-        if self.step == 6 and self.num_rollbacks == 0:
-            self.checkpoints.wait()
-            (record,) = find_checkpoints(self.task.context)[-1].tensors
-            path = self.task.context.store.root / "train" / self.task.context.key / record.path  # type: ignore[attr-defined]
-            path.write_bytes(path.read_bytes()[:-1] + b"?")
-
-
-def test_a_damaged_checkpoint_is_written_anew_when_its_step_is_reached_again(material: Material, key: str) -> None:
-    """Training goes back to its start, since there is nothing else, and leaves a checkpoint of step 4 that can be read."""
-    config = changed(execution={"on_divergence": "rollback"})
-    train(material, config, key, trainer_class=DamagedBeforeRollback, stop_at=11)  # 7 steps, and 4 once more
-    context = _context(material, key)
-    assert _checkpoint_steps(material, key) == [4, 5]
-    for checkpoint in find_checkpoints(context):
-        open_checkpoint(material.store, context, checkpoint)  # compares digests
-    resumed = train(material, config, key, trainer_class=Poisoned)
-    assert resumed.result is not None and resumed.result.step == 12 and resumed.column("step") == list(range(1, 13))
-
-
-class AlwaysPoisoned(Trainer):
-    """Diverges in step 7 whatever is drawn."""
-
-    def train_step(self) -> None:
-        super().train_step()
-        if self.step == 7:
-            self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * math.nan
-
-
-def test_a_run_that_diverges_again_and_again_fails(material: Material, key: str) -> None:
-    config = changed(execution={"on_divergence": "rollback", "max_rollbacks": 2})
-    with pytest.raises(DivergedError, match="training diverged by step 7") as raised:
-        train(material, config, key, trainer_class=AlwaysPoisoned)
-    assert raised.value.draws == 6 + 3 + 3
-
-
-@pytest.mark.faults
-def test_draws_that_were_skipped_stay_skipped_after_a_restart(material: Material, key: str) -> None:
-    config = changed(execution={"on_divergence": "rollback"})
-    whole = train(material, config, f"{key}-whole", trainer_class=Poisoned)
-    train(material, config, key, trainer_class=Poisoned, stop_at=11)  # three of them before the rollback
-    resumed = train(material, config, key, trainer_class=Poisoned)
-    assert resumed.result is not None and resumed.result.skipped_draws == 3
-    _assert_same_bits(resumed, whole)
-
-
-def test_a_model_without_reuse_trains_fresh_whatever_the_recipe_says(material: Material, key: str) -> None:
-    nat = {"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False}
-    trained = train(material, changed(model=nat), key, world_size=2)
-    assert np.isfinite(trained.column("loss")).all() and trained.column("fresh_loss") == trained.column("loss")
-    assert not any("reuse_loss" in row for row in trained.history)
-
-
-# What is kept and seen -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.faults)])
-def test_milestones_are_the_ema_at_their_steps(material: Material, key: str, zero_stage: int, plainly: Plainly) -> None:
-    config = changed(execution={"keep_every": 4, "keep_last": 1, "zero_stage": zero_stage})
-    trained = train(material, config, key, world_size=2)
-    assert trained.result is not None
-    assert [record.name for record in trained.result.milestones] == [f"model-step-{step:08d}.safetensors" for step in (4, 8)]
-    for record, step in zip(trained.result.milestones, (4, 8), strict=True):
-        expected = plainly(changed(num_steps=step)).ema
-        for name, value in _weights(material, key, record).items():
-            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
-    assert _checkpoint_steps(material, key) == [4, 8]
-
-
-def test_milestones_survive_a_restart(material: Material, key: str) -> None:
-    config = changed(execution={"keep_every": 4, "keep_last": 1})
-    train(material, config, key, stop_at=5)
-    resumed = train(material, config, key)
-    assert resumed.result is not None and [record.name[-13:-12] for record in resumed.result.milestones] == ["4", "8"]
-    for record in resumed.result.milestones:
-        assert _weights(material, key, record)
-
-
-@dataclass
-class Notebook(RunHandle):
-    """Tracking that notes in a file which process logged what. hang: seconds that its server takes for every call."""
-
-    uri: str = ""
-    run_id: str | None = None
-    notes: str = ""
-    hang: float = 0.0
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        time.sleep(self.hang)
-        with Path(self.notes).open("a") as notes:
-            notes.write(json.dumps([os.getpid(), time.monotonic(), step, dict(metrics)]) + "\n")
-
-    def log_bytes(self, content: bytes, name: str) -> None:
-        with Path(self.notes).open("a") as notes:
-            notes.write(json.dumps([os.getpid(), time.monotonic(), name, len(content)]) + "\n")
-
-    def read(self) -> list[list[Any]]:
-        return [json.loads(line) for line in Path(self.notes).read_text().splitlines()]
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A run of two ranks that was tracked, and what tracking got."""
-
-    trained: Trained
-    noted: list[list[Any]]
-
-
-@pytest.fixture(scope="module")
-def watched(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    run = Notebook(notes=str(tmp_path_factory.mktemp("notes") / "lines"))
-    config = changed(num_steps=20, execution={"sample_every": 8, "peak_tflops": None, "checkpoint_every": 6})
-    return Watched(train(material, config, "watched", world_size=2, run=run), run.read())
-
-
-def test_figures_are_there_and_plausible(watched: Watched, material: Material) -> None:
-    history = watched.trained.history
-    assert [row["step"] for row in history] == list(range(1, 21))
-    buckets = {f"loss_by_mask_ratio/{bounds}" for bounds in ("0.0-0.6", "0.6-0.7", "0.7-0.8", "0.8-0.9", "0.9-1.0")}
-    seen = {name for row in history for name in row}
-    assert {"fresh_loss", "reuse_loss"} <= seen and len(buckets & seen) >= 3 and not (seen - buckets) & {"loss_scale"}
-    for row in history:
-        losses = [row[name] for name in row if name in buckets | {"fresh_loss", "reuse_loss"}]
-        assert min(losses) <= row["loss"] <= max(losses) and 2 < row["loss"] < 5
-        assert 0 <= row["token_accuracy"] <= 1 and 0.01 < row["gradient_norm"] < 100
-        assert row["learning_rate"] == pytest.approx(1e-3 * min(1, row["step"] / 4))
-        assert row["images_per_second"] * row["step_seconds"] == pytest.approx(16) and 0.1 < row["images_per_second"] < 1e5
-        assert 0 < row["model_flops_utilization"] < 1 and row["model_tflops_per_second"] > 0
-        assert 0 <= row["data_wait_share"] <= 1 and 0 <= row["checkpoint_wait_share"] <= 1
-        assert 0.05 < row["memory_gb"] < 20 and 0 < row["ema_distance"] < 1 and row["num_workers"] == 2
-
-
-def test_the_share_of_reusing_groups_is_in_the_means(watched: Watched, material: Material, plainly: Plainly) -> None:
-    """fresh_loss and reuse_loss average to the loss, weighted by their numbers of groups."""
-    plain = plainly(changed(num_steps=20))
-    for row, expected in zip(watched.trained.history, plain.history, strict=True):
-        share = expected["num_reuse"] / 4
-        assert ("reuse_loss" in row, "fresh_loss" in row) == (share > 0, share < 1)
-        assert row["loss"] == pytest.approx(share * row.get("reuse_loss", 0) + (1 - share) * row.get("fresh_loss", 0))
-
-
-def test_one_rank_alone_tracks_every_row_and_every_preview(watched: Watched) -> None:
-    assert len({process for process, *_ in watched.noted}) == 1
-    rows = {step: metrics for _, _, step, metrics in watched.noted if isinstance(step, int)}
-    assert list(rows) == list(range(1, 21))
-    assert all(rows[row["step"]]["loss"] == row["loss"] for row in watched.trained.history)
-    assert [name for _, _, name, _ in watched.noted if isinstance(name, str)] == [
-        f"samples/step-{step:08d}.png" for step in (8, 16, 20)
-    ]
-
-
-def test_an_interval_of_several_steps_is_their_mean(material: Material, plain: Trained, key: str) -> None:
-    trained = train(material, changed(execution={"log_every": 5, "checkpoint_every": 6}), key, world_size=2)
-    assert trained.column("step") == [5, 6, 10, 12], "a checkpoint's figures are complete"
-    losses = plain.column("loss")
-    for row, (first, last) in zip(trained.history, [(0, 5), (5, 6), (6, 10), (10, 12)], strict=True):
-        assert row["loss"] == pytest.approx(np.mean(losses[first:last]), rel=1e-5)
-
-
-@pytest.mark.faults
-def test_a_tracking_server_that_hangs_holds_up_no_step(material: Material, key: str, tmp_path: Path) -> None:
-    """Each call takes as long as many steps. What was not told when training ended is told then."""
-    run = Notebook(notes=str(tmp_path / "lines"), hang=0.5)
-    trained = train(material, CONFIG, key, run=run)
-    assert sum(trained.column("step_seconds")[2:]) < 0.5 * 5
-    assert [step for _, _, step, _ in run.read() if isinstance(step, int)] == list(range(1, 13))
 
 
 # Compiled ------------------------------------------------------------------------------------------------------------------

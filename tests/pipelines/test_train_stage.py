@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import ray
+from plain_training import train_plainly
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_training import CONFIG, Material, Trained, assert_close, changed, read_history, train_plainly
+from tiny_training import CONFIG, Material, Trained, assert_close, changed, read_history
 
 from enat import ENAT
 from enat.checkpoint import load_enat
