@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 3 drift (of reevaluate). Errors are o
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
 import click
@@ -27,6 +28,7 @@ from pipelines.commands.submit import submit
 def main() -> None:
     """Run a command, turning expected errors into one line and an exit code."""
     cluster.prepare_environment()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         commands.main(prog_name="enat", standalone_mode=False)
     except click.exceptions.Exit as exit:
@@ -37,12 +39,17 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; the same command continues from what is committed", 130)
     except ValueError as error:
-        logging.getLogger(__name__).debug("bad input", exc_info=True)
+        logging.getLogger(__name__).info("bad input", exc_info=True)
         _fail(str(error), 2)
     except Exception as error:
         if logging.getLogger().handlers:  # a log file; without one Python would print the traceback
             logging.getLogger(__name__).error("failed", exc_info=True)
         _fail(f"{error}{_log_hint()}", 1)
+
+
+def _interrupt(*_: object) -> None:
+    """Who ends a job or a unit sends SIGTERM: it is to leave no more behind than Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -67,12 +69,17 @@ def connect(config: ClusterConfig) -> None:
         local = {"num_cpus": config.num_cpus, "include_dashboard": False}
     else:
         check_listening(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except ConnectionError as error:
         raise ValueError(
             f"there is no Ray cluster at {address} ({str(error).splitlines()[0]}); start it, or leave cluster.address out"
         ) from error
+    finally:
+        # In the main thread Ray puts a handler of its own there, which exits at once.
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
     _silence_ray_data()
 
 

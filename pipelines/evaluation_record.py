@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from pipelines import model_card
-from pipelines.artifacts import Manifest
+from pipelines.artifacts import Manifest, digest_of
 from pipelines.workflow import PublishContext
 
 EVALUATED = "enat.evaluated"
 EVALUATION = "enat.evaluation"
 NODE = "enat.evaluation_node"
 PROTOCOL = "enat.protocol_digest"
+SAMPLING = "enat.sampling_digest"
 SCORE = "enat.score."
 DRIFT = "enat.drift"
 _MAIN_NODE = "evaluate"
+_NO_QUESTION = ("execution", "dataset", "shard_size")  # of a config of samples: how and from where, not what
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Recorded:
 
     evaluated: UTC, when the scores were made, or last found to be what they still are.   evaluation: "evaluate/<key>".
     node: of the pipeline that made them, evaluate or evaluate@variant.   scores: by metric.   drift: what moved, if anything did.
+    protocol, sampling: digests of how they were measured and of how samples were asked for, "" where that was not written.
     """
 
     evaluated: datetime
@@ -36,6 +39,8 @@ class Recorded:
     node: str = _MAIN_NODE
     scores: Mapping[str, float] = field(default_factory=dict)
     drift: str | None = None
+    protocol: str = ""
+    sampling: str = ""
 
     @classmethod
     def of(cls, tags: Mapping[str, str]) -> Recorded | None:
@@ -52,18 +57,43 @@ class Recorded:
             node=tags.get(NODE, _MAIN_NODE),
             scores=scores,
             drift=tags.get(DRIFT),
+            protocol=tags.get(PROTOCOL, ""),
+            sampling=tags.get(SAMPLING, ""),
         )
 
+    def is_comparable(self, evaluation: Manifest, samples: Manifest) -> bool:
+        """Whether an evaluation measures what these scores do. For where their own artifact is gone."""
+        own = (str(evaluation.summary["protocol_digest"]), sampling_digest(samples))
+        return own == (self.protocol, self.sampling)
 
-def tags_of(manifest: Manifest, scores: Iterable[str], *, node: str, evaluated: datetime) -> dict[str, str]:
-    """Tags for the version of a model that this is the evaluation of. scores: metrics that are to be tags."""
+
+def sampling_digest(samples: Manifest) -> str:
+    """Of what decides samples beside model and code."""
+    config = {name: value for name, value in samples.config.items() if name not in _NO_QUESTION and value is not None}
+    inputs = {name: source["digest"] for name, source in samples.inputs.items() if name != "model"}
+    return digest_of({"config": config, "inputs": inputs})[:12]
+
+
+def tags_of(
+    manifest: Manifest, samples: Manifest, scores: Iterable[str], *, node: str, evaluated: datetime | None = None
+) -> dict[str, str]:
+    """Tags for the version of a model that this is the evaluation of. scores: metrics that are to be tags.
+
+    evaluated: where they were found again later than they were made.
+    """
+    moment = evaluated or made_at(manifest)
     tags = {
-        EVALUATED: evaluated.astimezone(UTC).isoformat(timespec="seconds"),
+        EVALUATED: moment.astimezone(UTC).isoformat(timespec="seconds"),
         EVALUATION: f"{manifest.stage}/{manifest.key}",
         NODE: node,
         PROTOCOL: str(manifest.summary["protocol_digest"]),
+        SAMPLING: sampling_digest(samples),
     }
     return tags | {SCORE + name: repr(float(manifest.metrics[name])) for name in scores if name in manifest.metrics}
+
+
+def made_at(manifest: Manifest) -> datetime:
+    return datetime.fromisoformat(manifest.provenance["created"])
 
 
 def replacing(tags: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str | None]:
@@ -80,8 +110,8 @@ def record(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishC
     model = inputs.get("model")
     if model is None:
         return
-    made = datetime.fromisoformat(manifest.provenance["created"])
-    tags = tags_of(manifest, scores, node=context.node, evaluated=made)
+    made = made_at(manifest)
+    tags = tags_of(manifest, inputs["samples"], scores, node=context.node)
 
     def choose(found: Mapping[str, str]) -> Mapping[str, str | None]:
         known = Recorded.of(found)

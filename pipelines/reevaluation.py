@@ -1,5 +1,8 @@
 """Evaluating registered models again: those whose evaluation is missing, too old, or no longer what would be measured now.
 
+What is too old is a check: it is measured anew, beside what is there, and compared with it. What is recorded says when it was
+measured, so that looking at it makes nothing younger.
+
 Safe to start twice at once: artifacts are content-addressed and tags say the same whoever writes them. A lease on the version,
 which expires, only keeps two processes from doing the same work; nothing depends on it.
 """
@@ -16,13 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import psutil
 from rich.console import Console
 
-from pipelines import cluster, evaluation_record, reevaluation_plan, tracked, tracking, workflow
+from pipelines import cluster, evaluation_record, reevaluation_plan, runs, tracked, tracking, workflow
 from pipelines.artifacts import Manifest, digest_of, without_credentials
 from pipelines.drift import Moved, Tolerances, find_drift, words
 from pipelines.evaluation_card import SCORES
@@ -35,14 +37,16 @@ from pipelines.workflow import Done, Planned, PublishContext, Session
 _log = logging.getLogger(__name__)
 MODELS = ("enat-*", "nat-*")
 LEASE = "enat.lease"
+_ANEW = "to be computed anew"
 _LEASE_LENGTH = timedelta(hours=6)  # of work that a machine lost with its process; within one machine a lease ends with its process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """match: patterns of model names.   older_than: seconds.   limit: models that are evaluated at most.
+    """match: patterns of model names.   older_than: seconds.   limit: models that are evaluated at most; those that fail or
+    another process is at take nobody's place.
 
-    is_fresh: compute what is there anew, beside it, and compare.   is_dry_run: only say what is due.
+    is_fresh: compute also what is there and not old anew, beside it, and compare.   is_dry_run: only say what is due.
     """
 
     match: Sequence[str] = MODELS
@@ -77,7 +81,10 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """A version with what is known of it before anything is computed. reason: why it is due; None where it is not."""
+    """A version with what is known of it before anything is computed. reason: why it is due; None where it is not.
+
+    is_check: what it would be is there, and is measured anew all the same.
+    """
 
     model: Model
     recorded: Recorded | None
@@ -85,6 +92,7 @@ class _Case:
     plan: Plan
     planned: Sequence[Planned]
     reason: str | None
+    is_check: bool
 
     @property
     def current(self) -> Manifest | None:
@@ -103,7 +111,7 @@ def reevaluate(request: Request, source: str, options: Options, console: Console
     where the registry does not answer.
     """
     config = request.config
-    uri = tracking.resolve_uri(config.tracking, Path(config.workspace))
+    uri = runs.tracking_uri(config)
     with console.status("asking the registry"):
         at_alias = tracked.versions_at(uri, options.alias)
         named = [version for version in at_alias if any(fnmatchcase(version.name, pattern) for pattern in options.match)]
@@ -121,13 +129,14 @@ def reevaluate(request: Request, source: str, options: Options, console: Console
     # What was never evaluated first, then the longest ago.
     due.sort(key=lambda case: case.recorded.evaluated.timestamp() if case.recorded else -math.inf)
     evaluator = _Evaluator(request, source, options, console, uri)
-    for number, case in enumerate(due):
-        is_left = options.is_dry_run or (options.limit is not None and number >= options.limit)
-        assert case.reason is not None
-        name = case.model.version.name
-        left = Outcome(version=case.model.version, verdict="due", note=case.reason, was=case.was)
-        outcomes[name] = left if is_left else evaluator.evaluate(case)
-    evaluator.finish(list(outcomes.values()))
+    with evaluator.ending(outcomes):
+        num_evaluated = 0
+        for case in due:
+            is_left = options.is_dry_run or (options.limit is not None and num_evaluated >= options.limit)
+            assert case.reason is not None
+            left = Outcome(version=case.model.version, verdict="due", note=case.reason, was=case.was)
+            outcome = outcomes[case.model.version.name] = left if is_left else evaluator.evaluate(case)
+            num_evaluated += outcome.verdict in ("evaluated", "drift")
     return [outcomes[name] for name in sorted(outcomes)]
 
 
@@ -168,7 +177,7 @@ def _examine(version: ModelVersion, request: Request, options: Options) -> _Case
             )
     plan = reevaluation_plan.make_plan(model, last, request)
     planned = reevaluation_plan.look_up(plan, model.store)
-    reason = None
+    reason, is_old = None, False
     if recorded is None:
         reason = "never evaluated"
     elif last is None:
@@ -177,10 +186,12 @@ def _examine(version: ModelVersion, request: Request, options: Options) -> _Case
         reason = reevaluation_plan.changes(last, model.store, planned, plan.given)
     elif options.older_than is not None:
         age = (datetime.now(UTC) - recorded.evaluated).total_seconds()
-        reason = f"evaluated {show_age(age)} ago" if age >= options.older_than else None
+        is_old = age >= options.older_than
+        reason = f"evaluated {show_age(age)} ago" if is_old else None
     elif options.is_fresh:
-        reason = "to be computed anew"
-    return _Case(model=model, recorded=recorded, last=last, plan=plan, planned=planned, reason=reason)
+        reason = _ANEW
+    is_check = planned[-1].is_reused and (is_old or options.is_fresh)
+    return _Case(model=model, recorded=recorded, last=last, plan=plan, planned=planned, reason=reason, is_check=is_check)
 
 
 def _ago(moment: datetime) -> str:
@@ -222,7 +233,7 @@ class _Evaluator:
         if now == case.recorded:
             return case
         again = _examine(replace(case.model.version, tags=tags), self.request, self.options)
-        if again.reason is not None and not (self.options.is_fresh and again.current is not None):
+        if again.reason not in (None, _ANEW):
             return again
         assert now is not None
         note = "evaluated meanwhile by another process"
@@ -232,15 +243,15 @@ class _Evaluator:
     def _evaluate(self, case: _Case, started: float) -> Outcome:
         model, version = case.model, case.model.version
         model.store.check_writable()
-        is_check = self.options.is_fresh and case.current is not None
-        baseline = case.current if is_check else case.last
+        is_check = case.is_check
         plan = reevaluation_plan.afresh(case.plan, self._token(case)) if is_check else case.plan
+        before = case.current if is_check else case.last
+        baseline = before.metrics if before is not None else case.was
 
         def moved_in(result: Manifest) -> list[Moved] | None:
             """None where the two are no measurements of the same."""
-            if baseline is None or not reevaluation_plan.is_comparable(baseline, result, model.store):
-                return None
-            return find_drift(baseline.metrics, result.metrics, self.options.tolerances)
+            is_comparable = _is_comparable(case, before, result)
+            return find_drift(baseline, result.metrics, self.options.tolerances) if is_comparable else None
 
         def publish(result: Manifest, context: PublishContext) -> None:
             moved = moved_in(result)
@@ -253,13 +264,13 @@ class _Evaluator:
         kept = case.current if is_check else result
         assert kept is not None
         computed = [item for item in done if not item.is_reused]
-        is_measured = any(item.node.id in ("generate", "evaluate") for item in computed)
-        self._tag(case, kept, moved, is_measured)
+        is_measured = is_check or any(item.node.id in ("generate", "evaluate") for item in computed)
+        self._tag(case, kept, result, moved, is_measured)
         return Outcome(
             version=version,
             verdict="drift" if moved else "evaluated",
-            note=self._note(case, moved, is_check, is_measured),
-            was={name: baseline.metrics[name] for name in SCORES if name in baseline.metrics} if baseline else {},
+            note=self._note(case, moved, is_measured),
+            was={name: baseline[name] for name in SCORES if name in baseline},
             now={name: result.metrics[name] for name in SCORES if name in result.metrics},
             moved=moved or (),
             evaluation=f"{kept.stage}/{kept.key}",
@@ -269,13 +280,18 @@ class _Evaluator:
             num_computed=len(computed),
         )
 
-    def _note(self, case: _Case, moved: list[Moved] | None, is_check: bool, is_measured: bool) -> str:
+    def _note(self, case: _Case, moved: list[Moved] | None, is_measured: bool) -> str:
         assert case.reason is not None
         if moved:
             return words(moved)
-        how = "computed anew, nothing moved" if is_check else "all of it was there" if not is_measured else ""
-        not_compared = "not comparable with what it was" if moved is None and case.last is not None else ""
-        return "; ".join(part for part in (case.reason, how, not_compared) if part)
+        said = [case.reason]
+        if case.is_check and moved is not None:
+            said.append("computed anew, nothing moved")
+        if not is_measured:
+            said.append("all of it was there")
+        if moved is None and case.recorded is not None:
+            said.append("not comparable with what it was")
+        return "; ".join(said)
 
     def _token(self, case: _Case) -> str:
         """The same until this check is done, so that one that was killed goes on; another for the next."""
@@ -287,33 +303,33 @@ class _Evaluator:
         if self.parent is None:
             tags = {"enat.config": self.source, "enat.code": workflow.code_version()}
             self.parent = tracking.start_run(self.uri, config.tracking, "reevaluate", tags)
+            runs.pin_code(self.parent)
         named = {
             "enat.store": without_credentials(model.store.uri),
             "enat.model": model.version.name,
             "enat.reason": case.reason or "",
         }
         name = f"{model.version.name}-v{model.version.version}"
-        run = tracking.start_run(self.uri, config.tracking, name, named, self.parent)
 
         def connect() -> None:
             with self.console.status("connecting to Ray"):
                 cluster.connect(config.cluster)
 
-        session = Session(
-            store=model.store, run=run, tracking=config.tracking, console=self.console, connect=connect, prices=config.prices
-        )
-        try:
+        with tracking.ending(tracking.start_run(self.uri, config.tracking, name, named, self.parent)) as run:
+            session = Session(
+                store=model.store, run=run, tracking=config.tracking, console=self.console, connect=connect, prices=config.prices
+            )
             done = reevaluation_plan.execute(plan, session)
-        except BaseException as error:
-            run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-        run.finish()
+            run.finish()
         return done
 
-    def _tag(self, case: _Case, kept: Manifest, moved: list[Moved] | None, is_measured: bool) -> None:
-        """What moved stays written until a later measurement finds that nothing does."""
+    def _tag(self, case: _Case, kept: Manifest, result: Manifest, moved: list[Moved] | None, is_measured: bool) -> None:
+        """What moved stays written until a later measurement finds that nothing does. kept: the evaluation that counts.
+        result: the last measurement, which says when that was; one that was there already was measured when it was made."""
         node = case.recorded.node if case.recorded and not self.request.has_config else "evaluate"
-        tags = evaluation_record.tags_of(kept, SCORES, node=node, evaluated=datetime.now(UTC))
+        samples = reevaluation_plan.input_of(case.model.store, kept, "samples")
+        evaluated = evaluation_record.made_at(result)
+        tags = evaluation_record.tags_of(kept, samples, SCORES, node=node, evaluated=evaluated)
         version = tracked.read_version(self.uri, case.model.version.name, case.model.version.version)
         changed = evaluation_record.replacing(tags, version.tags)
         if moved:
@@ -345,11 +361,26 @@ class _Evaluator:
             if found.tags.get(LEASE) == own:
                 tracked.tag_version(self.uri, found, {LEASE: None})
 
-    def finish(self, outcomes: Sequence[Outcome]) -> None:
-        if self.parent is not None:
-            verdicts = [outcome.verdict for outcome in outcomes]
-            self.parent.log_metrics({f"models/{verdict}": verdicts.count(verdict) for verdict in sorted(set(verdicts))})
-            self.parent.finish("FAILED" if "failed" in verdicts else "FINISHED")
+    @contextmanager
+    def ending(self, outcomes: Mapping[str, Outcome]) -> Iterator[None]:
+        """Ends the tracking run, whatever happens, with what became of the models until then."""
+        status = "KILLED"
+        try:
+            yield
+            status = "FAILED" if exit_code([*outcomes.values()]) == 1 else "FINISHED"
+        finally:
+            if self.parent is not None:
+                verdicts = [outcome.verdict for outcome in outcomes.values()]
+                self.parent.log_metrics({f"models/{verdict}": verdicts.count(verdict) for verdict in sorted(set(verdicts))})
+                self.parent.finish(status)
+
+
+def _is_comparable(case: _Case, before: Manifest | None, result: Manifest) -> bool:
+    """before: None where what was recorded has no artifact any more."""
+    store = case.model.store
+    if before is not None:
+        return reevaluation_plan.is_comparable(before, result, store)
+    return case.recorded is not None and case.recorded.is_comparable(result, reevaluation_plan.input_of(store, result, "samples"))
 
 
 def _holder_of(lease: str | None) -> str | None:

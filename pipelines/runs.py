@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -12,11 +13,14 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines import cluster, pipeline, summary, tracking, workflow
+from pipelines import cluster, code_package, pipeline, summary, tracking, workflow
 from pipelines import config as configuration
 from pipelines.artifacts import ArtifactStore, Manifest, open_store, without_credentials
 from pipelines.pipeline import RunConfig
+from pipelines.tracking import RunHandle
 from pipelines.workflow import Node
+
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a job's driver
 
 
 def run(
@@ -31,32 +35,53 @@ def run(
     log_to(workspace / "logs" / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}.log")
     with console.status("looking at the dataset"):
         nodes = build(config)
-    uri = tracking.resolve_uri(config.tracking, workspace)
+    uri = tracking_uri(config)
     tags = {"enat.config": source, "enat.code": workflow.code_version(), "enat.store": without_credentials(store.uri)}
-    parent = tracking.start_run(uri, config.tracking, config.name, tags)
-    parent.log_params(configuration.redacted(config))
 
     def connect() -> None:
         with console.status("connecting to Ray"):
             cluster.connect(config.cluster)
 
-    session = workflow.Session(
-        store=store, run=parent, tracking=config.tracking, console=console, connect=connect, prices=config.prices
-    )
-    try:
+    with tracking.ending(tracking.start_run(uri, config.tracking, config.name, tags)) as parent:
+        parent.log_params(configuration.redacted(config))
+        pin_code(parent)
+        session = workflow.Session(
+            store=store, run=parent, tracking=config.tracking, console=console, connect=connect, prices=config.prices
+        )
         done = workflow.execute(nodes, session)
-    except BaseException as error:
-        parent.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    seconds = time.monotonic() - started
-    by_id = {item.node.id: item.manifest for item in done}
-    report = _copy_report(by_id["report"], store, workspace / f"{config.name}.html") if "report" in by_id else None
-    scores = by_id["evaluate"].metrics if "evaluate" in by_id else {}
-    parent.log_metrics({**scores, "cost/run_seconds": seconds})
-    if report is not None:
-        parent.log_file(report)
-    parent.finish()
+        seconds = time.monotonic() - started
+        by_id = {item.node.id: item.manifest for item in done}
+        report = _copy_report(by_id["report"], store, workspace / f"{config.name}.html") if "report" in by_id else None
+        scores = by_id["evaluate"].metrics if "evaluate" in by_id else {}
+        parent.log_metrics({**scores, "cost/run_seconds": seconds})
+        if report is not None:
+            parent.log_file(report)
+        parent.finish()
     return summary.summarize(config.name, done, session, seconds, report)
+
+
+def pin_code(run: RunHandle) -> None:
+    """Of code that came as a package or in an image: which commit it is, and what was changed since. A job's files go with it."""
+    state = code_package.read_state()
+    if state is None:
+        return
+    run.set_tags(state.tags)
+    if (changes := code_package.read_changes()) is not None:
+        run.log_bytes(changes, code_package.CHANGES)
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """Where runs are tracked. Raises ValueError where a job of a cluster would track them in a folder that is removed with it."""
+    uri = tracking.resolve_uri(config.tracking, Path(config.workspace))
+    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    place = given.removeprefix("sqlite:///") if given else config.workspace
+    if config.tracking.enabled and _IN_JOB in os.environ and uri.startswith("sqlite:///") and not Path(place).is_absolute():
+        raise ValueError(
+            f"runs and registered models of this job would be tracked under {place}, in a folder that is removed with the job; "
+            "give tracking.uri=http://HOST:5000, set MLFLOW_TRACKING_URI on the cluster, give workspace= the absolute path of a "
+            "folder that stays, or tracking.enabled=false"
+        )
+    return uri
 
 
 def _copy_report(manifest: Manifest, store: ArtifactStore, target: Path) -> Path:
@@ -66,7 +91,8 @@ def _copy_report(manifest: Manifest, store: ArtifactStore, target: Path) -> Path
 
 
 def log_to(path: Path) -> None:
-    """Everything from warnings up to a file; of our own code, warnings also to the terminal."""
+    """To a file everything from warnings up, and of our own code whatever tells how things went, such as tracebacks of what a run
+    went on without; warnings of our own also to the terminal."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,3 +104,4 @@ def log_to(path: Path) -> None:
     to_terminal.setFormatter(logging.Formatter("enat: %(message)s"))
     to_terminal.addFilter(lambda record: record.levelno == logging.WARNING)
     logging.getLogger("pipelines").addHandler(to_terminal)
+    logging.getLogger("pipelines").setLevel(logging.INFO)

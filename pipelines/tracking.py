@@ -217,6 +217,17 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
     return handle
 
 
+@contextlib.contextmanager
+def ending(run: RunHandle) -> Iterator[RunHandle]:
+    """Whatever breaks the work off, no run is left that looks as if it went on: FAILED, or KILLED where it was asked to end.
+    Work that succeeds says so itself."""
+    try:
+        yield run
+    except BaseException as error:
+        run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelVersion:
     """One version of a registered model, with the tags that it has."""

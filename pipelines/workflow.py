@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -248,18 +248,18 @@ def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifes
             inputs = {name: found[id] for name, id in node.inputs.items()}
             key = stage_key(node, inputs)
             started = time.monotonic()
-            run = _start_stage_run(node, key, inputs, session)
-            # With all that the run has: what a later stage needs must not go while this one is at work.
-            uses.note(node.stage.name, key, map(name_of, found.values()))
-            made = session.store.read_manifest(node.stage.name, key)
-            is_reused = made is not None
-            if made is None:
-                made = _compute(node, key, inputs, run, session)
-            elif node.stage.accept is not None:
-                node.stage.accept(node.config, made)
-            seconds = time.monotonic() - started
-            _publish(node, made, inputs, run, session)
-            _finish_stage_run(run, made, is_reused)
+            with _stage_run(node, key, inputs, session) as run:
+                # With all that the run has: what a later stage needs must not go while this one is at work.
+                uses.note(node.stage.name, key, map(name_of, found.values()))
+                made = session.store.read_manifest(node.stage.name, key)
+                is_reused = made is not None
+                if made is None:
+                    made = _compute(node, key, inputs, run, session)
+                elif node.stage.accept is not None:
+                    node.stage.accept(node.config, made)
+                seconds = time.monotonic() - started
+                _publish(node, made, inputs, run, session)
+                _finish_stage_run(run, made, is_reused)
             found[node.id] = made
             done.append(Done(node, made, is_reused, seconds))
             verb = "reused" if is_reused else f"made in {seconds:.1f} s"
@@ -276,16 +276,13 @@ def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking
         )
         result = node.stage.run(node.config, inputs, context)
     except RayTaskError as error:
-        run.finish("FAILED")
         if isinstance(error.cause, ValueError):  # bad input that a worker found: its own sentence, without the worker's traceback
             raise ValueError(str(error.cause)) from error
         _log.exception("stage %s failed", node.id)
         raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
-    except (ValueError, KeyboardInterrupt) as error:
-        run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+    except ValueError:
         raise
     except Exception as error:
-        run.finish("FAILED")
         _log.exception("stage %s failed", node.id)
         raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
     manifest = Manifest(
@@ -320,15 +317,17 @@ def _publish(node: Node, manifest: Manifest, inputs: Mapping[str, Manifest], run
         node.stage.publish(manifest, inputs, context)
     except Exception as error:  # noqa: BLE001 (the artifact is there, and that is what the run is for)
         _log.warning("%s is made, but not published (%s)", node.id, _root_cause(error))
-        _log.debug("publishing %s failed", node.id, exc_info=True)
+        _log.info("publishing %s failed", node.id, exc_info=True)
 
 
-def _start_stage_run(node: Node, key: str, inputs: Mapping[str, Manifest], session: Session) -> tracking.RunHandle:
+@contextmanager
+def _stage_run(node: Node, key: str, inputs: Mapping[str, Manifest], session: Session) -> Iterator[tracking.RunHandle]:
+    """The tracking run of a stage, which ends whatever happens to it."""
     tags = {"enat.stage": node.stage.name, "enat.node": node.id, "enat.key": key}
     tags |= {f"enat.input.{name}": f"{manifest.stage}/{manifest.key}" for name, manifest in inputs.items()}
-    run = tracking.start_run(session.run.uri, session.tracking, node.id, tags, session.run)
-    run.log_params(configuration.redacted(node.config))
-    return run
+    with tracking.ending(tracking.start_run(session.run.uri, session.tracking, node.id, tags, session.run)) as run:
+        run.log_params(configuration.redacted(node.config))
+        yield run
 
 
 def _finish_stage_run(run: tracking.RunHandle, manifest: Manifest, is_reused: bool) -> None:
@@ -356,14 +355,10 @@ def _root_cause(error: BaseException) -> str:
 
 @cache
 def code_version() -> str:
-    """Package version, with the git commit and "+dirty" where the code is a checkout with changes."""
-    if (state := code_package.read_state()) is not None:  # of a job: its package knows what it was packed from
-        return state.label
-    version = package_version("enat-lab")
-    here = Path(__file__).parent
+    """Package version with the git commit, and with the beginning of a digest of its changes where there are any."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return version  # installed without its repository
-    return f"{version}+g{commit.stdout.strip()}{'+dirty' if changes.stdout.strip() else ''}"
+        return code_package.state_of().label
+    except ValueError as error:
+        label = f"{package_version('enat-lab')}+unknown"
+        _log.warning("which code this is cannot be told, and results will say %s (%s)", label, error)
+        return label

@@ -31,12 +31,16 @@ class _Age(click.ParamType):
 @click.argument("arguments", nargs=-1, metavar="[CONFIG] [KEY=VALUE]...")
 @click.option("--match", multiple=True, metavar="PATTERN", help="Of model names, such as 'enat-l-*'. [default: enat-* and nat-*]")
 @click.option("--alias", default="newest", show_default=True, help="The version of each model that is meant.")
-@click.option("--older-than", type=_Age(), help="Also what was evaluated longer ago than this, such as 30d or 12h.")
-@click.option("--fresh", is_flag=True, help="Sample and score anew what is there, beside it, to see whether results moved.")
+@click.option("--older-than", type=_Age(), help="Also what was evaluated longer ago, such as 30d or 12h: anew, and compared.")
+@click.option("--fresh", is_flag=True, help="Sample and score anew also what is there and not old, and compare.")
 @click.option(
     "--tolerance", "tolerances", multiple=True, metavar="[METRIC=]REL", help="Relative change that is no drift. [default: 0.01]"
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Evaluate so many models at most: never evaluated first, then oldest.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Evaluate so many models, not counting failures: never evaluated first, then oldest.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what is due, and why, and evaluate nothing.")
 @JSON
 def reevaluate(
@@ -56,8 +60,9 @@ def reevaluate(
     its card and the dataset it was trained on. KEY=VALUE replaces values of any of these, and says store, workspace,
     cluster.address and tracking.uri. Nothing is trained, and what is there is reused.
 
-    With --fresh, what is due is sampled and scored anew even where it is there; without --older-than that is every model. Exit
-    codes: 0 done, 3 a score moved by more than its tolerance, 1 a model could not be evaluated (the others were), 2 bad input.
+    What is older than --older-than, with --fresh everything that is due and without --older-than every model, is sampled and scored
+    anew beside what is there, and compared with it. Exit codes: 0 done, 3 a score moved by more than its tolerance, 1 a model could
+    not be evaluated (the others were, and may have moved: --json counts both), 2 bad input.
     """
     configs = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,6 +37,7 @@ from pipelines import (
     reevaluation,
     reevaluation_plan,
     reevaluation_report,
+    runs,
     tracked,
     tracking,
     workflow,
@@ -48,9 +50,9 @@ from pipelines.evaluation_record import Recorded
 from pipelines.reevaluation import LEASE, Options, Outcome, exit_code
 from pipelines.reevaluation_plan import Request
 from pipelines.sources import DatasetConfig
-from pipelines.stages import generate
+from pipelines.stages import evaluate, generate
 from pipelines.tracking import TrackingConfig
-from pipelines.workflow import Node, PublishContext, Stage
+from pipelines.workflow import Node, PublishContext, Stage, StageContext, StageResult
 
 MODEL = ENATConfig(encoder_layers=1, decoder_layers=1, embed_dim=32, num_heads=2, grid_size=4, codebook_size=32, num_classes=2)
 NAME = "enat-tiny-photographs"
@@ -197,6 +199,40 @@ def lab(evaluated: tuple[Lab, Outcome], tmp_path: Path) -> Lab:
     return evaluated[0].copy(tmp_path)
 
 
+@dataclass
+class Light:
+    """Sampling and scoring that say what they are told to, at once. error: raised in place of the next sampling."""
+
+    now: dict[str, float]
+    error: BaseException | None = None
+    num_runs: int = 0
+
+
+@pytest.fixture
+def light(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Light:
+    """In place of the stages' own code: keys, artifacts, tags and tracking stay what they are. At first with equal scores."""
+    manifest = lab.store.read_manifest(*Recorded.of(lab.tags()).evaluation.split("/"))
+    labels = lab.store.read_manifest("generate", manifest.inputs["samples"]["key"]).summary["labels"]
+    told = Light(dict(manifest.metrics))
+
+    def sample(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        told.num_runs += 1
+        if (error := told.error) is not None:
+            told.error = None
+            raise error
+        file = context.write("samples", lambda path: path.write_text("samples"))
+        return StageResult(files=[file], summary={"num_samples": config.num_samples, "labels": labels})
+
+    def score(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        protocol = evaluation_card.protocol_of(inputs["reference"], inputs["samples"], config.settings)
+        summary = {"protocol": protocol, "protocol_digest": evaluation_card.protocol_digest(protocol)}
+        return StageResult(files=[], summary=summary, metrics=told.now)
+
+    monkeypatch.setattr(generate, "STAGE", replace(generate.STAGE, run=sample))
+    monkeypatch.setattr(evaluate, "STAGE", replace(evaluate.STAGE, run=score, publish=None))
+    return told
+
+
 # Evaluating -----------------------------------------------------------------------------------------------------------------
 
 
@@ -257,15 +293,62 @@ def test_an_evaluation_as_before_needs_no_dataset(lab: Lab, monkeypatch: pytest.
     assert lab.one(with_config=False).verdict == "fresh"
 
 
-def test_an_old_evaluation_is_found_to_be_what_it_was_by_what_is_there(lab: Lab) -> None:
+def test_an_old_evaluation_is_measured_anew_and_compared(lab: Lab, light: Light) -> None:
     lab.tag(evaluated=LONG_AGO)
+    recorded = Recorded.of(lab.tags())
     assert lab.one(with_config=False).verdict == "fresh", "no limit is given"
-    before = lab.files()
     outcome = lab.one(with_config=False, older_than=30 * 86400.0)
-    assert (outcome.verdict, outcome.num_computed) == ("evaluated", 0) and "all of it was there" in outcome.note
-    assert outcome.was == outcome.now and lab.files() == before
-    assert Recorded.of(lab.tags()).evaluated > datetime.now(UTC) - timedelta(minutes=5)
-    assert lab.one(with_config=False, older_than=30 * 86400.0).verdict == "fresh"
+    assert (outcome.verdict, outcome.num_computed, light.num_runs) == ("evaluated", 2, 1), outcome.note
+    assert "computed anew, nothing moved" in outcome.note and outcome.was == outcome.now == recorded.scores
+    found = Recorded.of(lab.tags())
+    assert found == replace(recorded, evaluated=found.evaluated) and datetime.now(UTC) - found.evaluated < timedelta(minutes=5)
+    assert lab.one(with_config=False, older_than=30 * 86400.0).verdict == "fresh" and light.num_runs == 1
+
+
+def test_an_old_evaluation_that_is_no_longer_found_is_drift(lab: Lab, light: Light) -> None:
+    lab.tag(evaluated=LONG_AGO)
+    recorded = Recorded.of(lab.tags())
+    light.now["frechet_distance"] *= 1.1
+    outcome = lab.one(with_config=False, older_than=86400.0)
+    assert (outcome.verdict, exit_code([outcome])) == ("drift", 3) and "(+10 %)" in outcome.note
+    found = Recorded.of(lab.tags())
+    assert found.drift == outcome.note and found.scores == recorded.scores, "what was recorded stays the measure"
+
+
+def test_what_is_there_already_is_as_old_as_it_is(lab: Lab, light: Light) -> None:
+    """Nothing is measured, so nothing is younger for it."""
+    stage, key = Recorded.of(lab.tags()).evaluation.split("/")
+    manifest = lab.store.read_manifest(stage, key)
+    lab.store.delete_manifest(stage, key)
+    lab.store.commit(replace(manifest, provenance={**manifest.provenance, "created": LONG_AGO}))
+    version = tracked.read_version(lab.uri, NAME, "1")
+    tracked.tag_version(lab.uri, version, {name: None for name in version.tags if name.startswith("enat.eval")})
+    outcome = lab.one()
+    assert (outcome.verdict, outcome.num_computed, light.num_runs) == ("evaluated", 0, 0)
+    assert outcome.note == "never evaluated; all of it was there"
+    assert Recorded.of(lab.tags()).evaluated.isoformat() == LONG_AGO
+    assert lab.one(older_than=86400.0, is_dry_run=True).verdict == "due"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "moves", "verdict"),
+    [
+        ((), 1.1, "drift"),
+        (("generate.sampler.num_steps=5",), 1.1, "evaluated"),
+        (("generate.num_samples=24",), 1.1, "evaluated"),
+    ],
+)
+def test_where_the_artifact_is_gone_what_is_recorded_is_compared_with(
+    lab: Lab, light: Light, overrides: tuple[str, ...], moves: float, verdict: str
+) -> None:
+    recorded = Recorded.of(lab.tags())
+    lab.store.delete_manifest(*recorded.evaluation.split("/"))
+    light.now["frechet_distance"] *= moves
+    outcome = lab.one(*overrides)
+    assert outcome.verdict == verdict and outcome.was == recorded.scores
+    assert outcome.note.startswith("frechet_distance" if verdict == "drift" else "its evaluation is gone from the store")
+    assert ("not comparable" in outcome.note) == bool(overrides)
+    assert ("enat.drift" in lab.tags()) == (verdict == "drift")
 
 
 def test_an_evaluation_that_is_due_is_kept_from_collection(lab: Lab) -> None:
@@ -362,10 +445,11 @@ def test_scores_that_are_defined_otherwise_are_computed_again(lab: Lab, monkeypa
 
 
 @pytest.mark.faults
-def test_computed_anew_nothing_moves_and_nothing_is_overwritten(lab: Lab) -> None:
+@pytest.mark.parametrize("options", [{"is_fresh": True}, {"older_than": 86400.0}])
+def test_computed_anew_nothing_moves_and_nothing_is_overwritten(lab: Lab, options: dict[str, Any]) -> None:
     before, recorded = lab.files(), Recorded.of(lab.tags())
     lab.tag(drift="fid 1 -> 2", evaluated=LONG_AGO)
-    outcome = lab.one(with_config=False, is_fresh=True)
+    outcome = lab.one(with_config=False, **options)
     assert (outcome.verdict, outcome.num_computed, outcome.moved) == ("evaluated", 2, ()), outcome.note
     assert outcome.now == outcome.was == recorded.scores, "the same bits"
     after = lab.files()
@@ -394,8 +478,9 @@ def test_a_changed_result_is_drift(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
     assert lab.stage_runs("evaluate")[0].data.tags["enat.drift"] == outcome.note
     again = lab.one(with_config=False)
     assert again.verdict == "fresh" and outcome.note in again.note, "it stays written until a measurement finds none"
-    lab.one(with_config=False, older_than=0.0)
-    assert lab.tags()["enat.drift"] == outcome.note, "nothing was measured"
+    check = lab.one(with_config=False, older_than=0.0)
+    assert check.verdict == "evaluated" and check.was == check.now == outcome.now, "that is what it is measured to be now"
+    assert "enat.drift" not in lab.tags()
     text = reevaluation_report.to_json([outcome])
     assert text["exit_code"] == 3 and json.loads(json.dumps(text, allow_nan=False)) == text
     assert text["models"][0]["drift"]["kernel_distance"]["tolerance"] == 0.01
@@ -461,6 +546,52 @@ def test_a_model_that_fails_does_not_stop_the_others(lab: Lab) -> None:
     assert "failed: enat-a-lost version 1: train/" in shown and f"fresh: {NAME} version 1: evaluated" in shown
 
 
+@pytest.fixture
+def log_file(tmp_path: Path) -> Iterator[Path]:
+    """Of a run, as commands write it."""
+    loggers = [logging.getLogger(), logging.getLogger("pipelines")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    runs.log_to(tmp_path / "logs" / "run.log")
+    yield tmp_path / "logs" / "run.log"
+    for logger, handlers, level in before:
+        logger.handlers = handlers
+        logger.setLevel(level)
+
+
+def _terminal_status(lab: Lab) -> dict[str, str]:
+    """Of all runs in MLflow, by name: that of the newest one."""
+    experiment = lab.client.get_experiment_by_name("enat")
+    found = lab.client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    return {run.info.run_name: run.info.status for run in found}
+
+
+def test_a_model_that_fails_while_it_is_evaluated_does_not_stop_the_next(
+    lab: Lab, light: Light, log_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {key: value for key, value in lab.tags().items() if key.startswith(("enat.eval", "enat.protocol", "enat.score"))}
+    _second(lab, "enat-a-first", **{**own, "enat.evaluated": LONG_AGO})
+    light.error = RuntimeError("no luck")
+    failed, evaluated = lab.run(with_config=False, older_than=0.0)
+    assert (failed.version.name, failed.verdict, evaluated.verdict) == ("enat-a-first", "failed", "evaluated")
+    assert "stage generate failed: RuntimeError: no luck" in failed.note and light.num_runs == 2
+    assert Recorded.of(lab.tags("enat-a-first")).evaluated.isoformat() == LONG_AGO and LEASE not in lab.tags("enat-a-first")
+    status = _terminal_status(lab)
+    assert (status["reevaluate"], status["enat-a-first-v1"], status[f"{NAME}-v1"]) == ("FAILED", "FAILED", "FINISHED")
+    logged = log_file.read_text()
+    assert "enat-a-first version 1 failed\nTraceback" in logged and "raise error\nRuntimeError: no luck" in logged
+    assert capsys.readouterr().err == "", "people are told in one line"
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), SystemExit(15)])
+def test_no_run_looks_as_if_it_went_on_after_an_interruption(lab: Lab, light: Light, interruption: BaseException) -> None:
+    light.error = interruption
+    with pytest.raises(type(interruption)):
+        lab.one(with_config=False, older_than=0.0)
+    status = _terminal_status(lab)
+    assert {status[name] for name in ("reevaluate", f"{NAME}-v1", "generate")} == {"KILLED"}
+    assert LEASE not in lab.tags()
+
+
 def test_which_models_are_meant(lab: Lab) -> None:
     for name in ("nat-s-photographs", "other-model"):
         _second(lab, name)
@@ -484,15 +615,20 @@ def test_what_was_never_evaluated_comes_first_then_the_oldest(lab: Lab, monkeypa
         _second(lab, name, **{**recorded, "enat.evaluated": moment})
     _second(lab, "nat-new")
     seen: list[str] = []
+    verdicts = {"nat-new": "failed", "enat-b": "drift", "enat-a": "evaluated", NAME: "evaluated"}
 
     def evaluate(self: Any, case: Any) -> Outcome:
         seen.append(case.model.version.name)
-        return Outcome(version=case.model.version, verdict="evaluated")
+        return Outcome(version=case.model.version, verdict=verdicts[case.model.version.name])
 
     monkeypatch.setattr(reevaluation._Evaluator, "evaluate", evaluate)
-    outcomes = lab.run(older_than=0.0, limit=3)
-    assert seen == ["nat-new", "enat-b", "enat-a"]
+    outcomes = lab.run(older_than=0.0, limit=2)
+    assert seen == ["nat-new", "enat-b", "enat-a"], "one that fails takes no other's place"
     assert {outcome.version.name: outcome.verdict for outcome in outcomes}[NAME] == "due"
+    verdicts |= {"nat-new": "busy", "enat-b": "fresh"}
+    seen.clear()
+    lab.run(older_than=0.0, limit=1)
+    assert seen == ["nat-new", "enat-b", "enat-a"]
 
 
 def _lease(pid: int, hours: float = 1, host: str | None = None) -> str:
@@ -500,7 +636,7 @@ def _lease(pid: int, hours: float = 1, host: str | None = None) -> str:
     return f"{host or socket.gethostname()} {pid} {until.isoformat(timespec='seconds')}"
 
 
-def test_a_model_that_another_process_evaluates_is_left_to_it(lab: Lab) -> None:
+def test_a_model_that_another_process_evaluates_is_left_to_it(lab: Lab, light: Light) -> None:
     lab.tag(lease=_lease(1, host="elsewhere"))
     outcome = lab.one(older_than=0.0)
     assert (outcome.verdict, outcome.note) == ("busy", "process 1 on elsewhere is at it") and exit_code([outcome]) == 0
