@@ -53,8 +53,11 @@ def strip(frames: Tensor, scale: int = 1, *, with_start: bool = False) -> Image.
 def animation(frames: Tensor, columns: int, scale: int = 1) -> bytes:
     """uint8 (N + 1, B, 3, H, W) -> an endless GIF of a grid of the images, which rests on the result."""
     grids = [make_grid(images, columns, scale=scale) for images in frames]
-    # One palette for all frames, that of the result: else the colours flicker.
-    palette = grids[-1].quantize(256)
+    # One palette for all frames, else the colours flicker: the gray of masked tokens, which the result need not have, and its own.
+    colours = grids[-1].quantize(255).getpalette()
+    assert colours is not None
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([MASKED_GRAY] * 3 + colours)
     indexed = [grid.quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
     durations = [_FRAME_MILLISECONDS] * (len(grids) - 1) + [_LAST_FRAME_MILLISECONDS]
     buffer = io.BytesIO()

@@ -236,12 +236,28 @@ def test_steps_show_what_is_known_after_each_and_gray_where_nothing_is(world: Wo
     assert strip(frames).size == (4 * 18 + 2, 3 * 18 + 2) and strip(frames, with_start=True).size[0] == 5 * 18 + 2
     with Image.open(io.BytesIO(animation(frames, columns=2))) as gif:
         assert gif.n_frames == 5 and gif.size == (2 * 18 + 2, 2 * 18 + 2) and gif.info["loop"] == 0
+        first = np.asarray(gif.convert("RGB"))
+        assert (first[2:18, 2:18] == MASKED_GRAY).all(), "nothing is known before the first step"
         gif.seek(4)
         last = np.asarray(gif.convert("RGB")).astype(int)
         assert gif.info["duration"] == 2000
     grid = np.concatenate([frames[-1, 0].numpy(), frames[-1, 1].numpy()], axis=2).transpose(1, 2, 0).astype(int)
     shown = np.concatenate([last[2:18, 2:18], last[2:18, 20:36]], axis=1)
     assert abs(shown - grid).mean() < 12, "colours of a palette of 256"
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 0, 0), (158, 162, 160), (160, 160, 160)], ids=str)
+def test_an_animation_shows_masked_tokens_gray_whatever_the_result(colour: tuple[int, int, int]) -> None:
+    result = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(1, 3, 16, 16)
+    result = torch.where(
+        torch.arange(16) < 8, result, torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    )
+    frames = torch.stack([torch.full_like(result, MASKED_GRAY), result]).byte()
+    with Image.open(io.BytesIO(animation(frames, columns=1))) as gif:
+        assert (np.asarray(gif.convert("RGB"))[2:-2, 2:-2] == MASKED_GRAY).all()
+        gif.seek(1)
+        shown = np.asarray(gif.convert("RGB"))[2:-2, 2:10].astype(int)
+        assert abs(shown - colour).max() <= 4, "the cells of Pillow's search for the nearest colour"
 
 
 # Regions -------------------------------------------------------------------------------------------------------------------
