@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from places import Place, folder_place, key_of, make, open_place
@@ -18,8 +19,10 @@ from pipelines import tracked, tracking
 from pipelines.artifacts import MANIFEST, Manifest
 from pipelines.commands.artifacts import artifacts
 from pipelines.commands.import_weights import import_weights
+from pipelines.commands.options import s3_options
 from pipelines.commands.sample import sample
 from pipelines.inventory import name_of
+from pipelines.s3 import S3Config
 
 DAY = 86400.0
 
@@ -178,6 +181,19 @@ def test_a_public_bucket_is_listed_verified_and_pulled_from_without_credentials(
     assert len(answer["pulled"]) == 3 and folder_place(tmp_path / "mine").store.read_manifest(*name_of(chain.samples))
     asked = s3_endpoint.requests[before:]
     assert asked and all("AUTHORIZATION" not in headers and target.startswith(f"/{bucket}") for _, target, headers in asked)
+
+
+def test_the_options_of_a_bucket_are_what_a_command_gets() -> None:
+    given: list[S3Config] = []
+
+    @click.command()
+    @s3_options
+    def command(s3: S3Config) -> None:
+        given.append(s3)
+
+    for arguments in ([], ["--s3-endpoint", "http://host", "--s3-region", "eu-north-1", "--s3-anonymous", "--s3-path-style"]):
+        assert CliRunner().invoke(command, arguments).exit_code == 0
+    assert given == [S3Config(), S3Config(endpoint_url="http://host", region="eu-north-1", anonymous=True, path_style=True)]
 
 
 def test_every_command_that_opens_a_store_without_a_config_can_reach_any_bucket() -> None:

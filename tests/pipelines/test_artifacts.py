@@ -158,14 +158,16 @@ def test_of_two_processes_that_commit_at_once_one_wins_and_the_other_adopts_it(p
         assert store.fetch(manifest, "model.bin").read_bytes() == bytes([int(winner)]) * 1000
 
 
-def test_a_manifest_is_not_committed_before_its_files(store: ArtifactStore, place: Place, put) -> None:
-    record = put(b"weights")
+def test_a_manifest_is_not_committed_before_its_files(store: ArtifactStore, place: Place, put, monkeypatch) -> None:
+    """Not for a moment, in which another run would find it."""
+    record, written = put(b"weights"), []
+    monkeypatch.setattr(type(store), "_put_manifest", lambda self, manifest: written.append(manifest))
     advice = f"remove {store.place(STAGE, KEY)} and run again"
     with pytest.raises(StoreError, match=f"more.bin is gone, or cut off, before the artifact was made of it; {advice}"):
         store.commit(_manifest(record, FileRecord("more.bin", "more.bin", 3, "0" * 64)))
     with pytest.raises(StoreError, match=f"{record.path} is gone, or cut off, .*; {advice}"):
         store.commit(_manifest(replace(record, size=record.size + 1)))
-    assert store.read_manifest(STAGE, KEY) is None
+    assert written == [] and store.read_manifest(STAGE, KEY) is None
 
 
 @pytest.mark.parametrize("may_remove", [True, False])
