@@ -157,6 +157,32 @@ def test_the_tracking_server_takes_its_settings() -> None:
     assert not is_allowed_host_header(hosts, "evil.example:5000")
 
 
+def test_the_image_of_the_tracking_server_holds_the_driver_of_its_database() -> None:
+    """SQLAlchemy asks for it by the URL's scheme, and for another one where the scheme names none."""
+    from sqlalchemy import make_url
+
+    url = make_url(filled(re.sub(r"\$\{\w+:\?[^}]*\}", "secret", SERVICES["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"])))
+    locked = re.findall(r"^([\w-]+)==", (INFRA / "mlflow.lock").read_text(), flags=re.MULTILINE)
+    assert url.get_backend_name() == "postgresql" and url.host == "database"
+    assert {"psycopg2": "psycopg2-binary"}[url.get_driver_name()] in locked
+    assert make_url("postgresql://database").get_driver_name() != url.get_driver_name(), "it need not be named"
+
+
+def _gigabytes(text: str) -> float:
+    match = re.fullmatch(r"(\d+)gb?", filled(text))
+    assert match is not None, text
+    return float(match[1])
+
+
+@pytest.mark.parametrize("name", [name for name in SERVICES if name.startswith("ray")])
+def test_ray_s_object_store_fits_in_shared_memory(name: str) -> None:
+    """Without room there it lies on a disk, and everything is slow."""
+    from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+
+    service = SERVICES[name]
+    assert _gigabytes(service["shm_size"]) >= DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * _gigabytes(service["mem_limit"])
+
+
 @pytest.mark.parametrize(
     "name", [name for name, service in SERVICES.items() if "python" in service.get("healthcheck", {}).get("test", [])]
 )
