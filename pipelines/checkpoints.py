@@ -116,8 +116,8 @@ def newest_checkpoint(context: WorkerContext, tell: Callable[[str], None]) -> Ch
         newest, damage = damaged[0]
         steps = ", ".join(str(checkpoint.step) for checkpoint, _ in damaged)
         raise NoReadableCheckpointError(
-            f"no checkpoint can be read (steps {steps}; that of step {newest.step}: {damage.what}); bring the files back, or remove "
-            f"{context.store.place(context.stage, context.key)}/{PARTS} to train from the start"
+            f"no checkpoint can be read (steps {steps}; that of step {newest.step}: {damage.what}); bring the files back, or "
+            f"remove {context.store.place(context.stage, context.key)}/{PARTS} to train from the start"
         )
     return None
 

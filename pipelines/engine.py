@@ -26,6 +26,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_LOSS_SCALE = 2.0**16
 _STEPS_TO_DOUBLE = 2000  # without an overflow, as torch.amp.GradScaler does
+_MOST_OVERFLOWS = 20  # one after the other: a millionth of the scale that began it, and still too much
 
 
 class Engine:
@@ -46,7 +47,8 @@ class Engine:
         self.model = model
         self.loss_scale = _FIRST_LOSS_SCALE
         self.num_updates = 0
-        self._updates_since_overflow = 0
+        self._updates_since_overflow = self._overflows_in_a_row = 0
+        self._is_stuck = False
         self.measures_norm = True  # alone among the ZeRO stages, 0 measures the gradient only where it is wanted
         self._norm: Any = None
         self._passes_left = self._passes_per_step = passes_per_step
@@ -83,8 +85,8 @@ class Engine:
         return norm if norm >= 0 else float("inf")  # DeepSpeed writes -1 for one that is not finite
 
     def is_overflow_of_scale(self) -> bool:
-        """Whether the last step was left out because of the loss scale, which is in order."""
-        return self.config.precision == "fp16" and bool(self.deepspeed.optimizer.overflow)
+        """Whether the last step was left out because of the loss scale, which is in order as long as a lower one can help."""
+        return self.config.precision == "fp16" and bool(self.deepspeed.optimizer.overflow) and not self._is_stuck
 
     @contextlib.contextmanager
     def whole(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -126,9 +128,8 @@ class Engine:
         for name, place in self._places():
             if owner.get(name, self.rank) != self.rank:
                 continue
-            state = self._inner.state[place.flat]
-            for moment in _MOMENTS:
-                found[fragment_name(moment, name, place.start)] = place.of(state[moment])
+            for moment in _MOMENTS if self.num_updates else ():  # torch makes them in the first update, which fp16 may leave out
+                found[fragment_name(moment, name, place.start)] = place.of(self._inner.state[place.flat][moment])
             if self.zero_stage == 3:
                 found[fragment_name("weight", name, place.start)] = place.of(place.flat)
         return found
@@ -192,8 +193,11 @@ class Engine:
         if self.config.precision != "fp16":
             self.num_updates += 1
         elif self.deepspeed.optimizer.overflow:
+            self._overflows_in_a_row += 1
+            self._is_stuck = self.loss_scale == 1 or self._overflows_in_a_row >= _MOST_OVERFLOWS
             self.loss_scale, self._updates_since_overflow = max(1.0, self.loss_scale / 2), 0
         else:
+            self._overflows_in_a_row, self._is_stuck = 0, False
             self.num_updates += 1
             self._updates_since_overflow += 1
             if self._updates_since_overflow == _STEPS_TO_DOUBLE:

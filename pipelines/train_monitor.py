@@ -124,7 +124,8 @@ class TrainMonitor:
         if (bad := first_not_finite(values)) is not None:
             reason = f"the loss of step {first_step + bad[0] + 1} is not finite"
         elif not math.isfinite(row.get("gradient_norm", 0.0)) and not may_overflow:
-            bad, reason = (last, []), f"the gradient of step {step} is not finite"
+            scaled = " at any loss scale" if self._config.precision == "fp16" else ""
+            bad, reason = (last, []), f"the gradient of step {step} is not finite{scaled}"
         elif not math.isfinite(row["ema_distance"]):
             bad, reason = (last, []), f"the weights after step {step} have no finite norm"
         else:
@@ -138,8 +139,8 @@ class TrainMonitor:
         named = "; ".join(f"group {group}: {_rows(rows_of(self._config, self._token_map, draws, group))}" for group in groups[:2])
         raise DivergedError(
             f"training diverged by step {step}: {reason} (batch {draws}, rows of the token map in {named}); nothing was saved "
-            "since the last checkpoint. Lower train.learning_rate, lengthen train.warm_up_steps, clip with train.gradient_clip, or "
-            "go past such batches with train.execution.on_divergence=rollback",
+            "since the last checkpoint. train.execution.on_divergence=rollback goes on from there, past such batches. A lower "
+            "train.learning_rate, longer train.warm_up_steps or train.gradient_clip make another run, which begins at step 0",
             draws,
         )
 

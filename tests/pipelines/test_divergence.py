@@ -53,7 +53,7 @@ def test_a_run_that_diverges_says_where_and_saves_nothing_poisoned(material: Mat
     config = changed(execution={"checkpoint_every": 1, "keep_last": 9})
     sentence = (
         r"training diverged by step 7: the loss of step 7 is not finite \(batch 6, rows of the token map in "
-        r"group 0: \d+, \d+, \d+, \d+; group 1: [\d, ]+\); .*Lower train\.learning_rate.*on_divergence=rollback"
+        r"group 0: \d+, \d+, \d+, \d+; group 1: [\d, ]+\); .*on_divergence=rollback .*train\.learning_rate.* begins at step 0"
     )
     with pytest.raises(DivergedError, match=sentence) as raised:
         train(material, config, key, world_size=2, trainer_class=Poisoned)
@@ -71,6 +71,22 @@ def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material:
         for record in checkpoint.tensors:
             saved = read_weights(material, key, record)
             assert all(torch.isfinite(value).all() for name, value in saved.items() if name.startswith(("weight/", "ema/")))
+
+
+class Overflowing(Trainer):
+    """Its loss can be told, its gradient not."""
+
+    def _learn(self, batch: GroupBatch, scale: float, learning_rate: float) -> None:
+        super()._learn(batch, math.inf, learning_rate)
+
+
+def test_fp16_whose_gradient_overflows_at_any_scale_has_diverged(material: Material, key: str) -> None:
+    """It would go on for ever without changing a weight. A few overflows in a row are how the scale is found."""
+    config = changed(precision="fp16", num_steps=30, execution={"log_every": 3, "checkpoint_every": 9})
+    sentence = "training diverged by step 18: the gradient of step 18 is not finite at any loss scale"
+    with pytest.raises(DivergedError, match=sentence):
+        train(material, config, key, trainer_class=Overflowing)
+    assert checkpoint_steps(material, key) == [9]
 
 
 @pytest.mark.parametrize("trainer_class", [Poisoned, Spiked])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,6 +255,37 @@ def test_a_step_that_is_left_out_changes_no_weight_and_no_moment(
             assert torch.equal(before.read(*whole), after.read(*whole)), (kind, name)
     assert state_before == {"num_updates": 4, "loss_scale": 2.0**16, "updates_since_overflow": 4}
     assert state_after == {"num_updates": 4, "loss_scale": 2.0**15, "updates_since_overflow": 0}
+
+
+def test_a_scale_that_was_lowered_in_vain_excuses_no_overflow_any_more(material: Material) -> None:
+    """At a scale of one, or after some in a row: a step that is taken begins the count anew."""
+    config, at_step_4 = _stage(1, precision="fp16"), {4: 1.0}
+    to_one = Job(config, last=18, factors=dict.fromkeys(range(18), math.inf))
+    again = Job(config, last=11, factors=dict.fromkeys(range(11), math.inf) | at_step_4)
+    (reports,) = run_ranks(1, _run_one_job_and_one_that_gives_up_soon, material, [to_one, again])
+    assert reports[0].scales[15:] == [1.0, 1.0, 1.0] and reports[0].overflows == [True] * 16 + [False] * 2
+    assert reports[1].scales[-1] > 1 and reports[1].overflows == [True] * 4 + [False] + [True] * 4 + [False] * 2
+    assert reports[1].num_updates == 1
+
+
+def _run_one_job_and_one_that_gives_up_soon(material: Material, jobs: list[Job]) -> list[Report]:
+    from pipelines import engine
+
+    first = run_jobs(material, jobs[:1])
+    engine._MOST_OVERFLOWS, engine._FIRST_LOSS_SCALE = 5, 2.0**20  # type: ignore[misc]
+    return [*first, *run_jobs(material, jobs[1:])]
+
+
+def test_state_before_the_first_update_has_weights_and_no_moments(material: Material, tmp_path: Path) -> None:
+    """Every step so far overflowed. What goes on from there begins as the run did, at the scale that it had come to."""
+    jobs = []
+    for stage in (1, 3):
+        config, folder = _stage(stage, precision="fp16"), tmp_path / str(stage)
+        jobs.append(Job(config, last=2, factors=dict.fromkeys(range(2), math.inf), saves={1: folder}))
+        jobs.append(Job(config, first=2, last=4, load=folder))
+    for stage, resumed in zip((1, 3), run_ranks(1, run_jobs, material, jobs)[0][1::2], strict=True):
+        assert Fragments(tuple((tmp_path / str(stage)).glob("*.safetensors"))).kinds() == {"weight"}
+        assert resumed.num_updates == 2 and resumed.scales == [2.0**14] * 2
 
 
 def test_the_scale_doubles_after_long_without_overflow(material: Material) -> None:
