@@ -101,18 +101,21 @@ class FeatureMoments:
         self._scatter = np.zeros((num_features, num_features))  # sum of (x - mean)(x - mean)^T
 
     def add(self, features: torch.Tensor | np.ndarray) -> FeatureMoments:
-        """features: float (B, F), any device and precision. Raises ValueError for another width or values that are not finite."""
-        values = features.detach().cpu().double().numpy() if isinstance(features, torch.Tensor) else features
-        values = np.asarray(values, dtype=np.float64)
-        if values.ndim != 2 or values.shape[1] != len(self._mean):
-            raise ValueError(f"features have shape {values.shape}; (B, {len(self._mean)}) is needed")
-        if not np.isfinite(values).all():
+        """features: float (B, F), any device and precision. Raises ValueError for another width or values that are not finite.
+
+        A chunk of rows at a time, so that what is held beside the features does not grow with their number.
+        """
+        if features.ndim != 2 or features.shape[1] != len(self._mean):
+            raise ValueError(f"features have shape {tuple(features.shape)}; (B, {len(self._mean)}) is needed")
+        chunks = [features[start : start + CHUNK] for start in range(0, len(features), CHUNK)]
+        if not all(np.isfinite(_doubles(chunk)).all() for chunk in chunks):
             raise ValueError("features hold values that are not finite; the extractor or its input is broken")
-        if len(values):
+        for chunk in chunks:
+            values = _doubles(chunk)
             piece = FeatureMoments(len(self._mean))
             piece.count, piece._mean = len(values), values.mean(axis=0)
-            centred = values - piece._mean
-            piece._scatter = centred.T @ centred
+            values -= piece._mean
+            piece._scatter = values.T @ values
             self.merge(piece)
         return self
 
@@ -151,6 +154,13 @@ class FeatureMoments:
             moments.count = int(file.get_tensor("count")[0])
             moments._mean, moments._scatter = file.get_tensor("mean"), file.get_tensor("scatter")
         return moments
+
+
+def _doubles(features: torch.Tensor | np.ndarray) -> np.ndarray:
+    """A copy, float64 on the CPU."""
+    if isinstance(features, torch.Tensor):
+        features = features.detach().cpu().double().numpy()
+    return np.array(features, dtype=np.float64)
 
 
 def load_moments(path: Path) -> FeatureMoments | FeatureStatistics:

@@ -2,8 +2,9 @@
 
 Images travel in blocks of fixed size by index: loaded by tasks on CPUs, then decoded and looked at by a pool of actors. Which
 images a network computes together is fixed by index as well, `images_per_pass` of them, since sums of floats depend on what
-stands beside an image. Blocks come back in any order; the driver puts them together into parts and merges parts in the order of
-their index. So features and moments are the same bits whatever the workers, the batch size, or a crash on the way.
+stands beside an image. Blocks come back in any order; the driver puts them together into parts of bounded size and adds these to
+the moments in the order of their index, a few blocks at a time. So features and moments are the same bits whatever the workers, the
+batch size, or a crash on the way, and what the driver holds does not grow with the number of images.
 
 Shape legend: R images of a block, P images of a pass, F features.
 """
@@ -37,7 +38,9 @@ from pipelines.workflow import Execution, StageContext
 FEATURES_VERSION = 2
 BLOCK_SIZE = 256  # images that travel together
 _BLOCKS_PER_PART = 4  # at least; what a crash can lose
-_MAX_PARTS = 32  # each commits the moments so far, 33 MB for 2048 features
+_MAX_BLOCKS_PER_PART = 32  # 8,192 images, 170 MB of Inception's outputs, of which the driver holds a few parts at once
+_USUAL_PARTS = 32  # at most, where that makes no part too large: each commits the moments so far, 33 MB for 2048 features
+_BLOCKS_PER_SUM = 16  # added to the moments at once: 4,096 images, so that a sum of squares is shared by many
 _OBJECT_STORE_BYTES = 1 << 30  # of blocks on their way
 EXTRACTOR_FILE = "extractor.safetensors"  # of a reference
 MOMENTS_FILES = {"features": "moments.safetensors", "spatial": "spatial_moments.safetensors"}  # by output
@@ -101,12 +104,14 @@ class FeatureSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
-    """count: images that could be read.   moments: by output.   files: safetensors with kept rows, in order, of read_rows.
+    """count: images that could be read.   num_kept: of them, those whose rows are kept.   moments: by output.
 
+    files: safetensors with kept rows, in order, of read_rows.
     worker_seconds: summed over workers.   device_seconds: those of the actors that hold the network.
     """
 
     count: int
+    num_kept: int
     moments: dict[str, FeatureMoments]
     files: tuple[FileRecord, ...]
     worker_seconds: float
@@ -178,6 +183,7 @@ def compute_features(
         raise ValueError(f"none of the {spec.num_images} images can be read")
     return FeatureSet(
         count=count,
+        num_kept=sum(record["kept"] for record in records),
         moments=moments,
         files=tuple(FileRecord(**record["file"]) for record in records if record["file"]),
         worker_seconds=sum(record["seconds"] + record["loading_seconds"] for record in records),
@@ -188,7 +194,7 @@ def compute_features(
 def _part_size(num_images: int) -> int:
     """Images per part: whole blocks, and a function of num_images alone."""
     blocks = -(-num_images // BLOCK_SIZE)
-    return BLOCK_SIZE * max(_BLOCKS_PER_PART, -(-blocks // _MAX_PARTS))
+    return BLOCK_SIZE * max(_BLOCKS_PER_PART, min(_MAX_BLOCKS_PER_PART, -(-blocks // _USUAL_PARTS)))
 
 
 def _blocks(parts: Sequence[range], first_part: int) -> list[dict[str, int]]:
@@ -231,9 +237,10 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """A block's outputs. rows: output or measure -> (R, ...), of kept outputs those rows alone."""
+    """A block's outputs. num_rows: R.   num_kept: of them, rows that are kept.   for_moments, kept: output or measure -> its rows."""
 
     num_rows: int
+    num_kept: int = 0
     for_moments: dict[str, np.ndarray] = field(default_factory=dict)
     kept: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -309,7 +316,7 @@ class _Extract:
         rows = {name: values[kept] for name, values in outputs.items() if name in _KEPT and name in known and len(kept)}
         measures = {name: values for name, values in outputs.items() if name not in known}
         moments = {name: values for name, values in outputs.items() if name in MOMENTS_FILES and name in known}
-        return _Outputs(num_rows, moments, {**rows, **measures})
+        return _Outputs(num_rows, len(kept), moments, {**rows, **measures})
 
 
 # On the driver -------------------------------------------------------------------------------------------------------------
@@ -352,13 +359,13 @@ class _PartWriter:
         if part > len(self.records):
             return  # the part before it failed, which write_all raises; moments go on from one part to the next
         outputs = [block["outputs"] for block in blocks]
-        for name in dict.fromkeys(name for each in outputs for name in each.for_moments):
-            rows = np.concatenate([each.for_moments[name] for each in outputs if name in each.for_moments])
-            self.moments.setdefault(name, FeatureMoments(rows.shape[1])).add(rows)
+        for first in range(0, len(outputs), _BLOCKS_PER_SUM):
+            self._add([each.for_moments for each in outputs[first : first + _BLOCKS_PER_SUM] if each.for_moments])
         kept_names = dict.fromkeys(name for each in outputs for name in each.kept)
         kept = {name: np.concatenate([each.kept[name] for each in outputs if name in each.kept]) for name in kept_names}
         record = {
             "rows": sum(each.num_rows for each in outputs),
+            "kept": sum(each.num_kept for each in outputs),
             "file": asdict(self._put(_part_name(part), lambda path: save_file(kept, path))) if kept else None,
             "moments": {
                 name: asdict(self._put(f"{WORK}/{name}-{part:05d}.safetensors", m.save)) for name, m in self.moments.items()
@@ -371,6 +378,12 @@ class _PartWriter:
             outdated = [FileRecord(**file) for file in self.records[-2]["moments"].values()]
             self.context.store.discard_files(self.context.stage, self.context.key, outdated)
         self.records.append(record)
+
+    def _add(self, blocks: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """blocks: of images that follow each other; all have the same outputs."""
+        for name in blocks[0] if blocks else ():
+            rows = np.concatenate([block[name] for block in blocks])
+            self.moments.setdefault(name, FeatureMoments(rows.shape[1])).add(rows)
 
     def _put(self, name: str, write: Callable[[Path], object]) -> FileRecord:
         with tempfile.TemporaryDirectory(prefix=f"enat-{self.context.stage}-") as folder:

@@ -166,7 +166,7 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
             "dataset": real.name,
             "resolution": config.resolution,
             "num_images": count,
-            "num_kept": min(config.num_kept, features.count) if features else 0,
+            "num_kept": features.num_kept if features else 0,
             "rounding": "uint8",
             "is_imported": real.npz is not None,
         },

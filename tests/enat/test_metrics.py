@@ -1,12 +1,14 @@
 """Moments in pieces equal moments of all data; distances and scores equal other people's and their closed forms."""
 
-import mpmath
+import tracemalloc
+
 import numpy as np
 import plain
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from precise import precise_distance
 from safetensors.numpy import save_file
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
@@ -190,25 +192,6 @@ def test_features_of_two_widths_cannot_be_compared():
         frechet_distance(moments_of(np.eye(3)), moments_of(np.eye(4)))
 
 
-def precise_distance(first, second):
-    """The Frechet distance of all features at once, in 40 digits; covariances must be regular."""
-    with mpmath.workdps(40):
-        means, covariances = [], []
-        for features in (first, second):
-            rows = [mpmath.matrix(row.tolist()) for row in features]
-            mean = sum(rows[1:], rows[0]) / len(rows)
-            scatter = mpmath.zeros(features.shape[1])
-            for row in rows:
-                scatter += (row - mean) * (row - mean).T
-            means.append(mean)
-            covariances.append(scatter / (len(rows) - 1))
-        root = mpmath.cholesky(covariances[0])
-        eigenvalues = mpmath.eigsy(root.T * covariances[1] * root, eigvals_only=True)
-        trace = sum(covariances[0][i, i] + covariances[1][i, i] for i in range(first.shape[1]))
-        shift = means[0] - means[1]
-        return float((shift.T * shift)[0] + trace - 2 * sum(mpmath.sqrt(value) for value in eigenvalues))
-
-
 @pytest.fixture(scope="module")
 def two_sets():
     """Two sets of 130 features float32 (B, 12), and their distance in 40 digits."""
@@ -216,32 +199,35 @@ def two_sets():
     return first, second, precise_distance(first, second)
 
 
-@pytest.mark.parametrize("order", ["in order", "backwards", "shuffled"])
-@pytest.mark.parametrize("batch_size", [1, 8, 64])
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_any_cut_and_order_of_arrival_gives_the_distance_of_all_at_once(two_sets, num_workers, batch_size, order):
-    """Pieces are keyed by the index of their first sample and merged in index order, so the order of arrival changes no bit."""
-    first, second, expected = two_sets
+@pytest.mark.parametrize("size", [1, 8, 64, 130])
+def test_pieces_of_any_size_give_the_distance_of_all_at_once(two_sets, size):
+    """What workers, batches and the order of arrival make of it is tested where they are, in test_feature_spread.py."""
+    *sets, expected = two_sets
+    added, merged = ([FeatureMoments(12), FeatureMoments(12)] for _ in range(2))
+    for features, one, other in zip(sets, added, merged, strict=True):
+        for start in range(0, len(features), size):
+            one.add(features[start : start + size])
+            other.merge(moments_of(features[start : start + size]))
+    assert frechet_distance(*added) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(*merged) == pytest.approx(expected, rel=1e-9)
 
-    def merged(features, order):
-        pieces = {}
-        for worker in np.array_split(np.arange(len(features)), num_workers):
-            for start in range(0, len(worker), batch_size):
-                indices = worker[start : start + batch_size]
-                pieces[int(indices[0])] = moments_of(features[indices])
-        arrived = list(pieces)
-        if order == "backwards":
-            arrived.reverse()
-        elif order == "shuffled":
-            np.random.default_rng(0).shuffle(arrived)
-        whole = FeatureMoments(features.shape[1])
-        for index in sorted(arrived):
-            whole.merge(pieces[index])
-        return whole
 
-    distance = frechet_distance(merged(first, order), merged(second, order))
-    assert distance == pytest.approx(expected, rel=1e-9)
-    assert distance == frechet_distance(merged(first, "in order"), merged(second, "in order"))
+def test_what_is_held_while_adding_does_not_grow_with_the_number_of_samples():
+    """A copy in float64 of these features would be 24 MB; one chunk is 1 MB."""
+    features = np.random.default_rng(0).normal(size=(24 * CHUNK + 5, 32)).astype(np.float32) + 3
+    tracemalloc.start()
+    moments = moments_of(features)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4e6
+    assert_moments_equal_numpy(moments, features.astype(np.float64))
+
+
+def test_adding_leaves_features_as_they_were():
+    features = drawn_features(CHUNK + 3, 4)
+    before = features.copy()
+    moments_of(features)
+    assert np.array_equal(features, before)
 
 
 def test_statistics_of_others_stand_in_for_moments(tmp_path):

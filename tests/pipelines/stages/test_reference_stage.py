@@ -226,10 +226,11 @@ def test_the_classifier_of_a_stopped_stage_is_not_trained_again(
     monkeypatch.setattr(reference, "compute_features", lambda *_: _nothing_computed())
     result = reference.run(config, inputs, context)
     assert result.files[0].sha256 == committed["file"]["sha256"] and result.metrics["held_out_accuracy"] > 0.1
+    assert result.summary["num_kept"] == 1790, "rows that are there, not those that were asked for"
 
 
 def _nothing_computed() -> Any:
     from pipelines.feature_job import FeatureSet
 
     moments = {"features": FeatureMoments(64)}
-    return FeatureSet(count=1797, moments=moments, files=(), worker_seconds=0.0, device_seconds=0.0)
+    return FeatureSet(count=1797, num_kept=1790, moments=moments, files=(), worker_seconds=0.0, device_seconds=0.0)
