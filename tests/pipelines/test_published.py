@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.published import DATASETS, load_published, matching_dataset, published_for, read_published
+from pipelines.published import DATASETS, PublishedResult, load_published, matching_dataset, published_for, read_published
 
 # As their papers and READMEs state them, typed in a second time: name, dataset, FID.
 FIDS = """
@@ -20,13 +20,27 @@ U-ViT-S deep coco256 5.48
 """
 
 
+def _whole() -> list[PublishedResult]:
+    """Without one-step decoding, where a system has a row for each mask ratio."""
+    return [result for result in load_published() if result.mask_ratio is None]
+
+
+def test_one_step_decoding_is_as_the_paper_states_it() -> None:
+    found = {(result.name, result.mask_ratio): result.fid for result in published_for("imagenet256-one-step")}
+    ratios = (0.2, 0.4, 0.6, 0.8)
+    stated = {"MaskGIT": (3.89, 8.23, 19.20, 48.78), "ENAT": (3.48, 6.74, 16.04, 45.51)}
+    assert found == {(name, ratio): fid for name, fids in stated.items() for ratio, fid in zip(ratios, fids, strict=True)}
+    assert matching_dataset("imagenet", 256, is_one_step=True) == "imagenet256-one-step"
+    assert matching_dataset("imagenet", 512, is_one_step=True) is None
+
+
 def test_every_stated_fid_is_in_the_table_and_no_other() -> None:
     expected = {}
     for entry in FIDS.replace("\n", "|").split("|"):
         if entry.strip():
             name, dataset, fid = entry.strip().rsplit(" ", 2)
             expected[name, dataset] = float(fid)
-    assert {(result.name, result.dataset): result.fid for result in load_published() if result.fid is not None} == expected
+    assert {(result.name, result.dataset): result.fid for result in _whole() if result.fid is not None} == expected
 
 
 def test_what_was_not_verified_is_empty() -> None:
@@ -48,8 +62,9 @@ def test_a_derived_cost_says_so_and_is_what_this_code_counts() -> None:
     from enat import ENATConfig, SamplerConfig, VQGANConfig, generation_cost
 
     derived = {result.name: result for result in load_published() if "derived" in result.note}
-    assert derived.keys() == {"ENAT-L", "ENAT-XL", "DiT-XL/2"}
-    for name in ("ENAT-L", "ENAT-XL"):
+    assert derived.keys() == {"ENAT-S", "ENAT-L", "ENAT-XL", "DiT-XL/2"}
+    assert [result.name for result in load_published() if not result.has_decoder] == ["DiT-XL/2"]
+    for name in ("ENAT-S", "ENAT-L", "ENAT-XL"):
         cost = generation_cost(ENATConfig.preset(name.lower()), SamplerConfig(guidance_scale=3.5), VQGANConfig())
         assert derived[name].tflops == pytest.approx(cost.total_macs / 1e12, rel=2e-3)
     assert derived["DiT-XL/2"].tflops == pytest.approx(119e-3 * 250 * 2)
@@ -57,10 +72,20 @@ def test_a_derived_cost_says_so_and_is_what_this_code_counts() -> None:
     assert stated == {"ENAT-B", "U-ViT, 1000K training steps"}
 
 
+def test_the_ablations_state_their_costs_as_the_paper_does() -> None:
+    notes = {result.name: result.note for result in published_for("imagenet256")}
+    for name, stated in (("ENAT-S, attention of MAE", "24.5"), ("ENAT-S, attention of CrossMAE", "21.4"), ("ENAT-S", "22.6")):
+        assert f"stated as {stated} GFLOPs" in notes[name]
+    assert [result.label for result in load_published() if result.is_unconditional] == [
+        "MAGE-B (unconditional)",
+        "MAGE-L (unconditional)",
+    ]
+
+
 def test_every_row_has_a_source_and_no_row_occurs_twice() -> None:
     results = load_published()
     assert all(result.source for result in results)
-    assert len({(result.name, result.dataset) for result in results}) == len(results)
+    assert len({(result.name, result.dataset, result.mask_ratio) for result in results}) == len(results)
     assert sum(len(published_for(dataset)) for dataset in DATASETS) == len(results)
 
 
@@ -78,6 +103,12 @@ def test_every_row_has_a_source_and_no_row_occurs_twice() -> None:
         ("imagenet", 128, None),
         ("imagenet", None, None),
         (None, 256, None),
+        ("VIRTUAL_imagenet256_labeled.npz", 256, "imagenet256"),
+        ("VIRTUAL_imagenet512.npz", 512, "imagenet512"),
+        ("VIRTUAL_imagenet512.npz", 256, None),
+        ("fid_stats_imagenet256_guided_diffusion.npz", 256, "imagenet256"),
+        ("fid_stats_mscoco256_val.npz", 256, "coco256"),
+        ("VIRTUAL_lsun_bedroom256.npz", 256, None),
         ("digits", 16, None),
         ("imagenet100", 256, None),
         ("imagenet-100", 256, None),
@@ -103,6 +134,9 @@ def test_numbers_stand_beside_whole_datasets_only(title: str | None, resolution:
         ("- {name: a, dataset: imagenet256, source: s, fid: .nan}", "a has fid nan"),
         ("- {name: a, dataset: imagenet256, source: s, tflops: low}", "a has tflops 'low'"),
         ("- {name: a, dataset: imagenet256, source: s, steps: true}", "a has steps True"),
+        ("- {name: a, dataset: imagenet256, source: s, mask_ratio: 0.2}", "mask_ratio belongs to one-step decoding"),
+        ("- {name: a, dataset: imagenet256-one-step, source: s}", "mask_ratio belongs to one-step decoding"),
+        ("- {name: a, dataset: imagenet256, source: s, has_decoder: 1}", "a has has_decoder 1; give true or false"),
         ("- {name: a, dataset: imagenet256}", "row 1 of published.yaml: .*source"),
     ],
 )
