@@ -13,10 +13,12 @@ from PIL import Image
 
 from enat.images import ImageError, decode_image, png_bytes
 from pipelines import compare_page, compare_table, tracked, tracking
-from pipelines.compare_page import Figures
-from pipelines.compare_plots import cost_figure, stack
+from pipelines.compare_canvas import stack
+from pipelines.compare_page import Figures, Grids
+from pipelines.compare_plots import cost_figure
+from pipelines.compare_sections import Row
 from pipelines.compare_sweeps import sweep_figure
-from pipelines.comparison import Comparison, Row
+from pipelines.comparison import Comparison
 from pipelines.tracking import TrackingConfig
 
 SAMPLES = "samples.png"
@@ -37,7 +39,7 @@ class Files:
     table: str
 
 
-def make_files(comparison: Comparison, title: str, grids: Sequence[tuple[Row, Image.Image]]) -> Files:
+def make_files(comparison: Comparison, title: str, grids: Grids) -> Files:
     figures = [Figures(cost_figure(section), sweep_figure(section)) for section in comparison.sections]
     drawn = [image for both in figures for image in (both.cost, both.sweep) if image is not None]
     return Files(
@@ -47,23 +49,30 @@ def make_files(comparison: Comparison, title: str, grids: Sequence[tuple[Row, Im
     )
 
 
-def read_grids(comparison: Comparison) -> list[tuple[Row, Image.Image]]:
-    """The grid of samples of every row that has one, once for each set of samples. What lies in MLflow may be anything: what
-    is no picture, or far too large, is left out with a warning."""
-    grids: dict[str, tuple[Row, Image.Image]] = {}
+def read_grids(comparison: Comparison) -> Grids:
+    """The grid of samples of every row that has one, once for each set of samples, and of at most _MAX_GRIDS sets. What lies in
+    MLflow may be anything: what is no picture, or far too large, is left out with a warning."""
+    rows: dict[str, Row] = {}
     for row in comparison.rows:
-        samples = row.samples or row.run_ids[0]
-        if samples in grids or len(grids) == _MAX_GRIDS:
-            continue
-        for run_id in row.run_ids[:2]:  # a run whose files were removed may have an older twin
-            try:
-                content = tracked.read_file(comparison.uri, run_id, SAMPLES, _MAX_GRID_BYTES)
-                if content is not None:
-                    grids[samples] = (row, decode_image(content, _MAX_GRID_PIXELS))
-                    break
-            except (ImageError, ValueError, tracked.TrackingError) as error:
-                _log.warning("%s of run %s is left out: %s", SAMPLES, run_id, error)
-    return list(grids.values())
+        rows.setdefault(row.samples or row.run_ids[0], row)
+    shown: list[tuple[Row, Image.Image]] = []
+    for number, row in enumerate(rows.values()):
+        if len(shown) == _MAX_GRIDS:
+            return Grids(tuple(shown), len(rows) - number)
+        image = _read_grid(comparison.uri, row)
+        shown += [(row, image)] if image is not None else []
+    return Grids(tuple(shown))
+
+
+def _read_grid(uri: str, row: Row) -> Image.Image | None:
+    for run_id in row.run_ids[:2]:  # a run whose files were removed may have an older twin
+        try:
+            content = tracked.read_file(uri, run_id, SAMPLES, _MAX_GRID_BYTES)
+            if content is not None:
+                return decode_image(content, _MAX_GRID_PIXELS)
+        except (ImageError, ValueError, tracked.TrackingError) as error:
+            _log.warning("%s of run %s is left out: %s", SAMPLES, run_id, error)
+    return None
 
 
 def write(path: Path, content: bytes | str) -> None:

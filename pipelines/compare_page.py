@@ -13,29 +13,36 @@ from PIL import Image
 
 from enat.images import png_bytes
 from pipelines.artifacts import without_credentials
-from pipelines.compare_table import (
-    CONVENTION,
+from pipelines.compare_columns import (
+    MAIN_RANK,
     MISSING,
-    QUOTED_COLUMNS,
     Column,
     Record,
     best_values,
     by_score,
     cell,
     columns_of,
-    differences,
-    heading,
-    protocol_sentence,
-    published_sentence,
+    quoted_columns,
     quoted_record,
     record,
 )
-from pipelines.comparison import Comparison, Row, Section
+from pipelines.compare_sections import Row, Section
+from pipelines.compare_text import (
+    CONVENTION,
+    alike_sentence,
+    differences,
+    differences_sentence,
+    heading,
+    protocol_sentence,
+    published_sentence,
+)
+from pipelines.comparison import Comparison
 
 _GRID_WIDTH = 1200  # pixels; larger grids are made smaller for the page
 _LARGEST_PNG = 400_000  # bytes of a grid that is kept without loss
 _RUNS_SHOWN = 8
 _LONG = 36  # letters of a cell that may be broken into lines
+_NAMES = ("model", "variant", "num_steps", "guidance_scale", "mask_ratio")  # what tells rows apart
 
 
 @dataclass(frozen=True)
@@ -46,20 +53,29 @@ class Figures:
     sweep: Image.Image | None
 
 
+@dataclass(frozen=True)
+class Grids:
+    """shown: samples of rows, in their order.   num_left_out: sets of samples that were not looked at, for there are many."""
+
+    shown: tuple[tuple[Row, Image.Image], ...] = ()
+    num_left_out: int = 0
+
+
 def render(
     comparison: Comparison,
     figures: Sequence[Figures],
-    grids: Sequence[tuple[Row, Image.Image]],
+    grids: Grids,
     *,
     title: str,
     created: datetime,
 ) -> str:
-    """figures: of each section.   grids: samples of rows, in the order in which they are shown."""
+    """figures: of each section."""
     import jinja2
 
     loader = jinja2.PackageLoader("pipelines", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    rows = comparison.rows
+    rows, quoted = comparison.rows, comparison.quoted
+    letters, different = differences(comparison)
     return environment.get_template("compare.html.j2").render(
         title=title,
         created=f"{created:%Y-%m-%d %H:%M} UTC",
@@ -67,11 +83,16 @@ def render(
         uri=without_credentials(comparison.uri),
         query=str(comparison.query),
         notes=comparison.notes,
-        sections=[_section(section, drawn) for section, drawn in zip(comparison.sections, figures, strict=True)],
-        differences=differences(comparison),
-        grids=[_grid(row, image) for row, image in grids],
-        grids_sentence=grids_sentence([row for row, _ in grids]),
-        small_grids=all(image.width < _GRID_WIDTH / 2 for _, image in grids),
+        sections=[
+            {**_section(section, drawn), "quoted": _quoted(quoted[section.name]) if section.name in quoted else None}
+            for section, drawn in zip(comparison.sections, figures, strict=True)
+        ],
+        letters=letters,
+        differences=different,
+        differences_sentence=differences_sentence(letters),
+        grids=[_grid(row, image) for row, image in grids.shown],
+        grids_sentence=grids_sentence(grids),
+        small_grids=all(image.width < _GRID_WIDTH / 2 for _, image in grids.shown),
         convention=CONVENTION,
         missing=MISSING,
         runs=[_run(row) for row in rows],
@@ -79,22 +100,39 @@ def render(
 
 
 def _section(section: Section, figures: Figures) -> dict[str, Any]:
+    """Of its columns the less asked for are a table of their own, which also names the rows."""
     columns = columns_of(section)
     best = best_values(section, columns)
+    names = [column for column in columns if column.key in _NAMES]
+    others = [column for column in columns if column.rank > MAIN_RANK]
     return {
         "name": section.name,
         "heading": heading(section),
         "protocol": protocol_sentence(section.protocol),
         "digest": section.protocol_digest,
-        "columns": _titles(columns),
-        "rows": [[_cell(record(row), column, best) for column in columns] for row in section.rows],
-        "quoted_columns": _titles(QUOTED_COLUMNS),
-        "quoted": [
-            [_cell(quoted_record(result), column, {}) for column in QUOTED_COLUMNS] for result in by_score(section.published)
-        ],
-        "published_sentence": published_sentence(section) if section.published else "",
+        "alike": alike_sentence(section),
+        "table": _table(section, [column for column in columns if column.rank <= MAIN_RANK], best),
+        "more": _table(section, [*names, *others], best) if others else None,
+        "more_titles": ", ".join(column.title for column in others),
         "cost_figure": None if figures.cost is None else _png_uri(figures.cost),
         "sweep_figure": None if figures.sweep is None else _png_uri(figures.sweep),
+    }
+
+
+def _table(section: Section, columns: Sequence[Column], best: Mapping[str, float]) -> dict[str, Any]:
+    rows = [[_cell(record(row), column, best) for column in columns] for row in section.rows]
+    return {"columns": _titles(columns), "rows": rows}
+
+
+def _quoted(sections: Sequence[Section]) -> dict[str, Any]:
+    """What others published, once for all sections that it belongs beside."""
+    published = sections[0].published
+    columns = quoted_columns(published)
+    rows = [[_cell(quoted_record(result), column, {}) for column in columns] for result in by_score(published)]
+    return {
+        "beside": ", ".join(section.name for section in sections),
+        "sentence": published_sentence(sections),
+        "table": {"columns": _titles(columns), "rows": rows},
     }
 
 
@@ -118,14 +156,20 @@ def _grid(row: Row, image: Image.Image) -> dict[str, str]:
     return {"title": row.label, "detail": ", ".join(details), "image": _grid_uri(image)}
 
 
-def grids_sentence(rows: Sequence[Row]) -> str:
-    """Whether the pictures can be compared one by one, as far as is known."""
-    seeds = {row.generated.get("seed") if row.generated else None for row in rows}
+def grids_sentence(grids: Grids) -> str:
+    """Whether the pictures can be compared one by one, as far as is known, and how many are missing."""
+    seeds = {row.generated.get("seed") if row.generated else None for row, _ in grids.shown}
+    if not seeds:
+        return ""
     if None in seeds:
-        return "The first samples of each run. Of some it is not known which seeds they were drawn with."
-    if len(seeds) > 1:
-        return f"The first samples of each run, drawn with different seeds ({', '.join(sorted(map(str, seeds)))})."
-    return f"The first samples of each run, the same places drawn with the same seeds (run seed {seeds.pop()})." if seeds else ""
+        sentence = "The first samples of each run. Of some it is not known which seeds they were drawn with."
+    elif len(seeds) > 1:
+        sentence = f"The first samples of each run, drawn with different seeds ({', '.join(sorted(map(str, seeds)))})."
+    else:
+        sentence = f"The first samples of each run, the same places drawn with the same seeds (run seed {seeds.pop()})."
+    if grids.num_left_out:
+        sentence += f" {grids.num_left_out:,} more sets of samples are not shown: compare fewer runs to see theirs."
+    return sentence
 
 
 def _run(row: Row) -> dict[str, Any]:

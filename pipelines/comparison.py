@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines import tracked, tracking
 from pipelines.artifacts import digest_of, without_credentials
-from pipelines.published import DATASETS, PublishedResult, matching_dataset, published_for
+from pipelines.compare_sections import MAIN, Notes, Row, Section, make_sections
 from pipelines.tracked import TrackedRun
 
-MAIN = "main"
 _EVALUATIONS = "tags.`enat.stage` = 'evaluate'"
 _FINISHED = "attributes.status = 'FINISHED'"
 _MAX_DEPTH = 8  # of runs nested in each other; a loop of parents ends here
 _IDS_PER_QUERY = 100
-_DISTANCES = ("fid", "frechet_distance")
+_IMPORTED = "imported"  # in place of a dataset: weights of which it is not known what, and how long, they learned
 _NAMES_SHOWN = 8  # of what exists, in a message
+_RUNS_COUNTED = 1000  # of what exists, in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,60 +45,6 @@ class Query:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One set of samples, scored by one protocol. What is not known is None, or no metric.
-
-    run_ids: runs that logged these numbers, the newest first; it is the one that counts.   measured: start of the first of them.
-    samples, trained: artifacts, as "stage/key".   evaluation: digest of the artifact that holds the scores.
-    generated: parameters of the stage that made the samples; None where its run was not found.
-    """
-
-    run_ids: tuple[str, ...]
-    config_run: str | None
-    model: str
-    variant: str
-    dataset: str | None
-    resolution: int | None
-    parameters: int | None
-    train_steps: int | None
-    num_steps: int | None
-    guidance_scale: float | None
-    num_samples: int | None
-    samples: str | None
-    trained: str | None
-    evaluation: str | None
-    protocol_digest: str | None
-    protocol: Mapping[str, Any]
-    measured: datetime
-    metrics: Mapping[str, float]
-    generated: Mapping[str, str] | None = None
-
-    @property
-    def label(self) -> str:
-        return self.model if self.variant == MAIN else f"{self.model} ({self.variant})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """Rows that were measured alike, by size, and what others published for the same dataset. name: a letter."""
-
-    name: str
-    dataset: str | None
-    resolution: int | None
-    protocol_digest: str | None
-    protocol: Mapping[str, Any]
-    rows: tuple[Row, ...]
-    published: tuple[PublishedResult, ...] = ()
-    published_dataset: str | None = None
-
-    @cached_property
-    def distance(self) -> str | None:
-        """The metric that the figures draw: fid, or the Frechet distance on another extractor's features."""
-        counts = Counter(name for row in self.rows for name in _DISTANCES if name in row.metrics)
-        return max(_DISTANCES, key=lambda name: counts[name]) if counts else None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """experiment: of the newest evaluation.   sections: at least one, each with at least one row.
 
@@ -119,10 +62,14 @@ class Comparison:
         return [row for section in self.sections for row in section.rows]
 
     @property
-    def common_protocol(self) -> dict[str, Any]:
-        """What all known protocols say alike."""
-        known = [section.protocol for section in self.sections if section.protocol]
-        return {name: value for name, value in known[0].items() if all(p.get(name) == value for p in known)} if known else {}
+    def quoted(self) -> dict[str, list[Section]]:
+        """Name of a section -> the sections that its quoted numbers belong beside: it is the last of them, so that numbers are
+        quoted once."""
+        beside: dict[str, list[Section]] = {}
+        for section in self.sections:
+            if section.published_dataset is not None:
+                beside.setdefault(section.published_dataset, []).append(section)
+        return {sections[-1].name: sections for sections in beside.values()}
 
 
 def compare(uri: str, query: Query, published: str = "auto") -> Comparison:
@@ -132,10 +79,10 @@ def compare(uri: str, query: Query, published: str = "auto") -> Comparison:
     """
     known = tracked.experiments(uri)
     found, parents = _find(uri, query, known)
-    notes = _Notes()
+    notes = Notes()
     rows = _fold([_row(run, parents, notes) for run in found])
-    rows = _with_generation(uri, rows, found)
-    sections = _sections(rows, published, notes)
+    rows = _with_generation(uri, rows, found, notes)
+    sections = make_sections(rows, published, notes)
     experiment = next(name for name, id in known.items() if id == found[0].experiment_id)
     return Comparison(uri=uri, query=query, experiment=experiment, sections=sections, notes=tuple(notes.sentences))
 
@@ -199,13 +146,15 @@ def _line(run: TrackedRun, parents: Mapping[str, TrackedRun]) -> list[TrackedRun
 
 def _nothing_found(uri: str, query: Query, ids: Sequence[str], unmet: Sequence[str], known: Mapping[str, str]) -> str:
     """What was searched, and what exists there."""
-    everything = tracked.search_runs(uri, ids, limit=1000)
+    everything = tracked.search_runs(uri, ids, limit=_RUNS_COUNTED)
     evaluations = [run for run in everything if run.tags.get("enat.stage") == "evaluate"]
     finished = sum(run.status == "FINISHED" for run in evaluations)
     tops = dict.fromkeys(run.name for run in everything if run.parent_id is None)
     what = f"no finished evaluation of {', '.join(map(repr, unmet))} is" if unmet and len(query.runs) > len(unmet) else ""
     what = what or "no finished evaluation is"
-    exists = f"{len(everything)} runs, {len(evaluations)} of them evaluations ({finished} finished)" if everything else "no runs"
+    count = "" if len(everything) < _RUNS_COUNTED else f"at least {_RUNS_COUNTED:,} runs; the newest are "
+    count += f"{len(everything):,} runs, {len(evaluations)} of them evaluations ({finished} finished)"
+    exists = count if everything else "no runs"
     exists += f", of {_listed(tops)}" if tops else ""
     return f"{what} at {without_credentials(uri)} in {query}; there are {exists}, and the experiments are {_listed(known)}"
 
@@ -219,35 +168,27 @@ def _listed(names: Iterable[str]) -> str:
 # Rows ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Notes:
-    sentences: list[str] = field(default_factory=list)
-
-    def add(self, sentence: str) -> None:
-        if sentence not in self.sentences:
-            self.sentences.append(sentence)
-
-
 def printable(text: str) -> str:
     """Text that a terminal cannot take for commands, on one line."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
-def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: _Notes) -> Row:
+def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: Notes) -> Row:
     tags = run.tags
     line = _line(run, parents)
     variant = tags.get("enat.variant") or tags.get("enat.node", "").partition("@")[2] or MAIN
     trained = tags.get("enat.input.model")
     protocol = _protocol(run, notes)
+    is_imported = tags.get("enat.dataset") == _IMPORTED
     return Row(
         run_ids=(run.run_id,),
         config_run=printable(line[-1].name) if line else None,
         model=printable(tags.get("enat.model") or (trained or run.name)[:18]),
         variant=printable(variant),
-        dataset=_text(tags.get("enat.dataset")),
+        dataset=None if is_imported else _text(tags.get("enat.dataset")),
         resolution=_integer(run, "enat.resolution", notes),
         parameters=_integer(run, "enat.parameters", notes),
-        train_steps=_integer(run, "enat.train_steps", notes),
+        train_steps=None if is_imported else _integer(run, "enat.train_steps", notes),
         num_steps=_integer(run, "enat.num_steps", notes),
         guidance_scale=_number(run, "enat.guidance_scale", notes),
         num_samples=_integer(run, "enat.num_samples", notes),
@@ -258,6 +199,10 @@ def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: _Notes) -> R
         protocol=protocol,
         measured=run.started,
         metrics={name: value for name, value in run.metrics.items() if math.isfinite(value)},
+        device=_text(tags.get("enat.device")),
+        images_per_pass=_integer(run, "enat.images_per_pass", notes),
+        precision=_text(tags.get("enat.precision")),
+        currency=_text(tags.get("enat.currency")),
     )
 
 
@@ -265,14 +210,17 @@ def _text(value: str | None) -> str | None:
     return printable(value) if value else None
 
 
-def _integer(run: TrackedRun, tag: str, notes: _Notes) -> int | None:
+def _integer(run: TrackedRun, tag: str, notes: Notes) -> int | None:
     number = _number(run, tag, notes)
     return None if number is None else int(number)
 
 
-def _number(run: TrackedRun, tag: str, notes: _Notes) -> float | None:
+def _number(run: TrackedRun, tag: str, notes: Notes) -> float | None:
     """None where a tag is missing, or, with a note, where it is no number: tags may be edited by hand."""
-    text = run.tags.get(tag)
+    return _parsed(run.tags.get(tag), f"The tag {tag} of run {run.run_id}", notes)
+
+
+def _parsed(text: str | None, what: str, notes: Notes) -> float | None:
     if not text:
         return None
     try:
@@ -281,11 +229,11 @@ def _number(run: TrackedRun, tag: str, notes: _Notes) -> float | None:
         value = math.nan
     if math.isfinite(value):
         return value
-    notes.add(f"The tag {tag} of run {run.run_id} is {printable(text)[:40]!r}, no number; it is shown as missing.")
+    notes.add(f"{what} is {printable(text)[:40]!r}, no number; it is shown as missing.")
     return None
 
 
-def _protocol(run: TrackedRun, notes: _Notes) -> dict[str, Any]:
+def _protocol(run: TrackedRun, notes: Notes) -> dict[str, Any]:
     text = run.tags.get("enat.protocol")
     if not text:
         notes.add("Of some runs it is not known how they were measured; their numbers may not be comparable, even with each other.")
@@ -315,99 +263,28 @@ def _folded(same: Sequence[Row]) -> Row:
     return replace(newest, run_ids=tuple(id for row in same for id in row.run_ids), measured=first)
 
 
-def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun]) -> list[Row]:
+def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], notes: Notes) -> list[Row]:
     """The rows with the parameters of stage generate, which tell what else about the sampler differs.
 
-    It is enough to read one run of each set of samples: what it says is part of the key.
+    All runs of the stage are read at once: MLflow answers one question a set of samples far more slowly, and knows no list of
+    values for a tag. One run of each set is enough: what it says is part of the key.
     """
-    experiments = {run.run_id: run.experiment_id for run in runs}
-    found: dict[str, Mapping[str, str] | None] = {}
-    for row in rows:
-        stage, _, key = (row.samples or "").partition("/")
-        if stage == "generate" and row.samples not in found and key.isalnum():
-            tags = f"tags.`enat.stage` = 'generate' and tags.`enat.key` = '{key}'"
-            made = tracked.search_runs(uri, [experiments[row.run_ids[0]]], tags, limit=1)
-            found[str(row.samples)] = _without_execution(made[0].params) if made else None
-    return [replace(row, generated=found.get(row.samples or "")) for row in rows]
+    wanted = {row.samples for row in rows if (row.samples or "").startswith("generate/")}
+    found: dict[str, Mapping[str, str]] = {}
+    if wanted:
+        experiments = sorted({run.experiment_id for run in runs})
+        for run in tracked.search_runs(uri, experiments, "tags.`enat.stage` = 'generate'"):
+            samples = f"generate/{run.tags.get('enat.key')}"
+            if samples in wanted:
+                found.setdefault(samples, _without_execution(run.params))
+    return [_generated(row, found.get(row.samples or ""), notes) for row in rows]
+
+
+def _generated(row: Row, params: Mapping[str, str] | None, notes: Notes) -> Row:
+    ratio = (params or {}).get("mask_ratio", "None")  # a parameter is text: "None" where samples begin with nothing
+    what = f"The parameter mask_ratio of {row.samples}"
+    return replace(row, generated=params, mask_ratio=None if ratio == "None" else _parsed(ratio, what, notes))
 
 
 def _without_execution(params: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in params.items() if not name.startswith("execution.")}
-
-
-def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Label -> the rows of one trained model. Models that are called alike but are not the same are told apart by their runs."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.trained or row.label, []).append(row)
-    named: dict[str, list[Row]] = {}
-    for group in groups.values():
-        first = group[0]
-        name = first.label if len({row.label for row in group}) == 1 else first.model
-        if name in named:
-            name = f"{name}, {first.config_run or first.trained}"
-        while name in named:
-            name += "'"
-        named[name] = group
-    return named
-
-
-# Sections ------------------------------------------------------------------------------------------------------------------
-
-
-def _sections(rows: Sequence[Row], published: str, notes: _Notes) -> tuple[Section, ...]:
-    groups: dict[tuple[str, int, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.dataset or "", row.resolution or 0, row.protocol_digest or ""), []).append(row)
-    sections = []
-    for number, (_, group) in enumerate(sorted(groups.items())):
-        first = group[0]
-        section = Section(
-            name=_letters(number),
-            dataset=first.dataset,
-            resolution=first.resolution,
-            protocol_digest=first.protocol_digest,
-            protocol=first.protocol,
-            rows=tuple(sorted(group, key=_by_size)),
-        )
-        sections.append(_with_published(section, published, notes))
-    if published in DATASETS and not any(section.published for section in sections):
-        notes.add(f"Nothing here is an FID at the resolution of {published}, so no published numbers are shown.")
-    return tuple(sections)
-
-
-def _by_size(row: Row) -> tuple[Any, ...]:
-    return (
-        row.parameters if row.parameters is not None else math.inf,
-        row.model,
-        row.train_steps or 0,
-        row.num_steps or 0,
-        row.guidance_scale or 0.0,
-        row.variant != MAIN,
-        row.variant,
-        row.samples or "",
-    )
-
-
-def _letters(number: int) -> str:
-    """0 -> A, 25 -> Z, 26 -> AA"""
-    letters = ""
-    number += 1
-    while number:
-        number, rest = divmod(number - 1, 26)
-        letters = chr(ord("A") + rest) + letters
-    return letters
-
-
-def _with_published(section: Section, published: str, notes: _Notes) -> Section:
-    """Quoted numbers are FIDs of Inception features; they belong beside nothing else."""
-    if published == "none" or section.distance != "fid":
-        return section
-    if published == "auto":
-        dataset = matching_dataset(section.dataset, section.resolution)
-    else:
-        is_other = section.resolution is not None and not published.endswith(str(section.resolution))
-        dataset = None if is_other else published
-    if dataset is None:
-        return section
-    return replace(section, published=published_for(dataset), published_dataset=dataset)

@@ -53,6 +53,7 @@ def compare(
     """
     from pipelines import compare as comparing
     from pipelines import compare_table, tracking
+    from pipelines.compare_page import Grids
     from pipelines.comparison import Query
     from pipelines.comparison import compare as read
 
@@ -61,7 +62,7 @@ def compare(
     with console(stderr=True).status("reading MLflow"):
         comparison = read(uri, Query(experiments=experiments, filter=filter_string, runs=runs), published)
         is_page_made = html_path is not None or not no_log
-        files = comparing.make_files(comparison, title, comparing.read_grids(comparison) if is_page_made else [])
+        files = comparing.make_files(comparison, title, comparing.read_grids(comparison) if is_page_made else Grids())
     if png_path is not None and files.figures is None:
         raise ValueError(f"there is nothing to draw into {png_path}: no run has both a distance and gmacs_total, or a sweep")
     outputs = ((csv_path, files.table), (png_path, files.figures), (html_path, files.page))

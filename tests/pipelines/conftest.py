@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compare_lab import lab, lab_uri  # noqa: F401 (fixtures)
 from layouts import Layouts, make_layouts
 from PIL import Image
 from s3_server import S3Endpoint, make_bucket, s3_endpoint  # noqa: F401 (fixtures)

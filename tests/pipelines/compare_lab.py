@@ -1,0 +1,144 @@
+"""What tests of comparisons share: MLflow, and runs in it as `enat run` logs them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import pytest
+from html_page import Page
+from rich.console import Console
+
+from pipelines import compare_table, comparison, tracking
+from pipelines.artifacts import canonical_json
+from pipelines.compare_sections import Row
+from pipelines.comparison import Comparison, Query
+from pipelines.tracking import RunHandle, TrackingConfig
+
+HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
+PROTOCOL = {
+    "extractor": "inception",
+    "extractor_digest": "e" * 64,
+    "reference": "imagenet, 256 px, adm-center",
+    "reference_digest": "f" * 64,
+    "num_samples": 50_000,
+    "num_reference": 1_281_167,
+    "rounding": "uint8",
+    "labels": "each class in turn",
+    "metric_version": 1,
+}
+
+
+@dataclass
+class Lab:
+    """One experiment, and runs in it as `enat run` logs them."""
+
+    uri: str
+    experiment: str
+    client: Any  # of MLflow
+
+    def start(self, name: str, tags: Mapping[str, str] | None = None, parent: RunHandle | None = None) -> RunHandle:
+        return tracking.start_run(self.uri, TrackingConfig(experiment=self.experiment), name, tags or {}, parent)
+
+    def generate(
+        self, samples: str, parent: RunHandle | None = None, *, mask_ratio: float | str | None = None, **params: Any
+    ) -> None:
+        key = samples.partition("/")[2]
+        run = self.start("generate", {"enat.stage": "generate", "enat.key": key}, parent)
+        run.log_params({"seed": 0, "mask_ratio": mask_ratio, "sampler": params, "execution": {"num_workers": 3}})
+        run.finish()
+
+    def evaluate(
+        self,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        samples: str | None = "generate/" + "a1" * 32,
+        protocol: Mapping[str, Any] | str | None = PROTOCOL,
+        parent: RunHandle | None = None,
+        status: str = "FINISHED",
+        grid: bytes | None = None,
+        **tags: Any,
+    ) -> str:
+        """A run of stage evaluate; tags by their names without "enat.", None leaves one out."""
+        text = canonical_json(dict(protocol)).decode() if isinstance(protocol, Mapping) else protocol
+        values = {
+            "stage": "evaluate",
+            "node": "evaluate",
+            "model": "enat-l-imagenet",
+            "variant": "main",
+            "dataset": "imagenet",
+            "resolution": 256,
+            "parameters": 574_300_000,
+            "train_steps": 500_000,
+            "num_steps": 8,
+            "guidance_scale": 3.5,
+            "num_samples": protocol.get("num_samples") if isinstance(protocol, Mapping) else None,
+            "protocol": text,
+            "protocol_digest": hashlib.sha256(text.encode()).hexdigest()[:12] if text else None,
+            "samples": samples,
+            "digest": "d" * 64,
+            **tags,
+        }
+        run = self.start("evaluate", {f"enat.{name}": str(v) for name, v in values.items() if v is not None}, parent)
+        run.log_metrics({"fid": 2.79, "gmacs_total": 347.0} if metrics is None else metrics)
+        if grid is not None:
+            run.log_bytes(grid, "samples.png")
+        if status != "RUNNING":
+            run.finish(status)
+        assert run.run_id is not None
+        return run.run_id
+
+    def compare(self, *runs: str, filter: str | None = None, published: str = "none") -> Comparison:
+        return comparison.compare(self.uri, Query(experiments=(self.experiment,), filter=filter, runs=runs), published)
+
+    def rows(self, *runs: str, filter: str | None = None) -> list[Row]:
+        return self.compare(*runs, filter=filter).rows
+
+
+@pytest.fixture(scope="session")
+def lab_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('compare') / 'mlflow.db'}"
+
+
+_numbers = count()
+
+
+@pytest.fixture
+def lab(lab_uri: str) -> Lab:
+    """An experiment that no other test uses, with nothing in it."""
+    from mlflow import MlflowClient
+
+    lab = Lab(lab_uri, f"lab-{next(_numbers)}", MlflowClient(lab_uri))
+    run = lab.start("empty")
+    lab.client.delete_run(run.run_id)
+    return lab
+
+
+def key_of(number: int) -> str:
+    return f"generate/{number:064x}"
+
+
+def text_of(comparison: Comparison, width: int = 1000) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    compare_table.show(comparison, console)
+    with closing(console.file) as file:
+        assert isinstance(file, io.StringIO)
+        return file.getvalue()
+
+
+def assert_self_contained(html: str) -> Page:
+    """A page that runs nothing and loads nothing."""
+    page = Page.parse(html)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "svg"} & page.tags.keys() and page.open == []
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), f"{tag} runs {name}"
+        loads = name in ("src", "srcset", "href", "data", "action", "poster", "background")
+        assert not loads or value.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")), f"{tag} loads {value[:40]}"
+    style = html.partition("<style>")[2].partition("</style>")[0]
+    assert "url(" not in style and "@import" not in style and html.count("<style>") == 1
+    return page
