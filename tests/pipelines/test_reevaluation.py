@@ -31,6 +31,7 @@ from rich.console import Console
 from enat import ENAT, VQGAN, ENATConfig, SamplerConfig
 from enat.checkpoint import save_weights
 from pipelines import (
+    code_package,
     evaluation_card,
     evaluation_record,
     model_card,
@@ -293,7 +294,10 @@ def test_an_evaluation_as_before_needs_no_dataset(lab: Lab, monkeypatch: pytest.
     assert lab.one(with_config=False).verdict == "fresh"
 
 
-def test_an_old_evaluation_is_measured_anew_and_compared(lab: Lab, light: Light) -> None:
+def test_an_old_evaluation_is_measured_anew_and_compared(lab: Lab, light: Light, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = code_package.CodeState(version="1.0", commit="a" * 40, diff_digest=None, digest="c" * 64)
+    monkeypatch.setattr(code_package, "read_state", lambda: state)  # as in a job
+    monkeypatch.setattr(workflow, "code_version", lambda: state.label)
     lab.tag(evaluated=LONG_AGO)
     recorded = Recorded.of(lab.tags())
     assert lab.one(with_config=False).verdict == "fresh", "no limit is given"
@@ -303,6 +307,9 @@ def test_an_old_evaluation_is_measured_anew_and_compared(lab: Lab, light: Light)
     found = Recorded.of(lab.tags())
     assert found == replace(recorded, evaluated=found.evaluated) and datetime.now(UTC) - found.evaluated < timedelta(minutes=5)
     assert lab.one(with_config=False, older_than=30 * 86400.0).verdict == "fresh" and light.num_runs == 1
+    experiment = lab.client.get_experiment_by_name("enat")
+    (run,) = lab.client.search_runs([experiment.experiment_id], "run_name = 'reevaluate'", max_results=1)
+    assert state.tags.items() <= run.data.tags.items()
 
 
 def test_an_old_evaluation_that_is_no_longer_found_is_drift(lab: Lab, light: Light) -> None:
