@@ -27,8 +27,10 @@ KIND_OF_STAGE = {
     "generate": "generation",
     "images": "evaluation",
     "reference": "evaluation",
+    "reconstruction": "evaluation",
     "evaluate": "evaluation",
 }
+_COMPUTED_HERE_TOO = ("reference",)  # imported statistics come with features of their images, computed by this store's workers
 KINDS = ("training", "tokenizing", "generation", "evaluation")
 OTHER = "other"  # a stage that the table above does not name
 _SECONDS_PER_HOUR = 3600.0
@@ -61,9 +63,9 @@ class Prices:
 class LineageCost:
     """worker_seconds, device_seconds: by kind; every kind of KINDS is there, OTHER where a stage has no kind.
 
-    imported: artifacts of weights (or statistics) made elsewhere, which count as 0 here.   missing: ancestors of which the store
-    no longer has a manifest that can be read and says what they took; nor is it known what they alone were made from took. Both
-    as "stage/key".
+    imported: artifacts of weights or statistics made elsewhere, of which nothing counts here but what a reference took to compute
+    features beside its statistics.   missing: ancestors of which the store no longer has a manifest that can be read and says what
+    they took; nor is it known what they alone were made from took. Both as "stage/key".
     """
 
     worker_seconds: Mapping[str, float]
@@ -80,7 +82,9 @@ def lineage_cost(store: ArtifactStore, manifest: Manifest) -> LineageCost:
     for place, found in _lineage(store, manifest):
         if found is not None and found.summary.get("is_imported", False):
             imported.append(place)
-        elif found is None or (took := _seconds(found)) is None:
+            if found.stage not in _COMPUTED_HERE_TOO:
+                continue
+        if found is None or (took := _seconds(found)) is None:
             missing.append(place)
         else:
             kind = KIND_OF_STAGE.get(found.stage, OTHER)

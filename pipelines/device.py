@@ -22,6 +22,12 @@ def device_name(device: str) -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def wait_for(device: str) -> None:
+    """Until it has done what it was given: a GPU computes beside the program."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_memory_gb(device: str) -> float:
     """In 10**9 bytes: of a GPU what the allocator held at most, of a CPU the process's largest resident set."""
     if torch.device(device).type == "cuda":

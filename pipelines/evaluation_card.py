@@ -36,6 +36,8 @@ SCORES = {
     "coverage": "coverage",
     "class_agreement": "class agreement",
 }
+# Tag -> where samples that were made here say it: what their times were measured with.
+_MADE_WITH = {"device": "device", "images_per_pass": "batch_size", "precision": "precision"}
 _LARGE = 64  # pixels from which on fewer images are shown, and none enlarged
 _MOST_COLUMNS = 20
 
@@ -103,6 +105,7 @@ def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> di
         tags |= {"enat.parameters": model.summary["parameters"], "enat.train_steps": model.summary["num_steps"]}
     if "sampler" in samples.summary:
         sampler = samples.summary["sampler"]
+        tags |= {f"enat.{name}": samples.summary[key] for name, key in _MADE_WITH.items()}
         tags["enat.num_steps"] = sampler["num_steps"]
         if sampler["guidance_scales"] is None:  # a list of weights takes its place
             tags["enat.guidance_scale"] = sampler["guidance_scale"]
@@ -111,7 +114,10 @@ def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> di
 
 def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
     """Tags, the picture, and what all of it took, on the tracking run of the stage, also where the evaluation was reused."""
-    context.run.set_tags(tags_of(manifest, inputs, context.node))
+    tags = tags_of(manifest, inputs, context.node)
+    if context.prices is not None:
+        tags["enat.currency"] = context.prices.currency  # of cost/total_money
+    context.run.set_tags(tags)
     context.run.log_file(context.store.fetch(manifest, GRID))
     context.run.log_metrics(cost_metrics(context.store, manifest, context.prices))
     evaluation_record.record(manifest, inputs, context, SCORES)

@@ -29,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 from enat.features import BUILT_IN, ExtractorFactory, FeatureExtractor, extractor_factory
 from enat.metrics import FeatureMoments, FeatureStatistics, load_moments
 from pipelines.artifacts import WORK, ArtifactStore, FileRecord, Manifest
+from pipelines.device import wait_for
 from pipelines.readers import BlockReader, Decoder, fixed_numerics, pass_pool, run_pass
 from pipelines.stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
 from pipelines.workflow import Execution, StageContext
@@ -107,7 +108,8 @@ class FeatureSet:
     """count: images that could be read.   num_kept: of them, those whose rows are kept.   moments: by output.
 
     files: safetensors with kept rows, in order, of read_rows.
-    worker_seconds: summed over workers.   device_seconds: those of the actors that hold the network.
+    worker_seconds: summed over workers.   device_seconds: those of the actors that hold the network.   decoding_seconds: of these
+    actors', those that went into making the images.
     """
 
     count: int
@@ -116,6 +118,7 @@ class FeatureSet:
     files: tuple[FileRecord, ...]
     worker_seconds: float
     device_seconds: float
+    decoding_seconds: float
 
 
 def drawn_evenly(num_images: int, count: int, seed: int) -> np.ndarray:
@@ -187,7 +190,8 @@ def compute_features(
         moments=moments,
         files=tuple(FileRecord(**record["file"]) for record in records if record["file"]),
         worker_seconds=sum(record["seconds"] + record["loading_seconds"] for record in records),
-        device_seconds=sum(record["seconds"] for record in records) if execution.gpus_per_worker else 0.0,
+        device_seconds=execution.device_seconds(sum(record["seconds"] for record in records)),
+        decoding_seconds=sum(record["decoding_seconds"] for record in records),
     )
 
 
@@ -245,6 +249,21 @@ class _Outputs:
     kept: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """Outputs and measures of the images of one pass, and how long it took; of that, making the images."""
+
+    outputs: dict[str, np.ndarray]
+    seconds: float
+    decoding_seconds: float
+
+
+def _share(passes: Sequence[_Pass]) -> float:
+    """Of making images in the time of passes, which may have run side by side."""
+    whole = sum(each.seconds for each in passes)
+    return sum(each.decoding_seconds for each in passes) / whole if whole else 0.0
+
+
 class _Load:
     """Block -> what is needed to make its images, on a CPU."""
 
@@ -276,25 +295,36 @@ class _Extract:
         size = self.spec.images_per_pass
         passes = [{name: rows[first : first + size] for name, rows in loaded.rows.items()} for first in range(0, num_rows, size)]
         results = list(self.pool.map(self._pass, passes))
-        outputs = {name: np.concatenate([result[name] for result in results]) for name in (results[0] if results else ())}
+        outputs = {
+            name: np.concatenate([result.outputs[name] for result in results]) for name in (results[0].outputs if results else ())
+        }
         self._check(outputs, loaded.block)
+        selected = self._selected(outputs, num_rows, loaded.block)
+        seconds = time.monotonic() - started
         record = {
             **{name: loaded.block[name] for name in ("block", "part", "start")},
             "images": loaded.block["stop"] - loaded.block["start"],
-            "outputs": self._selected(outputs, num_rows, loaded.block),
-            "seconds": time.monotonic() - started,
+            "outputs": selected,
+            "seconds": seconds,
+            "decoding_seconds": seconds * _share(results),
             "loading_seconds": loaded.seconds,
         }
         return {"record": [record]}
 
-    def _pass(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs and measures of the images of one pass."""
+    def _pass(self, rows: Mapping[str, np.ndarray]) -> _Pass:
+        decoding_seconds = 0.0
 
         def outputs(padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            nonlocal decoding_seconds
+            before = time.perf_counter()
             decoded = self.decoder(padded)
+            wait_for(self.device)
+            decoding_seconds = time.perf_counter() - before
             return {**self.extractor(decoded.images), **decoded.measures}
 
-        return run_pass(outputs, rows, self.spec.images_per_pass, self.device)
+        started = time.perf_counter()
+        found = run_pass(outputs, rows, self.spec.images_per_pass, self.device)
+        return _Pass(found, time.perf_counter() - started, decoding_seconds)
 
     def _check(self, outputs: Mapping[str, np.ndarray], block: Mapping[str, int]) -> None:
         where = f"images {block['start']} to {block['stop'] - 1}"
@@ -370,8 +400,7 @@ class _PartWriter:
             "moments": {
                 name: asdict(self._put(f"{WORK}/{name}-{part:05d}.safetensors", m.save)) for name, m in self.moments.items()
             },
-            "seconds": sum(block["seconds"] for block in blocks),
-            "loading_seconds": sum(block["loading_seconds"] for block in blocks),
+            **{name: sum(block[name] for block in blocks) for name in ("seconds", "decoding_seconds", "loading_seconds")},
         }
         self.context.store.put_part(self.context.stage, self.context.key, _part_name(part), record)
         if len(self.records) > 1:  # only the newest moments are gone on from, or those before, by another run of the same stage

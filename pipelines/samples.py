@@ -97,6 +97,11 @@ def drawn_rows(num_rows: int, num_samples: int, seed: int) -> np.ndarray:
     return np.resize(np.random.default_rng([seed, _ROW_STREAM]).permutation(num_rows), num_samples)
 
 
+def num_masked_of(mask_ratio: float, num_tokens: int) -> int:
+    """Of a sample that begins with codes; one at least, or there would be nothing to make."""
+    return max(1, round(mask_ratio * num_tokens))
+
+
 def masked_positions(seed: int, num_tokens: int, num_masked: int) -> np.ndarray:
     """int64 (num_masked,): positions of one sample, drawn evenly by its own seed."""
     return np.random.default_rng([seed, _MASK_STREAM]).permutation(num_tokens)[:num_masked]

@@ -130,11 +130,11 @@ def published_name(metric: str, extractor: str) -> str:
 class Spread:
     """Work over Ray tasks, as many at once as execution says. bar: given the number of tasks, a bar for them.
 
-    seconds: that tasks took so far, summed.
+    seconds: that tasks took so far, summed.   cpu_seconds: that other tasks for the same scores took, on a CPU alone.
     """
 
     def __init__(self, execution: Execution, bar: Callable[[int], Bar]) -> None:
-        self.execution, self.bar, self.seconds = execution, bar, 0.0
+        self.execution, self.bar, self.seconds, self.cpu_seconds = execution, bar, 0.0, 0.0
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], bar: Bar) -> list[Any]:
         """Results in the order of the arguments. References among these are resolved by Ray."""
@@ -177,7 +177,7 @@ def compute_scores(
         scores["spatial_frechet_distance"] = frechet_distance(generated.moments["spatial"], reference.moments["spatial"])
     for name, reference_to_result in estimates.items():
         estimate, seconds = ray.get(reference_to_result)
-        spread.seconds += seconds
+        spread.cpu_seconds += seconds
         scores[name], scores[f"{name}_std"] = estimate.value, estimate.std
     if {"precision_recall", "density_coverage"} & set(chosen):
         assert generated.features is not None and reference.features is not None

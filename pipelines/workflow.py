@@ -62,6 +62,10 @@ class Workers:
         """For ray.remote and Ray Data."""
         return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
 
+    def device_seconds(self, worker_seconds: float) -> float:
+        """Seconds of accelerators that workers held for so long: a worker may hold several, or share one."""
+        return worker_seconds * self.gpus_per_worker
+
 
 @dataclass(frozen=True, kw_only=True)
 class Execution(Workers):

@@ -92,7 +92,7 @@ def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageCo
         summary={"info": dataclasses.asdict(info), "dataset_digest": inputs["dataset"].digest},
         metrics={"captions": info.num_captions, "mean_tokens": sum(r["tokens"] for r in records.values()) / info.num_captions},
         worker_seconds=seconds,
-        device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
+        device_seconds=config.execution.device_seconds(seconds),
     )
 
 

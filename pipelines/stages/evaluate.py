@@ -7,6 +7,7 @@ codes of stage `generate`, or images of any other generator (stage `images`), of
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,15 +16,12 @@ import numpy as np
 import ray
 import torch
 
-from enat.config import ENATConfig
-from enat.cost import generation_cost
 from enat.images import png_bytes
-from enat.sampler import SamplerConfig
-from enat.tokenizer import VQGANConfig
 from pipelines import cluster, evaluation_card
 from pipelines.artifacts import Manifest
 from pipelines.dataset import Dataset
 from pipelines.feature_job import (
+    BLOCK_SIZE,
     MOMENTS_FILES,
     ExtractorFile,
     FeatureSet,
@@ -34,6 +32,7 @@ from pipelines.feature_job import (
     require_same_features,
     stored_moments,
 )
+from pipelines.image_cost import image_cost
 from pipelines.image_sets import ImageSetConfig
 from pipelines.readers import BlockReader, SourceImages, read_images, sample_reader
 from pipelines.samples import read_codes
@@ -44,7 +43,12 @@ from pipelines.workflow import Execution, Stage, StageContext, StageResult
 JUDGES = ("svc",)
 _MAX_JUDGE_IMAGES = 20_000  # a support vector machine's fit grows with the square of it
 _NEED_ROWS = {"features": {"kernel_distance", "precision_recall", "density_coverage"}, "logits": {"inception_score"}}
-_MEASURED = ("images_per_second", "device_seconds_per_image", "worker_seconds_per_image", "peak_memory_gb")
+_SAMPLING = (
+    "sampling_images_per_second",
+    "sampling_worker_seconds_per_image",
+    "sampling_device_seconds_per_image",
+    "peak_memory_gb",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +106,11 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         real_rows = read_rows(context.store, reference.stage, reference.key, feature_files(reference), "features")
     real = ImageStatistics(moments=real_moments, features=real_rows)
     scores = compute_scores(chosen, ImageStatistics(moments=job.moments, **made), real, settings, spread)
-    metrics = _named(scores, reference.summary["extractor"]) | _cost(inputs)
+    metrics = _named(scores, reference.summary["extractor"]) | _counted(inputs) | _measured(samples, job, config.execution)
+    judging_seconds = 0.0
     if config.judge is not None:
-        metrics |= _judged(config, reader, per_pass, inputs, context)
+        judged, judging_seconds = _judged(config, reader, per_pass, inputs, context)
+        metrics |= judged
     protocol = evaluation_card.protocol_of(reference, samples, config.settings)
     grid = evaluation_card.sample_grid(reader, samples, per_pass)
     return StageResult(
@@ -118,8 +124,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
             "settings": asdict(settings),
         },
         metrics=metrics,
-        worker_seconds=job.worker_seconds + spread.seconds,
-        device_seconds=job.device_seconds + (spread.seconds if config.execution.gpus_per_worker else 0.0),
+        worker_seconds=job.worker_seconds + spread.seconds + spread.cpu_seconds + judging_seconds,
+        device_seconds=job.device_seconds + config.execution.device_seconds(spread.seconds),
     )
 
 
@@ -153,29 +159,49 @@ def _named(scores: Mapping[str, float], extractor: str) -> dict[str, float]:
     return named
 
 
-def _cost(inputs: Mapping[str, Manifest]) -> dict[str, float]:
-    """Of one image: MACs counted from the architecture, seconds as they were measured when the samples were made."""
-    samples, model = inputs["samples"], inputs.get("model")
-    measured = {name: samples.metrics[name] for name in _MEASURED if name in samples.metrics}
-    if model is None or "sampler" not in samples.summary:
-        return measured
-    architecture, sampler = ENATConfig(**model.summary["model"]), SamplerConfig(**samples.summary["sampler"])
-    mask_ratio = samples.summary.get("mask_ratio")
-    num_given = 0 if mask_ratio is None else architecture.num_tokens - max(1, round(mask_ratio * architecture.num_tokens))
-    cost = generation_cost(architecture, sampler, VQGANConfig(**inputs["tokenizer"].summary["config"]), num_given=num_given)
+def _counted(inputs: Mapping[str, Manifest]) -> dict[str, float]:
+    """Of one image, from the architecture. Nothing is known of images that were made elsewhere."""
+    if inputs["samples"].stage == "images":
+        return {}
+    cost = image_cost(inputs["samples"], inputs["model"], inputs["tokenizer"])
     return {
+        "gmacs_one_pass": cost.one_pass_macs / 1e9,
+        "gmacs_guidance": cost.guidance_macs / 1e9,
         "gmacs_transformer": cost.transformer_macs / 1e9,
         "gmacs_decoder": cost.decoder_macs / 1e9,
         "gmacs_total": cost.total_macs / 1e9,
         "gmacs_executed": cost.executed_total_macs / 1e9,
         "gflops_total": 2 * cost.total_macs / 1e9,
-        **measured,
+        "gflops_executed": 2 * cost.executed_total_macs / 1e9,
     }
+
+
+def _measured(samples: Manifest, job: FeatureSet, execution: Execution) -> dict[str, float]:
+    """Of one image: making its codes, as stage generate measured it, decoding them, as measured here, and both together.
+
+    images_per_second: by all workers of either stage, one stage after the other.
+    """
+    if samples.stage == "images":
+        return {}
+    worker_seconds = job.decoding_seconds / job.count
+    num_workers = min(execution.num_workers, -(-job.count // BLOCK_SIZE))
+    measured = {
+        **{name: samples.metrics[name] for name in _SAMPLING},
+        "decoding_images_per_second": num_workers / worker_seconds,
+        "decoding_worker_seconds_per_image": worker_seconds,
+        "decoding_device_seconds_per_image": execution.device_seconds(worker_seconds),
+    }
+    of = ("sampling", "decoding")
+    for seconds in ("worker_seconds_per_image", "device_seconds_per_image"):
+        measured[seconds] = sum(measured[f"{part}_{seconds}"] for part in of)
+    measured["images_per_second"] = 1 / sum(1 / measured[f"{part}_images_per_second"] for part in of)
+    return measured
 
 
 def _judged(
     config: EvaluateConfig, reader: BlockReader, images_per_pass: int, inputs: Mapping[str, Manifest], context: StageContext
-) -> dict[str, float]:
+) -> tuple[dict[str, float], float]:
+    """What the judge says, and the seconds of a CPU that it took."""
     samples = inputs["samples"]
     if samples.stage == "images" or samples.summary.get("labels") == "captions":
         raise ValueError("evaluate.judge needs samples that were generated here, one class each; leave it out for others")
@@ -183,18 +209,19 @@ def _judged(
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
     real = SourceImages(dataset, evaluation_card.resolution_of(samples, inputs))
     labels = read_codes(context.store, samples, 0, min(_MAX_JUDGE_IMAGES, evaluation_card.num_samples_of(samples))).labels
-    scores: dict[str, float] = ray.get(ray.remote(num_cpus=1)(_judge).remote(real, reader, images_per_pass, labels))
-    return scores
+    judged: tuple[dict[str, float], float] = ray.get(ray.remote(num_cpus=1)(_judge).remote(real, reader, images_per_pass, labels))
+    return judged
 
 
-def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, asked: np.ndarray) -> dict[str, float]:
-    """Agreement of a support vector machine with the labels asked for; its own accuracy on real images it did not see.
+def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, asked: np.ndarray) -> tuple[dict[str, float], float]:
+    """Agreement of a support vector machine with the labels asked for; its own accuracy on real images it did not see. Seconds.
 
     asked: int64 (N,), of the first N samples.
     """
     from sklearn.model_selection import cross_val_score
     from sklearn.svm import SVC
 
+    started = time.monotonic()
     torch.set_num_threads(1)
     images, labels = real.dataset.load_images(real.resolution, 0, _MAX_JUDGE_IMAGES)
     pixels = _gray(torch.from_numpy(images))
@@ -202,7 +229,8 @@ def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, asked:
     accuracy = cross_val_score(machine, pixels, labels, cv=5).mean()
     machine.fit(pixels, labels)
     predicted = machine.predict(_gray(read_images(reader, 0, len(asked), images_per_pass)))
-    return {"class_agreement": float((predicted == asked).mean()), "judge_accuracy": float(accuracy)}
+    scores = {"class_agreement": float((predicted == asked).mean()), "judge_accuracy": float(accuracy)}
+    return scores, time.monotonic() - started
 
 
 def _gray(images: torch.Tensor) -> Any:

@@ -35,6 +35,7 @@ from pipelines.samples import (
     caption_order,
     drawn_rows,
     masked_positions,
+    num_masked_of,
     part_name,
     sample_label,
     sample_seed,
@@ -143,18 +144,21 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
         },
         metrics=_metrics(config, list(records.values())),
         worker_seconds=seconds,
-        device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
+        device_seconds=config.execution.device_seconds(seconds),
     )
 
 
 def _metrics(config: GenerateConfig, records: list[dict[str, Any]]) -> dict[str, float]:
-    """images_per_second: of all workers together while they sample. Seconds per image are without loading the model."""
+    """Of making codes; decoding these is measured by stage evaluate. Seconds of an image are without loading the model.
+
+    sampling_images_per_second: of all workers together.   peak_memory_gb: of the worker that held most.
+    """
     per_image = sum(record["seconds"] for record in records) / config.num_samples
     return {
         "samples": config.num_samples,
-        "images_per_second": config.num_samples / sum(record["seconds"] / record["num_workers"] for record in records),
-        "worker_seconds_per_image": per_image,
-        "device_seconds_per_image": per_image if config.execution.gpus_per_worker else 0.0,
+        "sampling_images_per_second": config.num_samples / sum(record["seconds"] / record["num_workers"] for record in records),
+        "sampling_worker_seconds_per_image": per_image,
+        "sampling_device_seconds_per_image": config.execution.device_seconds(per_image),
         "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
     }
 
@@ -291,7 +295,7 @@ class _Sample:
         assert self.config.mask_ratio is not None
         tokens = self.plan.start[index].astype(np.int64)
         num_tokens = tokens.shape[1]
-        num_masked = max(1, round(self.config.mask_ratio * num_tokens))
+        num_masked = num_masked_of(self.config.mask_ratio, num_tokens)
         for row, seed in zip(tokens, seeds.tolist(), strict=True):
             row[masked_positions(seed, num_tokens, num_masked)] = self.model.config.mask_id
         return torch.from_numpy(tokens)
@@ -306,4 +310,4 @@ def _prepare(model: ENAT, execution: GenerateExecution) -> ENAT:
     return model
 
 
-STAGE = Stage("generate", 2, run)
+STAGE = Stage("generate", 3, run)

@@ -17,6 +17,7 @@ from enat.metrics import frechet_distance
 from enat.tokenizer import VQGANConfig
 from pipelines import cluster, token_map
 from pipelines.artifacts import ArtifactStore, Manifest
+from pipelines.costs import cost_metrics
 from pipelines.dataset import Dataset
 from pipelines.feature_job import (
     MOMENTS_FILES,
@@ -30,7 +31,7 @@ from pipelines.feature_job import (
 )
 from pipelines.readers import Decoded, Decoder, Rows, code_decoder
 from pipelines.sources import DatasetConfig
-from pipelines.workflow import Execution, Stage, StageContext, StageResult
+from pipelines.workflow import Execution, PublishContext, Stage, StageContext, StageResult
 
 _MOST_PSNR = 100.0  # decibels; of an image that came back as it was, where the ratio is infinite
 _MEASURES = ("psnr", "ssim")
@@ -138,6 +139,13 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
     )
 
 
+def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
+    """What it took with all it was made from: no evaluation is made from a reconstruction, so no other total holds it."""
+    context.run.log_metrics(cost_metrics(context.store, manifest, context.prices))
+    if context.prices is not None:
+        context.run.set_tags({"enat.currency": context.prices.currency})
+
+
 def _quarantined(dataset: Dataset, tokens: Manifest, context: StageContext) -> tuple[int, ...]:
     """As Reconstructions needs them."""
     left_out = set(pq.read_table(context.store.fetch(tokens, token_map.QUARANTINE))["key"].to_pylist())
@@ -147,4 +155,4 @@ def _quarantined(dataset: Dataset, tokens: Manifest, context: StageContext) -> t
     return tuple(index for index, key in enumerate(keys) if key in left_out)
 
 
-STAGE = Stage("reconstruction", 2, run)
+STAGE = Stage("reconstruction", 2, run, publish=_publish)

@@ -149,7 +149,7 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
     count = features.count if features else None
     if real.npz is not None and real.npz.statistics and config.extractor == "inception":
         moments, count = dict(real.npz.statistics), real.npz.statistics["features"].count
-    making_device_seconds = made.seconds if config.execution.gpus_per_worker else 0.0
+    making_device_seconds = config.execution.device_seconds(made.seconds)
     return StageResult(
         files=[
             made.file,

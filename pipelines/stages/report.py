@@ -17,20 +17,21 @@ from PIL import Image
 
 from enat.checkpoint import load_enat, load_vqgan
 from enat.config import ENATConfig
-from enat.cost import generation_cost
 from enat.images import make_grid, png_bytes
 from enat.model import TextCondition
 from enat.sampler import SamplerConfig, sample
-from enat.tokenizer import VQGAN, VQGANConfig
+from enat.tokenizer import VQGAN
 from pipelines.artifacts import ArtifactStore, Manifest
 from pipelines.caption_features import CaptionFeatures
 from pipelines.dataset import INDEX
 from pipelines.evaluation_card import MAIN, SCORES
+from pipelines.image_cost import image_cost, num_given_of
 from pipelines.pictures import decode_codes, step_images, strip
 from pipelines.samples import NONE, Samples, read_codes
 from pipelines.workflow import Stage, StageContext, StageResult
 
 PAGE = "report.html"
+_KINDS = ("worker", "device")  # whose seconds are told of an image
 _COLUMNS = 10  # of the grid where samples are not of each class in turn
 
 
@@ -194,18 +195,22 @@ def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     """Analytic cost of an image, and what the run's own stages took."""
     model, samples, tokenizer = (inputs[name] for name in ("model", "samples", "tokenizer"))
     architecture, sampler = ENATConfig(**model.summary["model"]), SamplerConfig(**samples.summary["sampler"])
-    cost = generation_cost(architecture, sampler, VQGANConfig(**tokenizer.summary["config"]))
-    masked = [sampler.num_masked_at(step, architecture.num_tokens) for step in range(sampler.num_steps)]
+    num_made = architecture.num_tokens - num_given_of(samples, architecture)
+    masked = [sampler.num_masked_at(step, num_made) for step in range(sampler.num_steps)]
     times = ("seconds", "worker_seconds", "device_seconds")
-    per_sample = {name: samples.provenance[name] / samples.summary["num_samples"] for name in times}
+    evaluation = inputs["evaluation"].metrics
+    per_image = [
+        {"what": f"{what} of one image", **{f"{kind}_seconds": evaluation[f"{part}_{kind}_seconds_per_image"] for kind in _KINDS}}
+        for what, part in (("codes", "sampling"), ("pixels", "decoding"))
+    ]
     stages = ("tokenizer", "token_map", "reference", "model", "samples", "evaluation")
     return {
-        "cost": cost,
+        "cost": image_cost(samples, model, tokenizer),
         "masked": masked,
         "num_tokens": architecture.num_tokens,
         "guidance": "given per step" if sampler.guidance_scales else f"scale {sampler.guidance_scale:g}",
         "measured": [
-            {"what": "codes of one sample", **per_sample},
+            *per_image,
             *({"what": name, **{time: inputs[name].provenance[time] for time in times}} for name in stages),
         ],
     }

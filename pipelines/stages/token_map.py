@@ -366,7 +366,7 @@ def _collect(config: TokenMapConfig, dataset: Dataset, info: TokenMapInfo, num_p
             "code_perplexity": float(np.exp(-(probs * np.log(probs)).sum())),
         },
         worker_seconds=encoding_seconds + sum(record["decoding_seconds"] for record in records.values()),
-        device_seconds=encoding_seconds if config.execution.gpus_per_worker else 0.0,
+        device_seconds=config.execution.device_seconds(encoding_seconds),
     )
 
 

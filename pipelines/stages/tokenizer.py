@@ -86,7 +86,7 @@ def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageC
         summary=summary,
         metrics=trained["metrics"],
         worker_seconds=trained["seconds"],
-        device_seconds=trained["seconds"] if config.execution.gpus_per_worker else 0.0,
+        device_seconds=config.execution.device_seconds(trained["seconds"]),
     )
 
 

@@ -35,7 +35,7 @@ def _commit(
     )
 
 
-def _pipeline(store: ArtifactStore, *, is_imported: bool = False) -> dict[str, Manifest]:
+def _pipeline(store: ArtifactStore, *, is_imported: bool = False, is_reference_imported: bool = False) -> dict[str, Manifest]:
     """A whole pipeline whose stages took powers of two seconds, so that every sum tells what went into it."""
     made: dict[str, Manifest] = {}
     made["dataset"] = _commit(store, "dataset", {}, 1)
@@ -45,7 +45,7 @@ def _pipeline(store: ArtifactStore, *, is_imported: bool = False) -> dict[str, M
     learned_from = {name: made[name] for name in ("token_map", "captions", "tokenizer")}
     made["model"] = _commit(store, "train", {} if is_imported else learned_from, 16, 16, is_imported=is_imported)
     made["samples"] = _commit(store, "generate", {"model": made["model"]}, 32, 8)
-    made["reference"] = _commit(store, "reference", {"dataset": made["dataset"]}, 64)
+    made["reference"] = _commit(store, "reference", {"dataset": made["dataset"]}, 64, is_imported=is_reference_imported)
     scored = {name: made[name] for name in ("samples", "tokenizer", "reference", "model", "dataset")}
     made["evaluation"] = _commit(store, "evaluate", scored, 128, 4)
     return made
@@ -108,6 +108,22 @@ def test_imported_weights_cost_nothing_and_are_counted(local: LocalStore) -> Non
     assert metrics["cost/training_worker_hours"] == 0 == metrics["cost/training_device_hours"]
     assert metrics["cost/imported_artifacts"] == 1 and cost.imported == (f"train/{digest_of(['train', 16, 16])}",)
     assert metrics["cost/total_worker_hours"] == _hours(255 - 16 - 4 - 8), "what led to other weights is no part of it"
+
+
+def test_what_was_computed_here_of_an_imported_reference_counts(local: LocalStore) -> None:
+    """Its statistics came with a file, the features of its images did not."""
+    evaluation = _pipeline(local, is_reference_imported=True)["evaluation"]
+    metrics = cost_metrics(local, evaluation)
+    assert metrics["cost/evaluation_worker_hours"] == _hours(64 + 128) and metrics["cost/imported_artifacts"] == 1
+    assert metrics["cost/missing_artifacts"] == 0
+
+
+def test_a_reconstruction_tells_what_it_took_with_all_before_it(local: LocalStore) -> None:
+    made = _pipeline(local)
+    inputs = {name: made[name] for name in ("token_map", "reference", "tokenizer", "dataset")}
+    metrics = cost_metrics(local, _commit(local, "reconstruction", inputs, 256, 32))
+    assert metrics["cost/evaluation_worker_hours"] == _hours(64 + 256) and metrics["cost/evaluation_device_hours"] == _hours(32)
+    assert metrics["cost/total_worker_hours"] == _hours(1 + 2 + 4 + 64 + 256)
 
 
 def test_what_was_removed_is_counted_as_missing(store: ArtifactStore) -> None:

@@ -26,7 +26,7 @@ from pipelines import feature_job
 from pipelines.artifacts import WORK, LocalStore
 from pipelines.dataset import Dataset
 from pipelines.feature_job import BLOCK_SIZE, ExtractorFile, FeatureSet, FeatureSpec, compute_features, drawn_evenly, read_rows
-from pipelines.readers import PixelBlocks, SourceImages, read_images
+from pipelines.readers import Decoded, PixelBlocks, SourceImages, read_images
 from pipelines.sources import DatasetConfig
 from pipelines.workflow import Execution
 
@@ -150,6 +150,45 @@ def computed(
         return store, compute_features(reader, spec, small_classifier[1], execution, make_context(store, "evaluate", KEY))
 
     return run
+
+
+@pytest.mark.parametrize("gpus", [0.5, 2])
+def test_device_seconds_are_those_of_all_devices_that_workers_hold(
+    digits: Dataset, small_classifier, computed, make_context, gpus: float
+) -> None:
+    """All parts are there already, so that no GPU is needed. Loading images takes none."""
+    store, found = computed(2, 8)
+    spec, reader = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=16), PixelBlocks(SourceImages(digits, 16))
+    one, other = (
+        compute_features(reader, spec, small_classifier[1], Execution(gpus_per_worker=count), make_context(store, "evaluate", KEY))
+        for count in (1, gpus)
+    )
+    assert one.worker_seconds == other.worker_seconds == found.worker_seconds
+    assert other.device_seconds == pytest.approx(gpus * one.device_seconds) and 0 < one.device_seconds < found.worker_seconds
+
+
+class SlowPixels(PixelBlocks):
+    """Making images from what was loaded takes three times as long as looking at them does."""
+
+    def decoder(self, device: str) -> Any:
+        def decode(rows: Any) -> Any:
+            time.sleep(0.03)
+            return Decoded(rows["pixels"])
+
+        return decode
+
+
+class SlowExtractor(SumsExtractor):
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        time.sleep(0.01)
+        return super().__call__(images)
+
+
+def test_the_time_of_making_images_is_told_apart(digits: Dataset, local_store: LocalStore, make_context) -> None:
+    spec = FeatureSpec(num_images=64, images_per_pass=32)
+    context, reader = make_context(local_store, "evaluate", KEY), SlowPixels(SourceImages(digits, 16))
+    found = compute_features(reader, spec, SlowExtractor(), Execution(), context)
+    assert 2 * 0.03 <= found.decoding_seconds < found.worker_seconds - 2 * 0.01
 
 
 def _sums(

@@ -523,6 +523,11 @@ def test_workers_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
         Workers(**wrong)
 
 
+@pytest.mark.parametrize(("gpus", "seconds"), [(0, 0), (0.5, 30), (1, 60), (2, 120)])
+def test_device_seconds_count_every_device_that_a_worker_holds(gpus: float, seconds: float) -> None:
+    assert Workers(gpus_per_worker=gpus).device_seconds(60) == seconds
+
+
 def test_a_batch_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"execution\.batch_size is 0"):
         Execution(batch_size=0)

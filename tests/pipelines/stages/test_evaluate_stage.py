@@ -22,13 +22,16 @@ from random_weights import inception_state
 from enat import ENATConfig, SamplerConfig, VQGANConfig, features, generation_cost
 from enat.checkpoint import save_weights
 from enat.images import to_uint8
+from enat.metrics import FeatureMoments
 from pipelines import evaluation_card, workflow
 from pipelines.artifacts import LocalStore, Manifest
+from pipelines.costs import Prices
 from pipelines.feature_job import ExtractorFile, drawn_evenly
+from pipelines.image_cost import image_cost
 from pipelines.image_sets import ImageSetConfig
 from pipelines.model_card import registered_name
 from pipelines.samples import SamplePlan, Samples, part_name, write_samples
-from pipelines.scores import METRICS, Available, ScoreSettings, published_name
+from pipelines.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
 from pipelines.sources import DatasetConfig
 from pipelines.stages import evaluate, image_set, reference
 from pipelines.tracking import TrackingConfig, start_run
@@ -40,6 +43,12 @@ NUM_SAMPLES, NUM_REAL, SHARD = 300, 280, 128
 SETTINGS = ScoreSettings(num_splits=3, kernel_subsets=5, kernel_subset_size=60)
 SAMPLER = SamplerConfig(num_steps=4, guidance_scale=2.5)
 MODEL = ENATConfig(encoder_layers=2, decoder_layers=1, embed_dim=32, num_heads=2, grid_size=4, codebook_size=32, num_classes=10)
+SAMPLING = {
+    "sampling_images_per_second": 7.0,
+    "sampling_worker_seconds_per_image": 0.2,
+    "sampling_device_seconds_per_image": 0.1,
+    "peak_memory_gb": 0.5,
+}
 _PROJECTION = np.random.default_rng(0).integers(-3, 4, (3 * 16 * 16, 12)).astype(np.float32)
 
 
@@ -138,9 +147,11 @@ def _samples(store: LocalStore, folder: Path, codes: np.ndarray) -> StageResult:
         "sampler": asdict(SAMPLER),
         "labels": "each class in turn",
         "mask_ratio": None,
+        "device": "a CPU",
+        "batch_size": 32,
+        "precision": "fp32",
     }
-    metrics = {"images_per_second": 7.0, "device_seconds_per_image": 0.0, "worker_seconds_per_image": 0.2, "peak_memory_gb": 0.5}
-    return StageResult(files=files, summary=summary, metrics={**metrics, "samples": NUM_SAMPLES})
+    return StageResult(files=files, summary=summary, metrics={**SAMPLING, "samples": NUM_SAMPLES})
 
 
 def _reference(dataset: Manifest, context: Any, **given: Any) -> StageResult:
@@ -188,7 +199,7 @@ def test_files_and_scores_are_the_same_bits_whatever_the_workers_and_batches(
 ) -> None:
     found, expected = evaluated(num_workers, batch_size), evaluated()
     assert [(file.name, file.sha256) for file in found.files] == [(file.name, file.sha256) for file in expected.files]
-    assert found.metrics == expected.metrics
+    assert _not_timed(found) == _not_timed(expected)
     assert found.records[0].sha256 == expected.records[0].sha256
 
 
@@ -229,14 +240,77 @@ def test_scores_are_those_of_torch_fidelity_and_scipy(evaluated: Callable[..., S
     assert 0 < metrics["coverage"] < 1 and metrics["inception_score"] > 1, "or equality would say little"
 
 
-def test_costs_are_counted_and_those_measured_while_sampling_are_told(evaluated: Callable[..., StageResult], vqgan) -> None:
+def _not_timed(result: StageResult) -> dict[str, float]:
+    """Scores and counts: what does not depend on how fast a worker was."""
+    return {name: value for name, value in result.metrics.items() if "second" not in name}
+
+
+def test_costs_are_counted_from_the_architecture(evaluated: Callable[..., StageResult], vqgan) -> None:
     metrics = evaluated().metrics
     cost = generation_cost(MODEL, SAMPLER, VQGANConfig(**asdict(vqgan.config)))
     assert metrics["gmacs_total"] == pytest.approx(cost.total_macs / 1e9)
     assert metrics["gflops_total"] == pytest.approx(2 * metrics["gmacs_total"])
     assert metrics["gmacs_transformer"] + metrics["gmacs_decoder"] == pytest.approx(metrics["gmacs_total"])
-    assert metrics["images_per_second"] == 7.0 and metrics["worker_seconds_per_image"] == 0.2
-    assert metrics["peak_memory_gb"] == 0.5 and "samples" not in metrics
+    assert metrics["gmacs_one_pass"] + metrics["gmacs_guidance"] == pytest.approx(metrics["gmacs_transformer"])
+    assert metrics["gmacs_one_pass"] == metrics["gmacs_guidance"] == pytest.approx(cost.one_pass_macs / 1e9)
+    assert metrics["gflops_executed"] == pytest.approx(2 * metrics["gmacs_executed"]) and "samples" not in metrics
+    assert metrics["gmacs_executed"] == pytest.approx(cost.executed_total_macs / 1e9)
+
+
+def test_the_time_of_an_image_is_that_of_its_codes_and_of_decoding_them(evaluated: Callable[..., StageResult]) -> None:
+    found = evaluated()
+    metrics = found.metrics
+    assert {name: metrics[name] for name in SAMPLING} == SAMPLING, "as stage generate measured it"
+    decoding = metrics["decoding_worker_seconds_per_image"]
+    assert 0 < NUM_SAMPLES * decoding < found.worker_seconds, "a part of what the workers did"
+    assert metrics["worker_seconds_per_image"] == pytest.approx(0.2 + decoding)
+    assert metrics["decoding_device_seconds_per_image"] == 0 and metrics["device_seconds_per_image"] == 0.1
+    assert metrics["decoding_images_per_second"] == pytest.approx(1 / decoding), "by one worker"
+    assert metrics["images_per_second"] == pytest.approx(1 / (1 / 7.0 + decoding)), "one after the other"
+
+
+def test_samples_that_began_with_codes_are_counted_with_them(material: Material) -> None:
+    samples = material.inputs["samples"]
+    costs = []
+    for mask_ratio in (None, 0.2):
+        begun = replace(samples, summary={**samples.summary, "mask_ratio": mask_ratio})
+        costs.append(image_cost(begun, material.inputs["model"], material.inputs["tokenizer"]).total_macs)
+    tokenizer = VQGANConfig(**material.inputs["tokenizer"].summary["config"])
+    assert costs[1] == generation_cost(MODEL, SAMPLER, tokenizer, num_given=13).total_macs != costs[0], "3 of 16 are masked"
+
+
+def test_scores_on_a_cpu_take_no_seconds_of_a_device(outputs: dict[str, dict[str, np.ndarray]]) -> None:
+    """Whatever the workers hold: the Inception score and the kernel distance are tasks of one CPU."""
+    moments = {"features": FeatureMoments(8).add(outputs["made"]["features"])}
+    sides = [ImageStatistics(moments=moments, **{name: side[name] for name in ("features", "logits")}) for side in outputs.values()]
+    spread = Spread(Execution(gpus_per_worker=2), lambda _: pytest.fail("nothing is spread"))
+    compute_scores(("frechet_distance", "inception_score", "kernel_distance"), *sides, SETTINGS, spread)
+    assert spread.cpu_seconds > 0 == spread.seconds
+
+
+@pytest.mark.parametrize("gpus", [0.5, 2])
+def test_device_seconds_of_an_evaluation_are_those_of_decoding_features_and_neighbours(
+    evaluated: Callable[..., StageResult], material: Material, make_context, monkeypatch: pytest.MonkeyPatch, gpus: float
+) -> None:
+    """All parts are there already, so that no worker, and no GPU, is needed. Neighbours are said to have taken 10 s, other scores
+    7 s, the judge 100 s: the last two on CPUs alone."""
+    evaluated()
+
+    def scores(*given: Any) -> dict[str, float]:
+        given[-1].seconds, given[-1].cpu_seconds = 10.0, 7.0
+        return {"frechet_distance": 1.0}
+
+    monkeypatch.setattr(evaluate, "compute_scores", scores)
+    monkeypatch.setattr(evaluate, "_judged", lambda *_: ({"class_agreement": 1.0}, 100.0))
+    monkeypatch.setattr(evaluate.cluster, "require", lambda *_: None)
+    config = evaluate.EvaluateConfig(settings=SETTINGS, judge="svc", execution=Execution(gpus_per_worker=gpus))
+    key = hashlib.sha256(repr((1, 64, {})).encode()).hexdigest()
+    found = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", key))
+    decoding = found.metrics["decoding_worker_seconds_per_image"]
+    assert found.metrics["decoding_device_seconds_per_image"] == pytest.approx(gpus * decoding)
+    assert found.metrics["device_seconds_per_image"] == pytest.approx(0.1 + gpus * decoding)
+    assert found.worker_seconds > 10 + 7 + 100
+    assert gpus * (10 + NUM_SAMPLES * decoding) < found.device_seconds < gpus * (found.worker_seconds - 7 - 100)
 
 
 @pytest.mark.faults
@@ -295,9 +369,12 @@ def test_tags_and_the_picture_are_published_of_reused_evaluations_too(
     key = hashlib.sha256(repr((1, 64, {})).encode()).hexdigest()
     manifest = _commit(material.store, "evaluate", key, evaluated())
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    for node, variant in (("evaluate", "main"), ("evaluate@untrained", "untrained")):
+    for node, variant, prices in (
+        ("evaluate", "main", Prices(device_hour=2.0, currency="EUR")),
+        ("evaluate@untrained", "untrained", None),
+    ):
         run = start_run(uri, TrackingConfig(), node, {})
-        context = PublishContext(store=material.store, run=run, tracking=TrackingConfig(), node=node)
+        context = PublishContext(store=material.store, run=run, tracking=TrackingConfig(), node=node, prices=prices)
         evaluate.STAGE.publish(manifest, material.inputs, context)
         client = MlflowClient(tracking_uri=uri)
         tags = {name: value for name, value in client.get_run(run.run_id).data.tags.items() if name.startswith("enat.")}
@@ -311,6 +388,10 @@ def test_tags_and_the_picture_are_published_of_reused_evaluations_too(
             "enat.train_steps": "70",
             "enat.num_steps": "4",
             "enat.guidance_scale": "2.5",
+            "enat.device": "a CPU",
+            "enat.images_per_pass": "32",
+            "enat.precision": "fp32",
+            **({"enat.currency": "EUR"} if prices else {}),
             "enat.num_samples": str(NUM_SAMPLES),
             "enat.protocol": json.dumps(protocol, sort_keys=True, separators=(",", ":")),
             "enat.protocol_digest": manifest.summary["protocol_digest"],
@@ -335,7 +416,7 @@ def test_images_of_another_generator_get_the_same_scores_as_the_codes_they_were_
     given = evaluate.EvaluateConfig(settings=SETTINGS, images=config)
     result = evaluate.run(given, inputs, make_context(material.store, "evaluate", "o" * 64))
     ours = evaluated()
-    assert result.metrics == {name: ours.metrics[name] for name in result.metrics}
+    assert result.metrics == {name: ours.metrics[name] for name in result.metrics} == _not_timed(result)
     assert {"frechet_distance", "recall", "inception_score"} <= set(result.metrics) and "gmacs_total" not in result.metrics
     assert result.summary["protocol"]["labels"] == "unknown" and result.summary["num_samples"] == NUM_SAMPLES
     manifest = _commit(material.store, "evaluate", "o" * 64, result)

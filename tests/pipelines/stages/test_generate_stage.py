@@ -203,10 +203,22 @@ def test_what_was_measured_is_told(samples: Made) -> None:
     assert summary["labels"] == "each class in turn" and summary["batch_size"] == 32 and summary["num_classes"] == 3
     assert summary["device"] and "," not in summary["device"], "all parts were made on one kind of CPU"
     assert SamplerConfig(**summary["sampler"]) == SAMPLER
-    assert metrics["samples"] == 20 and metrics["device_seconds_per_image"] == 0
-    assert metrics["images_per_second"] == pytest.approx(1 / metrics["worker_seconds_per_image"]), "by one worker"
-    assert samples.worker_seconds > 20 * metrics["worker_seconds_per_image"], "loading the model counts as well"
+    assert metrics["samples"] == 20 and metrics["sampling_device_seconds_per_image"] == 0
+    per_image = metrics["sampling_worker_seconds_per_image"]
+    assert metrics["sampling_images_per_second"] == pytest.approx(1 / per_image), "by one worker"
+    assert samples.worker_seconds > 20 * per_image, "loading the model counts as well"
     assert 0.05 < metrics["peak_memory_gb"] < 20
+
+
+@pytest.mark.parametrize("gpus", [0.5, 1, 2])
+def test_device_seconds_are_those_of_all_devices_that_workers_hold(samples: Made, make_context, gpus: float) -> None:
+    """All parts are there already, so that no GPU is needed."""
+    config = dataclasses.replace(CONFIG, execution=GenerateExecution(gpus_per_worker=gpus))
+    result = generate.run(config, samples.inputs, make_context(samples.store, "generate", "k"))
+    assert result.worker_seconds == samples.worker_seconds > 0
+    assert result.device_seconds == pytest.approx(gpus * samples.worker_seconds)
+    per_image = samples.metrics["sampling_worker_seconds_per_image"]
+    assert result.metrics["sampling_device_seconds_per_image"] == pytest.approx(gpus * per_image)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 20), (0, 8), (8, 16), (5, 11), (15, 20), (19, 20)])

@@ -16,7 +16,7 @@ from enat.checkpoint import load_vqgan
 from enat.images import to_uint8
 from pipelines.artifacts import LocalStore, Manifest
 from pipelines.samples import read_codes
-from pipelines.stages import report
+from pipelines.stages import evaluate, report
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 
@@ -125,6 +125,28 @@ def test_the_cost_table_reveals_every_token_once_and_adds_up(page: Page, inputs:
     for column in (3, 4):
         assert sum(float(row[column]) for row in [*steps, decoder]) == pytest.approx(float(total[column]), abs=0.05)
     assert float(total[3]) == pytest.approx(1e3 * inputs["evaluation"].metrics["gmacs_total"], abs=0.01)
+
+
+def test_the_cost_table_tells_guidance_and_decoding_apart(page: Page, inputs: dict[str, Manifest]) -> None:
+    metrics, rows = inputs["evaluation"].metrics, {row[0]: row for row in page.rows}
+    assert float(rows["of it, what guidance adds"][3]) == pytest.approx(1e3 * metrics["gmacs_guidance"], abs=0.01)
+    for what, part in (("codes", "sampling"), ("pixels", "decoding")):
+        assert float(rows[f"{what} of one image"][2]) == pytest.approx(metrics[f"{part}_worker_seconds_per_image"], rel=1e-3)
+    assert "worker time per image, decoding included" in page.text
+
+
+def test_samples_that_began_with_codes_cost_what_the_evaluation_says(
+    render, config: report.ReportConfig, inputs: dict[str, Manifest]
+) -> None:
+    """3 of 16 codes are masked: the table begins there, and its total is that of stage evaluate for such samples."""
+    samples = replace(inputs["samples"], summary={**inputs["samples"].summary, "mask_ratio": 0.2})
+    counted = evaluate._counted({"samples": samples, **{name: inputs[name] for name in ("model", "tokenizer")}})
+    page = render(config, {**inputs, "samples": samples})
+    start = next(number for number, row in enumerate(page.rows) if row[:2] == ["step", "masked before"])
+    total = next(row for row in page.rows if row[0] == "total")
+    assert page.rows[start + 1][1] == "3 of 16" and sum(int(row[2]) for row in page.rows[start + 1 : start + 9]) == 3
+    assert float(total[3]) == pytest.approx(1e3 * counted["gmacs_total"], abs=0.01)
+    assert counted["gmacs_total"] != inputs["evaluation"].metrics["gmacs_total"]
 
 
 def test_both_models_stand_in_the_scores(page: Page, inputs: dict[str, Manifest]) -> None:
