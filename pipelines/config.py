@@ -32,16 +32,27 @@ def load_config(schema: type[ConfigT], path: Path | None, overrides: Sequence[st
     for override in overrides:
         if "=" not in override.lstrip("="):
             raise ConfigError(f"{override!r} is no override; write key=value, such as train.num_steps=100")
-    layers = [(str(path), _read(path))] if path is not None else [("the command line", OmegaConf.create({}))]
+    first = (str(path), _read(path)) if path is not None else ("the command line", OmegaConf.create({}))
+    _refuse_resolvers(*first)
+    return merge(schema, [first, *read_overrides(overrides)])
+
+
+def read_overrides(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
+    """Each "key=value" as a layer of `merge`. Raises ConfigError."""
+    layers = []
     for override in overrides:
+        source = f"override {override}"
         try:
-            layers.append((f"override {override}", OmegaConf.from_dotlist([override])))
+            layers.append((source, OmegaConf.from_dotlist([override])))
         except (YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"override {override} is not readable as YAML: {_one_line(error)}") from error
-    for source, values in layers:
-        if _has_resolver(OmegaConf.to_container(values)):
-            raise ConfigError(f"{source}: resolvers in ${{...}} are not allowed, only references to other keys")
-    return merge(schema, layers)
+            raise ConfigError(f"{source} is not readable as YAML: {_one_line(error)}") from error
+        _refuse_resolvers(*layers[-1])
+    return layers
+
+
+def _refuse_resolvers(source: str, values: DictConfig) -> None:
+    if _has_resolver(OmegaConf.to_container(values)):
+        raise ConfigError(f"{source}: resolvers in ${{...}} are not allowed, only references to other keys")
 
 
 def _read(path: Path) -> DictConfig:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,11 @@ class SampledImages:
 
     def strip(self, num_images: int = 8) -> Image.Image:
         """How the first of them came about: a row an image, a column a step."""
-        return pictures.strip(self.steps[:, :num_images], sampling.scale_for(self.images.shape[-1]))
+        return pictures.strip(self.steps[:, :num_images], pictures.scale_for(self.images.shape[-1]))
 
     def animation(self, columns: int = 8) -> bytes:
         """The same of all of them, as a GIF."""
-        return pictures.animation(self.steps, min(columns, len(self.images)), sampling.scale_for(self.images.shape[-1]))
+        return pictures.animation(self.steps, min(columns, len(self.images)), pictures.scale_for(self.images.shape[-1]))
 
 
 def ls(*stages: str, dataset: str | None = None, store: Store = _STORE) -> Table:
@@ -140,13 +140,14 @@ def sample(
     """Images of a model, the same as `enat sample` and stage generate make with that seed.
 
     labels: as of `enat sample`, "207,360-362 x2", or numbers.   captions, encoder: of a model of captions.   num_images: as many as
-    are asked for, 16 where nothing is.   sampler: values of its SamplerConfig to replace, such as num_steps=12.
+    are asked for, 16 where nothing is.   sampler: values of its SamplerConfig to replace, such as num_steps=12; a list takes the
+    place of the model's own scalar.
     """
     config = generator.model.config
     numbers = sampling.parse_labels(labels, config.num_classes, generator.class_names) if isinstance(labels, str) else tuple(labels)
     request = sampling.SampleRequest(
         num_images=num_images or len(numbers) or len(captions) or 16,
-        sampler=replace(generator.sampler, **sampler),
+        sampler=generator.sampler.replaced(**sampler),
         labels=numbers,
         captions=tuple(captions),
         seed=seed,
@@ -161,8 +162,8 @@ def sample(
 def show(images: SampledImages | Tensor) -> Image.Image:
     """A grid of samples, a row for each time that all labels were asked for; or of uint8 (B, 3, H, W)."""
     if isinstance(images, Tensor):
-        return sampling.grid_of(images)
-    return sampling.grid_of(images.images, images.request.num_asked)
+        return pictures.grid_of(images)
+    return pictures.grid_of(images.images, images.request.num_asked)
 
 
 def _open(store: Store) -> ArtifactStore:

@@ -16,7 +16,8 @@ from enat.images import make_grid, to_uint8
 from enat.tokenizer import VQGAN
 
 MASKED_GRAY = 160
-_IMAGES_PER_PASS = 16
+IMAGES_PER_PASS = 16  # that are decoded together
+_SMALLEST = 96  # pixels of an image in a grid, so that small ones can be seen
 _FRAME_MILLISECONDS = 250
 _LAST_FRAME_MILLISECONDS = 2000
 
@@ -25,7 +26,7 @@ _LAST_FRAME_MILLISECONDS = 2000
 def decode_codes(vqgan: VQGAN, codes: Tensor) -> Tensor:
     """int64 (B, L) -> uint8 (B, 3, H, W) on the CPU."""
     side, device = vqgan.config.grid_size, vqgan.codebook.weight.device
-    parts = codes.view(-1, side, side).split(_IMAGES_PER_PASS)
+    parts = codes.view(-1, side, side).split(IMAGES_PER_PASS)
     return torch.cat([to_uint8(vqgan.decode(part.to(device))).cpu() for part in parts])
 
 
@@ -42,6 +43,22 @@ def step_images(vqgan: VQGAN, trajectory: Sequence[Tensor], codes: Tensor, mask_
         images = decode_codes(vqgan, tokens.cpu().masked_fill(is_masked, 0))
         frames.append(images.masked_fill(pixels, MASKED_GRAY))
     return torch.stack(frames)
+
+
+def grid_of(images: Tensor, num_asked: int = 0) -> Image.Image:
+    """uint8 (B, 3, H, W). num_asked: labels or captions that were asked for in turn; of a few, a row holds each of them once."""
+    columns = num_asked if 1 < num_asked <= 16 and len(images) > num_asked else columns_of(len(images))
+    return make_grid(images, columns, scale=scale_for(images.shape[-1]))
+
+
+def columns_of(num_images: int) -> int:
+    """Of a grid that is about a square, where nothing says otherwise."""
+    return min(num_images, max(4, round(num_images**0.5)))
+
+
+def scale_for(resolution: int) -> int:
+    """How much an image is enlarged to be seen."""
+    return max(1, _SMALLEST // resolution)
 
 
 def strip(frames: Tensor, scale: int = 1, *, with_start: bool = False) -> Image.Image:

@@ -1,6 +1,7 @@
 """What `enat sample` does: a few images from one model on this machine, with pictures of how they came about. Needs no Ray.
 
-Sample i has the seed that stage generate would give it, so both make the same images.
+Sample i has the seed that stage generate would give it, and is computed in passes of the same composition: where images_per_pass,
+precision and device are the same, both make the same codes, whatever the batch.
 
 Shape legend: B images of a batch, L codes, N steps, H x W pixels.
 """
@@ -25,13 +26,23 @@ from enat.adm import AdmWriter
 from enat.images import ImageError, center_crop, decode_image, make_grid, png_bytes, to_array, to_float
 from enat.model import TextCondition
 from enat.regions import box_mask
-from enat.sampler import SamplerConfig, sample
+from enat.sampler import SamplerConfig
 from enat.text import TextEncoder, TextFeatures
+from enat.tokenizer import VQGAN
 from pipelines import pictures
 from pipelines.artifacts import canonical_json
 from pipelines.dataset import MAX_FILE_BYTES
 from pipelines.device import device_name, peak_memory_gb
 from pipelines.models import Generator
+from pipelines.passes import (
+    IMAGES_PER_PASS,
+    PassSampler,
+    fixed_numerics,
+    in_a_pass,
+    pass_pool,
+    passes_at_once,
+    split_into_passes,
+)
 from pipelines.samples import sample_label, sample_seed
 
 GRID, STEPS, ANIMATION, NPZ, RECORD, SOURCE = "grid.png", "steps.png", "progress.gif", "samples.npz", "samples.json", "source.png"
@@ -39,7 +50,6 @@ FOLDER = "images"
 OUTPUTS = ("grid", "images", "steps", "gif", "npz")
 _SHOWN_IN_GRID = 100
 _SHOWN_BY_STEPS = 8
-_SMALLEST = 96  # pixels of an image in a grid, so that small ones can be seen
 _MAX_COPIES = 1_000_000
 
 
@@ -53,7 +63,11 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """labels or captions: asked for in turn; neither means each class in turn.   outputs: of OUTPUTS."""
+    """labels or captions: asked for in turn; neither means each class in turn.   outputs: of OUTPUTS.
+
+    images_per_pass: as of stage generate, images that are always computed together, by index; a pass is filled up where fewer are
+    wanted. batch_size: images that are computed at once, in passes side by side on the threads of a CPU.
+    """
 
     num_images: int
     sampler: SamplerConfig
@@ -61,7 +75,8 @@ class SampleRequest:
     captions: tuple[str, ...] = ()
     seed: int = 0
     device: str = "cpu"
-    batch_size: int = 16
+    batch_size: int = 64
+    images_per_pass: int = IMAGES_PER_PASS
     is_bf16: bool = False
     outputs: tuple[str, ...] = OUTPUTS
     region: Region | None = None
@@ -165,8 +180,8 @@ def read_region(place: Path, box: Sequence[int], keep: str, generator: Generator
 def check_request(request: SampleRequest, generator: Generator) -> None:
     """Raises ValueError where the model cannot do what is asked for."""
     config = generator.model.config
-    if request.num_images < 1 or request.batch_size < 1:
-        raise ValueError("--num-images and --batch-size must be at least 1")
+    if request.num_images < 1 or request.batch_size < 1 or request.images_per_pass < 1:
+        raise ValueError("--num-images, --batch-size and --images-per-pass must be at least 1")
     if config.text_width is None and request.captions:
         knows = f"{config.num_classes:,} classes" if config.num_classes else "no condition"
         raise ValueError(f"--caption is for models of captions, and this one knows {knows}; use --labels")
@@ -185,12 +200,21 @@ def check_request(request: SampleRequest, generator: Generator) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """index: of the samples.   codes: int64 (B, L).   images: uint8 (B, 3, H, W).   trajectory: N times int64 (B, L)."""
+    """index: of the samples.   states: int64 (B, N + 1, L), tokens fed at each step, and codes.   images: uint8 (B, 3, H, W)."""
 
     index: range
-    codes: Tensor
+    states: Tensor
     images: Tensor
-    trajectory: list[Tensor]
+
+    @property
+    def codes(self) -> Tensor:
+        """int64 (B, L)"""
+        return self.states[:, -1]
+
+    @property
+    def trajectory(self) -> list[Tensor]:
+        """The tokens fed at each step: N times int64 (B, L)."""
+        return list(self.states[:, :-1].unbind(dim=1))
 
 
 def make_samples(
@@ -207,7 +231,7 @@ def make_samples(
     check_request(request, generator)  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     resolution = generator.vqgan.config.resolution
-    shown, files, started = [], [], time.monotonic()
+    shown, first, files, started = [], [], [], time.monotonic()
     sampling_seconds = 0.0
     with ExitStack() as stack:
         writer = None
@@ -225,11 +249,12 @@ def make_samples(
                 files += _write_images(folder, batch)
             if batch.index.start < _SHOWN_IN_GRID:
                 shown.append(batch.images)
-            if batch.index.start == 0:
-                files += _write_steps(generator, request, batch, folder)
+            if batch.index.start < _SHOWN_BY_STEPS:
+                first.append(batch.states[:_SHOWN_BY_STEPS])
             advance(len(batch.index))
+    files += _write_steps(generator, request, torch.cat(first)[:_SHOWN_BY_STEPS], folder)
     if "grid" in request.outputs:
-        files.append(_write(folder / GRID, png_bytes(grid_of(torch.cat(shown)[:_SHOWN_IN_GRID], request.num_asked))))
+        files.append(_write(folder / GRID, png_bytes(pictures.grid_of(torch.cat(shown)[:_SHOWN_IN_GRID], request.num_asked))))
     record = _record(generator, request, [*files, RECORD])
     record["seconds"] = time.monotonic() - started
     record["images_per_second"] = request.num_images / sampling_seconds
@@ -241,27 +266,53 @@ def make_samples(
 def sample_batches(generator: Generator, request: SampleRequest, encoder: TextEncoder | None) -> Iterator[tuple[Batch, float]]:
     """Batches in order, each with the seconds that sampling and decoding it took. encoder: of a model of captions."""
     check_request(request, generator)
-    model, vqgan = generator.model.to(request.device), generator.vqgan.to(request.device)
+    sampler, vqgan = _pass_sampler(generator, request, encoder), generator.vqgan.to(request.device)
+
+    def make(index: range) -> tuple[Tensor, Tensor]:
+        states = sampler.states(index)
+        return states, _decode(vqgan, states[:, -1], index, min(request.images_per_pass, pictures.IMAGES_PER_PASS))
+
+    passes = split_into_passes(0, request.num_images, request.images_per_pass)
+    sizes = {"batch_size": request.batch_size, "images_per_pass": request.images_per_pass}
+    num_at_once = passes_at_once(request.device, **sizes, num_threads=torch.get_num_threads())
+    with pass_pool(num_at_once) as pool:
+        for at in range(0, len(passes), num_at_once):
+            started = time.monotonic()
+            together = passes[at : at + num_at_once]
+            with fixed_numerics(request.device):
+                states, images = map(torch.cat, zip(*pool.map(make, together), strict=True))
+            yield Batch(range(together[0].start, together[-1].stop), states, images), time.monotonic() - started
+
+
+def _decode(vqgan: VQGAN, codes: Tensor, index: range, images_per_pass: int) -> Tensor:
+    """uint8 (B, 3, H, W) of codes int64 (B, L), in passes of their own, which take more memory than those of the model."""
+    parts = split_into_passes(index.start, index.stop, images_per_pass)
+
+    def decode(samples: np.ndarray) -> Tensor:
+        return pictures.decode_codes(vqgan, codes[torch.from_numpy(samples - index.start)])
+
+    return torch.cat([in_a_pass(decode, part, images_per_pass) for part in parts])
+
+
+def _pass_sampler(generator: Generator, request: SampleRequest, encoder: TextEncoder | None) -> PassSampler:
     features = _encode(generator, request, encoder)
     start = None if request.region is None else _start(generator, request)
-    for first in range(0, request.num_images, request.batch_size):
-        started = time.monotonic()
-        index = range(first, min(first + request.batch_size, request.num_images))
-        condition: Tensor | TextCondition = torch.from_numpy(_labels(request, generator, index))
-        if features is not None:
-            rows = torch.tensor([i % len(request.captions) for i in index])
-            condition = TextCondition(features.hidden.cpu()[rows], features.pooled.cpu()[rows])
-        with torch.autocast(torch.device(request.device).type, torch.bfloat16, enabled=request.is_bf16):
-            codes, trajectory = sample(
-                model,
-                condition,
-                request.sampler,
-                seeds=[sample_seed(request.seed, i) for i in index],
-                start=None if start is None else start.expand(len(index), -1),
-                return_trajectory=True,
-            )
-        images = pictures.decode_codes(vqgan, codes)
-        yield Batch(index, codes.cpu(), images, [tokens.cpu() for tokens in trajectory]), time.monotonic() - started
+
+    def conditions(samples: np.ndarray) -> Tensor | TextCondition:
+        if features is None:
+            return torch.from_numpy(_labels(request, generator, samples.tolist()))
+        rows = torch.from_numpy(samples % len(request.captions))
+        return TextCondition(features.hidden.cpu()[rows], features.pooled.cpu()[rows])
+
+    return PassSampler(
+        model=generator.model.to(request.device),
+        sampler=request.sampler,
+        run_seed=request.seed,
+        images_per_pass=request.images_per_pass,
+        is_bf16=request.is_bf16,
+        conditions=conditions,
+        starts=lambda samples: None if start is None else start.expand(len(samples), -1),
+    )
 
 
 def _labels(request: SampleRequest, generator: Generator, index: Sequence[int]) -> np.ndarray:
@@ -311,37 +362,21 @@ def _write_images(folder: Path, batch: Batch) -> list[str]:
     return [_image_name(index) for index in batch.index]
 
 
-def _write_steps(generator: Generator, request: SampleRequest, batch: Batch, folder: Path) -> list[str]:
-    """How the first images came about: a strip and an animation; of a region also what was given."""
-    files = []
-    few, scale = slice(_SHOWN_BY_STEPS), scale_for(generator.vqgan.config.resolution)
+def _write_steps(generator: Generator, request: SampleRequest, states: Tensor, folder: Path) -> list[str]:
+    """How the first images came about, states int64 (B, N + 1, L): a strip and an animation; of a region also what was given."""
+    files, scale = [], pictures.scale_for(generator.vqgan.config.resolution)
     is_given = request.region is not None
     if is_given or {"steps", "gif"} & set(request.outputs):
-        trajectory = [tokens[few] for tokens in batch.trajectory]
-        frames = pictures.step_images(generator.vqgan, trajectory, batch.codes[few], generator.model.config.mask_id)
+        *trajectory, codes = states.unbind(dim=1)
+        frames = pictures.step_images(generator.vqgan, trajectory, codes, generator.model.config.mask_id)
         if "steps" in request.outputs:
             files.append(_write(folder / STEPS, png_bytes(pictures.strip(frames, scale, with_start=is_given))))
         if "gif" in request.outputs:
-            files.append(_write(folder / ANIMATION, pictures.animation(frames, _columns(frames.shape[1]), scale)))
+            files.append(_write(folder / ANIMATION, pictures.animation(frames, pictures.columns_of(frames.shape[1]), scale)))
         if request.region is not None:
             beside = torch.stack([request.region.pixels, frames[0, 0]])
             files.append(_write(folder / SOURCE, png_bytes(make_grid(beside, 2, scale=scale))))
     return files
-
-
-def grid_of(images: Tensor, num_asked: int = 0) -> Image.Image:
-    """uint8 (B, 3, H, W). num_asked: labels or captions that were asked for in turn; of a few, a row holds each of them once."""
-    columns = num_asked if 1 < num_asked <= 16 and len(images) > num_asked else _columns(len(images))
-    return make_grid(images, columns, scale=scale_for(images.shape[-1]))
-
-
-def _columns(num_images: int) -> int:
-    return min(num_images, max(4, round(num_images**0.5)))
-
-
-def scale_for(resolution: int) -> int:
-    """How much an image is enlarged to be seen."""
-    return max(1, _SMALLEST // resolution)
 
 
 def _record(generator: Generator, request: SampleRequest, files: Sequence[str]) -> dict[str, Any]:
@@ -366,6 +401,7 @@ def _record(generator: Generator, request: SampleRequest, files: Sequence[str]) 
         "seed": request.seed,
         "precision": "bf16" if request.is_bf16 else "fp32",
         "device": device_name(request.device),
+        "images_per_pass": request.images_per_pass,
         "batch_size": request.batch_size,
         "resolution": generator.vqgan.config.resolution,
         **region,

@@ -35,7 +35,14 @@ _DEFAULT_IMAGES = 16
 @click.option("--box", metavar="LEFT,TOP,RIGHT,BOTTOM", help="Of --inpaint, in pixels of its centre crop to the model's size.")
 @click.option("--keep", type=click.Choice(["outside", "inside"]), default="outside", show_default=True, help="Of the box.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1, 65536))
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1, 65536), help="Images computed at once.")
+@click.option(
+    "--images-per-pass",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1, 65536),
+    help="As generate.images_per_pass: with the same, codes are those of stage generate. Few images on a CPU are quicker with 1.",
+)
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("samples"), show_default=True, help="A folder.")
 @click.option("--overwrite", is_flag=True, help="Write into a folder that holds earlier samples, in their place.")
@@ -56,7 +63,8 @@ def sample(arguments: tuple[str, ...], s3: S3Config, as_json: bool, **options: A
     """Make images with one model, on this machine.
 
     MODEL is the beginning of a model's key ([train/]KEY), or a registered one: name@alias. FIELD=VALUE replaces values of its
-    sampler, such as num_steps=12. Besides the images, samples.json says what made them.
+    sampler, such as num_steps=12; a list of values a step takes the place of its scalar. Besides the images, samples.json says what
+    made them.
     """
     from rich.progress import Progress
 
@@ -82,6 +90,7 @@ def sample(arguments: tuple[str, ...], s3: S3Config, as_json: bool, **options: A
         seed=options["seed"],
         device=device,
         batch_size=options["batch_size"],
+        images_per_pass=options["images_per_pass"],
         is_bf16=options["precision"] == "bf16",
         outputs=outputs,
         region=region,
@@ -141,16 +150,15 @@ def _load_encoder(generator: Generator, captions: tuple[str, ...], place: str | 
 
 def _sampler(generator: Generator, overrides: list[str]) -> SamplerConfig:
     """The model's own, with what the command line replaces."""
-    import dataclasses
-
     from enat.sampler import SamplerConfig
     from pipelines import config as configuration
 
     if not overrides:
         return generator.sampler
-    given = configuration.load_config(SamplerConfig, None, overrides)  # so that a wrong key or type is told as of a file
-    names = {override.partition("=")[0] for override in overrides}
-    return dataclasses.replace(generator.sampler, **{name: getattr(given, name) for name in names})
+    layers = configuration.read_overrides(overrides)
+    given = {str(name): value for _, values in layers for name, value in values.items()}
+    own = generator.sampler.values_beside(given)
+    return configuration.merge(SamplerConfig, [(f"the model's sampler with {' '.join(overrides)}", own), *layers])
 
 
 def _parse_box(image: Path | None, box: str | None) -> tuple[int, ...] | None:
@@ -191,11 +199,10 @@ def _show(record: Mapping[str, Any], folder: Path, terminal: Console) -> None:
     asked = [str(sample.get("caption", sample.get("class", sample.get("label")))) for sample in samples]
     different = list(dict.fromkeys(asked))
     shown = ", ".join(different[:8]) + (f" and {len(different) - 8} more" if len(different) > 8 else "")
-    settings = f"{sampler['num_steps']} steps, guidance {sampler['guidance_scale']:g}"
     lines = {
         "model": f"{name}, {record['parameters']:,} parameters",
         "of": shown,
-        "sampler": f"{settings}, {record['precision']}, seed {record['seed']}",
+        "sampler": f"{_settings(sampler)}, {record['precision']}, seed {record['seed']}",
         "took": f"{record['seconds']:.1f} s on {record['device']}, {record['images_per_second']:.3g} images/s",
         "files": f"{folder}/ {', '.join(record['files'])}",
     }
@@ -203,3 +210,11 @@ def _show(record: Mapping[str, Any], folder: Path, terminal: Console) -> None:
     terminal.print(f"[green]✓[/] {first}", highlight=False)
     for label, value in lines.items():
         terminal.print(f"{label:<9}{value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _settings(sampler: Mapping[str, Any]) -> str:
+    """Steps, guidance, and whatever else is given as a list of values, one a step."""
+    lists = {name: " ".join(f"{value:g}" for value in values) for name, values in sampler.items() if isinstance(values, list)}
+    guidance = lists.pop("guidance_scales", None) or f"{sampler['guidance_scale']:g}"
+    others = [f"{name.replace('_', ' ')} {values}" for name, values in lists.items()]
+    return ", ".join([f"{sampler['num_steps']} steps", f"guidance {guidance}", *others])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import subprocess
@@ -27,11 +26,14 @@ from enat.images import to_uint8
 from enat.text import load_text_encoder
 from pipelines import cli, garbage, notebook, tracking
 from pipelines.artifacts import LocalStore, Manifest
+from pipelines.commands.sample import _sampler
 from pipelines.commands.sample import sample as command
 from pipelines.external import folder_digest
-from pipelines.pictures import MASKED_GRAY, animation, step_images, strip
+from pipelines.models import Generator
+from pipelines.pictures import MASKED_GRAY
 from pipelines.samples import sample_seed
 from pipelines.sampling import parse_labels
+from pipelines.stages.generate import GenerateConfig
 from pipelines.storage import StorageError
 
 SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2, "grid_size": 4, "codebook_size": 32}
@@ -149,7 +151,7 @@ def opened(path: Path) -> np.ndarray:
 
 
 def test_images_are_the_sampler_s_for_their_seeds_and_labels_whatever_the_batch(ask, world: World, tmp_path: Path) -> None:
-    code, out, err = ask("cc", "--labels", "1,3 x2", "-n", 7, "--seed", 5, "--batch-size", 3)
+    code, out, err = ask("cc", "--labels", "1,3 x2", "-n", 7, "--seed", 5, "--images-per-pass", 3)
     assert (code, err) == (0, "")
     expected = world.images([1, 3, 3, 1, 3, 3, 1], seed=5)
     files = sorted((tmp_path / "samples" / "images").iterdir())
@@ -170,6 +172,7 @@ def test_the_record_says_what_made_the_images(ask, world: World, tmp_path: Path)
     assert record["model"]["artifact"] == f"train/{'c' * 64}" and record["model"]["model_digest"] == world.manifest.digest
     assert [sample["seed"] for sample in record["samples"]] == [sample_seed(0, 0), sample_seed(0, 1)]
     assert [(sample["label"], sample["class"]) for sample in record["samples"]] == [(0, "tench"), (1, "golden retriever")]
+    assert record["images_per_pass"] == GenerateConfig().images_per_pass, "so that codes are those of stage generate"
     assert record["images_per_second"] > 0 and record["device"] and record["seed"] == 0
     assert set(record["files"]) == {path.name for path in (tmp_path / "here").iterdir() if path.is_file()}
     assert_same_images(
@@ -223,41 +226,42 @@ def test_it_runs_without_ray(world: World, tmp_path: Path) -> None:
 # Steps ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_steps_show_what_is_known_after_each_and_gray_where_nothing_is(world: World) -> None:
-    codes, trajectory = sample(world.model, torch.arange(3), OWN_SAMPLER, seeds=range(3), return_trajectory=True)
-    frames = step_images(world.vqgan, trajectory, codes, mask_id=32)
-    assert frames.shape == (5, 3, 3, 16, 16) and (frames[0] == MASKED_GRAY).all()
-    np.testing.assert_array_equal(frames[-1].numpy(), to_uint8(world.vqgan.decode(codes.view(3, 4, 4))).numpy())
-    for step, tokens in enumerate([*trajectory, codes]):
-        for image, position in ((0, 0), (1, 7), (2, 15)):
-            row, column = divmod(position, 4)
-            patch = frames[step, image, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-            assert bool((patch == MASKED_GRAY).all()) == bool(tokens[image, position] == 32)
-    assert strip(frames).size == (4 * 18 + 2, 3 * 18 + 2) and strip(frames, with_start=True).size[0] == 5 * 18 + 2
-    with Image.open(io.BytesIO(animation(frames, columns=2))) as gif:
-        assert gif.n_frames == 5 and gif.size == (2 * 18 + 2, 2 * 18 + 2) and gif.info["loop"] == 0
-        first = np.asarray(gif.convert("RGB"))
-        assert (first[2:18, 2:18] == MASKED_GRAY).all(), "nothing is known before the first step"
-        gif.seek(4)
-        last = np.asarray(gif.convert("RGB")).astype(int)
-        assert gif.info["duration"] == 2000
-    grid = np.concatenate([frames[-1, 0].numpy(), frames[-1, 1].numpy()], axis=2).transpose(1, 2, 0).astype(int)
-    shown = np.concatenate([last[2:18, 2:18], last[2:18, 20:36]], axis=1)
-    assert abs(shown - grid).mean() < 12, "colours of a palette of 256"
+@pytest.mark.parametrize("images_per_pass", [1, 3, 32])
+def test_the_first_eight_are_shown_step_by_step_whatever_is_computed_together(ask, tmp_path: Path, images_per_pass: int) -> None:
+    assert ask("cc", "-n", 11, "--images-per-pass", images_per_pass, "--batch-size", 1, "--no-images", "--no-npz")[0] == 0
+    tile, gap = 16 * 6, 2
+    assert opened(tmp_path / "samples" / "steps.png").shape == (8 * (tile + gap) + gap, 4 * (tile + gap) + gap, 3)
+    assert opened(tmp_path / "samples" / "progress.gif").shape == (2 * (tile + gap) + gap, 4 * (tile + gap) + gap, 3)
 
 
-@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 0, 0), (158, 162, 160), (160, 160, 160)], ids=str)
-def test_an_animation_shows_masked_tokens_gray_whatever_the_result(colour: tuple[int, int, int]) -> None:
-    result = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(1, 3, 16, 16)
-    result = torch.where(
-        torch.arange(16) < 8, result, torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-    )
-    frames = torch.stack([torch.full_like(result, MASKED_GRAY), result]).byte()
-    with Image.open(io.BytesIO(animation(frames, columns=1))) as gif:
-        assert (np.asarray(gif.convert("RGB"))[2:-2, 2:-2] == MASKED_GRAY).all()
-        gif.seek(1)
-        shown = np.asarray(gif.convert("RGB"))[2:-2, 2:10].astype(int)
-        assert abs(shown - colour).max() <= 4, "the cells of Pillow's search for the nearest colour"
+# Settings ------------------------------------------------------------------------------------------------------------------
+
+TWELVE = SamplerConfig(num_steps=12, guidance_scale=2.0, remask_temperature=0.0)
+TWELFTHS = tuple(round(1 - step / 12, 3) for step in range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], TWELVE),
+        (["reveal_order=halton"], dataclasses.replace(TWELVE, reveal_order="halton")),
+        ([f"mask_ratios={list(TWELFTHS)}"], dataclasses.replace(TWELVE, mask_ratios=TWELFTHS)),
+        (["guidance_scales=[1,3]", "num_steps=2"], SamplerConfig(num_steps=2, guidance_scales=(1, 3), remask_temperature=0.0)),
+        (["guidance_scales=[1,3]", "guidance_scales=null"], TWELVE),
+    ],
+    ids=str,
+)
+def test_values_are_laid_over_the_model_s_own_and_checked_together(
+    world: World, overrides: list[str], expected: SamplerConfig
+) -> None:
+    generator = Generator(world.model, world.vqgan, origin={}, sampler=TWELVE)
+    assert _sampler(generator, overrides) == expected
+
+
+def test_what_is_shown_is_what_is_in_force(ask) -> None:
+    assert "4 steps, guidance 2, fp32" in ask("cc", "-n", 1, "-o", "a")[1]
+    lists = ("guidance_scales=[1,1.5,3]", "mask_ratios=[0.8,0.3,0]", "num_steps=3")
+    assert "3 steps, guidance 1 1.5 3, mask ratios 0.8 0.3 0, fp32" in ask("cc", "-n", 1, "-o", "b", *lists)[1]
 
 
 # Regions -------------------------------------------------------------------------------------------------------------------
@@ -398,7 +402,11 @@ def test_files_of_weights_make_what_the_artifact_makes(ask, world: World, tmp_pa
         (("cc", "--labels", "crane"), "which several classes are called: 2, 3"),
         (("cc", "--labels", ","), "--labels is empty"),
         (("cc", "num_stepz=3"), "unknown key num_stepz; did you mean num_steps?"),
-        (("cc", "num_steps=0"), "num_steps is 0; at least 1 is needed"),
+        (("cc", "num_steps=0"), "the model's sampler with num_steps=0: num_steps is 0; at least 1 is needed"),
+        (("cc", "num_steps=few"), "override num_steps=few: num_steps: Value 'few'"),
+        (("cc", "num_steps=2", "mask_ratios=[0.5,0.2,0]"), "mask_ratios has 3 values for 2 steps; give one value a step"),
+        (("cc", "guidance_scale=3.5", "guidance_scales=[1,2,3,4]"), "so guidance_scale is to be left out"),
+        (("cc", "sampling_temperature=0", "top_k=5"), "top_k is 5, but at sampling_temperature 0 nothing is drawn"),
         (("cc", "--caption", "a cat"), "--caption is for models of captions, and this one knows 5 classes; use --labels"),
         (("dd",), "this model is conditioned on captions; say what to show with --caption"),
         (
