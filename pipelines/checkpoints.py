@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from enat.checkpoint import save_weights
+from enat.model import ENAT
 from pipelines.artifacts import PARTS, WORK, ArtifactStore, DamagedFileError, FileRecord, StoreError
 from pipelines.workflow import WorkerContext
 
@@ -84,6 +87,31 @@ def open_checkpoint(store: ArtifactStore, context: WorkerContext, checkpoint: Ch
     return OpenedCheckpoint(json.loads(state.read_bytes()), tuple(paths))
 
 
+@dataclass(frozen=True)
+class SoFar:
+    """What a run that goes on has behind it. worker_seconds: summed over workers, up to the checkpoint of `step`."""
+
+    step: int = 0
+    worker_seconds: float = 0.0
+
+
+def read_so_far(context: WorkerContext) -> SoFar:
+    """By the newest whole checkpoint whose state can be read; those that cannot are told of where training goes on from them."""
+    for checkpoint in reversed([found for found in find_checkpoints(context) if found.is_whole]):
+        assert checkpoint.state is not None
+        try:
+            state = json.loads(context.store.fetch_file(context.stage, context.key, checkpoint.state).read_bytes())
+        except DamagedFileError:
+            continue
+        return SoFar(state["step"], worker_seconds_of(state))
+    return SoFar()
+
+
+def worker_seconds_of(state: Mapping[str, Any]) -> float:
+    seconds: float = state.get("worker_seconds", 0.0)  # without them: of a checkpoint from before there was this
+    return seconds
+
+
 def is_milestone(step: int, keep_every: int | None) -> bool:
     """Whether a checkpoint of this step stays until the end."""
     return keep_every is not None and step % keep_every == 0
@@ -127,6 +155,23 @@ def discard(context: WorkerContext, checkpoint: Checkpoint) -> None:
     for part in checkpoint.parts:
         context.store.discard_part(context.stage, context.key, part)
     context.store.discard_files(context.stage, context.key, checkpoint.files)
+
+
+def milestone_weights(
+    context: WorkerContext, model: ENAT, keep_every: int | None, tell: Callable[[str], None]
+) -> Iterator[FileRecord]:
+    """EMA weights from the checkpoints that were kept for good, as files of their own. model: of the same sizes, left as it is."""
+    kept = {found.step: found for found in find_checkpoints(context) if found.is_whole and is_milestone(found.step, keep_every)}
+    for step, checkpoint in sorted(kept.items()):
+        try:
+            fragments = open_checkpoint(context.store, context, checkpoint).tensors()
+        except DamagedFileError as error:
+            tell(f"the weights of step {step} are not kept: {error.what}")
+            continue
+        earlier = ENAT(model.config)
+        earlier.load_state_dict(model.state_dict())  # for what is no parameter
+        fragments.fill("ema", earlier)
+        yield context.write(f"model-step-{step:08d}.safetensors", partial(save_weights, module=earlier))
 
 
 class CheckpointWriter:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from pipelines.artifacts import without_credentials
 
 _log = logging.getLogger(__name__)
+_METRICS_AT_ONCE = 1000  # the most that MLflow takes
 _PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
 _ILLEGAL = re.compile(r"[^\w\-. /]")
 _ILLEGAL_IN_MODEL = re.compile(r"[^\w\-.]+")
@@ -87,6 +89,22 @@ class RunHandle:
         ]
         if entities:
             self._do(lambda client: client.log_batch(self.run_id, metrics=entities, synchronous=True))
+
+    def log_history(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """What another run measured before this one went on from there. rows: each with its "step"."""
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        entities = [
+            Metric(_ILLEGAL.sub("_", name), float(value), now, int(row["step"]))
+            for row in rows
+            for name, value in row.items()
+            if name != "step" and math.isfinite(value)
+        ]
+        for first in range(0, len(entities), _METRICS_AT_ONCE):
+            batch = entities[first : first + _METRICS_AT_ONCE]
+            self._do(lambda client, batch=batch: client.log_batch(self.run_id, metrics=batch, synchronous=True))  # type: ignore[misc]
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Nested configuration as dotted parameters."""

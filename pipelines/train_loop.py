@@ -6,12 +6,12 @@ Shape legend: B images, L tokens.
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -20,25 +20,25 @@ import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from enat.checkpoint import load_vqgan, save_weights
+from enat.checkpoint import save_weights
 from enat.cost import training_macs
 from enat.loss import objective, token_accuracy
 from enat.model import ENAT, ENATConfig
-from pipelines.artifacts import DamagedFileError, FileRecord, Manifest, StoreError
+from pipelines.artifacts import FileRecord, Manifest, StoreError
 from pipelines.batches import Batches, GroupBatch
 from pipelines.caption_features import EMPTY_INDEX, CaptionFeatures
 from pipelines.checkpoints import (
     Checkpoint,
     CheckpointWriter,
     NoReadableCheckpointError,
-    find_checkpoints,
-    is_milestone,
+    milestone_weights,
     newest_checkpoint,
     open_checkpoint,
     own_share,
+    worker_seconds_of,
 )
 from pipelines.engine import Engine, prepare_forward
-from pipelines.previews import preview
+from pipelines.previews import Previewer
 from pipelines.progress import Reporter
 from pipelines.stop_signal import GO_ON, STOP, StopSignal
 from pipelines.storage import StorageError
@@ -46,6 +46,8 @@ from pipelines.token_map import TokenMap
 from pipelines.train_config import TrainConfig
 from pipelines.train_monitor import DivergedError, TrainMonitor
 from pipelines.workflow import WorkerContext
+
+_log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"  # the EMA: what samples are made with
 RAW_WEIGHTS = "raw.safetensors"
@@ -119,12 +121,17 @@ class Trainer:
         self.update_ema = get_ema_multi_avg_fn(self.config.ema_decay)
         self.background = ThreadPoolExecutor(1, thread_name_prefix="tracking")  # no server of metrics holds up a step
         self.monitor = TrainMonitor(self.config, self.token_map, device, self.world_size)
+        self.previewer = Previewer(task.context.store, task.tokenizer, self.config.sampler, self.captions, self._tell)
         self.batches: Batches | None = None
+        self.started, self.worker_seconds_before = time.monotonic(), 0.0
         self.step, self.skipped_draws, self.num_restarts, self.num_rollbacks = 0, 0, 0, 0
         self.last_report = 0.0
+        self.has_told_of_tracking = False
 
     def run(self) -> TrainResult | None:
         self.start(self._newest())
+        if self.monitor.history and self.history_run != self.task.context.run.run_id:  # they stand in an earlier command's run
+            self._track(lambda run, rows=[*self.monitor.history]: run.log_history(rows))
         execution, last, raised = self.config.execution, self.config.num_steps, GO_ON
         while self.step < last:
             self.train_step()
@@ -168,6 +175,7 @@ class Trainer:
         )
         self.step, self.skipped_draws, self.num_restarts, self.num_rollbacks = 0, 0, 0, 0
         history: list[dict[str, float]] = []
+        self.history_run: str | None = None
         opened = open_checkpoint(self.task.context.store, self.task.context, checkpoint) if checkpoint else None
         model = ENAT(architecture) if opened else initial_model(architecture, config.seed)
         if self.captions is not None:
@@ -185,7 +193,10 @@ class Trainer:
             state = opened.state
             self.engine.load(fragments, state)
             self.step, self.skipped_draws, history = state["step"], state["skipped_draws"], state["history"]
+            self.history_run = state.get("run_id")  # without one: of a checkpoint from before there was this
             self.num_restarts, self.num_rollbacks = state["num_restarts"] + 1, state["num_rollbacks"]
+            if diverged is None:  # what a rollback throws away took its time all the same
+                self.worker_seconds_before = worker_seconds_of(state)
         if diverged is not None:
             self.skipped_draws = diverged.draws + 1 - self.step
         self._begin_batches()
@@ -212,7 +223,8 @@ class Trainer:
             context.write(WEIGHTS, lambda path: save_weights(path, self.ema)),
             context.write(RAW_WEIGHTS, lambda path: save_weights(path, self.engine.model, weights)),
         )
-        return self.result(files, milestones=tuple(self._milestones()))
+        milestones = milestone_weights(context, self.ema, self.config.execution.keep_every, self._tell)
+        return self.result(files, milestones=tuple(milestones))
 
     def result(
         self,
@@ -231,22 +243,6 @@ class Trainer:
             num_rollbacks=self.num_rollbacks,
             error=error,
         )
-
-    def _milestones(self) -> Iterator[FileRecord]:
-        """EMA weights from the checkpoints that were kept for good, as files of their own. Rank 0."""
-        context, keep_every = self.task.context, self.config.execution.keep_every
-        kept = {found.step: found for found in find_checkpoints(context) if found.is_whole and is_milestone(found.step, keep_every)}
-        for step, checkpoint in sorted(kept.items()):
-            try:
-                fragments = open_checkpoint(context.store, context, checkpoint).tensors()
-            except DamagedFileError as error:
-                self._tell(f"the weights of step {step} are not kept: {error.what}")
-                continue
-            model = ENAT(self.task.architecture)
-            model.load_state_dict(self.ema.state_dict())  # for what is no parameter
-            fragments.fill("ema", model)
-            name = f"model-step-{step:08d}.safetensors"
-            yield context.write(name, partial(save_weights, module=model))
 
     def _newest(self) -> Checkpoint | None:
         """What rank 0 found whole, for all ranks. They fail together where it cannot look."""
@@ -349,6 +345,8 @@ class Trainer:
             "num_restarts": self.num_restarts,
             "num_rollbacks": self.num_rollbacks,
             "history": self.monitor.history,
+            "worker_seconds": self.worker_seconds_before + (time.monotonic() - self.started) * self.world_size,
+            "run_id": self.task.context.run.run_id,
         }
         self.checkpoints.save(self.step, tensors, state)
 
@@ -356,9 +354,8 @@ class Trainer:
         """A grid of samples, from rank 0 to tracking."""
         if self.rank:
             return
-        vqgan = load_vqgan(self.task.context.store.fetch(self.task.tokenizer, "vqgan.safetensors")).to(self.device)
-        grid = preview(self.ema, vqgan, self.config.sampler, self.captions)
-        self._track(lambda run, name=f"samples/step-{self.step:08d}.png": run.log_bytes(grid, name))
+        if (grid := self.previewer.grid(self.ema)) is not None:
+            self._track(lambda run, name=f"samples/step-{self.step:08d}.png": run.log_bytes(grid, name))
 
     def _is_due(self, interval: int, step: int | None = None) -> bool:
         step = self.step if step is None else step
@@ -370,7 +367,15 @@ class Trainer:
 
     def _track(self, action: Any) -> None:
         if self.rank == 0:
-            self.background.submit(action, self.task.context.run)
+            self.background.submit(action, self.task.context.run).add_done_callback(self._look_at)
+
+    def _look_at(self, tracked: Future[None]) -> None:
+        """Of a server that is down tracking tells by itself; this is what nobody foresaw."""
+        if (error := tracked.exception()) is not None:
+            _log.warning("something of step %d or before is not tracked", self.step, exc_info=error)
+            if not self.has_told_of_tracking:
+                self.has_told_of_tracking = True
+                self._tell(f"something is not tracked, and training goes on ({type(error).__name__}: {error})")
 
     def _tell(self, message: str) -> None:
         if self.rank == 0:

@@ -5,6 +5,8 @@ Shape legend: N steps of an interval, G groups of a step.
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -87,13 +89,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Most that the device's allocator held so far; of a CPU what this process holds now."""
+    """Most that was held so far: by the device's allocator, or on a CPU by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import psutil
-
-    held: int = psutil.Process().memory_info().rss
-    return held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def squared_distance(averaged: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

@@ -135,6 +135,16 @@ def test_metrics_have_their_steps_and_pictures_lie_beside_them(client: MlflowCli
     assert [file.path for file in client.list_artifacts(run.info.run_id, "samples")] == ["samples/step-00000003.png"]
 
 
+def test_what_an_earlier_run_measured_is_taken_over_in_batches_that_mlflow_takes(handle: RunHandle, client: MlflowClient) -> None:
+    """More than the 1,000 values that it takes at once; values that are not finite are left out."""
+    rows = [{"step": step, "loss": 1 / step, "group@norm": math.inf if step == 2 else 1.0} for step in range(1, 601)]
+    handle.log_history(rows)
+    assert handle.run_id is not None and not handle._given_up
+    loss, norm = (client.get_metric_history(handle.run_id, name) for name in ("loss", "group_norm"))
+    assert [(point.step, point.value) for point in loss] == [(step, 1 / step) for step in range(1, 601)]
+    assert len(norm) == 599 and "step" not in client.get_run(handle.run_id).data.metrics
+
+
 def test_a_reused_stage_has_the_metrics_of_when_it_was_made(client: MlflowClient, recorded) -> None:
     run = _stage_runs(client, reused=True)["curve"]
     assert run.data.metrics["final"] == 0.25 and "loss" not in run.data.metrics

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 from plain_training import train_plainly
 from tiny_training import CONFIG, Material, Trained, changed, checkpoint_steps, read_weights, train
 
+from pipelines.artifacts import FileRecord, LocalStore
+from pipelines.storage import StorageError
 from pipelines.tracking import RunHandle
 from pipelines.train_config import TrainConfig
 
@@ -70,6 +72,10 @@ class Notebook(RunHandle):
         time.sleep(self.hang)
         with Path(self.notes).open("a") as notes:
             notes.write(json.dumps([os.getpid(), time.monotonic(), step, dict(metrics)]) + "\n")
+
+    def log_history(self, rows: Sequence[Mapping[str, float]]) -> None:
+        with Path(self.notes).open("a") as notes:
+            notes.write(json.dumps([os.getpid(), time.monotonic(), "history", [row["step"] for row in rows]]) + "\n")
 
     def log_bytes(self, content: bytes, name: str) -> None:
         with Path(self.notes).open("a") as notes:
@@ -136,6 +142,67 @@ def test_an_interval_of_several_steps_is_their_mean(material: Material, plainly:
     losses = plainly(CONFIG).column("loss")
     for row, (first, last) in zip(trained.history, [(0, 5), (5, 6), (6, 10), (10, 12)], strict=True):
         assert row["loss"] == pytest.approx(np.mean(losses[first:last]), rel=1e-5)
+
+
+def test_a_run_that_goes_on_has_the_rows_of_the_runs_before(material: Material, key: str, tmp_path: Path) -> None:
+    """A command is a run of its own in MLflow. Workers that Ray replaces are part of the same run, which has its rows."""
+    noted = {}
+    for run_id, stop_at in (("first", 3), ("first", 6), ("second", None)):
+        run = Notebook(run_id=run_id, notes=str(tmp_path / f"{run_id}-{stop_at}"))
+        train(material, CONFIG, key, run=run, stop_at=stop_at)
+        noted[run_id, stop_at] = [(step, what) for _, _, step, what in run.read() if not str(step).startswith("samples")]
+    assert [step for step, _ in noted["first", 3]] == [1, 2, 3, 4]
+    assert [step for step, _ in noted["first", 6]] == [5, 6, 7, 8, 9, 10, 11]
+    ((first, steps), *rest) = noted["second", None]
+    assert (first, steps) == ("history", list(range(1, 12))) and [step for step, _ in rest] == [12]
+
+
+class CountingStore(LocalStore):
+    """Notes that the tokenizer was asked for, and has none where the environment says so."""
+
+    def fetch_file(self, stage: str, key: str, record: FileRecord) -> Path:
+        if stage == "tokenizer":
+            with Path(os.environ["NOTES"]).open("a") as notes:
+                notes.write("asked ")
+            if "NO_TOKENIZER" in os.environ:
+                raise StorageError("the bucket does not answer")
+        return super().fetch_file(stage, key, record)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_previews_load_the_tokenizer_once_and_are_told_once_where_they_fail(
+    material: Material, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    if not is_there:
+        monkeypatch.setenv("NO_TOKENIZER", "1")
+    assert isinstance(material.store, LocalStore)
+    place, run = replace(material, store=CountingStore(material.store.root)), Notebook(notes=str(tmp_path / "lines"))
+    trained = train(place, changed(execution={"sample_every": 4}), key, run=run)
+    assert trained.column("step") == list(range(1, 13)) and trained.ema
+    grids = [step for _, _, step, _ in run.read() if str(step).startswith("samples")]
+    if is_there:
+        assert trained.messages == () and len(grids) == 3 and (tmp_path / "notes").read_text() == "asked "
+    else:
+        (message,) = trained.messages
+        assert message.endswith("training goes on (StorageError: the bucket does not answer)") and grids == []
+
+
+@dataclass
+class Broken(RunHandle):
+    """Tracking with a fault of its own, which it does not see."""
+
+    uri: str = ""
+    run_id: str | None = None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        raise KeyError("unforeseen")
+
+
+def test_what_tracking_itself_does_not_foresee_is_told_once(material: Material, key: str) -> None:
+    trained = train(material, CONFIG, key, run=Broken())
+    (message,) = trained.messages
+    assert message == "something is not tracked, and training goes on (KeyError: 'unforeseen')" and trained.ema
 
 
 @pytest.mark.faults
