@@ -70,7 +70,9 @@ def test_scores_stand_before_speeds_and_costs(lab: Lab) -> None:
     titles = [column.title for column in compare_columns.columns_of(found.sections[0])]
     assert titles[:7] == ["model", "variant", "params", "steps", "guidance", "TFLOPs", "FID"]
     assert titles.index("IS") < titles.index("images/s")
-    page = Page.parse(compare.make_files(found, "compare-test", Grids()).page)
+    html = compare.make_files(found, "compare-test", Grids()).page
+    assert "td:first-child { position: sticky" in html, "the model stays in sight where a table is scrolled"
+    page = Page.parse(html)
     first, more = [row for row in page.rows if row[0] == "model"][:2]
     assert first[:8] == ["model", "variant", "params", "steps", "guidance", "TFLOPs", "FID", "IS"] and "KID" not in first
     assert more == ["model", "variant", "steps", "guidance", "KID", "peak GB", "GMACs executed"] and page.tags["details"] == 1
