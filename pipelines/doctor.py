@@ -39,9 +39,10 @@ def examine(config: Any) -> Iterator[Finding]:
         "packages": _packages,
         "devices": _devices,
         "disk": lambda: _disk(Path(config.workspace)),
-        "Ray": lambda: _ray(config.cluster),
+        "Ray": lambda: _ray(config),
         "store": lambda: _store(config),
         "tracking": lambda: _tracking(config),
+        "dataset": lambda: _dataset(config),
         "weights": lambda: _weights(config),
     }
     for what, check in checks.items():
@@ -60,6 +61,7 @@ _ADVICE = {
     "Ray": "start the cluster, or leave cluster.address and RAY_ADDRESS out for a local one",
     "store": "see that the folder or bucket exists and may be written; credentials come from the AWS variables",
     "tracking": "start the server, change MLFLOW_TRACKING_URI, or go on without: runs do not need it",
+    "dataset": "see that it lies there and may be read, or give another place",
     "weights": "fetch the file, or give another path",
 }
 
@@ -118,21 +120,39 @@ def _disk(workspace: Path) -> Iterator[Finding]:
 
 def _ray(config: Any) -> Iterator[Finding]:
     from pipelines import cluster
+    from pipelines.requirements import Capacity
 
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
         yield Finding("Ray", GOOD, f"{version('ray')}, a local cluster for every run")
+        yield from _room(config, Capacity(({"CPU": float(config.cluster.num_cpus or os.cpu_count() or 1), "GPU": _num_gpus()},)))
         return
     cluster.check_listening(address)
     import ray
 
     was_connected = ray.is_initialized()
-    cluster.connect(config)
-    have = ray.cluster_resources()
-    said = f"{address}: {len(ray.nodes())} nodes, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
+    cluster.connect(config.cluster)
+    capacity = cluster.capacity()
     if not was_connected:
         ray.shutdown()
-    yield Finding("Ray", GOOD, said)
+    yield Finding("Ray", GOOD, f"{address} has {capacity.describe()}")
+    yield from _room(config, capacity)
+
+
+def _num_gpus() -> float:
+    import torch
+
+    return float(torch.cuda.device_count()) if torch.cuda.is_available() else 0.0
+
+
+def _room(config: Any, capacity: Any) -> Iterator[Finding]:
+    """Stages that ask for more than there is; of one that the store has already a run asks nothing."""
+    from pipelines.requirements import cluster_grows, judge
+    from pipelines.submission import needs
+
+    problems = dict.fromkeys(verdict.problem for verdict in (judge(need, capacity) for need in needs(config)) if verdict.problem)
+    for problem in problems:
+        yield Finding("room", WARNING if cluster_grows() else BAD, str(problem), "or choose a cluster that has as much")
 
 
 def _store(config: Any) -> Iterator[Finding]:
@@ -156,6 +176,19 @@ def _tracking(config: Any) -> Iterator[Finding]:
         yield Finding("tracking", GOOD, f"{shown}, made by the first run")
         return
     yield Finding("tracking", GOOD, f"{shown} answers, {len(tracked.experiments(uri))} experiments")
+
+
+def _dataset(config: Any) -> Iterator[Finding]:
+    """That it lies where the config says; what is in it stage dataset looks at."""
+    import dataclasses
+
+    from pipelines.sources import open_source
+
+    dataset = dataclasses.replace(config.dataset, s3=config.dataset.s3 or config.s3)
+    open_source(dataset)
+    if dataset.captions is not None and "://" not in dataset.captions and not Path(dataset.captions).is_file():
+        raise ValueError(f"dataset.captions names {dataset.captions}, which is no file")
+    yield Finding("dataset", GOOD, f"{dataset.title}, {dataset.path or 'which scikit-learn brings'}")
 
 
 def _weights(config: Any) -> Iterator[Finding]:

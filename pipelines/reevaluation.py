@@ -115,7 +115,7 @@ def reevaluate(request: Request, source: str, options: Options, console: Console
     with console.status("asking the registry"):
         at_alias = tracked.versions_at(uri, options.alias)
         named = [version for version in at_alias if any(fnmatchcase(version.name, pattern) for pattern in options.match)]
-    if not named and tuple(options.match) != MODELS:
+    if not named and (tuple(options.match) != MODELS or options.alias != Options.alias):  # a slip, not an empty registry
         raise ValueError(f"no registered model that matches {', '.join(options.match)} has the alias {options.alias}")
     outcomes: dict[str, Outcome] = {}
     due: list[_Case] = []

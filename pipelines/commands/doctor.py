@@ -19,7 +19,7 @@ _SIGNS = {"good": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @JSON
 def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Look at Python, packages, devices, disk, Ray, store, tracking and weights, as a run of CONFIG would meet them.
+    """Look at Python, packages, devices, disk, Ray, store, tracking, dataset and weights, as a run of CONFIG would meet them.
 
     Exit code 1 where something stands in the way.
     """

@@ -282,3 +282,30 @@ def test_a_damaged_manifest_is_told_of_and_its_folder_stays(place: Place, chain)
     answer = _ask(place, "gc", "--older-than", "1d", "--ignore-registry", "--delete")
     assert answer.exit_code == 0 and f"{MANIFEST} is not a manifest" in answer.stderr and "left alone" in answer.stderr
     assert {name.split("/")[0] for name in place.contents()} == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ls"], "there is no store at"),
+        (["verify", "--all"], "there is no store at"),
+        (["gc"], "there is no store at"),
+        (["show", "train/x"], "there is no store at"),
+    ],
+)
+def test_a_store_that_is_not_there_is_no_empty_one(tmp_path: Path, arguments: list[str], said: str) -> None:
+    answer = CliRunner().invoke(artifacts, [*arguments, "--store", str(tmp_path / "mistyped")])
+    assert isinstance(answer.exception, ValueError) and said in str(answer.exception)
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_verifying_nothing_is_no_success(place: Place) -> None:
+    place.store.check_writable()
+    answer = _ask(place, "verify", "--all")
+    assert isinstance(answer.exception, ValueError) and "nothing was checked" in str(answer.exception)
+
+
+def test_a_stage_that_there_is_not_is_told_with_the_closest_one(place: Place, chain: SimpleNamespace) -> None:
+    answer = _ask(place, "ls", "--stage", "tarin")
+    assert isinstance(answer.exception, ValueError) and "there is no stage tarin; did you mean train?" in str(answer.exception)
+    assert [row["stage"] for row in _json(place, "ls", "--stage", "train")["artifacts"]] == ["train"]

@@ -34,7 +34,7 @@ def examine(tmp_path: Path) -> Callable[..., dict[str, doctor.Finding]]:
 
 def test_where_all_is_well_nothing_stands_in_the_way(examine: Callable[..., Any]) -> None:
     found = examine()
-    assert list(found) == ["Python", "packages", "devices", "disk", "Ray", "store", "tracking"]
+    assert list(found) == ["Python", "packages", "devices", "disk", "Ray", "store", "tracking", "dataset"]
     assert {finding.state for finding in found.values()} == {doctor.GOOD}
     assert "torch 2.13" in found["packages"].said and "local cluster" in found["Ray"].said
 
@@ -45,6 +45,9 @@ def test_where_all_is_well_nothing_stands_in_the_way(examine: Callable[..., Any]
         ("store=/proc/nothing/store", "store", "/proc/nothing"),
         ("cluster.address=127.0.0.1:1", "Ray", "there is no Ray cluster at 127.0.0.1:1"),
         ("tracking.uri=http://127.0.0.1:1", "tracking", "127.0.0.1"),
+        ("token_map.execution={num_workers: 900}", "room", "token_map.execution asks for 900 CPUs"),
+        ("dataset={kind: images, path: nowhere}", "dataset", "nowhere"),
+        ("dataset={kind: coco, path: ., captions: nowhere.json}", "dataset", "nowhere.json"),
         ("tokenizer.weights=nowhere.ckpt", "weights", "tokenizer.weights names nowhere.ckpt, which is not there"),
     ],
 )

@@ -610,7 +610,9 @@ def test_which_models_are_meant(lab: Lab) -> None:
     names = lambda **options: [outcome.version.name for outcome in lab.run(is_dry_run=True, **options)]  # noqa: E731
     assert names() == [NAME, "nat-s-photographs"]
     assert names(match=("*-photographs",)) == [NAME, "nat-s-photographs"] and names(match=("other*",)) == ["other-model"]
-    assert names(alias="best") == [NAME] and names(alias="worst") == []
+    assert names(alias="best") == [NAME]
+    with pytest.raises(ValueError, match=r"no registered model that matches .* has the alias worst"):
+        names(alias="worst")
     with pytest.raises(ValueError, match=r"no registered model that matches enat-x\* has the alias newest"):
         names(match=("enat-x*",))
 
