@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 from manifests import IN_IMAGE, INFRA, REPOSITORY, SECRET, instructions, stages
+
+from pipelines import code_package
 
 TARGETS = ["enat", "mlflow"]
 
@@ -81,6 +86,23 @@ def test_bytecode_is_compiled_and_code_cannot_be_written() -> None:
     assert any("compileall" in rest and "/opt/enat/pipelines" in rest for instruction, rest in image if instruction == "RUN")
     places = [place for place, (instruction, _) in enumerate(image) if instruction in {"COPY", "RUN"}]
     assert max(places) < [instruction for instruction, _ in image].index("USER")  # all of it belongs to root
+
+
+def test_the_image_knows_the_commit_that_it_was_built_from(tmp_path: Path) -> None:
+    """The command of the Dockerfile itself, on a copy of the code."""
+    image = stages()["enat"]
+    argument = next(
+        place for place, (instruction, rest) in enumerate(image) if instruction == "ARG" and rest.startswith("REVISION=")
+    )
+    place, run = next((place, rest) for place, (_, rest) in enumerate(image) if "write_record" in rest)
+    assert argument < place and "REVISION=$(git rev-parse HEAD)" in (INFRA / "README.md").read_text()
+    for folder in ("enat", "pipelines"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
+    command = next(part for part in run.split(" && ") if "write_record" in part)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "REVISION": "a" * 40}
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, timeout=60, check=True)
+    state = code_package.read_state(tmp_path)
+    assert state is not None and state.commit == "a" * 40 and state.label.endswith("+g" + "a" * 12)
 
 
 def test_packages_come_before_code_so_that_their_layer_stays() -> None:

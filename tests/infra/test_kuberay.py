@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from manifests import INFRA, containers, documents, of_kind, pod_templates, resources
+
+from pipelines import jobs
 
 TEMPLATES = dict(pod_templates())
 CONTAINERS = dict(containers())
@@ -150,6 +153,7 @@ def test_ray_takes_the_command_that_submits() -> None:
     parsed = submit.make_context("submit", words[3:]).params
     assert parsed["address"] == f"http://{CLUSTER['metadata']['name']}-head-svc:8265" and not parsed["no_wait"]
     assert parsed["entrypoint"][:2] == ("enat", "reevaluate")
+    assert json.loads(parsed["metadata_json"]).keys() == {jobs.RUN, "enat.name"}, "`enat jobs` shows what has these"
 
 
 def test_jobs_run_on_the_cluster() -> None:
@@ -157,6 +161,7 @@ def test_jobs_run_on_the_cluster() -> None:
     for job in JOBS:
         assert job["spec"]["clusterSelector"] == {"ray.io/cluster": CLUSTER["metadata"]["name"]}
         assert job["metadata"]["labels"]["app.kubernetes.io/name"] == job["metadata"]["name"]
+        assert job["spec"]["metadata"] == dict.fromkeys((jobs.RUN, "enat.name"), job["metadata"]["name"])
 
 
 def test_reevaluation_is_never_run_twice_at_once() -> None:

@@ -84,5 +84,5 @@ def test_the_cron_line_runs_and_never_twice_at_once(tmp_path: Path) -> None:
         (state / "go").touch()
     assert first.wait(timeout=60) == 0
     (line,) = (state / "ran").read_text().splitlines()
-    assert line == f"http://tracking:5000 reevaluate --alias newest --older-than 30d --fresh store={state}/store workspace={state}"
+    assert line == f"http://tracking:5000 reevaluate --alias newest --older-than 30d store={state}/store workspace={state}"
     assert " ".join(line.split()[1:]).replace(str(state), "/var/lib/enat") == SERVICE["ExecStart"].partition(" ")[2]
