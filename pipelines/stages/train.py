@@ -30,6 +30,7 @@ from enat.tokenizer import VQGANConfig
 from pipelines import cluster, model_card
 from pipelines.artifacts import FileRecord, Manifest
 from pipelines.caption_features import CaptionFeaturesInfo
+from pipelines.checkpoints import SoFar, read_so_far
 from pipelines.external import local_file
 from pipelines.progress import Reporter
 from pipelines.token_map import TokenMapInfo
@@ -61,7 +62,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
         grid_size=architecture.grid_size,
         codebook_size=architecture.codebook_size,
     )
-    started = time.monotonic()
+    started, before = time.monotonic(), read_so_far(context)
     if config.num_steps == 0:
         trained = TrainResult(_untrained(config, architecture, context), (), [], 0, 0, 0, 0)
     else:
@@ -75,8 +76,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
             context.console.print(f"training stopped at step {trained.step}, which is saved; the same command goes on from there")
             raise KeyboardInterrupt
     record = context.write(HISTORY, lambda path: path.write_text(json.dumps(trained.history)))
-    num_workers = [row["num_workers"] for row in trained.history] or [config.execution.num_workers]  # elastic runs change it
-    seconds = (time.monotonic() - started) * sum(num_workers) / len(num_workers)
+    seconds = before.worker_seconds + (time.monotonic() - started) * _mean_workers(config, trained, before)
     last = trained.history[-1] if trained.history else {}
     names = sorted(last, key=lambda name: name not in _SHOWN_FIRST)
     fates = {name: getattr(trained, name) for name in ("skipped_draws", "num_restarts", "num_rollbacks")}
@@ -87,8 +87,14 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
         summary=summary,
         metrics={f"final/{name}": last[name] for name in names},
         worker_seconds=seconds,
-        device_seconds=seconds if config.execution.gpus_per_worker else 0.0,
+        device_seconds=config.execution.device_seconds(seconds),
     )
+
+
+def _mean_workers(config: TrainConfig, trained: TrainResult, before: SoFar) -> float:
+    """Of the steps that this command took: elastic runs change it."""
+    num_workers = [row["num_workers"] for row in trained.history if row["step"] > before.step] or [config.execution.num_workers]
+    return sum(num_workers) / len(num_workers)
 
 
 def _imported(config: TrainConfig, weights: str, tokenizer: Manifest, context: StageContext) -> StageResult:

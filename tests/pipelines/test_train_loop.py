@@ -5,6 +5,7 @@ Ranks are plain processes (tiny_training.py); what Ray adds to them is in test_t
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -36,7 +37,7 @@ from tiny_training import (
 
 from pipelines.artifacts import FileRecord, LocalStore, StoreError, open_store
 from pipelines.batches import GroupBatch
-from pipelines.checkpoints import NoReadableCheckpointError, find_checkpoints
+from pipelines.checkpoints import NoReadableCheckpointError, find_checkpoints, read_so_far
 from pipelines.train_config import TrainConfig
 from pipelines.train_loop import Trainer, initial_model
 
@@ -255,6 +256,45 @@ def test_a_run_whose_worker_was_killed_goes_on_from_the_last_checkpoint(
     resumed = train(place, config, key, world_size=2, trainer_class=Killed)
     assert_close(resumed, plain)
     assert resumed.result is not None and resumed.result.num_restarts == 1 and checkpoint_steps(place, key) == [4, 8]
+
+
+class Slow(Trainer):
+    """Every step takes a tenth of a second at least."""
+
+    def train_step(self) -> None:
+        time.sleep(0.1)
+        super().train_step()
+
+
+def test_what_training_took_before_it_was_stopped_is_kept_and_added_to(material: Material, key: str) -> None:
+    """The second life has one worker fewer."""
+    config = changed(execution={"keep_last": 9})
+    train(material, config, key, world_size=2, trainer_class=Slow, stop_at=5)
+    first = read_so_far(worker_context(material, key))
+    assert first.step == 6 and first.worker_seconds >= 6 * 0.1 * 2
+    train(material, config, key, trainer_class=Slow, stop_at=2)
+    second = read_so_far(worker_context(material, key))
+    assert second.step > 6 and second.worker_seconds >= first.worker_seconds + (second.step - 6) * 0.1
+    assert isinstance(material.store, LocalStore)
+    newest = find_checkpoints(worker_context(material, key))[-1].state
+    assert newest is not None
+    (material.store.root / "train" / key / newest.path).write_text("{}")
+    assert 0 < read_so_far(worker_context(material, key)).step < second.step, "training goes on from there as well"
+
+
+class SlowPoisoned(Slow):
+    """Diverges in step 7 the first time."""
+
+    def train_step(self) -> None:
+        super().train_step()
+        if self.step == 7 and not self.num_rollbacks:
+            self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * math.nan
+
+
+def test_what_a_rollback_throws_away_took_its_time_all_the_same(material: Material, key: str) -> None:
+    train(material, changed(execution={"on_divergence": "rollback"}), key, trainer_class=SlowPoisoned, stop_at=11)
+    kept = read_so_far(worker_context(material, key))
+    assert kept.step == 9 and kept.worker_seconds >= (7 + 5) * 0.1, "four steps, three for nothing, and five more"
 
 
 def test_where_no_checkpoint_can_be_read_training_does_not_begin_anew(material: Material, key: str) -> None:

@@ -23,11 +23,12 @@ from tiny_training import CONFIG, Material, Trained, assert_close, changed, read
 
 from enat import ENAT
 from enat.checkpoint import load_enat
-from pipelines.checkpoints import find_checkpoints
+from pipelines.artifacts import FileRecord
+from pipelines.checkpoints import SoFar, find_checkpoints
 from pipelines.stages import train
 from pipelines.tracking import RunHandle
 from pipelines.train_config import TrainConfig
-from pipelines.train_loop import DivergedError, initial_model
+from pipelines.train_loop import DivergedError, TrainResult, initial_model
 from pipelines.workflow import StageResult, WorkerContext
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -95,6 +96,27 @@ def test_ray_s_workers_train_what_a_plain_loop_trains(fit, plain: Trained, num_w
     assert fitted.made.summary["num_restarts"] == 0 and fitted.made.summary["skipped_draws"] == 0
     assert fitted.made.metrics["final/loss"] == fitted.history[-1]["loss"] and fitted.made.metrics["final/step"] == 12
     assert set(fitted.column("num_workers")) == {num_workers}
+
+
+def test_hours_are_those_of_this_command_and_of_the_ones_it_goes_on_from(
+    material: Material, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 worker-seconds were kept with step 4. From there it is two workers with two devices each."""
+    history = [{"step": step, "num_workers": 1 if step <= 4 else 2} for step in range(1, 13)]
+
+    def fit(*_: Any) -> TrainResult:
+        time.sleep(0.3)
+        return TrainResult((FileRecord("model.safetensors", "p", 1, "0" * 64),), (), history, 12, 0, 1, 0)
+
+    monkeypatch.setattr(train, "read_so_far", lambda _: SoFar(4, 100.0))
+    monkeypatch.setattr(train, "_fit", fit)
+    monkeypatch.setattr(train.cluster, "require", lambda *_: None)
+    inputs = {name: material.inputs[name] for name in ("tokenizer", "token_map")}
+    started = time.monotonic()
+    config = changed(execution={"num_workers": 2, "gpus_per_worker": 2})
+    made = train.run(config, inputs, make_context(material.store, "train"))
+    assert 100 + 2 * 0.3 <= made.worker_seconds <= 100 + 2 * (time.monotonic() - started)
+    assert made.device_seconds == pytest.approx(2 * made.worker_seconds)
 
 
 @dataclasses.dataclass

@@ -233,4 +233,5 @@ def _nothing_computed() -> Any:
     from pipelines.feature_job import FeatureSet
 
     moments = {"features": FeatureMoments(64)}
-    return FeatureSet(count=1797, num_kept=1790, moments=moments, files=(), worker_seconds=0.0, device_seconds=0.0)
+    times = ("worker_seconds", "device_seconds", "decoding_seconds")
+    return FeatureSet(count=1797, num_kept=1790, moments=moments, files=(), **dict.fromkeys(times, 0.0))
