@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pipelines.artifacts import ArtifactStore, Manifest
 
 NONE = -1  # label of a sample that has a caption, caption or row of one that has none
+_MAX_CODES = 1 << 16
 _CAPTION_STREAM, _ROW_STREAM, _MASK_STREAM = 1, 2, 3  # draws of one seed that have nothing to do with each other
 
 
@@ -111,9 +112,18 @@ def part_name(part: int) -> str:
     return f"part-{part:05d}.parquet"
 
 
+def check_codebook(codebook_size: int) -> None:
+    """Raises ValueError for a codebook with codes that a file of samples cannot hold."""
+    if codebook_size > _MAX_CODES:
+        raise ValueError(
+            f"samples are stored in 16 bits a code, {_MAX_CODES:,} at most, and this model has {codebook_size:,} codes"
+        )
+
+
 def write_samples(path: Path, samples: Samples) -> None:
-    """Write one part. Columns of captions and rows only where there are any."""
+    """Write one part. Columns of captions and rows only where there are any. Raises ValueError for codes beyond 16 bits."""
     codes = samples.codes
+    check_codebook(int(codes.max()) + 1)
     columns = {
         "index": pa.array(samples.index, pa.int64()),
         "label": pa.array(samples.labels, pa.int32()),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,18 +20,19 @@ import torch
 from enat.checkpoint import load_enat
 from enat.config import ENATConfig
 from enat.model import ENAT, TextCondition
-from enat.sampler import SamplerConfig, sample
+from enat.sampler import SamplerConfig
 from pipelines import cluster
 from pipelines.artifacts import ArtifactStore, FileRecord, Manifest
 from pipelines.caption_features import CaptionFeatures
 from pipelines.dataset import INDEX
 from pipelines.device import device_name, peak_memory_gb
-from pipelines.readers import fixed_numerics, pass_pool
+from pipelines.passes import IMAGES_PER_PASS, PassSampler, fix_numerics, pass_pool, passes_at_once, split_into_passes
 from pipelines.samples import (
     NONE,
     SamplePlan,
     Samples,
     caption_order,
+    check_codebook,
     drawn_rows,
     masked_positions,
     num_masked_of,
@@ -68,18 +68,18 @@ class GenerateConfig:
     drawn by the seed. None begins with nothing.
     dataset: whose captions a model of captions is given; None takes the run's.
     precision: of the model's passes, "fp32", or "bf16" as autocast has it. It changes codes, so it is part of the key.
-    images_per_pass: images that the model always computes together, by index: matrix products round by their shape, and a code
-    whose draw is nearly tied could come out otherwise. So it is part of the key, and execution.batch_size is how many a worker
-    computes at once, in passes side by side on the threads of a CPU.
+    images_per_pass: images that the model always computes together, by index (see pipelines.passes), also where a file begins or
+    ends within a pass: a shard_size that it divides wastes nothing. It is part of the key, and execution.batch_size is how many a
+    worker computes at once, in passes side by side on the threads of a CPU.
     """
 
     num_samples: int = 50_000
-    shard_size: int = 1000
+    shard_size: int = 1024
     labels: tuple[int, ...] = ()
     caption_choice: str = "drawn"
     mask_ratio: float | None = None
     precision: str = "fp32"
-    images_per_pass: int = 32
+    images_per_pass: int = IMAGES_PER_PASS
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     dataset: DatasetConfig | None = None
     seed: int | None = None
@@ -165,6 +165,7 @@ def _metrics(config: GenerateConfig, records: list[dict[str, Any]]) -> dict[str,
 
 def _check(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manifest]) -> str:
     """How labels are chosen, in words. Raises ValueError where the model cannot do what is asked for."""
+    check_codebook(model.codebook_size)
     if model.text_width is not None:
         for name, given in (("labels", config.labels), ("mask_ratio", config.mask_ratio)):
             if given:
@@ -238,26 +239,38 @@ class _Sample:
     def __init__(self, task: _Task) -> None:
         started = time.monotonic()
         self.config, self.context, self.num_workers = task.config, task.context, task.num_workers
-        fixed_numerics(self.config.execution.device)
-        self.pool = pass_pool(self.config.execution, self.config.images_per_pass)
+        execution, images_per_pass = self.config.execution, self.config.images_per_pass
+        fix_numerics(execution.device)
+        sizes = {"batch_size": execution.batch_size, "images_per_pass": images_per_pass}
+        self.pool = pass_pool(passes_at_once(execution.device, **sizes, num_threads=execution.num_threads))
         self.plan: SamplePlan = ray.get(task.plan)
-        self.model = _prepare(load_enat(task.context.store.fetch(task.model, "model.safetensors")), self.config.execution)
+        self.model = _prepare(load_enat(task.context.store.fetch(task.model, "model.safetensors")), execution)
         self.captions = None if task.captions is None else CaptionFeatures.open(task.context.store, task.captions)
+        assert self.config.seed is not None
+        self.sampler = PassSampler(
+            model=self.model,
+            sampler=self.config.sampler,
+            run_seed=self.config.seed,
+            images_per_pass=images_per_pass,
+            is_bf16=self.config.precision == "bf16",
+            conditions=self._condition,
+            starts=self._start,
+        )
         self.start_seconds = time.monotonic() - started  # told once, with the first part
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         started = time.monotonic()
         part, config, plan = int(batch["part"][0]), self.config, self.plan
         assert config.seed is not None
-        index = np.arange(part * config.shard_size, min((part + 1) * config.shard_size, config.num_samples))
-        seeds = np.array([sample_seed(config.seed, i) for i in index.tolist()])
-        passes = [slice(first, first + config.images_per_pass) for first in range(0, len(index), config.images_per_pass)]
-        codes = list(self.pool.map(lambda rows: self._codes(index[rows], seeds[rows]), passes))
+        start, stop = part * config.shard_size, min((part + 1) * config.shard_size, config.num_samples)
+        index = np.arange(start, stop)
+        passes = split_into_passes(start, stop, config.images_per_pass)
+        codes = list(self.pool.map(lambda each: self.sampler.states(each)[:, -1], passes))
         samples = Samples(
             index=index,
             labels=plan.labels[index],
             codes=torch.cat(codes).numpy(),
-            seeds=seeds,
+            seeds=np.array([sample_seed(config.seed, i) for i in index.tolist()]),
             captions=plan.captions[index],
             rows=plan.rows[index],
         )
@@ -276,28 +289,22 @@ class _Sample:
         self.context.store.put_part(self.context.stage, self.context.key, part_name(part), record)
         return {"record": [record]}
 
-    def _codes(self, index: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
-        """int64 (B, L) of samples that are computed together."""
-        condition: torch.Tensor | TextCondition = torch.from_numpy(self.plan.labels[index])
-        if self.model.config.text_width is not None:
-            assert self.captions is not None
-            condition = TextCondition(*map(torch.from_numpy, self.captions.take(self.plan.captions[index])))
-        is_autocast = self.config.precision == "bf16"
-        with torch.autocast(self.config.execution.device, torch.bfloat16) if is_autocast else nullcontext():
-            start = self._start(index, seeds)
-            codes: torch.Tensor = sample(self.model, condition, self.config.sampler, seeds=seeds.tolist(), start=start)
-        return codes.cpu()
+    def _condition(self, samples: np.ndarray) -> torch.Tensor | TextCondition:
+        if self.model.config.text_width is None:
+            return torch.from_numpy(self.plan.labels[samples])
+        assert self.captions is not None
+        return TextCondition(*map(torch.from_numpy, self.captions.take(self.plan.captions[samples])))
 
-    def _start(self, index: np.ndarray, seeds: np.ndarray) -> torch.Tensor | None:
-        """int64 (B, L): codes of token map rows, as many masked in each; None where samples begin with nothing."""
+    def _start(self, samples: np.ndarray) -> torch.Tensor | None:
+        """int64 (P, L): codes of token map rows, as many masked in each; None where samples begin with nothing."""
         if self.plan.start is None:
             return None
-        assert self.config.mask_ratio is not None
-        tokens = self.plan.start[index].astype(np.int64)
+        assert self.config.mask_ratio is not None and self.config.seed is not None
+        tokens = self.plan.start[samples].astype(np.int64)
         num_tokens = tokens.shape[1]
         num_masked = num_masked_of(self.config.mask_ratio, num_tokens)
-        for row, seed in zip(tokens, seeds.tolist(), strict=True):
-            row[masked_positions(seed, num_tokens, num_masked)] = self.model.config.mask_id
+        for row, sample in zip(tokens, samples.tolist(), strict=True):
+            row[masked_positions(sample_seed(self.config.seed, sample), num_tokens, num_masked)] = self.model.config.mask_id
         return torch.from_numpy(tokens)
 
 
@@ -310,4 +317,4 @@ def _prepare(model: ENAT, execution: GenerateExecution) -> ENAT:
     return model
 
 
-STAGE = Stage("generate", 3, run)
+STAGE = Stage("generate", 4, run)

@@ -114,6 +114,14 @@ def make_samples(start: int, count: int, captions: bool = False) -> Samples:
     )
 
 
+def test_codes_beyond_16_bits_are_refused_and_not_wrapped(tmp_path: Path) -> None:
+    part = make_samples(0, 3)
+    part.codes[1, 2] = 65_536
+    with pytest.raises(ValueError, match="samples are stored in 16 bits a code"):
+        write_samples(tmp_path / "part", part)
+    assert not (tmp_path / "part").exists()
+
+
 @pytest.mark.parametrize("captions", [False, True])
 def test_samples_are_read_as_they_were_written(local_store: LocalStore, tmp_path: Path, captions: bool) -> None:
     parts = [make_samples(0, 8, captions), make_samples(8, 8, captions), make_samples(16, 3, captions)]

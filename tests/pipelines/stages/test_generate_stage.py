@@ -22,7 +22,7 @@ import torch
 from random_weights import randomized
 from workers import kill_a_worker
 
-from enat import ENAT, ENATConfig, SamplerConfig, TextCondition, sample
+from enat import ENAT, VQGAN, ENATConfig, SamplerConfig, TextCondition, sample
 from enat.checkpoint import save_weights
 from enat.text import TextFeatures
 from pipelines.artifacts import FileRecord, LocalStore, Manifest
@@ -35,7 +35,9 @@ from pipelines.caption_features import (
     write_empty,
 )
 from pipelines.dataset import INDEX, write_index
+from pipelines.models import Generator
 from pipelines.samples import Samples, read_codes, sample_seed
+from pipelines.sampling import SampleRequest, sample_batches
 from pipelines.sources import Entry
 from pipelines.stages import generate
 from pipelines.stages.generate import GenerateConfig, GenerateExecution
@@ -198,6 +200,31 @@ def test_codes_do_not_depend_on_how_many_are_computed_together(make_here, model:
     np.testing.assert_array_equal(read.codes, whole.codes)
 
 
+def test_the_model_always_sees_as_many_rows_also_where_a_file_ends_within_a_pass(
+    make_here, model: ENAT, samples: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    prepare = generate._prepare
+
+    def watched(loaded: ENAT, execution: GenerateExecution) -> ENAT:
+        loaded.register_forward_pre_hook(lambda _, arguments: seen.add(len(arguments[0])))
+        return prepare(loaded, execution)
+
+    monkeypatch.setattr(generate, "_prepare", watched)
+    read = make_here(dataclasses.replace(CONFIG, images_per_pass=6), model)
+    assert seen == {6, 12}, "one pass and two, where guidance is on"
+    np.testing.assert_array_equal(read.codes, read_codes(samples.store, samples.manifest).codes)
+
+
+def test_codes_are_those_of_enat_sample_whatever_its_batch(samples: Made, model: ENAT, vqgan: VQGAN) -> None:
+    made = read_codes(samples.store, samples.manifest)
+    generator = Generator(model, vqgan, origin={}, sampler=SAMPLER)
+    for batch_size in (1, 7, 64):
+        request = SampleRequest(num_images=20, sampler=SAMPLER, seed=3, batch_size=batch_size)
+        codes = torch.cat([batch.codes for batch, _ in sample_batches(generator, request, None)])
+        np.testing.assert_array_equal(codes.numpy(), made.codes)
+
+
 def test_what_was_measured_is_told(samples: Made) -> None:
     summary, metrics = samples.manifest.summary, samples.metrics
     assert summary["labels"] == "each class in turn" and summary["batch_size"] == 32 and summary["num_classes"] == 3
@@ -352,6 +379,11 @@ def test_values_that_make_no_sense_are_refused(wrong: dict[str, Any], sentence: 
 def test_what_the_model_cannot_do_is_said(make, model: ENAT, text_model: ENAT, given, is_text: bool, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make(dataclasses.replace(CONFIG, **given), text_model if is_text else model)
+
+
+def test_a_codebook_that_files_of_samples_cannot_hold_is_refused_before_sampling(make) -> None:
+    with pytest.raises(ValueError, match="samples are stored in 16 bits a code, 65,536 at most, and this model has 65,537 codes"):
+        make(CONFIG, random_model(num_classes=3, codebook_size=65_537))
 
 
 def test_a_token_map_of_another_tokenizer_is_refused(make, model: ENAT) -> None:
