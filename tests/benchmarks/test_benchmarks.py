@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenization
 import torch
 import training
 import training_loops
+from click.testing import CliRunner
 
 from enat import ENATConfig
 
@@ -45,5 +48,35 @@ def test_the_loops_that_are_compared_compute_the_same() -> None:
 
 @pytest.mark.faults
 def test_the_pipeline_is_measured_on_the_groups_of_the_bare_loop(tmp_path: Path) -> None:
-    figures = training.overhead(tmp_path, "enat-s", 1, turns=1)
+    figures = training.overhead(tmp_path, training.Machine("enat-s", "cpu", "fp32", 0, 4, 16), 1, turns=1)
     assert figures["pipeline_over_bare"] > 0 and 0 <= figures["data_wait_share"] < 1
+
+
+def test_all_runs_of_training_are_on_the_device_and_in_the_precision_that_the_figures_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one GPU, runs of two workers are left out, and the figures say so."""
+    calls: list[tuple[str, list[Any]]] = []
+
+    def note(file: str, function: str, place: Path, *arguments: Any) -> Any:
+        calls.append((function, json.loads(json.dumps(arguments))))
+        if function == "bare":
+            return 1.0
+        return dict.fromkeys(("step_seconds", "data_wait_share", "images_per_second", "memory_gb"), 1.0)
+
+    monkeypatch.setattr(training, "in_process", note)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU of a test")
+    for num_gpus, is_left_out in ((1, True), (2, False)):
+        calls.clear()
+        monkeypatch.setattr(torch.cuda, "device_count", lambda num_gpus=num_gpus: num_gpus)
+        said = CliRunner().invoke(training.main, ["--json"], catch_exceptions=False).stdout
+        figures = json.loads(said)
+        assert (figures["device"], figures["precision"], figures["model"]) == (f"{num_gpus} x GPU of a test", "bf16", "enat-l")
+        assert ("not measured: 2 workers need a GPU each" in str(figures["two_workers_over_one"])) is is_left_out
+        configs = [training._config(arguments[0]) for function, arguments in calls if function in ("bare", "pipeline")]
+        assert all(config.execution.device == "cuda" and config.precision == "bf16" for config in configs)
+        assert all(config.model.preset == "enat-l" and config.group_size == 128 for config in configs)
+        assert max(config.execution.num_workers for config in configs) == num_gpus
+        (loops,) = [arguments[0] for function, arguments in calls if function == "loops"]
+        assert (loops["preset"], loops["device"], loops["precision"]) == ("enat-l", "cuda", "bf16")

@@ -1,6 +1,7 @@
 """How fast a step of training is, what Ray and DeepSpeed add to it, what it waits for, and what it takes: ratios within one run.
 
     make bench                                        with tokenization (about 20 minutes on two cores)
+    .venv/bin/python tests/benchmarks/training.py     on a GPU where there is one: ENAT-L in bfloat16, groups of 128, compiled, too
     .venv/bin/python tests/benchmarks/training.py --num-steps 2       quicker, and less sure
 
 Each run is a process of its own. The loops that the pipeline is compared with are in training_loops.py.
@@ -13,6 +14,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +24,92 @@ import torch
 from common import in_process, run_script, show, where
 from rich.console import Console
 
-_GROUP_SIZE = 4
 _TURNS = 3
-_GROUP_SIZE_OF_SCALING = 16  # what workers exchange in a step does not grow with it; the published groups have 128
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What all runs of a benchmark share. A worker has a GPU where there is one, else CPUs.
+
+    scaling_group_size: of runs with several workers; what these exchange in a step does not grow with it.
+    """
+
+    preset: str
+    device: str
+    precision: str
+    num_gpus: int
+    group_size: int
+    scaling_group_size: int
+
+    @classmethod
+    def here(cls, preset: str | None = None) -> Machine:
+        if torch.cuda.is_available():
+            return cls(preset or "enat-l", "cuda", "bf16", torch.cuda.device_count(), 128, 128)  # as published
+        return cls(preset or "enat-s", "cpu", "fp32", 0, 4, 16)
+
+    def lacks(self, num_workers: int) -> str | None:
+        """Why so many workers cannot be measured, in words, or None."""
+        if self.device == "cpu" or num_workers <= self.num_gpus:
+            return None
+        return f"not measured: {num_workers} workers need a GPU each, and there are {self.num_gpus}"
+
+    def recipe(self, num_steps: int, group_size: int | None = None, **execution: Any) -> dict[str, Any]:
+        """Two groups a step; num_steps steps are warming up, as many are timed."""
+        return {
+            "model": {"preset": self.preset},
+            "precision": self.precision,
+            "num_steps": 2 * num_steps,
+            "batch_size": 2 * (group_size or self.group_size),
+            "num_groups": 2,
+            "warm_up_steps": 2,
+            "seed": 0,
+            "execution": {
+                "log_every": num_steps,
+                "checkpoint_every": 10_000,
+                "gpus_per_worker": float(self.device == "cuda"),
+                **execution,
+            },
+        }
 
 
 @click.command()
 @click.option("--num-steps", default=6, help="Steps that are timed of each run.")
-@click.option("--preset", default="enat-s", help="Size of the model.")
+@click.option("--preset", help="Size of the model; without it enat-l on a GPU and enat-s on CPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def main(num_steps: int, preset: str, as_json: bool) -> None:
-    device, precision = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
+def main(num_steps: int, preset: str | None, as_json: bool) -> None:
+    machine = Machine.here(preset)
     with tempfile.TemporaryDirectory(prefix="enat-bench-") as folder:
         place = Path(folder)
         os.environ["ENAT_CACHE"] = str(place / "cache")
-        loops = in_process(__file__, "loops", place, preset, device, precision, num_steps)
         figures = {
             **where(),
-            "device": device,
-            "precision": precision,
-            "model": preset,
-            **loops,
-            **overhead(place, preset, num_steps),
+            "device": f"{machine.num_gpus} x {torch.cuda.get_device_name()}" if machine.num_gpus else "cpu",
+            "precision": machine.precision,
+            "model": machine.preset,
+            **in_process(__file__, "loops", place, asdict(machine), num_steps),
+            **overhead(place, machine, num_steps),
+            **memory(place, machine),
+            **scaling(place, machine, num_steps),
         }
-        figures |= memory(place, preset) | scaling(place, preset, num_steps)
     show("training", figures, as_json)
 
 
-def loops(_: Path, preset: str, device: str, precision: str, num_steps: int) -> dict[str, Any]:
+def loops(_: Path, on: dict[str, Any], num_steps: int) -> dict[str, Any]:
     """A step of the obvious loop over one of ours; on a GPU compiled, too, with the share of the measured matrix products."""
     import training_loops
 
     from pipelines.train_metrics import matmul_peak
 
-    is_gpu = device == "cuda"
+    machine = Machine(**on)
+    is_gpu = machine.device == "cuda"
     if not is_gpu:
         torch.set_num_threads(os.cpu_count() or 1)
-    peak = matmul_peak(torch.device(device), training_loops.DTYPES[precision]) / 1e12
+    peak = matmul_peak(torch.device(machine.device), training_loops.DTYPES[machine.precision]) / 1e12
     measured = training_loops.compare(
-        preset,
-        group_size=128 if is_gpu else _GROUP_SIZE,
-        device=device,
-        precision=precision,
+        machine.preset,
+        group_size=machine.group_size,
+        device=machine.device,
+        precision=machine.precision,
         num_steps=num_steps + num_steps % 2,  # fresh and reusing steps alternate
         compiled=is_gpu,
     )
@@ -71,12 +117,12 @@ def loops(_: Path, preset: str, device: str, precision: str, num_steps: int) -> 
     return {"matmul_tflops": peak, **measured, **shares}
 
 
-def overhead(place: Path, preset: str, num_steps: int, turns: int = _TURNS) -> dict[str, float]:
+def overhead(place: Path, machine: Machine, num_steps: int, turns: int = _TURNS) -> dict[str, float]:
     """Seconds of a step in the pipeline over those of the bare loop on the same groups, all cores each; what it waited for.
 
     The two take turns, and the fastest run of each counts: what else a shared machine does only ever makes a run slower.
     """
-    recipe = _recipe(preset, num_steps, num_workers=1, cpus_per_worker=os.cpu_count() or 1)
+    recipe = machine.recipe(num_steps, num_workers=1, cpus_per_worker=os.cpu_count() or 1)
     bare, trained = [], []
     for turn in range(turns):
         bare.append(in_process(__file__, "bare", place / f"bare-{turn}", recipe))
@@ -91,41 +137,33 @@ def overhead(place: Path, preset: str, num_steps: int, turns: int = _TURNS) -> d
     }
 
 
-def memory(place: Path, preset: str) -> dict[str, float]:
-    """Most memory of the first of two workers, by ZeRO stage."""
-    figures = {}
+def memory(place: Path, machine: Machine) -> dict[str, Any]:
+    """Most memory of the first of two workers, by ZeRO stage: of the process on CPUs, of the device's allocator on a GPU."""
+    if (reason := machine.lacks(num_workers=2)) is not None:
+        return {"memory_gb_of_a_worker_by_zero_stage": reason}
+    figures: dict[str, Any] = {}
     for stage in range(4):
-        recipe = _recipe(preset, 2, num_workers=2, cpus_per_worker=1, zero_stage=stage)
+        recipe = machine.recipe(2, num_workers=2, cpus_per_worker=1, zero_stage=stage)
         figures[f"memory_gb_of_a_worker_at_zero_{stage}"] = in_process(__file__, "pipeline", place / f"zero-{stage}", recipe)[
             "memory_gb"
         ]
     return figures
 
 
-def scaling(place: Path, preset: str, num_steps: int) -> dict[str, float]:
-    """Images a second of two workers over one, a core each."""
+def scaling(place: Path, machine: Machine, num_steps: int) -> dict[str, Any]:
+    """Images a second of two workers over one, a core or a GPU each."""
+    if (reason := machine.lacks(num_workers=2)) is not None:
+        return {"two_workers_over_one": reason}
     speeds = []
     for num_workers in (1, 2):
-        recipe = _recipe(preset, max(1, num_steps // 3), _GROUP_SIZE_OF_SCALING, num_workers=num_workers, cpus_per_worker=1)
+        steps, size = max(1, num_steps // 3), machine.scaling_group_size
+        recipe = machine.recipe(steps, size, num_workers=num_workers, cpus_per_worker=1)
         trained = in_process(__file__, "pipeline", place / f"workers-{num_workers}", recipe)
         speeds.append(trained["images_per_second"])
     return {"one_worker_images_per_second": speeds[0], "two_workers_over_one": speeds[1] / speeds[0]}
 
 
 # Runs ------------------------------------------------------------------------------------------------------------------------
-
-
-def _recipe(preset: str, num_steps: int, group_size: int = _GROUP_SIZE, **execution: Any) -> dict[str, Any]:
-    """Two groups a step; num_steps steps are warming up, as many are timed."""
-    return {
-        "model": {"preset": preset},
-        "num_steps": 2 * num_steps,
-        "batch_size": 2 * group_size,
-        "num_groups": 2,
-        "warm_up_steps": 2,
-        "seed": 0,
-        "execution": {"log_every": num_steps, "checkpoint_every": 10_000, **execution},
-    }
 
 
 def pipeline(place: Path, recipe: dict[str, Any]) -> dict[str, float]:
@@ -154,7 +192,7 @@ def pipeline(place: Path, recipe: dict[str, Any]) -> dict[str, float]:
 
 def bare(place: Path, recipe: dict[str, Any]) -> float:
     """Seconds of a step of the bare loop on the groups of the second half of a run."""
-    from training_loops import BareLoop
+    from training_loops import BareLoop, autocast, synchronize
 
     from enat.loss import objective, token_accuracy
     from pipelines.artifacts import LocalStore
@@ -164,17 +202,21 @@ def bare(place: Path, recipe: dict[str, Any]) -> float:
 
     config, store = _config(recipe), LocalStore(place)
     torch.set_num_threads(config.execution.num_threads)
-    token_map = TokenMap.open(store, _inputs(store)["token_map"])
-    loop = BareLoop(initial_model(config.model.architecture(token_map.info), 0), "fp32")
+    token_map, device = TokenMap.open(store, _inputs(store)["token_map"]), torch.device(config.execution.device)
+    loop = BareLoop(initial_model(config.model.architecture(token_map.info), 0).to(device), config.precision)
     for step in range(config.num_steps):
         if step == config.num_steps // 2:
+            synchronize(device.type)
             started = time.perf_counter()
         for group in range(config.num_groups):
-            ((codes, condition, masked, dropout_mask),) = draw_group(config, token_map, None, step, group).parts(1, loop.ema)
-            loss, output = objective(loop.model, loop.ema, codes, condition, masked, dropout_mask=dropout_mask)
+            batch = draw_group(config, token_map, None, step, group).to(device)
+            ((codes, condition, masked, dropout_mask),) = batch.parts(1, loop.ema)
+            with autocast(device, config.precision):
+                loss, output = objective(loop.model, loop.ema, codes, condition, masked, dropout_mask=dropout_mask)
             token_accuracy(output, codes)
             (loss / config.num_groups).backward()
         loop.update()
+    synchronize(device.type)
     return (time.perf_counter() - started) / (config.num_steps // 2)
 
 

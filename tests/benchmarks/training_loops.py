@@ -67,7 +67,7 @@ class ObviousLoop:
         self.precision = precision
 
     def step(self, codes: Tensor, labels: Tensor, masked: MaskedCodes, dropout: Tensor | None) -> Tensor:
-        with _autocast(codes.device, self.precision):
+        with autocast(codes.device, self.precision):
             previous, mask_before = None, None
             if masked.previous_tokens is not None:
                 with torch.no_grad():
@@ -98,7 +98,7 @@ class BareLoop:
                 block.compile(dynamic=True)
 
     def step(self, codes: Tensor, labels: Tensor, masked: MaskedCodes, dropout: Tensor | None) -> Tensor:
-        with _autocast(codes.device, self.precision):
+        with autocast(codes.device, self.precision):
             loss, output = objective(self.model, self.ema, codes, labels, masked, dropout_mask=dropout)
         token_accuracy(output, codes)
         loss.backward()
@@ -163,11 +163,11 @@ def seconds_per_step(step: Callable[..., Tensor], draws: Draws, *, num_steps: in
     """Of steps warm_up..warm_up+num_steps-1, draws included."""
     for number in range(warm_up):
         step(*draws.group(number))
-    _synchronize(draws.device)
+    synchronize(draws.device)
     started = time.perf_counter()
     for number in range(warm_up, warm_up + num_steps):
         step(*draws.group(number))
-    _synchronize(draws.device)
+    synchronize(draws.device)
     return (time.perf_counter() - started) / num_steps
 
 
@@ -195,11 +195,11 @@ def compare(
     return figures
 
 
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
