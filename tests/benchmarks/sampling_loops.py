@@ -1,5 +1,5 @@
 """Two samplers in one process: the obvious one, which sends all tokens through every layer with attention masks, twice a step, and
-enat.sampler, fresh and with reuse. Same weights, same noise, same codes. On a GPU also compiled, and as one CUDA graph a call:
+enat.sampler, both fresh and with reuse. Same weights, same noise, same codes. On a GPU also compiled, and as one CUDA graph a call:
 
     python tests/benchmarks/sampling_loops.py --device cuda --preset enat-l --precision bf16 --batch-size 128 --compiled
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(1, str(Path(__file__).parent))
+sys.path.insert(2, str(Path(__file__).parents[1]))
 
-from training_loops import DTYPES, _synchronize, dense_forward, make_model
+import samples_with_fid
+from samples_with_fid import clock
+from training_loops import DTYPES, dense_forward, make_model
 
-from enat import ENAT, VQGAN, ENATConfig, SamplerConfig, VQGANConfig, generation_cost
+from enat import ENAT, ENATConfig, SamplerConfig, generation_cost
 from enat.sampler import decode_steps, draw_uniforms
 from pipelines.train_metrics import matmul_peak
 
-NUM_PUBLISHED_SAMPLES = 50_000
+_SPEED = "_images_per_second"
 FRESH, REUSE = SamplerConfig(reuse=False), SamplerConfig()
 
 
@@ -114,6 +116,7 @@ def compare(
     conditions, uniforms = inputs(model, batch_size, REUSE, device)
     samplers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "obvious": lambda *given: obvious_sample(model, *given, FRESH),
+        "obvious_reuse": lambda *given: obvious_sample(model, *given, REUSE),
         "fresh": Loop(model, FRESH),
         "reuse": Loop(model, REUSE),
     }
@@ -126,9 +129,10 @@ def compare(
     }
     for name, speed in speeds.items():
         figures[f"{name}_images_per_second"] = speed
-        if name != "obvious":
+        if not name.startswith("obvious"):
             figures[f"{name}_over_obvious"] = speed / speeds["obvious"]
             figures[f"{name}_tflops"] = 2 * macs.get(name, macs[""]) * speed / 1e12
+    figures["reuse_over_obvious_reuse"] = speeds["reuse"] / speeds["obvious_reuse"]
     figures["reuse_over_fresh"] = speeds["reuse"] / speeds["fresh"]
     figures["macs_of_fresh_over_reuse"] = macs["fresh"] / macs[""]
     return figures
@@ -160,9 +164,9 @@ def images_per_second(
         sampler(conditions.view(2, -1)[:, few].flatten(), uniforms[few])
     for _ in range(num_rounds):
         for name, sampler in samplers.items():
-            started = _clock(str(conditions.device))
+            started = clock(str(conditions.device))
             sampler(conditions, uniforms)
-            fastest[name] = min(fastest[name], _clock(str(conditions.device)) - started)
+            fastest[name] = min(fastest[name], clock(str(conditions.device)) - started)
     return {name: len(uniforms) / seconds for name, seconds in fastest.items()}
 
 
@@ -188,25 +192,10 @@ def options_over_plain(preset: str, *, batch_size: int, device: str, precision: 
     }
 
 
-@torch.no_grad()
-def decoding(*, batch_size: int, device: str, precision: str, num_rounds: int = 2) -> dict[str, float]:
-    """Images a second of the tokenizer's decoder at 256 px."""
-    torch.manual_seed(0)
-    vqgan = VQGAN(VQGANConfig.preset("vqgan-256")).eval().to(device=device, dtype=DTYPES[precision])
-    codes = torch.randint(vqgan.config.codebook_size, (batch_size, 16, 16)).to(device)
-    fastest = float("inf")
-    for number in range(num_rounds + 1):
-        started = _clock(device)
-        vqgan.decode(codes)
-        if number:
-            fastest = min(fastest, _clock(device) - started)
-    return {"decoded_images_per_second": batch_size / fastest}
-
-
 def measure(
     preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int = 2, compiled: bool = False
 ) -> dict[str, Any]:
-    """All figures; shares of the device's matrix products, and minutes for the samples that published scores are made of.
+    """All figures; shares of the device's matrix products, and minutes for the samples that published scores are made of, with FID.
 
     Of a CPU one core is measured.
     """
@@ -214,21 +203,13 @@ def measure(
         torch.set_num_threads(1)
     given = {"batch_size": batch_size, "device": device, "precision": precision, "num_rounds": num_rounds}
     peak = matmul_peak(torch.device(device), DTYPES[precision]) / 1e12
-    figures = compare(preset, compiled=compiled, **given) | options_over_plain(preset, **given) | decoding(**given)
+    figures = compare(preset, compiled=compiled, **given)
+    speeds = {name.removesuffix(_SPEED): value for name, value in figures.items() if name.endswith(_SPEED)}
+    fastest = max(speeds, key=lambda name: speeds[name])
+    figures |= options_over_plain(preset, **given)
+    figures |= samples_with_fid.project(preset, (fastest, speeds[fastest]), compiled=compiled, **given)
     shares = {name.replace("tflops", "share_of_matmul_peak"): value / peak for name, value in figures.items() if "tflops" in name}
-    sampled = max(
-        value for name, value in figures.items() if name.endswith("_images_per_second") and name != "decoded_images_per_second"
-    )
-    seconds = NUM_PUBLISHED_SAMPLES * (1 / sampled + 1 / figures["decoded_images_per_second"])
-    return {"matmul_tflops": peak, **figures, **shares, "minutes_for_50k_samples": seconds / 60}
-
-
-def _clock(device: str) -> float:
-    """Seconds. On a CPU those that this thread was given, so that ratios hold beside whatever else the machine does."""
-    if device == "cpu":
-        return time.thread_time()
-    _synchronize(device)
-    return time.perf_counter()
+    return {"matmul_tflops": peak, **figures, **shares}
 
 
 def _model(preset: str, precision: str, device: str) -> ENAT:

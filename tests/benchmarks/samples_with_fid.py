@@ -1,0 +1,141 @@
+"""What the stages run to make samples and their FID, piece by piece on one device, and how long the number of samples takes that
+published scores are of.
+
+Stage generate: float32 weights, passes of one size under autocast where bfloat16 is asked for, blocks compiled where that is asked
+for, noise drawn per sample on the CPU. Stage evaluate: decoder and Inception in float32 without TF32. At the end the Frechet
+distance. What Ray adds to it is measured in evaluation.py.
+
+Shape legend: P images of a pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from random_weights import inception_state
+from training_loops import DTYPES, make_model
+
+from enat import VQGAN, ENATConfig, SamplerConfig, VQGANConfig
+from enat.features import InceptionExtractor
+from enat.images import to_uint8
+from enat.metrics import FeatureMoments, frechet_distance
+from pipelines.device import wait_for
+from pipelines.passes import PassSampler, fixed_numerics
+from pipelines.readers import run_pass
+from pipelines.stages import generate
+
+NUM_SAMPLES = 50_000
+PARTS = ("sampling", "decoding", "features")
+
+
+def clock(device: str) -> float:
+    """Seconds. On a CPU those that this thread was given, so that ratios hold beside whatever else the machine does."""
+    if device == "cpu":
+        return time.thread_time()
+    wait_for(device)
+    return time.perf_counter()
+
+
+def fastest_seconds(call: Callable[[], Any], device: str, num_rounds: int) -> float:
+    """Of num_rounds calls. One before them warms up."""
+    fastest = float("inf")
+    for number in range(num_rounds + 1):
+        started = clock(device)
+        call()
+        if number:
+            fastest = min(fastest, clock(device) - started)
+    return fastest
+
+
+def sampling(preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int, compiled: bool) -> float:
+    """Images a second of stage generate's passes of batch_size."""
+    model = make_model(ENATConfig.preset(preset), device).eval().requires_grad_(False)
+    execution = generate.GenerateExecution(gpus_per_worker=float(device != "cpu"), compile=compiled)
+    sampler = PassSampler(
+        model=generate._prepare(model, execution),
+        sampler=SamplerConfig(),
+        run_seed=0,
+        images_per_pass=batch_size,
+        is_bf16=precision == "bf16",
+        conditions=lambda samples: torch.from_numpy(samples % model.config.num_classes),
+    )
+    with fixed_numerics(device):
+        return batch_size / fastest_seconds(lambda: sampler.states(range(batch_size)), device, num_rounds)
+
+
+@torch.no_grad()
+def decoding(*, batch_size: int, device: str, precision: str, num_rounds: int) -> float:
+    """Images a second of the tokenizer's decoder at 256 px. The stages decode in "fp32"."""
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig.preset("vqgan-256")).eval().to(device=device, dtype=DTYPES[precision])
+    codes = torch.randint(vqgan.config.codebook_size, (batch_size, 16, 16)).to(device)
+    with fixed_numerics(device):
+        return batch_size / fastest_seconds(lambda: to_uint8(vqgan.decode(codes)), device, num_rounds)
+
+
+def features(*, batch_size: int, device: str, num_rounds: int) -> float:
+    """Images a second of Inception on passes of 256 px, with the way of the features to the CPU."""
+    extractor = InceptionExtractor(inception_state()).to(device)
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, 3, 256, 256), dtype=np.uint8)
+
+    def look() -> None:
+        run_pass(lambda rows: extractor(rows["images"]), {"images": images}, batch_size, device)
+
+    with fixed_numerics(device):
+        return batch_size / fastest_seconds(look, device, num_rounds)
+
+
+def distance_seconds(width: int = 2048) -> float:
+    """Of the Frechet distance, on all CPUs of the driver. It does not grow with the number of samples."""
+    moments = [FeatureMoments(width).add(np.random.default_rng(seed).normal(size=(2 * width, width))) for seed in range(2)]
+    started = time.perf_counter()
+    frechet_distance(*moments)
+    return time.perf_counter() - started
+
+
+def minutes(speeds: Mapping[str, float], distance: float) -> float:
+    """speeds: images a second of each of PARTS, which come one after the other."""
+    return (NUM_SAMPLES * sum(1 / speeds[part] for part in PARTS) + distance) / 60
+
+
+def project(
+    preset: str,
+    fastest: tuple[str, float],
+    *,
+    batch_size: int,
+    device: str,
+    precision: str,
+    num_rounds: int = 2,
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Minutes of what the stages run, and of the fastest that was measured. fastest: sampler, by name, and its images a second."""
+    given = {"batch_size": batch_size, "device": device, "num_rounds": num_rounds}
+    speeds = {
+        "sampling": sampling(preset, precision=precision, compiled=compiled, **given),
+        "decoding": decoding(precision="fp32", **given),
+        "features": features(**given),
+    }
+    best = {
+        **speeds,
+        "sampling": max(fastest[1], speeds["sampling"]),
+        "decoding": max(decoding(precision=precision, **given), speeds["decoding"]) if precision != "fp32" else speeds["decoding"],
+    }
+    distance = distance_seconds()
+    is_stages_own = best["sampling"] == speeds["sampling"]
+    path = f"{precision} autocast over fp32 weights" if precision != "fp32" else "fp32"
+    own = f"{path}{', compiled blocks' if compiled else ''}"
+    exact = "fp32 without TF32"
+    return {
+        **{f"stages_{part}_images_per_second": speed for part, speed in speeds.items()},
+        "fastest_decoding_images_per_second": best["decoding"],
+        "distance_seconds": distance,
+        "stages_path": f"{own}; decoder and Inception {exact}",
+        "stages_minutes_for_50k_samples_with_fid": minutes(speeds, distance),
+        "fastest_path": f"{own if is_stages_own else f'{fastest[0]}, {precision} weights'}; "
+        f"decoder {precision if best['decoding'] > speeds['decoding'] else exact}, Inception {exact}",
+        "fastest_minutes_for_50k_samples_with_fid": minutes(best, distance),
+    }
