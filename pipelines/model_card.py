@@ -38,7 +38,7 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
 
 
 def registered_name(manifest: Manifest) -> str:
-    """enat-<size>-<dataset>, and what differs from it: enat-s-imagenet-decoder_attention-full.
+    """enat-<size>-<dataset>, and what differs from it: enat-s-imagenet-decoder_attention-full, enat-b-coco-text for captions.
 
     Versions of one name follow each other, and an alias moves among them; so an ablation is no version of what it is compared
     with. The size is the preset's; of a model without one it is the number of parameters and the layers of encoder and decoder.
@@ -52,7 +52,8 @@ def registered_name(manifest: Manifest) -> str:
     changed = _differences(model, usual, without=_FROM_DATA)
     if model.reuse and not manifest.summary["is_imported"]:
         changed |= _differences(MaskingConfig(**manifest.config["masking"]), MaskingConfig())
-    parts = [size, manifest.summary["dataset"], *(f"{name}-{_plain(value)}" for name, value in changed.items())]
+    condition = ["text"] if model.text_width is not None else []
+    parts = [size, manifest.summary["dataset"], *condition, *(f"{name}-{_plain(value)}" for name, value in changed.items())]
     return tracking.model_name("-".join(parts))
 
 

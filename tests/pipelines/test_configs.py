@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from enat import ENATConfig
+from enat.cost import training_macs
+from enat.masking import mask_codes
 from pipelines import pipeline
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -144,11 +149,35 @@ def test_imagenet_is_evaluated_as_published(load: Callable[..., Any], name: str,
 
 
 def test_one_step_decoding_begins_with_the_codes_of_the_token_map(load: Callable[..., Any]) -> None:
-    made = {node.id: node for node in pipeline.build(load("imagenet256-one-step")) if node.stage.name == "generate"}
-    assert {node.config.mask_ratio for node in made.values()} == {0.2, 0.4, 0.6, 0.8}
-    for node in made.values():
-        assert node.inputs == {"model": "train", "token_map": "token_map"}
+    """By ENAT-L and by a plain NAT of its depth and width, each trained once."""
+    nodes = {node.id: node for node in pipeline.build(load("imagenet256-one-step"))}
+    made = [node for node in nodes.values() if node.stage.name == "generate"]
+    models = {node.inputs["model"]: nodes[node.inputs["model"]].config.model.preset for node in made}
+    assert sorted(models.values()) == ["enat-l", "nat-l"] and len([n for n in nodes.values() if n.stage.name == "train"]) == 2
+    for preset in models.values():
+        ratios = [node.config.mask_ratio for node in made if models[node.inputs["model"]] == preset]
+        assert sorted(ratios) == [0.2, 0.4, 0.6, 0.8]
+    for node in made:
+        assert node.inputs["token_map"] == "token_map"
         assert (node.config.sampler.num_steps, node.config.sampler.guidance_scale) == (1, 1.0)
+        assert node.config.sampler.reuse is (models[node.inputs["model"]] == "enat-l")
+
+
+def test_what_a_step_of_imagenet_costs_is_what_its_config_says(load: Callable[..., Any]) -> None:
+    """Over the masks of the recipe."""
+    train, rng = load("imagenet256").train, np.random.default_rng(0)
+    model = ENATConfig.preset(train.model.preset)
+    macs = []
+    for _ in range(2000):
+        drawn = mask_codes(torch.zeros(1, model.num_tokens, dtype=torch.int64), model.mask_id, train.masking, rng)
+        previous = None if drawn.previous_tokens is None else drawn.previous_num_masked
+        macs.append(training_macs(model, drawn.num_masked, previous))
+    (said,) = re.findall(r"at ([\d.]+) GMACs an image", (CONFIGS / "imagenet256.yaml").read_text())
+    assert np.mean(macs) / 1e9 == pytest.approx(float(said), rel=0.01)
+
+
+def test_images_with_captions_are_not_mirrored(load: Callable[..., Any]) -> None:
+    assert load("coco256").train.flip is False and load("imagenet256").train.flip is True
 
 
 def test_captions_of_the_validation_images_are_what_coco_is_scored_by(load: Callable[..., Any]) -> None:

@@ -170,7 +170,9 @@ def test_a_model_is_called_by_its_size_and_its_dataset(
         ("enat-s", {"reused_features": "all"}, {}, "enat-s-digits-reused_features-all"),
         ("enat-s", {}, {"reuse_probability": 0.25}, "enat-s-digits-reuse_probability-0.25"),
         ("nat-s", {"decoder_layers": 5}, {}, "nat-s-digits-decoder_layers-5"),
-        ("enat-s", {"grid_size": 32, "codebook_size": 8, "num_classes": 0, "text_width": 768}, {}, "enat-s-digits"),
+        ("enat-s", {"grid_size": 32, "codebook_size": 8, "num_classes": 0}, {}, "enat-s-digits"),
+        ("enat-s", {"num_classes": 0, "text_width": 768}, {}, "enat-s-digits-text"),
+        ("enat-s", {"num_classes": 0, "text_width": 768, "qk_norm": True}, {}, "enat-s-digits-text-qk_norm-true"),
         (None, {"qk_norm": True}, {}, "enat-1.0k-1e1d-digits-qk_norm-true"),
     ],
 )
