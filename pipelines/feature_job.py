@@ -30,7 +30,8 @@ from enat.features import BUILT_IN, ExtractorFactory, FeatureExtractor, extracto
 from enat.metrics import FeatureMoments, FeatureStatistics, load_moments
 from pipelines.artifacts import WORK, ArtifactStore, FileRecord, Manifest
 from pipelines.device import wait_for
-from pipelines.readers import BlockReader, Decoder, fixed_numerics, pass_pool, run_pass
+from pipelines.passes import fix_numerics, pass_pool, passes_at_once
+from pipelines.readers import BlockReader, Decoder, run_pass
 from pipelines.stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
 from pipelines.workflow import Execution, StageContext
 
@@ -241,7 +242,7 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """A block's outputs. num_rows: R.   num_kept: of them, rows that are kept.   for_moments, kept: output or measure -> its rows."""
+    """A block's outputs. num_rows: R.   num_kept: of them, those kept.   for_moments, kept: output or measure -> its rows."""
 
     num_rows: int
     num_kept: int = 0
@@ -281,12 +282,14 @@ class _Extract:
     """What was loaded of a block -> its outputs. One actor holds one extractor."""
 
     def __init__(self, reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution) -> None:
-        fixed_numerics(execution.device)
+        fix_numerics(execution.device)
         self.spec, self.device = spec, execution.device
         self.extractor = extractor.load().to(execution.device)
         self.decoder: Decoder = reader.decoder(execution.device)
         is_thread_safe = bool(getattr(self.extractor, "is_thread_safe", False))
-        self.pool = pass_pool(execution, spec.images_per_pass, is_thread_safe=is_thread_safe)
+        sizes = {"batch_size": execution.batch_size, "images_per_pass": spec.images_per_pass}
+        num_at_once = passes_at_once(execution.device, **sizes, num_threads=execution.num_threads)
+        self.pool = pass_pool(num_at_once if is_thread_safe else 1)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         started = time.monotonic()

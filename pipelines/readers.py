@@ -8,7 +8,6 @@ Shape legend: R images, P images of a pass, L codes of an image.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +20,6 @@ from pipelines.artifacts import ArtifactStore, Manifest
 from pipelines.dataset import Dataset
 from pipelines.image_sets import ImageSet, ImageSetConfig
 from pipelines.samples import read_codes
-from pipelines.workflow import Execution
 
 Rows = dict[str, torch.Tensor]
 
@@ -136,20 +134,3 @@ def run_pass(
         padding = np.zeros((images_per_pass - num_rows, *values.shape[1:]), values.dtype)
         padded[name] = torch.from_numpy(np.concatenate([values, padding])).to(device)
     return {name: values[:num_rows].cpu().numpy() for name, values in compute(padded).items()}
-
-
-def pass_pool(execution: Execution, images_per_pass: int, *, is_thread_safe: bool = True) -> ThreadPoolExecutor:
-    """For passes side by side, a thread of torch each: sums depend on the number of threads that share a matrix product.
-
-    is_thread_safe: whether what computes may be called by several threads at once; else there is one.
-    """
-    is_spread = execution.device == "cpu" and is_thread_safe
-    num_passes = min(execution.num_threads, max(1, execution.batch_size // images_per_pass)) if is_spread else 1
-    return ThreadPoolExecutor(num_passes, initializer=torch.set_num_threads, initargs=(1,))
-
-
-def fixed_numerics(device: str) -> None:
-    """float32 is to be float32, and the same each time."""
-    if device == "cuda":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True

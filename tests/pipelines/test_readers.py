@@ -13,7 +13,8 @@ from random_weights import inception_state
 
 from enat.features import InceptionExtractor
 from pipelines.feature_job import FeatureSpec, _Extract, _Load
-from pipelines.readers import Decoded, pass_pool, run_pass
+from pipelines.passes import pass_pool
+from pipelines.readers import Decoded, run_pass
 from pipelines.workflow import Execution
 
 TWO_THREADS = Execution(num_workers=1, cpus_per_worker=2, batch_size=64)
@@ -54,7 +55,7 @@ def test_inception_gives_every_image_its_own_spatial_features_also_in_passes_sid
         return run_pass(lambda padded: extractor(padded["pixels"]), {"pixels": rows}, 1, "cpu")
 
     passes = (images[:1], images[1:])
-    with pass_pool(TWO_THREADS, 1, is_thread_safe=False) as pool:
+    with pass_pool(1) as pool:
         expected = list(pool.map(outputs, passes))
     both_are_past = threading.Barrier(2)
 
@@ -62,7 +63,7 @@ def test_inception_gives_every_image_its_own_spatial_features_also_in_passes_sid
         both_are_past.wait(60)
 
     extractor.network.Mixed_7a.register_forward_pre_hook(wait)
-    with pass_pool(TWO_THREADS, 1) as pool:
+    with pass_pool(2) as pool:
         found = list(pool.map(outputs, passes))
     assert np.abs(expected[0]["spatial"] - expected[1]["spatial"]).max() > 0.1, "or equality would say little"
     for name in extractor.outputs:
