@@ -38,13 +38,15 @@ AnyMoments = FeatureMoments | FeatureStatistics
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """num_splits: of the Inception score.   kernel_subsets, kernel_subset_size: of the kernel distance.
-
+    """num_splits: of the Inception score, parts of equal size of the shuffled samples, as torch-fidelity takes them.
+    split_size: in their place parts of so many samples in order, as ADM's evaluation takes them, with 5000.
+    kernel_subsets, kernel_subset_size: of the kernel distance.
     precision_neighbours, density_neighbours: whose distance is the radius of a ball.   seed: of splits and subsets, not of the
     run, so that models are scored on the same draws. Of fewer samples than a subset or splits need, as many as there are.
     """
 
     num_splits: int = 10
+    split_size: int | None = None
     kernel_subsets: int = 100
     kernel_subset_size: int = 1000
     precision_neighbours: int = 3
@@ -55,13 +57,15 @@ class ScoreSettings:
         for name in ("num_splits", "kernel_subsets", "precision_neighbours", "density_neighbours"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluate.settings.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.split_size is not None and (self.split_size < 1 or self.num_splits != 10):
+            raise ValueError("evaluate.settings.split_size must be at least 1, and takes the place of num_splits: give one of them")
         if self.kernel_subset_size < 2 or not 0 <= self.seed < 1 << 32:
             raise ValueError("evaluate.settings.kernel_subset_size must be at least 2, and seed in [0, 2**32)")
 
     def fitted(self, num_generated: int, num_reference: int) -> ScoreSettings:
         """What these numbers of samples allow of it; num_reference: whose features are known, 0 for none."""
         subset = min(self.kernel_subset_size, num_generated, num_reference or num_generated)
-        splits = min(self.num_splits, num_generated)
+        splits = min(self.num_splits, num_generated) if self.split_size is None else self.num_splits
         return replace(self, kernel_subset_size=max(2, subset), num_splits=max(1, splits))
 
 
@@ -167,7 +171,8 @@ def compute_scores(
     stored = [None if side.features is None else ray.put(side.features) for side in (generated, reference)]
     estimates: dict[str, Any] = {}
     if "inception_score" in chosen:
-        sizes = {"num_splits": settings.num_splits, "seed": settings.seed}
+        by_number = {"num_splits": settings.num_splits, "seed": settings.seed}
+        sizes = by_number if settings.split_size is None else {"split_size": settings.split_size, "seed": None}
         estimates["inception_score"] = on_one_thread.remote(inception_score, 1, generated.logits, **sizes)
     if "kernel_distance" in chosen:
         sizes = {"num_subsets": settings.kernel_subsets, "subset_size": settings.kernel_subset_size, "seed": settings.seed}

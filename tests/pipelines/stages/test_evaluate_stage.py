@@ -22,7 +22,7 @@ from random_weights import inception_state
 from enat import ENATConfig, SamplerConfig, VQGANConfig, features, generation_cost
 from enat.checkpoint import save_weights
 from enat.images import to_uint8
-from enat.metrics import FeatureMoments
+from enat.metrics import FeatureMoments, inception_score
 from pipelines import evaluation_card, workflow
 from pipelines.artifacts import LocalStore, Manifest
 from pipelines.costs import Prices
@@ -476,9 +476,23 @@ def test_scores_of_inception_have_their_published_names() -> None:
 def test_settings_shrink_to_the_samples_there_are() -> None:
     assert ScoreSettings().fitted(30, 20).kernel_subset_size == 20
     assert ScoreSettings().fitted(4, 0).num_splits == 4
+def test_the_inception_score_can_be_taken_as_adm_takes_it() -> None:
+    """Of parts of a size, in order. Samples of one class follow each other here, so that shuffling them makes a difference."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(20, 6)) + 3 * np.eye(6)[np.arange(20) // 4]).astype(np.float32)
+    moments = {"features": FeatureMoments(3).add(rng.normal(size=(20, 3)))}
+    side, spread = ImageStatistics(moments=moments, logits=logits), Spread(Execution(), lambda _: None)
+    settings = ScoreSettings(split_size=8).fitted(20, 0)
+    found = compute_scores(("frechet_distance", "inception_score"), side, side, settings, spread)
+    expected = inception_score(logits, seed=None, split_size=8)
+    assert (found["inception_score"], found["inception_score_std"]) == (expected.value, expected.std)
+    assert expected.value != pytest.approx(inception_score(logits, 3).value, rel=1e-2)
+
+
     assert ScoreSettings().fitted(50_000, 50_000) == ScoreSettings()
 
 
+    assert ScoreSettings(split_size=5000).fitted(4, 0).split_size == 5000  # the last part may be smaller
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
@@ -491,7 +505,9 @@ def test_a_config_that_makes_no_sense_is_refused(given: dict[str, Any], reason: 
         evaluate.EvaluateConfig(**given)
 
 
-@pytest.mark.parametrize("name", ["num_splits", "kernel_subsets", "precision_neighbours", "kernel_subset_size", "seed"])
+@pytest.mark.parametrize(
+    "name", ["num_splits", "split_size", "kernel_subsets", "precision_neighbours", "kernel_subset_size", "seed"]
+)
 def test_settings_that_make_no_sense_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"evaluate\.settings\..*{name}"):
         ScoreSettings(**{name: -1})
@@ -500,6 +516,12 @@ def test_settings_that_make_no_sense_are_refused(name: str) -> None:
 def test_samples_of_another_size_are_refused(material: Material, make_context) -> None:
     real = material.inputs["reference"]
     larger = {**material.inputs, "reference": replace(real, summary={**real.summary, "resolution": 32})}
+def test_splits_of_a_number_and_of_a_size_are_not_both_taken() -> None:
+    with pytest.raises(ValueError, match="split_size must be at least 1, and takes the place of num_splits"):
+        ScoreSettings(num_splits=5, split_size=5000)
+    assert ScoreSettings(split_size=1) and evaluation_card._metric_version(ScoreSettings(split_size=5000)) == "1, split_size 5000"
+
+
     with pytest.raises(ValueError, match="the samples have 16 px and the reference 32 px"):
         evaluate.run(evaluate.EvaluateConfig(), larger, make_context(material.store, "evaluate", "s" * 64))
 
