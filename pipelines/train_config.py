@@ -83,6 +83,8 @@ class TrainExecution(Workers):
     """How training runs; what comes out of it does not depend on it but for rounding. Intervals are in steps.
 
     min_workers: elastic from there to num_workers, by what the cluster has; None for always num_workers.
+    resize_seconds: how often Ray looks whether there is room for more of them. With each growth training goes on from the newest
+    checkpoint, so that up to checkpoint_every steps are computed again.
     zero_stage: of DeepSpeed, 0 to 3: what of optimizer state (1), gradients (2) and weights (3) is shared out among workers; one
     worker alone has all of it.
     microbatches: passes that a group is computed in, for devices on which it does not fit in one.
@@ -96,6 +98,7 @@ class TrainExecution(Workers):
     """
 
     min_workers: int | None = None
+    resize_seconds: float = 60.0
     zero_stage: int = 1
     microbatches: int = 1
     activation_checkpointing: bool = False
@@ -121,6 +124,8 @@ class TrainExecution(Workers):
             raise ValueError(
                 f"train.execution.min_workers is {self.min_workers}, more than num_workers, which is {self.num_workers}"
             )
+        if not 0 <= self.resize_seconds < math.inf:
+            raise ValueError(f"train.execution.resize_seconds is {self.resize_seconds}; it must be finite and at least 0")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             raise ValueError(f"train.execution.keep_every is {self.keep_every}; it must be a multiple of checkpoint_every")
         if self.zero_stage not in range(4):

@@ -154,6 +154,7 @@ def _fit(
             torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=(execution.min_workers, execution.num_workers) if execution.min_workers else execution.num_workers,
+                elastic_resize_monitor_interval_s=execution.resize_seconds,
                 use_gpu=bool(execution.gpus_per_worker),
                 resources_per_worker={"CPU": execution.cpus_per_worker, "GPU": execution.gpus_per_worker},
             ),

@@ -73,6 +73,7 @@ def test_an_interval_or_count_of_nothing_is_refused(field: str) -> None:
         ({"zero_stage": 4}, r"zero_stage is 4; DeepSpeed has 0, 1, 2 and 3"),
         ({"zero_stage": 3, "compile": True}, r"compile does not go with zero_stage 3"),
         ({"on_divergence": "ignore"}, r"on_divergence is 'ignore'; choose one of stop, rollback"),
+        ({"resize_seconds": -1.0}, r"resize_seconds is -1\.0; it must be finite and at least 0"),
         ({"divergence_factor": 1.0}, r"divergence_factor is 1\.0; it must be above 1"),
         ({"num_workers": 0}, r"num_workers is 0"),
     ],
