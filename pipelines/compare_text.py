@@ -122,7 +122,7 @@ def unlike_published(section: Section) -> list[str]:
     if isinstance(num_samples, int) and usual.num_samples is not None and num_samples != usual.num_samples:
         effect = "so FID comes out higher" if num_samples < usual.num_samples else "so FID comes out lower"
         parts.append(f"{num_samples:,} samples, {effect}")
-    if usual.schemes and protocol.get("labels") not in usual.schemes:
+    if usual.schemes and not str(protocol.get("labels")).startswith(usual.schemes):
         parts.append(f"labels {protocol.get('labels', 'not known')}")
     is_known_file = str(section.dataset).lower() in REFERENCE_FILES
     if num_reference != usual.num_reference and not is_known_file:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipelines import tracked, tracking
 from pipelines.artifacts import digest_of, without_credentials
-from pipelines.compare_sections import MAIN, Notes, Row, Section, make_sections
+from pipelines.compare_sections import MAIN, REAL_CODES, Notes, Row, Section, make_sections
 from pipelines.tracked import TrackedRun
 
 _EVALUATIONS = "tags.`enat.stage` = 'evaluate'"
@@ -178,7 +178,7 @@ def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: Notes) -> Ro
     line = _line(run, parents)
     variant = tags.get("enat.variant") or tags.get("enat.node", "").partition("@")[2] or MAIN
     trained = tags.get("enat.input.model")
-    protocol = _protocol(run, notes)
+    protocol, mask_ratio = _without_mask_ratio(_protocol(run, notes))
     is_imported = tags.get("enat.dataset") == _IMPORTED
     return Row(
         run_ids=(run.run_id,),
@@ -201,6 +201,7 @@ def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: Notes) -> Ro
         metrics={name: value for name, value in run.metrics.items() if math.isfinite(value)},
         device=_text(tags.get("enat.device")),
         images_per_pass=_integer(run, "enat.images_per_pass", notes),
+        mask_ratio=_parsed(mask_ratio, f"The mask ratio in enat.protocol of run {run.run_id}", notes),
         precision=_text(tags.get("enat.precision")),
         currency=_text(tags.get("enat.currency")),
     )
@@ -248,6 +249,12 @@ def _protocol(run: TrackedRun, notes: Notes) -> dict[str, Any]:
     return {}
 
 
+def _without_mask_ratio(protocol: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """It has a column of its own, so rows of one section may differ in it: the figure over mask ratios is of such a section."""
+    labels, _, ratio = str(protocol.get("labels")).rpartition(", mask ratio ")
+    return ({**protocol, "labels": labels}, ratio) if labels == REAL_CODES else (protocol, None)
+
+
 def _fold(rows: Sequence[Row]) -> list[Row]:
     """One row per samples and protocol. rows: newest first; the newest counts, the others are the same numbers logged again."""
     folded: dict[tuple[Any, ...], list[Row]] = {}
@@ -283,7 +290,7 @@ def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], 
 def _generated(row: Row, params: Mapping[str, str] | None, notes: Notes) -> Row:
     ratio = (params or {}).get("mask_ratio", "None")  # a parameter is text: "None" where samples begin with nothing
     what = f"The parameter mask_ratio of {row.samples}"
-    return replace(row, generated=params, mask_ratio=None if ratio == "None" else _parsed(ratio, what, notes))
+    return replace(row, generated=params, mask_ratio=row.mask_ratio if ratio == "None" else _parsed(ratio, what, notes))
 
 
 def _without_execution(params: Mapping[str, str]) -> dict[str, str]:

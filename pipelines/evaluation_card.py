@@ -15,6 +15,7 @@ from enat.images import make_grid
 from pipelines import evaluation_record, model_card
 from pipelines.artifacts import Manifest, canonical_json, digest_of
 from pipelines.costs import cost_metrics
+from pipelines.label_schemes import scheme_of
 from pipelines.readers import BlockReader, read_images
 from pipelines.scores import METRIC_VERSION, ScoreSettings
 from pipelines.workflow import PublishContext
@@ -43,7 +44,11 @@ _MOST_COLUMNS = 20
 
 
 def protocol_of(reference: Manifest, samples: Manifest, settings: ScoreSettings) -> dict[str, Any]:
-    """What a number depends on beside the images that it is of. num_reference: None where a published file does not say."""
+    """What a number depends on beside the images that it is of.
+
+    num_reference: None where a published file does not say.   num_kept: of them, those whose own features are known, for what
+    moments do not tell.   labels: see label_schemes.
+    """
     return {
         "extractor": reference.summary["extractor"],
         "extractor_digest": reference.summary["extractor_digest"],
@@ -51,8 +56,9 @@ def protocol_of(reference: Manifest, samples: Manifest, settings: ScoreSettings)
         "reference_digest": reference.digest,
         "num_samples": num_samples_of(samples),
         "num_reference": reference.summary["num_images"],
+        "num_kept": reference.summary["num_kept"],
         "rounding": "uint8",
-        "labels": samples.summary.get("labels", "unknown"),
+        "labels": scheme_of(samples),
         "metric_version": _metric_version(settings),
     }
 
@@ -76,14 +82,14 @@ def resolution_of(samples: Manifest, inputs: Mapping[str, Manifest]) -> int:
     return int(samples.summary["resolution"] if samples.stage == "images" else inputs["tokenizer"].summary["config"]["resolution"])
 
 
-def sample_grid(reader: BlockReader, samples: Manifest, images_per_pass: int) -> Image.Image:
-    """The first samples in order: where classes come in turn, a column each."""
-    num_classes = int(samples.summary.get("num_classes") or 0)
+def sample_grid(reader: BlockReader, inputs: Mapping[str, Manifest], images_per_pass: int) -> Image.Image:
+    """The first samples in order: where classes come in turn, a column each. No more of them are decoded than are shown."""
+    samples = inputs["samples"]
+    num_classes, side = int(samples.summary.get("num_classes") or 0), resolution_of(samples, inputs)
     columns = num_classes if 2 <= num_classes <= _MOST_COLUMNS else 8
-    first = read_images(reader, 0, 1, images_per_pass)
-    side = first.shape[-1]
     shown = min(columns * max(2, (64 if side <= _LARGE else 32) // columns), num_samples_of(samples))
-    images = read_images(reader, 0, shown, images_per_pass)
+    num_passes = -(-shown // images_per_pass)
+    images = read_images(reader, 0, shown, -(-shown // num_passes))
     return make_grid(images, columns=columns, scale=max(1, _LARGE // side))
 
 
@@ -118,6 +124,6 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
     if context.prices is not None:
         tags["enat.currency"] = context.prices.currency  # of cost/total_money
     context.run.set_tags(tags)
-    context.run.log_file(context.store.fetch(manifest, GRID))
+    context.run.log_bytes(context.store.fetch(manifest, GRID).read_bytes(), GRID)  # a cached file has another name
     context.run.log_metrics(cost_metrics(context.store, manifest, context.prices))
     evaluation_record.record(manifest, inputs, context, SCORES)

@@ -26,6 +26,7 @@ from enat.images import ImageError, decode_image, to_array
 from pipelines.artifacts import ArtifactStore, Manifest, digest_of
 from pipelines.dataset import MAX_FILE_BYTES, Dataset
 from pipelines.external import content_digest, local_file
+from pipelines.label_schemes import UNKNOWN, check_stated, scheme_of_labels, stated_scheme
 from pipelines.s3 import S3Config
 from pipelines.sources import DatasetConfig, Entry, Findings, open_source
 from pipelines.sources.base import MAX_LABEL, is_image
@@ -41,12 +42,14 @@ class ImageSetConfig:
 
     kind: "folder" of JPEG or PNG at any depth (labels are known where all lie in folders called by class numbers), "tar" and
     "parquet" as datasets have them, "npz" as ADM's evaluator takes it: uint8 (N, H, W, 3) arr_0, labels in arr_1 if any.
-    "auto" tells them apart by what lies there.   s3: None takes the run's.
+    "auto" tells them apart by what lies there.   labels: how those of images that come without were chosen, in the words of
+    label_schemes.STATED; None where it is not known.   s3: None takes the run's.
     """
 
     path: str
     name: str
     kind: str = "auto"
+    labels: str | None = None
     s3: S3Config | None = None
 
     def __post_init__(self) -> None:
@@ -54,9 +57,11 @@ class ImageSetConfig:
             raise ValueError(f"the kind of images {self.name} is {self.kind!r}; choose one of {', '.join(KINDS)}")
         if not self.path or not self.name:
             raise ValueError("images need a path, where they lie, and a name, which stands in scores")
+        if self.labels is not None:
+            check_stated(self.labels)
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "content": self.digest()}
+        return {"name": self.name, "labels": self.labels, "content": self.digest()}
 
     def digest(self) -> str:
         """sha256 that names the content: of names, bytes and order."""
@@ -144,6 +149,17 @@ def resolution_of(config: ImageSetConfig, entries: Sequence[Entry]) -> int:
         return _npz(config).height
     first = next(iter(open_source(config.as_dataset()).read(entries[:1])))
     return square_pixels(config.name, entries[0].key, first, None).shape[1]
+
+
+def label_scheme(config: ImageSetConfig, entries: Sequence[Entry]) -> str:
+    """In the words of label_schemes. Raises ValueError where what is said of labels is not what the images have."""
+    found = scheme_of_labels([entry.label for entry in entries])
+    if config.labels is None:
+        return found
+    stated = stated_scheme(config.labels, len(entries))
+    if found not in (UNKNOWN, stated):
+        raise ValueError(f"images {config.name} have labels: {found}; they are said to be {stated}")
+    return stated
 
 
 def check_images(config: ImageSetConfig, entries: Sequence[Entry], resolution: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 class PublishedSet:
     """What numbers of one dataset usually are of, as far as it is known. labels, reference: words for people.
 
-    schemes: label schemes of protocols that mean the same.   num_reference: images behind the reference.
+    schemes: how label schemes of protocols begin that mean the same.   num_reference: images behind the reference.
     """
 
     resolution: int
@@ -31,7 +31,7 @@ _IMAGENET = PublishedSet(
     resolution=256,
     num_samples=50_000,
     labels="with each class as often as any other",
-    schemes=("each class in turn",),
+    schemes=("each class in turn", "1000 classes, "),
     reference="the 1,281,167 training images",
     num_reference=1_281_167,
 )

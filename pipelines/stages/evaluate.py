@@ -112,7 +112,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         judged, judging_seconds = _judged(config, reader, per_pass, inputs, context)
         metrics |= judged
     protocol = evaluation_card.protocol_of(reference, samples, config.settings)
-    grid = evaluation_card.sample_grid(reader, samples, per_pass)
+    grid = evaluation_card.sample_grid(reader, inputs, per_pass)
     return StageResult(
         files=[*(context.write(MOMENTS_FILES[output], found.save) for output, found in job.moments.items()), *job.files],
         records=[context.write(evaluation_card.GRID, lambda path: path.write_bytes(png_bytes(grid)))],

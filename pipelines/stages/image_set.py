@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
+from rich.markup import escape
 
 from pipelines.artifacts import Manifest
 from pipelines.dataset import INDEX, check_unique, write_index
-from pipelines.image_sets import ImageSetConfig, check_images, resolution_of, scan
+from pipelines.image_sets import ImageSetConfig, check_images, label_scheme, resolution_of, scan
+from pipelines.label_schemes import UNKNOWN
 from pipelines.sources import Entry, Findings
 from pipelines.workflow import Stage, StageContext, StageResult
 
@@ -22,7 +24,10 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
     started = time.monotonic()
     config, findings = replace(config, kind=config.found_kind()), Findings()
     entries = scan(config, findings)
-    resolution = resolution_of(config, entries)
+    resolution, scheme = resolution_of(config, entries), label_scheme(config, entries)
+    if scheme == UNKNOWN:
+        note = f"how labels of {escape(config.name)} were chosen is not known: a table of its own, unless --labels says it"
+        context.console.print(f"[yellow]![/] {note}", highlight=False)
     if config.kind == "npz":
         check_images(config, entries, resolution)
     else:
@@ -41,7 +46,7 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
             "num_images": len(entries),
             "resolution": resolution,
             "content_digest": config.digest(),
-            "labels": "unknown" if -1 in labels else "given",
+            "labels": scheme,
             "num_classes": 0 if -1 in labels else max(labels) + 1,
             "other_files": len(findings.names.get("other files", [])),
         },
@@ -66,4 +71,4 @@ def _check_by_workers(config: ImageSetConfig, entries: list[Entry], resolution: 
                 ray.cancel(reference)
 
 
-STAGE = Stage("images", 1, run)
+STAGE = Stage("images", 2, run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from s3_server import S3Endpoint
 
 from pipelines import config as configuration
 from pipelines.artifacts import LocalStore, Manifest
-from pipelines.image_sets import ImageSet, ImageSetConfig, check_images, resolution_of, scan
+from pipelines.image_sets import ImageSet, ImageSetConfig, check_images, label_scheme, resolution_of, scan
+from pipelines.label_schemes import scheme_of_labels
 from pipelines.s3 import S3Folder
 from pipelines.sources import Findings
 from pipelines.stages import image_set
@@ -106,11 +107,29 @@ def test_every_kind_of_place_gives_the_same_pixels_in_the_order_of_names(index, 
         np.testing.assert_array_equal(read.numpy(), expected[start:stop])
     known = [-1] * NUM_IMAGES if kind == "folder" else LABELS
     assert images.labels().tolist() == known
-    assert summary["labels"] == ("unknown" if kind == "folder" else "given")
+    assert summary["labels"] == ("unknown" if kind == "folder" else scheme_of_labels(LABELS))
     assert summary["other_files"] == (1 if kind == "folder" else 0)
     sent = pickle.loads(pickle.dumps(images))
     np.testing.assert_array_equal(sent.read(2, 4, "cpu").numpy(), expected[2:4])
     assert len(pickle.dumps(images)) < 5000
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_labels_of_images_that_come_without_are_as_they_are_said_to_be(index, sets: Sets) -> None:
+    config = sets.config("folder", labels=f"{NUM_IMAGES // 2} classes")
+    assert index(config).manifest.summary["labels"] == f"{NUM_IMAGES // 2} classes, 2 each"
+
+
+def test_what_is_said_of_labels_is_part_of_the_key_and_has_to_be_true(sets: Sets) -> None:
+    folder, npz = sets.config("folder"), sets.config("npz")
+    assert folder.identity() != replace(folder, labels="none").identity() != replace(folder, labels="unknown").identity()
+    with pytest.raises(ValueError, match="have labels: 5 classes, about 3 each; they are said to be none"):
+        label_scheme(replace(npz, labels="none"), scan(npz, Findings()))
+    assert label_scheme(npz, scan(npz, Findings())) == scheme_of_labels(LABELS)
+    with pytest.raises(ValueError, match=rf"{NUM_IMAGES} images are not as many of each"):
+        label_scheme(replace(folder, labels="1000 classes"), scan(folder, Findings()))
+    with pytest.raises(ValueError, match="labels are said to be 'all of them'; say "):
+        replace(folder, labels="all of them")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -213,7 +213,8 @@ class Light:
 def light(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Light:
     """In place of the stages' own code: keys, artifacts, tags and tracking stay what they are. At first with equal scores."""
     manifest = lab.store.read_manifest(*Recorded.of(lab.tags()).evaluation.split("/"))
-    labels = lab.store.read_manifest("generate", manifest.inputs["samples"]["key"]).summary["labels"]
+    asked_for = lab.store.read_manifest("generate", manifest.inputs["samples"]["key"]).summary
+    labels = {name: asked_for[name] for name in ("labels", "num_classes")}
     told = Light(dict(manifest.metrics))
 
     def sample(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -222,7 +223,7 @@ def light(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Light:
             told.error = None
             raise error
         file = context.write("samples", lambda path: path.write_text("samples"))
-        return StageResult(files=[file], summary={"num_samples": config.num_samples, "labels": labels})
+        return StageResult(files=[file], summary={"num_samples": config.num_samples, **labels})
 
     def score(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
         protocol = evaluation_card.protocol_of(inputs["reference"], inputs["samples"], config.settings)

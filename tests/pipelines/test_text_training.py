@@ -96,7 +96,7 @@ def test_samples_are_of_captions_of_as_many_images(trained: tuple[LocalStore, di
 def test_they_are_scored_and_the_report_shows_what_was_asked_for(trained: tuple[LocalStore, dict[str, Done]]) -> None:
     store, done = trained
     scores = done["evaluate"].manifest
-    assert scores.metrics["frechet_distance"] > 0 and scores.summary["protocol"]["labels"] == "captions"
+    assert scores.metrics["frechet_distance"] > 0 and scores.summary["protocol"]["labels"] == "captions of others, drawn"
     page = store.fetch(done["report"].manifest, "report.html").read_text(encoding="utf-8")
     index = done[done[done["generate"].node.inputs["captions"]].node.inputs["dataset"]].manifest
     texts = pc.list_flatten(pq.read_table(store.fetch(index, INDEX))["captions"]).to_pylist()

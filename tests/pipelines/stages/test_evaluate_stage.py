@@ -337,8 +337,9 @@ def test_the_protocol_says_how_it_was_measured(evaluated: Callable[..., StageRes
         "reference_digest": real.digest,
         "num_samples": NUM_SAMPLES,
         "num_reference": NUM_REAL,
+        "num_kept": 200,
         "rounding": "uint8",
-        "labels": "each class in turn",
+        "labels": "10 classes, 30 each",
         "metric_version": "1, num_splits 3, kernel_subsets 5, kernel_subset_size 60",
     }
     text = json.dumps(summary["protocol"], sort_keys=True, separators=(",", ":"))
@@ -408,7 +409,8 @@ def test_images_of_another_generator_get_the_same_scores_as_the_codes_they_were_
     evaluated: Callable[..., StageResult], material: Material, make_context, vqgan, tmp_path: Path
 ) -> None:
     images = to_uint8(vqgan.decode(torch.from_numpy(material.codes).view(-1, 4, 4)))
-    np.savez(tmp_path / "others.npz", images.permute(0, 2, 3, 1).numpy())
+    shuffled = np.random.default_rng(0).permutation(NUM_SAMPLES) % 10  # in whatever order, as many of each
+    np.savez(tmp_path / "others.npz", images.permute(0, 2, 3, 1).numpy(), shuffled)
     config = ImageSetConfig(path=str(tmp_path / "others.npz"), name="other-model")
     indexed = image_set.run(config, {}, make_context(material.store, "images", "i"))
     samples = _commit(material.store, "images", "i", indexed)
@@ -418,7 +420,8 @@ def test_images_of_another_generator_get_the_same_scores_as_the_codes_they_were_
     ours = evaluated()
     assert result.metrics == {name: ours.metrics[name] for name in result.metrics} == _not_timed(result)
     assert {"frechet_distance", "recall", "inception_score"} <= set(result.metrics) and "gmacs_total" not in result.metrics
-    assert result.summary["protocol"]["labels"] == "unknown" and result.summary["num_samples"] == NUM_SAMPLES
+    assert result.summary["protocol"] == ours.summary["protocol"] and result.summary["num_samples"] == NUM_SAMPLES
+    assert result.summary["protocol_digest"] == ours.summary["protocol_digest"], "so that both stand in one table"
     manifest = _commit(material.store, "evaluate", "o" * 64, result)
     tags = evaluation_card.tags_of(manifest, inputs, "evaluate")
     assert tags["enat.model"] == "other-model" and tags["enat.dataset"] == "digits" and tags["enat.samples"] == "images/i"
@@ -473,9 +476,6 @@ def test_scores_of_inception_have_their_published_names() -> None:
     }
 
 
-def test_settings_shrink_to_the_samples_there_are() -> None:
-    assert ScoreSettings().fitted(30, 20).kernel_subset_size == 20
-    assert ScoreSettings().fitted(4, 0).num_splits == 4
 def test_the_inception_score_can_be_taken_as_adm_takes_it() -> None:
     """Of parts of a size, in order. Samples of one class follow each other here, so that shuffling them makes a difference."""
     rng = np.random.default_rng(0)
@@ -489,10 +489,13 @@ def test_the_inception_score_can_be_taken_as_adm_takes_it() -> None:
     assert expected.value != pytest.approx(inception_score(logits, 3).value, rel=1e-2)
 
 
+def test_settings_shrink_to_the_samples_there_are() -> None:
+    assert ScoreSettings().fitted(30, 20).kernel_subset_size == 20
+    assert ScoreSettings().fitted(4, 0).num_splits == 4
+    assert ScoreSettings(split_size=5000).fitted(4, 0).split_size == 5000  # the last part may be smaller
     assert ScoreSettings().fitted(50_000, 50_000) == ScoreSettings()
 
 
-    assert ScoreSettings(split_size=5000).fitted(4, 0).split_size == 5000  # the last part may be smaller
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
@@ -513,15 +516,15 @@ def test_settings_that_make_no_sense_are_refused(name: str) -> None:
         ScoreSettings(**{name: -1})
 
 
-def test_samples_of_another_size_are_refused(material: Material, make_context) -> None:
-    real = material.inputs["reference"]
-    larger = {**material.inputs, "reference": replace(real, summary={**real.summary, "resolution": 32})}
 def test_splits_of_a_number_and_of_a_size_are_not_both_taken() -> None:
     with pytest.raises(ValueError, match="split_size must be at least 1, and takes the place of num_splits"):
         ScoreSettings(num_splits=5, split_size=5000)
     assert ScoreSettings(split_size=1) and evaluation_card._metric_version(ScoreSettings(split_size=5000)) == "1, split_size 5000"
 
 
+def test_samples_of_another_size_are_refused(material: Material, make_context) -> None:
+    real = material.inputs["reference"]
+    larger = {**material.inputs, "reference": replace(real, summary={**real.summary, "resolution": 32})}
     with pytest.raises(ValueError, match="the samples have 16 px and the reference 32 px"):
         evaluate.run(evaluate.EvaluateConfig(), larger, make_context(material.store, "evaluate", "s" * 64))
 
