@@ -326,7 +326,7 @@ def test_after_a_part_that_could_not_be_written_no_later_one_is(tmp_path: Path, 
         {"part": number, "start": part.start, "images": len(part), "outputs": feature_job._Outputs(len(part))}
         for number, part in enumerate(parts)
     ]
-    computed = iter([{**block, "seconds": 0.0, "loading_seconds": 0.0} for block in blocks])
+    computed = iter([{**block, "seconds": 0.0, "decoding_seconds": 0.0, "loading_seconds": 0.0} for block in blocks])
     store = FailingStore(tmp_path / "full")
     writer = feature_job._PartWriter(parts, [], {}, make_context(store, "evaluate", KEY))
     with pytest.raises(OSError, match="no space left"):
