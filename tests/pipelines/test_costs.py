@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pipelines
 from pipelines import config as configuration
 from pipelines.artifacts import ArtifactStore, LocalStore, Manifest, digest_of
 from pipelines.costs import KINDS, Prices, cost_metrics, lineage_cost
+from pipelines.evaluation_card import SCORES
 from pipelines.s3 import S3Folder
 from pipelines.s3_store import S3Store
 
@@ -178,6 +181,18 @@ def test_a_real_run_costs_what_its_manifests_say(digits_run) -> None:
     total = sum(planned[id].manifest.provenance["worker_seconds"] for id in ids)
     assert metrics["cost/total_worker_hours"] == _hours(total) and total > 0
     assert metrics["cost/training_worker_hours"] == _hours(planned["train"].manifest.provenance["worker_seconds"])
+
+
+def test_the_guide_names_every_metric_of_cost(digits_run) -> None:
+    """Names are fixed: dashboards are built on them."""
+    evaluation = digits_run.planned()["evaluate"].manifest
+    scores = {*SCORES, "judge_accuracy"}
+    counted = {name for name in evaluation.metrics if name.removesuffix("_std") not in scores}
+    hours = cost_metrics(digits_run.store, evaluation, Prices(device_hour=1.0))
+    guide = (Path(pipelines.__file__).parent / "guide" / "evaluate.md").read_text()
+    named = set(re.findall(r"`([\w/]+)`", guide))
+    named |= {name.replace("_device_", "_worker_") for name in named if name.startswith("cost/")}
+    assert len(counted) == 18 and not (counted | set(hours)) - named
 
 
 @pytest.mark.parametrize(
