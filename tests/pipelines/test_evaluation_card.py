@@ -51,8 +51,8 @@ def protocol(samples: Manifest, **given: Any) -> dict[str, Any]:
 
 
 def test_an_npz_with_as_many_labels_of_each_class_shares_a_table_with_our_samples(tmp_path: Path) -> None:
-    """And one without labels, or of fewer images, or one class of ours, does not. Shares of real codes that are masked have a column
-    of one table, which the figure over them is drawn from."""
+    """And one without labels, or of fewer images, or one class of ours, does not. Shares of real codes that are masked have a
+    column of one table, which the figure over them is drawn from."""
     balanced = outside(scheme_of_labels(np.random.default_rng(0).permutation(50_000) % 1000))
     measured = {
         "ours": protocol(ours()),
