@@ -75,6 +75,17 @@ def test_imagenet_at_256_px_is_trained_as_published(load: Callable[..., Any], na
     assert train.label_dropout == pytest.approx(1 - (1 - 0.15) * (1 - 0.1))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "digits" not in name])
+def test_what_is_scored_on_devices_is_computed_in_passes_that_are_worth_one(load: Callable[..., Any], name: str) -> None:
+    """A device takes a pass at a time, whatever the batch, and decodes what it looks at: 128 x H x W numbers an image, and a few of
+    such layers at once."""
+    run = load(name)
+    sections = [section for section in (run.reference, run.evaluate, run.reconstruction) if section is not None]
+    assert all(section.execution.gpus_per_worker and section.execution.batch_size == 64 for section in sections)
+    pixels = run.tokenizer.architecture().resolution ** 2
+    assert 2 * 10**6 <= run.reference.images_per_pass * pixels <= 128 * 256**2
+
+
 def test_what_differs_at_512_px_is_batch_and_learning_rate(load: Callable[..., Any]) -> None:
     small, large = load("imagenet256").train, load("imagenet512").train
     assert (large.batch_size, large.learning_rate) == (512, 1e-4)
