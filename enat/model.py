@@ -1,12 +1,13 @@
 """ENAT: a non-autoregressive transformer that spends its computation where tokens change.
 
-Read top-down beside the paper (EfficientNAT, NeurIPS 2024, arXiv 2411.06959): condition, adaLN, attention, block, network,
-forward; the configuration stands in enat/config.py. An encoder sees visible tokens only; a shallow decoder lets the mask tokens
-gather information from themselves and from the encoded visible tokens (self-cross attention, sec. 4.1); features of tokens that
-were visible at the step before are projected and reused instead of being computed again (sec. 4.2).
+Read top-down beside the paper (EfficientNAT, NeurIPS 2024, arXiv 2411.06959): condition, network, forward, then its parts one after
+the other; configuration and blocks stand in enat/config.py and enat/blocks.py. An encoder sees visible tokens only; a shallow
+decoder lets the mask tokens gather information from themselves and from the encoded visible tokens (self-cross attention,
+sec. 4.1); features of tokens that were visible at the step before are projected and reused instead of being computed again
+(sec. 4.2).
 
-Shape legend: B batch, L = grid_size**2 tokens, D width, V codebook size, M masked tokens (equal in every row of a batch),
-S tokens of one block, C conditioning tokens of one block, T text tokens, W width of caption features.
+Shape legend: B batch, L = grid_size**2 tokens, D width, V codebook size, M masked tokens (equal in every row of a
+batch), T text tokens, W width of caption features.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from enat.blocks import Block, Head, PreviousProjection
 from enat.config import DECODER_ATTENTIONS, REUSED_FEATURES, ENATConfig
 
 __all__ = ["DECODER_ATTENTIONS", "ENAT", "REUSED_FEATURES", "ENATConfig", "ENATOutput", "TextCondition", "draw_dropout_mask"]
@@ -61,120 +62,9 @@ class ENATOutput:
     num_masked: int
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (B, L, D) at index (B, S) -> (B, S, D)."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
-
-
-class MLP(nn.Module):
-    def __init__(self, dim: int, ratio: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, ratio * dim)
-        self.fc2 = nn.Linear(ratio * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class Attention(nn.Module):
-    """Queries from the block's own tokens; keys and values from [conditioning tokens ; own tokens].
-
-    The two sources have separate key-value projections, because one carries finished features and the other tokens still
-    being computed. attends_self=False leaves only the conditioning tokens (CrossMAE type).
-    """
-
-    def __init__(self, config: ENATConfig, *, attends_self: bool, has_conditioning: bool) -> None:
-        super().__init__()
-        dim, self.num_heads = config.embed_dim, config.num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key_value_conditioning = nn.Linear(dim, 2 * dim) if has_conditioning else None
-        self.key_value_own = nn.Linear(dim, 2 * dim) if attends_self else None
-        self.project = nn.Linear(dim, dim)
-        self.query_norm = nn.LayerNorm(dim // self.num_heads, eps=1e-6) if config.qk_norm else None
-        self.key_norm = nn.LayerNorm(dim // self.num_heads, eps=1e-6) if config.qk_norm else None
-
-    def forward(self, x: Tensor, conditioning: Tensor | None) -> Tensor:
-        sources = []
-        if self.key_value_conditioning is not None and conditioning is not None:
-            sources.append(self.key_value_conditioning(conditioning))
-        if self.key_value_own is not None:
-            sources.append(self.key_value_own(x))
-        key_value = torch.cat(sources, dim=1) if len(sources) > 1 else sources[0]
-        if not key_value.shape[1]:  # cross attention at the first step: nothing is visible yet, so nothing is gathered
-            return self.project(torch.zeros_like(x))
-        key, value = rearrange(key_value, "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
-        query = rearrange(self.query(x), "b s (h d) -> b h s d", h=self.num_heads)
-        if (
-            self.query_norm is not None and self.key_norm is not None
-        ):  # autocast norms in float32, which attention would have to follow
-            query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
-        gathered = F.scaled_dot_product_attention(query, key, value)
-        return self.project(rearrange(gathered, "b h s d -> b s (h d)"))
-
-
-class Block(nn.Module):
-    """adaLN-Zero transformer block whose attention may see conditioning tokens beside its own."""
-
-    def __init__(self, config: ENATConfig, *, attends_self: bool = True, has_conditioning: bool = True) -> None:
-        super().__init__()
-        dim = config.embed_dim
-        self.has_conditioning = has_conditioning
-        self.norm_own = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.norm_conditioning = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.norm_mlp = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(config, attends_self=attends_self, has_conditioning=has_conditioning)
-        self.mlp = MLP(dim, config.mlp_ratio)
-        self.modulation = nn.Linear(dim, (8 if has_conditioning else 6) * dim)
-
-    def forward(self, x: Tensor, conditioning: Tensor | None, condition: Tensor) -> Tensor:
-        """x (B, S, D), conditioning (B, C, D) or None, condition (B, D), of label or caption, after SiLU -> (B, S, D)."""
-        chunks = list(self.modulation(condition).chunk(8 if self.has_conditioning else 6, dim=-1))
-        shift, scale = chunks[:2]
-        gate, shift_mlp, scale_mlp, gate_mlp = chunks[-4:]
-        if self.has_conditioning and conditioning is not None:
-            conditioning = _modulate(self.norm_conditioning(conditioning), chunks[2], chunks[3])
-        gathered = self.attention(_modulate(self.norm_own(x), shift, scale), conditioning)
-        x = x + gate[:, None] * gathered
-        return x + gate_mlp[:, None] * self.mlp(_modulate(self.norm_mlp(x), shift_mlp, scale_mlp))
-
-
-class PreviousProjection(nn.Module):
-    """Carries features of an earlier step over to this one (paper sec. 4.2).
-
-    Visible tokens keep their features and the MLP is a residual. Masked positions (see ENATConfig.reused_features) have an
-    embedding of this step, to which the MLP's output alone is added.
-    """
-
-    def __init__(self, config: ENATConfig, *, is_residual: bool) -> None:
-        super().__init__()
-        self.is_residual = is_residual
-        self.norm = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.mlp = MLP(config.embed_dim, config.mlp_ratio)
-
-    def forward(self, features: Tensor) -> Tensor:
-        projected = self.mlp(self.norm(features))
-        return features + projected if self.is_residual else projected
-
-
-class Head(nn.Module):
-    """Logits over the codebook from the transposed token embedding, which gets no gradient from here."""
-
-    def __init__(self, config: ENATConfig) -> None:
-        super().__init__()
-        self.codebook_size = config.codebook_size
-        self.norm_in = nn.LayerNorm(config.embed_dim, eps=1e-5)
-        self.dense = nn.Linear(config.embed_dim, config.embed_dim)
-        self.norm_out = nn.LayerNorm(config.embed_dim, eps=1e-5)
-        # One entry is for the mask id and never used: it keeps the published shape.
-        self.bias = nn.Parameter(torch.zeros(config.codebook_size + 1))
-
-    def forward(self, features: Tensor, token_embedding: Tensor) -> Tensor:
-        hidden = self.norm_out(F.gelu(self.dense(self.norm_in(features))))
-        return F.linear(hidden, token_embedding.detach()[: self.codebook_size], self.bias[: self.codebook_size])
 
 
 class ENAT(nn.Module):
@@ -290,45 +180,19 @@ class ENAT(nn.Module):
         dropout_mask: bool (B, L, D), True = kept, of draw_dropout_mask; used in training mode with dropout only. None draws it
             from torch's default generator.
         """
-        self.check_condition(labels)
-        if tokens.shape != (len(labels), self.config.num_tokens):
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; ({len(labels)}, {self.config.num_tokens}) is needed")
+        self._check(tokens, labels, previous)
         mask = tokens == self.config.mask_id
-        if previous is not None and not self.config.reuse:
-            raise ValueError("this model was made with reuse=False and takes no features of a previous step")
         if num_masked is None:
             num_masked = _count_masked(mask, previous)
         order, num_visible_before = _split(mask, previous)
-        num_old = num_visible_before if self.config.reuses_visible else 0
         num_visible = tokens.shape[1] - num_masked
-        masked_index = order[:, num_visible:]
-
-        embedded = self._embed(tokens, dropout_mask)
-        condition, text = self._embed_condition(labels)
 
         # In training, parts without a token run on empty tensors: every weight then has a gradient in every step, if zero,
         # and workers whose groups drew different modes can reduce the same buffers.
-        computed = _take(embedded, order[:, num_old:])
-        # A teacher may compute in another precision than the model it teaches.
-        before = embedded if previous is None else previous.features.to(embedded.dtype)
-        if self.masked_projection is not None and (previous is not None or self.training):
-            carried_index = order[:, num_visible_before if previous is not None else order.shape[1] :]
-            carried = self.masked_projection(_take(before, carried_index))
-            others, masked_before = computed.tensor_split([computed.shape[1] - carried.shape[1]], dim=1)
-            computed = torch.cat([others, masked_before + carried], dim=1)
-        new, masked = computed.tensor_split([num_visible - num_old], dim=1)
-        old = None
-        if self.previous_projection is not None and (num_old or self.training):
-            old = self.previous_projection(_take(before, order[:, :num_old]))
-
-        # Encoder: newly visible tokens attend to themselves, to the text and to the projected features of the old ones.
-        if new.shape[1] or self.training:
-            conditioning = _join(text, old)
-            for block in self.encoder:
-                new = self._run(block, new, conditioning, condition)
-        visible = torch.cat([old, new], dim=1) if old is not None else new
-
-        # Decoder: mask tokens gather from the visible ones.
+        condition, text = self._embed_condition(labels)
+        old, computed = self._reuse(self._embed(tokens, dropout_mask), order, num_visible_before, previous)
+        new, masked = computed.tensor_split([computed.shape[1] - num_masked], dim=1)
+        visible = self._encode(new, old, text, condition)
         if (num_masked and (logits != "none" or self.config.reuses_masked)) or self.training:
             masked = self._decode(masked, visible, text, condition)
 
@@ -336,13 +200,14 @@ class ENAT(nn.Module):
         position = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
         features = _take(in_order, position)
         scored = {"all": features, "masked": masked, "none": masked[:, :0]}[logits]
-        return ENATOutput(
-            logits=self.head(scored, self.token_embedding.weight),
-            features=features,
-            mask=mask,
-            masked_index=masked_index,
-            num_masked=num_masked,
-        )
+        return ENATOutput(self.head(scored, self.token_embedding.weight), features, mask, order[:, num_visible:], num_masked)
+
+    def _check(self, tokens: Tensor, labels: Tensor | TextCondition, previous: ENATOutput | None) -> None:
+        self.check_condition(labels)
+        if tokens.shape != (len(labels), self.config.num_tokens):
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; ({len(labels)}, {self.config.num_tokens}) is needed")
+        if previous is not None and not self.config.reuse:
+            raise ValueError("this model was made with reuse=False and takes no features of a previous step")
 
     def _embed(self, tokens: Tensor, dropout_mask: Tensor | None) -> Tensor:
         # Every weight is used through a call of its module: ZeRO-3 gathers partitioned weights when a module is called.
@@ -365,7 +230,34 @@ class ENAT(nn.Module):
         assert self.label_embedding is not None
         return F.silu(self.label_embedding(labels)), None
 
+    def _reuse(
+        self, embedded: Tensor, order: Tensor, num_visible_before: int, previous: ENATOutput | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Features of old tokens, projected, None where there are none; and the other tokens in the order of _split, as they are
+        to be computed. Old are tokens visible before, in a model that reuses those (paper sec. 4.2)."""
+        num_old = num_visible_before if self.config.reuses_visible else 0
+        # A teacher may compute in another precision than the model it teaches.
+        before = embedded if previous is None else previous.features.to(embedded.dtype)
+        old, computed = None, _take(embedded, order[:, num_old:])
+        if self.masked_projection is not None and (previous is not None or self.training):
+            carried_index = order[:, num_visible_before if previous is not None else order.shape[1] :]
+            carried = self.masked_projection(_take(before, carried_index))
+            others, masked_before = computed.tensor_split([computed.shape[1] - carried.shape[1]], dim=1)
+            computed = torch.cat([others, masked_before + carried], dim=1)
+        if self.previous_projection is not None and (num_old or self.training):
+            old = self.previous_projection(_take(before, order[:, :num_old]))
+        return old, computed
+
+    def _encode(self, new: Tensor, old: Tensor | None, text: Tensor | None, condition: Tensor) -> Tensor:
+        """Newly visible tokens attend to themselves, to the text and to the projected features of old ones -> all visible ones."""
+        if new.shape[1] or self.training:
+            conditioning = _join(text, old)
+            for block in self.encoder:
+                new = self._run(block, new, conditioning, condition)
+        return torch.cat([old, new], dim=1) if old is not None else new
+
     def _decode(self, masked: Tensor, visible: Tensor, text: Tensor | None, condition: Tensor) -> Tensor:
+        """Mask tokens gather from themselves, from the text and from the visible ones, as far as decoder_attention has it."""
         if self.config.decoder_attention == "full":
             both = torch.cat([visible, masked], dim=1)
             for block in self.decoder:

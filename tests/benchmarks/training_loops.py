@@ -27,10 +27,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from enat import ENAT, ENATConfig
+from enat.blocks import Block
 from enat.cost import training_macs
 from enat.loss import objective, token_accuracy
 from enat.masking import MaskedCodes, MaskingConfig, mask_codes
-from enat.model import Block, draw_dropout_mask
+from enat.model import draw_dropout_mask
 from pipelines.train_metrics import matmul_peak
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from enat import ENAT, SamplerConfig, TextCondition
-from enat.model import Block, PreviousProjection
+from enat.blocks import Block, PreviousProjection
 
 
 @dataclass
