@@ -116,12 +116,14 @@ def _assert_same_weights(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, 
 
 @dataclass(frozen=True)
 class Moved:
-    """Training halfway by two ranks at every stage, and on from there by one rank and by two, at other stages."""
+    """Training halfway by two ranks at every stage, and on from there by others: reports by the stages before and after.
+
+    whole: by one rank, without interruption.
+    """
 
     whole: Report
     halves: dict[int, Report]
-    by_one: dict[tuple[int, int], Report]
-    by_two: dict[tuple[int, int], Report]
+    by: dict[int, dict[tuple[int, int], Report]]
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +137,7 @@ def moved(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Moved
     return Moved(
         one[0],
         dict(zip(STAGES, two[:4], strict=True)),
-        dict(zip(pairs, one[1:], strict=True)),
-        dict(zip(pairs, two[4:], strict=True)),
+        {1: dict(zip(pairs, one[1:], strict=True)), 2: dict(zip(pairs, two[4:], strict=True))},
     )
 
 
@@ -145,7 +146,7 @@ def moved(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Moved
 @pytest.mark.faults
 def test_state_of_two_ranks_goes_on_with_other_ranks_at_another_stage(moved: Moved, saved: int, world_size: int) -> None:
     """As if there had been no interruption: losses to a relative 1e-5, weights to 1e-5."""
-    second = (moved.by_one if world_size == 1 else moved.by_two)[saved, (saved + 1) % 4]
+    second = moved.by[world_size][saved, (saved + 1) % 4]
     np.testing.assert_allclose([*moved.halves[saved].losses, *second.losses], moved.whole.losses, rtol=1e-5)
     np.testing.assert_allclose([*moved.halves[saved].norms, *second.norms], moved.whole.norms, rtol=1e-3)
     _assert_same_weights(second.weights, moved.whole.weights, atol=1e-5)
@@ -155,6 +156,40 @@ def test_state_of_two_ranks_goes_on_with_other_ranks_at_another_stage(moved: Mov
 @pytest.mark.faults
 def test_the_comparison_could_fail(moved: Moved) -> None:
     assert np.abs(np.diff(moved.whole.losses)).min() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def moved_with_two_groups_of_weights(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Moved:
+    """The same from two ranks to two and to four, of weights that decay and others that do not, with a clipped gradient."""
+    folder = tmp_path_factory.mktemp("state")
+    fields = {"weight_decay_on": "matrices", "weight_decay": 0.3, "gradient_clip": 0.2}
+    pairs = [(saved, resumed) for saved in (1, 2, 3) for resumed in (1, 2, 3)]
+    halves = [Job(_stage(stage, **fields), last=HALF, saves={HALF - 1: folder / str(stage)}) for stage in (1, 2, 3)]
+    seconds = [Job(_stage(resumed, **fields), first=HALF, load=folder / str(saved)) for saved, resumed in pairs]
+    two = run_ranks(2, run_jobs, material, [*halves, *seconds])[0]
+    four = run_ranks(4, run_jobs, material, seconds, timeout=240)[0]
+    (whole,) = run_ranks(1, run_jobs, material, [Job(_stage(0, **fields))])[0]
+    return Moved(
+        whole,
+        dict(zip((1, 2, 3), two[:3], strict=True)),
+        {2: dict(zip(pairs, two[3:], strict=True)), 4: dict(zip(pairs, four, strict=True))},
+    )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("resumed", [1, 2, 3])
+@pytest.mark.parametrize("saved", [1, 2, 3])
+def test_state_of_several_groups_of_weights_goes_on_at_any_stage_with_as_many_ranks_or_twice_as_many(
+    moved_with_two_groups_of_weights: Moved, saved: int, resumed: int, world_size: int
+) -> None:
+    moved = moved_with_two_groups_of_weights
+    second = moved.by[world_size][saved, resumed]
+    assert min(moved.whole.norms) > 0.2, "every step is clipped"
+    np.testing.assert_allclose([*moved.halves[saved].losses, *second.losses], moved.whole.losses, rtol=1e-5)
+    np.testing.assert_allclose([*moved.halves[saved].norms, *second.norms], moved.whole.norms, rtol=1e-3)
+    _assert_same_weights(second.weights, moved.whole.weights, atol=1e-5)
+    assert second.num_updates == LAST
 
 
 def _shares_of_rank(material: Material) -> list[dict[str, int]]:
