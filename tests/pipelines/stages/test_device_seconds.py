@@ -1,0 +1,104 @@
+"""Stages that work on devices tell how long they held them, all that a worker holds. What workers left is written here: no GPU is
+needed.
+
+The same of stages generate, evaluate and train, and of features, stands in their own tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from enat.metrics import FeatureMoments
+from enat.text import TextFeatures
+from pipelines.artifacts import FileRecord, LocalStore
+from pipelines.caption_features import CaptionFeaturesInfo, captions_name
+from pipelines.feature_job import FeatureSet
+from pipelines.sources import DatasetConfig
+from pipelines.stages import captions, reference, token_map, tokenizer
+from pipelines.token_map import TokenMapInfo
+from pipelines.workflow import Execution, StageContext, StageResult, Workers
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")  # bars live there
+
+FILE = {"name": "file", "path": "file", "size": 1, "sha256": "0" * 64}
+TOOK = 10.0  # seconds of workers that hold devices
+
+
+def of_token_map(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -> StageResult:
+    """Decoding the pictures took 5 s more, on CPUs."""
+    info = TokenMapInfo(dataset="drawn", resolution=16, grid_size=4, codebook_size=4, num_classes=2, tokenizer_digest="0" * 64)
+    record = {"rows": 3, "file": FILE, "quarantined": [], "code_counts": [1, 2, 0, 3], "seconds": TOOK, "decoding_seconds": 5.0}
+    context.store.put_part(context.stage, context.key, "part-00000.parquet", record)
+    config = token_map.TokenMapConfig(execution=token_map.TokenMapExecution(gpus_per_worker=gpus))
+    return token_map._collect(config, SimpleNamespace(num_images=3, class_names=["a", "b"]), info, 1, context)  # type: ignore[arg-type]
+
+
+def of_captions(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -> StageResult:
+    import torch
+
+    def encode(texts: list[str]) -> TextFeatures:
+        return TextFeatures(torch.zeros(1, 3, 8).half(), torch.zeros(1, 8).half(), torch.tensor([2]))
+
+    encoder = SimpleNamespace(num_positions=3, width=8, encode=encode)
+    patch.setattr(captions, "load_text_encoder", lambda _: encoder)
+    patch.setattr(captions, "folder_digest", lambda _: "0" * 64)
+    patch.setattr(captions, "Dataset", lambda *_: SimpleNamespace(num_captions=4, name="drawn"))
+    patch.setattr(captions, "_plan", lambda _, info: [{"part": 0}] if isinstance(info, CaptionFeaturesInfo) else [])
+    patch.setattr(captions.CaptionsConfig, "folder", lambda _: Path())
+    record = {"part": 0, "captions": 4, "tokens": 9, "file": FILE, "seconds": TOOK}
+    context.store.put_part(context.stage, context.key, captions_name(0), record)
+    config = captions.CaptionsConfig(encoder="e", dataset=DatasetConfig(), execution=Execution(gpus_per_worker=gpus))
+    return captions.run(config, {"dataset": SimpleNamespace(digest="d")}, context)  # type: ignore[dict-item]
+
+
+def of_tokenizer(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -> StageResult:
+    trained = {"file": FileRecord(**FILE), "record": FileRecord(**FILE), "metrics": {}, "seconds": TOOK}
+    remote = SimpleNamespace(remote=lambda *_: trained)
+    patch.setattr(tokenizer, "ray", SimpleNamespace(remote=lambda **_: lambda _: remote, get=lambda given: given))
+    patch.setattr(tokenizer, "Dataset", lambda *_: None)
+    patch.setattr(tokenizer.cluster, "require", lambda *_: None)
+    config = tokenizer.TokenizerConfig(dataset=DatasetConfig(), seed=0, execution=Workers(gpus_per_worker=gpus))
+    return tokenizer.run(config, {"dataset": None}, context)  # type: ignore[dict-item]
+
+
+def of_reference(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -> StageResult:
+    """Training the extractor took all of it; what features take is in test_feature_job.py."""
+    features = FeatureSet(
+        count=3,
+        num_kept=3,
+        moments={"features": FeatureMoments(4).add(np.eye(4))},
+        files=(),
+        worker_seconds=0.0,
+        device_seconds=0.0,
+        decoding_seconds=0.0,
+    )
+    extractor = SimpleNamespace(outputs={"features": 4})
+    real = reference._RealImages("drawn", "drawn, 16 px", SimpleNamespace(), 3)  # type: ignore[arg-type]
+    patch.setattr(reference, "_real_images", lambda *_: real)
+    patch.setattr(reference, "_make_extractor", lambda *_: reference._Made(FileRecord(**FILE), {}, TOOK))
+    patch.setattr(reference.ExtractorFile, "load", lambda _: extractor)
+    patch.setattr(reference, "compute_features", lambda *_: features)
+    patch.setattr(reference.cluster, "require", lambda *_: None)
+    config = reference.ReferenceConfig(resolution=16, dataset=DatasetConfig(), seed=0, execution=Execution(gpus_per_worker=gpus))
+    return reference.run(config, {}, context)
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5, 2])
+@pytest.mark.parametrize("stage", [of_token_map, of_captions, of_tokenizer, of_reference])
+def test_device_seconds_count_every_device_that_a_worker_holds(
+    stage: Callable[..., StageResult],
+    gpus: float,
+    make_context: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = make_context(LocalStore(tmp_path / "store"), stage.__name__.removeprefix("of_"), connect=lambda: None)
+    result = stage(gpus, context, monkeypatch)
+    assert result.worker_seconds == (TOOK + 5 if stage is of_token_map else TOOK)
+    assert result.device_seconds == gpus * TOOK
