@@ -19,13 +19,15 @@ class Uses:
     """What one run has of a store, noted when it is told of and again every few minutes, since a stage may last longer than the
     limit of gc. A context manager: the thread that does it ends with the run.
 
-    A note that cannot be written is one warning: what is there can be reused, and where nothing can be written the stage says so.
+    A note that cannot be written is one warning: what is there can be reused. It waits until the stage at work is over: where
+    nothing can be written at all, that fails and says so.
     """
 
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store
         self._noted: dict[Name, list[Name]] = {}
-        self._has_warned = False
+        self._held_back: str | None = None
+        self._has_failed = False
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._go_on, name="enat-uses", daemon=True)
 
@@ -33,12 +35,15 @@ class Uses:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._warn()
         self._is_over.set()
         self._thread.join(_LAST_NOTE)
 
     def note(self, stage: str, key: str, inputs: Iterable[Name]) -> None:
         """From now on the run has this artifact, or is about to make it. inputs: what is to stay while it is unfinished."""
+        self._warn()
         self._noted = {**self._noted, (stage, key): [*inputs]}  # replaced whole: the thread may be reading the old one
         self._write((stage, key), self._noted[stage, key])
 
@@ -53,10 +58,16 @@ class Uses:
         try:
             self._store.note_use(*name, inputs)
         except (OSError, StorageError) as error:
-            level = logging.INFO if self._has_warned else logging.WARNING
-            self._has_warned = True
-            message = "the use of %s/%s is not noted, so that `enat artifacts gc` may take it for unused (%s)"
-            _log.log(level, message, name[0], name[1][:12], error)
+            said = f"the use of {name[0]}/{name[1][:12]} is not noted, so that `enat artifacts gc` may take it for unused ({error})"
+            if self._has_failed:
+                _log.info("%s", said)
+            else:
+                self._has_failed, self._held_back = True, said
+
+    def _warn(self) -> None:
+        if self._held_back is not None:
+            _log.warning("%s", self._held_back)
+            self._held_back = None
 
 
 def note_reading(store: ArtifactStore, manifest: Manifest) -> None:

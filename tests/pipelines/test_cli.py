@@ -450,5 +450,7 @@ def test_a_contact_sheet_of_a_run_s_token_map_is_written(digits_run, ask: Callab
 def test_the_shell_completes_commands(words: str, offered: set[str]) -> None:
     """What README's line of completion asks the program at every press of the key."""
     asked = {"_ENAT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
-    done = subprocess.run([Path(sys.executable).parent / "enat"], env={**os.environ, **asked}, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "enat"], env={**os.environ, **asked}, capture_output=True, text=True, timeout=60, check=True
+    )
     assert {line.partition(",")[2] for line in done.stdout.splitlines()} >= offered
