@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -23,8 +22,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from enat.checkpoint import save_weights
 from enat.cost import training_macs
 from enat.loss import objective, token_accuracy
-from enat.model import ENAT, ENATConfig
-from pipelines.artifacts import FileRecord, Manifest, StoreError
+from enat.model import ENAT
+from pipelines.artifacts import FileRecord, StoreError
 from pipelines.batches import Batches, GroupBatch
 from pipelines.caption_features import EMPTY_INDEX, CaptionFeatures
 from pipelines.checkpoints import (
@@ -39,59 +38,15 @@ from pipelines.checkpoints import (
 )
 from pipelines.engine import Engine, prepare_forward
 from pipelines.previews import Previewer
-from pipelines.progress import Reporter
 from pipelines.stop_signal import GO_ON, STOP, StopSignal
 from pipelines.storage import StorageError
 from pipelines.token_map import TokenMap
-from pipelines.train_config import TrainConfig
 from pipelines.train_monitor import DivergedError, TrainMonitor
-from pipelines.workflow import WorkerContext
+from pipelines.train_task import RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, effective_config, initial_model
 
 _log = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"  # the EMA: what samples are made with
-RAW_WEIGHTS = "raw.safetensors"
-HISTORY = "history.json"
 _REPORT_SECONDS = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainTask:
-    """What the driver gives every worker. captions: features, for a text-conditional model."""
-
-    config: TrainConfig
-    architecture: ENATConfig
-    context: WorkerContext
-    token_map: Manifest
-    tokenizer: Manifest
-    captions: Manifest | None
-    reporter: Reporter
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What rank 0 answers. files: none where the run was stopped or has failed. milestones: EMA weights of some steps.
-    error: what it failed with, where other workers would fail with it again."""
-
-    files: tuple[FileRecord, ...]
-    milestones: tuple[FileRecord, ...]
-    history: list[dict[str, float]]
-    step: int
-    skipped_draws: int
-    num_restarts: int
-    num_rollbacks: int
-    error: Exception | None = None
-
-
-def effective_config(task: TrainTask) -> TrainConfig:
-    """The recipe as the model can follow it: one made without reuse never trains on features of an earlier step."""
-    if task.architecture.reuse:
-        return task.config
-    return replace(task.config, masking=replace(task.config.masking, reuse_probability=0.0))
-
-
-def initial_model(architecture: ENATConfig, seed: int) -> ENAT:
-    return ENAT(architecture).initialize(torch.Generator().manual_seed(seed))
 
 
 def train_loop(task: Mapping[str, TrainTask]) -> TrainResult | None:

@@ -35,7 +35,8 @@ from pipelines.external import local_file
 from pipelines.progress import Reporter
 from pipelines.token_map import TokenMapInfo
 from pipelines.train_config import TrainConfig
-from pipelines.train_loop import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model, train_loop
+from pipelines.train_loop import train_loop
+from pipelines.train_task import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model
 from pipelines.weights import open_enat
 from pipelines.workflow import Stage, StageContext, StageResult
 

@@ -198,7 +198,7 @@ def bare(place: Path, recipe: dict[str, Any]) -> float:
     from pipelines.artifacts import LocalStore
     from pipelines.batches import draw_group
     from pipelines.token_map import TokenMap
-    from pipelines.train_loop import initial_model
+    from pipelines.train_task import initial_model
 
     config, store = _config(recipe), LocalStore(place)
     torch.set_num_threads(config.execution.num_threads)

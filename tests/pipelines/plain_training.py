@@ -16,7 +16,7 @@ from enat.model import ENAT, TextCondition, draw_dropout_mask
 from pipelines.caption_features import CaptionFeatures
 from pipelines.token_map import TokenMap
 from pipelines.train_config import TrainConfig
-from pipelines.train_loop import initial_model
+from pipelines.train_task import initial_model
 
 
 def train_plainly(material: Material, config: TrainConfig) -> Trained:

@@ -23,7 +23,7 @@ from pipelines.batches import draw_group
 from pipelines.checkpoints import Fragments, own_share
 from pipelines.engine import Engine
 from pipelines.train_config import TrainConfig
-from pipelines.train_loop import initial_model
+from pipelines.train_task import initial_model
 
 STAGES = (0, 1, 2, 3)
 HALF, LAST = 5, 10

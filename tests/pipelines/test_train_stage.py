@@ -28,7 +28,8 @@ from pipelines.checkpoints import SoFar, find_checkpoints
 from pipelines.stages import train
 from pipelines.tracking import RunHandle
 from pipelines.train_config import TrainConfig
-from pipelines.train_loop import DivergedError, TrainResult, initial_model
+from pipelines.train_monitor import DivergedError
+from pipelines.train_task import TrainResult, initial_model
 from pipelines.workflow import StageResult, WorkerContext
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -34,7 +34,8 @@ from pipelines.checkpoints import find_checkpoints
 from pipelines.token_map import TokenMap, TokenMapInfo, TokenRows, write_part
 from pipelines.tracking import RunHandle
 from pipelines.train_config import ModelConfig, TrainConfig, TrainExecution
-from pipelines.train_loop import Trainer, TrainResult, TrainTask
+from pipelines.train_loop import Trainer
+from pipelines.train_task import TrainResult, TrainTask
 from pipelines.workflow import WorkerContext
 
 _FORKS = multiprocessing.get_context("forkserver")
