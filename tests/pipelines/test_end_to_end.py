@@ -256,8 +256,11 @@ def test_training_went_on_from_a_checkpoint_after_the_kill(killed_twice: dict[st
     client = killed_twice["tracking"]
     experiment = client.get_experiment_by_name("enat")
     runs = client.search_runs([experiment.experiment_id], "run_name = 'train'", order_by=["attributes.start_time ASC"])
-    killed, resumed = ([point.step for point in client.get_metric_history(run.info.run_id, "loss")] for run in runs)
-    assert killed[0] == 5 and resumed[0] > 5 and resumed[-1] == 20
+    killed, resumed = (client.get_metric_history(run.info.run_id, "loss") for run in runs)
+    taken_over = [point.step for point in resumed if point.timestamp == resumed[0].timestamp]  # logged all at once
+    assert killed[0].step == 5 and taken_over[0] == 5
+    assert [point.step for point in resumed] == [5, 10, 15, 20] and taken_over[-1] < 20
+    assert len({point.timestamp for point in killed} & {point.timestamp for point in resumed}) == 0
 
 
 @pytest.mark.faults
