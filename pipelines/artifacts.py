@@ -321,7 +321,7 @@ class LocalStore(ArtifactStore):
     def noted_inputs(self, stage: str, key: str) -> list[tuple[str, str]]:
         try:
             return read_use_note((self._folder(stage, key) / USED).read_bytes())
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):  # a note that cannot be read is no missing one: gc must not go by it
             return []
 
     def delete_manifest(self, stage: str, key: str) -> None:

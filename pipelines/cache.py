@@ -100,12 +100,12 @@ def size_limit() -> int:
     """Bytes, from ENAT_CACHE_GB."""
     given = os.environ.get("ENAT_CACHE_GB") or "50"
     try:
-        limit = float(given) * _GIB
-        if limit >= 0:
-            return int(limit)
-    except (ValueError, OverflowError):
-        pass
-    raise StoreError(f"ENAT_CACHE_GB={given} is no size in GiB; set it to a number such as 50")
+        limit = int(float(given) * _GIB)
+    except (ValueError, OverflowError):  # no number, or none that is finite
+        limit = -1
+    if limit < 0:
+        raise StoreError(f"ENAT_CACHE_GB={given} is no size in GiB; set it to a number such as 50")
+    return limit
 
 
 def _is(path: Path, size: int, sha256: str) -> bool:

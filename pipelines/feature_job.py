@@ -19,72 +19,30 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray.data
 import torch
 from safetensors.numpy import load_file, save_file
 
-from enat.features import BUILT_IN, ExtractorFactory, FeatureExtractor, extractor_factory
 from enat.metrics import FeatureMoments, FeatureStatistics, load_moments
 from pipelines.artifacts import WORK, ArtifactStore, FileRecord, Manifest
 from pipelines.device import wait_for
+from pipelines.extractors import ExtractorSource
 from pipelines.passes import fix_numerics, pass_pool, passes_at_once
 from pipelines.readers import BlockReader, Decoder, run_pass
 from pipelines.stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
 from pipelines.workflow import Execution, StageContext
 
-# Raised whenever features of the same images by the same weights come out otherwise: 2 since DINOv2's positions are resampled as
-# published, and spatial features are an image's own also in passes side by side.
-FEATURES_VERSION = 2
 BLOCK_SIZE = 256  # images that travel together
 _BLOCKS_PER_PART = 4  # at least; what a crash can lose
 _MAX_BLOCKS_PER_PART = 32  # 8,192 images, 170 MB of Inception's outputs, of which the driver holds a few parts at once
 _USUAL_PARTS = 32  # at most, where that makes no part too large: each commits the moments so far, 33 MB for 2048 features
 _BLOCKS_PER_SUM = 16  # added to the moments at once: 4,096 images, so that a sum of squares is shared by many
 _OBJECT_STORE_BYTES = 1 << 30  # of blocks on their way
-EXTRACTOR_FILE = "extractor.safetensors"  # of a reference
 MOMENTS_FILES = {"features": "moments.safetensors", "spatial": "spatial_moments.safetensors"}  # by output
 _KEPT = ("features", "logits")  # outputs whose rows are kept; of "spatial" only the moments are ever needed
-
-
-class ExtractorSource(Protocol):
-    """What workers get an extractor from."""
-
-    def load(self) -> FeatureExtractor: ...
-
-
-@dataclass(frozen=True)
-class ExtractorFile:
-    """Where an extractor's weights lie, also before its artifact is committed.
-
-    factory: opens the file on a worker, whose own registry knows nothing of kinds that were registered on the driver; None for
-    a built-in kind.
-    """
-
-    store: ArtifactStore
-    kind: str
-    stage: str
-    key: str
-    file: FileRecord
-    factory: ExtractorFactory | None
-
-    @classmethod
-    def of(cls, store: ArtifactStore, kind: str, stage: str, key: str, file: FileRecord) -> ExtractorFile:
-        """Raises ValueError for a kind that this process does not know."""
-        factory = extractor_factory(kind)
-        return cls(store, kind, stage, key, file, None if kind in BUILT_IN else factory)
-
-    @classmethod
-    def of_reference(cls, store: ArtifactStore, reference: Manifest) -> ExtractorFile:
-        """The one that a reference was made with."""
-        file = reference.file(EXTRACTOR_FILE)
-        return cls.of(store, reference.summary["extractor"], reference.stage, reference.key, file)
-
-    def load(self) -> FeatureExtractor:
-        factory = self.factory or extractor_factory(self.kind)
-        return factory(self.store.fetch_file(self.stage, self.key, self.file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +101,6 @@ def stored_moments(store: ArtifactStore, manifest: Manifest) -> dict[str, Featur
     """Moments by output, of a committed artifact."""
     names = {file.name for file in manifest.files}
     return {output: load_moments(store.fetch(manifest, name)) for output, name in MOMENTS_FILES.items() if name in names}
-
-
-def require_same_features(reference: Manifest) -> None:
-    """Raises ValueError where a reference holds features that this program would compute otherwise."""
-    if (found := reference.summary.get("features_version", 1)) != FEATURES_VERSION:
-        raise ValueError(
-            f"reference/{reference.key[:12]} has features of version {found}, and here they are of version {FEATURES_VERSION}: "
-            "a distance to it would say nothing; make the reference anew, from a config that says how"
-        )
 
 
 def feature_files(manifest: Manifest) -> tuple[FileRecord, ...]:

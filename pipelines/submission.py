@@ -42,6 +42,12 @@ _CREDENTIALS = (
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN",
 )  # fmt: skip
+# What stages read beside the store; of the dataset, `kind: digits` has no path.
+_FILES = (
+    "dataset.path", "dataset.captions", "reference.dataset.path", "generate.dataset.path", "generate.dataset.captions",
+    "tokenizer.weights", "captions.encoder", "train.weights", "reference.weights", "reference.npz",
+)  # fmt: skip
+_ELSEWHERE = ("s3://", "hf://", "sha256:")
 _SHORTEST_CREDENTIAL = 8  # a shorter value would be found in any text
 _IN_URI = re.compile(
     r"://[^/?#\s]*@|://[^@\s]*:[^@\s]*@|[?&](X-Amz-Signature|X-Amz-Security-Token|Signature|sig|token|access_token|api_key|password)=",
@@ -118,6 +124,7 @@ def prepare(
         raise ValueError(f"cluster.address is {run.cluster.address}, but a job runs on the cluster it is sent to; leave it out")
     for key, value in _strings(configuration.to_dict(run)):
         _refuse_credentials(key, value)
+    _refuse_files_of_this_machine(run)
     places = _places(run, allow_local_store)
     run = configuration.with_overrides(run, places, "--allow-local-store") if places else run
     if image is not None:
@@ -223,6 +230,23 @@ def _needed(targets: Sequence[str]) -> set[str]:
             needed.add(stage)
             waiting += READS.get(stage, ())
     return needed
+
+
+def _refuse_files_of_this_machine(run: RunConfig) -> None:
+    """Raises ValueError for a relative path: on the cluster it would be looked for where the code is unpacked. An absolute one may
+    be a folder that all nodes share."""
+    for name, variant in {MAIN: run, **run.variant_runs}.items():
+        for key in _FILES:
+            place: Any = variant
+            for part in key.split("."):
+                place = getattr(place, part, None)  # stages without a dataset of their own have the run's
+            if place is None or place.startswith(_ELSEWHERE) or Path(place).is_absolute():
+                continue
+            where = key if name == MAIN else f"variants.{name}.{key}"
+            raise ValueError(
+                f"{where} is {place}, a path of this machine that the cluster would not see; "
+                "give s3://bucket/..., or the absolute path of what all nodes share"
+            )
 
 
 def _places(run: RunConfig, allow_local_store: bool) -> dict[str, str]:

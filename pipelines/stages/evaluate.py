@@ -20,16 +20,15 @@ from enat.images import png_bytes
 from pipelines import cluster, evaluation_card
 from pipelines.artifacts import Manifest
 from pipelines.dataset import Dataset
+from pipelines.extractors import ExtractorFile, require_same_features
 from pipelines.feature_job import (
     BLOCK_SIZE,
     MOMENTS_FILES,
-    ExtractorFile,
     FeatureSet,
     FeatureSpec,
     compute_features,
     feature_files,
     read_rows,
-    require_same_features,
     stored_moments,
 )
 from pipelines.image_cost import image_cost

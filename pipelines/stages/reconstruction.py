@@ -19,16 +19,8 @@ from pipelines import cluster, token_map
 from pipelines.artifacts import ArtifactStore, Manifest
 from pipelines.costs import cost_metrics
 from pipelines.dataset import Dataset
-from pipelines.feature_job import (
-    MOMENTS_FILES,
-    ExtractorFile,
-    FeatureSpec,
-    compute_features,
-    drawn_evenly,
-    read_rows,
-    require_same_features,
-    stored_moments,
-)
+from pipelines.extractors import ExtractorFile, require_same_features
+from pipelines.feature_job import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly, read_rows, stored_moments
 from pipelines.readers import Decoded, Decoder, Rows, code_decoder
 from pipelines.sources import DatasetConfig
 from pipelines.workflow import Execution, PublishContext, Stage, StageContext, StageResult

@@ -33,15 +33,8 @@ from pipelines.adm_reference import NpzImages, NpzReference
 from pipelines.artifacts import FileRecord, Manifest
 from pipelines.dataset import Dataset
 from pipelines.external import content_digest, folder_digest, local_file, local_folder
-from pipelines.feature_job import (
-    EXTRACTOR_FILE,
-    FEATURES_VERSION,
-    MOMENTS_FILES,
-    ExtractorFile,
-    FeatureSpec,
-    compute_features,
-    drawn_evenly,
-)
+from pipelines.extractors import EXTRACTOR_FILE, FEATURES_VERSION, ExtractorFile
+from pipelines.feature_job import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly
 from pipelines.progress import Reporter
 from pipelines.readers import BlockReader, PixelBlocks, SourceImages
 from pipelines.s3 import S3Config

@@ -153,7 +153,7 @@ def _inputs(store: Any, preset: str) -> dict[str, Any]:
     from enat.checkpoint import save_weights
     from enat.features import InceptionExtractor
     from enat.metrics import FeatureMoments
-    from pipelines.feature_job import FEATURES_VERSION
+    from pipelines.extractors import FEATURES_VERSION
 
     def put(stage: str, name: str, write: Any) -> Any:
         with tempfile.TemporaryDirectory() as folder:

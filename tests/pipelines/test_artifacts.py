@@ -690,3 +690,12 @@ def test_what_a_local_store_publishes_can_be_read_by_others(tmp_path: Path, loca
     local_store.commit(_manifest(local_store.put_file(STAGE, KEY, "model.bin", source)))
     folder = local_store.root / STAGE / KEY
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"model.bin": "0o644", MANIFEST: "0o644"}
+
+
+def test_a_note_that_cannot_be_read_is_not_taken_for_a_missing_one(tmp_path: Path) -> None:
+    """What it names would be removed as needed by nobody."""
+    local_store = LocalStore(tmp_path / "store")
+    assert local_store.noted_inputs("train", "k") == []
+    (local_store.root / "train" / "k" / ".used").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        local_store.noted_inputs("train", "k")

@@ -25,7 +25,8 @@ from enat.features import ClassifierExtractor
 from pipelines import feature_job
 from pipelines.artifacts import WORK, LocalStore
 from pipelines.dataset import Dataset
-from pipelines.feature_job import BLOCK_SIZE, ExtractorFile, FeatureSet, FeatureSpec, compute_features, drawn_evenly, read_rows
+from pipelines.extractors import ExtractorFile
+from pipelines.feature_job import BLOCK_SIZE, FeatureSet, FeatureSpec, compute_features, drawn_evenly, read_rows
 from pipelines.readers import Decoded, PixelBlocks, SourceImages, read_images
 from pipelines.sources import DatasetConfig
 from pipelines.workflow import Execution

@@ -23,7 +23,8 @@ from enat.metrics import FeatureMoments, frechet_distance
 from pipelines import feature_job
 from pipelines.artifacts import LocalStore
 from pipelines.dataset import Dataset
-from pipelines.feature_job import ExtractorFile, FeatureSet, FeatureSpec, compute_features, read_rows
+from pipelines.extractors import ExtractorFile
+from pipelines.feature_job import FeatureSet, FeatureSpec, compute_features, read_rows
 from pipelines.readers import PixelBlocks, SourceImages, read_images, run_pass
 from pipelines.sources import DatasetConfig
 from pipelines.workflow import Execution

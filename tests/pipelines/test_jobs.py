@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -341,6 +342,26 @@ def test_a_store_that_the_cluster_would_not_see_is_refused(prepare: Callable[...
         prepare(store=store)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("dataset={kind: images, path: photographs}", "dataset.path is photographs, a path of this machine"),
+        ("generate.dataset={kind: images, path: photographs}", "generate.dataset.path is photographs"),
+        ("tokenizer.weights=weights/vqgan.ckpt", "tokenizer.weights is weights/vqgan.ckpt"),
+        ("variants={other: {train: {weights: enat.safetensors}}}", "variants.other.train.weights is enat.safetensors"),
+    ],
+)
+def test_what_lies_beside_the_command_is_not_on_the_cluster(prepare: Callable[..., Any], override: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        prepare(override)
+
+
+@pytest.mark.parametrize("place", ["/shared/photographs", "s3://datasets/photographs"])
+def test_what_all_nodes_may_see_is_sent_as_it_is(prepare: Callable[..., Any], place: str) -> None:
+    override = f"dataset={{kind: images, path: {place}}}"
+    assert override in prepare(override).arguments
+
+
 def test_a_local_store_is_kept_by_its_absolute_path_where_that_is_asked_for(
     prepare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,7 +484,7 @@ def test_a_secret_in_the_code_or_its_changes_is_not_sent(checkout: Path, monkeyp
     "value", ["s3://bucket/prefix", "hf://owner/name@revision", "https://host:8443/path", "/data/a@b", "a@b.org"]
 )
 def test_ordinary_addresses_are_no_credentials(prepare: Callable[..., Any], value: str) -> None:
-    assert f"dataset.path={value}" in prepare(f"dataset.path={value}").arguments
+    assert f"dataset.name={value}" in prepare(f"dataset.name={value}").arguments
 
 
 # Room on a cluster ---------------------------------------------------------------------------------------------------------

@@ -372,11 +372,15 @@ def test_a_model_that_is_sampled_is_in_use_with_what_it_was_made_from(world: Wor
 def test_a_store_that_only_others_may_write_is_sampled_from_all_the_same(
     world: World, ask, monkeypatch: pytest.MonkeyPatch, error: Exception, use: Callable[..., None]
 ) -> None:
+    asked = []
+
     def refused(*_: object) -> None:
+        asked.append(1)
         raise error
 
     monkeypatch.setattr(LocalStore, "note_use", refused)
     use(world, ask)
+    assert asked, "it was tried, and what was opened is there all the same"
 
 
 def test_files_of_weights_make_what_the_artifact_makes(ask, world: World, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from enat.metrics import FeatureMoments, inception_score
 from pipelines import evaluation_card, workflow
 from pipelines.artifacts import LocalStore, Manifest
 from pipelines.costs import Prices
-from pipelines.feature_job import ExtractorFile, drawn_evenly
+from pipelines.extractors import ExtractorFile
+from pipelines.feature_job import drawn_evenly
 from pipelines.image_cost import image_cost
 from pipelines.image_sets import ImageSetConfig
 from pipelines.model_card import registered_name

@@ -16,7 +16,8 @@ from enat.metrics import FeatureMoments, frechet_distance
 from pipelines import token_map, workflow
 from pipelines.artifacts import LocalStore, Manifest
 from pipelines.dataset import Dataset
-from pipelines.feature_job import ExtractorFile, stored_moments
+from pipelines.extractors import ExtractorFile
+from pipelines.feature_job import stored_moments
 from pipelines.stages import reconstruction
 from pipelines.stages import reference as reference_stage
 from pipelines.workflow import Execution, Node, StageResult
