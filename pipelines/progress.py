@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -156,8 +157,10 @@ class Bar:
 
     @contextlib.contextmanager
     def reporter(self) -> Iterator[Reporter]:
-        """A Reporter to send to workers; the bar follows it until the block ends."""
-        state = ray.remote(num_cpus=0)(_State).remote()
+        """A Reporter to send to workers; the bar follows it until the block ends. Its actor stays on the driver's node: elsewhere
+        the bar, and requests to stop, would be lost with that node."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        state = ray.remote(num_cpus=0, scheduling_strategy=here)(_State).remote()
         stop = threading.Event()
 
         def follow() -> None:

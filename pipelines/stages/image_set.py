@@ -56,19 +56,16 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
 
 
 def _check_by_workers(config: ImageSetConfig, entries: list[Entry], resolution: int, context: StageContext) -> None:
-    """A task per so many images, waited for in order: of several odd images the first is named."""
+    """A task per so many images, waited for in order: of several odd images the first is named. Tasks after it are left to end by
+    themselves, as they are short: in Ray 2.60 ray.cancel races with their answers, which can end the driver."""
     context.connect()
     task = ray.remote(num_cpus=1)(check_images)
     pieces = [entries[start : start + _IMAGES_PER_TASK] for start in range(0, len(entries), _IMAGES_PER_TASK)]
     running = [task.remote(config, piece, resolution) for piece in pieces]
     with context.bar(len(entries), "images") as bar:
-        try:
-            for piece, reference in zip(pieces, running, strict=True):
-                ray.get(reference)
-                bar.advance(len(piece))
-        finally:
-            for reference in running:
-                ray.cancel(reference)
+        for piece, reference in zip(pieces, running, strict=True):
+            ray.get(reference)
+            bar.advance(len(piece))
 
 
 STAGE = Stage("images", 2, run)
