@@ -75,7 +75,7 @@ class Comparison:
 def compare(uri: str, query: Query, published: str = "auto") -> Comparison:
     """Read, fold and group. published: "none", "auto" (by dataset and resolution) or one of published.DATASETS.
 
-    Raises ValueError, saying what was searched and what exists, where nothing is found; TrackingError where MLflow cannot be read.
+    Raises ValueError, saying what was searched and what exists, where nothing is found; else as tracked.experiments does.
     """
     known = tracked.experiments(uri)
     found, parents = _find(uri, query, known)

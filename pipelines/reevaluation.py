@@ -107,8 +107,8 @@ class _Case:
 def reevaluate(request: Request, source: str, options: Options, console: Console) -> list[Outcome]:
     """Evaluate what is due, and say of every model what became of it, in the order of their names.
 
-    source: where the request came from, for tracking.   Raises ValueError for what no model can be evaluated by, TrackingError
-    where the registry does not answer.
+    source: where the request came from, for tracking.   Raises ValueError for what no model can be evaluated by, and
+    as tracked.experiments does.
     """
     config = request.config
     uri = runs.tracking_uri(config)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts import without_credentials
+from pipelines.no_entry import no_entry
 from pipelines.tracking import OUT_OF_ORDER, ModelVersion, as_model_version, client_of, first_line, quiet, set_version_tags
 
 _ARTIFACT_TAGS = ("enat.artifact", "enat.evaluation")  # of a version: those that name an artifact as stage/key
@@ -43,7 +44,10 @@ class TrackedRun:
 
 
 def experiments(uri: str) -> dict[str, str]:
-    """Name -> id of the experiments that are not deleted. Raises TrackingError, ValueError where no store lies at the URI."""
+    """Name -> id of the experiments that are not deleted.
+
+    Raises ValueError where no store lies at the URI, nothing answers there, or it does not let us in; TrackingError for all else.
+    """
     with _reading(uri) as client:
         return {found.name: found.experiment_id for found in _pages(lambda token: client.search_experiments(page_token=token))}
 
@@ -96,13 +100,13 @@ def _reading(uri: str) -> Iterator[Any]:
     try:
         with quiet():
             yield client_of(uri)
-    except MlflowException as error:
-        if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise ValueError(f"MLflow refuses what is asked of {shown}: {first_line(error)}") from error
-        raise TrackingError(f"tracking at {shown} cannot be read ({first_line(error)})") from error
     except ValueError:
         raise
     except Exception as error:
+        if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE":
+            raise ValueError(f"MLflow refuses what is asked of {shown}: {first_line(error)}") from error
+        if (why := no_entry(error)) is not None:
+            raise ValueError(f"tracking at {shown} {why.said}: {why.advice}") from error
         raise TrackingError(f"tracking at {shown} cannot be read ({first_line(error)})") from error
 
 
@@ -131,7 +135,7 @@ def _tracked(run: Any) -> TrackedRun:
 def find_model(uri: str, reference: str) -> dict[str, str]:
     """Tags of a registered version by name@alias, models:/name@alias or models:/name/version.
 
-    Raises ValueError where there is no such version, TrackingError where the registry does not answer.
+    Raises ValueError where there is no such version, and as experiments does.
     """
     from mlflow.exceptions import MlflowException
 
@@ -143,7 +147,7 @@ def find_model(uri: str, reference: str) -> dict[str, str]:
         try:
             version = (client.get_model_version_by_alias if "@" in plain else client.get_model_version)(name, which)
         except MlflowException as error:
-            if error.error_code in OUT_OF_ORDER:
+            if error.error_code in OUT_OF_ORDER or no_entry(error) is not None:
                 raise
             raise ValueError(
                 f"the registry at {without_credentials(uri)} has no model {reference} ({first_line(error)})"
@@ -155,7 +159,7 @@ def registered_artifacts(uri: str) -> dict[str, str]:
     """What registered versions are, and their last evaluations, as "stage/key" -> "name version number": the evaluation is what the
     next one is compared with. Versions made by others say nothing.
 
-    Raises ValueError where no store lies at the URI, TrackingError where the registry does not answer.
+    Raises as experiments does.
     """
 
     def page(token: str | None) -> Any:
@@ -178,7 +182,7 @@ def versions_at(uri: str, alias: str) -> list[ModelVersion]:
 
 
 def read_version(uri: str, name: str, version: str) -> ModelVersion:
-    """As it is now. Raises TrackingError where it is not there any more, or the registry does not answer."""
+    """As it is now. Raises TrackingError where it is not there any more, and as experiments does."""
     with _reading(uri) as client:
         return as_model_version(client.get_model_version(name, version))
 

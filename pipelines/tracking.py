@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts import without_credentials
+from pipelines.no_entry import NoEntry, no_entry
 
 _log = logging.getLogger(__name__)
 _METRICS_AT_ONCE = 1000  # the most that MLflow takes
 _PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
 _ILLEGAL = re.compile(r"[^\w\-. /]")
 _ILLEGAL_IN_MODEL = re.compile(r"[^\w\-.]+")
+_PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks|uc:")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
 # What a database of MLflow's registry has room for. sqlite takes longer values, PostgreSQL and MySQL refuse or cut them.
 _MODEL_NAME_LIMIT = 256
@@ -64,7 +66,12 @@ class TrackingConfig:
 
 
 def resolve_uri(config: TrackingConfig, beside: Path) -> str:
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(beside / 'mlflow.db').absolute()}"
+    """Raises ValueError for what MLflow could not take for the address of a server or database."""
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(beside / 'mlflow.db').absolute()}"
+    if config.enabled and not _PLACE.match(uri):
+        where = "the tracking URI" if config.uri else "MLFLOW_TRACKING_URI"
+        raise ValueError(f"{where} is {without_credentials(uri)}; write http://HOST:5000, sqlite:///FILE or another database's URL")
+    return uri
 
 
 @dataclass
@@ -205,14 +212,15 @@ class RunHandle:
             with quiet():
                 return action(client_of(self.uri))
         except Exception as error:  # whatever an observer fails with must not stop the work
-            self._give_up(first_line(error))
+            self._give_up(no_entry(error) or NoEntry(said="does not answer", advice=first_line(error)))
             return None
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, why: NoEntry) -> None:
         """Also on behalf of the run that this one is nested in: one warning is enough, and no later stage need try."""
         self._given_up = True
         if self.parent is None or not self.parent._given_up:
-            _log.warning("tracking at %s does not answer; this run goes on without it (%s)", without_credentials(self.uri), reason)
+            shown = without_credentials(self.uri)
+            _log.warning("tracking at %s %s; this run goes on without it (%s)", shown, why.said, why.advice)
         if self.parent is not None:
             self.parent._given_up = True
 

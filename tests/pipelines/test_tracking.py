@@ -203,8 +203,8 @@ def test_without_a_server_a_run_is_made_all_the_same_and_warns_once(
         _, done = _run(make_session, local_store, CLOSED)
     assert [item.is_reused for item in done] == [False, False]
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("pipelines")]
-    assert len(warnings) == 1 and warnings[0].startswith(f"tracking at {CLOSED} does not answer; this run goes on without it")
-    assert "\n" not in warnings[0]
+    advice = "start the server, or name another by --tracking-uri, tracking.uri or MLFLOW_TRACKING_URI"
+    assert warnings == [f"tracking at {CLOSED} does not answer; this run goes on without it ({advice})"]
 
 
 def test_a_server_that_goes_away_during_a_run_is_warned_of_once(
@@ -497,3 +497,16 @@ def test_pictures_of_a_file_store_lie_beside_it_wherever_the_command_is_run(
     folder = Path(uri.removeprefix("sqlite:///")).parent
     assert list(folder.glob("mlflow-artifacts/*/artifacts/samples/step-00000003.png"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["runs/mlflow.db", "htp://writer:secret@host:5000", "host:5000", "file:///runs"])
+def test_a_uri_that_is_none_of_a_server_or_database_is_refused_before_anything_runs(
+    uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"^the tracking URI is .*; write http://HOST:5000, sqlite:///FILE") as caught:
+        tracking.resolve_uri(TrackingConfig(uri=uri), tmp_path)
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ValueError, match=r"^MLFLOW_TRACKING_URI is"):
+        tracking.resolve_uri(CONFIG, tmp_path)
+    assert tracking.resolve_uri(TrackingConfig(uri=uri, enabled=False), tmp_path) == uri, "nothing is tracked there"
