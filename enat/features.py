@@ -1,4 +1,4 @@
-"""Feature extractors behind one small interface: uint8 images in, named float32 outputs out.
+"""Feature extractors behind one small interface: images of 8 bits in, named float32 outputs out.
 
 "inception" is torch-fidelity's InceptionV3, the network of published FIDs. "classifier" is a small network trained on a
 dataset's own labels, for images that ImageNet features say little about. "dinov2" and "clip" are image encoders of transformers
@@ -32,7 +32,8 @@ from enat.images import to_float
 class FeatureExtractor(Protocol):
     """outputs: name -> width; "features" is always among them.
 
-    __call__: uint8 (B, 3, H, W) -> output name -> float32 (B, width), on the same device; each image seen alone.
+    __call__: uint8 (B, 3, H, W) -> output name -> float32 (B, width), on the same device; each image seen alone. One with an
+    attribute `takes_float = True` also takes float32 images in 0..255 that were not rounded, as those of this module do.
 
     An extractor with an attribute `is_thread_safe = True` may be called by several threads at once, as those of this module may:
     it keeps nothing of a call on itself, also not in hooks of its layers. All others are called by one thread.
@@ -51,7 +52,7 @@ ExtractorFactory = Callable[[Path], FeatureExtractor]
 class ClassifierExtractor(nn.Module):
     """A small convolutional classifier; its features are those before the last layer."""
 
-    is_thread_safe = True
+    is_thread_safe = takes_float = True
 
     def __init__(self, num_classes: int, num_features: int = 64, width: int = 32) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class InceptionExtractor(nn.Module):
     weights: a state dict of torch-fidelity's network.
     """
 
-    is_thread_safe = True
+    is_thread_safe = takes_float = True
     outputs: Mapping[str, int] = {"features": 2048, "spatial": 17 * 17 * 7, "logits": 1008}
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -155,15 +156,30 @@ class InceptionExtractor(nn.Module):
             except RuntimeError as error:  # what load_state_dict raises: several lines of names
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(f"the weights are not those of torch-fidelity's InceptionV3 ({reason})") from error
-        # One hook for all calls, and a place for each thread: a hook that lasts for a call would also see the images of others.
+        # Hooks for all calls, and a place for each thread: a hook that lasts for a call would also see the images of others.
         self._tap = threading.local()
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self.network.Conv2d_1a_3x3.register_forward_pre_hook(self._put_unrounded)
 
     def _keep(self, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         self._tap.output = output
 
+    def _put_unrounded(self, _: nn.Module, pixels: tuple[Tensor]) -> tuple[Tensor]:
+        """torch-fidelity's network takes uint8 alone. Images that were not rounded are resized as it does, and take the place of
+        what it made of rounded ones."""
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+        images = self._tap.__dict__.pop("unrounded", None)
+        if images is None:
+            return pixels
+        side = self.network.INPUT_IMAGE_SIZE
+        return ((interpolate_bilinear_2d_like_tensorflow1x(images, size=(side, side), align_corners=False) - 128) / 128,)
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        if images.dtype != torch.uint8:
+            self._tap.unrounded = images.to(torch.float32)
+            images = images.to(torch.uint8)
         features, logits = self.network(images)
         spatial = self._tap.output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
         del self._tap.output  # it would be held until the thread's next call

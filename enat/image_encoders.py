@@ -36,6 +36,7 @@ class ImageEncoder(nn.Module):
     """kind: "dinov2" or "clip".   model: transformers' Dinov2Model or CLIPVisionModelWithProjection."""
 
     is_thread_safe = True  # what transformers collects on the way, it keeps in variables of a context
+    takes_float = True
 
     def __init__(self, kind: str, model: Any) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) -> "features" float32 (B, F)"""
+        """uint8 (B, 3, H, W), or float32 in 0..255 -> "features" float32 (B, F)"""
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
         pixels = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(self.side, self.side), align_corners=False)

@@ -201,6 +201,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
+def to_levels(images: Tensor) -> Tensor:
+    """float (B, 3, H, W) in [0, 1] -> float32 in 0..255, not rounded."""
+    return images.to(torch.float32).clamp(0, 1) * 255
+
+
 def make_grid(images: Tensor | Sequence[Tensor], columns: int, *, scale: int = 1, gap: int = 2) -> Image.Image:
     """uint8 (B, 3, H, W) -> one RGB picture, row by row on white; scale enlarges each pixel."""
     stacked = images if isinstance(images, Tensor) else torch.stack(list(images))

@@ -43,7 +43,7 @@ _LARGE = 64  # pixels from which on fewer images are shown, and none enlarged
 _MOST_COLUMNS = 20
 
 
-def protocol_of(reference: Manifest, samples: Manifest, settings: ScoreSettings) -> dict[str, Any]:
+def protocol_of(reference: Manifest, samples: Manifest, settings: ScoreSettings, rounding: str = "uint8") -> dict[str, Any]:
     """What a number depends on beside the images that it is of.
 
     num_reference: None where a published file does not say.   num_kept: of them, those whose own features are known, for what
@@ -57,7 +57,7 @@ def protocol_of(reference: Manifest, samples: Manifest, settings: ScoreSettings)
         "num_samples": num_samples_of(samples),
         "num_reference": reference.summary["num_images"],
         "num_kept": reference.summary["num_kept"],
-        "rounding": "uint8",
+        "rounding": rounding,
         "labels": scheme_of(samples),
         "metric_version": _metric_version(settings),
     }

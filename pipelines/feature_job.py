@@ -272,6 +272,8 @@ class _Extract:
             decoded = self.decoder(padded)
             wait_for(self.device)
             decoding_seconds = time.perf_counter() - before
+            if decoded.images.is_floating_point() and not getattr(self.extractor, "takes_float", False):
+                raise ValueError(f"{type(self.extractor).__name__} takes images of 8 bits alone; leave evaluate.rounding at uint8")
             return {**self.extractor(decoded.images), **decoded.measures}
 
         started = time.perf_counter()

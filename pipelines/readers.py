@@ -15,18 +15,22 @@ import numpy as np
 import torch
 
 from enat.checkpoint import load_vqgan
-from enat.images import to_uint8
+from enat.images import to_levels, to_uint8
 from pipelines.artifacts import ArtifactStore, Manifest
 from pipelines.dataset import Dataset
 from pipelines.image_sets import ImageSet, ImageSetConfig
 from pipelines.samples import read_codes
 
 Rows = dict[str, torch.Tensor]
+ROUNDINGS = ("uint8", "float")  # of decoded pixels, before anything is computed of them
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """images: uint8 (R, 3, H, W).   measures: what else is known of each image by then, by name; (R,)."""
+    """images: uint8 (R, 3, H, W), or float32 in 0..255 where they are not rounded.
+
+    measures: what else is known of each image by then, by name; (R,).
+    """
 
     images: torch.Tensor
     measures: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -79,35 +83,47 @@ class SourceImages:
 
 @dataclass(frozen=True)
 class DecodedSamples:
-    """Generated codes, decoded by the tokenizer and rounded to uint8."""
+    """Generated codes, decoded by the tokenizer."""
 
     store: ArtifactStore
     samples: Manifest
     tokenizer: Manifest
+    rounding: str = "uint8"
 
     def load(self, start: int, stop: int) -> dict[str, np.ndarray]:
         return {"codes": read_codes(self.store, self.samples, start, stop).codes}
 
     def decoder(self, device: str) -> Decoder:
-        return code_decoder(self.store, self.tokenizer, device)
+        return code_decoder(self.store, self.tokenizer, device, self.rounding)
 
 
 def sample_reader(
-    store: ArtifactStore, samples: Manifest, tokenizer: Manifest | None, images: ImageSetConfig | None
+    store: ArtifactStore,
+    samples: Manifest,
+    tokenizer: Manifest | None,
+    images: ImageSetConfig | None,
+    rounding: str = "uint8",
 ) -> BlockReader:
-    """Of samples that were generated here, by stage `generate`, or elsewhere, by stage `images`. images: where those lie."""
+    """Of samples that were generated here, by stage `generate`, or elsewhere, by stage `images`. images: where those lie.
+    rounding: of ROUNDINGS.
+
+    Raises ValueError where images are to be float that were made elsewhere, as these were rounded by whoever made them.
+    """
     if samples.stage == "images":
         assert images is not None
+        if rounding != "uint8":
+            raise ValueError("images that were made elsewhere are of 8 bits; leave evaluate.rounding at uint8")
         return PixelBlocks(ImageSet(images, store, samples))
     assert tokenizer is not None
-    return DecodedSamples(store, samples, tokenizer)
+    return DecodedSamples(store, samples, tokenizer, rounding)
 
 
-def code_decoder(store: ArtifactStore, tokenizer: Manifest, device: str) -> Decoder:
+def code_decoder(store: ArtifactStore, tokenizer: Manifest, device: str, rounding: str = "uint8") -> Decoder:
     """Rows "codes" int64 (R, L) -> images."""
     vqgan = load_vqgan(store.fetch(tokenizer, "vqgan.safetensors")).to(device)
     side = vqgan.config.grid_size
-    return lambda rows: Decoded(to_uint8(vqgan.decode(rows["codes"].view(-1, side, side))))
+    finish = to_uint8 if rounding == "uint8" else to_levels
+    return lambda rows: Decoded(finish(vqgan.decode(rows["codes"].view(-1, side, side))))
 
 
 def read_images(reader: BlockReader, start: int, stop: int, images_per_pass: int) -> torch.Tensor:

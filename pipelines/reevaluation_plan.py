@@ -210,7 +210,7 @@ def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
     if samples is None or compared_with is None or evaluation is None:
         return planned
     node = planned.nodes[-1]
-    protocol = evaluation_card.protocol_of(compared_with, samples, node.config.settings)
+    protocol = evaluation_card.protocol_of(compared_with, samples, node.config.settings, node.config.rounding)
     if evaluation_card.protocol_digest(protocol) == evaluation.summary.get("protocol_digest"):
         return planned
     identity = {**configuration.identity(node.config), "metric_version": protocol["metric_version"]}

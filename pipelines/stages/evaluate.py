@@ -33,7 +33,7 @@ from pipelines.feature_job import (
 )
 from pipelines.image_cost import image_cost
 from pipelines.image_sets import ImageSetConfig
-from pipelines.readers import BlockReader, SourceImages, read_images, sample_reader
+from pipelines.readers import ROUNDINGS, BlockReader, SourceImages, read_images, sample_reader
 from pipelines.samples import read_codes
 from pipelines.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
 from pipelines.sources import DatasetConfig
@@ -55,12 +55,14 @@ class EvaluateConfig:
     """metrics: of pipelines.scores.METRICS, and always the Frechet distance; None takes all that extractor and reference allow.
 
     judge: "svc", a scikit-learn support vector machine fitted on the pixels of the real images; None for none.
+    rounding: of decoded samples before features are computed: "uint8", as of images in files, or "float", not rounded at all.
     images: where samples of another generator lie, if it is these that are scored.
     """
 
     metrics: tuple[str, ...] | None = None
     settings: ScoreSettings = field(default_factory=ScoreSettings)
     judge: str | None = None
+    rounding: str = "uint8"
     dataset: DatasetConfig | None = None
     images: ImageSetConfig | None = None
     execution: Execution = field(default_factory=Execution)
@@ -71,10 +73,13 @@ class EvaluateConfig:
         for metric in self.metrics or ():
             if metric not in METRICS:
                 raise ValueError(f"evaluate.metrics names {metric!r}; choose from {', '.join(METRICS)}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"evaluate.rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
 
     def identity(self) -> dict[str, Any]:
         metrics = None if self.metrics is None else sorted({*self.metrics, "frechet_distance"})
-        return {"metrics": metrics, "settings": asdict(self.settings), "judge": self.judge}
+        found = {"metrics": metrics, "settings": asdict(self.settings), "judge": self.judge}
+        return found if self.rounding == "uint8" else {**found, "rounding": self.rounding}  # earlier evaluations keep their keys
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -95,8 +100,9 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     ).chosen(config.metrics)
     context.connect()
     cluster.require(config.execution, "evaluate")
-    reader = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)
-    job = _features(reader, chosen, inputs, config.execution, context)
+    reader = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)  # for the judge, and for people
+    measured = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, config.rounding)
+    job = _features(measured, chosen, inputs, config.execution, context)
     spread = Spread(config.execution, lambda total: context.bar(total, "blocks of rows"))
     needed = [output for output, metrics in _NEED_ROWS.items() if not metrics.isdisjoint(chosen)]
     made = {output: read_rows(context.store, context.stage, context.key, job.files, output) for output in needed}
@@ -110,7 +116,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     if config.judge is not None:
         judged, judging_seconds = _judged(config, reader, per_pass, inputs, context)
         metrics |= judged
-    protocol = evaluation_card.protocol_of(reference, samples, config.settings)
+    protocol = evaluation_card.protocol_of(reference, samples, config.settings, config.rounding)
     grid = evaluation_card.sample_grid(reader, inputs, per_pass)
     return StageResult(
         files=[*(context.write(MOMENTS_FILES[output], found.save) for output, found in job.moments.items()), *job.files],

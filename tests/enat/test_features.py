@@ -68,6 +68,20 @@ def test_spatial_features_are_the_first_seven_channels_of_the_1x1_branch_of_mixe
     assert (spatial >= 0).all() and spatial.std() > 0.01
 
 
+def test_images_that_were_not_rounded_go_the_same_way(inception, monkeypatch):
+    """torch-fidelity's network computes with floats, too, where it is not kept from it."""
+    rounded = uint8_images(2, 40, seed=5)
+    for name, values in inception(rounded).items():
+        assert torch.equal(values, inception(rounded.float())[name])
+    unrounded = rounded.float().clamp(max=254) + 0.4
+    outputs = inception(unrounded)
+    assert all(torch.equal(values, inception(rounded)[name]) for name, values in inception(rounded).items()), "nothing is kept"
+    monkeypatch.setattr(feature_extractor_inceptionv3, "vassert", lambda *_: None)
+    features, logits = inception.network(unrounded)
+    assert torch.equal(outputs["features"], features) and torch.equal(outputs["logits"], logits)
+    assert not torch.equal(features, inception(rounded)["features"])
+
+
 def test_inception_sees_each_image_alone(inception):
     """Batch norm uses its stored moments, also when the extractor was never told to evaluate."""
     images = uint8_images(2, 48)

@@ -22,7 +22,7 @@ from random_weights import inception_state
 from enat import ENATConfig, SamplerConfig, VQGANConfig, features, generation_cost
 from enat.checkpoint import save_weights
 from enat.images import to_uint8
-from enat.metrics import FeatureMoments, inception_score
+from enat.metrics import FeatureMoments, inception_score, load_moments
 from pipelines import evaluation_card, workflow
 from pipelines.artifacts import LocalStore, Manifest
 from pipelines.costs import Prices
@@ -31,6 +31,7 @@ from pipelines.feature_job import drawn_evenly
 from pipelines.image_cost import image_cost
 from pipelines.image_sets import ImageSetConfig
 from pipelines.model_card import registered_name
+from pipelines.readers import sample_reader
 from pipelines.samples import SamplePlan, Samples, part_name, write_samples
 from pipelines.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
 from pipelines.sources import DatasetConfig
@@ -71,12 +72,17 @@ class SumsExtractor:
         return {"features": sums[:, :8] / 4096, "spatial": sums[:, 8:] / 4096, "logits": sums[:, :6] / 4096}
 
 
+class UnroundedExtractor(SumsExtractor):
+    takes_float = True
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _sums_are_registered() -> Any:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "_FACTORIES", dict(features._FACTORIES))
         features.register_extractor("sums", SumsExtractor)
+        features.register_extractor("unrounded", UnroundedExtractor)
         yield
 
 
@@ -348,6 +354,39 @@ def test_the_protocol_says_how_it_was_measured(evaluated: Callable[..., StageRes
     assert summary["num_reference"] == NUM_REAL and summary["metrics"] == list(METRICS)
 
 
+def test_pixels_can_be_left_as_the_decoder_gave_them(
+    evaluated: Callable[..., StageResult], material: Material, vqgan, make_context
+) -> None:
+    real = material.inputs["reference"]
+    inputs = {**material.inputs, "reference": replace(real, summary={**real.summary, "extractor": "unrounded"})}
+    config = evaluate.EvaluateConfig(settings=SETTINGS, metrics=(), rounding="float", execution=Execution(batch_size=64))
+    context = make_context(material.store, "evaluate", "f" * 64)
+    result = evaluate.run(config, inputs, context)
+    pixels = vqgan.decode(torch.from_numpy(material.codes).view(-1, 4, 4)).clamp(0, 1) * 255
+    expected = UnroundedExtractor(Path())(pixels)["features"].double().mean(dim=0).numpy()
+    (file,) = (file for file in result.files if file.name == "moments.safetensors")
+    mean = load_moments(material.store.fetch_file("evaluate", "f" * 64, file)).mean
+    np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-5)
+    assert result.metrics["frechet_distance"] == pytest.approx(evaluated().metrics["frechet_distance"], rel=0.05)
+    assert result.metrics["frechet_distance"] != evaluated().metrics["frechet_distance"]
+    assert result.summary["rounding"] == result.summary["protocol"]["rounding"] == "float"
+    assert result.summary["protocol_digest"] != evaluated().summary["protocol_digest"]
+
+
+def test_pixels_that_are_not_rounded_are_refused_where_there_are_none_or_nobody_takes_them(
+    material: Material, make_context
+) -> None:
+    config = evaluate.EvaluateConfig(settings=SETTINGS, metrics=(), rounding="float")
+    with pytest.raises(
+        (ValueError, ray.exceptions.RayTaskError),
+        match=r"SumsExtractor takes images of 8 bits alone; leave evaluate\.rounding at uint8",
+    ):
+        evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "e" * 64))
+    elsewhere = replace(material.inputs["samples"], stage="images")
+    with pytest.raises(ValueError, match=r"made elsewhere are of 8 bits; leave evaluate\.rounding at uint8"):
+        sample_reader(material.store, elsewhere, None, ImageSetConfig(path="images", name="other"), "float")
+
+
 def test_the_usual_settings_need_no_words_in_a_protocol(material: Material) -> None:
     protocol = evaluation_card.protocol_of(material.inputs["reference"], material.inputs["samples"], ScoreSettings())
     assert protocol["metric_version"] == "1"
@@ -502,6 +541,7 @@ def test_settings_shrink_to_the_samples_there_are() -> None:
     [
         ({"judge": "forest"}, "evaluate.judge is 'forest'; choose one of svc"),
         ({"metrics": ("fid",)}, "names 'fid'; choose from frechet_distance"),
+        ({"rounding": "int8"}, "evaluate.rounding is 'int8'; choose one of uint8, float"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(given: dict[str, Any], reason: str) -> None:
@@ -545,7 +585,9 @@ def test_how_it_is_computed_is_no_part_of_a_key(material: Material) -> None:
 
     assert key() == key(execution=Execution(num_workers=2, batch_size=1), dataset=DatasetConfig())
     assert key(metrics=()) == key(metrics=("frechet_distance",)) != key()
-    assert len({key(), key(judge="svc"), key(settings=SETTINGS), key(metrics=("inception_score",))}) == 4
+    assert key() == key(rounding="uint8")
+    others = ({"judge": "svc"}, {"settings": SETTINGS}, {"metrics": ("inception_score",)}, {"rounding": "float"})
+    assert len({key(), *(key(**given) for given in others)}) == 5
 
 
 def test_a_reference_of_an_extractor_that_is_not_registered_here_is_refused(material: Material) -> None:
