@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def test_the_loops_that_are_compared_compute_the_same() -> None:
 def test_the_pipeline_is_measured_on_the_groups_of_the_bare_loop(tmp_path: Path) -> None:
     figures = training.overhead(tmp_path, training.Machine("enat-s", "cpu", "fp32", 0, 4, 16), 1, turns=1)
     assert figures["pipeline_over_bare"] > 0 and 0 <= figures["data_wait_share"] < 1
+    assert ("pipeline_over_bare_with_a_core_left" in figures) == ((os.cpu_count() or 1) > 1)
 
 
 def test_all_runs_of_training_are_on_the_device_and_in_the_precision_that_the_figures_name(

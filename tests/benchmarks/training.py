@@ -118,11 +118,22 @@ def loops(_: Path, on: dict[str, Any], num_steps: int) -> dict[str, Any]:
 
 
 def overhead(place: Path, machine: Machine, num_steps: int, turns: int = _TURNS) -> dict[str, float]:
-    """Seconds of a step in the pipeline over those of the bare loop on the same groups, all cores each; what it waited for.
+    """Seconds of a step in the pipeline over those of the bare loop on the same groups; what it waited for.
 
-    The two take turns, and the fastest run of each counts: what else a shared machine does only ever makes a run slower.
+    With all cores each; and on CPUs with one core less each, which is left to Ray's own processes, as the many cores beside a GPU
+    and nodes that keep a core back leave it.
     """
-    recipe = machine.recipe(num_steps, num_workers=1, cpus_per_worker=os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    figures = _overhead(place / "all", machine, num_steps, turns, cores)
+    if machine.device == "cpu" and cores > 1:
+        spared = _overhead(place / "spared", machine, num_steps, turns, cores - 1)
+        figures |= {f"{name}_with_a_core_left": value for name, value in spared.items() if name != "data_wait_share"}
+    return figures
+
+
+def _overhead(place: Path, machine: Machine, num_steps: int, turns: int, cores: int) -> dict[str, float]:
+    """The two take turns, and the fastest run of each counts: what else a shared machine does only ever makes a run slower."""
+    recipe = machine.recipe(num_steps, num_workers=1, cpus_per_worker=cores)
     bare, trained = [], []
     for turn in range(turns):
         bare.append(in_process(__file__, "bare", place / f"bare-{turn}", recipe))
