@@ -1,8 +1,9 @@
 """What this machine has fetched: shared by its processes, bounded in size, all of it by ENAT_CACHE_GB.
 
 `<root>/files/<sha256[:2]>/<sha256><suffix>`: files by the sha256 of their content, verified.   `<root>/downloads/<name>/`: folders
-whose names say what is in them. Both appear in one step, when they are whole, so processes that fetch the same at once do each
-other no harm. When it was last fetched is a file's time of access, and a folder's time of change: looking into it is no use.
+whose names say what is in them.   `<root>/locks/<name>`: held by the process that fills such a folder. Files and folders appear in
+one step, when they are whole, so processes that fetch the same at once do each other no harm. When it was last fetched is a file's
+time of access, and a folder's time of change: looking into it is no use.
 """
 
 from __future__ import annotations
@@ -54,17 +55,23 @@ def fetch(sha256: str, size: int, download: Callable[[Path], None], suffix: str 
     raise WrongContentError(f"what was fetched twice is not what was asked for: {size} bytes with the sha256 {sha256}")
 
 
-def fetch_folder(name: str, size: int, download: Callable[[Path], None]) -> Path:
-    """A local path of the folder of this name; `download` fills it, with `size` bytes of files, where there is none.
+def fetch_folder(
+    name: str, size: int, download: Callable[[Path], None], is_whole: Callable[[Path], bool] = lambda path: True
+) -> Path:
+    """A local path of the folder of this name; `download` fills it, with `size` bytes of files, where there is none, or one that
+    is not whole. Of several processes that ask at once, one does it, and the others wait.
 
     Raises StoreError where the cache cannot be written.
     """
     path = cache_root() / "downloads" / name
-    with _explained():
+    with _explained(), _in_turn(name):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            _note_use(path)
-            return path
+        if path.is_dir():
+            with suppress(FileNotFoundError):  # somebody made room
+                _note_use(path)
+                if is_whole(path):
+                    return path
+                _Entry.of(path).remove()
         _make_room(size)
         partial = path.with_name(f"{_PARTIAL}{uuid4().hex}")
         try:
@@ -173,6 +180,16 @@ def _make_room(size: int) -> None:
             if is_abandoned or (is_old and total > limit):
                 entry.remove()
                 total -= entry.size
+
+
+@contextmanager
+def _in_turn(name: str) -> Iterator[None]:
+    """One process at a time, by name; a lock ends with whoever holds it."""
+    folder = cache_root() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

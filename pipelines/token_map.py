@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,13 +27,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.artifacts import ArtifactStore, Manifest
+from pipelines import cache
+from pipelines.artifacts import ArtifactStore, Manifest, StoreError, canonical_json, file_digest
+
+_log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 QUARANTINE = "quarantine.parquet"
 QUARANTINE_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string())])
 _METADATA_KEY = b"enat"
 _FETCHES = 8  # parts that are fetched at once
+_LAYOUT = 1  # of the arrays in the cache
+_DIGESTS = "sha256.json"
 _CAPTIONS = pa.list_(pa.field("element", pa.string()))  # as Parquet names the items; pyarrow's own "item" would not come back
 
 
@@ -134,7 +141,7 @@ class BatchRows:
 
 
 class TokenMap:
-    """A token map in memory.
+    """A token map in memory, of this process or of the node.
 
     codes: uint16 (R, 2, L), as stored and flipped.   labels: int32 (R,).   info: TokenMapInfo.
     captions: int64 (R, 2), number of the first caption and how many there are.
@@ -147,10 +154,42 @@ class TokenMap:
     @classmethod
     def open(cls, store: ArtifactStore, manifest: Manifest) -> TokenMap:
         """Read all parts, each checked against its digest, schema and metadata. Raises ValueError for one that does not fit."""
-        info = TokenMapInfo(**manifest.summary["info"])
-        rows = int(manifest.summary["rows"])
-        codes = np.empty((rows, 2, info.grid_size**2), np.uint16)
-        labels, captions = np.empty(rows, np.int32), np.zeros((rows, 2), np.int64)
+        info, shapes = _shapes(manifest)
+        token_map = cls(info, **{name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()})
+        token_map._read(store, manifest)
+        return token_map
+
+    @classmethod
+    def open_shared(cls, store: ArtifactStore, manifest: Manifest) -> TokenMap:
+        """The same values, from files in this machine's cache that its processes map: a node holds and reads a map once, whatever
+        the number of its workers. Where the cache cannot be used it is read into memory of this process."""
+        info, shapes = _shapes(manifest)
+        if not all(math.prod(shape) for shape, _ in shapes.values()):
+            return cls.open(store, manifest)  # nothing is no file that could be mapped
+
+        def fill(folder: Path) -> None:
+            arrays = {
+                name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+                for name, (shape, dtype) in shapes.items()
+            }
+            cls(info, **arrays)._read(store, manifest)
+            for array in arrays.values():
+                array.flush()
+            digests = {f"{name}.npy": file_digest(folder / f"{name}.npy") for name in arrays}
+            (folder / _DIGESTS).write_bytes(canonical_json(digests))
+
+        name = f"token-map-{manifest.digest[:32]}-{_LAYOUT}"
+        size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+        try:
+            folder = cache.fetch_folder(name, size, fill, _is_whole)
+            arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in shapes}
+        except (StoreError, OSError) as error:
+            _log.warning("the token map is read into the memory of each worker: %s", error)
+            return cls.open(store, manifest)
+        return cls(info, **arrays)
+
+    def _read(self, store: ArtifactStore, manifest: Manifest) -> None:
+        info, rows = self.info, len(self)
         names = [record.name for record in manifest.files if record.name.startswith("part-")]
         with ThreadPoolExecutor(_FETCHES) as pool:  # from a bucket, which answers slowly; and checking digests takes a core each
             paths = list(pool.map(lambda name: store.fetch(manifest, name), names))
@@ -162,14 +201,13 @@ class TokenMap:
             if start > rows:
                 continue  # counted to the end, for the message
             for side, name in enumerate(("codes", "codes_flipped")):
-                codes[here, side] = _code_values(table[name], info.grid_size**2)
-            labels[here] = table["label"].to_numpy()
+                self.codes[here, side] = _code_values(table[name], info.grid_size**2)
+            self.labels[here] = table["label"].to_numpy()
             if info.num_captions:
-                captions[here, 0] = table["first_caption"].to_numpy()
-                captions[here, 1] = pc.list_value_length(table["captions"]).to_numpy()
+                self.captions[here, 0] = table["first_caption"].to_numpy()
+                self.captions[here, 1] = pc.list_value_length(table["captions"]).to_numpy()
         if start != rows:
             raise ValueError(f"the parts of token map {manifest.key[:12]} hold {start} rows, not the {rows} of its manifest")
-        return cls(info, codes, labels, captions)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -197,6 +235,24 @@ class TokenMap:
         """codes int64 (B, L) and labels int64 (B,) of rows; the null label, num_classes, where a row has none."""
         labels = self.labels[rows].astype(np.int64)
         return self.codes[rows, flipped.astype(np.intp)].astype(np.int64), np.where(labels < 0, self.info.num_classes, labels)
+
+
+def _shapes(manifest: Manifest) -> tuple[TokenMapInfo, dict[str, tuple[tuple[int, ...], type]]]:
+    """What a map holds: the shape and dtype of each of its arrays."""
+    info, rows = TokenMapInfo(**manifest.summary["info"]), int(manifest.summary["rows"])
+    return info, {
+        "codes": ((rows, 2, info.grid_size**2), np.uint16),
+        "labels": ((rows,), np.int32),
+        "captions": ((rows, 2), np.int64),
+    }
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        digests: dict[str, str] = json.loads((folder / _DIGESTS).read_bytes())
+        return all(file_digest(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
 
 
 @lru_cache(maxsize=2)  # a batch spans at most two epochs unless the map is smaller than a batch

@@ -70,7 +70,7 @@ class Trainer:
             torch.cuda.set_device(device)  # what is agreed among ranks travels through it
         execution = self.config.execution
         torch.set_num_threads(execution.num_threads)
-        self.token_map = TokenMap.open(task.context.store, task.token_map)
+        self.token_map = TokenMap.open_shared(task.context.store, task.token_map)
         self.captions = CaptionFeatures.open(task.context.store, task.captions) if task.captions is not None else None
         self.signal = StopSignal(task.reporter)
         self.update_ema = get_ema_multi_avg_fn(self.config.ema_decay)

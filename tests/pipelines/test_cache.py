@@ -232,6 +232,50 @@ def test_processes_that_fetch_the_same_files_at_once_all_get_them(root, tmp_path
     assert [path.stat().st_size for path in _files(root)] == [500_000] * 6
 
 
+_FETCH_FOLDER = """
+import sys, time
+from pathlib import Path
+from pipelines import cache
+go, made = map(Path, sys.argv[1:])
+def fill(folder):
+    (made / folder.name).touch()
+    time.sleep(0.3)
+    (folder / "codes").write_bytes(b"whole")
+print("ready", flush=True)
+while not go.exists():
+    time.sleep(0.001)
+assert (cache.fetch_folder("map", 5, fill) / "codes").read_bytes() == b"whole"
+"""
+
+
+def test_of_processes_that_fetch_the_same_folder_at_once_one_does_it(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    command = [sys.executable, "-c", _FETCH_FOLDER, str(tmp_path / "go"), str(tmp_path / "made")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    (tmp_path / "go").touch()
+    for process in processes:
+        process.communicate(timeout=60)
+    assert [process.returncode for process in processes] == [0] * 3
+    assert len(list((tmp_path / "made").iterdir())) == 1
+    assert [path.name for path in (root / "downloads").iterdir()] == ["map"]
+
+
+def test_a_folder_that_is_not_whole_is_fetched_again(root: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "codes").write_bytes(b"whole")
+
+    folder = cache.fetch_folder("map", 5, fill)
+    (folder / "codes").write_bytes(b"half")
+
+    def is_whole(found: Path) -> bool:
+        return (found / "codes").read_bytes() == b"whole"
+
+    assert cache.fetch_folder("map", 5, fill, is_whole) == folder and is_whole(folder)
+    assert [path.name for path in (root / "downloads").iterdir()] == ["map"], "what was there is gone"
+
+
 @pytest.mark.parametrize("limit", ["many", "-1", "nan", "inf"])
 def test_a_limit_that_is_no_size_is_named(origin: Origin, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setenv("ENAT_CACHE_GB", limit)

@@ -276,6 +276,88 @@ def test_a_map_in_a_bucket_is_opened_through_the_verified_cache(
         TokenMap.open(store, manifest)
 
 
+# A map that a node's workers share -----------------------------------------------------------------------------------------------
+
+
+DRAWN = (np.array([0, 3, 9, 4]), np.array([True, False, True, False]))  # rows, and which of them are flipped
+
+
+def _same(one: TokenMap, other: TokenMap) -> bool:
+    return one.info == other.info and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) and getattr(one, name).dtype == getattr(other, name).dtype
+        for name in ("codes", "labels", "captions")
+    )
+
+
+def _cached(folder: Path) -> Path:
+    (found,) = (folder / "downloads").glob("token-map-*")
+    return found
+
+
+def test_a_shared_map_is_read_once_and_mapped_from_then_on(
+    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    info = dataclasses.replace(INFO, num_captions=3)
+    rows = _rows(5)
+    rows.captions, rows.first_captions = [("a", "b"), (), ("c",), (), ()], [0, 2, 2, 3, 3]
+    manifest = commit((info, rows), (info, rows), info=info)
+    plain = TokenMap.open(local_store, manifest)
+    assert plain.captions.any() and _same(plain, TokenMap.open_shared(local_store, manifest))
+    for part in (local_store.root / "token_map" / "k").glob("part-*"):
+        part.unlink()
+    again = TokenMap.open_shared(local_store, manifest)
+    assert _same(plain, again) and not again.codes.flags.writeable
+    mapped = again.codes
+    while mapped.base is not None and not isinstance(mapped, np.memmap):
+        mapped = mapped.base
+    assert isinstance(mapped, np.memmap), "pages of the file, which all processes share"
+    for one, other in zip(plain.take(*DRAWN), again.take(*DRAWN), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "labels.npy", "sha256.json"])
+def test_a_shared_map_that_was_damaged_is_read_again(
+    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    manifest = commit((INFO, _rows(5)))
+    plain = TokenMap.open_shared(local_store, manifest)
+    path = _cached(tmp_path / "cache") / name
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    assert _same(TokenMap.open(local_store, manifest), TokenMap.open_shared(local_store, manifest))
+    path.unlink()
+    assert _same(TokenMap.open(local_store, manifest), TokenMap.open_shared(local_store, manifest))
+    assert len(plain) == 5
+
+
+def test_damage_of_a_part_is_told_also_of_a_shared_map_and_leaves_nothing(
+    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    manifest = commit((INFO, _rows(300)))
+    _damage_a_page(local_store.root / "token_map" / "k" / "part-00000.parquet")
+    with pytest.raises(StoreError, match=r"part-00000\.parquet was changed after it was made"):
+        TokenMap.open_shared(local_store, manifest)
+    assert not list((tmp_path / "cache" / "downloads").iterdir())
+
+
+def test_without_a_cache_every_worker_reads_the_map_and_says_so(
+    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file" / "cache"))
+    manifest = commit((INFO, _rows(5)))
+    assert _same(TokenMap.open(local_store, manifest), TokenMap.open_shared(local_store, manifest))
+    assert "the token map is read into the memory of each worker" in caplog.text
+
+
+def test_a_shared_map_may_have_no_rows(commit, local_store: LocalStore) -> None:
+    assert len(TokenMap.open_shared(local_store, commit((INFO, _rows(0))))) == 0
+
+
 @pytest.mark.parametrize("wanted", [[0], [2, 3], [0, 4, 7], [3, 4, 5, 6, 7], list(range(8))])
 def test_codes_of_some_rows_are_read_from_the_parts_that_hold_them(commit, local_store: LocalStore, wanted: list[int]) -> None:
     pieces = [_rows(3, seed=1), _rows(0, seed=2), _rows(5, seed=3)]
