@@ -33,10 +33,10 @@ demo: setup
 	$(BIN)/enat run configs/digits.yaml
 
 test: setup
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest --reruns 1 -r fER --durations=10
 
 faults: setup
-	$(BIN)/python -m pytest -m faults --durations=5
+	$(BIN)/python -m pytest -m faults --reruns 1 -r fER --durations=5
 
 lint: setup
 	$(BIN)/ruff check .
