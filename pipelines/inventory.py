@@ -6,14 +6,29 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines.artifacts import MANIFEST, PARTS, USED, WORK, ArtifactStore, DamagedManifestError, Manifest, StoredPath, StoreError
+from pipelines.artifacts import (
+    MANIFEST,
+    PARTS,
+    USED,
+    WORK,
+    ArtifactStore,
+    DamagedManifestError,
+    Manifest,
+    StoredPath,
+    StoreError,
+    open_store,
+)
 from pipelines.units import show_age, show_size
+
+if TYPE_CHECKING:
+    from pipelines.s3_client import S3Config
 
 _SHOWN_CHOICES = 6
 _SHOWN_METRICS = 2  # in place of a phrase, of a stage that none is written for
@@ -35,6 +50,14 @@ def short(name: Name) -> str:
 
 
 # Finding -------------------------------------------------------------------------------------------------------------------
+
+
+def open_existing(uri: str, s3: S3Config) -> ArtifactStore:
+    """Raises ValueError for a folder that is not there: a mistyped store would look like an empty one."""
+    store = open_store(uri, s3)
+    if "://" not in uri and not Path(uri).expanduser().is_dir():
+        raise ValueError(f"there is no store at {uri}; name another, or make one with enat run")
+    return store
 
 
 def find(store: ArtifactStore, name: str) -> Manifest:
@@ -62,7 +85,9 @@ def look_up(store: ArtifactStore, names: Sequence[str]) -> list[Manifest | Damag
     for name, places in zip(names, chosen, strict=True):
         found = [read[place] for place in places if place in read]
         if not found:
-            raise StoreError(f"the store {store.uri} has no artifact whose key begins with {name}")
+            stages = ", ".join(sorted({stage for stage, _ in present}))
+            holds = f"what it has is of stage {stages} (enat artifacts ls)" if stages else "it is empty"
+            raise StoreError(f"the store {store.uri} has no artifact whose key begins with {name}; {holds}")
         if len(found) > 1:
             several = ", ".join(short((each.stage, each.key)) for each in found[:_SHOWN_CHOICES])
             raise StoreError(f"{name} may mean {several}; give more of the key")

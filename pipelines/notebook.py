@@ -30,8 +30,8 @@ from torch import Tensor
 
 from enat.text import TextEncoder
 from pipelines import inspection, lineage, models, pictures, sampling, tracking
-from pipelines.artifacts import ArtifactStore, Manifest, open_store
-from pipelines.inventory import Query, list_artifacts, list_table
+from pipelines.artifacts import ArtifactStore, Manifest
+from pipelines.inventory import Query, list_artifacts, list_table, open_existing
 from pipelines.models import Generator
 from pipelines.s3 import S3Config
 from pipelines.token_map import TokenMap
@@ -94,7 +94,10 @@ class SampledImages:
 
 
 def ls(*stages: str, dataset: str | None = None, store: Store = _STORE) -> Table:
-    """What the store holds, of some stages or of all, newest first."""
+    """What the store holds, of some stages or of all, newest first. Raises ValueError for a stage that there is not."""
+    from pipelines.submission import check_stages  # knows all of the pipeline, which takes seconds to import
+
+    check_stages(stages)
     opened = _open(store)
     query = Query(stages=stages, datasets=(dataset,) if dataset else ())
     found = list_artifacts(opened.manifests(), query, now=time.time())
@@ -167,4 +170,4 @@ def show(images: SampledImages | Tensor) -> Image.Image:
 
 
 def _open(store: Store) -> ArtifactStore:
-    return store if isinstance(store, ArtifactStore) else open_store(str(store), S3Config())
+    return store if isinstance(store, ArtifactStore) else open_existing(str(store), S3Config())

@@ -5,6 +5,7 @@ The id is a digest of the resolved config and the code (or image), so the same s
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
@@ -169,6 +170,15 @@ def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> 
     if job is None:
         raise jobs.ClusterError(f"{id} was sent to {cluster.address}, which does not have it; submit it again")
     return Submitted(job, "submitted" if is_ours else "active")
+
+
+def check_stages(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that no stage has: what is listed of it would be nothing, as if nothing had been made."""
+    known = (*READS, "images")
+    if unknown := [name for name in names if name not in known]:
+        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}?" if close else f"stages are {', '.join(known)}"
+        raise ValueError(f"there is no stage {unknown[0]}; {hint}")
 
 
 def needs(run: RunConfig) -> list[Need]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import sys
 import time
@@ -14,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.artifacts import ArtifactStore, open_store
+from pipelines.artifacts import open_store
 from pipelines.commands.options import JSON, STORE, console, s3_options
+from pipelines.inventory import open_existing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from rich.console import Console
 
@@ -27,24 +27,6 @@ if TYPE_CHECKING:
 _WIDTH_OF_A_PIPE = 1000
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _SHORTEST_LIMIT = 3600.0  # of gc: what runs are at this moment is not for it to judge
-
-
-def _open_existing(uri: str, s3: S3Config) -> ArtifactStore:
-    """Raises ValueError for a folder that is not there: a mistyped store would look like an empty one."""
-    store = open_store(uri, s3)
-    if "://" not in uri and not Path(uri).is_dir():
-        raise ValueError(f"there is no store at {uri}; name one by --store, or make one with enat run")
-    return store
-
-
-def _check_stages(names: Sequence[str]) -> None:
-    from pipelines.submission import READS
-
-    known = (*READS, "images")
-    if unknown := [name for name in names if name not in known]:
-        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"stages are {', '.join(known)}"
-        raise ValueError(f"there is no stage {unknown[0]}; {hint}")
 
 
 class _Amount(click.ParamType):
@@ -87,10 +69,10 @@ def artifacts() -> None:
 @JSON
 def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_json: bool, **query: Any) -> None:
     """List artifacts: size, age, key, dataset, and what each is."""
-    from pipelines import inventory
+    from pipelines import inventory, submission
 
-    _check_stages(query["stages"])
-    opened, now = _open_existing(store, s3), time.time()
+    submission.check_stages(query["stages"])
+    opened, now = open_existing(store, s3), time.time()
     with console(stderr=True).status("reading manifests"):
         manifests = [*opened.manifests()]
     if unfinished:
@@ -135,7 +117,7 @@ def show_artifact(
     """Show an artifact: what it was made from, by what, what is in it, and what it measured. The beginning of its key is enough."""
     from pipelines import inspection, lineage
 
-    opened = _open_existing(store, s3)
+    opened = open_existing(store, s3)
     manifest = inspection.find(opened, artifact)
     graph = lineage.Lineage(opened.manifests()) if with_lineage else None
     if contact_sheet is not None:
@@ -167,7 +149,7 @@ def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs
     from pipelines import inventory, transfer
     from pipelines.units import show_size
 
-    source = _open_existing(store, s3)
+    source = open_existing(store, s3)
     if files is not None and with_inputs:
         raise click.UsageError("--files takes one artifact; leave --with-inputs out")
     opened = None if files is not None else open_store(target, s3)
@@ -216,7 +198,7 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, a
 
     if bool(keys) == all_of_them:
         raise click.UsageError("name artifacts by the beginnings of their keys, or give --all")
-    opened = _open_existing(store, s3)
+    opened = open_existing(store, s3)
     with console(stderr=True).status("reading manifests"):
         found = [*verification.read_manifests(opened)] if all_of_them else inventory.look_up(opened, keys)
     if not found:
@@ -280,7 +262,7 @@ def collect(
 
     if older_than < _SHORTEST_LIMIT:
         raise click.UsageError("--older-than is at least 1h: what is younger may belong to a run that is under way")
-    opened = _open_existing(store, s3)
+    opened = open_existing(store, s3)
     registered = set() if ignore_registry else _registered(tracking_uri, workspace, delete)
     with console(stderr=True).status("looking at the store"):
         named = {inventory.name_of(manifest) for manifest in inventory.find_all(opened, keep)}

@@ -117,6 +117,7 @@ def _split(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:
 def _load(model: str | None, options: Mapping[str, Any], s3: S3Config) -> Generator:
     from pipelines import models, tracking
     from pipelines.artifacts import open_store
+    from pipelines.inventory import open_existing
 
     if options["weights"] is not None:
         if model is not None or options["vqgan"] is None:
@@ -130,7 +131,7 @@ def _load(model: str | None, options: Mapping[str, Any], s3: S3Config) -> Genera
     if models.is_registered(model):
         uri = tracking.resolve_uri(tracking.TrackingConfig(uri=options["tracking_uri"]), Path("runs"))
         return models.from_registry(uri, model, open_store(options["store"], s3) if options["store"] else None, s3)
-    return models.from_artifact(open_store(options["store"] or _DEFAULT_STORE, s3), model)
+    return models.from_artifact(open_existing(options["store"] or _DEFAULT_STORE, s3), model)
 
 
 def _load_encoder(generator: Generator, captions: tuple[str, ...], place: str | None, s3: S3Config) -> TextEncoder | None:

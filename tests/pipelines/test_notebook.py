@@ -46,8 +46,18 @@ def test_artifacts_are_listed_opened_and_traced(digits_run, trained: str) -> Non
     assert artifact.input("token_map").contact_sheet(8).size == (16 * 98 + 2, 98 + 2)
     with pytest.raises(ValueError, match=r"train is made from .*token_map.*, not from captions"):
         artifact.input("captions")
-    with pytest.raises(StoreError, match="has no artifact whose key begins with train/xyz"):
+    with pytest.raises(StoreError, match=r"has no artifact whose key begins with train/xyz; what it has is of stage .*, train"):
         notebook.open_artifact("train/xyz", digits_run.store)
+
+
+def test_what_is_mistyped_does_not_look_as_if_nothing_had_been_made(digits_run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no stage no-such-stage; stages are dataset, tokenizer, token_map,"):
+        notebook.ls("train", "no-such-stage", store=digits_run.store)
+    with pytest.raises(ValueError, match="there is no stage tarin; did you mean train"):
+        notebook.ls("tarin", store=digits_run.store)
+    for look in (notebook.ls, lambda store: notebook.open_model("train/3f2a", store)):
+        with pytest.raises(ValueError, match=r"there is no store at .*stroe; name another, or make one with enat run"):
+            look(store=tmp_path / "stroe")
 
 
 def test_a_token_map_is_opened_by_its_key_or_from_what_was_made_of_it(digits_run, trained: str) -> None:
