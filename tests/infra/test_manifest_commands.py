@@ -9,7 +9,9 @@ from pathlib import Path
 
 import click
 import pytest
-from manifests import IN_IMAGE, INFRA, KUBERAY, REPOSITORY, enat_commands, environment, secret_values
+from manifests import IN_IMAGE, INFRA, KUBERAY, REPOSITORY, compose, enat_commands, environment, secret_values
+from test_manifests_run import OF_OTHERS, RUN_BY
+from what_runs import what_runs
 
 from pipelines.cli import commands
 from pipelines.config import load_config
@@ -80,6 +82,12 @@ def test_every_config_that_is_named_exists() -> None:
         for name in re.findall(r"configs/[\w.-]+\.yaml", path.read_text())
     }
     assert named and all((REPOSITORY / name).is_file() for name in named)
+
+
+def test_everything_that_a_manifest_runs_is_run_by_a_test() -> None:
+    """A command that is new has to be run there, or has a reason not to be."""
+    assert {*what_runs()} == {*RUN_BY, *OF_OTHERS} and not {*RUN_BY} & {*OF_OTHERS}
+    assert all(compose()["services"][place.split()[1]]["image"].startswith(("minio/", "postgres:")) for place in OF_OTHERS)
 
 
 # Variables -----------------------------------------------------------------------------------------------------------------
