@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,14 @@ _QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "GLOG_minloglevel": "2",
 }
+# Of a local cluster, which has no dashboard that would show them: without, Ray's idle processes beside a training worker take 8 %
+# of a core instead of 10.
+_UNWATCHED = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_metrics_report_interval_ms": "60000",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +59,11 @@ class ClusterConfig:
 
 def prepare_environment() -> None:
     """Quiet defaults for Ray; what the user has set stays."""
-    for name, value in _QUIET.items():
+    _set_defaults(_QUIET)
+
+
+def _set_defaults(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
@@ -66,6 +79,7 @@ def connect(config: ClusterConfig) -> None:
     local = {}
     if address == "local":
         _stay_on_loopback()
+        _set_defaults(_UNWATCHED)
         local = {"num_cpus": config.num_cpus, "include_dashboard": False}
     else:
         check_listening(address)
