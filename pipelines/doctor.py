@@ -187,7 +187,7 @@ def _dataset(config: Any) -> Iterator[Finding]:
     dataset = dataclasses.replace(config.dataset, s3=config.dataset.s3 or config.s3)
     open_source(dataset)
     if dataset.captions is not None and "://" not in dataset.captions and not Path(dataset.captions).is_file():
-        raise ValueError(f"dataset.captions names {dataset.captions}, which is no file")
+        raise ValueError(f"dataset.captions names {dataset.captions}, which is no file; give a captions_*.json of COCO")
     yield Finding("dataset", GOOD, f"{dataset.title}, {dataset.path or 'which scikit-learn brings'}")
 
 

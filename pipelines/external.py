@@ -25,7 +25,7 @@ def local_file(reference: str, key: str, s3: S3Config | None = None) -> Path:
             parent, _, name = reference.rpartition("/")
             found = [file for file in S3Folder(parent, s3 or S3Config()).list(name) if file.name == name]
             if not found:
-                raise StorageError(f"{reference} does not exist")
+                raise StorageError(f"{reference} does not exist; correct the URI")
             return _downloaded(S3Folder(parent, s3 or S3Config()), found) / name
         return hub.fetch_file(reference)
     except ValueError as error:

@@ -43,8 +43,9 @@ def fetch_folder(reference: str, patterns: Sequence[str] = WEIGHTS_AND_TEXT) -> 
     if not _is_remote(reference):
         folder = Path(reference).expanduser()
         if not folder.is_dir():
-            hint = f"; a repository of the hub is written {SCHEME}{reference}" if _LIKE_A_REPOSITORY.fullmatch(reference) else ""
-            raise ValueError(f"{reference} is no folder{hint}")
+            is_repository = _LIKE_A_REPOSITORY.fullmatch(reference)
+            advice = f"a repository of the hub is written {SCHEME}{reference}" if is_repository else "correct the path"
+            raise ValueError(f"{reference} is no folder; {advice}")
         return folder
     place = parse_reference(reference)
     if place.path is not None:
@@ -64,7 +65,7 @@ def fetch_file(reference: str) -> Path:
     if not _is_remote(reference):
         file = Path(reference).expanduser()
         if not file.is_file():
-            raise ValueError(f"{reference} is no file")
+            raise ValueError(f"{reference} is no file; correct the path, or give s3://bucket/key or hf://owner/name/file")
         return file
     place = parse_reference(reference)
     if place.path is None:
@@ -91,17 +92,20 @@ def _fetched(reference: str, fetch: Callable[[], str]) -> Path:
     try:
         return Path(fetch())
     except errors.GatedRepoError as error:  # before its base class
-        reason = "its owner grants access on request, and HF_TOKEN has none"
+        reason = "its owner grants access on request, and HF_TOKEN has none; ask for it on the hub"
         raise ValueError(f"{reference} cannot be fetched: {reason}") from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"{reference} cannot be fetched: there is no such repository, or HF_TOKEN may not see it") from error
+        reason = "there is no such repository, or HF_TOKEN may not see it; correct the name, or set another token"
+        raise ValueError(f"{reference} cannot be fetched: {reason}") from error
     except errors.RevisionNotFoundError as error:
-        raise ValueError(f"{reference} cannot be fetched: the repository has no such revision") from error
+        reason = "the repository has no such revision; name a branch, tag or commit"
+        raise ValueError(f"{reference} cannot be fetched: {reason}") from error
     except errors.LocalEntryNotFoundError as error:
-        reason = "the hub cannot be reached, and the local cache does not hold it"
+        reason = "the hub cannot be reached, and the local cache does not hold it; give a path"
         raise ValueError(f"{reference} cannot be fetched: {reason}") from error
     except errors.EntryNotFoundError as error:
-        raise ValueError(f"{reference} cannot be fetched: the repository has no such file") from error
+        reason = "the repository has no such file; look at its names on the hub"
+        raise ValueError(f"{reference} cannot be fetched: {reason}") from error
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{reference} cannot be fetched: {reason}") from error

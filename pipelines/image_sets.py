@@ -89,7 +89,7 @@ class ImageSetConfig:
         if len(kinds) == 1:
             return next(iter(kinds))
         found = " and ".join(f"{count:,} of kind {kind}" for kind, count in sorted(kinds.items()))
-        advice = f"holds {found}; say which kind is meant" if kinds else "holds no images, tar or Parquet files"
+        advice = f"holds {found}; say which kind is meant" if kinds else "holds no images, tar or Parquet files; correct the path"
         raise ValueError(f"images {self.name}: {self.path} {advice}")
 
     def as_dataset(self) -> DatasetConfig:
@@ -115,7 +115,7 @@ def scan(config: ImageSetConfig, findings: Findings) -> list[Entry]:
     if kind != "parquet":
         entries.sort(key=lambda entry: entry.key.encode())
     if not entries:
-        raise ValueError(f"images {config.name}: {config.path} has none")
+        raise ValueError(f"images {config.name}: {config.path} has none; correct the path")
     return _labelled_by_folder(entries) if kind == "folder" else entries
 
 

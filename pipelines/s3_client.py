@@ -119,7 +119,7 @@ def explained(config: S3Config, action: str, place: str) -> Iterator[None]:
 
 
 _REFUSALS = {  # codes of S3 -> what they mean and what to do
-    "NoSuchKey 404": "does not exist",
+    "NoSuchKey 404": "does not exist; correct the URI",
     "NoSuchBucket": "cannot be found: there is no such bucket at {endpoint}; create it, or correct the URI",
     "AccessDenied AllAccessDisabled Forbidden 403 401": (
         "does not exist or may not be accessed: no permission to {action} it ({who}); ask its owner or use others"

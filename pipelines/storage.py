@@ -72,7 +72,7 @@ class LocalFolder(Folder):
         self.root = root.expanduser().absolute()
         self.uri = str(self.root)
         if not self.root.is_dir():
-            raise StorageError(f"{self.root} is no folder")
+            raise StorageError(f"{self.root} is no folder; correct the path, or fetch what belongs there")
 
     def list(self, prefix: str = "") -> Iterator[StoredFile]:
         start = self.root / prefix

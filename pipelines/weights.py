@@ -57,10 +57,12 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore")  # torch tells of a pickle's protocol, also of one that it refuses next
             content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is not opened: it is no torch file, or holds more than tensors") from error
+        raise ValueError(
+            f"{path} is not opened: it is no torch file, or holds more than tensors; save a plain state dict, or safetensors"
+        ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is no readable file of weights: {str(error).splitlines()[0]}") from error
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} holds no state dict")
+        raise ValueError(f"{path} holds no state dict; save model.state_dict()")
     return tensors

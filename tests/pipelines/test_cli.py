@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -207,6 +208,17 @@ def test_the_traceback_of_a_stage_that_broke_is_in_the_log_that_is_named(answers
     line = answers["a stage that breaks"].stderr
     log = Path(line.partition("(traceback in ")[2].rstrip(")\n"))
     assert "Traceback" in log.read_text() and "NotADirectoryError" in log.read_text()
+
+
+def test_what_is_not_there_is_told_with_what_to_do() -> None:
+    """The sentence goes on after its fact: "X is no folder; correct the path"."""
+    facts = r"is no file|is no folder|does not exist|no such (?:file|revision|repository)|holds no state dict"
+    bare = {
+        f"{path.name}: {match[0]}"
+        for path in (REPOSITORY / "pipelines").rglob("*.py")
+        for match in re.finditer(rf'(?:Error\(|[:=] )f?"[^"\n]*(?:{facts})"\)?', path.read_text())
+    }
+    assert not bare
 
 
 # Answers -------------------------------------------------------------------------------------------------------------------

@@ -43,9 +43,9 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("find", [local_file, content_digest])
 def test_a_path_where_nothing_is_is_said_with_the_key_that_names_it(tmp_path: Path, find: Callable[..., object]) -> None:
-    with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {tmp_path}/no\.pth is no file$"):
+    with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {tmp_path}/no\.pth is no file; correct the path"):
         find(f"{tmp_path}/no.pth", KEY)
-    with pytest.raises(ValueError, match=rf"^captions\.encoder: {tmp_path}/no is no folder$"):
+    with pytest.raises(ValueError, match=rf"^captions\.encoder: {tmp_path}/no is no folder; correct the path$"):
         local_folder(f"{tmp_path}/no", "captions.encoder")
 
 
@@ -119,9 +119,9 @@ def test_of_two_that_fetch_the_same_at_once_both_get_it(
 def test_what_is_not_in_the_bucket_is_said_in_one_sentence(make_bucket: Callable[..., S3Folder], s3_endpoint) -> None:
     bucket = make_bucket("weights")
     s3_endpoint.fill(bucket, {"a.pth": WEIGHTS})
-    with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {bucket.uri}/b\.pth does not exist$"):
+    with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {bucket.uri}/b\.pth does not exist; correct the URI$"):
         local_file(f"{bucket.uri}/b.pth", KEY, bucket.config)
-    with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {bucket.uri}/a does not exist$"):
+    with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {bucket.uri}/a does not exist; correct the URI$"):
         local_file(f"{bucket.uri}/a", KEY, bucket.config)
     with pytest.raises(
         ValueError, match=rf"^captions\.encoder: {bucket.uri} has no files that end in \.safetensors, \.json, \.txt$"

@@ -182,7 +182,7 @@ def test_local_paths_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.M
     assert fetch_folder(str(tmp_path)) == fetch_folder("~") == tmp_path
     assert fetch_file(str(tmp_path / "file")) == fetch_file("~/file") == tmp_path / "file"
     for fetch, wrong in ((fetch_folder, tmp_path / "file"), (fetch_file, tmp_path), (fetch_folder, tmp_path / "none")):
-        with pytest.raises(ValueError, match=r"is no (folder|file)$"):
+        with pytest.raises(ValueError, match=r"is no (folder|file); correct the path"):
             fetch(str(wrong))
 
 
