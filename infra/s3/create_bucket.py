@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ def main() -> None:
         "--policy", type=Path, metavar="FILE", help="of the bucket, as in bucket-policy.json; BUCKET stands for its name"
     )
     options = parser.parse_args()
+    region = os.environ.get("AWS_REGION") or None  # as for the store; botocore by itself knows AWS_DEFAULT_REGION alone
     try:
-        done = create(boto3.client("s3"), options.bucket, options.versioning, options.lifecycle, options.policy)
+        done = create(boto3.client("s3", region_name=region), options.bucket, options.versioning, options.lifecycle, options.policy)
     except (BotoCoreError, ClientError) as error:
         sys.exit(f"{options.bucket} cannot be set up: {error}")
     sys.stdout.write("".join(f"{line}\n" for line in done))
