@@ -1,6 +1,7 @@
 """The `enat` command.
 
-Exit codes: 0 done, 1 failed, 2 bad input, 3 drift (of reevaluate). Errors are one line; tracebacks go to the run's log file.
+Exit codes: 0 done, 1 failed, 2 bad input, 3 drift (of reevaluate), 130 ended by Ctrl-C or SIGTERM. Errors are one line;
+tracebacks go to the run's log file.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import re
 import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipelines.pipeline import RunConfig
 
@@ -63,6 +65,50 @@ def test_configs_that_a_page_names_exist(page: Path) -> None:
 def test_every_page_of_the_guide_is_in_the_readme() -> None:
     linked = set(re.findall(r"\(pipelines/guide/([\w.-]+)\)", (REPOSITORY / "README.md").read_text()))
     assert linked == {path.name for path in GUIDE.iterdir() if path.suffix in {".md", ".ipynb"}}
+
+
+@pytest.mark.parametrize("package", ["enat", "pipelines"])
+def test_every_file_is_in_the_map_of_the_readme_and_every_name_there_is_a_file(package: str) -> None:
+    section = (REPOSITORY / "README.md").read_text().partition("| file | what it is |")[2].partition("\n## ")[0]
+    rows = {"enat": section.partition("| `pipelines/` |")[0], "pipelines": section.partition("| `pipelines/` |")[2]}
+    named = re.findall(r"`([\w*]+\.(?:py|yaml))`", rows[package])
+    files = [path.name for path in (REPOSITORY / package).iterdir() if path.suffix in {".py", ".yaml"} and path.name[:2] != "__"]
+    assert not [file for file in files if not any(fnmatch.fnmatch(file, name) for name in named)], "it is missing in the map"
+    assert not [name for name in named if not fnmatch.filter(files, name)], "the map names what is not there"
+
+
+def test_the_readme_tells_all_exit_codes_of_the_command() -> None:
+    sources = [path.read_text() for path in (REPOSITORY / "pipelines").rglob("*.py")]
+    codes = {code for text in sources for code in re.findall(r"(?:_fail\(.*, |sys\.exit\()(\d+)\)", text)}
+    (told,) = re.findall(r"Exit codes: ([^.]+)", (REPOSITORY / "README.md").read_text())
+    assert {"1", "2", "130"} <= codes <= set(re.findall(r"\d+", told))
+
+
+def test_infra_s_readme_tells_the_times_of_the_schedules_and_images_are_told_their_commit() -> None:
+    infra = REPOSITORY / "infra"
+    utc = ("kuberay/reevaluate.yaml", "timeZone: Etc/UTC"), ("single-machine/enat-reevaluate.timer", "03:00:00 UTC")
+    assert all(words in (infra / file).read_text() for file, words in utc)
+    assert "The CronJob and the timer go by UTC" in (infra / "README.md").read_text()
+    services = yaml.safe_load((infra / "compose.yaml").read_text())["services"].values()
+    built = [service["build"] for service in services if service.get("build", {}).get("target") == "enat"]
+    assert built and all(build["args"]["REVISION"] == "${REVISION:-unknown}" for build in built)
+
+
+# What has its place in the page: a message that is worded anew, or goes, is to take its row along.
+_EXPLAINED = (
+    "is not noted, so that ... may take it for unused",
+    "is gone, though its manifest lists it",
+    "ENAT_CACHE_GB=... is no size in GiB",
+    "this run goes on without it",
+    "start the server, or name another by",
+    "does not know this user or password (401)",
+    "keeps no ... of its images",
+    "stage ... failed: ",
+)
+
+
+def test_troubleshooting_explains_what_people_are_most_likely_to_meet() -> None:
+    assert set(_EXPLAINED) <= set(_messages())
 
 
 def _messages() -> list[str]:
