@@ -59,12 +59,20 @@ def _read(path: Path) -> DictConfig:
     try:
         values = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise ConfigError(f"there is no config file {path}") from error
+        raise ConfigError(f"there is no config file {path}; {_closest_file(path)}") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"the config {path} cannot be read ({error.strerror}); name a YAML file that can") from error
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from error
     if not isinstance(values, DictConfig):
         raise ConfigError(f"{path} holds no mapping of keys to values")
     return values
+
+
+def _closest_file(path: Path) -> str:
+    names = [each.name for each in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"did you mean {path.parent / close[0]}?" if close else "correct the path; configs/ of the repository has examples"
 
 
 def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]]) -> ConfigT:

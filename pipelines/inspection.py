@@ -108,6 +108,8 @@ def contact_sheet(store: ArtifactStore, manifest: Manifest, num_images: int) -> 
     """
     if manifest.stage != "token_map":
         raise ValueError(f"a contact sheet shows a token map, and {manifest.stage}/{manifest.key[:12]} is none")
+    if num_images < 1:
+        raise ValueError(f"a contact sheet of {num_images} images shows nothing; ask for at least 1")
     if not manifest.summary["rows"]:
         raise ValueError(f"token_map/{manifest.key[:12]} has no rows to show")
     info = TokenMapInfo(**manifest.summary["info"])

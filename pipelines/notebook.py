@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from rich.table import Table
 from rich.tree import Tree
 from torch import Tensor
 
+from enat.sampler_config import SamplerConfig
 from enat.text import TextEncoder
 from pipelines import inspection, lineage, models, pictures, sampling, tracking
 from pipelines.artifacts import ArtifactStore, Manifest
+from pipelines.config import merge
 from pipelines.inventory import Query, list_artifacts, list_table, open_existing
 from pipelines.models import Generator
 from pipelines.s3 import S3Config
@@ -115,6 +118,8 @@ def open_artifact(name: str, store: Store = _STORE) -> Artifact:
 def open_token_map(name: str | Artifact, store: Store = _STORE) -> TokenMap:
     """Codes, labels and captions of all rows, in memory. name: "3f2a", "token_map/3f2a", or the artifact."""
     found = name if isinstance(name, Artifact) else open_artifact(name if "/" in name else f"token_map/{name}", store)
+    if found.manifest.stage != "token_map":
+        raise ValueError(f"{found.manifest.stage}/{found.manifest.key[:12]} is no token map; ls('token_map') lists them")
     return TokenMap.open(found.store, found.manifest)
 
 
@@ -148,9 +153,14 @@ def sample(
     """
     config = generator.model.config
     numbers = sampling.parse_labels(labels, config.num_classes, generator.class_names) if isinstance(labels, str) else tuple(labels)
+    if wrong := [label for label in numbers if not isinstance(label, Integral)]:
+        raise ValueError(f"labels holds {wrong[0]!r}, which is no class number")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**63")
+    own = ("the model's sampler", generator.sampler.values_beside(sampler))
     request = sampling.SampleRequest(
-        num_images=num_images or len(numbers) or len(captions) or 16,
-        sampler=generator.sampler.replaced(**sampler),
+        num_images=(len(numbers) or len(captions) or 16) if num_images is None else num_images,
+        sampler=merge(SamplerConfig, [own, (f"sampler {sampler}", sampler)]),
         labels=numbers,
         captions=tuple(captions),
         seed=seed,

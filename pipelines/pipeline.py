@@ -47,6 +47,8 @@ _WITHOUT_MODEL = {"dataset", "tokenizer", "token_map", "captions", "reference", 
 # Stands for features that are not made yet, where only the rest of a model is looked at.
 _ANY_CAPTIONS = CaptionFeaturesInfo(num_captions=0, captions_per_file=1, num_positions=1, width=1, encoder_digest="")
 
+_SEEDED = ("tokenizer", "reference", "train", "generate")  # sections that may have a seed of their own
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -88,6 +90,10 @@ class RunConfig:
         for name, values in self.variants.items():
             if not isinstance(values, Mapping):
                 raise ValueError(f"variant {name} is {values!r}; it must be a mapping of keys to the values that replace the run's")
+        seeds = {"seed": self.seed, **{f"{key}.seed": getattr(getattr(self, key), "seed", None) for key in _SEEDED}}
+        for key, seed in seeds.items():
+            if seed is not None and not 0 <= seed < 2**63:
+                raise ValueError(f"{key} is {seed}; it must be at least 0 and below 2**63")
         if MAIN in self.variants:
             raise ValueError(f"a variant cannot be called {MAIN!r}: that is the run's own model")
 

@@ -70,6 +70,18 @@ CASES = [
         ("dataset.kind=image_folder", "dataset.path={folder}/nowhere"),
     ),
     Case("no config", "there is no config file {folder}/nowhere.yaml", config="{folder}/nowhere.yaml"),
+    Case(
+        "config mistyped",
+        "there is no config file {folder}/digit.yaml; did you mean {folder}/digits.yaml?",
+        config="{folder}/digit.yaml",
+    ),
+    Case(
+        "config a folder",
+        "the config {folder}/blocked cannot be read (Is a directory); name a YAML file",
+        config="{folder}/blocked",
+    ),
+    Case("seed", "seed is -1; it must be at least 0 and below 2**63", ("seed=-1",), command="plan"),
+    Case("seed of a stage", "train.seed is -1; it must be at least 0", ("train.seed=-1",)),
     Case("no config to plan", "there is no config file {folder}/nowhere.yaml", config="{folder}/nowhere.yaml", command="plan"),
     Case("store below a file", "the store {folder}/file/store cannot be written", ("store={folder}/file/store",)),
     Case("workspace below a file", "{folder}/file", ("workspace={folder}/file/runs", "store={folder}/elsewhere")),
@@ -99,6 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files to give as weights, good and bad, and places that are in the way."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "file").write_text("in the way")
+    (folder / "digits.yaml").write_text("name: digits")
     (folder / "blocked").mkdir()
     (folder / "blocked" / "tokenizer").write_text("in the way")
 

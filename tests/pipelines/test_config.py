@@ -166,7 +166,7 @@ def test_a_resolver_in_an_override_is_refused(load) -> None:
 
 
 def test_a_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no config file .*nowhere\.yaml"):
+    with pytest.raises(ConfigError, match=r"there is no config file .*nowhere\.yaml; correct the path"):
         load_config(Experiment, tmp_path / "nowhere.yaml")
 
 
@@ -184,7 +184,7 @@ def test_a_file_that_is_not_yaml_is_named_in_one_line(load, tmp_path: Path, text
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not readable as YAML"):
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\); name a YAML file"):
         load_config(Experiment, tmp_path)
 
 

@@ -97,6 +97,19 @@ def test_what_cannot_be_done_is_one_sentence(digits_run, trained: str) -> None:
         notebook.sample(model, labels=[11])
     with pytest.raises(ValueError, match="--caption is for models of captions"):
         notebook.sample(model, captions=["a three"])
+    for asked, sentence in (
+        ({"num_images": 0}, "must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"labels": [1.5]}, "labels holds 1.5, which is no class number"),
+        ({"num_stepz": 4}, "unknown key num_stepz; did you mean num_steps"),
+        ({"num_steps": "many"}, "num_steps: Value 'many'"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            notebook.sample(model, **asked)
+    with pytest.raises(ValueError, match="is no token map"):
+        notebook.open_token_map(trained, digits_run.store)
+    with pytest.raises(ValueError, match="a contact sheet of 0 images shows nothing"):
+        notebook.open_artifact(trained, digits_run.store).input("token_map").contact_sheet(0)
     with pytest.raises(ValueError, match="is no model"):
         notebook.open_model(
             f"token_map/{notebook.open_artifact(trained, digits_run.store).input('token_map').manifest.key}", digits_run.store
