@@ -140,7 +140,9 @@ def load_text_encoder(folder: str | Path) -> TextEncoder:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder with a text encoder")
+        raise ValueError(
+            f"{folder} is no folder with a text encoder; give one as the hub has them, such as openai/clip-vit-large-patch14"
+        )
     model = _build_model(folder)
     load_strictly(model, _read_text_weights(folder), source=str(folder / _WEIGHTS))
     return TextEncoder(model, _load_tokenizer(folder))

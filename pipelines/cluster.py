@@ -56,6 +56,10 @@ class ClusterConfig:
     address: str | None = None
     num_cpus: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.num_cpus is not None and self.num_cpus < 1:
+            raise ValueError(f"cluster.num_cpus is {self.num_cpus}; it must be at least 1, or left out for all of this machine's")
+
 
 def prepare_environment() -> None:
     """Quiet defaults for Ray; what the user has set stays."""

@@ -82,6 +82,7 @@ CASES = [
     ),
     Case("seed", "seed is -1; it must be at least 0 and below 2**63", ("seed=-1",), command="plan"),
     Case("seed of a stage", "train.seed is -1; it must be at least 0", ("train.seed=-1",)),
+    Case("no CPUs", "cluster.num_cpus is 0; it must be at least 1", ("cluster.num_cpus=0",)),
     Case("no config to plan", "there is no config file {folder}/nowhere.yaml", config="{folder}/nowhere.yaml", command="plan"),
     Case("store below a file", "the store {folder}/file/store cannot be written", ("store={folder}/file/store",)),
     Case("workspace below a file", "{folder}/file", ("workspace={folder}/file/runs", "store={folder}/elsewhere")),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -97,23 +100,26 @@ def test_a_download_that_breaks_off_leaves_nothing_that_looks_whole(
     assert (local_folder(bucket.uri, KEY, bucket.config) / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_of_two_that_fetch_the_same_at_once_both_get_it(
+def test_of_two_that_ask_for_the_same_at_once_one_fetches_it_and_both_get_it(
     make_bucket: Callable[..., S3Folder], s3_endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second one begins and ends while the first one fetches."""
     bucket = make_bucket()
     s3_endpoint.fill(bucket, {"a.pth": WEIGHTS})
-    download, others = S3Folder.download, []
+    download, has_begun, downloads = S3Folder.download, threading.Event(), []
 
-    def overtaken(self: S3Folder, name: str, path: Path) -> None:
-        if not others:
-            others.append(None)
-            others.append(local_file(f"{bucket.uri}/a.pth", KEY, bucket.config))
+    def slow(self: S3Folder, name: str, path: Path) -> None:
+        downloads.append(name)
+        has_begun.set()
+        time.sleep(0.3)  # time for the other one to ask
         download(self, name, path)
 
-    monkeypatch.setattr(S3Folder, "download", overtaken)
-    path = local_file(f"{bucket.uri}/a.pth", KEY, bucket.config)
-    assert path == others[1] and path.read_bytes() == WEIGHTS
+    monkeypatch.setattr(S3Folder, "download", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(local_file, f"{bucket.uri}/a.pth", KEY, bucket.config)
+        assert has_begun.wait(timeout=30)
+        second = pool.submit(local_file, f"{bucket.uri}/a.pth", KEY, bucket.config)
+        assert first.result(timeout=30) == second.result(timeout=30)
+    assert first.result().read_bytes() == WEIGHTS and downloads == ["a.pth"]
 
 
 def test_what_is_not_in_the_bucket_is_said_in_one_sentence(make_bucket: Callable[..., S3Folder], s3_endpoint) -> None:
