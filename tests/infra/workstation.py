@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from free_ports import free_ports
 from manifests import INFRA, compose, filled, stages
 from what_runs import what_runs
 
@@ -40,16 +40,6 @@ SECRETS = {  # of infra/.env; the password has to have twelve characters
 _HOST = "127.0.0.1"
 _OBJECTS = "--object-store-memory=80000000"
 _BIN = Path(sys.executable).parent
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind((_HOST, 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @contextmanager

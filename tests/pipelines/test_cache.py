@@ -201,6 +201,19 @@ def test_folders_of_killed_processes_are_removed_and_those_under_way_are_not(roo
 
 # Many processes ------------------------------------------------------------------------------------------------------------
 
+
+def _run_at_once(count: int, code: str, go: Path, *arguments: Path) -> None:
+    """The same code in many processes, which wait for `go` once they are ready."""
+    command = [sys.executable, "-c", code, str(go), *map(str, arguments)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    go.touch()
+    for process in processes:
+        process.communicate(timeout=60)
+    assert [process.returncode for process in processes] == [0] * count
+
+
 _FETCH = """
 import hashlib, sys, time
 from pathlib import Path
@@ -221,14 +234,7 @@ for _ in range(4):
 @pytest.mark.parametrize("limit", ["50", "0"])
 def test_processes_that_fetch_the_same_files_at_once_all_get_them(root, tmp_path: Path, monkeypatch, limit: str) -> None:
     monkeypatch.setenv("ENAT_CACHE_GB", limit)
-    command = [sys.executable, "-c", _FETCH, str(tmp_path / "go")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    (tmp_path / "go").touch()
-    for process in processes:
-        process.communicate(timeout=60)
-    assert [process.returncode for process in processes] == [0] * 4
+    _run_at_once(4, _FETCH, tmp_path / "go")
     assert [path.stat().st_size for path in _files(root)] == [500_000] * 6
 
 
@@ -250,14 +256,7 @@ assert (cache.fetch_folder("map", 5, fill) / "codes").read_bytes() == b"whole"
 
 def test_of_processes_that_fetch_the_same_folder_at_once_one_does_it(root: Path, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
-    command = [sys.executable, "-c", _FETCH_FOLDER, str(tmp_path / "go"), str(tmp_path / "made")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    (tmp_path / "go").touch()
-    for process in processes:
-        process.communicate(timeout=60)
-    assert [process.returncode for process in processes] == [0] * 3
+    _run_at_once(3, _FETCH_FOLDER, tmp_path / "go", tmp_path / "made")
     assert len(list((tmp_path / "made").iterdir())) == 1
     assert [path.name for path in (root / "downloads").iterdir()] == ["map"]
 

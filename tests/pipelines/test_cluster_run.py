@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_ports import free_ports
 from mlflow import MlflowClient
-from ray_nodes import TOKEN, RayNodes, free_ports, ray_nodes
+from ray_nodes import TOKEN, RayNodes, ray_nodes
 
 from pipelines.artifacts import open_store
 
