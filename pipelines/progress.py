@@ -32,6 +32,7 @@ from rich.text import Text
 
 _POLL_SECONDS = 0.3
 LINE_SECONDS = "ENAT_PROGRESS_SECONDS"
+_HEAD = "node:__internal_head__"  # a resource that the head node alone has
 
 
 class _State:
@@ -157,10 +158,11 @@ class Bar:
 
     @contextlib.contextmanager
     def reporter(self) -> Iterator[Reporter]:
-        """A Reporter to send to workers; the bar follows it until the block ends. Its actor stays on the driver's node: elsewhere
-        the bar, and requests to stop, would be lost with that node."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        state = ray.remote(num_cpus=0, scheduling_strategy=here)(_State).remote()
+        """A Reporter to send to workers; the bar follows it until the block ends. Its actor stays on the head node, without which
+        there is no cluster: elsewhere the bar, and requests to stop, would be lost with that node."""
+        heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
+        where = NodeAffinitySchedulingStrategy(heads[0], soft=False) if heads else "DEFAULT"  # soft is not heeded without CPUs
+        state = ray.remote(num_cpus=0, scheduling_strategy=where)(_State).remote()
         stop = threading.Event()
 
         def follow() -> None:

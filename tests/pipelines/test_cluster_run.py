@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ class Runs:
         return self.enat(nodes, "jobs", "logs", id, "--follow")
 
     def wait_until_training(self, nodes: RayNodes, id: str) -> None:
-        """Until a checkpoint is there that no earlier call has seen."""
+        """Until a whole checkpoint is there that no earlier call has seen."""
         seen = self.checkpoints()
         deadline = time.monotonic() + PATIENCE
         while not self.checkpoints() - seen:
@@ -118,7 +119,9 @@ class Runs:
             time.sleep(0.2)
 
     def checkpoints(self) -> set[str]:
-        return {file.name for file in self.bucket.list() if file.name.startswith("train/") and "/.parts/checkpoint-" in file.name}
+        """Those that every rank has written, by step and attempt."""
+        found = re.findall(r"/\.parts/checkpoint-(\d+-\w+)-\d{5}-of-(\d{5})", "\n".join(file.name for file in self.bucket.list()))
+        return {checkpoint for (checkpoint, ranks), written in Counter(found).items() if written == int(ranks)}
 
     def manifests(self, stage: str) -> list[Any]:
         return [manifest for manifest in open_store(self.bucket.uri).manifests() if manifest.stage == stage]
