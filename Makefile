@@ -9,10 +9,10 @@ UV_VERSION := 0.13.8
 help:
 	@echo "make setup   .venv with everything pinned in requirements.lock"
 	@echo "make demo    from real images of digits to a scored model (needs about 4 minutes on two cores)"
-	@echo "make test    the tests (about 12 minutes)"
+	@echo "make test    the tests (about 9 minutes)"
 	@echo "make faults  whole runs killed and gone on with, and slow tests (about 45 minutes)"
 	@echo "make lint    ruff, mypy, import rules"
-	@echo "make bench   how fast things are here, as ratios (about 20 minutes)"
+	@echo "make bench   how fast things are here, as ratios (about 35 minutes)"
 	@echo "make format  ruff format and fixes"
 	@echo "make lock    requirements.lock anew from pyproject.toml"
 

@@ -1,6 +1,6 @@
 """How fast a step of training is, what Ray and DeepSpeed add to it, what it waits for, and what it takes: ratios within one run.
 
-    make bench                                        with tokenization (about 20 minutes on two cores)
+    make bench                                        with the others (about 35 minutes on two cores; this one 17)
     .venv/bin/python tests/benchmarks/training.py     on a GPU where there is one: ENAT-L in bfloat16, groups of 128, compiled, too
     .venv/bin/python tests/benchmarks/training.py --num-steps 2       quicker, and less sure
 
