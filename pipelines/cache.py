@@ -64,14 +64,22 @@ def fetch_folder(
     Raises StoreError where the cache cannot be written.
     """
     path = cache_root() / "downloads" / name
-    with _explained(), _in_turn(name):
+
+    def is_there() -> bool:
+        with suppress(FileNotFoundError):  # there was none, or somebody made room
+            _note_use(path)
+            return is_whole(path)
+        return False
+
+    with _explained():
         path.parent.mkdir(parents=True, exist_ok=True)
+        if is_there():  # without waiting: looking at large files may take long, and many may do it at once
+            return path
+    with _explained(), _in_turn(name):
+        if is_there():
+            return path
         if path.is_dir():
-            with suppress(FileNotFoundError):  # somebody made room
-                _note_use(path)
-                if is_whole(path):
-                    return path
-                _Entry.of(path).remove()
+            _Entry.of(path).remove()
         _make_room(size)
         partial = path.with_name(f"{_PARTIAL}{uuid4().hex}")
         try:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,15 @@ class TrackingConfig:
             raise ValueError(f"tracking.model_alias is {alias!r}, which MLflow keeps for itself; choose another, such as newest")
 
 
+def _schemes_of_plugins() -> list[str]:
+    """Of further servers that packages which are installed here make known to MLflow, such as SageMaker's arn:."""
+    return [entry.name for entry in entry_points(group="mlflow.tracking_store")]
+
+
 def resolve_uri(config: TrackingConfig, beside: Path) -> str:
     """Raises ValueError for what MLflow could not take for the address of a server or database."""
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(beside / 'mlflow.db').absolute()}"
-    if config.enabled and not _PLACE.match(uri):
+    if config.enabled and not _PLACE.match(uri) and not any(uri.startswith(f"{scheme}:") for scheme in _schemes_of_plugins()):
         where = "the tracking URI" if config.uri else "MLFLOW_TRACKING_URI"
         raise ValueError(f"{where} is {without_credentials(uri)}; write http://HOST:5000, sqlite:///FILE or another database's URL")
     return uri

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 
 import pytest
 import ray
+from ray_nodes import ray_nodes
 from rich.console import Console
 
 from pipelines.progress import Bar
@@ -37,6 +40,34 @@ def test_work_goes_on_where_the_bar_s_actor_is_lost(terminal: Console) -> None:
         time.sleep(0.5)
         bar.update(20)
         assert bar._progress.tasks[0].completed == 20
+
+
+_WHERE_ACTORS_LIE = """
+import io, sys
+from pipelines import cluster
+cluster.prepare_environment()
+cluster.connect(cluster.ClusterConfig(address=sys.argv[1]))
+import ray
+from ray.util.state import list_actors
+from rich.console import Console
+from pipelines.progress import Bar
+for _ in range(4):
+    with Bar(Console(file=io.StringIO()), "train", 1, "steps").reporter() as reporter:
+        ray.get(reporter._state.read.remote())
+        (place,) = [actor.node_id for actor in list_actors(address=sys.argv[2], detail=True) if actor.state == "ALIVE"]
+        (head,) = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
+        assert place == head, (place, head)
+"""
+
+
+@pytest.mark.faults
+def test_the_bar_s_actor_lies_on_the_head_where_no_lost_node_takes_it_along() -> None:
+    with ray_nodes(1) as nodes:
+        nodes.add_node(1)
+        nodes.add_node(1)
+        command = [sys.executable, "-c", _WHERE_ACTORS_LIE, nodes.address, nodes.url]
+        done = subprocess.run(command, env={**nodes.environment}, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_bar_says_nothing_where_the_output_is_no_terminal() -> None:

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -510,3 +511,10 @@ def test_a_uri_that_is_none_of_a_server_or_database_is_refused_before_anything_r
     with pytest.raises(ValueError, match=r"^MLFLOW_TRACKING_URI is"):
         tracking.resolve_uri(CONFIG, tmp_path)
     assert tracking.resolve_uri(TrackingConfig(uri=uri, enabled=False), tmp_path) == uri, "nothing is tracked there"
+
+
+def test_a_uri_of_a_plugin_that_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tracking, "entry_points", lambda group: [EntryPoint("arn", "plugin:Store", group)])
+    assert tracking.resolve_uri(TrackingConfig(uri="arn:aws:server"), tmp_path) == "arn:aws:server"
+    with pytest.raises(ValueError, match="the tracking URI is arm:aws"):
+        tracking.resolve_uri(TrackingConfig(uri="arm:aws:server"), tmp_path)
