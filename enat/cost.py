@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from enat.config import ENATConfig
-from enat.sampler import SamplerConfig
+from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGANConfig
 
 

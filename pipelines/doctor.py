@@ -119,20 +119,20 @@ def _disk(workspace: Path) -> Iterator[Finding]:
 
 
 def _ray(config: Any) -> Iterator[Finding]:
-    from pipelines import cluster
-    from pipelines.requirements import Capacity
+    from pipelines.cluster import connection
+    from pipelines.cluster.capacity import Capacity
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
         yield Finding("Ray", GOOD, f"{version('ray')}, a local cluster for every run")
         yield from _room(config, Capacity(({"CPU": float(config.cluster.num_cpus or os.cpu_count() or 1), "GPU": _num_gpus()},)))
         return
-    cluster.check_listening(address)
+    connection.check_listening(address)
     import ray
 
     was_connected = ray.is_initialized()
-    cluster.connect(config.cluster)
-    capacity = cluster.capacity()
+    connection.connect(config.cluster)
+    capacity = connection.capacity()
     if not was_connected:
         ray.shutdown()
     yield Finding("Ray", GOOD, f"{address} has {capacity.describe()}")
@@ -147,8 +147,8 @@ def _num_gpus() -> float:
 
 def _room(config: Any, capacity: Any) -> Iterator[Finding]:
     """Stages that ask for more than there is; of one that the store has already a run asks nothing."""
-    from pipelines.requirements import cluster_grows, judge
-    from pipelines.submission import needs
+    from pipelines.cluster.capacity import cluster_grows, judge
+    from pipelines.jobs.submission import needs
 
     problems = dict.fromkeys(verdict.problem for verdict in (judge(need, capacity) for need in needs(config)) if verdict.problem)
     for problem in problems:
@@ -156,7 +156,8 @@ def _room(config: Any, capacity: Any) -> Iterator[Finding]:
 
 
 def _store(config: Any) -> Iterator[Finding]:
-    from pipelines.artifacts import open_store, without_credentials
+    from pipelines.artifacts.open import open_store
+    from pipelines.storage.redaction import without_credentials
 
     store = open_store(config.store_uri, config.s3)
     store.check_writable()
@@ -164,8 +165,9 @@ def _store(config: Any) -> Iterator[Finding]:
 
 
 def _tracking(config: Any) -> Iterator[Finding]:
-    from pipelines import tracked, tracking
-    from pipelines.artifacts import without_credentials
+    from pipelines.storage.redaction import without_credentials
+    from pipelines.tracking import run as tracking
+    from pipelines.tracking import search
 
     if not config.tracking.enabled:
         yield Finding("tracking", WARNING, "off: nothing will be compared", "leave tracking.enabled out")
@@ -175,14 +177,14 @@ def _tracking(config: Any) -> Iterator[Finding]:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         yield Finding("tracking", GOOD, f"{shown}, made by the first run")
         return
-    yield Finding("tracking", GOOD, f"{shown} answers, {len(tracked.experiments(uri))} experiments")
+    yield Finding("tracking", GOOD, f"{shown} answers, {len(search.experiments(uri))} experiments")
 
 
 def _dataset(config: Any) -> Iterator[Finding]:
     """That it lies where the config says; what is in it stage dataset looks at."""
     import dataclasses
 
-    from pipelines.sources import open_source
+    from pipelines.data.sources.config import open_source
 
     dataset = dataclasses.replace(config.dataset, s3=config.dataset.s3 or config.s3)
     open_source(dataset)

@@ -31,14 +31,21 @@ from torch import Tensor
 
 from enat.sampler_config import SamplerConfig
 from enat.text import TextEncoder
-from pipelines import inspection, lineage, models, pictures, sampling, tracking
-from pipelines.artifacts import ArtifactStore, Manifest
-from pipelines.config import merge
-from pipelines.inventory import Query, list_artifacts, list_table, open_existing
-from pipelines.models import Generator
-from pipelines.s3 import S3Config
-from pipelines.token_map import TokenMap
-from pipelines.uses import note_reading
+from pipelines.artifacts import lineage as artifacts_lineage
+from pipelines.artifacts.inventory import Query, list_artifacts, list_table
+from pipelines.artifacts.last_used import note_reading
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_existing
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.data import inspection
+from pipelines.data.token_map import TokenMap
+from pipelines.sampling import models, pictures
+from pipelines.sampling import request as sampling_request
+from pipelines.sampling import sample as sampling_sample
+from pipelines.sampling.models import Generator
+from pipelines.storage.s3_client import S3Config
+from pipelines.tracking import run as tracking
+from pipelines.workflow.config import merge
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm's, in notebooks without ipywidgets
 
@@ -69,8 +76,8 @@ class Artifact(JupyterMixin):
 
     def lineage(self) -> Tree:
         """Two branches: what it was made from, and what was made from it."""
-        found, both = lineage.Lineage(self.store.manifests()), Tree("", hide_root=True)
-        both.children += lineage.trees(found, self.manifest)
+        found, both = artifacts_lineage.Lineage(self.store.manifests()), Tree("", hide_root=True)
+        both.children += artifacts_lineage.trees(found, self.manifest)
         return both
 
     def contact_sheet(self, num_images: int = 32) -> Image.Image:
@@ -82,7 +89,7 @@ class Artifact(JupyterMixin):
 class SampledImages:
     """images: uint8 (B, 3, H, W).   codes: int64 (B, L).   steps: uint8 (N + 1, B, 3, H, W), what is known after each step."""
 
-    request: sampling.SampleRequest
+    request: sampling_request.SampleRequest
     images: Tensor
     codes: Tensor
     steps: Tensor
@@ -98,7 +105,7 @@ class SampledImages:
 
 def ls(*stages: str, dataset: str | None = None, store: Store = _STORE) -> Table:
     """What the store holds, of some stages or of all, newest first. Raises ValueError for a stage that there is not."""
-    from pipelines.submission import check_stages  # knows all of the pipeline, which takes seconds to import
+    from pipelines.jobs.submission import check_stages  # knows all of the pipeline, which takes seconds to import
 
     check_stages(stages)
     opened = _open(store)
@@ -152,21 +159,25 @@ def sample(
     place of the model's own scalar.
     """
     config = generator.model.config
-    numbers = sampling.parse_labels(labels, config.num_classes, generator.class_names) if isinstance(labels, str) else tuple(labels)
+    numbers = (
+        sampling_request.parse_labels(labels, config.num_classes, generator.class_names)
+        if isinstance(labels, str)
+        else tuple(labels)
+    )
     if wrong := [label for label in numbers if not isinstance(label, Integral)]:
         raise ValueError(f"labels holds {wrong[0]!r}, which is no class number")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**63")
     own = ("the model's sampler", generator.sampler.values_beside(sampler))
-    request = sampling.SampleRequest(
+    request = sampling_request.SampleRequest(
         num_images=(len(numbers) or len(captions) or 16) if num_images is None else num_images,
         sampler=merge(SamplerConfig, [own, (f"sampler {sampler}", sampler)]),
         labels=numbers,
         captions=tuple(captions),
         seed=seed,
-        device=sampling.choose_device(device),
+        device=sampling_request.choose_device(device),
     )
-    batches = [batch for batch, _ in sampling.sample_batches(generator, request, encoder)]
+    batches = [batch for batch, _ in sampling_sample.sample_batches(generator, request, encoder)]
     steps = [pictures.step_images(generator.vqgan, batch.trajectory, batch.codes, config.mask_id) for batch in batches]
     images, codes = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "codes"))
     return SampledImages(request, images, codes, torch.cat(steps, dim=1))

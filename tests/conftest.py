@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from pipelines import cluster
+from pipelines.cluster import connection
 
 # Before anything imports torch: its threads only get in each other's way on what is as small as in tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before anything imports ray: it reads its environment when it is imported.
-cluster.prepare_environment()
+connection.prepare_environment()
 
 # A shared machine makes single examples slow; examples that once failed belong into tests, not into a hidden folder.
 settings.register_profile("repository", deadline=None, database=None)
@@ -34,7 +34,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray cluster of two CPUs for the whole session, started by the first test that asks for it."""
     import ray
 
-    cluster.connect(cluster.ClusterConfig(address="local", num_cpus=2))
+    connection.connect(connection.ClusterConfig(address="local", num_cpus=2))
     yield
     ray.shutdown()
 
@@ -42,6 +42,6 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture
 def local_store(tmp_path: Path):
     """An empty store in a folder."""
-    from pipelines.artifacts import LocalStore
+    from pipelines.artifacts.local_store import LocalStore
 
     return LocalStore(tmp_path / "store")

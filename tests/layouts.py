@@ -20,9 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.artifacts import ArtifactStore, Manifest, file_digest
-from pipelines.dataset import INDEX, Dataset, write_index
-from pipelines.sources import DatasetConfig, Entry, Findings, open_source
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.data.dataset import INDEX, Dataset, write_index
+from pipelines.data.sources.base import Entry, Findings
+from pipelines.data.sources.config import DatasetConfig, open_source
+from pipelines.storage.base import file_digest
 
 CLASSES = ("astronaut", "chelsea", "coffee", "rocket")  # in the order of their numbers
 KINDS = ("image_folder", "images", "tar", "parquet", "coco")

@@ -15,15 +15,16 @@ import ray.data
 import torch
 
 from enat.text import load_text_encoder
-from pipelines import cluster
-from pipelines.artifacts import FileRecord, Manifest
-from pipelines.caption_features import EMPTY, CaptionFeaturesInfo, captions_name, write_captions, write_empty
-from pipelines.dataset import INDEX, Dataset
-from pipelines.external import folder_digest, local_folder
-from pipelines.s3 import S3Config
-from pipelines.sources import DatasetConfig
-from pipelines.stream import actor_pool, stream_records
-from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
+from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.cluster import connection
+from pipelines.cluster.data_stream import actor_pool, stream_records
+from pipelines.cluster.resources import Execution
+from pipelines.data.captions import EMPTY, CaptionFeaturesInfo, captions_name, write_captions, write_empty
+from pipelines.data.dataset import INDEX, Dataset
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.storage.external import folder_digest, local_folder
+from pipelines.storage.s3_client import S3Config
+from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
 _ENCODER_KEY = "captions.encoder"
 
@@ -72,7 +73,7 @@ def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageCo
     todo = [row for row in _plan(dataset, info) if captions_name(row["part"]) not in done]
     if todo:
         context.connect()
-        cluster.require(config.execution, "captions")
+        connection.require(config.execution, "captions")
 
         def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
             arguments = (config, dataset, info, context.for_workers())

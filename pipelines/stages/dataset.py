@@ -12,10 +12,11 @@ from typing import Any
 import ray
 from rich.markup import escape
 
-from pipelines.artifacts import FileRecord, Manifest
-from pipelines.dataset import INDEX, IndexSummary, check_unique, write_index
-from pipelines.sources import DatasetConfig, Entry, Findings, Source, open_source
-from pipelines.workflow import Stage, StageContext, StageResult, WorkerContext
+from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.data.dataset import INDEX, IndexSummary, check_unique, write_index
+from pipelines.data.sources.base import Entry, Findings, Source
+from pipelines.data.sources.config import DatasetConfig, open_source
+from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
 FINDINGS = "findings.json"
 _LISTING_THREADS = 16

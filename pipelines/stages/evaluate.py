@@ -17,11 +17,16 @@ import ray
 import torch
 
 from enat.images import png_bytes
-from pipelines import cluster, evaluation_card
-from pipelines.artifacts import Manifest
-from pipelines.dataset import Dataset
-from pipelines.extractors import ExtractorFile, require_same_features
-from pipelines.feature_job import (
+from pipelines.artifacts.manifest import Manifest
+from pipelines.cluster import connection
+from pipelines.cluster.resources import Execution
+from pipelines.data.dataset import Dataset
+from pipelines.data.image_sets import ImageSetConfig
+from pipelines.data.samples import image_cost, read_codes
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.evaluation import protocol as evaluation_protocol
+from pipelines.evaluation.extractors import ExtractorFile, require_same_features
+from pipelines.evaluation.features import (
     BLOCK_SIZE,
     MOMENTS_FILES,
     FeatureSet,
@@ -31,13 +36,9 @@ from pipelines.feature_job import (
     read_rows,
     stored_moments,
 )
-from pipelines.image_cost import image_cost
-from pipelines.image_sets import ImageSetConfig
-from pipelines.readers import ROUNDINGS, BlockReader, SourceImages, read_images, sample_reader
-from pipelines.samples import read_codes
-from pipelines.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
-from pipelines.sources import DatasetConfig
-from pipelines.workflow import Execution, Stage, StageContext, StageResult
+from pipelines.evaluation.readers import ROUNDINGS, BlockReader, SourceImages, read_images, sample_reader
+from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
+from pipelines.workflow.stage import Stage, StageContext, StageResult
 
 JUDGES = ("svc",)
 _MAX_JUDGE_IMAGES = 20_000  # a support vector machine's fit grows with the square of it
@@ -84,7 +85,7 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     samples, reference = inputs["samples"], inputs["reference"]
-    num_samples = evaluation_card.num_samples_of(samples)
+    num_samples = evaluation_protocol.num_samples_of(samples)
     require_same_features(reference)
     _check_resolution(samples, inputs)
     per_pass = int(reference.summary["images_per_pass"])
@@ -99,7 +100,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         settings=settings,
     ).chosen(config.metrics)
     context.connect()
-    cluster.require(config.execution, "evaluate")
+    connection.require(config.execution, "evaluate")
     reader = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)  # for the judge, and for people
     measured = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, config.rounding)
     job = _features(measured, chosen, inputs, config.execution, context)
@@ -116,15 +117,15 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     if config.judge is not None:
         judged, judging_seconds = _judged(config, reader, per_pass, inputs, context)
         metrics |= judged
-    protocol = evaluation_card.protocol_of(reference, samples, config.settings, config.rounding)
-    grid = evaluation_card.sample_grid(reader, inputs, per_pass)
+    protocol = evaluation_protocol.protocol_of(reference, samples, config.settings, config.rounding)
+    grid = evaluation_protocol.sample_grid(reader, inputs, per_pass)
     return StageResult(
         files=[*(context.write(MOMENTS_FILES[output], found.save) for output, found in job.moments.items()), *job.files],
-        records=[context.write(evaluation_card.GRID, lambda path: path.write_bytes(png_bytes(grid)))],
+        records=[context.write(evaluation_protocol.GRID, lambda path: path.write_bytes(png_bytes(grid)))],
         summary={
             **{name: protocol[name] for name in ("extractor", "reference_digest", "num_samples", "num_reference", "rounding")},
             "protocol": protocol,
-            "protocol_digest": evaluation_card.protocol_digest(protocol),
+            "protocol_digest": evaluation_protocol.protocol_digest(protocol),
             "metrics": list(chosen),
             "settings": asdict(settings),
         },
@@ -136,7 +137,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
 
 def _check_resolution(samples: Manifest, inputs: Mapping[str, Manifest]) -> None:
     """Extractors bring images to their own size, so a wrong one would go unnoticed."""
-    made, real = evaluation_card.resolution_of(samples, inputs), inputs["reference"].summary["resolution"]
+    made, real = evaluation_protocol.resolution_of(samples, inputs), inputs["reference"].summary["resolution"]
     if real is not None and made != real:
         raise ValueError(f"the samples have {made} px and the reference {real} px; scores of two sizes are not comparable")
 
@@ -148,7 +149,7 @@ def _features(
     extractor = ExtractorFile.of_reference(context.store, reference)
     moments_are_enough = all(metrics.isdisjoint(chosen) for metrics in _NEED_ROWS.values())
     spec = FeatureSpec(
-        num_images=evaluation_card.num_samples_of(inputs["samples"]),
+        num_images=evaluation_protocol.num_samples_of(inputs["samples"]),
         images_per_pass=int(reference.summary["images_per_pass"]),
         kept=np.empty(0, np.int64) if moments_are_enough else None,
     )
@@ -212,8 +213,8 @@ def _judged(
         raise ValueError("evaluate.judge needs samples that were generated here, one class each; leave it out for others")
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
-    real = SourceImages(dataset, evaluation_card.resolution_of(samples, inputs))
-    labels = read_codes(context.store, samples, 0, min(_MAX_JUDGE_IMAGES, evaluation_card.num_samples_of(samples))).labels
+    real = SourceImages(dataset, evaluation_protocol.resolution_of(samples, inputs))
+    labels = read_codes(context.store, samples, 0, min(_MAX_JUDGE_IMAGES, evaluation_protocol.num_samples_of(samples))).labels
     judged: tuple[dict[str, float], float] = ray.get(ray.remote(num_cpus=1)(_judge).remote(real, reader, images_per_pass, labels))
     return judged
 
@@ -243,4 +244,4 @@ def _gray(images: torch.Tensor) -> Any:
     return images.double().mean(dim=1).flatten(1).numpy() / 255
 
 
-STAGE = Stage("evaluate", 4, run, publish=evaluation_card.publish)
+STAGE = Stage("evaluate", 4, run, publish=evaluation_protocol.publish)

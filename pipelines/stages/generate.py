@@ -20,14 +20,16 @@ import torch
 from enat.checkpoint import load_enat
 from enat.config import ENATConfig
 from enat.model import ENAT, TextCondition
-from enat.sampler import SamplerConfig
-from pipelines import cluster
-from pipelines.artifacts import ArtifactStore, FileRecord, Manifest
-from pipelines.caption_features import CaptionFeatures
-from pipelines.dataset import INDEX
-from pipelines.device import device_name, peak_memory_gb
-from pipelines.passes import IMAGES_PER_PASS, PassSampler, fix_numerics, pass_pool, passes_at_once, split_into_passes
-from pipelines.samples import (
+from enat.sampler_config import SamplerConfig
+from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster import connection
+from pipelines.cluster.data_stream import actor_pool, stream_records
+from pipelines.cluster.device import device_name, peak_memory_gb
+from pipelines.cluster.resources import Execution
+from pipelines.data.captions import CaptionFeatures
+from pipelines.data.dataset import INDEX
+from pipelines.data.samples import (
     NONE,
     SamplePlan,
     Samples,
@@ -41,10 +43,17 @@ from pipelines.samples import (
     sample_seed,
     write_samples,
 )
-from pipelines.sources import DatasetConfig
-from pipelines.stream import actor_pool, stream_records
-from pipelines.token_map import TokenMap
-from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.data.token_map import TokenMap
+from pipelines.sampling.fixed_batches import (
+    IMAGES_PER_PASS,
+    PassSampler,
+    fix_numerics,
+    pass_pool,
+    passes_at_once,
+    split_into_passes,
+)
+from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
 CAPTION_CHOICES = ("drawn", "in_order")
 PRECISIONS = ("fp32", "bf16")
@@ -111,7 +120,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     todo = [{"part": part} for part, name in enumerate(names) if name not in done]
     if todo:
         context.connect()
-        cluster.require(config.execution, "generate")
+        connection.require(config.execution, "generate")
         plan = ray.put(_plan(config, architecture, inputs, context.store))
 
         def job(rows: list[dict[str, int]]) -> ray.data.Dataset:

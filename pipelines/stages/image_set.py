@@ -10,12 +10,12 @@ from pathlib import Path
 import ray
 from rich.markup import escape
 
-from pipelines.artifacts import Manifest
-from pipelines.dataset import INDEX, check_unique, write_index
-from pipelines.image_sets import ImageSetConfig, check_images, label_scheme, resolution_of, scan
-from pipelines.label_schemes import UNKNOWN
-from pipelines.sources import Entry, Findings
-from pipelines.workflow import Stage, StageContext, StageResult
+from pipelines.artifacts.manifest import Manifest
+from pipelines.data.dataset import INDEX, check_unique, write_index
+from pipelines.data.image_sets import ImageSetConfig, check_images, label_scheme, resolution_of, scan
+from pipelines.data.labels import UNKNOWN
+from pipelines.data.sources.base import Entry, Findings
+from pipelines.workflow.stage import Stage, StageContext, StageResult
 
 _IMAGES_PER_TASK = 512
 

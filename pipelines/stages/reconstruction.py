@@ -12,18 +12,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow.parquet as pq
 
-from enat.image_metrics import psnr, ssim
-from enat.metrics import frechet_distance
+from enat.metrics.image_pairs import psnr, ssim
+from enat.metrics.moments import frechet_distance
 from enat.tokenizer import VQGANConfig
-from pipelines import cluster, token_map
-from pipelines.artifacts import ArtifactStore, Manifest
-from pipelines.costs import cost_metrics
-from pipelines.dataset import Dataset
-from pipelines.extractors import ExtractorFile, require_same_features
-from pipelines.feature_job import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly, read_rows, stored_moments
-from pipelines.readers import Decoded, Decoder, Rows, code_decoder
-from pipelines.sources import DatasetConfig
-from pipelines.workflow import Execution, PublishContext, Stage, StageContext, StageResult
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster import connection
+from pipelines.cluster.resources import Execution
+from pipelines.data import token_map as data_token_map
+from pipelines.data.dataset import Dataset
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.evaluation.extractors import ExtractorFile, require_same_features
+from pipelines.evaluation.features import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly, read_rows, stored_moments
+from pipelines.evaluation.readers import Decoded, Decoder, Rows, code_decoder
+from pipelines.workflow.costs import cost_metrics
+from pipelines.workflow.stage import PublishContext, Stage, StageContext, StageResult
 
 _MOST_PSNR = 100.0  # decibels; of an image that came back as it was, where the ratio is infinite
 _MEASURES = ("psnr", "ssim")
@@ -67,7 +70,7 @@ class Reconstructions:
             shape = (0, 3, resolution, resolution)
             return {"codes": np.empty((0, num_codes), np.int64), "originals": np.empty(shape, np.uint8)}
         first = start - int(np.searchsorted(self.quarantined, start))
-        keys, codes = token_map.read_codes(self.store, self.token_map, range(first, first + len(rows)))
+        keys, codes = data_token_map.read_codes(self.store, self.token_map, range(first, first + len(rows)))
         for key, row in zip(keys, rows, strict=True):
             if key != row.key:
                 raise ValueError(f"the token map has {key} where the dataset has {row.key}; they are not of the same images")
@@ -90,7 +93,7 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
     reference, tokens, tokenizer = (inputs[name] for name in ("reference", "token_map", "tokenizer"))
     require_same_features(reference)
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
-    info = token_map.TokenMapInfo(**tokens.summary["info"])
+    info = data_token_map.TokenMapInfo(**tokens.summary["info"])
     architecture = VQGANConfig(**tokenizer.summary["config"])
     info.require(
         "the tokenizer",
@@ -102,7 +105,7 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
         raise ValueError(f"the token map has {info.resolution} px and the reference {reference.summary['resolution']} px")
     num_images = min(config.num_images or dataset.num_images, dataset.num_images)
     context.connect()
-    cluster.require(config.execution, "reconstruction")
+    connection.require(config.execution, "reconstruction")
     spec = FeatureSpec(
         num_images=num_images, images_per_pass=int(reference.summary["images_per_pass"]), kept=drawn_evenly(num_images, 0, 0)
     )
@@ -140,7 +143,7 @@ def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publis
 
 def _quarantined(dataset: Dataset, tokens: Manifest, context: StageContext) -> tuple[int, ...]:
     """As Reconstructions needs them."""
-    left_out = set(pq.read_table(context.store.fetch(tokens, token_map.QUARANTINE))["key"].to_pylist())
+    left_out = set(pq.read_table(context.store.fetch(tokens, data_token_map.QUARANTINE))["key"].to_pylist())
     if not left_out:
         return ()
     keys = dataset.index(0, dataset.num_images)["key"].to_pylist()

@@ -16,7 +16,8 @@ import ray
 import torch
 from safetensors.torch import save_file
 
-from enat.features import (
+from enat.checkpoint import read_state_dict
+from enat.metrics.extractors import (
     BUILT_IN,
     ClassifierExtractor,
     FeatureExtractor,
@@ -26,21 +27,22 @@ from enat.features import (
     published_inception_weights,
     train_classifier,
 )
-from enat.image_encoders import read_image_encoder
-from enat.metrics import FeatureMoments, FeatureStatistics
-from pipelines import adm_reference, cluster
-from pipelines.adm_reference import NpzImages, NpzReference
-from pipelines.artifacts import FileRecord, Manifest
-from pipelines.dataset import Dataset
-from pipelines.external import content_digest, folder_digest, local_file, local_folder
-from pipelines.extractors import EXTRACTOR_FILE, FEATURES_VERSION, ExtractorFile
-from pipelines.feature_job import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly
-from pipelines.progress import Reporter
-from pipelines.readers import BlockReader, PixelBlocks, SourceImages
-from pipelines.s3 import S3Config
-from pipelines.sources import DatasetConfig
-from pipelines.weights import read_state_dict
-from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
+from enat.metrics.image_encoders import read_image_encoder
+from enat.metrics.moments import FeatureMoments, FeatureStatistics
+from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.cluster import connection
+from pipelines.cluster.resources import Execution
+from pipelines.data.dataset import Dataset
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.evaluation import adm_reference
+from pipelines.evaluation.adm_reference import NpzImages, NpzReference
+from pipelines.evaluation.extractors import EXTRACTOR_FILE, FEATURES_VERSION, ExtractorFile
+from pipelines.evaluation.features import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly
+from pipelines.evaluation.readers import BlockReader, PixelBlocks, SourceImages
+from pipelines.storage.external import content_digest, folder_digest, local_file, local_folder
+from pipelines.storage.s3_client import S3Config
+from pipelines.workflow.progress import Reporter
+from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
 _WEIGHTS_KEY = "reference.weights"
 CROP = "adm-center"  # of datasets, as their token maps have it
@@ -126,7 +128,7 @@ class _RealImages:
 def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     real = _real_images(config, inputs, context)
     context.connect()
-    cluster.require(config.execution, "reference")
+    connection.require(config.execution, "reference")
     made = _make_extractor(config, real.dataset, context)
     source = ExtractorFile.of(context.store, config.extractor, context.stage, context.key, made.file)
     outputs = dict(source.load().outputs)

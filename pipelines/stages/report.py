@@ -19,16 +19,17 @@ from enat.checkpoint import load_enat, load_vqgan
 from enat.config import ENATConfig
 from enat.images import make_grid, png_bytes
 from enat.model import TextCondition
-from enat.sampler import SamplerConfig, sample
+from enat.sampler import sample
+from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN
-from pipelines.artifacts import ArtifactStore, Manifest
-from pipelines.caption_features import CaptionFeatures
-from pipelines.dataset import INDEX
-from pipelines.evaluation_card import MAIN, SCORES
-from pipelines.image_cost import image_cost, num_given_of
-from pipelines.pictures import decode_codes, step_images, strip
-from pipelines.samples import NONE, Samples, read_codes
-from pipelines.workflow import Stage, StageContext, StageResult
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.data.captions import CaptionFeatures
+from pipelines.data.dataset import INDEX
+from pipelines.data.samples import NONE, Samples, image_cost, num_given_of, read_codes
+from pipelines.evaluation.protocol import SCORES
+from pipelines.sampling.pictures import decode_codes, step_images, strip
+from pipelines.workflow.stage import MAIN, Stage, StageContext, StageResult
 
 PAGE = "report.html"
 _KINDS = ("worker", "device")  # whose seconds are told of an image

@@ -26,13 +26,15 @@ import torch
 from enat.checkpoint import load_vqgan
 from enat.images import ImageError, to_float
 from enat.tokenizer import VQGANConfig
-from pipelines import cluster, token_map
-from pipelines.artifacts import FileRecord, Manifest
-from pipelines.dataset import Dataset
-from pipelines.sources import DatasetConfig
-from pipelines.stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
-from pipelines.token_map import TokenMapInfo, TokenRows
-from pipelines.workflow import Execution, Stage, StageContext, StageResult, WorkerContext
+from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.cluster import connection
+from pipelines.cluster.data_stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
+from pipelines.cluster.resources import Execution
+from pipelines.data import token_map
+from pipelines.data.dataset import Dataset
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.data.token_map import TokenMapInfo, TokenRows
+from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
 CODE_COUNTS = "code_counts.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -124,7 +126,7 @@ def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageCo
     todo = [part for part in parts if _part_name(part) not in done]
     if todo:
         context.connect()
-        cluster.require(config.execution, "token_map")
+        connection.require(config.execution, "token_map")
         with context.bar(dataset.num_images, "images") as bar:
             bar.update(sum(record["rows"] + len(record["quarantined"]) for record in done.values()))
             quarantined = sum(len(record["quarantined"]) for record in done.values())

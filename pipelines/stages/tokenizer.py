@@ -11,19 +11,19 @@ from typing import Any
 import ray
 import torch
 
-from enat.checkpoint import save_weights
+from enat.checkpoint import open_vqgan, save_weights
 from enat.images import make_grid, png_bytes, to_float, to_uint8
 from enat.tokenizer import VQGAN, VQGANConfig
 from enat.tokenizer_training import TokenizerRecipe, code_usage, train_tokenizer
-from pipelines import cluster
-from pipelines.artifacts import Manifest
-from pipelines.dataset import Dataset
-from pipelines.external import content_digest, local_file
-from pipelines.progress import Reporter
-from pipelines.s3 import S3Config
-from pipelines.sources import DatasetConfig
-from pipelines.weights import open_vqgan
-from pipelines.workflow import Stage, StageContext, StageResult, WorkerContext, Workers
+from pipelines.artifacts.manifest import Manifest
+from pipelines.cluster import connection
+from pipelines.cluster.resources import Workers
+from pipelines.data.dataset import Dataset
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.storage.external import content_digest, local_file
+from pipelines.storage.s3_client import S3Config
+from pipelines.workflow.progress import Reporter
+from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
 WEIGHTS = "vqgan.safetensors"
 PICTURE = "reconstructions.png"
@@ -76,7 +76,7 @@ def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageC
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
     context.connect()
-    cluster.require(config.execution, "tokenizer")
+    connection.require(config.execution, "tokenizer")
     with context.bar(config.recipe.num_steps, "steps") as bar, bar.reporter() as reporter:
         task = ray.remote(**config.execution.resources)(_train)
         trained = ray.get(task.remote(config, dataset, context.for_workers(), reporter))

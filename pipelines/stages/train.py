@@ -24,21 +24,21 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from rich.console import Console
 
-from enat.checkpoint import save_weights
-from enat.model import ENATConfig
+from enat.checkpoint import open_enat, save_weights
+from enat.config import ENATConfig
 from enat.tokenizer import VQGANConfig
-from pipelines import cluster, model_card
-from pipelines.artifacts import FileRecord, Manifest
-from pipelines.caption_features import CaptionFeaturesInfo
-from pipelines.checkpoints import SoFar, read_so_far
-from pipelines.external import local_file
-from pipelines.progress import Reporter
-from pipelines.token_map import TokenMapInfo
-from pipelines.train_config import TrainConfig
-from pipelines.train_loop import train_loop
-from pipelines.train_task import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model
-from pipelines.weights import open_enat
-from pipelines.workflow import Stage, StageContext, StageResult
+from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.cluster import connection
+from pipelines.data.captions import CaptionFeaturesInfo
+from pipelines.data.token_map import TokenMapInfo
+from pipelines.registry import model_card
+from pipelines.storage.external import local_file
+from pipelines.training.checkpoints import SoFar, read_so_far
+from pipelines.training.config import TrainConfig
+from pipelines.training.loop import train_loop
+from pipelines.training.task import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model
+from pipelines.workflow.progress import Reporter
+from pipelines.workflow.stage import Stage, StageContext, StageResult
 
 # Of glibc, on CPUs. Ray Train runs the loop in a thread, and a thread's own arena gives memory back and asks for it anew all the
 # time: at ENAT-S width 45,000 page faults a step, a tenth to a fifth of its time. One arena that keeps what it has: none.
@@ -68,7 +68,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
         trained = TrainResult(_untrained(config, architecture, context), (), [], 0, 0, 0, 0)
     else:
         context.connect()
-        cluster.require(config.execution, "train", config.execution.min_workers)
+        connection.require(config.execution, "train", config.execution.min_workers)
         with context.bar(config.num_steps, "steps") as bar, bar.reporter() as reporter:
             trained = _fit(config, architecture, inputs, context, reporter)
         if trained.error is not None:

@@ -50,7 +50,7 @@ def show(title: str, figures: Mapping[str, Any], as_json: bool) -> None:
 
 def where() -> dict[str, str]:
     """The machine and the commit, which stand above all figures."""
-    from pipelines.workflow import code_version
+    from pipelines.workflow.provenance import code_version
 
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {"hardware": f"{os.cpu_count()} x {names[0] if names else platform.machine()}", "commit": code_version()}

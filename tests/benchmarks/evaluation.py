@@ -65,14 +65,14 @@ def ratio(measured: Sequence[Mapping[str, Mapping[str, float]]], short: int, lon
 
 def rounds(place: Path, preset: str, short: int, long: int, num_rounds: int) -> list[dict[str, dict[str, float]]]:
     """Of each round: seconds of the stages in a "short" and a "long" run, and an image's of "bare" loops; of each of _PARTS."""
-    from pipelines import cluster
+    from pipelines.cluster import connection
 
-    cluster.prepare_environment()
-    from pipelines.artifacts import LocalStore
+    connection.prepare_environment()
+    from pipelines.artifacts.local_store import LocalStore
 
     store = LocalStore(place / "store")
     inputs, parts = _inputs(store, preset), BareParts(preset)
-    cluster.connect(cluster.ClusterConfig(num_cpus=os.cpu_count() or 1))
+    connection.connect(connection.ClusterConfig(num_cpus=os.cpu_count() or 1))
     measured = []
     for number in range(num_rounds):
         measured.append(
@@ -87,9 +87,10 @@ def rounds(place: Path, preset: str, short: int, long: int, num_rounds: int) -> 
 
 def stages(store: Any, inputs: dict[str, Any], count: int, key: str) -> dict[str, float]:
     """Seconds of stage generate and of stage evaluate, with Ray running already. key: nothing lies in the store under it."""
+    from pipelines.cluster.resources import Execution
     from pipelines.stages import evaluate, generate
-    from pipelines.tracking import RunHandle
-    from pipelines.workflow import Execution, StageContext
+    from pipelines.tracking.run import RunHandle
+    from pipelines.workflow.stage import StageContext
 
     cpus = os.cpu_count() or 1
     execution = {"num_workers": 1, "cpus_per_worker": cpus, "batch_size": _IMAGES_PER_PASS * cpus}
@@ -118,8 +119,10 @@ class BareParts:
     """Plain loops over the same passes; the distance, which does not grow with images, is no part of it."""
 
     def __init__(self, preset: str) -> None:
-        from enat import ENAT, VQGAN, ENATConfig, VQGANConfig
-        from enat.features import InceptionExtractor
+        from enat.config import ENATConfig
+        from enat.metrics.extractors import InceptionExtractor
+        from enat.model import ENAT
+        from enat.tokenizer import VQGAN, VQGANConfig
 
         self.model, self.vqgan = ENAT(ENATConfig.preset(preset)).eval(), VQGAN(VQGANConfig(**_TOKENIZER)).eval()
         self.extractor = InceptionExtractor(inception_state())
@@ -127,8 +130,9 @@ class BareParts:
     @torch.inference_mode()
     def seconds_per_image(self, count: int) -> dict[str, float]:
         """Of each of _PARTS. A first pass warms up."""
-        from enat import SamplerConfig, sample
         from enat.images import to_uint8
+        from enat.sampler import sample
+        from enat.sampler_config import SamplerConfig
 
         torch.set_num_threads(os.cpu_count() or 1)
         passes, labels = -(-count // _IMAGES_PER_PASS), torch.arange(_IMAGES_PER_PASS)
@@ -149,11 +153,13 @@ def _inputs(store: Any, preset: str) -> dict[str, Any]:
     """A model, a tokenizer and a reference with weights that were drawn."""
     import dataclasses
 
-    from enat import ENAT, VQGAN, ENATConfig, VQGANConfig
     from enat.checkpoint import save_weights
-    from enat.features import InceptionExtractor
-    from enat.metrics import FeatureMoments
-    from pipelines.extractors import FEATURES_VERSION
+    from enat.config import ENATConfig
+    from enat.metrics.extractors import InceptionExtractor
+    from enat.metrics.moments import FeatureMoments
+    from enat.model import ENAT
+    from enat.tokenizer import VQGAN, VQGANConfig
+    from pipelines.evaluation.extractors import FEATURES_VERSION
 
     def put(stage: str, name: str, write: Any) -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +196,7 @@ def _inputs(store: Any, preset: str) -> dict[str, Any]:
 
 
 def _commit(store: Any, stage: str, key: str, files: Any, summary: Any, metrics: dict[str, float] | None = None) -> Any:
-    from pipelines.artifacts import Manifest
+    from pipelines.artifacts.manifest import Manifest
 
     made = Manifest(
         stage=stage,

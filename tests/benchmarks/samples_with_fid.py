@@ -19,13 +19,15 @@ import torch
 from random_weights import inception_state
 from training_loops import DTYPES, make_model
 
-from enat import VQGAN, ENATConfig, SamplerConfig, VQGANConfig
-from enat.features import InceptionExtractor
+from enat.config import ENATConfig
 from enat.images import to_uint8
-from enat.metrics import FeatureMoments, frechet_distance
-from pipelines.device import wait_for
-from pipelines.passes import PassSampler, fixed_numerics
-from pipelines.readers import run_pass
+from enat.metrics.extractors import InceptionExtractor
+from enat.metrics.moments import FeatureMoments, frechet_distance
+from enat.sampler_config import SamplerConfig
+from enat.tokenizer import VQGAN, VQGANConfig
+from pipelines.cluster.device import wait_for
+from pipelines.evaluation.readers import run_pass
+from pipelines.sampling.fixed_batches import PassSampler, fixed_numerics
 from pipelines.stages import generate
 
 NUM_SAMPLES = 50_000

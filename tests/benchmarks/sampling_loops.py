@@ -25,9 +25,12 @@ import samples_with_fid
 from samples_with_fid import clock
 from training_loops import DTYPES, dense_forward, make_model
 
-from enat import ENAT, ENATConfig, SamplerConfig, generation_cost
+from enat.config import ENATConfig
+from enat.cost import generation_cost
+from enat.model import ENAT
 from enat.sampler import decode_steps, draw_uniforms
-from pipelines.train_metrics import matmul_peak
+from enat.sampler_config import SamplerConfig
+from pipelines.training.monitor import matmul_peak
 
 _SPEED = "_images_per_second"
 FRESH, REUSE = SamplerConfig(reuse=False), SamplerConfig()

@@ -14,7 +14,7 @@ import training
 import training_loops
 from click.testing import CliRunner
 
-from enat import ENATConfig
+from enat.config import ENATConfig
 
 
 @pytest.mark.faults

@@ -13,7 +13,10 @@ import torch
 from click.testing import CliRunner
 from training_loops import make_model
 
-from enat import ENAT, ENATConfig, SamplerConfig, sample
+from enat.config import ENATConfig
+from enat.model import ENAT
+from enat.sampler import sample
+from enat.sampler_config import SamplerConfig
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,7 @@ def memory(place: Path, scale: float) -> dict[str, float]:
 
 def bytes_per_image(place: Path) -> dict[str, float]:
     """Of a map with 256 codes an image and its mirror image, codes drawn evenly from 1,024: 640 bytes of entropy."""
-    from pipelines.token_map import TokenMapInfo, TokenRows, write_part
+    from pipelines.data.token_map import TokenMapInfo, TokenRows, write_part
 
     rng, rows = np.random.default_rng(0), 2048
     info = TokenMapInfo(
@@ -108,7 +108,7 @@ def bytes_per_image(place: Path) -> dict[str, float]:
 
 def reader(num_rows: int) -> dict[str, float]:
     """Rows a second that one process takes for batches of 2,048, in the order of an epoch, from a map as large as ImageNet's."""
-    from pipelines.token_map import TokenMap, TokenMapInfo
+    from pipelines.data.token_map import TokenMap, TokenMapInfo
 
     info = TokenMapInfo(dataset="bench", resolution=256, grid_size=16, codebook_size=1024, num_classes=1000, tokenizer_digest="")
     codes = np.random.default_rng(0).integers(0, 1024, (num_rows, 2, 256), dtype=np.uint16)
@@ -140,26 +140,28 @@ def _run_pipeline(place: Path, workload: Workload, count: int) -> dict[str, floa
 
 def _token_map(place: Path, values: list[str], count: int) -> dict[str, float]:
     """One encoder with a CPU, one decoder with another, from images to a committed token map."""
-    from pipelines import cluster
+    from pipelines.cluster import connection
 
-    cluster.prepare_environment()
-    from pipelines import pipeline, workflow
-    from pipelines.artifacts import LocalStore
-    from pipelines.tracking import TrackingConfig, start_run
+    connection.prepare_environment()
+    from pipelines.artifacts.local_store import LocalStore
+    from pipelines.run import config as run_config
+    from pipelines.run import graph
+    from pipelines.tracking.run import TrackingConfig, start_run
+    from pipelines.workflow import driver, stage
 
     off = TrackingConfig(enabled=False)
-    session = workflow.Session(
+    session = stage.Session(
         store=LocalStore(place),
         run=start_run("", off, "bench", {}),
         tracking=off,
         console=Console(stderr=True, quiet=True),
-        connect=lambda: cluster.connect(cluster.ClusterConfig(num_cpus=2)),
+        connect=lambda: connection.connect(connection.ClusterConfig(num_cpus=2)),
     )
-    nodes = pipeline.build(pipeline.load_run(None, ["name=bench", "targets=[token_map]", *values]))
+    nodes = graph.build(run_config.load_run(None, ["name=bench", "targets=[token_map]", *values]))
     session.connect()
     with _PeakMemory() as peak:
         started = time.perf_counter()
-        done = workflow.execute(nodes, session)[-1]
+        done = driver.execute(nodes, session)[-1]
         seconds = time.perf_counter() - started
     assert done.manifest.summary["rows"] == count
     return {"seconds": seconds, "peak_bytes": peak.bytes}

@@ -98,7 +98,7 @@ def loops(_: Path, on: dict[str, Any], num_steps: int) -> dict[str, Any]:
     """A step of the obvious loop over one of ours; on a GPU compiled, too, with the share of the measured matrix products."""
     import training_loops
 
-    from pipelines.train_metrics import matmul_peak
+    from pipelines.training.monitor import matmul_peak
 
     machine = Machine(**on)
     is_gpu = machine.device == "cuda"
@@ -179,13 +179,13 @@ def scaling(place: Path, machine: Machine, num_steps: int) -> dict[str, Any]:
 
 def pipeline(place: Path, recipe: dict[str, Any]) -> dict[str, float]:
     """Figures of the second half of a run on Ray."""
-    from pipelines import cluster
+    from pipelines.cluster import connection
 
-    cluster.prepare_environment()
-    from pipelines.artifacts import LocalStore
+    connection.prepare_environment()
+    from pipelines.artifacts.local_store import LocalStore
     from pipelines.stages import train
-    from pipelines.tracking import RunHandle
-    from pipelines.workflow import StageContext
+    from pipelines.tracking.run import RunHandle
+    from pipelines.workflow.stage import StageContext
 
     store = LocalStore(place)
     context = StageContext(
@@ -194,7 +194,7 @@ def pipeline(place: Path, recipe: dict[str, Any]) -> dict[str, float]:
         store=store,
         run=RunHandle("", None),
         console=Console(stderr=True, quiet=True),
-        connect=lambda: cluster.connect(cluster.ClusterConfig(num_cpus=os.cpu_count())),
+        connect=lambda: connection.connect(connection.ClusterConfig(num_cpus=os.cpu_count())),
     )
     result = train.run(_config(recipe), _inputs(store), context)
     history: list[dict[str, float]] = json.loads(store.fetch_file("train", context.key, result.records[0]).read_text())
@@ -206,10 +206,10 @@ def bare(place: Path, recipe: dict[str, Any]) -> float:
     from training_loops import BareLoop, autocast, synchronize
 
     from enat.loss import objective, token_accuracy
-    from pipelines.artifacts import LocalStore
-    from pipelines.batches import draw_group
-    from pipelines.token_map import TokenMap
-    from pipelines.train_task import initial_model
+    from pipelines.artifacts.local_store import LocalStore
+    from pipelines.data.token_map import TokenMap
+    from pipelines.training.batches import draw_group
+    from pipelines.training.task import initial_model
 
     config, store = _config(recipe), LocalStore(place)
     torch.set_num_threads(config.execution.num_threads)
@@ -232,7 +232,7 @@ def bare(place: Path, recipe: dict[str, Any]) -> float:
 
 
 def _config(recipe: dict[str, Any]) -> Any:
-    from pipelines.train_config import ModelConfig, TrainConfig, TrainExecution
+    from pipelines.training.config import ModelConfig, TrainConfig, TrainExecution
 
     execution = TrainExecution(**recipe["execution"])
     return TrainConfig(**{**recipe, "model": ModelConfig(**recipe["model"]), "execution": execution})
@@ -240,10 +240,10 @@ def _config(recipe: dict[str, Any]) -> Any:
 
 def _inputs(store: Any) -> dict[str, Any]:
     """A token map of random codes, 16 x 16 out of 1,024, and a tokenizer that decodes them to as many pixels."""
-    from enat import VQGAN, VQGANConfig
     from enat.checkpoint import save_weights
-    from pipelines.artifacts import FileRecord, Manifest
-    from pipelines.token_map import TokenMapInfo, TokenRows, write_part
+    from enat.tokenizer import VQGAN, VQGANConfig
+    from pipelines.artifacts.manifest import FileRecord, Manifest
+    from pipelines.data.token_map import TokenMapInfo, TokenRows, write_part
 
     def commit(stage: str, name: str, write: Any, summary: dict[str, Any]) -> Manifest:
         with tempfile.TemporaryDirectory() as folder:

@@ -26,13 +26,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from enat import ENAT, ENATConfig
 from enat.blocks import Block
+from enat.config import ENATConfig
 from enat.cost import training_macs
 from enat.loss import objective, token_accuracy
 from enat.masking import MaskedCodes, MaskingConfig, mask_codes
-from enat.model import draw_dropout_mask
-from pipelines.train_metrics import matmul_peak
+from enat.model import ENAT, draw_dropout_mask
+from pipelines.training.monitor import matmul_peak
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMA_DECAY = 0.999

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from enat import ENAT, SamplerConfig, TextCondition
 from enat.blocks import Block, PreviousProjection
+from enat.model import ENAT, TextCondition
+from enat.sampler_config import SamplerConfig
 
 
 @dataclass

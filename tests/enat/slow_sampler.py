@@ -9,7 +9,7 @@ import math
 import torch
 from scipy.stats import qmc
 
-from enat import ENATConfig
+from enat.config import ENATConfig
 
 SEARCHED = {
     "num_steps": 4,

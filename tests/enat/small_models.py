@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from enat import ENAT, VQGAN, ENATConfig, TextCondition, VQGANConfig
 from enat.checkpoint import load_published_enat, load_published_vqgan
+from enat.config import ENATConfig
+from enat.model import ENAT, TextCondition
+from enat.tokenizer import VQGAN, VQGANConfig
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 

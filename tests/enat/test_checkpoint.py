@@ -19,16 +19,9 @@ from small_models import (
     small_vqgan,
 )
 
-from enat import ENATConfig, VQGANConfig
-from enat.checkpoint import (
-    load_enat,
-    load_published_enat,
-    load_published_vqgan,
-    load_strictly,
-    load_vqgan,
-    save_weights,
-)
-from enat.model import DECODER_ATTENTIONS
+from enat.checkpoint import load_enat, load_published_enat, load_published_vqgan, load_strictly, load_vqgan, save_weights
+from enat.config import DECODER_ATTENTIONS, ENATConfig
+from enat.tokenizer import VQGANConfig
 
 
 def published(name):

@@ -6,10 +6,14 @@ from small_models import TEXT, conditions, nested_tokens, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from enat import ENAT, VQGAN, ENATConfig, SamplerConfig, VQGANConfig, generation_cost, sample
-from enat.cost import decoder_macs, encoder_macs, head_macs, step_macs, training_macs
+from enat.config import ENATConfig
+from enat.cost import decoder_macs, encoder_macs, generation_cost, head_macs, step_macs, training_macs
 from enat.loss import objective
 from enat.masking import MaskedCodes
+from enat.model import ENAT
+from enat.sampler import sample
+from enat.sampler_config import SamplerConfig
+from enat.tokenizer import VQGAN, VQGANConfig
 
 ONE_PASS = SamplerConfig(guidance_scale=1.0)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from small_models import TEXT, conditions, golden, golden_enat, nested_tokens, small_enat
 
+from enat.config import DECODER_ATTENTIONS
 from enat.loss import masked_cross_entropy, objective, previous_features, token_accuracy
 from enat.masking import MaskedCodes, MaskingConfig, mask_codes
-from enat.model import DECODER_ATTENTIONS, draw_dropout_mask
+from enat.model import draw_dropout_mask
 
 # What a model may have beside the published architecture.
 EXTENSIONS = [

@@ -5,8 +5,8 @@ import pytest
 import torch
 from small_models import TEXT, captions, conditions, golden, golden_enat, nested_tokens, small_config, small_enat
 
-from enat import ENAT, ENATConfig, TextCondition
-from enat.model import DECODER_ATTENTIONS, draw_dropout_mask
+from enat.config import DECODER_ATTENTIONS, ENATConfig
+from enat.model import ENAT, TextCondition, draw_dropout_mask
 
 # All masked, then fewer and fewer, none new from one step to the next, and nothing masked at the end.
 NUM_MASKED = [16, 13, 7, 7, 1, 0]

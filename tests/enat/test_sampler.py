@@ -5,7 +5,8 @@ import pytest
 import torch
 from small_models import TEXT, captions, conditions, golden, golden_enat, small_enat
 
-from enat import SamplerConfig, sample
+from enat.sampler import sample
+from enat.sampler_config import SamplerConfig
 
 GREEDY = {"sampling_temperature": 0.0, "remask_temperature": 0.0}
 

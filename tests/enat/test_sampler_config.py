@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slow_sampler import HALTON, RANDOM, SEARCHED
 
-from enat import SamplerConfig
+from enat.sampler_config import SamplerConfig
 from enat.schedule import MASK_SCHEDULES
 
 

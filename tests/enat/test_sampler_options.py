@@ -14,9 +14,10 @@ from small_models import TEXT, conditions, small_config, small_enat
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from enat import ENAT, SamplerConfig, sample
-from enat.regions import box_mask
-from enat.sampler import decode_steps
+from enat.masking import box_mask
+from enat.model import ENAT
+from enat.sampler import decode_steps, sample
+from enat.sampler_config import SamplerConfig
 from enat.schedule import GUIDANCE_SCHEDULES, MASK_SCHEDULES, TEMPERATURE_SCHEDULES, mask_ratio
 
 MODEL = small_enat()

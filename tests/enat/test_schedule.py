@@ -9,14 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import qmc
 
-from enat.schedule import (
-    GUIDANCE_SCHEDULES,
-    MASK_SCHEDULES,
-    guidance_weight,
-    halton_order,
-    mask_ratio,
-    temperature,
-)
+from enat.schedule import GUIDANCE_SCHEDULES, MASK_SCHEDULES, guidance_weight, halton_order, mask_ratio, temperature
 
 
 def test_the_mask_ratio_goes_from_all_to_none_along_a_cosine():

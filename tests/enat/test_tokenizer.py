@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_models import golden, golden_vqgan, randomize, small_vqgan
 
-from enat import VQGAN, VQGANConfig
+from enat.tokenizer import VQGAN, VQGANConfig
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_models import randomize, small_vqgan
 from torch.nn import functional as F
 
-from enat import VQGAN, VQGANConfig
+from enat.tokenizer import VQGAN, VQGANConfig
 from enat.tokenizer_training import TokenizerRecipe, code_usage, initialize_codebook, revive_unused, train_tokenizer
 
 

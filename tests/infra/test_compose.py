@@ -197,7 +197,7 @@ def test_the_store_is_addressed_by_path_as_names_of_containers_need(monkeypatch:
     """A bucket's name before the host's would be a host that nobody knows."""
     from botocore.awsrequest import AWSResponse
 
-    from pipelines.s3_client import S3Config, client_of
+    from pipelines.storage.s3_client import S3Config, client_of
 
     environment = SERVICES["ray-head"]["environment"]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")

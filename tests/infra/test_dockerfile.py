@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from manifests import IN_IMAGE, INFRA, REPOSITORY, SECRET, instructions, stages
 
-from pipelines import code_package
+from pipelines.workflow import provenance
 
 TARGETS = ["enat", "mlflow"]
 
@@ -101,7 +101,7 @@ def test_the_image_knows_the_commit_that_it_was_built_from(tmp_path: Path) -> No
     command = next(part for part in run.split(" && ") if "write_record" in part)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "REVISION": "a" * 40}
     subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, timeout=60, check=True)
-    state = code_package.read_state(tmp_path)
+    state = provenance.read_state(tmp_path)
     assert state is not None and state.commit == "a" * 40 and state.label.endswith("+g" + "a" * 12)
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from manifests import INFRA, containers, documents, of_kind, pod_templates, resources
 
-from pipelines import jobs
+from pipelines.jobs import client as jobs
 
 TEMPLATES = dict(pod_templates())
 CONTAINERS = dict(containers())
@@ -122,8 +122,8 @@ def test_both_pools_grow_from_nothing() -> None:
 def test_the_gpu_pool_fits_what_the_config_asks_for() -> None:
     from manifests import REPOSITORY
 
-    from pipelines.config import load_config
-    from pipelines.pipeline import RunConfig
+    from pipelines.run.config import RunConfig
+    from pipelines.workflow.config import load_config
 
     run = load_config(RunConfig, REPOSITORY / "configs" / "imagenet256.yaml", [])
     groups = {group["groupName"]: group for group in CLUSTER["spec"]["workerGroupSpecs"]}

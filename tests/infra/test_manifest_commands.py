@@ -13,9 +13,9 @@ from manifests import IN_IMAGE, INFRA, KUBERAY, REPOSITORY, compose, enat_comman
 from test_manifests_run import OF_OTHERS, RUN_BY
 from what_runs import what_runs
 
-from pipelines.cli import commands
-from pipelines.config import load_config
-from pipelines.pipeline import RunConfig
+from pipelines.cli.main import commands
+from pipelines.run.config import RunConfig
+from pipelines.workflow.config import load_config
 
 COMMANDS = enat_commands()
 

@@ -200,7 +200,7 @@ def material(station: Workstation) -> None:
     from omegaconf import OmegaConf
     from PIL import Image
 
-    from enat import VQGAN, VQGANConfig
+    from enat.tokenizer import VQGAN, VQGANConfig
 
     bucket = boto3.client("s3", endpoint_url=station.s3, **KEYS)
     bucket.create_bucket(Bucket="datasets")

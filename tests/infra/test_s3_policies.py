@@ -19,11 +19,10 @@ from xml.etree import ElementTree
 import pytest
 from manifests import INFRA
 
-from pipelines import garbage
-from pipelines.artifacts import USED, WORK, Manifest
-from pipelines.s3 import S3Config
-from pipelines.s3_client import client_of
-from pipelines.s3_store import S3Store
+from pipelines.artifacts import garbage
+from pipelines.artifacts.manifest import USED, WORK, Manifest
+from pipelines.artifacts.s3_store import S3Store
+from pipelines.storage.s3_client import S3Config, client_of
 
 S3 = INFRA / "s3"
 ROLES = ["reader", "stage-writer", "committer", "collector"]

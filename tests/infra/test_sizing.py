@@ -8,8 +8,9 @@ import pytest
 import torch
 from manifests import INFRA
 
-from enat import ENAT, ENATConfig
-from pipelines.train_config import TrainExecution
+from enat.config import ENATConfig
+from enat.model import ENAT
+from pipelines.training.config import TrainExecution
 
 README = (INFRA / "README.md").read_text()
 GPUS = 8

@@ -14,11 +14,12 @@ import pytest
 from html_page import Page
 from rich.console import Console
 
-from pipelines import compare_table, comparison, tracking
-from pipelines.artifacts import canonical_json
-from pipelines.compare_sections import Row
-from pipelines.comparison import Comparison, Query
-from pipelines.tracking import RunHandle, TrackingConfig
+from pipelines.comparison import query, table
+from pipelines.comparison.query import Comparison, Query
+from pipelines.comparison.sections import Row
+from pipelines.storage.base import canonical_json
+from pipelines.tracking import run as tracking
+from pipelines.tracking.run import RunHandle, TrackingConfig
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 PROTOCOL = {
@@ -94,7 +95,7 @@ class Lab:
         return run.run_id
 
     def compare(self, *runs: str, filter: str | None = None, published: str = "none") -> Comparison:
-        return comparison.compare(self.uri, Query(experiments=(self.experiment,), filter=filter, runs=runs), published)
+        return query.compare(self.uri, Query(experiments=(self.experiment,), filter=filter, runs=runs), published)
 
     def rows(self, *runs: str, filter: str | None = None) -> list[Row]:
         return self.compare(*runs, filter=filter).rows
@@ -125,7 +126,7 @@ def key_of(number: int) -> str:
 
 def text_of(comparison: Comparison, width: int = 1000) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    compare_table.show(comparison, console)
+    table.show(query, console)
     with closing(console.file) as file:
         assert isinstance(file, io.StringIO)
         return file.getvalue()

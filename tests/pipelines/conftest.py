@@ -14,23 +14,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from compare_lab import lab, lab_uri  # noqa: F401 (fixtures)
+from digits_run import DIGITS, REPOSITORY, TINY_DIGITS, CommandLineRun
 from layouts import Layouts, make_layouts
 from PIL import Image
 from s3_server import S3Endpoint, make_bucket, s3_endpoint  # noqa: F401 (fixtures)
 from tiny_training import material  # noqa: F401 (a fixture)
 
-from pipelines.s3 import S3Folder
-
-REPOSITORY = Path(__file__).parents[2]
-DIGITS = REPOSITORY / "configs" / "digits.yaml"
-
+from pipelines.storage.s3 import S3Folder
 
 # Images --------------------------------------------------------------------------------------------------------------------
 
@@ -105,7 +102,7 @@ def vqgan(photographs: dict[str, Image.Image]):
     """A small tokenizer whose convolutions are untrained, but whose codebook lies where latents of the photographs do."""
     import torch
 
-    from enat import VQGAN, VQGANConfig
+    from enat.tokenizer import VQGAN, VQGANConfig
     from enat.tokenizer_training import initialize_codebook
 
     with torch.random.fork_rng(devices=[]):
@@ -160,10 +157,11 @@ def tiny_config(image_folder: Path, tokenizer_weights: Path, tmp_path_factory: p
 @pytest.fixture(scope="session")
 def tiny_nodes(tiny_config: Path) -> Callable[..., list[Any]]:
     """The nodes of the tiny run under overrides; until="train" gives that node and what it reads from, directly or not."""
-    from pipelines import pipeline
+    from pipelines.run import config as run_config
+    from pipelines.run import graph
 
     def nodes(*overrides: str, until: str = "report") -> list[Any]:
-        every = {node.id: node for node in pipeline.build(pipeline.load_run(tiny_config, overrides))}
+        every = {node.id: node for node in graph.build(run_config.load_run(tiny_config, overrides))}
         needed, waiting = set(), [until]
         while waiting:
             needed.add(id := waiting.pop())
@@ -178,8 +176,8 @@ def make_session() -> Callable[..., Any]:
     """A workflow session on a store, untracked and with a terminal that nobody reads, for tests that run stages in process."""
     from rich.console import Console
 
-    from pipelines.tracking import RunHandle, TrackingConfig
-    from pipelines.workflow import Session
+    from pipelines.tracking.run import RunHandle, TrackingConfig
+    from pipelines.workflow.stage import Session
 
     def make(store: Any, **replaced: Any) -> Session:
         fields = {
@@ -197,7 +195,7 @@ def make_session() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def make_context(make_session: Callable[..., Any]) -> Callable[..., Any]:
     """The context of one stage, for tests that call a stage's function themselves."""
-    from pipelines.workflow import StageContext
+    from pipelines.workflow.stage import StageContext
 
     def make(store: Any, stage: str, key: str = "0" * 64, **replaced: Any) -> StageContext:
         session = make_session(store)
@@ -284,40 +282,6 @@ def end_enat_when() -> Callable[..., tuple[int, str]]:
                 process.kill()
 
     return run
-
-
-@dataclass(frozen=True)
-class CommandLineRun:
-    """One run of `enat run`, what it said, and where it wrote."""
-
-    overrides: tuple[str, ...]
-    workspace: Path
-    process: subprocess.CompletedProcess[str]
-    seconds: float
-
-    @property
-    def store(self) -> Any:
-        from pipelines.artifacts import LocalStore
-
-        return LocalStore(self.workspace / "store")
-
-    def planned(self) -> dict[str, Any]:
-        """Nodes of the run by id, each with the manifest that the store has for it."""
-        from pipelines import pipeline, workflow
-
-        run = pipeline.load_run(DIGITS, (*self.overrides, f"workspace={self.workspace}"))
-        return {planned.node.id: planned for planned in workflow.plan(pipeline.build(run), self.store)}
-
-
-TINY_DIGITS = (
-    "tokenizer.recipe.num_steps=30",
-    "token_map.shard_size=64",
-    "reference.num_epochs=1",
-    "train.num_steps=20",
-    "train.execution={num_workers: 1, checkpoint_every: 5, log_every: 5, sample_every: 10}",
-    "generate.num_samples=40",
-    "generate.shard_size=20",
-)
 
 
 class _BesideOthers:

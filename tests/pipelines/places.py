@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.artifacts import ArtifactStore, Manifest, open_store
-from pipelines.s3 import S3Folder
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.storage.s3 import S3Folder
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from tiny_training import Material, Trained
 from enat.loss import objective, token_accuracy
 from enat.masking import mask_codes
 from enat.model import ENAT, TextCondition, draw_dropout_mask
-from pipelines.caption_features import CaptionFeatures
-from pipelines.token_map import TokenMap
-from pipelines.train_config import TrainConfig
-from pipelines.train_task import initial_model
+from pipelines.data.captions import CaptionFeatures
+from pipelines.data.token_map import TokenMap
+from pipelines.training.config import TrainConfig
+from pipelines.training.task import initial_model
 
 
 def train_plainly(material: Material, config: TrainConfig) -> Trained:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.s3 import S3Config, S3Folder
+from pipelines.storage.s3 import S3Folder
+from pipelines.storage.s3_client import S3Config
 
 # What of the environment would let a test reach a real bucket, or find other credentials than these.
 _ENVIRONMENT = {

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipelines import config, doctor
-from pipelines.cli import commands
-from pipelines.pipeline import RunConfig
+from pipelines import doctor
+from pipelines.cli.main import commands
+from pipelines.run.config import RunConfig
+from pipelines.workflow import config as configuration
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def examine(tmp_path: Path) -> Callable[..., dict[str, doctor.Finding]]:
     """Findings by what they are of; the last one of each."""
 
     def examine(*overrides: str) -> dict[str, doctor.Finding]:
-        run = config.load_config(RunConfig, None, ("name=it", f"workspace={tmp_path / 'runs'}", *overrides))
+        run = configuration.load_config(RunConfig, None, ("name=it", f"workspace={tmp_path / 'runs'}", *overrides))
         return {finding.what: finding for finding in doctor.examine(run)}
 
     return examine

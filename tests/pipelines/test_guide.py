@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import fnmatch
 import re
 import typing
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.pipeline import RunConfig
+from pipelines.run.config import RunConfig
 
 REPOSITORY = Path(__file__).parents[2]
 GUIDE = REPOSITORY / "pipelines" / "guide"
@@ -67,14 +67,15 @@ def test_every_page_of_the_guide_is_in_the_readme() -> None:
     assert linked == {path.name for path in GUIDE.iterdir() if path.suffix in {".md", ".ipynb"}}
 
 
-@pytest.mark.parametrize("package", ["enat", "pipelines"])
-def test_every_file_is_in_the_map_of_the_readme_and_every_name_there_is_a_file(package: str) -> None:
-    section = (REPOSITORY / "README.md").read_text().partition("| file | what it is |")[2].partition("\n## ")[0]
-    rows = {"enat": section.partition("| `pipelines/` |")[0], "pipelines": section.partition("| `pipelines/` |")[2]}
-    named = re.findall(r"`([\w*]+\.(?:py|yaml))`", rows[package])
-    files = [path.name for path in (REPOSITORY / package).iterdir() if path.suffix in {".py", ".yaml"} and path.name[:2] != "__"]
-    assert not [file for file in files if not any(fnmatch.fnmatch(file, name) for name in named)], "it is missing in the map"
-    assert not [name for name in named if not fnmatch.filter(files, name)], "the map names what is not there"
+def test_every_folder_is_in_the_map_of_the_readme_and_names_its_files() -> None:
+    section = (REPOSITORY / "README.md").read_text().partition("| folder | what it holds |")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`((?:enat|pipelines)/[\w/]*)`", section))
+    packages = {path.parent for name in ("enat", "pipelines") for path in (REPOSITORY / name).rglob("__init__.py")}
+    assert named == {f"{package.relative_to(REPOSITORY)}/" for package in packages} | {"pipelines/guide/"}
+    for package in packages:
+        text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+        files = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+        assert not {name for name in files if not re.search(rf"\b{name}\b", text)}, f"{package}/__init__.py does not name them"
 
 
 def test_the_readme_tells_all_exit_codes_of_the_command() -> None:

@@ -30,12 +30,15 @@ def test_the_contracts_of_pyproject_are_kept(capsys: pytest.CaptureFixture[str])
     ("module", "heavy"),
     [
         (
-            "pipelines.cli",
+            "pipelines.cli.main",
             ("torch", "ray", "mlflow", "numpy", "pyarrow", "omegaconf", "sklearn", "matplotlib", "deepspeed", "boto3"),
         ),
-        ("pipelines.artifacts", ("torch", "ray", "mlflow", "numpy", "pyarrow", "omegaconf", "click")),
-        ("pipelines.tracking, pipelines.cluster, pipelines.config", ("torch", "ray", "mlflow", "numpy", "pyarrow")),
-        ("pipelines.pipeline", ("mlflow", "deepspeed", "sklearn", "matplotlib.pyplot", "torch_fidelity")),
+        ("pipelines.artifacts.open", ("torch", "ray", "mlflow", "numpy", "pyarrow", "omegaconf", "click")),
+        (
+            "pipelines.tracking.run, pipelines.cluster.connection, pipelines.workflow.config",
+            ("torch", "ray", "mlflow", "numpy", "pyarrow"),
+        ),
+        ("pipelines.run.graph", ("mlflow", "deepspeed", "sklearn", "matplotlib.pyplot", "torch_fidelity")),
     ],
 )
 def test_a_light_module_imports_nothing_heavy(module: str, heavy: tuple[str, ...], tmp_path: Path) -> None:
@@ -46,8 +49,8 @@ def test_a_light_module_imports_nothing_heavy(module: str, heavy: tuple[str, ...
 def test_importing_every_module_says_and_starts_and_writes_nothing(tmp_path: Path) -> None:
     code = """
 import importlib, os, pkgutil, threading
-from pipelines import cluster
-cluster.prepare_environment()
+from pipelines.cluster import connection
+connection.prepare_environment()
 import enat, pipelines
 for package in (enat, pipelines):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from enat.images import make_grid
 from pipelines import notebook
-from pipelines.artifacts import StoreError
-from pipelines.samples import read_codes
+from pipelines.data.samples import read_codes
+from pipelines.storage.base import StoreError
 
 EXAMPLE = Path(notebook.__file__).parent / "guide" / "digits.ipynb"
 

@@ -28,15 +28,17 @@ from safetensors.torch import load_file
 
 from enat.checkpoint import save_weights
 from enat.text import TextFeatures
-from pipelines.artifacts import ArtifactStore, LocalStore, Manifest
-from pipelines.caption_features import CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
-from pipelines.checkpoints import find_checkpoints
-from pipelines.token_map import TokenMap, TokenMapInfo, TokenRows, write_part
-from pipelines.tracking import RunHandle
-from pipelines.train_config import ModelConfig, TrainConfig, TrainExecution
-from pipelines.train_loop import Trainer
-from pipelines.train_task import TrainResult, TrainTask
-from pipelines.workflow import WorkerContext
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.data.captions import CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
+from pipelines.data.token_map import TokenMap, TokenMapInfo, TokenRows, write_part
+from pipelines.tracking.run import RunHandle
+from pipelines.training.checkpoints import find_checkpoints
+from pipelines.training.config import ModelConfig, TrainConfig, TrainExecution
+from pipelines.training.loop import Trainer
+from pipelines.training.task import TrainResult, TrainTask
+from pipelines.workflow.stage import WorkerContext
 
 _FORKS = multiprocessing.get_context("forkserver")
 _PRELOADED = ["tiny_training", "deepspeed", "torch._dynamo", "torch._inductor.lowering", "ray.train.torch"]

@@ -14,10 +14,12 @@ from PIL import Image
 from tiny_clip import make_tiny_clip
 
 from enat.text import load_text_encoder
-from pipelines import workflow
-from pipelines.artifacts import LocalStore, Manifest
-from pipelines.caption_features import EMPTY, CaptionFeatures
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.data.captions import EMPTY, CaptionFeatures
 from pipelines.stages import captions as stage
+from pipelines.workflow import driver
+from pipelines.workflow import stage as workflow_stage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -50,11 +52,12 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def nodes(tiny_config: Path, clip: Path, coco: str) -> Callable[..., list[Any]]:
-    from pipelines import pipeline
+    from pipelines.run import config as run_config
+    from pipelines.run import graph
 
     def nodes(*overrides: str) -> list[Any]:
         values = (coco, "targets=[captions]", f"captions.encoder={clip}", *overrides)
-        return pipeline.build(pipeline.load_run(tiny_config, values))
+        return graph.build(run_config.load_run(tiny_config, values))
 
     return nodes
 
@@ -65,14 +68,14 @@ def make_captions(
 ) -> Callable[..., tuple[LocalStore, Manifest]]:
     def make(*overrides: str, store: LocalStore | None = None) -> tuple[LocalStore, Manifest]:
         store = store or LocalStore(tmp_path_factory.mktemp("store"))
-        return store, workflow.execute(nodes(*overrides), make_session(store))[-1].manifest
+        return store, driver.execute(nodes(*overrides), make_session(store))[-1].manifest
 
     return make
 
 
 @pytest.fixture(scope="module")
-def plan_captions(nodes: Callable[..., list[Any]]) -> Callable[..., workflow.Planned]:
-    return lambda store, *overrides: workflow.plan(nodes(*overrides), store)[-1]
+def plan_captions(nodes: Callable[..., list[Any]]) -> Callable[..., workflow_stage.Planned]:
+    return lambda store, *overrides: driver.plan(nodes(*overrides), store)[-1]
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,14 @@ from layouts import CLASSES, Layouts, make_layouts, open_dataset, tar_bytes, wri
 from rich.console import Console
 from s3_server import S3Endpoint
 
-from pipelines import workflow
-from pipelines.artifacts import LocalStore, Manifest
-from pipelines.dataset import INDEX, Dataset
-from pipelines.s3 import S3Folder
-from pipelines.sources import DatasetConfig, open_source
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.data.dataset import INDEX, Dataset
+from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.stages import dataset as stage
-from pipelines.workflow import Node
+from pipelines.storage.s3 import S3Folder
+from pipelines.workflow import driver
+from pipelines.workflow.stage import Node
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def make(make_session: Callable[..., Any], tmp_path: Path) -> Callable[..., Mani
     def run(config: DatasetConfig, store: LocalStore | None = None, **replaced: Any) -> Manifest:
         open_source(config)
         session = make_session(store or LocalStore(tmp_path / "store"), **replaced)
-        return workflow.execute([Node("dataset", stage.STAGE, config)], session)[0].manifest
+        return driver.execute([Node("dataset", stage.STAGE, config)], session)[0].manifest
 
     return run
 

@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from enat.metrics import FeatureMoments
+from enat.metrics.moments import FeatureMoments
 from enat.text import TextFeatures
-from pipelines.artifacts import FileRecord, LocalStore
-from pipelines.caption_features import CaptionFeaturesInfo, captions_name
-from pipelines.feature_job import FeatureSet
-from pipelines.sources import DatasetConfig
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import FileRecord
+from pipelines.cluster.resources import Execution, Workers
+from pipelines.data.captions import CaptionFeaturesInfo, captions_name
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.data.token_map import TokenMapInfo
+from pipelines.evaluation.features import FeatureSet
 from pipelines.stages import captions, reference, token_map, tokenizer
-from pipelines.token_map import TokenMapInfo
-from pipelines.workflow import Execution, StageContext, StageResult, Workers
+from pipelines.workflow.stage import StageContext, StageResult
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")  # bars live there
 

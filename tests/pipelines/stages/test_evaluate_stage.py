@@ -19,25 +19,32 @@ from layouts import open_dataset
 from PIL import Image
 from random_weights import inception_state
 
-from enat import ENATConfig, SamplerConfig, VQGANConfig, features, generation_cost
 from enat.checkpoint import save_weights
+from enat.config import ENATConfig
+from enat.cost import generation_cost
 from enat.images import to_uint8
-from enat.metrics import FeatureMoments, inception_score, load_moments
-from pipelines import evaluation_card, workflow
-from pipelines.artifacts import LocalStore, Manifest
-from pipelines.costs import Prices
-from pipelines.extractors import ExtractorFile
-from pipelines.feature_job import drawn_evenly
-from pipelines.image_cost import image_cost
-from pipelines.image_sets import ImageSetConfig
-from pipelines.model_card import registered_name
-from pipelines.readers import sample_reader
-from pipelines.samples import SamplePlan, Samples, part_name, write_samples
-from pipelines.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
-from pipelines.sources import DatasetConfig
+from enat.metrics import extractors
+from enat.metrics.moments import FeatureMoments, inception_score, load_moments
+from enat.sampler_config import SamplerConfig
+from enat.tokenizer import VQGANConfig
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.cluster.resources import Execution
+from pipelines.data.image_sets import ImageSetConfig
+from pipelines.data.samples import SamplePlan, Samples, image_cost, part_name, write_samples
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.evaluation import protocol as evaluation_protocol
+from pipelines.evaluation.extractors import ExtractorFile
+from pipelines.evaluation.features import drawn_evenly
+from pipelines.evaluation.readers import sample_reader
+from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
+from pipelines.registry.model_card import registered_name
 from pipelines.stages import evaluate, image_set, reference
-from pipelines.tracking import TrackingConfig, start_run
-from pipelines.workflow import Execution, PublishContext, Stage, StageResult
+from pipelines.tracking.run import TrackingConfig, start_run
+from pipelines.workflow import driver
+from pipelines.workflow import stage as workflow_stage
+from pipelines.workflow.costs import Prices
+from pipelines.workflow.stage import PublishContext, Stage, StageResult
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -80,9 +87,9 @@ class UnroundedExtractor(SumsExtractor):
 def _sums_are_registered() -> Any:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "_FACTORIES", dict(features._FACTORIES))
-        features.register_extractor("sums", SumsExtractor)
-        features.register_extractor("unrounded", UnroundedExtractor)
+        patch.setattr(extractors, "_FACTORIES", dict(extractors._FACTORIES))
+        extractors.register_extractor("sums", SumsExtractor)
+        extractors.register_extractor("unrounded", UnroundedExtractor)
         yield
 
 
@@ -388,7 +395,7 @@ def test_pixels_that_are_not_rounded_are_refused_where_there_are_none_or_nobody_
 
 
 def test_the_usual_settings_need_no_words_in_a_protocol(material: Material) -> None:
-    protocol = evaluation_card.protocol_of(material.inputs["reference"], material.inputs["samples"], ScoreSettings())
+    protocol = evaluation_protocol.protocol_of(material.inputs["reference"], material.inputs["samples"], ScoreSettings())
     assert protocol["metric_version"] == "1"
 
 
@@ -463,7 +470,7 @@ def test_images_of_another_generator_get_the_same_scores_as_the_codes_they_were_
     assert result.summary["protocol"] == ours.summary["protocol"] and result.summary["num_samples"] == NUM_SAMPLES
     assert result.summary["protocol_digest"] == ours.summary["protocol_digest"], "so that both stand in one table"
     manifest = _commit(material.store, "evaluate", "o" * 64, result)
-    tags = evaluation_card.tags_of(manifest, inputs, "evaluate")
+    tags = evaluation_protocol.tags_of(manifest, inputs, "evaluate")
     assert tags["enat.model"] == "other-model" and tags["enat.dataset"] == "digits" and tags["enat.samples"] == "images/i"
     assert tags["enat.resolution"] == "16" and not {"enat.parameters", "enat.num_steps", "enat.train_steps"} & set(tags)
     with pytest.raises(ValueError, match="judge needs samples that were generated here"):
@@ -560,7 +567,9 @@ def test_settings_that_make_no_sense_are_refused(name: str) -> None:
 def test_splits_of_a_number_and_of_a_size_are_not_both_taken() -> None:
     with pytest.raises(ValueError, match="split_size must be at least 1, and takes the place of num_splits"):
         ScoreSettings(num_splits=5, split_size=5000)
-    assert ScoreSettings(split_size=1) and evaluation_card._metric_version(ScoreSettings(split_size=5000)) == "1, split_size 5000"
+    assert (
+        ScoreSettings(split_size=1) and evaluation_protocol._metric_version(ScoreSettings(split_size=5000)) == "1, split_size 5000"
+    )
 
 
 def test_samples_of_another_size_are_refused(material: Material, make_context) -> None:
@@ -581,7 +590,7 @@ def test_a_reference_whose_features_would_come_out_otherwise_now_is_refused(mate
 def test_how_it_is_computed_is_no_part_of_a_key(material: Material) -> None:
     def key(**given: Any) -> str:
         stage = Stage("evaluate", 1, evaluate.run)
-        return workflow.stage_key(workflow.Node("evaluate", stage, evaluate.EvaluateConfig(**given)), {})
+        return driver.stage_key(workflow_stage.Node("evaluate", stage, evaluate.EvaluateConfig(**given)), {})
 
     assert key() == key(execution=Execution(num_workers=2, batch_size=1), dataset=DatasetConfig())
     assert key(metrics=()) == key(metrics=("frechet_distance",)) != key()

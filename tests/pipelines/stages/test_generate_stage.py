@@ -22,26 +22,25 @@ import torch
 from random_weights import randomized
 from workers import kill_a_worker
 
-from enat import ENAT, VQGAN, ENATConfig, SamplerConfig, TextCondition, sample
 from enat.checkpoint import save_weights
+from enat.config import ENATConfig
+from enat.model import ENAT, TextCondition
+from enat.sampler import sample
+from enat.sampler_config import SamplerConfig
 from enat.text import TextFeatures
-from pipelines.artifacts import FileRecord, LocalStore, Manifest
-from pipelines.caption_features import (
-    EMPTY,
-    CaptionFeatures,
-    CaptionFeaturesInfo,
-    captions_name,
-    write_captions,
-    write_empty,
-)
-from pipelines.dataset import INDEX, write_index
-from pipelines.models import Generator
-from pipelines.samples import Samples, read_codes, sample_seed
-from pipelines.sampling import SampleRequest, sample_batches
-from pipelines.sources import Entry
+from enat.tokenizer import VQGAN
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.data.captions import EMPTY, CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
+from pipelines.data.dataset import INDEX, write_index
+from pipelines.data.samples import Samples, read_codes, sample_seed
+from pipelines.data.sources.base import Entry
+from pipelines.data.token_map import TokenMapInfo, TokenRows, write_part
+from pipelines.sampling.models import Generator
+from pipelines.sampling.request import SampleRequest
+from pipelines.sampling.sample import sample_batches
 from pipelines.stages import generate
 from pipelines.stages.generate import GenerateConfig, GenerateExecution
-from pipelines.token_map import TokenMapInfo, TokenRows, write_part
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -470,8 +469,8 @@ class _Context:
 
         from rich.console import Console
 
-        from pipelines.tracking import RunHandle
-        from pipelines.workflow import StageContext
+        from pipelines.tracking.run import RunHandle
+        from pipelines.workflow.stage import StageContext
 
         console = Console(file=io.StringIO())
         return StageContext(

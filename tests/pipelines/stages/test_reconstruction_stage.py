@@ -12,15 +12,18 @@ import pytest
 import torch
 
 from enat.images import to_uint8
-from enat.metrics import FeatureMoments, frechet_distance
-from pipelines import token_map, workflow
-from pipelines.artifacts import LocalStore, Manifest
-from pipelines.dataset import Dataset
-from pipelines.extractors import ExtractorFile
-from pipelines.feature_job import stored_moments
+from enat.metrics.moments import FeatureMoments, frechet_distance
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.cluster.resources import Execution
+from pipelines.data import token_map
+from pipelines.data.dataset import Dataset
+from pipelines.evaluation.extractors import ExtractorFile
+from pipelines.evaluation.features import stored_moments
 from pipelines.stages import reconstruction
 from pipelines.stages import reference as reference_stage
-from pipelines.workflow import Execution, Node, StageResult
+from pipelines.workflow import driver
+from pipelines.workflow.stage import Node, StageResult
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -51,7 +54,7 @@ def made(
     overrides = (f"dataset.path={broken_image_folder}", "token_map.max_quarantine_share=0.5", "reference.images_per_pass=4")
     nodes = {node.id: node for until in ("reference", "token_map") for node in tiny_nodes(*overrides, until=until)}
     ordered = [nodes[name] for name in ("dataset", "tokenizer", "token_map", "reference")]
-    done = workflow.execute(ordered, make_session(store))
+    done = driver.execute(ordered, make_session(store))
     return Made(store, {item.node.id: item.manifest for item in done}, nodes)
 
 

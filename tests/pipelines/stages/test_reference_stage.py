@@ -12,15 +12,16 @@ import torch
 from layouts import open_dataset
 from random_weights import inception_state
 
-from enat.features import ClassifierExtractor
-from enat.metrics import FeatureMoments, FeatureStatistics, load_moments
-from pipelines import workflow
-from pipelines.adm_reference import NpzReference
-from pipelines.artifacts import LocalStore
-from pipelines.feature_job import feature_files, read_rows
-from pipelines.sources import DatasetConfig
+from enat.metrics.extractors import ClassifierExtractor
+from enat.metrics.moments import FeatureMoments, FeatureStatistics, load_moments
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.cluster.resources import Execution
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.evaluation.adm_reference import NpzReference
+from pipelines.evaluation.features import feature_files, read_rows
 from pipelines.stages import reference
-from pipelines.workflow import Execution, StageResult
+from pipelines.workflow import driver
+from pipelines.workflow.stage import StageResult
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -43,7 +44,7 @@ def test_moments_of_inception_are_those_of_torch_fidelitys_network(
 
     store = LocalStore(tmp_path / "store")
     overrides = ("reference.extractor=inception", f"reference.weights={inception_weights}", "reference.images_per_pass=4")
-    done = workflow.execute(tiny_nodes(*overrides, "reference.num_kept=5", until="reference"), make_session(store))[-1]
+    done = driver.execute(tiny_nodes(*overrides, "reference.num_kept=5", until="reference"), make_session(store))[-1]
     moments = FeatureMoments.load(store.fetch(done.manifest, "moments.safetensors"))
 
     network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(inception_weights))
@@ -71,7 +72,7 @@ def test_another_file_of_inception_weights_is_another_artifact(
 
     def key(path: Path, *overrides: str) -> str:
         nodes = tiny_nodes("reference.extractor=inception", f"reference.weights={path}", *overrides, until="reference")
-        return workflow.stage_key(nodes[-1], {})
+        return driver.stage_key(nodes[-1], {})
 
     assert key(moved) == key(inception_weights)
     assert key(moved, "seed=7") == key(inception_weights)  # runs of other seeds have the same reference
@@ -129,7 +130,7 @@ def test_statistics_of_a_published_file_are_taken_as_they_are(
 def test_images_of_a_published_file_are_those_of_precision_and_recall(
     inception_weights: Path, make_context, local_store: LocalStore, tmp_path: Path
 ) -> None:
-    from enat.features import load_extractor
+    from enat.metrics.extractors import load_extractor
 
     path = _write_npz(tmp_path / "with-images.npz", images=_images(5))
     result = _run(_config(path, inception_weights, images_per_pass=5), make_context, local_store)
@@ -230,7 +231,7 @@ def test_the_classifier_of_a_stopped_stage_is_not_trained_again(
 
 
 def _nothing_computed() -> Any:
-    from pipelines.feature_job import FeatureSet
+    from pipelines.evaluation.features import FeatureSet
 
     moments = {"features": FeatureMoments(64)}
     times = ("worker_seconds", "device_seconds", "decoding_seconds")

@@ -14,8 +14,9 @@ from PIL import Image
 
 from enat.checkpoint import load_vqgan
 from enat.images import to_uint8
-from pipelines.artifacts import LocalStore, Manifest
-from pipelines.samples import read_codes
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.data.samples import read_codes
 from pipelines.stages import evaluate, report
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'

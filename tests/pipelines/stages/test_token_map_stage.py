@@ -19,10 +19,11 @@ from hostile import corpus, photo
 from PIL import Image
 from workers import kill_a_worker, titled_processes
 
-from pipelines import workflow
-from pipelines.artifacts import LocalStore, Manifest
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.data.token_map import TokenMap
 from pipelines.stages import token_map as stage
-from pipelines.token_map import TokenMap
+from pipelines.workflow import driver
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -33,7 +34,7 @@ def make_token_map(
 ) -> Callable[..., tuple[LocalStore, Manifest]]:
     def make(*overrides: str, store: LocalStore | None = None) -> tuple[LocalStore, Manifest]:
         store = store or LocalStore(tmp_path_factory.mktemp("store"))
-        done = workflow.execute(tiny_nodes(*overrides, until="token_map"), make_session(store))
+        done = driver.execute(tiny_nodes(*overrides, until="token_map"), make_session(store))
         return store, done[-1].manifest
 
     return make
@@ -352,7 +353,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_ends_with_the_same_
     assert len(first.parts) == 3 and not any(manifest.stage == "token_map" for manifest in local_store.manifests())
 
     def parts_done(*changed: str) -> int:
-        return workflow.plan(tiny_nodes(*hostile, *changed, until="token_map"), local_store)[-1].parts_done
+        return driver.plan(tiny_nodes(*hostile, *changed, until="token_map"), local_store)[-1].parts_done
 
     assert parts_done() == parts_done("token_map.execution.batch_size=16") == 3
     for changed in ("shard_size=15", "images_per_pass=3", "dtype=bfloat16"):

@@ -1,0 +1,325 @@
+"""What a store holds: artifacts found by the beginning of their keys or by what they are, and what was left unfinished."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipelines.artifacts.manifest import (
+    MANIFEST,
+    PARTS,
+    USED,
+    WORK,
+    DamagedManifestError,
+    Manifest,
+    Name,
+    StoredPath,
+    inputs_of,
+    name_of,
+    short,
+)
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.formatting import one_line, show_age, show_size
+from pipelines.storage.base import StoreError
+
+if TYPE_CHECKING:
+    pass
+
+_SHOWN_CHOICES = 6
+_SHOWN_METRICS = 2  # in place of a phrase, of a stage that none is written for
+
+
+# Finding -------------------------------------------------------------------------------------------------------------------
+
+
+def find(store: ArtifactStore, name: str) -> Manifest:
+    """The artifact whose key, or stage/key, begins so. Raises StoreError where there is none, or several, or it is damaged."""
+    return find_all(store, [name])[0]
+
+
+def find_all(store: ArtifactStore, names: Sequence[str]) -> list[Manifest]:
+    """The same for each of several, with the store listed once."""
+    manifests = []
+    for found in look_up(store, names):
+        if isinstance(found, DamagedManifestError):
+            raise found
+        manifests.append(found)
+    return manifests
+
+
+def look_up(store: ArtifactStore, names: Sequence[str]) -> list[Manifest | DamagedManifestError]:
+    """The same, with the reason in the place of each one that is damaged."""
+    present = [*store.names()] if names else []
+    chosen = [[place for place in present if _begins(place, name)] for name in names]
+    wanted = sorted({place for places in chosen for place in places})
+    read = {(found.stage, found.key): found for found in store.read_manifests(wanted)}
+    answers = []
+    for name, places in zip(names, chosen, strict=True):
+        found = [read[place] for place in places if place in read]
+        if not found:
+            stages = ", ".join(sorted({stage for stage, _ in present}))
+            holds = f"what it has is of stage {stages} (enat artifacts ls)" if stages else "it is empty"
+            raise StoreError(f"the store {store.uri} has no artifact whose key begins with {name}; {holds}")
+        if len(found) > 1:
+            several = ", ".join(short((each.stage, each.key)) for each in found[:_SHOWN_CHOICES])
+            raise StoreError(f"{name} may mean {several}; give more of the key")
+        answers += found
+    return answers
+
+
+def _begins(place: Name, name: str) -> bool:
+    stage, slash, key = name.rpartition("/")
+    return place[1].startswith(key) and (not slash or place[0] == stage)
+
+
+# Describing ----------------------------------------------------------------------------------------------------------------
+
+
+def size_of(manifest: Manifest) -> int:
+    """Bytes of its files and records."""
+    return sum(file.size for file in (*manifest.files, *manifest.records))
+
+
+def created(manifest: Manifest) -> float | None:
+    """Seconds since 1970; None where the manifest does not say."""
+    try:
+        moment = datetime.fromisoformat(manifest.provenance["created"])
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def dataset_of(manifest: Manifest, manifests: Mapping[Name, Manifest]) -> str | None:
+    """The name of the dataset that it was made from, directly or through others."""
+    waiting, seen = [manifest], {name_of(manifest)}
+    for each in waiting:  # grows: the nearest come first
+        info = each.summary.get("info")
+        name = each.summary.get("name") if each.stage == "dataset" else each.summary.get("dataset")
+        name = name or (info.get("dataset") if isinstance(info, Mapping) else None)
+        if isinstance(name, str):
+            return name
+        for source in inputs_of(each):
+            if source in manifests and source not in seen:
+                seen.add(source)
+                waiting.append(manifests[source])
+    return None
+
+
+def phrase(manifest: Manifest) -> str:
+    """What it is, in a few words."""
+    try:
+        words = _PHRASES.get(manifest.stage, lambda _: "")(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        words = ""  # made by another version of its stage, or not by this program: its numbers are shown as they are
+    if words:
+        return words
+    metrics = [f"{name.removeprefix('final/')} {_number(value)}" for name, value in manifest.metrics.items()]
+    return ", ".join(metrics[:_SHOWN_METRICS])
+
+
+def _train(manifest: Manifest) -> str:
+    summary, preset = manifest.summary, manifest.config.get("model", {}).get("preset")
+    parameters = f"{show_size(summary['parameters']).removesuffix('B').replace('k', 'K').strip()} parameters"
+    how = "imported" if summary["is_imported"] else f"{summary['num_steps']:,} steps"
+    loss = manifest.metrics.get("final/loss")
+    return ", ".join([*([preset] if preset else []), parameters, how, *([f"loss {_number(loss)}"] if loss is not None else [])])
+
+
+def _tokenizer(manifest: Manifest) -> str:
+    config = manifest.summary["config"]
+    how = "imported" if manifest.summary["is_imported"] else "trained"
+    return f"{how}, {config['codebook_size']:,} codes, {config['resolution']} px"
+
+
+def _token_map(manifest: Manifest) -> str:
+    info, quarantined = manifest.summary["info"], manifest.summary["quarantined"]
+    more = f", {quarantined:,} quarantined" if quarantined else ""
+    return f"{manifest.summary['rows']:,} images, {info['resolution']} px, {info['grid_size']} x {info['grid_size']} codes{more}"
+
+
+def _dataset(manifest: Manifest) -> str:
+    counts = {"images": manifest.summary["num_images"], "classes": len(manifest.summary["class_names"])}
+    counts["captions"] = manifest.summary["num_captions"]
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+
+
+def _generate(manifest: Manifest) -> str:
+    sampler = manifest.summary["sampler"]
+    return f"{manifest.summary['num_samples']:,} samples, {sampler['num_steps']} steps, guidance {sampler['guidance_scale']:g}"
+
+
+def _evaluate(manifest: Manifest) -> str:
+    chosen = [name for name in ("fid", "frechet_distance", "inception_score", "class_agreement") if name in manifest.metrics]
+    scores = [f"{name} {_number(manifest.metrics[name])}" for name in chosen[:_SHOWN_METRICS]]
+    return ", ".join([*scores, f"{manifest.summary['num_samples']:,} samples"])
+
+
+_PHRASES = {
+    "dataset": _dataset,
+    "images": lambda manifest: f"{manifest.summary['num_images']:,} images from outside, {manifest.summary['resolution']} px",
+    "tokenizer": _tokenizer,
+    "token_map": _token_map,
+    "reference": lambda manifest: f"{manifest.summary['num_images']:,} real images by {manifest.summary['extractor']}",
+    "train": _train,
+    "generate": _generate,
+    "evaluate": _evaluate,
+    "report": lambda manifest: str(manifest.summary["name"]),
+}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) and float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+
+
+# Listing -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """Which artifacts are listed: sizes in bytes from..to, ages in seconds from..to. None: any."""
+
+    stages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    larger_than: int | None = None
+    smaller_than: int | None = None
+    older_than: float | None = None
+    newer_than: float | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An artifact as it is listed. age: seconds since it was made; None where the manifest does not say."""
+
+    stage: str
+    key: str
+    size: int
+    age: float | None
+    dataset: str | None
+    phrase: str
+
+
+def list_artifacts(manifests: Iterable[Manifest], query: Query, *, now: float, by_size: bool = False) -> list[Entry]:
+    """Newest first, those of unknown age last; by_size: largest first. now: seconds since 1970."""
+    every = {name_of(manifest): manifest for manifest in manifests}
+    entries = []
+    for manifest in every.values():
+        made = created(manifest)
+        age = None if made is None else now - made
+        size, dataset = size_of(manifest), dataset_of(manifest, every)
+        entries.append(Entry(manifest.stage, manifest.key, size, age, dataset, phrase(manifest)))
+    chosen = [entry for entry in entries if _is_asked_for(entry, query)]
+    if by_size:
+        return sorted(chosen, key=lambda entry: (-entry.size, entry.stage, entry.key))
+    return sorted(chosen, key=lambda entry: (math.inf if entry.age is None else entry.age, entry.stage, entry.key))
+
+
+def _is_asked_for(entry: Entry, query: Query) -> bool:
+    age = math.nan if entry.age is None else entry.age  # what is not known is neither older nor newer
+    return all(
+        [
+            not query.stages or entry.stage in query.stages,
+            not query.datasets or entry.dataset in query.datasets,
+            query.larger_than is None or entry.size >= query.larger_than,
+            query.smaller_than is None or entry.size <= query.smaller_than,
+            query.older_than is None or age >= query.older_than,
+            query.newer_than is None or age <= query.newer_than,
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What a run left that did not come to an end, or is still at it. used: when something of it was last written, or asked for."""
+
+    stage: str
+    key: str
+    num_parts: int
+    files: tuple[StoredPath, ...]
+    used: float
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def find_unfinished(folders: Iterable[tuple[str, str, list[StoredPath]]], manifests: Iterable[Manifest]) -> list[Unfinished]:
+    """folders, manifests: all of a store. Last used first.
+
+    What was not begun by this program is left out: a folder counts if it holds records of it, or if its stage has artifacts.
+    """
+    open_folders, stages = [], {manifest.stage for manifest in manifests}
+    for stage, key, files in folders:
+        tops = {file.path.split("/")[0] for file in files}
+        if MANIFEST in tops:
+            continue
+        open_folders.append((stage, key, files))
+        if tops & {PARTS, WORK, USED}:
+            stages.add(stage)
+    found = [
+        Unfinished(
+            stage,
+            key,
+            sum(file.path.startswith(f"{PARTS}/") and file.path.endswith(".json") for file in files),
+            tuple(files),
+            max(file.modified for file in files),
+        )
+        for stage, key, files in open_folders
+        if stage in stages
+    ]
+    return sorted(found, key=lambda each: (-each.used, each.stage, each.key))
+
+
+def list_table(entries: Sequence[Entry]) -> Table:
+    table = _table("size", "age", "artifact", "dataset", "")
+    for entry in entries:
+        age = "–" if entry.age is None else show_age(entry.age)
+        table.add_row(show_size(entry.size), age, short((entry.stage, entry.key)), _cell(entry.dataset), _cell(entry.phrase))
+    return table
+
+
+def show_list(entries: Sequence[Entry], store: str, console: Console) -> None:
+    if entries:
+        console.print(list_table(entries), highlight=False)
+        console.print()
+    total = show_size(sum(entry.size for entry in entries))
+    console.print(f"{len(entries):,} artifacts, {total}, in {escape(store)}", highlight=False, soft_wrap=True)
+
+
+def show_unfinished(unfinished: Sequence[Unfinished], store: str, now: float, console: Console) -> None:
+    table = _table("size", "age", "unfinished", "parts")
+    for each in unfinished:
+        table.add_row(show_size(each.size), show_age(now - each.used), short((each.stage, each.key)), f"{each.num_parts:,}")
+    if unfinished:
+        console.print(table, highlight=False)
+        console.print()
+    total = show_size(sum(each.size for each in unfinished))
+    console.print(f"{len(unfinished):,} unfinished, {total}, in {escape(store)}", highlight=False, soft_wrap=True)
+
+
+def entry_json(entry: Entry) -> dict[str, Any]:
+    values = {"stage": entry.stage, "key": entry.key, "size": entry.size, "age_seconds": entry.age}
+    return {**values, "dataset": entry.dataset, "phrase": entry.phrase}
+
+
+def unfinished_json(each: Unfinished, now: float) -> dict[str, Any]:
+    values = {"stage": each.stage, "key": each.key, "size": each.size, "age_seconds": now - each.used}
+    return {**values, "parts": each.num_parts}
+
+
+def _cell(text: str | None) -> str:
+    return "–" if text is None else one_line(text)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        is_number = column in ("size", "age", "parts")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number or column == "artifact")
+    return table

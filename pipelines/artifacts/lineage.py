@@ -1,0 +1,117 @@
+"""What an artifact was made from, up to the dataset, and what was made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rich.tree import Tree
+
+from pipelines.artifacts.inventory import phrase, size_of
+from pipelines.artifacts.manifest import Manifest, Name, inputs_of, name_of, short
+from pipelines.formatting import one_line, show_size
+
+
+class Lineage:
+    """The graph of a store's artifacts. A store may be shared and damaged: inputs may be gone, or even lead round in a circle."""
+
+    def __init__(self, manifests: Iterable[Manifest]) -> None:
+        self.manifests = {name_of(manifest): manifest for manifest in manifests}
+        self._made_from: dict[Name, list[Name]] = {}
+        for name, manifest in sorted(self.manifests.items()):
+            for source in inputs_of(manifest):
+                self._made_from.setdefault(source, []).append(name)
+
+    def inputs(self, name: Name) -> list[Name]:
+        """Also those that the store does not have."""
+        return inputs_of(self.manifests[name]) if name in self.manifests else []
+
+    def outputs(self, name: Name) -> list[Name]:
+        return self._made_from.get(name, [])
+
+    def ancestors(self, names: Iterable[Name]) -> list[Name]:
+        """What these were made from, directly or not, nearest first; names that are among them count only where they are
+        ancestors of others."""
+        return _reached(names, self.inputs)
+
+    def descendants(self, names: Iterable[Name]) -> list[Name]:
+        return _reached(names, self.outputs)
+
+    def oldest_first(self, names: Iterable[Name]) -> list[Name]:
+        """The same names, each after those of them that it was made from."""
+        chosen = set(names)
+        ordered: dict[Name, None] = {}
+        for name in sorted(chosen):
+            waiting, on_the_way = [(name, False)], set()
+            while waiting:
+                each, is_ready = waiting.pop()
+                if is_ready:
+                    ordered.setdefault(each)
+                elif each not in on_the_way and each not in ordered:
+                    on_the_way.add(each)
+                    waiting.append((each, True))
+                    waiting += [(source, False) for source in self.inputs(each)]
+        return [name for name in ordered if name in chosen]
+
+
+def _reached(names: Iterable[Name], step: Callable[[Name], list[Name]]) -> list[Name]:
+    waiting = [*names]
+    reached: dict[Name, None] = {}
+    for name in waiting:  # grows: the nearest come first
+        for other in step(name):
+            if other not in reached:
+                reached[other] = None
+                waiting.append(other)
+    return [*reached]
+
+
+def trees(lineage: Lineage, manifest: Manifest) -> list[Tree]:
+    """Two trees, for people: what it was made from, and what was made from it. What stands in a tree twice is opened once."""
+    name = name_of(manifest)
+    roots = [Tree(f"[bold]{short(name)}[/] was made from"), Tree(f"[bold]{short(name)}[/] made")]
+    for root, step in zip(roots, (lineage.inputs, lineage.outputs), strict=True):
+        _grow(root, name, step, lineage)
+        if not root.children:
+            root.add("[dim]nothing[/]")
+    return roots
+
+
+def _grow(root: Tree, start: Name, step: Callable[[Name], list[Name]], lineage: Lineage) -> None:
+    opened = {start}
+    waiting = [(root, start, other) for other in reversed(step(start))]
+    while waiting:  # not by recursion: how deep it goes is for manifests to say
+        branch, name, other = waiting.pop()
+        if other in opened and step(other):
+            branch.add(f"{short(other)} [dim](above)[/]")
+            continue
+        opened.add(other)
+        grown = branch.add(_line(name, other, lineage))
+        waiting += [(grown, other, further) for further in reversed(step(other))]
+
+
+def _line(name: Name, other: Name, lineage: Lineage) -> str:
+    manifest = lineage.manifests.get(other)
+    if manifest is None:
+        return f"{short(other)} [red]not in this store[/]"
+    reader, source = (lineage.manifests[name], manifest) if other in lineage.inputs(name) else (manifest, lineage.manifests[name])
+    digests = {entry["digest"] for entry in reader.inputs.values() if (entry["stage"], entry["key"]) == name_of(source)}
+    changed = "" if digests == {source.digest} else "  [yellow]made again since, with other content[/]"
+    return f"{short(other)}  [dim]{show_size(size_of(manifest))}  {one_line(phrase(manifest))}[/]{changed}"
+
+
+def to_json(lineage: Lineage, manifest: Manifest) -> dict[str, Any]:
+    """{"ancestors": [...], "descendants": [...]}, nearest first, each with what it was made from itself."""
+
+    def described(name: Name) -> Mapping[str, Any]:
+        found = lineage.manifests.get(name)
+        values: dict[str, Any] = {"artifact": "/".join(name), "is_in_store": found is not None}
+        if found is not None:
+            inputs = {role: f"{source['stage']}/{source['key']}" for role, source in found.inputs.items()}
+            values |= {"digest": found.digest, "size": size_of(found), "phrase": phrase(found), "inputs": inputs}
+        return values
+
+    name = [name_of(manifest)]
+    return {
+        "ancestors": [described(each) for each in lineage.ancestors(name)],
+        "descendants": [described(each) for each in lineage.descendants(name)],
+    }

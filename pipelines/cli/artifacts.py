@@ -1,0 +1,330 @@
+"""`enat artifacts`: what a store holds, where it came from, whether it is whole, and what of it can go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipelines.artifacts.open import open_existing, open_store
+from pipelines.cli.options import JSON, STORE, console, s3_options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+    from pipelines.storage.s3_client import S3Config
+
+_WIDTH_OF_A_PIPE = 1000
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_SHORTEST_LIMIT = 3600.0  # of gc: what runs are at this moment is not for it to judge
+
+
+class _Amount(click.ParamType):
+    """A size or an age as units.py reads it."""
+
+    def __init__(self, name: str, example: str) -> None:
+        self.name, self.example = name, example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from pipelines import formatting
+
+        try:
+            return (
+                value
+                if not isinstance(value, str)
+                else (formatting.parse_size if self.name == "size" else formatting.parse_age)(value)
+            )
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return self.example
+
+
+_SIZE, _AGE = _Amount("size", "SIZE"), _Amount("age", "AGE")
+
+
+@click.group()
+def artifacts() -> None:
+    """What a store holds: list, show, copy, check, and remove what is no longer needed."""
+
+
+@artifacts.command(name="ls")
+@click.option("--stage", "stages", multiple=True, help="Only of this stage. May be repeated, as --dataset.")
+@click.option("--dataset", "datasets", multiple=True, metavar="NAME", help="Only what was made from this dataset.")
+@click.option("--larger-than", type=_SIZE, help="Such as 500MB or 1.5GiB.")
+@click.option("--smaller-than", type=_SIZE)
+@click.option("--older-than", type=_AGE, help="Such as 30d, 12h or 90m.")
+@click.option("--newer-than", type=_AGE)
+@click.option("--sort", type=click.Choice(["age", "size"]), default="age", show_default=True, help="Newest or largest first.")
+@click.option("--unfinished", is_flag=True, help="What runs left that did not come to an end, instead.")
+@STORE
+@s3_options
+@JSON
+def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_json: bool, **query: Any) -> None:
+    """List artifacts: size, age, key, dataset, and what each is."""
+    from pipelines.artifacts import inventory
+    from pipelines.jobs import submission
+
+    submission.check_stages(query["stages"])
+    opened, now = open_existing(store, s3), time.time()
+    with console(stderr=True).status("reading manifests"):
+        manifests = [*opened.manifests()]
+    if unfinished:
+        if len(query.pop("stages")) or any(query.values()):
+            raise click.UsageError("--unfinished lists all there is; leave the other filters out")
+        with console(stderr=True).status("listing files"):
+            left = inventory.find_unfinished(opened.folders(), manifests)
+        if as_json:
+            rows = [inventory.unfinished_json(each, now) for each in left]
+            _echo({"store": opened.uri, "unfinished": rows})
+        else:
+            inventory.show_unfinished(left, opened.uri, now, _table_console())
+        return
+    entries = inventory.list_artifacts(manifests, inventory.Query(**query), now=now, by_size=sort == "size")
+    if as_json:
+        _echo({"store": opened.uri, "artifacts": [inventory.entry_json(entry) for entry in entries]})
+    else:
+        inventory.show_list(entries, opened.uri, _table_console())
+
+
+@artifacts.command(name="show")
+@click.argument("artifact", metavar="[STAGE/]KEY")
+@STORE
+@s3_options
+@click.option("--lineage", "with_lineage", is_flag=True, help="Also what it was made from and what was made from it, as trees.")
+@click.option(
+    "--contact-sheet",
+    type=click.Path(path_type=Path),
+    help="Of a token map: write a PNG, images beside what their codes decode to.",
+)
+@click.option("--images", default=24, show_default=True, type=click.IntRange(1, 400), help="On the contact sheet.")
+@JSON
+def show_artifact(
+    artifact: str,
+    store: str,
+    s3: S3Config,
+    with_lineage: bool,
+    contact_sheet: Path | None,
+    images: int,
+    as_json: bool,
+) -> None:
+    """Show an artifact: what it was made from, by what, what is in it, and what it measured. The beginning of its key is enough."""
+    from pipelines.artifacts import lineage
+    from pipelines.data import inspection
+
+    opened = open_existing(store, s3)
+    manifest = inspection.find(opened, artifact)
+    graph = lineage.Lineage(opened.manifests()) if with_lineage else None
+    if contact_sheet is not None:
+        inspection.write_contact_sheet(opened, manifest, contact_sheet, images)
+    if as_json:
+        more = {"lineage": lineage.to_json(graph, manifest)} if graph else {}
+        click.echo(manifest.to_json().decode() if not more else json.dumps({**json.loads(manifest.to_json()), **more}, indent=1))
+        return
+    terminal = console()
+    inspection.show(opened, manifest, terminal)
+    for tree in lineage.trees(graph, manifest) if graph else ():
+        terminal.print()
+        terminal.print(tree, highlight=False)
+    if contact_sheet is not None:
+        click.echo(f"\ncontact sheet {contact_sheet}")
+
+
+@artifacts.command(name="pull")
+@click.argument("artifact", metavar="[STAGE/]KEY")
+@STORE
+@click.option("--to", "target", default="runs/store", show_default=True, help="The store to copy into: a folder or s3://...")
+@click.option("--files", type=_FOLDER, help="Write its files and manifest into this folder, instead of into a store.")
+@click.option("--with-inputs", is_flag=True, help="Also everything it was made from, so that all of it is reused there.")
+@s3_options
+@JSON
+def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs: bool, s3: S3Config, as_json: bool) -> None:
+    """Copy an artifact out of --store into another store, where it is reused, or into plain files. Every byte is checked; the
+    same command again goes on where it stopped."""
+    from pipelines.artifacts import inventory, transfer
+    from pipelines.artifacts import manifest as artifacts_manifest
+    from pipelines.formatting import show_size
+
+    source = open_existing(store, s3)
+    if files is not None and with_inputs:
+        raise click.UsageError("--files takes one artifact; leave --with-inputs out")
+    opened = None if files is not None else open_store(target, s3)
+    if opened is not None and opened.uri == source.uri:
+        raise click.UsageError(f"--store and --to are the same store, {opened.uri}")
+    manifest = inventory.find(source, artifact)
+    manifests = transfer.with_inputs(source, manifest) if with_inputs else [manifest]
+    with _bar("pulling", sum(map(inventory.size_of, manifests)), as_json) as advance:
+        if opened is None:
+            assert files is not None
+            done = [transfer.write_files(source, manifest, files, advance)]
+        else:
+            opened.check_writable()
+            done = transfer.pull(source, opened, manifests, advance)
+    places = [str(files) if opened is None else opened.place(each.manifest.stage, each.manifest.key) for each in done]
+    if as_json:
+        rows = [
+            {
+                "artifact": "/".join(artifacts_manifest.name_of(each.manifest)),
+                "place": place,
+                "was_there": each.was_there,
+                "files_fetched": each.num_fetched,
+                "bytes_fetched": each.size_fetched,
+            }
+            for each, place in zip(done, places, strict=True)
+        ]
+        _echo({"pulled": rows})
+        return
+    for each, place in zip(done, places, strict=True):
+        how = "was there" if each.was_there else f"{each.num_fetched} files, {show_size(each.size_fetched)} fetched"
+        click.echo(f"{artifacts_manifest.short(artifacts_manifest.name_of(each.manifest))}  {how}  {place}")
+
+
+@artifacts.command(name="verify")
+@click.argument("keys", nargs=-1, metavar="[[STAGE/]KEY]...")
+@click.option("--all", "all_of_them", is_flag=True, help="Every artifact of the store.")
+@STORE
+@s3_options
+@JSON
+def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, as_json: bool) -> None:
+    """Read every byte of artifacts where it lies and compare with what was written. Exit code 1 if any is not whole; nothing is
+    repaired."""
+    from pipelines import formatting
+    from pipelines.artifacts import inventory, verification
+    from pipelines.artifacts import manifest as artifacts_manifest
+    from pipelines.artifacts.manifest import Manifest
+    from pipelines.formatting import show_size
+
+    if bool(keys) == all_of_them:
+        raise click.UsageError("name artifacts by the beginnings of their keys, or give --all")
+    opened = open_existing(store, s3)
+    with console(stderr=True).status("reading manifests"):
+        found = [*verification.read_manifests(opened)] if all_of_them else inventory.look_up(opened, keys)
+    if not found:
+        raise ValueError(f"there is no artifact in {opened.uri}, so nothing was checked; is that the store that is meant?")
+    rows, is_whole = [], True
+    with _bar("verifying", sum(inventory.size_of(each) for each in found if isinstance(each, Manifest)), as_json) as advance:
+        for verdict in verification.verify(opened, found, advance):
+            is_whole = is_whole and not verdict.problems
+            rows.append({**dataclasses.asdict(verdict), "is_whole": not verdict.problems})
+            if not as_json:
+                name = artifacts_manifest.short((verdict.stage, verdict.key))
+                whole = f"{verdict.num_files} files, {show_size(verdict.size)}"
+                said = f"DAMAGED  {'; '.join(verdict.problems)}" if verdict.problems else f"whole    {whole}"
+                click.echo(f"{name:<26} {formatting.printable(said)}")
+    if as_json:
+        _echo({"store": opened.uri, "is_whole": is_whole, "artifacts": rows})
+    elif is_whole:
+        click.echo(f"\n{len(rows):,} artifacts are whole in {opened.uri}")
+    else:
+        damaged = [opened.place(row["stage"], row["key"]) for row in rows if not row["is_whole"]]
+        click.echo(f"\ndamaged: {len(damaged):,} of {len(rows):,} artifacts. Remove each, and a run that needs it makes it again:")
+        click.echo("\n".join(damaged))
+        if not all(row["is_readable"] for row in rows):
+            click.echo("What cannot be read may be whole: before you remove it, look after its disk or endpoint and verify again.")
+    if not is_whole:
+        sys.exit(1)
+
+
+@artifacts.command(name="gc")
+@click.option(
+    "--older-than", type=_AGE, default="30d", show_default=True, help="What was used within this time stays; 1h at least."
+)
+@click.option("--keep", multiple=True, metavar="[STAGE/]KEY", help="Stays, with all it was made from. May be repeated.")
+@click.option("--delete", is_flag=True, help="Remove. Without it, only what would be removed is said.")
+@click.option(
+    "--tracking-uri", help="Of MLflow. Without it MLFLOW_TRACKING_URI, else the file in which runs of --workspace are tracked."
+)
+@click.option("--workspace", type=_FOLDER, default=Path("runs"), show_default=True)
+@click.option("--ignore-registry", is_flag=True, help="Do not ask MLflow which models are registered; they may be removed.")
+@STORE
+@s3_options
+@JSON
+def collect(
+    older_than: float,
+    keep: tuple[str, ...],
+    delete: bool,
+    tracking_uri: str | None,
+    workspace: Path,
+    ignore_registry: bool,
+    store: str,
+    s3: S3Config,
+    as_json: bool,
+) -> None:
+    """Remove what was not used for a while, unless something that stays was made from it.
+
+    What stays: artifacts used within --older-than, those given by --keep, models that MLflow's registry has with their last
+    evaluations, and everything any of these was made from. Of unfinished stages, and of files that no manifest names, only the
+    age counts.
+    """
+    from pipelines import formatting
+    from pipelines.artifacts import garbage, inventory
+    from pipelines.artifacts import manifest as artifacts_manifest
+
+    if older_than < _SHORTEST_LIMIT:
+        raise click.UsageError("--older-than is at least 1h: what is younger may belong to a run that is under way")
+    opened = open_existing(store, s3)
+    registered = set() if ignore_registry else _registered(tracking_uri, workspace, delete)
+    with console(stderr=True).status("looking at the store"):
+        named = {artifacts_manifest.name_of(manifest) for manifest in inventory.find_all(opened, keep)}
+        planned = garbage.plan(opened, limit=time.time() - older_than, named=named, registered=registered)
+    for damaged in planned.damaged:
+        click.echo(f"enat: {formatting.printable(str(damaged))}; until then it is left alone", err=True)
+    outcome = None
+    if delete:
+        with _bar("removing", sum(removal.size for removal in planned.removals), as_json) as advance:
+            outcome = garbage.collect(opened, planned, lambda removal: advance(removal.size))
+    if as_json:
+        _echo({"store": opened.uri, **garbage.to_json(planned, outcome)})
+    else:
+        garbage.show(planned, outcome, opened.uri, time.time(), _table_console())
+
+
+def _registered(tracking_uri: str | None, workspace: Path, is_needed: bool) -> set[tuple[str, str]]:
+    """(stage, key) of all artifacts that registered versions name, whatever store they name: a store may have many addresses."""
+    from pipelines.tracking import run as tracking
+    from pipelines.tracking import search
+
+    uri = tracking.resolve_uri(tracking.TrackingConfig(uri=tracking_uri), workspace)
+    try:
+        artifacts = search.registered_artifacts(uri)
+    except (search.TrackingError, ValueError) as error:
+        advice = "which models are registered is not known, so nothing is removed; name the server by --tracking-uri, or give"
+        click.echo(f"enat: {' '.join(str(error).split())}; {advice} --ignore-registry", err=True)
+        if is_needed:
+            sys.exit(1)
+        return set()
+    return {(stage, key) for stage, _, key in (artifact.partition("/") for artifact in artifacts)}
+
+
+@contextmanager
+def _bar(what: str, total: int, is_quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr, where that is a terminal. What is given may be called by several threads."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    terminal = console(stderr=True)
+    with Progress(*columns, console=terminal, transient=True, disable=is_quiet or not terminal.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _table_console() -> Console:
+    """Lines are whole for whoever reads them from a file."""
+    terminal = console()
+    if not terminal.is_terminal:
+        terminal.width = _WIDTH_OF_A_PIPE
+    return terminal
+
+
+def _echo(answer: dict[str, Any]) -> None:
+    click.echo(json.dumps(answer, indent=1))

@@ -1,0 +1,89 @@
+"""enat compare: evaluations of MLflow side by side."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from pipelines.cli.options import JSON, console
+from pipelines.comparison.published import DATASETS
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_WIDTH_OF_A_PIPE = 1000  # all columns, for whoever reads the table from a file
+
+
+@click.command()
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@click.option("--experiment", "experiments", multiple=True, default=["enat"], show_default=True, help="Give it again for more.")
+@click.option("--filter", "filter_string", help="MLflow's filter, on runs of stage evaluate: 'metrics.fid < 10'.")
+@click.option("--tracking-uri", help="Without it MLFLOW_TRACKING_URI, else the file in which runs of --workspace are tracked.")
+@click.option("--workspace", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+@click.option(
+    "--published",
+    type=click.Choice(["auto", "none", *DATASETS]),
+    default="auto",
+    show_default=True,
+    help="Numbers that others published, beside runs of the same dataset.",
+)
+@click.option("--csv", "csv_path", type=_FILE, metavar="FILE", help="Write the table.")
+@click.option("--png", "png_path", type=_FILE, metavar="FILE", help="Write the figures.")
+@click.option("--html", "html_path", type=_FILE, metavar="FILE", help="Write a page with all of it, samples included.")
+@click.option("--no-log", is_flag=True, help="Do not log the comparison to MLflow.")
+@JSON
+def compare(
+    runs: tuple[str, ...],
+    experiments: tuple[str, ...],
+    filter_string: str | None,
+    tracking_uri: str | None,
+    workspace: Path,
+    published: str,
+    csv_path: Path | None,
+    png_path: Path | None,
+    html_path: Path | None,
+    no_log: bool,
+    as_json: bool,
+) -> None:
+    """Compare evaluations that were tracked: sizes, variants, samplers, and what others published.
+
+    RUN is the name of a config, or the id of an MLflow run (of a whole pipeline, or of stage evaluate); without any, all
+    evaluations of the experiment are compared. Numbers measured by different protocols stand in tables of their own.
+    """
+    from pipelines.comparison import compare as comparison_compare
+    from pipelines.comparison import table
+    from pipelines.comparison.page import Grids
+    from pipelines.comparison.query import Query
+    from pipelines.comparison.query import compare as read
+    from pipelines.tracking import run as tracking
+
+    uri = tracking.resolve_uri(tracking.TrackingConfig(uri=tracking_uri), workspace)
+    title = f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    with console(stderr=True).status("reading MLflow"):
+        comparison = read(uri, Query(experiments=experiments, filter=filter_string, runs=runs), published)
+        is_page_made = html_path is not None or not no_log
+        files = comparison_compare.make_files(
+            comparison, title, comparison_compare.read_grids(comparison) if is_page_made else Grids()
+        )
+    if png_path is not None and files.figures is None:
+        raise ValueError(f"there is nothing to draw into {png_path}: no run has both a distance and gmacs_total, or a sweep")
+    outputs = ((csv_path, files.table), (png_path, files.figures), (html_path, files.page))
+    for path, content in outputs:
+        if path is not None and content is not None:
+            comparison_compare.write(path, content)
+    logged = None if no_log else comparison_compare.log(comparison, files, title)
+    if as_json:
+        written = {kind: str(path) for kind, path in (("csv", csv_path), ("png", png_path), ("html", html_path)) if path}
+        answer = {"name": title, "logged_run": logged, "files": written, **table.to_json(comparison)}
+        click.echo(json.dumps(answer, indent=1))
+        return
+    terminal = console()
+    if not terminal.is_terminal:
+        terminal.width = _WIDTH_OF_A_PIPE
+    table.show(comparison, terminal)
+    for path, _ in outputs:
+        if path is not None:
+            click.echo(f"written {path}")
+    if logged is not None:
+        click.echo(f"logged  {title} (run {logged})")

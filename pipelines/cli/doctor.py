@@ -1,0 +1,45 @@
+"""`enat doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from pipelines.cli.options import JSON, console
+
+_SIGNS = {"good": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/]"}
+
+
+@click.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@JSON
+def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Look at Python, packages, devices, disk, Ray, store, tracking, dataset and weights, as a run of CONFIG would meet them.
+
+    Exit code 1 where something stands in the way.
+    """
+    from rich.markup import escape
+
+    from pipelines import doctor as examining
+    from pipelines.run.config import RunConfig
+    from pipelines.workflow import config as configuration
+
+    if config is not None and "=" in str(config):
+        config, overrides = None, (str(config), *overrides)
+    values = overrides if config else ("name=doctor", *overrides)
+    run = configuration.load_config(RunConfig, config, values)
+    terminal, findings = console(stderr=as_json), []
+    for finding in examining.examine(run):
+        findings.append(finding)
+        if not as_json:
+            terminal.print(f"{_SIGNS[finding.state]} {finding.what:<14}{escape(finding.said)}", highlight=False, soft_wrap=True)
+            if finding.advice:
+                terminal.print(f"  {'':<14}[dim]{escape(finding.advice)}[/]", highlight=False, soft_wrap=True)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    sys.exit(1 if any(finding.state == examining.BAD for finding in findings) else 0)

@@ -1,0 +1,27 @@
+"""`enat run`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pipelines.cli.options import CONFIG, JSON, OVERRIDES, console
+
+
+@click.command()
+@CONFIG
+@OVERRIDES
+@JSON
+def run(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Run the stages of CONFIG; what the store already has is reused, what was interrupted continues."""
+    from pipelines.run import config as run_config
+    from pipelines.run import runner, summary
+
+    terminal = console(stderr=as_json)
+    answer = runner.run(run_config.load_run(config, overrides), str(config), terminal)
+    if as_json:
+        click.echo(json.dumps(answer, indent=1))
+    else:
+        summary.show(answer, terminal)

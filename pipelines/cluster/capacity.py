@@ -1,0 +1,144 @@
+"""Whether a cluster has what the stages of a run ask for: workers, each of which needs its CPUs and GPUs on one node.
+
+Nodes are what a cluster has now. What an autoscaler could still add is not visible; GROWS says that there is one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pipelines.cluster.resources import Workers
+
+GROWS = "ENAT_CLUSTER_GROWS"  # set to 1: a stage waits for nodes that come when they are asked for
+_TOLERANCE = 1e-9  # a third of a CPU, three times
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """nodes: resources of each that is alive, such as {"CPU": 8.0, "GPU": 1.0}, in use or not."""
+
+    nodes: tuple[Mapping[str, float], ...]
+
+    def total(self, resource: str) -> float:
+        return math.fsum(node.get(resource, 0.0) for node in self.nodes)
+
+    def room_for(self, workers: Workers) -> int:
+        """How many of them fit, each on one node."""
+        asked = {name: each for name, each in _each(workers).items() if each > 0}
+        return sum(min(int(node.get(name, 0.0) / each + _TOLERANCE) for name, each in asked.items()) for node in self.nodes)
+
+    def describe(self) -> str:
+        count = len(self.nodes)
+        return f"{self.total('CPU'):g} CPUs and {self.total('GPU'):g} GPUs on {count} node{'s' if count != 1 else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a stage asks for. node: its id, such as train@small.   least: how many workers will do."""
+
+    node: str
+    workers: Workers
+    least: int
+
+    @property
+    def section(self) -> str:
+        """Of the config."""
+        return f"{self.node.partition('@')[0]}.execution"
+
+    def describe(self) -> str:
+        each = f"{self.workers.cpus_per_worker:g} CPU" + (f" + {self.workers.gpus_per_worker:g} GPU" if _gpus(self) else "")
+        count = f"{self.least} to " if self.least != self.workers.num_workers else ""
+        return f"{count}{self.workers.num_workers} x {each}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """room: workers that the cluster has now room for, where nothing else ran."""
+
+    need: Need
+    room: int
+    problem: str | None
+
+    @property
+    def fits(self) -> bool:
+        return self.problem is None
+
+
+def need_of(node: str, config: Any) -> Need | None:
+    """None for a stage that asks Ray for nothing: it has no `execution`, imports its weights, trains no step, has no encoder."""
+    workers, stage = getattr(config, "execution", None), node.partition("@")[0]
+    if workers is None or (stage in ("tokenizer", "train") and config.weights is not None):
+        return None
+    if (stage == "train" and config.num_steps == 0) or (stage == "captions" and config.encoder is None):
+        return None
+    return Need(node=node, workers=workers, least=getattr(workers, "min_workers", None) or workers.num_workers)
+
+
+def judge(need: Need, capacity: Capacity) -> Verdict:
+    """Whether all workers fit, or the least that will do."""
+    room = capacity.room_for(need.workers)
+    return Verdict(need, room, None if room >= need.least else _problem(need, capacity, room))
+
+
+def cluster_grows() -> bool:
+    return os.environ.get(GROWS, "0") == "1"
+
+
+def _problem(need: Need, capacity: Capacity, room: int) -> str:
+    for resource, each in _each(need.workers).items():
+        wanted, have = each * need.least, capacity.total(resource)
+        if wanted > have + _TOLERANCE:
+            return (
+                f"{need.section} asks for {wanted:g} {resource}s ({need.least} workers), but the cluster has {have:g}; "
+                f"lower num_workers or {resource.lower()}s_per_worker"
+            )
+    own = f"{need.workers.cpus_per_worker:g} CPUs" + (f" and {need.workers.gpus_per_worker:g} GPUs" if _gpus(need) else "")
+    return (
+        f"{need.section} asks for {need.least} workers with {own} each, but the cluster's nodes have room for {room}; "
+        "a worker needs all of its own on one node, so lower num_workers or what each takes"
+    )
+
+
+def _each(workers: Workers) -> dict[str, float]:
+    return {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
+
+
+def _gpus(need: Need) -> bool:
+    return need.workers.gpus_per_worker > 0
+
+
+def to_json(verdict: Verdict) -> dict[str, Any]:
+    workers = verdict.need.workers
+    return {
+        "num_workers": workers.num_workers,
+        "min_workers": verdict.need.least,
+        "cpus_per_worker": workers.cpus_per_worker,
+        "gpus_per_worker": workers.gpus_per_worker,
+        "room_now": verdict.room,
+        "fits": verdict.fits,
+        "problem": verdict.problem,
+    }
+
+
+def show(verdicts: Sequence[Verdict], capacity: Capacity, console: Console) -> None:
+    """A line a stage."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "workers", "the cluster has now room for"):
+        table.add_column(column)
+    for verdict in verdicts:
+        enough = "[green]enough[/]" if verdict.room >= verdict.need.workers.num_workers else "[yellow]enough to begin[/]"
+        table.add_row(
+            verdict.need.node, verdict.need.describe(), f"{verdict.room} {enough if verdict.fits else '[red]too little[/]'}"
+        )
+    console.print(table)
+    console.print(f"\nthe cluster has now {capacity.describe()}", highlight=False)
+    for problem in dict.fromkeys(verdict.problem for verdict in verdicts if verdict.problem):
+        console.print(f"[red]![/] {problem}", highlight=False)

@@ -1,0 +1,77 @@
+"""A Ray Data job over planned rows: records as soon as each is done, and lost workers made up for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import ray
+import ray.data
+from ray import exceptions
+
+from pipelines.cluster.resources import Execution
+
+_log = logging.getLogger(__name__)
+_MAX_FAILURES = 3
+# What the cluster is to blame for. Errors that a stage's own code raises end the job at once.
+_LOST = (
+    exceptions.ActorDiedError,
+    exceptions.ActorUnavailableError,
+    exceptions.NodeDiedError,
+    exceptions.ObjectLostError,
+    exceptions.OutOfMemoryError,
+    exceptions.WorkerCrashedError,
+)
+
+
+def actor_pool(execution: Execution, num_rows: int) -> dict[str, Any]:
+    """Arguments of map_batches for a callable class: one row at a time, on a pool that is no larger than the work."""
+    return {
+        "batch_size": 1,
+        "compute": ray.data.ActorPoolStrategy(size=min(execution.num_workers, num_rows), max_tasks_in_flight_per_actor=2),
+        "max_restarts": 0,  # stream_records starts anew with what is missing, which also covers lost objects and nodes
+        **execution.resources,
+    }
+
+
+def feeding_tasks(execution: Execution, num_tasks: int | None = None) -> dict[str, Any]:
+    """Arguments of map_batches for tasks that prepare rows for an actor pool: a CPU each, num_tasks at once if given.
+
+    Where the pool takes the whole cluster they share its CPUs, and are no more than its workers: a task that asked for a CPU that
+    no one will ever free would wait for ever, and the pool for it.
+    """
+    spare = ray.cluster_resources().get("CPU", 0) - execution.cpus_per_worker * execution.num_workers
+    if spare >= 1:
+        return {"batch_size": 1, "num_cpus": 1, "compute": ray.data.TaskPoolStrategy(size=num_tasks)}
+    return {"batch_size": 1, "num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=num_tasks or execution.num_workers)}
+
+
+def with_memory_limit(dataset: ray.data.Dataset, object_store_bytes: int) -> ray.data.Dataset:
+    """Ray Data lets no more than this wait between its operators; left to itself it fills half of the cluster's object store."""
+    dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=object_store_bytes)
+    return dataset
+
+
+def stream_records(
+    rows: Sequence[dict[str, Any]], job: Callable[[list[dict[str, Any]]], ray.data.Dataset], id: str = "part"
+) -> Generator[Any]:
+    """Column "record" of the job's output, each as soon as it is done.
+
+    rows: the plan; each has a number under `id` that its record repeats.   job: makes the dataset for some of the rows.
+    Rows whose worker, node or object was lost are given to a new job, three times at most. Close the generator to end the job.
+    """
+    missing = {row[id]: row for row in rows}
+    for failures in range(_MAX_FAILURES + 1):
+        try:
+            # iter_rows() would hold a finished row back until the next one is done, because it prefetches a batch.
+            for batch in job(list(missing.values())).iter_batches(batch_size=None, prefetch_batches=0):
+                for record in batch["record"]:
+                    del missing[record[id]]
+                    yield record
+            assert not missing, f"no record of {id} {sorted(missing)}"
+            return
+        except _LOST as error:
+            if failures == _MAX_FAILURES:
+                raise
+            _log.warning("workers were lost (%s); going on with %d missing %ss", type(error).__name__, len(missing), id)

@@ -1,0 +1,50 @@
+"""How a stage is spread over the workers of a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How a stage is spread over a cluster. Never part of a key: it must not change what comes out."""
+
+    num_workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"execution.num_workers is {self.num_workers}; at least 1 is needed")
+        if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
+            raise ValueError("execution.cpus_per_worker must be above 0 and gpus_per_worker at least 0")
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+    @property
+    def num_threads(self) -> int:
+        """For torch, which would otherwise take every core of the machine in every worker."""
+        return max(1, int(self.cpus_per_worker))
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """For ray.remote and Ray Data."""
+        return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+
+    def device_seconds(self, worker_seconds: float) -> float:
+        """Seconds of accelerators that workers held for so long: a worker may hold several, or share one."""
+        return worker_seconds * self.gpus_per_worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution(Workers):
+    """batch_size: images that one worker computes at once."""
+
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"execution.batch_size is {self.batch_size}; it must be at least 1")

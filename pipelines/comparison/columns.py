@@ -1,0 +1,264 @@
+"""What a comparison tells of a row: columns, which of them a section needs, and which value of a column is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.comparison.published import PublishedResult
+from pipelines.comparison.sections import Row, Section
+
+MISSING = "–"
+MEASURED = "measured here"
+MAIN_RANK = 5  # the page shows columns of this rank and below at once, the others where they are asked for
+_GMACS_PER_TERA = 1000.0
+_MONEY = "cost/total_money"
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """key: of a record.   shown: value -> text.   better: the direction in which a score improves, or "".
+
+    rank: where a terminal is narrow, columns of the highest rank are left out first, those of one rank together.
+    std: key of the spread shown beside the value.   alike: how a heading tells the value if all rows have the same, "" where it
+    stays a column.   by_device: what it says depends on the device, and of different ones none is the best.
+    """
+
+    key: str
+    title: str
+    shown: Callable[[Any], str]
+    better: str = ""
+    rank: int = 0
+    std: str = ""
+    alike: str = ""
+    by_device: bool = False
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def short(value: float) -> str:
+    """Three significant digits and no exponent for what occurs here: 0.347, 12.8, 1,234."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _score(value: float) -> str:
+    """Two decimals, as papers give scores; more for small ones."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def short_count(value: float) -> str:
+    """1_300_000 -> "1.3M", 574_300_000 -> "574M", 1_040_700_000 -> "1.04B" """
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+COLUMNS = (
+    Column("model", "model", str),
+    Column("variant", "variant", str, alike="variant {}"),
+    Column("parameters", "params", short_count, rank=1),
+    Column("num_steps", "steps", _count, alike="steps {}"),
+    Column("guidance_scale", "guidance", short, alike="guidance {}"),
+    Column("mask_ratio", "mask ratio", short, alike="mask ratio {}"),
+    Column("gmacs_total", "GMACs", short),
+    Column("tmacs_total", "TFLOPs", short),
+    Column("fid", "FID", _score, "lower"),
+    Column("frechet_distance", "Fréchet dist.", _score, "lower"),
+    Column("inception_score", "IS", _score, "higher", rank=3, std="inception_score_std"),
+    Column("class_agreement", "agreement", _percent, "higher", rank=3),
+    Column("precision", "precision", _share, "higher", rank=4),
+    Column("recall", "recall", _share, "higher", rank=4),
+    Column("sfid", "sFID", _score, "lower", rank=6),
+    Column("kid", "KID", short, "lower", rank=6, std="kid_std"),
+    Column("kernel_distance", "kernel dist.", short, "lower", rank=6, std="kernel_distance_std"),
+    Column("images_per_second", "images/s", short, "higher", rank=5, by_device=True),
+    Column("device", "device", str, rank=5, alike="device {}"),
+    Column("train_steps", "train steps", _count, rank=2, alike="train steps {}"),
+    Column("dataset", "trained on", str, rank=2, alike="training on {}"),
+    Column("num_samples", "samples", _count, rank=2, alike="samples {}"),
+    Column("density", "density", _share, "higher", rank=7),
+    Column("coverage", "coverage", _share, "higher", rank=7),
+    Column("config_run", "run", str, rank=8, alike="run {}"),
+    Column("images_per_pass", "images/pass", _count, rank=9, alike="{} images a pass"),
+    Column("arithmetic", "arithmetic", str, rank=9, alike="arithmetic in {}"),
+    Column(_MONEY, "money", short, rank=10),  # in columns of one currency each
+    Column("cost/total_device_hours", "device hours", short, rank=11),
+    Column("cost/total_worker_hours", "worker hours", short, rank=11),
+    Column("date", "date", str, rank=12, alike="on {}"),
+    Column("device_seconds_per_image", "device s/image", short, rank=13, by_device=True),
+    Column("worker_seconds_per_image", "worker s/image", short, rank=13, by_device=True),
+    Column("peak_memory_gb", "peak GB", short, rank=13, by_device=True),
+    Column("gmacs_executed", "GMACs executed", short, rank=14),
+)
+_ZERO_IS_NOTHING = ("cost/total_device_hours", "device_seconds_per_image")  # without accelerator
+
+# Of what others published.
+QUOTED_COLUMNS = (
+    Column("model", "quoted", str),
+    Column("parameters", "params", short_count),
+    Column("num_steps", "steps", _count),
+    Column("mask_ratio", "mask ratio", short),
+    Column("tmacs_total", "TFLOPs", short),
+    Column("fid", "FID", _score),
+    Column("source", "source", str),
+    Column("note", "note", str, rank=1),
+)
+
+
+# Records -------------------------------------------------------------------------------------------------------------------
+
+
+def record(row: Row) -> dict[str, Any]:
+    """A measured row as flat values, by the keys of COLUMNS and the names of metrics. What is not known is absent.
+
+    tmacs_total: 10^12 multiply-accumulates, which papers call TFLOPs; gflops_total among the metrics counts two for each.
+    Money has the currency in its key: cost/total_money_EUR.
+    """
+    gmacs = row.metrics.get("gmacs_total")
+    values = {
+        **{name: value for name, value in row.metrics.items() if name != _MONEY},
+        _money_key(row.currency): row.metrics.get(_MONEY),
+        "model": row.model,
+        "variant": row.variant,
+        "config_run": row.config_run,
+        "dataset": row.dataset,
+        "resolution": row.resolution,
+        "parameters": row.parameters,
+        "train_steps": row.train_steps,
+        "num_steps": row.num_steps,
+        "guidance_scale": row.guidance_scale,
+        "mask_ratio": row.mask_ratio,
+        "num_samples": row.num_samples,
+        "device": row.device,
+        "images_per_pass": row.images_per_pass,
+        "arithmetic": row.precision,
+        "tmacs_total": None if gmacs is None else gmacs / _GMACS_PER_TERA,
+        "date": f"{row.measured:%Y-%m-%d}",
+        "source": MEASURED,
+        "samples": row.samples,
+        "run_id": row.run_ids[0],
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _money_key(currency: str | None) -> str:
+    return f"{_MONEY}_{currency}" if currency else _MONEY
+
+
+def quoted_record(result: PublishedResult) -> dict[str, Any]:
+    """A published row in the same terms."""
+    values = {
+        "model": result.label,
+        "dataset": result.dataset,
+        "parameters": None if result.params_millions is None else result.params_millions * 1e6,
+        "num_steps": result.steps,
+        "mask_ratio": result.mask_ratio,
+        "tmacs_total": result.tflops,
+        "gmacs_total": None if result.tflops is None else result.tflops * _GMACS_PER_TERA,
+        "fid": result.fid,
+        "source": result.source,
+        "note": result.note or None,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def by_score(results: Sequence[PublishedResult]) -> list[PublishedResult]:
+    """The best first, those without a score last; of one-step decoding by how much is masked."""
+    return sorted(results, key=lambda found: (found.mask_ratio or 0.0, found.fid is None, found.fid or 0.0, found.name))
+
+
+# Choosing ------------------------------------------------------------------------------------------------------------------
+
+
+def columns_of(section: Section) -> list[Column]:
+    """Those that say something: of the measured rows at least one has a value, and not all the same that a heading can tell."""
+    records = [record(row) for row in section.rows]
+    told = {column.key for column, _ in _alike(records)}
+    return [column for column in _present(section, records) if column.key not in told]
+
+
+def quoted_columns(results: Sequence[PublishedResult]) -> list[Column]:
+    is_one_step = any(result.mask_ratio is not None for result in results)
+    left_out = {"parameters", "tmacs_total", "note"} if is_one_step else {"mask_ratio"}
+    return [column for column in QUOTED_COLUMNS if column.key not in left_out]
+
+
+def alike(section: Section) -> dict[str, str]:
+    """What all rows have alike, in words, by columns: "steps 8", "guidance 3.5"."""
+    records = [record(row) for row in section.rows]
+    present = {column.key for column in _present(section, records)}
+    told = [(column, value) for column, value in _alike(records) if column.key in present]
+    return {column.key: column.alike.format(column.shown(value)) for column, value in told}
+
+
+def _alike(records: Sequence[Record]) -> list[tuple[Column, Any]]:
+    """Columns that a heading can tell, with their value."""
+    found = []
+    for column in COLUMNS:
+        values = [values.get(column.key) for values in records]
+        if column.alike and values[0] is not None and len(set(values)) == 1:
+            found.append((column, values[0]))
+    return found
+
+
+def _present(section: Section, records: Sequence[Record]) -> list[Column]:
+    keys = {name for values in records for name in values}
+    if all(row.variant == "main" for row in section.rows):
+        keys.discard("variant")
+    if {row.dataset for row in section.rows if row.dataset} == {section.dataset}:
+        keys.discard("dataset")  # the heading says it
+    if all(row.num_samples == section.protocol.get("num_samples") for row in section.rows):
+        keys.discard("num_samples")  # the protocol says it
+    for key in _ZERO_IS_NOTHING:
+        if not any(values.get(key) for values in records):
+            keys.discard(key)
+    largest = max((values["gmacs_total"] for values in records if "gmacs_total" in values), default=0.0)
+    keys.discard("gmacs_total" if largest >= 100 or section.published else "tmacs_total")
+    present = []
+    for column in COLUMNS:
+        if column.key == _MONEY:
+            present += [_money_column(column, key) for key in sorted(keys) if key.partition("_money")[0] == "cost/total"]
+        elif column.key in keys:
+            present.append(column)
+    return present
+
+
+def _money_column(column: Column, key: str) -> Column:
+    currency = key.removeprefix(_MONEY).removeprefix("_") or "currency not known"
+    return Column(key, f"{column.title} ({currency})", column.shown, rank=column.rank)
+
+
+def cell(values: Record, column: Column) -> str:
+    if column.key not in values:
+        return MISSING
+    text = column.shown(values[column.key])
+    return f"{text} ± {column.shown(values[column.std])}" if column.std in values else text
+
+
+def best_values(section: Section, columns: Sequence[Column]) -> dict[str, float]:
+    """Column -> the best measured value, where there are different ones to choose from. Of unlike tasks none is the best."""
+    best: dict[str, float] = {}
+    if len({row.mask_ratio for row in section.rows}) > 1:
+        return best
+    devices = {row.device for row in section.rows}
+    is_one_device = len(devices) == 1 and None not in devices
+    for column in columns:
+        values = [found[column.key] for found in map(record, section.rows) if column.key in found]
+        if column.better and len(set(values)) > 1 and (is_one_device or not column.by_device):
+            best[column.key] = (min if column.better == "lower" else max)(values)
+    return best

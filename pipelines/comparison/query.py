@@ -1,0 +1,298 @@
+"""Evaluations in MLflow read into rows that can be compared: one row per set of samples and protocol, a section per protocol.
+
+A protocol says how a number was measured (extractor, reference, how many samples, ...). Numbers of unequal protocols are never
+put into one section.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipelines.comparison.sections import MAIN, REAL_CODES, Notes, Row, Section, make_sections
+from pipelines.storage.base import digest_of
+from pipelines.storage.redaction import without_credentials
+from pipelines.tracking import registry, search
+from pipelines.tracking.search import TrackedRun
+
+_EVALUATIONS = "tags.`enat.stage` = 'evaluate'"
+_FINISHED = "attributes.status = 'FINISHED'"
+_MAX_DEPTH = 8  # of runs nested in each other; a loop of parents ends here
+_IDS_PER_QUERY = 100
+_IMPORTED = "imported"  # in place of a dataset: weights of which it is not known what, and how long, they learned
+_NAMES_SHOWN = 8  # of what exists, in a message
+_RUNS_COUNTED = 1000  # of what exists, in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """experiments: names.   filter: MLflow's filter string, on the runs of stage evaluate.
+
+    runs: names of config runs, or ids of runs of pipelines or of stage evaluate; none means all.
+    """
+
+    experiments: tuple[str, ...] = ("enat",)
+    filter: str | None = None
+    runs: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"experiment{'s' if len(self.experiments) > 1 else ''} {', '.join(map(repr, self.experiments))}"]
+        parts += [f"filter {self.filter!r}"] if self.filter else []
+        parts += [f"runs {', '.join(map(repr, self.runs))}"] if self.runs else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """experiment: of the newest evaluation.   sections: at least one, each with at least one row.
+
+    notes: sentences on what was left out or is doubtful.
+    """
+
+    uri: str
+    query: Query
+    experiment: str
+    sections: tuple[Section, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for section in self.sections for row in section.rows]
+
+    @property
+    def quoted(self) -> dict[str, list[Section]]:
+        """Name of a section -> the sections that its quoted numbers belong beside: it is the last of them, so that numbers are
+        quoted once."""
+        beside: dict[str, list[Section]] = {}
+        for section in self.sections:
+            if section.published_dataset is not None:
+                beside.setdefault(section.published_dataset, []).append(section)
+        return {sections[-1].name: sections for sections in beside.values()}
+
+
+def compare(uri: str, query: Query, published: str = "auto") -> Comparison:
+    """Read, fold and group. published: "none", "auto" (by dataset and resolution) or one of published.DATASETS.
+
+    Raises ValueError, saying what was searched and what exists, where nothing is found; else as tracked.experiments does.
+    """
+    known = search.experiments(uri)
+    found, parents = _find(uri, query, known)
+    notes = Notes()
+    rows = _fold([_row(run, parents, notes) for run in found])
+    rows = _with_generation(uri, rows, found, notes)
+    sections = make_sections(rows, published, notes)
+    experiment = next(name for name, id in known.items() if id == found[0].experiment_id)
+    return Comparison(uri=uri, query=query, experiment=experiment, sections=sections, notes=tuple(notes.sentences))
+
+
+# Finding -------------------------------------------------------------------------------------------------------------------
+
+
+def _find(uri: str, query: Query, known: Mapping[str, str]) -> tuple[list[TrackedRun], dict[str, TrackedRun]]:
+    """Finished evaluations, newest first, and their ancestors by id. known: name -> id of experiments."""
+    given = {id: run for id in query.runs if _is_id(id) and (run := search.read_run(uri, id)) is not None}
+    if unknown := [id for id in query.runs if _is_id(id) and id not in given]:
+        raise ValueError(f"there is no run {', '.join(unknown)} at {without_credentials(uri)}, or it was deleted")
+    ids: set[str] = set()
+    if not query.runs or len(given) < len(set(query.runs)):  # an id says by itself where a run is
+        for name in query.experiments:
+            if name not in known:
+                raise ValueError(f"there is no experiment {name!r} at {without_credentials(uri)}; there are {_listed(known)}")
+            ids.add(known[name])
+    ids |= {run.experiment_id for run in given.values()}
+    filters = [_EVALUATIONS, _FINISHED, *([query.filter] if query.filter else [])]
+    evaluations = search.search_runs(uri, sorted(ids), " and ".join(filters))
+    parents = _ancestors(uri, evaluations)
+    selected, met = [], set()
+    for run in evaluations:
+        names = {name for ancestor in (run, *_line(run, parents)) for name in (ancestor.run_id, ancestor.name)}
+        if not query.runs or names & set(query.runs):
+            selected.append(run)
+            met |= names
+    if not selected or set(query.runs) - met:
+        raise ValueError(_nothing_found(uri, query, sorted(ids), sorted(set(query.runs) - met), known))
+    return selected, parents
+
+
+def _is_id(text: str) -> bool:
+    return len(text) == 32 and set(text) <= set("0123456789abcdef")
+
+
+def _ancestors(uri: str, runs: Iterable[TrackedRun]) -> dict[str, TrackedRun]:
+    """All runs that these are nested in, by id."""
+    by_id: dict[str, TrackedRun] = {}
+    level = list(runs)
+    for _ in range(_MAX_DEPTH):
+        experiments = sorted({run.experiment_id for run in level})
+        wanted = sorted({run.parent_id for run in level if run.parent_id and run.parent_id not in by_id and _is_id(run.parent_id)})
+        level = []
+        for first in range(0, len(wanted), _IDS_PER_QUERY):
+            ids = ", ".join(f"'{id}'" for id in wanted[first : first + _IDS_PER_QUERY])
+            level += search.search_runs(uri, experiments, f"attributes.run_id IN ({ids})")
+        by_id |= {run.run_id: run for run in level}
+    return by_id
+
+
+def _line(run: TrackedRun, parents: Mapping[str, TrackedRun]) -> list[TrackedRun]:
+    """Its parent, the parent's parent, and so on."""
+    line: list[TrackedRun] = []
+    while (parent := parents.get(run.parent_id or "")) is not None and len(line) < _MAX_DEPTH:
+        run = parent
+        line.append(run)
+    return line
+
+
+def _nothing_found(uri: str, query: Query, ids: Sequence[str], unmet: Sequence[str], known: Mapping[str, str]) -> str:
+    """What was searched, and what exists there."""
+    everything = search.search_runs(uri, ids, limit=_RUNS_COUNTED)
+    evaluations = [run for run in everything if run.tags.get("enat.stage") == "evaluate"]
+    finished = sum(run.status == "FINISHED" for run in evaluations)
+    tops = dict.fromkeys(run.name for run in everything if run.parent_id is None)
+    what = f"no finished evaluation of {', '.join(map(repr, unmet))} is" if unmet and len(query.runs) > len(unmet) else ""
+    what = what or "no finished evaluation is"
+    count = "" if len(everything) < _RUNS_COUNTED else f"at least {_RUNS_COUNTED:,} runs; the newest are "
+    count += f"{len(everything):,} runs, {len(evaluations)} of them evaluations ({finished} finished)"
+    exists = count if everything else "no runs"
+    exists += f", of {_listed(tops)}" if tops else ""
+    return f"{what} at {without_credentials(uri)} in {query}; there are {exists}, and the experiments are {_listed(known)}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = [printable(name) for name in names]
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return (", ".join(names[:_NAMES_SHOWN]) or "none") + more
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Text that a terminal cannot take for commands, on one line."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: Notes) -> Row:
+    tags = run.tags
+    line = _line(run, parents)
+    variant = tags.get("enat.variant") or tags.get("enat.node", "").partition("@")[2] or MAIN
+    trained = tags.get("enat.input.model")
+    protocol, mask_ratio = _without_mask_ratio(_protocol(run, notes))
+    is_imported = tags.get("enat.dataset") == _IMPORTED
+    return Row(
+        run_ids=(run.run_id,),
+        config_run=printable(line[-1].name) if line else None,
+        model=printable(tags.get("enat.model") or (trained or run.name)[:18]),
+        variant=printable(variant),
+        dataset=None if is_imported else _text(tags.get("enat.dataset")),
+        resolution=_integer(run, "enat.resolution", notes),
+        parameters=_integer(run, "enat.parameters", notes),
+        train_steps=None if is_imported else _integer(run, "enat.train_steps", notes),
+        num_steps=_integer(run, "enat.num_steps", notes),
+        guidance_scale=_number(run, "enat.guidance_scale", notes),
+        num_samples=_integer(run, "enat.num_samples", notes),
+        samples=_text(tags.get("enat.samples") or tags.get("enat.input.samples")),
+        trained=trained,
+        evaluation=tags.get(registry.DIGEST_TAG),
+        protocol_digest=digest_of(protocol)[:12] if protocol else _text(tags.get("enat.protocol_digest")),
+        protocol=protocol,
+        measured=run.started,
+        metrics={name: value for name, value in run.metrics.items() if math.isfinite(value)},
+        device=_text(tags.get("enat.device")),
+        images_per_pass=_integer(run, "enat.images_per_pass", notes),
+        mask_ratio=_parsed(mask_ratio, f"The mask ratio in enat.protocol of run {run.run_id}", notes),
+        precision=_text(tags.get("enat.precision")),
+        currency=_text(tags.get("enat.currency")),
+    )
+
+
+def _text(value: str | None) -> str | None:
+    return printable(value) if value else None
+
+
+def _integer(run: TrackedRun, tag: str, notes: Notes) -> int | None:
+    number = _number(run, tag, notes)
+    return None if number is None else int(number)
+
+
+def _number(run: TrackedRun, tag: str, notes: Notes) -> float | None:
+    """None where a tag is missing, or, with a note, where it is no number: tags may be edited by hand."""
+    return _parsed(run.tags.get(tag), f"The tag {tag} of run {run.run_id}", notes)
+
+
+def _parsed(text: str | None, what: str, notes: Notes) -> float | None:
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value):
+        return value
+    notes.add(f"{what} is {printable(text)[:40]!r}, no number; it is shown as missing.")
+    return None
+
+
+def _protocol(run: TrackedRun, notes: Notes) -> dict[str, Any]:
+    text = run.tags.get("enat.protocol")
+    if not text:
+        notes.add("Of some runs it is not known how they were measured; their numbers may not be comparable, even with each other.")
+        return {}
+    try:
+        protocol = json.loads(text)
+    except ValueError:
+        protocol = None
+    if isinstance(protocol, dict):
+        return {printable(str(name)): printable(v) if isinstance(v, str) else v for name, v in protocol.items()}
+    notes.add(f"The tag enat.protocol of run {run.run_id} cannot be read; its protocol counts as unknown.")
+    return {}
+
+
+def _without_mask_ratio(protocol: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """It has a column of its own, so rows of one section may differ in it: the figure over mask ratios is of such a section."""
+    labels, _, ratio = str(protocol.get("labels")).rpartition(", mask ratio ")
+    return ({**protocol, "labels": labels}, ratio) if labels == REAL_CODES else (protocol, None)
+
+
+def _fold(rows: Sequence[Row]) -> list[Row]:
+    """One row per samples and protocol. rows: newest first; the newest counts, the others are the same numbers logged again."""
+    folded: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.samples, row.protocol_digest) if row.samples else (row.run_ids,)
+        folded.setdefault(key, []).append(row)
+    return [_folded(same) for same in folded.values()]
+
+
+def _folded(same: Sequence[Row]) -> Row:
+    newest = same[0]
+    first = min(row.measured for row in same if row is newest or (row.evaluation and row.evaluation == newest.evaluation))
+    return replace(newest, run_ids=tuple(id for row in same for id in row.run_ids), measured=first)
+
+
+def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], notes: Notes) -> list[Row]:
+    """The rows with the parameters of stage generate, which tell what else about the sampler differs.
+
+    All runs of the stage are read at once: MLflow answers one question a set of samples far more slowly, and knows no list of
+    values for a tag. One run of each set is enough: what it says is part of the key.
+    """
+    wanted = {row.samples for row in rows if (row.samples or "").startswith("generate/")}
+    found: dict[str, Mapping[str, str]] = {}
+    if wanted:
+        experiments = sorted({run.experiment_id for run in runs})
+        for run in search.search_runs(uri, experiments, "tags.`enat.stage` = 'generate'"):
+            samples = f"generate/{run.tags.get('enat.key')}"
+            if samples in wanted:
+                found.setdefault(samples, _without_execution(run.params))
+    return [_generated(row, found.get(row.samples or ""), notes) for row in rows]
+
+
+def _generated(row: Row, params: Mapping[str, str] | None, notes: Notes) -> Row:
+    ratio = (params or {}).get("mask_ratio", "None")  # a parameter is text: "None" where samples begin with nothing
+    what = f"The parameter mask_ratio of {row.samples}"
+    return replace(row, generated=params, mask_ratio=row.mask_ratio if ratio == "None" else _parsed(ratio, what, notes))
+
+
+def _without_execution(params: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in params.items() if not name.startswith("execution.")}

@@ -1,0 +1,176 @@
+"""A comparison as text: the tables in a terminal, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+
+from pipelines.comparison.columns import (
+    COLUMNS,
+    Column,
+    Record,
+    best_values,
+    by_score,
+    cell,
+    columns_of,
+    quoted_columns,
+    quoted_record,
+    record,
+)
+from pipelines.comparison.published import PublishedResult
+from pipelines.comparison.query import Comparison
+from pipelines.comparison.sections import Section
+from pipelines.comparison.sentences import (
+    CONVENTION,
+    alike_sentence,
+    differences,
+    differences_sentence,
+    heading,
+    protocol_sentence,
+    published_sentence,
+)
+from pipelines.storage.redaction import without_credentials
+
+_TEXT_WIDTH = 36  # of a cell in a terminal; longer text is folded
+_ANY_WIDTH = 100_000
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """A table per section. Columns that the terminal has no room for are named below it."""
+    quoted = comparison.quoted
+    for section in comparison.sections:
+        name = f"{section.name}  " if len(comparison.sections) > 1 else ""
+        console.print(f"[bold]{name}{escape(heading(section))}[/]", highlight=False)
+        console.print(f"[dim]{escape(protocol_sentence(section.protocol))}[/]", highlight=False)
+        console.print(f"[dim]{escape(alike_sentence(section))}[/]", highlight=False)
+        columns = columns_of(section)
+        best = best_values(section, columns)
+        _show_rows([record(row) for row in section.rows], columns, best, "", console)
+        console.print()
+        if section.name in quoted:
+            _show_quoted(quoted[section.name], console)
+    _show_differences(comparison, console)
+    console.print(f"[dim]{CONVENTION}[/]", highlight=False)
+    for note in comparison.notes:
+        console.print(f"[yellow]{escape(note)}[/]", highlight=False)
+
+
+def _show_quoted(sections: Sequence[Section], console: Console) -> None:
+    published = sections[0].published
+    _show_rows(list(map(quoted_record, by_score(published))), quoted_columns(published), {}, "dim italic", console)
+    console.print(f"[dim]{escape(published_sentence(sections))}[/]", highlight=False)
+    console.print()
+
+
+def _show_rows(
+    records: Sequence[Record], columns: Sequence[Column], best: Mapping[str, float], style: str, console: Console
+) -> None:
+    left_out: list[str] = []
+    while _width(table := _table(records, columns, best, style), console) > console.width and any(c.rank for c in columns):
+        highest = max(column.rank for column in columns)
+        left_out = [column.title for column in columns if column.rank == highest] + left_out
+        columns = [column for column in columns if column.rank != highest]
+    console.print(table)
+    if left_out:
+        console.print(f"[dim]no room for {escape(', '.join(left_out))}: see --csv or --html[/]", highlight=False)
+
+
+def _table(records: Sequence[Record], columns: Sequence[Column], best: Mapping[str, float], style: str) -> Table:
+    table = Table(box=None, pad_edge=False, row_styles=[style])
+    for column in columns:
+        is_text = column.shown is str
+        table.add_column(
+            escape(column.title),  # a currency may be anything
+            justify="left" if is_text else "right",
+            overflow="fold",
+            no_wrap=not is_text,
+            max_width=_TEXT_WIDTH if is_text else None,
+        )
+    for values in records:
+        cells = (escape(cell(values, column)) for column in columns)
+        is_best = (column.key in best and values.get(column.key) == best[column.key] for column in columns)
+        table.add_row(*(f"[bold green]{text}[/]" if good else text for text, good in zip(cells, is_best, strict=True)))
+    return table
+
+
+def _width(table: Table, console: Console) -> int:
+    """What the table would take if it had all the room it wants."""
+    return Measurement.get(console, console.options.update(max_width=_ANY_WIDTH), table).maximum
+
+
+def _show_differences(comparison: Comparison, console: Console) -> None:
+    letters, different = differences(comparison)
+    if not different:
+        return
+    console.print(f"[bold]{differences_sentence(letters)}[/]", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("", *letters):
+        table.add_column(column, overflow="fold")
+    for key, values in different:
+        table.add_row(escape(key), *map(escape, values))
+    console.print(table)
+    console.print()
+
+
+# Files ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_csv(comparison: Comparison) -> str:
+    """A line per row, quoted ones included (column source tells them apart), with every metric and the protocol.
+
+    Quoted rows stand once, after the last section that they belong beside; column section names all of these.
+    """
+    records: list[dict[str, Any]] = []
+    quoted = comparison.quoted
+    for section in comparison.sections:
+        shared = {"section": section.name, "protocol_digest": section.protocol_digest}
+        protocol = {f"protocol_{name}": value for name, value in section.protocol.items()}
+        records += [{**shared, **record(row), **protocol} for row in section.rows]
+        if section.name in quoted:
+            letters = " ".join(beside.name for beside in quoted[section.name])
+            records += [{"section": letters, **quoted_record(result)} for result in section.published]
+    first = ["section", "source", *(column.key for column in COLUMNS)]
+    seen = {name for values in records for name in values}
+    names = [name for name in first if name in seen] + sorted(seen - set(first))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _csv_value(value) for name, value in values.items()} for values in records)
+    return buffer.getvalue()
+
+
+def _csv_value(value: Any) -> Any:
+    """Spreadsheets run text that begins like a formula; an apostrophe keeps it text."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    sections = [
+        {
+            "name": section.name,
+            "dataset": section.dataset,
+            "resolution": section.resolution,
+            "protocol_digest": section.protocol_digest,
+            "protocol": dict(section.protocol),
+            "rows": [
+                {**record(row), "run_ids": list(row.run_ids), "metrics": dict(row.metrics), "currency": row.currency}
+                for row in section.rows
+            ],
+            "published": [_published(result) for result in section.published],
+        }
+        for section in comparison.sections
+    ]
+    return {"uri": without_credentials(comparison.uri), "sections": sections, "notes": list(comparison.notes)}
+
+
+def _published(result: PublishedResult) -> dict[str, Any]:
+    """As the file has it, with MACs called what measured rows call them."""
+    return {"tmacs_total" if name == "tflops" else name: value for name, value in asdict(result).items()}

@@ -1,0 +1,182 @@
+"""Caption features on disk: what a text encoder makes of every caption of a dataset, and how training reads it.
+
+Captions are numbered through the dataset, 0..N-1. Files `captions-00000.safetensors`, ... hold captions_per_file of them each (the
+last one the rest), `empty.safetensors` the empty caption, whose index is -1. Tensors: `hidden` float16 (R, T, W), `pooled` float16
+(R, W), `num_tokens` int16 (R,); of the empty caption without R and without num_tokens. The header's entry `enat` is JSON: the first
+caption's index, the encoder's digest, the format's version.
+
+Shape legend: N captions, R captions of a file, T positions, W width, B captions of a batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from enat.text import TextFeatures
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+
+FORMAT_VERSION = 1
+EMPTY = "empty.safetensors"
+EMPTY_INDEX = -1
+MAX_OPEN_FILES = 64
+_HEADER = "enat"
+_DTYPES = {"hidden": "F16", "pooled": "F16", "num_tokens": "I16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionFeaturesInfo:
+    """What caption features are made of; stands in the manifest's summary under `info`."""
+
+    num_captions: int
+    captions_per_file: int
+    num_positions: int
+    width: int
+    encoder_digest: str
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_files(self) -> int:
+        """Without that of the empty caption."""
+        return -(-self.num_captions // self.captions_per_file)
+
+    def captions_from(self, start: int) -> int:
+        """R of the file whose first caption is start."""
+        return min(self.captions_per_file, self.num_captions - start)
+
+
+def captions_name(number: int) -> str:
+    """Of the file with captions number * captions_per_file and up."""
+    return f"captions-{number:05d}.safetensors"
+
+
+def write_captions(path: Path, info: CaptionFeaturesInfo, start: int, features: TextFeatures) -> None:
+    """Write the file whose first caption is start. features: of all its captions, R = info.captions_from(start)."""
+    assert start in range(0, info.num_captions, info.captions_per_file), (start, info)
+    _write(path, info, start, _arrays(features))
+
+
+def write_empty(path: Path, info: CaptionFeaturesInfo, features: TextFeatures) -> None:
+    """Write the file of the empty caption. features: of that one caption."""
+    arrays = _arrays(features)
+    assert len(arrays["hidden"]) == 1
+    _write(path, info, EMPTY_INDEX, {name: arrays[name][0] for name in ("hidden", "pooled")})
+
+
+def _arrays(features: TextFeatures) -> dict[str, np.ndarray]:
+    values = {"hidden": features.hidden, "pooled": features.pooled, "num_tokens": features.num_tokens.short()}
+    return {name: tensor.cpu().contiguous().numpy() for name, tensor in values.items()}
+
+
+def _write(path: Path, info: CaptionFeaturesInfo, start: int, arrays: dict[str, np.ndarray]) -> None:
+    shapes = _shapes(info, start)
+    assert {name: array.shape for name, array in arrays.items()} == shapes, shapes
+    assert arrays["hidden"].dtype == arrays["pooled"].dtype == np.float16
+    # One entry only: safetensors writes several in an order that changes from run to run, and equal features are to be equal bytes.
+    save_file(arrays, path, metadata={_HEADER: json.dumps(_header(info, start), sort_keys=True)})
+
+
+def _header(info: CaptionFeaturesInfo, start: int) -> dict[str, Any]:
+    return {"start": start, "encoder_digest": info.encoder_digest, "format_version": info.format_version}
+
+
+def _shapes(info: CaptionFeaturesInfo, start: int) -> dict[str, tuple[int, ...]]:
+    if start == EMPTY_INDEX:
+        return {"hidden": (info.num_positions, info.width), "pooled": (info.width,)}
+    rows = info.captions_from(start)
+    return {"hidden": (rows, info.num_positions, info.width), "pooled": (rows, info.width), "num_tokens": (rows,)}
+
+
+class CaptionFeatures:
+    """Caption features in their files, which are mapped when a caption of theirs is asked for, MAX_OPEN_FILES at a time.
+
+    info: CaptionFeaturesInfo.
+    """
+
+    def __init__(self, info: CaptionFeaturesInfo, store: ArtifactStore, manifest: Manifest) -> None:
+        self.info, self._store, self._manifest = info, store, manifest
+        self._opened: OrderedDict[str, Any] = OrderedDict()  # safetensors' handles by the name of the file, last used last
+        self._empty: tuple[np.ndarray, np.ndarray] | None = None
+
+    @classmethod
+    def open(cls, store: ArtifactStore, manifest: Manifest) -> CaptionFeatures:
+        """Opens no file yet. Raises ValueError for a manifest of other things, of another format, or with files missing."""
+        place = f"artifact {manifest.stage}/{manifest.key[:12]}"
+        try:
+            info = CaptionFeaturesInfo(**manifest.summary["info"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{place} holds no caption features that are known here ({error})") from error
+        if info.format_version != FORMAT_VERSION:
+            raise ValueError(f"{place} has caption features of format {info.format_version}; {FORMAT_VERSION} is read here")
+        listed = {record.name for record in manifest.files}
+        missing = sorted({EMPTY, *map(captions_name, range(info.num_files))} - listed)
+        if missing:
+            raise ValueError(f"{place} lacks {len(missing)} files of caption features, {missing[0]} among them")
+        return cls(info, store, manifest)
+
+    def __len__(self) -> int:
+        return self.info.num_captions
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """hidden float16 (B, T, W) and pooled float16 (B, W) of captions; indices: int64 (B,), -1 is the empty caption.
+
+        Raises ValueError for an index out of range, and for a file that is not what its manifest says.
+        """
+        indices = np.asarray(indices)
+        wrong = indices[(indices < EMPTY_INDEX) | (indices >= len(self))]
+        if len(wrong):
+            raise ValueError(f"there is no caption {wrong[0]}: they are numbered 0..{len(self) - 1}, and -1 is the empty one")
+        hidden = np.empty((len(indices), self.info.num_positions, self.info.width), np.float16)
+        pooled = np.empty((len(indices), self.info.width), np.float16)
+        is_empty = indices == EMPTY_INDEX
+        if is_empty.any():
+            hidden[is_empty], pooled[is_empty] = self._empty_caption()
+        numbers, rows = np.divmod(indices, self.info.captions_per_file)
+        for number in np.unique(numbers[~is_empty]).tolist():
+            file = self._file(captions_name(number), number * self.info.captions_per_file)
+            hidden_slice, pooled_slice = file.get_slice("hidden"), file.get_slice("pooled")
+            for place in np.flatnonzero(~is_empty & (numbers == number)):
+                row = int(rows[place])
+                hidden[place], pooled[place] = hidden_slice[row], pooled_slice[row]
+        return hidden, pooled
+
+    def _empty_caption(self) -> tuple[np.ndarray, np.ndarray]:
+        """Kept in memory: it is drawn in every batch."""
+        if self._empty is None:
+            file = self._file(EMPTY, EMPTY_INDEX)
+            self._empty = file.get_tensor("hidden"), file.get_tensor("pooled")
+        return self._empty
+
+    def _file(self, name: str, start: int) -> Any:
+        """The handle of a file, opened where it is not."""
+        if name not in self._opened:
+            self._opened[name] = _open_checked(self._store.fetch(self._manifest, name), self.info, start)
+        self._opened.move_to_end(name)
+        if len(self._opened) > MAX_OPEN_FILES:
+            self._opened.popitem(last=False)
+        return self._opened[name]
+
+
+def _open_checked(path: Path, info: CaptionFeaturesInfo, start: int) -> Any:
+    """safetensors' handle of a mapped file whose header is that of the manifest's info."""
+    try:
+        file = safe_open(str(path), framework="np")
+        header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable file of caption features: {error}") from error
+    if header != _header(info, start):
+        raise ValueError(f"{path} is not of these caption features: its header is {header}, the manifest's {_header(info, start)}")
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    found = {name: (tensor.get_dtype(), *tensor.get_shape()) for name, tensor in slices.items()}
+    expected = {name: (_DTYPES[name], *shape) for name, shape in _shapes(info, start).items()}
+    if found != expected:
+        raise ValueError(f"{path} is not of these caption features: its tensors are {found}, expected {expected}")
+    return file

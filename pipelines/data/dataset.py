@@ -1,0 +1,167 @@
+"""A dataset through its index: one row per image, in the order that token maps, references and shards go by.
+
+The index is a Parquet file of the stage `dataset`: columns key, file, position, size, label, captions, and first_caption, the
+number of the row's first caption among all captions of the dataset. Workers read the few rows they need of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from enat.images import ImageError, center_crop, decode_image, to_array
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.data.sources.base import Entry, Source
+from pipelines.data.sources.config import DatasetConfig, open_source
+
+INDEX = "index.parquet"
+_ROWS_PER_GROUP = 4096
+_NAMED_AT_MOST = 5
+MAX_FILE_BYTES = 1 << 28  # of one image; a larger file is not read at all
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("file", pa.string()),
+        ("position", pa.int64()),
+        ("size", pa.int64()),
+        ("label", pa.int32()),
+        ("first_caption", pa.int64()),
+        ("captions", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One image as it lies in the dataset. first_caption: number of captions[0] in the whole dataset."""
+
+    key: str
+    data: bytes
+    label: int
+    captions: tuple[str, ...] = ()
+    first_caption: int = 0
+    size: int = 0
+
+    def pixels(self, resolution: int) -> np.ndarray:
+        """The ADM centre crop, uint8 (3, H, W). Raises ImageError."""
+        size = max(self.size, len(self.data))  # of a row of a Parquet file nothing is known before it is read
+        if size > MAX_FILE_BYTES:
+            raise ImageError(f"the file has {size:,} bytes, more than {MAX_FILE_BYTES:,}")
+        return to_array(center_crop(decode_image(self.data), resolution))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The dataset that an artifact of stage `dataset` indexes, read from where the config says it lies. Sendable to workers."""
+
+    config: DatasetConfig
+    store: ArtifactStore
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest.summary["name"])
+
+    @property
+    def num_images(self) -> int:
+        return int(self.manifest.summary["num_images"])
+
+    @property
+    def num_captions(self) -> int:
+        return int(self.manifest.summary["num_captions"])
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return tuple(self.manifest.summary["class_names"])
+
+    def index(self, start: int, stop: int) -> pa.Table:
+        """Rows start..stop-1 of the index."""
+        file = _open_index(self.store.fetch(self.manifest, INDEX))
+        stop = min(stop, self.num_images)
+        groups = range(start // _ROWS_PER_GROUP, -(-stop // _ROWS_PER_GROUP))
+        if start >= stop:
+            return _SCHEMA.empty_table()
+        return file.read_row_groups(list(groups)).slice(start - groups[0] * _ROWS_PER_GROUP, stop - start)
+
+    def read(self, start: int, stop: int) -> Iterator[ImageRow]:
+        """Rows start..stop-1 with the bytes of their images; those of a file that is too large are left empty."""
+        rows = self.index(start, stop).to_pylist()
+        readable = [row for row in rows if row["size"] <= MAX_FILE_BYTES]
+        entries = [Entry(row["key"], row["file"], row["position"], row["size"]) for row in readable]
+        contents = _opened(self.config).read(entries)
+        for row in rows:
+            content = next(contents) if row["size"] <= MAX_FILE_BYTES else b""
+            yield ImageRow(row["key"], content, row["label"], tuple(row["captions"]), row["first_caption"], row["size"])
+
+    def load_images(self, resolution: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The readable images among rows start..stop-1, cropped: uint8 (R, 3, H, W), labels int64 (R,).
+
+        Unreadable ones are left out; the token map's quarantine names them.
+        """
+        arrays, labels = [], []
+        for row in self.read(start, stop):
+            try:
+                arrays.append(row.pixels(resolution))
+            except ImageError:
+                continue
+            labels.append(row.label)
+        return np.stack(arrays) if arrays else np.empty((0, 3, resolution, resolution), np.uint8), np.array(labels, np.int64)
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    num_images: int
+    num_captions: int
+    images_per_label: dict[int, int]
+
+
+def write_index(path: Path, entries: Iterable[Entry]) -> IndexSummary:
+    """Write the index of a dataset, a row group at a time."""
+    remaining = iter(entries)
+    num_images, num_captions, per_label = 0, 0, dict[int, int]()
+    with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        while some := list(islice(remaining, _ROWS_PER_GROUP)):
+            columns: dict[str, list[Any]] = {
+                name: [getattr(e, name) for e in some] for name in _SCHEMA.names if name != "first_caption"
+            }
+            counts = [len(entry.captions) for entry in some]
+            columns["first_caption"] = [num_captions + before for before in np.cumsum([0, *counts[:-1]]).tolist()]
+            writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_PER_GROUP)
+            num_images, num_captions = num_images + len(some), num_captions + sum(counts)
+            for entry in some:
+                per_label[entry.label] = per_label.get(entry.label, 0) + 1
+    return IndexSummary(num_images, num_captions, per_label)
+
+
+def check_unique(index: Path) -> None:
+    """Raises ValueError naming keys that occur more than once, and where."""
+    keys = pq.read_table(index, columns=["key"])
+    counts = keys.group_by("key").aggregate([([], "count_all")])
+    repeated = counts.filter(pc.greater(counts["count_all"], 1))["key"]
+    if not len(repeated):
+        return
+    named = sorted(repeated.to_pylist())[:_NAMED_AT_MOST]
+    places = pq.read_table(index, columns=["key", "file"], filters=[("key", "in", named)]).to_pylist()
+    where = "; ".join(f"{key} in {' and '.join(place['file'] for place in places if place['key'] == key)}" for key in named)
+    more = f" and {len(repeated) - len(named)} more" if len(repeated) > len(named) else ""
+    raise ValueError(f"{len(repeated)} keys of the dataset are not unique: {where}{more}; rename or remove the repeated images")
+
+
+@lru_cache(maxsize=4)  # a worker reads block after block
+def _opened(config: DatasetConfig) -> Source:
+    return open_source(config)
+
+
+@lru_cache(maxsize=4)
+def _open_index(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(path, page_checksum_verification=True)

@@ -1,0 +1,255 @@
+"""Images that other generators made, to be measured as ours are: a folder, tar files, Parquet files, or ADM's .npz.
+
+Their bytes stay where they are; the stage `images` makes an index of them. Nothing is resized: scores depend on how that is done,
+so images have to come in the size that they are measured at. Images are numbered in the order of their names, those of an .npz and
+of Parquet files by position.
+
+Shape legend: R images of a range, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from enat.images import ImageError, decode_image, to_array
+from enat.metrics.adm import AdmSamples
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.data.dataset import MAX_FILE_BYTES, Dataset
+from pipelines.data.labels import UNKNOWN, check_stated, scheme_of_labels, stated_scheme
+from pipelines.data.sources.base import MAX_LABEL, Entry, Findings, is_image
+from pipelines.data.sources.config import DatasetConfig, open_source
+from pipelines.storage.base import StorageError, StoredFile, digest_of
+from pipelines.storage.external import content_digest, local_file
+from pipelines.storage.open import open_folder
+from pipelines.storage.s3_client import S3Config
+
+KINDS = ("auto", "folder", "tar", "npz", "parquet")
+_SOURCE_KINDS = {"folder": "images", "tar": "tar", "parquet": "parquet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSetConfig:
+    """path: a folder or file, also s3://bucket/prefix.   name: of the generator, which stands in scores.
+
+    kind: "folder" of JPEG or PNG at any depth (labels are known where all lie in folders called by class numbers), "tar" and
+    "parquet" as datasets have them, "npz" as ADM's evaluator takes it: uint8 (N, H, W, 3) arr_0, labels in arr_1 if any.
+    "auto" tells them apart by what lies there.   labels: how those of images that come without were chosen, in the words of
+    label_schemes.STATED; None where it is not known.   s3: None takes the run's.
+    """
+
+    path: str
+    name: str
+    kind: str = "auto"
+    labels: str | None = None
+    s3: S3Config | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"the kind of images {self.name} is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if not self.path or not self.name:
+            raise ValueError("images need a path, where they lie, and a name, which stands in scores")
+        if self.labels is not None:
+            check_stated(self.labels)
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "labels": self.labels, "content": self.digest()}
+
+    def digest(self) -> str:
+        """sha256 that names the content: of names, bytes and order."""
+        kind = self.found_kind()
+        if kind == "npz":
+            content = content_digest(self.path, f"images {self.name}", self.s3)
+        else:
+            with _called(self):
+                content = open_source(self.as_dataset()).fingerprint()
+        return digest_of({"kind": kind, "content": content})
+
+    def found_kind(self) -> str:
+        """The kind, found out where it is "auto". Raises ValueError where that is not clear."""
+        if self.kind != "auto":
+            return self.kind
+        suffix = PurePosixPath(self.path).suffix.lower().removeprefix(".")
+        if suffix in ("npz", "tar", "parquet"):
+            return suffix
+        try:
+            files = open_folder(self.path, self.s3 or S3Config()).list()
+        except StorageError as error:
+            raise ValueError(f"images {self.name}: {error}") from error
+        kinds = Counter(_kind_of(file) for file in files)
+        del kinds[""]
+        if len(kinds) == 1:
+            return next(iter(kinds))
+        found = " and ".join(f"{count:,} of kind {kind}" for kind, count in sorted(kinds.items()))
+        advice = f"holds {found}; say which kind is meant" if kinds else "holds no images, tar or Parquet files; correct the path"
+        raise ValueError(f"images {self.name}: {self.path} {advice}")
+
+    def as_dataset(self) -> DatasetConfig:
+        """The same for the sources of datasets, which read all kinds but npz."""
+        return DatasetConfig(kind=_SOURCE_KINDS[self.found_kind()], name=self.name, path=self.path, s3=self.s3)
+
+
+def _kind_of(file: StoredFile) -> str:
+    if is_image(file.name):
+        return "folder"
+    suffix = PurePosixPath(file.name).suffix.lower()
+    return suffix.removeprefix(".") if suffix in (".tar", ".parquet") else ""
+
+
+def scan(config: ImageSetConfig, findings: Findings) -> list[Entry]:
+    """All images in their order. Raises ValueError where there are none, or for a file that cannot be understood."""
+    kind = config.found_kind()
+    if kind == "npz":
+        return list(_npz_entries(config))
+    with _called(config):
+        source = open_source(config.as_dataset())
+        entries = [entry for unit in source.units() for entry in source.scan(unit, findings)]
+    if kind != "parquet":
+        entries.sort(key=lambda entry: entry.key.encode())
+    if not entries:
+        raise ValueError(f"images {config.name}: {config.path} has none; correct the path")
+    return _labelled_by_folder(entries) if kind == "folder" else entries
+
+
+@contextmanager
+def _called(config: ImageSetConfig) -> Iterator[None]:
+    """Sources speak of the key that a dataset's path stands under; here it is another one."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("dataset.path", f"images {config.name}")) from error
+
+
+def _labelled_by_folder(entries: list[Entry]) -> list[Entry]:
+    folders = [entry.key.partition("/")[0] for entry in entries]
+    if not all(re.fullmatch(r"[0-9]{1,6}", folder) for folder in folders):
+        return entries
+    return [
+        Entry(entry.key, entry.file, entry.position, entry.size, int(folder))
+        for entry, folder in zip(entries, folders, strict=True)
+    ]
+
+
+def find_resolution(config: ImageSetConfig) -> int:
+    """H = W of the first image. Raises ValueError where there are none."""
+    return resolution_of(config, scan(config, Findings()))
+
+
+def resolution_of(config: ImageSetConfig, entries: Sequence[Entry]) -> int:
+    """H = W of the first image, which all others must have."""
+    if config.found_kind() == "npz":
+        return _npz(config).height
+    first = next(iter(open_source(config.as_dataset()).read(entries[:1])))
+    return square_pixels(config.name, entries[0].key, first, None).shape[1]
+
+
+def label_scheme(config: ImageSetConfig, entries: Sequence[Entry]) -> str:
+    """In the words of label_schemes. Raises ValueError where what is said of labels is not what the images have."""
+    found = scheme_of_labels([entry.label for entry in entries])
+    if config.labels is None:
+        return found
+    stated = stated_scheme(config.labels, len(entries))
+    if found not in (UNKNOWN, stated):
+        raise ValueError(f"images {config.name} have labels: {found}; they are said to be {stated}")
+    return stated
+
+
+def check_images(config: ImageSetConfig, entries: Sequence[Entry], resolution: int) -> None:
+    """Read some of the images. Raises ValueError, naming it, for the first that cannot be read or has another size.
+
+    Those of an .npz, which has them in one piece, are read all.
+    """
+    if config.found_kind() == "npz":
+        _npz(config).verify()
+        return
+    for entry in entries:
+        if entry.size > MAX_FILE_BYTES:
+            raise ValueError(f"image {entry.key} of {config.name} has {entry.size:,} bytes, more than {MAX_FILE_BYTES:,}")
+    for entry, content in zip(entries, open_source(config.as_dataset()).read(entries), strict=True):
+        square_pixels(config.name, entry.key, content, resolution)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images that an artifact of stage `images` indexes, read from where the config says they lie. Sendable to workers."""
+
+    config: ImageSetConfig
+    store: ArtifactStore
+    manifest: Manifest
+
+    def __len__(self) -> int:
+        return int(self.manifest.summary["num_images"])
+
+    @property
+    def resolution(self) -> int:
+        return int(self.manifest.summary["resolution"])
+
+    def read(self, start: int, stop: int, device: str) -> torch.Tensor:
+        """uint8 (R, 3, H, W) of images start..stop-1. Raises ValueError, naming it, for one that is not what was indexed."""
+        stop = min(stop, len(self))
+        if self.manifest.summary["kind"] == "npz":
+            return _npz(self.config).read(start, stop).to(device)
+        images = np.empty((stop - start, 3, self.resolution, self.resolution), np.uint8)
+        for slot, row in enumerate(self._dataset().read(start, stop)):
+            images[slot] = square_pixels(self.config.name, row.key, row.data, self.resolution)
+        return torch.from_numpy(images).to(device)
+
+    def labels(self) -> np.ndarray:
+        """int64 (N,); -1 where they are not known."""
+        values: np.ndarray = self._dataset().index(0, len(self))["label"].to_numpy().astype(np.int64)
+        return values
+
+    def _dataset(self) -> Dataset:
+        """The index of the stage is one of a dataset; of an .npz only what it says is of use."""
+        config = replace(self.config, kind=self.manifest.summary["kind"])  # known: not to be found out in every worker
+        return Dataset(DatasetConfig() if config.kind == "npz" else config.as_dataset(), self.store, self.manifest)
+
+
+def square_pixels(name: str, key: str, data: bytes, resolution: int | None) -> np.ndarray:
+    """uint8 (3, H, W). Raises ValueError, naming the image, where it cannot be read or is not square and of the resolution."""
+    try:
+        if len(data) > MAX_FILE_BYTES:
+            raise ImageError(f"the file has {len(data):,} bytes, more than {MAX_FILE_BYTES:,}")
+        pixels = to_array(decode_image(data))
+    except ImageError as error:
+        raise ValueError(
+            f"image {key} of {name} cannot be read ({error}); a score of the others would not be theirs, so replace it"
+        ) from error
+    _check_size(name, key, pixels.shape[2], pixels.shape[1], resolution)
+    return pixels
+
+
+def _check_size(name: str, key: str, width: int, height: int, resolution: int | None) -> None:
+    expected = resolution or min(width, height)
+    if (width, height) != (expected, expected):
+        others = f"others have {expected} x {expected}" if resolution else "images must be square"
+        raise ValueError(
+            f"image {key} of {name} has {width} x {height} pixels, but {others}; nothing is resized here, so give them all one size"
+        )
+
+
+@lru_cache(maxsize=4)  # a worker reads block after block
+def _npz(config: ImageSetConfig) -> AdmSamples:
+    """The file itself or, of one in a bucket, a copy in the cache. Raises ValueError for images that are not square."""
+    images = AdmSamples(local_file(config.path, f"images {config.name}", config.s3))
+    _check_size(config.name, "0", images.width, images.height, None)
+    return images
+
+
+def _npz_entries(config: ImageSetConfig) -> Iterator[Entry]:
+    images = _npz(config)
+    labels = np.full(images.num_images, -1) if images.labels is None else images.labels
+    if labels.min() < -1 or labels.max() > MAX_LABEL:
+        raise ValueError(f"images {config.name} have labels from {labels.min()} to {labels.max()}, which are no class numbers")
+    for number, label in enumerate(labels.tolist()):
+        yield Entry(f"{number:08d}", PurePosixPath(config.path).name, number, 0, label)

@@ -1,0 +1,155 @@
+"""Looking at an artifact: what it is, where it came from, what is in it; and a token map beside the images it was made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from enat.checkpoint import load_vqgan
+from enat.images import ImageError, make_grid, png_bytes, to_uint8
+from pipelines.artifacts.inventory import find
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.data.dataset import INDEX, Dataset
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.data.token_map import QUARANTINE, TokenMapInfo, read_codes
+from pipelines.storage.base import StoreError
+from pipelines.workflow import config as configuration
+
+__all__ = ["contact_sheet", "facts_table", "find", "input_of", "show", "write_contact_sheet"]
+
+_SHOWN_QUARANTINED = 5
+_SHOWN_FILES = 6
+_COLUMNS = 8  # images a line of a contact sheet, each with its decoded twin
+_SMALLEST = 96  # pixels of an image on a contact sheet, so that small ones can be seen
+
+
+def show(store: ArtifactStore, manifest: Manifest, console: Console) -> None:
+    console.print(facts_table(store, manifest), highlight=False)
+
+
+def facts_table(store: ArtifactStore, manifest: Manifest) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _facts(store, manifest):
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def _facts(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    provenance = manifest.provenance
+    yield "artifact", f"{manifest.stage}/{manifest.key}"
+    yield "place", store.place(manifest.stage, manifest.key)
+    yield "digest", manifest.digest
+    if {"created", "code", "seconds", "worker_seconds", "device_seconds"} <= provenance.keys():
+        yield "made", f"{provenance['created']} by {provenance['code']} in {provenance['seconds']:.1f} s"
+        yield "cost", f"{provenance['worker_seconds']:.1f} worker-seconds, {provenance['device_seconds']:.1f} device-seconds"
+    for name, source in manifest.inputs.items():
+        yield f"from {name}", f"{source['stage']}/{source['key'][:12]}"
+    for name, value in manifest.summary.items():
+        yield name, _short(value)
+    for name, metric in manifest.metrics.items():
+        yield name, f"{metric:,.6g}"
+    files = [*manifest.files, *manifest.records]
+    size = sum(file.size for file in files)
+    more = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
+    yield "files", f"{len(files)}, {size:,} bytes: {', '.join(file.name for file in files[:_SHOWN_FILES])}{more}"
+    if manifest.stage == "token_map":
+        yield from _token_map_facts(store, manifest)
+
+
+def _token_map_facts(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    info, rows = manifest.summary["info"], manifest.summary["rows"]
+    size = sum(file.size for file in manifest.files)
+    yield "classes", str(len(manifest.summary["class_names"]))
+    yield (
+        "codebook",
+        (
+            f"{manifest.metrics['code_usage']:.1%} of {info['codebook_size']} codes in use, "
+            f"perplexity {manifest.metrics['code_perplexity']:.1f}"
+        ),
+    )
+    yield "bytes per row", f"{size / rows:,.1f}" if rows else "-"
+    quarantined = pq.read_table(store.fetch(manifest, QUARANTINE)).to_pylist()
+    for row in quarantined[:_SHOWN_QUARANTINED]:
+        yield "quarantined", f"{row['key']}: {row['reason']}"
+    if len(quarantined) > _SHOWN_QUARANTINED:
+        yield "", f"and {len(quarantined) - _SHOWN_QUARANTINED} more in {QUARANTINE}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{name} {inner}" for name, inner in value.items())
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 400 else f"{text[:400]}…"
+
+
+def write_contact_sheet(store: ArtifactStore, manifest: Manifest, path: Path, num_images: int) -> None:
+    """contact_sheet as a PNG."""
+    sheet = contact_sheet(store, manifest, num_images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_bytes(sheet))
+
+
+def contact_sheet(store: ArtifactStore, manifest: Manifest, num_images: int) -> Image.Image:
+    """Evenly spaced rows of a token map: each source image, and to its right what its codes decode to.
+
+    Where the source is no longer there, its place is black. Raises ValueError for another kind of artifact.
+    """
+    if manifest.stage != "token_map":
+        raise ValueError(f"a contact sheet shows a token map, and {manifest.stage}/{manifest.key[:12]} is none")
+    if num_images < 1:
+        raise ValueError(f"a contact sheet of {num_images} images shows nothing; ask for at least 1")
+    if not manifest.summary["rows"]:
+        raise ValueError(f"token_map/{manifest.key[:12]} has no rows to show")
+    info = TokenMapInfo(**manifest.summary["info"])
+    rows = np.unique(np.linspace(0, manifest.summary["rows"] - 1, num_images).round().astype(int)).tolist()
+    keys, codes = read_codes(store, manifest, rows)
+    vqgan = load_vqgan(store.fetch(input_of(store, manifest, "tokenizer"), "vqgan.safetensors"))
+    grid = torch.from_numpy(codes.astype(np.int64)).view(-1, info.grid_size, info.grid_size)
+    decoded = torch.cat([to_uint8(vqgan.decode(one)) for one in grid.split(1)])
+    sources = torch.from_numpy(_source_images(store, manifest, keys, info.resolution))
+    pairs = torch.stack([sources, decoded], dim=1).flatten(0, 1)
+    return make_grid(pairs, columns=2 * _COLUMNS, scale=max(1, _SMALLEST // info.resolution))
+
+
+def _source_images(store: ArtifactStore, manifest: Manifest, keys: list[str], resolution: int) -> np.ndarray:
+    """uint8 (R, 3, H, W)"""
+    index = input_of(store, manifest, "dataset")
+    dataset = Dataset(configuration.merge(DatasetConfig, [("the artifact's config", _as_config(index.config))]), store, index)
+    all_keys = pq.read_table(store.fetch(index, INDEX), columns=["key"])["key"]
+    images = np.zeros((len(keys), 3, resolution, resolution), np.uint8)
+    for slot, key in enumerate(keys):
+        row = pc.index(all_keys, key).as_py()
+        try:
+            images[slot] = next(iter(dataset.read(row, row + 1))).pixels(resolution)
+        except (ImageError, ValueError):
+            continue  # moved or changed since: the codes are shown all the same
+    return images
+
+
+def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
+    """What it was made from. Raises StoreError where the store no longer has it."""
+    source = manifest.inputs[name]
+    found = store.read_manifest(source["stage"], source["key"])
+    if found is None:
+        raise StoreError(f"the store {store.uri} no longer has {source['stage']}/{source['key'][:12]}, which this was made from")
+    return found
+
+
+def _as_config(values: Mapping[str, Any]) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(dict(values))

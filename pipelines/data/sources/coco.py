@@ -1,0 +1,70 @@
+"""COCO: a folder of images, and a captions_*.json that says for each image what people wrote about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+from pipelines.data.sources.base import Entry, Findings, RangeSource, content_digest, is_image
+from pipelines.storage.base import Folder, StorageError, digest_of
+from pipelines.storage.open import open_folder
+from pipelines.storage.s3_client import S3Config
+
+
+class CocoSource(RangeSource):
+    """Every image of the folder, with its captions in the order of their ids; runs of white space in a caption become one space."""
+
+    def __init__(self, folder: Folder, captions: str, s3: S3Config) -> None:
+        super().__init__(folder)
+        self._captions_place, self._s3 = captions, s3
+
+    @cached_property
+    def _content(self) -> bytes:
+        parent, slash, name = self._captions_place.rpartition("/")
+        try:
+            return open_folder(parent + slash or ".", self._s3).read(name)
+        except StorageError as error:
+            raise ValueError(f"dataset.captions: {error}") from error
+
+    @cached_property
+    def _captions(self) -> dict[str, list[str]]:
+        """Image file -> captions; [] for one that the file names without any."""
+        try:
+            parsed = json.loads(self._content)
+            names = {int(image["id"]): str(image["file_name"]) for image in parsed["images"]}
+            captions: dict[str, list[str]] = {name: [] for name in names.values()}
+            for annotation in sorted(parsed["annotations"], key=lambda annotation: int(annotation["id"])):
+                captions[names[int(annotation["image_id"])]].append(" ".join(str(annotation["caption"]).split()))
+            for name, own in captions.items():
+                "".join([name, *own]).encode()  # JSON can hold halves of characters, and nothing else can
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"dataset.captions {self._captions_place} is not as COCO writes captions "
+                f"(images with id and file_name, annotations with id, image_id and caption): {type(error).__name__} {error}"
+            ) from error
+        return captions
+
+    def fingerprint(self) -> str:
+        images = content_digest(self.folder, (file for file in self.folder.list() if is_image(file.name)))
+        return digest_of([images, hashlib.sha256(self._content).hexdigest()])
+
+    def known_classes(self) -> Sequence[str]:
+        return ()
+
+    def units(self) -> Sequence[str]:
+        return ("",)
+
+    def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
+        captions = dict(self._captions)
+        for file in self.folder.list():
+            if not is_image(file.name):
+                findings.add("other files", file.name)
+                continue
+            own = captions.pop(file.name, [])
+            if not own:
+                findings.add("images without captions", file.name)
+            yield Entry(file.name, file.name, 0, file.size, captions=tuple(own))
+        for name in sorted(captions):
+            findings.add("captions of absent images", name)

@@ -1,0 +1,82 @@
+"""What a config says of a dataset, and opening it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.sources.base import MAX_LABEL, Source
+from pipelines.storage.base import StorageError
+from pipelines.storage.open import open_folder
+from pipelines.storage.s3_client import S3Config
+
+KINDS = ("digits", "image_folder", "images", "tar", "parquet", "coco")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """kind, and what lies at path (a folder or s3://bucket/prefix):
+
+    "digits": scikit-learn's, 1,797 images of 8 x 8, no path.   "image_folder": <class>/**/*.jpg, classes numbered by sorted name.
+    "images": images at any depth, without labels.   "tar": *.tar of <key>.jpg|jpeg|png and <key>.cls (WebDataset's naming).
+    "parquet": *.parquet with columns image (bytes, or a struct with bytes and path) and label.
+    "coco": images, with `captions` naming a captions_*.json.
+
+    name: stands in token maps and models made from it, so it is part of keys; the path is not, but the content is.
+    num_classes: of tar and Parquet, where the largest label plus one is not it.   s3: None takes the run's.
+    """
+
+    kind: str = "digits"
+    name: str | None = None
+    path: str | None = None
+    captions: str | None = None
+    num_classes: int | None = None
+    s3: S3Config | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"dataset.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.kind != "digits" and not self.path:
+            raise ValueError(f"dataset.kind is {self.kind}, so dataset.path must say where the images lie")
+        if (self.kind == "coco") != (self.captions is not None):
+            raise ValueError("dataset.captions (a captions_*.json) belongs to dataset.kind coco; give both or neither")
+        if self.num_classes is not None and (self.kind not in ("tar", "parquet") or not 0 < self.num_classes <= MAX_LABEL + 1):
+            raise ValueError(
+                f"dataset.num_classes is for kinds tar and parquet, and 1 to {MAX_LABEL + 1:,}; other kinds know their classes"
+            )
+
+    @property
+    def title(self) -> str:
+        return self.name or self.kind
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, "name": self.title, "num_classes": self.num_classes, "content": open_source(self).fingerprint()}
+
+
+def open_source(config: DatasetConfig) -> Source:
+    """What lies there now. Raises ValueError where the dataset is not there."""
+    from pipelines.data.sources import coco, digits, folders, parquet, tar
+
+    if config.kind == "digits":
+        return digits.DigitsSource()
+    assert config.path is not None
+    path, file_name, s3 = config.path, None, config.s3 or S3Config()
+    # Spark writes folders called so; of one in a bucket a / at the end tells.
+    if config.kind in ("tar", "parquet") and path.endswith(f".{config.kind}") and not Path(path).is_dir():
+        parent, slash, file_name = path.rpartition("/")
+        path = parent + slash or "."
+    try:
+        folder = open_folder(path, s3)
+    except StorageError as error:
+        raise ValueError(f"dataset.path: {error}") from error
+    if config.kind == "image_folder":
+        return folders.ClassFolderSource(folder)
+    if config.kind == "images":
+        return folders.PlainSource(folder)
+    if config.kind == "tar":
+        return tar.TarSource(folder, file_name)
+    if config.kind == "parquet":
+        return parquet.ParquetSource(folder, file_name)
+    assert config.captions is not None
+    return coco.CocoSource(folder, config.captions, s3)

@@ -1,0 +1,40 @@
+"""scikit-learn's handwritten digits: real 8 x 8 scans with 17 levels of gray, as PNG bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+from PIL import Image
+
+from enat.images import png_bytes
+from pipelines.data.sources.base import Entry, Findings, Source
+
+
+class DigitsSource(Source):
+    @cached_property
+    def _digits(self) -> tuple[np.ndarray, np.ndarray]:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int32)
+
+    def fingerprint(self) -> str:
+        images, labels = self._digits
+        return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+
+    def known_classes(self) -> Sequence[str]:
+        return tuple(map(str, range(10)))
+
+    def units(self) -> Sequence[str]:
+        return ("",)
+
+    def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
+        for index, label in enumerate(self._digits[1]):
+            yield Entry(f"digit-{index:04d}", "", index, 0, int(label))
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[bytes]:
+        for entry in entries:
+            yield png_bytes(Image.fromarray(self._digits[0][entry.position]))

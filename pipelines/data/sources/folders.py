@@ -1,0 +1,72 @@
+"""Folders of image files: one per class (ImageNet as it is unpacked), or without classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+from pipelines.data.sources.base import Entry, Findings, RangeSource, content_digest, is_image
+from pipelines.storage.base import Folder, digest_of
+
+_LOOSE = ""  # the unit of what lies beside the class folders, which is none of the dataset, but said
+_SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+
+
+class ClassFolderSource(RangeSource):
+    """One folder per class, images at any depth below it; classes are numbered in the order of their sorted names."""
+
+    def __init__(self, folder: Folder) -> None:
+        super().__init__(folder)
+        if not self.class_names:
+            raise ValueError(f"dataset.path {folder.uri} has no class folders; kind images takes a folder of images without labels")
+        if _SPLITS.issuperset(name.lower() for name in self.class_names):
+            raise ValueError(f"dataset.path {folder.uri} holds splits, not classes; name one of {', '.join(self.class_names)}")
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(name for name in self.folder.folders() if not name.startswith("."))
+
+    def known_classes(self) -> Sequence[str]:
+        return self.class_names
+
+    def fingerprint(self) -> str:
+        classes = set(self.class_names)
+        # The names too: a class folder without images is a class, and moves the numbers of those behind it.
+        images = (file for file in self.folder.list() if is_image(file.name) and file.name.partition("/")[0] in classes)
+        return digest_of([self.class_names, content_digest(self.folder, images)])
+
+    def units(self) -> Sequence[str]:
+        return (_LOOSE, *self.class_names)
+
+    def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
+        if unit == _LOOSE:
+            for name in self.folder.entries():
+                if name.rstrip("/") not in self.class_names:
+                    findings.add("other files", name)
+            return
+        label = self.class_names.index(unit)
+        for file in self.folder.list(f"{unit}/"):
+            if is_image(file.name):
+                yield Entry(file.name, file.name, 0, file.size, label)
+            else:
+                findings.add("other files", file.name)
+
+
+class PlainSource(RangeSource):
+    """Images at any depth, without labels."""
+
+    def fingerprint(self) -> str:
+        return content_digest(self.folder, (file for file in self.folder.list() if is_image(file.name)))
+
+    def known_classes(self) -> Sequence[str]:
+        return ()
+
+    def units(self) -> Sequence[str]:
+        return ("",)
+
+    def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
+        for file in self.folder.list():
+            if is_image(file.name):
+                yield Entry(file.name, file.name, 0, file.size)
+            else:
+                findings.add("other files", file.name)

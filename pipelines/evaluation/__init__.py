@@ -1,0 +1,9 @@
+"""Scores of samples against a reference.
+
+readers        batches of images from samples, datasets and image sets
+extractors     feature extractors with their weights
+features       features of many images, on workers
+scores         scores from features
+adm_reference  reference statistics from ADM's .npz files
+protocol       how an evaluation was measured
+"""

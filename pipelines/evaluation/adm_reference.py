@@ -1,0 +1,92 @@
+"""ADM's reference statistics (an .npz file) in place of a dataset's images: what the file holds, and its images if any."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from enat.metrics.adm import AdmSamples, read_reference
+from enat.metrics.moments import FeatureStatistics
+from pipelines.storage.external import local_file
+from pipelines.storage.s3_client import S3Config
+
+KEY = "reference.npz"  # of the config, for messages
+
+
+@dataclass(frozen=True)
+class NpzReference:
+    """statistics: by output of Inception, "features" and "spatial"; empty where the file has none.
+
+    num_images: those in the file, fewer than its statistics are of; 0 where it has none.   resolution: theirs.
+    """
+
+    place: str
+    statistics: Mapping[str, FeatureStatistics]
+    num_images: int
+    resolution: int | None
+
+    @property
+    def name(self) -> str:
+        return self.place.partition("@")[0].rpartition("/")[2]
+
+    @classmethod
+    def open(cls, place: str, s3: S3Config | None) -> NpzReference:
+        """place: a path, s3:// or hf://. Raises ValueError for a file that has neither images nor statistics, or is damaged."""
+        path = local_file(place, KEY, s3)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = set(archive.namelist())
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"{KEY}: {place} is no .npz file ({error})") from error
+        try:
+            return cls(place, *_read(path, names))
+        except ValueError as error:
+            raise ValueError(f"{KEY}: {error}") from error
+
+    def check(self, extractor: str, outputs: Mapping[str, int], resolution: int) -> None:
+        """Raises ValueError where an extractor cannot be compared with the statistics, or samples not with the images."""
+        if self.resolution is not None and self.resolution != resolution:
+            raise ValueError(f"{KEY} {self.name} has images of {self.resolution} px, but this run makes {resolution} px")
+        if not self.num_images and extractor != "inception":
+            raise ValueError(f"{KEY} {self.name} has statistics of Inception's features and no images; set extractor: inception")
+        for output, found in self.statistics.items():
+            if extractor == "inception" and len(found.mean) != outputs[output]:
+                raise ValueError(f"{KEY} {self.name} has {len(found.mean)} {output}; Inception has {outputs[output]}")
+
+
+def _read(path: Path, names: set[str]) -> tuple[dict[str, FeatureStatistics], int, int | None]:
+    statistics: dict[str, FeatureStatistics] = {}
+    if names & {"mu.npy", "sigma.npy"}:
+        reference = read_reference(path)
+        statistics = {"features": reference.pool, **({"spatial": reference.spatial} if reference.spatial is not None else {})}
+    if "arr_0.npy" not in names:
+        if not statistics:
+            raise ValueError(f"{path} has neither images (arr_0) nor statistics (mu, sigma)")
+        return statistics, 0, None
+    images = AdmSamples(path)
+    images.verify()
+    if images.height != images.width:
+        raise ValueError(f"{path}: images of {images.height} x {images.width} pixels are not square")
+    return statistics, images.num_images, images.height
+
+
+@dataclass(frozen=True)
+class NpzImages:
+    """The images of such a file. Sendable to workers, which read it where the config says it lies."""
+
+    place: str
+    s3: S3Config | None
+
+    def read(self, start: int, stop: int, device: str) -> torch.Tensor:
+        images = _opened(self.place, self.s3)
+        return images.read(start, min(stop, images.num_images)).to(device)
+
+
+@lru_cache(maxsize=2)  # a worker reads block after block
+def _opened(place: str, s3: S3Config | None) -> AdmSamples:
+    return AdmSamples(local_file(place, KEY, s3))

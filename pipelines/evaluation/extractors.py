@@ -1,0 +1,62 @@
+"""Feature extractors as references hold them: which one, its weights, and the version of what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from enat.metrics.extractors import BUILT_IN, ExtractorFactory, FeatureExtractor, extractor_factory
+from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.artifacts.store import ArtifactStore
+
+# Raised whenever features of the same images by the same weights come out otherwise: 2 since DINOv2's positions are resampled as
+# published, and spatial features are an image's own also in passes side by side.
+FEATURES_VERSION = 2
+EXTRACTOR_FILE = "extractor.safetensors"  # of a reference
+
+
+class ExtractorSource(Protocol):
+    """What workers get an extractor from."""
+
+    def load(self) -> FeatureExtractor: ...
+
+
+@dataclass(frozen=True)
+class ExtractorFile:
+    """Where an extractor's weights lie, also before its artifact is committed.
+
+    factory: opens the file on a worker, whose own registry knows nothing of kinds that were registered on the driver; None for
+    a built-in kind.
+    """
+
+    store: ArtifactStore
+    kind: str
+    stage: str
+    key: str
+    file: FileRecord
+    factory: ExtractorFactory | None
+
+    @classmethod
+    def of(cls, store: ArtifactStore, kind: str, stage: str, key: str, file: FileRecord) -> ExtractorFile:
+        """Raises ValueError for a kind that this process does not know."""
+        factory = extractor_factory(kind)
+        return cls(store, kind, stage, key, file, None if kind in BUILT_IN else factory)
+
+    @classmethod
+    def of_reference(cls, store: ArtifactStore, reference: Manifest) -> ExtractorFile:
+        """The one that a reference was made with."""
+        file = reference.file(EXTRACTOR_FILE)
+        return cls.of(store, reference.summary["extractor"], reference.stage, reference.key, file)
+
+    def load(self) -> FeatureExtractor:
+        factory = self.factory or extractor_factory(self.kind)
+        return factory(self.store.fetch_file(self.stage, self.key, self.file))
+
+
+def require_same_features(reference: Manifest) -> None:
+    """Raises ValueError where a reference holds features that this program would compute otherwise."""
+    if (found := reference.summary.get("features_version", 1)) != FEATURES_VERSION:
+        raise ValueError(
+            f"reference/{reference.key[:12]} has features of version {found}, and here they are of version {FEATURES_VERSION}: "
+            "a distance to it would say nothing; make the reference anew, from a config that says how"
+        )

@@ -1,0 +1,384 @@
+"""Features of many images, computed on Ray: moments of all of them, and rows that are kept.
+
+Images travel in blocks of fixed size by index: loaded by tasks on CPUs, then decoded and looked at by a pool of actors. Which
+images a network computes together is fixed by index as well, `images_per_pass` of them, since sums of floats depend on what
+stands beside an image. Blocks come back in any order; the driver puts them together into parts of bounded size and adds these to
+the moments in the order of their index, a few blocks at a time. So features and moments are the same bits whatever the workers, the
+batch size, or a crash on the way, and what the driver holds does not grow with the number of images.
+
+Shape legend: R images of a block, P images of a pass, F features.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+from safetensors.numpy import load_file, save_file
+
+from enat.metrics.moments import FeatureMoments, FeatureStatistics, load_moments
+from pipelines.artifacts.manifest import WORK, FileRecord, Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster.data_stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
+from pipelines.cluster.device import wait_for
+from pipelines.cluster.resources import Execution
+from pipelines.evaluation.extractors import ExtractorSource
+from pipelines.evaluation.readers import BlockReader, Decoder, run_pass
+from pipelines.sampling.fixed_batches import fix_numerics, pass_pool, passes_at_once
+from pipelines.workflow.stage import StageContext
+
+BLOCK_SIZE = 256  # images that travel together
+_BLOCKS_PER_PART = 4  # at least; what a crash can lose
+_MAX_BLOCKS_PER_PART = 32  # 8,192 images, 170 MB of Inception's outputs, of which the driver holds a few parts at once
+_USUAL_PARTS = 32  # at most, where that makes no part too large: each commits the moments so far, 33 MB for 2048 features
+_BLOCKS_PER_SUM = 16  # added to the moments at once: 4,096 images, so that a sum of squares is shared by many
+_OBJECT_STORE_BYTES = 1 << 30  # of blocks on their way
+MOMENTS_FILES = {"features": "moments.safetensors", "spatial": "spatial_moments.safetensors"}  # by output
+_KEPT = ("features", "logits")  # outputs whose rows are kept; of "spatial" only the moments are ever needed
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """What is computed, and nothing of how.
+
+    images_per_pass: P.   kept: rows of "features" and "logits" that are stored; None all, else ascending image indices. An index
+    counts readable images within its block.
+    """
+
+    num_images: int
+    images_per_pass: int
+    kept: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError("there are no images to compute features of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSet:
+    """count: images that could be read.   num_kept: of them, those whose rows are kept.   moments: by output.
+
+    files: safetensors with kept rows, in order, of read_rows.
+    worker_seconds: summed over workers.   device_seconds: those of the actors that hold the network.   decoding_seconds: of these
+    actors', those that went into making the images.
+    """
+
+    count: int
+    num_kept: int
+    moments: dict[str, FeatureMoments]
+    files: tuple[FileRecord, ...]
+    worker_seconds: float
+    device_seconds: float
+    decoding_seconds: float
+
+
+def drawn_evenly(num_images: int, count: int, seed: int) -> np.ndarray:
+    """At most count ascending indices below num_images, one drawn from each of count equal intervals: int64."""
+    if count >= num_images:
+        return np.arange(num_images)
+    edges = np.arange(count + 1, dtype=np.int64) * num_images // max(1, count)
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+
+
+def read_rows(store: ArtifactStore, stage: str, key: str, files: Sequence[FileRecord], name: str) -> np.ndarray:
+    """Rows of one output, in the order of their images: (R, F), or (R,) of a measure. Raises ValueError where none were kept."""
+    parts = [load_file(store.fetch_file(stage, key, file)) for file in files]
+    found = [part[name] for part in parts if name in part]
+    if not found:
+        raise ValueError(f"artifact {stage}/{key[:12]} keeps no {name} of its images")
+    return np.concatenate(found)
+
+
+def stored_moments(store: ArtifactStore, manifest: Manifest) -> dict[str, FeatureMoments | FeatureStatistics]:
+    """Moments by output, of a committed artifact."""
+    names = {file.name for file in manifest.files}
+    return {output: load_moments(store.fetch(manifest, name)) for output, name in MOMENTS_FILES.items() if name in names}
+
+
+def feature_files(manifest: Manifest) -> tuple[FileRecord, ...]:
+    """Those of a committed artifact that compute_features made."""
+    return tuple(file for file in manifest.files if file.name.startswith(_PART_PREFIX))
+
+
+def compute_features(
+    reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution, context: StageContext
+) -> FeatureSet:
+    """Features of the images 0..num_images-1 that the reader gives. Goes on after the parts that are committed under the key.
+
+    Raises ValueError where no image can be read, and for an extractor that gives values that are not finite, or other widths than
+    it says.
+    """
+    size = _part_size(spec.num_images)
+    parts = [range(start, min(start + size, spec.num_images)) for start in range(0, spec.num_images, size)]
+    committed = context.store.read_parts(context.stage, context.key)
+    records: list[dict[str, Any]] = []  # the moments of a part go on from those before it, so what counts is an unbroken row
+    while len(records) < len(parts) and _part_name(len(records)) in committed:
+        records.append(committed[_part_name(len(records))])
+    moments = _load_moments(records[-1], context) if records else {}
+    with context.bar(spec.num_images, "images") as bar:
+        bar.update(sum(len(part) for part in parts[: len(records)]))
+        if len(records) < len(parts):
+            writer = _PartWriter(parts, records, moments, context)
+            blocks = _blocks(parts, len(records))
+            with closing(_computed(blocks, reader, spec, extractor, execution)) as computed:
+                writer.write_all(computed, bar.advance)
+            records, moments = writer.records, writer.moments
+    count = sum(record["rows"] for record in records)
+    if not count:
+        raise ValueError(f"none of the {spec.num_images} images can be read")
+    return FeatureSet(
+        count=count,
+        num_kept=sum(record["kept"] for record in records),
+        moments=moments,
+        files=tuple(FileRecord(**record["file"]) for record in records if record["file"]),
+        worker_seconds=sum(record["seconds"] + record["loading_seconds"] for record in records),
+        device_seconds=execution.device_seconds(sum(record["seconds"] for record in records)),
+        decoding_seconds=sum(record["decoding_seconds"] for record in records),
+    )
+
+
+def _part_size(num_images: int) -> int:
+    """Images per part: whole blocks, and a function of num_images alone."""
+    blocks = -(-num_images // BLOCK_SIZE)
+    return BLOCK_SIZE * max(_BLOCKS_PER_PART, min(_MAX_BLOCKS_PER_PART, -(-blocks // _USUAL_PARTS)))
+
+
+def _blocks(parts: Sequence[range], first_part: int) -> list[dict[str, int]]:
+    rows: list[dict[str, int]] = []
+    for number in range(first_part, len(parts)):
+        for start in range(parts[number].start, parts[number].stop, BLOCK_SIZE):
+            stop = min(start + BLOCK_SIZE, parts[number].stop)
+            rows.append({"block": start // BLOCK_SIZE, "part": number, "start": start, "stop": stop})
+    return rows
+
+
+def _computed(
+    blocks: list[dict[str, int]], reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution
+) -> Generator[dict[str, Any]]:
+    """Records of blocks, each as soon as it is done."""
+
+    def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
+        num_loading = len(rows) if len(rows) < execution.num_workers else None  # Ray Data warns of more tasks than blocks
+        computed = (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map_batches(_Load(reader), **feeding_tasks(execution, num_loading))
+            .map_batches(_Extract, fn_constructor_args=(reader, spec, extractor, execution), **actor_pool(execution, len(rows)))
+        )
+        return with_memory_limit(computed, _OBJECT_STORE_BYTES)
+
+    return stream_records(blocks, job, id="block")
+
+
+# On workers ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A block's rows as the reader stores them. A class of its own, because Ray makes columns of dictionaries of arrays."""
+
+    block: dict[str, int]
+    rows: dict[str, np.ndarray]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """A block's outputs. num_rows: R.   num_kept: of them, those kept.   for_moments, kept: output or measure -> its rows."""
+
+    num_rows: int
+    num_kept: int = 0
+    for_moments: dict[str, np.ndarray] = field(default_factory=dict)
+    kept: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Outputs and measures of the images of one pass, and how long it took; of that, making the images."""
+
+    outputs: dict[str, np.ndarray]
+    seconds: float
+    decoding_seconds: float
+
+
+def _share(passes: Sequence[_Pass]) -> float:
+    """Of making images in the time of passes, which may have run side by side."""
+    whole = sum(each.seconds for each in passes)
+    return sum(each.decoding_seconds for each in passes) / whole if whole else 0.0
+
+
+class _Load:
+    """Block -> what is needed to make its images, on a CPU."""
+
+    def __init__(self, reader: BlockReader) -> None:
+        self.reader = reader
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[_Loaded]]:
+        started = time.monotonic()
+        block = {name: int(values[0]) for name, values in batch.items()}
+        rows = self.reader.load(block["start"], block["stop"])
+        return {"block": [_Loaded(block, rows, time.monotonic() - started)]}
+
+
+class _Extract:
+    """What was loaded of a block -> its outputs. One actor holds one extractor."""
+
+    def __init__(self, reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution) -> None:
+        fix_numerics(execution.device)
+        self.spec, self.device = spec, execution.device
+        self.extractor = extractor.load().to(execution.device)
+        self.decoder: Decoder = reader.decoder(execution.device)
+        is_thread_safe = bool(getattr(self.extractor, "is_thread_safe", False))
+        sizes = {"batch_size": execution.batch_size, "images_per_pass": spec.images_per_pass}
+        num_at_once = passes_at_once(execution.device, **sizes, num_threads=execution.num_threads)
+        self.pool = pass_pool(num_at_once if is_thread_safe else 1)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        started = time.monotonic()
+        loaded: _Loaded = batch["block"][0]
+        num_rows = len(next(iter(loaded.rows.values())))
+        size = self.spec.images_per_pass
+        passes = [{name: rows[first : first + size] for name, rows in loaded.rows.items()} for first in range(0, num_rows, size)]
+        results = list(self.pool.map(self._pass, passes))
+        outputs = {
+            name: np.concatenate([result.outputs[name] for result in results]) for name in (results[0].outputs if results else ())
+        }
+        self._check(outputs, loaded.block)
+        selected = self._selected(outputs, num_rows, loaded.block)
+        seconds = time.monotonic() - started
+        record = {
+            **{name: loaded.block[name] for name in ("block", "part", "start")},
+            "images": loaded.block["stop"] - loaded.block["start"],
+            "outputs": selected,
+            "seconds": seconds,
+            "decoding_seconds": seconds * _share(results),
+            "loading_seconds": loaded.seconds,
+        }
+        return {"record": [record]}
+
+    def _pass(self, rows: Mapping[str, np.ndarray]) -> _Pass:
+        decoding_seconds = 0.0
+
+        def outputs(padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            nonlocal decoding_seconds
+            before = time.perf_counter()
+            decoded = self.decoder(padded)
+            wait_for(self.device)
+            decoding_seconds = time.perf_counter() - before
+            if decoded.images.is_floating_point() and not getattr(self.extractor, "takes_float", False):
+                raise ValueError(f"{type(self.extractor).__name__} takes images of 8 bits alone; leave evaluate.rounding at uint8")
+            return {**self.extractor(decoded.images), **decoded.measures}
+
+        started = time.perf_counter()
+        found = run_pass(outputs, rows, self.spec.images_per_pass, self.device)
+        return _Pass(found, time.perf_counter() - started, decoding_seconds)
+
+    def _check(self, outputs: Mapping[str, np.ndarray], block: Mapping[str, int]) -> None:
+        where = f"images {block['start']} to {block['stop'] - 1}"
+        for name, width in self.extractor.outputs.items() if outputs else ():
+            values = outputs.get(name)
+            if values is None or values.shape[1:] != (width,):
+                shape = "nothing" if values is None else f"shape {values.shape}"
+                raise ValueError(f"the feature extractor says that {name} has width {width}, but gave {shape} for {where}")
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} of {where} hold values that are not finite; the extractor or its weights are broken")
+
+    def _selected(self, outputs: Mapping[str, np.ndarray], num_rows: int, block: Mapping[str, int]) -> _Outputs:
+        kept = np.arange(num_rows)
+        if self.spec.kept is not None:
+            first, last = np.searchsorted(self.spec.kept, [block["start"], block["stop"]])
+            kept = self.spec.kept[first:last] - block["start"]
+            kept = kept[kept < num_rows]
+        known = self.extractor.outputs
+        rows = {name: values[kept] for name, values in outputs.items() if name in _KEPT and name in known and len(kept)}
+        measures = {name: values for name, values in outputs.items() if name not in known}
+        moments = {name: values for name, values in outputs.items() if name in MOMENTS_FILES and name in known}
+        return _Outputs(num_rows, len(kept), moments, {**rows, **measures})
+
+
+# On the driver -------------------------------------------------------------------------------------------------------------
+
+_PART_PREFIX = "features-"
+
+
+def _part_name(part: int) -> str:
+    return f"{_PART_PREFIX}{part:05d}.safetensors"
+
+
+class _PartWriter:
+    """Puts blocks together into parts, and commits parts in order, each with the moments of all images up to it."""
+
+    def __init__(
+        self, parts: Sequence[range], records: list[dict[str, Any]], moments: dict[str, FeatureMoments], context: StageContext
+    ) -> None:
+        self.parts, self.records, self.moments, self.context = parts, list(records), dict(moments), context
+        self._waiting: dict[int, list[dict[str, Any]]] = {}
+
+    def write_all(self, computed: Iterator[dict[str, Any]], advance: Callable[[int], object]) -> None:
+        num_blocks = Counter({number: -(-len(part) // BLOCK_SIZE) for number, part in enumerate(self.parts)})
+        following = len(self.records)  # the next part to be handed to the thread, which alone touches records and moments
+        writing: list[Future[None]] = []
+        with ThreadPoolExecutor(1) as thread:
+            for record in computed:
+                self._waiting.setdefault(record["part"], []).append(record)
+                advance(record["images"])
+                while len(self._waiting.get(following, ())) == num_blocks[following] > 0:
+                    whole = sorted(self._waiting.pop(following), key=lambda block: int(block["start"]))
+                    writing.append(thread.submit(self._write, following, whole))
+                    following += 1
+                while len(writing) > 2 or (writing and writing[0].done()):  # a part's rows are held until it is written
+                    writing.pop(0).result()
+            for future in writing:
+                future.result()
+        assert len(self.records) == len(self.parts), "a planned part was not computed"
+
+    def _write(self, part: int, blocks: Sequence[dict[str, Any]]) -> None:
+        if part > len(self.records):
+            return  # the part before it failed, which write_all raises; moments go on from one part to the next
+        outputs = [block["outputs"] for block in blocks]
+        for first in range(0, len(outputs), _BLOCKS_PER_SUM):
+            self._add([each.for_moments for each in outputs[first : first + _BLOCKS_PER_SUM] if each.for_moments])
+        kept_names = dict.fromkeys(name for each in outputs for name in each.kept)
+        kept = {name: np.concatenate([each.kept[name] for each in outputs if name in each.kept]) for name in kept_names}
+        record = {
+            "rows": sum(each.num_rows for each in outputs),
+            "kept": sum(each.num_kept for each in outputs),
+            "file": asdict(self._put(_part_name(part), lambda path: save_file(kept, path))) if kept else None,
+            "moments": {
+                name: asdict(self._put(f"{WORK}/{name}-{part:05d}.safetensors", m.save)) for name, m in self.moments.items()
+            },
+            **{name: sum(block[name] for block in blocks) for name in ("seconds", "decoding_seconds", "loading_seconds")},
+        }
+        self.context.store.put_part(self.context.stage, self.context.key, _part_name(part), record)
+        if len(self.records) > 1:  # only the newest moments are gone on from, or those before, by another run of the same stage
+            outdated = [FileRecord(**file) for file in self.records[-2]["moments"].values()]
+            self.context.store.discard_files(self.context.stage, self.context.key, outdated)
+        self.records.append(record)
+
+    def _add(self, blocks: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """blocks: of images that follow each other; all have the same outputs."""
+        for name in blocks[0] if blocks else ():
+            rows = np.concatenate([block[name] for block in blocks])
+            self.moments.setdefault(name, FeatureMoments(rows.shape[1])).add(rows)
+
+    def _put(self, name: str, write: Callable[[Path], object]) -> FileRecord:
+        with tempfile.TemporaryDirectory(prefix=f"enat-{self.context.stage}-") as folder:
+            path = Path(folder) / "file.safetensors"
+            write(path)
+            return self.context.store.put_file(self.context.stage, self.context.key, name, path)
+
+
+def _load_moments(record: Mapping[str, Any], context: StageContext) -> dict[str, FeatureMoments]:
+    return {
+        name: FeatureMoments.load(context.store.fetch_file(context.stage, context.key, FileRecord(**file)))
+        for name, file in record["moments"].items()
+    }

@@ -1,0 +1,322 @@
+"""Runs on a cluster, through Ray's Jobs API: its client with errors that people can act on, which jobs are ours, and their logs.
+
+A job belongs to us by its metadata. A run that failed or was stopped and is submitted again is a further attempt of the same run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.cluster.capacity import Capacity
+from pipelines.storage.redaction import without_credentials
+
+RUN, ATTEMPT = "enat.run", "enat.attempt"  # metadata of a job: which run it is an attempt of, and which one
+_ACTIVE = ("PENDING", "RUNNING")
+_TIMEOUT = (10, 120)  # seconds to connect, and between two bytes of an answer
+_RECONNECTS = 5
+_POLL_SECONDS = 0.5
+_SILENCE_SECONDS = 300
+_NOT_FOUND = re.compile(r"status code 404\b")
+
+
+class ClusterError(RuntimeError):
+    """A cluster that was reached and then did not answer as it should."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """started, ended: seconds since 1970, None where it has not.   exit_code: of the driver, where it ended by itself."""
+
+    id: str
+    run: str
+    attempt: int
+    status: str
+    message: str
+    entrypoint: str
+    started: float | None
+    ended: float | None
+    exit_code: int | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_active(self) -> bool:
+        return self.status in _ACTIVE
+
+    @property
+    def name(self) -> str:
+        """Of the run's config."""
+        return self.metadata.get("enat.name", self.run)
+
+    def to_json(self) -> dict[str, Any]:
+        fields = ("id", "name", "run", "attempt", "status", "started", "ended", "exit_code", "entrypoint")
+        return {name: getattr(self, name) for name in fields} | {"metadata": dict(self.metadata), "reason": self.reason}
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed: the last line that it said."""
+        if self.status != "FAILED":
+            return None
+        lines = [line.strip() for line in self.message.splitlines() if line.strip()]
+        return lines[-1][:500] if lines else None
+
+
+class Cluster:
+    """The Jobs API at an address such as http://127.0.0.1:8265.
+
+    Raises ValueError where nothing answers there, the token is refused, or another version of Ray runs; ClusterError later on.
+    The token comes from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    """
+
+    def __init__(self, address: str) -> None:
+        if not re.fullmatch(r"https?://[^\s/@]+/?", address):
+            raise ValueError(f"--address {without_credentials(address)} is no address of Ray's Jobs API; write http://HOST:8265")
+        self.address = address.rstrip("/")
+        self._client = _open(self.address)
+        self._check_version()
+
+    def jobs(self) -> list[Job]:
+        """Ours, newest first."""
+        with self._asking():
+            found = [_job(details) for details in self._client.list_jobs() if RUN in (details.metadata or {})]
+        return sorted(found, key=lambda job: (job.started or 0, job.attempt), reverse=True)
+
+    def job(self, id: str) -> Job | None:
+        """None where there is none of that id."""
+        with self._asking():
+            try:
+                return _job(self._client.get_job_info(id))
+            except RuntimeError as error:
+                if _NOT_FOUND.search(str(error)):
+                    return None
+                raise
+
+    def find(self, beginning: str | None) -> Job:
+        """Ours by the beginning of its id; the newest without one. Raises ValueError where there is none, or several."""
+        ours = self.jobs()
+        if not ours:
+            raise ValueError(f"there is no job of enat at {self.address}")
+        if beginning is None:
+            return ours[0]
+        found = [job for job in ours if job.id == beginning] or [job for job in ours if job.id.startswith(beginning)]
+        if not found:
+            raise ValueError(f"there is no job {beginning} at {self.address}; `enat jobs ls` lists those there are")
+        if len(found) > 1:
+            raise ValueError(f"{beginning} is the beginning of {len(found)} jobs: {', '.join(job.id for job in found[:4])}")
+        return found[0]
+
+    def start(self, id: str, entrypoint: str, environment: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+        """False where a job of that id is there already: another submission was first, or the answer to this one was lost and it
+        was sent again. Raises ClusterError."""
+        try:
+            with self._asking():
+                self._client.submit_job(
+                    entrypoint=entrypoint, submission_id=id, runtime_env=dict(environment), metadata=dict(metadata)
+                )
+        except ClusterError:
+            if self.job(id) is None:
+                raise
+            return False
+        return True
+
+    def stop(self, job: Job, patience: float) -> Job:
+        """Ask it to end, and wait for that. Stopping what has ended does nothing."""
+        with self._asking():
+            self._client.stop_job(job.id)
+        return self.wait(job.id, patience)
+
+    def wait(self, id: str, patience: float) -> Job:
+        """The job once it has ended, or as it is when patience (seconds) is over."""
+        deadline = time.monotonic() + patience
+        while True:
+            job = self.job(id)
+            if job is None:
+                raise ClusterError(f"job {id} is gone from {self.address}: the cluster was started anew; submit the run again")
+            if not job.is_active or time.monotonic() > deadline:
+                return job
+            time.sleep(_POLL_SECONDS)
+
+    def log(self, id: str) -> str:
+        with self._asking():
+            return str(self._client.get_job_logs(id))
+
+    def follow(self, id: str, write: Callable[[str], object]) -> Job:
+        """Write the log from its beginning as it grows, to the job's end. A connection that breaks is made again."""
+        written, failures = 0, 0
+        while True:
+            received = 0
+
+            def take(text: str) -> None:
+                nonlocal written, received, failures
+                if new := text[max(0, written - received) :]:
+                    write(new)
+                    failures = 0
+                received += len(text)
+                written = max(written, received)
+
+            try:
+                asyncio.run(_read(self._client.tail_job_logs(id), take))
+                job = self.wait(id, patience=0)
+                if not job.is_active:
+                    return job
+            except TimeoutError:  # nothing was said for long: either there is nothing to say, or the connection is dead
+                if not (job := self.wait(id, patience=0)).is_active:
+                    write(self.log(id)[written:])
+                    return job
+            except (RuntimeError, OSError) as error:
+                failures += 1
+                if failures > _RECONNECTS:
+                    raise ClusterError(f"the log of {id} breaks off ({_first_line(error)}); the job itself goes on") from error
+            time.sleep(_POLL_SECONDS * 2**failures)
+
+    def capacity(self) -> Capacity:
+        """What its nodes have now."""
+        with self._asking():
+            answer = self._client._do_request("GET", "/api/v0/nodes?limit=10000&detail=0")
+            if answer.status_code != 200:
+                self._client._raise_error(answer)
+            rows = answer.json()["data"]["result"]["result"]
+        return Capacity(tuple(row["resources_total"] for row in rows if row["state"] == "ALIVE"))
+
+    def _check_version(self) -> None:
+        import ray
+
+        running = str(self._client._server_ray_version)
+        if running.split(".")[:2] != ray.__version__.split(".")[:2]:
+            raise ValueError(
+                f"the cluster at {self.address} runs Ray {running}, and this code is written for {ray.__version__}; "
+                "use a cluster, or an image, with that version"
+            )
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Errors of the client as one sentence that names the cluster."""
+        import requests
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as error:
+            raise ValueError(_refusal(self.address, str(error))) from error
+        except requests.exceptions.RequestException as error:
+            raise ClusterError(f"the cluster at {self.address} does not answer any more ({type(error).__name__})") from error
+        except RuntimeError as error:
+            raise ClusterError(f"the cluster at {self.address} refuses: {_last_line(error)}") from error
+
+
+def ended(job: Job) -> str:
+    """How, for people."""
+    how = {"SUCCEEDED": "succeeded", "STOPPED": "was stopped", "FAILED": "failed"}.get(job.status, f"is {job.status.lower()}")
+    return f"{job.id} {how}" + (f": {job.reason}" if job.reason else "")
+
+
+def exit_code(job: Job) -> int:
+    """Of a command that waited for the job: the driver's own, where it has one."""
+    if job.status == "SUCCEEDED":
+        return 0
+    return job.exit_code if job.exit_code is not None and 0 < job.exit_code < 128 else 1
+
+
+def attempts(jobs: Sequence[Job], run: str) -> list[Job]:
+    """Of one run, first to last."""
+    return sorted((job for job in jobs if job.run == run), key=lambda job: job.attempt)
+
+
+def _job(details: Any) -> Job:
+    metadata = dict(details.metadata or {})
+    attempt = metadata.get(ATTEMPT, "1")
+    return Job(
+        id=details.submission_id or details.job_id,
+        run=metadata.get(RUN, details.submission_id or ""),
+        attempt=int(attempt) if attempt.isdecimal() else 1,
+        status=str(getattr(details.status, "value", details.status)),
+        message=details.message or "",
+        entrypoint=details.entrypoint,
+        started=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+        exit_code=details.driver_exit_code,
+        metadata=metadata,
+    )
+
+
+def _open(address: str) -> Any:
+    """Ray's client, with time limits that it does not have itself."""
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    class Client(JobSubmissionClient):  # type: ignore[misc]
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, **{"timeout": _TIMEOUT, **options})
+
+    try:
+        with _only(address):
+            return Client(address)
+    except AuthenticationError as error:
+        raise ValueError(_refusal(address, str(error))) from error
+    except (ConnectionError, requests.exceptions.Timeout) as error:
+        raise ValueError(
+            f"there is no Ray cluster with a Jobs API at {address} ({_reason(error)}); start it, or name another"
+        ) from error
+    except (RuntimeError, KeyError, ValueError, requests.exceptions.RequestException) as error:  # something else listens there
+        raise ValueError(f"what answers at {address} is not Ray's Jobs API ({_first_line(error)}); name its address") from error
+
+
+def _refusal(address: str, said: str) -> str:
+    if "Authentication failed" in said:
+        return f"the cluster at {address} refuses the token (403); set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own"
+    if "RAY_AUTH_TOKEN_PATH" in said and "cannot be opened" in said:
+        return f"RAY_AUTH_TOKEN_PATH names no file that can be read; set it to a file with the token of the cluster at {address}"
+    return (
+        f"there is no token for the cluster at {address} (401); set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own "
+        "(or RAY_AUTH_MODE=disabled where it asks for none)"
+    )
+
+
+@contextmanager
+def _only(address: str) -> Iterator[None]:
+    """RAY_ADDRESS and RAY_API_SERVER_ADDRESS would win over an address that is given."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+async def _read(source: AsyncIterator[str], take: Callable[[str], None]) -> None:
+    import aiohttp
+
+    try:
+        while True:
+            async with asyncio.timeout(_SILENCE_SECONDS):
+                text = await anext(source)
+            take(text)
+    except StopAsyncIteration:
+        return
+    except aiohttp.ClientError as error:
+        raise ConnectionError(_first_line(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    return "it does not answer" if "imed out" in str(error) or "Timeout" in type(error).__name__ else "nothing listens there"
+
+
+def _first_line(error: BaseException) -> str:
+    return without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]
+
+
+def _last_line(error: BaseException) -> str:
+    """Ray answers with tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
+    return without_credentials(lines[-1] if lines else type(error).__name__)[:300]

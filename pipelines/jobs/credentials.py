@@ -1,0 +1,84 @@
+"""No secret leaves this machine with a job: what looks like one is refused, by name and by value."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pipelines.storage.redaction import without_credentials
+from pipelines.workflow.provenance import CHANGES, CodePackage
+
+_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN",
+)  # fmt: skip
+_SHORTEST_CREDENTIAL = 8  # a shorter value would be found in any text
+_IN_URI = re.compile(
+    r"://[^/?#\s]*@|://[^@\s]*:[^@\s]*@|[?&](X-Amz-Signature|X-Amz-Security-Token|Signature|sig|token|access_token|api_key|password)=",
+    re.IGNORECASE,
+)
+_INSTEAD = "give the cluster the credential by its environment or a secret, and leave it out here"
+_CONFIG_ENDINGS = (".yaml", ".yml")
+
+
+def strings(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from strings(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, list):
+        for value in values:
+            yield from strings(value, prefix)
+    elif isinstance(values, str):
+        yield prefix, values
+
+
+def _secrets() -> dict[str, str]:
+    return {name: os.environ[name] for name in _CREDENTIALS if len(os.environ.get(name, "")) >= _SHORTEST_CREDENTIAL}
+
+
+def refuse_credentials(key: str, value: str) -> None:
+    if _IN_URI.search(value):
+        shown = without_credentials(value.partition("?")[0])
+        raise ValueError(
+            f"{key} holds a credential in its address ({shown}), and a job's arguments can be read by all who see the cluster; "
+            f"{_INSTEAD}"
+        )
+    if name := _secret_in(value):
+        raise ValueError(f"{key} holds the value of {name}; {_INSTEAD}")
+
+
+def refuse_credentials_in_lines(lines: Iterable[tuple[str, str]]) -> None:
+    """As they are written: also what an override replaces is sent. lines: where each stands, and its text."""
+    for where, line in lines:
+        if _IN_URI.search(line):
+            raise ValueError(f"{where} holds a credential in an address, and would be sent to the cluster; {_INSTEAD}")
+        if name := _secret_in(line):
+            raise ValueError(f"{where} holds the value of {name}, and would be sent to the cluster; {_INSTEAD}")
+
+
+def _secret_in(text: str) -> str | None:
+    """The variable whose value it holds."""
+    return next((name for name, secret in _secrets().items() if secret in text), None)
+
+
+def refuse_credentials_in(package: CodePackage) -> None:
+    for name, secret in _secrets().items():
+        if found := next((file for file, content in package.files.items() if secret.encode() in content), None):
+            raise ValueError(f"{found} holds the value of {name}, and would be sent to the cluster with the code; take it out")
+    refuse_credentials_in_lines(_lines_of_configs(package))
+
+
+def _lines_of_configs(package: CodePackage) -> Iterator[tuple[str, str]]:
+    """Of all configs that go along, as they are and as they were."""
+    for name, content in package.files.items():
+        if name.endswith(_CONFIG_ENDINGS):
+            for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
+                yield f"{name}, line {number},", line
+    changed = ""
+    for line in package.files.get(CHANGES, b"").decode(errors="replace").splitlines():
+        if line.startswith("diff --git "):
+            changed = line.rpartition(" b/")[2]
+        elif changed.endswith(_CONFIG_ENDINGS):
+            yield f"{changed}, as it was committed or as it is now,", line

@@ -1,0 +1,283 @@
+"""From a config to a job on a cluster: what is sent, under which id, and what is refused before anything starts.
+
+The id is a digest of the resolved config and the code (or image), so the same submission twice is one job.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.artifacts.open import open_store
+from pipelines.cluster.capacity import GROWS, Capacity, Need, judge, need_of
+from pipelines.jobs import client as jobs
+from pipelines.jobs.client import Cluster, Job
+from pipelines.jobs.credentials import refuse_credentials, refuse_credentials_in, refuse_credentials_in_lines, strings
+from pipelines.run import config as run_config
+from pipelines.run import graph
+from pipelines.run.config import RunConfig
+from pipelines.storage.base import StorageError, digest_of
+from pipelines.workflow import config as configuration
+from pipelines.workflow import driver
+from pipelines.workflow.provenance import CodePackage, describe_left_behind
+from pipelines.workflow.provenance import pack as pack_code
+from pipelines.workflow.stage import MAIN
+
+# What a run reads from, for its targets. The graph itself takes a look at the dataset, which may be out of reach from here.
+READS = {
+    "dataset": (),
+    "tokenizer": ("dataset",),
+    "token_map": ("dataset", "tokenizer"),
+    "captions": ("dataset",),
+    "reference": ("dataset",),
+    "reconstruction": ("dataset", "tokenizer", "token_map", "reference"),
+    "train": ("token_map", "tokenizer", "captions"),
+    "generate": ("train", "token_map", "captions"),
+    "evaluate": ("generate", "tokenizer", "reference", "train", "dataset"),
+    "report": ("evaluate", "generate", "train", "tokenizer", "token_map", "reference"),
+}
+# What stages read beside the store; of the dataset, `kind: digits` has no path.
+_FILES = (
+    "dataset.path", "dataset.captions", "reference.dataset.path", "generate.dataset.path", "generate.dataset.captions",
+    "tokenizer.weights", "captions.encoder", "train.weights", "reference.weights", "reference.npz",
+)  # fmt: skip
+_ELSEWHERE = ("s3://", "hf://", "sha256:")
+_DIGEST_OF_IMAGE = re.compile(r"@sha256:[0-9a-f]{64}$")
+_STOP_SECONDS = 60  # for a checkpoint of training; Ray itself gives three
+_NAME_LENGTH = 80
+_DIGITS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What a cluster is asked to run. run: the id that its attempts share.   arguments: of `enat run`, after the config.
+    package: None where an image holds the code.   config: resolved.   grows: nodes come when they are asked for."""
+
+    run: str
+    arguments: tuple[str, ...]
+    metadata: Mapping[str, str]
+    config: RunConfig
+    package: CodePackage | None
+    image: str | None
+    config_text: str
+    grows: bool = False
+
+    @property
+    def warning(self) -> str | None:
+        """What a person should know before it is sent."""
+        if self.package is not None:
+            return describe_left_behind(self.package.left_behind) if self.package.left_behind else None
+        if _DIGEST_OF_IMAGE.search(self.image or ""):
+            return None
+        return (
+            f"the image {self.image} is named by a tag, and other code that is pushed under it would count as the same run; "
+            "NAME@sha256:DIGEST says which code it is"
+        )
+
+    @property
+    def entrypoint(self) -> str:
+        """For a shell. An image knows nothing of the config, and Ray sends no files along with one: the config is written first."""
+        run = "python -m pipelines run"
+        if self.package is not None:
+            return f"{run} {shlex.join((self.package.config, *self.arguments))}"
+        path = f'"${{TMPDIR:-/tmp}}/{self.run}.yaml"'
+        return f"printf %s {shlex.quote(self.config_text)} > {path} && {run} {path} {shlex.join(self.arguments)}"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """outcome: "submitted"; "active" where the same run is under way; "succeeded" where it has succeeded before."""
+
+    job: Job
+    outcome: str
+
+
+def prepare(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    image: str | None = None,
+    allow_local_store: bool = False,
+    grows: bool = False,
+) -> Submission:
+    """Raises ValueError for what cannot run on a cluster: a bad config, a store that it would not see, credentials."""
+    for override in overrides:
+        refuse_credentials(override.partition("=")[0], override.partition("=")[2])
+    run = run_config.load_run(config, overrides, is_dataset_here=False)
+    _refuse_unknown_targets(run)
+    text = config.read_text()
+    refuse_credentials_in_lines((f"{config}, line {number},", line) for number, line in enumerate(text.splitlines(), start=1))
+    if run.cluster.address not in (None, "auto"):
+        raise ValueError(f"cluster.address is {run.cluster.address}, but a job runs on the cluster it is sent to; leave it out")
+    for key, value in strings(configuration.to_dict(run)):
+        refuse_credentials(key, value)
+    _refuse_files_of_this_machine(run)
+    places = _places(run, allow_local_store)
+    run = configuration.with_overrides(run, places, "--allow-local-store") if places else run
+    if image is not None:
+        refuse_credentials("--image", image)
+    package = None if image else pack_code(config)
+    if package is not None:
+        refuse_credentials_in(package)
+    resolved = {key: value for key, value in configuration.to_dict(run).items() if key != "cluster"}
+    code = {"image": image} if image else {"code": package.state.digest if package else None}
+    id = f"enat-{run.name[:_NAME_LENGTH]}-{digest_of({'config': resolved, **code})[:_DIGITS]}"
+    given = (*overrides, *(f"{key}={value}" for key, value in places.items()), "cluster.address=auto")
+    metadata = {jobs.RUN: id, "enat.name": run.name, "enat.config": str(config), "enat.store": run.store_uri}
+    return Submission(
+        run=id,
+        arguments=given,
+        metadata=metadata | _code_metadata(package, image),
+        config=run,
+        package=package,
+        image=image,
+        config_text=text,
+        grows=grows,
+    )
+
+
+def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> Submitted:
+    """Start the run, unless it is under way or has succeeded (again: also then). One that failed or was stopped goes on as a
+    further attempt: what its earlier ones committed is in the store. Raises ValueError where the cluster has no room for it."""
+    earlier = jobs.attempts(cluster.jobs(), submission.run)
+    last = earlier[-1] if earlier else None
+    if last is not None and last.is_active:
+        return Submitted(last, "active")
+    if last is not None and last.status == "SUCCEEDED" and not again:
+        return Submitted(last, "succeeded")
+    check_room(submission.config, cluster.capacity(), submission.grows)
+    number = last.attempt + 1 if last is not None else 1
+    id = submission.run if number == 1 else f"{submission.run}-{number}"
+    metadata = {**submission.metadata, jobs.ATTEMPT: str(number)}
+    with tempfile.TemporaryDirectory(prefix="enat-submit-") as folder:
+        environment = _runtime_environment(submission, Path(folder))
+        is_ours = cluster.start(id, submission.entrypoint, environment, metadata)
+    job = cluster.job(id)
+    if job is None:
+        raise jobs.ClusterError(f"{id} was sent to {cluster.address}, which does not have it; submit it again")
+    return Submitted(job, "submitted" if is_ours else "active")
+
+
+def check_stages(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that no stage has: what is listed of it would be nothing, as if nothing had been made."""
+    known = (*READS, "images")
+    if unknown := [name for name in names if name not in known]:
+        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}?" if close else f"stages are {', '.join(known)}"
+        raise ValueError(f"there is no stage {unknown[0]}; {hint}")
+
+
+def needs(run: RunConfig) -> list[Need]:
+    """What the stages of a run ask a cluster for, as far as its config tells, whether or not the store has what they make."""
+    wanted = _needed(run.targets or tuple(READS))
+    found: dict[tuple[str, Any], Need] = {}
+    for name, variant in {MAIN: run, **run.variant_runs}.items():
+        for stage in (stage for stage in READS if stage in wanted):
+            need = need_of(stage if name == MAIN else f"{stage}@{name}", getattr(variant, stage))
+            if need is not None and (stage, need.workers) not in found:
+                found[stage, need.workers] = need
+    return list(found.values())
+
+
+def check_room(run: RunConfig, capacity: Capacity, grows: bool) -> None:
+    """Raises ValueError for stages that the cluster has no room for now, unless more nodes are to come.
+
+    Only where something does not fit are dataset and store looked at, which takes time and rights: what is in the store needs
+    no room.
+    """
+    if grows or not (problems := _problems(needs(run), capacity)):
+        return
+    not_seen = ""
+    try:
+        planned = driver.plan(graph.build(run), open_store(run.store_uri, run.s3))
+    except (ValueError, OSError, StorageError) as error:
+        not_seen = f"; what the store has already is not known here ({error})"
+    else:
+        missing = (need_of(item.node.id, item.node.config) for item in planned if not item.is_reused)
+        problems = _problems([need for need in missing if need is not None], capacity)
+    if problems:
+        more = f" (and {len(problems) - 1} more stages do not fit: see enat plan --address)" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{problems[0]}{more}. That is what it has now ({capacity.describe()}); "
+            f"where nodes come when they are asked for, give --wait-for-nodes{not_seen}"
+        )
+
+
+def _problems(asked: Sequence[Need], capacity: Capacity) -> list[str]:
+    return [verdict.problem for verdict in (judge(need, capacity) for need in asked) if verdict.problem]
+
+
+def _refuse_unknown_targets(run: RunConfig) -> None:
+    """Before anything is sent. Raises ConfigError."""
+    every = (run, *run.variant_runs.values())
+    has = {
+        "captions": any(each.captions.encoder is not None for each in every),
+        "reconstruction": any(each.reconstruction is not None for each in every),
+    }
+    known = [stage for stage in READS if has.get(stage, True)]
+    if unknown := [target for target in run.targets if target not in known]:
+        raise configuration.ConfigError(f"targets names {unknown[0]!r}; the stages of this run are {', '.join(known)}")
+
+
+def _needed(targets: Sequence[str]) -> set[str]:
+    needed, waiting = set(), list(targets)
+    while waiting:
+        if (stage := waiting.pop()) not in needed:
+            needed.add(stage)
+            waiting += READS.get(stage, ())
+    return needed
+
+
+def _refuse_files_of_this_machine(run: RunConfig) -> None:
+    """Raises ValueError for a relative path: on the cluster it would be looked for where the code is unpacked. An absolute one may
+    be a folder that all nodes share."""
+    for name, variant in {MAIN: run, **run.variant_runs}.items():
+        for key in _FILES:
+            place: Any = variant
+            for part in key.split("."):
+                place = getattr(place, part, None)  # stages without a dataset of their own have the run's
+            if place is None or place.startswith(_ELSEWHERE) or Path(place).is_absolute():
+                continue
+            where = key if name == MAIN else f"variants.{name}.{key}"
+            raise ValueError(
+                f"{where} is {place}, a path of this machine that the cluster would not see; "
+                "give s3://bucket/..., or the absolute path of what all nodes share"
+            )
+
+
+def _places(run: RunConfig, allow_local_store: bool) -> dict[str, str]:
+    """Store and workspace where they have to be made absolute. Raises ValueError for a store that only this machine would see."""
+    is_remote, is_absolute = "://" in run.store_uri, Path(run.store_uri).is_absolute()
+    if is_remote or (run.store is not None and is_absolute):
+        return {}
+    if not allow_local_store:
+        raise ValueError(
+            f"the store {run.store_uri} is a folder of this machine, which the cluster would not see; "
+            "give store=s3://bucket/prefix or the absolute path of a folder that all nodes share, "
+            "or --allow-local-store where the cluster is this machine alone"
+        )
+    return {"workspace": str(Path(run.workspace).absolute()), "store": str(Path(run.store_uri).absolute())}
+
+
+def _code_metadata(package: CodePackage | None, image: str | None) -> dict[str, str]:
+    if package is None:
+        return {"enat.image": str(image)}
+    state = package.state
+    return {"enat.code": state.label, "enat.dirty": str(state.diff_digest is not None).lower(), **state.tags}
+
+
+def _runtime_environment(submission: Submission, folder: Path) -> dict[str, Any]:
+    """Nothing secret: jobs and their environments can be read by whoever may list jobs. The cluster has its own credentials."""
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS), "ENAT_PROGRESS_SECONDS": "30"}
+    variables |= {GROWS: "1"} if submission.grows else {}
+    if submission.package is None:
+        return {"image_uri": submission.image, "env_vars": variables}
+    archive = folder / "code.zip"
+    archive.write_bytes(submission.package.content)
+    return {"working_dir": str(archive), "env_vars": variables}

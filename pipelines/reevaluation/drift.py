@@ -1,0 +1,73 @@
+"""Whether scores are what they were: the relative change of each, and how much of it is taken for none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipelines.evaluation.protocol import SCORES
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far a score may move, relative to what it was. usual: for metrics that are not named; infinite never is drift."""
+
+    usual: float = 0.01
+    by_metric: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, given: Sequence[str]) -> Tolerances:
+        """Of "0.02" and "kid=0.1". Raises ValueError."""
+        usual, by_metric = cls.usual, {}
+        for text in given:
+            metric, has_name, number = text.rpartition("=")
+            try:
+                value = float(number)
+            except ValueError:
+                value = math.nan
+            if not value >= 0:
+                raise ValueError(f"--tolerance {text} gives no number of at least 0; write 0.01, or kid=0.1")
+            if has_name and metric not in SCORES:
+                raise ValueError(f"--tolerance names {metric!r}; choose from {', '.join(SCORES)}")
+            if has_name:
+                by_metric[metric] = value
+            else:
+                usual = value
+        return cls(usual, by_metric)
+
+    def of(self, metric: str) -> float:
+        return self.by_metric.get(metric, self.usual)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """A score that is not what it was."""
+
+    metric: str
+    was: float
+    now: float
+    tolerance: float
+
+    @property
+    def relative(self) -> float:
+        return (self.now - self.was) / abs(self.was) if self.was else math.copysign(math.inf, self.now - self.was)
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.was:.6g} -> {self.now:.6g} ({100 * self.relative:+.3g} %)"
+
+
+def find_drift(was: Mapping[str, float], now: Mapping[str, float], tolerances: Tolerances) -> list[Moved]:
+    """Scores of both that moved by more than their tolerance. Costs are no scores."""
+    moved = []
+    for metric in SCORES:
+        tolerance = tolerances.of(metric)
+        if metric not in was or metric not in now or math.isinf(tolerance):
+            continue
+        if not abs(now[metric] - was[metric]) <= tolerance * abs(was[metric]):
+            moved.append(Moved(metric=metric, was=was[metric], now=now[metric], tolerance=tolerance))
+    return moved
+
+
+def words(moved: Sequence[Moved]) -> str:
+    return "; ".join(map(str, moved)) or "none"

@@ -1,0 +1,322 @@
+"""How a registered model is evaluated now: the stages that are needed, and the artifacts that they read and nobody makes anew.
+
+Nothing is trained: the model and its tokenizer are artifacts of the store, and so is, where a model is evaluated as it was, what it
+is compared with. How to evaluate is said by a CONFIG; without one by the model's last evaluation, and for a model that has none by
+the defaults, with the sampler of its card and the dataset that it was trained on. key=value replaces values of any of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.evaluation import protocol as evaluation_protocol
+from pipelines.run import config as run_config
+from pipelines.run.config import RunConfig
+from pipelines.stages import captions, dataset, evaluate, generate, reference, train
+from pipelines.tracking.registry import DIGEST_TAG, ModelVersion
+from pipelines.workflow import config as configuration
+from pipelines.workflow import driver
+from pipelines.workflow.stage import Done, Node, Planned, PublishContext, Session
+
+_COMPARED_WITH = ("reference", "dataset", "captions")  # sections that, where key=value names them, are made as they say
+_SHOWN_CHANGES = 3
+SCRATCH = "fresh-"  # begins the names of stages that compute anew what is there
+
+
+@dataclass(frozen=True)
+class Model:
+    """A registered version, and its artifact with the store that has it."""
+
+    version: ModelVersion
+    store: ArtifactStore
+    manifest: Manifest
+
+    @property
+    def tokenizer(self) -> Manifest:
+        return input_of(self.store, self.manifest, "tokenizer")
+
+    @property
+    def is_text(self) -> bool:
+        return self.manifest.summary["model"]["text_width"] is not None
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to evaluate, and with what. config: the CONFIG's run, or without one that of key=value alone.
+
+    identities: of datasets, which are listed once for all models.
+    """
+
+    config: RunConfig
+    overrides: Sequence[str]
+    has_config: bool
+    identities: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: Any, overrides: Sequence[str]) -> Request:
+        values = [*overrides, "targets=[reference]"]  # nothing is trained, so nothing of a model is checked
+        config = run_config.load_run(path, values if path else ["name=reevaluate", *values])
+        return cls(config=replace(config, targets=(), variants={}), overrides=tuple(overrides), has_config=path is not None)
+
+    def names(self, *sections: str) -> bool:
+        """Whether key=value gives a value of one of these sections."""
+        return any(override.partition("=")[0].split(".")[0] in sections for override in self.overrides)
+
+    def over(self, source: str, values: Mapping[str, Any]) -> RunConfig:
+        """The run that a record says, under key=value. Raises ValueError where this program no longer knows such values."""
+        layers = [(source, OmegaConf.create({"name": self.config.name, **values}))]
+        layers += [(f"override {override}", OmegaConf.from_dotlist([override])) for override in self.overrides]
+        return configuration.merge(RunConfig, layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """nodes: each after those it reads from; the last is the evaluation.   given: artifacts that are there, by the ids by which
+    nodes read them."""
+
+    nodes: tuple[Node, ...]
+    given: Mapping[str, Manifest]
+
+
+def open_model(version: ModelVersion, config: RunConfig) -> Model:
+    """The artifact of a version, from the config's store if that has it, else from the one that the version names.
+
+    Raises ValueError where neither has it.
+    """
+    stage, _, key = version.tags["enat.artifact"].partition("/")
+    if stage != train.STAGE.name:
+        raise ValueError(f"it is registered as {stage}/{key[:12]}, which is no model")
+    places = [place for place in (config.store, version.tags.get("enat.store")) if place]
+    for place in dict.fromkeys(places):
+        store = open_store(place, config.s3)
+        manifest = store.read_manifest(stage, key)
+        if manifest is None:
+            continue
+        if manifest.digest != version.tags.get(DIGEST_TAG, manifest.digest):
+            raise ValueError(f"{stage}/{key[:12]} in {store.uri} is not what was registered: its digest is another")
+        return Model(version, store, manifest)
+    where = " or ".join(places) or "any known store"
+    raise ValueError(f"{stage}/{key[:12]} is not in {where}; name its store by store=...")
+
+
+def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
+    """Raises ValueError where it has no such input, or the store no longer has it."""
+    source = manifest.inputs.get(name)
+    if source is None:
+        raise ValueError(f"{manifest.stage}/{manifest.key[:12]} was made without {name}, which is needed here")
+    found = store.read_manifest(source["stage"], source["key"])
+    if found is None:
+        raise ValueError(f"the store {store.uri} no longer has {source['stage']}/{source['key'][:12]}, its {name}; give a CONFIG")
+    return found
+
+
+def make_plan(model: Model, last: Manifest | None, request: Request) -> Plan:
+    """last: the model's last evaluation, None where there is none. Raises ValueError where it is not known how to evaluate."""
+    if request.has_config:
+        planned = _anew(model, request.config, request)
+    elif last is None:
+        planned = _anew(model, _first_run(model, request), request)
+    else:
+        samples, compared_with = (input_of(model.store, last, name) for name in ("samples", "reference"))
+        run = _recorded_run(last, samples, compared_with, request)
+        is_as_it_was = not request.names(*_COMPARED_WITH) and (run.evaluate.judge is None or "dataset" in last.inputs)
+        planned = _as_it_was(model, last, samples, run) if is_as_it_was else _anew(model, run, request)
+    return _with_metric_version(planned, model.store)
+
+
+def _recorded_run(last: Manifest, samples: Manifest, compared_with: Manifest, request: Request) -> RunConfig:
+    """The dataset stands once, so that one key=value replaces it everywhere."""
+    sections = {"generate": dict(samples.config), "evaluate": dict(last.config), "reference": dict(compared_with.config)}
+    shared = sections["reference"].get("dataset")
+    for section in sections.values():
+        section["dataset"] = None if section.get("dataset") == shared else section["dataset"]
+    return request.over("the last evaluation", {**sections, **({} if shared is None else {"dataset": shared})})
+
+
+def _first_run(model: Model, request: Request) -> RunConfig:
+    values: dict[str, Any] = {"generate": {"sampler": dict(model.manifest.config["sampler"])}}
+    if "token_map" in model.manifest.inputs:
+        token_map = input_of(model.store, model.manifest, "token_map")
+        values["dataset"] = dict(input_of(model.store, token_map, "dataset").config)
+    elif not request.names("dataset") and not request.config.reference.npz:
+        raise ValueError("it was never evaluated, and what it was trained on is not known here; give a CONFIG, or dataset.kind=...")
+    return request.over("the model's card", values)
+
+
+def _as_it_was(model: Model, last: Manifest, samples: Manifest, run: RunConfig) -> Plan:
+    """Sampling and scoring, with everything else that the last evaluation read. Needs no dataset."""
+    given = {"model": model.manifest, "tokenizer": model.tokenizer, "reference": input_of(model.store, last, "reference")}
+    asked_for = {}
+    if model.is_text:
+        given["captions"], asked_for["captions"] = input_of(model.store, samples, "captions"), "captions"
+    if run.generate.mask_ratio is not None:
+        owner = samples if "token_map" in samples.inputs else model.manifest
+        given["token_map"], asked_for["token_map"] = input_of(model.store, owner, "token_map"), "token_map"
+    judged = {}
+    if run.evaluate.judge is not None:
+        given["dataset"], judged = input_of(model.store, last, "dataset"), {"dataset": "dataset"}
+    sampled, scored = (run_config.completed(section, run) for section in (run.generate, run.evaluate))
+    return Plan(_scored(sampled, scored, asked_for, judged), given)
+
+
+def _anew(model: Model, run: RunConfig, request: Request) -> Plan:
+    """The stages of a run from its dataset on, with the model in the place of its training."""
+    nodes: list[Node] = []
+    ids: dict[Any, str] = {}
+    given = {"model": model.manifest, "tokenizer": model.tokenizer}
+
+    def dataset_of(config: Any) -> dict[str, str]:
+        if config not in ids:
+            if config not in request.identities:
+                request.identities[config] = configuration.identity(config)
+            ids[config] = "dataset" if not ids else f"dataset-{len(ids) + 1}"
+            nodes.append(Node(ids[config], dataset.STAGE, config, {}, request.identities[config]))
+        return {"dataset": ids[config]}
+
+    compared_with, sampled, scored = (
+        run_config.completed(section, run) for section in (run.reference, run.generate, replace(run.evaluate, images=None))
+    )
+    compared_with = run_config.at_resolution(compared_with, int(model.tokenizer.summary["config"]["resolution"]))
+    nodes.append(Node("reference", reference.STAGE, compared_with, {} if run.reference.npz else dataset_of(compared_with.dataset)))
+    asked_for = {}
+    if model.is_text and run.captions.encoder is not None:
+        encoded = replace(run_config.completed(run.captions, run), dataset=sampled.dataset)
+        nodes.append(Node("captions", captions.STAGE, encoded, dataset_of(sampled.dataset)))
+        asked_for["captions"] = "captions"
+    elif model.is_text:
+        given["captions"], asked_for["captions"] = input_of(model.store, model.manifest, "captions"), "captions"
+    if sampled.mask_ratio is not None:
+        given["token_map"], asked_for["token_map"] = input_of(model.store, model.manifest, "token_map"), "token_map"
+    judged = dataset_of(scored.dataset) if scored.judge else {}
+    nodes.sort(key=lambda node: node.stage is not dataset.STAGE)
+    return Plan((*nodes, *_scored(sampled, scored, asked_for, judged)), given)
+
+
+def _scored(sampled: Any, scored: Any, asked_for: Mapping[str, str], judged: Mapping[str, str]) -> tuple[Node, ...]:
+    inputs = {"samples": "generate", "tokenizer": "tokenizer", "reference": "reference", "model": "model", **judged}
+    return (
+        Node("generate", generate.STAGE, sampled, {"model": "model", **asked_for}),
+        Node("evaluate", evaluate.STAGE, scored, inputs),
+    )
+
+
+def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
+    """An evaluation is not reused where scores are defined otherwise since, though its stage says nothing of that."""
+    found = {item.node.id: item.manifest for item in look_up(planned, store)} | dict(planned.given)
+    samples, compared_with, evaluation = (found[name] for name in ("generate", "reference", "evaluate"))
+    if samples is None or compared_with is None or evaluation is None:
+        return planned
+    node = planned.nodes[-1]
+    protocol = evaluation_protocol.protocol_of(compared_with, samples, node.config.settings, node.config.rounding)
+    if evaluation_protocol.protocol_digest(protocol) == evaluation.summary.get("protocol_digest"):
+        return planned
+    identity = {**configuration.identity(node.config), "metric_version": protocol["metric_version"]}
+    return replace(planned, nodes=(*planned.nodes[:-1], replace(node, identity=identity)))
+
+
+# What changed ---------------------------------------------------------------------------------------------------------------
+
+
+def changes(last: Manifest, store: ArtifactStore, planned: Sequence[Planned], given: Mapping[str, Manifest]) -> str:
+    """Why an evaluation by this plan is another one than the last, in a few words."""
+    found = {item.node.id: item for item in planned}
+    before = {"evaluate": last}
+    if (samples := read_input(store, last, "samples")) is not None:
+        before["generate"] = samples
+    said = []
+    for id, manifest in before.items():
+        node = found[id].node
+        if node.stage.version != manifest.stage_version:
+            said.append(f"stage {id} is version {node.stage.version}, was {manifest.stage_version}")
+        said += _changed(id, manifest.config, configuration.redacted(node.config))
+    was = last.inputs["reference"]["digest"]
+    now = given["reference"] if "reference" in given else found["reference"].manifest
+    if now is None or now.digest != was:
+        said.append("another reference")
+    if found["evaluate"].node.identity is not None:
+        said.append("another metric version")
+    more = [f"and {len(said) - _SHOWN_CHANGES} more"] if len(said) > _SHOWN_CHANGES else []
+    return "; ".join([*said[:_SHOWN_CHANGES], *more]) or "other inputs"
+
+
+def read_input(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest | None:
+    """None where it has no such input, or the store no longer has it."""
+    source = manifest.inputs.get(name)
+    return None if source is None else store.read_manifest(source["stage"], source["key"])
+
+
+def _changed(prefix: str, was: Any, now: Any) -> list[str]:
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        names = [name for name in now if name not in ("execution", "dataset", "images")]
+        return [text for name in names for text in _changed(f"{prefix}.{name}", was.get(name), now[name])]
+    return [] if was == now else [f"{prefix} is {now}, was {was}"]
+
+
+def is_comparable(last: Manifest, now: Manifest, store: ArtifactStore) -> bool:
+    """Whether two evaluations of a model measure the same: the same protocol, of samples that were asked for in the same way."""
+    if last.summary.get("protocol_digest") != now.summary["protocol_digest"]:
+        return False
+    before, after = read_input(store, last, "samples"), read_input(store, now, "samples")
+    if before is None or after is None:
+        return False
+    asked = [_asked(samples) for samples in (before, after)]
+    return asked[0] is not None and asked[0] == asked[1]
+
+
+def _asked(samples: Manifest) -> Any:
+    """What decides samples beside model and code, with today's defaults for what was not said yet; None for what is not known."""
+    try:
+        config = configuration.merge(generate.GenerateConfig, [("samples", OmegaConf.create(dict(samples.config)))])
+    except configuration.ConfigError:
+        return None
+    given = {name: source["digest"] for name, source in samples.inputs.items() if name != "model"}
+    return configuration.identity(replace(config, shard_size=1)), given
+
+
+# Running --------------------------------------------------------------------------------------------------------------------
+
+
+def look_up(planned: Plan, store: ArtifactStore) -> list[Planned]:
+    """What evaluating would reuse and compute."""
+    return driver.plan(planned.nodes, store, planned.given)
+
+
+def afresh(planned: Plan, token: str) -> Plan:
+    """The same with sampling and scoring computed anew, in stages of their own names: nothing that is there is touched.
+
+    token: whoever gives the same one goes on with what was computed for it. What is published is said by the caller alone.
+    """
+
+    def scratch(node: Node) -> Node:
+        if node.stage.name not in (generate.STAGE.name, evaluate.STAGE.name):
+            return node
+        own = configuration.identity(node.config) if node.identity is None else node.identity
+        stage = replace(node.stage, name=f"{SCRATCH}{node.stage.name}", publish=None)
+        return replace(node, stage=stage, identity={**own, "token": token})
+
+    return replace(planned, nodes=tuple(map(scratch, planned.nodes)))
+
+
+def publishing(planned: Plan, also: Callable[[Manifest, PublishContext], None]) -> Plan:
+    """The same, with something more to tell of the evaluation on its tracking run."""
+    node = planned.nodes[-1]
+    usual = node.stage.publish
+
+    def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
+        if usual is not None:
+            usual(manifest, inputs, context)
+        also(manifest, context)
+
+    return replace(planned, nodes=(*planned.nodes[:-1], replace(node, stage=replace(node.stage, publish=publish))))
+
+
+def execute(planned: Plan, session: Session) -> list[Done]:
+    """Raises as workflow.execute does."""
+    return driver.execute(planned.nodes, session, planned.given)

@@ -1,0 +1,5 @@
+"""What MLflow's registry says of a model.
+
+model_card         its card, tags and name
+evaluation_record  its last evaluation
+"""

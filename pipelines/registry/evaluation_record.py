@@ -1,0 +1,126 @@
+"""What a registered model says of its last evaluation: tags on its version, so that a schedule knows what is due.
+
+Whoever evaluates a model writes the same tags: `enat run` after stage evaluate (record), and `enat reevaluate`. The numbers are
+in the artifact that the tags name; scores are tags, too, for people who look at the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pipelines.artifacts.manifest import Manifest
+from pipelines.registry import model_card
+from pipelines.storage.base import digest_of
+from pipelines.workflow.stage import PublishContext
+
+EVALUATED = "enat.evaluated"
+EVALUATION = "enat.evaluation"
+NODE = "enat.evaluation_node"
+PROTOCOL = "enat.protocol_digest"
+SAMPLING = "enat.sampling_digest"
+SCORE = "enat.score."
+DRIFT = "enat.drift"
+_MAIN_NODE = "evaluate"
+_NO_QUESTION = ("execution", "dataset", "shard_size")  # of a config of samples: how and from where, not what
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What the tags of a version say.
+
+    evaluated: UTC, when the scores were made, or last found to be what they still are.   evaluation: "evaluate/<key>".
+    node: of the pipeline that made them, evaluate or evaluate@variant.   scores: by metric.   drift: what moved, if anything did.
+    protocol, sampling: digests of how they were measured and of how samples were asked for, "" where that was not written.
+    """
+
+    evaluated: datetime
+    evaluation: str
+    node: str = _MAIN_NODE
+    scores: Mapping[str, float] = field(default_factory=dict)
+    drift: str | None = None
+    protocol: str = ""
+    sampling: str = ""
+
+    @classmethod
+    def of(cls, tags: Mapping[str, str]) -> Recorded | None:
+        """None where the version was not evaluated, or its tags were written by someone else."""
+        try:
+            evaluated = datetime.fromisoformat(tags[EVALUATED])
+            scores = {name.removeprefix(SCORE): float(value) for name, value in tags.items() if name.startswith(SCORE)}
+            evaluation = tags[EVALUATION]
+        except (KeyError, ValueError):
+            return None
+        return cls(
+            evaluated=evaluated if evaluated.tzinfo else evaluated.replace(tzinfo=UTC),
+            evaluation=evaluation,
+            node=tags.get(NODE, _MAIN_NODE),
+            scores=scores,
+            drift=tags.get(DRIFT),
+            protocol=tags.get(PROTOCOL, ""),
+            sampling=tags.get(SAMPLING, ""),
+        )
+
+    def is_comparable(self, evaluation: Manifest, samples: Manifest) -> bool:
+        """Whether an evaluation measures what these scores do. For where their own artifact is gone."""
+        own = (str(evaluation.summary["protocol_digest"]), sampling_digest(samples))
+        return own == (self.protocol, self.sampling)
+
+
+def sampling_digest(samples: Manifest) -> str:
+    """Of what decides samples beside model and code."""
+    config = {name: value for name, value in samples.config.items() if name not in _NO_QUESTION and value is not None}
+    inputs = {name: source["digest"] for name, source in samples.inputs.items() if name != "model"}
+    return digest_of({"config": config, "inputs": inputs})[:12]
+
+
+def tags_of(
+    manifest: Manifest, samples: Manifest, scores: Iterable[str], *, node: str, evaluated: datetime | None = None
+) -> dict[str, str]:
+    """Tags for the version of a model that this is the evaluation of. scores: metrics that are to be tags.
+
+    evaluated: where they were found again later than they were made.
+    """
+    moment = evaluated or made_at(manifest)
+    tags = {
+        EVALUATED: moment.astimezone(UTC).isoformat(timespec="seconds"),
+        EVALUATION: f"{manifest.stage}/{manifest.key}",
+        NODE: node,
+        PROTOCOL: str(manifest.summary["protocol_digest"]),
+        SAMPLING: sampling_digest(samples),
+    }
+    return tags | {SCORE + name: repr(float(manifest.metrics[name])) for name in scores if name in manifest.metrics}
+
+
+def made_at(manifest: Manifest) -> datetime:
+    return datetime.fromisoformat(manifest.provenance["created"])
+
+
+def replacing(tags: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str | None]:
+    """The same, and None for scores of an earlier evaluation that this one has not."""
+    return {**dict.fromkeys(name for name in found if name.startswith(SCORE)), **tags}
+
+
+def record(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext, scores: Iterable[str]) -> None:
+    """Write the tags after stage evaluate has run or was reused; nothing where the model is not registered, or none of ours.
+
+    A variant that only samples otherwise is an evaluation of the same model: it does not take the place of the run's own. Nor
+    does an older evaluation that is reused make what is known of this one look older.
+    """
+    model = inputs.get("model")
+    if model is None:
+        return
+    made = made_at(manifest)
+    tags = tags_of(manifest, inputs["samples"], scores, node=context.node)
+
+    def choose(found: Mapping[str, str]) -> Mapping[str, str | None]:
+        known = Recorded.of(found)
+        if known is None:
+            return replacing(tags, found)
+        is_same = known.evaluation == tags[EVALUATION]
+        if (is_same and known.evaluated >= made) or context.node not in (_MAIN_NODE, known.node):
+            return {}
+        return replacing(tags, found)
+
+    context.run.tag_model(model_card.registered_name(model), model.digest, choose)

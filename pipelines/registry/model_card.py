@@ -1,0 +1,251 @@
+"""What is told of a trained model in MLflow's model registry: a name, tags to find it by, and a card for people.
+
+The weights stay in the artifact store. A registered version says which artifact it is, and holds the card and the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from enat.config import ENATConfig
+from enat.cost import generation_cost
+from enat.masking import MaskingConfig
+from enat.sampler_config import SamplerConfig
+from enat.tokenizer import VQGANConfig
+from pipelines.artifacts.manifest import MANIFEST, Manifest
+from pipelines.storage.redaction import without_credentials
+from pipelines.tracking import registry
+from pipelines.workflow.stage import PublishContext
+
+CARD = "README.md"
+# Fields of a model and of its masking that give it no name of its own: what the data decides, and sizes.
+_FROM_DATA = {"grid_size", "codebook_size", "num_classes", "text_width", "num_text_tokens"}
+_SIZES = {"encoder_layers", "decoder_layers", "embed_dim", "num_heads"}
+_NOT_RECIPE = {"execution", "model", "s3", "sampler"}  # parts of a TrainConfig that stand elsewhere on a card, or on none
+
+
+def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
+    """Register a model that was trained or imported; an untrained one is for comparison only."""
+    if manifest.summary["num_steps"] == 0 and not manifest.summary["is_imported"]:
+        return
+    card = model_card(manifest, inputs, context.store.uri)
+    context.run.register_model(
+        registered_name(manifest),
+        files={CARD: card.encode(), MANIFEST: manifest.to_json()},
+        tags=model_tags(manifest, inputs, context.store.uri),
+        description=card,
+        alias=context.tracking.model_alias,
+    )
+
+
+def registered_name(manifest: Manifest) -> str:
+    """enat-<size>-<dataset>, and what differs from it: enat-s-imagenet-decoder_attention-full, enat-b-coco-text for captions.
+
+    Versions of one name follow each other, and an alias moves among them; so an ablation is no version of what it is compared
+    with. The size is the preset's; of a model without one it is the number of parameters and the layers of encoder and decoder.
+    """
+    model, preset = ENATConfig(**manifest.summary["model"]), manifest.config["model"]["preset"]
+    if preset:
+        size, usual = preset, ENATConfig.preset(preset)
+    else:
+        size = f"enat-{_short_count(manifest.summary['parameters'])}-{model.encoder_layers}e{model.decoder_layers}d"
+        usual = ENATConfig(**{name: getattr(model, name) for name in _SIZES})
+    changed = _differences(model, usual, without=_FROM_DATA)
+    if model.reuse and not manifest.summary["is_imported"]:
+        changed |= _differences(MaskingConfig(**manifest.config["masking"]), MaskingConfig())
+    condition = ["text"] if model.text_width is not None else []
+    parts = [size, manifest.summary["dataset"], *condition, *(f"{name}-{_plain(value)}" for name, value in changed.items())]
+    return registry.model_name("-".join(parts))
+
+
+def _differences(config: Any, usual: Any, without: Iterable[str] = ()) -> dict[str, Any]:
+    values, expected = dataclasses.asdict(config), dataclasses.asdict(usual)
+    return {name: value for name, value in values.items() if name not in without and value != expected[name]}
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -> dict[str, str]:
+    """What finds the artifact again, and what it was made from."""
+    tags = {
+        registry.DIGEST_TAG: manifest.digest,
+        registry.CREATED_TAG: manifest.provenance["created"],
+        "enat.key": manifest.key,
+        "enat.artifact": f"{manifest.stage}/{manifest.key}",
+        "enat.store": without_credentials(store_uri),
+        "enat.code": manifest.provenance["code"],
+        "enat.dataset": manifest.summary["dataset"],
+        "enat.resolution": _tokenizer_config(inputs).resolution,
+        "enat.num_steps": manifest.summary["num_steps"],
+    }
+    for name, source in inputs.items():
+        tags |= {f"enat.input.{name}": f"{source.stage}/{source.key}", f"enat.{name}_digest": source.digest}
+    return {name: str(value) for name, value in tags.items()}
+
+
+def model_card(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -> str:
+    """Markdown. Everything is read from the manifests; nothing is loaded."""
+    sections = [
+        _head(manifest, inputs),
+        f"## Load and sample\n\n{_usage(manifest, inputs, store_uri)}",
+        f"## Model\n\n{_model(manifest)}",
+        f"## Data\n\n{_data(manifest, inputs)}",
+        f"## Training\n\n{_training(manifest)}",
+        f"## Cost\n\n{_cost(manifest, inputs)}",
+        f"## Limits\n\n{_limits(manifest, inputs)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _head(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
+    summary, provenance = manifest.summary, manifest.provenance
+    dataset, resolution = _escaped(summary["dataset"]), _tokenizer_config(inputs).resolution
+    origin = (
+        f"These are published weights, imported and not trained here, for images of {resolution} px."
+        if summary["is_imported"]
+        else f"It was trained on {dataset} at {resolution} px for {summary['num_steps']:,} steps."
+    )
+    return (
+        f"# {_escaped(registered_name(manifest))}\n\n"
+        f"ENAT (EfficientNAT, NeurIPS 2024, arXiv 2411.06959) with {summary['parameters']:,} parameters: a non-autoregressive "
+        f"transformer that generates the tokens of an image in a few parallel steps, {_condition(manifest)}. {origin}\n\n"
+        f"Artifact `{manifest.stage}/{manifest.key}`, made {provenance['created']} by code {provenance['code']}."
+    )
+
+
+def _condition(manifest: Manifest) -> str:
+    model = ENATConfig(**manifest.summary["model"])
+    if model.text_width is not None:
+        return "given a caption"
+    return f"given one of {model.num_classes:,} classes" if model.num_classes else "given nothing"
+
+
+def _usage(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -> str:
+    tokenizer, model = inputs["tokenizer"], ENATConfig(**manifest.summary["model"])
+    if model.text_width is not None:
+        labels = (
+            "from enat import TextCondition\nfrom enat.text import load_text_encoder\n\n"
+            'features = load_text_encoder("folder of the text encoder").encode(["what the image shows"])\n'
+            "labels = TextCondition(features.hidden, features.pooled)"
+        )
+    else:
+        labels = f"labels = torch.arange({min(model.num_classes, 8)})" if model.num_classes else "labels = torch.tensor([0])"
+    return f"""The weights are not among the files of this version. They lie in the artifact store, under the key above. An S3
+service other than AWS is named by `AWS_ENDPOINT_URL`. What is fetched is checked against its sha256.
+
+```python
+import torch
+from enat import SamplerConfig, sample
+from enat.checkpoint import load_enat, load_vqgan
+from pipelines.artifacts.open import open_store
+
+store = open_store({without_credentials(store_uri)!r})
+trained = store.read_manifest({manifest.stage!r}, {manifest.key!r})
+tokenizer = store.read_manifest({tokenizer.stage!r}, {tokenizer.key!r})
+model = load_enat(store.fetch(trained, "model.safetensors"))
+vqgan = load_vqgan(store.fetch(tokenizer, "vqgan.safetensors"))
+
+{labels}
+codes = sample(model, labels, {_sampler_call(_sampler(manifest))}, seeds=range(len(labels)))
+images = vqgan.decode(codes.view(-1, {model.grid_size}, {model.grid_size}))  # float (B, 3, H, W) in [0, 1]
+```"""
+
+
+def _model(manifest: Manifest) -> str:
+    preset = manifest.config["model"]["preset"]
+    return _table([*([("preset", preset)] if preset else []), *manifest.summary["model"].items()])
+
+
+def _data(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
+    tokenizer, token_map = _tokenizer_config(inputs), inputs.get("token_map")
+    rows = [
+        ("dataset", manifest.summary["dataset"]),
+        ("images", f"{token_map.summary['rows']:,}" if token_map else "not known"),
+        ("resolution", f"{tokenizer.resolution} px"),
+        ("codes of an image", f"{tokenizer.grid_size} x {tokenizer.grid_size}, out of {tokenizer.codebook_size:,}"),
+        *((f"{name.replace('_', ' ')} digest", source.digest) for name, source in inputs.items()),
+    ]
+    return _table(rows)
+
+
+def _training(manifest: Manifest) -> str:
+    if manifest.summary["is_imported"]:
+        return "Done by whoever published the weights; recipe and metrics are theirs to tell."
+    metrics = [(name, f"{value:,.6g}") for name, value in manifest.metrics.items() if name.startswith("final/")]
+    recipe = [(name, value) for name, value in manifest.config.items() if name not in _NOT_RECIPE and value is not None]
+    return f"{_table(recipe)}\n\nAt the end of it:\n\n{_table(metrics)}" if metrics else _table(recipe)
+
+
+def _cost(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
+    sampler, provenance = _sampler(manifest), manifest.provenance
+    cost = generation_cost(ENATConfig(**manifest.summary["model"]), sampler, _tokenizer_config(inputs))
+    rows = [
+        ("making it, worker-seconds", f"{provenance['worker_seconds']:,.1f}"),
+        ("making it, device-seconds", f"{provenance['device_seconds']:,.1f}"),
+        ("one image, as published code computes it", f"{cost.total_macs / 1e9:,.4g} GMACs"),
+        ("one image, as this code does", f"{cost.executed_total_macs / 1e9:,.4g} GMACs"),
+    ]
+    return (
+        f"{_table(rows)}\n\nAn image is {sampler.num_steps} steps at guidance {sampler.guidance_scale:g}, and the tokenizer's "
+        "decoder. A MAC is one multiply-accumulate of a linear layer, convolution or attention product; they are counted from the "
+        "architecture."
+    )
+
+
+def _limits(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
+    summary, resolution = manifest.summary, _tokenizer_config(inputs).resolution
+    learned = "the data it was published for" if summary["is_imported"] else _escaped(summary["dataset"])
+    return "\n".join(
+        [
+            f"- It makes images of {resolution} px like those of {learned}, {_condition(manifest)}, with the biases of that data. "
+            "Nothing filters what it makes.",
+            "- It speaks the codes of the one tokenizer named above; another one's decoder turns them into noise.",
+            "- Numbers on this card are of training. How good samples are, the stage evaluate measures, for one sampler at a time. "
+            "Whether images of the data are reproduced was not examined.",
+        ]
+    )
+
+
+def _sampler(manifest: Manifest) -> SamplerConfig:
+    """The one that training showed its samples with."""
+    return SamplerConfig(**manifest.config["sampler"])
+
+
+def _sampler_call(sampler: SamplerConfig) -> str:
+    """As Python, without fields that are what they usually are."""
+    usual = SamplerConfig()
+    shown = ("num_steps", "guidance_scale", "sampling_temperature", "remask_temperature")
+    values = [(name, value) for name, value in vars(sampler).items() if name in shown or value != getattr(usual, name)]
+    return f"SamplerConfig({', '.join(f'{name}={value!r}' for name, value in values)})"
+
+
+def _tokenizer_config(inputs: Mapping[str, Manifest]) -> VQGANConfig:
+    return VQGANConfig(**inputs["tokenizer"].summary["config"])
+
+
+def _short_count(count: int) -> str:
+    """1_300_000 -> "1.3m", 574_300_000 -> "574m"."""
+    for unit, size in (("b", 10**9), ("m", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}" if count < 9.95 * size else f"{count / size:.0f}{unit}"
+    return str(count)
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {_escaped(name)} | {_escaped(_text(value))} |" for name, value in rows)])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _escaped(text: object) -> str:
+    """On one line, with nothing that Markdown would take for its own: a dataset may be called anything."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))

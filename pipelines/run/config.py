@@ -1,0 +1,150 @@
+"""One YAML file as dataclasses, checked as far as possible without computing anything.
+
+The stages read their configs from here: a section's `dataset` and `seed` are the run's where the section has none of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelines.cluster.connection import ClusterConfig
+from pipelines.data.captions import CaptionFeaturesInfo
+from pipelines.data.sources.config import DatasetConfig, open_source
+from pipelines.data.token_map import TokenMapInfo
+from pipelines.stages.captions import CaptionsConfig
+from pipelines.stages.evaluate import EvaluateConfig
+from pipelines.stages.generate import GenerateConfig
+from pipelines.stages.reconstruction import ReconstructionConfig
+from pipelines.stages.reference import ReferenceConfig
+from pipelines.stages.report import ReportConfig
+from pipelines.stages.token_map import TokenMapConfig
+from pipelines.stages.tokenizer import TokenizerConfig
+from pipelines.storage.s3_client import S3Config
+from pipelines.tracking.run import TrackingConfig
+from pipelines.training.config import TrainConfig
+from pipelines.workflow import config as configuration
+from pipelines.workflow.config import ConfigError
+from pipelines.workflow.costs import Prices
+from pipelines.workflow.stage import MAIN
+
+_WITHOUT_MODEL = {"dataset", "tokenizer", "token_map", "captions", "reference", "reconstruction"}
+
+
+# Stands for features that are not made yet, where only the rest of a model is looked at.
+_ANY_CAPTIONS = CaptionFeaturesInfo(num_captions=0, captions_per_file=1, num_positions=1, width=1, encoder_digest="")
+_SEEDED = ("tokenizer", "reference", "train", "generate")  # sections that may have a seed of their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One YAML file. A stage's `dataset` and `seed` are the run's where the stage gives none.
+
+    workspace: folder for the store, tracking and logs.   store: of artifacts, a folder or s3://bucket/prefix; None takes
+    <workspace>/store.   s3: how buckets are reached, where the usual AWS variables do not say it.
+    targets: stages to make, with what they need; none means all, to the report.
+    reconstruction: how well the tokenizer keeps the images of the token map; left out where the section is.
+    prices: of hours, so that what a result took is told in money, too.
+    variants: name -> values that replace those of the run, such as {untrained: {train: {num_steps: 0}}}.
+    """
+
+    name: str
+    seed: int = 0
+    workspace: str = "runs"
+    store: str | None = None
+    s3: S3Config = field(default_factory=S3Config)
+    targets: tuple[str, ...] = ()
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    token_map: TokenMapConfig = field(default_factory=TokenMapConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    reconstruction: ReconstructionConfig | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    prices: Prices | None = None
+    variants: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.variants):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"the name {name!r} must begin with a letter or digit and go on with those, '.', '_' or '-'")
+        for name, values in self.variants.items():
+            if not isinstance(values, Mapping):
+                raise ValueError(f"variant {name} is {values!r}; it must be a mapping of keys to the values that replace the run's")
+        seeds = {"seed": self.seed, **{f"{key}.seed": getattr(getattr(self, key), "seed", None) for key in _SEEDED}}
+        for key, seed in seeds.items():
+            if seed is not None and not 0 <= seed < 2**63:
+                raise ValueError(f"{key} is {seed}; it must be at least 0 and below 2**63")
+        if MAIN in self.variants:
+            raise ValueError(f"a variant cannot be called {MAIN!r}: that is the run's own model")
+
+    @cached_property
+    def variant_runs(self) -> dict[str, RunConfig]:
+        """The runs that variants stand for, by name. Raises ConfigError."""
+        base = replace(self, variants={})
+        return {name: configuration.with_overrides(base, values, f"variant {name}") for name, values in self.variants.items()}
+
+    @property
+    def store_uri(self) -> str:
+        return self.store or str(Path(self.workspace) / "store")
+
+
+def load_run(path: Path | None, overrides: Sequence[str] = (), *, is_dataset_here: bool = True) -> RunConfig:
+    """A run from YAML, if any, and overrides, checked as far as can be without computing. Raises ValueError.
+
+    is_dataset_here: False where another machine reads it, and it need not be in reach of this one.
+    """
+    run = configuration.load_config(RunConfig, path, overrides)
+    for name, variant in [(MAIN, run), *run.variant_runs.items()]:
+        try:
+            _check(variant, is_dataset_here)
+        except ValueError as error:
+            raise ConfigError(str(error) if name == MAIN else f"variant {name}: {error}") from error
+    return run
+
+
+def at_resolution(config: ReferenceConfig, resolution: int) -> ReferenceConfig:
+    return config if config.resolution is not None else replace(config, resolution=resolution)
+
+
+def completed(section: Any, run: RunConfig) -> Any:
+    """A stage's config with the run's dataset and seed where it has none of its own."""
+    given = {name: getattr(run, name) for name in ("dataset", "seed") if getattr(section, name, ...) is None}
+    filled = replace(section, **given)
+    if getattr(filled, "dataset", None) is not None and filled.dataset.s3 is None:
+        filled = replace(filled, dataset=replace(filled.dataset, s3=run.s3))
+    return replace(filled, s3=run.s3) if getattr(filled, "s3", ...) is None else filled
+
+
+def _check(run: RunConfig, is_dataset_here: bool) -> None:
+    """What would fail in a late stage and can be seen now: the model against the token map that the tokenizer will make."""
+    architecture = run.tokenizer.architecture()
+    given = completed(run.token_map, run).dataset
+    classes = open_source(given).known_classes() if is_dataset_here else None
+    num_classes = len(classes) if classes is not None else given.num_classes
+    info = TokenMapInfo(
+        dataset=run.dataset.title,
+        resolution=architecture.resolution,
+        grid_size=architecture.grid_size,
+        codebook_size=architecture.codebook_size,
+        num_classes=num_classes if num_classes is not None else run.train.model.num_classes or 1,
+        tokenizer_digest="",
+    )
+    is_trained = run.train.weights is None and (not run.targets or not _WITHOUT_MODEL.issuperset(run.targets))
+    if not is_trained:
+        return
+    if run.train.model.text and run.captions.encoder is None:
+        raise ValueError("train.model.text needs the features of captions; give captions.encoder")
+    run.train.model.architecture(info, _ANY_CAPTIONS)
+    sampler = run.generate.sampler
+    if sampler.reuse and run.train.model.reuse is False:
+        raise ValueError("generate.sampler.reuse needs a model with train.model.reuse; set one of them to match the other")

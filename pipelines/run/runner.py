@@ -1,0 +1,111 @@
+"""One pipeline run from its config to its closing answer: store, log file, tracking run, stages, report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster import connection
+from pipelines.run import graph, summary
+from pipelines.run.config import RunConfig
+from pipelines.storage.redaction import without_credentials
+from pipelines.tracking import run as tracking
+from pipelines.tracking.run import RunHandle
+from pipelines.workflow import config as configuration
+from pipelines.workflow import driver, provenance, stage
+from pipelines.workflow.stage import Node
+
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a job's driver
+
+
+def run(config: RunConfig, source: str, console: Console, build: Callable[[RunConfig], list[Node]] = graph.build) -> dict[str, Any]:
+    """Make what a config asks for. source: where it came from, for tracking.   build: the stages, all of the pipeline's if it is
+    not given.   Returns the answer of `enat run --json`."""
+    started = time.monotonic()
+    store = open_store(config.store_uri, config.s3)
+    store.check_writable()
+    workspace = Path(config.workspace)
+    log_to(workspace / "logs" / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}.log")
+    with console.status("looking at the dataset"):
+        nodes = build(config)
+    uri = tracking_uri(config)
+    tags = {"enat.config": source, "enat.code": provenance.code_version(), "enat.store": without_credentials(store.uri)}
+
+    def connect() -> None:
+        with console.status("connecting to Ray"):
+            connection.connect(config.cluster)
+
+    with tracking.ending(tracking.start_run(uri, config.tracking, config.name, tags)) as parent:
+        parent.log_params(configuration.redacted(config))
+        pin_code(parent)
+        session = stage.Session(
+            store=store, run=parent, tracking=config.tracking, console=console, connect=connect, prices=config.prices
+        )
+        done = driver.execute(nodes, session)
+        seconds = time.monotonic() - started
+        by_id = {item.node.id: item.manifest for item in done}
+        report = _copy_report(by_id["report"], store, workspace / f"{config.name}.html") if "report" in by_id else None
+        scores = by_id["evaluate"].metrics if "evaluate" in by_id else {}
+        parent.log_metrics({**scores, "cost/run_seconds": seconds})
+        if report is not None:
+            parent.log_file(report)
+        parent.finish()
+    return summary.summarize(config.name, done, session, seconds, report)
+
+
+def pin_code(run: RunHandle) -> None:
+    """Of code that came as a package or in an image: which commit it is, and what was changed since. A job's files go with it."""
+    state = provenance.read_state()
+    if state is None:
+        return
+    run.set_tags(state.tags)
+    if (changes := provenance.read_changes()) is not None:
+        run.log_bytes(changes, provenance.CHANGES)
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """Where runs are tracked. Raises ValueError where a job of a cluster would track them in a folder that is removed with it."""
+    uri = tracking.resolve_uri(config.tracking, Path(config.workspace))
+    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    place = given.removeprefix("sqlite:///") if given else config.workspace
+    if config.tracking.enabled and _IN_JOB in os.environ and uri.startswith("sqlite:///") and not Path(place).is_absolute():
+        raise ValueError(
+            f"runs and registered models of this job would be tracked under {place}, in a folder that is removed with the job; "
+            "give tracking.uri=http://HOST:5000, set MLFLOW_TRACKING_URI on the cluster, give workspace= the absolute path of a "
+            "folder that stays, or tracking.enabled=false"
+        )
+    return uri
+
+
+def _copy_report(manifest: Manifest, store: ArtifactStore, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(store.fetch(manifest, "report.html"), target)
+    return target
+
+
+def log_to(path: Path) -> None:
+    """To a file everything from warnings up, and of our own code whatever tells how things went, such as tracebacks of what a run
+    went on without; warnings of our own also to the terminal."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the workspace {path.parent.parent} cannot be written ({error.strerror}); choose another") from error
+    to_file = logging.FileHandler(path, delay=True)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().handlers = [to_file]
+    to_terminal = logging.StreamHandler()
+    to_terminal.setFormatter(logging.Formatter("enat: %(message)s"))
+    to_terminal.addFilter(lambda record: record.levelno == logging.WARNING)
+    logging.getLogger("pipelines").addHandler(to_terminal)
+    logging.getLogger("pipelines").setLevel(logging.INFO)

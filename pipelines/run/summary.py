@@ -1,0 +1,120 @@
+"""What a person sees of a plan, and at the end of a run: what was made, where it lies, what it is worth, what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.evaluation.protocol import DISTANCES
+from pipelines.storage.redaction import without_credentials
+from pipelines.workflow.stage import MAIN, Done, Planned, Session
+
+_METRICS_SHOWN = 5  # of a stage, these before others; all are in its manifest and in tracking
+_FIRST = ("rows", "images", "samples", "final/step", "final/loss", "final/token_accuracy", "final/images_per_second")
+
+
+def summarize(name: str, done: Sequence[Done], session: Session, seconds: float, report: Path | None) -> dict[str, Any]:
+    """The answer of `enat run`, as JSON can hold it."""
+    scores = {
+        item.node.id.partition("@")[2] or MAIN: dict(item.manifest.metrics) for item in done if item.node.stage.name == "evaluate"
+    }
+    stages = [
+        {
+            "stage": item.node.id,
+            "key": item.manifest.key,
+            "reused": item.is_reused,
+            "seconds": item.seconds,
+            "made_in_seconds": item.manifest.provenance["seconds"],
+            "place": session.store.place(item.manifest.stage, item.manifest.key),
+            "metrics": dict(item.manifest.metrics),
+        }
+        for item in done
+    ]
+    tracked = {"uri": without_credentials(session.run.uri), "run_id": session.run.run_id} if session.run.run_id else None
+    return {
+        "name": name,
+        "seconds": seconds,
+        "store": session.store.uri,
+        "report": str(report) if report else None,
+        "tracking": tracked,
+        "scores": scores,
+        "stages": stages,
+    }
+
+
+def show_plan(planned: Sequence[Planned], store: str, console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "key", "plan"):
+        table.add_column(column)
+    for item in planned:
+        reads = ", ".join(dict.fromkeys(item.node.inputs.values()))
+        key = item.key[:12] if item.key else f"[dim]known after {reads}[/]"
+        parts = f" [dim]({item.parts_done} parts are done)[/]" if item.parts_done else ""
+        table.add_row(item.node.id, key, "[green]reuse[/]" if item.is_reused else f"[yellow]compute[/]{parts}")
+    console.print(table)
+    reused = sum(item.is_reused for item in planned)
+    console.print(f"\n{reused} of {len(planned)} stages are reused from {store}", highlight=False)
+
+
+def show(answer: Mapping[str, Any], console: Console) -> None:
+    """The closing summary: one line a stage with what it measured, the scores side by side, and where things lie."""
+    stages = _table("What was made", "stage", "", "key", "measured")
+    for item in answer["stages"]:
+        if item["stage"].startswith("evaluate"):
+            continue  # its numbers are the scores below
+        status = "[dim]reused[/]" if item["reused"] else f"{item['made_in_seconds']:.1f} s"
+        ordered = sorted(item["metrics"], key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+        some = ((name, item["metrics"][name]) for name in ordered[:_METRICS_SHOWN])
+        measured = ", ".join(f"{name.removeprefix('final/')} {_number(value)}" for name, value in some)
+        stages.add_row(item["stage"], status, item["key"][:12], f"[dim]{measured}[/]")
+    console.print()
+    console.print(stages)
+
+    if answer["scores"]:
+        _show_scores(answer["scores"], console)
+
+    reused = sum(item["reused"] for item in answer["stages"])
+    console.print(f"\n{len(answer['stages'])} stages, {reused} reused, {answer['seconds']:.1f} s in all", highlight=False)
+    console.print(f"artifacts {answer['store']}/<stage>/<key>", highlight=False, soft_wrap=True)
+    if answer["report"]:
+        console.print(f"report    {answer['report']}", highlight=False, soft_wrap=True)
+    if answer["tracking"]:
+        console.print(
+            f"tracking  {answer['tracking']['uri']} (run {answer['tracking']['run_id']})", highlight=False, soft_wrap=True
+        )
+
+
+def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    scores = _table("What it is worth", "", *scored)
+    for name in dict.fromkeys(name for metrics in scored.values() for name in metrics):
+        scores.add_row(name, *(_number(metrics[name]) if name in metrics else "–" for metrics in scored.values()))
+    console.print()
+    console.print(scores)
+    for name in DISTANCES:
+        distance = scored.get(MAIN, {}).get(name)
+        for variant, metrics in scored.items():
+            if variant != MAIN and distance and name in metrics:
+                console.print(f"\n{name} of {variant} is {metrics[name] / distance:.1f} times that of {MAIN}", highlight=False)
+
+
+def show_import(target: str, values: Sequence[str], name: str, place: str, console: Console) -> None:
+    """How a config uses what was imported. values: of the config, key=value; the weights are named by their digest instead."""
+    key = f"{target}.weights="
+    lines = OmegaConf.to_yaml(OmegaConf.from_dotlist([key + name if value.startswith(key) else value for value in values]))
+    console.print(f"\n{place}\n\nin a config:\n\n{lines.rstrip()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"

@@ -1,0 +1,115 @@
+"""Passes of fixed composition: which images a network computes together, so that an image has the same numbers whoever makes it.
+
+Matrix products and convolutions round by their shape, and a code whose draw is nearly tied could come out otherwise. So sample i is
+always row i % P of a pass of P rows. Rows whose samples nobody wants here are filled up with one that is wanted: what they hold
+changes nothing for the others.
+
+Shape legend: B samples of one pass that are wanted, P rows of a pass, L tokens, N steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from enat.model import ENAT, TextCondition
+from enat.sampler import sample
+from enat.sampler_config import SamplerConfig
+from pipelines.data.samples import sample_seed
+
+IMAGES_PER_PASS = 32  # of samples, where nothing else is asked for
+
+_FIXED_NUMERICS = (  # float32 is to be float32, and the same each time
+    (torch.backends.cudnn, "allow_tf32", False),
+    (torch.backends.cuda.matmul, "allow_tf32", False),
+    (torch.backends.cudnn, "benchmark", False),
+    (torch.backends.cudnn, "deterministic", True),
+)
+
+
+def split_into_passes(start: int, stop: int, images_per_pass: int) -> list[range]:
+    """Samples start..stop-1, those of one pass together, in order."""
+    first = start - start % images_per_pass
+    return [range(max(start, at), min(stop, at + images_per_pass)) for at in range(first, stop, images_per_pass)]
+
+
+def in_a_pass(compute: Callable[[np.ndarray], Tensor], index: range, images_per_pass: int) -> Tensor:
+    """compute: sample indices int64 (P,) -> (P, ...). Returns what it gives for the samples of `index`, of one pass: (B, ...)."""
+    assert index.start // images_per_pass == (index.stop - 1) // images_per_pass, f"{index} is more than one pass"
+    samples = np.full(images_per_pass, index.start)
+    first = index.start % images_per_pass
+    rows = slice(first, first + len(index))
+    samples[rows] = index
+    return compute(samples)[rows]
+
+
+@dataclass(frozen=True)
+class PassSampler:
+    """A model's samples by their index in a run.
+
+    conditions: sample indices int64 (P,) -> labels int64 (P,), or captions.   starts: likewise -> what is given, int64 (P, L).
+    """
+
+    model: ENAT
+    sampler: SamplerConfig
+    run_seed: int
+    images_per_pass: int
+    is_bf16: bool
+    conditions: Callable[[np.ndarray], Tensor | TextCondition]
+    starts: Callable[[np.ndarray], Tensor | None] = lambda _: None
+
+    def states(self, index: range) -> Tensor:
+        """int64 (B, N + 1, L) on the CPU: the tokens fed at each step, and the codes. index: samples of one pass."""
+        return in_a_pass(self._states, index, self.images_per_pass)
+
+    @torch.no_grad()
+    def _states(self, samples: np.ndarray) -> Tensor:
+        seeds = [sample_seed(self.run_seed, each) for each in samples.tolist()]
+        device = self.model.token_embedding.weight.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.is_bf16):
+            codes, trajectory = sample(
+                self.model,
+                self.conditions(samples),
+                self.sampler,
+                seeds=seeds,
+                start=self.starts(samples),
+                return_trajectory=True,
+            )
+        return torch.stack([*trajectory, codes], dim=1).cpu()
+
+
+def passes_at_once(device: str, *, batch_size: int, images_per_pass: int, num_threads: int) -> int:
+    """How many passes are computed side by side: one of a GPU; of a CPU as many as batch_size holds, a thread each."""
+    return min(num_threads, max(1, batch_size // images_per_pass)) if torch.device(device).type == "cpu" else 1
+
+
+def pass_pool(num_passes: int) -> ThreadPoolExecutor:
+    """For passes side by side, a thread of torch each: sums depend on the number of threads that share a matrix product."""
+    return ThreadPoolExecutor(num_passes, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def fix_numerics(device: str) -> None:
+    """For as long as this process lives."""
+    if torch.device(device).type == "cuda":
+        for backend, name, value in _FIXED_NUMERICS:
+            setattr(backend, name, value)
+
+
+@contextmanager
+def fixed_numerics(device: str) -> Iterator[None]:
+    """The same for a while, and with it the number of threads, which that of a pass_pool's threads is taken for elsewhere."""
+    before = [getattr(backend, name) for backend, name, _ in _FIXED_NUMERICS]
+    num_threads = torch.get_num_threads()
+    fix_numerics(device)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+        for (backend, name, _), value in zip(_FIXED_NUMERICS, before, strict=True):
+            setattr(backend, name, value)

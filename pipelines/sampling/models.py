@@ -1,0 +1,140 @@
+"""A generator with its tokenizer, ready to sample: from a store, from MLflow's model registry, or from files of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from enat.checkpoint import load_enat, load_vqgan, open_enat, open_vqgan
+from enat.config import ENATConfig
+from enat.model import ENAT
+from enat.sampler_config import SamplerConfig
+from enat.tokenizer import VQGAN, VQGANConfig
+from pipelines.artifacts.inventory import find
+from pipelines.artifacts.last_used import note_reading
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.storage.base import file_digest
+from pipelines.storage.external import local_file
+from pipelines.storage.s3_client import S3Config
+from pipelines.tracking import search
+
+_STAGE = "train"  # whose artifacts are models, trained or imported
+_PUBLISHED_VQGAN = "vqgan-256"
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model and its tokenizer, in eval mode on the CPU.
+
+    origin: what they are and where they came from, as JSON can hold it.   sampler: the one to begin with.
+    class_names: by label; none where they are not known.   captions: of a model of captions, what its features were made with:
+    {"encoder", "encoder_digest"}, where that is known.
+    """
+
+    model: ENAT
+    vqgan: VQGAN
+    origin: Mapping[str, Any]
+    sampler: SamplerConfig
+    class_names: Sequence[str] = ()
+    captions: Mapping[str, str] = field(default_factory=dict)
+
+
+def is_registered(reference: str) -> bool:
+    """Whether a model is named as MLflow's registry names it: models:/name@alias, models:/name/version or name@alias."""
+    return "@" in reference or reference.startswith("models:/")
+
+
+def from_registry(uri: str, reference: str, store: ArtifactStore | None, s3: S3Config) -> Generator:
+    """store: where to look in place of where the registered version says. Raises ValueError where there is no such model."""
+    tags = search.find_model(uri, reference)
+    missing = [name for name in ("enat.artifact", "enat.store") if name not in tags]
+    if missing:
+        raise ValueError(f"{reference} was not registered by this program: it has no tag {missing[0]}; name an artifact instead")
+    opened = store or open_store(tags["enat.store"], s3)
+    stage, _, key = tags["enat.artifact"].partition("/")
+    manifest = opened.read_manifest(stage, key)
+    if manifest is None:
+        raise ValueError(
+            f"{reference} is {stage}/{key[:12]}, which the store {opened.uri} does not have; name its store by --store"
+        )
+    made = from_manifest(opened, manifest)
+    return Generator(**{**vars(made), "origin": {**made.origin, "registered": reference}})
+
+
+def from_artifact(store: ArtifactStore, name: str) -> Generator:
+    """name: the beginning of a key, or of train/key. Raises ValueError where that is no model, or several."""
+    manifest = find(store, name if "/" in name else f"{_STAGE}/{name}")
+    if manifest.stage != _STAGE:
+        raise ValueError(f"{manifest.stage}/{manifest.key[:12]} is no model; those are artifacts of stage {_STAGE}")
+    return from_manifest(store, manifest)
+
+
+def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:
+    note_reading(store, manifest)
+    tokenizer = _input(store, manifest, "tokenizer")
+    if tokenizer is None:
+        source = manifest.inputs["tokenizer"]
+        raise ValueError(f"the store {store.uri} has no {source['stage']}/{source['key'][:12]}, which decodes what the model makes")
+    token_map, captions = (_input(store, manifest, name) for name in ("token_map", "captions"))
+    return Generator(
+        model=load_enat(store.fetch(manifest, "model.safetensors")),
+        vqgan=load_vqgan(store.fetch(tokenizer, "vqgan.safetensors")),
+        origin={
+            "artifact": f"{manifest.stage}/{manifest.key}",
+            "store": store.uri,
+            "model_digest": manifest.digest,
+            "tokenizer_digest": tokenizer.digest,
+        },
+        sampler=SamplerConfig(**manifest.config["sampler"]),
+        class_names=() if token_map is None else tuple(token_map.summary["class_names"]),
+        captions={}
+        if captions is None
+        else {"encoder": captions.config["encoder"], "encoder_digest": captions.summary["info"]["encoder_digest"]},
+    )
+
+
+def _input(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest | None:
+    """None where the manifest has no such input, or the store no longer has it."""
+    source = manifest.inputs.get(name)
+    return None if source is None else store.read_manifest(source["stage"], source["key"])
+
+
+def from_files(weights: str, vqgan: str, *, preset: str | None, vqgan_preset: str | None, s3: S3Config) -> Generator:
+    """From files of weights: paths, s3:// or hf://. This program's own say what they hold; published ones need their presets.
+
+    Raises ValueError for what holds no such weights.
+    """
+    paths = {name: local_file(place, f"--{name}", s3) for name, place in (("weights", weights), ("vqgan", vqgan))}
+    tokenizer = _open_vqgan(paths["vqgan"], vqgan_preset)
+    if preset is None:
+        try:
+            model = load_enat(paths["weights"])
+        except ValueError as error:
+            raise ValueError(f"{error}; of published weights --preset says the architecture") from error
+    else:
+        sizes = {"grid_size": tokenizer.config.grid_size, "codebook_size": tokenizer.config.codebook_size}
+        model = open_enat(paths["weights"], ENATConfig.preset(preset, **sizes))
+    return Generator(
+        model=model,
+        vqgan=tokenizer,
+        origin={
+            "weights": weights,
+            "vqgan": vqgan,
+            "model_digest": f"sha256:{file_digest(paths['weights'])}",
+            "tokenizer_digest": f"sha256:{file_digest(paths['vqgan'])}",
+        },
+        sampler=SamplerConfig(),
+    )
+
+
+def _open_vqgan(path: Path, preset: str | None) -> VQGAN:
+    if preset is None:
+        try:
+            return load_vqgan(path)
+        except ValueError:
+            preset = _PUBLISHED_VQGAN  # whose file says nothing of what it holds
+    return open_vqgan(path, VQGANConfig.preset(preset))

@@ -1,0 +1,162 @@
+"""What `enat sample` is asked for: labels, captions, a region of an image, outputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from enat.images import ImageError, center_crop, decode_image, to_array
+from enat.masking import box_mask
+from enat.sampler_config import SamplerConfig
+from pipelines.data.dataset import MAX_FILE_BYTES
+from pipelines.sampling.fixed_batches import (
+    IMAGES_PER_PASS,
+)
+from pipelines.sampling.models import Generator
+
+OUTPUTS = ("grid", "images", "steps", "gif", "npz")
+_MAX_COPIES = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """What of an image is made anew. pixels: uint8 (3, H, W).   is_masked: bool (L,)."""
+
+    pixels: Tensor
+    is_masked: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """labels or captions: asked for in turn; neither means each class in turn.   outputs: of OUTPUTS.
+
+    images_per_pass: as of stage generate, images that are always computed together, by index; a pass is filled up where fewer are
+    wanted. batch_size: images that are computed at once, in passes side by side on the threads of a CPU.
+    """
+
+    num_images: int
+    sampler: SamplerConfig
+    labels: tuple[int, ...] = ()
+    captions: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+    batch_size: int = 64
+    images_per_pass: int = IMAGES_PER_PASS
+    is_bf16: bool = False
+    outputs: tuple[str, ...] = OUTPUTS
+    region: Region | None = None
+
+    @property
+    def num_asked(self) -> int:
+        return len(self.labels or self.captions)
+
+
+def choose_device(name: str) -> str:
+    """ "auto" takes a GPU where there is one. Raises ValueError for a device that is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is no device; choose cpu, cuda, cuda:1, ...") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {name} is not here; this machine has cpu and {torch.cuda.device_count()} GPUs")
+    return name
+
+
+def parse_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) -> tuple[int, ...]:
+    """ "207, 360-362, golden retriever x4" -> labels: class numbers, ranges with both ends, or names, each perhaps repeated.
+
+    Raises ValueError for what is none of them, and for a label that the model does not know.
+    """
+    labels: list[int] = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        repeated = re.fullmatch(r"(.*?)(?:(?<=\d)|\s)\s*[x×]\s*(\d{1,7})", item)
+        wanted, count = (repeated[1].strip(), int(repeated[2])) if repeated else (item, 1)
+        several = re.fullmatch(r"(\d{1,9})\s*-\s*(\d{1,9})", wanted)
+        if several:
+            first, last = int(several[1]), int(several[2])
+            _check_label(last if first <= last else -1, num_classes, item)
+            found = list(range(first, last + 1))
+        else:
+            found = [_label(wanted, num_classes, class_names)]
+        if len(found) * count + len(labels) > _MAX_COPIES:
+            raise ValueError(f"--labels asks for more than {_MAX_COPIES:,} images")
+        labels += found * count
+    if not labels:
+        raise ValueError("--labels is empty; write class numbers, such as 207,360 x4, or leave it out")
+    return tuple(labels)
+
+
+def _label(wanted: str, num_classes: int, class_names: Sequence[str]) -> int:
+    if re.fullmatch(r"\d{1,9}", wanted):
+        _check_label(int(wanted), num_classes, wanted)
+        return int(wanted)
+    found = [label for label, name in enumerate(class_names) if name.casefold() == wanted.casefold()]
+    if not found and class_names:
+        raise ValueError(
+            f"--labels has {wanted!r}, which is no class of this model; its classes are called like {class_names[0]!r}"
+        )
+    if not found:
+        raise ValueError(f"--labels has {wanted!r}, but names of this model's classes are not known; give numbers")
+    if len(found) > 1:
+        raise ValueError(f"--labels has {wanted!r}, which several classes are called: {', '.join(map(str, found))}; give a number")
+    return found[0]
+
+
+def _check_label(label: int, num_classes: int, item: str) -> None:
+    if not 0 <= label < max(1, num_classes):
+        raise ValueError(f"--labels has {item}, but this model knows the labels 0 to {max(1, num_classes) - 1}")
+
+
+def read_region(place: Path, box: Sequence[int], keep: str, generator: Generator) -> Region:
+    """An image in the model's size and which of its codes are made anew.
+
+    box: left, top, right, bottom in pixels of the image after its centre crop to the model's size; every code that it touches is
+    inside.   keep: "outside" of it or "inside". Raises ValueError for what is no image, and for a box that is not in it.
+    """
+    config = generator.vqgan.config
+    try:
+        if place.stat().st_size > MAX_FILE_BYTES:
+            raise ImageError(f"the file has more than {MAX_FILE_BYTES:,} bytes")
+        pixels = to_array(center_crop(decode_image(place.read_bytes()), config.resolution))
+    except OSError as error:
+        raise ValueError(f"--inpaint {place} cannot be read ({error.strerror})") from error
+    except ImageError as error:
+        raise ValueError(f"--inpaint {place}: {error}") from error
+    left, top, right, bottom = box
+    if not (0 <= left < right <= config.resolution and 0 <= top < bottom <= config.resolution):
+        side = config.resolution
+        raise ValueError(f"--box {left},{top},{right},{bottom} is not left,top,right,bottom within {side} x {side} pixels")
+    size = config.downsampling
+    first_row, first_column, last_row, last_column = top // size, left // size, -(-bottom // size), -(-right // size)
+    inside = box_mask(
+        config.grid_size, top=first_row, left=first_column, height=last_row - first_row, width=last_column - first_column
+    )
+    is_masked = inside if keep == "outside" else ~inside
+    if not is_masked.any():
+        raise ValueError(f"--box {left},{top},{right},{bottom} with --keep {keep} leaves nothing to be made")
+    return Region(pixels=torch.from_numpy(pixels), is_masked=is_masked)
+
+
+def check_request(request: SampleRequest, generator: Generator) -> None:
+    """Raises ValueError where the model cannot do what is asked for."""
+    config = generator.model.config
+    if request.num_images < 1 or request.batch_size < 1 or request.images_per_pass < 1:
+        raise ValueError("--num-images, --batch-size and --images-per-pass must be at least 1")
+    if config.text_width is None and request.captions:
+        knows = f"{config.num_classes:,} classes" if config.num_classes else "no condition"
+        raise ValueError(f"--caption is for models of captions, and this one knows {knows}; use --labels")
+    if config.text_width is not None and not request.captions:
+        raise ValueError("this model is conditioned on captions; say what to show with --caption")
+    if config.text_width is not None and request.labels:
+        raise ValueError("--labels is for models of classes, and this one is conditioned on captions; use --caption")
+    for label in request.labels:
+        _check_label(label, config.num_classes, str(label))
+    if generator.vqgan.config.codebook_size != config.codebook_size or generator.vqgan.config.grid_size != config.grid_size:
+        raise ValueError("the tokenizer and the model do not belong together: their grids or codebooks differ")

@@ -1,0 +1,398 @@
+"""Folders in buckets: listed in order, read by ranges, written once, and never with other bytes under the same name."""
+
+from __future__ import annotations
+
+import base64
+import builtins
+import hashlib
+import io
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, suppress
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias, TypeVar
+
+from pipelines.storage.base import Folder, StorageError, StoredFile
+from pipelines.storage.s3_client import (
+    ATTEMPTS,
+    MissingFileError,
+    S3Config,
+    broken_transfers,
+    client_of,
+    error_code,
+    explained,
+    is_conflict,
+    may_have_happened,
+)
+
+__all__ = ["MissingFileError", "S3Config", "S3Folder", "in_parallel"]
+
+MIB = 1 << 20
+_THREADS = 16  # requests at once of one listing or one reading of many objects
+_RANGE = 8 * MIB  # bytes of one request of a download
+_READ_AHEAD = 4 * MIB
+_PART = 32 * MIB  # bytes of one part of an upload; smaller files go up in one request
+_PARTS_AT_MOST = 10_000  # S3's own limit
+_UPLOADS = 4  # parts that are uploaded, and held in memory, at once
+_PAGES_AHEAD = 10  # of 1,000 names: what one thread lists before somebody wants it
+_CONFLICTS = 4  # a write that is refused because of another that then leaves nothing behind is tried again
+_DELETED_AT_ONCE = 1000  # S3's own limit
+_FEW = 16  # sub-folders that are too few to keep the threads busy
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Files: TypeAlias = list[StoredFile]
+
+
+class S3Folder(Folder):
+    """What lies below s3://bucket/prefix. Holds no open connection: each process has one client per S3Config."""
+
+    def __init__(self, uri: str, config: S3Config | None = None) -> None:
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        if "@" in bucket or ":" in bucket:
+            raise StorageError("an s3:// URI holds no user or password; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if not uri.startswith("s3://") or not bucket:
+            raise StorageError(f"{uri!r} is not of the form s3://bucket/prefix")
+        prefix = prefix.strip("/")
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.config = config or S3Config()
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+
+    # Listing -----------------------------------------------------------------------------------------------------------------
+
+    def list(self, prefix: str = "") -> Iterator[StoredFile]:
+        """Sub-folders are listed in parallel, some ahead of the reader; memory does not grow with the folder."""
+        last = b""
+        for file in self._all(prefix):
+            if (name := file.name.encode()) <= last:  # the order is relied on: whoever resumes would skip files
+                raise StorageError(f"{self.uri} is listed out of order ({file.name}); use a bucket that lists names in order")
+            last = name
+            yield file
+
+    def _all(self, prefix: str) -> Iterator[StoredFile]:
+        units = self._level(prefix)
+        first = [*islice(units, _FEW + 1)]
+        if len(first) <= _FEW:  # such as train/ and val/: what lies in them is listed in parallel
+            units = chain.from_iterable(self._level(unit) if isinstance(unit, str) else (unit,) for unit in first)
+        else:
+            units = chain(first, units)
+
+        def begin(unit: str | _Files) -> tuple[str, _Files, str | None]:
+            return (unit, *self._pages(unit, None)) if isinstance(unit, str) else ("", unit, None)
+
+        for folder, files, token in in_parallel(begin, units):
+            yield from files
+            while token is not None:
+                files_on, token = self._pages(folder, token)  # noqa: PLW2901
+                yield from files_on
+
+    def entries(self) -> builtins.list[str]:
+        units = self._level("")
+        return [name for unit in units for name in ([unit] if isinstance(unit, str) else [file.name for file in unit])]
+
+    def _level(self, prefix: str) -> Iterator[str | _Files]:
+        """What lies directly in a folder, in order: sub-folders, and runs of files between them."""
+        token = None
+        while True:
+            answer = self._list_page(prefix, token, Delimiter="/")
+            folders = [found["Prefix"][len(self._prefix) :] for found in answer.get("CommonPrefixes", ())]
+            entries: list[str | StoredFile] = [*folders, *self._files(answer)]
+            entries.sort(key=lambda entry: (entry if isinstance(entry, str) else entry.name).encode())
+            for are_folders, run in groupby(entries, key=lambda entry: isinstance(entry, str)):
+                if are_folders:
+                    yield from (entry for entry in run if isinstance(entry, str))
+                else:
+                    yield [entry for entry in run if isinstance(entry, StoredFile)]
+            if not (token := answer.get("NextContinuationToken")):
+                return
+
+    def _pages(self, prefix: str, token: str | None) -> tuple[_Files, str | None]:
+        """The next files below a prefix, at any depth, and where to go on (None: that was all)."""
+        files: _Files = []
+        for _ in range(_PAGES_AHEAD):
+            answer = self._list_page(prefix, token)
+            files += self._files(answer)
+            if not (token := answer.get("NextContinuationToken")):
+                break
+        return files, token
+
+    def _list_page(self, prefix: str, token: str | None, **options: str) -> Any:
+        if token is not None:
+            options["ContinuationToken"] = token
+        with self._explained("list", prefix):
+            return self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **options)
+
+    def _files(self, answer: Any) -> _Files:
+        """Keys that end with / stand for empty folders, where a console made them, and are no files."""
+        start, found = len(self._prefix), answer.get("Contents", ())
+        return [
+            StoredFile(entry["Key"][start:], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"].timestamp())
+            for entry in found
+            if not entry["Key"].endswith("/")
+        ]
+
+    # Reading -----------------------------------------------------------------------------------------------------------------
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        if length == 0:
+            return b""
+        stop = None if length is None else start + length
+        content = self._get(name, start, stop)
+        if stop is not None and len(content) != length:
+            raise StorageError(f"{self.uri}/{name} ends after {start + len(content)} bytes; {stop} were expected")
+        return content
+
+    def open(self, name: str) -> BinaryIO:
+        size, version = self._status(name)
+        return io.BufferedReader(_RangeReader(lambda start, stop: self._get(name, start, stop, version), size), _READ_AHEAD)
+
+    def fingerprints(self, files: Iterable[StoredFile]) -> Iterator[str]:
+        return (file.version for file in files)
+
+    def download(self, name: str, path: Path) -> None:
+        """Write an object to a file, which is replaced. The object must not change meanwhile."""
+        with path.open("wb") as file:
+            file.writelines(self.chunks(name))
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """An object in pieces, in order, some read ahead. Raises MissingFileError."""
+        return self._ranges(name, *self._status(name))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, or None where it does not exist."""
+        try:
+            return self._status(name)[0]
+        except MissingFileError:
+            return None
+
+    def exists(self, name: str) -> bool:
+        return self.size(name) is not None
+
+    def _status(self, name: str) -> tuple[int, str]:
+        with self._explained("read", name):
+            answer = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
+        return answer["ContentLength"], answer["ETag"].strip('"')
+
+    def _ranges(self, name: str, size: int, version: str) -> Iterator[bytes]:
+        def read(start: int) -> bytes:
+            return self._get(name, start, min(start + _RANGE, size), version)
+
+        return in_parallel(read, range(0, size, _RANGE), _THREADS // 2)
+
+    def _get(self, name: str, start: int, stop: int | None, version: str | None = None) -> bytes:
+        """Bytes start..stop-1 (None: to the end), fewer where the object ends before. version: the only one that will do."""
+        request = {"Bucket": self._bucket, "Key": self._prefix + name}
+        if start or stop is not None:
+            request["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        if version is not None:
+            request["IfMatch"] = f'"{version}"'
+        with self._explained("read", name):
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    answer = self._client.get_object(**request)
+                except Exception as error:
+                    if error_code(error) == "InvalidRange":
+                        return b""
+                    raise
+                expected = answer["ContentLength"]
+                if "Range" in request:
+                    if "ContentRange" not in answer:
+                        raise StorageError(f"{self.uri}/{name}: the endpoint does not answer requests for a range of bytes")
+                    total = int(answer["ContentRange"].rpartition("/")[2])
+                    expected = (total if stop is None else min(stop, total)) - start
+                try:
+                    with closing(answer["Body"]) as body:
+                        content: bytes = body.read()
+                    if len(content) == expected:
+                        return content
+                except broken_transfers():
+                    if attempt == ATTEMPTS:
+                        raise
+                _pause(attempt)
+        raise StorageError(f"{self.uri}/{name} is answered in part only, {ATTEMPTS} times; look after the endpoint")
+
+    # Writing -----------------------------------------------------------------------------------------------------------------
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a small object in the place of what is there: the only thing that is ever overwritten is a note of the time."""
+        with self._explained("write", name):
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=content)
+
+    def put_if_absent(self, name: str, source: Path | bytes, sha256: str | None = None, *, part_size: int = _PART) -> bool:
+        """Write an object unless its name is taken. Returns whether the name now holds exactly these bytes.
+
+        That is what can be known: where an answer was lost, the bytes that lie there may be one's own. The endpoint compares
+        what arrives with checksums. Files over part_size go up in parts, and appear at once when all of them are there.
+        """
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        sha256 = sha256 or _sha256(source)
+        is_large = isinstance(source, Path) and size > part_size
+        if is_large and (holds := self._holds(name, size, sha256)) is not None:
+            return holds  # gigabytes are not sent to learn that
+        with self._explained("write", name):
+            for attempt in range(1, _CONFLICTS + 1):
+                try:
+                    if isinstance(source, Path) and is_large:
+                        self._put_parts(name, source, sha256, max(part_size, -(-size // _PARTS_AT_MOST)))
+                    else:
+                        self._put(name, source, sha256)
+                    return True
+                except Exception as error:
+                    if not may_have_happened(error):
+                        raise
+                    if (holds := self._holds(name, size, sha256)) is not None:
+                        return holds
+                    if attempt == _CONFLICTS or not is_conflict(error):
+                        raise
+                _pause(attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _put(self, name: str, source: Path | bytes, sha256: str) -> None:
+        checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": _base64(bytes.fromhex(sha256))}
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as body:
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=body, IfNoneMatch="*", **checksum)
+
+    def _put_parts(self, name: str, source: Path, sha256: str, part_size: int) -> None:
+        client, target = self._client, {"Bucket": self._bucket, "Key": self._prefix + name}
+        upload = client.create_multipart_upload(**target, ChecksumAlgorithm="SHA256")["UploadId"]
+        whole = hashlib.sha256()
+
+        def parts() -> Iterator[tuple[int, bytes]]:
+            with source.open("rb") as file:
+                for number, content in enumerate(iter(lambda: file.read(part_size), b""), 1):
+                    whole.update(content)
+                    yield number, content
+
+        def put(part: tuple[int, bytes]) -> dict[str, Any]:
+            number, content = part
+            checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": _base64(hashlib.sha256(content).digest())}
+            answer = client.upload_part(**target, UploadId=upload, PartNumber=number, Body=content, **checksum)
+            return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum["ChecksumSHA256"]}
+
+        try:
+            done = {"Parts": [*in_parallel(put, parts(), _UPLOADS)]}
+            if whole.hexdigest() != sha256:
+                raise StorageError(f"{source} changed while it was written to {self.uri}/{name}; run again")
+            client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload=done, IfNoneMatch="*")
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to tell; parts left behind are the bucket's rules' to expire
+                client.abort_multipart_upload(**target, UploadId=upload)
+            raise
+
+    def _holds(self, name: str, size: int, sha256: str) -> bool | None:
+        """Whether an object has exactly these bytes; None where there is no object."""
+        try:
+            with self._explained("read", name):
+                answer = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name, ChecksumMode="ENABLED")
+            if answer["ContentLength"] != size:
+                return False
+            if answer.get("ChecksumSHA256") == _base64(bytes.fromhex(sha256)):
+                return True
+            # Of an object in parts S3 knows a checksum of the parts' checksums, of one that others wrote perhaps none.
+            digest = hashlib.sha256()
+            for content in self._ranges(name, size, answer["ETag"].strip('"')):
+                digest.update(content)
+        except MissingFileError:
+            return None
+        return digest.hexdigest() == sha256
+
+    def delete(self, prefix: str) -> None:
+        """Remove all objects whose names begin with prefix; none is no error."""
+        assert prefix, "a whole folder is not removed by mistake"
+        token: str | None = None
+        while True:
+            answer = self._list_page(prefix, token)
+            self._delete([entry["Key"] for entry in answer.get("Contents", ())], prefix)
+            if not (token := answer.get("NextContinuationToken")):
+                return
+
+    def delete_files(self, names: Iterable[str]) -> None:
+        """Remove the objects with exactly these names; those that are gone are no error."""
+        remaining = iter(names)
+        while some := [*islice(remaining, _DELETED_AT_ONCE)]:
+            self._delete([self._prefix + name for name in some], some[0])
+
+    def _delete(self, keys: builtins.list[str], place: str) -> None:
+        if not keys:
+            return
+        with self._explained("delete", place):
+            objects = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+            failed = self._client.delete_objects(Bucket=self._bucket, Delete=objects).get("Errors")
+        if failed:
+            code = failed[0].get("Code")
+            raise StorageError(f"{self.uri}/{place} cannot be deleted ({code}); check the permission to delete")
+
+    @property
+    def _client(self) -> Any:
+        return client_of(self.config)
+
+    def _explained(self, action: str, name: str) -> AbstractContextManager[None]:
+        return explained(self.config, action, f"{self.uri}/{name}".rstrip("/"))
+
+
+def in_parallel(act: Callable[[_Item], _Result], items: Iterable[_Item], threads: int = _THREADS) -> Iterator[_Result]:
+    """act(item) of each item, in order. Works ahead of the reader by `threads` items; they and no more are in memory."""
+    waiting: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="s3") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(act, item))
+                if len(waiting) >= threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class _RangeReader(io.RawIOBase):
+    """A file of which ranges can be read. Buffering and reading of lines are io.BufferedReader's."""
+
+    def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
+        self._read_range, self._size, self._position = read_range, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence] + offset
+        if position < 0:
+            raise OSError(f"there is nothing before the first byte ({position})")
+        self._position = position
+        return position
+
+    def readinto(self, target: Any) -> int:
+        stop = min(self._position + len(target), self._size)
+        if stop <= self._position:
+            return 0
+        content = self._read_range(self._position, stop)
+        target[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(random.uniform(0, min(0.05 * 2**attempt, 5)))
+
+
+def _sha256(source: Path | bytes) -> str:
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _base64(digest: bytes) -> str:
+    return base64.b64encode(digest).decode()

@@ -1,0 +1,174 @@
+"""The client of an object store, and what its refusals mean: the only module that knows boto3.
+
+boto3 is imported where it is used, so that a configuration can name S3Config without paying for it. What goes wrong becomes a
+StorageError: one sentence with the URI and what to do. Credentials come from boto3's own chain only and appear in no message.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipelines.storage.base import StorageError
+
+ATTEMPTS = 8  # of one request, by botocore; and of one transfer, where an answer breaks off half-way
+CONNECTIONS = 32
+_NOT_THERE = {"NoSuchKey", "404"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Config:
+    """How a bucket is reached. None: AWS's usual environment variables and configuration files decide.
+
+    region: without it AWS_REGION counts, as in AWS's other libraries, before AWS_DEFAULT_REGION, which alone botocore knows.
+    anonymous: requests are not signed, for public buckets.   path_style: the bucket stands in the path, not in the host name.
+    """
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    anonymous: bool = False
+    path_style: bool = False
+
+    def __post_init__(self) -> None:
+        if self.endpoint_url is not None and "@" in self.endpoint_url:
+            raise StorageError("an S3 endpoint_url holds no user or password; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if self.endpoint_url is not None and not self.endpoint_url.startswith(("http://", "https://")):
+            raise StorageError(f"the S3 endpoint_url {self.endpoint_url!r} does not begin with http:// or https://")
+
+
+class MissingFileError(StorageError):
+    """There is no such object in the bucket."""
+
+
+_client_lock = threading.Lock()
+
+
+def client_of(config: S3Config) -> Any:
+    """The one client that this process has for a configuration. Clients, unlike boto3's sessions, are safe to share by threads."""
+    with _client_lock:
+        return _open_client(config, os.getpid())
+
+
+@cache
+def _open_client(config: S3Config, process: int) -> Any:
+    """process: a forked process must not share its parent's connections."""
+    import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    options = Config(
+        signature_version=UNSIGNED if config.anonymous else None,
+        s3={"addressing_style": "path"} if config.path_style else None,
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=CONNECTIONS,
+        tcp_keepalive=True,
+    )
+    region = config.region or os.environ.get("AWS_REGION") or None
+    return boto3.session.Session().client("s3", endpoint_url=config.endpoint_url, region_name=region, config=options)
+
+
+def error_code(error: Any) -> str:
+    """S3's name of what went wrong: "NoSuchKey"; to a request without a body, the HTTP status: "404". Else empty."""
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+
+
+def broken_transfers() -> tuple[type[Exception], ...]:
+    """What is raised where an answer began well and broke off."""
+    from botocore import exceptions as boto
+    from urllib3.exceptions import HTTPError
+
+    return boto.IncompleteReadError, boto.HTTPClientError, boto.FlexibleChecksumError, HTTPError
+
+
+def may_have_happened(error: Exception) -> bool:
+    """Whether a write was answered in a way that leaves open what lies there now: by nobody, by a failure, or by "taken"."""
+    from botocore.exceptions import ClientError, HTTPClientError
+
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return is_conflict(error) or (status >= 500 and error_code(error) != "NotImplemented")
+    return isinstance(error, HTTPClientError)
+
+
+def is_conflict(error: Exception) -> bool:
+    """Whether a write met another write. An upload is gone also when it was completed, and the answer to that got lost."""
+    return error_code(error) in {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchUpload"}
+
+
+@contextmanager
+def explained(config: S3Config, action: str, place: str) -> Iterator[None]:
+    """Turn boto3's errors into sentences. action: list, read, write or delete.   place: the URI of the file or folder."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except ClientError as error:
+        kind = MissingFileError if error_code(error) in _NOT_THERE else StorageError
+        raise kind(f"{place} {_refusal(error_code(error), action, config)}") from error
+    except (BotoCoreError, HTTPError) as error:
+        raise StorageError(f"{place} {_failure(error, action, config)}") from error
+
+
+_REFUSALS = {  # codes of S3 -> what they mean and what to do
+    "NoSuchKey 404": "does not exist; correct the URI",
+    "NoSuchBucket": "cannot be found: there is no such bucket at {endpoint}; create it, or correct the URI",
+    "AccessDenied AllAccessDisabled Forbidden 403 401": (
+        "does not exist or may not be accessed: no permission to {action} it ({who}); ask its owner or use others"
+    ),
+    "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken TokenRefreshRequired InvalidSecurity": (
+        "cannot be accessed: {endpoint} refuses the credentials ({code}); renew or correct them"
+    ),
+    "RequestTimeTooSkewed": "cannot be accessed: this machine's clock is wrong, so says {endpoint}; set it",
+    "PermanentRedirect 301 AuthorizationHeaderMalformed": (
+        "cannot be accessed: its bucket does not lie in the region {region}; set the region, or AWS_REGION"
+    ),
+    "PreconditionFailed": "changed while it was being read; run again",
+    "NotImplemented": "cannot be written: {endpoint} cannot write a name only if it is free (If-None-Match); use another store",
+}
+
+
+def _refusal(code: str, action: str, config: S3Config) -> str:
+    template = "cannot be accessed: {endpoint} refuses to {action} it ({code})"
+    for codes, sentence in _REFUSALS.items():
+        if code in codes.split():
+            template = sentence
+    who = "requests are not signed" if config.anonymous else "with the credentials in use"
+    region = client_of(config).meta.region_name or "asked for"
+    return template.format(code=code or "no code", action=action, who=who, region=region, endpoint=_endpoint(config))
+
+
+def _failure(error: Exception, action: str, config: S3Config) -> str:
+    """What it means that there is no answer. Messages of botocore are not repeated: some hold parts of requests."""
+    from botocore import exceptions as boto
+
+    kind = type(error).__name__
+    match error:
+        case boto.SSLError():
+            reason = f"the certificate of {_endpoint(config)} is not trusted; set AWS_CA_BUNDLE, or correct the endpoint's URL"
+        case boto.NoCredentialsError() | boto.PartialCredentialsError():
+            reason = "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or read anonymously"
+        case boto.ProfileNotFound():
+            reason = "AWS_PROFILE names a profile that no configuration file of AWS has; correct it"
+        case boto.ParamValidationError():
+            reason = "the name of the bucket or of the file is not one that S3 allows; correct the URI"
+        case boto.IncompleteReadError() | boto.ResponseStreamingError() | boto.FlexibleChecksumError():
+            reason = f"{_endpoint(config)} answers, but what arrives is cut off or damaged ({kind}); check it and the network"
+        case boto.HTTPClientError() | boto.ConnectionError():
+            reason = f"{_endpoint(config)} does not answer ({kind}); check the endpoint's URL and the network"
+        case _:
+            reason = f"no request can be made ({kind}); check the configuration of AWS"
+    return f"cannot be {({'list': 'listed', 'write': 'written', 'delete': 'deleted'}).get(action, action)}: {reason}"
+
+
+def _endpoint(config: S3Config) -> str:
+    url = urlsplit(client_of(config).meta.endpoint_url)  # given by the environment, it may hold a password
+    return f"{url.scheme}://{url.hostname}" + (f":{url.port}" if url.port else "")

@@ -1,0 +1,7 @@
+"""MLflow; nothing outside of this folder imports it.
+
+run       runs: parameters, metrics, files
+search    reading runs and registered models
+registry  registering models
+errors    why a server cannot be reached
+"""

@@ -1,0 +1,107 @@
+"""Registered models of MLflow: names, versions, tags and aliases within the limits of its databases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_ILLEGAL_IN_MODEL = re.compile(r"[^\w\-.]+")
+
+
+# What a database of MLflow's registry has room for. sqlite takes longer values, PostgreSQL and MySQL refuse or cut them.
+_MODEL_NAME_LIMIT = 256
+TAG_LIMIT = 5000
+DESCRIPTION_LIMIT = 5000
+DIGEST_TAG = "enat.digest"
+CREATED_TAG = "enat.created"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersion:
+    """One version of a registered model, with the tags that it has."""
+
+    name: str
+    version: str
+    tags: Mapping[str, str]
+
+
+def set_version_tags(client: Any, version: ModelVersion, tags: Mapping[str, str | None]) -> None:
+    """None takes a tag away."""
+    from mlflow.exceptions import MlflowException
+
+    for key, value in tags.items():
+        if value is not None:
+            client.set_model_version_tag(version.name, version.version, key, value[:TAG_LIMIT])
+        elif key in version.tags:
+            try:
+                client.delete_model_version_tag(version.name, version.version, key)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another process took it away just before
+                    raise
+
+
+def as_model_version(version: Any) -> ModelVersion:
+    tags = {str(key): str(value) for key, value in version.tags.items()}
+    return ModelVersion(name=version.name, version=str(version.version), tags=tags)
+
+
+def create(create: Callable[[], object]) -> None:
+    """Make something by name, unless another run did so just before."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        create()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def model_name(text: str) -> str:
+    """A legal name of a registered model. A name that is legal already stays as it is."""
+    return _ILLEGAL_IN_MODEL.sub("-", text).strip(".-")[:_MODEL_NAME_LIMIT].rstrip(".-") or "model"
+
+
+def first_versions(client: Any, name: str) -> dict[str, Any]:
+    """Digest -> the first version of that content. Versions without a digest were made by someone else and are left alone."""
+    versions = client.search_model_versions(f"name='{name}'")
+    ours = [version for version in versions if DIGEST_TAG in version.tags]
+    return {version.tags[DIGEST_TAG]: version for version in sorted(ours, key=lambda version: -int(version.version))}
+
+
+def version_of(client: Any, name: str, digest: str) -> str | None:
+    version = first_versions(client, name).get(digest)
+    return None if version is None else str(version.version)
+
+
+def move_alias(client: Any, name: str, alias: str) -> None:
+    """To the version created last. Looks again after every move: another run may have registered a newer one meanwhile."""
+    from mlflow.exceptions import MlflowException
+
+    alias_at = _version_at(client, name, alias)
+    while (newest := _newest_version(client, name)) != alias_at:
+        try:
+            client.set_registered_model_alias(name, alias, newest)
+            alias_at = newest
+        except MlflowException:
+            if alias_at is not None or (alias_at := _version_at(client, name, alias)) is None:
+                raise  # else another run set it first: of two that are new the database refuses one
+
+
+def _version_at(client: Any, name: str, alias: str) -> str | None:
+    version = client.get_registered_model(name).aliases.get(alias)
+    return None if version is None else str(version)
+
+
+def _newest_version(client: Any, name: str) -> str:
+    versions = first_versions(client, name).values()
+    newest = max(versions, key=lambda version: (version.tags.get(CREATED_TAG, ""), int(version.version)))
+    return str(newest.version)
+
+
+def shortened(description: str) -> str:
+    rest = "\n\n(the rest is in the file README.md of this version)"
+    if len(description) <= DESCRIPTION_LIMIT:
+        return description
+    return description[: DESCRIPTION_LIMIT - len(rest)] + rest

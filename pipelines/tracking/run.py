@@ -1,0 +1,305 @@
+"""Runs, metrics, pictures and registered models in MLflow. tracked.py reads them. No other module imports mlflow.
+
+Tracking is an observer: when its server is down, slow or refuses a value, one warning is shown and the work goes on. A
+`RunHandle` is what workers hold (rank 0 of training logs through one); it opens its own client where it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from pipelines.storage.redaction import without_credentials
+from pipelines.tracking.errors import NoEntry, no_entry
+from pipelines.tracking.registry import (
+    DIGEST_TAG,
+    TAG_LIMIT,
+    as_model_version,
+    create,
+    first_versions,
+    model_name,
+    move_alias,
+    set_version_tags,
+    shortened,
+    version_of,
+)
+
+_log = logging.getLogger(__name__)
+_METRICS_AT_ONCE = 1000  # the most that MLflow takes
+_PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
+_ILLEGAL = re.compile(r"[^\w\-. /]")
+_PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks|uc:")
+_RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
+_MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
+OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; else a refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """uri: of the tracking store; None takes MLFLOW_TRACKING_URI, else an sqlite file beside the artifact store.
+
+    model_alias: kept at the version of a registered model that was trained last; None sets no alias. Aliases of other names
+    are never touched.
+    """
+
+    uri: str | None = None
+    experiment: str = "enat"
+    enabled: bool = True
+    model_alias: str | None = "newest"
+
+    def __post_init__(self) -> None:
+        alias = self.model_alias
+        if alias is None:
+            return
+        if not re.fullmatch(r"[\w-]{1,255}", alias):
+            raise ValueError(
+                f"tracking.model_alias is {alias!r}; it must be 1 to 255 letters, digits, '_' and '-', or null for none"
+            )
+        if _RESERVED_ALIAS.fullmatch(alias):
+            raise ValueError(f"tracking.model_alias is {alias!r}, which MLflow keeps for itself; choose another, such as newest")
+
+
+def _schemes_of_plugins() -> list[str]:
+    """Of further servers that packages which are installed here make known to MLflow, such as SageMaker's arn:."""
+    return [entry.name for entry in entry_points(group="mlflow.tracking_store")]
+
+
+def resolve_uri(config: TrackingConfig, beside: Path) -> str:
+    """Raises ValueError for what MLflow could not take for the address of a server or database."""
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(beside / 'mlflow.db').absolute()}"
+    if config.enabled and not _PLACE.match(uri) and not any(uri.startswith(f"{scheme}:") for scheme in _schemes_of_plugins()):
+        where = "the tracking URI" if config.uri else "MLFLOW_TRACKING_URI"
+        raise ValueError(f"{where} is {without_credentials(uri)}; write http://HOST:5000, sqlite:///FILE or another database's URL")
+    return uri
+
+
+@dataclass
+class RunHandle:
+    """One MLflow run, or nothing (run_id None): every method then does nothing."""
+
+    uri: str
+    run_id: str | None
+    parent: RunHandle | None = field(default=None, repr=False)
+    _given_up: bool = field(default=False, repr=False)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Numbers at a step; names are made legal, values that are not finite are left out."""
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        entities = [
+            Metric(_ILLEGAL.sub("_", name), float(value), now, step)
+            for name, value in metrics.items()
+            if abs(float(value)) < float("inf")  # false for NaN, too
+        ]
+        if entities:
+            self._do(lambda client: client.log_batch(self.run_id, metrics=entities, synchronous=True))
+
+    def log_history(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """What another run measured before this one went on from there. rows: each with its "step"."""
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        entities = [
+            Metric(_ILLEGAL.sub("_", name), float(value), now, int(row["step"]))
+            for row in rows
+            for name, value in row.items()
+            if name != "step" and math.isfinite(value)
+        ]
+        for first in range(0, len(entities), _METRICS_AT_ONCE):
+            batch = entities[first : first + _METRICS_AT_ONCE]
+            self._do(lambda client, batch=batch: client.log_batch(self.run_id, metrics=batch, synchronous=True))  # type: ignore[misc]
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Nested configuration as dotted parameters."""
+        from mlflow.entities import Param
+
+        flat = [Param(_ILLEGAL.sub("_", name), str(value)[:_PARAMETER_LIMIT]) for name, value in _flatten(values)]
+        for first in range(0, len(flat), 100):  # the most that MLflow takes at once
+            batch = flat[first : first + 100]
+            self._do(lambda client, batch=batch: client.log_batch(self.run_id, params=batch))  # type: ignore[misc]
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(name, value) for name, value in tags.items()]
+        self._do(lambda client: client.log_batch(self.run_id, tags=entities))
+
+    def log_bytes(self, content: bytes, name: str) -> None:
+        """A file, such as "samples/step-000100.png"."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            path.write_bytes(content)
+            self.log_file(path, str(Path(name).parent))
+
+    def log_file(self, path: Path, folder: str = ".") -> None:
+        self._do(lambda client: client.log_artifact(self.run_id, str(path), None if folder == "." else folder))
+
+    def register_model(
+        self, name: str, files: Mapping[str, bytes], tags: Mapping[str, str], description: str, alias: str | None
+    ) -> str | None:
+        """A version of the registered model `name`, or the one there is for the same content. Its number; None where it failed.
+
+        files: put into the run's folder `model`, which is the version's source.   tags: must hold enat.digest, which names the
+        content, and enat.created, UTC.   alias: goes to the version created last, in whatever order versions were registered.
+        A server that takes runs but no models costs the model only: one warning, and tracking goes on.
+        """
+        from mlflow.exceptions import MlflowException
+
+        legal = model_name(name)
+
+        def register(client: Any) -> str | None:
+            try:
+                version = version_of(client, legal, tags[DIGEST_TAG]) or self._new_version(client, legal, files, tags, description)
+                if alias is not None:
+                    move_alias(client, legal, alias)
+            except MlflowException as error:
+                if error.error_code in OUT_OF_ORDER:
+                    raise
+                _log.warning("%s is not registered as a model (%s)", legal, first_line(error))
+                return None
+            return version
+
+        version: str | None = self._do(register)
+        return version
+
+    def _new_version(
+        self, client: Any, name: str, files: Mapping[str, bytes], tags: Mapping[str, str], description: str
+    ) -> str | None:
+        with tempfile.TemporaryDirectory() as folder:
+            for file, content in files.items():
+                (Path(folder) / file).write_bytes(content)
+            client.log_artifacts(self.run_id, folder, _MODEL_FOLDER)
+        create(lambda: client.create_registered_model(name))
+        made = client.create_model_version(
+            name,
+            f"runs:/{self.run_id}/{_MODEL_FOLDER}",  # a server takes no local path, and none of a run that is not named
+            self.run_id,
+            tags={key: value[:TAG_LIMIT] for key, value in tags.items()},
+            description=shortened(description),
+            await_creation_for=0,
+        )
+        # The registry knows no condition for creating. Of runs that register the same content at once the first version stays.
+        first = version_of(client, name, tags[DIGEST_TAG])
+        if first != str(made.version):
+            client.delete_model_version(name, str(made.version))
+        return first
+
+    def tag_model(self, name: str, digest: str, choose: Callable[[Mapping[str, str]], Mapping[str, str | None]]) -> None:
+        """Tag the version of the registered model `name` that has this content, where there is one.
+
+        choose: given the tags that it has, those to set; None takes one away.
+        """
+
+        def tag(client: Any) -> None:
+            found = first_versions(client, model_name(name)).get(digest)
+            if found is not None:
+                version = as_model_version(found)
+                set_version_tags(client, version, choose(version.tags))
+
+        self._do(tag)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        self._do(lambda client: client.set_terminated(self.run_id, status))
+
+    def _do(self, action: Callable[[Any], Any]) -> Any:
+        if self.run_id is None or self._given_up:
+            return None
+        try:
+            with quiet():
+                return action(client_of(self.uri))
+        except Exception as error:  # whatever an observer fails with must not stop the work
+            self._give_up(no_entry(error) or NoEntry(said="does not answer", advice=first_line(error)))
+            return None
+
+    def _give_up(self, why: NoEntry) -> None:
+        """Also on behalf of the run that this one is nested in: one warning is enough, and no later stage need try."""
+        self._given_up = True
+        if self.parent is None or not self.parent._given_up:
+            shown = without_credentials(self.uri)
+            _log.warning("tracking at %s %s; this run goes on without it (%s)", shown, why.said, why.advice)
+        if self.parent is not None:
+            self.parent._given_up = True
+
+
+def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, str], parent: RunHandle | None = None) -> RunHandle:
+    """A new run, nested where a parent is given. Where tracking is off or down: a handle that does nothing."""
+    is_off = not config.enabled or (parent is not None and (parent.run_id is None or parent._given_up))
+    handle = RunHandle(uri, None if is_off else "pending", parent)
+
+    def create(client: Any) -> str:
+        experiment = client.get_experiment_by_name(config.experiment)
+        if experiment is None:
+            create(lambda: client.create_experiment(config.experiment, _artifact_location(uri)))
+            experiment = client.get_experiment_by_name(config.experiment)
+        parents = {"mlflow.parentRunId": parent.run_id} if parent else {}
+        run_id: str = client.create_run(experiment.experiment_id, run_name=name, tags={**tags, **parents}).info.run_id
+        return run_id
+
+    handle.run_id = handle._do(create)
+    return handle
+
+
+@contextlib.contextmanager
+def ending(run: RunHandle) -> Iterator[RunHandle]:
+    """Whatever breaks the work off, no run is left that looks as if it went on: FAILED, or KILLED where it was asked to end.
+    Work that succeeds says so itself."""
+    try:
+        yield run
+    except BaseException as error:
+        run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+
+
+def _artifact_location(uri: str) -> str | None:
+    """Files of a local sqlite store lie beside it, wherever the command is run from; a server decides for itself."""
+    return str(Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts") if uri.startswith("sqlite:///") else None
+
+
+@cache
+def client_of(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default waits for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # read when mlflow is imported
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # of single small files
+    from mlflow import MlflowClient
+
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Alembic and MLflow tell of every migration, MLflow's libraries of deprecations."""
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def first_line(error: BaseException) -> str:
+    return without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]

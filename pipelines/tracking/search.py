@@ -1,0 +1,194 @@
+"""What MLflow holds, for those who read it: runs and their files, registered models and their tags.
+
+Unlike what observes a run (tracking.py), a reader wants to know why there is no answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipelines.storage.redaction import without_credentials
+from pipelines.tracking.errors import no_entry
+from pipelines.tracking.registry import ModelVersion, as_model_version, set_version_tags
+from pipelines.tracking.run import OUT_OF_ORDER, client_of, first_line, quiet
+
+_ARTIFACT_TAGS = ("enat.artifact", "enat.evaluation")  # of a version: those that name an artifact as stage/key
+
+
+class TrackingError(RuntimeError):
+    """A tracking store that cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    """What MLflow holds of a run. started: UTC.   metrics: the newest value of each.   parent_id: of the run it is nested in."""
+
+    run_id: str
+    name: str
+    experiment_id: str
+    status: str
+    started: datetime
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+    @property
+    def parent_id(self) -> str | None:
+        return self.tags.get("mlflow.parentRunId")
+
+
+def experiments(uri: str) -> dict[str, str]:
+    """Name -> id of the experiments that are not deleted.
+
+    Raises ValueError where no store lies at the URI, nothing answers there, or it does not let us in; TrackingError for all else.
+    """
+    with _reading(uri) as client:
+        return {found.name: found.experiment_id for found in _pages(lambda token: client.search_experiments(page_token=token))}
+
+
+def search_runs(uri: str, experiment_ids: Sequence[str], filter_string: str = "", *, limit: int | None = None) -> list[TrackedRun]:
+    """Runs that are not deleted, newest first. Raises ValueError for a filter that MLflow does not understand."""
+    size = min(limit or 1000, 1000)
+
+    def page(token: str | None) -> Any:
+        return client.search_runs(list(experiment_ids), filter_string, max_results=size, page_token=token)
+
+    with _reading(uri) as client:
+        return [_tracked(run) for run in islice(_pages(page), limit)] if experiment_ids else []
+
+
+def read_run(uri: str, run_id: str) -> TrackedRun | None:
+    """None where there is no such run, or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    with _reading(uri) as client:
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return _tracked(run) if run.info.lifecycle_stage == "active" else None
+
+
+def read_file(uri: str, run_id: str, name: str, max_bytes: int) -> bytes | None:
+    """A file that lies at the top of a run's files. None where there is none. Raises ValueError where it is larger."""
+    with _reading(uri) as client:
+        found = next((file for file in client.list_artifacts(run_id) if file.path == name and not file.is_dir), None)
+        if found is None:
+            return None
+        if (found.file_size or 0) > max_bytes:
+            raise ValueError(f"{name} of run {run_id} is {found.file_size:,} bytes; at most {max_bytes:,} are read")
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+
+
+@contextlib.contextmanager
+def _reading(uri: str) -> Iterator[Any]:
+    """A client. Unlike what observes a run, a reader wants to know why there is no answer."""
+    from mlflow.exceptions import MlflowException
+
+    shown = without_credentials(uri)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise ValueError(f"no runs are tracked at {shown}, which does not exist; run a config first, or name another tracking URI")
+    try:
+        with quiet():
+            yield client_of(uri)
+    except ValueError:
+        raise
+    except Exception as error:
+        if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE":
+            raise ValueError(f"MLflow refuses what is asked of {shown}: {first_line(error)}") from error
+        if (why := no_entry(error)) is not None:
+            raise ValueError(f"tracking at {shown} {why.said}: {why.advice}") from error
+        raise TrackingError(f"tracking at {shown} cannot be read ({first_line(error)})") from error
+
+
+def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
+    token = None
+    while True:
+        found = page(token)
+        yield from found
+        if not (token := found.token):
+            return
+
+
+def _tracked(run: Any) -> TrackedRun:
+    return TrackedRun(
+        run_id=run.info.run_id,
+        name=run.info.run_name or run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        status=run.info.status,
+        started=datetime.fromtimestamp((run.info.start_time or 0) / 1000, UTC),
+        tags=dict(run.data.tags),
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+    )
+
+
+def find_model(uri: str, reference: str) -> dict[str, str]:
+    """Tags of a registered version by name@alias, models:/name@alias or models:/name/version.
+
+    Raises ValueError where there is no such version, and as experiments does.
+    """
+    from mlflow.exceptions import MlflowException
+
+    plain = reference.removeprefix("models:/")
+    name, _, which = plain.rpartition("@" if "@" in plain else "/")
+    if not name or not which:
+        raise ValueError(f"{reference} names no registered model; write name@alias or models:/name/version")
+    with _reading(uri) as client:
+        try:
+            version = (client.get_model_version_by_alias if "@" in plain else client.get_model_version)(name, which)
+        except MlflowException as error:
+            if error.error_code in OUT_OF_ORDER or no_entry(error) is not None:
+                raise
+            raise ValueError(
+                f"the registry at {without_credentials(uri)} has no model {reference} ({first_line(error)})"
+            ) from error
+    return {str(key): str(value) for key, value in version.tags.items()}
+
+
+def registered_artifacts(uri: str) -> dict[str, str]:
+    """What registered versions are, and their last evaluations, as "stage/key" -> "name version number": the evaluation is what the
+    next one is compared with. Versions made by others say nothing.
+
+    Raises as experiments does.
+    """
+
+    def page(token: str | None) -> Any:
+        return client.search_model_versions(max_results=1000, page_token=token)
+
+    with _reading(uri) as client:
+        tagged = [(version.tags.get(tag), version) for version in _pages(page) for tag in _ARTIFACT_TAGS]
+    return {str(artifact): f"{version.name} version {version.version}" for artifact, version in tagged if artifact}
+
+
+def versions_at(uri: str, alias: str) -> list[ModelVersion]:
+    """The version of every registered model that an alias is at, by name. Raises as registered_artifacts does."""
+
+    def page(token: str | None) -> Any:
+        return client.search_registered_models(max_results=100, page_token=token)
+
+    with _reading(uri) as client:
+        chosen = [(model.name, model.aliases[alias]) for model in _pages(page) if alias in model.aliases]
+        return [as_model_version(client.get_model_version(*each)) for each in sorted(chosen)]
+
+
+def read_version(uri: str, name: str, version: str) -> ModelVersion:
+    """As it is now. Raises TrackingError where it is not there any more, and as experiments does."""
+    with _reading(uri) as client:
+        return as_model_version(client.get_model_version(name, version))
+
+
+def tag_version(uri: str, version: ModelVersion, tags: Mapping[str, str | None]) -> None:
+    """Set tags of a version; None takes one away. Raises TrackingError where they could not be written."""
+    with _reading(uri) as client:
+        set_version_tags(client, version, tags)

@@ -1,0 +1,168 @@
+"""What a training step learns from, drawn ahead of it.
+
+A global batch is `num_groups` equal groups. Everything that is drawn for a group (rows, flips, captions, dropped labels, mask
+ratio, masks, reuse, dropout) comes from (seed, step, group), and ranks take whole groups: so what is trained on does not depend
+on the number of workers, and a resumed run draws what an uninterrupted one would have.
+
+Shape legend: B images of a group, L tokens, T text tokens, W text width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from enat.masking import MaskedCodes, mask_codes
+from enat.model import ENAT, TextCondition, draw_dropout_mask
+from pipelines.data.captions import CaptionFeatures
+from pipelines.data.token_map import TokenMap
+from pipelines.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """One group of a step. codes: int64 (B, L).   condition: labels int64 (B,), or captions, nothing dropped yet.
+
+    is_dropped: bool (B,), whose condition becomes the null one.   dropout_seed: of the group's dropout.
+    weight: 1, or 0 for a group that only keeps a rank in step with those that have one more.
+    """
+
+    step: int
+    group: int
+    codes: Tensor
+    condition: Tensor | TextCondition
+    is_dropped: Tensor
+    masked: MaskedCodes
+    dropout_seed: int
+    weight: float = 1.0
+
+    @property
+    def mask_ratio(self) -> float:
+        return self.masked.num_masked / self.codes.shape[1]
+
+    @property
+    def is_reuse(self) -> bool:
+        return self.masked.previous_tokens is not None
+
+    def to(self, device: torch.device) -> GroupBatch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> GroupBatch:
+        """In memory that a GPU reads by itself, so that moving it there holds nobody up."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> GroupBatch:
+        masked, condition = self.masked, self.condition
+        previous = None if masked.previous_tokens is None else change(masked.previous_tokens)
+        if isinstance(condition, TextCondition):
+            condition = TextCondition(change(condition.hidden), change(condition.pooled))
+        else:
+            condition = change(condition)
+        return replace(
+            self,
+            codes=change(self.codes),
+            condition=condition,
+            is_dropped=change(self.is_dropped),
+            masked=replace(masked, tokens=change(masked.tokens), previous_tokens=previous),
+        )
+
+    def parts(self, count: int, model: ENAT) -> Iterator[tuple[Tensor, Tensor | TextCondition, MaskedCodes, Tensor | None]]:
+        """Codes, condition, masked codes and dropout of `count` equal parts. What is drawn is drawn for the group as a whole."""
+        size = len(self.codes) // count
+        condition = model.drop_condition(self.condition, self.is_dropped)
+        generator = torch.Generator(self.codes.device).manual_seed(self.dropout_seed)
+        kept = draw_dropout_mask(model.config, len(self.codes), generator, self.codes.device)
+        for start in range(0, len(self.codes), size):
+            rows = slice(start, start + size)
+            yield self.codes[rows], condition[rows], self.masked.rows(rows), None if kept is None else kept[rows]
+
+
+def rows_of(config: TrainConfig, token_map: TokenMap, step: int, group: int) -> np.ndarray:
+    """int64 (B,): the rows of the token map that a group of a step learns from."""
+    assert config.seed is not None
+    own = slice(group * config.group_size, (group + 1) * config.group_size)
+    return token_map.batch_rows(config.seed, step, config.batch_size).rows[own]
+
+
+def draw_group(config: TrainConfig, token_map: TokenMap, captions: CaptionFeatures | None, step: int, group: int) -> GroupBatch:
+    """On the CPU. captions: of a text-conditional model."""
+    assert config.seed is not None
+    size = config.group_size
+    own = slice(group * size, (group + 1) * size)
+    batch = token_map.batch_rows(config.seed, step, config.batch_size)
+    rng = np.random.default_rng([config.seed, step, group])
+    codes, labels = map(torch.from_numpy, token_map.take(batch.rows[own], batch.flipped[own] & config.flip))
+    is_dropped = torch.from_numpy(rng.random(size) < config.label_dropout)
+    masked = mask_codes(codes, token_map.info.codebook_size, config.masking, rng)
+    condition: Tensor | TextCondition = labels
+    if captions is not None:
+        condition = TextCondition(*map(torch.from_numpy, captions.take(batch.captions[own])))
+    return GroupBatch(step, group, codes, condition, is_dropped, masked, dropout_seed=int(rng.integers(2**63)))
+
+
+class Batches:
+    """A rank's groups from a step on, drawn by a thread ahead of their use.
+
+    Ranks with fewer groups than others repeat their last one with weight 0, since all must take part in every reduction.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        token_map: TokenMap,
+        captions: CaptionFeatures | None,
+        *,
+        step: int,
+        rank: int,
+        world_size: int,
+        pin: bool = False,
+    ) -> None:
+        groups = [list(map(int, some)) for some in np.array_split(range(config.num_groups), world_size)]
+        self.per_step = len(groups[0])
+        self._own = groups[rank]
+        self._first = step
+
+        def draw(step: int, group: int) -> GroupBatch:
+            batch = draw_group(config, token_map, captions, step, group)
+            return batch.pinned() if pin else batch
+
+        self._draw = draw
+        self._remaining = self._order()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: deque[tuple[float, Future[GroupBatch]]] = deque()
+        self._fill()
+        self.seconds_waited = 0.0
+
+    def take_step(self) -> Iterator[GroupBatch]:
+        """The groups of the next step."""
+        for _ in range(self.per_step):
+            started = time.perf_counter()
+            weight, future = self._ahead.popleft()
+            batch = future.result()
+            self.seconds_waited += time.perf_counter() - started
+            self._fill()
+            yield batch if weight == 1 else replace(batch, weight=weight)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _fill(self) -> None:
+        missing = 2 * self.per_step - len(self._ahead)
+        for step, group, weight in islice(self._remaining, missing):
+            self._ahead.append((weight, self._thread.submit(self._draw, step, group)))
+
+    def _order(self) -> Iterator[tuple[int, int, float]]:
+        step = self._first
+        while True:
+            for place in range(self.per_step):
+                is_own = place < len(self._own)
+                yield step, self._own[place if is_own else -1], float(is_own)
+            step += 1

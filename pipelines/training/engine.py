@@ -1,0 +1,275 @@
+"""A DeepSpeed engine around a model: ZeRO 0 to 3, any precision, and its state in pieces that any other engine can take up.
+
+State is not written by DeepSpeed, whose own checkpoints need unpickling, but as fragments of named parameters (checkpoints.py):
+each rank gives the pieces of weights and moments that lie with it, each rank of a later run takes the pieces that it needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from enat.model import ENAT, ENATOutput
+from pipelines.training.checkpoints import Fragments, fragment_name, own_share, owners
+from pipelines.training.config import TrainConfig
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FIRST_LOSS_SCALE = 2.0**16
+_STEPS_TO_DOUBLE = 2000  # without an overflow, as torch.amp.GradScaler does
+_MOST_OVERFLOWS = 20  # one after the other: a millionth of the scale that began it, and still too much
+
+
+class Engine:
+    """A model that is trained by every rank of the process group. Call backward once per pass, all ranks equally often; the last
+    of passes_per_step calls updates the weights by the mean gradient over passes and ranks.
+
+    The model's weights are float32, whatever the precision of its matrix products.
+    """
+
+    def __init__(self, model: ENAT, config: TrainConfig, device: torch.device, passes_per_step: int) -> None:
+        self.config, self.rank, self.world_size = config, dist.get_rank(), dist.get_world_size()
+        self.zero_stage = effective_zero_stage(config, self.world_size)
+        model.to(device).train()
+        model.activation_checkpointing = config.execution.activation_checkpointing
+        prepare_forward(model, config, device)
+        optimizer = torch.optim.AdamW(_weight_decay_groups(model, config), lr=config.learning_rate, betas=config.betas, fused=True)
+        self.deepspeed = _initialize(model, optimizer, config, self.zero_stage, passes_per_step)
+        self.model = model
+        self.loss_scale = _FIRST_LOSS_SCALE
+        self.num_updates = 0
+        self._updates_since_overflow = self._overflows_in_a_row = 0
+        self._is_stuck = False
+        self.measures_norm = True  # alone among the ZeRO stages, 0 measures the gradient only where it is wanted
+        self._norm: Any = None
+        self._passes_left = self._passes_per_step = passes_per_step
+
+    def __call__(self, tokens: Tensor, condition: Any, previous: ENATOutput | None, **options: Any) -> Any:
+        """ENAT.forward. ZeRO-3 counts on a gradient for every module's input: without one it would not give back the weights that
+        project the previous features, and ranks whose groups reuse would gather others than ranks whose groups do not."""
+        if self.zero_stage == 3 and previous is not None:
+            previous.features.requires_grad_()
+        return self.deepspeed(tokens, condition, previous, **options)
+
+    def backward(self, loss: Tensor, learning_rate: float) -> None:
+        """Gradients of a scalar, and at the last pass of the step the update."""
+        if self.config.precision == "fp16":
+            self.deepspeed.optimizer.override_loss_scale(self.loss_scale)
+        self.deepspeed.backward(loss)
+        self._passes_left -= 1
+        if self._passes_left == 0:
+            for group in self.deepspeed.optimizer.param_groups:
+                group["lr"] = learning_rate
+            if self.zero_stage == 0:
+                self._norm = self._clip() if self.measures_norm or self.config.gradient_clip is not None else None
+        self.deepspeed.step()
+        if self._passes_left == 0:
+            self._passes_left = self._passes_per_step
+            self._count_update()
+
+    def gradient_norm(self) -> float | None:
+        """Of the whole gradient of the last step, before clipping; inf where it overflowed, None where it was not measured. Waits
+        for the device."""
+        if self.zero_stage == 0 and self._norm is None:
+            return None
+        norm = float(self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm())
+        return norm if norm >= 0 else float("inf")  # DeepSpeed writes -1 for one that is not finite
+
+    def is_overflow_of_scale(self) -> bool:
+        """Whether the last step was left out because of the loss scale, which is in order as long as a lower one can help."""
+        return self.config.precision == "fp16" and bool(self.deepspeed.optimizer.overflow) and not self._is_stuck
+
+    @contextlib.contextmanager
+    def whole(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Within it every rank has the values of these parameters (of ZeRO-3, which keeps them apart). All ranks must enter."""
+        context: AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.zero_stage == 3:
+            import deepspeed
+
+            context = deepspeed.zero.GatheredParameters(list(parameters), enabled=True)
+        with context:
+            yield
+
+    def pieces(self) -> list[tuple[list[str], list[nn.Parameter]]]:
+        """The model's parameters in pieces small enough to be gathered one after the other."""
+        pieces: dict[str, tuple[list[str], list[nn.Parameter]]] = {}
+        for name, parameter in self.model.named_parameters():
+            names, parameters = pieces.setdefault(".".join(name.split(".")[:2]), ([], []))
+            names.append(name)
+            parameters.append(parameter)
+        return list(pieces.values())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict on the CPU. All ranks must call it; rank 0 gets the values."""
+        state: dict[str, Tensor] = {}
+        for names, parameters in self.pieces():
+            with self.whole(parameters):
+                if self.rank == 0:
+                    state |= {name: value.detach().to("cpu", copy=True) for name, value in zip(names, parameters, strict=True)}
+        return state | {name: value.detach().cpu() for name, value in self.model.named_buffers()}
+
+    # State ---------------------------------------------------------------------------------------------------------------------
+
+    def fragments(self) -> dict[str, Tensor]:
+        """What of weights and moments this rank is to write. No rank waits for another."""
+        found: dict[str, Tensor] = {}
+        if self.zero_stage < 3:
+            found |= own_share("weight", self.model, self.rank, self.world_size)
+        owner = owners(self.model, self.world_size) if self.zero_stage == 0 else {}
+        for name, place in self._places():
+            if owner.get(name, self.rank) != self.rank:
+                continue
+            for moment in _MOMENTS if self.num_updates else ():  # torch makes them in the first update, which fp16 may leave out
+                found[fragment_name(moment, name, place.start)] = place.of(self._inner.state[place.flat][moment])
+            if self.zero_stage == 3:
+                found[fragment_name("weight", name, place.start)] = place.of(place.flat)
+        return found
+
+    def counters(self) -> dict[str, float]:
+        """What of the state is no tensor."""
+        return {
+            "num_updates": self.num_updates,
+            "loss_scale": self.loss_scale,
+            "updates_since_overflow": self._updates_since_overflow,
+        }
+
+    def load(self, fragments: Fragments, counters: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's moments and counters. The engine must have been made from a model that holds its weights."""
+        self.num_updates, self.loss_scale = counters["num_updates"], counters["loss_scale"]
+        self._updates_since_overflow = counters["updates_since_overflow"]
+        if self.num_updates == 0:
+            return
+        for name, place in self._places():
+            state = self._inner.state[place.flat]
+            for moment in _MOMENTS:
+                if moment not in state:
+                    state[moment] = torch.zeros_like(place.flat)
+                place.of(state[moment]).copy_(fragments.read(moment, name, place.start, place.length))
+        for flat in {id(place.flat): place.flat for _, place in self._places()}.values():
+            # torch keeps it with the weights where the update is fused.
+            self._inner.state[flat]["step"] = torch.tensor(float(self.num_updates), device=flat.device)
+
+    @property
+    def _inner(self) -> Any:
+        """torch's AdamW, over what of the weights this rank updates."""
+        optimizer = self.deepspeed.optimizer
+        return optimizer if self.zero_stage == 0 else optimizer.optimizer
+
+    def _places(self) -> Iterator[tuple[str, _Place]]:
+        """Where this rank's share of every parameter lies among the flat tensors that its optimizer updates."""
+        optimizer = self.deepspeed.optimizer
+        parameters: Iterable[tuple[str, Any]] = self.model.named_parameters()  # with what DeepSpeed writes on them
+        for name, parameter in parameters:
+            if self.zero_stage == 0:
+                yield name, _Place(parameter, 0, 0, parameter.numel())
+            elif self.zero_stage == 3:
+                group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = self.rank * size
+                length = min(size, parameter.ds_numel - start)  # the last ones are padding
+                if length > 0:
+                    yield name, _Place(optimizer.fp32_partitioned_groups_flat[group], start, offset, length)
+            elif (mapping := parameter._hp_mapping) is not None:
+                flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield name, _Place(flat, low.start, high.start, low.numel)
+
+    def _clip(self) -> Tensor:
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self.config.gradient_clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, norm)
+        return norm
+
+    def _count_update(self) -> None:
+        if self.config.precision != "fp16":
+            self.num_updates += 1
+        elif self.deepspeed.optimizer.overflow:
+            self._overflows_in_a_row += 1
+            self._is_stuck = self.loss_scale == 1 or self._overflows_in_a_row >= _MOST_OVERFLOWS
+            self.loss_scale, self._updates_since_overflow = max(1.0, self.loss_scale / 2), 0
+        else:
+            self._overflows_in_a_row, self._is_stuck = 0, False
+            self.num_updates += 1
+            self._updates_since_overflow += 1
+            if self._updates_since_overflow == _STEPS_TO_DOUBLE:
+                self.loss_scale, self._updates_since_overflow = self.loss_scale * 2, 0
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Values start..start+length-1 of a flattened parameter are flat[offset : offset + length]."""
+
+    flat: Tensor
+    start: int
+    offset: int
+    length: int
+
+    def of(self, like_flat: Tensor) -> Tensor:
+        return like_flat.detach().view(-1)[self.offset : self.offset + self.length]
+
+
+def effective_zero_stage(config: TrainConfig, world_size: int) -> int:
+    """Alone there is nobody to share with: other stages would only copy gradients and weights (0.3 s a step for 98 M parameters on
+    two CPU cores). But fp16 needs the loss scale of the others."""
+    return config.execution.zero_stage if world_size > 1 or config.precision == "fp16" else 0
+
+
+def prepare_forward(model: ENAT, config: TrainConfig, device: torch.device) -> None:
+    """Let a model's forward run in the config's precision and, where it says so, compiled. Its weights stay what they are."""
+    if config.precision in _AUTOCAST:
+        # Around the method: a module around the model would change every name.
+        autocast = torch.autocast(device.type, _AUTOCAST[config.precision])
+        model.forward = autocast(model.forward)  # type: ignore[method-assign]
+    if config.execution.compile:
+        for block in (*model.encoder, *model.decoder):
+            block.compile(dynamic=True)  # the number of masked tokens changes from group to group
+
+
+def _weight_decay_groups(model: ENAT, config: TrainConfig) -> Sequence[dict[str, Any]]:
+    parameters = list(model.parameters())
+    if config.weight_decay_on == "all":
+        return [{"params": parameters, "weight_decay": config.weight_decay}]
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    return [
+        {"params": [value for value in parameters if (id(value) in matrices) is decays], "weight_decay": weight_decay}
+        for decays, weight_decay in ((True, config.weight_decay), (False, 0.0))
+    ]
+
+
+def _initialize(model: ENAT, optimizer: torch.optim.Optimizer, config: TrainConfig, zero_stage: int, passes_per_step: int) -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # On a CPU DeepSpeed would compile a shared-memory all-reduce when first used: 25 s, and a compiler is needed.
+        deepspeed.ops.__compatible_ops__ = {}
+    if zero_stage == 3:
+        # The head multiplies with the embedding's weight, which belongs to another module.
+        deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: one "sample" is one pass
+            "gradient_accumulation_steps": passes_per_step,
+            "gradient_clipping": config.gradient_clip if config.gradient_clip and zero_stage else 0.0,
+            "zero_optimization": {"stage": zero_stage},
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    if zero_stage == 0 and dist.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # with itself: every gradient would only be copied
+    return engine

@@ -1,0 +1,357 @@
+"""What every training worker runs: steps, and beside them checkpoints, figures and previews.
+
+Shape legend: B images, L tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from enat.checkpoint import save_weights
+from enat.cost import training_macs
+from enat.loss import objective, token_accuracy
+from enat.model import ENAT
+from pipelines.artifacts.manifest import FileRecord
+from pipelines.data.captions import EMPTY_INDEX, CaptionFeatures
+from pipelines.data.token_map import TokenMap
+from pipelines.storage.base import StorageError, StoreError
+from pipelines.training.batches import Batches, GroupBatch
+from pipelines.training.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    NoReadableCheckpointError,
+    milestone_weights,
+    newest_checkpoint,
+    open_checkpoint,
+    own_share,
+    worker_seconds_of,
+)
+from pipelines.training.engine import Engine, prepare_forward
+from pipelines.training.monitor import DivergedError, TrainMonitor
+from pipelines.training.previews import Previewer
+from pipelines.training.stop_signal import GO_ON, STOP, StopSignal
+from pipelines.training.task import RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, effective_config, initial_model
+
+_log = logging.getLogger(__name__)
+
+_REPORT_SECONDS = 0.2
+
+
+def train_loop(task: Mapping[str, TrainTask]) -> TrainResult | None:
+    """Ray Train's entry: trains to the end, or to where it is asked to stop, from the newest checkpoint that there is."""
+    import ray.train.torch
+
+    with closing(Trainer(task["task"], ray.train.torch.get_device())) as trainer:
+        try:
+            return trainer.run()
+        except (DivergedError, NoReadableCheckpointError) as error:
+            return trainer.result((), error=error)  # what is raised Ray Train takes for a lost worker, and tries the same again
+
+
+class Trainer:
+    """One rank: its share of the groups, the engine, the EMA, and the record of how it went."""
+
+    def __init__(self, task: TrainTask, device: torch.device) -> None:
+        self.task, self.config, self.device = task, effective_config(task), device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what is agreed among ranks travels through it
+        execution = self.config.execution
+        torch.set_num_threads(execution.num_threads)
+        self.token_map = TokenMap.open_shared(task.context.store, task.token_map)
+        self.captions = CaptionFeatures.open(task.context.store, task.captions) if task.captions is not None else None
+        self.signal = StopSignal(task.reporter)
+        self.update_ema = get_ema_multi_avg_fn(self.config.ema_decay)
+        self.background = ThreadPoolExecutor(1, thread_name_prefix="tracking")  # no server of metrics holds up a step
+        self.monitor = TrainMonitor(self.config, self.token_map, device, self.world_size)
+        self.previewer = Previewer(task.context.store, task.tokenizer, self.config.sampler, self.captions, self._tell)
+        self.batches: Batches | None = None
+        self.started, self.worker_seconds_before = time.monotonic(), 0.0
+        self.step, self.skipped_draws, self.num_restarts, self.num_rollbacks = 0, 0, 0, 0
+        self.last_report = 0.0
+        self.has_told_of_tracking = False
+
+    def run(self) -> TrainResult | None:
+        self.start(self._newest())
+        if self.monitor.history and self.history_run != self.task.context.run.run_id:  # they stand in an earlier command's run
+            self._track(lambda run, rows=[*self.monitor.history]: run.log_history(rows))
+        execution, last, raised = self.config.execution, self.config.num_steps, GO_ON
+        while self.step < last:
+            self.train_step()
+            raised = max(raised, self.signal.poll())
+            try:
+                if self._is_logged(self.step) or raised:
+                    self.log()
+                if raised or (self.step % execution.checkpoint_every == 0 and self.step < last):
+                    self.save()
+            except DivergedError as error:
+                self.roll_back(error)
+                continue  # what was raised is done after the next step
+            if self._is_due(execution.sample_every):
+                self.preview()
+            if raised == STOP and self.step < last:
+                self.checkpoints.wait()
+                return self.result(()) if self.rank == 0 else None
+            raised = GO_ON
+        self.checkpoints.wait()
+        return self.store_result()
+
+    def close(self) -> None:
+        """Ends the threads beside the steps; what is to be tracked is tracked first."""
+        if self.batches is not None:
+            self.batches.close()
+        self.background.shutdown()
+
+    # Start and end ---------------------------------------------------------------------------------------------------------------
+
+    def start(self, checkpoint: Checkpoint | None, diverged: DivergedError | None = None) -> None:
+        """Make model, EMA and engine, from a checkpoint where there is one. diverged: go on past the draws that did it."""
+        config, architecture = self.config, self.task.architecture
+        assert config.seed is not None
+        self.checkpoints = CheckpointWriter(
+            self.task.context,
+            rank=self.rank,
+            world_size=self.world_size,
+            attempt=str(_agreed(uuid4().hex[:12])),  # a new one also after a rollback, which may reach a step again
+            keep_last=config.execution.keep_last,
+            keep_every=config.execution.keep_every,
+        )
+        self.step, self.skipped_draws, self.num_restarts, self.num_rollbacks = 0, 0, 0, 0
+        history: list[dict[str, float]] = []
+        self.history_run: str | None = None
+        opened = open_checkpoint(self.task.context.store, self.task.context, checkpoint) if checkpoint else None
+        model = ENAT(architecture) if opened else initial_model(architecture, config.seed)
+        if self.captions is not None:
+            hidden, pooled = map(torch.from_numpy, self.captions.take(np.array([EMPTY_INDEX])))
+            model.set_null_caption(hidden[0], pooled[0])
+        self.ema = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
+        prepare_forward(self.ema, config, self.device)
+        fragments = opened.tensors() if opened else None
+        if fragments is not None:
+            fragments.fill("weight", model)
+            fragments.fill("ema", self.ema)
+        num_passes = -(-config.num_groups // self.world_size) * config.execution.microbatches
+        self.engine = Engine(model, config, self.device, num_passes)
+        if opened is not None and fragments is not None:
+            state = opened.state
+            self.engine.load(fragments, state)
+            self.step, self.skipped_draws, history = state["step"], state["skipped_draws"], state["history"]
+            self.history_run = state.get("run_id")  # without one: of a checkpoint from before there was this
+            self.num_restarts, self.num_rollbacks = state["num_restarts"] + 1, state["num_rollbacks"]
+            if diverged is None:  # what a rollback throws away took its time all the same
+                self.worker_seconds_before = worker_seconds_of(state)
+        if diverged is not None:
+            self.skipped_draws = diverged.draws + 1 - self.step
+        self._begin_batches()
+        self.monitor.begin(self.step, history)
+
+    def roll_back(self, error: DivergedError) -> None:
+        """Go back to the newest checkpoint and on with the draws after the one that training diverged at, or raise."""
+        execution = self.config.execution
+        self.checkpoints.wait()  # also where this is the end: Ray ends a worker soon after its answer, whatever it is writing
+        dist.barrier()  # a checkpoint is there once all ranks have written it
+        if execution.on_divergence != "rollback" or self.num_rollbacks >= execution.max_rollbacks:
+            raise error
+        num_restarts, num_rollbacks = self.num_restarts, self.num_rollbacks + 1
+        del self.engine, self.ema  # there may be no room for two
+        self.start(self._newest(), error)
+        self.num_restarts, self.num_rollbacks = num_restarts, num_rollbacks
+        self._tell(f"{error}; going on from step {self.step} with the draws after it")
+
+    def store_result(self) -> TrainResult | None:
+        context, weights = self.task.context, self.engine.weights()
+        if self.rank:
+            return None
+        files = (
+            context.write(WEIGHTS, lambda path: save_weights(path, self.ema)),
+            context.write(RAW_WEIGHTS, lambda path: save_weights(path, self.engine.model, weights)),
+        )
+        milestones = milestone_weights(context, self.ema, self.config.execution.keep_every, self._tell)
+        return self.result(files, milestones=tuple(milestones))
+
+    def result(
+        self,
+        files: tuple[FileRecord, ...],
+        *,
+        milestones: tuple[FileRecord, ...] = (),
+        error: Exception | None = None,
+    ) -> TrainResult:
+        return TrainResult(
+            files=files,
+            milestones=milestones,
+            history=self.monitor.history,
+            step=self.step,
+            skipped_draws=self.skipped_draws,
+            num_restarts=self.num_restarts,
+            num_rollbacks=self.num_rollbacks,
+            error=error,
+        )
+
+    def _newest(self) -> Checkpoint | None:
+        """What rank 0 found whole, for all ranks. They fail together where it cannot look."""
+        found: Checkpoint | Exception | None = None
+        if self.rank == 0:
+            try:
+                found = newest_checkpoint(self.task.context, self._tell)
+            except (StoreError, StorageError) as error:
+                found = error
+        found = _agreed(found)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _begin_batches(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
+        first = self.step + self.skipped_draws
+        self.batches = Batches(
+            self.config,
+            self.token_map,
+            self.captions,
+            step=first,
+            rank=self.rank,
+            world_size=self.world_size,
+            pin=self.device.type == "cuda",
+        )
+
+    # A step ----------------------------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> None:
+        """One global step: this rank's groups, the update, the EMA. Nothing in it waits for the device."""
+        assert self.batches is not None
+        learning_rate = self.config.learning_rate_at(self.step)
+        # DeepSpeed takes the mean over passes and ranks; what is wanted is the mean over groups.
+        scale = self.batches.per_step * self.world_size / self.config.num_groups
+        self.engine.measures_norm = self._is_logged(self.step + 1)
+        for batch in self.batches.take_step():
+            self._learn(batch.to(self.device), scale * batch.weight, learning_rate)
+        with torch.no_grad():
+            averaged = dict(self.ema.named_parameters())
+            for names, parameters in self.engine.pieces() if self.engine.zero_stage == 3 else [_all_of(self.engine.model)]:
+                with self.engine.whole(parameters):
+                    self.update_ema([averaged[name] for name in names], parameters, self.step + 1)
+        self.step += 1
+        self._report()
+
+    def _learn(self, batch: GroupBatch, scale: float, learning_rate: float) -> None:
+        count, measured = self.config.execution.microbatches, []
+        for codes, condition, masked, dropout_mask in batch.parts(count, self.ema):
+            loss, output = objective(
+                self.engine,  # type: ignore[arg-type]
+                self.ema,
+                codes,
+                condition,
+                masked,
+                dropout_mask=dropout_mask,
+                label_smoothing=self.config.label_smoothing,
+                z_loss=self.config.z_loss,
+            )
+            self.engine.backward(loss * scale, learning_rate)
+            measured.append(torch.stack([loss.detach(), token_accuracy(output, codes)]))
+        if batch.weight:
+            masked = batch.masked
+            macs = training_macs(self.task.architecture, masked.num_masked, masked.previous_num_masked if batch.is_reuse else None)
+            self.monitor.record.add(
+                self.step,
+                batch.group,
+                torch.stack(measured).mean(dim=0) if count > 1 else measured[0],
+                mask_ratio=batch.mask_ratio,
+                is_reuse=batch.is_reuse,
+                macs=float(macs * len(batch.codes)),
+            )
+
+    # Beside the steps ------------------------------------------------------------------------------------------------------------
+
+    def log(self) -> None:
+        """Means since the last time, to the history and (rank 0) to tracking. Raises DivergedError."""
+        assert self.batches is not None
+        row = self.monitor.measure(
+            self.step,
+            self.skipped_draws,
+            engine=self.engine,
+            ema=self.ema,
+            batches=self.batches,
+            checkpoints=self.checkpoints,
+        )
+        if row is not None:
+            values = {name: value for name, value in row.items() if name != "step"}
+            self._track(lambda run, step=self.step: run.log_metrics(values, step))
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step, unless training has diverged."""
+        self.log()
+        tensors = dict(self.engine.fragments()) | dict(own_share("ema", self.ema, self.rank, self.world_size))
+        state = {
+            "step": self.step,
+            "skipped_draws": self.skipped_draws,
+            **self.engine.counters(),
+            "num_restarts": self.num_restarts,
+            "num_rollbacks": self.num_rollbacks,
+            "history": self.monitor.history,
+            "worker_seconds": self.worker_seconds_before + (time.monotonic() - self.started) * self.world_size,
+            "run_id": self.task.context.run.run_id,
+        }
+        self.checkpoints.save(self.step, tensors, state)
+
+    def preview(self) -> None:
+        """A grid of samples, from rank 0 to tracking."""
+        if self.rank:
+            return
+        if (grid := self.previewer.grid(self.ema)) is not None:
+            self._track(lambda run, name=f"samples/step-{self.step:08d}.png": run.log_bytes(grid, name))
+
+    def _is_due(self, interval: int, step: int | None = None) -> bool:
+        step = self.step if step is None else step
+        return step % interval == 0 or step == self.config.num_steps
+
+    def _is_logged(self, step: int) -> bool:
+        """A checkpoint's figures are complete."""
+        return self._is_due(self.config.execution.log_every, step) or self._is_due(self.config.execution.checkpoint_every, step)
+
+    def _track(self, action: Any) -> None:
+        if self.rank == 0:
+            self.background.submit(action, self.task.context.run).add_done_callback(self._look_at)
+
+    def _look_at(self, tracked: Future[None]) -> None:
+        """Of a server that is down tracking tells by itself; this is what nobody foresaw."""
+        if (error := tracked.exception()) is not None:
+            _log.warning("something of step %d or before is not tracked", self.step, exc_info=error)
+            if not self.has_told_of_tracking:
+                self.has_told_of_tracking = True
+                self._tell(f"something is not tracked, and training goes on ({type(error).__name__}: {error})")
+
+    def _tell(self, message: str) -> None:
+        if self.rank == 0:
+            self.task.reporter.tell(message)
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if self.rank == 0 and (now - self.last_report > _REPORT_SECONDS or self.step == self.config.num_steps):
+            self.last_report = now
+            last = self.monitor.history[-1] if self.monitor.history else None
+            note = f"loss {last['loss']:.3f}, {last['images_per_second']:.0f} images/s" if last else ""
+            self.task.reporter.report(self.step, note)
+
+
+def _all_of(model: ENAT) -> tuple[list[str], list[torch.nn.Parameter]]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return list(names), list(parameters)
+
+
+def _agreed(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

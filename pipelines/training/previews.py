@@ -1,0 +1,70 @@
+"""What a model in training makes: a grid of samples from fixed seeds, so that grids of different steps can be compared."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from enat.checkpoint import load_vqgan
+from enat.images import make_grid, png_bytes, to_uint8
+from enat.model import ENAT, TextCondition
+from enat.sampler import sample
+from enat.sampler_config import SamplerConfig
+from enat.tokenizer import VQGAN
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.data.captions import CaptionFeatures
+
+_IMAGES = 20
+_log = logging.getLogger(__name__)
+
+
+class Previewer:
+    """Makes grids for one rank. It shows training and is no part of it: what goes wrong here is told once, and ends nothing."""
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        tokenizer: Manifest,
+        sampler: SamplerConfig,
+        captions: CaptionFeatures | None,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._store, self._tokenizer, self._sampler, self._captions = store, tokenizer, sampler, captions
+        self._tell, self._has_told = tell, False
+        self._vqgan: VQGAN | None = None  # loaded by the first grid
+
+    def grid(self, model: ENAT) -> bytes | None:
+        """Of a model in eval mode. None where it could not be made."""
+        try:
+            if self._vqgan is None:
+                path = self._store.fetch(self._tokenizer, "vqgan.safetensors")
+                self._vqgan = load_vqgan(path).to(model.token_embedding.weight.device)
+            return preview(model, self._vqgan, self._sampler, self._captions)
+        except Exception as error:  # noqa: BLE001 (a store that is away, no memory left for samples)
+            _log.warning("a preview failed", exc_info=True)
+            if not self._has_told:
+                self._has_told = True
+                self._tell(f"no preview could be made, and training goes on ({type(error).__name__}: {error})")
+            return None
+
+
+def preview(model: ENAT, vqgan: VQGAN, sampler: SamplerConfig, captions: CaptionFeatures | None) -> bytes:
+    """A PNG: two images of each of the first ten classes, or some captions. The model must be in eval mode."""
+    condition = _condition(model, captions)
+    count = len(condition)
+    codes = sample(model, condition, sampler, seeds=range(count))
+    side = model.config.grid_size
+    images = to_uint8(vqgan.decode(codes.view(-1, side, side)))
+    return png_bytes(make_grid(images, columns=count // 2, scale=max(1, 64 // images.shape[-1])))
+
+
+def _condition(model: ENAT, captions: CaptionFeatures | None) -> torch.Tensor | TextCondition:
+    if captions is None:
+        return torch.arange(min(_IMAGES // 2, max(1, model.config.num_classes))).repeat(2)
+    numbers = np.arange(_IMAGES) * len(captions) // _IMAGES
+    device = model.token_embedding.weight.device
+    return TextCondition(*(torch.from_numpy(array).to(device) for array in captions.take(numbers)))

@@ -1,0 +1,149 @@
+"""What a result took: hours of workers and devices of everything it was made from, and money where prices are given.
+
+The lineage of an artifact is read from the manifests in the store. What runs reused counts with what making it took, once,
+however many of the later stages read it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.storage.base import StoreError
+
+_log = logging.getLogger(__name__)
+
+# Stage -> what its time was spent on. The index of outside images is read in order to score them; what generating them took
+# elsewhere is not known here.
+KIND_OF_STAGE = {
+    "train": "training",
+    "dataset": "tokenizing",
+    "tokenizer": "tokenizing",
+    "token_map": "tokenizing",
+    "captions": "tokenizing",
+    "generate": "generation",
+    "images": "evaluation",
+    "reference": "evaluation",
+    "reconstruction": "evaluation",
+    "evaluate": "evaluation",
+}
+_COMPUTED_HERE_TOO = ("reference",)  # imported statistics come with features of their images, computed by this store's workers
+KINDS = ("training", "tokenizing", "generation", "evaluation")
+OTHER = "other"  # a stage that the table above does not name
+_SECONDS_PER_HOUR = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """device_hour: of one accelerator.   worker_hour: of what a worker takes beside its accelerator (processors, memory).
+    currency: of both, three letters as in ISO 4217."""
+
+    device_hour: float = 0.0
+    worker_hour: float = 0.0
+    currency: str = "USD"
+
+    def __post_init__(self) -> None:
+        for name in ("device_hour", "worker_hour"):
+            price = getattr(self, name)
+            if not (math.isfinite(price) and price >= 0):
+                raise ValueError(f"prices.{name} is {price}; it must be a finite number of at least 0")
+        if not re.fullmatch(r"[A-Z]{3}", self.currency):
+            raise ValueError(f"prices.currency is {self.currency!r}; give three capital letters, such as USD or EUR")
+        if not self.device_hour and not self.worker_hour:
+            raise ValueError("prices gives neither device_hour nor worker_hour; give at least one, or leave prices out")
+
+    def of(self, worker_hours: float, device_hours: float) -> float:
+        return worker_hours * self.worker_hour + device_hours * self.device_hour
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineageCost:
+    """worker_seconds, device_seconds: by kind; every kind of KINDS is there, OTHER where a stage has no kind.
+
+    imported: artifacts of weights or statistics made elsewhere, of which nothing counts here but what a reference took to compute
+    features beside its statistics.   missing: ancestors of which the store no longer has a manifest that can be read and says what
+    they took; nor is it known what they alone were made from took. Both as "stage/key".
+    """
+
+    worker_seconds: Mapping[str, float]
+    device_seconds: Mapping[str, float]
+    imported: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+def lineage_cost(store: ArtifactStore, manifest: Manifest) -> LineageCost:
+    """What the artifact and all it was made from took."""
+    worker_seconds = dict.fromkeys(KINDS, 0.0)
+    device_seconds = dict.fromkeys(KINDS, 0.0)
+    imported, missing = [], []
+    for place, found in _lineage(store, manifest):
+        if found is not None and found.summary.get("is_imported", False):
+            imported.append(place)
+            if found.stage not in _COMPUTED_HERE_TOO:
+                continue
+        if found is None or (took := _seconds(found)) is None:
+            missing.append(place)
+        else:
+            kind = KIND_OF_STAGE.get(found.stage, OTHER)
+            for seconds, value in zip((worker_seconds, device_seconds), took, strict=True):
+                seconds[kind] = seconds.get(kind, 0.0) + value
+    return LineageCost(
+        worker_seconds=worker_seconds,
+        device_seconds=device_seconds,
+        imported=tuple(sorted(imported)),
+        missing=tuple(sorted(missing)),
+    )
+
+
+def cost_metrics(store: ArtifactStore, manifest: Manifest, prices: Prices | None = None) -> dict[str, float]:
+    """Hours by kind and in all, as metrics: cost/training_device_hours, cost/training_worker_hours, cost/total_..., and so on.
+
+    cost/imported_artifacts and cost/missing_artifacts count what the sums leave out: where the second is not 0, they are lower
+    bounds. cost/total_money, in the currency of the prices, only where prices are given.
+    """
+    cost = lineage_cost(store, manifest)
+    worker_hours = {kind: seconds / _SECONDS_PER_HOUR for kind, seconds in cost.worker_seconds.items()}
+    device_hours = {kind: seconds / _SECONDS_PER_HOUR for kind, seconds in cost.device_seconds.items()}
+    worker_hours["total"], device_hours["total"] = sum(worker_hours.values()), sum(device_hours.values())
+    metrics = {f"cost/{kind}_device_hours": hours for kind, hours in device_hours.items()}
+    metrics |= {f"cost/{kind}_worker_hours": hours for kind, hours in worker_hours.items()}
+    metrics |= {"cost/imported_artifacts": float(len(cost.imported)), "cost/missing_artifacts": float(len(cost.missing))}
+    if prices is not None:
+        metrics["cost/total_money"] = prices.of(worker_hours["total"], device_hours["total"])
+    return metrics
+
+
+def _seconds(manifest: Manifest) -> tuple[float, float] | None:
+    """Worker- and device-seconds; None where they are no such numbers: others write to a store that is shared."""
+    values = [manifest.provenance.get(name) for name in ("worker_seconds", "device_seconds")]
+    numbers = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value) and value >= 0]
+    return (numbers[0], numbers[1]) if len(numbers) == len(values) else None
+
+
+def _lineage(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, Manifest | None]]:
+    """The artifact and every ancestor once, as ("stage/key", manifest); None for one that the store does not have."""
+    waiting: list[tuple[str, str]] = [(manifest.stage, manifest.key)]
+    seen = set(waiting)
+    while waiting:
+        stage, key = waiting.pop()
+        found = manifest if (stage, key) == (manifest.stage, manifest.key) else _read(store, stage, key)
+        yield f"{stage}/{key}", found
+        for source in found.inputs.values() if found is not None else ():
+            place = (source["stage"], source["key"])
+            if place not in seen:
+                seen.add(place)
+                waiting.append(place)
+
+
+def _read(store: ArtifactStore, stage: str, key: str) -> Manifest | None:
+    """None for a damaged one, too: the scores of an evaluation do not depend on it."""
+    try:
+        return store.read_manifest(stage, key)
+    except StoreError as error:
+        _log.warning("what it took is not known: %s", error)
+        return None

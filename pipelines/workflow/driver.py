@@ -1,0 +1,178 @@
+"""Stages, their keys, the plan, and running it.
+
+A stage is a function `(config, inputs, context) -> StageResult`; a node is a stage with its config and the nodes it reads from.
+The driver walks the nodes in order and asks the store for each key: what is there is reused, what is not is computed and
+committed. Ray does the distribution inside a stage; nothing here schedules anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from ray.exceptions import RayTaskError
+
+from pipelines.artifacts.last_used import Uses
+from pipelines.artifacts.manifest import Manifest, inputs_of, name_of
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.storage.base import digest_of
+from pipelines.tracking import run as tracking_run
+from pipelines.workflow import config as configuration
+from pipelines.workflow.provenance import code_version
+from pipelines.workflow.stage import Done, Node, Planned, PublishContext, Session, StageContext, StageError
+
+_log = logging.getLogger(__name__)
+
+
+def stage_key(node: Node, inputs: Mapping[str, Manifest]) -> str:
+    return digest_of(
+        {
+            "stage": node.stage.name,
+            "version": node.stage.version,
+            "config": node.identity if node.identity is not None else configuration.identity(node.config),
+            "inputs": {name: manifest.digest for name, manifest in inputs.items()},
+        }
+    )
+
+
+def plan(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manifest] | None = None) -> list[Planned]:
+    """What a run would reuse and compute. Nodes must come after those they read from.
+
+    given: artifacts that nodes may read by these ids without a node that makes them.
+    """
+    found: dict[str, Manifest | None] = dict(given or {})
+    planned = []
+    for node in nodes:
+        inputs = {name: found[id] for name, id in node.inputs.items()}
+        known = {name: manifest for name, manifest in inputs.items() if manifest is not None}
+        if len(known) < len(inputs):
+            found[node.id] = None
+            planned.append(Planned(node, None, None))
+            continue
+        key = stage_key(node, known)
+        manifest = found[node.id] = store.read_manifest(node.stage.name, key)
+        planned.append(Planned(node, key, manifest, 0 if manifest else len(store.read_parts(node.stage.name, key))))
+    return planned
+
+
+def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifest] | None = None) -> list[Done]:
+    """Walk the nodes: reuse what the store has, compute the rest. given: as of plan.
+
+    Raises ValueError for bad input, StageError otherwise.
+    """
+    found: dict[str, Manifest] = dict(given or {})
+    done = []
+    with Uses(session.store) as uses:
+        for manifest in found.values():
+            uses.note(*name_of(manifest), inputs_of(manifest))
+        for node in nodes:
+            inputs = {name: found[id] for name, id in node.inputs.items()}
+            key = stage_key(node, inputs)
+            started = time.monotonic()
+            with _stage_run(node, key, inputs, session) as run:
+                # With all that the run has: what a later stage needs must not go while this one is at work.
+                uses.note(node.stage.name, key, map(name_of, found.values()))
+                made = session.store.read_manifest(node.stage.name, key)
+                is_reused = made is not None
+                if made is None:
+                    made = _compute(node, key, inputs, run, session)
+                elif node.stage.accept is not None:
+                    node.stage.accept(node.config, made)
+                seconds = time.monotonic() - started
+                _publish(node, made, inputs, run, session)
+                _finish_stage_run(run, made, is_reused)
+            found[node.id] = made
+            done.append(Done(node, made, is_reused, seconds))
+            verb = "reused" if is_reused else f"made in {seconds:.1f} s"
+            session.console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
+    return done
+
+
+def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> Manifest:
+    store = session.store
+    started = time.monotonic()
+    try:
+        context = StageContext(
+            stage=node.stage.name, key=key, store=store, run=run, console=session.console, connect=session.connect
+        )
+        result = node.stage.run(node.config, inputs, context)
+    except RayTaskError as error:
+        if isinstance(error.cause, ValueError):  # bad input that a worker found: its own sentence, without the worker's traceback
+            raise ValueError(str(error.cause)) from error
+        _log.exception("stage %s failed", node.id)
+        raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
+    except ValueError:
+        raise
+    except Exception as error:
+        _log.exception("stage %s failed", node.id)
+        raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
+    manifest = Manifest(
+        stage=node.stage.name,
+        key=key,
+        stage_version=node.stage.version,
+        config=configuration.redacted(node.config),
+        inputs={name: {"stage": m.stage, "key": m.key, "digest": m.digest} for name, m in inputs.items()},
+        files=tuple(result.files),
+        records=tuple(result.records),
+        summary=dict(result.summary),
+        metrics={name: float(value) for name, value in result.metrics.items()},
+        provenance={
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "code": code_version(),
+            "host_cpus": os.cpu_count(),
+            "seconds": time.monotonic() - started,
+            "worker_seconds": result.worker_seconds,
+            "device_seconds": result.device_seconds,
+        },
+    )
+    committed = store.commit(manifest)
+    store.discard_work(node.stage.name, key)
+    return committed
+
+
+def _publish(node: Node, manifest: Manifest, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> None:
+    if node.stage.publish is None:
+        return
+    try:
+        context = PublishContext(store=session.store, run=run, tracking=session.tracking, node=node.id, prices=session.prices)
+        node.stage.publish(manifest, inputs, context)
+    except Exception as error:  # noqa: BLE001 (the artifact is there, and that is what the run is for)
+        _log.warning("%s is made, but not published (%s)", node.id, _root_cause(error))
+        _log.info("publishing %s failed", node.id, exc_info=True)
+
+
+@contextmanager
+def _stage_run(node: Node, key: str, inputs: Mapping[str, Manifest], session: Session) -> Iterator[tracking_run.RunHandle]:
+    """The tracking run of a stage, which ends whatever happens to it."""
+    tags = {"enat.stage": node.stage.name, "enat.node": node.id, "enat.key": key}
+    tags |= {f"enat.input.{name}": f"{manifest.stage}/{manifest.key}" for name, manifest in inputs.items()}
+    with tracking_run.ending(tracking_run.start_run(session.run.uri, session.tracking, node.id, tags, session.run)) as run:
+        run.log_params(configuration.redacted(node.config))
+        yield run
+
+
+def _finish_stage_run(run: tracking_run.RunHandle, manifest: Manifest, is_reused: bool) -> None:
+    run.set_tags(
+        {"enat.digest": manifest.digest, "enat.reused": str(is_reused).lower(), "enat.code": str(manifest.provenance["code"])}
+    )
+    seconds = {name: manifest.provenance[name] for name in ("seconds", "worker_seconds", "device_seconds")}
+    run.log_metrics({**manifest.metrics, **{f"cost/{name}": value for name, value in seconds.items()}})
+    run.finish()
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost message: Ray wraps what a worker raised in its own errors."""
+    while True:
+        inner = getattr(error, "cause", None) or error.__cause__
+        failures = getattr(error, "worker_failures", None)
+        if isinstance(failures, dict) and failures:
+            inner = next(iter(failures.values()))
+        if not isinstance(inner, BaseException) or inner is error:
+            break
+        error = inner
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}" if not isinstance(error, ValueError) else lines[-1]

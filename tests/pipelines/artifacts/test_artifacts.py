@@ -1,0 +1,694 @@
+"""The artifact store: nothing is overwritten, the manifest comes last and once, and what is read is what was written.
+
+The tests of the first part know ArtifactStore only and hold for every kind of store, by the parameters of `place`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from places import Place, open_place
+
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.storage.base import StorageError, StoreError, canonical_json, digest_of
+
+STAGE, KEY = "train", "ab" * 32
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return open_place(request, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def store(place: Place) -> ArtifactStore:
+    return place.store
+
+
+@pytest.fixture
+def put(store: ArtifactStore, tmp_path: Path) -> Callable[..., FileRecord]:
+    def put(content: bytes, name: str = "model.safetensors", key: str = KEY) -> FileRecord:
+        source = tmp_path / f"source-{threading.get_ident()}"
+        source.write_bytes(content)
+        return store.put_file(STAGE, key, name, source)
+
+    return put
+
+
+def _manifest(*files: FileRecord, key: str = KEY, **fields: Any) -> Manifest:
+    return Manifest(stage=STAGE, key=key, stage_version=1, config={"width": 8}, inputs={}, files=files, **fields)
+
+
+def _together(count: int, act: Callable[[int], Any]) -> list[Any]:
+    """Results of act(0), act(1), ... begun at the same moment in threads of their own."""
+    barrier, results = threading.Barrier(count), [None] * count
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            results[number] = act(number)
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+# Manifests -----------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_manifest_there_is_no_artifact(store: ArtifactStore, put) -> None:
+    put(b"weights")
+    store.put_part(STAGE, KEY, "part-0", {"rows": 1})
+    assert store.read_manifest(STAGE, KEY) is None and list(store.manifests()) == []
+
+
+def test_a_committed_manifest_comes_back_whole(store: ArtifactStore, put) -> None:
+    manifest = _manifest(
+        put(b"weights"),
+        records=(put(b"{}", "history.json"),),
+        summary={"rows": 3, "names": ["å", "b"]},
+        metrics={"loss": 0.1 + 0.2},
+        provenance={"seconds": 1.5},
+    )
+    assert store.commit(manifest) == manifest
+    assert store.read_manifest(STAGE, KEY) == manifest
+    assert list(store.manifests()) == [manifest]
+    assert store.read_manifest(STAGE, "cd" * 32) is None
+
+
+def test_a_second_manifest_changes_nothing_and_is_answered_with_the_first(store: ArtifactStore, put) -> None:
+    first = store.commit(_manifest(put(b"weights"), provenance={"run": 1}))
+    second = store.commit(_manifest(put(b"other weights"), provenance={"run": 2}))
+    assert second == first == store.read_manifest(STAGE, KEY)
+
+
+def test_of_many_committers_at_once_one_wins_and_the_others_adopt_it(place: Place, put) -> None:
+    store, record = place.store, put(b"weights")
+    for attempt in range(place.rounds // 3):
+        key = digest_of(attempt)
+        assert put(b"weights", key=key) == record
+        offered = [_manifest(record, key=key, provenance={"run": number}) for number in range(8)]
+        adopted = _together(8, lambda number, offered=offered: store.commit(offered[number]))
+        assert adopted == [store.read_manifest(STAGE, key)] * 8
+        assert sum(manifest == adopted[0] for manifest in offered) == 1
+
+
+_COMMIT = """
+import sys, time
+from pathlib import Path
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+uri, go, number, source, rounds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
+store = open_store(uri)
+print("ready", flush=True)
+while not go.exists():
+    pass
+for key in range(rounds):
+    record = store.put_file("train", f"{key:064x}", "model.bin", source)
+    fields = {"stage_version": 1, "config": {}, "inputs": {}, "provenance": {"run": number}}
+    print(store.commit(Manifest(stage="train", key=f"{key:064x}", files=(record,), **fields)).provenance["run"])
+"""
+
+
+def test_of_two_processes_that_commit_at_once_one_wins_and_the_other_adopts_it(place: Place, tmp_path: Path) -> None:
+    """Each has files of its own, as two runs of a stage that is not deterministic."""
+    store, go, processes = place.store, tmp_path / "go", []
+    for number in range(2):
+        source = tmp_path / f"model-{number}.bin"
+        source.write_bytes(bytes([number]) * 1000)
+        command = [sys.executable, "-c", _COMMIT, store.uri, str(go), str(number), str(source), str(place.rounds)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    go.touch()
+    answers = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert answers[0] == answers[1] and len(answers[0]) == place.rounds
+    for manifest, winner in zip(store.manifests(), answers[0], strict=True):
+        assert manifest.provenance["run"] == int(winner)
+        assert store.fetch(manifest, "model.bin").read_bytes() == bytes([int(winner)]) * 1000
+
+
+def test_a_manifest_is_not_committed_before_its_files(store: ArtifactStore, place: Place, put, monkeypatch) -> None:
+    """Not for a moment, in which another run would find it."""
+    record, written = put(b"weights"), []
+    monkeypatch.setattr(type(store), "_put_manifest", lambda self, manifest: written.append(manifest))
+    advice = f"remove {store.place(STAGE, KEY)} and run again"
+    with pytest.raises(StoreError, match=f"more.bin is gone, or cut off, before the artifact was made of it; {advice}"):
+        store.commit(_manifest(record, FileRecord("more.bin", "more.bin", 3, "0" * 64)))
+    with pytest.raises(StoreError, match=f"{record.path} is gone, or cut off, .*; {advice}"):
+        store.commit(_manifest(replace(record, size=record.size + 1)))
+    assert written == [] and store.read_manifest(STAGE, KEY) is None
+
+
+@pytest.mark.parametrize("may_remove", [True, False])
+def test_a_manifest_whose_files_go_while_it_is_committed_does_not_stay(
+    store: ArtifactStore, place: Place, put, monkeypatch: pytest.MonkeyPatch, may_remove: bool
+) -> None:
+    """Just before it is written; whoever removed them had looked for a manifest before. A driver in a bucket may not remove one."""
+    record = put(b"weights")
+    write = type(store)._put_manifest
+
+    def overtaken(self: ArtifactStore, manifest: Manifest) -> bool:
+        self.delete_files(STAGE, KEY, [record.path])
+        return write(self, manifest)
+
+    def refused(*_: object) -> None:
+        raise StorageError("it cannot be deleted (AccessDenied)")
+
+    monkeypatch.setattr(type(store), "_put_manifest", overtaken)
+    if not may_remove:
+        monkeypatch.setattr(type(store), "delete_manifest", refused)
+    with pytest.raises(StoreError, match=rf"{record.path} is gone.*; remove {store.place(STAGE, KEY)} and run again"):
+        store.commit(_manifest(record))
+    assert (store.read_manifest(STAGE, KEY) is None) == may_remove
+
+
+def test_a_manifest_that_is_removed_while_another_is_committed_is_told(
+    store: ArtifactStore, place: Place, put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.commit(_manifest(put(b"weights")))
+    write = type(store)._put_manifest
+
+    def overtaken(self: ArtifactStore, manifest: Manifest) -> bool:
+        is_written = write(self, manifest)
+        self.delete_manifest(STAGE, KEY)
+        return is_written
+
+    monkeypatch.setattr(type(store), "_put_manifest", overtaken)
+    with pytest.raises(StoreError, match="was removed while it was being made; run again"):
+        store.commit(_manifest(put(b"other weights")))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"stage": "tr',
+        b"{}",
+        b"[]",
+        b"5",
+        b"\xff\xfe\x00",
+    ],
+)
+def test_a_damaged_manifest_is_named_and_not_taken_for_no_artifact(place: Place, put, content: bytes) -> None:
+    place.store.commit(_manifest(put(b"weights")))
+    place.damage(f"{STAGE}/{KEY}/{MANIFEST}", content)
+    with pytest.raises(StoreError, match=MANIFEST):
+        place.store.read_manifest(STAGE, KEY)
+
+
+def test_a_damaged_manifest_costs_a_warning_and_hides_no_other(place: Place, put, caplog: pytest.LogCaptureFixture) -> None:
+    others = [place.store.commit(_manifest(put(b"weights", key=digit * 64), key=digit * 64)) for digit in "13"]
+    place.store.commit(_manifest(put(b"weights", key="2" * 64), key="2" * 64))
+    place.damage(f"{STAGE}/{'2' * 64}/{MANIFEST}", b"{")
+    assert list(place.store.manifests()) == others
+    assert f"{STAGE}/{'2' * 64}/{MANIFEST} is not a manifest" in caplog.text
+    first, damaged, last = place.store.read_manifests()
+    assert [first, last] == others and isinstance(damaged, DamagedManifestError)
+    assert (damaged.stage, damaged.key, damaged.inputs) == (STAGE, "2" * 64, ())
+    assert list(place.store.read_manifests([(STAGE, "3" * 64), (STAGE, "4" * 64)])) == [others[1]]
+
+
+_FILE = {"name": "a.bin", "path": "a.bin", "size": 1, "sha256": "1" * 64}
+_INPUT = {"stage": "dataset", "key": "d" * 64, "digest": "e" * 64}
+
+
+@pytest.mark.parametrize(
+    "path", ["../a", "..", "a/../../b", "/etc/passwd", "", "a//b", "./a", "a\\b", "a\0", 5, None, "manifest.json"]
+)
+@pytest.mark.parametrize("field", ["name", "path"])
+def test_a_manifest_that_names_a_file_elsewhere_is_not_believed(field: str, path: object) -> None:
+    for kind in ("files", "records"):
+        fields = {**json.loads(_manifest().to_json()), kind: [{**_FILE, field: path}]}
+        with pytest.raises(DamagedManifestError, match=r"place is not a manifest \(it lists a file called"):
+            Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"stage": "generate"}, "speaks of generate/abab"),
+        ({"key": "cd" * 32}, "speaks of train/cdcd"),
+        ({"inputs": {"dataset": {**_INPUT, "key": "../" + "d" * 61}}}, "input dataset is no artifact"),
+        ({"inputs": {"dataset": {**_INPUT, "stage": "../.."}}}, "input dataset is no artifact"),
+        ({"inputs": {"dataset": {**_INPUT, "digest": 5}}}, "input dataset is no artifact"),
+        ({"inputs": {"dataset": {}}}, "stage"),
+        ({"inputs": []}, "items"),
+        ({"files": [{**_FILE, "size": -1}]}, "size or sha256 of a.bin"),
+        ({"files": [{**_FILE, "sha256": "../" * 10}]}, "size or sha256 of a.bin"),
+        ({"files": None}, "not iterable|after"),
+        ({"summary": []}, "summary is no JSON object"),
+        ({"surplus": 1}, "surplus"),
+    ],
+)
+def test_a_manifest_that_is_not_what_it_should_be_is_not_believed(changes: dict[str, Any], reason: str) -> None:
+    text = json.dumps({**json.loads(_manifest().to_json()), **changes}).encode()
+    with pytest.raises(DamagedManifestError, match=reason):
+        Manifest.read(text, "place", STAGE, KEY)
+
+
+def test_a_manifest_that_is_nested_without_end_is_not_believed() -> None:
+    with pytest.raises(DamagedManifestError):
+        Manifest.read(b"[" * 100_000, "place", STAGE, KEY)
+
+
+def test_what_a_manifest_of_a_newer_format_was_made_from_can_be_seen() -> None:
+    fields = {**json.loads(_manifest().to_json()), "novelty": 1, "inputs": {"a": _INPUT, "b": {"stage": "..", "key": "x"}, "c": 1}}
+    with pytest.raises(DamagedManifestError) as caught:
+        Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
+    assert caught.value.inputs == (("dataset", "d" * 64),)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "part-00042.parquet", "no-suffix", "two.dots.tar.gz"])
+@pytest.mark.parametrize("content", [b"", b"weights", bytes(range(256)) * 9000])
+def test_a_file_comes_back_with_its_bytes(store: ArtifactStore, put, name: str, content: bytes) -> None:
+    record = put(content, name)
+    assert (record.name, record.path, record.size) == (name, name, len(content))
+    manifest = store.commit(_manifest(record))
+    assert store.fetch(manifest, name).read_bytes() == content
+
+
+def test_the_same_bytes_again_are_the_same_file(place: Place, put) -> None:
+    first = put(b"weights")
+    before = place.contents()
+    assert put(b"weights") == first and place.contents() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "no-suffix", "two.dots.tar.gz"])
+def test_other_bytes_under_a_taken_name_get_another_path_and_both_stay_readable(store: ArtifactStore, put, name: str) -> None:
+    records = [put(content, name) for content in (b"first", b"second", b"third")]
+    assert len({record.path for record in records}) == 3 and {record.name for record in records} == {name}
+    assert all(Path(record.path).suffixes[-1:] == Path(name).suffixes[-1:] or "." not in name for record in records)
+    assert [store.fetch_file(STAGE, KEY, record).read_bytes() for record in records] == [b"first", b"second", b"third"]
+    assert [put(content, name) for content in (b"first", b"second", b"third")] == records
+
+
+def test_files_of_one_name_that_are_put_at_once_all_stay_readable(store: ArtifactStore, put) -> None:
+    contents = [bytes([number % 4]) * 100_000 for number in range(12)]
+    records = _together(12, lambda number: put(contents[number]))
+    assert [store.fetch_file(STAGE, KEY, record).read_bytes() for record in records] == contents
+    assert len({record.path for record in records}) == 4
+
+
+def test_a_changed_file_is_refused(place: Place, put) -> None:
+    manifest = place.store.commit(_manifest(put(b"weights")))
+    for content in (b"weightz", b"weight", b""):
+        place.damage(f"{STAGE}/{KEY}/model.safetensors", content)
+        with pytest.raises(StoreError, match=r"model\.safetensors was changed after it was made"):
+            place.store.fetch(manifest, "model.safetensors")
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weights")
+    assert place.store.fetch(manifest, "model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("place", ["folder"], indirect=True)  # of a bucket's file, the copy that was checked is read again
+def test_a_file_that_changes_after_it_was_read_is_refused_at_the_next_reading(place: Place, put) -> None:
+    manifest = place.store.commit(_manifest(put(b"weights")))
+    place.store.fetch(manifest, "model.safetensors")
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weightz")
+    with pytest.raises(StoreError, match="was changed"):
+        place.store.fetch(manifest, "model.safetensors")
+
+
+def test_a_file_that_is_gone_is_named(place: Place, put) -> None:
+    manifest = place.store.commit(_manifest(put(b"weights")))
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", None)
+    with pytest.raises(StoreError, match=r"model\.safetensors is gone"):
+        place.store.fetch(manifest, "model.safetensors")
+
+
+def test_a_name_whose_file_was_damaged_does_not_hide_the_right_bytes(place: Place, put) -> None:
+    put(b"weights")
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weightz")
+    record = put(b"weights")
+    assert place.store.fetch_file(STAGE, KEY, record).read_bytes() == b"weights"
+    place.damage(f"{STAGE}/{KEY}/{record.path}", b"weighty")
+    with pytest.raises(StoreError, match="damaged"):
+        put(b"weights")
+
+
+def test_asking_for_a_file_that_the_artifact_does_not_have_names_those_it_has(store: ArtifactStore, put) -> None:
+    manifest = store.commit(_manifest(put(b"1", "a.bin"), records=(put(b"2", "b.json"),)))
+    with pytest.raises(StoreError, match=r"no file 'c\.bin'; it has a\.bin, b\.json"):
+        store.fetch(manifest, "c.bin")
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_part_records_come_back_sorted_by_name_and_belong_to_one_key(store: ArtifactStore) -> None:
+    assert store.read_parts(STAGE, KEY) == {}
+    for part in (10, 2, 1):
+        store.put_part(STAGE, KEY, f"part-{part:05d}.parquet", {"rows": part, "quarantined": [["å", "reason"]]})
+    store.put_part(STAGE, "cd" * 32, "part-00000.parquet", {"rows": 0})
+    parts = store.read_parts(STAGE, KEY)
+    assert list(parts) == ["part-00001.parquet", "part-00002.parquet", "part-00010.parquet"]
+    assert parts["part-00010.parquet"] == {"rows": 10, "quarantined": [["å", "reason"]]}
+
+
+def test_the_first_record_of_a_part_stays(store: ArtifactStore) -> None:
+    records = [{"rows": number} for number in range(8)]
+    _together(8, lambda number: store.put_part(STAGE, KEY, "part-0", records[number]))
+    first = store.read_parts(STAGE, KEY)["part-0"]
+    store.put_part(STAGE, KEY, "part-0", {"rows": 99})
+    assert first in records and store.read_parts(STAGE, KEY) == {"part-0": first}
+
+
+def test_discarding_work_removes_records_and_state_and_leaves_the_artifact(place: Place, put) -> None:
+    store = place.store
+    manifest = store.commit(_manifest(put(b"weights")))
+    store.put_part(STAGE, KEY, "part-0", {"rows": 1})
+    store.put_part(STAGE, "cd" * 32, "part-0", {"rows": 2})
+    committed = {name for name in place.contents() if KEY in name and "part" not in name}
+    store.discard_work(STAGE, KEY)
+    assert {name for name in place.contents() if KEY in name} == committed
+    assert store.read_parts(STAGE, KEY) == {} and store.fetch(manifest, "model.safetensors").read_bytes() == b"weights"
+    assert store.read_parts(STAGE, "cd" * 32) == {"part-0": {"rows": 2}}
+    store.discard_work(STAGE, KEY)  # nothing left to remove is no error
+
+
+def test_a_part_that_is_taken_back_can_be_recorded_anew(store: ArtifactStore) -> None:
+    for part in ("part-0", "part-1"):
+        store.put_part(STAGE, KEY, part, {"rows": 1})
+    for _ in range(2):  # what is not there need not be taken back
+        store.discard_part(STAGE, KEY, "part-0")
+        assert store.read_parts(STAGE, KEY) == {"part-1": {"rows": 1}}
+    store.put_part(STAGE, KEY, "part-0", {"rows": 2})
+    assert store.read_parts(STAGE, KEY) == {"part-0": {"rows": 2}, "part-1": {"rows": 1}}
+
+
+def test_files_that_are_discarded_are_gone_and_no_others(place: Place, put) -> None:
+    discarded = [put(b"1", ".work/step-1/a.bin"), put(b"2", ".work/step-1/b.bin")]
+    other, kept = put(b"other 2", ".work/step-1/b.bin"), put(b"3", ".work/step-2/a.bin")
+    for _ in range(2):  # what is gone need not be discarded
+        place.store.discard_files(STAGE, KEY, discarded)
+        for record in discarded:
+            with pytest.raises(StoreError, match="is gone"):
+                place.store.fetch_file(STAGE, KEY, record)
+    assert place.store.fetch_file(STAGE, KEY, other).read_bytes() == b"other 2"
+    assert place.store.fetch_file(STAGE, KEY, kept).read_bytes() == b"3"
+    place.store.discard_files(STAGE, KEY, [other, kept])
+    assert place.contents() == {}
+    assert put(b"again", ".work/step-1/a.bin").path == ".work/step-1/a.bin"
+
+
+@pytest.mark.parametrize("content", [b"", b'{"rows"', b"\xff\xfe", b"[1]", b"null"])
+def test_a_damaged_record_of_a_part_is_none_and_the_part_can_be_recorded_again(
+    place: Place, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    for part in ("part-0", "part-1"):
+        place.store.put_part(STAGE, KEY, part, {"rows": 1})
+    place.damage(f"{STAGE}/{KEY}/.parts/part-0.json", content)
+    assert place.store.read_parts(STAGE, KEY) == {"part-1": {"rows": 1}}
+    assert "part-0.json is damaged; its part is made again" in caplog.text
+    place.store.put_part(STAGE, KEY, "part-0", {"rows": 2})
+    assert place.store.read_parts(STAGE, KEY)["part-0"] == {"rows": 2}
+
+
+def test_discarding_a_file_leaves_those_whose_names_begin_alike(place: Place, put) -> None:
+    shortest, *others = [put(name.encode(), name) for name in ("a", "a.bin", "a-b", "ab/c")]
+    place.store.discard_files(STAGE, KEY, [shortest])
+    assert set(place.contents()) == {f"{STAGE}/{KEY}/{record.path}" for record in others}
+
+
+# What lies there -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_called_like_an_artifact_is_listed_with_its_files_and_nothing_else(place: Place, put) -> None:
+    before = time.time()
+    place.store.commit(_manifest(put(b"weights", key="2" * 64), key="2" * 64))
+    place.store.put_part("evaluate", "1" * 64, "part-0", {"rows": 1})
+    foreign = ["notes.txt", "train/notes.txt", "train/short/file", f"Train/{KEY}/file", f"a.b/{KEY}/file", f"train/{'2' * 65}/file"]
+    for name in [*foreign, f"train/{'G' * 64}/file"]:
+        place.damage(name, b"x")
+    names = [("evaluate", "1" * 64), ("train", "2" * 64)]
+    assert list(place.store.names()) == names
+    folders = list(place.store.folders())
+    assert [(stage, key) for stage, key, _ in folders] == names
+    assert [file.path for file in folders[0][2]] == [".parts/part-0.json"]
+    assert [(file.path, file.size) for file in folders[1][2]][1:] == [("model.safetensors", 7)] and len(folders[1][2]) == 2
+    for stage, key, files in folders:
+        assert place.store.list_files(stage, key) == files
+        assert all(before - 2 <= file.modified <= time.time() + 2 for file in files)
+    assert place.store.list_files("train", "3" * 64) == []
+
+
+def test_without_its_manifest_an_artifact_does_not_exist_and_can_be_committed_again(place: Place, put) -> None:
+    manifest = place.store.commit(_manifest(put(b"weights")))
+    for _ in range(2):  # what is gone need not be deleted
+        place.store.delete_manifest(STAGE, KEY)
+        assert place.store.read_manifest(STAGE, KEY) is None
+    assert list(place.contents()) == [f"{STAGE}/{KEY}/model.safetensors"]
+    assert place.store.commit(manifest) == manifest == place.store.read_manifest(STAGE, KEY)
+
+
+def test_exactly_the_files_that_are_named_are_deleted(place: Place, put) -> None:
+    for name in ("a", "a.bin", "ab/c", "ab/d"):
+        put(b"x", name)
+    put(b"x", "a", key="cd" * 32)
+    for _ in range(2):
+        place.store.delete_files(STAGE, KEY, ["a", "ab/c", "nowhere"])
+        assert set(place.contents()) == {f"{STAGE}/{KEY}/a.bin", f"{STAGE}/{KEY}/ab/d", f"{STAGE}/{'cd' * 32}/a"}
+    place.store.delete_files(STAGE, KEY, iter(["a.bin", "ab/d"]))
+    assert list(place.store.names()) == [(STAGE, "cd" * 32)], "an empty folder does not stay"
+
+
+@pytest.mark.parametrize("path", ["../x", "../../outside", "/outside", "a/../../../outside", ".", ""])
+def test_no_name_leads_a_deletion_out_of_the_artifact(place: Place, put, path: str) -> None:
+    put(b"x", "a")
+    place.damage("outside", b"x")
+    before = place.contents()
+    for stage, key, name in ((STAGE, KEY, path), ("..", KEY, "a"), (STAGE, path, "a")):
+        with pytest.raises(AssertionError):
+            place.store.delete_files(stage, key, [name])
+    assert place.contents() == before
+
+
+def test_a_use_is_noted_as_often_as_there_is_one_with_what_is_read(place: Place) -> None:
+    store = place.store
+    inputs = [("dataset", "1" * 64), ("tokenizer", "2" * 64)]
+    store.note_use(STAGE, KEY, reversed(inputs))
+    assert store.noted_inputs(STAGE, KEY) == inputs and store.read_manifest(STAGE, KEY) is None
+    place.age(f"{STAGE}/{KEY}/.used", 1000)
+    (old,) = store.list_files(STAGE, KEY)
+    store.note_use(STAGE, KEY)
+    (new,) = store.list_files(STAGE, KEY)
+    assert old.path == new.path == ".used" and 990 < new.modified - old.modified < 1010
+    assert store.noted_inputs(STAGE, KEY) == [] == store.noted_inputs(STAGE, "cd" * 32)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"inputs": [["..", "x"]]}', b'{"inputs": [1]}', b"\xff"])
+def test_a_note_of_use_that_cannot_be_read_names_no_inputs(place: Place, content: bytes) -> None:
+    place.damage(f"{STAGE}/{KEY}/.used", content)
+    assert place.store.noted_inputs(STAGE, KEY) == []
+
+
+def test_chunks_are_the_bytes_that_lie_there_now_whatever_was_read_before(place: Place, put) -> None:
+    content = bytes(range(256)) * 20_000
+    manifest = place.store.commit(_manifest(put(content)))
+    place.store.fetch(manifest, "model.safetensors")
+    assert b"".join(place.store.read_chunks(STAGE, KEY, "model.safetensors")) == content
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"other")
+    assert b"".join(place.store.read_chunks(STAGE, KEY, "model.safetensors")) == b"other"
+    place.damage(f"{STAGE}/{KEY}/model.safetensors", None)
+    with pytest.raises(FileNotFoundError):
+        list(place.store.read_chunks(STAGE, KEY, "model.safetensors"))
+
+
+def test_what_lies_behind_a_link_can_be_read_and_is_not_listed_for_removal(tmp_path: Path, local_store: LocalStore) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"weights")
+    elsewhere = LocalStore(tmp_path / "elsewhere")
+    for key in ("1" * 64, "2" * 64):
+        elsewhere.commit(_manifest(elsewhere.put_file(STAGE, key, "a", source), key=key))
+    (local_store.root / STAGE).mkdir(parents=True)
+    (local_store.root / STAGE / ("1" * 64)).symlink_to(elsewhere.root / STAGE / ("1" * 64))
+    (local_store.root / "linked").symlink_to(elsewhere.root / STAGE)
+    assert [manifest.key for manifest in local_store.manifests()] == ["1" * 64]
+    assert list(local_store.folders()) == [] and local_store.list_files(STAGE, "1" * 64) == []
+    with pytest.raises(AssertionError):
+        local_store.delete_files(STAGE, "1" * 64, ["a"])
+    assert elsewhere.read_manifest(STAGE, "1" * 64) is not None
+
+
+# Crashes -------------------------------------------------------------------------------------------------------------------
+
+_PUT = """
+import sys
+from pathlib import Path
+from pipelines.artifacts.open import open_store
+store, source = open_store(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+for number in range(100_000):
+    source.write_bytes(number.to_bytes(4) * 200_000)
+    record = store.put_file("train", "ab" * 32, f"file-{number:06d}.bin", source)
+    store.put_part("train", "ab" * 32, f"file-{number:06d}.bin", {"number": number, "path": record.path})
+"""
+
+
+@pytest.mark.parametrize("milliseconds", [5, 20, 45, 90])
+def test_a_process_that_is_killed_while_it_writes_leaves_no_half_file_under_a_name(
+    place: Place, tmp_path: Path, milliseconds: int
+) -> None:
+    command = [sys.executable, "-c", _PUT, place.store.uri, str(tmp_path / "source")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        while not place.store.read_parts(STAGE, KEY):
+            time.sleep(0.001)
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    files = {name.rpartition("/")[2]: content for name, content in place.contents().items() if name.endswith(".bin")}
+    assert files
+    for name, content in files.items():
+        number = int(name.removeprefix("file-").removesuffix(".bin"))
+        assert content == number.to_bytes(4) * 200_000, name
+    parts = place.store.read_parts(STAGE, KEY)
+    assert set(parts) <= set(files), "a part is recorded after its file"
+    # What was cut off can be written by the next run under its own name.
+    following = f"file-{len(files):06d}.bin"
+    source = tmp_path / "again"
+    source.write_bytes(b"whole")
+    assert place.store.put_file(STAGE, KEY, following, source).path == following
+
+
+# Digests -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_digest_names_the_content_and_not_how_it_came_about() -> None:
+    files = (FileRecord("a.bin", "a.bin", 1, "1" * 64), FileRecord("b.bin", "b.bin", 2, "2" * 64))
+    manifest = _manifest(*files, provenance={"seconds": 1.0})
+    same = [
+        replace(manifest, provenance={"seconds": 2.0, "code": "other"}),
+        replace(manifest, records=(FileRecord("history.json", "history.json", 5, "3" * 64),)),
+        replace(manifest, metrics={"loss": 1.0}),
+        replace(manifest, files=files[::-1]),
+        replace(manifest, files=(replace(files[0], path="a.0123456789ab.bin"), files[1])),
+    ]
+    other = [
+        replace(manifest, key="cd" * 32),
+        replace(manifest, stage="generate"),
+        replace(manifest, files=files[:1]),
+        replace(manifest, files=(replace(files[0], sha256="4" * 64), files[1])),
+        replace(manifest, files=(replace(files[0], name="c.bin"), files[1])),
+    ]
+    assert {each.digest for each in same} == {manifest.digest}
+    assert len({each.digest for each in [manifest, *other]}) == len(other) + 1
+
+
+def test_a_manifest_comes_back_from_json_with_its_digest() -> None:
+    manifest = _manifest(FileRecord("a.bin", "a.bin", 1, "1" * 64), summary={"rows": 3}, metrics={"loss": 1 / 3})
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert json.loads(manifest.to_json())["digest"] == manifest.digest
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(_VALUES)
+def test_canonical_json_says_the_value_and_nothing_of_its_order(value: Any) -> None:
+    def turned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: turned(value[key]) for key in reversed(value)}
+        return [turned(inner) for inner in value] if isinstance(value, list) else value
+
+    text = canonical_json(value)
+    assert canonical_json(turned(value)) == text and json.loads(text) == value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_canonical_json_refuses_numbers_that_equal_nothing(value: float) -> None:
+    for whole in (value, {"deep": [value]}):
+        with pytest.raises(ValueError, match="JSON"):
+            canonical_json(whole)
+
+
+# Places --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_that_can_be_written_says_nothing_and_keeps_nothing(place: Place) -> None:
+    place.store.check_writable()
+    assert place.contents() == {}
+
+
+def test_a_store_below_a_file_cannot_be_written_and_says_so(tmp_path: Path) -> None:
+    """Root may write everywhere, but not below a file."""
+    (tmp_path / "file").write_text("in the way")
+    store = open_store(str(tmp_path / "file" / "store"))
+    with pytest.raises(StoreError, match=rf"the store {tmp_path}/file/store cannot be written"):
+        store.check_writable()
+    assert store.read_manifest(STAGE, KEY) is None and list(store.manifests()) == []
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_file_system_without_hard_links_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch) -> None:
+    """Such as many that a network or a container mounts."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    store = open_store(str(tmp_path / "store"))
+    sentence = rf"the store {tmp_path}/store lies on a file system without hard links \(Operation not permitted\).*store=\.\.\."
+    with pytest.raises(StoreError, match=sentence):
+        store.check_writable()
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_kind_of_place_without_a_store_is_refused() -> None:
+    with pytest.raises(StoreError, match="ftp://host/folder"):
+        open_store("ftp://host/folder")
+
+
+def test_a_local_store_opens_relative_to_where_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store("runs/store")
+    monkeypatch.chdir("/")
+    assert store.uri == str(tmp_path / "runs" / "store") and store.place(STAGE, KEY).startswith(store.uri)
+
+
+def test_what_a_local_store_publishes_can_be_read_by_others(tmp_path: Path, local_store: LocalStore) -> None:
+    """Temporary files begin as private to their user; artifacts are shared."""
+    source = tmp_path / "source"
+    source.write_bytes(b"weights")
+    local_store.commit(_manifest(local_store.put_file(STAGE, KEY, "model.bin", source)))
+    folder = local_store.root / STAGE / KEY
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"model.bin": "0o644", MANIFEST: "0o644"}
+
+
+def test_a_note_that_cannot_be_read_is_not_taken_for_a_missing_one(tmp_path: Path) -> None:
+    """What it names would be removed as needed by nobody."""
+    local_store = LocalStore(tmp_path / "store")
+    assert local_store.noted_inputs("train", "k") == []
+    (local_store.root / "train" / "k" / ".used").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        local_store.noted_inputs("train", "k")

@@ -1,0 +1,133 @@
+"""What an artifact was made from and what was made from it: as names, as a tree, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from types import SimpleNamespace
+
+import networkx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from places import key_of, make
+from rich.console import Console
+
+from pipelines.artifacts import lineage
+from pipelines.artifacts.lineage import Lineage
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest, name_of
+
+
+@pytest.fixture
+def chain(local_store: LocalStore) -> SimpleNamespace:
+    store, made = local_store, SimpleNamespace()
+    made.dataset = make(store, "dataset/d", summary={"num_images": 5, "num_captions": 0, "class_names": ["[red]"]})
+    made.tokenizer = make(store, "tokenizer/t", made.dataset)
+    made.map = make(store, "token_map/m", made.dataset, made.tokenizer)
+    made.train = make(store, "train/x", made.map, made.tokenizer)
+    made.samples = make(store, "generate/g", made.train)
+    make(store, "train/unrelated")
+    return made
+
+
+def _shown(graph: Lineage, manifest: Manifest) -> list[str]:
+    text = io.StringIO()
+    for tree in lineage.trees(graph, manifest):
+        Console(file=text, width=200).print(tree, highlight=False)
+    return [" ".join(line.split()) for line in text.getvalue().splitlines()]
+
+
+def _short(manifest: Manifest) -> str:
+    return f"{manifest.stage}/{manifest.key[:12]}"
+
+
+def test_a_tree_shows_both_ways_and_opens_what_stands_twice_once(local_store: LocalStore, chain) -> None:
+    lines = _shown(Lineage(local_store.manifests()), chain.train)
+    dataset, tokenizer, token_map = (_short(each) for each in (chain.dataset, chain.tokenizer, chain.map))
+    assert lines == [
+        f"{_short(chain.train)} was made from",
+        f"├── {token_map} 11 B",
+        f"│ ├── {dataset} 9 B 5 images, 1 classes",
+        f"│ └── {tokenizer} 11 B",
+        f"│ └── {dataset} 9 B 5 images, 1 classes",
+        f"└── {tokenizer} (above)",
+        f"{_short(chain.train)} made",
+        f"└── {_short(chain.samples)} 10 B",
+    ]
+
+
+def test_what_is_gone_and_what_was_made_again_is_said(local_store: LocalStore, chain) -> None:
+    local_store.delete_manifest(*name_of(chain.dataset))
+    again = dataclasses.replace(chain.tokenizer, files=())
+    manifests = [again if name_of(found) == name_of(again) else found for found in local_store.manifests()]
+    lines = "\n".join(_shown(Lineage(manifests), chain.map))
+    assert f"{_short(chain.dataset)} not in this store" in lines
+    assert f"{_short(chain.tokenizer)} 0 B made again since, with other content" in lines
+    assert "made again" not in "\n".join(_shown(Lineage(local_store.manifests()), chain.samples))
+    assert _shown(Lineage(manifests), next(m for m in manifests if m.key == key_of("unrelated")))[1:] == [
+        "└── nothing",
+        f"train/{key_of('unrelated')[:12]} made",
+        "└── nothing",
+    ]
+
+
+def test_json_names_every_artifact_once_nearest_first(local_store: LocalStore, chain) -> None:
+    answer = json.loads(json.dumps(lineage.to_json(Lineage(local_store.manifests()), chain.samples)))
+    assert answer["descendants"] == []
+    ancestors = [entry["artifact"] for entry in answer["ancestors"]]
+    assert ancestors[0] == f"train/{chain.train.key}" and len(ancestors) == 4 == len(set(ancestors))
+    (dataset,) = (entry for entry in answer["ancestors"] if entry["artifact"].startswith("dataset/"))
+    assert dataset == {
+        "artifact": f"dataset/{chain.dataset.key}",
+        "is_in_store": True,
+        "digest": chain.dataset.digest,
+        "size": 9,
+        "phrase": "5 images, 1 classes",
+        "inputs": {},
+    }
+    local_store.delete_manifest(*name_of(chain.dataset))
+    answer = lineage.to_json(Lineage(local_store.manifests()), chain.samples)
+    assert {"artifact": f"dataset/{chain.dataset.key}", "is_in_store": False} in answer["ancestors"]
+
+
+_GRAPHS = st.integers(1, 9).flatmap(
+    lambda size: st.tuples(st.just(size), st.sets(st.tuples(st.integers(0, size - 1), st.integers(0, size - 1)), max_size=25))
+)
+
+
+def _graph(size: int, edges: set[tuple[int, int]]) -> Lineage:
+    """edges: (source, made from it); they may lead in a circle."""
+
+    def source(number: int) -> dict[str, str]:
+        return {"stage": "train", "key": key_of(str(number)), "digest": ""}
+
+    inputs = [{str(a): source(a) for a, b in sorted(edges) if b == number} for number in range(size)]
+    values = {"stage": "train", "stage_version": 1, "config": {}, "files": ()}
+    return Lineage(Manifest(**values, key=key_of(str(number)), inputs=inputs[number]) for number in range(size))  # type: ignore[arg-type]
+
+
+@given(_GRAPHS)
+def test_ancestors_descendants_and_order_are_those_of_networkx(drawn: tuple[int, set[tuple[int, int]]]) -> None:
+    size, edges = drawn
+    graph, reference = _graph(size, edges), networkx.DiGraph()
+    names = [("train", key_of(str(number))) for number in range(size)]
+    reference.add_nodes_from(names)
+    reference.add_edges_from((names[a], names[b]) for a, b in edges)
+    has_circle = not networkx.is_directed_acyclic_graph(reference)
+    for name in names:
+        itself = {name} if any(name in circle for circle in networkx.simple_cycles(reference)) else set()
+        assert set(graph.ancestors([name])) == networkx.ancestors(reference, name) | itself
+        assert set(graph.descendants([name])) == networkx.descendants(reference, name) | itself
+        assert lineage.trees(graph, graph.manifests[name]), "it ends"
+    ordered = graph.oldest_first(names)
+    assert sorted(ordered) == sorted(names)
+    if not has_circle:
+        assert all(ordered.index(names[a]) < ordered.index(names[b]) for a, b in edges)
+
+
+def test_a_chain_of_any_length_is_followed() -> None:
+    graph = _graph(1200, {(number, number + 1) for number in range(1199)})
+    names = [("train", key_of(str(number))) for number in range(1200)]
+    assert len(graph.ancestors([names[-1]])) == 1199 and graph.oldest_first(names) == names

@@ -1,0 +1,238 @@
+"""What a store in a bucket adds to the contract of test_artifacts.py: a cache that checks, and answers that get lost."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_server import S3Endpoint
+
+from pipelines.artifacts import transfer
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.s3_store import S3Store
+from pipelines.storage.base import StorageError, StoreError
+from pipelines.storage.s3 import S3Folder
+from pipelines.storage.s3_client import S3Config
+from pipelines.workflow import driver
+from pipelines.workflow.stage import Node, Stage, StageContext, StageResult
+
+STAGE, KEY = "train", "ab" * 32
+
+
+@pytest.fixture
+def store(make_bucket: Callable[..., S3Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    folder = make_bucket("team/store")
+    store = open_store(folder.uri, folder.config)
+    assert isinstance(store, S3Store)
+    return store
+
+
+@pytest.fixture
+def record(store: S3Store, tmp_path: Path) -> FileRecord:
+    (tmp_path / "source").write_bytes(b"weights")
+    return store.put_file(STAGE, KEY, "model.bin", tmp_path / "source")
+
+
+def _manifest(*files: FileRecord, **fields: Any) -> Manifest:
+    return Manifest(stage=STAGE, key=KEY, stage_version=1, config={}, inputs={}, files=files, **fields)
+
+
+def _gets(endpoint: S3Endpoint) -> int:
+    return sum(method == "GET" for method, _, _ in endpoint.requests)
+
+
+def test_a_file_is_downloaded_once_and_then_read_from_the_cache(store: S3Store, record, s3_endpoint: S3Endpoint, tmp_path) -> None:
+    path = store.fetch_file(STAGE, KEY, record)
+    before = len(s3_endpoint.requests)
+    assert store.fetch_file(STAGE, KEY, record) == path and len(s3_endpoint.requests) == before
+    assert path.is_relative_to(tmp_path / "cache") and path.suffix == ".bin" and path.read_bytes() == b"weights"
+
+
+def test_a_byte_that_flips_in_the_bucket_is_found_when_it_is_fetched(store: S3Store, record, s3_endpoint: S3Endpoint) -> None:
+    s3_endpoint.fill(store.folder, {f"{STAGE}/{KEY}/model.bin": b"weightz"})
+    with pytest.raises(
+        StoreError, match=rf"{store.uri}/{STAGE}/{KEY}/model\.bin was changed .* remove {store.uri}/{STAGE}/{KEY} to"
+    ):
+        store.fetch_file(STAGE, KEY, record)
+
+
+def test_a_byte_that_flips_on_the_way_is_fetched_again(store: S3Store, record, monkeypatch: pytest.MonkeyPatch) -> None:
+    download, answers = S3Folder.download, [b"weightz"]
+
+    def flip_once(self: S3Folder, name: str, path: Path) -> None:
+        download(self, name, path)
+        if answers:
+            path.write_bytes(answers.pop())
+
+    monkeypatch.setattr(S3Folder, "download", flip_once)
+    assert store.fetch_file(STAGE, KEY, record).read_bytes() == b"weights" and answers == []
+
+
+def test_a_copy_that_was_damaged_on_this_machine_is_fetched_again(store: S3Store, record) -> None:
+    store.fetch_file(STAGE, KEY, record).write_bytes(b"weightz")
+    assert store.fetch_file(STAGE, KEY, record).read_bytes() == b"weights"
+
+
+def test_a_commit_whose_answer_is_lost_is_ones_own(store: S3Store, record, s3_endpoint: S3Endpoint) -> None:
+    manifest = _manifest(record, provenance={"run": 1})
+    with s3_endpoint.fault("PUT", "manifest.json", lose=True) as fault:
+        assert store.commit(manifest) == manifest
+    assert fault.times == 0 and store.read_manifest(STAGE, KEY) == manifest
+
+
+def test_a_commit_that_was_overtaken_and_whose_answer_is_lost_adopts_the_other(store: S3Store, record, s3_endpoint) -> None:
+    other = store.commit(_manifest(record, provenance={"run": 1}))
+    with s3_endpoint.fault("PUT", "manifest.json", lose=True):
+        assert store.commit(_manifest(record, provenance={"run": 2})) == other
+
+
+def test_many_artifacts_are_listed_in_order_and_unfinished_ones_are_not(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+    manifests = [
+        Manifest(stage=stage, key=f"{key:064x}", stage_version=1, config={}, inputs={}, files=())
+        for stage in ("evaluate", "train")
+        for key in range(40)
+    ]
+    s3_endpoint.fill(store.folder, {f"{each.stage}/{each.key}/manifest.json": each.to_json() for each in manifests})
+    s3_endpoint.fill(store.folder, {f"train/{'f' * 64}/part-00000.parquet": b"", "readme.txt": b"", "train/notes.txt": b""})
+    assert list(store.manifests()) == manifests
+    assert next(store.manifests()) == manifests[0]
+
+
+def test_more_files_than_one_request_takes_are_deleted(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+    names = [f"{number:04d}" for number in range(1001)]
+    s3_endpoint.fill(store.folder, {f"{STAGE}/{KEY}/{name}": b"" for name in (*names, "kept")})
+    before = len(s3_endpoint.requests)
+    store.delete_files(STAGE, KEY, names)
+    assert len(s3_endpoint.requests) - before == 2
+    assert [file.path for file in store.list_files(STAGE, KEY)] == ["kept"]
+
+
+def test_a_deletion_that_is_refused_says_so(store: S3Store, record, s3_endpoint: S3Endpoint) -> None:
+    fault = s3_endpoint.fault("POST", "delete", status="403 Forbidden", code="AccessDenied", times=9)
+    with fault, pytest.raises(StorageError, match="no permission to delete it"):
+        store.delete_files(STAGE, KEY, [record.path])
+    assert [file.path for file in store.list_files(STAGE, KEY)] == [record.path]
+
+
+def test_objects_that_are_called_as_no_file_can_be_are_nobodys(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+    s3_endpoint.fill(store.folder, {f"{STAGE}/{KEY}/{name}": b"" for name in ("a//b", "a/../../b", "./c", "good")})
+    assert [file.path for file in store.list_files(STAGE, KEY)] == ["good"]
+    assert [[file.path for file in files] for _, _, files in store.folders()] == [["good"]]
+
+
+def test_manifests_are_read_many_at_once(store: S3Store, s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = {f"train/{key:064x}/manifest.json": replace(_manifest(), key=f"{key:064x}").to_json() for key in range(96)}
+    s3_endpoint.fill(store.folder, manifests)
+    read, lock, now, most = S3Folder.read, threading.Lock(), 0, 0
+
+    def slow(self: S3Folder, name: str, *arguments: Any) -> bytes:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return read(self, name, *arguments)
+
+    monkeypatch.setattr(S3Folder, "read", slow)
+    assert len(list(store.manifests())) == 96 and most >= 12
+
+
+def test_places_are_uris_in_the_bucket(store: S3Store) -> None:
+    assert store.uri.endswith("/team/store") and store.place(STAGE, KEY) == f"{store.uri}/{STAGE}/{KEY}"
+
+
+def test_a_store_is_opened_by_its_uri_and_travels_to_workers(store: S3Store, record) -> None:
+    """The environment names the endpoint, as it does where there is no configuration."""
+    for same in (open_store(f"{store.uri}/"), pickle.loads(pickle.dumps(store))):
+        assert same.uri == store.uri and same.fetch_file(STAGE, KEY, record).read_bytes() == b"weights"
+
+
+# Users that share a bucket ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    """Of stages that only join what they read."""
+
+
+def _write(config: NoConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    read = "".join(context.store.fetch(manifest, "text").read_text() for manifest in inputs.values())
+    return StageResult(files=[context.write("text", lambda path: path.write_text(f"{read}{context.stage} "))])
+
+
+def _refuse(config: NoConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    raise AssertionError(f"{context.stage} is computed again")
+
+
+def _nodes(run: Callable[..., StageResult]) -> list[Node]:
+    chain = ["dataset", "token_map", "train"]
+    sources: list[dict[str, str]] = [{}, {"dataset": "dataset"}, {"token_map": "token_map", "dataset": "dataset"}]
+    return [Node(name, Stage(name, 1, run), NoConfig(), inputs) for name, inputs in zip(chain, sources, strict=True)]
+
+
+def test_another_user_with_an_empty_disk_computes_nothing_again(
+    store: S3Store, make_session: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = driver.execute(_nodes(_write), make_session(store))
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "another-machine"))
+    second = driver.execute(_nodes(_refuse), make_session(open_store(store.uri, store.folder.config)))
+    assert [item.manifest for item in second] == [item.manifest for item in first] and all(item.is_reused for item in second)
+    path = store.fetch(second[-1].manifest, "text")
+    assert path.read_text() == "dataset token_map dataset train " and path.is_relative_to(tmp_path / "another-machine")
+
+
+def test_what_is_pulled_out_of_a_bucket_is_reused_without_it(
+    store: S3Store, make_session: Callable[..., Any], local_store: LocalStore
+) -> None:
+    done = driver.execute(_nodes(_write), make_session(store))
+    transfer.pull(store, local_store, transfer.with_inputs(store, done[-1].manifest))
+    again = driver.execute(_nodes(_refuse), make_session(local_store))
+    assert [item.manifest for item in again] == [item.manifest for item in done]
+
+
+# Places that will not do ---------------------------------------------------------------------------------------------------
+
+
+def test_a_store_that_may_not_be_written_says_so(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+    fault = s3_endpoint.fault("PUT", "", status="403 Forbidden", code="AccessDenied", times=9)
+    with fault, pytest.raises(StoreError, match=f"the store {store.uri} cannot be written: .*no permission to write it"):
+        store.check_writable()
+
+
+def test_a_store_that_overwrites_is_refused(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+    """An endpoint that does not know If-None-Match takes every write."""
+
+    def ignore_the_condition(environ: dict[str, Any]) -> bool:
+        environ.pop("HTTP_IF_NONE_MATCH", None)
+        return False
+
+    with s3_endpoint.fault("PUT", "") as fault:
+        fault.matches = ignore_the_condition
+        with pytest.raises(StoreError, match="overwrites what is there"):
+            store.check_writable()
+    assert list(store.folder.list()) == []
+
+
+def test_a_missing_bucket_is_no_empty_store(s3_endpoint: S3Endpoint) -> None:
+    store = open_store("s3://no-such-bucket/store", s3_endpoint.config)
+    with pytest.raises(StoreError, match=r"the store s3://no-such-bucket/store cannot be written: .*no such bucket"):
+        store.check_writable()
+    for act in (lambda: store.read_manifest(STAGE, KEY), lambda: list(store.manifests())):
+        with pytest.raises(StorageError, match="no such bucket"):
+            act()
+
+
+def test_an_endpoint_that_is_not_there_is_named(store: S3Store) -> None:
+    with pytest.raises(StoreError, match=r"cannot be written: .*http://127\.0\.0\.1:9 does not answer"):
+        open_store(store.uri, S3Config(endpoint_url="http://127.0.0.1:9")).check_writable()

@@ -1,0 +1,215 @@
+"""Artifacts from one store into another, and into plain files: whole or not at all, and going on where a transfer stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from places import Place, bucket_place, folder_place, key_of, make
+
+from pipelines.artifacts import transfer
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import MANIFEST, Manifest, name_of
+from pipelines.storage.base import StoreError, file_digest
+from pipelines.storage.s3 import S3Folder
+
+WEIGHTS = bytes(range(256)) * 3000
+
+
+@pytest.fixture(params=["folder to folder", "bucket to folder", "folder to bucket"])
+def places(
+    request: pytest.FixtureRequest, tmp_path: Path, make_bucket: Callable[..., S3Folder], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Place, Place]:
+    """A source and a target."""
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    source, _, target = request.param.split()
+    opened = [
+        folder_place(tmp_path / name) if kind == "folder" else bucket_place(make_bucket())
+        for name, kind in (("source", source), ("target", target))
+    ]
+    return opened[0], opened[1]
+
+
+@pytest.fixture
+def chain(places: tuple[Place, Place]) -> SimpleNamespace:
+    store, made = places[0].store, SimpleNamespace()
+    made.dataset = make(store, "dataset/d")
+    made.tokenizer = make(store, "tokenizer/t", made.dataset)
+    made.map = make(store, "token_map/m", made.dataset, made.tokenizer)
+    made.train = make(store, "train/x", made.map, made.tokenizer, files={"model.bin": WEIGHTS, "deep/b.bin": b"b", "empty": b""})
+    make(store, "train/unrelated")
+    return made
+
+
+def _names(manifests: list[Manifest]) -> list[tuple[str, str]]:
+    return [name_of(manifest) for manifest in manifests]
+
+
+def test_an_artifact_comes_alone_or_after_all_it_was_made_from(places: tuple[Place, Place], chain) -> None:
+    source, target = (place.store for place in places)
+    (alone,) = transfer.pull(source, target, [chain.train])
+    assert alone.manifest == chain.train == target.read_manifest(*name_of(chain.train)) and not alone.was_there
+    assert (alone.num_fetched, alone.size_fetched) == (3, len(WEIGHTS) + 1)
+    manifests = transfer.with_inputs(source, chain.train)
+    assert _names(manifests) == _names([chain.dataset, chain.tokenizer, chain.map, chain.train])
+    done = transfer.pull(source, target, manifests)
+    assert [each.was_there for each in done] == [False, False, False, True]
+    assert sorted(_names(list(target.manifests()))) == sorted(_names(manifests))
+    for manifest in manifests:
+        for record in manifest.files:
+            assert file_digest(target.fetch(manifest, record.name)) == record.sha256
+
+
+def test_done_again_nothing_is_fetched(places: tuple[Place, Place], chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = (place.store for place in places)
+    manifests = transfer.with_inputs(source, chain.train)
+    transfer.pull(source, target, manifests)
+    before = places[1].contents()
+    monkeypatch.setattr(type(source), "fetch_file", _forbidden)
+    done = transfer.pull(source, target, manifests)
+    assert all(each.was_there and each.num_fetched == 0 for each in done) and places[1].contents() == before
+
+
+def _forbidden(*_: Any) -> Path:
+    raise AssertionError("it is fetched again")
+
+
+def test_a_transfer_that_was_cut_off_goes_on_with_the_rest(
+    places: tuple[Place, Place], chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = (place.store for place in places)
+    original, fetched = type(source).fetch_file, []
+
+    def cut_off(self: Any, stage: str, key: str, record: Any) -> Path:
+        if record.name == "deep/b.bin":
+            deadline = time.monotonic() + 30
+            while len(fetched) < 2 and time.monotonic() < deadline:  # the others are on their way by then
+                time.sleep(0.005)
+            raise StoreError("the network is gone")
+        fetched.append(record.name)
+        return original(self, stage, key, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(source), "fetch_file", cut_off)
+        with pytest.raises(StoreError, match="the network is gone"):
+            transfer.pull(source, target, [chain.train])
+    assert target.read_manifest(*name_of(chain.train)) is None and sorted(fetched) == ["empty", "model.bin"]
+    (done,) = transfer.pull(source, target, [chain.train])
+    assert (done.num_fetched, done.size_fetched) == (1, 1)
+
+
+def test_bytes_that_a_cut_off_transfer_left_are_believed_only_if_they_are_right(places: tuple[Place, Place], chain) -> None:
+    """Wrong ones under the name stay there, and the manifest names the right ones beside them."""
+    source, target = (place.store for place in places)
+    places[1].damage(f"train/{chain.train.key}/model.bin", WEIGHTS[:-1] + b"x")
+    (done,) = transfer.pull(source, target, [chain.train])
+    assert done.manifest.file("model.bin").path != "model.bin" and done.manifest.digest == chain.train.digest
+    assert target.fetch(done.manifest, "model.bin").read_bytes() == WEIGHTS
+    again = transfer.pull(source, target, [chain.train])
+    assert again[0].was_there
+    target.delete_manifest(*name_of(chain.train))
+    (resumed,) = transfer.pull(source, target, [chain.train])
+    assert resumed.num_fetched == 0 and resumed.manifest.files == done.manifest.files
+
+
+def test_damage_in_the_source_is_found_and_nothing_comes_to_exist(places: tuple[Place, Place], chain) -> None:
+    places[0].damage(f"train/{chain.train.key}/model.bin", WEIGHTS[:-1] + b"x")
+    with pytest.raises(StoreError, match=r"model\.bin was changed after it was made"):
+        transfer.pull(places[0].store, places[1].store, [chain.train])
+    assert list(places[1].store.manifests()) == []
+
+
+def test_another_artifact_of_the_same_key_is_refused_before_anything_is_copied(places: tuple[Place, Place], chain) -> None:
+    """Of a stage that is not deterministic, made in both."""
+    source, target = (place.store for place in places)
+    make(target, "train/x", files={"model.bin": b"other weights"})
+    before = places[1].contents()
+    with pytest.raises(StoreError, match=rf"{target.uri} already has train/{chain.train.key[:12]} with other content"):
+        transfer.pull(source, target, transfer.with_inputs(source, chain.train))
+    assert places[1].contents() == before
+
+
+@pytest.mark.parametrize(("content", "what"), [(None, "is gone"), (b"{", "is damaged")])
+def test_inputs_that_cannot_come_are_named(places: tuple[Place, Place], chain, content: bytes | None, what: str) -> None:
+    places[0].damage(f"dataset/{chain.dataset.key}/{MANIFEST}", content)
+    with pytest.raises(StoreError, match=rf"dataset/{chain.dataset.key[:12]}, which .* was made from, {what}"):
+        transfer.with_inputs(places[0].store, chain.train)
+
+
+def test_inputs_that_lead_in_a_circle_come_once(local_store: LocalStore) -> None:
+    sources = {name: {"stage": "train", "key": key_of(name), "digest": ""} for name in "ab"}
+    for own, other in ("ab", "ba"):
+        inputs = {"x": sources[other]}
+        local_store.commit(Manifest(stage="train", key=key_of(own), stage_version=1, config={}, inputs=inputs, files=()))
+    first = local_store.read_manifest("train", key_of("a"))
+    assert first is not None and len(transfer.with_inputs(local_store, first)) == 2
+
+
+def test_progress_tells_of_every_byte_once(places: tuple[Place, Place], chain, tmp_path: Path) -> None:
+    manifests, counted = transfer.with_inputs(places[0].store, chain.train), []
+    total = sum(record.size for manifest in manifests for record in manifest.files)
+    for _ in range(2):
+        transfer.pull(places[0].store, places[1].store, manifests, counted.append)
+        assert sum(counted) == total
+        counted.clear()
+    for _ in range(2):
+        transfer.write_files(places[0].store, chain.train, tmp_path / "files", counted.append)
+        assert sum(counted) == len(WEIGHTS) + 1
+        counted.clear()
+
+
+# Plain files ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("places", ["bucket to folder"], indirect=True)
+def test_files_lie_under_their_names_beside_the_manifest(places: tuple[Place, Place], chain, tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "files"
+    done = transfer.write_files(places[0].store, chain.train, folder)
+    assert (done.num_fetched, done.was_there) == (3, False)
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert set(files) == {"model.bin", "deep/b.bin", "empty", MANIFEST}
+    assert files["model.bin"].read_bytes() == WEIGHTS and oct(files["model.bin"].stat().st_mode & 0o777) == "0o644"
+    assert Manifest.from_json(files[MANIFEST].read_bytes()) == chain.train
+    files["model.bin"].unlink()
+    assert transfer.write_files(places[0].store, chain.train, folder).num_fetched == 1
+    assert transfer.write_files(places[0].store, chain.train, folder).was_there
+
+
+def test_files_that_are_in_the_way_are_not_replaced(local_store: LocalStore, tmp_path: Path) -> None:
+    manifest, other = make(local_store, "train/a"), make(local_store, "train/b", files={"other.bin": b"x"})
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "file.bin").write_text("mine")
+    with pytest.raises(ValueError, match=r"file\.bin already is another file; name an empty folder"):
+        transfer.write_files(local_store, manifest, folder)
+    assert [path.name for path in folder.iterdir()] == ["file.bin"] and (folder / "file.bin").read_text() == "mine"
+    transfer.write_files(local_store, other, tmp_path / "others")
+    with pytest.raises(ValueError, match=r"manifest\.json already is another file"):
+        transfer.write_files(local_store, manifest, tmp_path / "others")
+    (folder / "file.bin").unlink()
+    (folder / "file.bin").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=r"file\.bin already is another file"):
+        transfer.write_files(local_store, manifest, folder)
+    assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside.bin", "/tmp/outside-of-everything.bin", "a/../../outside.bin"])
+def test_a_manifest_that_names_files_elsewhere_writes_nothing(local_store: LocalStore, tmp_path: Path, name: str) -> None:
+    """It is not believed already when it is read."""
+    manifest = make(local_store, "train/a")
+    path = local_store.root / "train" / manifest.key / MANIFEST
+    fields = json.loads(manifest.to_json())
+    for key in ("name", "path"):
+        fields["files"][0][key] = name
+        path.write_text(json.dumps(fields))
+        with pytest.raises(StoreError, match="is not a manifest"):
+            local_store.read_manifest(*name_of(manifest))
+    hostile = replace(manifest, inputs={"x": {"stage": "train", "key": manifest.key, "digest": ""}})
+    with pytest.raises(StoreError, match="is damaged"):
+        transfer.with_inputs(local_store, replace(hostile, key="f" * 64))

@@ -1,0 +1,140 @@
+"""Whether what is stored is still what was written: every kind of damage is named, and nothing is repaired."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import Place, make, open_place
+
+from pipelines.artifacts import verification
+from pipelines.artifacts.manifest import MANIFEST, Manifest
+from pipelines.artifacts.verification import Verdict
+from pipelines.storage.base import StorageError
+
+CONTENT = bytes(range(256)) * 10_000
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return open_place(request, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def manifest(place: Place) -> Manifest:
+    return make(place.store, "train/a", files={"model.bin": CONTENT, "other.bin": b"12", "empty": b""})
+
+
+def _verify(place: Place) -> list[Verdict]:
+    return list(verification.verify(place.store, verification.read_manifests(place.store)))
+
+
+def test_what_is_whole_is_said_to_be_and_every_byte_is_read(place: Place, manifest: Manifest) -> None:
+    other, counted = make(place.store, "dataset/b"), []
+    verdicts = list(verification.verify(place.store, [manifest, other], counted.append))
+    assert verdicts == [
+        Verdict("train", manifest.key, 3, len(CONTENT) + 2, ()),
+        Verdict("dataset", other.key, 1, len(b"dataset/b"), ()),
+    ]
+    assert sum(counted) == len(CONTENT) + 2 + len(b"dataset/b")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "model.bin is missing"),
+        (CONTENT[:-1], "model.bin has 2,559,999 bytes where 2,560,000 were written"),
+        (CONTENT + b"x", "model.bin has 2,560,001 bytes where 2,560,000 were written"),
+        (b"", "model.bin has 0 bytes where 2,560,000 were written"),
+        (b"\xff" + CONTENT[1:], "model.bin holds other bytes (sha256 "),
+    ],
+)
+def test_damage_is_named_though_the_file_was_read_before(
+    place: Place, manifest: Manifest, content: bytes | None, problem: str
+) -> None:
+    place.store.fetch(manifest, "model.bin")  # now caches know it
+    before = place.contents()
+    place.damage(f"train/{manifest.key}/model.bin", content)
+    damaged = place.contents()
+    (verdict,) = _verify(place)
+    assert len(verdict.problems) == 1 and verdict.problems[0].startswith(problem)
+    assert place.contents() == damaged != before, "nothing is repaired"
+
+
+def test_every_file_that_is_wrong_is_named_and_records_too(place: Place) -> None:
+    manifest = make(place.store, "train/a", files={"model.bin": b"1"})
+    history = make(place.store, "train/b", files={"history.json": b"{}"})
+    both = Manifest(**{**vars(manifest), "key": history.key, "records": history.files, "files": manifest.files})
+    (verdict,) = verification.verify(place.store, [both])
+    assert verdict.problems == ("model.bin is missing",) and verdict.num_files == 2
+    place.damage(f"train/{history.key}/history.json", b"[]")
+    (verdict,) = verification.verify(place.store, [both])
+    assert len(verdict.problems) == 2 and verdict.problems[1].startswith("history.json holds other bytes")
+
+
+def test_a_damaged_manifest_is_a_verdict_too(place: Place, manifest: Manifest) -> None:
+    place.damage(f"train/{manifest.key}/{MANIFEST}", b"{}")
+    other = make(place.store, "train/b")
+    verdicts = {verdict.key: verdict.problems for verdict in _verify(place)}
+    assert verdicts[other.key] == () and "manifest.json is not a manifest" in verdicts[manifest.key][0]
+
+
+def test_a_byte_that_flips_on_the_way_is_looked_at_again(place: Place, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, flips = type(place.store).read_chunks, ["other.bin"]
+
+    def flip_once(self: Any, stage: str, key: str, path: str) -> Any:
+        if path in flips:
+            flips.remove(path)
+            yield b"1!"
+        else:
+            yield from original(self, stage, key, path)
+
+    monkeypatch.setattr(type(place.store), "read_chunks", flip_once)
+    counted: list[int] = []
+    (verdict,) = verification.verify(place.store, [manifest], counted.append)
+    assert verdict.problems == () and flips == [] and sum(counted) == verdict.size
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), StorageError("s3://b/other.bin: the line is cut")])
+def test_what_cannot_be_read_is_named_and_the_rest_is_looked_at(
+    place: Place, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A disk may fail at one file, and of a bucket one object."""
+    others = [make(place.store, f"train/{name}") for name in ("b", "c")]
+    place.damage(f"train/{others[0].key}/file.bin", b"x" * len(b"train/b"))
+    original = type(place.store).read_chunks
+
+    def failing(self: Any, stage: str, key: str, path: str) -> Any:
+        if path == "other.bin":
+            raise error
+        return original(self, stage, key, path)
+
+    monkeypatch.setattr(type(place.store), "read_chunks", failing)
+    verdicts = {verdict.key: verdict for verdict in _verify(place)}
+    unread = verdicts[manifest.key]
+    assert unread.problems == (f"other.bin cannot be read ({getattr(error, 'strerror', error)})",) and not unread.is_readable
+    assert "holds other bytes" in verdicts[others[0].key].problems[0] and verdicts[others[0].key].is_readable
+    assert verdicts[others[1].key].problems == ()
+
+
+def test_a_manifest_that_cannot_be_read_is_a_verdict_too(place: Place, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, original = make(place.store, "train/b"), type(place.store).read_manifest
+
+    def failing(self: Any, stage: str, key: str) -> Any:
+        if key == manifest.key:
+            raise StorageError("refused (InternalError)")
+        return original(self, stage, key)
+
+    monkeypatch.setattr(type(place.store), "read_manifest", failing)
+    verdicts = {verdict.key: (verdict.problems, verdict.is_readable) for verdict in _verify(place)}
+    assert verdicts == {manifest.key: (("manifest.json cannot be read (refused (InternalError))",), False), other.key: ((), True)}
+
+
+@pytest.mark.parametrize("place", ["folder"], indirect=True)
+def test_a_folder_in_a_files_place_is_named(place: Place, manifest: Manifest) -> None:
+    folder = Path(place.store.place("train", manifest.key)) / "other.bin"
+    folder.unlink()
+    folder.mkdir()
+    assert _verify(place)[0].problems == ("other.bin is a folder",)

@@ -1,0 +1,311 @@
+"""`enat artifacts`: what a person or a program is told, exit codes, and that nothing goes before it is known what must stay."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from places import Place, folder_place, key_of, make, open_place
+from s3_server import S3Endpoint
+
+from pipelines.artifacts.manifest import MANIFEST, Manifest, name_of
+from pipelines.cli.artifacts import artifacts
+from pipelines.cli.import_weights import import_weights
+from pipelines.cli.options import s3_options
+from pipelines.cli.sample import sample
+from pipelines.storage.s3_client import S3Config
+from pipelines.tracking import run as tracking
+from pipelines.tracking import search
+
+DAY = 86400.0
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(tmp_path)
+    return open_place(request, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def chain(place: Place) -> SimpleNamespace:
+    """A dataset, a training on it of a megabyte, and samples of that, made two days ago."""
+    store, made = place.store, SimpleNamespace()
+    created = {"created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() - 2 * DAY))}
+    summary = {"name": "digits", "num_images": 9, "num_captions": 0, "class_names": []}
+    made.dataset = make(store, "dataset/d", summary=summary, provenance=created)
+    made.train = make(store, "train/x", made.dataset, files={"model.bin": bytes(1_000_000)}, provenance=created)
+    made.samples = make(store, "generate/g", made.train, provenance=created)
+    place.age("", 2 * DAY)
+    return made
+
+
+def _ask(place: Place, *arguments: object) -> Result:
+    return CliRunner().invoke(artifacts, [*map(str, arguments), "--store", place.store.uri])
+
+
+def _json(place: Place, *arguments: object) -> Any:
+    answer = _ask(place, *arguments, "--json")
+    assert answer.exit_code == 0, answer.output
+    return json.loads(answer.stdout)
+
+
+def _key(manifest: Manifest) -> str:
+    return f"{manifest.stage}/{manifest.key[:8]}"
+
+
+# ls ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_tells_size_age_key_dataset_and_what_it_is(place: Place, chain) -> None:
+    lines = [" ".join(line.split()) for line in _ask(place, "ls").stdout.splitlines()]
+    assert f"1.0 MB 2 d train/{chain.train.key[:12]} digits" in lines
+    assert f"9 B 2 d dataset/{chain.dataset.key[:12]} digits 9 images" in lines
+    assert lines[-1] == f"3 artifacts, 1.0 MB, in {place.store.uri}"
+    rows = _json(place, "ls", "--larger-than", "500kB", "--older-than", "1d", "--dataset", "digits")["artifacts"]
+    assert [(row["stage"], row["key"], row["size"], row["dataset"]) for row in rows] == [
+        ("train", chain.train.key, 10**6, "digits")
+    ]
+    assert next(row["stage"] for row in _json(place, "ls", "--sort", "size")["artifacts"]) == "train"
+    assert _json(place, "ls", "--newer-than", "36h")["artifacts"] == []
+
+
+def test_what_is_unfinished_is_listed_on_request(place: Place, chain) -> None:
+    place.store.put_part("train", key_of("cut off"), "checkpoint-1", {"step": 1})
+    (row,) = _json(place, "ls", "--unfinished")["unfinished"]
+    assert (row["stage"], row["key"], row["parts"]) == ("train", key_of("cut off"), 1)
+    assert f"train/{key_of('cut off')[:12]}" in _ask(place, "ls", "--unfinished").stdout
+    assert _ask(place, "ls", "--unfinished", "--stage", "train").exit_code == 2
+
+
+def test_a_damaged_manifest_is_named_and_the_others_are_listed(place: Place, chain, caplog: pytest.LogCaptureFixture) -> None:
+    place.damage(f"train/{chain.train.key}/{MANIFEST}", b"<html>")
+    assert [row["stage"] for row in _json(place, "ls")["artifacts"]] == ["dataset", "generate"]
+    assert f"train/{chain.train.key}/{MANIFEST} is not a manifest" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("ls", "--larger-than", "big"), "'big' is no size"),
+        (("ls", "--older-than", "30"), "'30' is no age"),
+        (("verify",), "give --all"),
+        (("gc", "--older-than", "5m"), "--older-than is at least 1h"),
+        (("pull", "train/", "--files", "x", "--with-inputs"), "leave --with-inputs out"),
+    ],
+)
+def test_bad_options_are_refused(place: Place, chain, arguments: tuple[str, ...], sentence: str) -> None:
+    before = place.contents()
+    answer = _ask(place, *arguments)
+    assert answer.exit_code == 2 and sentence in answer.output and place.contents() == before
+
+
+# show, pull, verify --------------------------------------------------------------------------------------------------------
+
+
+def test_lineage_is_shown_as_trees_and_told_as_json(place: Place, chain) -> None:
+    text = _ask(place, "show", _key(chain.train), "--lineage").stdout
+    assert "was made from" in text and f"dataset/{chain.dataset.key[:12]}" in text and f"generate/{chain.samples.key[:12]}" in text
+    answer = _json(place, "show", _key(chain.train), "--lineage")
+    assert [entry["artifact"] for entry in answer["lineage"]["ancestors"]] == [f"dataset/{chain.dataset.key}"]
+    assert answer["key"] == chain.train.key and "lineage" not in _json(place, "show", _key(chain.train))
+
+
+def test_what_is_pulled_with_its_inputs_is_whole_in_a_store_of_its_own(place: Place, chain, tmp_path: Path) -> None:
+    answer = _json(place, "pull", _key(chain.samples), "--to", tmp_path / "mine", "--with-inputs")
+    assert [row["artifact"] for row in answer["pulled"]] == [
+        "/".join(name_of(m)) for m in (chain.dataset, chain.train, chain.samples)
+    ]
+    mine = folder_place(tmp_path / "mine")
+    verified = _json(mine, "verify", "--all")
+    assert verified["is_whole"] and len(verified["artifacts"]) == 3
+    again = _ask(place, "pull", _key(chain.samples), "--to", tmp_path / "mine", "--with-inputs").stdout
+    assert again.count("was there") == 3
+    files = _ask(place, "pull", _key(chain.train), "--files", tmp_path / "files").stdout
+    assert "1 files, 1.0 MB fetched" in files and (tmp_path / "files" / "model.bin").stat().st_size == 10**6
+    assert _ask(place, "pull", _key(chain.train), "--to", place.store.uri).exit_code == 2
+
+
+def test_verifying_names_what_is_wrong_what_to_do_and_fails(place: Place, chain) -> None:
+    place.damage(f"train/{chain.train.key}/model.bin", bytes(999_999) + b"x")
+    answer = _ask(place, "verify", "--all")
+    assert answer.exit_code == 1 and "DAMAGED model.bin holds other bytes" in answer.stdout
+    assert "damaged: 1 of 3 artifacts. Remove each, and a run that needs it makes it again:" in answer.stdout
+    assert answer.stdout.endswith(f"{place.store.place(*name_of(chain.train))}\n")
+    assert _ask(place, "verify", _key(chain.dataset), _key(chain.samples)).exit_code == 0
+    place.damage(f"train/{chain.train.key}/{MANIFEST}", b"{")
+    answer = _ask(place, "verify", _key(chain.train), "--json")
+    assert answer.exit_code == 1 and not json.loads(answer.stdout)["artifacts"][0]["is_whole"]
+
+
+def test_what_cannot_be_read_is_told_and_fails(place: Place, chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = type(place.store).read_chunks
+
+    def failing(self: Any, stage: str, *rest: str) -> Any:
+        if stage == "dataset":
+            raise OSError(5, "Input/output error")
+        return original(self, stage, *rest)
+
+    monkeypatch.setattr(type(place.store), "read_chunks", failing)
+    answer = _ask(place, "verify", "--all")
+    assert answer.exit_code == 1 and "DAMAGED file.bin cannot be read (Input/output error)" in answer.stdout
+    assert answer.stdout.count("whole 1 files") == 2 and "What cannot be read may be whole" in answer.stdout
+
+
+# A bucket that everybody may read -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["bucket"], indirect=True)
+def test_a_public_bucket_is_listed_verified_and_pulled_from_without_credentials(
+    place: Place, chain, s3_endpoint: S3Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor with any variable that says where it is: the options say it all."""
+    bucket = place.store.uri.split("/")[2]
+    s3_endpoint.boto.put_bucket_acl(Bucket=bucket, ACL="public-read")
+    for entry in s3_endpoint.boto.list_objects_v2(Bucket=bucket)["Contents"]:
+        s3_endpoint.boto.put_object_acl(Bucket=bucket, Key=entry["Key"], ACL="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    public = ("--s3-endpoint", s3_endpoint.url, "--s3-region", "eu-north-1", "--s3-anonymous", "--s3-path-style")
+    before = len(s3_endpoint.requests)
+    assert len(_json(place, "ls", *public)["artifacts"]) == 3
+    assert _json(place, "show", _key(chain.train), *public)["key"] == chain.train.key
+    assert _json(place, "verify", "--all", *public)["is_whole"]
+    answer = _json(place, "pull", _key(chain.samples), "--to", tmp_path / "mine", "--with-inputs", *public)
+    assert len(answer["pulled"]) == 3 and folder_place(tmp_path / "mine").store.read_manifest(*name_of(chain.samples))
+    asked = s3_endpoint.requests[before:]
+    assert asked and all("AUTHORIZATION" not in headers and target.startswith(f"/{bucket}") for _, target, headers in asked)
+
+
+def test_the_options_of_a_bucket_are_what_a_command_gets() -> None:
+    given: list[S3Config] = []
+
+    @click.command()
+    @s3_options
+    def command(s3: S3Config) -> None:
+        given.append(s3)
+
+    for arguments in ([], ["--s3-endpoint", "http://host", "--s3-region", "eu-north-1", "--s3-anonymous", "--s3-path-style"]):
+        assert CliRunner().invoke(command, arguments).exit_code == 0
+    assert given == [S3Config(), S3Config(endpoint_url="http://host", region="eu-north-1", anonymous=True, path_style=True)]
+
+
+def test_every_command_that_opens_a_store_without_a_config_can_reach_any_bucket() -> None:
+    groups = [artifacts, import_weights]
+    for command in [*(each for group in groups for each in group.commands.values()), sample]:
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--s3-endpoint", "--s3-region", "--s3-anonymous", "--s3-path-style"} <= options, command.name
+
+
+# gc ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A real tracking store with one model of this program and one of somebody else."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    run = tracking.start_run(uri, tracking.TrackingConfig(uri=uri), "training", {})
+    tags = {"enat.digest": "d", "enat.created": "2026", "enat.artifact": f"train/{key_of('x')}", "enat.store": "/elsewhere"}
+    tags["enat.evaluation"] = f"evaluate/{key_of('scores')}"
+    assert run.register_model("enat-s-digits", {"README.md": b""}, tags, "a card", None) == "1"
+    assert run.register_model("other", {"README.md": b""}, {"enat.digest": "e", "enat.created": "2026"}, "", None) == "1"
+    return uri
+
+
+def test_the_registry_says_which_artifacts_are_models_and_their_evaluations(registry: str) -> None:
+    names = (f"train/{key_of('x')}", f"evaluate/{key_of('scores')}")
+    assert search.registered_artifacts(registry) == dict.fromkeys(names, "enat-s-digits version 1")
+
+
+def test_the_evaluation_of_a_registered_model_stays_with_its_samples(place: Place, chain, registry: str) -> None:
+    """It is what the next evaluation is compared with."""
+    scores = make(place.store, "evaluate/scores", chain.samples, chain.train, provenance={})
+    make(place.store, "evaluate/others", chain.samples, provenance={})
+    place.age("", 2 * DAY)
+    answer = _json(place, "gc", "--older-than", "1d", "--tracking-uri", registry, "--delete")
+    assert [(row["stage"], row["key"]) for row in answer["removals"]] == [("evaluate", key_of("others"))]
+    assert answer["kept"]["/".join(name_of(scores))] == "registered"
+    assert answer["kept"]["/".join(name_of(chain.samples))] == "needed"
+
+
+def test_without_delete_it_is_only_said_what_would_go(place: Place, chain, registry: str) -> None:
+    before = place.contents()
+    answer = _json(place, "gc", "--older-than", "1d", "--tracking-uri", registry)
+    assert [(row["stage"], row["kind"]) for row in answer["removals"]] == [("generate", "artifact")] and not answer["deleted"]
+    assert answer["kept"] == {f"train/{chain.train.key}": "registered", f"dataset/{chain.dataset.key}": "needed"}
+    text = _ask(place, "gc", "--older-than", "1d", "--tracking-uri", registry).stdout
+    assert "would be freed; --delete removes it" in text and "kept 2 artifacts (1 needed, 1 registered)" in text
+    assert place.contents() == before
+
+
+def test_deleting_says_what_was_freed_and_a_second_time_there_is_nothing(place: Place, chain, registry: str) -> None:
+    size = sum(len(content) for name, content in place.contents().items() if name.startswith("generate/"))
+    first = _json(place, "gc", "--older-than", "1d", "--tracking-uri", registry, "--delete")
+    assert first["deleted"] and first["bytes_by_stage"] == {"generate": size} and first["bytes"] == size
+    assert not any(name.startswith("generate/") for name in place.contents())
+    assert "0 B freed" in _ask(place, "gc", "--older-than", "1d", "--tracking-uri", registry, "--delete").stdout
+    assert place.store.fetch(chain.train, "model.bin").stat().st_size == 10**6
+
+
+def test_what_is_to_be_kept_is_kept_and_a_wrong_key_stops_everything(place: Place, chain) -> None:
+    before = place.contents()
+    options = ("gc", "--older-than", "1d", "--ignore-registry", "--delete")
+    assert _ask(place, *options, "--keep", "f00d").exit_code != 0 and place.contents() == before
+    answer = _json(place, *options, "--keep", _key(chain.train))
+    assert [row["stage"] for row in answer["removals"]] == ["generate"]
+
+
+@pytest.mark.parametrize("place", ["folder"], indirect=True)
+def test_nothing_is_deleted_while_the_registry_cannot_be_read(
+    place: Place, chain, enat: Callable[..., Any], tmp_path: Path
+) -> None:
+    before = place.contents()
+    options = ("artifacts", "gc", "--store", place.store.uri, "--older-than", "1d")
+    for uri in ("http://127.0.0.1:9", f"sqlite:///{tmp_path}/none.db"):
+        answer = enat(*options, "--tracking-uri", uri, "--delete")
+        assert answer.returncode == 1 and answer.stderr.count("\n") == 1 and place.contents() == before
+        assert "nothing is removed; name the server by --tracking-uri, or give --ignore-registry" in answer.stderr
+    assert enat("artifacts", "verify", "--all", "--store", place.store.uri).returncode == 0
+    answer = enat(*options, "--ignore-registry", "--delete")
+    assert answer.returncode == 0 and place.contents() == {}
+
+
+def test_a_damaged_manifest_is_told_of_and_its_folder_stays(place: Place, chain) -> None:
+    place.damage(f"train/{chain.train.key}/{MANIFEST}", b"<html>")
+    place.age("", 2 * DAY)
+    answer = _ask(place, "gc", "--older-than", "1d", "--ignore-registry", "--delete")
+    assert answer.exit_code == 0 and f"{MANIFEST} is not a manifest" in answer.stderr and "left alone" in answer.stderr
+    assert {name.split("/")[0] for name in place.contents()} == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ls"], "there is no store at"),
+        (["verify", "--all"], "there is no store at"),
+        (["gc"], "there is no store at"),
+        (["show", "train/x"], "there is no store at"),
+    ],
+)
+def test_a_store_that_is_not_there_is_no_empty_one(tmp_path: Path, arguments: list[str], said: str) -> None:
+    answer = CliRunner().invoke(artifacts, [*arguments, "--store", str(tmp_path / "mistyped")])
+    assert isinstance(answer.exception, ValueError) and said in str(answer.exception)
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_verifying_nothing_is_no_success(place: Place) -> None:
+    place.store.check_writable()
+    answer = _ask(place, "verify", "--all")
+    assert isinstance(answer.exception, ValueError) and "nothing was checked" in str(answer.exception)
+
+
+def test_a_stage_that_there_is_not_is_told_with_the_closest_one(place: Place, chain: SimpleNamespace) -> None:
+    answer = _ask(place, "ls", "--stage", "tarin")
+    assert isinstance(answer.exception, ValueError) and "there is no stage tarin; did you mean train?" in str(answer.exception)
+    assert [row["stage"] for row in _json(place, "ls", "--stage", "train")["artifacts"]] == ["train"]

@@ -1,0 +1,83 @@
+"""Jobs over planned rows: every row's record once, as soon as it is done, also where workers are lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from pipelines.cluster.data_stream import actor_pool, stream_records
+from pipelines.cluster.resources import Execution
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+ROWS = [{"part": part} for part in range(5)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_need_no_test_modules() -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Worker:
+    """Makes a record of a part, unless it is told what else to do with one. Notes every part that it is given."""
+
+    def __init__(self, folder: Path, deadly_part: int | None = None, lives: int = 1, broken_part: int | None = None) -> None:
+        self.folder, self.deadly_part, self.lives, self.broken_part = folder, deadly_part, lives, broken_part
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        part = int(batch["part"][0])
+        (self.folder / f"{part}-{time.monotonic_ns()}").touch()
+        if part == self.broken_part:
+            raise LookupError(f"part {part} is broken")
+        if part == self.deadly_part and len(list(self.folder.glob(f"{part}-*"))) <= self.lives:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"record": [{"part": part, "square": part * part}]}
+
+
+def _records(folder: Path, execution: Execution, **arguments: Any) -> list[dict[str, Any]]:
+    def job(rows: list[dict[str, Any]]) -> ray.data.Dataset:
+        pool = actor_pool(execution, len(rows))
+        return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            Worker, fn_constructor_args=(folder,), fn_constructor_kwargs=arguments, **pool
+        )
+
+    return list(stream_records(ROWS, job))
+
+
+def _times_given(folder: Path, part: int) -> int:
+    return len(list(folder.glob(f"{part}-*")))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_every_row_has_one_record_and_is_worked_on_once(tmp_path: Path, num_workers: int) -> None:
+    records = _records(tmp_path, Execution(num_workers=num_workers))
+    assert sorted(records, key=lambda record: record["part"]) == [{"part": part, "square": part**2} for part in range(5)]
+    assert [_times_given(tmp_path, part) for part in range(5)] == [1] * 5
+
+
+@pytest.mark.faults
+def test_the_rows_of_a_worker_that_was_killed_are_given_to_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = _records(tmp_path, Execution(), deadly_part=2, lives=1)
+    assert sorted(record["part"] for record in records) == list(range(5)), "no record twice, none missing"
+    assert _times_given(tmp_path, 2) == 2
+    assert _times_given(tmp_path, 0) == 1, "what was done before stays done"
+    assert "workers were lost (ActorDiedError); going on with " in caplog.text
+
+
+def test_an_error_of_the_work_itself_ends_the_job_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="part 1 is broken"):
+        _records(tmp_path, Execution(), broken_part=1)
+    assert _times_given(tmp_path, 1) == 1, "it would break again"
+
+
+def test_a_pool_is_no_larger_than_its_work() -> None:
+    assert actor_pool(Execution(num_workers=8), 3)["compute"].min_size == 3
+    assert actor_pool(Execution(num_workers=2), 3)["compute"].max_size == 2

@@ -1,0 +1,436 @@
+"""Comparisons: what is read from MLflow, runs as the pipeline logs them and all that may be odd about those; the command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from compare_lab import PROTOCOL, Lab, assert_self_contained, key_of, text_of
+from html_page import Page
+from PIL import Image
+
+from pipelines.cli import main
+from pipelines.cli.compare import compare as command
+from pipelines.comparison import columns, compare, table
+from pipelines.comparison import query as comparison_query
+from pipelines.comparison.page import Grids, grids_sentence
+from pipelines.comparison.query import Query
+from pipelines.comparison.sections import Row, Section
+from pipelines.tracking import search
+from pipelines.tracking.search import TrackingError
+
+# Rows ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_holds_what_tags_and_metrics_say(lab: Lab) -> None:
+    parent = lab.start("imagenet256-sizes")
+    run_id = lab.evaluate(parent=parent, variant="xl", model="enat-xl-imagenet", **{"input.model": "train/abc"})
+    (row,) = lab.rows()
+    assert row.run_ids == (run_id,) and row.config_run == "imagenet256-sizes"
+    assert (row.model, row.variant, row.label) == ("enat-xl-imagenet", "xl", "enat-xl-imagenet (xl)")
+    assert (row.dataset, row.resolution, row.parameters, row.train_steps) == ("imagenet", 256, 574_300_000, 500_000)
+    assert (row.num_steps, row.guidance_scale, row.num_samples, row.trained) == (8, 3.5, 50_000, "train/abc")
+    assert row.metrics == {"fid": 2.79, "gmacs_total": 347.0} and row.protocol == PROTOCOL
+    values = columns.record(row)
+    assert values["tmacs_total"] == pytest.approx(0.347) and values["source"] == "measured here"
+
+
+def test_an_evaluation_that_was_reused_is_one_row_the_newest_run_s(lab: Lab) -> None:
+    first = lab.evaluate({"fid": 2.79})
+    other = lab.evaluate({"fid": 3.0}, samples=key_of(2), num_steps=16)
+    newest = lab.evaluate({"fid": 2.79}, variant="again")
+    rows = {row.num_steps: row for row in lab.rows()}
+    assert rows[8].run_ids == (newest, first) and rows[8].variant == "again" and rows[16].run_ids == (other,)
+    started = lab.client.get_run(first).info.start_time / 1000
+    assert rows[8].measured.timestamp() == pytest.approx(started), "the day it was measured, not that it was reused"
+
+
+def test_the_newest_numbers_win_where_the_same_samples_were_scored_again(lab: Lab) -> None:
+    lab.evaluate({"fid": 9.0, "recall": 0.1})
+    newest = lab.evaluate({"fid": 2.0}, digest="other")
+    (row,) = lab.rows()
+    assert row.metrics == {"fid": 2.0} and row.run_ids[0] == newest
+    assert row.measured.timestamp() == pytest.approx(lab.client.get_run(newest).info.start_time / 1000)
+
+
+def test_runs_without_samples_are_never_taken_for_each_other(lab: Lab) -> None:
+    lab.evaluate(samples=None)
+    lab.evaluate(samples=None)
+    assert len(lab.rows()) == 2
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED", "RUNNING"])
+def test_what_did_not_finish_is_left_out(lab: Lab, status: str) -> None:
+    kept = lab.evaluate(samples=key_of(1))
+    lab.evaluate(samples=key_of(2), status=status)
+    assert [row.run_ids for row in lab.rows()] == [(kept,)]
+
+
+def test_what_was_deleted_or_belongs_elsewhere_is_left_out(lab: Lab) -> None:
+    kept = lab.evaluate(samples=key_of(1))
+    lab.client.delete_run(lab.evaluate(samples=key_of(2)))
+    lab.start("train", {"enat.stage": "train"}).finish()
+    replace(lab, experiment=f"{lab.experiment}-other").evaluate(samples=key_of(3))
+    assert [row.run_ids for row in lab.rows()] == [(kept,)]
+
+
+def test_several_experiments_can_be_compared(lab: Lab) -> None:
+    other = replace(lab, experiment=f"{lab.experiment}-other")
+    lab.evaluate(samples=key_of(1))
+    other.evaluate(samples=key_of(2))
+    found = comparison_query.compare(lab.uri, Query(experiments=(lab.experiment, other.experiment)), "none")
+    assert len(found.rows) == 2
+
+
+def test_what_is_missing_is_missing_and_not_zero(lab: Lab) -> None:
+    names = ("parameters", "train_steps", "num_steps", "guidance_scale", "resolution", "dataset")
+    lab.evaluate({"fid": 2.0, "recall": float("nan")}, **dict.fromkeys(names))
+    lab.evaluate({"gmacs_total": 1.0, "recall": 0.5}, samples=key_of(2), **dict.fromkeys(names))
+    first = next(row for row in lab.rows() if "fid" in row.metrics)
+    assert [getattr(first, name) for name in names] == [None] * 6 and first.metrics == {"fid": 2.0}
+    line = next(line for line in text_of(lab.compare()).splitlines() if "2.00" in line)
+    assert line.split()[:4] == ["enat-l-imagenet", "–", "2.00", "–"], "GMACs, FID, recall"
+    assert "parameters" not in table.to_json(lab.compare())["sections"][0]["rows"][0]
+
+
+def test_a_tag_that_is_no_number_is_shown_as_missing_and_named(lab: Lab) -> None:
+    run_id = lab.evaluate(parameters="many", guidance_scale="nan", num_steps="8.0")
+    found = lab.compare()
+    assert found.rows[0].parameters is None and found.rows[0].guidance_scale is None and found.rows[0].num_steps == 8
+    assert any(f"enat.parameters of run {run_id} is 'many'" in note for note in found.notes)
+
+
+def test_runs_of_before_there_were_such_tags_are_compared_as_far_as_they_say(lab: Lab) -> None:
+    tags = dict.fromkeys(("model", "variant", "dataset", "parameters"))
+    old = {"samples": None, "protocol": None, "input.samples": "generate/abc", **tags}
+    lab.evaluate({"frechet_distance": 6.5}, node="evaluate@untrained", **old)
+    found = lab.compare()
+    (row,) = found.rows
+    assert row.variant == "untrained" and row.samples == "generate/abc" and row.model == "evaluate"
+    assert any("it is not known how they were measured" in note for note in found.notes)
+    assert "how these were measured is not known" in text_of(found)
+
+
+# Finding -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nested(lab: Lab) -> dict[str, str]:
+    """A sweep of two config runs with one evaluation each, and a config run that is called like one of them."""
+    sweep = lab.start("sweep")
+    ids = {"sweep": str(sweep.run_id)}
+    for number, name in enumerate(("first", "second")):
+        config = lab.start(name, parent=sweep)
+        ids[name] = str(config.run_id)
+        ids[f"{name}/evaluate"] = lab.evaluate({"fid": 2.0 + number}, samples=key_of(number), parent=config)
+    ids["other/evaluate"] = lab.evaluate({"fid": 8.0}, samples=key_of(9), parent=lab.start("first"))
+    return ids
+
+
+def _found(rows: list[Row]) -> set[float]:
+    return {row.metrics["fid"] for row in rows}
+
+
+def test_runs_are_found_by_name_or_id_at_any_depth(lab: Lab, nested: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison_query, "_IDS_PER_QUERY", 1)
+    assert _found(lab.rows()) == {2.0, 3.0, 8.0}
+    assert _found(lab.rows("sweep")) == {2.0, 3.0} == _found(lab.rows(nested["sweep"]))
+    assert _found(lab.rows("first")) == {2.0, 8.0}, "every run of that name"
+    assert _found(lab.rows(nested["first"])) == {2.0} == _found(lab.rows(nested["first/evaluate"]))
+    assert _found(lab.rows("second", nested["other/evaluate"])) == {3.0, 8.0}
+    assert _found(lab.rows(filter="metrics.fid < 5")) == {2.0, 3.0}
+    assert _found(lab.rows("first", filter="metrics.fid < 5")) == {2.0}
+
+
+def test_a_run_is_found_by_id_in_whatever_experiment_it_is(lab: Lab, nested: dict[str, str]) -> None:
+    elsewhere = replace(lab, experiment=f"{lab.experiment}-empty")
+    elsewhere.start("nothing")
+    assert _found(elsewhere.rows(nested["sweep"])) == {2.0, 3.0}
+    by_id = comparison_query.compare(lab.uri, Query(experiments=("nowhere",), runs=(nested["sweep"],)), "none")
+    assert len(by_id.rows) == 2 and by_id.experiment == lab.experiment, "an id needs no experiment"
+
+
+def test_nothing_found_says_what_was_searched_and_what_exists(lab: Lab, nested: dict[str, str]) -> None:
+    lab.evaluate(samples=key_of(4), status="FAILED", parent=lab.start("broken"))
+    with pytest.raises(ValueError, match="no finished evaluation") as caught:
+        lab.compare("third", "fourth")
+    message = str(caught.value)
+    assert f"experiment '{lab.experiment}'" in message and "runs 'third', 'fourth'" in message and "\n" not in message
+    assert "9 runs, 4 of them evaluations (3 finished), of broken, first, sweep" in message and lab.uri in message
+    with pytest.raises(ValueError, match=r"no finished evaluation of 'third' is .* runs 'first', 'third'"):
+        lab.compare("first", "third")
+    with pytest.raises(ValueError, match=r"filter 'metrics.fid > 100'; there are 9 runs"):
+        lab.compare(filter="metrics.fid > 100")
+
+
+def test_what_exists_is_counted_up_to_a_limit_that_is_told(
+    lab: Lab, nested: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison_query, "_RUNS_COUNTED", 3)
+    with pytest.raises(ValueError, match=r"there are at least 3 runs; the newest are 3 runs, \d of them evaluations"):
+        lab.compare("third")
+
+
+def test_how_samples_were_made_is_asked_for_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        lab.generate(key_of(number), num_steps=number)
+        lab.evaluate(samples=key_of(number))
+    asked: list[str] = []
+    original = search.search_runs
+
+    def search_runs(uri: str, ids: Any, filter_string: str = "", **limits: Any) -> Any:
+        asked.append(filter_string)
+        return original(uri, ids, filter_string, **limits)
+
+    monkeypatch.setattr(search, "search_runs", search_runs)
+    rows = lab.rows()
+    assert {row.generated["sampler.num_steps"] for row in rows if row.generated} == {"0", "1", "2", "3"}
+    assert sum("generate" in question for question in asked) == 1
+
+
+def test_an_empty_experiment_says_so(lab: Lab) -> None:
+    with pytest.raises(ValueError, match=r"there are no runs, and the experiments are .*lab-"):
+        lab.compare()
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        (Query(experiments=("nowhere",)), "there is no experiment 'nowhere' at sqlite"),
+        (Query(experiments=("Default",), runs=("0" * 32,)), f"there is no run {'0' * 32}"),
+        (Query(experiments=("Default",), filter="fid is low"), "MLflow refuses what is asked"),
+        (Query(experiments=("Default",), filter="metrics.fid < 3 or metrics.fid > 4"), "MLflow refuses what is asked"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_answered_in_a_sentence(lab: Lab, query: Query, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        comparison_query.compare(lab.uri, query)
+
+
+def test_a_deleted_run_is_not_found_by_its_id(lab: Lab) -> None:
+    run_id = lab.evaluate()
+    lab.client.delete_run(run_id)
+    with pytest.raises(ValueError, match=f"there is no run {run_id}"):
+        lab.compare(run_id)
+
+
+def test_a_tracking_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mlflow\.db, which does not exist"):
+        comparison_query.compare(f"sqlite:///{tmp_path}/mlflow.db", Query())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracking_store_that_is_broken_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "broken.db").write_bytes(b"no database")
+    with pytest.raises(TrackingError, match=r"tracking at .* cannot be read") as caught:
+        comparison_query.compare(f"sqlite:///{tmp_path}/broken.db", Query())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[int], str]]:
+    """The address of a server that answers everything with this status."""
+
+    def start(status: int) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+
+            do_POST = do_GET  # noqa: N815 (http.server's name)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"127.0.0.1:{servers[-1].server_port}"
+
+    servers: list[ThreadingHTTPServer] = []
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [
+        (None, "does not answer: start the server, or name another by --tracking-uri, tracking.uri or MLFLOW_TRACKING_URI"),
+        (401, "does not know this user or password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "),
+        (403, "does not allow this user (403): ask its administrator, or sign in by another MLFLOW_TRACKING_USERNAME"),
+        (404, "is no MLflow server (404): name one by --tracking-uri"),
+    ],
+)
+def test_a_server_that_does_not_let_us_in_is_one_sentence_with_what_to_do(
+    answering: Callable[[int], str], status: int | None, sentence: str
+) -> None:
+    """Nothing of urllib3, requests or the response's body, and no password."""
+    address = answering(status) if status else "127.0.0.1:9"
+    with pytest.raises(ValueError, match="^" + re.escape(f"tracking at http://{address} {sentence}")) as caught:
+        comparison_query.compare(f"http://reader:secret@{address}", Query())
+    assert not re.search("secret|API|HTTP|Max retries", str(caught.value).replace(f"http://{address}", ""))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        search.find_model(f"http://{address}", "enat@newest")
+
+
+# Samples -------------------------------------------------------------------------------------------------------------------
+
+
+def _png(shade: int, size: tuple[int, int] = (40, 20)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (shade, 10, 20)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_sample_grids_stand_side_by_side_once_for_each_set_of_samples(lab: Lab) -> None:
+    lab.generate(key_of(1), num_steps=8)
+    lab.generate(key_of(2), num_steps=16)
+    lab.evaluate(samples=key_of(1), grid=_png(50), model="small", parameters=1)
+    lab.evaluate(samples=key_of(1), grid=_png(50), model="small", parameters=1, protocol={**PROTOCOL, "num_samples": 9})
+    lab.evaluate(samples=key_of(2), grid=_png(99), model="large", parameters=2)
+    lab.evaluate(samples=key_of(3), model="without", parameters=3)
+    found = lab.compare()
+    page = Page.parse(compare.make_files(found, "compare-test", compare.read_grids(found)).page)
+    shown = {alt: np.asarray(image)[0, 0].tolist() for alt, image in page.images.items() if alt.startswith("samples of")}
+    assert {alt.partition(",")[0]: pixel for alt, pixel in shown.items()} == {
+        "samples of small": [50, 10, 20],
+        "samples of large": [99, 10, 20],
+    }
+    assert "drawn with the same seeds (run seed 0)" in page.text
+
+
+def test_a_grid_that_was_removed_is_taken_from_the_run_before(lab: Lab) -> None:
+    lab.evaluate(grid=_png(7))
+    lab.evaluate()
+    ((_, image),) = compare.read_grids(lab.compare()).shown
+    assert np.asarray(image)[0, 0].tolist() == [7, 10, 20]
+
+
+@pytest.mark.parametrize("content", [b"", b"text", _png(1)[:60], _png(1, (9000, 9000))])
+def test_what_is_no_picture_or_too_large_is_left_out(lab: Lab, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    lab.evaluate(samples=key_of(1), grid=content)
+    lab.evaluate(samples=key_of(2), grid=_png(8), num_steps=16)
+    with caplog.at_level(logging.WARNING, "pipelines"):
+        grids = compare.read_grids(lab.compare())
+    assert [row.num_steps for row, _ in grids.shown] == [16]
+    assert "samples.png of run" in caplog.text and "is left out" in caplog.text
+
+
+def test_a_file_over_the_limit_is_not_fetched(lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    lab.evaluate(grid=_png(8))
+    monkeypatch.setattr(compare, "_MAX_GRID_BYTES", 10)
+    assert compare.read_grids(lab.compare()) == Grids() and "at most 10 are read" in caplog.text
+
+
+def test_grids_beyond_the_limit_are_counted(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "_MAX_GRIDS", 2)
+    for number in range(2):
+        lab.evaluate(samples=key_of(number), num_steps=number + 1, grid=_png(number))
+    assert compare.read_grids(lab.compare()).num_left_out == 0
+    for number in range(2, 5):
+        lab.evaluate(samples=key_of(number), num_steps=number + 1, grid=_png(number))
+    grids = compare.read_grids(lab.compare())
+    assert len(grids.shown) == 2 and grids.num_left_out == 3
+    assert "3 more sets of samples are not shown" in grids_sentence(grids)
+
+
+def test_the_page_says_whether_seeds_are_the_same(lab: Lab) -> None:
+    lab.evaluate(samples=key_of(1))
+    (row,) = lab.rows()
+    other = replace(row, generated={"seed": "1"})
+    image = Image.new("RGB", (1, 1))
+    assert "not known" in grids_sentence(Grids(((row, image), (other, image)))) and grids_sentence(Grids()) == ""
+    third = replace(row, generated={"seed": "2"})
+    assert "different seeds (1, 2)" in grids_sentence(Grids(((other, image), (third, image))))
+
+
+# The command ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(lab: Lab, tmp_path: Path) -> Callable[..., Result]:
+    def ask(*arguments: str) -> Result:
+        line = ["--tracking-uri", lab.uri, "--experiment", lab.experiment, *(text.format(folder=tmp_path) for text in arguments)]
+        return CliRunner().invoke(command, line)
+
+    return ask
+
+
+def test_a_comparison_is_written_and_logged(lab: Lab, ask: Callable[..., Result], tmp_path: Path) -> None:
+    ids = [lab.evaluate(samples=key_of(number), num_steps=steps, grid=_png(number)) for number, steps in enumerate((8, 16))]
+    result = ask("--csv", "{folder}/new/c.csv", "--png", "{folder}/c.png", "--html", "{folder}/c.html")
+    assert result.exit_code == 0, result.output
+    assert "imagenet, 256 px" in result.stdout and f"written {tmp_path}/c.html" in result.stdout
+    assert len(list(csv.reader((tmp_path / "new" / "c.csv").open()))) == 1 + 2 + 26
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.width > 1000
+    page = assert_self_contained((tmp_path / "c.html").read_text(encoding="utf-8"))
+    assert "Quoted from publications, not measured here" in page.text and page.tags["img"] == 2 + 2
+    experiment = lab.client.get_experiment_by_name(lab.experiment)
+    (logged,) = lab.client.search_runs([experiment.experiment_id], "tags.`enat.stage` = 'compare'")
+    assert logged.info.run_name.startswith("compare-") and logged.info.status == "FINISHED"
+    assert set(logged.data.tags["enat.compared_runs"].split(",")) == set(ids) and logged.data.tags["enat.num_compared"] == "2"
+    files = {file.path for file in lab.client.list_artifacts(logged.info.run_id)}
+    assert files == {"compare.html", "compare.csv", "compare.json", "compare.png"}
+    assert ask("--no-log").exit_code == 0, "a logged comparison is no evaluation"
+    assert len(lab.client.search_runs([experiment.experiment_id], "tags.`enat.stage` = 'compare'")) == 1
+
+
+def test_json_is_all_that_goes_to_stdout(lab: Lab, ask: Callable[..., Result], tmp_path: Path) -> None:
+    run_id = lab.evaluate()
+    answer = json.loads(ask("--json", "--csv", "{folder}/c.csv", "--published", "none").stdout)
+    assert answer["files"] == {"csv": f"{tmp_path}/c.csv"} and answer["name"].startswith("compare-")
+    (section,) = answer["sections"]
+    assert section["protocol"] == PROTOCOL and section["published"] == []
+    assert section["rows"][0]["metrics"]["fid"] == 2.79 and section["rows"][0]["run_ids"] == [run_id]
+    assert lab.client.get_run(answer["logged_run"]).data.tags["enat.compared_runs"] == run_id
+
+
+def test_a_place_that_cannot_be_written_and_nothing_to_draw_are_sentences(
+    lab: Lab, ask: Callable[..., Result], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    lab.evaluate({"precision": 0.5})
+    result = ask("--no-log", "--csv", "{folder}/file/c.csv")
+    assert isinstance(result.exception, ValueError) and "c.csv cannot be written" in str(result.exception)
+    result = ask("--no-log", "--png", "{folder}/c.png")
+    assert isinstance(result.exception, ValueError) and "there is nothing to draw into" in str(result.exception)
+
+
+def test_nothing_found_is_exit_code_2_and_one_line(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "compare" not in main.commands.commands:
+        monkeypatch.setitem(main.commands.commands, "compare", command)
+    monkeypatch.setattr(sys, "argv", ["enat", "compare", "none", "--tracking-uri", lab.uri, "--experiment", lab.experiment])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    error = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and error[-1].startswith("enat: no finished evaluation is at sqlite") and "runs 'none'" in error[-1]
+
+
+def test_more_ids_than_a_tag_holds_are_cut_between_two(lab: Lab) -> None:
+    ids = [f"{number:032x}" for number in range(400)]
+    joined = compare._joined(ids)
+    assert len(joined) <= 5000 and joined.split(",") == ids[: len(joined.split(","))] and len(joined.split(",")) == 151
+
+
+def test_a_section_needs_no_rows_that_have_scores(lab: Lab) -> None:
+    lab.evaluate({})
+    (section,) = lab.compare(published="auto").sections
+    assert isinstance(section, Section) and section.distance is None and not section.published
+    assert "enat-l-imagenet" in text_of(lab.compare())

@@ -1,0 +1,205 @@
+"""Which numbers stand beside each other, and beside what others published."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from compare_lab import PROTOCOL, Lab, key_of, text_of
+from html_page import Page
+
+from pipelines.comparison import columns as comparison_columns
+from pipelines.comparison import compare, sentences
+from pipelines.comparison import sections as comparison_sections
+from pipelines.comparison.page import Grids
+
+# Protocols -----------------------------------------------------------------------------------------------------------------
+
+
+def test_unequal_protocols_stand_in_sections_of_their_own(lab: Lab) -> None:
+    fewer = {**PROTOCOL, "num_samples": 5000}
+    lab.evaluate({"fid": 2.79})
+    lab.evaluate({"fid": 3.5}, samples=key_of(2), num_steps=16)
+    lab.evaluate({"fid": 9.99}, protocol=fewer)
+    lab.evaluate({"frechet_distance": 50.0}, protocol={**PROTOCOL, "extractor": "dinov2", "extractor_digest": "0" * 64})
+    found = lab.compare()
+    assert [section.name for section in found.sections] == ["A", "B", "C"]
+    by_values = {tuple(sorted(value for row in section.rows for value in row.metrics.values())) for section in found.sections}
+    assert by_values == {(2.79, 3.5), (9.99,), (50.0,)}
+    letters, rows = sentences.differences(found)
+    different = dict(rows)
+    assert letters == ["A", "B", "C"]
+    assert different.keys() == {"extractor", "num samples", "extractor digest"}, "only what differs"
+    assert Counter(different["num samples"]) == {"50,000": 2, "5,000": 1}
+    text = text_of(found)
+    assert "Numbers of different letters are not comparable" in text and "dinov2 features, 50,000 samples" in text
+
+
+def test_the_same_protocol_needs_no_letters(lab: Lab) -> None:
+    lab.evaluate(samples=key_of(1))
+    lab.evaluate(samples=key_of(2), protocol=dict(reversed(PROTOCOL.items())))
+    text = text_of(lab.compare())
+    assert "comparable" not in text and text.startswith("imagenet, 256 px\ninception features, 50,000 samples")
+
+
+def test_a_digest_tag_that_belongs_to_another_protocol_does_not_join_them(lab: Lab) -> None:
+    lab.evaluate(samples=key_of(1), protocol_digest="same")
+    lab.evaluate(samples=key_of(2), protocol={**PROTOCOL, "num_samples": 10}, protocol_digest="same")
+    assert len(lab.compare().sections) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", '"text"'])
+def test_a_protocol_that_cannot_be_read_counts_as_unknown(lab: Lab, text: str) -> None:
+    lab.evaluate(samples=key_of(1))
+    lab.evaluate(samples=key_of(2), protocol=text, protocol_digest=None)
+    found = lab.compare()
+    assert len(found.sections) == 2 and len(found.notes) == 1
+
+
+def test_sections_of_other_references_and_resolutions_are_apart(lab: Lab) -> None:
+    lab.evaluate(samples=key_of(1))
+    lab.evaluate(samples=key_of(2), resolution=512)
+    lab.evaluate(samples=key_of(3), protocol={**PROTOCOL, "reference": "digits, 256 px, adm-center", "reference_digest": "3" * 64})
+    assert [sentences.heading(section) for section in lab.compare().sections] == [
+        "digits, 256 px",
+        "imagenet, 256 px",
+        "imagenet, 512 px",
+    ]
+
+
+def test_a_section_is_of_what_it_was_measured_against_and_not_of_what_models_learned(lab: Lab) -> None:
+    lab.evaluate(samples=key_of(1))
+    lab.evaluate(samples=key_of(2), model="enat-l-imported", dataset="imported", train_steps=0)
+    lab.evaluate(samples=key_of(3), model="learned-elsewhere", dataset="my-photographs")
+    (section,) = lab.compare(published="auto").sections
+    assert sentences.heading(section) == "imagenet, 256 px" and section.published_dataset == "imagenet256"
+    rows = {row.model: comparison_columns.record(row) for row in section.rows}
+    assert rows["learned-elsewhere"]["dataset"] == "my-photographs"
+    assert not {"dataset", "train_steps"} & rows["enat-l-imported"].keys(), "what imported weights learned is not known"
+    assert "trained on" in [column.title for column in comparison_columns.columns_of(section)]
+
+
+def test_runs_of_unknown_protocols_are_told_apart_by_their_dataset(lab: Lab) -> None:
+    lab.evaluate(samples=key_of(1), protocol=None)
+    lab.evaluate(samples=key_of(2), protocol=None, dataset="digits")
+    assert [section.dataset for section in lab.compare().sections] == ["digits", "imagenet"]
+
+
+def test_letters_that_share_a_protocol_are_not_called_incomparable(lab: Lab) -> None:
+    lab.evaluate(samples=key_of(1))
+    lab.evaluate(samples=key_of(2), resolution=512)
+    assert "comparable" not in text_of(lab.compare())
+    lab.evaluate(samples=key_of(3), protocol={**PROTOCOL, "num_samples": 10})
+    letters, rows = sentences.differences(lab.compare())
+    assert sorted(map(len, letters)) == [1, 4] and dict(rows).keys() == {"num samples"}
+    assert "comparable only where their letters stand above the same column" in text_of(lab.compare())
+
+
+def test_more_sections_than_letters_have_names_too() -> None:
+    assert [comparison_sections._letters(number) for number in (0, 25, 26, 27, 701, 702)] == ["A", "Z", "AA", "AB", "ZZ", "AAA"]
+
+
+# Published numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_published_numbers_stand_beside_runs_of_their_dataset_only(lab: Lab) -> None:
+    lab.evaluate(samples=key_of(1))
+    digits = {**PROTOCOL, "reference": "digits, 16 px, adm-center", "reference_digest": "3" * 64}
+    lab.evaluate(samples=key_of(2), dataset="digits", resolution=16, protocol=digits)
+    lab.evaluate({"frechet_distance": 3.0}, samples=key_of(3), protocol={**PROTOCOL, "extractor": "dinov2"})
+    sections = {sentences.heading(s): s for s in lab.compare(published="auto").sections if s.distance == "fid"}
+    assert len(sections["imagenet, 256 px"].published) == 26 and not sections["digits, 16 px"].published
+    assert not [s for s in lab.compare(published="auto").sections if s.distance != "fid" and s.published]
+    assert not [s for s in lab.compare(published="none").sections if s.published]
+
+
+def test_a_dataset_can_be_named_whose_numbers_are_to_be_shown(lab: Lab) -> None:
+    lab.evaluate(protocol={**PROTOCOL, "reference": "my-folder, 256 px, adm-center"})
+    assert not lab.compare(published="auto").sections[0].published
+    assert lab.compare(published="imagenet256").sections[0].published_dataset == "imagenet256"
+    other = lab.compare(published="imagenet512")
+    assert not other.sections[0].published and "Nothing here is an FID at the resolution of imagenet512" in other.notes[0]
+
+
+def test_quoted_rows_say_where_they_come_from_and_what_they_are_worth(lab: Lab) -> None:
+    lab.evaluate(protocol={**PROTOCOL, "num_samples": 5000})
+    text = text_of(lab.compare(published="auto"))
+    line = next(line for line in text.splitlines() if line.startswith("DiT-XL/2"))
+    assert line.split()[1:5] == ["675M", "250", "59.5", "2.27"] and "arXiv 2212.09748" in line and "derived" in line
+    assert "nothing of them was measured here" in text and "usually of 50,000 samples with each class as often as any other" in text
+    assert "Otherwise here: 5,000 samples, so FID comes out higher." in text
+    assert next(line for line in text.splitlines() if line.startswith("simple diffusion")).split()[2:6] == ["–"] * 4
+    assert "MAGE-B (unconditional)" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, []),
+        ({"num_samples": 30_000}, ["30,000 samples, so FID comes out higher"]),
+        ({"labels": "unknown"}, ["labels unknown"]),
+        ({"num_reference": 50_000}, ["against 50,000 images of imagenet"]),
+        ({"num_reference": None}, ["against a number of images that is not known of imagenet"]),
+        ({"reference": "VIRTUAL_imagenet256_labeled.npz, 256 px", "num_reference": 10_000}, []),
+    ],
+)
+def test_a_section_says_in_what_it_was_measured_unlike_published_numbers(
+    lab: Lab, changed: dict[str, Any], expected: list[str]
+) -> None:
+    lab.evaluate(protocol={**PROTOCOL, **changed})
+    (section,) = lab.compare(published="auto").sections
+    assert section.published_dataset == "imagenet256" and sentences.unlike_published(section) == expected
+
+
+def test_quoted_numbers_stand_once_after_the_last_section_that_they_belong_beside(lab: Lab) -> None:
+    lab.evaluate(samples=key_of(1))
+    lab.evaluate(samples=key_of(2), protocol={**PROTOCOL, "num_samples": 5000})
+    lab.evaluate(samples=key_of(3), protocol={**PROTOCOL, "reference": "VIRTUAL_imagenet256_labeled.npz, 256 px"})
+    found = lab.compare(published="auto")
+    assert {name: [section.name for section in beside] for name, beside in found.quoted.items()} == {"C": ["A", "B", "C"]}
+    text = text_of(found)
+    assert text.count("\nMAR-H ") == 1 and text.index("\nC  ") < text.index("\nMAR-H ")
+    few = next(section.name for section in found.sections if section.protocol["num_samples"] == 5000)
+    assert f"Otherwise here: {few}: 5,000 samples" in text
+    page = Page.parse(compare.make_files(found, "compare-test", Grids()).page)
+    assert page.text.count("MAR-H") == 1 and "not measured here: beside A, B, C" in page.text
+
+
+# One step from real codes --------------------------------------------------------------------------------------------------
+
+FROM_CODES = {**PROTOCOL, "labels": "token map rows"}
+
+
+def test_one_step_decoding_stands_beside_its_own_published_numbers(lab: Lab) -> None:
+    for number, (ratio, fid) in enumerate(((0.2, 3.5), (0.8, 45.0))):
+        lab.generate(key_of(number), mask_ratio=ratio, num_steps=1)
+        variant = f"masked-{ratio}"
+        lab.evaluate({"fid": fid}, samples=key_of(number), variant=variant, num_steps=1, protocol=FROM_CODES)
+    lab.evaluate(samples=key_of(9))
+    one_step, whole = lab.compare(published="auto").sections[::-1]
+    assert whole.published_dataset == "imagenet256" and one_step.published_dataset == "imagenet256-one-step"
+    assert [row.mask_ratio for row in one_step.rows] == [0.2, 0.8]
+    columns = comparison_columns.columns_of(one_step)
+    assert "mask ratio" in [column.title for column in columns] and comparison_columns.best_values(one_step, columns) == {}
+    text = text_of(lab.compare(published="auto"))
+    assert "imagenet, 256 px, completed from real codes" in text
+    assert [line.split()[1:4] for line in text.splitlines() if line.startswith("ENAT  ")] == [
+        ["1", "0.2", "3.48"],
+        ["1", "0.4", "6.74"],
+        ["1", "0.6", "16.04"],
+        ["1", "0.8", "45.51"],
+    ]
+
+
+def test_codes_completed_in_several_steps_stand_beside_nothing_published(lab: Lab) -> None:
+    lab.evaluate(protocol=FROM_CODES, num_steps=8)
+    for published in ("auto", "imagenet256", "imagenet256-one-step"):
+        assert not lab.compare(published=published).sections[0].published
+
+
+def test_a_mask_ratio_that_is_no_number_is_told(lab: Lab) -> None:
+    lab.generate(key_of(1), mask_ratio="half")
+    lab.evaluate(samples=key_of(1), protocol=FROM_CODES)
+    found = lab.compare()
+    assert found.rows[0].mask_ratio is None and "mask_ratio of generate/" in found.notes[0] and "'half'" in found.notes[0]

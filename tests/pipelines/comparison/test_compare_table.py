@@ -1,0 +1,169 @@
+"""Tables, pages and files of a comparison, whatever names say."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+
+import pytest
+from compare_lab import HOSTILE, PROTOCOL, Lab, assert_self_contained, key_of, text_of
+from html_page import Page
+
+from pipelines.comparison import columns as comparison_columns
+from pipelines.comparison import compare, table
+from pipelines.comparison.page import Grids
+from pipelines.comparison.query import Comparison
+
+# The table -----------------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_stand_in_order_and_the_best_is_marked(lab: Lab) -> None:
+    for number, (name, size, fid) in enumerate((("xl", 1_040_700_000, 2.5), ("s", 98_100_000, 4.9), ("l", 574_300_000, 2.8))):
+        lab.evaluate({"fid": fid, "precision": 0.8}, samples=key_of(number), model=f"enat-{name}", parameters=size)
+    found = lab.compare()
+    assert [row.model for row in found.rows] == ["enat-s", "enat-l", "enat-xl"]
+    (section,) = found.sections
+    assert comparison_columns.best_values(section, comparison_columns.columns_of(section)) == {"fid": 2.5}, (
+        "all precisions are equal"
+    )
+    assert [line.split()[1] for line in text_of(found).splitlines()[4:7]] == ["98.1M", "574M", "1.04B"]
+
+
+def test_a_spread_stands_beside_its_score(lab: Lab) -> None:
+    lab.evaluate({"inception_score": 243.8, "inception_score_std": 2.5, "kid": 0.0028, "kid_std": 0.0001})
+    text = text_of(lab.compare())
+    assert "243.80 ± 2.50" in text and "0.0028 ± 0.0001" in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_narrow_terminal_keeps_what_matters_and_names_the_rest(lab: Lab, width: int) -> None:
+    names = ("fid", "sfid", "kid", "precision", "recall", "density", "coverage", "images_per_second", "inception_score")
+    lab.evaluate(dict.fromkeys((*names, "peak_memory_gb", "gmacs_executed", "worker_seconds_per_image"), 0.5))
+    lab.evaluate({"fid": 3.0}, samples=key_of(2), variant="wide", num_steps=4, parent=lab.start("other"))
+    text = text_of(lab.compare(), width)
+    assert max(map(len, text.splitlines())) <= width
+    header, left_out = next(line for line in text.splitlines() if line.startswith("model")), " ".join(text.split())
+    assert "FID" in header and ("variant" in header or width == 40) and "no room for" in text and "coverage" in left_out
+    assert ("precision" in header) == ("recall" in header), "one without the other says little"
+    assert "no room" not in text_of(lab.compare(), 300)
+
+
+def test_what_all_rows_have_alike_is_told_once(lab: Lab) -> None:
+    parent = lab.start("sizes")
+    for number, name in enumerate(("enat-s", "enat-l")):
+        metrics = {"fid": 3.0 - number, "cost/total_device_hours": 0.0, "device_seconds_per_image": 0.0, "gmacs_total": 347.0}
+        lab.evaluate(metrics, samples=key_of(number), model=name, parent=parent, device="cpu", precision="bf16")
+    (section,) = lab.compare().sections
+    titles = [column.title for column in comparison_columns.columns_of(section)]
+    assert titles == ["model", "params", "TFLOPs", "FID"], "and devices that took no time are no column"
+    day = f"{section.rows[0].measured:%Y-%m-%d}"
+    alike = "steps 8, guidance 3.5, device cpu, train steps 500,000, run sizes, arithmetic in bf16"
+    assert f"Measured here on {day}, all with {alike}\n" in text_of(lab.compare())
+    lab.evaluate({"fid": 1.0}, samples=key_of(7), num_steps=4)
+    titles = [column.title for column in comparison_columns.columns_of(lab.compare().sections[0])]
+    assert titles[:5] == ["model", "params", "steps", "TFLOPs", "FID"] and "guidance" not in titles
+
+
+def test_scores_stand_before_speeds_and_costs(lab: Lab) -> None:
+    metrics = ("fid", "inception_score", "images_per_second", "peak_memory_gb", "gmacs_total", "gmacs_executed", "kid")
+    lab.evaluate(dict.fromkeys(metrics, 100.0))
+    lab.evaluate(dict.fromkeys(metrics, 200.0), samples=key_of(2), variant="other", num_steps=16, guidance_scale=2.0)
+    found = lab.compare()
+    titles = [column.title for column in comparison_columns.columns_of(found.sections[0])]
+    assert titles[:7] == ["model", "variant", "params", "steps", "guidance", "TFLOPs", "FID"]
+    assert titles.index("IS") < titles.index("images/s")
+    html = compare.make_files(found, "compare-test", Grids()).page
+    assert "td:first-child { position: sticky" in html, "the model stays in sight where a table is scrolled"
+    page = Page.parse(html)
+    first, more = [row for row in page.rows if row[0] == "model"][:2]
+    assert first[:8] == ["model", "variant", "params", "steps", "guidance", "TFLOPs", "FID", "IS"] and "KID" not in first
+    assert more == ["model", "variant", "steps", "guidance", "KID", "peak GB", "GMACs executed"] and page.tags["details"] == 1
+
+
+def test_speeds_of_different_devices_are_told_apart_and_none_is_the_best(lab: Lab) -> None:
+    lab.evaluate({"fid": 2.0, "images_per_second": 50.0}, device="NVIDIA H100")
+    lab.evaluate({"fid": 3.0, "images_per_second": 90.0}, samples=key_of(2), device="NVIDIA H100")
+    (section,) = lab.compare().sections
+    assert comparison_columns.best_values(section, comparison_columns.columns_of(section)) == {
+        "fid": 2.0,
+        "images_per_second": 90.0,
+    }
+    for device in ("cpu", None):
+        lab.evaluate({"fid": 4.0, "images_per_second": 1.0}, samples=key_of(3), device=device)
+        (section,) = lab.compare().sections
+        columns = comparison_columns.columns_of(section)
+        assert comparison_columns.best_values(section, columns) == {"fid": 2.0}
+        assert "device" in [column.title for column in columns] and "NVIDIA H100" in text_of(lab.compare())
+
+
+def test_money_of_different_currencies_shares_no_column(lab: Lab) -> None:
+    for number, currency in enumerate(("USD", "EUR", None)):
+        lab.evaluate({"fid": 2.0, "cost/total_money": 10.0 + number}, samples=key_of(number), currency=currency)
+    found = lab.compare()
+    titles = [column.title for column in comparison_columns.columns_of(found.sections[0])]
+    assert [title for title in titles if "money" in title] == ["money (currency not known)", "money (EUR)", "money (USD)"]
+    rows = list(csv.DictReader(io.StringIO(table.to_csv(found))))
+    money = ("cost/total_money", "cost/total_money_EUR", "cost/total_money_USD")
+    assert sorted(tuple(row[name] for name in money) for row in rows) == [("", "", "10.0"), ("", "11.0", ""), ("12.0", "", "")]
+
+
+def test_a_hostile_currency_is_text(lab: Lab) -> None:
+    lab.evaluate({"fid": 2.0, "cost/total_money": 10.0}, currency="[bold]x[/]\x1b")
+    assert "money ([bold]x[/]\N{REPLACEMENT CHARACTER})" in text_of(lab.compare())
+
+
+def test_macs_are_not_mixed_up_with_operations(lab: Lab) -> None:
+    """A paper's TFLOPs are multiply-accumulates; the metric gflops_total counts two operations for each."""
+    lab.evaluate({"fid": 4.97, "gmacs_total": 136.0, "gflops_total": 272.0})
+    found = lab.compare(published="auto")
+    measured = next(csv.DictReader(io.StringIO(table.to_csv(found))))
+    assert float(measured["tmacs_total"]) == pytest.approx(float(measured["gflops_total"]) / 2000) and "tflops" not in measured
+    (section,) = table.to_json(found)["sections"]
+    assert "tflops" not in section["rows"][0] and section["published"][0]["tmacs_total"] == 0.347
+    assert not any("tflops" in result for result in section["published"])
+    assert "tmacs_total, and gflops_total counts each twice" in text_of(found)
+
+
+# Hostile names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hostile(lab: Lab) -> Comparison:
+    """Markup of pages and terminals, and commands for terminals and spreadsheets, wherever text can stand."""
+    evil = f"{HOSTILE}[bold red]x[/]\x1b]0;owned\x07\u202e"
+    protocol = {**PROTOCOL, "extractor": evil, "reference": evil, evil: evil}
+    parent = lab.start(evil)
+    lab.evaluate(samples=f"{evil}/1", model=evil, variant=evil, dataset=evil, protocol=protocol, parent=parent, parameters=evil)
+    lab.evaluate(samples="images/2", model="=cmd|' /C calc'!A0", variant="@SUM(1)", dataset=evil)
+    return lab.compare(published="imagenet256")
+
+
+def test_names_are_text_on_the_page(hostile: Comparison) -> None:
+    page = assert_self_contained(compare.make_files(hostile, "compare-test", Grids()).page)
+    assert page.text.count(HOSTILE) >= 6, "model, variant, dataset, run, extractor, reference"
+    assert "\x1b" not in page.text and "\u202e" not in page.text
+
+
+def test_names_are_text_in_the_terminal(hostile: Comparison) -> None:
+    text = text_of(hostile)
+    assert "[bold red]x[/]" in "".join(text.split("\n")).replace(" ", "").replace("[boldred]", "[bold red]")
+    assert not {"\x1b", "\x07", "\u202e"} & set(text)
+
+
+def test_names_are_text_in_a_spreadsheet(hostile: Comparison) -> None:
+    rows = list(csv.DictReader(io.StringIO(table.to_csv(hostile))))
+    cells = [value for row in rows for value in row.values()]
+    assert "'=cmd|' /C calc'!A0" in cells and "'@SUM(1)" in cells
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "@"))]
+    assert any(row["model"].startswith(HOSTILE) for row in rows)
+
+
+def test_csv_holds_every_metric_the_protocol_and_where_a_row_comes_from(lab: Lab) -> None:
+    lab.evaluate({"fid": 2.79, "gmacs_total": 347.0, "cost/total_device_hours": 12.5, "something/new": 1.0})
+    rows = list(csv.DictReader(io.StringIO(table.to_csv(lab.compare(published="auto")))))
+    assert len(rows) == 1 + 26 and Counter(row["source"] == "measured here" for row in rows) == {True: 1, False: 26}
+    assert float(rows[0]["fid"]) == 2.79 and float(rows[0]["cost/total_device_hours"]) == 12.5 and rows[0]["something/new"] == "1.0"
+    assert rows[0]["protocol_extractor"] == "inception" and rows[0]["protocol_num_samples"] == "50000"
+    maskgit = next(row for row in rows if row["model"] == "MaskGIT")
+    assert maskgit["tmacs_total"] == "" and maskgit["fid"] == "6.18" and maskgit["parameters"] == "227000000.0"

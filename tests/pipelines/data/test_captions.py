@@ -1,0 +1,304 @@
+"""Caption features: their format on disk, and captions taken from it in any order."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from tiny_clip import make_tiny_clip
+
+from enat.text import TextFeatures, load_text_encoder
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.data import captions as data_captions
+from pipelines.data.captions import EMPTY, CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
+from pipelines.storage.base import StoreError
+
+INFO = CaptionFeaturesInfo(num_captions=23, captions_per_file=5, num_positions=4, width=6, encoder_digest="ab" * 32)
+
+
+def features(info: CaptionFeaturesInfo = INFO) -> TextFeatures:
+    """Of all captions and, last, of the empty one; no value occurs twice."""
+    count = info.num_captions + 1
+    hidden = torch.arange(count * info.num_positions * info.width).reshape(count, info.num_positions, info.width) - 300
+    return TextFeatures(hidden.half(), (hidden[:, 1] + 0.5).half(), torch.arange(count) + 2)
+
+
+def part(whole: TextFeatures, start: int, stop: int | None) -> TextFeatures:
+    return TextFeatures(whole.hidden[start:stop], whole.pooled[start:stop], whole.num_tokens[start:stop])
+
+
+def write_all(folder: Path, whole: TextFeatures, info: CaptionFeaturesInfo = INFO) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in range(info.num_files):
+        start = number * info.captions_per_file
+        stop = start + info.captions_from(start)
+        write_captions(folder / captions_name(number), info, start, part(whole, start, stop))
+    write_empty(folder / EMPTY, info, part(whole, info.num_captions, None))
+
+
+@pytest.fixture
+def commit(local_store: LocalStore, tmp_path: Path) -> Callable[..., Manifest]:
+    """The files of a folder as an artifact."""
+
+    def commit(folder: Path, key: str = "k", **info: Any) -> Manifest:
+        files = tuple(local_store.put_file("captions", key, path.name, path) for path in sorted(folder.iterdir()))
+        summary = {"info": {**dataclasses.asdict(INFO), **info}}
+        return local_store.commit(
+            Manifest(stage="captions", key=key, stage_version=1, config={}, inputs={}, files=files, summary=summary)
+        )
+
+    return commit
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_all(tmp_path / "written", features())
+    return tmp_path / "written"
+
+
+@pytest.fixture
+def reader(local_store: LocalStore, commit: Callable[..., Manifest], folder: Path) -> CaptionFeatures:
+    return CaptionFeatures.open(local_store, commit(folder))
+
+
+# Format --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_the_documented_ones(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == [*(f"captions-0000{number}.safetensors" for number in range(5)), EMPTY]
+    shapes = {path.name: {name: (a.dtype.name, a.shape) for name, a in load_file(path).items()} for path in folder.iterdir()}
+    for number, rows in enumerate([5, 5, 5, 5, 3]):
+        expected = {"hidden": ("float16", (rows, 4, 6)), "pooled": ("float16", (rows, 6)), "num_tokens": ("int16", (rows,))}
+        assert shapes[captions_name(number)] == expected
+    assert shapes[EMPTY] == {"hidden": ("float16", (4, 6)), "pooled": ("float16", (6,))}
+
+
+def test_the_header_is_one_entry_that_says_where_the_file_belongs(folder: Path) -> None:
+    for name, start in (("captions-00003.safetensors", 15), (EMPTY, -1)):
+        with safe_open(folder / name, framework="np") as file:
+            header = file.metadata()
+        expected = {"start": start, "encoder_digest": "ab" * 32, "format_version": 1}
+        assert header == {"enat": json.dumps(expected, sort_keys=True)}
+
+
+def test_a_file_gives_back_its_values(folder: Path) -> None:
+    whole, arrays = features(), load_file(folder / captions_name(4))
+    for name in ("hidden", "pooled", "num_tokens"):
+        np.testing.assert_array_equal(arrays[name], getattr(whole, name)[20:23].numpy())
+
+
+def test_equal_features_are_equal_bytes(folder: Path, tmp_path: Path) -> None:
+    write_all(tmp_path / "again", features())
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("start", "rows", "change"),
+    [
+        (5, slice(0, 4), lambda part: part),
+        (3, slice(0, 5), lambda part: part),
+        (25, slice(0, 5), lambda part: part),
+        (0, slice(0, 5), lambda part: dataclasses.replace(part, hidden=part.hidden.float())),
+        (0, slice(0, 5), lambda part: dataclasses.replace(part, hidden=part.hidden[:, :3])),
+    ],
+    ids=["too few", "between files", "beyond the end", "float32", "other positions"],
+)
+def test_what_does_not_fit_is_not_written(tmp_path: Path, start: int, rows: slice, change: Callable[..., TextFeatures]) -> None:
+    with pytest.raises(AssertionError):
+        write_captions(tmp_path / "file", INFO, start, change(part(features(), rows.start, rows.stop)))
+    assert not (tmp_path / "file").exists()
+
+
+# Reading -------------------------------------------------------------------------------------------------------------------
+
+
+def expected_rows(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    whole = features()
+    return whole.hidden.numpy()[indices], whole.pooled.numpy()[indices]  # -1 is the last row, the empty caption's
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(indices=st.lists(st.integers(-1, 22), max_size=40))
+def test_captions_are_taken_in_any_order_and_as_often_as_asked(reader: CaptionFeatures, indices: list[int]) -> None:
+    asked = np.array(indices, np.int64)
+    hidden, pooled = reader.take(asked)
+    assert (hidden.dtype, pooled.dtype) == (np.float16, np.float16)
+    assert (hidden.shape, pooled.shape) == ((len(indices), 4, 6), (len(indices), 6))
+    for taken, expected in zip((hidden, pooled), expected_rows(asked), strict=True):
+        np.testing.assert_array_equal(taken, expected)
+
+
+def test_what_was_taken_is_the_callers_own(reader: CaptionFeatures) -> None:
+    indices = np.array([-1, 3])
+    for taken in reader.take(indices):
+        taken[:] = 0
+    np.testing.assert_array_equal(reader.take(indices)[0], expected_rows(indices)[0])
+
+
+@pytest.mark.parametrize("index", [-2, 23, 2**40])
+def test_an_index_out_of_range_is_refused(reader: CaptionFeatures, index: int) -> None:
+    with pytest.raises(ValueError, match=rf"no caption {index}: they are numbered 0\.\.22"):
+        reader.take(np.array([0, index]))
+
+
+def test_only_the_files_that_are_needed_are_fetched(reader: CaptionFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    fetch = LocalStore.fetch
+    monkeypatch.setattr(LocalStore, "fetch", lambda store, manifest, name: fetched.append(name) or fetch(store, manifest, name))
+    assert len(reader) == 23
+    reader.take(np.array([7, 22, 6]))
+    reader.take(np.array([21, 5]))
+    assert fetched == [captions_name(1), captions_name(4)]
+    reader.take(np.array([-1, -1]))
+    reader.take(np.array([-1, 8]))
+    assert fetched[2:] == [EMPTY]
+
+
+def mapped(folder: Path) -> set[str]:
+    """Names of the files below folder that this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {Path(line.split()[-1]).name for line in lines if str(folder) in line}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc tells which files are mapped")
+def test_few_files_are_open_at_a_time(local_store: LocalStore, reader: CaptionFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_captions, "MAX_OPEN_FILES", 2)
+    hidden, _ = reader.take(np.arange(23))
+    np.testing.assert_array_equal(hidden, expected_rows(np.arange(23))[0])
+    assert mapped(local_store.root) == {captions_name(3), captions_name(4)}
+    reader.take(np.array([15, 0]))
+    assert mapped(local_store.root) == {captions_name(0), captions_name(3)}
+
+
+def test_a_file_is_mapped_and_not_read_whole(local_store: LocalStore, commit: Callable[..., Manifest], tmp_path: Path) -> None:
+    """The file has 9 MB; a caption 8 kB."""
+    info = dataclasses.replace(INFO, num_captions=1000, captions_per_file=1000, num_positions=8, width=512)
+    ones = TextFeatures(torch.ones(1000, 8, 512).half(), torch.ones(1000, 512).half(), torch.ones(1000))
+    (tmp_path / "large").mkdir()
+    write_captions(tmp_path / "large" / captions_name(0), info, 0, ones)
+    write_empty(tmp_path / "large" / EMPTY, info, part(ones, 0, 1))
+    reader = CaptionFeatures.open(local_store, commit(tmp_path / "large", **dataclasses.asdict(info)))
+    reader.take(np.array([0]))  # fetched and verified now
+    before = resident_bytes()
+    hidden, pooled = reader.take(np.array([500]))
+    assert (hidden == 1).all() and (pooled == 1).all()
+    assert resident_bytes() - before < 2_000_000 < (tmp_path / "large" / captions_name(0)).stat().st_size
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+# What does not fit -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"encoder_digest": "cd" * 32}, "its header is"),
+        ({"width": 7}, "its tensors are"),
+        ({"num_positions": 5}, "its tensors are"),
+        ({"num_captions": 24}, "its tensors are"),
+        ({"captions_per_file": 6, "num_captions": 30}, "its tensors are"),
+    ],
+)
+def test_a_file_of_other_features_is_refused(
+    local_store: LocalStore, commit: Callable[..., Manifest], folder: Path, info: dict[str, Any], message: str
+) -> None:
+    reader = CaptionFeatures.open(local_store, commit(folder, **info))
+    with pytest.raises(ValueError, match=message):
+        reader.take(np.array([0, reader.info.num_captions - 1]))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b"this is no safetensors file"),
+        lambda path: save_file({"hidden": np.zeros(3, np.float16)}, path),
+        lambda path: save_file({"hidden": np.zeros(3, np.float16)}, path, metadata={"enat": "{"}),
+        lambda path: save_file({name: a.astype(np.float32) for name, a in load_file(path).items()}, path, metadata=header_of(path)),
+        lambda path: path.write_bytes(path.with_name(captions_name(1)).read_bytes()),
+        lambda path: path.write_bytes(path.with_name(EMPTY).read_bytes()),
+    ],
+    ids=["no safetensors", "no header", "no JSON", "float32", "another file's", "the empty caption's"],
+)
+def test_a_file_that_was_not_written_here_is_refused(
+    local_store: LocalStore, commit: Callable[..., Manifest], folder: Path, write: Callable[[Path], Any]
+) -> None:
+    write(folder / captions_name(0))
+    reader = CaptionFeatures.open(local_store, commit(folder))
+    with pytest.raises(ValueError, match=r"is not of these caption features|not a readable file of caption features"):
+        reader.take(np.array([2]))
+
+
+def header_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="np") as file:
+        return file.metadata()
+
+
+def test_a_flipped_bit_is_noticed(local_store: LocalStore, commit: Callable[..., Manifest], folder: Path) -> None:
+    reader = CaptionFeatures.open(local_store, commit(folder))
+    path = Path(local_store.place("captions", "k")) / captions_name(2)
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="was changed after it was made"):
+        reader.take(np.array([11]))
+
+
+@pytest.mark.parametrize("name", [EMPTY, captions_name(3)])
+def test_a_manifest_without_one_of_the_files_is_refused(
+    local_store: LocalStore, commit: Callable[..., Manifest], folder: Path, name: str
+) -> None:
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"lacks 1 files of caption features, {name}"):
+        CaptionFeatures.open(local_store, commit(folder))
+
+
+@pytest.mark.parametrize(
+    ("info", "message"), [({"format_version": 2}, "of format 2; 1 is read here"), ({"language": "de"}, "no caption features")]
+)
+def test_a_manifest_of_another_format_is_refused(
+    local_store: LocalStore, commit: Callable[..., Manifest], folder: Path, info: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        CaptionFeatures.open(local_store, commit(folder, **info))
+
+
+def test_a_manifest_of_another_stage_is_refused(local_store: LocalStore) -> None:
+    manifest = Manifest(stage="tokenizer", key="k", stage_version=1, config={}, inputs={}, files=())
+    with pytest.raises(ValueError, match="tokenizer/k holds no caption features"):
+        CaptionFeatures.open(local_store, manifest)
+
+
+# From captions to batches --------------------------------------------------------------------------------------------------
+
+
+def test_what_the_encoder_gave_is_what_is_taken(local_store: LocalStore, commit: Callable[..., Manifest], tmp_path: Path) -> None:
+    encoder = load_text_encoder(make_tiny_clip(tmp_path / "clip"))
+    captions = ["the cat", "a dog on the cat", "", "the dog " * 60, "Ein Hund!"]
+    sizes = {"num_positions": encoder.num_positions, "width": encoder.width}
+    info = dataclasses.replace(INFO, num_captions=5, captions_per_file=2, **sizes)
+    (tmp_path / "encoded").mkdir()
+    for number, start in enumerate(range(0, 5, 2)):
+        path = tmp_path / "encoded" / captions_name(number)
+        write_captions(path, info, start, encoder.encode(captions[start : start + 2]))
+    write_empty(tmp_path / "encoded" / EMPTY, info, encoder.encode([""]))
+    reader = CaptionFeatures.open(local_store, commit(tmp_path / "encoded", **dataclasses.asdict(info)))
+    hidden, pooled = reader.take(np.array([3, -1, 0, 2, 4, 1]))
+    expected = encoder.encode([captions[3], "", captions[0], "", captions[4], captions[1]])
+    np.testing.assert_array_equal(hidden, expected.hidden.numpy())
+    np.testing.assert_array_equal(pooled, expected.pooled.numpy())

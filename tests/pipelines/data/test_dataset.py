@@ -1,0 +1,203 @@
+"""A dataset through its index: any range of rows is that piece of the whole, and what changed since is an error."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import KINDS, Layouts, Row, make_layouts, open_dataset, tar_bytes, write, write_parquet
+from s3_server import S3Endpoint
+
+from enat.images import ImageError, center_crop, decode_image, to_array
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.data import dataset as data_dataset
+from pipelines.data.dataset import INDEX, Dataset, IndexSummary, check_unique, write_index
+from pipelines.data.sources.base import Entry
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.storage.base import StorageError
+from pipelines.storage.s3 import S3Folder
+
+
+def _rows(dataset: Dataset, start: int = 0, stop: int = 10**9) -> list[Row]:
+    return [Row(row.key, row.data, row.label, row.captions) for row in dataset.read(start, stop)]
+
+
+# Reading -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_range_of_rows_is_a_piece_of_the_whole(layouts: Layouts, local_store: LocalStore, kind: str) -> None:
+    dataset, expected = open_dataset(layouts.config(kind), local_store), layouts.rows(kind)
+    assert _rows(dataset) == expected and dataset.num_images == len(expected)
+    assert [row.size for row in dataset.read(0, 20)] == [0 if kind == "parquet" else len(row.data) for row in expected]
+    for start, stop in ((0, 4), (5, 7), (11, 19), (18, 99), (7, 7), (20, 30)):
+        assert _rows(dataset, start, stop) == expected[start:stop]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dataset_in_a_bucket_is_read_with_what_a_worker_is_sent(
+    layouts: Layouts, local_store: LocalStore, make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint, kind: str
+) -> None:
+    bucket = make_bucket("sets")
+    s3_endpoint.fill(bucket, {name: data for name, data in layouts.contents().items() if name.startswith((kind, "captions"))})
+    sent = pickle.dumps(open_dataset(layouts.config(kind, bucket.uri, s3=bucket.config), local_store))
+    assert _rows(pickle.loads(sent), 3, 17) == layouts.rows(kind)[3:17]
+
+
+def test_the_digits_are_read_by_their_numbers(local_store: LocalStore) -> None:
+    dataset = open_dataset(DatasetConfig(), local_store)
+    whole = _rows(dataset)
+    assert len(whole) == dataset.num_images == 1797 and dataset.class_names == tuple("0123456789")
+    assert _rows(dataset, 500, 503) == whole[500:503] and _rows(dataset, 1790, 1900) == whole[1790:]
+
+
+def test_a_caption_has_its_number_among_all(layouts: Layouts, local_store: LocalStore) -> None:
+    dataset, count = open_dataset(layouts.config("coco"), local_store), 0
+    for row, picture in zip(dataset.read(0, 20), layouts.pictures, strict=True):
+        assert row.captions == picture.captions and row.first_caption == count
+        count += len(picture.captions)
+    assert dataset.num_captions == count > 20
+
+
+def test_loaded_images_are_cropped_and_labelled_and_unreadable_ones_left_out(
+    broken_image_folder: Path, local_store: LocalStore
+) -> None:
+    dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(broken_image_folder)), local_store)
+    assert dataset.num_images == 14
+    images, labels = dataset.load_images(16, 0, 100)
+    assert images.shape == (12, 3, 16, 16) and images.dtype == np.uint8
+    assert labels.tolist() == [0] * 6 + [1] * 6 and labels.dtype == np.int64
+    assert len({image.tobytes() for image in images}) == 12
+    first = to_array(center_crop(decode_image((broken_image_folder / "china" / "000.jpg").read_bytes()), 16))
+    np.testing.assert_array_equal(images[0], first)
+    pieces = [dataset.load_images(16, start, start + 5) for start in (0, 5, 10)]
+    np.testing.assert_array_equal(np.concatenate([piece[0] for piece in pieces]), images)
+    np.testing.assert_array_equal(np.concatenate([piece[1] for piece in pieces]), labels)
+
+
+def test_a_range_without_a_readable_image_is_empty(tmp_path: Path, local_store: LocalStore) -> None:
+    write(tmp_path / "images" / "text.jpg", b"not an image")
+    images, labels = open_dataset(DatasetConfig(kind="images", path=str(tmp_path / "images")), local_store).load_images(16, 0, 10)
+    assert images.shape == (0, 3, 16, 16) and labels.shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "tar"])
+def test_a_file_over_the_limit_is_not_read(
+    layouts: Layouts, local_store: LocalStore, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays a row, whose reason is told where it would be decoded."""
+    dataset, expected = open_dataset(layouts.config(kind), local_store), layouts.rows(kind)
+    limit = sorted(len(row.data) for row in expected)[12]
+    monkeypatch.setattr(data_dataset, "MAX_FILE_BYTES", limit)
+    for row, known in zip(dataset.read(0, 20), expected, strict=True):
+        assert row.data == (known.data if len(known.data) <= limit else b"") and row.size == len(known.data)
+        if row.size > limit:
+            with pytest.raises(ImageError, match=rf"the file has {row.size:,} bytes, more than {limit:,}"):
+                row.pixels(16)
+        else:
+            assert row.pixels(16).shape == (3, 16, 16)
+    assert len(dataset.load_images(16, 0, 20)[0]) == 13
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dataset_that_changed_since_it_was_scanned_is_an_error_of_one_line(tmp_path: Path, local_store, kind: str) -> None:
+    layouts = make_layouts(tmp_path / "sets", num_images=6)
+    dataset = open_dataset(layouts.config(kind), local_store)
+    path = max(path for path in (layouts.root / kind).rglob("*") if path.is_file())
+    if kind == "parquet":
+        write_parquet(path, layouts.pictures[:2])
+    elif kind == "tar":
+        write(path, tar_bytes([("a.jpg", b"1")]))
+    else:
+        write(path, b"1")
+    with pytest.raises(StorageError, match=f"{path.name}.* (were expected|was changed since it was scanned)") as caught:
+        _rows(dataset)
+    assert "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(StorageError, match=rf"{path} cannot be read \(No such file or directory\)"):
+        _rows(dataset)
+
+
+# The index -----------------------------------------------------------------------------------------------------------------
+
+NUM_ENTRIES = 2 * 4096 + 700
+
+
+def _entry(number: int) -> Entry:
+    captions = tuple(f"caption {number}.{order}" for order in range(number % 3))
+    return Entry(f"key-{number:06d}", f"file-{number // 100}", 10 * number, number % 977, number % 5 - 1, captions)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """An index of several row groups."""
+    root = tmp_path_factory.mktemp("large")
+    summary = write_index(root / INDEX, (_entry(number) for number in range(NUM_ENTRIES)))
+    assert summary == IndexSummary(
+        NUM_ENTRIES,
+        sum(number % 3 for number in range(NUM_ENTRIES)),
+        {label: sum(number % 5 - 1 == label for number in range(NUM_ENTRIES)) for label in range(-1, 4)},
+    )
+    store = LocalStore(root / "store")
+    file = store.put_file("dataset", "k", INDEX, root / INDEX)
+    counts = {"name": "large", "num_images": NUM_ENTRIES, "num_captions": summary.num_captions, "class_names": []}
+    fields = {"stage_version": 1, "config": {}, "inputs": {}, "summary": counts}
+    return Dataset(DatasetConfig(), store, store.commit(Manifest(stage="dataset", key="k", files=(file,), **fields)))
+
+
+BORDERS = [0, 1, 4095, 4096, 4097, 8191, 8192, 8193, NUM_ENTRIES - 1, NUM_ENTRIES, NUM_ENTRIES + 50]
+
+
+@given(ends=st.tuples(*[st.one_of(st.sampled_from(BORDERS), st.integers(0, NUM_ENTRIES + 100))] * 2))
+def test_any_slice_of_the_index_is_that_of_its_entries(large: Dataset, ends: tuple[int, int]) -> None:
+    start, stop = ends
+    rows = large.index(start, stop)
+    assert rows["key"].to_pylist() == [f"key-{number:06d}" for number in range(start, min(stop, NUM_ENTRIES))]
+
+
+def test_the_index_holds_every_entry_and_the_number_of_its_first_caption(large: Dataset) -> None:
+    count = 0
+    for number, row in enumerate(large.index(0, NUM_ENTRIES).to_pylist()):
+        captions = tuple(row.pop("captions"))
+        assert row.pop("first_caption") == count
+        assert Entry(**row, captions=captions) == _entry(number)
+        count += len(captions)
+    assert large.num_captions == count
+
+
+def test_only_the_row_groups_that_are_needed_are_read(large: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    original = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda self, groups: asked.append(groups) or original(self, groups))
+    for start, stop in ((0, 4096), (4095, 4097), (4096, 8192), (8500, 10**6)):
+        large.index(start, stop)
+    assert asked == [[0], [0, 1], [1], [2]]
+
+
+def test_equal_entries_are_an_index_of_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_index(tmp_path / name, (_entry(number) for number in range(5000)))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_keys_that_are_repeated_are_named_with_their_places(tmp_path: Path) -> None:
+    def check(*places: tuple[str, str]) -> None:
+        write_index(tmp_path / INDEX, (Entry(key, file, 0, 0) for key, file in places))
+        check_unique(tmp_path / INDEX)
+
+    check()
+    check(("a", "1.tar"), ("b", "1.tar"), ("A", "1.tar"))
+    with pytest.raises(
+        ValueError, match=r"2 keys of the dataset are not unique: a in 1\.tar and 2\.tar and 1\.tar; b in 1\.tar and"
+    ):
+        check(("b", "1.tar"), ("a", "1.tar"), ("c", "1.tar"), ("a", "2.tar"), ("a", "1.tar"), ("b", "9.tar"))
+    many = [(f"key-{number}", f"{shard}.tar") for shard in range(2) for number in range(9)]
+    with pytest.raises(ValueError, match=r"9 keys .* key-4 in 0\.tar and 1\.tar and 4 more; rename or remove the repeated images"):
+        check(*many)

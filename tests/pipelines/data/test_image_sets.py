@@ -1,0 +1,269 @@
+"""Images of other generators: the same pixels whatever they lie in, and none that is odd goes unnoticed."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hostile import corpus, photo
+from layouts import tar_bytes, write, write_table
+from PIL import Image
+from s3_server import S3Endpoint
+
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.data.image_sets import ImageSet, ImageSetConfig, check_images, label_scheme, resolution_of, scan
+from pipelines.data.labels import scheme_of_labels
+from pipelines.data.sources.base import Findings
+from pipelines.stages import image_set
+from pipelines.storage.s3 import S3Folder
+from pipelines.workflow import config as configuration
+
+KINDS = ("folder", "tar", "npz", "parquet")
+NUM_IMAGES, SIZE = 14, 24
+NAMES = [f"sample-{number:03d}.png" for number in range(NUM_IMAGES)]
+LABELS = [number * 7 % 5 for number in range(NUM_IMAGES)]
+
+
+def pixels(number: int, width: int = SIZE, height: int = SIZE) -> np.ndarray:
+    """uint8 (H, W, 3), each number's its own."""
+    return np.roll(photo(("astronaut", "chelsea", "coffee", "flower")[number % 4], width, height), number, axis=1)
+
+
+def png(image: np.ndarray, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The same images in every kind of place."""
+
+    root: Path
+
+    def config(self, kind: str, place: str | None = None, **given: Any) -> ImageSetConfig:
+        name = {"folder": "folder", "tar": "tar", "npz": "images.npz", "parquet": "parquet"}[kind]
+        return ImageSetConfig(path=f"{place or self.root}/{name}", name="other", **given)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    """Files are written, and members of the tar lie, against the order of their names."""
+    root = tmp_path_factory.mktemp("sets")
+    images = [pixels(number) for number in range(NUM_IMAGES)]
+    members: list[tuple[str, bytes]] = []
+    for number in reversed(range(NUM_IMAGES)):
+        write(root / "folder" / NAMES[number], png(images[number]))
+        members += [(NAMES[number], png(images[number])), (f"sample-{number:03d}.cls", b"%d" % LABELS[number])]
+    write(root / "folder" / "settings.txt", b"num_steps 50")
+    write(root / "tar" / "samples.tar", tar_bytes(members))
+    np.savez(root / "images.npz", np.stack(images), np.array(LABELS))
+    table = pa.table({"image": pa.array([png(image) for image in images], pa.binary()), "label": pa.array(LABELS, pa.int64())})
+    write_table(root / "parquet" / "samples.parquet", table)
+    return Sets(root)
+
+
+@pytest.fixture
+def index(make_context: Callable[..., Any], local_store: LocalStore) -> Callable[[ImageSetConfig], ImageSet]:
+    """Run the stage and open what it made."""
+
+    def run(config: ImageSetConfig) -> ImageSet:
+        key = f"{len(list(local_store.manifests())):064d}"
+        result = image_set.run(config, {}, make_context(local_store, "images", key))
+        fields: dict[str, Any] = {"stage_version": 1, "config": configuration.redacted(config), "inputs": {}}
+        manifest = Manifest(stage="images", key=key, files=tuple(result.files), summary=dict(result.summary), **fields)
+        return ImageSet(config, local_store, local_store.commit(manifest))
+
+    return run
+
+
+def found(config: ImageSetConfig) -> None:
+    """What the stage looks at, without Ray."""
+    entries = scan(config, Findings())
+    check_images(config, entries, resolution_of(config, entries))
+
+
+# Reading -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_place_gives_the_same_pixels_in_the_order_of_names(index, sets: Sets, kind: str) -> None:
+    images = index(sets.config(kind))
+    summary = images.manifest.summary
+    assert (summary["kind"], summary["num_images"], summary["resolution"]) == (kind, NUM_IMAGES, SIZE)
+    assert len(images) == NUM_IMAGES and images.resolution == SIZE
+    expected = np.stack([pixels(number) for number in range(NUM_IMAGES)]).transpose(0, 3, 1, 2)
+    for start, stop in ((0, NUM_IMAGES), (5, 6), (3, 11), (12, 99)):
+        read = images.read(start, stop, "cpu")
+        assert str(read.dtype) == "torch.uint8"
+        np.testing.assert_array_equal(read.numpy(), expected[start:stop])
+    known = [-1] * NUM_IMAGES if kind == "folder" else LABELS
+    assert images.labels().tolist() == known
+    assert summary["labels"] == ("unknown" if kind == "folder" else scheme_of_labels(LABELS))
+    assert summary["other_files"] == (1 if kind == "folder" else 0)
+    sent = pickle.loads(pickle.dumps(images))
+    np.testing.assert_array_equal(sent.read(2, 4, "cpu").numpy(), expected[2:4])
+    assert len(pickle.dumps(images)) < 5000
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_labels_of_images_that_come_without_are_as_they_are_said_to_be(index, sets: Sets) -> None:
+    config = sets.config("folder", labels=f"{NUM_IMAGES // 2} classes")
+    assert index(config).manifest.summary["labels"] == f"{NUM_IMAGES // 2} classes, 2 each"
+
+
+def test_what_is_said_of_labels_is_part_of_the_key_and_has_to_be_true(sets: Sets) -> None:
+    folder, npz = sets.config("folder"), sets.config("npz")
+    assert folder.identity() != replace(folder, labels="none").identity() != replace(folder, labels="unknown").identity()
+    with pytest.raises(ValueError, match="have labels: 5 classes, about 3 each; they are said to be none"):
+        label_scheme(replace(npz, labels="none"), scan(npz, Findings()))
+    assert label_scheme(npz, scan(npz, Findings())) == scheme_of_labels(LABELS)
+    with pytest.raises(ValueError, match=rf"{NUM_IMAGES} images are not as many of each"):
+        label_scheme(replace(folder, labels="1000 classes"), scan(folder, Findings()))
+    with pytest.raises(ValueError, match="labels are said to be 'all of them'; say "):
+        replace(folder, labels="all of them")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bucket_gives_what_the_folder_gives(
+    index, sets: Sets, kind: str, make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Workers of a cluster that was started before the bucket know nothing of its credentials.
+    monkeypatch.setattr(
+        image_set, "_check_by_workers", lambda config, entries, resolution, _: check_images(config, entries, resolution)
+    )
+    folder = make_bucket("sets")
+    files = {path.relative_to(sets.root).as_posix(): path.read_bytes() for path in sets.root.rglob("*") if path.is_file()}
+    s3_endpoint.fill(folder, files)
+    images, here = index(sets.config(kind, folder.uri, s3=folder.config)), index(sets.config(kind))
+    np.testing.assert_array_equal(images.read(4, 9, "cpu").numpy(), here.read(4, 9, "cpu").numpy())
+    assert images.labels().tolist() == here.labels().tolist()
+
+
+def test_folders_called_by_class_numbers_are_labels(tmp_path: Path) -> None:
+    for label in (3, 0, 10):
+        for number in range(2):
+            write(tmp_path / f"{label:02d}" / f"{number}.png", png(pixels(number)))
+    entries = scan(ImageSetConfig(path=str(tmp_path), name="other"), Findings())
+    assert [(entry.key, entry.label) for entry in entries[1:4]] == [("00/1.png", 0), ("03/0.png", 3), ("03/1.png", 3)]
+    write(tmp_path / "other" / "0.png", png(pixels(0)))
+    assert {entry.label for entry in scan(ImageSetConfig(path=str(tmp_path), name="other"), Findings())} == {-1}
+
+
+# What names them -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_content_names_a_set_and_its_place_does_not(sets: Sets, kind: str, tmp_path: Path) -> None:
+    files = {path.relative_to(sets.root).as_posix(): path.read_bytes() for path in sets.root.rglob("*") if path.is_file()}
+    for name, content in files.items():
+        write(tmp_path / name, content)
+    config, copy = sets.config(kind), sets.config(kind, str(tmp_path))
+    said = ImageSetConfig(path=config.path, name="other", kind=kind)
+    assert config.identity() == copy.identity() == said.identity()
+    assert ImageSetConfig(path=config.path, name="another").identity() != config.identity()
+    changed = next(name for name in files if name.startswith(config.path.rpartition("/")[2]) and not name.endswith(".txt"))
+    write(tmp_path / changed, files[changed][:-1] + b"!")
+    assert copy.identity() != config.identity()
+
+
+def test_a_place_that_may_be_two_things_is_asked_about(sets: Sets, tmp_path: Path) -> None:
+    write(tmp_path / "0.png", png(pixels(0)))
+    write(tmp_path / "0.tar", tar_bytes([("0.png", png(pixels(0)))]))
+    with pytest.raises(ValueError, match=r"images other: .* holds 1 of kind folder and 1 of kind tar; say which kind is meant"):
+        ImageSetConfig(path=str(tmp_path), name="other").found_kind()
+    assert len(scan(ImageSetConfig(path=str(tmp_path), name="other", kind="tar"), Findings())) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("nowhere", r"images other: .*/nowhere is no folder"),
+        ("nowhere.npz", r"images other: .*/nowhere\.npz is no file"),
+        ("nowhere.tar", r"images other.* has no nowhere\.tar"),
+        ("empty", r"images other: .*/empty holds no images, tar or Parquet files"),
+    ],
+)
+def test_a_place_without_images_is_named(tmp_path: Path, path: str, sentence: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=sentence):
+        found(ImageSetConfig(path=str(tmp_path / path), name="other"))
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="the kind of images other is 'zip'; choose one of auto, folder, tar, npz, parquet"):
+        ImageSetConfig(path="x", name="other", kind="zip")
+
+
+# Odd ones ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_of_several_odd_images_the_first_is_named_by_the_stage(index, sets: Sets, tmp_path: Path) -> None:
+    for number in range(6):
+        side = SIZE + 1 if number in (2, 4) else SIZE
+        write(tmp_path / NAMES[number], png(pixels(number, side, side)))
+    with pytest.raises(ValueError, match=r"image sample-002\.png of other has 25 x 25 pixels, but others have 24 x 24") as caught:
+        index(ImageSetConfig(path=str(tmp_path), name="other"))
+    assert "nothing is resized here" in str(caught.value)
+
+
+def test_images_must_be_square(tmp_path: Path) -> None:
+    write(tmp_path / "0.png", png(pixels(0, SIZE, SIZE + 4)))
+    with pytest.raises(ValueError, match=r"image 0\.png of other has 24 x 28 pixels, but images must be square"):
+        found(ImageSetConfig(path=str(tmp_path), name="other"))
+
+
+@pytest.mark.parametrize("file", [file for file in corpus() if file.reason is not None], ids=lambda file: file.name)
+def test_an_image_that_cannot_be_read_is_named_and_none_is_left_out(tmp_path: Path, file: Any) -> None:
+    write(tmp_path / "0.png", png(pixels(0)))
+    write(tmp_path / "1.png", file.data)
+    with pytest.raises(ValueError, match=r"image 1\.png of other cannot be read \(.*\); a score of the others would not be theirs"):
+        found(ImageSetConfig(path=str(tmp_path), name="other"))
+
+
+def test_an_image_that_changes_after_it_was_indexed_is_noticed(local_store: LocalStore, tmp_path: Path, make_context) -> None:
+    config = ImageSetConfig(path=str(tmp_path / "set"), name="other", kind="folder")
+    for number in range(3):
+        write(tmp_path / "set" / NAMES[number], png(pixels(number)))
+    result = image_set.run(config, {}, make_context(local_store, "images", "k"))
+    fields: dict[str, Any] = {"stage_version": 1, "config": {}, "inputs": {}, "summary": dict(result.summary)}
+    images = ImageSet(config, local_store, Manifest(stage="images", key="k", files=tuple(result.files), **fields))
+    whole = (tmp_path / "set" / NAMES[1]).read_bytes()
+    write(tmp_path / "set" / NAMES[1], whole[:-40])
+    with pytest.raises(ValueError, match=r"sample-001\.png"):
+        images.read(0, 3, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ([np.zeros((2, 8, 8), np.uint8)], r"arr_0 is uint8 \(2, 8, 8\)"),
+        ([np.zeros((2, 8, 8, 3), np.float32)], r"arr_0 is float32 \(2, 8, 8, 3\)"),
+        ([np.zeros((2, 8, 9, 3), np.uint8)], r"image 0 of other has 9 x 8 pixels, but images must be square"),
+        ([np.zeros((2, 8, 8, 3), np.uint8), np.zeros(3, np.int64)], r"arr_1 is int64 \(3,\)"),
+        ([np.zeros((2, 8, 8, 3), np.uint8), np.array([0, -7])], r"images other have labels from -7 to 0"),
+        ([np.array([{"a": 1}], dtype=object)], "arr_0"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(tmp_path: Path, arrays: list[np.ndarray], sentence: str) -> None:
+    np.savez(tmp_path / "images.npz", *arrays)
+    with pytest.raises(ValueError, match=sentence):
+        found(ImageSetConfig(path=str(tmp_path / "images.npz"), name="other"))
+
+
+def test_a_damaged_npz_is_noticed_when_it_is_indexed(sets: Sets, tmp_path: Path) -> None:
+    content = bytearray((sets.root / "images.npz").read_bytes())
+    content[5000] ^= 1
+    write(tmp_path / "images.npz", bytes(content))
+    with pytest.raises(ValueError, match=r"images\.npz"):
+        found(ImageSetConfig(path=str(tmp_path / "images.npz"), name="other"))

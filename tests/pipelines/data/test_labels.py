@@ -1,0 +1,97 @@
+"""Labels of samples are told by what they are: equal words mean as many samples of each class, whoever made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.artifacts.manifest import Manifest
+from pipelines.data.labels import check_stated, scheme_of, scheme_of_labels, stated_scheme
+from pipelines.data.samples import sample_label
+
+FIELDS: dict[str, Any] = {"key": "a" * 64, "stage_version": 1, "inputs": {}, "files": ()}
+
+
+def generated(asked_for: str, num_samples: int = 50_000, num_classes: int = 1000, **config: Any) -> str:
+    summary = {
+        "labels": asked_for,
+        "num_samples": num_samples,
+        "num_classes": num_classes,
+        "mask_ratio": config.pop("mask_ratio", None),
+    }
+    return scheme_of(Manifest(stage="generate", config=config, summary=summary, **FIELDS))
+
+
+def test_samples_of_classes_in_turn_and_labels_that_are_as_many_of_each_are_the_same() -> None:
+    labels = np.random.default_rng(0).permutation(50_000) % 1000
+    assert generated("each class in turn") == scheme_of_labels(labels) == "1000 classes, 50 each"
+    assert generated("given", labels=list(range(999, -1, -1))) == "1000 classes, 50 each"
+    assert stated_scheme("1000 classes", 50_000) == "1000 classes, 50 each"
+    assert generated("each class in turn", 10_000) == "1000 classes, 10 each"
+
+
+def test_labels_of_other_classes_or_other_numbers_are_others() -> None:
+    one = generated("given", labels=[207])
+    few = [generated("given", labels=labels) for labels in ([207, 3], [207, 4], [207, 3, 3])]
+    assert one == "class 207 alone" and one == scheme_of_labels(np.full(50_000, 207))
+    assert few[0].startswith("2 classes given (") and len({one, *few}) == 4
+    assert scheme_of_labels(np.resize([207, 3], 50_000)) == few[0]
+
+
+def test_labels_that_were_drawn_evenly_are_about_as_many_of_each() -> None:
+    drawn = np.random.default_rng(0).integers(0, 1000, 50_000)
+    assert scheme_of_labels(drawn) == "1000 classes, about 50 each"
+    assert stated_scheme("1000 classes, drawn", 50_000) == "1000 classes, about 50 each"
+    assert scheme_of_labels([*range(1000), *range(1000), 5]) == "1000 classes, about 2 each"
+    unevenly = np.concatenate([np.arange(1000), drawn[:40_000], drawn[40_000:] // 2])
+    assert scheme_of_labels(unevenly).startswith("1000 classes given (")
+    assert scheme_of_labels([0] * 9000 + list(range(1000))).startswith("1000 classes given (")
+
+
+@pytest.mark.parametrize("labels", [(), (4,), (1, 7, 7)])
+@given(num_samples=st.integers(2, 60), num_classes=st.integers(8, 12))
+def test_what_a_model_is_asked_for_is_what_its_samples_say(labels: tuple[int, ...], num_samples: int, num_classes: int) -> None:
+    drawn = [sample_label(index, num_classes, labels) for index in range(num_samples)]
+    asked_for = "given" if labels else "each class in turn"
+    assert generated(asked_for, num_samples, num_classes, labels=list(labels)) == scheme_of_labels(drawn)
+
+
+def test_captions_say_of_which_dataset_and_how_they_were_chosen() -> None:
+    train, val = ({"kind": "coco", "name": name} for name in ("coco2014", "coco2014-val"))
+    choices = ("drawn", "in_order")
+    found = [generated("captions", caption_choice=choice, dataset=dataset) for dataset in (train, val) for choice in choices]
+    assert found[2:] == ["captions of coco2014-val, drawn", "captions of coco2014-val, in order"] and len(set(found)) == 4
+    assert stated_scheme(found[2], 30_000) == found[2]
+    assert generated("captions", caption_choice="drawn", dataset={"kind": "coco", "name": None}) == "captions of coco, drawn"
+
+
+def test_real_codes_say_what_share_of_them_was_masked() -> None:
+    assert generated("token map rows", mask_ratio=0.2) == "token map rows, mask ratio 0.2"
+    assert generated("token map rows", mask_ratio=0.4) != generated("token map rows", mask_ratio=0.2)
+
+
+def test_a_model_without_classes_has_no_labels() -> None:
+    assert generated("none", num_classes=0) == stated_scheme("none", 7) == "none"
+
+
+@pytest.mark.parametrize("labels", [[-1, -1], [0, 1, -1, 1]])
+def test_where_a_label_is_not_known_none_is(labels: list[int]) -> None:
+    assert scheme_of_labels(labels) == "unknown"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "balanced", "1000", "1000 classes, 50 each", "one class", "captions", "captions of coco", "given"]
+)
+def test_other_words_are_refused_with_those_that_may_be_said(text: str) -> None:
+    with pytest.raises(ValueError, match=r'say "1000 classes" .* "none" .* "captions of NAME, drawn"'):
+        check_stated(text)
+
+
+@pytest.mark.parametrize("text", ["1000 classes", "1 classes", "0 classes", "1501 classes, drawn"])
+def test_as_many_of_each_class_must_be_possible(text: str) -> None:
+    with pytest.raises(ValueError, match="1500 images are not as many of each"):
+        stated_scheme(text, 1500)

@@ -1,0 +1,382 @@
+"""Datasets as they lie about: what is read is what lies there, whatever the layout, and what is odd is named or refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from layouts import (
+    CLASSES,
+    KINDS,
+    Layouts,
+    coco_captions,
+    found_in,
+    read,
+    scan,
+    write,
+)
+from PIL import Image
+from s3_server import S3Endpoint
+from sklearn.datasets import load_digits
+
+from pipelines.data.sources.base import Entry, _pieces
+from pipelines.data.sources.config import DatasetConfig, open_source
+from pipelines.data.sources.digits import DigitsSource
+from pipelines.storage.base import StorageError
+from pipelines.storage.s3 import S3Folder
+
+
+def _fingerprint(config: DatasetConfig) -> str:
+    return open_source(config).fingerprint()
+
+
+# Every layout --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layout_gives_the_same_photographs_in_its_order(layouts: Layouts, kind: str) -> None:
+    config = layouts.config(kind)
+    assert read(config) == layouts.rows(kind) == read(config)
+    assert found_in(config) == {}
+    expected = {"images": (), "coco": (), "tar": None}.get(kind, CLASSES)
+    assert open_source(config).known_classes() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bucket_gives_what_the_folder_gives(layouts: Layouts, layouts_bucket: S3Folder, kind: str) -> None:
+    config = layouts.config(kind, layouts_bucket.uri, s3=layouts_bucket.config)
+    assert read(config) == layouts.rows(kind)
+    assert found_in(config) == {}
+    assert open_source(config).known_classes() == open_source(layouts.config(kind)).known_classes()
+    assert _fingerprint(config) == _fingerprint(config)
+
+
+def test_only_the_bytes_of_the_images_asked_for_are_fetched(
+    layouts: Layouts, layouts_bucket: S3Folder, s3_endpoint: S3Endpoint
+) -> None:
+    config = layouts.config("tar", layouts_bucket.uri, s3=layouts_bucket.config)
+    entries = scan(config)
+    s3_endpoint.requests.clear()
+    assert list(open_source(config).read(entries[7:9])) == [row.data for row in layouts.rows("tar")[7:9]]
+    asked = sorted(headers["RANGE"] for _, _, headers in s3_endpoint.requests)
+    assert asked == sorted(f"bytes={e.position}-{e.position + e.size - 1}" for e in entries[7:9])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_images_are_read_as_they_are_among_all(layouts: Layouts, kind: str) -> None:
+    config = layouts.config(kind)
+    entries, rows = scan(config), layouts.rows(kind)
+    for chosen in ([0], [19], [5, 6, 7], [3, 9, 17], []):
+        found = list(open_source(config).read([entries[number] for number in chosen]))
+        assert found == [rows[number].data for number in chosen]
+
+
+def test_a_dataset_that_cannot_be_is_refused_where_it_is_configured() -> None:
+    with pytest.raises(ValueError, match=r"dataset\.kind is 'imagenet'; choose one of digits, image_folder"):
+        DatasetConfig(kind="imagenet")
+    for kind in KINDS:
+        with pytest.raises(ValueError, match=rf"dataset\.kind is {kind}, so dataset\.path must say where"):
+            DatasetConfig(kind=kind)
+    for kind, captions in (("coco", None), ("images", "captions.json")):
+        with pytest.raises(ValueError, match=r"dataset\.captions .* give both or neither"):
+            DatasetConfig(kind=kind, path="x", captions=captions)
+    for kind, num_classes in (("images", 3), ("tar", 0), ("parquet", -1), ("tar", 1_000_001)):
+        with pytest.raises(ValueError, match=r"dataset\.num_classes is for kinds tar and parquet, and 1 to 1,000,000"):
+            DatasetConfig(kind=kind, path="x", num_classes=num_classes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_place_that_is_not_there_is_named(tmp_path: Path, kind: str) -> None:
+    for path in (tmp_path / "nowhere", write(tmp_path / "file", b"")):
+        config = DatasetConfig(kind=kind, path=str(path), captions="x" if kind == "coco" else None)
+        with pytest.raises(ValueError, match=rf"dataset\.path: {path} is no folder"):
+            open_source(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [("image_folder", "has no class folders"), ("tar", r"has no \.tar files"), ("parquet", r"has no \.parquet files")],
+)
+def test_an_empty_folder_is_named(tmp_path: Path, kind: str, sentence: str) -> None:
+    write(tmp_path / "empty" / "README.txt", b"")
+    with pytest.raises(ValueError, match=rf"dataset\.path {tmp_path}/empty {sentence}"):
+        scan(DatasetConfig(kind=kind, path=str(tmp_path / "empty")))
+
+
+# Fingerprints --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fingerprint_does_not_change_with_the_place_or_the_time(layouts: Layouts, tmp_path: Path, kind: str) -> None:
+    copy = Path(shutil.copytree(layouts.root, tmp_path / "copy"))
+    for number, path in enumerate(sorted(copy.rglob("*"))):
+        os.utime(path, (number, number))
+    config = layouts.config(kind, str(copy))
+    assert _fingerprint(config) == _fingerprint(layouts.config(kind))
+    assert config.identity() == layouts.config(kind).identity() and str(copy) not in str(config.identity())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", ["byte", "removed", "added", "order", "renamed"])
+def test_a_fingerprint_changes_with_content_and_order(own_layouts: Layouts, kind: str, change: str) -> None:
+    before = _fingerprint(own_layouts.config(kind))
+    first, second = sorted(path for path in (own_layouts.root / kind).rglob("*") if path.is_file())[:2]
+    if change == "byte":
+        content = bytearray(first.read_bytes())
+        content[len(content) // 2] ^= 1
+        first.write_bytes(content)
+    elif change == "removed":
+        first.unlink()
+    elif change == "added":
+        shutil.copy(first, first.with_stem("zzz"))
+    elif change == "renamed":  # and still the first: names are keys
+        first.rename(first.with_stem("aaa"))
+    else:
+        first.rename(first.parent / "swap")
+        second.rename(first)
+        (first.parent / "swap").rename(second)
+    assert _fingerprint(own_layouts.config(kind)) != before
+
+
+def test_a_fingerprint_changes_with_labels_classes_and_captions(own_layouts: Layouts) -> None:
+    before = {kind: _fingerprint(own_layouts.config(kind)) for kind in KINDS}
+    picture = next((own_layouts.root / "image_folder" / "coffee").glob("*.*"))
+    picture.rename(own_layouts.root / "image_folder" / "rocket" / picture.name)
+    assert (moved := _fingerprint(own_layouts.config("image_folder"))) != before["image_folder"]
+    (own_layouts.root / "image_folder" / "a-class-without-images").mkdir()
+    assert _fingerprint(own_layouts.config("image_folder")) != moved
+    other = coco_captions([replace(picture, captions=("another",)) for picture in own_layouts.pictures])
+    write(own_layouts.root / "captions.json", json.dumps(other).encode())
+    assert _fingerprint(own_layouts.config("coco")) != before["coco"]
+    assert _fingerprint(own_layouts.config("images")) == before["images"]
+
+
+def test_a_fingerprint_does_not_change_with_files_that_are_no_images(own_layouts: Layouts) -> None:
+    for kind in KINDS:
+        before = _fingerprint(own_layouts.config(kind))
+        write(own_layouts.root / kind / "README.txt", b"about")
+        assert _fingerprint(own_layouts.config(kind)) == before
+
+
+def test_an_object_of_a_bucket_is_known_by_its_etag(layouts: Layouts, make_bucket, s3_endpoint: S3Endpoint) -> None:
+    def fingerprint(contents: dict[str, bytes]) -> str:
+        folder = make_bucket()
+        s3_endpoint.fill(folder, contents)
+        s3_endpoint.requests.clear()
+        found = _fingerprint(DatasetConfig(kind="images", path=f"{folder.uri}/images", s3=folder.config))
+        assert not any("picture" in target for _, target, _ in s3_endpoint.requests)  # nothing was read
+        return found
+
+    contents = {f"images/{picture.name}": picture.data for picture in layouts.pictures}
+    changed = {**contents, f"images/{layouts.pictures[3].name}": b"x"}
+    assert fingerprint(contents) == fingerprint(contents) != fingerprint(changed)
+
+
+# Digits --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_digits_are_all_of_scikit_learn_s_with_its_labels() -> None:
+    rows = read(DatasetConfig())
+    assert [row.label for row in rows] == load_digits().target.tolist()
+    assert len({row.key for row in rows}) == len(rows) == 1797
+    assert DigitsSource().known_classes() == tuple("0123456789")
+
+
+def test_the_png_of_a_digit_holds_its_seventeen_levels_of_gray() -> None:
+    """0..16 become 0..255, so every level of the scans stays apart."""
+    for row, image in zip(read(DatasetConfig()), load_digits().images, strict=True):
+        assert row.data.startswith(b"\x89PNG")
+        decoded = np.asarray(Image.open(io.BytesIO(row.data)))
+        assert decoded.shape == (8, 8) and decoded.dtype == np.uint8
+        np.testing.assert_array_equal(np.round(decoded / 255 * 16), image)
+
+
+def test_the_fingerprint_of_the_digits_is_that_of_their_pixels_and_labels() -> None:
+    source = DigitsSource()
+    images, labels = source._digits
+
+    def changed(images: np.ndarray, labels: np.ndarray) -> str:
+        other = DigitsSource()
+        other.__dict__["_digits"] = (images, labels)
+        return other.fingerprint()
+
+    assert changed(images.copy(), labels.copy()) == source.fingerprint()
+    assert changed(np.where(np.arange(8) == 3, 255 - images, images).astype(np.uint8), labels) != source.fingerprint()
+    assert changed(images, labels[::-1]) != source.fingerprint()
+
+
+# Folders -------------------------------------------------------------------------------------------------------------------
+
+
+def test_classes_are_numbered_by_their_sorted_names_with_images_or_without(own_layouts: Layouts) -> None:
+    (own_layouts.root / "image_folder" / "b-nothing").mkdir()
+    write(own_layouts.root / "image_folder" / ".thumbnails" / "1.jpg", b"")
+    config = own_layouts.config("image_folder")
+    assert open_source(config).known_classes() == ("astronaut", "b-nothing", "chelsea", "coffee", "rocket")
+    moved = [replace(row, label=row.label + (row.label > 0)) for row in own_layouts.rows("image_folder")]
+    assert read(config) == moved
+
+
+def test_what_lies_beside_the_class_folders_is_named(own_layouts: Layouts) -> None:
+    root = own_layouts.root / "image_folder"
+    write(root / "loose.jpg", b"")
+    write(root / ".thumbnails" / "1.jpg", b"")
+    assert found_in(own_layouts.config("image_folder"))["other files"] == [".thumbnails/", "loose.jpg"]
+
+
+def test_images_at_any_depth_have_the_class_of_their_first_folder(layouts: Layouts) -> None:
+    entries = scan(layouts.config("image_folder"))
+    assert {entry.key.count("/") for entry in entries} == {1, 2, 3}
+    assert all(CLASSES[entry.label] == entry.key.split("/")[0] for entry in entries)
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "images", "coco"])
+def test_other_files_are_named_and_images_of_other_formats_are_images(own_layouts: Layouts, kind: str) -> None:
+    """They end in quarantine, where they are named with the reason, and not nowhere."""
+    place = "coffee/" if kind == "image_folder" else "below/"
+    others = [f"{place}{name}" for name in ("README.txt", "labels.csv", "noimage", "x.jpg.part")]
+    images = [f"{place}{name}" for name in ("a.webp", "b.GIF", "c.tiff", "d.bmp", "UPPER.JPG", "e.jpe")]
+    for name in [*others, *images]:
+        write(own_layouts.root / kind / name, b"x")
+    config = own_layouts.config(kind)
+    assert found_in(config)["other files"] == sorted(others)
+    assert {entry.key for entry in scan(config)} == {row.key for row in own_layouts.rows(kind)} | set(images)
+
+
+def test_a_class_folder_may_be_a_link_as_in_shared_copies_of_imagenet(own_layouts: Layouts) -> None:
+    (own_layouts.root / "image_folder" / "linked").symlink_to(
+        own_layouts.root / "image_folder" / "coffee", target_is_directory=True
+    )
+    rows = read(own_layouts.config("image_folder"))
+    assert [row.data for row in rows if row.label == 3] == [row.data for row in rows if row.label == 2]
+    assert {row.key.split("/")[0] for row in rows if row.label == 3} == {"linked"}
+
+
+def test_a_link_round_in_a_circle_adds_no_images(own_layouts: Layouts) -> None:
+    before = _fingerprint(own_layouts.config("image_folder"))
+    (own_layouts.root / "image_folder" / "coffee" / "up").symlink_to(own_layouts.root / "image_folder")
+    assert read(own_layouts.config("image_folder")) == own_layouts.rows("image_folder")
+    assert _fingerprint(own_layouts.config("image_folder")) == before
+
+
+def test_a_folder_that_is_called_like_an_image_is_none(own_layouts: Layouts) -> None:
+    (own_layouts.root / "image_folder" / "coffee" / "album.jpg").mkdir()
+    assert read(own_layouts.config("image_folder")) == own_layouts.rows("image_folder")
+
+
+@pytest.mark.parametrize("names", [["train", "val"], ["Train"], ["test", "training", "validation"]])
+def test_a_folder_of_splits_is_refused_with_a_hint(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        write(tmp_path / name / "cat" / "1.jpg", b"")
+    with pytest.raises(ValueError, match=rf"dataset\.path {tmp_path} holds splits, not classes; name one of {', '.join(names)}"):
+        open_source(DatasetConfig(kind="image_folder", path=str(tmp_path)))
+    write(tmp_path / "plane" / "1.jpg", b"")  # a class may be called train
+    assert open_source(DatasetConfig(kind="image_folder", path=str(tmp_path))).known_classes() == tuple(sorted([*names, "plane"]))
+
+
+def test_a_folder_of_images_without_classes_is_refused_with_a_hint(layouts: Layouts) -> None:
+    with pytest.raises(ValueError, match=r"has no class folders; kind images takes a folder of images without labels"):
+        open_source(DatasetConfig(kind="image_folder", path=str(layouts.root / "images")))
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "images"])
+def test_a_file_that_was_cut_or_removed_since_the_scan_is_named(own_layouts: Layouts, kind: str) -> None:
+    config = own_layouts.config(kind)
+    entries = scan(config)
+    path = own_layouts.root / kind / entries[3].file
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(StorageError, match=rf"{path} ends after 100 bytes; {entries[3].size} were expected"):
+        list(open_source(config).read(entries))
+    path.unlink()
+    with pytest.raises(StorageError, match=rf"{path} cannot be read"):
+        list(open_source(config).read(entries))
+
+
+# COCO ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_in_the_order_of_their_ids_with_single_spaces(layouts: Layouts) -> None:
+    written = json.loads((layouts.root / "captions.json").read_bytes())["annotations"]
+    assert any("\n" in each["caption"] for each in written) and [each["id"] for each in written] != sorted(
+        each["id"] for each in written
+    )
+    captions = {row.key: row.captions for row in read(layouts.config("coco"))}
+    assert captions == {picture.name: picture.captions for picture in layouts.pictures}
+    assert {len(each) for each in captions.values()} == {1, 2, 3}
+
+
+def test_absent_images_and_images_without_captions_are_named(own_layouts: Layouts) -> None:
+    gone, unknown, bare = own_layouts.pictures[0].name, own_layouts.pictures[1].name, own_layouts.pictures[2].name
+    values = coco_captions(own_layouts.pictures)
+    values["images"] = [image for image in values["images"] if image["file_name"] != unknown]
+    kept = {image["id"] for image in values["images"] if image["file_name"] != bare}
+    values["annotations"] = [each for each in values["annotations"] if each["image_id"] in kept]
+    write(own_layouts.root / "captions.json", json.dumps(values).encode())
+    (own_layouts.root / "coco" / gone).unlink()
+    assert found_in(own_layouts.config("coco")) == {"images without captions": [unknown, bare], "captions of absent images": [gone]}
+    rows = {row.key: row.captions for row in read(own_layouts.config("coco"))}
+    assert rows[unknown] == rows[bare] == () and gone not in rows
+
+
+IMAGES = '"images": [{"id": 1, "file_name": "a.jpg"}]'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"images": null, "annotations": []}',
+        '{"images": [{"id": 1}], "annotations": []}',
+        '{"images": [{"id": "x", "file_name": "a.jpg"}], "annotations": []}',
+        '{"images": [{"id": 1e999, "file_name": "a.jpg"}], "annotations": []}',
+        '{"images": ["a.jpg"], "annotations": []}',
+        f"{{{IMAGES}}}",
+        f'{{{IMAGES}, "annotations": [{{"id": 1, "image_id": 2, "caption": "of no image"}}]}}',
+        f'{{{IMAGES}, "annotations": [{{"id": 1, "image_id": 1}}]}}',
+        f'{{{IMAGES}, "annotations": [{{"id": 1, "image_id": 1, "caption": "half \\ud83d"}}]}}',
+        "[" * 100_000,
+        b"\xff\xfe\x00",
+    ],
+)
+def test_what_is_not_as_coco_writes_captions_is_refused_in_one_line(own_layouts: Layouts, text: str | bytes) -> None:
+    path = write(own_layouts.root / "captions.json", text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"dataset\.captions {path} is not as COCO writes captions") as caught:
+        scan(own_layouts.config("coco"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_captions_that_are_not_there_are_named(layouts: Layouts, layouts_bucket: S3Folder, tmp_path: Path) -> None:
+    for captions in (f"{tmp_path}/gone.json", "/gone.json", f"{layouts_bucket.uri}/gone.json"):
+        config = DatasetConfig(kind="coco", path=str(layouts.root / "coco"), captions=captions, s3=layouts_bucket.config)
+        with pytest.raises(ValueError, match=rf"dataset\.captions: {captions} "):
+            scan(config)
+
+
+def test_captions_may_lie_where_the_command_runs_or_in_a_bucket(
+    layouts: Layouts, layouts_bucket: S3Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(layouts.root)
+    for captions in ("captions.json", f"{layouts_bucket.uri}/captions.json"):
+        assert read(DatasetConfig(kind="coco", path="coco", captions=captions, s3=layouts_bucket.config)) == layouts.rows("coco")
+
+
+# Reading ahead -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [([1] * 130, [64, 64, 2]), ([40 << 20] * 3, [1, 1, 1]), ([9, 90 << 20, 9], [1, 1, 1])]
+)
+def test_of_large_images_few_are_read_ahead(sizes: list[int], expected: list[int]) -> None:
+    entries = [Entry(str(number), "file", 0, size) for number, size in enumerate(sizes)]
+    pieces = list(_pieces(entries))
+    assert [len(piece) for piece in pieces] == expected and [entry for piece in pieces for entry in piece] == entries

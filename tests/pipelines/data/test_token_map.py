@@ -1,0 +1,519 @@
+"""The token map: its format on disk, and batches in which every image is seen exactly once an epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.data.token_map import QUARANTINE, TokenMap, TokenMapInfo, TokenRows, read_codes, schema, write_part, write_quarantine
+from pipelines.storage.base import StoreError
+from pipelines.storage.s3 import S3Folder
+
+INFO = TokenMapInfo(dataset="photographs", resolution=16, grid_size=4, codebook_size=512, num_classes=3, tokenizer_digest="ab" * 32)
+CAPTIONED = dataclasses.replace(INFO, num_captions=1_000)
+
+
+def _rows(rows: int, seed: int = 0, info: TokenMapInfo = INFO, first_caption: int = 0) -> TokenRows:
+    """Every third row has no captions, the others one to five."""
+    rng = np.random.default_rng(seed)
+    shape = (rows, info.grid_size**2)
+    counts = np.where(np.arange(rows) % 3 == 2, 0, rng.integers(1, 6, rows))
+    return TokenRows(
+        keys=[f"image-{seed}-{row}" for row in range(rows)],
+        codes=rng.integers(0, info.codebook_size, shape),
+        codes_flipped=rng.integers(0, info.codebook_size, shape),
+        labels=rng.integers(-1, info.num_classes, rows).tolist(),
+        source_sha256=[hashlib.sha256(f"{seed}-{row}".encode()).digest() for row in range(rows)],
+        captions=[tuple(f"caption {n} of image {seed}-{row}" for n in range(count)) for row, count in enumerate(counts)],
+        first_captions=(first_caption + np.cumsum(counts) - counts).tolist(),
+    )
+
+
+def _token_map(num_rows: int, seed: int = 0) -> TokenMap:
+    rows = _rows(num_rows, seed)
+    codes = np.stack([rows.codes, rows.codes_flipped], axis=1).astype(np.uint16)
+    captions = np.array([rows.first_captions, list(map(len, rows.captions))]).T
+    return TokenMap(INFO, codes, np.array(rows.labels, np.int32), captions)
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    path = tmp_path / "part-00000.parquet"
+    write_part(path, INFO, _rows(500))
+    return path
+
+
+@pytest.fixture
+def commit_to(tmp_path: Path) -> Callable[..., Manifest]:
+    """A token map in a store, of parts that are made of whatever info they are given."""
+
+    def commit(
+        store: ArtifactStore, *parts: tuple[TokenMapInfo, TokenRows], info: TokenMapInfo = INFO, num_rows: int | None = None
+    ) -> Manifest:
+        records = []
+        for number, (part_info, rows) in enumerate(parts):
+            source = tmp_path / f"part-{number:05d}.parquet"
+            write_part(source, part_info, rows)
+            records.append(store.put_file("token_map", "k", source.name, source))
+        write_quarantine(tmp_path / QUARANTINE, [("image-x", "it is broken")])
+        records.append(store.put_file("token_map", "k", QUARANTINE, tmp_path / QUARANTINE))
+        total = sum(len(rows) for _, rows in parts) if num_rows is None else num_rows
+        summary = {"info": dataclasses.asdict(info), "rows": total}
+        return store.commit(
+            Manifest(stage="token_map", key="k", stage_version=1, config={}, inputs={}, files=tuple(records), summary=summary)
+        )
+
+    return commit
+
+
+@pytest.fixture
+def commit(commit_to: Callable[..., Manifest], local_store: LocalStore) -> Callable[..., Manifest]:
+    return functools.partial(commit_to, local_store)
+
+
+# Format --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_has_the_documented_columns(part: Path) -> None:
+    codes = pa.list_(pa.field("element", pa.uint16()), 16)
+    assert pq.read_schema(part).remove_metadata() == pa.schema(
+        [
+            ("key", pa.string()),
+            ("codes", codes),
+            ("codes_flipped", codes),
+            ("label", pa.int32()),
+            ("source_sha256", pa.binary(32)),
+        ]
+    )
+
+
+def test_a_part_of_a_dataset_with_captions_has_them_and_the_number_of_the_first(tmp_path: Path) -> None:
+    rows = _rows(20, first_caption=70)
+    write_part(tmp_path / "part.parquet", CAPTIONED, rows)
+    table = pq.read_table(tmp_path / "part.parquet")
+    assert (
+        table.schema.field("captions").type == pa.list_(pa.field("element", pa.string()))
+        and table.schema.field("first_caption").type == pa.int64()
+    )
+    assert table["captions"].to_pylist() == [list(captions) for captions in rows.captions] and () in rows.captions
+    assert table["first_caption"].to_pylist() == rows.first_captions and rows.first_captions[0] == 70
+
+
+def test_a_part_states_what_it_is_made_of(part: Path) -> None:
+    assert json.loads(pq.read_schema(part).metadata[b"enat"]) == {
+        "dataset": "photographs",
+        "resolution": 16,
+        "grid_size": 4,
+        "codebook_size": 512,
+        "num_classes": 3,
+        "tokenizer_digest": "ab" * 32,
+        "num_captions": 0,
+        "dtype": "float32",
+        "crop": "adm-center",
+        "format_version": 2,
+    }
+
+
+def test_a_part_gives_back_its_values(part: Path) -> None:
+    written, table = _rows(500), pq.read_table(part)
+    assert table["key"].to_pylist() == written.keys
+    assert table["label"].to_pylist() == written.labels
+    assert table["source_sha256"].to_pylist() == written.source_sha256
+    for name in ("codes", "codes_flipped"):
+        np.testing.assert_array_equal(np.array(table[name].to_pylist()), getattr(written, name))
+
+
+def test_the_same_rows_are_the_same_bytes(part: Path, tmp_path: Path) -> None:
+    write_part(tmp_path / "again.parquet", INFO, _rows(500))
+    assert (tmp_path / "again.parquet").read_bytes() == part.read_bytes()
+
+
+def test_a_part_is_compressed(part: Path) -> None:
+    row_group = pq.ParquetFile(part).metadata.row_group(0)
+    assert {row_group.column(index).compression for index in range(5)} == {"ZSTD"}
+
+
+def test_a_flipped_bit_in_a_page_is_an_error_and_never_another_code(part: Path) -> None:
+    """Page headers have no checksum of their own, so a flip there may pass; it must not change a value."""
+    content, whole, row_group = part.read_bytes(), pq.read_table(part), pq.ParquetFile(part).metadata.row_group(0)
+    caught = 0
+    for column in map(row_group.column, range(5)):
+        start = column.dictionary_page_offset or column.data_page_offset
+        for position in np.linspace(start, start + column.total_compressed_size - 1, 12, dtype=int).tolist():
+            damaged = bytearray(content)
+            damaged[position] ^= 1
+            part.write_bytes(damaged)
+            try:
+                table = pq.read_table(part, page_checksum_verification=True)
+            except OSError:
+                caught += 1
+            else:
+                assert table.equals(whole)
+    assert caught >= 50
+
+
+def test_the_largest_code_of_the_largest_codebook_fits(tmp_path: Path) -> None:
+    info = dataclasses.replace(INFO, codebook_size=1 << 16)
+    rows = dataclasses.replace(_rows(2), codes=np.full((2, 16), 65535), codes_flipped=np.zeros((2, 16), int))
+    write_part(tmp_path / "part.parquet", info, rows)
+    assert pq.read_table(tmp_path / "part.parquet")["codes"].to_pylist() == [[65535] * 16] * 2
+
+
+def test_a_part_of_unreadable_images_alone_has_no_rows_and_the_same_schema(tmp_path: Path) -> None:
+    write_part(tmp_path / "part.parquet", INFO, _rows(0))
+    assert pq.read_table(tmp_path / "part.parquet").num_rows == 0
+    assert pq.read_schema(tmp_path / "part.parquet").equals(schema(INFO), check_metadata=True)
+
+
+@pytest.mark.parametrize("rows", [[], [("a.jpg", "it is broken"), ("b.jpg", "it is animated (3 frames)")]])
+def test_the_quarantine_holds_keys_and_reasons(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+    write_quarantine(tmp_path / QUARANTINE, rows)
+    table = pq.read_table(tmp_path / QUARANTINE)
+    assert table.schema.names == ["key", "reason"]
+    assert [(row["key"], row["reason"]) for row in table.to_pylist()] == rows
+
+
+# In memory -----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_opened_map_holds_the_rows_of_its_parts_in_order(commit, local_store: LocalStore) -> None:
+    pieces = [_rows(3, seed=1), _rows(0, seed=2), _rows(5, seed=3)]
+    token_map = TokenMap.open(local_store, commit(*[(INFO, piece) for piece in pieces]))
+    assert token_map.info == INFO and len(token_map) == 8
+    for index, name in enumerate(("codes", "codes_flipped")):
+        np.testing.assert_array_equal(token_map.codes[:, index], np.concatenate([getattr(piece, name) for piece in pieces]))
+    assert token_map.labels.tolist() == [label for piece in pieces for label in piece.labels]
+
+
+def test_an_opened_map_knows_the_captions_of_its_rows(commit, local_store: LocalStore) -> None:
+    pieces = [_rows(4, seed=1, info=CAPTIONED), _rows(5, seed=2, info=CAPTIONED, first_caption=50)]
+    token_map = TokenMap.open(local_store, commit(*[(CAPTIONED, piece) for piece in pieces], info=CAPTIONED))
+    expected = [
+        (first, len(captions)) for piece in pieces for first, captions in zip(piece.first_captions, piece.captions, strict=True)
+    ]
+    assert token_map.captions.tolist() == list(map(list, expected)) and any(count == 0 for _, count in expected)
+
+
+def test_rows_that_were_put_together_are_the_rows_of_the_pieces() -> None:
+    pieces = [_rows(3, seed=1), _rows(0), _rows(2, seed=2)]
+    whole = TokenRows.concatenate(pieces)
+    assert len(whole) == 5 and whole.codes.shape == whole.codes_flipped.shape == (5, 16)
+    for name in ("keys", "labels", "source_sha256", "captions", "first_captions"):
+        assert getattr(whole, name) == [value for piece in pieces for value in getattr(piece, name)]
+
+
+_OTHERS = [{"dataset": "other"}, {"tokenizer_digest": "cd" * 32}, {"codebook_size": 256}, {"crop": "random"}, {"resolution": 32}]
+_OTHERS += [{"dtype": "bfloat16"}, {"num_captions": 1_000}, {"grid_size": 2}]
+
+
+@pytest.mark.parametrize("other", _OTHERS, ids=[next(iter(other)) for other in _OTHERS])
+def test_a_part_of_another_map_is_refused(commit, local_store: LocalStore, other: dict[str, Any]) -> None:
+    info = dataclasses.replace(INFO, **other)
+    manifest = commit((INFO, _rows(3)), (info, _rows(3, seed=1, info=info)))
+    with pytest.raises(ValueError, match=r"part-00001\.parquet is not a part of this token map"):
+        TokenMap.open(local_store, manifest)
+
+
+@pytest.mark.parametrize("num_rows", [7, 9])
+def test_parts_with_more_or_fewer_rows_than_the_manifest_says_are_refused(commit, local_store: LocalStore, num_rows: int) -> None:
+    manifest = commit((INFO, _rows(3)), (INFO, _rows(5, seed=1)), num_rows=num_rows)
+    with pytest.raises(ValueError, match=rf"the parts of token map k hold 8 rows, not the {num_rows} of its manifest"):
+        TokenMap.open(local_store, manifest)
+
+
+def _damage_a_page(path: Path) -> None:
+    """One bit of the codes; behind page headers, in compressed bytes."""
+    content = bytearray(path.read_bytes())
+    column = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_page_is_refused_by_name(commit, local_store: LocalStore, tmp_path: Path) -> None:
+    """Once by the digest in the manifest; and where the damage was there before the digest was taken, by the page's checksum."""
+    manifest = commit((INFO, _rows(300)))
+    part = tmp_path / "part-00000.parquet"
+    _damage_a_page(part)
+    damaged = local_store.put_file("token_map", "damaged", part.name, part)
+    with pytest.raises(ValueError, match=r"part-00000\.parquet is damaged"):
+        TokenMap.open(local_store, dataclasses.replace(manifest, key="damaged", files=(damaged,)))
+    _damage_a_page(local_store.root / "token_map" / "k" / part.name)
+    with pytest.raises(StoreError, match=r"part-00000\.parquet was changed after it was made"):
+        TokenMap.open(local_store, manifest)
+
+
+def test_a_map_in_a_bucket_is_opened_through_the_verified_cache(
+    commit_to, make_bucket: Callable[..., S3Folder], s3_endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    bucket = make_bucket("team/store")
+    store = open_store(bucket.uri, bucket.config)
+    rows = _rows(7)
+    manifest = commit_to(store, (INFO, rows))
+    np.testing.assert_array_equal(TokenMap.open(store, manifest).codes[:, 0], rows.codes)
+    name = "token_map/k/part-00000.parquet"
+    before = len(s3_endpoint.requests)
+    np.testing.assert_array_equal(TokenMap.open(store, manifest).codes[:, 1], rows.codes_flipped)
+    assert len(s3_endpoint.requests) == before, "the second time it is not fetched"
+    content = bytearray(bucket.read(name))
+    content[len(content) // 2] ^= 1
+    s3_endpoint.fill(bucket, {name: bytes(content)})
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(StoreError, match=r"part-00000\.parquet was changed after it was made"):
+        TokenMap.open(store, manifest)
+
+
+# A map that a node's workers share -----------------------------------------------------------------------------------------------
+
+
+DRAWN = (np.array([0, 3, 9, 4]), np.array([True, False, True, False]))  # rows, and which of them are flipped
+
+
+def _same(one: TokenMap, other: TokenMap) -> bool:
+    return one.info == other.info and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) and getattr(one, name).dtype == getattr(other, name).dtype
+        for name in ("codes", "labels", "captions")
+    )
+
+
+def _cached(folder: Path) -> Path:
+    (found,) = (folder / "downloads").glob("token-map-*")
+    return found
+
+
+def test_a_shared_map_is_read_once_and_mapped_from_then_on(
+    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    info = dataclasses.replace(INFO, num_captions=3)
+    rows = _rows(5)
+    rows.captions, rows.first_captions = [("a", "b"), (), ("c",), (), ()], [0, 2, 2, 3, 3]
+    manifest = commit((info, rows), (info, rows), info=info)
+    plain = TokenMap.open(local_store, manifest)
+    assert plain.captions.any() and _same(plain, TokenMap.open_shared(local_store, manifest))
+    for part in (local_store.root / "token_map" / "k").glob("part-*"):
+        part.unlink()
+    again = TokenMap.open_shared(local_store, manifest)
+    assert _same(plain, again) and not again.codes.flags.writeable
+    mapped = again.codes
+    while mapped.base is not None and not isinstance(mapped, np.memmap):
+        mapped = mapped.base
+    assert isinstance(mapped, np.memmap), "pages of the file, which all processes share"
+    for one, other in zip(plain.take(*DRAWN), again.take(*DRAWN), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "labels.npy", "sha256.json"])
+def test_a_shared_map_that_was_damaged_is_read_again(
+    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    manifest = commit((INFO, _rows(5)))
+    plain = TokenMap.open_shared(local_store, manifest)
+    path = _cached(tmp_path / "cache") / name
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    assert _same(TokenMap.open(local_store, manifest), TokenMap.open_shared(local_store, manifest))
+    path.unlink()
+    assert _same(TokenMap.open(local_store, manifest), TokenMap.open_shared(local_store, manifest))
+    assert len(plain) == 5
+
+
+def test_damage_of_a_part_is_told_also_of_a_shared_map_and_leaves_nothing(
+    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    manifest = commit((INFO, _rows(300)))
+    _damage_a_page(local_store.root / "token_map" / "k" / "part-00000.parquet")
+    with pytest.raises(StoreError, match=r"part-00000\.parquet was changed after it was made"):
+        TokenMap.open_shared(local_store, manifest)
+    assert not list((tmp_path / "cache" / "downloads").iterdir())
+
+
+def test_without_a_cache_every_worker_reads_the_map_and_says_so(
+    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file" / "cache"))
+    manifest = commit((INFO, _rows(5)))
+    assert _same(TokenMap.open(local_store, manifest), TokenMap.open_shared(local_store, manifest))
+    assert "the token map is read into the memory of each worker" in caplog.text
+
+
+def test_a_shared_map_may_have_no_rows(commit, local_store: LocalStore) -> None:
+    assert len(TokenMap.open_shared(local_store, commit((INFO, _rows(0))))) == 0
+
+
+@pytest.mark.parametrize("wanted", [[0], [2, 3], [0, 4, 7], [3, 4, 5, 6, 7], list(range(8))])
+def test_codes_of_some_rows_are_read_from_the_parts_that_hold_them(commit, local_store: LocalStore, wanted: list[int]) -> None:
+    pieces = [_rows(3, seed=1), _rows(0, seed=2), _rows(5, seed=3)]
+    whole = TokenRows.concatenate(pieces)
+    keys, codes = read_codes(local_store, commit(*[(INFO, piece) for piece in pieces]), wanted)
+    assert keys == [whole.keys[row] for row in wanted] and codes.dtype == np.uint16
+    np.testing.assert_array_equal(codes, whole.codes[wanted])
+
+
+_FITS = {"tokenizer_digest": INFO.tokenizer_digest, "grid_size": 4, "codebook_size": 512}
+
+
+@pytest.mark.parametrize(
+    ("changed", "own", "expected"),
+    [
+        ({"tokenizer_digest": "cd" * 32}, "tokenizer abababababab", "tokenizer cdcdcdcdcdcd"),
+        ({"grid_size": 16}, "grid 4", "grid 16"),
+        ({"codebook_size": 1024}, "codebook 512", "codebook 1024"),
+        ({"grid_size": 16, "codebook_size": 1024}, "grid 4, codebook 512", "grid 16, codebook 1024"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused_naming_both_sides(changed: dict[str, Any], own: str, expected: str) -> None:
+    INFO.require("the model", **_FITS)  # raises nothing
+    sentence = rf"^the token map of photographs \(16 px\) has {own}, but the model expects {expected}$"
+    with pytest.raises(ValueError, match=sentence):
+        INFO.require("the model", **{**_FITS, **changed})
+
+
+def test_take_gives_stored_or_flipped_codes_as_asked() -> None:
+    token_map = _token_map(6)
+    rows, flipped = np.array([5, 0, 5, 2]), np.array([True, False, False, True])
+    codes, labels = token_map.take(rows, flipped)
+    assert codes.dtype == np.int64 and labels.dtype == np.int64
+    expected = [token_map.codes[row, int(is_flipped)] for row, is_flipped in zip(rows, flipped, strict=True)]
+    np.testing.assert_array_equal(codes, expected)
+
+
+def test_take_gives_labels_and_the_null_label_where_a_row_has_none() -> None:
+    token_map = _token_map(40)
+    labels = token_map.take(np.arange(40), np.zeros(40, bool))[1]
+    assert labels.tolist() == [INFO.num_classes if label == -1 else label for label in token_map.labels.tolist()]
+    assert set(labels.tolist()) == {0, 1, 2, 3}
+
+
+def test_what_take_gives_is_a_copy() -> None:
+    """Training writes the null label into it."""
+    token_map = _token_map(4)
+    before = token_map.labels.copy()
+    token_map.take(np.arange(4), np.zeros(4, bool))[1][:] = 99
+    np.testing.assert_array_equal(token_map.labels, before)
+
+
+# Batches -------------------------------------------------------------------------------------------------------------------
+
+_ROWS, _BATCHES, _SEEDS = st.integers(1, 40), st.integers(1, 60), st.integers(0, 2**31)
+
+
+FIELDS = ("rows", "flipped", "captions")
+
+
+def _stream(token_map: TokenMap, seed: int, batch_size: int, length: int) -> tuple[np.ndarray, ...]:
+    """What the first steps of batch_size see: rows, flips, captions."""
+    batches = [token_map.batch_rows(seed, step, batch_size) for step in range(-(-length // batch_size))]
+    return tuple(np.concatenate([getattr(batch, name) for batch in batches])[:length] for name in FIELDS)
+
+
+@given(num_rows=_ROWS, batch_size=_BATCHES, seed=_SEEDS)
+def test_every_row_is_seen_exactly_once_an_epoch_whatever_the_batch_size(num_rows: int, batch_size: int, seed: int) -> None:
+    epochs = _stream(_token_map(num_rows), seed, batch_size, 3 * num_rows)[0].reshape(3, num_rows)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(num_rows), (3, 1)))
+
+
+@given(num_rows=_ROWS, batch_sizes=st.tuples(_BATCHES, _BATCHES), seed=_SEEDS)
+def test_rows_flips_and_captions_come_in_one_order_whatever_the_batch_size(
+    num_rows: int, batch_sizes: tuple[int, int], seed: int
+) -> None:
+    one, other = (_stream(_token_map(num_rows), seed, batch_size, 3 * num_rows) for batch_size in batch_sizes)
+    for mine, theirs in zip(one, other, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@given(num_rows=_ROWS, num_groups=st.integers(1, 8), group_size=st.integers(1, 12), step=st.integers(0, 50), seed=_SEEDS)
+def test_groups_of_a_step_are_the_step_whatever_their_number(
+    num_rows: int, num_groups: int, group_size: int, step: int, seed: int
+) -> None:
+    """So it does not matter how many workers share the groups."""
+    token_map = _token_map(num_rows)
+    whole = token_map.batch_rows(seed, step, num_groups * group_size)
+    groups = [token_map.batch_rows(seed, step * num_groups + group, group_size) for group in range(num_groups)]
+    for name in FIELDS:
+        np.testing.assert_array_equal(np.concatenate([getattr(group, name) for group in groups]), getattr(whole, name))
+
+
+@given(num_rows=_ROWS, batch_size=_BATCHES, steps=st.lists(st.integers(0, 1000), min_size=1, max_size=5), seed=_SEEDS)
+def test_the_rows_of_a_step_do_not_depend_on_the_steps_before(num_rows: int, batch_size: int, steps: list[int], seed: int) -> None:
+    """So a resumed run sees what an uninterrupted one would have."""
+    token_map = _token_map(num_rows)
+    expected = [_token_map(num_rows).batch_rows(seed, step, batch_size) for step in steps]
+    for step, before in reversed(list(zip(steps, expected, strict=True))):
+        again = token_map.batch_rows(seed, step, batch_size)
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(again, name), getattr(before, name))
+
+
+@given(num_rows=_ROWS, batch_size=_BATCHES, step=st.integers(0, 1000), seed=_SEEDS)
+def test_a_caption_is_one_of_its_row_s_own_and_minus_one_where_it_has_none(
+    num_rows: int, batch_size: int, step: int, seed: int
+) -> None:
+    token_map = _token_map(num_rows)
+    batch = token_map.batch_rows(seed, step, batch_size)
+    first, count = token_map.captions[batch.rows].T
+    is_captioned = count > 0
+    assert (batch.captions[~is_captioned] == -1).all()
+    assert (first <= batch.captions)[is_captioned].all() and (batch.captions < first + count)[is_captioned].all()
+
+
+def test_a_map_without_captions_draws_none() -> None:
+    rows = _rows(5)
+    token_map = TokenMap(INFO, np.stack([rows.codes, rows.codes_flipped], axis=1).astype(np.uint16), np.zeros(5, np.int32))
+    assert token_map.batch_rows(0, 0, 12).captions.tolist() == [-1] * 12
+
+
+def test_a_row_s_captions_are_drawn_equally_often_and_anew_each_epoch() -> None:
+    """Six standard deviations of a share over 8,000 draws."""
+    num_rows, count, epochs = 2_000, 5, 4
+    captions = np.stack([count * np.arange(num_rows), np.full(num_rows, count)], axis=1)
+    token_map = TokenMap(INFO, np.zeros((num_rows, 2, 16), np.uint16), np.zeros(num_rows, np.int32), captions)
+    drawn = []
+    for epoch in range(epochs):
+        batch = token_map.batch_rows(3, epoch, num_rows)
+        drawn.append((batch.captions - count * batch.rows)[np.argsort(batch.rows)])
+    shares = np.bincount(np.concatenate(drawn), minlength=count) / (num_rows * epochs)
+    np.testing.assert_allclose(shares, 1 / count, atol=6 * np.sqrt(0.2 * 0.8 / (num_rows * epochs)))
+    for one, other in itertools.pairwise(drawn):
+        assert abs((one == other).mean() - 1 / count) < 6 * np.sqrt(0.2 * 0.8 / num_rows)
+    flipped = token_map.batch_rows(3, 0, num_rows)
+    halves = [(flipped.captions - count * flipped.rows)[flipped.flipped == side].mean() for side in (False, True)]
+    assert abs(halves[0] - halves[1]) < 6 * np.sqrt(2 * 2 / (num_rows / 2)), "which caption says nothing of the flip"
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    token_map = _token_map(200)
+    orders = {token_map.batch_rows(seed, epoch, 200).rows.tobytes() for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_half_of_the_images_are_flipped_and_others_in_each_epoch() -> None:
+    token_map = _token_map(4000)
+    flips = []
+    for epoch in range(3):
+        batch = token_map.batch_rows(0, epoch, 4000)
+        flips.append(batch.flipped[np.argsort(batch.rows)])
+        assert abs(batch.flipped.mean() - 0.5) < 0.05  # six standard deviations
+    for one, other in ((0, 1), (1, 2)):
+        assert abs((flips[one] == flips[other]).mean() - 0.5) < 0.05

@@ -1,0 +1,365 @@
+"""Features computed on Ray equal those of numpy, and are the same bits whatever the workers, the batches and what was lost."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import ray
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import open_dataset
+from safetensors.numpy import load_file
+
+from enat.metrics.extractors import ClassifierExtractor
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import WORK
+from pipelines.cluster.resources import Execution
+from pipelines.data.dataset import Dataset
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.evaluation import features
+from pipelines.evaluation.extractors import ExtractorFile
+from pipelines.evaluation.features import BLOCK_SIZE, FeatureSet, FeatureSpec, compute_features, drawn_evenly, read_rows
+from pipelines.evaluation.readers import Decoded, PixelBlocks, SourceImages, read_images
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+WIDTH = 24
+KEY = "f" * 64
+
+
+@dataclass(frozen=True)
+class SumsExtractor:
+    """Features that are the same whatever the batch: sums of products of small integers, which float32 holds exactly.
+
+    A network's own features change in their last bits with the batch, which would hide what the merging of moments does.
+    """
+
+    folder: str = ""  # a file is written there for every pass
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        return {"features": WIDTH, "logits": 2, "spatial": 5}
+
+    def load(self) -> SumsExtractor:
+        return self
+
+    def to(self, device: str) -> SumsExtractor:
+        return self
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.folder:
+            Path(self.folder, os.urandom(8).hex()).write_text(str(len(images)))
+        weights = np.random.default_rng(0).integers(-3, 4, (3 * 16 * 16, WIDTH)).astype(np.float32)
+        sums = torch.from_numpy(images.flatten(1).numpy().astype(np.float32) @ weights + 1e5)
+        return {"features": sums, "logits": sums[:, :2] - 7, "spatial": 2 * sums[:, :5]}
+
+
+@dataclass(frozen=True)
+class WrongExtractor(SumsExtractor):
+    """One that does not do what it says."""
+
+    wrong: str = ""
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = super().__call__(images)
+        if self.wrong == "nan":
+            outputs["logits"][3, 1] = torch.nan
+        elif self.wrong == "width":
+            outputs["spatial"] = outputs["spatial"][:, :4]
+        else:
+            del outputs["features"]
+        return outputs
+
+
+@dataclass(frozen=True)
+class DyingImages:
+    """Kills its worker at the first read from a place on, once."""
+
+    reader: SourceImages
+    at: int
+    marker: str
+
+    def read(self, start: int, stop: int, device: str) -> torch.Tensor:
+        if start >= self.at and not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.reader.read(start, stop, device)
+
+
+class StoppingStore(LocalStore):
+    """One whose run is stopped right after a part was committed."""
+
+    def put_part(self, stage: str, key: str, name: str, record: Any) -> None:
+        super().put_part(stage, key, name, record)
+        raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_need_no_test_modules() -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_part_is_a_block() -> Iterator[None]:
+    """So that few images are several parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_BLOCKS_PER_PART", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return open_dataset(DatasetConfig(), LocalStore(tmp_path_factory.mktemp("digits")))
+
+
+NUM_IMAGES = 600  # two whole blocks and a piece of a third
+
+
+@pytest.fixture(scope="module")
+def small_classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, ExtractorFile]:
+    """A stored network with drawn weights, whose features do depend on the batch in their last bits."""
+    store, folder = LocalStore(tmp_path_factory.mktemp("extractor")), tmp_path_factory.mktemp("file")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ClassifierExtractor(10).eval().save(folder / "extractor.safetensors")
+    record = store.put_file("reference", "k", "extractor.safetensors", folder / "extractor.safetensors")
+    return store, ExtractorFile.of(store, "classifier", "reference", "k", record)
+
+
+@pytest.fixture(scope="module")
+def computed(
+    digits: Dataset, small_classifier: Any, make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[LocalStore, FeatureSet]]:
+    """The job with a network at a number of workers, a batch size and CPUs a worker, run once."""
+
+    @functools.cache
+    def run(num_workers: int, batch_size: int, cpus: int = 1) -> tuple[LocalStore, FeatureSet]:
+        store = LocalStore(tmp_path_factory.mktemp("store"))
+        execution = Execution(num_workers=num_workers, batch_size=batch_size, cpus_per_worker=cpus)
+        spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=16)
+        reader = PixelBlocks(SourceImages(digits, 16))
+        return store, compute_features(reader, spec, small_classifier[1], execution, make_context(store, "evaluate", KEY))
+
+    return run
+
+
+@pytest.mark.parametrize("gpus", [0.5, 2])
+def test_device_seconds_are_those_of_all_devices_that_workers_hold(
+    digits: Dataset, small_classifier, computed, make_context, gpus: float
+) -> None:
+    """All parts are there already, so that no GPU is needed. Loading images takes none."""
+    store, found = computed(2, 8)
+    spec, reader = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=16), PixelBlocks(SourceImages(digits, 16))
+    one, other = (
+        compute_features(reader, spec, small_classifier[1], Execution(gpus_per_worker=count), make_context(store, "evaluate", KEY))
+        for count in (1, gpus)
+    )
+    assert one.worker_seconds == other.worker_seconds == found.worker_seconds
+    assert other.device_seconds == pytest.approx(gpus * one.device_seconds) and 0 < one.device_seconds < found.worker_seconds
+
+
+class SlowPixels(PixelBlocks):
+    """Making images from what was loaded takes three times as long as looking at them does."""
+
+    def decoder(self, device: str) -> Any:
+        def decode(rows: Any) -> Any:
+            time.sleep(0.03)
+            return Decoded(rows["pixels"])
+
+        return decode
+
+
+class SlowExtractor(SumsExtractor):
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        time.sleep(0.01)
+        return super().__call__(images)
+
+
+def test_the_time_of_making_images_is_told_apart(digits: Dataset, local_store: LocalStore, make_context) -> None:
+    spec = FeatureSpec(num_images=64, images_per_pass=32)
+    context, reader = make_context(local_store, "evaluate", KEY), SlowPixels(SourceImages(digits, 16))
+    found = compute_features(reader, spec, SlowExtractor(), Execution(), context)
+    assert 2 * 0.03 <= found.decoding_seconds < found.worker_seconds - 2 * 0.01
+
+
+def _sums(
+    dataset: Dataset, context: Any, spec: FeatureSpec, reader: Any = None, extractor: Any = SumsExtractor(), **execution: Any
+) -> FeatureSet:
+    reader = PixelBlocks(reader or SourceImages(dataset, 16))
+    return compute_features(reader, spec, extractor, Execution(**execution), context)
+
+
+@pytest.mark.faults
+def test_rows_are_kept_where_asked_and_moments_are_of_all(digits: Dataset, local_store: LocalStore, make_context) -> None:
+    kept = drawn_evenly(NUM_IMAGES, 50, seed=1)
+    spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=32, kept=kept)
+    found = _sums(digits, make_context(local_store, "reference", KEY), spec)
+    outputs = SumsExtractor()(torch.from_numpy(digits.load_images(16, 0, NUM_IMAGES)[0]))
+    for name in ("features", "logits"):
+        np.testing.assert_array_equal(read_rows(local_store, "reference", KEY, found.files, name), outputs[name].numpy()[kept])
+    assert set(load_file(local_store.fetch_file("reference", KEY, found.files[0]))) == {"features", "logits"}
+    for name in ("features", "spatial"):
+        values = outputs[name].double().numpy()
+        np.testing.assert_allclose(found.moments[name].mean, values.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(found.moments[name].covariance, np.cov(values.T), rtol=1e-9)
+    assert set(found.moments) == {"features", "spatial"}
+
+
+@pytest.mark.faults
+def test_nothing_is_kept_where_nothing_is_asked_for(digits: Dataset, local_store: LocalStore, make_context) -> None:
+    spec = FeatureSpec(num_images=20, images_per_pass=32, kept=np.empty(0, np.int64))
+    found = _sums(digits, make_context(local_store, "reference", KEY), spec)
+    assert found.files == () and found.moments["features"].count == 20
+
+
+@pytest.mark.faults
+def test_a_pass_always_has_as_many_images(digits: Dataset, local_store: LocalStore, make_context, tmp_path: Path) -> None:
+    spec = FeatureSpec(num_images=37, images_per_pass=16)
+    _sums(digits, make_context(local_store, "evaluate", KEY), spec, extractor=SumsExtractor(str(tmp_path)), batch_size=1)
+    passes = [int(path.read_text()) for path in tmp_path.iterdir() if path.is_file()]
+    assert passes == [16, 16, 16]
+
+
+def test_unreadable_images_are_left_out(broken_image_folder: Path, local_store: LocalStore, make_context) -> None:
+    """As they are from the token map, so that both speak of the same images."""
+    dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(broken_image_folder)), local_store)
+    images, _ = dataset.load_images(16, 0, 14)
+    spec = FeatureSpec(num_images=14, images_per_pass=4, kept=np.arange(14))
+    found = _sums(dataset, make_context(local_store, "reference", KEY), spec)
+    assert found.count == found.num_kept == len(images) == 12
+    expected = SumsExtractor()(torch.from_numpy(images))["features"].numpy()
+    np.testing.assert_array_equal(read_rows(local_store, "reference", KEY, found.files, "features"), expected)
+
+
+@pytest.mark.faults
+def test_images_none_of_which_can_be_read_are_an_error(tmp_path: Path, local_store: LocalStore, make_context) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "text.jpg").write_text("this is not an image")
+    dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(tmp_path / "images")), local_store)
+    with pytest.raises(ValueError, match="none of the 1 images can be read"):
+        _sums(dataset, make_context(local_store, "reference", KEY), FeatureSpec(num_images=1, images_per_pass=4))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ("nan", "logits of images 0 to 19 hold values that are not finite"),
+        pytest.param("width", r"spatial has width 5, but gave shape \(20, 4\) for images 0 to 19", marks=pytest.mark.faults),
+        pytest.param("nothing", "features has width 24, but gave nothing for images 0 to 19", marks=pytest.mark.faults),
+    ],
+)
+def test_an_extractor_that_is_broken_is_named(
+    digits: Dataset, local_store: LocalStore, make_context, wrong: str, reason: str
+) -> None:
+    context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=20, images_per_pass=32)
+    with pytest.raises((ValueError, ray.exceptions.RayTaskError), match=reason) as caught:
+        _sums(digits, context, spec, extractor=WrongExtractor(wrong=wrong))
+    assert isinstance(getattr(caught.value, "cause", caught.value), ValueError)  # which workflow shows as a sentence
+
+
+# What was done stays done ---------------------------------------------------------------------------------------------------
+
+MANY = 400  # a whole part and a piece of a second one, of one block each
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits: Dataset, make_context: Callable[..., Any], tmp_path_factory) -> FeatureSet:
+    store = LocalStore(tmp_path_factory.mktemp("undisturbed"))
+    return _sums(digits, make_context(store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64))
+
+
+def _same(found: FeatureSet, expected: FeatureSet) -> None:
+    assert found.files == expected.files
+    for name, moments in expected.moments.items():
+        np.testing.assert_array_equal(found.moments[name].mean, moments.mean)
+        np.testing.assert_array_equal(found.moments[name].covariance, moments.covariance)
+
+
+@pytest.mark.faults
+def test_a_killed_worker_is_made_up_for(
+    digits: Dataset, local_store, make_context, undisturbed: FeatureSet, tmp_path: Path
+) -> None:
+    reader = DyingImages(SourceImages(digits, 16), BLOCK_SIZE, str(tmp_path / "killed"))
+    context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64)
+    _same(_sums(digits, context, spec, reader=reader), undisturbed)
+    assert (tmp_path / "killed").exists()
+
+
+@pytest.mark.faults
+def test_a_stopped_job_goes_on_after_its_committed_parts(
+    digits: Dataset, local_store, make_context, undisturbed: FeatureSet, tmp_path: Path
+) -> None:
+    context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64)
+    with pytest.raises(KeyboardInterrupt):
+        _sums(digits, make_context(StoppingStore(local_store.root), "evaluate", KEY), spec)
+    assert list(local_store.read_parts("evaluate", KEY)) == ["features-00000.safetensors"]
+    found = _sums(digits, context, spec, extractor=SumsExtractor(str(tmp_path)))
+    num_passes = sum(path.is_file() for path in tmp_path.iterdir())
+    assert num_passes == 3, "only the second part, 144 images"
+    _same(found, undisturbed)
+    _same(_sums(digits, context, spec, extractor=WrongExtractor(wrong="nan")), undisturbed)  # nothing left to compute
+
+
+class FailingStore(LocalStore):
+    """One that takes a while to find that it cannot write, so that the next part waits already."""
+
+    asked: ClassVar[list[str]] = []
+
+    def put_part(self, stage: str, key: str, name: str, record: Any) -> None:
+        self.asked.append(name)
+        time.sleep(0.3)
+        raise OSError("no space left")
+
+
+def test_after_a_part_that_could_not_be_written_no_later_one_is(tmp_path: Path, make_context) -> None:
+    parts = [range(0, BLOCK_SIZE), range(BLOCK_SIZE, MANY)]
+    blocks = [
+        {"part": number, "start": part.start, "images": len(part), "outputs": features._Outputs(len(part))}
+        for number, part in enumerate(parts)
+    ]
+    computed = iter([{**block, "seconds": 0.0, "decoding_seconds": 0.0, "loading_seconds": 0.0} for block in blocks])
+    store = FailingStore(tmp_path / "full")
+    writer = features._PartWriter(parts, [], {}, make_context(store, "evaluate", KEY))
+    with pytest.raises(OSError, match="no space left"):
+        writer.write_all(computed, lambda _: None)
+    assert store.asked == ["features-00000.safetensors"] and writer.records == []
+
+
+@pytest.mark.faults
+def test_moments_on_the_way_are_no_part_of_the_artifact(undisturbed: FeatureSet) -> None:
+    assert [file.name for file in undisturbed.files] == ["features-00000.safetensors", "features-00001.safetensors"]
+    assert not any(file.path.startswith(WORK) for file in undisturbed.files)
+
+
+# Pieces --------------------------------------------------------------------------------------------------------------------
+
+
+@given(num_images=st.integers(1, 400), count=st.integers(0, 500), seed=st.integers(0, 9))
+def test_drawn_rows_are_one_of_each_interval(num_images: int, count: int, seed: int) -> None:
+    drawn = drawn_evenly(num_images, count, seed)
+    assert len(drawn) == min(count, num_images) and (np.diff(drawn) > 0).all()
+    if 0 < count < num_images:
+        edges = np.arange(count + 1) * num_images // count
+        assert ((edges[:-1] <= drawn) & (drawn < edges[1:])).all()
+    np.testing.assert_array_equal(drawn, drawn_evenly(num_images, count, seed))
+
+
+def test_a_few_images_here_and_now_are_those_of_the_reader(digits: Dataset) -> None:
+    images = read_images(PixelBlocks(SourceImages(digits, 16)), 3, 40, images_per_pass=16)
+    np.testing.assert_array_equal(images.numpy(), digits.load_images(16, 3, 40)[0])
+
+
+def test_no_images_are_an_error() -> None:
+    with pytest.raises(ValueError, match="there are no images"):
+        FeatureSpec(num_images=0, images_per_pass=1)

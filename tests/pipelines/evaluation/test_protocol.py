@@ -1,0 +1,133 @@
+"""What is told of an evaluation: samples of others share a table with ours where, and only where, all was measured alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.artifacts.manifest import Manifest
+from pipelines.comparison import query
+from pipelines.comparison.query import Query
+from pipelines.data.labels import scheme_of_labels
+from pipelines.evaluation import protocol as evaluation_protocol
+from pipelines.evaluation.readers import Decoded
+from pipelines.evaluation.scores import ScoreSettings
+from pipelines.storage.base import canonical_json
+from pipelines.tracking.run import TrackingConfig, start_run
+
+FIELDS: dict[str, Any] = {"stage_version": 1, "inputs": {}, "files": ()}
+REFERENCE = Manifest(
+    stage="reference",
+    key="a" * 64,
+    config={},
+    summary={
+        "extractor": "inception",
+        "extractor_digest": "e" * 64,
+        "of": "imagenet, 256 px, adm-center",
+        "num_images": 1_281_167,
+        "num_kept": 50_000,
+    },
+    **FIELDS,
+)
+
+
+def ours(num_samples: int = 50_000, mask_ratio: float | None = None, **config: Any) -> Manifest:
+    labels = "given" if config.get("labels") else "each class in turn" if mask_ratio is None else "token map rows"
+    summary = {"labels": labels, "num_samples": num_samples, "num_classes": 1000, "mask_ratio": mask_ratio}
+    return Manifest(stage="generate", key="b" * 64, config=config, summary=summary, **FIELDS)
+
+
+def outside(labels: str, num_images: int = 50_000) -> Manifest:
+    summary = {"labels": labels, "num_images": num_images, "resolution": 256, "name": "ADM"}
+    return Manifest(stage="images", key="c" * 64, config={}, summary=summary, **FIELDS)
+
+
+def protocol(samples: Manifest, **given: Any) -> dict[str, Any]:
+    reference = Manifest(**{**vars(REFERENCE), "summary": {**REFERENCE.summary, **given}})
+    return evaluation_protocol.protocol_of(reference, samples, ScoreSettings())
+
+
+def test_an_npz_with_as_many_labels_of_each_class_shares_a_table_with_our_samples(tmp_path: Path) -> None:
+    """And one without labels, or of fewer images, or one class of ours, does not. Shares of real codes that are masked have a
+    column of one table, which the figure over them is drawn from."""
+    balanced = outside(scheme_of_labels(np.random.default_rng(0).permutation(50_000) % 1000))
+    measured = {
+        "ours": protocol(ours()),
+        "ADM": protocol(balanced),
+        "no labels": protocol(outside("unknown")),
+        "fewer": protocol(outside("1000 classes, 10 each", 10_000)),
+        "one class": protocol(ours(labels=[207])),
+        "a fifth": protocol(ours(mask_ratio=0.2)),
+        "two fifths": protocol(ours(mask_ratio=0.4)),
+    }
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for number, (name, found) in enumerate(measured.items()):
+        tags = {
+            "enat.stage": "evaluate",
+            "enat.model": name,
+            "enat.resolution": "256",
+            "enat.samples": f"images/{number}",
+            "enat.protocol": canonical_json(found).decode(),
+        }
+        run = start_run(uri, TrackingConfig(), "evaluate", tags)
+        run.log_metrics({"fid": 2.0 + number})
+        run.finish()
+    sections = query.compare(uri, Query(), published="none").sections
+    tables = sorted(sorted(row.model for row in section.rows) for section in sections)
+    assert tables == [["ADM", "ours"], ["a fifth", "two fifths"], ["fewer"], ["no labels"], ["one class"]]
+    assert {section.protocol["labels"] for section in sections} == {
+        "1000 classes, 50 each", "1000 classes, 10 each", "unknown", "class 207 alone", "token map rows"
+    }  # fmt: skip
+    ratios = {row.model: row.mask_ratio for section in sections for row in section.rows}
+    assert (ratios["a fifth"], ratios["two fifths"], ratios["ours"]) == (0.2, 0.4, None)
+    assert measured["a fifth"] != measured["two fifths"]
+
+
+def test_how_many_features_a_reference_keeps_is_part_of_a_protocol() -> None:
+    assert protocol(ours(), num_kept=49_999) != protocol(ours())
+    assert protocol(ours())["num_kept"] == 50_000
+
+
+@dataclass
+class CountingReader:
+    """Gray images, and what of them was asked for and decoded."""
+
+    side: int
+    loaded: list[tuple[int, int]] = field(default_factory=list)
+    decoded: list[int] = field(default_factory=list)
+
+    def load(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        self.loaded.append((start, stop))
+        return {"level": np.arange(start, stop, dtype=np.uint8)}
+
+    def decoder(self, device: str) -> Any:
+        def decode(rows: dict[str, torch.Tensor]) -> Decoded:
+            self.decoded.append(len(rows["level"]))
+            return Decoded(rows["level"].view(-1, 1, 1, 1).expand(-1, 3, self.side, self.side).contiguous())
+
+        return decode
+
+
+@pytest.mark.parametrize(
+    ("side", "num_classes", "num_samples", "images_per_pass", "shown", "passes"),
+    [
+        (256, 1000, 50_000, 256, 32, [32]),
+        (256, 1000, 50_000, 32, 32, [32]),
+        (16, 10, 500, 24, 60, [20, 20, 20]),
+        (16, 10, 7, 64, 7, [7]),
+    ],
+)
+def test_the_picture_decodes_what_it_shows_and_once(
+    side: int, num_classes: int, num_samples: int, images_per_pass: int, shown: int, passes: list[int]
+) -> None:
+    reader = CountingReader(side)
+    summary = {"num_classes": num_classes, "num_images": num_samples, "resolution": side}
+    samples = Manifest(stage="images", key="c" * 64, config={}, summary=summary, **FIELDS)
+    picture = np.asarray(evaluation_protocol.sample_grid(reader, {"samples": samples}, images_per_pass))
+    assert reader.loaded == [(0, shown)] and reader.decoded == passes
+    assert set(range(1, shown)) <= set(np.unique(picture).tolist())

@@ -1,0 +1,106 @@
+"""Passes side by side compute what passes one after the other compute, by networks as they are shared between threads."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from random_weights import inception_state
+
+from enat.metrics.extractors import InceptionExtractor
+from pipelines.cluster.resources import Execution
+from pipelines.evaluation.features import FeatureSpec, _Extract, _Load
+from pipelines.evaluation.readers import Decoded, run_pass
+from pipelines.sampling.fixed_batches import pass_pool
+
+TWO_THREADS = Execution(num_workers=1, cpus_per_worker=2, batch_size=64)
+
+
+def pixels(count: int, side: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 3, side, side)).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A block reader of images that are at hand."""
+
+    images: np.ndarray
+
+    def load(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        return {"pixels": self.images[start:stop]}
+
+    def decoder(self, device: str) -> Any:
+        return lambda rows: Decoded(rows["pixels"])
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where workers get an extractor from that is at hand."""
+
+    extractor: Any
+
+    def load(self) -> Any:
+        return self.extractor
+
+
+def test_inception_gives_every_image_its_own_spatial_features_also_in_passes_side_by_side() -> None:
+    """The two passes wait for each other between the layer of these features and the network's end."""
+    extractor, images = InceptionExtractor(inception_state()), pixels(2, 32)
+
+    def outputs(rows: np.ndarray) -> dict[str, np.ndarray]:
+        return run_pass(lambda padded: extractor(padded["pixels"]), {"pixels": rows}, 1, "cpu")
+
+    passes = (images[:1], images[1:])
+    with pass_pool(1) as pool:
+        expected = list(pool.map(outputs, passes))
+    both_are_past = threading.Barrier(2)
+
+    def wait(*_: Any) -> None:
+        both_are_past.wait(60)
+
+    extractor.network.Mixed_7a.register_forward_pre_hook(wait)
+    with pass_pool(2) as pool:
+        found = list(pool.map(outputs, passes))
+    assert np.abs(expected[0]["spatial"] - expected[1]["spatial"]).max() > 0.1, "or equality would say little"
+    for name in extractor.outputs:
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@dataclass
+class CountingExtractor:
+    """Counts the calls that it is in at once; waits a moment for a second one."""
+
+    outputs: dict[str, int] = field(default_factory=lambda: {"features": 1})
+    most: int = 0
+    running: int = 0
+    second: threading.Event = field(default_factory=threading.Event)
+
+    def to(self, device: str) -> CountingExtractor:
+        return self
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        if self.running > 1:
+            self.second.set()
+        self.second.wait(0.2)
+        self.running -= 1
+        return {"features": images.flatten(1)[:, :1].float()}
+
+
+class ThreadSafeExtractor(CountingExtractor):
+    is_thread_safe = True
+
+
+@pytest.mark.parametrize(("extractor", "most"), [(CountingExtractor(), 1), (ThreadSafeExtractor(), 2)])
+def test_only_an_extractor_that_says_so_is_called_by_several_threads(extractor: CountingExtractor, most: int) -> None:
+    reader, spec = Pixels(pixels(4, 2)), FeatureSpec(num_images=4, images_per_pass=2)
+    load, extract = _Load(reader), _Extract(reader, spec, Here(extractor), TWO_THREADS)
+    block = {name: np.array([value]) for name, value in {"block": 0, "part": 0, "start": 0, "stop": 4}.items()}
+    (record,) = extract({"block": np.array(load(block)["block"], object)})["record"]
+    assert record["images"] == 4 and extractor.most == most

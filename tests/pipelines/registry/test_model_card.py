@@ -1,0 +1,373 @@
+"""A trained model is registered under a name that says what it is, with all that is needed to find, load and judge it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+
+from enat.checkpoint import save_weights
+from enat.config import ENATConfig
+from enat.cost import generation_cost
+from enat.model import ENAT
+from enat.sampler_config import SamplerConfig
+from enat.tokenizer import VQGAN
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.data.token_map import TokenMapInfo
+from pipelines.registry import model_card
+from pipelines.registry.model_card import registered_name
+from pipelines.run.config import RunConfig
+from pipelines.tracking import run as tracking
+from pipelines.tracking.run import TrackingConfig
+from pipelines.workflow import driver
+from pipelines.workflow.config import load_config, with_overrides
+from pipelines.workflow.stage import PublishContext
+
+PROVENANCE = {
+    "created": "2026-01-02T03:04:05+00:00",
+    "code": "0.1.0+g0123456789ab",
+    "seconds": 1.0,
+    "worker_seconds": 7200.5,
+    "device_seconds": 3600.0,
+}
+SMALL = ENATConfig(encoder_layers=1, decoder_layers=1, embed_dim=32, num_heads=2, grid_size=4, codebook_size=32, num_classes=3)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model's artifact in a store, and those it was made from."""
+
+    store: LocalStore
+    manifest: Manifest
+    inputs: dict[str, Manifest]
+
+    def replaced(self, config: dict[str, Any] | None = None, **summary: Any) -> Trained:
+        """The same with other values of its config and summary."""
+        changed = dataclasses.replace(
+            self.manifest, config={**self.manifest.config, **(config or {})}, summary={**self.manifest.summary, **summary}
+        )
+        return dataclasses.replace(self, manifest=changed)
+
+    def of(self, preset: str | None, changes: dict[str, Any] | None = None, **summary: Any) -> Trained:
+        """The same with a preset's architecture, some of it changed."""
+        usual = ENATConfig.preset(preset) if preset else SMALL
+        model = dataclasses.asdict(dataclasses.replace(usual, **(changes or {})))
+        return self.replaced(config={"model": {"preset": preset}}, model=model, **summary)
+
+    @property
+    def name(self) -> str:
+        return registered_name(self.manifest)
+
+    @property
+    def card(self) -> str:
+        return model_card.model_card(self.manifest, self.inputs, self.store.uri)
+
+    def publish(self, run: tracking.RunHandle, **config: Any) -> None:
+        context = PublishContext(store=self.store, run=run, tracking=TrackingConfig(**config), node="train")
+        model_card.publish(self.manifest, self.inputs, context)
+
+
+def _commit(
+    store: LocalStore, path: Path, stage: str, key: str, module: torch.nn.Module | None, inputs: dict[str, Manifest], **fields: Any
+) -> Manifest:
+    files = ()
+    if module is not None:
+        save_weights(path, module)
+        files = (store.put_file(stage, key, "vqgan.safetensors" if stage == "tokenizer" else "model.safetensors", path),)
+    sources = {name: {"stage": source.stage, "key": source.key, "digest": source.digest} for name, source in inputs.items()}
+    fields = {"config": {}, **fields}
+    return store.commit(
+        Manifest(stage=stage, key=key, stage_version=1, inputs=sources, files=files, provenance=PROVENANCE, **fields)
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(vqgan: VQGAN, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model with the weights it began with, in an artifact that says it was trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    store = LocalStore(folder / "store")
+    path = folder / "weights"
+    tokenizer = _commit(store, path, "tokenizer", "2" * 64, vqgan, {}, summary={"config": dataclasses.asdict(vqgan.config)})
+    token_map = _commit(store, path, "token_map", "3" * 64, None, {"tokenizer": tokenizer}, summary={"rows": 1234})
+    inputs = {"token_map": token_map, "tokenizer": tokenizer}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ENAT(SMALL).eval()
+    manifest = _commit(
+        store,
+        path,
+        "train",
+        "1" * 64,
+        model,
+        inputs,
+        config={
+            "weights": None,
+            "s3": None,
+            "model": {"preset": None, "embed_dim": 32},
+            "masking": {"alpha": 12.0, "beta": 3.0, "reuse_probability": 0.5},
+            "sampler": dataclasses.asdict(SamplerConfig(num_steps=4, guidance_scale=2.0)),
+            "num_steps": 1200,
+            "learning_rate": 0.001,
+            "betas": [0.9, 0.99],
+            "execution": {"num_workers": 7},
+        },
+        summary={
+            "model": dataclasses.asdict(SMALL),
+            "parameters": sum(tensor.numel() for tensor in model.parameters()),
+            "tokenizer_digest": tokenizer.digest,
+            "num_steps": 1200,
+            "dataset": "digits",
+            "is_imported": False,
+        },
+        metrics={"final/loss": 3.14159265, "images": 5.0},
+    )
+    return Trained(store, manifest, inputs)
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def run(uri: str) -> tracking.RunHandle:
+    return tracking.start_run(uri, TrackingConfig(experiment="tests"), "train", {})
+
+
+# Names ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "dataset", "name"),
+    [
+        ("enat-l", 574_300_000, "imagenet", "enat-l-imagenet"),
+        ("nat-s", 98_100_000, "imagenet", "nat-s-imagenet"),
+        (None, 1_310_000, "digits", "enat-1.3m-1e1d-digits"),
+        (None, 574_300_000, "imagenet", "enat-574m-1e1d-imagenet"),
+        (None, 1_040_700_000, "coco", "enat-1.0b-1e1d-coco"),
+        (None, 9_960_000, "coco", "enat-10m-1e1d-coco"),
+        (None, 40_500, "digits", "enat-40k-1e1d-digits"),
+        (None, 832, "digits", "enat-832-1e1d-digits"),
+        ("enat-b", 1, "my/data: v2", "enat-b-my-data-v2"),
+    ],
+)
+def test_a_model_is_called_by_its_size_and_its_dataset(
+    trained: Trained, preset: str | None, parameters: int, dataset: str, name: str
+) -> None:
+    assert trained.of(preset, parameters=parameters, dataset=dataset).name == name
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "masking", "name"),
+    [
+        ("enat-s", {"decoder_attention": "full"}, {}, "enat-s-digits-decoder_attention-full"),
+        ("enat-s", {"encoder_layers": 14, "decoder_layers": 2}, {}, "enat-s-digits-encoder_layers-14-decoder_layers-2"),
+        ("enat-s", {"reuse": False}, {"reuse_probability": 0.0}, "enat-s-digits-reuse-false"),
+        ("enat-s", {"reused_features": "all"}, {}, "enat-s-digits-reused_features-all"),
+        ("enat-s", {}, {"reuse_probability": 0.25}, "enat-s-digits-reuse_probability-0.25"),
+        ("nat-s", {"decoder_layers": 5}, {}, "nat-s-digits-decoder_layers-5"),
+        ("enat-s", {"grid_size": 32, "codebook_size": 8, "num_classes": 0}, {}, "enat-s-digits"),
+        ("enat-s", {"num_classes": 0, "text_width": 768}, {}, "enat-s-digits-text"),
+        ("enat-s", {"num_classes": 0, "text_width": 768, "qk_norm": True}, {}, "enat-s-digits-text-qk_norm-true"),
+        (None, {"qk_norm": True}, {}, "enat-1.0k-1e1d-digits-qk_norm-true"),
+    ],
+)
+def test_an_ablation_has_a_name_of_its_own(
+    trained: Trained, preset: str | None, changes: dict[str, Any], masking: dict[str, Any], name: str
+) -> None:
+    """So it is no version of the model that it is compared with, and no alias moves between them."""
+    changed = trained.of(preset, changes, parameters=1000, dataset="digits")
+    assert changed.replaced(config={"masking": masking}).name == name
+
+
+def test_all_ablations_of_a_config_have_different_names(trained: Trained) -> None:
+    """Of the paper's ablations and of the digits' variants: one name each."""
+    for config in ("imagenet256-ablations", "digits-variants"):
+        run = load_config(RunConfig, Path(__file__).parents[3] / "configs" / f"{config}.yaml")
+        names = set()
+        variants = [run, *(with_overrides(run, values, "") for values in run.variants.values())]
+        for variant in variants:
+            info = TokenMapInfo(dataset="it", resolution=256, grid_size=16, codebook_size=1024, num_classes=10, tokenizer_digest="")
+            recipe = {"model": dataclasses.asdict(variant.train.model), "masking": dataclasses.asdict(variant.train.masking)}
+            model = dataclasses.asdict(variant.train.model.architecture(info))
+            names.add(trained.replaced(config=recipe, model=model, parameters=1000).name)
+        assert len(names) == len(variants) > 7
+
+
+# The card ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_on_a_card_loads_the_model_and_samples_from_it(trained: Trained) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", trained.card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["codes"].shape == (3, 16) and names["images"].shape == (3, 3, 16, 16)
+    assert names["images"].min() >= 0 and names["images"].max() <= 1
+
+
+def test_a_card_says_what_the_model_is_made_from_and_what_it_measured(trained: Trained) -> None:
+    card = trained.card
+    assert card.startswith(f"# enat-{model_card._short_count(trained.manifest.summary['parameters'])}-1e1d-digits\n")
+    for source in trained.inputs.values():
+        assert source.digest in card
+    for row in [
+        "| final/loss | 3.14159 |",
+        "| resolution | 16 px |",
+        "| images | 1,234 |",
+        "| codes of an image | 4 x 4, out of 32 |",
+        "| embed_dim | 32 |",
+        "| decoder_attention | self_cross |",
+        "| learning_rate | 0.001 |",
+        "| betas | 0.9, 0.99 |",
+        "| masking | alpha 12.0, beta 3.0, reuse_probability 0.5 |",
+        "| making it, worker-seconds | 7,200.5 |",
+        "| making it, device-seconds | 3,600.0 |",
+    ]:
+        assert row in card.splitlines(), row
+    assert "trained on digits at 16 px for 1,200 steps" in card and "given one of 3 classes" in card
+    assert "0.1.0+g0123456789ab" in card and "2026-01-02" in card
+    assert "num_workers" not in card, "how it was spread over a cluster changes nothing about it"
+
+
+def test_the_macs_on_a_card_are_those_of_the_cost_model(trained: Trained, vqgan: VQGAN) -> None:
+    cost = generation_cost(SMALL, SamplerConfig(num_steps=4, guidance_scale=2.0), vqgan.config)
+    assert f"| one image, as published code computes it | {cost.total_macs / 1e9:,.4g} GMACs |" in trained.card
+    assert f"| one image, as this code does | {cost.executed_total_macs / 1e9:,.4g} GMACs |" in trained.card
+
+
+def test_a_card_of_imported_weights_claims_no_training(trained: Trained) -> None:
+    inputs = {"tokenizer": trained.inputs["tokenizer"]}
+    imported = dataclasses.replace(trained, inputs=inputs).replaced(is_imported=True, num_steps=0, dataset="imported")
+    assert "imported and not trained here" in imported.card and "learning_rate" not in imported.card
+
+
+@pytest.mark.parametrize(
+    ("fields", "condition", "code"),
+    [
+        ({"num_classes": 0}, "given nothing", "labels = torch.tensor([0])"),
+        ({"num_classes": 0, "text_width": 64}, "given a caption", "labels = TextCondition(features.hidden, features.pooled)"),
+    ],
+)
+def test_a_card_says_what_a_model_without_classes_is_given(
+    trained: Trained, fields: dict[str, Any], condition: str, code: str
+) -> None:
+    other = trained.replaced(model=dataclasses.asdict(dataclasses.replace(SMALL, **fields)))
+    assert condition in other.card and code in other.card.splitlines()
+
+
+def test_a_dataset_s_name_cannot_break_a_card(trained: Trained) -> None:
+    card = trained.replaced(dataset="a|b\n\n# <img src=x> `c` [d](e)").card
+    assert "| dataset | a\\|b # \\<img src=x\\> \\`c\\` \\[d\\](e) |" in card.splitlines()
+    assert [line for line in card.splitlines() if line.startswith("# ")] == [card.splitlines()[0]]
+
+
+def test_a_card_of_a_large_model_fits_a_description(trained: Trained) -> None:
+    """Of a whole config, as a run writes it."""
+    from pipelines.run.config import RunConfig
+    from pipelines.workflow import config as configuration
+
+    large = dataclasses.asdict(ENATConfig.preset("enat-xl"))
+    assert len(trained.replaced(config=configuration.redacted(RunConfig(name="run").train), model=large).card) < 5000
+
+
+# Registering ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_model_is_registered_with_its_card_and_manifest(
+    trained: Trained, run: tracking.RunHandle, tmp_path: Path
+) -> None:
+    named = trained.of("enat-s", dataset="first")
+    named.publish(run)
+    version = MlflowClient(run.uri).get_model_version_by_alias("enat-s-first", "newest")
+    assert version.run_id == run.run_id and version.description == named.card
+    assert version.tags == {
+        "enat.digest": named.manifest.digest,
+        "enat.created": "2026-01-02T03:04:05+00:00",
+        "enat.key": "1" * 64,
+        "enat.artifact": f"train/{'1' * 64}",
+        "enat.store": trained.store.uri,
+        "enat.code": "0.1.0+g0123456789ab",
+        "enat.dataset": "first",
+        "enat.resolution": "16",
+        "enat.num_steps": "1200",
+        "enat.input.token_map": f"token_map/{'3' * 64}",
+        "enat.token_map_digest": trained.inputs["token_map"].digest,
+        "enat.input.tokenizer": f"tokenizer/{'2' * 64}",
+        "enat.tokenizer_digest": trained.inputs["tokenizer"].digest,
+    }
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        files = Path(download_artifacts(version.source, tracking_uri=run.uri, dst_path=str(tmp_path)))
+    assert (files / "README.md").read_text() == named.card
+    assert Manifest.from_json((files / "manifest.json").read_bytes()) == named.manifest
+
+
+def test_tags_lead_back_to_the_artifact(trained: Trained, run: tracking.RunHandle) -> None:
+    trained.replaced(dataset="back").publish(run)
+    (model,) = MlflowClient(run.uri).search_model_versions(f"tags.`enat.digest`='{trained.manifest.digest}' and name like '%-back'")
+    store = LocalStore(Path(model.tags["enat.store"]))
+    assert store.read_manifest(*model.tags["enat.artifact"].split("/")) == trained.manifest
+
+
+def test_an_untrained_model_is_not_registered_and_an_imported_one_is(trained: Trained, run: tracking.RunHandle) -> None:
+    trained.replaced(num_steps=0, dataset="untrained").publish(run)
+    trained.replaced(num_steps=0, dataset="imported", is_imported=True).publish(run)
+    names = [model.name for model in MlflowClient(run.uri).search_registered_models()]
+    assert not [name for name in names if name.endswith("-untrained")]
+    assert [name for name in names if name.endswith("-imported")]
+
+
+def test_the_alias_is_the_configured_one(trained: Trained, run: tracking.RunHandle) -> None:
+    named = trained.replaced(dataset="alias")
+    named.publish(run, model_alias=None)
+    name = named.name
+    client = MlflowClient(run.uri)
+    assert client.get_registered_model(name).aliases == {}
+    named.publish(run, model_alias="candidate")
+    assert list(client.get_registered_model(name).aliases) == ["candidate"]
+
+
+def test_what_is_registered_shows_no_password_of_the_store(trained: Trained) -> None:
+    secret = "s3://someone:secret@bucket/store"
+    tags = model_card.model_tags(trained.manifest, trained.inputs, secret)
+    card = model_card.model_card(trained.manifest, trained.inputs, secret)
+    assert tags["enat.store"] == "s3://bucket/store" and "open_store('s3://bucket/store')" in card
+    assert "secret" not in card + str(tags)
+
+
+def test_without_tracking_nothing_is_registered(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
+    trained.publish(tracking.RunHandle("", None))
+    assert caplog.records == []
+
+
+def test_the_model_of_a_run_is_registered_when_it_is_made_and_again_with_another_server(
+    tiny_nodes: Callable[..., list[Any]], make_session: Callable[..., Any], tmp_path: Path, uri: str, vqgan: VQGAN
+) -> None:
+    """An imported model, so that nothing is trained; the second server learns of it though its artifact is only reused."""
+    weights = tmp_path / "enat.safetensors"
+    save_weights(weights, ENAT(dataclasses.replace(SMALL, encoder_layers=2, num_classes=2)).eval())
+    nodes = [
+        dataclasses.replace(node, stage=dataclasses.replace(node.stage, publish=model_card.publish))
+        if node.stage.name == "train"
+        else node
+        for node in tiny_nodes(f"train.weights={weights}", "train.model.num_classes=2", until="train")
+    ]
+    store = LocalStore(tmp_path / "store")
+    for server in (uri, f"sqlite:///{tmp_path}/mlflow.db"):
+        config = TrackingConfig(experiment="runs")
+        parent = tracking.start_run(server, config, "run", {})
+        done = driver.execute(nodes, make_session(store, run=parent, tracking=config))[-1]
+        name = registered_name(done.manifest)
+        version = MlflowClient(server).get_model_version_by_alias(name, "newest")
+        assert version.tags["enat.digest"] == done.manifest.digest and "not trained here" in version.description
+    assert done.is_reused

@@ -1,0 +1,221 @@
+"""The runnable configs: each is a run that can be planned, and says what is published."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from enat.config import ENATConfig
+from enat.cost import training_macs
+from enat.masking import mask_codes
+from pipelines.run import config as run_config
+from pipelines.run import graph
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+IMAGENET256 = ["imagenet256", "imagenet256-sizes", "imagenet256-ablations", "imagenet256-one-step"]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., run_config.RunConfig]:
+    """A config whose files of others are replaced by small ones."""
+    root = tmp_path_factory.mktemp("files")
+    (root / "images" / "n0").mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(root / "images" / "n0" / "a.png")
+    (root / "captions.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "n0/a.png"}], "annotations": []}))
+    (root / "weights").write_bytes(b"weights")
+    (root / "clip").mkdir()
+    (root / "clip" / "config.json").write_text("{}")
+
+    def load(name: str, *overrides: str) -> run_config.RunConfig:
+        text = (CONFIGS / f"{name}.yaml").read_text()
+        own = [f"dataset.path={root / 'images'}", f"tokenizer.weights={root / 'weights'}"] if "digits" not in name else []
+        if "captions:" in text:
+            own += [f"captions.encoder={root / 'clip'}", f"dataset.captions={root / 'captions.json'}"]
+            for section in ("reference", "generate"):
+                own += [f"{section}.dataset.path={root / 'images'}", f"{section}.dataset.captions={root / 'captions.json'}"]
+        return run_config.load_run(CONFIGS / f"{name}.yaml", (*own, *overrides))
+
+    return load
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_can_be_planned(load: Callable[..., Any], name: str) -> None:
+    assert graph.build(load(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_opens_with_its_command_hardware_duration_and_result(name: str) -> None:
+    head = (CONFIGS / f"{name}.yaml").read_text().split("\nname:")[0]
+    assert head.startswith("# ") and all(f"#   {word} " in head for word in ("command", "hardware", "duration", "expected"))
+    assert f"configs/{name}.yaml" in head
+
+
+@pytest.mark.parametrize("name", IMAGENET256)
+def test_imagenet_at_256_px_is_trained_as_published(load: Callable[..., Any], name: str) -> None:
+    train = load(name).train
+    assert (train.batch_size, train.num_groups, train.num_steps, train.warm_up_steps) == (2048, 16, 500_000, 5000)
+    assert (train.learning_rate, train.learning_rate_schedule, train.betas, train.weight_decay) == (
+        4e-4,
+        "constant",
+        (0.99, 0.99),
+        0.03,
+    )
+    assert (train.weight_decay_on, train.gradient_clip, train.precision) == ("all", None, "fp16")
+    assert (train.ema_decay, train.label_smoothing, train.z_loss, train.flip) == (0.9999, 0.1, 0.0, True)
+    assert (train.masking.alpha, train.masking.beta, train.masking.reuse_probability) == (12, 3, 0.5)
+    assert train.label_dropout == pytest.approx(1 - (1 - 0.15) * (1 - 0.1))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "digits" not in name])
+def test_what_is_scored_on_devices_is_computed_in_passes_that_are_worth_one(load: Callable[..., Any], name: str) -> None:
+    """A device takes a pass at a time, whatever the batch, and decodes what it looks at: 128 x H x W numbers an image, and a few of
+    such layers at once."""
+    run = load(name)
+    sections = [section for section in (run.reference, run.evaluate, run.reconstruction) if section is not None]
+    assert all(section.execution.gpus_per_worker and section.execution.batch_size == 64 for section in sections)
+    pixels = run.tokenizer.architecture().resolution ** 2
+    assert 2 * 10**6 <= run.reference.images_per_pass * pixels <= 128 * 256**2
+
+
+def test_what_differs_at_512_px_is_batch_and_learning_rate(load: Callable[..., Any]) -> None:
+    small, large = load("imagenet256").train, load("imagenet512").train
+    assert (large.batch_size, large.learning_rate) == (512, 1e-4)
+    same = {"batch_size": small.batch_size, "learning_rate": small.learning_rate, "sampler": small.sampler}
+    assert dataclasses.replace(large, **same) == small
+
+
+def test_sizes_are_trained_on_one_token_map_by_one_recipe(load: Callable[..., Any]) -> None:
+    nodes = graph.build(load("imagenet256-sizes"))
+    trained = [node for node in nodes if node.stage.name == "train"]
+    assert [node.config.model.preset for node in trained] == ["enat-s", "enat-b", "enat-l", "enat-xl"]
+    assert {node.inputs["token_map"] for node in trained} == {"token_map"}
+    assert len({json.dumps({**node.identity, "model": None}, default=str) for node in trained}) == 1
+    assert len([node for node in nodes if node.stage.name in ("dataset", "tokenizer", "token_map")]) == 3
+
+
+def test_ablations_change_one_thing_each(load: Callable[..., Any]) -> None:
+    run = load("imagenet256-ablations")
+    models = {
+        node.id.partition("@")[2]: (node.config.model, node.config.masking)
+        for node in graph.build(run)
+        if node.stage.name == "train"
+    }
+    own = ENATConfig.preset("enat-s")
+
+    def architecture(name: str) -> ENATConfig:
+        given = {field: value for field, value in dataclasses.asdict(models[name][0]).items() if value is not None}
+        given.pop("text")
+        return ENATConfig.preset(given.pop("preset"), **given)
+
+    assert architecture("") == own
+    assert architecture("nat") == ENATConfig.preset("nat-s", decoder_layers=5)
+    assert architecture("disentangled") == dataclasses.replace(own, reuse=False)
+    assert architecture("mae") == dataclasses.replace(own, decoder_attention="full")
+    assert architecture("crossmae") == dataclasses.replace(own, decoder_attention="cross")
+    assert architecture("reuse-masked") == dataclasses.replace(own, reused_features="masked")
+    for name in ("split-14-2", "split-12-4", "split-8-8"):
+        made = architecture(name)
+        assert f"split-{made.encoder_layers}-{made.decoder_layers}" == name and made.encoder_layers + made.decoder_layers == 16
+    assert models["trained-fresh"][1].reuse_probability == 0 and models["trained-reusing"][1].reuse_probability == 1
+
+
+def test_a_model_of_captions_reads_their_features(load: Callable[..., Any]) -> None:
+    nodes = {node.id: node for node in graph.build(load("coco256"))}
+    assert nodes["train"].inputs["captions"] == "captions"
+    assert nodes["train"].config.model == dataclasses.replace(nodes["train"].config.model, preset="enat-b", text=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("captions.encoder=null",), r"train\.model\.text needs the features of captions; give captions\.encoder"),
+        (("train.model.num_classes=10",), r"train\.model\.num_classes is 10, but text takes the place of classes"),
+    ],
+)
+def test_a_model_of_captions_that_cannot_be_is_refused(load: Callable[..., Any], overrides: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load("coco256", *overrides)
+
+
+@pytest.mark.parametrize(("name", "guidance", "temperature"), [*((n, 3.5, 6) for n in IMAGENET256[:3]), ("imagenet512", 4.5, 4)])
+def test_imagenet_is_evaluated_as_published(load: Callable[..., Any], name: str, guidance: float, temperature: float) -> None:
+    """50 images of each class in 8 steps, FID by Inception's features of the training set."""
+    nodes = {node.id: node for node in graph.build(load(name))}
+    made, scored = nodes["generate"].config, nodes["evaluate"]
+    sampler = made.sampler
+    assert (made.num_samples, made.labels, sampler.num_steps) == (50_000, (), 8)
+    assert (sampler.guidance_scale, sampler.sampling_temperature, sampler.remask_temperature) == (guidance, temperature, 1.5)
+    assert nodes["reference"].config.extractor == "inception"
+    assert nodes["reference"].inputs["dataset"] == nodes["token_map"].inputs["dataset"] == "dataset"
+    assert scored.inputs == {"samples": "generate", "tokenizer": "tokenizer", "reference": "reference", "model": "train"}
+
+
+def test_one_step_decoding_begins_with_the_codes_of_the_token_map(load: Callable[..., Any]) -> None:
+    """By ENAT-L and by a plain NAT of its depth and width, each trained once."""
+    nodes = {node.id: node for node in graph.build(load("imagenet256-one-step"))}
+    made = [node for node in nodes.values() if node.stage.name == "generate"]
+    models = {node.inputs["model"]: nodes[node.inputs["model"]].config.model.preset for node in made}
+    assert sorted(models.values()) == ["enat-l", "nat-l"] and len([n for n in nodes.values() if n.stage.name == "train"]) == 2
+    for preset in models.values():
+        ratios = [node.config.mask_ratio for node in made if models[node.inputs["model"]] == preset]
+        assert sorted(ratios) == [0.2, 0.4, 0.6, 0.8]
+    for node in made:
+        assert node.inputs["token_map"] == "token_map"
+        assert (node.config.sampler.num_steps, node.config.sampler.guidance_scale) == (1, 1.0)
+        assert node.config.sampler.reuse is (models[node.inputs["model"]] == "enat-l")
+
+
+def test_what_a_step_of_imagenet_costs_is_what_its_config_says(load: Callable[..., Any]) -> None:
+    """Over the masks of the recipe."""
+    train, rng = load("imagenet256").train, np.random.default_rng(0)
+    model = ENATConfig.preset(train.model.preset)
+    macs = []
+    for _ in range(2000):
+        drawn = mask_codes(torch.zeros(1, model.num_tokens, dtype=torch.int64), model.mask_id, train.masking, rng)
+        previous = None if drawn.previous_tokens is None else drawn.previous_num_masked
+        macs.append(training_macs(model, drawn.num_masked, previous))
+    (said,) = re.findall(r"at ([\d.]+) GMACs an image", (CONFIGS / "imagenet256.yaml").read_text())
+    assert np.mean(macs) / 1e9 == pytest.approx(float(said), rel=0.01)
+
+
+def test_images_with_captions_are_not_mirrored(load: Callable[..., Any]) -> None:
+    assert load("coco256").train.flip is False and load("imagenet256").train.flip is True
+
+
+def test_captions_of_the_validation_images_are_what_coco_is_scored_by(load: Callable[..., Any]) -> None:
+    nodes = {node.id: node for node in graph.build(load("coco256"))}
+    asked_for = nodes[nodes["generate"].inputs["captions"]]
+    assert nodes["generate"].config.num_samples == 30_000
+    assert asked_for.id != nodes["train"].inputs["captions"] and asked_for.inputs["dataset"] == nodes["reference"].inputs["dataset"]
+    assert nodes[asked_for.inputs["dataset"]].config.name == "coco2014-val"
+
+
+def test_digits_are_compared_on_one_token_map_by_one_evaluation(load: Callable[..., Any]) -> None:
+    """Four sizes, and the four attentions: ENAT's, the plain stack, MAE's and CrossMAE's. What digits.yaml made is reused."""
+    nodes = graph.build(load("digits-compare"))
+    demo = {node.id: node for node in graph.build(load("digits"))}
+    trained = [node for node in nodes if node.stage.name == "train"]
+    assert len(trained) == 7 and {node.inputs["token_map"] for node in trained} == {"token_map"}
+    assert {node.config.model.decoder_attention for node in trained} == {None, "full", "cross"}
+    assert len({node.config.model.embed_dim for node in trained}) == 4
+    assert len([node for node in nodes if node.stage.name in ("tokenizer", "token_map", "reference")]) == 3
+    for node in nodes:
+        if node.id in ("tokenizer", "token_map", "reference"):
+            assert node.identity == demo[node.id].identity
+
+
+def test_a_sweep_trains_nothing_that_the_demo_has_not(load: Callable[..., Any]) -> None:
+    swept, demo = (graph.build(load(name)) for name in ("digits-sweeps", "digits"))
+    (model,) = [node for node in swept if node.stage.name == "train"]
+    assert model.identity == next(node for node in demo if node.id == "train").identity
+    assert len([node for node in swept if node.stage.name == "generate"]) == 9

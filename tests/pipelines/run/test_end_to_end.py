@@ -1,0 +1,285 @@
+"""The demonstration with few steps, through the command line: everything is made, then reused, and survives being killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from omegaconf import OmegaConf
+from PIL import Image
+
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.open import open_store
+from pipelines.data.token_map import TokenMap
+
+DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
+STAGES = ["dataset", "tokenizer", "token_map", "reference", "train", "generate", "evaluate"]
+STAGES += ["train@untrained", "generate@untrained", "evaluate@untrained", "report"]
+
+
+# The whole run -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_succeeds(digits_run) -> None:
+    assert digits_run.process.returncode == 0, digits_run.process.stderr
+
+
+def test_nothing_but_our_own_lines_is_said(digits_run) -> None:
+    assert digits_run.process.stderr == ""
+    lines = digits_run.process.stdout.splitlines()
+    made = [re.fullmatch(r"✓ (\S+) +[0-9a-f]{12}  made in [0-9.]+ s", line) for line in lines[: len(STAGES)]]
+    assert [match and match[1] for match in made] == STAGES
+    rest = "\n".join(lines[len(STAGES) :])
+    assert not re.search(r"\x1b|INFO|WARN|ERROR|Traceback|pid=|(?i:deprecat|deepspeed|raylet)", rest)
+    for expected in ("What was made", "frechet_distance", "11 stages, 0 reused", f"report    {digits_run.workspace}/digits.html"):
+        assert expected in rest
+
+
+def test_every_stage_left_an_artifact_whose_files_are_what_its_manifest_says(digits_run) -> None:
+    planned = digits_run.planned()
+    assert list(planned) == STAGES and all(item.is_reused for item in planned.values())
+    store = digits_run.store
+    for manifest in store.manifests():
+        for record in (*manifest.files, *manifest.records):
+            store.fetch(manifest, record.name)
+        folder = Path(store.place(manifest.stage, manifest.key))
+        files = {record.path for record in (*manifest.files, *manifest.records)}
+        assert {path.name for path in folder.iterdir()} == files | {"manifest.json", ".used"}, (
+            "no part records, work or temporary files"
+        )
+    assert len(list(store.manifests())) == len(STAGES)
+
+
+def test_the_real_digits_went_through_all_stages(digits_run) -> None:
+    manifests = {id: item.manifest for id, item in digits_run.planned().items()}
+    assert manifests["token_map"].summary["rows"] == 1797 and manifests["token_map"].summary["quarantined"] == 0
+    assert manifests["reference"].metrics["images"] == 1797 and manifests["reference"].metrics["held_out_accuracy"] > 0.5
+    assert manifests["train"].metrics["final/step"] == 20
+    assert manifests["evaluate"].summary["num_samples"] == 40 and manifests["evaluate"].summary["num_reference"] == 1797
+    assert manifests["evaluate"].metrics["judge_accuracy"] > 0.95, "the judge reads real digits"
+    assert manifests["evaluate"].metrics["frechet_distance"] > 0
+    for id in ("evaluate", "evaluate@untrained"):
+        assert manifests[id].metrics["gmacs_total"] > manifests[id].metrics["gmacs_decoder"] > 0
+
+
+def test_a_second_run_reuses_everything_and_says_so_in_json(digits_run, enat: Callable[..., Any]) -> None:
+    def listing() -> dict[str, int]:
+        files = (path for path in (digits_run.workspace / "store").rglob("*") if path.is_file() and path.name != ".used")
+        return {str(path): path.stat().st_mtime_ns for path in files}
+
+    before = listing()
+    process = enat("run", DIGITS, f"workspace={digits_run.workspace}", *digits_run.overrides, "--json")
+    assert process.returncode == 0, process.stderr
+    answer = json.loads(process.stdout)
+    assert [(stage["stage"], stage["reused"]) for stage in answer["stages"]] == [(id, True) for id in STAGES]
+    assert answer["seconds"] < 25
+    assert listing() == before
+    planned = digits_run.planned()
+    for stage in answer["stages"]:
+        assert stage["key"] == planned[stage["stage"]].key and Path(stage["place"], "manifest.json").is_file()
+    scores = {"main": "evaluate", "untrained": "evaluate@untrained"}
+    assert answer["scores"] == {variant: dict(planned[id].manifest.metrics) for variant, id in scores.items()}
+    assert Path(answer["report"]).read_bytes() == digits_run.store.fetch(planned["report"].manifest, "report.html").read_bytes()
+
+
+# What tracking saw ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tracked(digits_run) -> tuple[MlflowClient, dict[str, Any]]:
+    """MLflow's runs by name: those of the first run of the command, which made everything."""
+    client = MlflowClient(f"sqlite:///{digits_run.workspace}/mlflow.db")
+    experiment = client.get_experiment_by_name("enat")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
+    return client, {run.info.run_name: run for run in runs}
+
+
+def test_the_run_and_its_stages_are_in_mlflow(tracked, digits_run) -> None:
+    client, runs = tracked
+    assert set(runs) == {"digits", *STAGES} and {run.info.status for run in runs.values()} == {"FINISHED"}
+    planned = digits_run.planned()
+    for id in STAGES:
+        tags = runs[id].data.tags
+        assert tags["mlflow.parentRunId"] == runs["digits"].info.run_id and tags["enat.reused"] == "false"
+        assert tags["enat.key"] == planned[id].key and tags["enat.digest"] == planned[id].manifest.digest
+    assert runs["digits"].data.params["train.num_steps"] == "20"
+    hours = runs["evaluate"].data.metrics
+    made = sum(planned[id].manifest.provenance["worker_seconds"] for id in STAGES if "@" not in id and id != "report") / 3600
+    assert hours["cost/total_worker_hours"] == pytest.approx(made) and hours["cost/missing_artifacts"] == 0
+    assert runs["digits"].data.metrics["frechet_distance"] == pytest.approx(
+        planned["evaluate"].manifest.metrics["frechet_distance"]
+    )
+    assert [file.path for file in client.list_artifacts(runs["digits"].info.run_id)] == ["digits.html"]
+
+
+def test_training_is_logged_by_steps_with_pictures_of_samples(tracked, digits_run, tmp_path: Path) -> None:
+    client, runs = tracked
+    run = runs["train"]
+    history = json.loads(digits_run.store.fetch(digits_run.planned()["train"].manifest, "history.json").read_text())
+    logged = client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in logged] == [(row["step"], pytest.approx(row["loss"])) for row in history]
+    assert [row["step"] for row in history] == [5, 10, 15, 20]
+    assert {"learning_rate", "gradient_norm", "images_per_second"} <= run.data.metrics.keys()
+    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "samples")]
+    assert pictures == ["samples/step-00000010.png", "samples/step-00000020.png"]
+    for picture in pictures:
+        content = Path(client.download_artifacts(run.info.run_id, picture, str(tmp_path))).read_bytes()
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        assert image.size == (10 * (64 + 2) + 2, 2 * (64 + 2) + 2), "ten classes, two samples each"
+
+
+# A bucket ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.faults
+def test_a_token_map_in_a_bucket_of_a_dataset_in_a_bucket_is_reused_from_everywhere(
+    enat: Callable[..., Any],
+    make_bucket: Callable[..., Any],
+    s3_endpoint: Any,
+    image_folder: Path,
+    tokenizer_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second run begins elsewhere, with an empty cache. Credentials and endpoint are in the environment alone."""
+    images, store = make_bucket("team/photographs"), make_bucket("team/store")
+    files = {path.relative_to(image_folder).as_posix(): path for path in image_folder.rglob("*") if path.is_file()}
+    s3_endpoint.fill(images, {name: path.read_bytes() for name, path in files.items()})
+    config = {
+        "name": "bucket",
+        "store": store.uri,
+        "targets": ["token_map"],
+        "dataset": {"kind": "image_folder", "name": "photographs", "path": images.uri},
+        "tokenizer": {"codebook_size": 32, "weights": str(tokenizer_weights)},
+        "token_map": {"shard_size": 5},
+        "tracking": {"enabled": False},
+    }
+    (tmp_path / "bucket.yaml").write_text(json.dumps(config))
+
+    def run(name: str) -> dict[str, Any]:
+        monkeypatch.setenv("ENAT_CACHE", str(tmp_path / name / "cache"))
+        process = enat("run", tmp_path / "bucket.yaml", f"workspace={tmp_path / name / 'runs'}", "--json")
+        assert process.returncode == 0, process.stderr
+        assert "test-secret" not in process.stdout + process.stderr
+        return json.loads(process.stdout)
+
+    first = run("first")
+    assert [(stage["stage"], stage["reused"]) for stage in first["stages"]] == [
+        ("tokenizer", False),
+        ("dataset", False),
+        ("token_map", False),
+    ]
+    assert first["stages"][-1]["metrics"]["rows"] == len(files) == 12 and first["store"] == store.uri
+    objects = {file.name: file.version for file in store.list()}
+    second = run("second")
+    assert all(stage["reused"] for stage in second["stages"])
+    assert [stage["key"] for stage in second["stages"]] == [stage["key"] for stage in first["stages"]]
+    assert {file.name: file.version for file in store.list()} == objects, "nothing is written twice, nothing is left behind"
+    assert not any("/.parts/" in name or "/.work/" in name for name in objects)
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "third" / "cache"))
+    opened = open_store(store.uri)
+    manifest = opened.read_manifest("token_map", second["stages"][-1]["key"])
+    assert manifest is not None and len(TokenMap.open(opened, manifest)) == 12
+    assert all(content.find(b"test-secret") < 0 for content in map(store.read, objects))
+
+
+# Kills ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def killed_twice(
+    digits_run, enat: Callable[..., Any], kill_enat_when: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The same run in another store, killed while it made the token map, killed again while it trained, then left to end.
+
+    It begins with the index, the tokenizer and the reference of the first store, copied: what comes after them is looked at.
+    """
+    folder = tmp_path_factory.mktemp("killed")
+    store = folder / "runs" / "store"
+    for stage in ("dataset", "tokenizer", "reference"):
+        shutil.copytree(digits_run.workspace / "store" / stage, store / stage)
+    values = OmegaConf.load(DIGITS)
+    del values["variants"]
+    OmegaConf.save(values, folder / "digits.yaml")
+    command = ("run", folder / "digits.yaml", f"workspace={folder / 'runs'}", *digits_run.overrides)
+
+    kill_enat_when(lambda: any(store.glob("token_map/*/.parts/*.json")), *command)
+    was_unfinished = not any(store.glob("token_map/*/manifest.json"))
+    (token_map,) = store.glob("token_map/*")
+    recorded = [path.stem for path in token_map.glob(".parts/*.json")]
+    parts = {name: (token_map / name).stat() for name in recorded}
+
+    kill_enat_when(lambda: any(store.glob("train/*/.parts/checkpoint-*.json")), *command)
+    was_untrained = not any(store.glob("train/*/manifest.json"))
+    checkpoints = sorted(path.name for path in store.glob("train/*/.work/step-*"))
+    process = enat(*command)
+    return {
+        "store": LocalStore(store),
+        "token map was unfinished": was_unfinished,
+        "parts": parts,
+        "part files": {name: token_map / name for name in recorded},
+        "model was unfinished": was_untrained,
+        "checkpoints": checkpoints,
+        "process": process,
+        "tracking": MlflowClient(f"sqlite:///{folder}/runs/mlflow.db"),
+    }
+
+
+@pytest.mark.faults
+def test_a_run_that_was_killed_twice_is_completed_by_the_same_command(killed_twice: dict[str, Any]) -> None:
+    assert killed_twice["token map was unfinished"] and killed_twice["model was unfinished"], "both kills came in time"
+    process = killed_twice["process"]
+    assert process.returncode == 0, process.stderr
+    reused = [line.split()[1] for line in process.stdout.splitlines() if line.startswith("✓") and line.endswith("reused")]
+    assert reused == ["dataset", "tokenizer", "token_map", "reference"]
+    assert process.stderr == ""
+
+
+@pytest.mark.faults
+def test_parts_of_the_token_map_that_were_done_before_the_kill_are_not_made_again(killed_twice: dict[str, Any]) -> None:
+    assert 1 <= len(killed_twice["parts"]) < 29
+    for name, before in killed_twice["parts"].items():
+        now = killed_twice["part files"][name].stat()
+        assert (now.st_mtime_ns, now.st_ino, now.st_size) == (before.st_mtime_ns, before.st_ino, before.st_size)
+
+
+@pytest.mark.faults
+def test_training_went_on_from_a_checkpoint_after_the_kill(killed_twice: dict[str, Any]) -> None:
+    assert killed_twice["checkpoints"][0].startswith("step-0000")
+    client = killed_twice["tracking"]
+    experiment = client.get_experiment_by_name("enat")
+    runs = client.search_runs([experiment.experiment_id], "run_name = 'train'", order_by=["attributes.start_time ASC"])
+    killed, resumed = (client.get_metric_history(run.info.run_id, "loss") for run in runs)
+    taken_over = [point.step for point in resumed if point.timestamp == resumed[0].timestamp]  # logged all at once
+    assert killed[0].step == 5 and taken_over[0] == 5
+    assert [point.step for point in resumed] == [5, 10, 15, 20] and taken_over[-1] < 20
+    assert len({point.timestamp for point in killed} & {point.timestamp for point in resumed}) == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", ["token_map", "train", "generate", "evaluate"])
+def test_what_a_killed_run_makes_is_what_an_uninterrupted_one_makes(killed_twice: dict[str, Any], digits_run, stage: str) -> None:
+    """Bit for bit, in another store: weights, codes and moments."""
+    uninterrupted = digits_run.planned()[stage].manifest
+    manifest = killed_twice["store"].read_manifest(stage, uninterrupted.key)
+    assert manifest is not None and manifest.digest == uninterrupted.digest
+    for record in manifest.files:
+        mine, other = (
+            store.fetch(m, record.name) for store, m in ((killed_twice["store"], manifest), (digits_run.store, uninterrupted))
+        )
+        assert mine.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.faults
+def test_nothing_of_the_interruptions_stays_behind(killed_twice: dict[str, Any]) -> None:
+    store = killed_twice["store"]
+    assert not [path for path in store.root.rglob("*") if path.name in (".parts", ".work")]
+    assert len(list(store.manifests())) == len(STAGES) - 3

@@ -1,0 +1,179 @@
+"""A run from its beginning to whatever end: what MLflow and the log know of it, and where a job may track its runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from rich.console import Console
+
+from pipelines.artifacts.manifest import Manifest
+from pipelines.cli import main
+from pipelines.cluster.resources import Execution
+from pipelines.run import runner
+from pipelines.run.config import RunConfig
+from pipelines.tracking import run as tracking
+from pipelines.tracking.run import TrackingConfig
+from pipelines.workflow import provenance
+from pipelines.workflow.provenance import CodeState
+from pipelines.workflow.stage import Node, PublishContext, Stage, StageContext, StageResult
+
+DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
+STATE = CodeState(version="1.0", commit="a" * 40, diff_digest="b" * 64, digest="c" * 64)
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An sqlite store, made once: MLflow takes seconds for its tables."""
+    made = f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
+    tracking.start_run(made, TrackingConfig(), "first", {}).finish()
+    return made
+
+
+@pytest.fixture
+def client(uri: str, tmp_path: Path) -> MlflowClient:
+    """Runs of earlier tests are out of sight."""
+    client = MlflowClient(uri)
+    if (experiment := client.get_experiment_by_name("enat")) is not None:
+        client.rename_experiment(experiment.experiment_id, f"before-{tmp_path.name}")
+    return client
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """A run says where it logs, a command how it is ended."""
+    loggers = [logging.getLogger(), logging.getLogger("pipelines")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, on_sigterm)
+    for logger, handlers, level in before:
+        logger.handlers = handlers
+        logger.setLevel(level)
+
+
+def _write(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    return StageResult(files=[context.write("text", lambda path: path.write_text("text"))])
+
+
+def _run(stage: Stage, uri: str, folder: Path) -> dict[str, Any]:
+    """A run of one stage."""
+    config = RunConfig(name="whole", workspace=str(folder / "runs"), tracking=TrackingConfig(uri=uri))
+    return runner.run(config, "whole.yaml", Console(file=io.StringIO()), build=lambda _: [Node("only", stage, Execution())])
+
+
+def _found(client: MlflowClient) -> dict[str, Any]:
+    experiment = client.get_experiment_by_name("enat")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_a_run_of_packaged_code_says_which_code_it_is_and_what_was_changed(
+    client: MlflowClient, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "code_version", lambda: STATE.label)
+    monkeypatch.setattr(provenance, "read_state", lambda: STATE)
+    monkeypatch.setattr(provenance, "read_changes", lambda: b"--- a/enat/model.py\n")
+    _run(Stage("only", 1, _write), uri, tmp_path)
+    run = _found(client)["whole"]
+    known = {"enat.commit": "a" * 40, "enat.diff_sha256": "b" * 64, "enat.code_sha256": "c" * 64}
+    assert known.items() <= run.data.tags.items()
+    (changes,) = client.list_artifacts(run.info.run_id)
+    assert Path(client.download_artifacts(run.info.run_id, changes.path, str(tmp_path))).read_bytes() == b"--- a/enat/model.py\n"
+
+
+def test_a_run_of_a_checkout_has_its_label_alone(client: MlflowClient, uri: str, tmp_path: Path) -> None:
+    _run(Stage("only", 1, _write), uri, tmp_path)
+    run = _found(client)["whole"]
+    assert "enat.commit" not in run.data.tags and not client.list_artifacts(run.info.run_id)
+
+
+def test_why_something_was_not_published_is_in_the_log(client: MlflowClient, uri: str, tmp_path: Path) -> None:
+    def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
+        raise RuntimeError("nobody listens")
+
+    _run(Stage("only", 1, _write, publish=publish), uri, tmp_path)
+    (log,) = (tmp_path / "runs" / "logs").glob("whole-*.log")
+    said = log.read_text()
+    assert "only is made, but not published" in said and "Traceback" in said and 'raise RuntimeError("nobody listens")' in said
+    assert {run.info.status for run in _found(client).values()} == {"FINISHED"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_by_a_signal_does_not_look_as_if_it_went_on(
+    client: MlflowClient, uri: str, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def run(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        os.kill(os.getpid(), number)
+        return _write(config, inputs, context)
+
+    monkeypatch.setattr(main.commands, "main", lambda **_: _run(Stage("only", 1, run), uri, tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 130 and capsys.readouterr().err.startswith("enat: interrupted; the same command continues")
+    assert {name: run.info.status for name, run in _found(client).items()} == {"whole": "KILLED", "only": "KILLED"}
+
+
+@pytest.mark.faults
+def test_sigterm_during_work_of_ray_ends_the_runs_of_mlflow(end_enat_when: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """Ray puts a handler of its own in place, which would end the process at once. Sent once a worker has logged a loss."""
+    overrides = ("targets=[tokenizer]", "tokenizer.recipe.num_steps=100000", f"workspace={tmp_path}")
+    database = tmp_path / "mlflow.db"
+
+    def is_training() -> bool:
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as tables,
+        ):
+            return tables.execute("select count(*) from metrics where key = 'loss'").fetchone()[0] > 0
+        return False  # MLflow is just making them
+
+    code, said = end_enat_when(is_training, "run", DIGITS, *overrides)
+    assert code == 130 and "interrupted; the same command continues" in said
+    found = _found(MlflowClient(f"sqlite:///{database}"))
+    assert {name: run.info.status for name, run in found.items()} == {
+        "digits": "KILLED",
+        "dataset": "FINISHED",
+        "tokenizer": "KILLED",
+    }
+
+
+# Where a job tracks its runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workspace", "tracked", "environment", "lost"),
+    [
+        ("runs", {}, None, "runs"),
+        ("runs", {"uri": "sqlite:///here/mlflow.db"}, None, "here/mlflow.db"),
+        ("runs", {"enabled": False}, None, None),
+        ("runs", {"uri": "http://mlflow:5000"}, None, None),
+        ("runs", {}, "http://mlflow:5000", None),
+        ("runs", {}, "sqlite:////shared/mlflow.db", None),
+        ("/shared/runs", {}, None, None),
+    ],
+)
+def test_a_job_does_not_track_its_runs_where_they_would_be_lost(
+    workspace: str, tracked: dict[str, Any], environment: str | None, lost: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's folder is removed with it, and models that are registered there are gone."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
+    config = RunConfig(name="it", workspace=workspace, tracking=TrackingConfig(**tracked))
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert runner.tracking_uri(config) == tracking.resolve_uri(config.tracking, Path(workspace)), "a person's own folder stays"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    if lost is None:
+        runner.tracking_uri(config)
+        return
+    with pytest.raises(ValueError, match=f"would be tracked under {lost}, in a folder that is removed with the job; give tracking"):
+        runner.tracking_uri(config)

@@ -1,0 +1,466 @@
+"""Folders in buckets, against an endpoint over HTTP: complete and ordered listings, whole reads, and writes that S3 decides."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_server import S3Endpoint
+
+from pipelines.storage import s3, s3_client
+from pipelines.storage.base import StorageError, StoredFile
+from pipelines.storage.open import open_folder
+from pipelines.storage.s3 import S3Folder, in_parallel
+from pipelines.storage.s3_client import MissingFileError, S3Config
+
+PART = 5 << 20  # the smallest that S3 takes
+BIG = random.Random(0).randbytes(2 * PART + 1234)
+ATTEMPTS = s3_client.ATTEMPTS
+
+
+@pytest.fixture
+def folder(make_bucket: Callable[..., S3Folder]) -> S3Folder:
+    return make_bucket("some/where")
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    (tmp_path / "big.bin").write_bytes(BIG)
+    return tmp_path / "big.bin"
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits between attempts; neither this code nor botocore's."""
+    from botocore.retries.standard import ExponentialBackoff
+
+    monkeypatch.setattr(s3, "_pause", lambda attempt: None)
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda self, context: 0)
+
+
+# Listing -------------------------------------------------------------------------------------------------------------------
+
+
+def _many(folders: int, files: int, flat: int = 0, above: str = "") -> list[str]:
+    below = [f"{above}n{number:08d}/{file:05d}.JPEG" for number in range(folders) for file in range(files)]
+    return [*below, *(f"{above}flat-{number:05d}" for number in range(flat))]
+
+
+LAYOUTS = {
+    "flat, 3 pages": _many(0, 0, flat=2_500),
+    "classes": _many(50, 50),
+    "classes, and files beside them": _many(25, 60, flat=1_100),
+    "train and val": _many(25, 50, above="train/") + _many(25, 50, above="val/"),
+    "one folder of 3 pages": [f"images/{number:06d}.jpg" for number in range(2_500)],
+    "one class of 3 pages among many": [*_many(20, 3), *_many(0, 0, flat=2_200, above="n00000005x/")],
+    "3 pages far below": _many(0, 0, flat=2_200, above="a/b/c/"),
+    "deep": [f"a/b/c/d{number % 7}/{number % 11}/{number}.png" for number in range(500)],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_listing_is_complete_and_in_the_order_of_bytes(
+    folder: S3Folder, s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setattr(s3, "_PAGES_AHEAD", 1)
+    names = LAYOUTS[layout]
+    s3_endpoint.fill(folder, dict.fromkeys(names, b"x"))
+    assert [file.name for file in folder.list()] == sorted(names, key=str.encode)
+
+
+def test_names_of_all_kinds_come_back_as_they_were_put(folder: S3Folder) -> None:
+    names = ["a-b", "a.b", "a/1", "a/b/2", "a0", "s p+a%20c&e<>'\"", "å/é", "\uffee", "𝒳", "x\x01y", "A/1", "~"]
+    for name in names:
+        assert folder.put_if_absent(name, name.encode())
+    assert [file.name for file in folder.list()] == sorted(names, key=str.encode)
+    assert all(folder.read(name) == name.encode() for name in names)
+    assert folder.folders() == ["A", "a", "å"]
+    assert [file.name for file in folder.list("a/")] == ["a/1", "a/b/2"]
+    assert list(folder.list("nothing/")) == []
+    assert [file.name for file in S3Folder(f"{folder.uri}/a/b", folder.config).list()] == ["2"]
+
+
+def test_a_listing_tells_sizes_and_versions_that_change_with_the_content(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    s3_endpoint.fill(folder, {"a": b"one", "b": b"one"})
+    first = [*folder.list()]
+    assert [file.size for file in first] == [3, 3] and [*folder.fingerprints(first)] == [first[0].version] * 2
+    s3_endpoint.fill(folder, {"a": b"two"})
+    second = [*folder.list()]
+    assert second[1] == first[1] and second[0] == StoredFile("a", 3, second[0].version) != first[0]
+
+
+def test_folders_that_a_console_made_are_no_files(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    s3_endpoint.fill(folder, {"": b"", "empty/": b"", "a/": b"", "a/1": b"x"})
+    assert [file.name for file in folder.list()] == ["a/1"] and folder.folders() == ["a", "empty"]
+
+
+def test_a_listing_asks_for_no_more_than_a_few_folders_ahead(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    s3_endpoint.fill(folder, dict.fromkeys(_many(300, 2), b"x"))
+    before = len(s3_endpoint.requests)
+    listing = folder.list()
+    next(listing)
+    assert len(s3_endpoint.requests) - before < 50
+    listing.close()
+
+
+def test_work_in_parallel_keeps_its_order_and_stops_at_the_first_error() -> None:
+    assert [*in_parallel(lambda number: number**2, range(100), threads=7)] == [number**2 for number in range(100)]
+    done: list[int] = []
+
+    def act(number: int) -> int:
+        done.append(number)
+        return 1 // (3 - number)
+
+    with pytest.raises(ZeroDivisionError):
+        list(in_parallel(act, range(1000), threads=4))
+    assert len(done) < 20
+
+
+# Reading -------------------------------------------------------------------------------------------------------------------
+
+
+def test_ranges_are_read_exactly(folder: S3Folder) -> None:
+    content = bytes(range(256))
+    folder.put_if_absent("file", content)
+    folder.put_if_absent("empty", b"")
+    assert folder.read("file") == content and folder.read("empty") == b"" and folder.read("file", 7) == content[7:]
+    assert (
+        folder.read("file", 3, 5) == content[3:8]
+        and folder.read("file", 250, 6) == content[250:]
+        and folder.read("file", 3, 0) == b""
+    )
+    assert (folder.size("file"), folder.size("empty"), folder.size("none")) == (256, 0, None)
+    assert folder.exists("file") and not folder.exists("none")
+    for start, length in ((250, 7), (256, 1), (999, 1)):
+        with pytest.raises(StorageError, match=r"some/where/file ends after"):
+            folder.read("file", start, length)
+    with pytest.raises(MissingFileError, match=f"{folder.uri}/none does not exist"):
+        folder.read("none")
+
+
+def test_an_opened_file_reads_and_seeks_as_a_local_one(folder: S3Folder, big: Path) -> None:
+    folder.put_if_absent("big", big)
+    steps = random.Random(1)
+    with folder.open("big") as remote, big.open("rb") as local:
+        for _ in range(12):
+            offset, whence = steps.choice(
+                [(steps.randrange(len(BIG) + 9), 0), (steps.randrange(100), 1), (-steps.randrange(9999), 2)]
+            )
+            assert remote.seek(offset, whence) == local.seek(offset, whence)
+            for length in (1, steps.randrange(100_000), steps.choice([0, PART, -1])):
+                assert remote.read(length) == local.read(length) and remote.tell() == local.tell()
+    with folder.open("big") as remote, big.open("rb") as local:
+        assert remote.readlines() == local.readlines()
+    with pytest.raises(MissingFileError):
+        folder.open("none")
+
+
+def test_a_download_has_all_bytes(folder: S3Folder, big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_RANGE", 1_000_003)
+    folder.put_if_absent("big", big)
+    folder.put_if_absent("empty", b"")
+    for name, content in (("big", BIG), ("empty", b"")):
+        (tmp_path / "copy").write_bytes(b"in the way")
+        folder.download(name, tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == content
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_a_mixture(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    s3_endpoint.fill(folder, {"file": b"a" * PART})
+    with folder.open("file") as file:
+        file.read(1)
+        s3_endpoint.fill(folder, {"file": b"b" * PART})
+        with pytest.raises(StorageError, match="changed while it was being read"):
+            file.read()
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("cut", [0, 1, 999])
+def test_an_answer_that_breaks_off_is_asked_for_again(folder: S3Folder, s3_endpoint: S3Endpoint, cut: int) -> None:
+    folder.put_if_absent("file", b"x" * 1000)
+    with s3_endpoint.fault("GET", "file", cut=cut, times=3):
+        assert folder.read("file") == b"x" * 1000
+    with s3_endpoint.fault("GET", "file", cut=cut, times=3):
+        assert folder.read("file", 0, 1000) == b"x" * 1000
+    with s3_endpoint.fault("GET", "file", cut=cut, times=99), pytest.raises(StorageError, match="cut off or damaged"):
+        folder.read("file")
+
+
+@pytest.mark.usefixtures("at_once")
+def test_an_answer_with_fewer_bytes_than_asked_for_is_asked_for_again(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    """Not cut off: the endpoint says itself that it sends a shorter range than it could."""
+    folder.put_if_absent("file", b"x" * 1000)
+    shortened: list[str] = []
+
+    def shorten(environ: dict[str, Any]) -> bool:
+        if len(shortened) < limit and "HTTP_RANGE" in environ:
+            shortened.append(environ["HTTP_RANGE"])
+            environ["HTTP_RANGE"] = "bytes=100-499"
+        return False
+
+    with s3_endpoint.fault("GET", "file") as fault:
+        fault.matches, limit = shorten, 3
+        assert folder.read("file", 100, 800) == b"x" * 800 and shortened == ["bytes=100-899"] * 3
+        limit = 99
+        with pytest.raises(StorageError, match="answered in part only"):
+            folder.read("file", 100, 800)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_failures_and_lost_answers_of_reads_are_asked_for_again(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    folder.put_if_absent("file", b"x")
+    with s3_endpoint.fault("GET", "file", lose=True, times=3):
+        assert folder.read("file") == b"x"
+    with s3_endpoint.fault("GET", "", status="503 Slow Down", code="SlowDown", times=3):
+        assert [file.name for file in folder.list()] == ["file"]
+
+
+# Writing -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["at once", "in parts"])
+def put(request: pytest.FixtureRequest, folder: S3Folder, tmp_path: Path) -> Callable[[str, bytes], bool]:
+    """Write the big content, its first byte replaced, in one request or in several."""
+
+    def put(name: str, first: bytes) -> bool:
+        source = tmp_path / f"source-{threading.get_ident()}"
+        source.write_bytes(first + BIG[1:])
+        return folder.put_if_absent(name, source, part_size=PART if request.param == "in parts" else len(BIG))
+
+    return put
+
+
+def _uploads(folder: S3Folder, endpoint: S3Endpoint) -> list[Any]:
+    return endpoint.boto.list_multipart_uploads(Bucket=folder.uri.split("/")[2]).get("Uploads", [])
+
+
+def test_a_name_keeps_its_first_bytes(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
+    assert put("file", b"a") and put("file", b"a") and not put("file", b"b")
+    assert folder.read("file") == b"a" + BIG[1:] and _uploads(folder, s3_endpoint) == []
+    for content in (b"", b"b", BIG):
+        assert not folder.put_if_absent("file", content)
+
+
+def test_a_file_in_parts_is_sent_in_parts_and_one_that_is_there_is_not_sent(folder: S3Folder, big: Path, s3_endpoint) -> None:
+    before = len(s3_endpoint.requests)
+    assert folder.put_if_absent("file", big, part_size=PART)
+    puts = [target for method, target, _ in s3_endpoint.requests[before:] if method == "PUT"]
+    assert len(puts) == 3 and all("partNumber=" in target for target in puts)
+    before = len(s3_endpoint.requests)
+    assert folder.put_if_absent("file", big, part_size=PART)
+    assert {method for method, _, _ in s3_endpoint.requests[before:]} == {"HEAD", "GET"}
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_write_whose_answer_is_lost_is_known_by_its_bytes(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
+    for method in ("PUT", "POST"):  # each part and the whole; the beginning and the completion of an upload in parts
+        for times in (1, 2):
+            name = f"{method}-{times}"
+            with s3_endpoint.fault(method, name, lose=True, times=times):
+                assert put(name, b"a")
+            assert folder.read(name) == b"a" + BIG[1:] and not put(name, b"b")
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_write_that_is_never_answered_counts_by_what_lies_there(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    with s3_endpoint.fault("PUT", "done", lose=True, times=99):
+        assert folder.put_if_absent("done", b"x")
+    fault = s3_endpoint.fault("PUT", "none", status="500 Oops", code="InternalError", times=99)
+    with fault, pytest.raises(StorageError, match=r"none cannot be accessed: .*refuses to write it \(InternalError\)"):
+        folder.put_if_absent("none", b"x")
+    assert folder.size("none") is None
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_write_that_collides_with_one_that_comes_to_nothing_is_tried_again(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    with s3_endpoint.fault("PUT", "file", status="409 Conflict", code="ConditionalRequestConflict", times=2):
+        assert folder.put_if_absent("file", b"x")
+    with s3_endpoint.fault("PUT", "file", status="409 Conflict", code="ConditionalRequestConflict"):
+        assert not folder.put_if_absent("file", b"y")
+
+
+def test_of_many_writers_at_once_one_wins(folder: S3Folder, put) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        kept = [*pool.map(lambda number: put("file", bytes([number])), range(4))]
+    assert kept.count(True) == 1 and folder.read("file", 0, 1) == bytes([kept.index(True)])
+
+
+def test_an_upload_in_parts_that_loses_the_race_at_its_end_changes_nothing(folder: S3Folder, big: Path, s3_endpoint) -> None:
+    def another_is_faster(environ: dict[str, Any]) -> bool:
+        if environ["REQUEST_METHOD"] == "POST" and "uploadId=" in environ["QUERY_STRING"]:
+            s3_endpoint.fill(folder, {"file": b"faster"})
+        return False
+
+    with s3_endpoint.fault("POST", "file") as fault:
+        fault.matches = another_is_faster
+        assert not folder.put_if_absent("file", big, part_size=PART)
+    assert folder.read("file") == b"faster" and _uploads(folder, s3_endpoint) == []
+
+
+@pytest.mark.usefixtures("at_once")
+def test_an_upload_in_parts_that_fails_leaves_no_parts(folder: S3Folder, big: Path, s3_endpoint: S3Endpoint) -> None:
+    fault = s3_endpoint.fault("PUT", "partNumber=2", status="403 Forbidden", code="AccessDenied", times=99)
+    with fault, pytest.raises(StorageError, match="no permission to write it"):
+        folder.put_if_absent("file", big, part_size=PART)
+    with pytest.raises(StorageError, match="changed while it was written"):
+        folder.put_if_absent("file", big, "ab" * 32, part_size=PART)
+    assert _uploads(folder, s3_endpoint) == [] and folder.size("file") is None
+
+
+def test_what_is_sent_has_a_checksum_that_the_endpoint_can_compare(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
+    before = len(s3_endpoint.requests)
+    put("file", b"a")
+    puts = [headers for method, _, headers in s3_endpoint.requests[before:] if method == "PUT"]
+    assert puts and all(len(headers["X_AMZ_CHECKSUM_SHA256"]) == 44 for headers in puts)
+
+
+def test_deleting_removes_all_below_a_name_and_nothing_else(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    s3_endpoint.fill(folder, dict.fromkeys([*_many(0, 0, flat=1_100, above="work/"), "work/", "work.txt", "workshop/1"], b"x"))
+    folder.delete("work/")
+    folder.delete("work/")
+    assert [file.name for file in folder.list()] == ["work.txt", "workshop/1"]
+    with pytest.raises(AssertionError):
+        folder.delete("")
+
+
+# Reaching a bucket ---------------------------------------------------------------------------------------------------------
+
+
+def _actions(folder: S3Folder) -> list[Callable[[], Any]]:
+    return [lambda: list(folder.list()), lambda: folder.read("f"), lambda: folder.put_if_absent("f", b"x")]
+
+
+def test_a_missing_bucket_is_named(s3_endpoint: S3Endpoint) -> None:
+    for act in _actions(S3Folder("s3://no-such-bucket/a", s3_endpoint.config)):
+        with pytest.raises(StorageError, match=rf"s3://no-such-bucket/a.* no such bucket at {s3_endpoint.url}; create it"):
+            act()
+
+
+@pytest.mark.usefixtures("s3_endpoint", "at_once")
+def test_an_endpoint_that_does_not_answer_is_named() -> None:
+    for act in _actions(S3Folder("s3://bucket/a", S3Config(endpoint_url="http://127.0.0.1:9"))):
+        with pytest.raises(StorageError, match=r"s3://bucket/a.* http://127\.0\.0\.1:9 does not answer .*check the endpoint's URL"):
+            act()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "sentence"),
+    [
+        ("403 Forbidden", "AccessDenied", "no permission to .* it"),
+        ("403 Forbidden", "SignatureDoesNotMatch", r"refuses the credentials \(SignatureDoesNotMatch\); renew or correct them"),
+        ("400 Bad Request", "ExpiredToken", "refuses the credentials"),
+        ("403 Forbidden", "RequestTimeTooSkewed", "clock is wrong"),
+        ("400 Bad Request", "AuthorizationHeaderMalformed", "does not lie in the region us-east-1; set the region"),
+        ("418 I'm a teapot", "Teapot", r"refuses to .* it \(Teapot\)"),
+    ],
+)
+def test_refusals_say_what_to_do_and_no_secret(
+    folder: S3Folder, s3_endpoint: S3Endpoint, status: str, code: str, sentence: str
+) -> None:
+    for act in _actions(folder):
+        with s3_endpoint.fault("", "", times=99) as fault:
+            fault.matches, fault.status, fault.code = lambda environ: True, status, code
+            with pytest.raises(StorageError, match=f"{folder.uri}.*{sentence}") as raised:
+                act()
+        assert "test-secret" not in str(raised.value) and "test-key" not in str(raised.value)
+
+
+def test_an_endpoint_without_conditional_writes_is_refused(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    fault = s3_endpoint.fault("PUT", "file", status="501 Not Implemented", code="NotImplemented", times=99)
+    with fault, pytest.raises(StorageError, match="only if it is free"):
+        folder.put_if_absent("file", b"x")
+
+
+def test_without_credentials_the_sentence_names_where_they_belong(make_bucket, s3_endpoint: S3Endpoint, monkeypatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    config = S3Config(endpoint_url=s3_endpoint.url, region="eu-north-1")  # a configuration that no other test has a client of
+    with pytest.raises(StorageError, match=r"there are no credentials; set AWS_ACCESS_KEY_ID .* or read anonymously"):
+        list(S3Folder("s3://bucket/a", config).list())
+
+
+@pytest.mark.parametrize(
+    ("given", "region", "used"),
+    [
+        ({"AWS_REGION": "eu-central-1"}, None, "eu-central-1"),
+        ({"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-1"}, None, "eu-central-1"),
+        ({"AWS_REGION": "", "AWS_DEFAULT_REGION": "eu-west-1"}, None, "eu-west-1"),
+        ({"AWS_REGION": "eu-central-1"}, "eu-west-2", "eu-west-2"),
+    ],
+)
+def test_the_region_is_the_configuration_s_or_aws_region_or_what_botocore_finds(
+    s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], region: str | None, used: str
+) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    s3_client._open_client.cache_clear()  # a client is made with the environment of its first use
+    client = s3_client.client_of(S3Config(endpoint_url=s3_endpoint.url, region=region))
+    s3_client._open_client.cache_clear()
+    assert client.meta.region_name == used
+
+
+def test_a_profile_that_is_not_there_is_named(s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(StorageError, match="AWS_PROFILE names a profile"):
+        list(S3Folder("s3://bucket/a", S3Config(endpoint_url=s3_endpoint.url, region="eu-west-3")).list())
+
+
+def test_anonymous_requests_are_not_signed(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    """Though there are credentials. moto lets unsigned requests read what everybody may read."""
+    bucket = folder.uri.split("/")[2]
+    s3_endpoint.boto.put_object(Bucket=bucket, Key="some/where/public", Body=b"for all", ACL="public-read")
+    s3_endpoint.boto.put_object(Bucket=bucket, Key="some/where/private", Body=b"for few", ACL="private")
+    anonymous = S3Folder(folder.uri, S3Config(endpoint_url=s3_endpoint.url, anonymous=True))
+    before = len(s3_endpoint.requests)
+    assert anonymous.read("public") == b"for all"
+    with pytest.raises(StorageError, match="no permission to read it"):
+        anonymous.read("private")
+    assert all("AUTHORIZATION" not in headers for _, _, headers in s3_endpoint.requests[before:])
+    folder.read("public")
+    assert "AUTHORIZATION" in s3_endpoint.requests[-1][2]
+
+
+def test_a_folder_travels_to_another_process_without_its_client(folder: S3Folder) -> None:
+    folder.put_if_absent("file", b"x")
+    copy = pickle.loads(pickle.dumps(folder))
+    assert copy.read("file") == b"x" and copy.uri == folder.uri and len(pickle.dumps(folder)) < 500
+
+
+def test_a_process_has_one_client_of_a_configuration_and_a_forked_one_its_own(folder: S3Folder, monkeypatch) -> None:
+    config = folder.config
+    with ThreadPoolExecutor(8) as pool:
+        clients = {id(client) for client in pool.map(lambda _: s3_client.client_of(S3Config(**vars(config))), range(32))}
+    assert len(clients) == 1
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert id(s3_client.client_of(config)) not in clients
+
+
+def test_a_bucket_is_opened_by_its_uri(folder: S3Folder) -> None:
+    folder.put_if_absent("file", b"x")
+    for uri in (folder.uri, f"{folder.uri}/"):
+        opened = open_folder(uri, folder.config)
+        assert opened.uri == folder.uri and [file.name for file in opened.list()] == ["file"]
+    above = open_folder(folder.uri.removesuffix("/some/where"), folder.config)
+    assert above.folders() == ["some"] and above.read("some/where/file") == b"x"
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///a", "s3:/bucket", "bucket", "s3://key:secret@bucket/a"])
+def test_other_uris_are_refused_and_passwords_not_repeated(uri: str) -> None:
+    with pytest.raises(StorageError, match="s3://") as raised:
+        S3Folder(uri)
+    assert "secret@" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host", "host:9000", "ftp://host"])
+def test_an_endpoint_is_a_url_without_a_password(url: str) -> None:
+    with pytest.raises(StorageError, match="endpoint_url") as raised:
+        S3Config(endpoint_url=url)
+    assert "secret@" not in str(raised.value)

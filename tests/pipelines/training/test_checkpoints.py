@@ -1,0 +1,448 @@
+"""Checkpoints: there when every rank has written, read by any number of ranks, and never taken damaged."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import PARTS, DamagedFileError, FileRecord
+from pipelines.artifacts.open import open_store
+from pipelines.storage.base import StoreError
+from pipelines.tracking.run import RunHandle
+from pipelines.training.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    Fragments,
+    NoReadableCheckpointError,
+    find_checkpoints,
+    fragment_name,
+    newest_checkpoint,
+    open_checkpoint,
+    own_share,
+)
+from pipelines.workflow.stage import WorkerContext
+
+KEY = "ab" * 32
+
+
+@dataclass
+class Run:
+    """A run whose checkpoints are looked at. damage: change the content of what lies below the run's place."""
+
+    context: WorkerContext
+    damage: Callable[[str, Callable[[bytes], bytes | None]], None]
+    told: list[str] = field(default_factory=list)
+
+    def writer(self, rank: int = 0, world_size: int = 1, attempt: str = "a", **policy: Any) -> CheckpointWriter:
+        kept = {"keep_last": 99, "keep_every": None, **policy}
+        return CheckpointWriter(self.context, rank=rank, world_size=world_size, attempt=attempt, **kept)
+
+    def save(self, step: int, world_size: int = 1, attempt: str = "a", **policy: Any) -> None:
+        """Of all ranks; the tensors of rank r hold step + r / 10."""
+        for rank in reversed(range(world_size)):
+            writer = self.writer(rank, world_size, attempt, **policy)
+            writer.save(step, {fragment_name("weight", "w", rank * 4): torch.full((4,), step + rank / 10)}, {"step": step})
+            writer.wait()
+
+    def steps(self) -> list[int]:
+        return [checkpoint.step for checkpoint in find_checkpoints(self.context) if checkpoint.is_whole]
+
+    def newest(self) -> Checkpoint | None:
+        return newest_checkpoint(self.context, self.told.append)
+
+    def opened(self, checkpoint: Checkpoint | None) -> tuple[dict[str, Any], torch.Tensor]:
+        assert checkpoint is not None
+        opened = open_checkpoint(self.context.store, self.context, checkpoint)
+        return dict(opened.state), opened.tensors().read("weight", "w", 0, 4 * checkpoint.world_size)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    if request.param == "folder":
+        store = open_store(str(tmp_path / "store"))
+
+        def damage(name: str, change: Callable[[bytes], bytes | None]) -> None:
+            path = tmp_path / "store" / "train" / KEY / name
+            content = change(path.read_bytes())
+            path.unlink() if content is None else path.write_bytes(content)
+
+    else:
+        folder = request.getfixturevalue("make_bucket")()
+        store, boto = open_store(folder.uri, folder.config), request.getfixturevalue("s3_endpoint").boto
+
+        def damage(name: str, change: Callable[[bytes], bytes | None]) -> None:
+            place = {"Bucket": folder.uri.removeprefix("s3://").partition("/")[0], "Key": f"train/{KEY}/{name}"}
+            content = change(folder.read(place["Key"]))
+            boto.delete_object(**place) if content is None else boto.put_object(**place, Body=content)
+
+    return Run(WorkerContext(stage="train", key=KEY, store=store, run=RunHandle("", None)), damage)
+
+
+# What counts as a checkpoint -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_checkpoints_has_no_newest_one(run: Run) -> None:
+    assert run.newest() is None and run.told == []
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_all_ranks_wrote_comes_back(run: Run, world_size: int) -> None:
+    run.save(7, world_size)
+    state, values = run.opened(run.newest())
+    assert state == {"step": 7}
+    assert torch.equal(values, torch.tensor([7 + rank / 10 for rank in range(world_size) for _ in range(4)]))
+
+
+def test_a_checkpoint_exists_once_every_rank_has_written(run: Run) -> None:
+    for rank in (2, 0, 1):
+        assert run.newest() is None
+        writer = run.writer(rank, world_size=3)
+        writer.save(5, {"weight/w@0": torch.zeros(1)}, {})
+        writer.wait()
+    newest = run.newest()
+    assert newest is not None and newest.step == 5 and len(newest.tensors) == 3
+
+
+def test_without_rank_zero_there_is_no_state_and_no_checkpoint(run: Run) -> None:
+    for rank in (1, 2):
+        writer = run.writer(rank, world_size=3)
+        writer.save(5, {"weight/w@0": torch.zeros(1)}, {})
+        writer.wait()
+    (found,) = find_checkpoints(run.context)
+    assert found.state is None and not found.is_whole
+
+
+def test_ranks_of_two_attempts_are_not_one_checkpoint(run: Run) -> None:
+    for rank, attempt in ((0, "first"), (1, "second")):
+        writer = run.writer(rank, 2, attempt)
+        writer.save(5, {"weight/w@0": torch.zeros(1)}, {})
+        writer.wait()
+    assert len(find_checkpoints(run.context)) == 2 and run.newest() is None
+
+
+def test_ranks_of_two_world_sizes_are_not_one_checkpoint(run: Run) -> None:
+    run.save(4)
+    writer = run.writer(0, 2)
+    writer.save(5, {"weight/w@0": torch.zeros(1)}, {})
+    writer.wait()
+    newest = run.newest()
+    assert newest is not None and (newest.step, newest.world_size) == (4, 1)
+
+
+def test_a_second_attempt_at_a_step_replaces_the_first_once_it_is_whole(run: Run) -> None:
+    """The first may be damaged, or from before a rollback. Files of attempts are apart: they need not agree in every bit."""
+    tensors = {attempt: {"weight/w@0": torch.full((4,), value)} for attempt, value in (("zz", 1.0), ("aa", 2.0))}
+    for rank in (1, 0):
+        writer = run.writer(rank=rank, world_size=2, attempt="zz")
+        writer.save(5, tensors["zz"], {"attempt": "zz"})
+        writer.wait()
+    for rank, expected in ((1, ["aa", "zz"]), (0, ["aa"])):
+        writer = run.writer(rank=rank, world_size=2, attempt="aa")
+        writer.save(5, tensors["aa"], {"attempt": "aa"})
+        writer.wait()
+        found = find_checkpoints(run.context)
+        assert [checkpoint.attempt for checkpoint in found] == expected
+        newest = run.newest()
+        assert newest is not None and newest.attempt == expected[-1]
+        assert run.opened(newest)[1][0].item() == tensors[expected[-1]]["weight/w@0"][0]
+
+
+def test_the_newest_is_that_of_the_last_step(run: Run) -> None:
+    for step in (9, 10, 99_999_999, 100_000_000):  # in the order of numbers, where a name grows by a digit, too
+        run.save(step)
+        newest = run.newest()
+        assert newest is not None and newest.step == step
+
+
+# What is kept --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_ones_and_those_of_round_steps_are_kept(run: Run) -> None:
+    for step in range(1, 9):
+        run.save(step, 2, keep_last=2, keep_every=3)
+    assert run.steps() == [3, 6, 7, 8]
+    for checkpoint in find_checkpoints(run.context):
+        assert run.opened(checkpoint)[0] == {"step": checkpoint.step}
+
+
+def test_what_is_not_kept_leaves_neither_records_nor_files(run: Run) -> None:
+    run.save(1)
+    (first,) = find_checkpoints(run.context)
+    run.save(2, keep_last=1)
+    assert list(run.context.store.read_parts("train", KEY)) == ["checkpoint-00000002-a-00000-of-00001"]
+    for record in first.files:
+        with pytest.raises(StoreError, match="is gone"):
+            run.context.store.fetch_file("train", KEY, record)
+
+
+def test_what_some_ranks_began_is_removed_once_a_later_one_is_whole(run: Run) -> None:
+    run.save(1)
+    writer = run.writer(0, 2, "lost", keep_last=1)
+    writer.save(2, {"weight/w@0": torch.zeros(1)}, {})
+    writer.wait()
+    assert len(find_checkpoints(run.context)) == 2, "it may be about to become whole"
+    run.save(3, keep_last=1)
+    assert [checkpoint.step for checkpoint in find_checkpoints(run.context)] == [3]
+
+
+def test_the_last_whole_one_stays_while_the_next_is_written(run: Run) -> None:
+    run.save(1, 2, keep_last=1)
+    writer = run.writer(0, 2, keep_last=1)
+    writer.save(2, {"weight/w@0": torch.zeros(1)}, {})
+    writer.wait()
+    assert run.steps() == [1]
+
+
+def test_nothing_else_of_the_stage_is_touched(run: Run, tmp_path: Path) -> None:
+    store = run.context.store
+    store.put_part("train", KEY, "part-00001", {"rows": 1})
+    store.put_part("train", "cd" * 32, "checkpoint-00000001-a-00000-of-00001", {"rows": 2})
+    (tmp_path / "milestone").write_bytes(b"weights")
+    milestone = store.put_file("train", KEY, "model-step-00000001.safetensors", tmp_path / "milestone")
+    for step in range(1, 5):
+        run.save(step, keep_last=1)
+    assert store.read_parts("train", KEY)["part-00001"] == {"rows": 1}
+    assert store.read_parts("train", "cd" * 32) == {"checkpoint-00000001-a-00000-of-00001": {"rows": 2}}
+    assert store.fetch_file("train", KEY, milestone).read_bytes() == b"weights"
+    assert run.steps() == [4]
+
+
+# Damage --------------------------------------------------------------------------------------------------------------------
+
+
+def _flip(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00001.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(_flip, "was changed after it was made"), (lambda content: content[:-9], "was changed"), (lambda _: None, "is gone")],
+    ids=["flipped", "cut", "gone"],
+)
+def test_of_a_damaged_one_is_told_and_the_one_before_is_taken(
+    run: Run, name: str, change: Callable[[bytes], bytes | None], reason: str
+) -> None:
+    for step in (4, 8):
+        run.save(step, 2)
+    run.damage(f".work/step-00000008-a/{name}", change)
+    assert run.opened(run.newest())[0] == {"step": 4}
+    (told,) = run.told
+    assert told.startswith("the checkpoint of step 8 is damaged and removed, the one before it is taken (")
+    assert name in told and reason in told and "to make the artifact again" not in told, "that would remove the others, too"
+    assert run.newest() is not None and len(run.told) == 1 and run.steps() == [4], "nothing of it is in the way any more"
+
+
+def test_where_all_are_damaged_nothing_is_removed_and_people_are_asked(run: Run) -> None:
+    for step in (4, 8):
+        run.save(step)
+        run.damage(f".work/step-{step:08d}-a/state.json", lambda _: b"")
+    sentence = (
+        rf"no checkpoint can be read \(steps 8, 4; that of step 8: .*state\.json was changed .*\); bring .*{KEY}/\.parts to train"
+    )
+    for _ in range(2):
+        with pytest.raises(NoReadableCheckpointError, match=sentence):
+            run.newest()
+    assert run.steps() == [4, 8] and run.told == []
+
+
+@pytest.mark.parametrize(("keep_last", "num_damaged"), [(1, 1), (2, 2)])
+def test_after_a_damaged_one_the_next_ones_are_kept_and_the_good_one_goes_as_any_other(
+    run: Run, keep_last: int, num_damaged: int
+) -> None:
+    """Also those below the steps of the damaged ones: nothing is lost if training stops before it gets there."""
+    damaged = [8, 12][:num_damaged]
+    for step in (4, *damaged):
+        run.save(step)
+    for step in damaged:
+        run.damage(f".work/step-{step:08d}-a/state.json", _flip)
+    newest = run.newest()
+    assert newest is not None and newest.step == 4
+    run.save(6, attempt="b", keep_last=keep_last)
+    assert run.steps() == [4, 6][-keep_last:] and run.opened(run.newest())[0] == {"step": 6}
+    run.save(7, attempt="b", keep_last=keep_last)
+    assert run.steps() == [6, 7][-keep_last:] and run.opened(run.newest())[0] == {"step": 7}
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_what_another_attempt_left_at_later_steps_counts_for_nothing_until_they_are_reached(run: Run, keep_last: int) -> None:
+    """It may be damaged, or be there still because nobody looked: what is written now stays as if it were alone."""
+    for step in (8, 12):
+        run.save(step, attempt="a")
+    for step, expected in ((2, [2]), (3, [2, 3]), (5, [3, 5])):
+        run.save(step, attempt="b", keep_last=keep_last)
+        assert run.steps() == [*expected[-keep_last:], 8, 12]
+    run.save(13, attempt="b", keep_last=keep_last)
+    assert run.steps() == [12, 13][-keep_last:]
+
+
+@pytest.mark.parametrize("run", ["bucket"], indirect=True)
+def test_a_cache_that_is_full_is_not_taken_for_damage(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of the files then. Training that began at step 0 would replace what is as good as ever."""
+    run.save(4)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(StoreError, match="cannot be used") as raised:
+        run.newest()
+    assert not isinstance(raised.value, (DamagedFileError, NoReadableCheckpointError)) and run.steps() == [4]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"tensors": {"na', b"[]"])
+def test_a_torn_record_is_no_checkpoint_and_can_be_written_again(
+    run: Run, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (4, 8):
+        run.save(step)
+    run.damage(f"{PARTS}/checkpoint-00000008-a-00000-of-00001.json", lambda _: content)
+    with caplog.at_level(logging.WARNING):
+        newest = run.newest()
+    assert newest is not None and newest.step == 4
+    assert "checkpoint-00000008-a-00000-of-00001.json is damaged" in caplog.text
+    run.save(8)
+    assert run.opened(run.newest())[0] == {"step": 8}
+
+
+# Writing -------------------------------------------------------------------------------------------------------------------
+
+
+class SlowStore(LocalStore):
+    """Files are stored once `go` is set; where `error` is given, storing fails with it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.go, self.begun, self.error = threading.Event(), threading.Event(), ""
+
+    def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
+        self.begun.set()
+        assert self.go.wait(30)
+        if self.error:
+            raise StoreError(self.error)
+        return super().put_file(stage, key, name, source)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[Run]:
+    store = SlowStore(tmp_path / "store")
+    yield Run(WorkerContext(stage="train", key=KEY, store=store, run=RunHandle("", None)), lambda *_: None)
+    store.go.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(slow: Run) -> None:
+    writer = slow.writer()
+    writer.save(1, {"weight/w@0": torch.ones(4)}, {"step": 1})
+    assert slow.context.store.begun.wait(30) and slow.steps() == []  # type: ignore[attr-defined]
+    slow.context.store.go.set()  # type: ignore[attr-defined]
+    writer.wait()
+    assert slow.steps() == [1]
+
+
+def test_what_changes_after_save_is_stored_as_it_was(slow: Run) -> None:
+    weights, history, writer = torch.ones(4), [{"loss": 1.0}], slow.writer()
+    writer.save(1, {"weight/w@0": weights}, {"history": history})
+    weights.zero_()
+    history.append({"loss": 2.0})
+    slow.context.store.go.set()  # type: ignore[attr-defined]
+    writer.wait()
+    state, values = slow.opened(slow.newest())
+    assert state == {"history": [{"loss": 1.0}]} and torch.equal(values, torch.ones(4))
+
+
+@pytest.mark.parametrize("is_saved_again", [True, False])
+def test_what_writing_failed_with_is_raised_when_it_is_next_waited_for(slow: Run, is_saved_again: bool) -> None:
+    writer, store = slow.writer(), slow.context.store
+    store.error = "the store is full"  # type: ignore[attr-defined]
+    store.go.set()  # type: ignore[attr-defined]
+    writer.save(1, {"weight/w@0": torch.ones(4)}, {})
+    with pytest.raises(StoreError, match="the store is full"):
+        writer.save(2, {"weight/w@0": torch.ones(4)}, {}) if is_saved_again else writer.wait()
+    assert slow.newest() is None
+    store.error = ""  # type: ignore[attr-defined]
+    writer.save(3, {"weight/w@0": torch.ones(4)}, {})
+    writer.wait()
+    assert slow.steps() == [3]
+
+
+def test_a_save_waits_for_the_one_before_and_says_how_long(slow: Run) -> None:
+    writer = slow.writer()
+    writer.save(1, {"weight/w@0": torch.ones(4)}, {})
+    threading.Timer(0.2, slow.context.store.go.set).start()  # type: ignore[attr-defined]
+    writer.save(2, {"weight/w@0": torch.ones(4)}, {})
+    assert slow.steps()[:1] == [1] and writer.seconds_waited > 0.1
+    writer.wait()
+
+
+# Fragments -----------------------------------------------------------------------------------------------------------------
+
+
+def _cut(values: torch.Tensor, folder: Path, borders: list[int], kind: str = "weight") -> tuple[Path, ...]:
+    """One file for each piece of the values between borders."""
+    paths = []
+    for low, high in zip([0, *borders], [*borders, len(values)], strict=True):
+        path = folder / f"{kind}-{len(paths)}.safetensors"
+        save_file({fragment_name(kind, "block.weight", low): values[low:high].clone()}, path)
+        paths.append(path)
+    return tuple(paths)
+
+
+@given(st.data())
+def test_values_come_back_however_they_were_cut(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    values = torch.randn(data.draw(st.integers(1, 40)), generator=torch.Generator().manual_seed(0))
+    borders = sorted(data.draw(st.sets(st.integers(0, len(values)), max_size=5)))
+    fragments = Fragments(_cut(values, tmp_path_factory.mktemp("cut"), borders))
+    start = data.draw(st.integers(0, len(values)))
+    stop = data.draw(st.integers(start, len(values)))
+    assert torch.equal(fragments.read("weight", "block.weight", start, stop - start), values[start:stop])
+
+
+def test_values_that_are_missing_are_named(tmp_path: Path) -> None:
+    first, _, last = _cut(torch.arange(12.0), tmp_path, [4, 8])
+    fragments = Fragments((first, last))
+    assert torch.equal(fragments.read("weight", "block.weight", 9, 3), torch.tensor([9.0, 10.0, 11.0]))
+    for start, length in ((2, 8), (4, 1), (10, 3)):
+        with pytest.raises(KeyError, match=rf"weight of block\.weight has \d+ of {length} values from {start} on"):
+            fragments.read("weight", "block.weight", start, length)
+    for kind, name in (("ema", "block.weight"), ("weight", "other")):
+        with pytest.raises(KeyError):
+            fragments.read(kind, name, 0, 1)
+
+
+def _module() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 2))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_the_shares_of_all_ranks_are_every_value_once(tmp_path: Path, world_size: int) -> None:
+    module, paths = _module(), []
+    shares = [dict(own_share("ema", module, rank, world_size)) for rank in range(world_size)]
+    names = [name for share in shares for name in share]
+    assert sorted(names) == sorted(fragment_name("ema", name, 0) for name, _ in module.named_parameters())
+    for rank, share in enumerate(shares):
+        save_file(share, tmp_path / str(rank))
+        paths.append(tmp_path / str(rank))
+    filled = _module()
+    fragments = Fragments(tuple(paths))
+    assert fragments.kinds() == {"ema"}
+    fragments.fill("ema", filled)
+    assert all(torch.equal(mine, value) for mine, value in zip(filled.parameters(), module.parameters(), strict=True))
+
+
+def test_a_record_of_another_run_s_files_is_checked_by_its_digest(run: Run) -> None:
+    """Sizes alone would not tell two checkpoints of one model apart."""
+    run.save(4)
+    run.save(8)
+    old, new = find_checkpoints(run.context)
+    mixed = replace(new, tensors=(replace(old.tensors[0], sha256=new.tensors[0].sha256),))
+    with pytest.raises(StoreError, match="was changed"):
+        open_checkpoint(run.context.store, run.context, mixed)

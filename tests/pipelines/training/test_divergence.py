@@ -1,0 +1,186 @@
+"""Training that diverges: it says where, keeps what was good, and goes past the batches that did it where it is told to."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import (
+    Material,
+    assert_same_bits,
+    changed,
+    checkpoint_steps,
+    damage_newest_checkpoint,
+    read_weights,
+    train,
+    worker_context,
+)
+
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import FileRecord
+from pipelines.training.batches import GroupBatch
+from pipelines.training.checkpoints import find_checkpoints, open_checkpoint
+from pipelines.training.loop import Trainer
+from pipelines.training.monitor import DivergedError
+
+
+@pytest.fixture
+def key(request: pytest.FixtureRequest) -> str:
+    """Of the store, for one test alone."""
+    return request.node.name
+
+
+class Poisoned(Trainer):
+    """The loss of draw 6 is not a number, or that of draw 9 three times what it is, on the last rank's groups."""
+
+    poison: tuple[int, float] = (6, math.nan)
+
+    def _learn(self, batch: GroupBatch, scale: float, learning_rate: float) -> None:
+        super()._learn(batch, scale, learning_rate)
+        if batch.step == self.poison[0] and batch.weight:
+            self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * torch.tensor([self.poison[1], 1.0])
+
+
+class Spiked(Poisoned):
+    poison = (9, 4.0)
+
+
+def test_a_run_that_diverges_says_where_and_saves_nothing_poisoned(material: Material, key: str) -> None:
+    config = changed(execution={"checkpoint_every": 1, "keep_last": 9})
+    sentence = (
+        r"training diverged by step 7: the loss of step 7 is not finite \(batch 6, rows of the token map in "
+        r"group 0: \d+, \d+, \d+, \d+; group 1: [\d, ]+\); .*on_divergence=rollback .*train\.learning_rate.* begins at step 0"
+    )
+    with pytest.raises(DivergedError, match=sentence) as raised:
+        train(material, config, key, world_size=2, trainer_class=Poisoned)
+    rows = material.token_map.batch_rows(0, 6, 16).rows
+    assert f"group 0: {', '.join(map(str, rows[:4]))}; group 1: {', '.join(map(str, rows[4:8]))})" in str(raised.value)
+    assert checkpoint_steps(material, key) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material: Material, key: str, zero_stage: int) -> None:
+    execution = {"checkpoint_every": 1, "zero_stage": zero_stage, "log_every": 12}
+    with pytest.raises(DivergedError, match=r"training diverged by step \d+"):
+        train(material, changed(learning_rate=1e30, warm_up_steps=0, execution=execution), key, world_size=2)
+    for checkpoint in find_checkpoints(worker_context(material, key)):
+        for record in checkpoint.tensors:
+            saved = read_weights(material, key, record)
+            assert all(torch.isfinite(value).all() for name, value in saved.items() if name.startswith(("weight/", "ema/")))
+
+
+class Overflowing(Trainer):
+    """Its loss can be told, its gradient not."""
+
+    def _learn(self, batch: GroupBatch, scale: float, learning_rate: float) -> None:
+        super()._learn(batch, math.inf, learning_rate)
+
+
+def test_fp16_whose_gradient_overflows_at_any_scale_has_diverged(material: Material, key: str) -> None:
+    """It would go on for ever without changing a weight. A few overflows in a row are how the scale is found."""
+    config = changed(precision="fp16", num_steps=30, execution={"log_every": 3, "checkpoint_every": 9})
+    sentence = "training diverged by step 18: the gradient of step 18 is not finite at any loss scale"
+    with pytest.raises(DivergedError, match=sentence):
+        train(material, config, key, trainer_class=Overflowing)
+    assert checkpoint_steps(material, key) == [9]
+
+
+@pytest.mark.parametrize("trainer_class", [Poisoned, Spiked])
+def test_after_a_rollback_training_goes_past_the_batches_that_did_it(
+    material: Material, key: str, trainer_class: type[Poisoned]
+) -> None:
+    draw, last_checkpoint = trainer_class.poison[0], trainer_class.poison[0] // 4 * 4
+    config = changed(execution={"on_divergence": "rollback"})
+    trained = train(material, config, key, world_size=2, trainer_class=trainer_class)
+    assert trained.result is not None and trained.result.skipped_draws == draw + 1 - last_checkpoint
+    assert trained.column("step") == list(range(1, 13)) and np.isfinite(trained.column("loss")).all()
+    (message,) = trained.messages
+    assert f"(batch {draw}, rows" in message and message.endswith(f"going on from step {last_checkpoint} with the draws after it")
+    assert all(torch.isfinite(value).all() for weights in (trained.raw, trained.ema) for value in weights.values())
+
+
+def test_a_rollback_before_the_first_checkpoint_begins_anew(material: Material, key: str) -> None:
+    trained = train(material, changed(execution={"on_divergence": "rollback", "checkpoint_every": 8}), key, trainer_class=Poisoned)
+    assert trained.result is not None and trained.result.skipped_draws == 7 and trained.column("step") == list(range(1, 13))
+
+
+def test_what_a_node_about_to_go_asked_for_in_the_step_of_a_rollback_is_saved_after_the_next(material: Material, key: str) -> None:
+    """Steps 5 and 6 are thrown away with step 7; what was asked for in step 7 is saved after the step that follows."""
+    config = changed(execution={"on_divergence": "rollback", "keep_last": 9})
+    trained = train(material, config, key, trainer_class=Poisoned, preempt_at=6)  # told in step 6, known to all in step 7
+    assert trained.result is not None and trained.result.skipped_draws == 3
+    assert checkpoint_steps(material, key) == [4, 5, 8]
+
+
+class DamagedBeforeRollback(Poisoned):
+    """The checkpoint of step 8 is damaged while step 9 runs; step 10 diverges."""
+
+    poison = (9, math.nan)
+
+    def train_step(self) -> None:
+        super().train_step()
+        if self.step == 9 and self.num_rollbacks == 0:
+            self.checkpoints.wait()
+            damage_newest_checkpoint(self.task.context.store, self.task.context)
+
+
+def test_a_damaged_checkpoint_is_written_anew_when_its_step_is_reached_again(material: Material, key: str) -> None:
+    """Training goes back to the one before, and leaves a checkpoint of that step that can be read."""
+    config = changed(execution={"on_divergence": "rollback"})
+    train(material, config, key, trainer_class=DamagedBeforeRollback, stop_at=14)  # 10 steps, and 4 once more
+    context = worker_context(material, key)
+    assert checkpoint_steps(material, key) == [8, 9]
+    for checkpoint in find_checkpoints(context):
+        open_checkpoint(material.store, context, checkpoint)  # compares digests
+    resumed = train(material, config, key, trainer_class=Poisoned)
+    assert resumed.result is not None and resumed.result.step == 12 and resumed.column("step") == list(range(1, 13))
+
+
+class SlowStore(LocalStore):
+    """Takes its time for a checkpoint."""
+
+    def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
+        if name.startswith(".work/"):
+            time.sleep(0.5)
+        return super().put_file(stage, key, name, source)
+
+
+def test_what_was_being_written_when_training_diverged_is_there_when_that_is_told(material: Material, key: str) -> None:
+    """Ray ends a worker soon after its answer: what it was writing then would be lost."""
+    assert isinstance(material.store, LocalStore)
+    slow = replace(material, store=SlowStore(material.store.root))
+    config = changed(execution={"checkpoint_every": 6})
+    with pytest.raises(DivergedError, match="diverged by step 7"):
+        train(slow, config, key, world_size=2, trainer_class=Poisoned)
+    assert checkpoint_steps(material, key) == [6]
+
+
+class AlwaysPoisoned(Trainer):
+    """Diverges in step 7 whatever is drawn."""
+
+    def train_step(self) -> None:
+        super().train_step()
+        if self.step == 7:
+            self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * math.nan
+
+
+def test_a_run_that_diverges_again_and_again_fails(material: Material, key: str) -> None:
+    config = changed(execution={"on_divergence": "rollback", "max_rollbacks": 2})
+    with pytest.raises(DivergedError, match="training diverged by step 7") as raised:
+        train(material, config, key, trainer_class=AlwaysPoisoned)
+    assert raised.value.draws == 6 + 3 + 3
+
+
+@pytest.mark.faults
+def test_draws_that_were_skipped_stay_skipped_after_a_restart(material: Material, key: str) -> None:
+    config = changed(execution={"on_divergence": "rollback"})
+    whole = train(material, config, f"{key}-whole", trainer_class=Poisoned)
+    train(material, config, key, trainer_class=Poisoned, stop_at=11)  # three of them before the rollback
+    resumed = train(material, config, key, trainer_class=Poisoned)
+    assert resumed.result is not None and resumed.result.skipped_draws == 3
+    assert_same_bits(resumed, whole)

@@ -1,0 +1,133 @@
+"""Figures of training: means of what every group of every rank left."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_training import run_ranks
+
+from pipelines.training.monitor import GroupRecord, first_not_finite, matmul_peak, squared_distance, summarize, total_macs
+
+CPU = torch.device("cpu")
+
+
+def _values(*groups: tuple[float, float, float, bool, float]) -> np.ndarray:
+    """One step of groups: loss, accuracy, mask ratio, whether reused, MACs."""
+    return np.array([groups], dtype=float)
+
+
+def test_a_row_is_means_over_groups_and_over_kinds_of_groups() -> None:
+    row = summarize(_values((1.0, 0.1, 0.5, False, 7), (2.0, 0.2, 0.65, True, 7), (6.0, 0.6, 0.69, True, 7)))
+    assert row == pytest.approx(
+        {
+            "loss": 3.0,
+            "token_accuracy": 0.3,
+            "fresh_loss": 1.0,
+            "reuse_loss": 4.0,
+            "loss_by_mask_ratio/0.0-0.6": 1.0,
+            "loss_by_mask_ratio/0.6-0.7": 4.0,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bucket"),
+    [
+        (0.0, "0.0-0.6"),
+        (0.5999, "0.0-0.6"),
+        (0.6, "0.6-0.7"),
+        (0.7, "0.7-0.8"),
+        (0.85, "0.8-0.9"),
+        (0.9, "0.9-1.0"),
+        (1.0, "0.9-1.0"),
+    ],
+)
+def test_every_mask_ratio_has_one_bucket(ratio: float, bucket: str) -> None:
+    row = summarize(_values((2.5, 0.0, ratio, False, 0)))
+    assert {name: value for name, value in row.items() if "ratio" in name} == {f"loss_by_mask_ratio/{bucket}": 2.5}
+
+
+def test_steps_of_an_interval_count_alike() -> None:
+    values = np.concatenate([_values((1.0, 0.0, 0.8, False, 1)), _values((3.0, 1.0, 0.8, False, 2))])
+    assert summarize(values)["loss"] == 2.0 and summarize(values)["token_accuracy"] == 0.5 and total_macs(values) == 3.0
+
+
+def test_a_loss_that_is_not_finite_is_found_with_its_groups() -> None:
+    values = np.ones((4, 3, 5))
+    assert first_not_finite(values) is None
+    values[3, 0, 0] = math.nan
+    values[2, 1:, 0] = math.inf, math.nan
+    assert first_not_finite(values) == (2, [1, 2])
+    values[0, 0, 1] = math.nan  # another figure is no loss
+    assert first_not_finite(values) == (2, [1, 2])
+
+
+@pytest.fixture
+def _alone(tmp_path: Path):
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_record_gives_what_was_added_and_is_empty_then() -> None:
+    record = GroupRecord(2)
+    for step, group in ((11, 1), (10, 0), (11, 0), (10, 1)):
+        record.add(step, group, torch.tensor([step, group / 10]), mask_ratio=0.75, is_reuse=group == 1, macs=1e12 + step)
+    values = record.collect(10, 2, CPU)
+    assert values.shape == (2, 2, 5) and values.dtype == np.float64
+    np.testing.assert_allclose(values[1, 1], [11, 0.1, 0.75, 1, 1e12 + 11], rtol=1e-7)
+    np.testing.assert_allclose(values[0, 0], [10, 0.0, 0.75, 0, 1e12 + 10], rtol=1e-7)
+    assert not record.collect(12, 1, CPU).any() and record.places == []
+
+
+def _collect_of_rank() -> np.ndarray:
+    record, rank = GroupRecord(3), dist.get_rank()
+    for group in ((0, 1), (2,))[rank]:
+        record.add(5, group, torch.tensor([group + 1.0, 0.5]), mask_ratio=0.8, is_reuse=False, macs=2.0)
+    return record.collect(5, 1, CPU)
+
+
+def test_every_rank_sees_the_groups_of_all() -> None:
+    first, second = run_ranks(2, _collect_of_rank)
+    np.testing.assert_array_equal(first, second)
+    assert first[0, :, 0].tolist() == [1.0, 2.0, 3.0] and total_macs(first) == 6.0
+
+
+def test_the_squared_distance_sums_over_pieces() -> None:
+    weights = [torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])]
+    averaged = [weight * 1.1 for weight in weights]
+    whole = squared_distance(averaged, weights)
+    pieces = [squared_distance([mine], [other]) for mine, other in zip(averaged, weights, strict=True)]
+    for place in range(2):
+        assert sum(piece[place].item() for piece in pieces) == pytest.approx(whole[place].item())
+    assert whole[1].item() == pytest.approx(169.0) and math.sqrt(whole[0] / whole[1]) == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_s_peak_is_plausible(dtype: torch.dtype) -> None:
+    assert 1e8 < matmul_peak(CPU, dtype) < 1e15
+
+
+def test_memory_of_a_cpu_is_the_most_that_was_held() -> None:
+    """In a process of its own: what a long one held at its most is hard to go beyond."""
+    program = """if True:
+        import torch
+        from pipelines.training.monitor import memory_bytes
+        cpu = torch.device("cpu")
+        before = memory_bytes(cpu)
+        held = torch.ones(500_000_000, dtype=torch.uint8)
+        del held
+        print(before, memory_bytes(cpu))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    before, after = map(int, done.stdout.split())
+    assert 5e7 < before < 5e9 and before + 200_000_000 < after < before + 550_000_000

@@ -1,0 +1,163 @@
+"""What training is configured by: what cannot be is refused by a sentence, and schedules are functions of the step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from tiny_training import CONFIG, Material, changed
+
+from pipelines.data.captions import CaptionFeaturesInfo
+from pipelines.data.token_map import TokenMapInfo
+from pipelines.training.config import ModelConfig, TrainConfig, TrainExecution
+
+
+@pytest.fixture
+def info(material: Material) -> TokenMapInfo:
+    return TokenMapInfo(**material.inputs["token_map"].summary["info"])
+
+
+@pytest.fixture
+def captions(material: Material) -> CaptionFeaturesInfo:
+    return CaptionFeaturesInfo(**material.inputs["captions"].summary["info"])
+
+
+# Recipes and how they run --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"num_groups": 5}, r"train\.batch_size 16 cannot be cut into 5 equal groups"),
+        ({"num_groups": 1, "execution": {"num_workers": 2}}, r"train\.num_groups 1 cannot be shared by 2 workers"),
+        ({"execution": {"microbatches": 3}}, r"a group of 4 images cannot be cut into train\.execution\.microbatches 3"),
+        ({"num_steps": -1}, r"train\.num_steps"),
+        ({"batch_size": 0}, r"batch_size and num_groups at least 1"),
+        ({"label_dropout": 1.0}, r"train\.label_dropout is 1\.0; it must be in \[0, 1\)"),
+        ({"label_smoothing": -0.5}, r"train\.label_smoothing is -0\.5; it must be in \[0, 1\)"),
+        ({"ema_decay": -0.1}, r"train\.ema_decay is -0\.1"),
+        ({"learning_rate": float("nan")}, r"train\.learning_rate is nan; it must be finite and at least 0"),
+        ({"learning_rate": float("inf")}, r"train\.learning_rate is inf"),
+        ({"final_learning_rate": -1.0}, r"train\.final_learning_rate is -1\.0"),
+        ({"weight_decay": -1.0}, r"train\.weight_decay is -1\.0"),
+        ({"z_loss": -1e-4}, r"train\.z_loss is -0\.0001"),
+        ({"gradient_clip": 0.0}, r"train\.gradient_clip is 0\.0; it must be above 0, or left out"),
+        ({"gradient_clip": float("nan")}, r"train\.gradient_clip is nan; it must be above 0"),
+        ({"precision": "fp8"}, r"train\.precision is 'fp8'; choose one of fp32, bf16, fp16"),
+        ({"learning_rate_schedule": "step"}, r"train\.learning_rate_schedule is 'step'; choose one of constant, cosine"),
+        ({"weight_decay_on": "none"}, r"train\.weight_decay_on is 'none'; choose one of all, matrices"),
+        (
+            {"precision": "fp16", "execution": {"zero_stage": 0}},
+            r"train\.precision fp16 needs train\.execution\.zero_stage 1, 2 or 3",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        changed(**fields)
+
+
+@pytest.mark.parametrize(
+    "field", ["checkpoint_every", "log_every", "sample_every", "keep_last", "keep_every", "microbatches", "min_workers"]
+)
+def test_an_interval_or_count_of_nothing_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"train\.execution\.{field} is 0; it must be at least 1"):
+        TrainExecution(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"min_workers": 3, "num_workers": 2}, r"min_workers is 3, more than num_workers, which is 2"),
+        ({"zero_stage": 4}, r"zero_stage is 4; DeepSpeed has 0, 1, 2 and 3"),
+        ({"zero_stage": 3, "compile": True}, r"compile does not go with zero_stage 3"),
+        ({"on_divergence": "ignore"}, r"on_divergence is 'ignore'; choose one of stop, rollback"),
+        ({"resize_seconds": -1.0}, r"resize_seconds is -1\.0; it must be finite and at least 0"),
+        ({"divergence_factor": 1.0}, r"divergence_factor is 1\.0; it must be above 1"),
+        ({"num_workers": 0}, r"num_workers is 0"),
+    ],
+)
+def test_a_way_to_run_that_cannot_be_is_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        TrainExecution(**fields)
+
+
+@pytest.mark.parametrize(
+    "execution", [{"num_workers": 4}, {"zero_stage": 3}, {"microbatches": 2}, {"compile": True}, {"keep_every": 8}]
+)
+def test_how_training_runs_is_no_part_of_what_it_makes(execution: dict[str, Any]) -> None:
+    assert changed(execution=execution).identity() == CONFIG.identity()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"precision": "bf16"}, {"z_loss": 1e-4}, {"gradient_clip": 1.0}, {"num_groups": 2}, {"seed": 1}]
+)
+def test_the_recipe_is_part_of_what_it_makes(fields: dict[str, Any]) -> None:
+    assert changed(**fields).identity() != CONFIG.identity()
+
+
+# Schedules -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_in_a_line_and_stays() -> None:
+    config = TrainConfig(learning_rate=1.0, warm_up_steps=4)
+    assert [config.learning_rate_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert dataclasses.replace(config, warm_up_steps=0).learning_rate_at(0) == 1.0
+
+
+def test_the_learning_rate_falls_by_half_a_cosine() -> None:
+    config = TrainConfig(learning_rate=1.0, final_learning_rate=0.2, learning_rate_schedule="cosine", warm_up_steps=4, num_steps=12)
+    rates = [config.learning_rate_at(step) for step in range(13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[8] == pytest.approx(0.6) and rates[12] == pytest.approx(0.2)
+    assert rates[4:] == sorted(rates[4:], reverse=True) and len(set(rates[4:])) == 9
+    assert rates[6] + rates[10] == pytest.approx(1.2), "symmetric about its middle"
+
+
+def test_a_run_of_nothing_but_warm_up_has_a_learning_rate() -> None:
+    config = TrainConfig(learning_rate=1.0, learning_rate_schedule="cosine", warm_up_steps=4, num_steps=4)
+    assert config.learning_rate_at(3) == 1.0
+
+
+# Models --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("grid_size", 16, r"train\.model\.grid_size is 16, but the token map of drawn \(16 px\) has 4"),
+        ("codebook_size", 1024, r"train\.model\.codebook_size is 1024, but the token map of drawn \(16 px\) has 32"),
+        ("num_classes", 1000, r"train\.model\.num_classes is 1000, but the token map of drawn \(16 px\) has 2"),
+        ("num_heads", 3, r"embed_dim 32 is not divisible by num_heads 3"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_token_map_is_refused(info: TokenMapInfo, field: str, value: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(CONFIG.model, **{field: value}).architecture(info)
+
+
+def test_a_model_without_preset_must_give_its_sizes(info: TokenMapInfo) -> None:
+    with pytest.raises(ValueError, match="no preset, so it must give decoder_layers, num_heads"):
+        ModelConfig(encoder_layers=1, embed_dim=32).architecture(info)
+
+
+def test_a_preset_takes_the_sizes_of_the_token_map_and_every_replaced_field(info: TokenMapInfo) -> None:
+    made = ModelConfig(preset="enat-s", encoder_layers=3, reuse=False).architecture(info)
+    assert (made.embed_dim, made.encoder_layers, made.reuse) == (512, 3, False)
+    assert (made.grid_size, made.codebook_size, made.num_classes) == (4, 32, 2)
+
+
+def test_a_text_model_takes_its_widths_from_the_captions(info: TokenMapInfo, captions: CaptionFeaturesInfo) -> None:
+    made = dataclasses.replace(CONFIG.model, text=True).architecture(info, captions)
+    assert (made.text_width, made.num_text_tokens, made.num_classes) == (8, 3, 0)
+
+
+def test_a_text_model_that_does_not_fit_its_captions_is_refused(info: TokenMapInfo, captions: CaptionFeaturesInfo) -> None:
+    model = dataclasses.replace(CONFIG.model, text=True)
+    with pytest.raises(ValueError, match=r"needs the features of captions; give captions\.encoder"):
+        model.architecture(info)
+    with pytest.raises(ValueError, match=r"knows 40 captions, but there are features of 39; make both from the same dataset"):
+        model.architecture(info, dataclasses.replace(captions, num_captions=39))
+    with pytest.raises(ValueError, match=r"num_classes is 2, but text takes the place of classes"):
+        dataclasses.replace(model, num_classes=2).architecture(info, captions)

@@ -1,0 +1,376 @@
+"""The training loop: what it trains equals a plain loop, whatever the workers, and survives their loss.
+
+Ranks are plain processes (tiny_training.py); what Ray adds to them is in test_train_stage.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from plain_training import train_plainly
+from tiny_training import (
+    CONFIG,
+    Material,
+    RankLostError,
+    Trained,
+    assert_close,
+    assert_same_bits,
+    changed,
+    checkpoint_steps,
+    damage_newest_checkpoint,
+    make_material,
+    train,
+    worker_context,
+)
+
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import FileRecord
+from pipelines.artifacts.open import open_store
+from pipelines.storage.base import StoreError
+from pipelines.training.batches import GroupBatch
+from pipelines.training.checkpoints import NoReadableCheckpointError, find_checkpoints, read_so_far
+from pipelines.training.config import TrainConfig
+from pipelines.training.loop import Trainer
+from pipelines.training.task import initial_model
+
+Plainly = Callable[[TrainConfig], Trained]
+OPTIONS = {
+    "model": {"qk_norm": True, "dropout": 0.1},
+    "learning_rate_schedule": "cosine",
+    "gradient_clip": 0.2,
+    "z_loss": 1e-2,
+    "weight_decay_on": "matrices",
+    "weight_decay": 0.3,
+}
+
+
+@pytest.fixture
+def key(request: pytest.FixtureRequest) -> str:
+    """Of the store, for one test alone."""
+    return request.node.name
+
+
+@pytest.fixture(scope="module")
+def plainly(material: Material) -> Plainly:
+    """The plain loop's training under a config, computed once."""
+    return cache(lambda config: train_plainly(material, config))
+
+
+@pytest.fixture(scope="module")
+def plain(plainly: Plainly) -> Trained:
+    return plainly(CONFIG)
+
+
+# What is trained -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"), [(1, 0), (2, 1), (2, 2), (2, 3), pytest.param(2, 0, marks=pytest.mark.faults)]
+)
+def test_workers_train_what_a_plain_loop_trains(
+    material: Material, plain: Trained, key: str, world_size: int, zero_stage: int
+) -> None:
+    """On gloo: losses to a relative 1e-5, raw and EMA weights to 1e-5, whatever is shared out."""
+    trained = train(material, changed(execution={"zero_stage": zero_stage}), key, world_size=world_size)
+    assert_close(trained, plain)
+    np.testing.assert_allclose(trained.column("gradient_norm"), plain.column("gradient_norm"), rtol=1e-4)
+    np.testing.assert_allclose(trained.column("token_accuracy"), plain.column("token_accuracy"), atol=1e-6)
+
+
+def test_the_comparison_could_fail(material: Material, plain: Trained) -> None:
+    """Twelve steps move the weights by far more than the tolerance, and the EMA stays apart from them."""
+    name = "token_embedding.weight"
+    initial = initial_model(material.architecture(CONFIG), 0).state_dict()
+    assert (plain.raw[name] - initial[name]).abs().max() > 1e-3 and (plain.raw[name] - plain.ema[name]).abs().max() > 1e-3
+    assert plain.history[0]["loss"] - plain.history[-1]["loss"] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"), [(2, 2), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 0), (2, 3)))]
+)
+def test_all_options_at_once_train_what_a_plain_loop_trains(
+    material: Material, key: str, world_size: int, zero_stage: int, plainly: Plainly
+) -> None:
+    """Microbatches and activation checkpointing are ways to compute the same; the others are in the plain loop, too."""
+    execution = {"zero_stage": zero_stage, "microbatches": 2, "activation_checkpointing": True}
+    config = changed(execution=execution, **OPTIONS)
+    other = plainly(config)
+    assert min(other.column("gradient_norm")) > 0.2, "every step is clipped"
+    trained = train(material, config, key, world_size=world_size)
+    assert_close(trained, other, atol=3e-5)
+    np.testing.assert_allclose(trained.column("gradient_norm"), other.column("gradient_norm"), rtol=1e-4)
+
+
+def test_a_text_model_trains_what_a_plain_loop_trains(material: Material, key: str, plainly: Plainly) -> None:
+    config = changed(model={"text": True}, label_dropout=0.5, execution={"zero_stage": 3})
+    assert_close(train(material, config, key, world_size=2), plainly(config))
+
+
+def test_groups_that_ranks_cannot_share_equally_train_the_same(material: Material, plain: Trained, key: str) -> None:
+    """Four groups, three ranks: two of them take part in a second pass without weight."""
+    assert_close(train(material, CONFIG, key, world_size=3), plain)
+
+
+def test_a_model_without_reuse_trains_fresh_whatever_the_recipe_says(material: Material, key: str) -> None:
+    nat = {"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False}
+    trained = train(material, changed(model=nat), key, world_size=2)
+    assert np.isfinite(trained.column("loss")).all() and trained.column("fresh_loss") == trained.column("loss")
+    assert not any("reuse_loss" in row for row in trained.history)
+
+
+class EmaWatcher(Trainer):
+    """Keeps an EMA of its own of the weights after every step, and compares at the end."""
+
+    def start(self, checkpoint: Any, diverged: Any = None) -> None:
+        super().start(checkpoint, diverged)
+        self.own_ema = {name: value.clone() for name, value in self.ema.named_parameters()}
+
+    def train_step(self) -> None:
+        super().train_step()
+        weights = self.engine.weights()
+        for name, value in self.own_ema.items() if self.rank == 0 else ():
+            value.mul_(self.config.ema_decay).add_(weights[name], alpha=1 - self.config.ema_decay)
+
+    def store_result(self) -> Any:
+        assert {parameter.dtype for parameter in (*self.engine.model.parameters(), *self.ema.parameters())} == {torch.float32}
+        for name, value in self.ema.named_parameters() if self.rank == 0 else ():
+            torch.testing.assert_close(value, self.own_ema[name], rtol=0, atol=1e-6)
+        return super().store_result()
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage"),
+    [
+        ("fp16", 1),
+        *(
+            pytest.param(*pair, marks=pytest.mark.faults)
+            for pair in (*(("bf16", stage) for stage in range(4)), ("fp16", 2), ("fp16", 3))
+        ),
+    ],
+)
+def test_in_half_precision_weights_stay_float32_and_the_ema_is_theirs(
+    material: Material, key: str, precision: str, zero_stage: int, plainly: Plainly
+) -> None:
+    """Losses follow the plain loop under torch's autocast as closely as rounding lets them."""
+    config = changed(precision=precision, num_steps=6, execution={"zero_stage": zero_stage})
+    trained = train(material, config, key, world_size=2, trainer_class=EmaWatcher)
+    other = plainly(config)
+    np.testing.assert_allclose(trained.column("loss"), other.column("loss"), rtol=1e-3)
+    np.testing.assert_allclose(trained.column("gradient_norm"), other.column("gradient_norm"), rtol=0.02)
+    exact = plainly(replace(config, precision="fp32"))
+    assert trained.column("loss") != pytest.approx(exact.column("loss"), rel=1e-6), "computed in half precision"
+    assert ("loss_scale" in trained.history[0]) is (precision == "fp16")
+
+
+# Going on ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_that_was_stopped_and_resumed_is_one_that_was_not_bit_for_bit(material: Material, key: str, world_size: int) -> None:
+    """What one rank is asked reaches all in the next step; the step they stop at is no multiple of anything."""
+    whole = train(material, CONFIG, f"{key}-whole", world_size=world_size)
+    stopped = train(material, CONFIG, key, world_size=world_size, stop_at=6)
+    assert stopped.result is not None and stopped.result.files == () and stopped.result.step == 7
+    assert stopped.column("step") == list(range(1, 8)) and checkpoint_steps(material, key)[-1] == 7
+    resumed = train(material, CONFIG, key, world_size=world_size)
+    assert_same_bits(resumed, whole)
+    assert resumed.result is not None and resumed.result.num_restarts == 1
+    assert resumed.messages == ()
+
+
+class Recorder(Trainer):
+    """Notes which groups its rank learned from."""
+
+    def _learn(self, batch: GroupBatch, *rest: Any) -> None:
+        if batch.weight:
+            with (Path(os.environ["NOTES"]) / f"{self.rank}").open("a") as notes:
+                notes.write(f"{self.step} {batch.step} {batch.group} {batch.codes.tolist()}\n")
+        super()._learn(batch, *rest)
+
+
+def test_from_two_workers_to_one_and_back_nothing_changes(
+    material: Material, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 50 steps: the same groups, each once, and losses to a relative 1e-5 in every step."""
+    config = changed(num_steps=50, execution={"zero_stage": 2})
+    noted = {}
+    for name, spread in (("whole", [(1, None)]), ("moved", [(2, 16), (1, 16), (2, None)])):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv("NOTES", str(tmp_path / name))
+        for world_size, stop_at in spread:
+            trained = train(material, config, f"{key}-{name}", world_size=world_size, trainer_class=Recorder, stop_at=stop_at)
+        lines = [line for path in (tmp_path / name).iterdir() for line in path.read_text().splitlines()]
+        noted[name] = sorted(lines), trained
+    (groups, moved), (expected, whole) = noted["moved"], noted["whole"]
+    assert groups == expected and len(groups) == 50 * config.num_groups
+    np.testing.assert_allclose(moved.column("loss"), whole.column("loss"), rtol=1e-5)
+    assert moved.column("step") == list(range(1, 51))
+    assert set(moved.column("num_workers")) == {1, 2}
+
+
+class Killed(Trainer):
+    """Its last rank is lost once, after step 6, when the checkpoint of step 4 is whole."""
+
+    def train_step(self) -> None:
+        super().train_step()
+        mark = Path(os.environ["NOTES"]) / "killed"
+        if self.step == 6 and self.rank == self.world_size - 1 and not mark.exists():
+            deadline = time.monotonic() + 30
+            while not any(checkpoint.is_whole for checkpoint in find_checkpoints(self.task.context)):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def place(
+    request: pytest.FixtureRequest, material: Material, vqgan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Material:
+    monkeypatch.setenv("NOTES", str(tmp_path))
+    if request.param == "folder":
+        return material
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    folder = request.getfixturevalue("make_bucket")("store")
+    return make_material(open_store(folder.uri, folder.config), vqgan, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "zero_stage"), [("folder", 1), pytest.param("bucket", 3, marks=pytest.mark.faults)], indirect=["place"]
+)
+def test_a_run_whose_worker_was_killed_goes_on_from_the_last_checkpoint(
+    place: Material, plain: Trained, key: str, zero_stage: int
+) -> None:
+    config = changed(execution={"zero_stage": zero_stage})
+    with pytest.raises((RankLostError, RuntimeError)):
+        train(place, config, key, world_size=2, trainer_class=Killed)
+    assert checkpoint_steps(place, key) == [4]
+    resumed = train(place, config, key, world_size=2, trainer_class=Killed)
+    assert_close(resumed, plain)
+    assert resumed.result is not None and resumed.result.num_restarts == 1 and checkpoint_steps(place, key) == [4, 8]
+
+
+class Slow(Trainer):
+    """Every step takes a tenth of a second at least."""
+
+    def train_step(self) -> None:
+        time.sleep(0.1)
+        super().train_step()
+
+
+def test_what_training_took_before_it_was_stopped_is_kept_and_added_to(material: Material, key: str) -> None:
+    """The second life has one worker fewer."""
+    config = changed(execution={"keep_last": 9})
+    train(material, config, key, world_size=2, trainer_class=Slow, stop_at=5)
+    first = read_so_far(worker_context(material, key))
+    assert first.step == 6 and first.worker_seconds >= 6 * 0.1 * 2
+    train(material, config, key, trainer_class=Slow, stop_at=2)
+    second = read_so_far(worker_context(material, key))
+    assert second.step > 6 and second.worker_seconds >= first.worker_seconds + (second.step - 6) * 0.1
+    assert isinstance(material.store, LocalStore)
+    newest = find_checkpoints(worker_context(material, key))[-1].state
+    assert newest is not None
+    (material.store.root / "train" / key / newest.path).write_text("{}")
+    assert 0 < read_so_far(worker_context(material, key)).step < second.step, "training goes on from there as well"
+
+
+class SlowPoisoned(Slow):
+    """Diverges in step 7 the first time."""
+
+    def train_step(self) -> None:
+        super().train_step()
+        if self.step == 7 and not self.num_rollbacks:
+            self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * math.nan
+
+
+def test_what_a_rollback_throws_away_took_its_time_all_the_same(material: Material, key: str) -> None:
+    train(material, changed(execution={"on_divergence": "rollback"}), key, trainer_class=SlowPoisoned, stop_at=11)
+    kept = read_so_far(worker_context(material, key))
+    assert kept.step == 9 and kept.worker_seconds >= (7 + 5) * 0.1, "four steps, three for nothing, and five more"
+
+
+def test_where_no_checkpoint_can_be_read_training_does_not_begin_anew(material: Material, key: str) -> None:
+    """On no rank: people may have the files elsewhere."""
+    train(material, changed(execution={"checkpoint_every": 100}), key, world_size=2, stop_at=5)
+    path = damage_newest_checkpoint(material.store, worker_context(material, key))
+    with pytest.raises(NoReadableCheckpointError, match=f"steps 6; that of step 6: .*{path} was changed"):
+        train(material, CONFIG, key, world_size=2)
+    assert checkpoint_steps(material, key) == [6]
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(material: Material, plain: Trained, key: str) -> None:
+    train(material, CONFIG, key, world_size=2, stop_at=8)
+    assert checkpoint_steps(material, key)[-2:] == [8, 9], "an older one is removed when rank 0 is the last to write"
+    path = damage_newest_checkpoint(material.store, worker_context(material, key))
+    resumed = train(material, CONFIG, key, world_size=2)
+    (message,) = resumed.messages
+    assert message.startswith("the checkpoint of step 9 is damaged and removed, the one before it is taken") and path in message
+    assert_close(resumed, plain)
+
+
+def test_a_node_that_is_about_to_go_has_a_checkpoint_saved_once(material: Material, plain: Trained, key: str) -> None:
+    """Ray's watcher tells from step 5 on, over and over; training goes on until Ray ends it."""
+    trained = train(material, changed(execution={"keep_last": 9}), key, world_size=2, preempt_at=5)
+    assert checkpoint_steps(material, key) == [4, 6, 8]
+    assert_close(trained, plain)
+
+
+class PreemptedRank(Trainer):
+    """Only the node of the last rank is about to go."""
+
+    def __init__(self, task: Any, device: torch.device) -> None:
+        if dist.get_rank() == 0:
+            task.reporter.preempt_at = None
+        super().__init__(task, device)
+
+
+def test_what_one_rank_is_told_makes_all_ranks_save(material: Material, key: str) -> None:
+    train(material, changed(execution={"keep_last": 9}), key, world_size=2, preempt_at=5, trainer_class=PreemptedRank)
+    assert checkpoint_steps(material, key) == [4, 6, 8]
+
+
+def test_a_stop_in_the_last_step_ends_as_a_run_that_is_done(material: Material, plain: Trained, key: str) -> None:
+    assert_close(train(material, CONFIG, key, stop_at=12), plain)
+
+
+class FullStore(LocalStore):
+    """A store that takes no checkpoint any more."""
+
+    def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
+        if name.startswith(".work/"):
+            raise StoreError("no space left")
+        return super().put_file(stage, key, name, source)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_training(material: Material, key: str) -> None:
+    assert isinstance(material.store, LocalStore)
+    with pytest.raises(StoreError, match="no space left"):
+        train(replace(material, store=FullStore(material.store.root)), CONFIG, key)
+
+
+# Compiled ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.faults  # a minute of compiling
+def test_a_compiled_model_trains_the_same(material: Material, key: str, plainly: Plainly) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("no C++ compiler")
+    config = changed(num_steps=4, execution={"compile": True, "zero_stage": 1})
+    assert_close(train(material, config, key), plainly(config), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,262 @@
+"""The stage: training on Ray equals a plain loop, is told when to stop, and goes on after workers or the driver were lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from plain_training import train_plainly
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_training import CONFIG, Material, Trained, assert_close, changed, read_history
+
+from enat.checkpoint import load_enat
+from enat.model import ENAT
+from pipelines.artifacts.manifest import FileRecord
+from pipelines.stages import train
+from pipelines.tracking.run import RunHandle
+from pipelines.training.checkpoints import SoFar, find_checkpoints
+from pipelines.training.config import TrainConfig
+from pipelines.training.monitor import DivergedError
+from pipelines.training.task import TrainResult, initial_model
+from pipelines.workflow.stage import StageResult, WorkerContext
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_need_no_test_modules() -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted(Trained):
+    """What the stage made, and what it said."""
+
+    made: StageResult | None = None
+    said: str = ""
+
+
+@pytest.fixture
+def key(request: pytest.FixtureRequest) -> str:
+    return request.node.name
+
+
+@pytest.fixture
+def fit(material: Material, make_context: Callable[..., Any], key: str) -> Callable[..., Fitted]:
+    """Train by the stage, under a key that the test has for itself."""
+
+    def fit(
+        config: TrainConfig = CONFIG, *, run: RunHandle | None = None, key: str = key, console: Console | None = None
+    ) -> Fitted:
+        console = console or Console(file=io.StringIO(), width=500)
+        replaced = {"run": run} if run else {}
+        context = make_context(material.store, "train", key, console=console, **replaced)
+        inputs = {name: material.inputs[name] for name in ("tokenizer", "token_map")}
+        made = train.run(config, inputs, context)
+        files = {record.name: material.store.fetch_file("train", key, record) for record in made.files}
+        return Fitted(
+            load_file(files["model.safetensors"]),
+            load_file(files["raw.safetensors"]),
+            read_history(material.store, key, made.records[0]),
+            made=made,
+            said=console.file.getvalue(),  # type: ignore[attr-defined]
+        )
+
+    return fit
+
+
+@pytest.fixture(scope="module")
+def plain(material: Material) -> Trained:
+    return train_plainly(material, CONFIG)
+
+
+def _checkpoint_steps(material: Material, key: str) -> list[int]:
+    context = WorkerContext(stage="train", key=key, store=material.store, run=RunHandle("", None))
+    return [checkpoint.step for checkpoint in find_checkpoints(context) if checkpoint.is_whole]
+
+
+@pytest.mark.parametrize(("num_workers", "zero_stage"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.faults)])
+def test_ray_s_workers_train_what_a_plain_loop_trains(fit, plain: Trained, num_workers: int, zero_stage: int) -> None:
+    """More of their combinations without Ray: test_train_loop.py."""
+    fitted = fit(changed(execution={"num_workers": num_workers, "zero_stage": zero_stage, "keep_every": 8}))
+    assert_close(fitted, plain)
+    assert fitted.made is not None
+    assert [record.name for record in fitted.made.records] == ["history.json", "model-step-00000008.safetensors"]
+    assert fitted.made.summary["num_restarts"] == 0 and fitted.made.summary["skipped_draws"] == 0
+    assert fitted.made.metrics["final/loss"] == fitted.history[-1]["loss"] and fitted.made.metrics["final/step"] == 12
+    assert set(fitted.column("num_workers")) == {num_workers}
+
+
+def test_hours_are_those_of_this_command_and_of_the_ones_it_goes_on_from(
+    material: Material, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 worker-seconds were kept with step 4. From there it is two workers with two devices each."""
+    history = [{"step": step, "num_workers": 1 if step <= 4 else 2} for step in range(1, 13)]
+
+    def fit(*_: Any) -> TrainResult:
+        time.sleep(0.3)
+        return TrainResult((FileRecord("model.safetensors", "p", 1, "0" * 64),), (), history, 12, 0, 1, 0)
+
+    monkeypatch.setattr(train, "read_so_far", lambda _: SoFar(4, 100.0))
+    monkeypatch.setattr(train, "_fit", fit)
+    monkeypatch.setattr(train.cluster, "require", lambda *_: None)
+    inputs = {name: material.inputs[name] for name in ("tokenizer", "token_map")}
+    started = time.monotonic()
+    config = changed(execution={"num_workers": 2, "gpus_per_worker": 2})
+    made = train.run(config, inputs, make_context(material.store, "train"))
+    assert 100 + 2 * 0.3 <= made.worker_seconds <= 100 + 2 * (time.monotonic() - started)
+    assert made.device_seconds == pytest.approx(2 * made.worker_seconds)
+
+
+@dataclasses.dataclass
+class Deadly(RunHandle):
+    """Tracking of a run whose rank 0 is killed by SIGKILL once, after it logged step 6. It notes every step that is logged.
+
+    store: whose checkpoints are waited for before: what is tested is the going on from one.
+    """
+
+    uri: str = ""
+    run_id: str | None = None
+    notes: Path = Path()
+    context: WorkerContext | None = None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        is_second_life = self.notes.exists() and "killed" in self.notes.read_text()
+        with self.notes.open("a") as notes:
+            notes.write(f"{step} ")
+        if step == 6 and not is_second_life:
+            assert self.context is not None
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and not any(found.is_whole for found in find_checkpoints(self.context)):
+                time.sleep(0.02)
+            with self.notes.open("a") as notes:
+                notes.write("killed ")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def lives(self) -> list[list[int]]:
+        return [[int(step) for step in life.split()] for life in self.notes.read_text().split("killed")]
+
+
+@pytest.mark.faults
+def test_a_worker_that_is_killed_is_replaced_and_training_goes_on_from_the_checkpoint(
+    fit, plain: Trained, material: Material, key: str, tmp_path: Path
+) -> None:
+    context = WorkerContext(stage="train", key=key, store=material.store, run=RunHandle("", None))
+    run = Deadly(notes=tmp_path / "notes", context=context)
+    fitted = fit(changed(execution={"num_workers": 2, "max_failures": 1}), run=run)
+    first, second = run.lives()
+    assert first == list(range(1, 7)) and second == list(range(second[0], 13))
+    assert second[0] in (5, 9), "steps since the last checkpoint are lost, and no more"
+    assert_close(fitted, plain)
+    assert fitted.made is not None and fitted.made.summary["num_restarts"] == 1
+
+
+@pytest.mark.faults
+def test_an_elastic_run_begins_with_the_workers_that_the_cluster_has_room_for(fit, plain: Trained) -> None:
+    fitted = fit(changed(execution={"num_workers": 4, "min_workers": 1}))
+    assert set(fitted.column("num_workers")) == {2}
+    assert_close(fitted, plain)
+
+
+@pytest.mark.faults
+def test_a_run_that_is_asked_to_stop_saves_and_the_next_one_goes_on_from_there(
+    fit, plain: Trained, material: Material, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for = train._wait_for
+
+    def ask_and_wait(trainer: Any, reporter: Any, console: Console) -> Any:
+        reporter.request_stop()
+        return wait_for(trainer, reporter, console)
+
+    config = changed(execution={"num_workers": 2, "checkpoint_every": 100})
+    console = Console(file=io.StringIO(), width=500)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_wait_for", ask_and_wait)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, console=console)
+    (step,) = _checkpoint_steps(material, key)
+    assert 1 <= step < 12
+    assert f"training stopped at step {step}, which is saved; the same command goes on from there" in console.file.getvalue()  # type: ignore[attr-defined]
+    fitted = fit(config)
+    assert fitted.made is not None and fitted.made.summary["num_restarts"] == 1
+    assert_close(fitted, plain)
+
+
+@pytest.mark.faults
+def test_a_run_that_diverges_fails_at_once_and_is_not_tried_again(fit, material: Material, key: str, tmp_path: Path) -> None:
+    """The same steps would diverge again; max_failures is for workers that are lost."""
+    run = Deadly(notes=tmp_path / "notes")
+    config = changed(learning_rate=1e10, warm_up_steps=0, execution={"checkpoint_every": 1, "max_failures": 3})
+    with pytest.raises(DivergedError, match=r"training diverged by step (\d+).*on_divergence=rollback"):
+        fit(config, run=run)
+    (steps,) = run.lives()
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < 6
+
+
+def _ray_train_folders() -> set[Path]:
+    return {path for path in Path(tempfile.gettempdir()).glob("enat-ray-train-*") if any(path.iterdir())}
+
+
+@pytest.mark.faults
+def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(
+    enat: Callable[..., Any], end_enat_when: Callable[..., tuple[int, str]], tiny_config: Path, tmp_path: Path
+) -> None:
+    """The checkpoint is there because of the signal: no other is due before the end. It is sent once Ray Train has begun."""
+    values = json.loads(tiny_config.read_text())
+    values["train"] |= {"num_steps": 100, "execution": {"checkpoint_every": 1000, "log_every": 1}}
+    (tmp_path / "tiny.yaml").write_text(json.dumps({**values, "targets": ["train"]}))
+    command = ("run", tmp_path / "tiny.yaml", f"workspace={tmp_path / 'runs'}")
+    store, before = tmp_path / "runs" / "store", _ray_train_folders()
+    code, said = end_enat_when(lambda: bool(_ray_train_folders() - before), *command)
+    assert code != 0 and "saving a checkpoint, then stopping" in said
+    (step,) = {int(path.name.split("-")[1]) for path in store.glob("train/*/.parts/checkpoint-*.json")}
+    assert 1 <= step < 100 and f"training stopped at step {step}, which is saved" in said
+    again = enat(*command)
+    assert again.returncode == 0, again.stderr
+    (history,) = store.glob("train/*/history.json")
+    assert [row["step"] for row in json.loads(history.read_text())] == list(range(1, 101))
+    assert not list(store.glob("train/*/.parts"))
+
+
+# Without training ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_steps_give_the_initial_weights_of_the_seed(fit, material: Material) -> None:
+    untrained = fit(changed(num_steps=0))
+    initial = initial_model(material.architecture(CONFIG), 0).state_dict()
+    for weights in (untrained.raw, untrained.ema):
+        assert weights.keys() == initial.keys() and all(weights[name].equal(value) for name, value in initial.items())
+    assert untrained.history == []
+
+
+def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(fit) -> None:
+    with pytest.raises(ValueError, match=r"train\.execution asks for 4 CPUs \(4 workers\), but the cluster has 2"):
+        fit(changed(execution={"num_workers": 4}))
+    with pytest.raises(ValueError, match=r"train\.execution asks for 3 CPUs \(3 workers\)"):
+        fit(changed(execution={"num_workers": 4, "min_workers": 3}))
+
+
+def test_a_token_map_of_another_tokenizer_is_refused(material: Material, make_context: Callable[..., Any]) -> None:
+    other = dataclasses.replace(material.inputs["tokenizer"], key="cd" * 32)
+    with pytest.raises(
+        ValueError, match=r"the token map of drawn \(16 px\) has tokenizer \w{12}, but the model expects tokenizer \w{12}"
+    ):
+        train.run(CONFIG, {**material.inputs, "tokenizer": other}, make_context(material.store, "train"))
+
+
+def test_trained_weights_open_as_a_model(fit, material: Material, key: str) -> None:
+    made = fit(changed(num_steps=0)).made
+    model = load_enat(material.store.fetch_file("train", key, made.files[0]))
+    assert isinstance(model, ENAT) and model.config == material.architecture(CONFIG)

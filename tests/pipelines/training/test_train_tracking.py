@@ -1,0 +1,215 @@
+"""What is seen of training and kept of it on the way: figures, previews, weights of some steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from plain_training import train_plainly
+from tiny_training import CONFIG, Material, Trained, changed, checkpoint_steps, read_weights, train
+
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import FileRecord
+from pipelines.storage.base import StorageError
+from pipelines.tracking.run import RunHandle
+from pipelines.training.config import TrainConfig
+
+Plainly = Callable[[TrainConfig], Trained]
+
+
+@pytest.fixture
+def key(request: pytest.FixtureRequest) -> str:
+    """Of the store, for one test alone."""
+    return request.node.name
+
+
+@pytest.fixture(scope="module")
+def plainly(material: Material) -> Plainly:
+    """The plain loop's training under a config, computed once."""
+    return cache(lambda config: train_plainly(material, config))
+
+
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.faults)])
+def test_milestones_are_the_ema_at_their_steps(material: Material, key: str, zero_stage: int, plainly: Plainly) -> None:
+    config = changed(execution={"keep_every": 4, "keep_last": 1, "zero_stage": zero_stage})
+    trained = train(material, config, key, world_size=2)
+    assert trained.result is not None
+    assert [record.name for record in trained.result.milestones] == [f"model-step-{step:08d}.safetensors" for step in (4, 8)]
+    for record, step in zip(trained.result.milestones, (4, 8), strict=True):
+        expected = plainly(changed(num_steps=step)).ema
+        for name, value in read_weights(material, key, record).items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
+    assert checkpoint_steps(material, key) == [4, 8]
+
+
+def test_milestones_survive_a_restart(material: Material, key: str) -> None:
+    config = changed(execution={"keep_every": 4, "keep_last": 1})
+    train(material, config, key, stop_at=5)
+    resumed = train(material, config, key)
+    assert resumed.result is not None and [record.name[-13:-12] for record in resumed.result.milestones] == ["4", "8"]
+    for record in resumed.result.milestones:
+        assert read_weights(material, key, record)
+
+
+@dataclass
+class Notebook(RunHandle):
+    """Tracking that notes in a file which process logged what. hang: seconds that its server takes for every call."""
+
+    uri: str = ""
+    run_id: str | None = None
+    notes: str = ""
+    hang: float = 0.0
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        time.sleep(self.hang)
+        with Path(self.notes).open("a") as notes:
+            notes.write(json.dumps([os.getpid(), time.monotonic(), step, dict(metrics)]) + "\n")
+
+    def log_history(self, rows: Sequence[Mapping[str, float]]) -> None:
+        with Path(self.notes).open("a") as notes:
+            notes.write(json.dumps([os.getpid(), time.monotonic(), "history", [row["step"] for row in rows]]) + "\n")
+
+    def log_bytes(self, content: bytes, name: str) -> None:
+        with Path(self.notes).open("a") as notes:
+            notes.write(json.dumps([os.getpid(), time.monotonic(), name, len(content)]) + "\n")
+
+    def read(self) -> list[list[Any]]:
+        return [json.loads(line) for line in Path(self.notes).read_text().splitlines()]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A run of two ranks that was tracked, and what tracking got."""
+
+    trained: Trained
+    noted: list[list[Any]]
+
+
+@pytest.fixture(scope="module")
+def watched(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    run = Notebook(notes=str(tmp_path_factory.mktemp("notes") / "lines"))
+    config = changed(num_steps=20, execution={"sample_every": 8, "peak_tflops": None, "checkpoint_every": 6})
+    return Watched(train(material, config, "watched", world_size=2, run=run), run.read())
+
+
+def test_figures_are_there_and_plausible(watched: Watched, material: Material) -> None:
+    history = watched.trained.history
+    assert [row["step"] for row in history] == list(range(1, 21))
+    buckets = {f"loss_by_mask_ratio/{bounds}" for bounds in ("0.0-0.6", "0.6-0.7", "0.7-0.8", "0.8-0.9", "0.9-1.0")}
+    seen = {name for row in history for name in row}
+    assert {"fresh_loss", "reuse_loss"} <= seen and len(buckets & seen) >= 3 and not (seen - buckets) & {"loss_scale"}
+    for row in history:
+        losses = [row[name] for name in row if name in buckets | {"fresh_loss", "reuse_loss"}]
+        assert min(losses) <= row["loss"] <= max(losses) and 2 < row["loss"] < 5
+        assert 0 <= row["token_accuracy"] <= 1 and 0.01 < row["gradient_norm"] < 100
+        assert row["learning_rate"] == pytest.approx(1e-3 * min(1, row["step"] / 4))
+        assert row["images_per_second"] * row["step_seconds"] == pytest.approx(16) and 0.1 < row["images_per_second"] < 1e5
+        assert 0 < row["model_flops_utilization"] < 1 and row["model_tflops_per_second"] > 0
+        assert 0 <= row["data_wait_share"] <= 1 and 0 <= row["checkpoint_wait_share"] <= 1
+        assert 0.05 < row["memory_gb"] < 20 and 0 < row["ema_distance"] < 1 and row["num_workers"] == 2
+
+
+def test_the_share_of_reusing_groups_is_in_the_means(watched: Watched, material: Material, plainly: Plainly) -> None:
+    """fresh_loss and reuse_loss average to the loss, weighted by their numbers of groups."""
+    plain = plainly(changed(num_steps=20))
+    for row, expected in zip(watched.trained.history, plain.history, strict=True):
+        share = expected["num_reuse"] / 4
+        assert ("reuse_loss" in row, "fresh_loss" in row) == (share > 0, share < 1)
+        assert row["loss"] == pytest.approx(share * row.get("reuse_loss", 0) + (1 - share) * row.get("fresh_loss", 0))
+
+
+def test_one_rank_alone_tracks_every_row_and_every_preview(watched: Watched) -> None:
+    assert len({process for process, *_ in watched.noted}) == 1
+    rows = {step: metrics for _, _, step, metrics in watched.noted if isinstance(step, int)}
+    assert list(rows) == list(range(1, 21))
+    assert all(rows[row["step"]]["loss"] == row["loss"] for row in watched.trained.history)
+    assert [name for _, _, name, _ in watched.noted if isinstance(name, str)] == [
+        f"samples/step-{step:08d}.png" for step in (8, 16, 20)
+    ]
+
+
+def test_an_interval_of_several_steps_is_their_mean(material: Material, plainly: Plainly, key: str) -> None:
+    trained = train(material, changed(execution={"log_every": 5, "checkpoint_every": 6}), key, world_size=2)
+    assert trained.column("step") == [5, 6, 10, 12], "a checkpoint's figures are complete"
+    losses = plainly(CONFIG).column("loss")
+    for row, (first, last) in zip(trained.history, [(0, 5), (5, 6), (6, 10), (10, 12)], strict=True):
+        assert row["loss"] == pytest.approx(np.mean(losses[first:last]), rel=1e-5)
+
+
+def test_a_run_that_goes_on_has_the_rows_of_the_runs_before(material: Material, key: str, tmp_path: Path) -> None:
+    """A command is a run of its own in MLflow. Workers that Ray replaces are part of the same run, which has its rows."""
+    noted = {}
+    for run_id, stop_at in (("first", 3), ("first", 6), ("second", None)):
+        run = Notebook(run_id=run_id, notes=str(tmp_path / f"{run_id}-{stop_at}"))
+        train(material, CONFIG, key, run=run, stop_at=stop_at)
+        noted[run_id, stop_at] = [(step, what) for _, _, step, what in run.read() if not str(step).startswith("samples")]
+    assert [step for step, _ in noted["first", 3]] == [1, 2, 3, 4]
+    assert [step for step, _ in noted["first", 6]] == [5, 6, 7, 8, 9, 10, 11]
+    ((first, steps), *rest) = noted["second", None]
+    assert (first, steps) == ("history", list(range(1, 12))) and [step for step, _ in rest] == [12]
+
+
+class CountingStore(LocalStore):
+    """Notes that the tokenizer was asked for, and has none where the environment says so."""
+
+    def fetch_file(self, stage: str, key: str, record: FileRecord) -> Path:
+        if stage == "tokenizer":
+            with Path(os.environ["NOTES"]).open("a") as notes:
+                notes.write("asked ")
+            if "NO_TOKENIZER" in os.environ:
+                raise StorageError("the bucket does not answer")
+        return super().fetch_file(stage, key, record)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_previews_load_the_tokenizer_once_and_are_told_once_where_they_fail(
+    material: Material, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    if not is_there:
+        monkeypatch.setenv("NO_TOKENIZER", "1")
+    assert isinstance(material.store, LocalStore)
+    place, run = replace(material, store=CountingStore(material.store.root)), Notebook(notes=str(tmp_path / "lines"))
+    trained = train(place, changed(execution={"sample_every": 4}), key, run=run)
+    assert trained.column("step") == list(range(1, 13)) and trained.ema
+    grids = [step for _, _, step, _ in run.read() if str(step).startswith("samples")]
+    if is_there:
+        assert trained.messages == () and len(grids) == 3 and (tmp_path / "notes").read_text() == "asked "
+    else:
+        (message,) = trained.messages
+        assert message.endswith("training goes on (StorageError: the bucket does not answer)") and grids == []
+
+
+@dataclass
+class Broken(RunHandle):
+    """Tracking with a fault of its own, which it does not see."""
+
+    uri: str = ""
+    run_id: str | None = None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        raise KeyError("unforeseen")
+
+
+def test_what_tracking_itself_does_not_foresee_is_told_once(material: Material, key: str) -> None:
+    trained = train(material, CONFIG, key, run=Broken())
+    (message,) = trained.messages
+    assert message == "something is not tracked, and training goes on (KeyError: 'unforeseen')" and trained.ema
+
+
+@pytest.mark.faults
+def test_a_tracking_server_that_hangs_holds_up_no_step(material: Material, key: str, tmp_path: Path) -> None:
+    """Each call takes as long as many steps. What was not told when training ended is told then."""
+    run = Notebook(notes=str(tmp_path / "lines"), hang=0.5)
+    trained = train(material, CONFIG, key, run=run)
+    assert sum(trained.column("step_seconds")[2:]) < 0.5 * 5
+    assert [step for _, _, step, _ in run.read() if isinstance(step, int)] == list(range(1, 13))

@@ -1,0 +1,312 @@
+"""Configuration: defaults < file < command line, and a sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from pipelines.workflow.config import ConfigError, identity, load_config, merge, redacted, to_dict, with_overrides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    num_workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    width: int = 8
+    label: str | None = None
+    execution: Speed = field(default_factory=Speed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    name: str
+    rate: float = 0.5
+    is_quick: bool = False
+    sizes: tuple[int, ...] = (1, 2)
+    betas: tuple[float, float] = (0.9, 0.99)
+    layer: Layer = field(default_factory=Layer)
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"rate is {self.rate}; it must be at least 0")
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Experiment]:
+    def run(text: str | bytes, *overrides: str) -> Experiment:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_config(Experiment, path, overrides)
+
+    return run
+
+
+def test_defaults_lie_below_the_file_and_the_file_below_the_command_line(load) -> None:
+    assert load("name: a") == Experiment(name="a")
+    assert load("{name: a, rate: 2, layer: {width: 3}}") == Experiment(name="a", rate=2.0, layer=Layer(width=3))
+    assert load("{name: a, rate: 2, layer: {width: 3, label: x}}", "layer.width=4", "name=b") == Experiment(
+        name="b", rate=2.0, layer=Layer(width=4, label="x")
+    )
+
+
+def test_of_two_overrides_of_one_key_the_last_counts(load) -> None:
+    assert load("name: a", "rate=1", "rate=2").rate == 2.0
+
+
+def test_lists_become_the_tuples_of_the_schema(load) -> None:
+    config = load("{name: a, sizes: [4, 5, 6]}", "betas=[0.1,0.2]")
+    assert config.sizes == (4, 5, 6) and config.betas == (0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("nmae=x", "unknown key nmae; did you mean name?"),
+        ("layer.widht=3", "unknown key layer.widht; did you mean layer.width?"),
+        ("layer.execution.num_worker=3", "unknown key layer.execution.num_worker; did you mean layer.execution.num_workers?"),
+        ("layer.zzz=3", "unknown key layer.zzz; known here: width, label, execution"),
+        ("layers.width=3", "unknown key layers; did you mean layer?"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_closest_known_one(load, override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("name: a", override)
+    assert str(caught.value) == f"override {override}: {sentence}"
+
+
+def test_an_unknown_key_of_the_file_names_the_file(load, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("{name: a, layer: {execution: {num_workrs: 2}}}")
+    expected = "unknown key layer.execution.num_workrs; did you mean layer.execution.num_workers?"
+    assert str(caught.value) == f"{tmp_path / 'run.yaml'}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("rate=fast", "rate"),
+        ("is_quick=perhaps", "is_quick"),
+        ("layer.width=many", "layer.width"),
+        ("layer.width=1.5", "layer.width"),
+        ("layer.width=null", "layer.width"),
+        ("layer.width=[1]", "layer.width"),
+        ("layer=3", "layer"),
+        ("layer=null", "layer"),
+        ("sizes=[1,two]", "sizes"),
+        ("sizes=7", "sizes"),
+        ("betas=[0.9]", "betas"),
+        ("betas=[0.9,0.99,0.999]", "betas"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_in_one_line_that_names_it(load, override: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("name: a", override)
+    message = str(caught.value)
+    assert key in message and "\n" not in message and "$" not in message and len(message) < 200
+
+
+def test_a_missing_value_without_default_is_named(load) -> None:
+    with pytest.raises(ConfigError, match="does not say name, which has no default"):
+        load("rate: 1")
+    with pytest.raises(ConfigError, match="does not say name"):
+        load("")
+
+
+def test_the_sentence_of_a_config_s_own_check_comes_through(load) -> None:
+    with pytest.raises(ConfigError, match=r"rate is -1\.0; it must be at least 0"):
+        load("name: a", "rate=-1")
+
+
+@pytest.mark.parametrize("override", ["rate", "=3", "", "--rate 3"])
+def test_an_override_without_key_and_value_is_refused(load, override: str) -> None:
+    with pytest.raises(ConfigError, match="write key=value"):
+        load("name: a", override)
+
+
+def test_a_reference_to_another_key_is_resolved(load) -> None:
+    assert load("{name: '${layer.label}-big', layer: {label: net}}").name == "net-big"
+    assert load("{name: '${layer.label}:6379 ${layer.width}', layer: {label: host}}").name == "host:6379 8"
+
+
+def test_a_reference_to_a_key_that_is_not_there_is_refused(load) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        load("name: ${nowhere}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: ${oc.env:HOME}",
+        "{name: a, layer: {label: 'in ${oc.env:HOME}'}}",
+        "{name: a, extras: {deep: [1, {deeper: '${oc.env:HOME}'}]}}",
+        "{name: a, layer: {label: '${oc.decode:${name}}'}}",
+        "{name: a, layer: {label: '${name}${oc.env:HOME}'}}",
+        "{name: env, layer: {label: '${oc.${name}:HOME}'}}",
+    ],
+)
+def test_resolvers_are_refused_so_that_no_secret_is_read_from_the_environment(load, text: str) -> None:
+    with pytest.raises(ConfigError, match="resolvers"):
+        load(text)
+
+
+def test_a_resolver_in_an_override_is_refused(load) -> None:
+    with pytest.raises(ConfigError, match=r"override layer\.label.*resolvers"):
+        load("name: a", "layer.label=${oc.env:HOME}")
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no config file .*nowhere\.yaml; correct the path"):
+        load_config(Experiment, tmp_path / "nowhere.yaml")
+
+
+def test_a_config_path_below_a_file_is_named(load, tmp_path: Path) -> None:
+    load("name: a")
+    with pytest.raises(ConfigError, match=r"run\.yaml/run\.yaml"):
+        load_config(Experiment, tmp_path / "run.yaml" / "run.yaml")
+
+
+@pytest.mark.parametrize("text", ["name: [", "a: b: c", b"\xff\xfe\x00\x01", "\tname: a"])
+def test_a_file_that_is_not_yaml_is_named_in_one_line(load, tmp_path: Path, text: str | bytes) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    assert str(caught.value).startswith(f"{tmp_path / 'run.yaml'} is not readable as YAML") and "\n" not in str(caught.value)
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\); name a YAML file"):
+        load_config(Experiment, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "- name: a"])
+def test_a_file_that_holds_no_mapping_is_refused(load, text: str) -> None:
+    with pytest.raises(ConfigError, match="holds no mapping"):
+        load(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "just words",
+        "42",
+    ],
+)
+def test_a_file_that_holds_one_value_is_refused(load, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load(text)
+
+
+# Whole configs -------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    rate=st.floats(0, 1e9, allow_nan=False),
+    width=st.integers(-(2**62), 2**62),
+    label=st.none() | st.text("abc é.-", max_size=8),
+    sizes=st.lists(st.integers(-1000, 1000), max_size=4),
+)
+def test_a_config_comes_back_from_its_plain_values(rate: float, width: int, label: str | None, sizes: list[int]) -> None:
+    config = Experiment(name="a", rate=rate, sizes=tuple(sizes), layer=Layer(width=width, label=label))
+    assert merge(Experiment, [("values", OmegaConf.create(to_dict(config)))]) == config
+
+
+def test_overriding_a_config_leaves_it_and_checks_as_a_file_is_checked() -> None:
+    config = Experiment(name="a", layer=Layer(width=3))
+    changed = with_overrides(config, {"layer": {"label": "x"}}, "variant b")
+    assert changed == replace(config, layer=Layer(width=3, label="x")) and config.layer.label is None
+    with pytest.raises(ConfigError, match=r"variant b: unknown key layer\.labl; did you mean layer\.label\?"):
+        with_overrides(config, {"layer": {"labl": "x"}}, "variant b")
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://user:password@host:5000/path", "http://host:5000/path"),
+        ("postgresql://token@host/runs", "postgresql://host/runs"),
+        ("s3://bucket/key", "s3://bucket/key"),
+        ("folder/with@sign", "folder/with@sign"),
+        ("first://a:b@c second://d:e@f", "first://c second://f"),
+        ("http://user:pass@word@host", "http://host"),
+        ("http://user:pass/word@host", "http://host"),
+        ("postgresql://host/db?user=u&password=p&sslmode=require", "postgresql://host/db?sslmode=require"),
+        ("postgresql://u:p@host/db?sslmode=require&PASSWORD=p", "postgresql://host/db?sslmode=require"),
+        ("postgresql://host/db?password=p", "postgresql://host/db"),
+        ("mysql+pymysql:///db?unix_socket=/s&password=p@q", "mysql+pymysql:///db?unix_socket=/s"),
+        ("https://b.example.org/k?X-Amz-Signature=p&X-Amz-Expires=9", "https://b.example.org/k?X-Amz-Expires=9"),
+        ("http://user:p?token=x@host/a", "http://"),
+        ("http://host/a?page=1", "http://host/a?page=1"),
+        ("s3://bucket/team@x/store", "s3://bucket/team@x/store"),
+        ("s3://key:pass/word@bucket/store", "s3://bucket/store"),
+        ("s3://bucket/team@x,http://user:p@host", "s3://bucket/team@x,http://host"),
+        ("hf://owner/name/a.pth@main", "hf://owner/name/a.pth@main"),
+        ("sqlite:////data/team@x/mlflow.db", "sqlite:////data/team@x/mlflow.db"),
+    ],
+)
+def test_redacted_takes_user_and_password_out_of_uris_at_any_depth(uri: str, shown: str) -> None:
+    config = Experiment(name=uri, layer=Layer(label=uri), extras={"deep": [uri, {"deeper": uri}], "number": 3})
+    assert redacted(config) == {
+        **to_dict(config),
+        "name": shown,
+        "layer": {**to_dict(config.layer), "label": shown},
+        "extras": {"deep": [shown, {"deeper": shown}], "number": 3},
+    }
+    assert config.name == uri
+
+
+def test_identity_leaves_out_execution_at_any_depth() -> None:
+    one = Experiment(name="a", layer=Layer(execution=Speed(num_workers=1)))
+    many = Experiment(name="a", layer=Layer(execution=Speed(num_workers=64)))
+    assert identity(one) == identity(many) and "execution" not in str(identity(one))
+    assert identity(one) != identity(replace(one, layer=Layer(width=9)))
+
+
+def test_identity_leaves_out_the_dataset_which_enters_as_its_index(image_folder: Path) -> None:
+    from pipelines.data.sources.config import DatasetConfig
+    from pipelines.stages.token_map import TokenMapConfig
+
+    here, there = DatasetConfig(kind="image_folder", path=str(image_folder)), DatasetConfig(kind="images", path="/nowhere")
+    assert identity(TokenMapConfig(dataset=here)) == identity(TokenMapConfig(dataset=there))
+    assert "dataset" not in str(identity(TokenMapConfig(dataset=here)))
+
+
+def test_identity_of_what_lies_outside_is_its_content_and_not_its_path(
+    image_folder: Path, make_image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    from pipelines.data.sources.config import DatasetConfig
+
+    def of(root: Path) -> Any:
+        return identity({"dataset": DatasetConfig(kind="image_folder", path=str(root))})
+
+    copy = make_image_folder(tmp_path / "copy")
+    assert of(copy) == of(image_folder)
+    assert str(copy) not in str(of(copy))
+    assert of(make_image_folder(tmp_path / "larger", per_class=7)) != of(copy)
+
+
+def test_the_run_of_the_demonstration_is_its_file_over_the_defaults() -> None:
+    from pipelines.run.config import RunConfig, load_run
+
+    path = Path(__file__).parents[3] / "configs" / "digits.yaml"
+    values = OmegaConf.to_container(OmegaConf.load(path))
+
+    def assert_holds(config: Any, given: Mapping[str, Any]) -> None:
+        for key, value in given.items():
+            own = getattr(config, key)
+            if isinstance(value, dict) and not isinstance(own, dict):
+                assert_holds(own, value)
+            else:
+                assert own == (tuple(value) if isinstance(value, list) else value), key
+
+    run = load_run(path, ("seed=5",))
+    assert_holds(run, values)
+    assert run.seed == 5 and run.cluster == RunConfig(name="x").cluster

@@ -1,0 +1,92 @@
+"""Progress: what workers report is summed on the driver, and a lost report is no matter."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+from ray_nodes import ray_nodes
+from rich.console import Console
+
+from pipelines.workflow.progress import Bar
+
+
+@pytest.fixture
+def terminal() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=120)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_bar_shows_the_sum_of_what_workers_have_done(terminal: Console) -> None:
+    with Bar(terminal, "train", 100, "steps") as bar, bar.reporter() as reporter:
+        for worker, done in (("a", 10), ("b", 5), ("a", 30)):
+            reporter.named(worker).report(done, "loss 0.5" if worker == "a" else "")
+        deadline = time.monotonic() + 20
+        while bar._progress.tasks[0].completed != 35 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (task,) = bar._progress.tasks
+        assert (task.completed, task.total, task.fields["note"]) == (35, 100, "loss 0.5")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_work_goes_on_where_the_bar_s_actor_is_lost(terminal: Console) -> None:
+    with Bar(terminal, "train", 100, "steps") as bar, bar.reporter() as reporter:
+        ray.kill(reporter._state)
+        reporter.report(10)
+        time.sleep(0.5)
+        bar.update(20)
+        assert bar._progress.tasks[0].completed == 20
+
+
+_WHERE_ACTORS_LIE = """
+import io, sys
+from pipelines.cluster import connection
+connection.prepare_environment()
+connection.connect(connection.ClusterConfig(address=sys.argv[1]))
+import ray
+from ray.util.state import list_actors
+from rich.console import Console
+from pipelines.workflow.progress import Bar
+for _ in range(4):
+    with Bar(Console(file=io.StringIO()), "train", 1, "steps").reporter() as reporter:
+        ray.get(reporter._state.read.remote())
+        (place,) = [actor.node_id for actor in list_actors(address=sys.argv[2], detail=True) if actor.state == "ALIVE"]
+        (head,) = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
+        assert place == head, (place, head)
+"""
+
+
+@pytest.mark.faults
+def test_the_bar_s_actor_lies_on_the_head_where_no_lost_node_takes_it_along() -> None:
+    with ray_nodes(1) as nodes:
+        nodes.add_node(1)
+        nodes.add_node(1)
+        command = [sys.executable, "-c", _WHERE_ACTORS_LIE, nodes.address, nodes.url]
+        done = subprocess.run(command, env={**nodes.environment}, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_bar_says_nothing_where_the_output_is_no_terminal() -> None:
+    output = io.StringIO()
+    with Bar(Console(file=output), "train", 3, "steps") as bar:
+        bar.advance(2)
+        bar.update(3, "loss 0.5")
+    assert output.getvalue() == ""
+
+
+def test_a_log_has_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENAT_PROGRESS_SECONDS", "0.001")
+    shown = io.StringIO()
+    with Bar(Console(file=shown, width=100), "train", 1000, "steps") as bar:
+        time.sleep(0.01)
+        bar.update(250, "loss 3.2")
+    assert shown.getvalue() == "  train 250 of 1,000 steps  loss 3.2\n"
+    monkeypatch.delenv("ENAT_PROGRESS_SECONDS")
+    shown = io.StringIO()
+    with Bar(Console(file=shown), "train", 1000, "steps") as bar:
+        bar.update(250)
+    assert shown.getvalue() == ""

@@ -1,0 +1,538 @@
+"""Keys, plans and runs of stages: what is there is reused, what decides the outcome is in the key, and nothing else is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from pipelines.artifacts import last_used
+from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.manifest import Manifest
+from pipelines.cluster.resources import Execution, Workers
+from pipelines.run import config as run_config
+from pipelines.run import graph
+from pipelines.workflow import driver, stage
+from pipelines.workflow.config import ConfigError
+from pipelines.workflow.stage import Node, Stage, StageContext, StageError, StageResult
+
+DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordConfig:
+    word: str = "a"
+    execution: Workers = field(default_factory=Workers)
+
+
+@dataclass
+class Counted:
+    """Stages of text files that count how often they are run."""
+
+    runs: list[str] = field(default_factory=list)
+
+    def write(self, config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        self.runs.append(config.word)
+        before = [context.store.fetch(manifest, "text").read_text() for manifest in inputs.values()]
+        text = "".join([*before, config.word])
+        return StageResult(
+            files=[context.write("text", lambda path: path.write_text(text))],
+            records=[context.write("log.json", lambda path: path.write_text(str(len(self.runs))))],
+            summary={"length": len(text)},
+            metrics={"length": len(text)},
+            worker_seconds=2.0,
+        )
+
+    def nodes(self, first: str = "a", second: str = "b", *, versions: tuple[int, int] = (1, 1), workers: int = 1) -> list[Node]:
+        execution = Workers(num_workers=workers)
+        return [
+            Node("first", Stage("write", versions[0], self.write), WordConfig(word=first, execution=execution)),
+            Node(
+                "second", Stage("append", versions[1], self.write), WordConfig(word=second, execution=execution), {"text": "first"}
+            ),
+        ]
+
+
+@pytest.fixture
+def counted() -> Counted:
+    return Counted()
+
+
+@pytest.fixture
+def session(local_store: LocalStore, make_session: Callable[..., Any]) -> stage.Session:
+    return make_session(local_store)
+
+
+# Running -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_makes_every_node_from_its_inputs(counted: Counted, session: stage.Session) -> None:
+    done = driver.execute(counted.nodes(), session)
+    assert [(item.node.id, item.is_reused) for item in done] == [("first", False), ("second", False)]
+    assert session.store.fetch(done[1].manifest, "text").read_text() == "ab"
+    assert [session.store.read_manifest(item.manifest.stage, item.manifest.key) for item in done] == [
+        item.manifest for item in done
+    ]
+
+
+def test_a_manifest_says_what_made_it_and_what_it_took(counted: Counted, session: stage.Session) -> None:
+    first, second = (item.manifest for item in driver.execute(counted.nodes(workers=3), session))
+    assert second.inputs == {"text": {"stage": "write", "key": first.key, "digest": first.digest}}
+    assert second.config == {"word": "b", "execution": {"num_workers": 3, "cpus_per_worker": 1.0, "gpus_per_worker": 0.0}}
+    assert second.summary == {"length": 2} and second.metrics == {"length": 2.0}
+    assert second.provenance["worker_seconds"] == 2.0 and second.provenance["seconds"] > 0
+    assert str(second.provenance["code"]).startswith("0.")
+
+
+def test_a_second_run_reuses_everything(counted: Counted, session: stage.Session) -> None:
+    first = driver.execute(counted.nodes(), session)
+    second = driver.execute(counted.nodes(), session)
+    assert counted.runs == ["a", "b"] and all(item.is_reused for item in second)
+    assert [item.manifest for item in second] == [item.manifest for item in first]
+
+
+@pytest.mark.parametrize(
+    ("changed", "run_again"),
+    [
+        ({"workers": 8}, []),
+        ({"second": "c"}, ["c"]),
+        ({"first": "c"}, ["c", "b"]),
+        ({"versions": (1, 2)}, ["b"]),
+        ({"versions": (2, 1)}, ["a", "b"]),
+    ],
+)
+def test_only_what_a_change_concerns_is_made_again(
+    counted: Counted, session: stage.Session, changed: dict[str, Any], run_again: list[str]
+) -> None:
+    """The new version of "first" makes the same bytes, but under another key, which its digest holds."""
+    driver.execute(counted.nodes(), session)
+    counted.runs.clear()
+    driver.execute(counted.nodes(**changed), session)
+    assert counted.runs == run_again
+
+
+def test_the_state_of_an_unfinished_stage_goes_once_it_is_committed(session: stage.Session) -> None:
+    def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        context.store.put_part(context.stage, context.key, "part-0", {"rows": 1})
+        return StageResult(files=[context.write("text", lambda path: path.write_text("text"))])
+
+    (done,) = driver.execute([Node("n", Stage("write", 1, run), WordConfig())], session)
+    assert session.store.read_parts("write", done.manifest.key) == {}
+
+
+def test_the_terminal_gets_one_line_a_stage(counted: Counted, local_store: LocalStore, make_session: Callable[..., Any]) -> None:
+    terminal = io.StringIO()
+    session = make_session(local_store, console=Console(file=terminal, width=100))
+    driver.execute(counted.nodes(), session)
+    driver.execute(counted.nodes(second="c"), session)
+    lines = terminal.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["first", "second", "first", "second"]
+    assert ["reused" in line for line in lines] == [False, False, True, False]
+
+
+# What is in use ------------------------------------------------------------------------------------------------------------
+
+
+def _third(run: Callable[..., StageResult]) -> Node:
+    return Node("third", Stage("third", 1, run), WordConfig(), {"text": "second"})
+
+
+def test_a_stage_at_work_has_noted_all_that_the_run_has(counted: Counted, session: stage.Session) -> None:
+    """Also what only a later stage reads: it must not be removed as unused while this one goes on for weeks."""
+    noted: list[tuple[str, str]] = []
+
+    def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        noted.extend(context.store.noted_inputs(context.stage, context.key))
+        return counted.write(config, inputs, context)
+
+    done = driver.execute([*counted.nodes(), _third(run)], session)
+    assert noted == sorted((item.manifest.stage, item.manifest.key) for item in done[:2])
+
+
+def test_what_a_run_has_is_noted_again_for_as_long_as_a_stage_lasts(
+    counted: Counted, local_store: LocalStore, session: stage.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(last_used, "_EVERY", 0.01)
+    given = driver.execute(counted.nodes(first="given")[:1], session)[0].manifest
+
+    def old() -> list[Path]:
+        return [path for path in local_store.root.glob("*/*/.used") if path.stat().st_mtime < 1000]
+
+    def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        notes = [*local_store.root.glob("*/*/.used")]
+        for path in notes:
+            os.utime(path, (0, 0))
+        deadline = time.monotonic() + 20
+        while old():
+            assert time.monotonic() < deadline, old()
+            time.sleep(0.005)
+        assert len(notes) == 4, "of the given one, of two that are made, and of this one"
+        return counted.write(config, inputs, context)
+
+    driver.execute([*counted.nodes(), _third(run)], session, {"elsewhere": given})
+    assert "enat-uses" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_uses_that_cannot_be_noted_are_one_warning(
+    counted: Counted, session: stage.Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(LocalStore, "note_use", refused)
+    with caplog.at_level("WARNING", "pipelines"):
+        done = driver.execute(counted.nodes(), session)
+    (record,) = caplog.records
+    sentence = f"the use of write/{done[0].manifest.key[:12]} is not noted, so that `enat artifacts gc` may take it for unused"
+    assert record.getMessage().startswith(sentence) and "Permission denied" in record.getMessage()
+
+
+# Publishing ----------------------------------------------------------------------------------------------------------------
+
+
+def _published(counted: Counted, publish: Callable[..., None]) -> list[Node]:
+    first, second = counted.nodes()
+    return [first, dataclasses.replace(second, stage=dataclasses.replace(second.stage, publish=publish))]
+
+
+def test_an_artifact_is_published_whether_it_was_made_or_reused(counted: Counted, session: stage.Session) -> None:
+    calls: list[tuple[Any, ...]] = []
+    nodes = _published(counted, lambda *arguments: calls.append(arguments))
+    first, second = (item.manifest for item in driver.execute(nodes, session))
+    driver.execute(nodes, session)
+    assert [(manifest, inputs) for manifest, inputs, _ in calls] == [(second, {"text": first})] * 2
+    context = calls[0][2]
+    assert context.store is session.store and context.tracking is session.tracking
+    assert session.store.fetch(calls[0][0], "text").read_text() == "ab", "it is there by then"
+
+
+def test_publishing_that_fails_is_one_warning_and_the_run_goes_on(
+    counted: Counted, session: stage.Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    def publish(*arguments: Any) -> None:
+        raise KeyError("license")
+
+    nodes = [*_published(counted, publish), Node("third", Stage("append", 1, counted.write), WordConfig(word="c"))]
+    with caplog.at_level("WARNING", "pipelines"):
+        assert len(driver.execute(nodes, session)) == 3
+    assert [record.getMessage() for record in caplog.records] == ["second is made, but not published (KeyError: 'license')"]
+
+
+def test_what_failed_is_not_published(session: stage.Session) -> None:
+    calls: list[Any] = []
+    failing = _failing(RuntimeError("no"))
+    node = dataclasses.replace(
+        failing, inputs={}, stage=dataclasses.replace(failing.stage, publish=lambda *arguments: calls.append(arguments))
+    )
+    with pytest.raises(StageError):
+        driver.execute([node], session)
+    assert calls == []
+
+
+# Failing -------------------------------------------------------------------------------------------------------------------
+
+
+def _failing(error: BaseException) -> Node:
+    def fail(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        context.write("half", lambda path: path.write_text("half"))
+        context.store.put_part(context.stage, context.key, "part-0", {"rows": 1})
+        raise error
+
+    return Node("third", Stage("fail", 1, fail), WordConfig(), {"text": "second"})
+
+
+@pytest.mark.parametrize("error", [RuntimeError("it broke"), ValueError("it is wrong"), KeyboardInterrupt()])
+def test_a_stage_that_fails_leaves_no_artifact_and_earlier_ones_stay(
+    counted: Counted, session: stage.Session, error: BaseException
+) -> None:
+    nodes = [*counted.nodes(), _failing(error)]
+    with pytest.raises((StageError, ValueError, KeyboardInterrupt)):
+        driver.execute(nodes, session)
+    assert sorted(manifest.stage for manifest in session.store.manifests()) == ["append", "write"]
+    planned = driver.plan(nodes, session.store)
+    assert [item.is_reused for item in planned] == [True, True, False]
+    assert planned[2].parts_done == 1, "what it had committed stays, for the next run to go on from"
+
+
+def test_bad_input_keeps_its_sentence_and_a_breakdown_names_the_stage(counted: Counted, session: stage.Session) -> None:
+    with pytest.raises(ValueError, match=r"^it is wrong$"):
+        driver.execute([*counted.nodes(), _failing(ValueError("it is wrong"))], session)
+    with pytest.raises(StageError, match=r"^stage third failed: RuntimeError: it broke$"):
+        driver.execute([*counted.nodes(), _failing(RuntimeError("it broke"))], session)
+
+
+def test_the_innermost_cause_of_a_breakdown_is_told() -> None:
+    cause = FloatingPointError("a first line\nloss is nan")
+    outer = RuntimeError("the worker failed")
+    outer.__cause__ = cause
+    wrapped = RuntimeError("the job failed")
+    wrapped.worker_failures = {0: outer}  # type: ignore[attr-defined]
+    assert driver._root_cause(wrapped) == "FloatingPointError: loss is nan"
+    assert driver._root_cause(RuntimeError()) == "RuntimeError: "
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_bad_input_that_a_ray_worker_finds_is_told_in_its_own_sentence(counted: Counted, session: stage.Session) -> None:
+    """Not as Ray words it, with the worker's traceback in it."""
+    import ray
+
+    def fail() -> None:
+        raise ValueError("the labels are wrong")
+
+    def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        ray.get(ray.remote(num_cpus=1)(fail).remote())
+        raise AssertionError("unreachable")
+
+    with pytest.raises((ValueError, StageError)) as caught:
+        driver.execute([Node("remote", Stage("remote", 1, run), WordConfig())], session)
+    assert str(caught.value).removeprefix("stage remote failed: ") == "the labels are wrong"
+
+
+def test_of_two_runs_that_make_the_same_artifact_the_second_adopts_the_first(
+    local_store: LocalStore, session: stage.Session
+) -> None:
+    """As if both had begun before either was done."""
+
+    def make(depth: int) -> Callable[..., StageResult]:
+        def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+            if depth:
+                driver.execute([Node("n", Stage("write", 1, make(depth - 1)), config)], session)
+            return StageResult(files=[context.write("text", lambda path: path.write_text(f"run {depth}"))])
+
+        return run
+
+    outer = driver.execute([Node("n", Stage("write", 1, make(1)), WordConfig())], session)[0].manifest
+    assert local_store.fetch(outer, "text").read_text() == "run 0"
+    assert list(local_store.manifests()) == [outer]
+
+
+# Planning ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_knows_keys_as_far_as_inputs_are_there(counted: Counted, session: stage.Session) -> None:
+    nodes = [*counted.nodes(), Node("third", Stage("append", 1, counted.write), WordConfig(word="c"), {"text": "second"})]
+
+    def planned() -> list[tuple[bool, bool]]:
+        return [(item.key is not None, item.is_reused) for item in driver.plan(nodes, session.store)]
+
+    assert planned() == [(True, False), (False, False), (False, False)]
+    driver.execute(nodes[:1], session)
+    assert planned() == [(True, True), (True, False), (False, False)]
+    driver.execute(nodes, session)
+    assert planned() == [(True, True)] * 3
+
+
+def test_a_plan_names_the_keys_that_a_run_then_uses_and_writes_nothing(counted: Counted, local_store: LocalStore, session) -> None:
+    nodes = counted.nodes()
+    first = driver.plan(nodes, local_store)[0].key
+    assert not local_store.root.exists() and counted.runs == []
+    done = driver.execute(nodes, session)
+    assert done[0].manifest.key == first
+    assert [item.key for item in driver.plan(nodes, local_store)] == [item.manifest.key for item in done]
+
+
+# The pipeline's keys -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def without_variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """configs/digits.yaml with the run's own model alone."""
+    values = OmegaConf.load(DIGITS)
+    del values["variants"]
+    path = tmp_path_factory.mktemp("config") / "digits.yaml"
+    OmegaConf.save(values, path)
+    return path
+
+
+@functools.cache
+def _keys(path: Path, *overrides: str) -> dict[str, str]:
+    """Keys of a run's nodes, with inputs that have nothing but their own keys in place of what is not made yet."""
+    found: dict[str, str] = {}
+    for node in graph.build(run_config.load_run(path, overrides)):
+        stand_ins = {
+            name: Manifest(stage="any", key=found[id], stage_version=1, config={}, inputs={}, files=())
+            for name, id in node.inputs.items()
+        }
+        found[node.id] = driver.stage_key(node, stand_ins)
+    return found
+
+
+def _changed(path: Path, override: str, *both: str) -> set[str]:
+    """Nodes whose keys an override changes, beside overrides that hold with and without it."""
+    before, after = _keys(path, *both), _keys(path, override, *both)
+    assert before.keys() == after.keys()
+    return {id for id in before if before[id] != after[id]}
+
+
+def _other(name: str, value: Any) -> Any:
+    """A value that is none of the defaults but as good."""
+    chosen = {"on_divergence": "rollback", "keep_every": 1000}
+    if name in chosen:
+        return chosen[name]
+    return str(not value).lower() if isinstance(value, bool) else (value or 0) + 1
+
+
+def _execution_overrides() -> list[str]:
+    """Another value for every field that is an execution setting of a stage."""
+
+    def walk(config: Any, path: str) -> list[str]:
+        found = []
+        for each in dataclasses.fields(config):
+            value = getattr(config, each.name)
+            if each.name == "execution":
+                found += [
+                    f"{path}execution.{inner.name}={_other(inner.name, getattr(value, inner.name))}"
+                    for inner in dataclasses.fields(value)
+                ]
+            elif dataclasses.is_dataclass(value):
+                found += walk(value, f"{path}{each.name}.")
+        return found
+
+    return walk(run_config.RunConfig(name="any"), "")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *_execution_overrides(),
+        *("workspace=elsewhere", "store=elsewhere", "cluster.num_cpus=7", "cluster.address=host:1"),
+        *("tracking.uri=http://host", "tracking.experiment=other", "tracking.enabled=false", "tracking.model_alias=best"),
+        "train.sampler.num_steps=3",
+    ],
+)
+def test_where_and_how_a_run_is_made_never_changes_a_key(without_variants: Path, override: str) -> None:
+    """Twelve groups, because as many as there are workers must share them."""
+    assert _changed(without_variants, override, "train.num_groups=12", "train.batch_size=24") == set()
+
+
+AFTER_TOKENIZER = {"tokenizer", "token_map", "train", "generate", "evaluate", "report"}
+AFTER_TRAIN = {"train", "generate", "evaluate", "report"}
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("tokenizer.recipe.num_steps=401", AFTER_TOKENIZER),
+        ("tokenizer.codebook_size=64", AFTER_TOKENIZER),
+        ("tokenizer.seed=1", AFTER_TOKENIZER),
+        ("token_map.shard_size=100", AFTER_TOKENIZER - {"tokenizer"}),
+        ("train.learning_rate=2e-3", AFTER_TRAIN),
+        ("train.model.encoder_layers=5", AFTER_TRAIN),
+        ("train.masking.alpha=11", AFTER_TRAIN),
+        ("train.num_groups=1", AFTER_TRAIN),
+        ("train.seed=1", AFTER_TRAIN),
+        ("generate.num_samples=600", AFTER_TRAIN - {"train"}),
+        ("generate.sampler.guidance_scale=3", AFTER_TRAIN - {"train"}),
+        ("generate.seed=1", AFTER_TRAIN - {"train"}),
+        ("reference.num_epochs=21", {"reference", "evaluate", "report"}),
+        ("evaluate.judge=null", {"evaluate", "report"}),
+        ("report.samples_per_class=2", {"report"}),
+        ("name=other", {"report"}),
+        ("token_map.images_per_pass=8", AFTER_TOKENIZER - {"tokenizer"}),
+        ("token_map.dtype=bfloat16", AFTER_TOKENIZER - {"tokenizer"}),
+        ("dataset.name=other", AFTER_TOKENIZER | {"dataset", "reference"}),
+        ("seed=1", AFTER_TOKENIZER | {"reference"}),
+        ("tokenizer.resolution=32", AFTER_TOKENIZER | {"reference"}),
+    ],
+)
+def test_what_decides_the_outcome_changes_the_keys_of_its_stage_and_of_those_after_it(
+    without_variants: Path, override: str, stages: set[str]
+) -> None:
+    assert _changed(without_variants, override, "train.execution.num_workers=1") == stages
+
+
+def test_a_variant_shares_what_it_does_not_change(without_variants: Path) -> None:
+    def nodes(values: str) -> list[str]:
+        return [node.id for node in graph.build(run_config.load_run(without_variants, (f"variants={values}",)))]
+
+    own = ["dataset", "tokenizer", "token_map", "reference", "train", "generate", "evaluate"]
+    assert nodes("{}") == [*own, "report"]
+    assert nodes("{a: {train: {num_steps: 0}}}") == [*own, "train@a", "generate@a", "evaluate@a", "report"]
+    assert nodes("{a: {generate: {sampler: {num_steps: 4}}}}") == [*own, "generate@a", "evaluate@a", "report"]
+    assert nodes("{a: {train: {execution: {num_workers: 1}}}}") == [*own, "report"]
+    assert nodes("{a: {train: {num_steps: 0}}, b: {train: {num_steps: 0}}}") == [
+        *own,
+        "train@a",
+        "generate@a",
+        "evaluate@a",
+        "report",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("targets", "nodes"),
+    [
+        ("[tokenizer]", ["dataset", "tokenizer"]),
+        ("[token_map]", ["dataset", "tokenizer", "token_map"]),
+        ("[reference, token_map]", ["dataset", "tokenizer", "token_map", "reference"]),
+        ("[train]", ["dataset", "tokenizer", "token_map", "train", "train@untrained"]),
+    ],
+)
+def test_targets_are_made_with_what_they_need_and_under_the_same_keys(targets: str, nodes: list[str]) -> None:
+    assert _keys(DIGITS, f"targets={targets}") == {id: key for id, key in _keys(DIGITS).items() if id in nodes}
+    assert list(_keys(DIGITS, f"targets={targets}")) == nodes
+
+
+def test_a_target_that_is_no_stage_of_the_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"targets names 'captions'; the stages of this run are dataset, tokenizer, token_map"):
+        graph.build(run_config.load_run(DIGITS, ("targets=[token_map, captions]",)))
+
+
+def test_without_training_a_model_that_would_not_fit_does_no_harm() -> None:
+    """A config for a token map alone need not know what will be trained on it."""
+    nodes = graph.build(run_config.load_run(DIGITS, ("targets=[token_map]", "train.model.grid_size=16")))
+    assert [node.id for node in nodes] == ["dataset", "tokenizer", "token_map"]
+
+
+def test_a_variant_s_nodes_read_from_its_own() -> None:
+    nodes = {node.id: node for node in graph.build(run_config.load_run(DIGITS))}
+    assert nodes["generate@untrained"].inputs == {"model": "train@untrained"}
+    assert nodes["evaluate@untrained"].inputs["samples"] == "generate@untrained"
+    assert nodes["evaluate@untrained"].inputs["reference"] == "reference"
+    assert nodes["report"].inputs["evaluation@untrained"] == "evaluate@untrained"
+    assert nodes["report"].inputs["evaluation"] == "evaluate"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("variants.a.train.num_stps=1", r"variant a: unknown key train\.num_stps; did you mean train\.num_steps\?"),
+        ("variants.a.train.model.grid_size=9", r"variant a: train\.model\.grid_size is 9, but the token map of digits"),
+        ("variants.main.seed=1", "a variant cannot be called 'main'"),
+        ("variants={'a b': {seed: 1}}", "the name 'a b' must begin with a letter or digit"),
+        ("name=../up", r"the name '\.\./up' must begin"),
+        pytest.param("variants.a=3", "variant a"),
+        pytest.param("variants.a=word", "variant a"),
+        ("train.model.reuse=false", r"generate\.sampler\.reuse needs a model with train\.model\.reuse"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_before_anything_is_made(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        run_config.load_run(DIGITS, (override,))
+
+
+@pytest.mark.parametrize("wrong", [{"num_workers": 0}, {"cpus_per_worker": 0}, {"gpus_per_worker": -1}])
+def test_workers_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Workers(**wrong)
+
+
+@pytest.mark.parametrize(("gpus", "seconds"), [(0, 0), (0.5, 30), (1, 60), (2, 120)])
+def test_device_seconds_count_every_device_that_a_worker_holds(gpus: float, seconds: float) -> None:
+    assert Workers(gpus_per_worker=gpus).device_seconds(60) == seconds
+
+
+def test_a_batch_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"execution\.batch_size is 0"):
+        Execution(batch_size=0)
