@@ -28,6 +28,7 @@ def plan(config: Path, overrides: tuple[str, ...], address: str | None, as_json:
     from pipelines.cluster import capacity as cluster_capacity
     from pipelines.run import config as run_config
     from pipelines.run import graph, summary
+    from pipelines.workflow import config as configuration
     from pipelines.workflow import driver
 
     run = run_config.load_run(config, overrides)
@@ -46,7 +47,8 @@ def plan(config: Path, overrides: tuple[str, ...], address: str | None, as_json:
         ]
         has = {"cluster": {"address": address, "nodes": [dict(node) for node in capacity.nodes]}} if capacity else {}
         fits = {"fits": all(verdict.fits for verdict in verdicts)} if capacity else {}
-        click.echo(json.dumps({"store": store.uri, "stages": rows, **has, **fits}, indent=1))
+        answer = {"store": store.uri, "config": configuration.redacted(run), "stages": rows, **has, **fits}
+        click.echo(json.dumps(answer, indent=1))
         return
     summary.show_plan(planned, store.uri, console())
     if capacity is not None:

@@ -111,8 +111,9 @@ def prepare(
         refuse_credentials(override.partition("=")[0], override.partition("=")[2])
     run = run_config.load_run(config, overrides, is_dataset_here=False)
     _refuse_unknown_targets(run)
-    text = config.read_text()
-    refuse_credentials_in_lines((f"{config}, line {number},", line) for number, line in enumerate(text.splitlines(), start=1))
+    for file, _ in configuration.read_files(config):
+        lines = file.read_text().splitlines()
+        refuse_credentials_in_lines((f"{file}, line {number},", line) for number, line in enumerate(lines, start=1))
     if run.cluster.address not in (None, "auto"):
         raise ValueError(f"cluster.address is {run.cluster.address}, but a job runs on the cluster it is sent to; leave it out")
     for key, value in strings(configuration.to_dict(run)):
@@ -137,7 +138,7 @@ def prepare(
         config=run,
         package=package,
         image=image,
-        config_text=text,
+        config_text=configuration.read_text(config),
         grows=grows,
     )
 

@@ -74,6 +74,8 @@ class RunConfig:
     variants: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        kept = {name: values for name, values in self.variants.items() if values is not None}  # null drops a variant of the base
+        object.__setattr__(self, "variants", kept)
         for name in (self.name, *self.variants):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise ValueError(f"the name {name!r} must begin with a letter or digit and go on with those, '.', '_' or '-'")

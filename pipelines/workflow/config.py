@@ -1,7 +1,9 @@
-"""YAML and command-line overrides -> frozen dataclasses. Defaults < file < command line; unknown keys are errors.
+"""YAML files and command-line overrides as frozen dataclasses. Defaults < base < file < command line; unknown keys are errors.
 
-Values only: an interpolation may refer to another key of the file, but resolvers (`${oc.env:...}`) are refused, so that
-nothing from the environment, a secret least of all, ends in a manifest.
+A file may build on another one: `base: imagenet256.yaml` names a file by its path from the folder of the file that names it. Its
+values are replaced key by key; a list is replaced as a whole. Files hold values only. An interpolation refers to another key of the
+merged configuration. Resolvers (`${oc.env:...}`) are refused, because a value of the environment, such as a secret, would be
+written to manifests.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from yaml import YAMLError
 from pipelines.storage.redaction import without_credentials
 
 ConfigT = TypeVar("ConfigT")
+BASE = "base"  # the key of a file that names the file it builds on
 
 
 class ConfigError(ValueError):
@@ -28,13 +31,42 @@ class ConfigError(ValueError):
 
 
 def load_config(schema: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
-    """The file's values (none without a file) under the overrides ("train.num_steps=10") as a schema. Raises ConfigError."""
+    """The values of a file and its bases under the overrides ("train.num_steps=10"), as a schema. Raises ConfigError."""
     for override in overrides:
         if "=" not in override.lstrip("="):
-            raise ConfigError(f"{override!r} is no override; write key=value, such as train.num_steps=100")
-    first = (str(path), _read(path)) if path is not None else ("the command line", OmegaConf.create({}))
-    _refuse_resolvers(*first)
-    return merge(schema, [first, *read_overrides(overrides)])
+            raise ConfigError(f"{override!r} is not an override; write key=value, such as train.num_steps=100")
+    files = [(str(file), values) for file, values in read_files(path)] if path is not None else []
+    return merge(schema, [*files, *read_overrides(overrides)], str(path) if path is not None else "the command line")
+
+
+def read_files(path: Path) -> list[tuple[Path, DictConfig]]:
+    """A config file and the files that it builds on, each with its own values, the last base first. Raises ConfigError."""
+    files: list[tuple[Path, DictConfig]] = []
+    named: list[Path] = []
+    next_file: Path | None = path
+    while next_file is not None:
+        is_circle = next_file.resolve() in [file.resolve() for file in named]
+        named.append(next_file)
+        if is_circle:
+            raise ConfigError(f"base: {' -> '.join(map(str, named))} is a circle; remove one `base`")
+        values = _read(next_file, named[:-1])
+        _refuse_resolvers(str(next_file), values)
+        plain = OmegaConf.to_container(values)
+        base = plain.get(BASE) if isinstance(plain, dict) else None
+        if base is not None and (not isinstance(base, str) or not base or "${" in base):
+            raise ConfigError(f"{next_file}: base is {base!r}; name one YAML file, such as base: imagenet256.yaml")
+        files.insert(0, (next_file, OmegaConf.masked_copy(values, [str(key) for key in values if key != BASE])))
+        next_file = next_file.parent / base if base is not None else None
+    return files
+
+
+def read_text(path: Path) -> str:
+    """The text of a config that needs no other file: as it is written, or merged with its bases. Raises ConfigError."""
+    files = read_files(path)
+    if len(files) == 1:
+        return path.read_text()
+    bases = ", ".join(file.name for file, _ in reversed(files[:-1]))
+    return f"# {path.name}, merged with {bases}\n{OmegaConf.to_yaml(OmegaConf.merge(*(values for _, values in files)))}"
 
 
 def read_overrides(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
@@ -45,7 +77,9 @@ def read_overrides(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
         try:
             layers.append((source, OmegaConf.from_dotlist([override])))
         except (YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"{source} is not readable as YAML: {_one_line(error)}") from error
+            raise ConfigError(f"{source} cannot be read as YAML: {_one_line(error)}") from error
+        if BASE in layers[-1][1]:
+            raise ConfigError(f"{source}: only a config file can name a base; write it into the file")
         _refuse_resolvers(*layers[-1])
     return layers
 
@@ -55,28 +89,36 @@ def _refuse_resolvers(source: str, values: DictConfig) -> None:
         raise ConfigError(f"{source}: resolvers in ${{...}} are not allowed, only references to other keys")
 
 
-def _read(path: Path) -> DictConfig:
+def _read(path: Path, named_by: Sequence[Path]) -> DictConfig:
+    """named_by: the files that led here, empty for the file of the command."""
+    by = f" (the base of {named_by[-1]})" if named_by else ""
     try:
         values = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise ConfigError(f"there is no config file {path}; {_closest_file(path)}") from error
+        raise ConfigError(f"the config file {path}{by} does not exist; {_closest_file(path)}") from error
     except (IsADirectoryError, PermissionError) as error:
-        raise ConfigError(f"the config {path} cannot be read ({error.strerror}); name a YAML file that can") from error
+        raise ConfigError(f"the config {path}{by} cannot be read ({error.strerror}); name a readable YAML file") from error
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{path}{by} cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, DictConfig):
-        raise ConfigError(f"{path} holds no mapping of keys to values")
+        raise ConfigError(f"{path}{by} does not contain a mapping of keys to values")
     return values
 
 
 def _closest_file(path: Path) -> str:
     names = [each.name for each in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f"did you mean {path.parent / close[0]}?" if close else "correct the path; configs/ of the repository has examples"
+    return (
+        f"did you mean {path.parent / close[0]}?" if close else "fix the path; the folder configs/ of the repository has examples"
+    )
 
 
-def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]]) -> ConfigT:
-    """Lay values over the schema's defaults, each layer named for messages. Raises ConfigError."""
+def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]], whole: str | None = None) -> ConfigT:
+    """Merge layers of values over the schema's defaults. Raises ConfigError.
+
+    Each layer has a name for messages. `whole` names all of them together; None takes the name of the first.
+    """
+    whole = whole or layers[0][0]
     merged = _defaults(schema)  # type: ignore[arg-type]  # mypy takes no class for hashable
     for source, values in layers:
         try:
@@ -89,17 +131,17 @@ def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]]) -> ConfigT:
     try:
         config: Any = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{layers[0][0]} does not say {error.full_key}, which has no default") from error
+        raise ConfigError(f"{whole} does not give {error.full_key}, which has no default") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{layers[0][0]}: {_one_line(error)}") from error
+        raise ConfigError(f"{whole}: {_one_line(error)}") from error
     except ValueError as error:  # __post_init__ of a config: its sentence names the field
-        raise ConfigError(f"{layers[0][0]}: {error}") from error
+        raise ConfigError(f"{whole}: {error}") from error
     return config
 
 
 @cache
 def _defaults(schema: type) -> Any:
-    """Of a schema, never to be changed: OmegaConf takes a fifth of a second to make them for a whole run; merging copies."""
+    """The defaults of a schema. Do not change them: merging copies. OmegaConf takes 0.2 s to build those of a whole run."""
     defaults = OmegaConf.structured(schema)
     OmegaConf.set_readonly(defaults, None)
     return defaults
@@ -111,14 +153,14 @@ def with_overrides(config: ConfigT, overrides: Mapping[str, Any], source: str) -
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested values of a dataclass, tuples as lists: what a manifest, a run's parameters or YAML can hold."""
+    """The values of a dataclass as nested dictionaries and lists, for manifests, parameters of a run and YAML."""
     values = _lists(dataclasses.asdict(config))
     assert isinstance(values, dict)
     return values
 
 
 def redacted(config: Any) -> dict[str, Any]:
-    """to_dict for other people's eyes: user and password are taken out of URIs."""
+    """The values of `to_dict` with user names and passwords removed from URIs."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -132,11 +174,11 @@ def redacted(config: Any) -> dict[str, Any]:
 
 
 def identity(config: Any) -> Any:
-    """What of a config decides the outcome, for keys.
+    """The values of a config that decide the outcome of a stage. They are part of the stage's key.
 
-    Fields called `execution` (workers, devices, batch per device) are left out, and those called `dataset`, which enters as the
-    artifact of its index. A config that refers to something outside
-    (a dataset, a weights file) has a method `identity()` that gives its content's digest in place of its path.
+    Fields named `execution` (workers, devices, batch per device) are left out. Fields named `dataset` are left out because the
+    index of the dataset is an input of the stage. A config that refers to an external file has a method `identity()`, which
+    returns the digest of the file's content instead of its path.
     """
     if hasattr(config, "identity"):
         return config.identity()
@@ -160,7 +202,7 @@ def _lists(value: Any) -> Any:
 
 
 def _unknown_key(schema: Any, key: str, source: str) -> str:
-    """Name the key and the closest known one, level by level."""
+    """A sentence with the key and the closest known one, searched level by level."""
     here: Any = schema
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -191,7 +233,7 @@ def _has_resolver(value: Any) -> bool:
         return any(map(_has_resolver, value))
     if not isinstance(value, str):
         return False
-    # A colon inside of ${...}, however nested; one behind it, as in ${host}:6379, is text.
+    # A colon inside ${...}, at any depth, is a resolver. A colon after it, as in ${host}:6379, is text.
     depth = 0
     for index, character in enumerate(value):
         if value.startswith("${", index):
@@ -205,4 +247,4 @@ def _has_resolver(value: Any) -> bool:
 
 def _one_line(error: BaseException) -> str:
     message = " ".join(str(error).split("\n    full_key")[0].split())
-    return "a value has the wrong type" if "$VALUE" in message else message  # OmegaConf leaves its template there for list items
+    return "a value has the wrong type" if "$VALUE" in message else message  # OmegaConf's unfilled template, for items of lists

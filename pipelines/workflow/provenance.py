@@ -19,6 +19,8 @@ from functools import cache
 from importlib.metadata import version as package_version
 from pathlib import Path
 
+from pipelines.workflow.config import read_text
+
 ROOT = Path(__file__).parents[2]
 RECORD = "code.json"
 CHANGES = "changes.diff"
@@ -87,10 +89,13 @@ class _Code:
 
 
 def pack(config: Path, root: Path = ROOT) -> CodePackage:
-    """The code under `root` with one config. Raises ValueError where it is too large, holds what cannot be sent, or git fails."""
+    """The code under `root` with one config, merged with its bases.
+
+    Raises ValueError if it is too large, contains what cannot be sent, or git fails.
+    """
     code = _look(root)
     place = _place(config, root)
-    files = {**code.files, place: _read(config), RECORD: _record(code.state)}
+    files = {**code.files, place: read_text(config).encode(), RECORD: _record(code.state)}
     if code.diff:
         files[CHANGES] = code.diff
     content = _zip(files)

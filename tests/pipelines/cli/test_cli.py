@@ -75,21 +75,23 @@ CASES = [
         "dataset.path: {folder}/nowhere is no folder",
         ("dataset.kind=image_folder", "dataset.path={folder}/nowhere"),
     ),
-    Case("no config", "there is no config file {folder}/nowhere.yaml", config="{folder}/nowhere.yaml"),
+    Case("no config", "the config file {folder}/nowhere.yaml does not exist", config="{folder}/nowhere.yaml"),
     Case(
         "config mistyped",
-        "there is no config file {folder}/digit.yaml; did you mean {folder}/digits.yaml?",
+        "the config file {folder}/digit.yaml does not exist; did you mean {folder}/digits.yaml?",
         config="{folder}/digit.yaml",
     ),
     Case(
         "config a folder",
-        "the config {folder}/blocked cannot be read (Is a directory); name a YAML file",
+        "the config {folder}/blocked cannot be read (Is a directory); name a readable YAML file",
         config="{folder}/blocked",
     ),
     Case("seed", "seed is -1; it must be at least 0 and below 2**63", ("seed=-1",), command="plan"),
     Case("seed of a stage", "train.seed is -1; it must be at least 0", ("train.seed=-1",)),
     Case("no CPUs", "cluster.num_cpus is 0; it must be at least 1", ("cluster.num_cpus=0",)),
-    Case("no config to plan", "there is no config file {folder}/nowhere.yaml", config="{folder}/nowhere.yaml", command="plan"),
+    Case(
+        "no config to plan", "the config file {folder}/nowhere.yaml does not exist", config="{folder}/nowhere.yaml", command="plan"
+    ),
     Case("store below a file", "the store {folder}/file/store cannot be written", ("store={folder}/file/store",)),
     Case("workspace below a file", "{folder}/file", ("workspace={folder}/file/runs", "store={folder}/elsewhere")),
     Case("no weights", "tokenizer.weights: {folder}/nowhere.pth is no file", ("tokenizer.weights={folder}/nowhere.pth",)),

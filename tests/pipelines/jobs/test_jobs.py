@@ -341,6 +341,24 @@ def test_with_an_image_the_job_writes_its_config_and_runs_it(prepare: Callable[.
     assert any((tmp_path / "store" / "dataset").glob("*/manifest.json"))
 
 
+def test_a_config_is_sent_merged_with_its_bases(prepare: Callable[..., Any], checkout: Path, tmp_path: Path) -> None:
+    config, sent = tmp_path / "mine.yaml", tmp_path / "sent.yaml"
+    config.write_text(f"{{base: {DIGITS}, name: mine, train: {{num_steps: 7}}}}")
+    package = workflow_provenance.pack(config, checkout)
+    for text in (prepare(config=config, image="enat:1").config_text, package.files[package.config].decode()):
+        sent.write_text(text)
+        run = run_config.load_run(sent)
+        assert run == run_config.load_run(config) and (run.name, run.train.num_steps) == ("mine", 7)
+
+
+def test_a_credential_in_a_base_is_refused(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    base, config = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text(f"{DIGITS.read_text()}tracking: {{uri: 'http://user:hunter2@mlflow:5000'}}\n")
+    config.write_text("{base: base.yaml, tracking: {uri: null}}")
+    with pytest.raises(ValueError, match=rf"^{base}, line \d+, holds a credential"):
+        prepare(config=config, image="enat:1")
+
+
 @pytest.mark.parametrize("store", [(), ("store=runs/store",), ("workspace=/elsewhere",)])
 def test_a_store_that_the_cluster_would_not_see_is_refused(prepare: Callable[..., Any], store: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="is a folder of this machine, which the cluster would not see; give store=s3://"):

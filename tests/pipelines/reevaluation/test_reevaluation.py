@@ -809,7 +809,7 @@ def test_the_command_says_what_is_due_in_a_table(evaluated: tuple[Lab, Outcome])
         (["--older-than", "long"], "'long' is no age"),
         (["--tolerance", "fid=much"], "--tolerance fid=much gives no number"),
         (["generate.num_sample=3"], "did you mean generate.num_samples?"),
-        (["no-such.yaml"], "there is no config file no-such.yaml"),
+        (["no-such.yaml"], "the config file no-such.yaml does not exist"),
         (["workspace=/nowhere"], "no runs are tracked at sqlite:////nowhere/mlflow.db"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,11 @@ from enat.cost import training_macs
 from enat.masking import mask_codes
 from pipelines.run import config as run_config
 from pipelines.run import graph
+from pipelines.storage.base import digest_of
+from pipelines.workflow import config as configuration
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+KEYS = Path(__file__).parent / "keys.json"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 IMAGENET256 = ["imagenet256", "imagenet256-sizes", "imagenet256-ablations", "imagenet256-one-step"]
 
@@ -49,8 +53,27 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., run_config.R
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_can_be_planned(load: Callable[..., Any], name: str) -> None:
-    assert graph.build(load(name))
+def test_a_config_has_the_stages_and_keys_that_it_had(load: Callable[..., Any], name: str) -> None:
+    """keys.json holds a key of every stage, with external files replaced and without the content of datasets. If keys change, every
+    user computes artifacts again, so a change has to be intended: ENAT_WRITE_KEYS=1 writes the file again."""
+    keys: dict[str, str] = {}
+    for node in graph.build(load(name)):
+        identity = node.identity if node.identity is not None else configuration.identity(node.config)
+        identity = {**identity, "content": ""} if "content" in identity else identity
+        inputs = {name: keys[id] for name, id in node.inputs.items()}
+        key = {"stage": node.stage.name, "version": node.stage.version, "config": identity, "inputs": inputs}
+        keys[node.id] = digest_of(key)[:16]
+    known = json.loads(KEYS.read_text()) if KEYS.exists() else {}
+    if os.environ.get("ENAT_WRITE_KEYS") == "1":
+        KEYS.write_text(json.dumps({**known, name: keys}, indent=1, sort_keys=True) + "\n")
+    else:
+        assert keys == known[name]
+
+
+def test_variants_of_a_base_are_inherited_unless_they_are_null(load: Callable[..., Any]) -> None:
+    assert set(load("digits").variants) == {"untrained"}
+    assert "untrained" not in load("digits-sweeps").variants
+    assert load("digits", "variants.untrained=null").variants == {}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from pipelines.workflow.config import ConfigError, identity, load_config, merge, redacted, to_dict, with_overrides
+from pipelines.workflow.config import ConfigError, identity, load_config, merge, read_text, redacted, to_dict, with_overrides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,9 @@ def test_a_value_of_the_wrong_type_is_refused_in_one_line_that_names_it(load, ov
 
 
 def test_a_missing_value_without_default_is_named(load) -> None:
-    with pytest.raises(ConfigError, match="does not say name, which has no default"):
+    with pytest.raises(ConfigError, match="does not give name"):
         load("rate: 1")
-    with pytest.raises(ConfigError, match="does not say name"):
+    with pytest.raises(ConfigError, match="does not give name"):
         load("")
 
 
@@ -166,7 +166,7 @@ def test_a_resolver_in_an_override_is_refused(load) -> None:
 
 
 def test_a_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no config file .*nowhere\.yaml; correct the path"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist; fix the path"):
         load_config(Experiment, tmp_path / "nowhere.yaml")
 
 
@@ -180,17 +180,17 @@ def test_a_config_path_below_a_file_is_named(load, tmp_path: Path) -> None:
 def test_a_file_that_is_not_yaml_is_named_in_one_line(load, tmp_path: Path, text: str | bytes) -> None:
     with pytest.raises(ConfigError) as caught:
         load(text)
-    assert str(caught.value).startswith(f"{tmp_path / 'run.yaml'} is not readable as YAML") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'run.yaml'} cannot be read as YAML") and "\n" not in str(caught.value)
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\); name a YAML file"):
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
         load_config(Experiment, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "- name: a"])
 def test_a_file_that_holds_no_mapping_is_refused(load, text: str) -> None:
-    with pytest.raises(ConfigError, match="holds no mapping"):
+    with pytest.raises(ConfigError, match="does not contain a mapping"):
         load(text)
 
 
@@ -204,6 +204,80 @@ def test_a_file_that_holds_no_mapping_is_refused(load, text: str) -> None:
 def test_a_file_that_holds_one_value_is_refused(load, text: str) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml"):
         load(text)
+
+
+# Bases --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load_files(tmp_path: Path) -> Callable[..., Experiment]:
+    """Write files by name, and load the one called run.yaml."""
+
+    def load(files: Mapping[str, str], *overrides: str) -> Experiment:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return load_config(Experiment, tmp_path / "run.yaml", overrides)
+
+    return load
+
+
+def test_a_config_builds_on_its_base_and_that_on_another(load_files) -> None:
+    files = {
+        "run.yaml": "{base: common/middle.yaml, name: top, layer: {execution: {num_workers: 8}}}",
+        "common/middle.yaml": "{base: bottom.yaml, sizes: [7], layer: {label: middle}, extras: {a: 1}}",
+        "common/bottom.yaml": "{name: bottom, rate: 2, sizes: [4, 5], layer: {width: 3, label: bottom}, extras: {b: 2}}",
+    }
+    layer = Layer(width=3, label="middle", execution=Speed(num_workers=8))
+    merged = Experiment(name="top", rate=2.0, sizes=(7,), layer=layer, extras={"a": 1, "b": 2})
+    assert load_files(files) == merged
+    assert load_files(files, "layer.width=9") == replace(merged, layer=replace(layer, width=9))
+
+
+def test_a_reference_in_a_base_is_resolved_over_all_files_and_overrides(load_files) -> None:
+    files = {"base.yaml": "name: ${layer.label}-${layer.width}", "run.yaml": "{base: base.yaml, layer: {label: net}}"}
+    assert load_files(files).name == "net-8" and load_files(files, "layer.width=2").name == "net-2"
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"run.yaml": "base: run.yaml"}, ["{0}/run.yaml -> {0}/run.yaml"]),
+        (
+            {"run.yaml": "base: a.yaml", "a.yaml": "base: b.yaml", "b.yaml": "base: ./a.yaml"},
+            ["{0}/run.yaml -> {0}/a.yaml -> {0}/b.yaml -> {0}/a.yaml"],
+        ),
+        ({"run.yaml": "base: nowhere.yaml"}, ["{0}/nowhere.yaml (the base of {0}/run.yaml) does not exist"]),
+        ({"run.yaml": "base: bas.yaml", "base.yaml": "name: a"}, ["did you mean {0}/base.yaml?"]),
+        ({"run.yaml": "base: a.yaml", "a.yaml": "[1]"}, ["{0}/a.yaml (the base of {0}/run.yaml)", "mapping"]),
+        ({"run.yaml": "base: [a.yaml]", "a.yaml": "name: a"}, ["{0}/run.yaml: base is ['a.yaml']"]),
+        ({"run.yaml": "{name: a, base: '${name}.yaml'}", "a.yaml": "name: a"}, ["{0}/run.yaml: base is '${{name}}.yaml'"]),
+        ({"run.yaml": "base: a.yaml", "a.yaml": "name: '${oc.env:HOME}'"}, ["{0}/a.yaml: resolvers"]),
+        ({"run.yaml": "base: a.yaml", "a.yaml": "{name: a, nmae: b}"}, ["{0}/a.yaml: unknown key nmae"]),
+        ({"run.yaml": "base: a.yaml", "a.yaml": "rate: 1"}, ["{0}/run.yaml does not give name"]),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused_in_a_line_that_names_the_files(load_files, tmp_path, files, named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_files(files)
+    message = str(caught.value)
+    assert all(part.format(tmp_path) in message for part in named) and "\n" not in message
+
+
+def test_an_override_cannot_name_a_base(load) -> None:
+    with pytest.raises(ConfigError, match=r"override base=other\.yaml: only a config file can name a base"):
+        load("name: a", "base=other.yaml")
+
+
+def test_the_text_of_a_config_with_a_base_needs_no_other_file(load_files, tmp_path: Path) -> None:
+    files = {"a.yaml": "{name: a, extras: {x: '${rate}'}}", "run.yaml": "{base: a.yaml, rate: 3}"}
+    config = load_files(files)
+    alone = tmp_path / "elsewhere" / "run.yaml"
+    alone.parent.mkdir()
+    alone.write_text(read_text(tmp_path / "run.yaml"))
+    assert load_config(Experiment, alone) == config == Experiment(name="a", rate=3.0, extras={"x": 3})
+    assert load_config(Experiment, alone, ["rate=4"]).extras == {"x": 4}, "a reference is kept, so overrides still reach it"
+    assert read_text(tmp_path / "a.yaml") == files["a.yaml"]
 
 
 # Whole configs -------------------------------------------------------------------------------------------------------------
