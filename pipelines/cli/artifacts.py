@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.artifacts.open import open_existing, open_store
 from pipelines.cli.options import JSON, STORE, console, s3_options
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from pipelines.artifacts.store import ArtifactStore
     from pipelines.storage.s3_client import S3Config
 
 _WIDTH_OF_A_PIPE = 1000
@@ -76,7 +76,7 @@ def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_jso
     from pipelines.jobs import submission
 
     submission.check_stages(query["stages"])
-    opened, now = open_existing(store, s3), time.time()
+    opened, now = _open(store, s3), time.time()
     with console(stderr=True).status("reading manifests"):
         manifests = [*opened.manifests()]
     if unfinished:
@@ -122,7 +122,7 @@ def show_artifact(
     from pipelines.artifacts import lineage
     from pipelines.data import inspection
 
-    opened = open_existing(store, s3)
+    opened = _open(store, s3)
     manifest = inspection.find(opened, artifact)
     graph = lineage.Lineage(opened.manifests()) if with_lineage else None
     if contact_sheet is not None:
@@ -153,9 +153,10 @@ def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs
     same command again goes on where it stopped."""
     from pipelines.artifacts import inventory, transfer
     from pipelines.artifacts import manifest as artifacts_manifest
+    from pipelines.artifacts.open import open_store
     from pipelines.formatting import show_size
 
-    source = open_existing(store, s3)
+    source = _open(store, s3)
     if files is not None and with_inputs:
         raise click.UsageError("--files takes one artifact; leave --with-inputs out")
     opened = None if files is not None else open_store(target, s3)
@@ -206,7 +207,7 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, a
 
     if bool(keys) == all_of_them:
         raise click.UsageError("name artifacts by the beginnings of their keys, or give --all")
-    opened = open_existing(store, s3)
+    opened = _open(store, s3)
     with console(stderr=True).status("reading manifests"):
         found = [*verification.read_manifests(opened)] if all_of_them else inventory.look_up(opened, keys)
     if not found:
@@ -272,7 +273,7 @@ def collect(
 
     if older_than < _SHORTEST_LIMIT:
         raise click.UsageError("--older-than is at least 1h: what is younger may belong to a run that is under way")
-    opened = open_existing(store, s3)
+    opened = _open(store, s3)
     registered = set() if ignore_registry else _registered(tracking_uri, workspace, delete)
     with console(stderr=True).status("looking at the store"):
         named = {artifacts_manifest.name_of(manifest) for manifest in inventory.find_all(opened, keep)}
@@ -287,6 +288,12 @@ def collect(
         _echo({"store": opened.uri, **garbage.to_json(planned, outcome)})
     else:
         garbage.show(planned, outcome, opened.uri, time.time(), _table_console())
+
+
+def _open(store: str, s3: S3Config) -> ArtifactStore:
+    from pipelines.artifacts.open import open_existing
+
+    return open_existing(store, s3)
 
 
 def _registered(tracking_uri: str | None, workspace: Path, is_needed: bool) -> set[tuple[str, str]]:

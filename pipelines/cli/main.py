@@ -9,21 +9,27 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from importlib import import_module
 
 import click
 
-from pipelines.cli.artifacts import artifacts
-from pipelines.cli.compare import compare
-from pipelines.cli.doctor import doctor
-from pipelines.cli.evaluate import evaluate
-from pipelines.cli.import_weights import import_weights
-from pipelines.cli.jobs import jobs
-from pipelines.cli.plan import plan
-from pipelines.cli.reevaluate import reevaluate
-from pipelines.cli.run import run
-from pipelines.cli.sample import sample
-from pipelines.cli.submit import submit
 from pipelines.cluster import connection
+
+_COMMANDS = ("artifacts", "compare", "doctor", "evaluate", "import", "jobs", "plan", "reevaluate", "run", "sample", "submit")
+_MODULES = {"import": "import_weights"}  # elsewhere the module is named like its command
+
+
+class _LazyGroup(click.Group):
+    """Imports the module of a command when the command is used, so that each command pays only for its own imports."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*_COMMANDS, *self.commands})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _COMMANDS and cmd_name not in self.commands:
+            name = _MODULES.get(cmd_name, cmd_name)
+            self.add_command(getattr(import_module(f"pipelines.cli.{name}"), name))
+        return super().get_command(ctx, cmd_name)
 
 
 def main() -> None:
@@ -58,14 +64,10 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="enat-lab")
 def commands() -> None:
     """Train and compare token-based image generators: token maps, models, samples and scores."""
-
-
-for _command in (plan, run, submit, jobs, sample, evaluate, compare, reevaluate, import_weights, artifacts, doctor):
-    commands.add_command(_command)
 
 
 def _log_hint() -> str:

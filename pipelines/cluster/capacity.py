@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipelines.cluster.resources import Workers
 
 GROWS = "ENAT_CLUSTER_GROWS"  # set to 1: a stage waits for nodes that come when they are asked for
@@ -130,6 +129,8 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
 
 def show(verdicts: Sequence[Verdict], capacity: Capacity, console: Console) -> None:
     """A line a stage."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "workers", "the cluster has now room for"):
         table.add_column(column)

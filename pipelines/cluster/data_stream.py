@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
-
-import ray
-import ray.data
-from ray import exceptions
+from typing import TYPE_CHECKING, Any
 
 from pipelines.cluster.resources import Execution
 
+if TYPE_CHECKING:
+    import ray.data
+
 _log = logging.getLogger(__name__)
 _MAX_FAILURES = 3
-# What the cluster is to blame for. Errors that a stage's own code raises end the job at once.
-_LOST = (
-    exceptions.ActorDiedError,
-    exceptions.ActorUnavailableError,
-    exceptions.NodeDiedError,
-    exceptions.ObjectLostError,
-    exceptions.OutOfMemoryError,
-    exceptions.WorkerCrashedError,
-)
 
 
 def actor_pool(execution: Execution, num_rows: int) -> dict[str, Any]:
     """Arguments of map_batches for a callable class: one row at a time, on a pool that is no larger than the work."""
+    import ray.data
+
     return {
         "batch_size": 1,
         "compute": ray.data.ActorPoolStrategy(size=min(execution.num_workers, num_rows), max_tasks_in_flight_per_actor=2),
@@ -41,6 +33,8 @@ def feeding_tasks(execution: Execution, num_tasks: int | None = None) -> dict[st
     Where the pool takes the whole cluster they share its CPUs, and are no more than its workers: a task that asked for a CPU that
     no one will ever free would wait for ever, and the pool for it.
     """
+    import ray.data
+
     spare = ray.cluster_resources().get("CPU", 0) - execution.cpus_per_worker * execution.num_workers
     if spare >= 1:
         return {"batch_size": 1, "num_cpus": 1, "compute": ray.data.TaskPoolStrategy(size=num_tasks)}
@@ -49,6 +43,8 @@ def feeding_tasks(execution: Execution, num_tasks: int | None = None) -> dict[st
 
 def with_memory_limit(dataset: ray.data.Dataset, object_store_bytes: int) -> ray.data.Dataset:
     """Ray Data lets no more than this wait between its operators; left to itself it fills half of the cluster's object store."""
+    import ray.data
+
     dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=object_store_bytes)
     return dataset
 
@@ -61,6 +57,17 @@ def stream_records(
     rows: the plan; each has a number under `id` that its record repeats.   job: makes the dataset for some of the rows.
     Rows whose worker, node or object was lost are given to a new job, three times at most. Close the generator to end the job.
     """
+    from ray import exceptions
+
+    # The cluster is to blame for these. Errors that a stage's own code raises end the job at once.
+    lost = (
+        exceptions.ActorDiedError,
+        exceptions.ActorUnavailableError,
+        exceptions.NodeDiedError,
+        exceptions.ObjectLostError,
+        exceptions.OutOfMemoryError,
+        exceptions.WorkerCrashedError,
+    )
     missing = {row[id]: row for row in rows}
     for failures in range(_MAX_FAILURES + 1):
         try:
@@ -71,7 +78,7 @@ def stream_records(
                     yield record
             assert not missing, f"no record of {id} {sorted(missing)}"
             return
-        except _LOST as error:
+        except lost as error:
             if failures == _MAX_FAILURES:
                 raise
             _log.warning("workers were lost (%s); going on with %d missing %ss", type(error).__name__, len(missing), id)

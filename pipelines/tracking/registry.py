@@ -47,7 +47,7 @@ def as_model_version(version: Any) -> ModelVersion:
     return ModelVersion(name=version.name, version=str(version.version), tags=tags)
 
 
-def create(create: Callable[[], object]) -> None:
+def create_once(create: Callable[[], object]) -> None:
     """Make something by name, unless another run did so just before."""
     from mlflow.exceptions import MlflowException
 

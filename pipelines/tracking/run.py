@@ -26,7 +26,7 @@ from pipelines.tracking.registry import (
     DIGEST_TAG,
     TAG_LIMIT,
     as_model_version,
-    create,
+    create_once,
     first_versions,
     model_name,
     move_alias,
@@ -183,7 +183,7 @@ class RunHandle:
             for file, content in files.items():
                 (Path(folder) / file).write_bytes(content)
             client.log_artifacts(self.run_id, folder, _MODEL_FOLDER)
-        create(lambda: client.create_registered_model(name))
+        create_once(lambda: client.create_registered_model(name))
         made = client.create_model_version(
             name,
             f"runs:/{self.run_id}/{_MODEL_FOLDER}",  # a server takes no local path, and none of a run that is not named
@@ -240,16 +240,16 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
     is_off = not config.enabled or (parent is not None and (parent.run_id is None or parent._given_up))
     handle = RunHandle(uri, None if is_off else "pending", parent)
 
-    def create(client: Any) -> str:
+    def start(client: Any) -> str:
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is None:
-            create(lambda: client.create_experiment(config.experiment, _artifact_location(uri)))
+            create_once(lambda: client.create_experiment(config.experiment, _artifact_location(uri)))
             experiment = client.get_experiment_by_name(config.experiment)
         parents = {"mlflow.parentRunId": parent.run_id} if parent else {}
         run_id: str = client.create_run(experiment.experiment_id, run_name=name, tags={**tags, **parents}).info.run_id
         return run_id
 
-    handle.run_id = handle._do(create)
+    handle.run_id = handle._do(start)
     return handle
 
 

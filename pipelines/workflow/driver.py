@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from ray.exceptions import RayTaskError
-
 from pipelines.artifacts.last_used import Uses
 from pipelines.artifacts.manifest import Manifest, inputs_of, name_of
 from pipelines.artifacts.store import ArtifactStore
@@ -93,6 +91,8 @@ def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifes
 
 
 def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> Manifest:
+    from ray.exceptions import RayTaskError
+
     store = session.store
     started = time.monotonic()
     try:

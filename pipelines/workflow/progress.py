@@ -13,8 +13,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -86,6 +84,8 @@ class Reporter:
 
     def is_stop_requested(self) -> bool:
         """The answer to the last question that was answered: the caller never waits."""
+        import ray
+
         if self._answer is None:
             self._answer = self._state.is_stop_requested.remote()
         if ray.wait([self._answer], timeout=0)[0]:
@@ -160,6 +160,9 @@ class Bar:
     def reporter(self) -> Iterator[Reporter]:
         """A Reporter to send to workers; the bar follows it until the block ends. Its actor stays on the head node, without which
         there is no cluster: elsewhere the bar, and requests to stop, would be lost with that node."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
         where = NodeAffinitySchedulingStrategy(heads[0], soft=False) if heads else "DEFAULT"  # soft is not heeded without CPUs
         state = ray.remote(num_cpus=0, scheduling_strategy=where)(_State).remote()

@@ -414,8 +414,6 @@ def test_a_place_that_cannot_be_written_and_nothing_to_draw_are_sentences(
 def test_nothing_found_is_exit_code_2_and_one_line(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "compare" not in main.commands.commands:
-        monkeypatch.setitem(main.commands.commands, "compare", command)
     monkeypatch.setattr(sys, "argv", ["enat", "compare", "none", "--tracking-uri", lab.uri, "--experiment", lab.experiment])
     with pytest.raises(SystemExit) as end:
         main.main()

@@ -687,8 +687,7 @@ def test_what_another_process_evaluated_meanwhile_is_not_evaluated_again(lab: La
 @pytest.mark.faults
 def test_two_processes_that_evaluate_the_same_model_agree(registered: Lab, tmp_path: Path) -> None:
     lab = registered.copy(tmp_path)
-    code = "import sys; from pipelines import cli; cli.commands.add_command(sys.modules['c'].reevaluate); cli.main()"
-    code = f"import sys, pipelines.cli.reevaluate as c; sys.modules['c'] = c; {code}"
+    code = "from pipelines.cli.main import main; main()"
     for attempt, extra in enumerate((["--json"], ["--json", "--fresh"])):
         command_line = [sys.executable, "-c", code, "reevaluate", str(lab.config), *lab.arguments(), *extra]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}

@@ -34,7 +34,6 @@ from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cli import main
 from pipelines.cli.sample import _sampler
-from pipelines.cli.sample import sample as command
 from pipelines.data.samples import sample_seed
 from pipelines.sampling.models import Generator
 from pipelines.sampling.pictures import MASKED_GRAY
@@ -128,8 +127,6 @@ def ask(
     """Run `enat sample`, in a folder of its own: exit code, output, errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    if "sample" not in main.commands.commands:
-        main.commands.add_command(command)
 
     def run(*arguments: object, store: object = world.store.uri) -> tuple[int, str, str]:
         given = [*map(str, arguments), *(["--store", str(store)] if store else [])]
