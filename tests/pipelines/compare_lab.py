@@ -126,7 +126,7 @@ def key_of(number: int) -> str:
 
 def text_of(comparison: Comparison, width: int = 1000) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    table.show(query, console)
+    table.show(comparison, console)
     with closing(console.file) as file:
         assert isinstance(file, io.StringIO)
         return file.getvalue()
