@@ -33,14 +33,19 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/enat run configs/digits.yaml
 
+# Two processes of tests. Each has its own Ray cluster; the one that is idle takes over tests of the other.
+PYTEST := $(BIN)/python -m pytest --reruns 1 -r fER
+SIDE_BY_SIDE := -n 2 --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest --reruns 1 -r fER --durations=10
+	$(PYTEST) $(SIDE_BY_SIDE) --durations=10
 
 test-all: setup
-	$(BIN)/python -m pytest -m 'not faults' --reruns 1 -r fER --durations=10
+	$(PYTEST) -m 'not faults' $(SIDE_BY_SIDE) --durations=10
 
+# SLICE='--slice 8 --seed TEXT' runs a random part of about eight minutes.
 faults: setup
-	$(BIN)/python -m pytest -m faults --reruns 1 -r fER --durations=5
+	$(PYTEST) -m faults --durations=5 $(SLICE)
 
 lint: setup
 	$(BIN)/ruff check .

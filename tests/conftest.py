@@ -1,4 +1,8 @@
-"""Fixtures for all tests. Nothing starts before a test asks for it: most tests need neither Ray nor a store."""
+"""Fixtures for all tests. Nothing starts before a test asks for it: most tests need neither Ray nor a store.
+
+With pytest-xdist every worker process has its own: temporary folders, cache, Ray cluster, S3 endpoint. Only the run of the command
+line in digits_run.py is shared.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,21 @@ from hypothesis import settings
 
 from pipelines.cluster import connection
 
-# Before anything imports torch: its threads only get in each other's way on what is as small as in tests.
+pytest_plugins = ["digits_run", "slices"]
+
+# Set before torch is imported. Its threads only get in each other's way on tensors as small as those of the tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Before anything imports ray: it reads its environment when it is imported.
+# Called before ray is imported, because ray reads its environment then.
 connection.prepare_environment()
 
-# A shared machine makes single examples slow; examples that once failed belong into tests, not into a hidden folder.
+# No deadline: single examples are slow on a shared machine. No database: an example that failed once becomes a test.
 settings.register_profile("repository", deadline=None, database=None)
 settings.load_profile("repository")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The user's cache is neither read nor filled, by this process, by Ray's workers or by commands that tests start."""
+    """Neither this process, nor Ray's workers, nor commands that tests start touch the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENAT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -31,7 +37,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray cluster of two CPUs for the whole session, started by the first test that asks for it."""
+    """One local Ray cluster of two CPUs for the whole session. The first test that asks for it starts it."""
     import ray
 
     connection.connect(connection.ClusterConfig(address="local", num_cpus=2))

@@ -10,8 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compare_lab import lab, lab_uri  # noqa: F401 (fixtures)
-from digits_run import DIGITS, REPOSITORY, TINY_DIGITS, CommandLineRun
+from digits_run import ENAT, REPOSITORY, fresh_environment
 from layouts import Layouts, make_layouts
 from PIL import Image
 from s3_server import S3Endpoint, make_bucket, s3_endpoint  # noqa: F401 (fixtures)
@@ -207,14 +205,6 @@ def make_context(make_session: Callable[..., Any]) -> Callable[..., Any]:
 
 # The command line ----------------------------------------------------------------------------------------------------------
 
-ENAT = Path(sys.executable).with_name("enat")
-
-
-def _environment() -> dict[str, str]:
-    """Of a fresh shell: what this process has set up for its own Ray must not reach the command under test."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DS_", "TORCH_"))}
-    return {**inherited, "COLUMNS": "132"}
-
 
 @pytest.fixture(scope="session")
 def enat() -> Callable[..., subprocess.CompletedProcess[str]]:
@@ -222,7 +212,7 @@ def enat() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
         command = [str(ENAT), *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=240, check=False)
+        return subprocess.run(command, cwd=cwd, env=fresh_environment(), capture_output=True, text=True, timeout=240, check=False)
 
     return run
 
@@ -237,7 +227,7 @@ def kill_enat_when() -> Callable[..., None]:
         with subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            env=_environment(),
+            env=fresh_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -268,7 +258,7 @@ def end_enat_when() -> Callable[..., tuple[int, str]]:
     def run(condition: Callable[[], bool], *arguments: object) -> tuple[int, str]:
         command = [str(ENAT), *map(str, arguments)]
         with subprocess.Popen(
-            command, cwd=REPOSITORY, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=REPOSITORY, env=fresh_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
             deadline = time.monotonic() + 120
             try:
@@ -282,54 +272,3 @@ def end_enat_when() -> Callable[..., tuple[int, str]]:
                 process.kill()
 
     return run
-
-
-class _BesideOthers:
-    """A command that runs while tests do that do not look at it yet."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="enat-digits-"))
-        self._started = time.monotonic()
-        with (self.folder / "out").open("w") as out, (self.folder / "err").open("w") as err:
-            command = [str(ENAT), *map(str, arguments), f"workspace={self.folder / 'runs'}"]
-            self._process = subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                env={**_environment(), "ENAT_CACHE": str(self.folder / "cache")},
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-
-    def finish(self) -> CommandLineRun:
-        self._process.wait(280)
-        said = ((self.folder / name).read_text() for name in ("out", "err"))
-        finished = subprocess.CompletedProcess(self._process.args, self._process.returncode, *said)
-        return CommandLineRun(TINY_DIGITS, self.folder / "runs", finished, time.monotonic() - self._started)
-
-    def close(self) -> None:
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-_RUNS: list[_BesideOthers] = []
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """The run takes more than a minute and is begun at once where a test will look at it."""
-    if not session.config.option.collectonly and any("digits_run" in getattr(item, "fixturenames", ()) for item in session.items):
-        _RUNS.append(_BesideOthers("run", DIGITS, *TINY_DIGITS))
-
-
-def pytest_sessionfinish() -> None:
-    for run in _RUNS:
-        run.close()
-
-
-@pytest.fixture(scope="session")
-def digits_run() -> CommandLineRun:
-    """configs/digits.yaml with few steps, from nothing to the report: all real images, all stages, one variant."""
-    return _RUNS[0].finish()
