@@ -1,22 +1,29 @@
 """ENAT: the method, without the machinery that runs it.
 
-config, blocks, model                    ENAT and the models it is compared with
+config                                   architectures, and settings of training (imports no torch)
+blocks, model                            ENAT and the models it is compared with
 masking, loss                            which codes are masked in training, and the objective
-schedule, sampler_config, sampler        parallel decoding in a few steps
-cost                                     MACs of training and generation
+schedule, sampler_config, sampler        parallel decoding in a few steps (the first two import no torch)
+cost                                     MACs of training and generation (imports no torch)
 tokenizer, tokenizer_training            the VQGAN, and a recipe for small images
 text                                     CLIP's text model
 checkpoint                               weights in and out, ours and published ones
-images                                   decoding, cropping and encoding pixels
+images                                   decoding, cropping and encoding pixels (imports no torch)
 metrics/                                 feature extractors and scores
+
+The names below are loaded on first use, because importing torch takes over a second.
 """
 
-from enat.config import ENATConfig
-from enat.cost import Cost, generation_cost
-from enat.model import ENAT, ENATOutput, TextCondition
-from enat.sampler import sample
-from enat.sampler_config import SamplerConfig
-from enat.tokenizer import VQGAN, VQGANConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from enat.config import ENATConfig, VQGANConfig
+    from enat.cost import Cost, generation_cost
+    from enat.model import ENAT, ENATOutput, TextCondition
+    from enat.sampler import sample
+    from enat.sampler_config import SamplerConfig
+    from enat.tokenizer import VQGAN
 
 __all__ = [
     "ENAT",
@@ -30,3 +37,23 @@ __all__ = [
     "generation_cost",
     "sample",
 ]
+
+_MODULES = {
+    "config": ("ENATConfig", "VQGANConfig"),
+    "cost": ("Cost", "generation_cost"),
+    "model": ("ENAT", "ENATOutput", "TextCondition"),
+    "sampler": ("sample",),
+    "sampler_config": ("SamplerConfig",),
+    "tokenizer": ("VQGAN",),
+}
+_MODULE_OF = {name: f"enat.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:  # PEP 562
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -125,3 +125,113 @@ class ENATConfig:
     @property
     def reuses_masked(self) -> bool:
         return self.reuse and self.reused_features in ("masked", "all")
+
+
+LABEL_SMOOTHING = 0.1  # of the training objective, as published
+NUM_GROUPS = 32  # of every GroupNorm of a VQGAN; its channel counts must be multiples of it
+
+_VQGAN_PRESETS: dict[str, dict[str, Any]] = {
+    # The published tokenizer: one set of weights, used at both resolutions.
+    "vqgan-256": {"resolution": 256},
+    "vqgan-512": {"resolution": 512},
+    # Small images, trained here: 16 px to a 4 x 4 grid.
+    "vqgan-small": {
+        "base_channels": 32,
+        "channel_multipliers": (1, 1, 2),
+        "num_res_blocks": 1,
+        "latent_dim": 16,
+        "codebook_size": 128,
+        "resolution": 16,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANConfig:
+    """Architecture of a tokenizer. Each level after the first halves the resolution."""
+
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    latent_dim: int = 256
+    codebook_size: int = 1024
+    resolution: int = 256
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))  # lists come from JSON and YAML
+        if not self.channel_multipliers:
+            raise ValueError("channel_multipliers is empty; a VQGAN has at least one level")
+        if self.base_channels % NUM_GROUPS or self.base_channels < 1:
+            raise ValueError(f"base_channels is {self.base_channels}; GroupNorm({NUM_GROUPS}) needs a multiple of {NUM_GROUPS}")
+        for name in ("num_res_blocks", "latent_dim", "codebook_size", "resolution"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if min(self.channel_multipliers) < 1:
+            raise ValueError(f"channel_multipliers {self.channel_multipliers} must all be at least 1")
+        if self.resolution % self.downsampling:
+            raise ValueError(
+                f"resolution {self.resolution} is not divisible by the tokenizer's downsampling factor {self.downsampling} "
+                f"({len(self.channel_multipliers)} levels)"
+            )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> VQGANConfig:
+        """ "vqgan-256", "vqgan-512" (published) or "vqgan-small". Raises ValueError for any other name."""
+        if name not in _VQGAN_PRESETS:
+            raise ValueError(f"no VQGAN preset is called {name!r}; choose one of {', '.join(_VQGAN_PRESETS)}")
+        return cls(**{**_VQGAN_PRESETS[name], **overrides})
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along one side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def encoding_bytes(self) -> int:
+        """Memory that encoding one image takes at its peak, in float32, as a rule of thumb: four times the widest activation."""
+        widest = max(channels * (self.resolution >> depth) ** 2 for depth, channels in enumerate(self.level_channels))
+        return 4 * 4 * widest
+
+    @property
+    def grid_size(self) -> int:
+        """h = w, codes along one side."""
+        return self.resolution // self.downsampling
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels per level, full resolution first."""
+        return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """Mask ratio from Beta(alpha, beta); with probability reuse_probability a group trains on features of an earlier step."""
+
+    alpha: float = 12.0
+    beta: float = 3.0
+    reuse_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (self.alpha > 0 and self.beta > 0):
+            raise ValueError(f"Beta({self.alpha}, {self.beta}) does not exist: alpha and beta must be above 0")
+        if not 0 <= self.reuse_probability <= 1:
+            raise ValueError(f"reuse_probability is {self.reuse_probability}; it must be in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe:
+    """num_steps of AdamW with a cosine learning rate; the first warm_up_share of them do not quantize."""
+
+    num_steps: int = 400
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warm_up_share: float = 0.2
+    commitment: float = 0.25
+    revive_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "revive_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.warm_up_share < 1:
+            raise ValueError(f"warm_up_share is {self.warm_up_share}; it must be in [0, 1)")

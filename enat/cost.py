@@ -17,9 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from enat.config import ENATConfig
+from enat.config import ENATConfig, VQGANConfig
 from enat.sampler_config import SamplerConfig
-from enat.tokenizer import VQGANConfig
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ import io
 import re
 import zlib
 from collections.abc import Sequence
-from typing import IO, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
 import numpy as np
-import torch
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from torch import Tensor
+
+if TYPE_CHECKING:  # files are read by processes that need no tensors, and importing torch takes over a second
+    from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # Pillow's own threshold, but an error here where Pillow only warns
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff]")
@@ -193,28 +194,26 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 in [0, 1]."""
-    return images.to(torch.float32) / 255
+    return images.float() / 255
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """float (B, 3, H, W) in [0, 1] -> uint8, rounded to nearest."""
-    return (images.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+    return (images.clamp(0, 1) * 255 + 0.5).byte()
 
 
 def to_levels(images: Tensor) -> Tensor:
     """float (B, 3, H, W) in [0, 1] -> float32 in 0..255, not rounded."""
-    return images.to(torch.float32).clamp(0, 1) * 255
+    return images.float().clamp(0, 1) * 255
 
 
 def make_grid(images: Tensor | Sequence[Tensor], columns: int, *, scale: int = 1, gap: int = 2) -> Image.Image:
     """uint8 (B, 3, H, W) -> one RGB picture, row by row on white; scale enlarges each pixel."""
-    stacked = images if isinstance(images, Tensor) else torch.stack(list(images))
-    count, _, height, width = stacked.shape
-    rows = -(-count // columns)
-    height, width = height * scale, width * scale
+    rows = -(-len(images) // columns)
+    height, width = images[0].shape[-2] * scale, images[0].shape[-1] * scale
     canvas = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for index, pixels in enumerate(stacked.cpu().numpy()):
-        tile = Image.fromarray(pixels.transpose(1, 2, 0)).resize((width, height), Image.Resampling.NEAREST)
+    for index, pixels in enumerate(images):
+        tile = Image.fromarray(pixels.cpu().numpy().transpose(1, 2, 0)).resize((width, height), Image.Resampling.NEAREST)
         canvas.paste(tile, (gap + index % columns * (width + gap), gap + index // columns * (height + gap)))
     return canvas
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from enat.config import LABEL_SMOOTHING
 from enat.masking import MaskedCodes
 from enat.model import ENATOutput, TextCondition
-
-LABEL_SMOOTHING = 0.1
 
 
 def masked_cross_entropy(

@@ -13,20 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from enat.config import MaskingConfig
 
-@dataclass(frozen=True, kw_only=True)
-class MaskingConfig:
-    """Mask ratio from Beta(alpha, beta); with probability reuse_probability a group trains on features of an earlier step."""
-
-    alpha: float = 12.0
-    beta: float = 3.0
-    reuse_probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not (self.alpha > 0 and self.beta > 0):
-            raise ValueError(f"Beta({self.alpha}, {self.beta}) does not exist: alpha and beta must be above 0")
-        if not 0 <= self.reuse_probability <= 1:
-            raise ValueError(f"reuse_probability is {self.reuse_probability}; it must be in [0, 1]")
+__all__ = ["MaskedCodes", "MaskingConfig", "box_mask", "mask_codes"]
 
 
 @dataclass(frozen=True)

@@ -18,26 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from enat.config import TokenizerRecipe
 from enat.tokenizer import VQGAN
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerRecipe:
-    """num_steps of AdamW with a cosine learning rate; the first warm_up_share of them do not quantize."""
-
-    num_steps: int = 400
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    warm_up_share: float = 0.2
-    commitment: float = 0.25
-    revive_every: int = 20
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "revive_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.warm_up_share < 1:
-            raise ValueError(f"warm_up_share is {self.warm_up_share}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True)

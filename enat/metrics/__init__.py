@@ -2,12 +2,27 @@
 
 moments         mean and covariance in float64, the Fréchet distance, Inception Score
 neighbours      precision, recall, density, coverage, kernel distance
-extractors      networks that turn images into features; image_encoders: CLIP and DINOv2
+extractors      the interface of networks that turn images into features, and the list of them (imports no torch)
+inception       InceptionV3;  image_encoders: CLIP and DINOv2;  classifier: a network trained on a dataset's own labels
 feature_arrays  features on disk
 image_pairs     PSNR and SSIM of reconstructions
 adm             the .npz files of ADM's evaluation
 """
 
-from enat.metrics.moments import FeatureMoments, frechet_distance
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from enat.metrics.moments import FeatureMoments, frechet_distance
 
 __all__ = ["FeatureMoments", "frechet_distance"]
+
+
+def __getattr__(name: str) -> Any:  # loaded on first use, as the names of enat
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("enat.metrics.moments"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,10 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from enat.config import ENATConfig
+from enat.config import ENATConfig, VQGANConfig
 from enat.cost import Cost, generation_cost
 from enat.sampler_config import SamplerConfig
-from enat.tokenizer import VQGANConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 

@@ -10,11 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from enat.config import ENATConfig
+from enat.config import ENATConfig, MaskingConfig, VQGANConfig
 from enat.cost import generation_cost
-from enat.masking import MaskingConfig
 from enat.sampler_config import SamplerConfig
-from enat.tokenizer import VQGANConfig
 from pipelines.artifacts.manifest import MANIFEST, Manifest
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import registry

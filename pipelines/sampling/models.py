@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from enat.checkpoint import load_enat, load_vqgan, open_enat, open_vqgan
-from enat.config import ENATConfig
+from enat.config import ENATConfig, VQGANConfig
 from enat.model import ENAT
 from enat.sampler_config import SamplerConfig
-from enat.tokenizer import VQGAN, VQGANConfig
+from enat.tokenizer import VQGAN
 from pipelines.artifacts.inventory import find
 from pipelines.artifacts.last_used import note_reading
 from pipelines.artifacts.manifest import Manifest

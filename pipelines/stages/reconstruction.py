@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow.parquet as pq
 
+from enat.config import VQGANConfig
 from enat.metrics.image_pairs import psnr, ssim
 from enat.metrics.moments import frechet_distance
-from enat.tokenizer import VQGANConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection

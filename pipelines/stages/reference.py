@@ -17,17 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from enat.checkpoint import read_state_dict
-from enat.metrics.extractors import (
-    BUILT_IN,
-    ClassifierExtractor,
-    FeatureExtractor,
-    InceptionExtractor,
-    extractor_kinds,
-    load_extractor,
-    published_inception_weights,
-    train_classifier,
-)
+from enat.metrics.classifier import ClassifierExtractor, train_classifier
+from enat.metrics.extractors import BUILT_IN, FeatureExtractor, extractor_kinds, load_extractor
 from enat.metrics.image_encoders import read_image_encoder
+from enat.metrics.inception import InceptionExtractor, published_inception_weights
 from enat.metrics.moments import FeatureMoments, FeatureStatistics
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster import connection

@@ -24,8 +24,8 @@ import ray.data
 import torch
 
 from enat.checkpoint import load_vqgan
+from enat.config import VQGANConfig
 from enat.images import ImageError, to_float
-from enat.tokenizer import VQGANConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster import connection
 from pipelines.cluster.data_stream import actor_pool, feeding_tasks, stream_records, with_memory_limit

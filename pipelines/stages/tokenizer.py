@@ -12,9 +12,10 @@ import ray
 import torch
 
 from enat.checkpoint import open_vqgan, save_weights
+from enat.config import TokenizerRecipe, VQGANConfig
 from enat.images import make_grid, png_bytes, to_float, to_uint8
-from enat.tokenizer import VQGAN, VQGANConfig
-from enat.tokenizer_training import TokenizerRecipe, code_usage, train_tokenizer
+from enat.tokenizer import VQGAN
+from enat.tokenizer_training import code_usage, train_tokenizer
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster import connection
 from pipelines.cluster.resources import Workers

@@ -25,8 +25,7 @@ from ray.train.v2.api.config import LoggingConfig
 from rich.console import Console
 
 from enat.checkpoint import open_enat, save_weights
-from enat.config import ENATConfig
-from enat.tokenizer import VQGANConfig
+from enat.config import ENATConfig, VQGANConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster import connection
 from pipelines.data.captions import CaptionFeaturesInfo

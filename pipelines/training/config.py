@@ -7,9 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from enat.config import ENATConfig
-from enat.loss import LABEL_SMOOTHING
-from enat.masking import MaskingConfig
+from enat.config import LABEL_SMOOTHING, ENATConfig, MaskingConfig
 from enat.sampler_config import SamplerConfig
 from pipelines.cluster.resources import Workers
 from pipelines.data.captions import CaptionFeaturesInfo

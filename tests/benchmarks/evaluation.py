@@ -120,7 +120,7 @@ class BareParts:
 
     def __init__(self, preset: str) -> None:
         from enat.config import ENATConfig
-        from enat.metrics.extractors import InceptionExtractor
+        from enat.metrics.inception import InceptionExtractor
         from enat.model import ENAT
         from enat.tokenizer import VQGAN, VQGANConfig
 
@@ -155,7 +155,7 @@ def _inputs(store: Any, preset: str) -> dict[str, Any]:
 
     from enat.checkpoint import save_weights
     from enat.config import ENATConfig
-    from enat.metrics.extractors import InceptionExtractor
+    from enat.metrics.inception import InceptionExtractor
     from enat.metrics.moments import FeatureMoments
     from enat.model import ENAT
     from enat.tokenizer import VQGAN, VQGANConfig

@@ -21,7 +21,7 @@ from training_loops import DTYPES, make_model
 
 from enat.config import ENATConfig
 from enat.images import to_uint8
-from enat.metrics.extractors import InceptionExtractor
+from enat.metrics.inception import InceptionExtractor
 from enat.metrics.moments import FeatureMoments, frechet_distance
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN, VQGANConfig

@@ -7,14 +7,9 @@ from safetensors.torch import load_file, save_file
 from torch_fidelity import feature_extractor_inceptionv3
 
 from enat.metrics import extractors
-from enat.metrics.extractors import (
-    ClassifierExtractor,
-    InceptionExtractor,
-    extractor_kinds,
-    load_extractor,
-    register_extractor,
-    train_classifier,
-)
+from enat.metrics.classifier import ClassifierExtractor, train_classifier
+from enat.metrics.extractors import extractor_kinds, load_extractor, register_extractor
+from enat.metrics.inception import InceptionExtractor, published_inception_weights
 
 
 def uint8_images(count, side, seed=0):
@@ -110,7 +105,7 @@ def test_published_weights_are_fetched_with_a_hash_and_without_unpickling(monkey
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
     with pytest.raises(ValueError, match=r"cannot be fetched .*; name a file of them"):
-        extractors.published_inception_weights()
+        published_inception_weights()
     assert asked["url"].endswith("weights-inception-2015-12-05-6726825d.pth")
     assert asked["check_hash"] is True and asked["weights_only"] is True
 

@@ -18,7 +18,7 @@ import torch
 from layouts import open_dataset
 from precise import precise_distance
 
-from enat.metrics.extractors import ClassifierExtractor
+from enat.metrics.classifier import ClassifierExtractor
 from enat.metrics.moments import FeatureMoments, frechet_distance
 from pipelines.artifacts.local_store import LocalStore
 from pipelines.cluster.resources import Execution

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from layouts import open_dataset
 from safetensors.numpy import load_file
 
-from enat.metrics.extractors import ClassifierExtractor
+from enat.metrics.classifier import ClassifierExtractor
 from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import WORK
 from pipelines.cluster.resources import Execution

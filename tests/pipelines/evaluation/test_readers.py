@@ -11,7 +11,7 @@ import pytest
 import torch
 from random_weights import inception_state
 
-from enat.metrics.extractors import InceptionExtractor
+from enat.metrics.inception import InceptionExtractor
 from pipelines.cluster.resources import Execution
 from pipelines.evaluation.features import FeatureSpec, _Extract, _Load
 from pipelines.evaluation.readers import Decoded, run_pass

@@ -12,7 +12,7 @@ import torch
 from layouts import open_dataset
 from random_weights import inception_state
 
-from enat.metrics.extractors import ClassifierExtractor
+from enat.metrics.classifier import ClassifierExtractor
 from enat.metrics.moments import FeatureMoments, FeatureStatistics, load_moments
 from pipelines.artifacts.local_store import LocalStore
 from pipelines.cluster.resources import Execution

@@ -1,0 +1,99 @@
+"""InceptionV3 of torch-fidelity, the network of published FIDs.
+
+Shape legend: B images, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_INCEPTION_LAYERS = ["2048", "logits_unbiased"]
+
+
+class InceptionExtractor(nn.Module):
+    """torch-fidelity's InceptionV3 of the original FID, with the outputs of ADM's evaluation.
+
+    "features" 2048, after the last pooling. "logits" 1008, without the bias, as the Inception Score takes them.
+    "spatial" 2023, of ADM's sFID: the first 7 channels at 17 x 17 positions of what the original graph calls "mixed_6/conv".
+    The graph counts its blocks from "mixed" (Mixed_5b), so mixed_6 is Mixed_6d, and its first convolution is the 1x1 branch,
+    taken behind the ReLU. Values are in the order row, column, channel, as ADM's reference statistics (mu_s, sigma_s) have them.
+
+    weights: a state dict of torch-fidelity's network.
+    """
+
+    is_thread_safe = takes_float = True
+    outputs: Mapping[str, int] = {"features": 2048, "spatial": 17 * 17 * 7, "logits": 1008}
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        with tempfile.TemporaryDirectory() as folder:
+            # torch-fidelity opens its file with weights_only=False, so it gets one that was written here.
+            path = str(Path(folder) / "inception.pth")
+            torch.save(dict(weights), path)
+            try:
+                self.network = FeatureExtractorInceptionV3("inception", _INCEPTION_LAYERS, feature_extractor_weights_path=path)
+            except RuntimeError as error:  # what load_state_dict raises: several lines of names
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"the weights are not those of torch-fidelity's InceptionV3 ({reason})") from error
+        # Hooks for all calls, and a place for each thread: a hook that lasts for a call would also see the images of others.
+        self._tap = threading.local()
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self.network.Conv2d_1a_3x3.register_forward_pre_hook(self._put_unrounded)
+
+    def _keep(self, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        self._tap.output = output
+
+    def _put_unrounded(self, _: nn.Module, pixels: tuple[Tensor]) -> tuple[Tensor]:
+        """torch-fidelity's network takes uint8 alone. Images that were not rounded are resized as it does, and take the place of
+        what it made of rounded ones."""
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+        images = self._tap.__dict__.pop("unrounded", None)
+        if images is None:
+            return pixels
+        side = self.network.INPUT_IMAGE_SIZE
+        return ((interpolate_bilinear_2d_like_tensorflow1x(images, size=(side, side), align_corners=False) - 128) / 128,)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        if images.dtype != torch.uint8:
+            self._tap.unrounded = images.to(torch.float32)
+            images = images.to(torch.uint8)
+        features, logits = self.network(images)
+        spatial = self._tap.output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
+        del self._tap.output  # it would be held until the thread's next call
+        return {"features": features, "spatial": spatial, "logits": logits}
+
+    @classmethod
+    def load(cls, path: Path) -> InceptionExtractor:
+        """From a file of save."""
+        return cls(load_file(path))
+
+    def save(self, path: Path) -> None:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}, path)
+
+
+def published_inception_weights() -> dict[str, Tensor]:
+    """The weights that torch-fidelity publishes, fetched on first use into torch's hub cache.
+
+    torch-fidelity's own download checks no hash and unpickles what comes; this one checks the hash that the file's name holds and
+    takes tensors only. Raises ValueError where they cannot be had.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    try:
+        weights: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
+            URL_INCEPTION_V3, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"InceptionV3's published weights cannot be fetched ({error}); name a file of them") from error
+    return weights
