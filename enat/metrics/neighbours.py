@@ -1,13 +1,14 @@
 """Scores from nearest neighbours: improved precision and recall, density and coverage, in blocks of rows.
 
-Each sample spans a ball that reaches to its k-th nearest neighbour within its own set; the scores count which samples of the
-other set lie in which balls.
+Each sample spans a ball that reaches to its k-th nearest neighbour within its own set. The scores count which samples of the
+other set are in which balls.
 
-Results are those of distances summed one by one in float64: a matrix product only sorts out the pairs whose order is beyond its
-rounding error, and the few others are computed exactly. So they do not depend on blocks, devices or threads, ties are ties, and
-copies of a sample are at distance 0.
+Results are those of distances summed one by one in float64: a matrix product decides only the pairs whose order is beyond its
+rounding error, and the few others are computed exactly. Therefore results do not depend on blocks, devices or threads, ties are
+ties, and copies of a sample are at distance 0.
 
-Shape legend: N samples, M reference samples, F features, R rows of a block, D distinct samples, K numbers of neighbours.
+Shape legend: N samples, M reference samples, F features, R rows of a block, D distinct samples, C columns of a tile, K numbers of
+neighbours.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from torch import Tensor
 from enat.metrics.feature_arrays import CHUNK, Features, check_features, check_same_width, take_rows
 
 TILE_ROWS, TILE_COLUMNS = 1024, 4096  # 32 MiB of float64 distances
-SPARE = 8  # candidates for a neighbour beyond those needed; where rounding leaves more, all distances of the row are computed
 
 
 @dataclass(frozen=True)
@@ -98,21 +98,42 @@ def squared_radii(
 ) -> np.ndarray:
     """Squared distances of samples start..stop to their k-th nearest other sample, for each k: float64 (stop - start, K).
 
-    features: float (N, F), all of the set. Radii of blocks are concatenated in order. A sample with k copies has radius 0.
+    `features`: float (N, F), the whole set. Radii of blocks are concatenated in order. A sample with k copies has radius 0.
     Raises ValueError for k below 1, for N <= k and for values that are not finite.
     """
     num_samples = check_features(features)
     if min(num_neighbours) < 1 or max(num_neighbours) >= num_samples:
         asked = ", ".join(map(str, num_neighbours))
         raise ValueError(f"{asked} neighbours are asked for; of {num_samples} samples each has 1 to {num_samples - 1}")
-    distinct = _Distinct.of(features)
+    distinct = _Distinct(features, device)
     wanted, inverse = np.unique(distinct.inverse[start:stop], return_inverse=True)
-    centre = _mean(features)
-    radii = np.zeros((len(wanted), len(num_neighbours)))
-    for first in range(0, len(wanted), TILE_ROWS):
-        rows = wanted[first : first + TILE_ROWS]
-        radii[first : first + len(rows)] = _radii_of_tile(distinct, rows, centre, num_neighbours, device)
+    radii = np.concatenate([_radii(distinct, rows, num_neighbours) for rows in _split(wanted, TILE_ROWS)])
     return radii[inverse]
+
+
+def _radii(distinct: _Distinct, rows: np.ndarray, num_neighbours: Sequence[int]) -> np.ndarray:
+    """float64 (R, K) of distinct samples rows (R,)."""
+    x = distinct.tile(rows)
+    num_kept = max(num_neighbours) + 1  # the sample itself is among its nearest, as often as it has copies
+    nearest = torch.empty(len(rows), 0, dtype=torch.float64, device=x.device)
+    indices = torch.empty(len(rows), 0, dtype=torch.int64, device=x.device)
+    for columns in _split(np.arange(distinct.count), TILE_COLUMNS):
+        squared, error = _approximate(x, distinct.tile(columns))
+        # At least num_kept are surely within the limit; what is surely beyond it is not among the nearest.
+        upper = torch.cat([nearest, squared + error], dim=1)
+        limit = upper.kthvalue(min(num_kept, upper.shape[1]), dim=1, keepdim=True).values
+        i, j = (squared.sub_(error) <= limit).nonzero(as_tuple=True)
+        squared.fill_(torch.inf)
+        squared[i, j] = _exact(distinct, rows[i.cpu().numpy()], distinct, columns[j.cpu().numpy()])
+        found, place = squared.topk(min(num_kept, squared.shape[1]), dim=1, largest=False)
+        nearest = torch.cat([nearest, found], dim=1)
+        indices = torch.cat([indices, torch.from_numpy(columns).to(x.device)[place]], dim=1)
+        nearest, place = nearest.topk(min(num_kept, nearest.shape[1]), dim=1, largest=False)
+        indices = indices.gather(1, place)
+    kept = indices.cpu().numpy()
+    num_reached = (distinct.weights[kept] - (kept == rows[:, None])).cumsum(axis=1)
+    places = np.stack([(num_reached < k).sum(axis=1) for k in num_neighbours], axis=1)
+    return np.take_along_axis(nearest.cpu().numpy(), places, axis=1)
 
 
 def manifold_counts(
@@ -125,10 +146,10 @@ def manifold_counts(
     stop: int | None = None,
     device: str = "cpu",
 ) -> ManifoldCounts:
-    """Which of the generated samples start..stop and of all reference samples lie in whose balls.
+    """Which of the generated samples start..stop and of all reference samples are in whose balls.
 
-    reference: float (M, F).   reference_radii: float64 (M, 2), from squared_radii: for precision and for density.
-    generated: float (N, F).   generated_radii: float64 (stop - start,), from squared_radii for the same rows.
+    `reference`: float (M, F).   `reference_radii`: float64 (M, 2), from squared_radii: for precision and for density.
+    `generated`: float (N, F).   `generated_radii`: float64 (stop - start,), from squared_radii for the same rows.
     Raises ValueError for shapes that do not fit and values that are not finite.
     """
     num_generated = check_features(generated, "generated features")
@@ -140,19 +161,29 @@ def manifold_counts(
             f"radii have shapes {reference_radii.shape} and {generated_radii.shape}; "
             f"({len(reference)}, 2) and ({len(block)},) are needed for these samples"
         )
-    columns = _Distinct.of(reference)
-    rows = _Distinct.of(generated[start:stop])
-    pairs = _BallPairs(rows, columns, generated_radii[rows.first], reference_radii[columns.first], _mean(reference), device)
-    closed, opened = np.zeros((2, len(rows.first)), dtype=np.int64)
-    recalled, covered = np.zeros((2, len(columns.first)), dtype=bool)
-    for row, column, in_closed, in_open, holds in pairs:
-        weights = torch.from_numpy(columns.weights[column]).to(device, torch.float64)  # whole numbers: exact in any order
-        closed[row] += (in_closed.double() @ weights).cpu().numpy().astype(np.int64)
-        opened[row] += (in_open.double() @ weights).cpu().numpy().astype(np.int64)
-        recalled[column] |= holds.any(dim=0).cpu().numpy()
-        covered[column] |= in_open.any(dim=0).cpu().numpy()
+    right = _Distinct(reference, device)
+    left = _Distinct(generated[start:stop], device, right.centre)
+    own_radii, radii = generated_radii[left.first], reference_radii[right.first]
+    closed_counts, open_counts = np.zeros((2, left.count), dtype=np.int64)
+    is_recalled, is_covered = np.zeros((2, right.count), dtype=bool)
+    for rows in _split(np.arange(left.count), TILE_ROWS):
+        x, holding = left.tile(rows), torch.from_numpy(own_radii[rows, None]).to(device)
+        for columns in _split(np.arange(right.count), TILE_COLUMNS):
+            squared, error = _approximate(x, right.tile(columns))
+            closed, opened = torch.from_numpy(radii[columns].T.copy()).to(device)
+            unsure = torch.zeros_like(squared, dtype=torch.bool)
+            for limit in (holding, closed, opened):
+                unsure |= (squared - limit).abs_() <= error
+            i, j = unsure.nonzero(as_tuple=True)
+            squared[i, j] = _exact(left, rows[i.cpu().numpy()], right, columns[j.cpu().numpy()])
+            weights = torch.from_numpy(right.weights[columns]).to(device, torch.float64)  # integers: exact in any order
+            in_open = squared < opened
+            closed_counts[rows] += ((squared <= closed).double() @ weights).cpu().numpy().astype(np.int64)
+            open_counts[rows] += (in_open.double() @ weights).cpu().numpy().astype(np.int64)
+            is_recalled[columns] |= (squared <= holding).any(dim=0).cpu().numpy()
+            is_covered[columns] |= in_open.any(dim=0).cpu().numpy()
     return ManifoldCounts(
-        block.start, closed[rows.inverse], opened[rows.inverse], recalled[columns.inverse], covered[columns.inverse]
+        block.start, closed_counts[left.inverse], open_counts[left.inverse], is_recalled[right.inverse], is_covered[right.inverse]
     )
 
 
@@ -173,157 +204,51 @@ def merge_counts(pieces: Sequence[ManifoldCounts]) -> ManifoldCounts:
     )
 
 
-@dataclass(frozen=True, eq=False)
 class _Distinct:
     """The distinct rows among features: copies would all be pairs too close to call.
 
-    first: int64 (D,), where each is found first.   inverse: int64 (N,), which one each row is.   weights: int64 (D,), copies.
+    first: int64 (D,), where each is first found.   inverse: int64 (N,), which one each row is.   weights: int64 (D,), copies.
+    centre: float64 (F,), near all rows: distances to it are smaller than to 0, and so are rounding errors.
     """
 
-    features: Features
-    first: np.ndarray
-    inverse: np.ndarray
-    weights: np.ndarray
-
-    @classmethod
-    def of(cls, features: Features) -> _Distinct:
-        digests = []
-        for start in range(0, len(features), CHUNK):
-            rows = take_rows(features, np.arange(start, min(start + CHUNK, len(features)))) + 0.0  # one zero, not two
-            digests += [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
-        numbers = np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
-        _, first, inverse, weights = np.unique(numbers, axis=0, return_index=True, return_inverse=True, return_counts=True)
-        return cls(features, first, inverse.ravel(), weights)
+    def __init__(self, features: Features, device: str, centre: np.ndarray | None = None) -> None:
+        self.features, self.device = features, device
+        total, digests = np.zeros(features.shape[1]), b""
+        for indices in _split(np.arange(len(features)), CHUNK):
+            rows = take_rows(features, indices) + 0.0  # one zero, not two
+            total += rows.sum(axis=0)
+            digests += b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in rows)
+        numbers = np.frombuffer(digests, dtype="S16")
+        _, self.first, self.inverse, self.weights = np.unique(numbers, return_index=True, return_inverse=True, return_counts=True)
+        self.count = len(self.first)
+        self.centre = total / len(features) if centre is None else centre
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """float64 (len(indices), F)"""
         return take_rows(self.features, self.first[indices])
 
-
-def _radii_of_tile(
-    distinct: _Distinct, rows: np.ndarray, centre: np.ndarray, num_neighbours: Sequence[int], device: str
-) -> np.ndarray:
-    """float64 (R, K) of distinct samples rows (R,)."""
-    num_others = len(distinct.first) - 1
-    num_kept = min(max(num_neighbours) + SPARE, num_others)
-    low, indices, slack = _nearest(distinct, rows, centre, num_kept, device)
-    # The k-th smallest upper bound of any of them is one of the k-th smallest distance; what is surely further away is out.
-    limit = np.full((len(rows), 1), np.inf)
-    if num_kept >= max(num_neighbours):
-        limit[:, 0] = np.sort(low + 2 * slack, axis=1)[:, max(num_neighbours) - 1]
-    row, place = (low <= limit).nonzero()
-    distances = np.full(low.shape, np.inf)
-    distances[row, place] = _exact(distinct, rows[row], distinct, indices[row, place])
-    radii = _weighted_smallest(distances, distinct.weights[indices], distinct.weights[rows] - 1, num_neighbours)
-    if num_kept < num_others:
-        everyone = np.arange(num_others + 1)
-        for undecided in (low[:, -1] <= limit[:, 0]).nonzero()[0]:
-            others = everyone[everyone != rows[undecided]]
-            distances = _exact(distinct, np.full(num_others, rows[undecided]), distinct, others)[None]
-            copies = distinct.weights[rows[undecided : undecided + 1]] - 1
-            radii[undecided] = _weighted_smallest(distances, distinct.weights[others][None], copies, num_neighbours)[0]
-    return radii
-
-
-def _nearest(
-    distinct: _Distinct, rows: np.ndarray, centre: np.ndarray, num_kept: int, device: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The num_kept others whose squared distance has the smallest lower bounds, for each of rows (R,).
-
-    Lower bounds float64, indices int64 and the error of distances, half of upper less lower bound, float64; all (R, num_kept).
-    """
-    low = torch.empty(len(rows), 0, dtype=torch.float64, device=device)
-    indices = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
-    slack = torch.empty_like(low)
-    own = torch.from_numpy(rows).to(device)[:, None]
-    x = _on_device(distinct.rows(rows), centre, device)
-    for start in range(0, len(distinct.first), TILE_COLUMNS):
-        columns = np.arange(start, min(start + TILE_COLUMNS, len(distinct.first)))
-        squared, error = _approximate(x, _on_device(distinct.rows(columns), centre, device))
-        bound = squared.sub_(error)
-        everyone = torch.from_numpy(columns).to(device)
-        bound.masked_fill_(own == everyone, torch.inf)
-        found, place = bound.topk(min(num_kept, bound.shape[1]), dim=1, largest=False)
-        low, indices = torch.cat([low, found], dim=1), torch.cat([indices, everyone[place]], dim=1)
-        slack = torch.cat([slack, error.gather(1, place)], dim=1)
-        low, place = low.topk(min(num_kept, low.shape[1]), dim=1, largest=False)
-        indices, slack = indices.gather(1, place), slack.gather(1, place)
-    return low.cpu().numpy(), indices.cpu().numpy(), slack.cpu().numpy()
-
-
-def _weighted_smallest(distances: np.ndarray, weights: np.ndarray, copies: np.ndarray, num_neighbours: Sequence[int]) -> np.ndarray:
-    """The k-th smallest of distances (R, C), each there as often as weights (R, C) says, besides copies (R,) zeros: (R, K)."""
-    order = distances.argsort(axis=1, kind="stable")
-    distances = np.take_along_axis(distances, order, axis=1)
-    counts = np.take_along_axis(weights, order, axis=1)
-    distances = np.concatenate([np.zeros((len(distances), 1)), distances], axis=1)
-    reached = np.concatenate([copies[:, None], counts], axis=1).cumsum(axis=1)
-    places = np.stack([(reached >= k).argmax(axis=1) for k in num_neighbours], axis=1)
-    return np.take_along_axis(distances, places, axis=1)
-
-
-@dataclass(frozen=True, eq=False)
-class _BallPairs:
-    """Tiles of distinct generated samples by distinct reference samples, and who lies in whose ball."""
-
-    rows: _Distinct
-    columns: _Distinct
-    row_radii: np.ndarray  # float64 (D,)
-    column_radii: np.ndarray  # float64 (D, 2), closed and open
-    centre: np.ndarray
-    device: str
-
-    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
-        """row and column slices; bool (R, C): in the closed, in the open reference ball, reference sample in generated ball."""
-        for row_start in range(0, len(self.rows.first), TILE_ROWS):
-            row = slice(row_start, min(row_start + TILE_ROWS, len(self.rows.first)))
-            x = _on_device(self.rows.rows(np.arange(row.start, row.stop)), self.centre, self.device)
-            for column_start in range(0, len(self.columns.first), TILE_COLUMNS):
-                column = slice(column_start, min(column_start + TILE_COLUMNS, len(self.columns.first)))
-                y = _on_device(self.columns.rows(np.arange(column.start, column.stop)), self.centre, self.device)
-                yield row, column, *self._tile(row, column, x, y)
-
-    def _tile(self, row: slice, column: slice, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        squared, error = _approximate(x, y)
-        holding = torch.from_numpy(self.row_radii[row, None]).to(self.device)
-        closed, opened = torch.from_numpy(self.column_radii[column].T.copy()).to(self.device)
-        unsure = torch.zeros_like(squared, dtype=torch.bool)
-        for radii in (holding, closed, opened):
-            unsure |= (squared - radii).abs_() <= error
-        pairs = unsure.nonzero()
-        i, j = pairs.cpu().numpy().T
-        exact = torch.from_numpy(_exact(self.rows, i + row.start, self.columns, j + column.start)).to(self.device)
-        squared[pairs[:, 0], pairs[:, 1]] = exact
-        return squared <= closed, squared < opened, squared <= holding
+    def tile(self, indices: np.ndarray) -> Tensor:
+        """The same around the centre, on the device."""
+        return torch.from_numpy(self.rows(indices) - self.centre).to(self.device)
 
 
 def _approximate(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances of rows of x (R, F) and y (C, F), and how far they can be off those of _exact: float64 (R, C) both.
+    """Squared distances of rows of x (R, F) and y (C, F), and their largest difference from those of _exact: float64 (R, C) both.
 
-    A product of F terms is within F u |x||y| of the truth whatever its order (Higham 2002, sec. 3.1; u = eps / 2); errors of both
-    norms, of the centring and of the exact sum itself are of the same size. Together less than (2 F + 16) eps (|x|^2 + |y|^2).
+    A product of F terms is within F u |x||y| of the truth whatever its order (Higham 2002, sec. 3.1; u = eps / 2). The errors of
+    both norms, of the centring and of the exact sum itself are of the same size. Together: less than
+    (2 F + 16) eps (|x|^2 + |y|^2).
     """
     norms = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
     squared = torch.addmm(norms, x, y.T, alpha=-2)
     return squared, norms.mul_((2 * x.shape[1] + 16) * torch.finfo(torch.float64).eps)
 
 
-def _exact(left: _Distinct, i: np.ndarray, right: _Distinct, j: np.ndarray) -> np.ndarray:
+def _exact(left: _Distinct, i: np.ndarray, right: _Distinct, j: np.ndarray) -> Tensor:
     """Squared distances of pairs (i, j): float64 (P,), differences squared and summed in one order for every pair."""
-    squared = np.empty(len(i))
-    for start in range(0, len(i), CHUNK):
-        part = slice(start, start + CHUNK)
-        squared[part] = np.square(left.rows(i[part]) - right.rows(j[part])).sum(axis=1)
-    return squared
+    squared = [np.square(left.rows(a) - right.rows(b)).sum(axis=1) for a, b in zip(_split(i, CHUNK), _split(j, CHUNK), strict=True)]
+    return torch.from_numpy(np.concatenate([np.empty(0), *squared])).to(left.device)
 
 
-def _mean(features: Features) -> np.ndarray:
-    """float64 (F,). Distances to it are smaller than to 0, and so are rounding errors."""
-    total = np.zeros(features.shape[1])
-    for start in range(0, len(features), CHUNK):
-        total += take_rows(features, np.arange(start, min(start + CHUNK, len(features)))).sum(axis=0)
-    return total / len(features)
-
-
-def _on_device(rows: np.ndarray, centre: np.ndarray, device: str) -> Tensor:
-    return torch.from_numpy(rows - centre).to(device)
+def _split(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (indices[start : start + size] for start in range(0, len(indices), size))
