@@ -186,7 +186,7 @@ def _dataset(config: Any) -> Iterator[Finding]:
 
     from pipelines.data.sources.config import open_source
 
-    dataset = dataclasses.replace(config.dataset, s3=config.dataset.s3 or config.s3)
+    dataset = dataclasses.replace(config.dataset, s3=config.s3_of(config.dataset.path, config.dataset.captions))
     open_source(dataset)
     if dataset.captions is not None and "://" not in dataset.captions and not Path(dataset.captions).is_file():
         raise ValueError(f"dataset.captions names {dataset.captions}, which is no file; give a captions_*.json of COCO")

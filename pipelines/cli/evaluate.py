@@ -38,7 +38,7 @@ def evaluate(
 
     values = [*overrides, "targets=[reference]"]  # nothing is trained, so nothing of a model is checked
     run = run_config.load_run(config, values if config else ["name=evaluate", *values])
-    images = ImageSetConfig(path=samples, name=name, kind=kind, labels=labels, s3=run.s3)
+    images = ImageSetConfig(path=samples, name=name, kind=kind, labels=labels, s3=run.s3_of(samples))
     resolution = find_resolution(images) if config is None else None  # a config says it by its tokenizer
     terminal, source = console(stderr=as_json), str(config or "the command line")
     answer = runner.run(run, source, terminal, lambda run: graph.build_evaluation(run, images, resolution))

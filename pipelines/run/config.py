@@ -37,6 +37,8 @@ _WITHOUT_MODEL = {"dataset", "tokenizer", "token_map", "captions", "reference", 
 
 # Stands for features that are not made yet, where only the rest of a model is looked at.
 _ANY_CAPTIONS = CaptionFeaturesInfo(num_captions=0, captions_per_file=1, num_positions=1, width=1, encoder_digest="")
+_FILES = ("weights", "npz", "encoder")  # fields that name files or folders outside the store
+_SHARED_BY_VARIANTS = {"name", "workspace", "store", "targets", "report", "cluster", "tracking", "prices", "variants"}
 _SEEDED = ("tokenizer", "reference", "train", "generate")  # sections that may have a seed of their own
 
 
@@ -45,7 +47,8 @@ class RunConfig:
     """One YAML file. A stage's `dataset` and `seed` are the run's where the stage gives none.
 
     workspace: folder for the store, tracking and logs.   store: of artifacts, a folder or s3://bucket/prefix; None takes
-    <workspace>/store.   s3: how buckets are reached, where the usual AWS variables do not say it.
+    <workspace>/store.   s3: how buckets are accessed, if the usual AWS variables do not state it.
+    buckets: the same for single buckets that differ, by name, such as {public-images: {anonymous: true}}. The store uses s3.
     targets: stages to make, with what they need; none means all, to the report.
     reconstruction: how well the tokenizer keeps the images of the token map; left out where the section is.
     prices: of hours, so that what a result took is told in money, too.
@@ -57,6 +60,7 @@ class RunConfig:
     workspace: str = "runs"
     store: str | None = None
     s3: S3Config = field(default_factory=S3Config)
+    buckets: dict[str, S3Config] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -92,8 +96,19 @@ class RunConfig:
     @cached_property
     def variant_runs(self) -> dict[str, RunConfig]:
         """The runs that variants stand for, by name. Raises ConfigError."""
+        for name, values in self.variants.items():
+            if ignored := _SHARED_BY_VARIANTS.intersection(values):
+                key = min(ignored)
+                raise ConfigError(
+                    f"variants.{name}.{key} would be ignored, because variants share it; give {key} outside of variants"
+                )
         base = replace(self, variants={})
         return {name: configuration.with_overrides(base, values, f"variant {name}") for name, values in self.variants.items()}
+
+    def s3_of(self, *places: str | None) -> S3Config:
+        """How to access the bucket of the first of some paths and URIs that is in one."""
+        in_buckets = [place.removeprefix("s3://").partition("/")[0] for place in places if place and place.startswith("s3://")]
+        return self.buckets.get(in_buckets[0], self.s3) if in_buckets else self.s3
 
     @property
     def store_uri(self) -> str:
@@ -123,13 +138,18 @@ def completed(section: Any, run: RunConfig) -> Any:
     given = {name: getattr(run, name) for name in ("dataset", "seed") if getattr(section, name, ...) is None}
     filled = replace(section, **given)
     if getattr(filled, "dataset", None) is not None and filled.dataset.s3 is None:
-        filled = replace(filled, dataset=replace(filled.dataset, s3=run.s3))
-    return replace(filled, s3=run.s3) if getattr(filled, "s3", ...) is None else filled
+        s3 = run.s3_of(filled.dataset.path, filled.dataset.captions)
+        filled = replace(filled, dataset=replace(filled.dataset, s3=s3))
+    files = [getattr(filled, name, None) for name in _FILES]
+    return replace(filled, s3=run.s3_of(*files)) if getattr(filled, "s3", ...) is None else filled
 
 
 def _check(run: RunConfig, is_dataset_here: bool) -> None:
     """What would fail in a late stage and can be seen now: the model against the token map that the tokenizer will make."""
     architecture = run.tokenizer.architecture()
+    for key, other in (("reference.dataset", "reference.npz"), ("tokenizer.dataset", "tokenizer.weights")):
+        if _value_at(run, key) is not None and _value_at(run, other) is not None:
+            raise ValueError(f"{key} would be ignored, because {other} is given; set one of them to null")
     given = completed(run.token_map, run).dataset
     classes = open_source(given).known_classes() if is_dataset_here else None
     num_classes = len(classes) if classes is not None else given.num_classes
@@ -144,9 +164,16 @@ def _check(run: RunConfig, is_dataset_here: bool) -> None:
     is_trained = run.train.weights is None and (not run.targets or not _WITHOUT_MODEL.issuperset(run.targets))
     if not is_trained:
         return
+    if run.generate.dataset is not None and not run.train.model.text:
+        raise ValueError("generate.dataset would be ignored, because only models of captions read it; set it to null")
     if run.train.model.text and run.captions.encoder is None:
         raise ValueError("train.model.text needs the features of captions; give captions.encoder")
     run.train.model.architecture(info, _ANY_CAPTIONS)
     sampler = run.generate.sampler
     if sampler.reuse and run.train.model.reuse is False:
         raise ValueError("generate.sampler.reuse needs a model with train.model.reuse; set one of them to match the other")
+
+
+def _value_at(run: RunConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(run, section), name)

@@ -104,7 +104,7 @@ def build_evaluation(run: RunConfig, images: ImageSetConfig, resolution: int | N
     """The nodes that score images of another generator as a run scores its own samples. resolution: of the reference, where it
     does not say it; None takes that of the run's own samples."""
     filled = {section: completed(getattr(run, section), run) for section in ("reference", "evaluate")}
-    source = replace(images, s3=images.s3 or run.s3)
+    source = replace(images, s3=images.s3 or run.s3_of(images.path))
     nodes = [Node("images", image_set.STAGE, source)]
     given = {}
     if not run.reference.npz:

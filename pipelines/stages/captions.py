@@ -24,6 +24,7 @@ from pipelines.data.dataset import INDEX, Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.storage.external import folder_digest, local_folder
 from pipelines.storage.s3_client import S3Config
+from pipelines.workflow.config import set_by
 from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
 _ENCODER_KEY = "captions.encoder"
@@ -33,13 +34,13 @@ _ENCODER_KEY = "captions.encoder"
 class CaptionsConfig:
     """encoder: a CLIP text model by folder (which all workers see), s3:// or hf://owner/name; None for no caption features.
 
-    captions_per_file: 1,024 of ViT-L/14 are 121 MB, which is also what a crash can lose.   s3: None takes the run's.
+    captions_per_file: 1,024 of ViT-L/14 are 121 MB, which is also what a crash can lose.
     """
 
     encoder: str | None = None
     captions_per_file: int = 1024
-    dataset: DatasetConfig | None = None
-    s3: S3Config | None = None
+    dataset: DatasetConfig | None = set_by("dataset")
+    s3: S3Config | None = set_by("s3 or buckets")
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:

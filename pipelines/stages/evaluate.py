@@ -38,6 +38,7 @@ from pipelines.evaluation.features import (
 )
 from pipelines.evaluation.readers import ROUNDINGS, BlockReader, SourceImages, read_images, sample_reader
 from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
+from pipelines.workflow.config import set_by
 from pipelines.workflow.stage import Stage, StageContext, StageResult
 
 JUDGES = ("svc",)
@@ -64,8 +65,8 @@ class EvaluateConfig:
     settings: ScoreSettings = field(default_factory=ScoreSettings)
     judge: str | None = None
     rounding: str = "uint8"
-    dataset: DatasetConfig | None = None
-    images: ImageSetConfig | None = None
+    dataset: DatasetConfig | None = set_by("dataset")
+    images: ImageSetConfig | None = set_by("enat evaluate --samples")
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation.extractors import ExtractorFile, require_same_features
 from pipelines.evaluation.features import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly, read_rows, stored_moments
 from pipelines.evaluation.readers import Decoded, Decoder, Rows, code_decoder
+from pipelines.workflow.config import set_by
 from pipelines.workflow.costs import cost_metrics
 from pipelines.workflow.stage import PublishContext, Stage, StageContext, StageResult
 
@@ -37,7 +38,7 @@ class ReconstructionConfig:
     """num_images: of the dataset, its first ones; None takes all."""
 
     num_images: int | None = None
-    dataset: DatasetConfig | None = None
+    dataset: DatasetConfig | None = set_by("dataset")
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:

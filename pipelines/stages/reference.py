@@ -34,6 +34,7 @@ from pipelines.evaluation.features import MOMENTS_FILES, FeatureSpec, compute_fe
 from pipelines.evaluation.readers import BlockReader, PixelBlocks, SourceImages
 from pipelines.storage.external import content_digest, folder_digest, local_file, local_folder
 from pipelines.storage.s3_client import S3Config
+from pipelines.workflow.config import set_by
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
@@ -53,7 +54,7 @@ class ReferenceConfig:
     fetches the published ones of "inception".   npz: ADM's reference statistics in place of a dataset; also s3://.
     num_kept: images whose features are kept for what moments do not tell (kernel distance, precision and recall), drawn evenly.
     images_per_pass: images that the extractor computes together, here and of samples: sums of floats depend on it, in their last
-    digits.   s3: None takes the run's.
+    digits.
     """
 
     extractor: str = "classifier"
@@ -64,7 +65,7 @@ class ReferenceConfig:
     images_per_pass: int = 32
     resolution: int | None = None
     dataset: DatasetConfig | None = None
-    s3: S3Config | None = None
+    s3: S3Config | None = set_by("s3 or buckets")
     seed: int | None = None
     execution: Execution = field(default_factory=Execution)
 

@@ -29,6 +29,7 @@ from pipelines.data.dataset import INDEX
 from pipelines.data.samples import NONE, Samples, image_cost, num_given_of, read_codes
 from pipelines.evaluation.protocol import SCORES
 from pipelines.sampling.pictures import decode_codes, step_images, strip
+from pipelines.workflow.config import set_by
 from pipelines.workflow.stage import MAIN, Stage, StageContext, StageResult
 
 PAGE = "report.html"
@@ -43,8 +44,8 @@ class ReportConfig:
     samples_per_class: int = 8
     num_progressions: int = 6
     max_classes: int = 20
-    name: str | None = None
-    variants: tuple[str, ...] = ()
+    name: str | None = set_by("name")
+    variants: tuple[str, ...] = set_by("variants", ())
 
     def __post_init__(self) -> None:
         if min(self.samples_per_class, self.num_progressions, self.max_classes) < 1:

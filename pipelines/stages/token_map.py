@@ -34,6 +34,7 @@ from pipelines.data import token_map
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMapInfo, TokenRows
+from pipelines.workflow.config import set_by
 from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
 CODE_COUNTS = "code_counts.json"
@@ -77,7 +78,7 @@ class TokenMapConfig:
     max_quarantine_share: float = 0.01
     dtype: str = "float32"
     images_per_pass: int | None = None
-    dataset: DatasetConfig | None = None
+    dataset: DatasetConfig | None = set_by("dataset")
     execution: TokenMapExecution = field(default_factory=TokenMapExecution)
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.storage.external import content_digest, local_file
 from pipelines.storage.s3_client import S3Config
+from pipelines.workflow.config import set_by
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
@@ -34,7 +35,7 @@ _MAX_IMAGES = 50_000  # of the dataset's start, held in memory: more is not for 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """weights: a published tokenizer's file (.safetensors, .pth, .ckpt) by path, s3:// or hf://, or the "sha256:..." under which
-    `enat import` keeps one; None trains one with `recipe`.   s3: None takes the run's.
+    `enat import` keeps one; None trains one with `recipe`.
 
     The architecture is a preset (see enat.tokenizer) with any of its fields replaced.
     """
@@ -49,7 +50,7 @@ class TokenizerConfig:
     weights: str | None = None
     recipe: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     dataset: DatasetConfig | None = None
-    s3: S3Config | None = None
+    s3: S3Config | None = set_by("s3 or buckets")
     seed: int | None = None
     execution: Workers = field(default_factory=Workers)
 

@@ -14,6 +14,7 @@ from pipelines.data.captions import CaptionFeaturesInfo
 from pipelines.data.token_map import TokenMapInfo
 from pipelines.storage.external import content_digest
 from pipelines.storage.s3_client import S3Config
+from pipelines.workflow.config import set_by
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
@@ -151,11 +152,11 @@ class TrainConfig:
     amount to.
     z_loss: weight of the squared log-partition, against drifting logits; published: none.
     weights: published weights to take instead of training: a file by path, s3:// or hf://, or the "sha256:..." under which
-    `enat import` keeps one.   s3: None takes the run's.
+    `enat import` keeps one.
     """
 
     weights: str | None = None
-    s3: S3Config | None = None
+    s3: S3Config | None = set_by("s3 or buckets")
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

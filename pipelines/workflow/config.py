@@ -23,11 +23,17 @@ from yaml import YAMLError
 from pipelines.storage.redaction import without_credentials
 
 ConfigT = TypeVar("ConfigT")
+_SET_BY = "set_by"  # metadata of a field
 BASE = "base"  # the key of a file that names the file it builds on
 
 
 class ConfigError(ValueError):
     """A sentence about one key or file of the configuration."""
+
+
+def set_by(key: str, default: Any = None) -> Any:
+    """A field that the pipeline sets from what the user gives elsewhere, under `key`. A configuration that sets it is refused."""
+    return dataclasses.field(default=default, metadata={_SET_BY: key})
 
 
 def load_config(schema: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
@@ -36,7 +42,10 @@ def load_config(schema: type[ConfigT], path: Path | None, overrides: Sequence[st
         if "=" not in override.lstrip("="):
             raise ConfigError(f"{override!r} is not an override; write key=value, such as train.num_steps=100")
     files = [(str(file), values) for file, values in read_files(path)] if path is not None else []
-    return merge(schema, [*files, *read_overrides(overrides)], str(path) if path is not None else "the command line")
+    layers = [*files, *read_overrides(overrides)]
+    for source, values in layers:
+        _refuse_set_fields(schema, source, OmegaConf.to_container(values))
+    return merge(schema, layers, str(path) if path is not None else "the command line")
 
 
 def read_files(path: Path) -> list[tuple[Path, DictConfig]]:
@@ -87,6 +96,19 @@ def read_overrides(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
 def _refuse_resolvers(source: str, values: DictConfig) -> None:
     if _has_resolver(OmegaConf.to_container(values)):
         raise ConfigError(f"{source}: resolvers in ${{...}} are not allowed, only references to other keys")
+
+
+def _refuse_set_fields(schema: Any, source: str, values: Any, prefix: str = "") -> None:
+    """Raises ConfigError for a value that would be ignored, because the pipeline sets the field."""
+    if not isinstance(values, Mapping) or not dataclasses.is_dataclass(schema):
+        return
+    types = _fields(schema)
+    for field in dataclasses.fields(schema):
+        value, key = values.get(field.name), f"{prefix}{field.name}"
+        if value is not None and _SET_BY in field.metadata:
+            origin = field.metadata[_SET_BY]
+            raise ConfigError(f"{source}: {key} would be ignored, because the pipeline sets it; use {origin} instead")
+        _refuse_set_fields(types[field.name], source, value, f"{key}.")
 
 
 def _read(path: Path, named_by: Sequence[Path]) -> DictConfig:
@@ -149,6 +171,7 @@ def _defaults(schema: type) -> Any:
 
 def with_overrides(config: ConfigT, overrides: Mapping[str, Any], source: str) -> ConfigT:
     """A copy of a config with nested values replaced, checked as those of a file. Raises ConfigError."""
+    _refuse_set_fields(type(config), source, overrides)
     return merge(type(config), [(source, OmegaConf.create(to_dict(config))), (source, OmegaConf.create(dict(overrides)))])
 
 
@@ -206,6 +229,9 @@ def _unknown_key(schema: Any, key: str, source: str) -> str:
     here: Any = schema
     parts = key.split(".")
     for depth, part in enumerate(parts):
+        if typing.get_origin(here) is dict:
+            here = typing.get_args(here)[1]
+            continue
         known = _fields(here)
         if part not in known:
             close = difflib.get_close_matches(part, known, n=1, cutoff=0.4)
@@ -221,8 +247,9 @@ def _fields(schema: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(schema)
     fields = {}
     for field in dataclasses.fields(schema):
-        options = [option for option in typing.get_args(hints[field.name]) if option is not type(None)] or [hints[field.name]]
-        fields[field.name] = options[0]
+        options = [option for option in typing.get_args(hints[field.name]) if option is not type(None)]
+        is_optional = type(None) in typing.get_args(hints[field.name])
+        fields[field.name] = options[0] if is_optional else hints[field.name]
     return fields
 
 

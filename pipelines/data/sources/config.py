@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class DatasetConfig:
     "coco": images, with `captions` naming a captions_*.json.
 
     name: stands in token maps and models made from it, so it is part of keys; the path is not, but the content is.
-    num_classes: of tar and Parquet, where the largest label plus one is not it.   s3: None takes the run's.
+    num_classes: of tar and Parquet, where the largest label plus one is not it.
     """
 
     kind: str = "digits"
@@ -32,7 +32,7 @@ class DatasetConfig:
     path: str | None = None
     captions: str | None = None
     num_classes: int | None = None
-    s3: S3Config | None = None
+    s3: S3Config | None = field(default=None, metadata={"set_by": "s3 or buckets"})
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

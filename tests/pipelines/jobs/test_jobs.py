@@ -369,7 +369,7 @@ def test_a_store_that_the_cluster_would_not_see_is_refused(prepare: Callable[...
     ("override", "said"),
     [
         ("dataset={kind: images, path: photographs}", "dataset.path is photographs, a path of this machine"),
-        ("generate.dataset={kind: images, path: photographs}", "generate.dataset.path is photographs"),
+        ("reference.dataset={kind: images, path: photographs}", "reference.dataset.path is photographs"),
         ("tokenizer.weights=weights/vqgan.ckpt", "tokenizer.weights is weights/vqgan.ckpt"),
         ("variants={other: {train: {weights: enat.safetensors}}}", "variants.other.train.weights is enat.safetensors"),
     ],

@@ -18,9 +18,11 @@ from PIL import Image
 from enat.config import ENATConfig
 from enat.cost import training_macs
 from enat.masking import mask_codes
+from pipelines.data.sources.config import DatasetConfig
 from pipelines.run import config as run_config
 from pipelines.run import graph
 from pipelines.storage.base import digest_of
+from pipelines.storage.s3_client import S3Config
 from pipelines.workflow import config as configuration
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -68,6 +70,41 @@ def test_a_config_has_the_stages_and_keys_that_it_had(load: Callable[..., Any], 
         KEYS.write_text(json.dumps({**known, name: keys}, indent=1, sort_keys=True) + "\n")
     else:
         assert keys == known[name]
+
+
+IGNORED = {  # override -> what the message names
+    "report.name=other": "report.name",
+    "report.variants=[nosuch]": "report.variants",
+    "evaluate.images={path: x, name: y}": "enat evaluate --samples",
+    "reconstruction={dataset: {kind: digits}}": "reconstruction.dataset",
+    "token_map.dataset.kind=digits": "token_map.dataset",
+    "train.s3.region=here": "train.s3",
+    "dataset.s3.anonymous=true": "dataset.s3",
+    "tokenizer={weights: x, dataset: {kind: digits}}": "tokenizer.dataset would be ignored, because tokenizer.weights",
+    "reference={extractor: inception, npz: x, dataset: {kind: digits}}": "because reference.npz",
+    "generate.dataset.kind=digits": "generate.dataset",
+    "variants.a.report.max_classes=3": "variants.a.report",
+    "variants.a.store=elsewhere": "variants.a.store",
+    "variants.a.reconstruction={dataset: {kind: digits}}": "reconstruction.dataset",
+}
+
+
+def test_a_key_that_would_be_ignored_is_refused(load: Callable[..., Any]) -> None:
+    for override, named in IGNORED.items():
+        with pytest.raises(ValueError, match="would be ignored") as caught:
+            load("digits", override)
+        assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_read_from_a_bucket_is_reached_as_the_run_states_for_it(load: Callable[..., Any]) -> None:
+    run = load("digits", "s3.region=a", "buckets.public={region: b, anonymous: true}")
+    of = DatasetConfig(kind="images", path="s3://public/images")
+    there = run_config.completed(
+        dataclasses.replace(run.reference, extractor="inception", dataset=of, weights="s3://private/weights"), run
+    )
+    assert there.dataset.s3 == S3Config(region="b", anonymous=True) and there.s3 == S3Config(region="a")
+    assert run_config.completed(dataclasses.replace(run.train, weights="s3://public/weights"), run).s3.anonymous
+    assert run_config.completed(run.token_map, run).dataset.s3 == S3Config(region="a")
 
 
 def test_variants_of_a_base_are_inherited_unless_they_are_null(load: Callable[..., Any]) -> None:

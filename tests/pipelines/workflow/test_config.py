@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from pipelines.workflow.config import ConfigError, identity, load_config, merge, read_text, redacted, to_dict, with_overrides
+from pipelines.workflow.config import (
+    ConfigError,
+    identity,
+    load_config,
+    merge,
+    read_text,
+    redacted,
+    set_by,
+    to_dict,
+    with_overrides,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +214,43 @@ def test_a_file_that_holds_no_mapping_is_refused(load, text: str) -> None:
 def test_a_file_that_holds_one_value_is_refused(load, text: str) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml"):
         load(text)
+
+
+# Fields that the pipeline sets ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    rows: int = 3
+    title: str | None = set_by("name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paged:
+    name: str
+    page: Page | None = None
+    pages: dict[str, Page] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize("text", ["{name: a, page: {title: b}}", "name: a"])
+def test_a_value_that_would_be_ignored_is_refused_with_the_key_to_use_instead(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"page\.title would be ignored.*; use name instead"):
+        load_config(Paged, path, ["page={rows: 4, title: c}"])
+    with pytest.raises(ConfigError, match=r"variant b: page\.title would be ignored"):
+        with_overrides(Paged(name="a"), {"page": {"title": "b"}}, "variant b")
+
+
+def test_a_field_that_the_pipeline_sets_may_be_null_and_comes_back_from_a_record(load) -> None:
+    assert load_config(Paged, None, ["name=a", "page.title=null"]) == Paged(name="a", page=Page())
+    recorded = Paged(name="a", page=Page(title="b"))
+    assert merge(Paged, [("a record", OmegaConf.create(to_dict(recorded)))]) == recorded
+
+
+def test_an_unknown_key_below_a_free_name_is_named_with_the_closest_known_one() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key pages\.x\.row; did you mean pages\.x\.rows\?"):
+        load_config(Paged, None, ["name=a", "pages.x.row=1"])
 
 
 # Bases --------------------------------------------------------------------------------------------------------------------
