@@ -33,7 +33,7 @@ from enat.sampler_config import SamplerConfig
 from enat.text import TextEncoder
 from pipelines.artifacts import lineage as artifacts_lineage
 from pipelines.artifacts.inventory import Query, list_artifacts, list_table
-from pipelines.artifacts.last_used import note_reading
+from pipelines.artifacts.last_used import record_read
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_existing
 from pipelines.artifacts.store import ArtifactStore
@@ -118,7 +118,7 @@ def open_artifact(name: str, store: Store = _STORE) -> Artifact:
     """name: "token_map/3f2a"."""
     opened = _open(store)
     found = inspection.find(opened, name)
-    note_reading(opened, found)
+    record_read(opened, found)
     return Artifact(opened, found)
 
 

@@ -48,6 +48,6 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture
 def local_store(tmp_path: Path):
     """An empty store in a folder."""
-    from pipelines.artifacts.local_store import LocalStore
+    from pipelines.artifacts.open import open_store
 
-    return LocalStore(tmp_path / "store")
+    return open_store(str(tmp_path / "store"))

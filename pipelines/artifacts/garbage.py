@@ -1,18 +1,18 @@
-"""Removing what nobody needs any more: what was not used for a while and nothing that is kept was made from.
+"""Remove what is no longer needed: artifacts that were not used for a while, and that nothing that is kept was made from.
 
 Kept are artifacts that were made or used within the age limit, those that are named, models that MLflow's registry has and their
-last evaluations, what a stage that was at work within the limit noted, and everything that any of these was made from. Unfinished
-stages and stray files (of a run that lost a race, or was killed) go by age alone.
+last evaluations, inputs that a stage recorded which was at work within the limit, and everything that any of these was made from.
+Unfinished stages and stray files (of a run that lost a race, or was killed) are removed by age alone.
 
-*Use* is when any file in an artifact's folder was last written. Every run writes its note there before it looks whether the
-artifact exists, and again every few minutes until the run ends, into all that it has so far (uses.py); a stage that is at work has
-noted all that, too. Removing looks at it again, takes the manifest away, looks once more, and puts the manifest back if a note
-came in between. So of a run and a removal that meet, either the run finds no artifact and makes it again, or the artifact stays.
+*Use* is the time at which any file in an artifact's folder was last written. Every run writes a record of use there before it looks
+whether the artifact exists, and again every few minutes until the run ends, for all artifacts that it has so far (last_used.py). A
+removal looks at the time again, deletes the manifest, looks once more, and puts the manifest back if a record came in between. So
+if a run and a removal overlap, either the run finds no artifact and makes it again, or the artifact stays.
 
-What remains is a run that comes in the moments in which the files are removed, and takes over some that are about to go. Both look
-twice: a commit looks for its files after the manifest is written (ArtifactStore.commit), a removal for a manifest after the files
-are gone. So no manifest stays whose files went; the run fails by name, and the same command makes it again. A crash leaves files
-that no manifest names, for the next time.
+One case remains: a run that starts while the files are being removed, and reuses some that are about to go. Both sides look twice:
+a commit looks for its files after the manifest is written (ArtifactStore.commit), and a removal looks for a manifest after the
+files are gone. So no manifest stays without its files: the run fails with a message, and the same command makes the artifact again.
+A crash leaves files that no manifest names, for the next removal.
 """
 
 from __future__ import annotations
@@ -22,33 +22,34 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.artifacts.inventory import created, find_unfinished, phrase
 from pipelines.artifacts.lineage import Lineage
-from pipelines.artifacts.manifest import MANIFEST, PARTS, USED, DamagedManifestError, Manifest, Name, StoredPath, name_of, short
+from pipelines.artifacts.manifest import MANIFEST, PARTS, USED, DamagedManifestError, Manifest, Name, name_of, short
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.formatting import one_line, show_age, show_size
-from pipelines.storage.base import StoreError
-
-_log = logging.getLogger(__name__)
-_THREADS = 8  # removals at once
+from pipelines.storage.base import StoredFile, StoreError
 
 Kind: TypeAlias = Literal["artifact", "unfinished", "stray files"]
 Reason: TypeAlias = Literal["recent", "named", "registered", "damaged", "elsewhere", "needed"]
 
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+_THREADS = 8  # removals at once
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Removal:
-    """Files that can go. manifest: of an artifact, which goes first.   used: seconds since 1970."""
+    """Files that can be removed. manifest: of an artifact; removed first.   used: seconds since 1970."""
 
     kind: Kind
     stage: str
     key: str
-    files: tuple[StoredPath, ...]
+    files: tuple[StoredFile, ...]
     used: float
     manifest: Manifest | None = None
 
@@ -59,9 +60,9 @@ class Removal:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """removals: what was made from others before those.   kept: artifacts, and why.   damaged: manifests that are none; their
-    folders are left alone, and so is what they can be seen to be made from.   limit: what was used since then (seconds since
-    1970) stays."""
+    """removals: artifacts before those that they were made from.   kept: artifacts, and why.   damaged: manifests that cannot be
+    read; their folders stay, and so do those of their inputs that can be made out.   limit: what was used since then (seconds
+    since 1970) stays."""
 
     removals: Sequence[Removal]
     kept: Mapping[Name, Reason]
@@ -71,15 +72,17 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """What collect did. spared: removals that were not made, with the reason."""
+    """What collect did. spared: planned removals that were not made, with the reason."""
 
     removed: list[Removal] = field(default_factory=list)
     spared: list[tuple[Removal, str]] = field(default_factory=list)
 
 
 def plan(store: ArtifactStore, *, limit: float, named: Collection[Name] = (), registered: Collection[Name] = ()) -> Plan:
-    """What could go. limit: seconds since 1970.   named, registered: (stage, key) of what is to stay."""
-    folders = {(stage, key): files for stage, key, files in store.folders()}  # before manifests: what is committed meanwhile is new
+    """Plan removals. limit: seconds since 1970.   named, registered: (stage, key) of artifacts to keep."""
+    folders = {
+        (stage, key): files for stage, key, files in store.folders()
+    }  # before manifests: an artifact that is committed meanwhile is new
     read = [*store.read_manifests()]
     manifests = {name_of(found): found for found in read if isinstance(found, Manifest)}
     damaged = [found for found in read if isinstance(found, DamagedManifestError)]
@@ -98,7 +101,7 @@ def plan(store: ArtifactStore, *, limit: float, named: Collection[Name] = (), re
     kept = dict(roots)
     graph = Lineage(manifests.values())
     needed = [name for each in damaged for name in each.inputs]
-    needed += [name for each in unfinished if each.used >= limit for name in store.noted_inputs(each.stage, each.key)]
+    needed += [name for each in unfinished if each.used >= limit for name in store.recorded_inputs(each.stage, each.key)]
     for name in (*needed, *graph.ancestors([*roots, *needed])):
         if name in manifests:
             kept.setdefault(name, "needed")
@@ -115,19 +118,19 @@ def plan(store: ArtifactStore, *, limit: float, named: Collection[Name] = (), re
     return Plan(removals=removals, kept=kept, damaged=damaged, limit=limit)
 
 
-def _last_used(files: Iterable[StoredPath], manifest: Manifest | None = None) -> float:
+def _last_used(files: Iterable[StoredFile], manifest: Manifest | None = None) -> float:
     made = created(manifest) if manifest is not None else None
     return max([file.modified for file in files] + ([made] if made is not None else []), default=0.0)
 
 
-def _stray_files(files: Iterable[StoredPath], manifest: Manifest, limit: float) -> tuple[StoredPath, ...]:
-    """Of a committed artifact: what it does not name, but for the notes on it."""
+def _stray_files(files: Iterable[StoredFile], manifest: Manifest, limit: float) -> tuple[StoredFile, ...]:
+    """Old files of a committed artifact that it does not name, except its record of use."""
     own = {MANIFEST, USED, *(record.path for record in (*manifest.files, *manifest.records))}
-    return tuple(file for file in files if file.path not in own and file.modified < limit)
+    return tuple(file for file in files if file.name not in own and file.modified < limit)
 
 
 def collect(store: ArtifactStore, planned: Plan, advance: Callable[[Removal], None] = lambda _: None) -> Outcome:
-    """Remove what a plan names and is still as it was. advance: is told of each removal that was made or spared."""
+    """Make the planned removals, except of what was used meanwhile. advance: called after each removal, made or spared."""
     outcome, needed = Outcome(), set[Name]()
     graph = Lineage(removal.manifest for removal in planned.removals if removal.kind == "artifact" and removal.manifest)
 
@@ -149,7 +152,7 @@ def collect(store: ArtifactStore, planned: Plan, advance: Callable[[Removal], No
 
 
 def _in_turn(removals: Iterable[Removal], graph: Lineage) -> list[list[Removal]]:
-    """Removals that can be made at once, after those of what was made from them."""
+    """Groups of removals that can be made at the same time. Artifacts come after those that were made from them."""
     turns: dict[Name, int] = {}
     groups: dict[int, list[Removal]] = {}
     for removal in removals:
@@ -162,7 +165,7 @@ def _in_turn(removals: Iterable[Removal], graph: Lineage) -> list[list[Removal]]
 
 
 def _remove_artifact(store: ArtifactStore, removal: Removal, limit: float) -> str | None:
-    """None where it is gone now, else why not."""
+    """Returns None if it was removed, else the reason why not."""
     name, manifest = (removal.stage, removal.key), removal.manifest
     assert manifest is not None
     if _last_used(store.list_files(*name), manifest) >= limit:  # also if it was removed and made again
@@ -179,40 +182,42 @@ def _put_back(store: ArtifactStore, manifest: Manifest) -> None:
     try:
         store.commit(manifest)
     except StoreError as error:
-        _log.warning("%s was damaged and is made again by the run that asks for it now (%s)", short(name_of(manifest)), error)
+        _log.warning("%s was damaged; the run that asks for it now makes it again (%s)", short(name_of(manifest)), error)
 
 
 def _remove_unfinished(store: ArtifactStore, removal: Removal, limit: float) -> str | None:
     name = (removal.stage, removal.key)
     files = store.list_files(*name)
     if _last_used(files) >= limit:
-        return "work on it goes on"
-    if MANIFEST in {file.path for file in files}:
+        return "work on it continues"
+    if MANIFEST in {file.name for file in files}:
         return "it was finished meanwhile"
     return _remove_files(store, name, files, limit)
 
 
-def _remove_files(store: ArtifactStore, name: Name, files: Iterable[StoredPath], limit: float) -> str | None:
-    """Remove files of what has no manifest. None where they are gone now, else why some stay.
+def _remove_files(store: ArtifactStore, name: Name, files: Iterable[StoredFile], limit: float) -> str | None:
+    """Remove files that no manifest names. Returns None if they were removed, else the reason why some stay.
 
-    Records of parts go before the files they vouch for, and the note of use last, so that whatever a crash leaves is consistent,
-    and seen as this program's. A run may come at any moment: a commit and this look for each other's doing after their own.
+    Records of parts are removed before the files that they name, and the record of use last. What a crash leaves is then consistent
+    and still recognized as an artifact's folder. A run may start at any moment: see the module's docstring.
     """
-    paths = {file.path for file in files} - {USED}
+    paths = {file.name for file in files} - {USED}
     records = {path for path in paths if path.startswith(f"{PARTS}/")}
     if records:
         store.delete_files(*name, sorted(records))
-        if _last_used(store.list_files(*name)) >= limit:  # a run that read the records before finds their files
-            return "work on it goes on"
+        if _last_used(store.list_files(*name)) >= limit:  # a run that has read the records finds their files
+            return "work on it continues"
     if paths - records:
         store.delete_files(*name, sorted(paths - records))
-    left = {file.path: file for file in store.list_files(*name)}
+    left = {file.name: file for file in store.list_files(*name)}
     if MANIFEST in left:
         if (made := store.read_manifest(*name)) is not None and not [*store.missing_files(made)]:
             return "it was made again meanwhile"
         store.delete_manifest(*name)
-        _log.warning("%s was made of files that were being removed, and is gone again; run again what made it", short(name))
-    if USED in left and _last_used(left.values()) < limit:  # else it is of a run that has just come
+        _log.warning(
+            "%s was made from files that were being removed, and is removed again; repeat the run that made it", short(name)
+        )
+    if USED in left and _last_used(left.values()) < limit:  # else a run has just written it
         store.delete_files(*name, [USED])
     return None
 
@@ -222,9 +227,9 @@ def _remove_stray(store: ArtifactStore, removal: Removal, limit: float) -> str |
     manifest = store.read_manifest(*name)
     if manifest is None:
         return "the artifact is gone"
-    planned = {file.path for file in removal.files}
-    paths = [file.path for file in _stray_files(store.list_files(*name), manifest, limit) if file.path in planned]
-    paths.sort(key=lambda path: not path.startswith(f"{PARTS}/"))  # records before the files they vouch for
+    planned = {file.name for file in removal.files}
+    paths = [file.name for file in _stray_files(store.list_files(*name), manifest, limit) if file.name in planned]
+    paths.sort(key=lambda path: not path.startswith(f"{PARTS}/"))  # records before the files that they name
     if paths:
         store.delete_files(*name, paths)
     return None
@@ -236,12 +241,11 @@ _REMOVE: Mapping[Kind, Callable[[ArtifactStore, Removal, float], str | None]] = 
     "stray files": _remove_stray,
 }
 
-
-_KINDS = ("artifact", "unfinished", "stray files")
+# Showing -------------------------------------------------------------------------------------------------------------------
 
 
 def show(planned: Plan, outcome: Outcome | None, store: str, now: float, console: Console) -> None:
-    """outcome: None where nothing was to be removed yet."""
+    """Print a plan and its outcome. outcome: None for a dry run."""
     removals = planned.removals if outcome is None else outcome.removed
     if removals:
         table = _table("size", "used", "what", "artifact", "")
@@ -260,7 +264,7 @@ def show(planned: Plan, outcome: Outcome | None, store: str, now: float, console
     total = show_size(sum(removal.size for removal in removals))
     console.print(f"kept {len(planned.kept)} artifacts ({why})", highlight=False)
     if outcome is None:
-        verb = "would be freed; --delete removes it" if removals else "would be freed: there is nothing to remove"
+        verb = "would be freed; --delete removes it" if removals else "would be freed: nothing can be removed"
     else:
         verb = "freed"
     console.print(f"{total} {verb}, in {one_line(store)}", highlight=False, soft_wrap=True)
@@ -276,7 +280,7 @@ def _totals(removals: Sequence[Removal]) -> Table:
 
 
 def _count(removals: Sequence[Removal], kind: str) -> int:
-    """Artifacts and unfinished ones, but of stray files how many there are."""
+    """Number of artifacts or of unfinished ones; of stray files, the number of files."""
     return sum(len(removal.files) if kind == "stray files" else 1 for removal in removals if removal.kind == kind)
 
 
@@ -299,7 +303,7 @@ def to_json(planned: Plan, outcome: Outcome | None) -> dict[str, Any]:
 
 def _removal(removal: Removal) -> dict[str, Any]:
     values = {"kind": removal.kind, "stage": removal.stage, "key": removal.key, "bytes": removal.size}
-    return {**values, "used": removal.used, "files": [file.path for file in removal.files]}
+    return {**values, "used": removal.used, "files": [file.name for file in removal.files]}
 
 
 def _table(*columns: str) -> Table:

@@ -20,14 +20,13 @@ from pipelines.artifacts.manifest import (
     DamagedManifestError,
     Manifest,
     Name,
-    StoredPath,
     inputs_of,
     name_of,
     short,
 )
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.formatting import one_line, show_age, show_size
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StoredFile, StoreError
 
 if TYPE_CHECKING:
     pass
@@ -241,7 +240,7 @@ class Unfinished:
     stage: str
     key: str
     num_parts: int
-    files: tuple[StoredPath, ...]
+    files: tuple[StoredFile, ...]
     used: float
 
     @property
@@ -249,14 +248,14 @@ class Unfinished:
         return sum(file.size for file in self.files)
 
 
-def find_unfinished(folders: Iterable[tuple[str, str, list[StoredPath]]], manifests: Iterable[Manifest]) -> list[Unfinished]:
+def find_unfinished(folders: Iterable[tuple[str, str, list[StoredFile]]], manifests: Iterable[Manifest]) -> list[Unfinished]:
     """folders, manifests: all of a store. Last used first.
 
     What was not begun by this program is left out: a folder counts if it holds records of it, or if its stage has artifacts.
     """
     open_folders, stages = [], {manifest.stage for manifest in manifests}
     for stage, key, files in folders:
-        tops = {file.path.split("/")[0] for file in files}
+        tops = {file.name.split("/")[0] for file in files}
         if MANIFEST in tops:
             continue
         open_folders.append((stage, key, files))
@@ -266,7 +265,7 @@ def find_unfinished(folders: Iterable[tuple[str, str, list[StoredPath]]], manife
         Unfinished(
             stage,
             key,
-            sum(file.path.startswith(f"{PARTS}/") and file.path.endswith(".json") for file in files),
+            sum(file.name.startswith(f"{PARTS}/") and file.name.endswith(".json") for file in files),
             tuple(files),
             max(file.modified for file in files),
         )

@@ -1,7 +1,7 @@
-"""What stands in a store beside the files of artifacts: manifests, records of parts, notes of use.
+"""The small files that a store keeps beside the files of artifacts: manifests, records of parts, records of use.
 
-Stores are shared, so a manifest may say what somebody else wrote. Nothing in one is believed before it is checked: no name in it
-leads out of its artifact's folder, and it speaks of the artifact that it lies with.
+Stores are shared, so somebody else may have written a manifest. It is checked before it is used: no name in it leads out of its
+artifact's folder, and it describes the artifact that it is stored with.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from typing import Any
 
 from pipelines.storage.base import StoreError, canonical_json, digest_of
 
-_log = logging.getLogger(__name__)
+Name = tuple[str, str]  # stage, key
 
 MANIFEST = "manifest.json"
 PARTS = ".parts"  # one small record per committed shard of an unfinished artifact
 WORK = ".work"  # checkpoints and other state of an unfinished artifact
-USED = ".used"  # when a run last asked for the artifact, and what it is made from
+USED = ".used"  # when a run last used the artifact, and the inputs of the artifact
 _RESERVED = frozenset({MANIFEST, PARTS, WORK, USED})
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_log = logging.getLogger(__name__)
 
 
 class DamagedManifestError(StoreError):
-    """What lies in a manifest's place is none that can be believed. inputs: (stage, key) of what it can be seen to be made from."""
+    """A manifest cannot be used. inputs: (stage, key) of those inputs that can be made out."""
 
-    def __init__(self, message: str, stage: str = "", key: str = "", inputs: tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(self, message: str, stage: str = "", key: str = "", inputs: tuple[Name, ...] = ()) -> None:
         super().__init__(message)
         self.stage, self.key, self.inputs = stage, key, inputs
 
 
 class DamagedFileError(StoreError):
-    """The bytes of a file are gone, or not those that were put there. what: the finding, without the advice that goes with it for
-    an artifact.   place: of the artifact."""
+    """A file is gone, or its bytes are not those that were stored. what: the finding, without advice.   place: of the artifact."""
 
     def __init__(self, what: str, place: str) -> None:
-        super().__init__(what, place)  # so that it survives pickling
+        super().__init__(what, place)  # both, for pickling
         self.what, self.place = what, place
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class DamagedFileError(StoreError):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of an artifact. path: where it lies under the artifact; usually its name (see ArtifactStore.put_file)."""
+    """One file of an artifact. path: in the artifact's folder; usually the name (see ArtifactStore.put_file)."""
 
     name: str
     path: str
@@ -57,20 +57,11 @@ class FileRecord:
     sha256: str
 
 
-@dataclass(frozen=True)
-class StoredPath:
-    """A file as it lies in an artifact's folder. modified: seconds since 1970, by the store's own clock."""
-
-    path: str
-    size: int
-    modified: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an artifact is (stage, key, files), what it was made from, and what making it took.
+    """What an artifact is (stage, key, files), what it was made from, and what it cost.
 
-    records: files that tell how it was made (a loss history, pictures): kept and verified like files, but no part of the digest.
+    records: files about how it was made (a loss history, pictures): kept and verified like files, but not part of the digest.
     inputs: name -> {"stage", "key", "digest"}.   summary: facts about the content (rows, classes, grid, ...).
     metrics: measured numbers.   provenance: created (UTC), code version, seconds: never part of a digest.
     """
@@ -89,7 +80,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Names the content: making the same files again, elsewhere or later, gives the same digest."""
+        """Identifies the content: making the same files again, elsewhere or later, gives the same digest."""
         files = [[record.name, record.size, record.sha256] for record in sorted(self.files, key=lambda record: record.name)]
         return digest_of({"stage": self.stage, "key": self.key, "files": files})
 
@@ -113,25 +104,19 @@ class Manifest:
 
     @classmethod
     def read(cls, text: bytes, place: object, stage: str, key: str) -> Manifest:
-        """The same for what lies in a store as the manifest of stage/key. Raises DamagedManifestError, naming the place."""
+        """Parse the manifest that a store has for stage/key. Raises DamagedManifestError, naming the place."""
         fields: Any = None
-        try:  # it may be no JSON, or other JSON than a manifest's
+        try:  # it may not be JSON, or not the JSON of a manifest
             fields = json.loads(text)
             _check(fields, stage, key)
             return cls.from_json(text)
-        except (
-            KeyError,
-            TypeError,
-            AttributeError,
-            ValueError,
-            RecursionError,
-        ) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             reason = f"{place} is not a manifest ({error}); move the artifact away to make it again"
             raise DamagedManifestError(reason, stage, key, tuple(_inputs_of(fields))) from error
 
 
 def part_record(content: bytes, place: object) -> dict[str, Any] | None:
-    """What put_part wrote. None, with a warning, for what a machine that lost its power may have left: the part is made again."""
+    """Parse what put_part wrote. Returns None, with a warning, for what a power failure may leave: the part is made again."""
     try:
         record = json.loads(content)
     except ValueError:
@@ -142,13 +127,13 @@ def part_record(content: bytes, place: object) -> dict[str, Any] | None:
     return None
 
 
-def use_note(inputs: Iterable[tuple[str, str]]) -> bytes:
-    """The content of a note of use."""
+def use_record(inputs: Iterable[Name]) -> bytes:
+    """The content of a record of use."""
     return canonical_json({"inputs": sorted(set(inputs))})
 
 
-def read_use_note(content: bytes) -> list[tuple[str, str]]:
-    """The inputs that it names; a note that cannot be read names none."""
+def read_use_record(content: bytes) -> list[Name]:
+    """Its inputs; none if its content is damaged."""
     try:
         return [(stage, key) for stage, key in json.loads(content)["inputs"] if is_artifact(stage, key)]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -156,57 +141,9 @@ def read_use_note(content: bytes) -> list[tuple[str, str]]:
 
 
 def paths_of(name: str, sha256: str) -> tuple[str, str]:
-    """Where a file may lie: under its name, and where other bytes lie there, under the name with its digest."""
+    """The paths that a file may have: its name, and if other bytes have that, its name with its digest."""
     suffixes = "".join(Path(name).suffixes)
     return name, f"{name.removesuffix(suffixes)}.{sha256[:12]}{suffixes}"
-
-
-def is_artifact(stage: object, key: object) -> bool:
-    """Whether these can be a stage and a key. Folders that are called otherwise are somebody else's."""
-    return isinstance(stage, str) and isinstance(key, str) and bool(_STAGE.fullmatch(stage) and _SHA256.fullmatch(key))
-
-
-def is_inside(path: object) -> bool:
-    """Whether a path stays below the folder that it is relative to, and is the one way to write it."""
-    if not isinstance(path, str) or "\\" in path or "\0" in path:
-        return False
-    return all(part not in ("", ".", "..") for part in path.split("/"))
-
-
-def _check(fields: Any, stage: str, key: str) -> None:
-    """fields: of the JSON that lies with artifact stage/key.
-
-    Raises ValueError, saying what is wrong.
-    """
-    if not isinstance(fields, Mapping):
-        raise ValueError("it is no JSON object")
-    said = fields.get("stage"), fields.get("key")
-    if said != (stage, key):
-        raise ValueError(f"it speaks of {said[0]}/{said[1]}")
-    for file in (*fields["files"], *fields["records"]):
-        for place in (file["name"], file["path"]):
-            if not is_inside(place) or place.split("/")[0] in _RESERVED:
-                raise ValueError(f"it lists a file called {place!r}")
-        size = file["size"]
-        if not isinstance(size, int) or size < 0 or not isinstance(file["sha256"], str) or not _SHA256.fullmatch(file["sha256"]):
-            raise ValueError(f"size or sha256 of {file['name']} are none")
-    for name, source in fields["inputs"].items():
-        if not is_artifact(source["stage"], source["key"]) or not isinstance(source["digest"], str):
-            raise ValueError(f"its input {name} is no artifact")
-    for name in ("config", "summary", "metrics", "provenance"):
-        if not isinstance(fields[name], Mapping):
-            raise ValueError(f"its {name} is no JSON object")
-
-
-def _inputs_of(fields: Any) -> Iterator[tuple[str, str]]:
-    """(stage, key) of those inputs that can be made out, also where the rest cannot: of a newer format, say."""
-    inputs = fields.get("inputs") if isinstance(fields, Mapping) else None
-    for source in inputs.values() if isinstance(inputs, Mapping) else ():
-        if isinstance(source, Mapping) and is_artifact(source.get("stage"), source.get("key")):
-            yield source["stage"], source["key"]
-
-
-Name = tuple[str, str]  # stage, key
 
 
 def name_of(manifest: Manifest) -> Name:
@@ -220,3 +157,50 @@ def inputs_of(manifest: Manifest) -> list[Name]:
 
 def short(name: Name) -> str:
     return f"{name[0]}/{name[1][:12]}"
+
+
+def is_stage(name: object) -> bool:
+    """Whether this can be the name of a stage. Other folders in a store belong to somebody else."""
+    return isinstance(name, str) and bool(_STAGE.fullmatch(name))
+
+
+def is_artifact(stage: object, key: object) -> bool:
+    """Whether these can be a stage and a key."""
+    return is_stage(stage) and isinstance(key, str) and bool(_SHA256.fullmatch(key))
+
+
+def is_inside(path: object) -> bool:
+    """Whether a relative path stays below its folder, and is written in the one canonical way."""
+    if not isinstance(path, str) or "\\" in path or "\0" in path:
+        return False
+    return all(part not in ("", ".", "..") for part in path.split("/"))
+
+
+def _check(fields: Any, stage: str, key: str) -> None:
+    """Raise ValueError if these fields are not those of a manifest of stage/key."""
+    if not isinstance(fields, Mapping):
+        raise ValueError("it is not a JSON object")
+    described = fields.get("stage"), fields.get("key")
+    if described != (stage, key):
+        raise ValueError(f"it describes {described[0]}/{described[1]}")
+    for file in (*fields["files"], *fields["records"]):
+        for place in (file["name"], file["path"]):
+            if not is_inside(place) or place.split("/")[0] in _RESERVED:
+                raise ValueError(f"it lists a file called {place!r}")
+        size = file["size"]
+        if not isinstance(size, int) or size < 0 or not isinstance(file["sha256"], str) or not _SHA256.fullmatch(file["sha256"]):
+            raise ValueError(f"size or sha256 of {file['name']} is not valid")
+    for name, source in fields["inputs"].items():
+        if not is_artifact(source["stage"], source["key"]) or not isinstance(source["digest"], str):
+            raise ValueError(f"its input {name} is not an artifact")
+    for name in ("config", "summary", "metrics", "provenance"):
+        if not isinstance(fields[name], Mapping):
+            raise ValueError(f"its {name} is not a JSON object")
+
+
+def _inputs_of(fields: Any) -> Iterator[Name]:
+    """Those inputs that can be made out even if the rest cannot, for example in a newer format."""
+    inputs = fields.get("inputs") if isinstance(fields, Mapping) else None
+    for source in inputs.values() if isinstance(inputs, Mapping) else ():
+        if isinstance(source, Mapping) and is_artifact(source.get("stage"), source.get("key")):
+            yield source["stage"], source["key"]

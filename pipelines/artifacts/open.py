@@ -1,37 +1,33 @@
-"""A URI as an artifact store: a folder, or s3://bucket/prefix."""
+"""Open a path or s3://bucket/prefix as an artifact store."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StoreError
+from pipelines.storage.open import open_folder
 from pipelines.storage.redaction import without_credentials
 
 if TYPE_CHECKING:
     from pipelines.storage.s3_client import S3Config
 
 
-from pipelines.artifacts.local_store import LocalStore
-from pipelines.artifacts.store import ArtifactStore
-
-
 def open_store(uri: str, s3: S3Config | None = None) -> ArtifactStore:
-    """A folder's path or s3://bucket/prefix -> the store there. s3: how the bucket is reached; without it, AWS's own settings
-    decide. Raises StoreError for a kind of place that no store is written for."""
-    if uri.startswith("s3://"):
-        from pipelines.artifacts.s3_store import S3Store
+    """Open the store at a path, which need not exist, or at s3://bucket/prefix.
 
-        return S3Store(uri, s3)
-    if "://" in uri:
+    s3: how to reach the bucket; None uses the settings of AWS. Raises StoreError for other kinds of place.
+    """
+    if "://" in uri and not uri.startswith("s3://"):
         shown = without_credentials(uri)
         raise StoreError(f"the store {shown} is neither a folder nor s3://bucket/prefix; choose one with store=...")
-    return LocalStore(Path(uri))
+    return ArtifactStore(open_folder(uri, s3, must_exist=False))
 
 
 def open_existing(uri: str, s3: S3Config) -> ArtifactStore:
-    """Raises ValueError for a folder that is not there: a mistyped store would look like an empty one."""
+    """Raise ValueError if a path does not exist: a mistyped store would look like an empty one."""
     store = open_store(uri, s3)
     if "://" not in uri and not Path(uri).expanduser().is_dir():
-        raise ValueError(f"there is no store at {uri}; name another, or make one with enat run")
+        raise ValueError(f"the store {uri} does not exist; name another, or make one with enat run")
     return store

@@ -1,46 +1,123 @@
 """The artifact store: what a stage made, found again by what went into it.
 
-An artifact is `<store>/<stage>/<key>/` with a `manifest.json` that lists every file with size and sha256. The manifest is
-written last and only if there is none: no manifest, no artifact. Nothing in a store is ever overwritten, so two runs that
-make the same artifact at once need no lock: the first manifest wins and the other run adopts it.
+An artifact is the folder `<store>/<stage>/<key>/` with a `manifest.json` that lists every file with its size and sha256. The
+manifest is written last and only if there is none: without a manifest the artifact does not exist. Files are never overwritten, so
+two runs that make the same artifact at once need no lock: the first manifest wins and the other run adopts it.
 
-This module and s3_store alone know where a store lies. `open_store` turns a URI into one; stages see `ArtifactStore` only.
+The store knows nothing of the kind of folder that it is in (see storage/base.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pipelines.artifacts.manifest import (
+    MANIFEST,
+    PARTS,
+    USED,
+    WORK,
+    DamagedFileError,
     DamagedManifestError,
     FileRecord,
     Manifest,
-    StoredPath,
+    Name,
+    is_artifact,
+    is_inside,
+    is_stage,
+    part_record,
+    paths_of,
+    read_use_record,
+    use_record,
 )
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import (
+    Folder,
+    MissingFileError,
+    StorageError,
+    StoredFile,
+    StoreError,
+    WrongContentError,
+    canonical_json,
+    file_digest,
+    in_parallel,
+)
 
 _log = logging.getLogger(__name__)
+_MANIFESTS_AT_ONCE = 256
 
 
-class ArtifactStore(ABC):
-    """Artifacts by (stage, key). Safe to send to workers; they write parts and files directly."""
+class ArtifactStore:
+    """Artifacts by (stage, key). A store can be sent to workers, which write parts and files directly."""
 
-    uri: str
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.uri = folder.uri
 
-    @abstractmethod
+    def place(self, stage: str, key: str) -> str:
+        """Path or URI of an artifact, for people."""
+        return f"{self.uri}/{stage}/{key}"
+
+    def check_writable(self) -> None:
+        """Raise StoreError, naming the place, if nothing can be written, or if a name that is taken can be written again."""
+        probe = f".probe-{uuid4().hex}"
+        try:
+            is_kept = self.folder.put_if_absent(probe, b"first") and not self.folder.put_if_absent(probe, b"second")
+            self.folder.delete([probe])
+        except (OSError, StorageError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise StoreError(f"the store {self.uri} cannot be written: {reason}; choose another with store=...") from error
+        if not is_kept:
+            raise StoreError(
+                f"the store {self.uri} overwrites existing files (it ignores If-None-Match); choose another with store=..."
+            )
+
+    # Manifests -----------------------------------------------------------------------------------------------------------------
+
     def read_manifest(self, stage: str, key: str) -> Manifest | None:
-        """The committed manifest, or None where the artifact does not exist (yet)."""
+        """Return the committed manifest, or None if the artifact does not exist (yet)."""
+        place = f"{self.place(stage, key)}/{MANIFEST}"
+        try:
+            content = self.folder.read(f"{stage}/{key}/{MANIFEST}")
+        except MissingFileError:
+            return None
+        except StorageError as error:
+            if isinstance(error.__cause__, OSError):  # this file cannot be read from the disk; others may be whole
+                raise DamagedManifestError(str(error), stage, key) from error.__cause__
+            raise
+        return Manifest.read(content, place, stage, key)
+
+    def read_manifests(self, names: Iterable[Name] | None = None) -> Iterator[Manifest | DamagedManifestError]:
+        """Read the manifests of these artifacts, or of all. A damaged manifest is replaced by its error."""
+
+        def read(name: Name) -> Manifest | DamagedManifestError | None:
+            try:
+                return self.read_manifest(*name)
+            except DamagedManifestError as error:
+                return error
+
+        remaining = iter(self.names() if names is None else names)
+        while some := [*islice(remaining, _MANIFESTS_AT_ONCE)]:  # read whole: a reader that stops leaves no thread waiting
+            yield from [found for found in in_parallel(read, some) if found is not None]
+
+    def manifests(self) -> Iterator[Manifest]:
+        """Read all committed artifacts, with a warning for each damaged manifest."""
+        for found in self.read_manifests():
+            if isinstance(found, Manifest):
+                yield found
+            else:
+                _log.warning("%s", found)
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Make the artifact exist. Returns the manifest that counts: an earlier one, where another run was first.
+        """Make the artifact exist. Returns the manifest that counts: an earlier one if another run was first.
 
-        Raises StoreError where files of it are not there. Whoever removes files looks for a manifest afterwards, and here files
-        are looked for after the manifest is written: so of two that meet, at least one sees the other.
+        Raises StoreError if files of it are missing. A removal looks for a manifest after it removed files, and a commit looks for
+        the files after it wrote the manifest: if the two overlap, at least one of them detects the other.
         """
         name = manifest.stage, manifest.key
         self._check_files(manifest)
@@ -51,10 +128,13 @@ class ArtifactStore(ABC):
         try:
             self._check_files(manifest)
         except StoreError:
-            with contextlib.suppress(ValueError, OSError):  # those who may not remove it are told to have it removed
+            with contextlib.suppress(ValueError, OSError):  # without the right to remove it, the message asks to have it removed
                 self.delete_manifest(*name)
             raise
         return manifest
+
+    def _put_manifest(self, manifest: Manifest) -> bool:
+        return self.folder.put_if_absent(f"{manifest.stage}/{manifest.key}/{MANIFEST}", manifest.to_json())
 
     def _check_files(self, manifest: Manifest) -> None:
         place = self.place(manifest.stage, manifest.key)
@@ -63,108 +143,133 @@ class ArtifactStore(ABC):
                 f"{place}/{record.path} is gone, or cut off, before the artifact was made of it; remove {place} and run again"
             )
 
-    @abstractmethod
     def missing_files(self, manifest: Manifest) -> Iterator[FileRecord]:
-        """Those files and records of an artifact, committed or not, that do not lie in the store in their full size."""
+        """Files and records of an artifact, committed or not, that the store does not have in their full size."""
+        folder = f"{manifest.stage}/{manifest.key}/"
+        sizes = {file.name.removeprefix(folder): file.size for file in self.folder.list(folder)}
+        yield from (record for record in (*manifest.files, *manifest.records) if sizes.get(record.path) != record.size)
 
-    @abstractmethod
-    def _put_manifest(self, manifest: Manifest) -> bool:
-        """Whether it lies there now; else another one does."""
+    def delete_manifest(self, stage: str, key: str) -> None:
+        """Make the artifact not exist any more. Its files stay."""
+        self.delete_files(stage, key, [MANIFEST])
 
-    @abstractmethod
+    # Files ---------------------------------------------------------------------------------------------------------------------
+
     def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
-        """Store a file, never overwriting: where the name is taken by other bytes (another run of a stage that is not
-        deterministic), it lies under a path with its digest, and the manifest of each run names its own."""
+        """Store a file without overwriting another.
 
-    @abstractmethod
+        If the name is taken by other bytes (of another run of a stage that is not deterministic), the file gets a path with its
+        digest, and the manifest of each run names its own.
+        """
+        sha256, size = file_digest(source), source.stat().st_size
+        for path in paths_of(name, sha256):
+            if self.folder.put_if_absent(f"{stage}/{key}/{path}", source, sha256):
+                return FileRecord(name=name, path=path, size=size, sha256=sha256)
+        place = f"{self.place(stage, key)}/{name}"
+        raise StoreError(f"{place} is damaged: its bytes differ from the digest in its name; remove it and run again")
+
     def fetch_file(self, stage: str, key: str, record: FileRecord) -> Path:
-        """A local path of a file whose bytes were checked against its record. Raises DamagedFileError where they differ, and
-        another StoreError where they could not be looked at."""
+        """Return a local path of a file after its bytes were checked against its record.
+
+        Raises DamagedFileError if they differ, and another StoreError or StorageError if they cannot be read.
+        """
+        name = f"{stage}/{key}/{record.path}"
+        try:
+            return self.folder.fetch(name, record.size, record.sha256)
+        except MissingFileError as error:
+            reason = "is gone, though its manifest lists it"
+            raise DamagedFileError(f"{self.uri}/{name} {reason}", self.place(stage, key)) from error
+        except WrongContentError as error:
+            reason = "was changed after it was made (its sha256 differs)"
+            raise DamagedFileError(f"{self.uri}/{name} {reason}", self.place(stage, key)) from error
 
     def fetch(self, manifest: Manifest, name: str) -> Path:
         """The same for a file of a committed artifact."""
         return self.fetch_file(manifest.stage, manifest.key, manifest.file(name))
 
-    @abstractmethod
+    def read_chunks(self, stage: str, key: str, path: str) -> Iterator[bytes]:
+        """Read a file as it is now, past every cache and check. Raises MissingFileError."""
+        return self.folder.chunks(f"{stage}/{key}/{path}")
+
+    def delete_files(self, stage: str, key: str, paths: Iterable[str]) -> None:
+        """Remove exactly these files of an artifact, which is not behind a link. Files that do not exist are skipped."""
+        paths = [*paths]
+        assert is_artifact(stage, key) and all(is_inside(path) for path in paths), (stage, key, paths)
+        self.folder.delete([f"{stage}/{key}/{path}" for path in paths], follow_links=False)
+
+    # Unfinished artifacts ------------------------------------------------------------------------------------------------------
+
     def put_part(self, stage: str, key: str, name: str, record: Mapping[str, Any]) -> None:
-        """Note that a part of an unfinished artifact is done. Its files must have been put before."""
+        """Record that a part of an unfinished artifact is done. Its files must have been put before."""
+        self.folder.put_if_absent(f"{stage}/{key}/{PARTS}/{name}.json", canonical_json(record))
 
-    @abstractmethod
     def read_parts(self, stage: str, key: str) -> dict[str, dict[str, Any]]:
-        """Records of the parts that are done, by name, sorted."""
+        """Read the records of the parts that are done, by name, sorted."""
+        folder = f"{stage}/{key}/{PARTS}/"
+        names = [file.name for file in self.folder.list(folder) if file.name.endswith(".json")]
+        records = {}
+        for name, content in zip(names, in_parallel(self.folder.read_if_exists, names), strict=True):
+            if content is None:
+                continue  # discarded since it was listed
+            if (record := part_record(content, f"{self.uri}/{name}")) is None:
+                self.folder.delete([name])  # else the part could not be recorded again
+            else:
+                records[name.removeprefix(folder).removesuffix(".json")] = record
+        return records
 
-    @abstractmethod
     def discard_part(self, stage: str, key: str, name: str) -> None:
-        """Take back the record of a part, after which its files may be discarded."""
+        """Take back the record of a part. Its files may be discarded afterwards."""
+        self.folder.delete([f"{stage}/{key}/{PARTS}/{name}.json"])
 
-    @abstractmethod
     def discard_files(self, stage: str, key: str, files: Iterable[FileRecord]) -> None:
         """Remove files of an unfinished artifact that no record names any more."""
+        self.folder.delete([f"{stage}/{key}/{record.path}" for record in files])
 
-    @abstractmethod
     def discard_work(self, stage: str, key: str) -> None:
         """Remove part records and working state once the artifact is committed."""
+        for name in (PARTS, WORK):
+            self.folder.delete(file.name for file in self.folder.list(f"{stage}/{key}/{name}/"))
 
-    @abstractmethod
-    def note_use(self, stage: str, key: str, inputs: Iterable[tuple[str, str]] = ()) -> None:
-        """Say that a run is about to reuse or make an artifact, before it looks whether there is one: see garbage.py.
+    # Use -----------------------------------------------------------------------------------------------------------------------
 
-        inputs: (stage, key) of what it is made from.
+    def record_use(self, stage: str, key: str, inputs: Iterable[Name] = ()) -> None:
+        """Record that a run is about to reuse or make an artifact, before it looks whether the artifact exists: see garbage.py.
+
+        inputs: (stage, key) of the artifacts that it is made from.
         """
+        self.folder.put(f"{stage}/{key}/{USED}", use_record(inputs))
 
-    @abstractmethod
-    def noted_inputs(self, stage: str, key: str) -> list[tuple[str, str]]:
-        """What the newest use noted as inputs; none where there is no note that can be read."""
+    def recorded_inputs(self, stage: str, key: str) -> list[Name]:
+        """Inputs that the last use recorded; empty if nothing was recorded."""
+        content = self.folder.read_if_exists(f"{stage}/{key}/{USED}")
+        return [] if content is None else read_use_record(content)
 
-    @abstractmethod
-    def delete_manifest(self, stage: str, key: str) -> None:
-        """From now on the artifact does not exist; its files still lie there."""
+    # Listing -------------------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def delete_files(self, stage: str, key: str, paths: Iterable[str]) -> None:
-        """Remove exactly these files of the folder of stage/key. What is gone need not be removed."""
+    def names(self) -> Iterator[Name]:
+        """(stage, key) of everything that is named like an artifact, committed or not, in order."""
+        for stage in self._stages():
+            yield from ((stage, key) for key in self.folder.folders(f"{stage}/") if is_artifact(stage, key))
 
-    @abstractmethod
-    def names(self) -> Iterator[tuple[str, str]]:
-        """(stage, key) of all that is called as artifacts are, committed or not, in order."""
+    def folders(self) -> Iterator[tuple[str, str, list[StoredFile]]]:
+        """The same with all files, without those behind a link."""
+        for stage in self._stages():
+            files = self.folder.list(f"{stage}/", follow_links=False)
+            for key, some in groupby(files, key=lambda file: file.name.split("/")[1]):
+                if is_artifact(stage, key) and (own := [*_relative(some, f"{stage}/{key}/")]):
+                    yield stage, key, own
 
-    @abstractmethod
-    def folders(self) -> Iterator[tuple[str, str, list[StoredPath]]]:
-        """The same with all files, of those folders that lie in the store itself, not behind a link."""
+    def _stages(self) -> list[str]:
+        return [name for name in self.folder.folders() if is_stage(name)]
 
-    @abstractmethod
-    def list_files(self, stage: str, key: str) -> list[StoredPath]:
-        """All files in the folder of stage/key, by path; none where there is no such folder, or it is a link."""
+    def list_files(self, stage: str, key: str) -> list[StoredFile]:
+        """All files of an artifact's folder, with names relative to it; empty if it does not exist or is behind a link."""
+        return [*_relative(self.folder.list(f"{stage}/{key}/", follow_links=False), f"{stage}/{key}/")]
 
-    @abstractmethod
-    def read_chunks(self, stage: str, key: str, path: str) -> Iterator[bytes]:
-        """A file as it lies there now, past every cache and check. Raises FileNotFoundError."""
 
-    def read_manifests(self, names: Iterable[tuple[str, str]] | None = None) -> Iterator[Manifest | DamagedManifestError]:
-        """Committed artifacts, of these names or of all; in place of a manifest that is none, the reason."""
-        for stage, key in self.names() if names is None else names:
-            found = self._manifest_or_damage((stage, key))
-            if found is not None:
-                yield found
-
-    def _manifest_or_damage(self, name: tuple[str, str]) -> Manifest | DamagedManifestError | None:
-        try:
-            return self.read_manifest(*name)
-        except DamagedManifestError as error:
-            return error
-
-    def manifests(self) -> Iterator[Manifest]:
-        """All committed artifacts. Of a manifest that is none a warning tells."""
-        for found in self.read_manifests():
-            if isinstance(found, Manifest):
-                yield found
-            else:
-                _log.warning("%s", found)
-
-    @abstractmethod
-    def place(self, stage: str, key: str) -> str:
-        """Where an artifact lies, for people."""
-
-    @abstractmethod
-    def check_writable(self) -> None:
-        """Raises StoreError, naming the place, where nothing can be written."""
+def _relative(files: Iterable[StoredFile], folder: str) -> Iterator[StoredFile]:
+    """Objects can have names that files cannot, such as a//b or a/../b. No store wrote them."""
+    for file in files:
+        name = file.name.removeprefix(folder)
+        if is_inside(name):
+            yield replace(file, name=name)

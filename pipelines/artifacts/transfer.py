@@ -1,15 +1,14 @@
-"""Artifacts from one store into another, and out of a store into plain files. Every byte is checked on the way.
+"""Copy artifacts from one store into another, or into plain files. Every byte is checked on the way.
 
-Done again, a transfer goes on where it stopped: what is already there, byte for byte, is not fetched. In a store the manifest
-comes last and inputs come before what was made from them, so what exists there is whole.
+A transfer that is repeated resumes where it stopped: files that exist with the same bytes are not fetched. In a store, the manifest
+is written last and inputs come before what was made from them, so an artifact that exists there is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,14 +17,15 @@ from pathlib import Path
 from pipelines.artifacts.lineage import Lineage
 from pipelines.artifacts.manifest import MANIFEST, FileRecord, Manifest, name_of, paths_of, short
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StoreError, file_digest
+from pipelines.storage import atomic
+from pipelines.storage.base import MissingFileError, StoreError, file_digest
 
 _THREADS = 4  # files at once
 
 
 @dataclass(frozen=True)
 class Transferred:
-    """An artifact of the target. was_there: it existed before.   num_fetched, size_fetched: files that had to be fetched."""
+    """An artifact in the target. was_there: it existed before.   num_fetched, size_fetched: files that had to be fetched, bytes."""
 
     manifest: Manifest
     was_there: bool
@@ -34,7 +34,7 @@ class Transferred:
 
 
 def with_inputs(store: ArtifactStore, manifest: Manifest) -> list[Manifest]:
-    """An artifact after all that it was made from, oldest first. Raises StoreError where some of it is gone."""
+    """An artifact and everything that it was made from, oldest first. Raises StoreError if some of it is gone."""
     found, waiting = {name_of(manifest): manifest}, [manifest]
     for each in waiting:  # grows
         sources = dict.fromkeys((source["stage"], source["key"]) for source in each.inputs.values())
@@ -56,9 +56,9 @@ def pull(
     manifests: Sequence[Manifest],
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Transferred]:
-    """Copy artifacts, in this order. advance: is told of bytes of files that are there now.
+    """Copy artifacts, in this order. advance: called with the size of each file that the target has now.
 
-    Raises StoreError, before anything is copied, where the target has an artifact of the same key with other content.
+    Raises StoreError before anything is copied if the target has an artifact of the same key with other content.
     """
     there = [target.read_manifest(manifest.stage, manifest.key) for manifest in manifests]
     for manifest, present in zip(manifests, there, strict=True):
@@ -78,7 +78,7 @@ def pull(
 
 def _pull_one(source: ArtifactStore, target: ArtifactStore, manifest: Manifest, advance: Callable[[int], None]) -> Transferred:
     stage, key = name_of(manifest)
-    target.note_use(stage, key, [(each["stage"], each["key"]) for each in manifest.inputs.values()])
+    target.record_use(stage, key, [(each["stage"], each["key"]) for each in manifest.inputs.values()])
 
     def copy(record: FileRecord) -> tuple[FileRecord, bool]:
         there = _record_there(target, stage, key, record)
@@ -89,16 +89,16 @@ def _pull_one(source: ArtifactStore, target: ArtifactStore, manifest: Manifest, 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="pull") as pool:
         files, records = (list(pool.map(copy, some)) for some in (manifest.files, manifest.records))
     own = replace(manifest, files=tuple(record for record, _ in files), records=tuple(record for record, _ in records))
-    assert own.digest == manifest.digest  # of what came, else fetch_file would have refused it
+    assert own.digest == manifest.digest  # else fetch_file would have refused a file
     fetched = [record for record, is_fetched in (*files, *records) if is_fetched]
     return Transferred(target.commit(own), False, len(fetched), sum(record.size for record in fetched))
 
 
 def _record_there(store: ArtifactStore, stage: str, key: str, record: FileRecord) -> FileRecord | None:
-    """A file's record in a store where an earlier transfer, that did not come to an end, has left it."""
+    """The record of a file that an earlier, interrupted transfer left in a store."""
     for path in paths_of(record.name, record.sha256):
         digest = hashlib.sha256()
-        with suppress(FileNotFoundError):
+        with suppress(MissingFileError):
             for chunk in store.read_chunks(stage, key, path):
                 digest.update(chunk)
             if digest.hexdigest() == record.sha256:
@@ -109,49 +109,29 @@ def _record_there(store: ArtifactStore, stage: str, key: str, record: FileRecord
 def write_files(
     source: ArtifactStore, manifest: Manifest, folder: Path, advance: Callable[[int], None] = lambda _: None
 ) -> Transferred:
-    """The files of an artifact under their names, and its manifest, last.
+    """Write the files of an artifact under their names, and its manifest last.
 
-    Raises ValueError, before anything is written, where other files have these names.
+    Raises ValueError before anything is written if other files have these names.
     """
     records = [*manifest.files, *manifest.records]
-    wanted = {MANIFEST: manifest.to_json()}
-    missing = [record for record in records if not _lies_at(folder / record.name, record.size, record.sha256)]
+    wanted = manifest.to_json()
+    missing = [record for record in records if not _has(folder / record.name, record.size, record.sha256)]
     in_the_way = [record.name for record in missing if os.path.lexists(folder / record.name)]
-    if os.path.lexists(folder / MANIFEST) and (folder / MANIFEST).read_bytes() != wanted[MANIFEST]:
+    if os.path.lexists(folder / MANIFEST) and (folder / MANIFEST).read_bytes() != wanted:
         in_the_way.append(MANIFEST)
     if in_the_way:
-        raise ValueError(f"{folder / in_the_way[0]} already is another file; name an empty folder")
+        raise ValueError(f"{folder / in_the_way[0]} already exists with other content; name an empty folder")
     advance(sum(record.size for record in records) - sum(record.size for record in missing))
     for record in missing:
         content = source.fetch_file(manifest.stage, manifest.key, record)
-        _write(folder / record.name, _chunks(content))
-        if not _lies_at(folder / record.name, record.size, record.sha256):
-            raise StoreError(f"{folder / record.name} does not hold what was written to it; look after the disk")
+        atomic.replace(folder / record.name, atomic.chunks_of(content))
+        if not _has(folder / record.name, record.size, record.sha256):
+            raise StoreError(f"{folder / record.name} does not hold what was written to it; check the disk")
         advance(record.size)
     if not (folder / MANIFEST).exists():
-        _write(folder / MANIFEST, [wanted[MANIFEST]])
+        atomic.replace(folder / MANIFEST, [wanted])
     return Transferred(manifest, not missing, len(missing), sum(record.size for record in missing))
 
 
-def _lies_at(path: Path, size: int, sha256: str) -> bool:
+def _has(path: Path, size: int, sha256: str) -> bool:
     return path.is_file() and path.stat().st_size == size and file_digest(path) == sha256
-
-
-def _chunks(path: Path) -> Iterable[bytes]:
-    with path.open("rb") as file:
-        yield from iter(lambda: file.read(1 << 20), b"")
-
-
-def _write(path: Path, chunks: Iterable[bytes]) -> None:
-    """A name appears once its file is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
-        partial = Path(file.name)
-        try:
-            file.writelines(chunks)
-            file.flush()
-            partial.chmod(0o644)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise

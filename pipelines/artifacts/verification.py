@@ -1,7 +1,7 @@
-"""Whether the files of artifacts still hold the bytes that their manifests promise: every byte is read where it lies, past caches.
+"""Check that the files of artifacts still hold the bytes that their manifests list: every byte is read from the store, past caches.
 
-Nothing is repaired. What is wrong is named; the artifact is removed by whoever owns it and made again by running again. What cannot
-be read is named, too, and the rest is looked at.
+Nothing is repaired. Every problem is named; the owner of an artifact removes it, and running again makes it again. Files that
+cannot be read are named, too, and the rest is checked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pipelines.artifacts.inventory import size_of
 from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StorageError
+from pipelines.storage.base import MissingFileError, StorageError
 
 _THREADS = 4  # sha256 lets other threads run; of a bucket each reads ahead by itself
 _MANIFEST_THREADS = 16  # small, and mostly waited for
@@ -22,8 +22,8 @@ _MANIFEST_THREADS = 16  # small, and mostly waited for
 
 @dataclass(frozen=True)
 class Verdict:
-    """problems: one sentence for each file that is not what it should be; none where all is well.   size: bytes that were to be
-    read.   is_readable: all that is there could be read; what cannot be may still be whole."""
+    """problems: one sentence for each file that is wrong.   size: bytes that were to be read.   is_readable: everything could be
+    read; a file that cannot be read may still be whole."""
 
     stage: str
     key: str
@@ -40,7 +40,7 @@ class _Problem:
 
 
 def read_manifests(store: ArtifactStore) -> Iterator[Manifest | DamagedManifestError]:
-    """Of all artifacts of a store; of those that cannot be read the reason, in place of an end."""
+    """Read all manifests of a store. One that cannot be read is replaced by its error and does not end the reading."""
 
     def read(name: tuple[str, str]) -> Manifest | DamagedManifestError | None:
         try:
@@ -59,7 +59,7 @@ def read_manifests(store: ArtifactStore) -> Iterator[Manifest | DamagedManifestE
 def verify(
     store: ArtifactStore, found: Iterable[Manifest | DamagedManifestError], advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[Verdict]:
-    """One verdict for each, in order. advance: is told of bytes that were read, or need not be, by several threads."""
+    """Yield one verdict for each, in order. advance: called by several threads with the bytes that were read or need not be."""
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
         for each in found:
             if isinstance(each, DamagedManifestError):
@@ -67,33 +67,35 @@ def verify(
                 continue
             records = [*each.files, *each.records]
             problems = pool.map(lambda record, each=each: _problem(store, each, record, advance), records)
-            said = [problem for problem in problems if problem is not None]
-            sentences, is_readable = tuple(problem.sentence for problem in said), all(problem.is_readable for problem in said)
+            found_here = [problem for problem in problems if problem is not None]
+            sentences = tuple(problem.sentence for problem in found_here)
+            is_readable = all(problem.is_readable for problem in found_here)
             yield Verdict(each.stage, each.key, len(records), size_of(each), sentences, is_readable)
 
 
 def _problem(store: ArtifactStore, manifest: Manifest, record: FileRecord, advance: Callable[[int], None]) -> _Problem | None:
-    """What is wrong with a file. A wrong digest is looked at twice: bytes can also flip on the way."""
+    """What is wrong with a file. A file with a wrong digest is read twice: bytes can also flip on the way."""
     for attempt in range(2):
         try:
             size, sha256 = _read(store, manifest, record, advance if attempt == 0 else lambda _: None)
-        except FileNotFoundError:
+        except MissingFileError:
             advance(record.size)
             return _Problem(f"{record.path} is missing")
-        except IsADirectoryError:
-            return _Problem(f"{record.path} is a folder")
-        except (OSError, StorageError) as error:  # of a disk, or of the endpoint: other files may be whole
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        except StorageError as error:  # of a disk or a bucket: other files may be whole
+            cause = error.__cause__
+            if isinstance(cause, IsADirectoryError):
+                return _Problem(f"{record.path} is a folder")
+            reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else error
             return _Problem(f"{record.path} cannot be read ({reason})", is_readable=False)
         if size != record.size:
-            return _Problem(f"{record.path} has {size:,} bytes where {record.size:,} were written")
+            return _Problem(f"{record.path} has {size:,} bytes, but {record.size:,} were written")
         if sha256 == record.sha256:
             return None
     return _Problem(f"{record.path} holds other bytes (sha256 {sha256[:12]}, not {record.sha256[:12]})")
 
 
 def _read(store: ArtifactStore, manifest: Manifest, record: FileRecord, advance: Callable[[int], None]) -> tuple[int, str]:
-    """Size and sha256 of what lies there."""
+    """Size and sha256 of the stored file."""
     digest, size = hashlib.sha256(), 0
     for chunk in store.read_chunks(manifest.stage, manifest.key, record.path):
         digest.update(chunk)

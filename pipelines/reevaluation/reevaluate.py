@@ -169,7 +169,7 @@ def _examined(version: ModelVersion, request: Request, options: Options) -> _Cas
     assert case.recorded is not None and case.last is not None
     if not options.is_dry_run:  # whoever removes what is not used must not take it away before it is due
         sources = [(source["stage"], source["key"]) for source in case.last.inputs.values()]
-        case.model.store.note_use(case.last.stage, case.last.key, sources)
+        case.model.store.record_use(case.last.stage, case.last.key, sources)
     note = f"evaluated {_ago(case.recorded.evaluated)} ago" + (f"; {case.recorded.drift}" if case.recorded.drift else "")
     return Outcome(version=version, verdict="fresh", note=note, was=case.was, now=case.was, evaluation=case.recorded.evaluation)
 

@@ -13,7 +13,7 @@ from enat.model import ENAT
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN
 from pipelines.artifacts.inventory import find
-from pipelines.artifacts.last_used import note_reading
+from pipelines.artifacts.last_used import record_read
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -74,7 +74,7 @@ def from_artifact(store: ArtifactStore, name: str) -> Generator:
 
 
 def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:
-    note_reading(store, manifest)
+    record_read(store, manifest)
     tokenizer = _input(store, manifest, "tokenizer")
     if tokenizer is None:
         source = manifest.inputs["tokenizer"]

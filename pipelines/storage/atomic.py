@@ -1,46 +1,72 @@
-"""Files that appear under their names in one step, whole, and only where the names are free."""
+"""Write local files in one step: a name appears only when its file is complete and on the disk."""
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from pipelines.storage.base import CHUNK, StorageError
+
+_ATTEMPTS = 8  # of creating a file in a directory that another process removes because it is empty
+_WITHOUT_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 
 
-def copy_if_absent(source: Path, target: Path) -> bool:
-    """Whether `target` was free, and is a copy now."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".tmp-", delete=False) as copy:
-        with source.open("rb") as original:
-            shutil.copyfileobj(original, copy, 1 << 20)
-        copy.flush()
-        os.fsync(copy.fileno())
-    return publish(Path(copy.name), target)
-
-
-def write_if_absent(target: Path, content: bytes) -> bool:
-    """Whether `target` was free, and holds the content now."""
-    return publish(temporary(target, content), target)
-
-
-def temporary(target: Path, content: bytes) -> Path:
-    """A file beside `target` that holds the content, whatever happens to this machine next."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".tmp-", delete=False) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return Path(file.name)
-
-
-def publish(finished: Path, target: Path) -> bool:
-    """Give a finished temporary file its name, in one step, only if the name is free."""
-    finished.chmod(0o644)
+def write_if_absent(target: Path, chunks: Iterable[bytes]) -> bool:
+    """Write a file unless its name is taken. Returns whether it was written."""
+    written = _temporary(target, chunks)
     try:
-        os.link(finished, target)
+        os.link(written, target)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _WITHOUT_HARD_LINKS:
+            raise
+        raise StorageError(
+            f"{target} is on a file system without hard links ({error.strerror}), which give files their names in one step"
+        ) from error
     finally:
-        finished.unlink()
+        written.unlink()
     return True
+
+
+def replace(target: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file in place of an existing one."""
+    _temporary(target, chunks).replace(target)
+
+
+def chunks_of(source: Path | bytes) -> Iterator[bytes]:
+    if isinstance(source, bytes):
+        yield source
+    else:
+        with source.open("rb") as file:
+            yield from iter(lambda: file.read(CHUNK), b"")
+
+
+def _temporary(target: Path, chunks: Iterable[bytes]) -> Path:
+    """A complete file in the directory of `target`, readable for everybody."""
+    with _create_beside(target) as file:
+        path = Path(file.name)
+        try:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+            path.chmod(0o644)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    return path
+
+
+def _create_beside(target: Path) -> Any:
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return tempfile.NamedTemporaryFile(dir=target.parent, prefix=".tmp-", delete=False)
+        except FileNotFoundError:
+            if attempt == _ATTEMPTS:
+                raise
+    raise AssertionError("the last attempt returns or raises")

@@ -6,14 +6,115 @@ import builtins
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+CHUNK = 1 << 20  # bytes that are copied or hashed at a time
+_THREADS = 16  # requests to a bucket at once
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class StoreError(ValueError):
-    """The store cannot do what was asked: a place that cannot be written, a file that is not what its manifest says."""
+    """The store cannot do what was asked: a place that cannot be written, a file whose content differs from its manifest."""
+
+
+class WrongContentError(StoreError):
+    """A file has another size or sha256 than expected."""
+
+
+class StorageError(ValueError):
+    """A place cannot be read or written. The message names the place and what to do."""
+
+
+class MissingFileError(StorageError):
+    """The file does not exist."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a folder.
+
+    name: relative to the folder, with /.   size: bytes.   version: changes with the content (in a bucket: the ETag).
+    modified: seconds since 1970, by the clock of the place.
+    """
+
+    name: str
+    size: int
+    version: str
+    modified: float = field(default=0.0, compare=False)
+
+
+class Folder(ABC):
+    """Files below a path or a URI. A folder can be sent to workers, and need not exist before something is written to it."""
+
+    uri: str
+
+    @abstractmethod
+    def list(self, prefix: str = "", *, follow_links: bool = True) -> Iterator[StoredFile]:
+        """List files at any depth, in the order of the UTF-8 bytes of their names.
+
+        prefix: a sub-folder with its trailing /, or "" for all.   follow_links: if False, nothing behind a link is listed, links
+        to files count as files, and directories that cannot be read are left out.
+        """
+
+    @abstractmethod
+    def entries(self, prefix: str = "") -> builtins.list[str]:
+        """Names of the files and sub-folders directly in the folder, sorted; names of sub-folders end in /."""
+
+    def folders(self, prefix: str = "") -> builtins.list[str]:
+        """Names of the direct sub-folders, sorted."""
+        return sorted(name.rstrip("/") for name in self.entries(prefix) if name.endswith("/"))
+
+    @abstractmethod
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Read bytes start..start+length-1 of a file. Raises StorageError if the file ends before."""
+
+    def read_if_exists(self, name: str) -> bytes | None:
+        """Read a file, or return None if it does not exist."""
+        try:
+            return self.read(name)
+        except MissingFileError:
+            return None
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading and seeking. Only the bytes that are read are transferred."""
+
+    @abstractmethod
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Read a whole file in pieces, past every cache."""
+
+    @abstractmethod
+    def fetch(self, name: str, size: int, sha256: str) -> Path:
+        """Return a local path of a file after its bytes were checked. Raises WrongContentError if they differ."""
+
+    @abstractmethod
+    def fingerprints(self, files: Iterable[StoredFile]) -> Iterator[str]:
+        """Identify the content of each file: by its sha256, or by the ETag of the bucket."""
+
+    @abstractmethod
+    def put_if_absent(self, name: str, source: Path | bytes, sha256: str | None = None) -> bool:
+        """Write a file in one step unless its name is taken. Returns whether the name now holds exactly these bytes.
+
+        `sha256`: of the source, if it is known. Raises OSError or StorageError if nothing can be written.
+        """
+
+    @abstractmethod
+    def put(self, name: str, content: bytes) -> None:
+        """Write a small file in one step, replacing an existing one."""
+
+    @abstractmethod
+    def delete(self, names: Iterable[str], *, follow_links: bool = True) -> None:
+        """Remove exactly these files, and the directories that become empty. Files that do not exist are skipped.
+
+        follow_links: if False, a name behind a link is an error of the program.
+        """
 
 
 def canonical_json(value: Any) -> bytes:
@@ -25,49 +126,25 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
+def file_digest(source: Path | bytes) -> str:
+    """sha256 of a file, or of bytes."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class StorageError(ValueError):
-    """A place cannot be read or written; the sentence names it and says what to do."""
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """name: relative to the folder, with /.   size: bytes.   version: changes when the content does (of a bucket: the ETag).
-    modified: seconds since 1970."""
-
-    name: str
-    size: int
-    version: str
-    modified: float = field(default=0.0, compare=False)
-
-
-class Folder(ABC):
-    uri: str
-
-    @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[StoredFile]:
-        """Files at any depth, in the order of their names' UTF-8 bytes. prefix: of names, a folder with its / or nothing."""
-
-    @abstractmethod
-    def entries(self) -> builtins.list[str]:
-        """Names of what lies directly in the folder, sorted; those of folders end in /."""
-
-    def folders(self) -> builtins.list[str]:
-        """Names of the direct sub-folders, sorted."""
-        return sorted(name.rstrip("/") for name in self.entries() if name.endswith("/"))
-
-    @abstractmethod
-    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes start..start+length-1 of a file. Raises StorageError where they are not there."""
-
-    @abstractmethod
-    def open(self, name: str) -> BinaryIO:
-        """A file to seek and read in; what is not asked for is not transferred."""
-
-    @abstractmethod
-    def fingerprints(self, files: Iterable[StoredFile]) -> Iterator[str]:
-        """What names the content of each file: its sha256, or the bucket's own ETag."""
+def in_parallel(act: Callable[[_Item], _Result], items: Iterable[_Item], threads: int = _THREADS) -> Iterator[_Result]:
+    """Yield act(item) for each item, in order. At most `threads` results are computed ahead of the reader."""
+    waiting: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="storage") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(act, item))
+                if len(waiting) >= threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,14 +1,19 @@
-"""What this machine has fetched: shared by its processes, bounded in size, all of it by ENAT_CACHE_GB.
+"""What this machine keeps of other places: fetched files and folders, bounded in size by ENAT_CACHE_GB, and digests of local files.
 
-`<root>/files/<sha256[:2]>/<sha256><suffix>`: files by the sha256 of their content, verified.   `<root>/downloads/<name>/`: folders
-whose names say what is in them.   `<root>/locks/<name>`: held by the process that fills such a folder. Files and folders appear in
-one step, when they are whole, so processes that fetch the same at once do each other no harm. When it was last fetched is a file's
-time of access, and a folder's time of change: looking into it is no use.
+    <root>/files/<sha256[:2]>/<sha256><suffix>   files, under the sha256 of their content
+    <root>/downloads/<name>/                     folders, whose names identify their content
+    <root>/locks/<name>                          held by the process that fills such a folder
+    <root>/digests.sqlite                        sha256 of local files that were hashed before
+
+All processes of a machine share it. Files and folders appear in one step when they are complete, so processes that fetch the same
+at once do each other no harm. The time of the last fetch is a file's time of access and a folder's time of change: looking into
+a folder does not count as use.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import shutil
 import sqlite3
@@ -17,30 +22,62 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
-from pipelines.storage.base import StoreError, file_digest
+from pipelines.storage.base import StoreError, WrongContentError, file_digest
 
 _PARTIAL = ".partial-"
-_PARTIALS = (_PARTIAL, ".tmp-")  # .tmp-: of folders, as earlier versions called them
-_KEPT_SECONDS = 3600  # whoever was given a path may still be about to open it
+_PARTIALS = (_PARTIAL, ".tmp-")  # .tmp-: of folders, in earlier versions
+_KEPT_SECONDS = 3600  # a process that was given a path may be about to open it
 _ABANDONED_SECONDS = 24 * 3600  # of a download whose process was killed
+_SETTLED_SECONDS = 2.0  # a file that changes twice within the clock's resolution keeps its time: younger digests are not remembered
 _GIB = 1 << 30
 
 
-def fetch(sha256: str, size: int, download: Callable[[Path], None], suffix: str = "") -> Path:
-    """A local path of the file with this content; `download` writes it where there is none, or a damaged one.
+def cache_root() -> Path:
+    """ENAT_CACHE, or the user's cache folder."""
+    given = os.environ.get("ENAT_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "enat"
 
-    Raises StoreError where, twice, something else came, and where the cache cannot be written.
+
+def size_limit() -> int:
+    """Bytes, from ENAT_CACHE_GB."""
+    given = os.environ.get("ENAT_CACHE_GB") or "50"
+    try:
+        limit = int(float(given) * _GIB)
+    except (ValueError, OverflowError):  # not a number, or not a finite one
+        limit = -1
+    if limit < 0:
+        raise StoreError(f"ENAT_CACHE_GB={given} is not a size in GiB; set it to a number such as 50")
+    return limit
+
+
+def holds(path: Path, size: int, sha256: str) -> bool:
+    """Whether a file has this content. It is hashed once per process for the same path, size and time of change."""
+    status = path.stat()
+    return status.st_size == size and _digest_once(path, size, status.st_mtime_ns) == sha256
+
+
+@functools.cache
+def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
+    return file_digest(path)
+
+
+# Fetching ------------------------------------------------------------------------------------------------------------------
+
+
+def fetch(sha256: str, size: int, download: Callable[[Path], None], suffix: str = "") -> Path:
+    """Return a local path of the file with this content. `download` writes the file if it is missing or damaged.
+
+    Raises WrongContentError if two downloads have other content, and StoreError if the cache cannot be written.
     """
     path = cache_root() / "files" / sha256[:2] / f"{sha256}{suffix}"
     with _explained():
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            _note_use(path)
-            if _is(path, size, sha256):
+            _record_use(path)
+            if holds(path, size, sha256):
                 return path
         _make_room(size)
         for _ in range(2):
@@ -53,31 +90,30 @@ def fetch(sha256: str, size: int, download: Callable[[Path], None], suffix: str 
                     return path
             finally:
                 partial.unlink(missing_ok=True)
-    raise WrongContentError(f"what was fetched twice is not what was asked for: {size} bytes with the sha256 {sha256}")
+    raise WrongContentError(f"two downloads did not have the expected content: {size} bytes with the sha256 {sha256}")
 
 
 def fetch_folder(
     name: str, size: int, download: Callable[[Path], None], is_whole: Callable[[Path], bool] = lambda path: True
 ) -> Path:
-    """A local path of the folder of this name; `download` fills it, with `size` bytes of files, where there is none, or one that
-    is not whole. Of several processes that ask at once, one does it, and the others wait.
+    """Return a local path of the folder of this name. `download` fills it with `size` bytes of files if it is missing or not whole.
 
-    Raises StoreError where the cache cannot be written.
+    If several processes ask at once, one downloads and the others wait. Raises StoreError if the cache cannot be written.
     """
     path = cache_root() / "downloads" / name
 
-    def is_there() -> bool:
-        with suppress(FileNotFoundError):  # there was none, or somebody made room
-            _note_use(path)
+    def exists() -> bool:
+        with suppress(FileNotFoundError):  # it is missing, or another process made room
+            _record_use(path)
             return is_whole(path)
         return False
 
     with _explained():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if is_there():  # without waiting: looking at large files may take long, and many may do it at once
+        if exists():  # without the lock: checking large files takes long, and processes may do it at the same time
             return path
     with _explained(), _in_turn(name):
-        if is_there():
+        if exists():
             return path
         if path.is_dir():
             _Entry.of(path).remove()
@@ -92,7 +128,7 @@ def fetch_folder(
             except OSError:
                 if not path.is_dir():  # else another process was first, with the same bytes
                     raise
-            _note_use(path)
+            _record_use(path)
             return path
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -104,39 +140,12 @@ def _explained() -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(
-            f"the cache {cache_root()} cannot be used ({error.strerror}); make room there, or set ENAT_CACHE to another folder"
+            f"the cache {cache_root()} cannot be used ({error.strerror}); free some space, or set ENAT_CACHE to another folder"
         ) from error
 
 
-class WrongContentError(StoreError):
-    """What was downloaded has another size or sha256 than it should have."""
-
-
-def size_limit() -> int:
-    """Bytes, from ENAT_CACHE_GB."""
-    given = os.environ.get("ENAT_CACHE_GB") or "50"
-    try:
-        limit = int(float(given) * _GIB)
-    except (ValueError, OverflowError):  # no number, or none that is finite
-        limit = -1
-    if limit < 0:
-        raise StoreError(f"ENAT_CACHE_GB={given} is no size in GiB; set it to a number such as 50")
-    return limit
-
-
-def _is(path: Path, size: int, sha256: str) -> bool:
-    status = path.stat()
-    return status.st_size == size and _digest_once(path, size, status.st_mtime_ns) == sha256
-
-
-@cache
-def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
-    """sha256 of a file, computed once per process for the same path, size and time of change."""
-    return file_digest(path)
-
-
-def _note_use(path: Path) -> None:
-    """From here on nobody removes it for a while."""
+def _record_use(path: Path) -> None:
+    """No process removes it for the next hour."""
     with _lock(fcntl.LOCK_SH):
         now = time.time_ns()
         os.utime(path, ns=(now, now if path.is_dir() else path.stat().st_mtime_ns))
@@ -157,9 +166,8 @@ class _Entry:
         if not path.is_dir():
             return cls(path, status.st_size, status.st_atime, status.st_mtime)
         inside = [(Path(folder) / name).stat() for folder, _, names in os.walk(path) for name in names]
-        return cls(
-            path, sum(each.st_size for each in inside), status.st_mtime, max([status.st_mtime, *(s.st_mtime for s in inside)])
-        )
+        changed = max([status.st_mtime, *(each.st_mtime for each in inside)])
+        return cls(path, sum(each.st_size for each in inside), status.st_mtime, changed)
 
     @property
     def is_partial(self) -> bool:
@@ -167,7 +175,7 @@ class _Entry:
 
     def remove(self) -> None:
         if self.path.is_dir():
-            gone = self.path.with_name(f"{_PARTIAL}{uuid4().hex}")  # in one step: half of a folder is none
+            gone = self.path.with_name(f"{_PARTIAL}{uuid4().hex}")  # in one step, so that no half folder keeps the name
             self.path.rename(gone)
             shutil.rmtree(gone)
         else:
@@ -175,7 +183,7 @@ class _Entry:
 
 
 def _make_room(size: int) -> None:
-    """Remove what was not used for longest, until `size` more bytes are within the limit or only recent ones are left."""
+    """Remove what was not used for longest, until `size` more bytes are within the limit or only recent entries are left."""
     limit, now = size_limit(), time.time()
     with _lock(fcntl.LOCK_EX):
         entries = []
@@ -193,7 +201,7 @@ def _make_room(size: int) -> None:
 
 @contextmanager
 def _in_turn(name: str) -> Iterator[None]:
-    """One process at a time, by name; a lock ends with whoever holds it."""
+    """One process at a time, by name. The lock ends with the process that holds it."""
     folder = cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("a") as file:
@@ -203,24 +211,17 @@ def _in_turn(name: str) -> Iterator[None]:
 
 @contextmanager
 def _lock(kind: int) -> Iterator[None]:
-    """Between using a file and removing it: without it, a file could be removed that was just found."""
+    """Between using a file and removing it. Without it, a file that was just found could be removed."""
     with (cache_root() / "lock").open("a") as file:
         fcntl.flock(file, kind)
         yield
 
 
-# A file that changes again within the clock's resolution keeps its time of change: digests this fresh are not remembered.
-_SETTLED_SECONDS = 2.0
-
-
-def cache_root() -> Path:
-    """ENAT_CACHE, else the user's cache folder."""
-    given = os.environ.get("ENAT_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "enat"
+# Digests -------------------------------------------------------------------------------------------------------------------
 
 
 class DigestCache:
-    """A context manager around one small database per machine. Where it cannot be written, files are hashed each time."""
+    """Digests of local files, in one small database per machine. If it cannot be written, files are hashed each time."""
 
     def __enter__(self) -> DigestCache:
         path = cache_root() / "digests.sqlite"
@@ -235,7 +236,7 @@ class DigestCache:
         self._database.close()
 
     def sha256(self, files: Sequence[tuple[Path, int, str]], pool: Executor) -> list[str]:
-        """files: (path, size, version).   Digests as hex, in the same order."""
+        """Hash files, given as (path, size, version). Returns digests as hex, in the same order."""
         known = {path: sha256 for path, size, version in files if (sha256 := self._remembered(path, size, version)) is not None}
         now = time.time_ns()  # before hashing, which may take long enough for a change to look settled
         missing = [path for path, _, _ in files if path not in known]
@@ -245,11 +246,8 @@ class DigestCache:
             for path, size, version in files
             if path in computed and now - int(version.partition("-")[0]) > _SETTLED_SECONDS * 1e9
         ]
-        try:
-            with self._database:
-                self._database.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", settled)
-        except sqlite3.Error:
-            pass  # another process holds it, or the disk is full: the next run hashes again
+        with suppress(sqlite3.Error), self._database:  # another process holds it, or the disk is full: hashed again next time
+            self._database.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", settled)
         return [known.get(path) or computed[path] for path, _, _ in files]
 
     def _remembered(self, path: Path, size: int, version: str) -> str | None:

@@ -1,7 +1,4 @@
-"""Folders of files, on a file system or in a bucket, as sources read them: listed in order, read by ranges, never written.
-
-A Folder is sendable to Ray workers. `open_folder` turns a path or s3:// URI into one.
-"""
+"""Folders of a file system: listed in order, read by ranges, written in one step."""
 
 from __future__ import annotations
 
@@ -9,15 +6,14 @@ import builtins
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-from pipelines.storage.base import Folder, StorageError, StoredFile
-from pipelines.storage.cache import DigestCache
-
-if TYPE_CHECKING:
-    pass
+from pipelines.storage import atomic
+from pipelines.storage.base import Folder, MissingFileError, StorageError, StoredFile, WrongContentError, file_digest
+from pipelines.storage.cache import DigestCache, holds
 
 _HASHING_THREADS = 8  # sha256 lets other threads run, and most of the time is spent waiting for a disk
 _HASHED_AT_ONCE = 4096
@@ -27,40 +23,48 @@ class LocalFolder(Folder):
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
         self.uri = str(self.root)
-        if not self.root.is_dir():
-            raise StorageError(f"{self.root} is no folder; correct the path, or fetch what belongs there")
 
-    def list(self, prefix: str = "") -> Iterator[StoredFile]:
+    def list(self, prefix: str = "", *, follow_links: bool = True) -> Iterator[StoredFile]:
         start = self.root / prefix
-        if start.is_dir():
-            way = [start, *takewhile(lambda folder: folder != self.root.parent, start.parents)] if prefix else [start]
-            ancestors = tuple(_identity(folder.stat()) for folder in way)
-            if len(set(ancestors)) == len(ancestors):  # else a link has already led round in a circle
-                yield from _walk(start, prefix, ancestors)
+        if not start.is_dir() or (not follow_links and self._is_behind_link(start)):
+            return
+        way = [start, *takewhile(lambda folder: folder != self.root.parent, start.parents)] if prefix else [start]
+        ancestors = tuple(_identity(folder.stat()) for folder in way)
+        if len(set(ancestors)) == len(ancestors):  # else a link has already led round in a circle
+            yield from _walk(start, prefix, ancestors, follow_links)
 
     def file(self, name: str) -> StoredFile:
         """One file, without listing its folder."""
         return _stored(name, (self.root / name).stat())
 
-    def entries(self) -> builtins.list[str]:
-        return sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in self.root.iterdir())
+    def entries(self, prefix: str = "") -> builtins.list[str]:
+        try:
+            return sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in os.scandir(self.root / prefix))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        try:
-            with (self.root / name).open("rb") as file:
-                file.seek(start)
-                content = file.read(-1 if length is None else length)
-        except OSError as error:
-            raise StorageError(f"{self.root / name} cannot be read ({error.strerror})") from error
+        with self._explained(name), (self.root / name).open("rb") as file:
+            file.seek(start)
+            content = file.read(-1 if length is None else length)
         if length is not None and len(content) != length:
             raise StorageError(f"{self.root / name} ends after {start + len(content)} bytes; {start + length} were expected")
         return content
 
     def open(self, name: str) -> BinaryIO:
-        try:
+        with self._explained(name):
             return (self.root / name).open("rb")
-        except OSError as error:
-            raise StorageError(f"{self.root / name} cannot be read ({error.strerror})") from error
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        with self._explained(name):
+            yield from atomic.chunks_of(self.root / name)
+
+    def fetch(self, name: str, size: int, sha256: str) -> Path:
+        path = self.root / name
+        with self._explained(name):
+            if not holds(path, size, sha256):
+                raise WrongContentError(f"{path} does not have {size} bytes with the sha256 {sha256}")
+        return path
 
     def fingerprints(self, files: Iterable[StoredFile]) -> Iterator[str]:
         with DigestCache() as digests, ThreadPoolExecutor(_HASHING_THREADS) as pool:
@@ -72,6 +76,36 @@ class LocalFolder(Folder):
                     raise StorageError(f"{error.filename or self.root} cannot be read ({error.strerror})") from error
                 yield from found
 
+    def put_if_absent(self, name: str, source: Path | bytes, sha256: str | None = None) -> bool:
+        target = self.root / name
+        is_written = atomic.write_if_absent(target, atomic.chunks_of(source))
+        return is_written or file_digest(target) == (sha256 or file_digest(source))
+
+    def put(self, name: str, content: bytes) -> None:
+        atomic.replace(self.root / name, [content])
+
+    def delete(self, names: Iterable[str], *, follow_links: bool = True) -> None:
+        for name in names:
+            path = self.root / name
+            assert follow_links or not self._is_behind_link(path.parent), name
+            path.unlink(missing_ok=True)
+            for parent in takewhile(lambda folder: folder != self.root, path.parents):
+                try:
+                    parent.rmdir()
+                except OSError:  # not empty, or gone
+                    break
+
+    def _is_behind_link(self, path: Path) -> bool:
+        return any(folder.is_symlink() for folder in takewhile(lambda folder: folder != self.root, (path, *path.parents)))
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kind = MissingFileError if isinstance(error, FileNotFoundError | NotADirectoryError) else StorageError
+            raise kind(f"{self.root / name} cannot be read ({error.strerror})") from error
+
 
 def _stored(name: str, status: os.stat_result) -> StoredFile:
     return StoredFile(name, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}", status.st_mtime)
@@ -81,21 +115,30 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _walk(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[StoredFile]:
-    """Depth first with / counted in, which is the order of whole names. Links are followed, but not round in circles."""
+def _walk(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...], follow_links: bool) -> Iterator[StoredFile]:
+    """Depth first, with the / of folders in the order, which gives the order of whole names. Circles of links end."""
     try:
         entries = [(entry.name + "/" if entry.is_dir() else entry.name, entry) for entry in os.scandir(folder)]
     except OSError as error:
+        if not follow_links:
+            return
         raise StorageError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
     for name, entry in sorted(entries, key=lambda pair: os.fsencode(pair[0])):
+        is_folder = name.endswith("/")
+        if is_folder and entry.is_symlink() and not follow_links:
+            continue
         try:
-            status = entry.stat()
+            status = entry.stat(follow_symlinks=follow_links)
             (prefix + name).encode()
         except UnicodeEncodeError as error:
+            if not follow_links:
+                continue
             raise StorageError(f"the name {prefix + name!r} in {folder} is not UTF-8; rename it") from error
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not entry.is_symlink():
+                continue  # removed since it was listed
             raise StorageError(f"{folder / entry.name} cannot be read ({error.strerror})") from error
-        if not name.endswith("/"):
+        if not is_folder:
             yield _stored(prefix + name, status)
         elif _identity(status) not in ancestors:
-            yield from _walk(folder / entry.name, prefix + name, (*ancestors, _identity(status)))
+            yield from _walk(folder / entry.name, prefix + name, (*ancestors, _identity(status)), follow_links)

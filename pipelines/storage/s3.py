@@ -1,4 +1,4 @@
-"""Folders in buckets: listed in order, read by ranges, written once, and never with other bytes under the same name."""
+"""Folders in buckets: listed in order, read by ranges, and written with conditional requests that never replace a file."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import hashlib
 import io
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, suppress
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, TypeVar
+from typing import Any, BinaryIO, TypeAlias
 
-from pipelines.storage.base import Folder, StorageError, StoredFile
+from pipelines.storage import cache
+from pipelines.storage.base import Folder, MissingFileError, StorageError, StoredFile, file_digest, in_parallel
 from pipelines.storage.s3_client import (
     ATTEMPTS,
-    MissingFileError,
     S3Config,
     broken_transfers,
     client_of,
@@ -29,10 +27,8 @@ from pipelines.storage.s3_client import (
     may_have_happened,
 )
 
-__all__ = ["MissingFileError", "S3Config", "S3Folder", "in_parallel"]
-
 MIB = 1 << 20
-_THREADS = 16  # requests at once of one listing or one reading of many objects
+_DOWNLOADS = 8  # ranges of one file that are read at once
 _RANGE = 8 * MIB  # bytes of one request of a download
 _READ_AHEAD = 4 * MIB
 _PART = 32 * MIB  # bytes of one part of an upload; smaller files go up in one request
@@ -43,8 +39,6 @@ _CONFLICTS = 4  # a write that is refused because of another that then leaves no
 _DELETED_AT_ONCE = 1000  # S3's own limit
 _FEW = 16  # sub-folders that are too few to keep the threads busy
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 _Files: TypeAlias = list[StoredFile]
 
 
@@ -65,11 +59,11 @@ class S3Folder(Folder):
 
     # Listing -----------------------------------------------------------------------------------------------------------------
 
-    def list(self, prefix: str = "") -> Iterator[StoredFile]:
-        """Sub-folders are listed in parallel, some ahead of the reader; memory does not grow with the folder."""
+    def list(self, prefix: str = "", *, follow_links: bool = True) -> Iterator[StoredFile]:
+        """List sub-folders in parallel, some ahead of the reader. Memory does not grow with the folder. Buckets have no links."""
         last = b""
         for file in self._all(prefix):
-            if (name := file.name.encode()) <= last:  # the order is relied on: whoever resumes would skip files
+            if (name := file.name.encode()) <= last:  # a reader that resumes after a name would skip files
                 raise StorageError(f"{self.uri} is listed out of order ({file.name}); use a bucket that lists names in order")
             last = name
             yield file
@@ -91,9 +85,10 @@ class S3Folder(Folder):
                 files_on, token = self._pages(folder, token)  # noqa: PLW2901
                 yield from files_on
 
-    def entries(self) -> builtins.list[str]:
-        units = self._level("")
-        return [name for unit in units for name in ([unit] if isinstance(unit, str) else [file.name for file in unit])]
+    def entries(self, prefix: str = "") -> builtins.list[str]:
+        units = self._level(prefix)
+        names = [name for unit in units for name in ([unit] if isinstance(unit, str) else [file.name for file in unit])]
+        return [name.removeprefix(prefix) for name in names]
 
     def _level(self, prefix: str) -> Iterator[str | _Files]:
         """What lies directly in a folder, in order: sub-folders, and runs of files between them."""
@@ -155,23 +150,15 @@ class S3Folder(Folder):
         return (file.version for file in files)
 
     def download(self, name: str, path: Path) -> None:
-        """Write an object to a file, which is replaced. The object must not change meanwhile."""
+        """Write an object to a local file, which is replaced. Raises StorageError if the object changes meanwhile."""
         with path.open("wb") as file:
             file.writelines(self.chunks(name))
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """An object in pieces, in order, some read ahead. Raises MissingFileError."""
         return self._ranges(name, *self._status(name))
 
-    def size(self, name: str) -> int | None:
-        """Bytes of an object, or None where it does not exist."""
-        try:
-            return self._status(name)[0]
-        except MissingFileError:
-            return None
-
-    def exists(self, name: str) -> bool:
-        return self.size(name) is not None
+    def fetch(self, name: str, size: int, sha256: str) -> Path:
+        return cache.fetch(sha256, size, lambda path: self.download(name, path), Path(name).suffix)
 
     def _status(self, name: str) -> tuple[int, str]:
         with self._explained("read", name):
@@ -182,7 +169,7 @@ class S3Folder(Folder):
         def read(start: int) -> bytes:
             return self._get(name, start, min(start + _RANGE, size), version)
 
-        return in_parallel(read, range(0, size, _RANGE), _THREADS // 2)
+        return in_parallel(read, range(0, size, _RANGE), _DOWNLOADS)
 
     def _get(self, name: str, start: int, stop: int | None, version: str | None = None) -> bytes:
         """Bytes start..stop-1 (None: to the end), fewer where the object ends before. version: the only one that will do."""
@@ -230,7 +217,7 @@ class S3Folder(Folder):
         what arrives with checksums. Files over part_size go up in parts, and appear at once when all of them are there.
         """
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        sha256 = sha256 or _sha256(source)
+        sha256 = sha256 or file_digest(source)
         is_large = isinstance(source, Path) and size > part_size
         if is_large and (holds := self._holds(name, size, sha256)) is not None:
             return holds  # gigabytes are not sent to learn that
@@ -301,25 +288,12 @@ class S3Folder(Folder):
             return None
         return digest.hexdigest() == sha256
 
-    def delete(self, prefix: str) -> None:
-        """Remove all objects whose names begin with prefix; none is no error."""
-        assert prefix, "a whole folder is not removed by mistake"
-        token: str | None = None
-        while True:
-            answer = self._list_page(prefix, token)
-            self._delete([entry["Key"] for entry in answer.get("Contents", ())], prefix)
-            if not (token := answer.get("NextContinuationToken")):
-                return
-
-    def delete_files(self, names: Iterable[str]) -> None:
-        """Remove the objects with exactly these names; those that are gone are no error."""
+    def delete(self, names: Iterable[str], *, follow_links: bool = True) -> None:
         remaining = iter(names)
         while some := [*islice(remaining, _DELETED_AT_ONCE)]:
             self._delete([self._prefix + name for name in some], some[0])
 
     def _delete(self, keys: builtins.list[str], place: str) -> None:
-        if not keys:
-            return
         with self._explained("delete", place):
             objects = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
             failed = self._client.delete_objects(Bucket=self._bucket, Delete=objects).get("Errors")
@@ -333,22 +307,6 @@ class S3Folder(Folder):
 
     def _explained(self, action: str, name: str) -> AbstractContextManager[None]:
         return explained(self.config, action, f"{self.uri}/{name}".rstrip("/"))
-
-
-def in_parallel(act: Callable[[_Item], _Result], items: Iterable[_Item], threads: int = _THREADS) -> Iterator[_Result]:
-    """act(item) of each item, in order. Works ahead of the reader by `threads` items; they and no more are in memory."""
-    waiting: deque[Future[_Result]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="s3") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(act, item))
-                if len(waiting) >= threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 class _RangeReader(io.RawIOBase):
@@ -385,13 +343,6 @@ class _RangeReader(io.RawIOBase):
 
 def _pause(attempt: int) -> None:
     time.sleep(random.uniform(0, min(0.05 * 2**attempt, 5)))
-
-
-def _sha256(source: Path | bytes) -> str:
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _base64(digest: bytes) -> str:

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipelines.storage.base import StorageError
+from pipelines.storage.base import MissingFileError, StorageError
 
 ATTEMPTS = 8  # of one request, by botocore; and of one transfer, where an answer breaks off half-way
 CONNECTIONS = 32
@@ -40,10 +40,6 @@ class S3Config:
             raise StorageError("an S3 endpoint_url holds no user or password; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         if self.endpoint_url is not None and not self.endpoint_url.startswith(("http://", "https://")):
             raise StorageError(f"the S3 endpoint_url {self.endpoint_url!r} does not begin with http:// or https://")
-
-
-class MissingFileError(StorageError):
-    """There is no such object in the bucket."""
 
 
 _client_lock = threading.Lock()

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from pipelines.artifacts.last_used import Uses
+from pipelines.artifacts.last_used import UseRecorder
 from pipelines.artifacts.manifest import Manifest, inputs_of, name_of
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import digest_of
@@ -64,16 +64,16 @@ def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifes
     """
     found: dict[str, Manifest] = dict(given or {})
     done = []
-    with Uses(session.store) as uses:
+    with UseRecorder(session.store) as use_recorder:
         for manifest in found.values():
-            uses.note(*name_of(manifest), inputs_of(manifest))
+            use_recorder.record(*name_of(manifest), inputs_of(manifest))
         for node in nodes:
             inputs = {name: found[id] for name, id in node.inputs.items()}
             key = stage_key(node, inputs)
             started = time.monotonic()
             with _stage_run(node, key, inputs, session) as run:
                 # With all that the run has: what a later stage needs must not go while this one is at work.
-                uses.note(node.stage.name, key, map(name_of, found.values()))
+                use_recorder.record(node.stage.name, key, map(name_of, found.values()))
                 made = session.store.read_manifest(node.stage.name, key)
                 is_reused = made is not None
                 if made is None:

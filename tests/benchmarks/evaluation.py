@@ -68,9 +68,9 @@ def rounds(place: Path, preset: str, short: int, long: int, num_rounds: int) -> 
     from pipelines.cluster import connection
 
     connection.prepare_environment()
-    from pipelines.artifacts.local_store import LocalStore
+    from pipelines.artifacts.open import open_store
 
-    store = LocalStore(place / "store")
+    store = open_store(str(place / "store"))
     inputs, parts = _inputs(store, preset), BareParts(preset)
     connection.connect(connection.ClusterConfig(num_cpus=os.cpu_count() or 1))
     measured = []

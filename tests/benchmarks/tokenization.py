@@ -143,7 +143,7 @@ def _token_map(place: Path, values: list[str], count: int) -> dict[str, float]:
     from pipelines.cluster import connection
 
     connection.prepare_environment()
-    from pipelines.artifacts.local_store import LocalStore
+    from pipelines.artifacts.open import open_store
     from pipelines.run import config as run_config
     from pipelines.run import graph
     from pipelines.tracking.run import TrackingConfig, start_run
@@ -151,7 +151,7 @@ def _token_map(place: Path, values: list[str], count: int) -> dict[str, float]:
 
     off = TrackingConfig(enabled=False)
     session = stage.Session(
-        store=LocalStore(place),
+        store=open_store(str(place)),
         run=start_run("", off, "bench", {}),
         tracking=off,
         console=Console(stderr=True, quiet=True),

@@ -182,12 +182,12 @@ def pipeline(place: Path, recipe: dict[str, Any]) -> dict[str, float]:
     from pipelines.cluster import connection
 
     connection.prepare_environment()
-    from pipelines.artifacts.local_store import LocalStore
+    from pipelines.artifacts.open import open_store
     from pipelines.stages import train
     from pipelines.tracking.run import RunHandle
     from pipelines.workflow.stage import StageContext
 
-    store = LocalStore(place)
+    store = open_store(str(place))
     context = StageContext(
         stage="train",
         key="0" * 64,
@@ -206,12 +206,12 @@ def bare(place: Path, recipe: dict[str, Any]) -> float:
     from training_loops import BareLoop, autocast, synchronize
 
     from enat.loss import objective, token_accuracy
-    from pipelines.artifacts.local_store import LocalStore
+    from pipelines.artifacts.open import open_store
     from pipelines.data.token_map import TokenMap
     from pipelines.training.batches import draw_group
     from pipelines.training.task import initial_model
 
-    config, store = _config(recipe), LocalStore(place)
+    config, store = _config(recipe), open_store(str(place))
     torch.set_num_threads(config.execution.num_threads)
     token_map, device = TokenMap.open(store, _inputs(store)["token_map"]), torch.device(config.execution.device)
     loop = BareLoop(initial_model(config.model.architecture(token_map.info), 0).to(device), config.precision)

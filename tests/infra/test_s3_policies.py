@@ -21,7 +21,8 @@ from manifests import INFRA
 
 from pipelines.artifacts import garbage
 from pipelines.artifacts.manifest import USED, WORK, Manifest
-from pipelines.artifacts.s3_store import S3Store
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.s3_client import S3Config, client_of
 
 S3 = INFRA / "s3"
@@ -95,7 +96,7 @@ def _is_allowed(policy: dict[str, Any], request: Request) -> bool:
 
 @dataclass
 class Recorded:
-    store: S3Store
+    store: ArtifactStore
     requests: list[Request]
     root: Path
 
@@ -118,7 +119,7 @@ def recorded(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         found.extend(_requests(request))
 
     client.meta.events.register("before-send.s3", record)
-    yield Recorded(S3Store(f"s3://{BUCKET}/{PREFIX}", config), found, tmp_path)
+    yield Recorded(open_store(f"s3://{BUCKET}/{PREFIX}", config), found, tmp_path)
     client.meta.events.unregister("before-send.s3", record)
     for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
         client.delete_object(Bucket=BUCKET, Key=entry["Key"])
@@ -148,8 +149,8 @@ def _work_of_a_driver(recorded: Recorded) -> Manifest:
     """The rest of a run: looks whether the store can be written, commits, clears up."""
     store = recorded.store
     store.check_writable()
-    store.note_use("token_map", TOKEN_MAP)
-    store.note_use("token_map", TOKEN_MAP)  # in the place of the first
+    store.record_use("token_map", TOKEN_MAP)
+    store.record_use("token_map", TOKEN_MAP)  # in the place of the first
     record = store.put_file("token_map", TOKEN_MAP, "index.json", recorded.file("index", b"{}"))
     manifest = Manifest(stage="token_map", key=TOKEN_MAP, stage_version=1, config={}, inputs={}, files=(record,))
     store.put_file("token_map", TOKEN_MAP, f"{WORK}/state", recorded.file("state", b"2"))

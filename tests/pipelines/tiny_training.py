@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 
 from enat.checkpoint import save_weights
 from enat.text import TextFeatures
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
 from pipelines.data.token_map import TokenMap, TokenMapInfo, TokenRows, write_part
@@ -218,7 +218,7 @@ def make_material(store: ArtifactStore, vqgan: Any, folder: Path) -> Material:
 
 @pytest.fixture(scope="session")
 def material(vqgan: Any, tmp_path_factory: pytest.TempPathFactory) -> Material:
-    return make_material(LocalStore(tmp_path_factory.mktemp("store")), vqgan, tmp_path_factory.mktemp("material"))
+    return make_material(open_store(str(tmp_path_factory.mktemp("store"))), vqgan, tmp_path_factory.mktemp("material"))
 
 
 # Training on ranks ---------------------------------------------------------------------------------------------------------
@@ -334,9 +334,8 @@ def read_weights(material: Material, key: str, record: Any) -> dict[str, torch.T
 
 def damage_newest_checkpoint(store: ArtifactStore, context: WorkerContext) -> str:
     """Flips a bit of its last file of tensors, whose path this gives."""
-    assert isinstance(store, LocalStore)
     record = find_checkpoints(context)[-1].tensors[-1]
-    path = store.root / context.stage / context.key / record.path
+    path = Path(store.uri) / context.stage / context.key / record.path
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

@@ -24,11 +24,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import Place, open_place
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StorageError, StoreError, canonical_json, digest_of
+from pipelines.storage.base import MissingFileError, StorageError, StoreError, canonical_json, digest_of
 
 STAGE, KEY = "train", "ab" * 32
 
@@ -250,17 +249,17 @@ def test_a_manifest_that_names_a_file_elsewhere_is_not_believed(field: str, path
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"stage": "generate"}, "speaks of generate/abab"),
-        ({"key": "cd" * 32}, "speaks of train/cdcd"),
-        ({"inputs": {"dataset": {**_INPUT, "key": "../" + "d" * 61}}}, "input dataset is no artifact"),
-        ({"inputs": {"dataset": {**_INPUT, "stage": "../.."}}}, "input dataset is no artifact"),
-        ({"inputs": {"dataset": {**_INPUT, "digest": 5}}}, "input dataset is no artifact"),
+        ({"stage": "generate"}, "describes generate/abab"),
+        ({"key": "cd" * 32}, "describes train/cdcd"),
+        ({"inputs": {"dataset": {**_INPUT, "key": "../" + "d" * 61}}}, "input dataset is not an artifact"),
+        ({"inputs": {"dataset": {**_INPUT, "stage": "../.."}}}, "input dataset is not an artifact"),
+        ({"inputs": {"dataset": {**_INPUT, "digest": 5}}}, "input dataset is not an artifact"),
         ({"inputs": {"dataset": {}}}, "stage"),
         ({"inputs": []}, "items"),
         ({"files": [{**_FILE, "size": -1}]}, "size or sha256 of a.bin"),
         ({"files": [{**_FILE, "sha256": "../" * 10}]}, "size or sha256 of a.bin"),
         ({"files": None}, "not iterable|after"),
-        ({"summary": []}, "summary is no JSON object"),
+        ({"summary": []}, "summary is not a JSON object"),
         ({"surplus": 1}, "surplus"),
     ],
 )
@@ -492,20 +491,20 @@ def test_no_name_leads_a_deletion_out_of_the_artifact(place: Place, put, path: s
 def test_a_use_is_noted_as_often_as_there_is_one_with_what_is_read(place: Place) -> None:
     store = place.store
     inputs = [("dataset", "1" * 64), ("tokenizer", "2" * 64)]
-    store.note_use(STAGE, KEY, reversed(inputs))
-    assert store.noted_inputs(STAGE, KEY) == inputs and store.read_manifest(STAGE, KEY) is None
+    store.record_use(STAGE, KEY, reversed(inputs))
+    assert store.recorded_inputs(STAGE, KEY) == inputs and store.read_manifest(STAGE, KEY) is None
     place.age(f"{STAGE}/{KEY}/.used", 1000)
     (old,) = store.list_files(STAGE, KEY)
-    store.note_use(STAGE, KEY)
+    store.record_use(STAGE, KEY)
     (new,) = store.list_files(STAGE, KEY)
     assert old.path == new.path == ".used" and 990 < new.modified - old.modified < 1010
-    assert store.noted_inputs(STAGE, KEY) == [] == store.noted_inputs(STAGE, "cd" * 32)
+    assert store.recorded_inputs(STAGE, KEY) == [] == store.recorded_inputs(STAGE, "cd" * 32)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"inputs": [["..", "x"]]}', b'{"inputs": [1]}', b"\xff"])
 def test_a_note_of_use_that_cannot_be_read_names_no_inputs(place: Place, content: bytes) -> None:
     place.damage(f"{STAGE}/{KEY}/.used", content)
-    assert place.store.noted_inputs(STAGE, KEY) == []
+    assert place.store.recorded_inputs(STAGE, KEY) == []
 
 
 def test_chunks_are_the_bytes_that_lie_there_now_whatever_was_read_before(place: Place, put) -> None:
@@ -516,19 +515,19 @@ def test_chunks_are_the_bytes_that_lie_there_now_whatever_was_read_before(place:
     place.damage(f"{STAGE}/{KEY}/model.safetensors", b"other")
     assert b"".join(place.store.read_chunks(STAGE, KEY, "model.safetensors")) == b"other"
     place.damage(f"{STAGE}/{KEY}/model.safetensors", None)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(MissingFileError):
         list(place.store.read_chunks(STAGE, KEY, "model.safetensors"))
 
 
-def test_what_lies_behind_a_link_can_be_read_and_is_not_listed_for_removal(tmp_path: Path, local_store: LocalStore) -> None:
+def test_what_lies_behind_a_link_can_be_read_and_is_not_listed_for_removal(tmp_path: Path, local_store: ArtifactStore) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"weights")
-    elsewhere = LocalStore(tmp_path / "elsewhere")
+    elsewhere = open_store(str(tmp_path / "elsewhere"))
     for key in ("1" * 64, "2" * 64):
         elsewhere.commit(_manifest(elsewhere.put_file(STAGE, key, "a", source), key=key))
-    (local_store.root / STAGE).mkdir(parents=True)
-    (local_store.root / STAGE / ("1" * 64)).symlink_to(elsewhere.root / STAGE / ("1" * 64))
-    (local_store.root / "linked").symlink_to(elsewhere.root / STAGE)
+    (Path(local_store.uri) / STAGE).mkdir(parents=True)
+    (Path(local_store.uri) / STAGE / ("1" * 64)).symlink_to(Path(elsewhere.uri) / STAGE / ("1" * 64))
+    (Path(local_store.uri) / "linked").symlink_to(Path(elsewhere.uri) / STAGE)
     assert [manifest.key for manifest in local_store.manifests()] == ["1" * 64]
     assert list(local_store.folders()) == [] and local_store.list_files(STAGE, "1" * 64) == []
     with pytest.raises(AssertionError):
@@ -658,7 +657,7 @@ def test_a_file_system_without_hard_links_is_refused_before_anything_is_made(tmp
 
     monkeypatch.setattr(os, "link", refused)
     store = open_store(str(tmp_path / "store"))
-    sentence = rf"the store {tmp_path}/store lies on a file system without hard links \(Operation not permitted\).*store=\.\.\."
+    sentence = rf"the store {tmp_path}/store .* without hard links \(Operation not permitted\).*store=\.\.\."
     with pytest.raises(StoreError, match=sentence):
         store.check_writable()
     assert list((tmp_path / "store").iterdir()) == []
@@ -676,19 +675,19 @@ def test_a_local_store_opens_relative_to_where_it_is_opened(tmp_path: Path, monk
     assert store.uri == str(tmp_path / "runs" / "store") and store.place(STAGE, KEY).startswith(store.uri)
 
 
-def test_what_a_local_store_publishes_can_be_read_by_others(tmp_path: Path, local_store: LocalStore) -> None:
+def test_what_a_local_store_publishes_can_be_read_by_others(tmp_path: Path, local_store: ArtifactStore) -> None:
     """Temporary files begin as private to their user; artifacts are shared."""
     source = tmp_path / "source"
     source.write_bytes(b"weights")
     local_store.commit(_manifest(local_store.put_file(STAGE, KEY, "model.bin", source)))
-    folder = local_store.root / STAGE / KEY
+    folder = Path(local_store.uri) / STAGE / KEY
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"model.bin": "0o644", MANIFEST: "0o644"}
 
 
 def test_a_note_that_cannot_be_read_is_not_taken_for_a_missing_one(tmp_path: Path) -> None:
     """What it names would be removed as needed by nobody."""
-    local_store = LocalStore(tmp_path / "store")
-    assert local_store.noted_inputs("train", "k") == []
-    (local_store.root / "train" / "k" / ".used").mkdir(parents=True)
-    with pytest.raises(IsADirectoryError):
-        local_store.noted_inputs("train", "k")
+    local_store = open_store(str(tmp_path / "store"))
+    assert local_store.recorded_inputs("train", "k") == []
+    (Path(local_store.uri) / "train" / "k" / ".used").mkdir(parents=True)
+    with pytest.raises(StorageError, match="Is a directory"):
+        local_store.recorded_inputs("train", "k")

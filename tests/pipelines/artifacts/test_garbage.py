@@ -14,7 +14,6 @@ from places import Place, folder_place, key_of, make, open_place
 
 from pipelines.artifacts import garbage
 from pipelines.artifacts.garbage import Outcome, Plan
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import MANIFEST, USED, Manifest, name_of
 from pipelines.artifacts.store import ArtifactStore
 
@@ -57,7 +56,7 @@ def _left(store: ArtifactStore) -> set[tuple[str, str]]:
 
 
 def _touch(place: Place, manifest: Manifest) -> None:
-    place.store.note_use(*name_of(manifest))
+    place.store.record_use(*name_of(manifest))
 
 
 # What stays ----------------------------------------------------------------------------------------------------------------
@@ -110,7 +109,7 @@ def test_an_artifact_is_as_young_as_its_manifest_says_or_any_file_of_it(place: P
 def test_what_a_stage_that_is_at_work_reads_stays(place: Place, chain) -> None:
     """For longer than the limit, too: its checkpoints are young."""
     unfinished = ("train", key_of("third"))
-    place.store.note_use(*unfinished, [name_of(chain.map), name_of(chain.tokenizer)])
+    place.store.record_use(*unfinished, [name_of(chain.map), name_of(chain.tokenizer)])
     place.age("", 40 * DAY)
     place.store.put_part(*unfinished, "checkpoint-1", {"step": 1})
     planned = _plan(place)
@@ -143,7 +142,7 @@ def test_work_that_goes_on_while_it_is_about_to_go_stays(place: Place) -> None:
     planned = _plan(place)
     place.store.put_part("train", key_of("a"), "checkpoint-2", {"step": 2})
     outcome = garbage.collect(place.store, planned)
-    assert [reason for _, reason in outcome.spared] == ["work on it goes on"] and outcome.removed == []
+    assert [reason for _, reason in outcome.spared] == ["work on it continues"] and outcome.removed == []
     assert len(place.store.read_parts("train", key_of("a"))) == 2
 
 
@@ -154,7 +153,7 @@ def test_files_that_no_manifest_names_go_once_they_are_old(place: Place) -> None
         place.damage(f"{folder}/{name}", b"old")
     place.age("", 40 * DAY)
     place.damage(f"{folder}/young.bin", b"young")
-    place.store.note_use(*name_of(manifest))
+    place.store.record_use(*name_of(manifest))
     planned = _plan(place)
     assert [(removal.kind, len(removal.files), removal.size) for removal in planned.removals] == [("stray files", 4, 12)]
     garbage.collect(place.store, planned)
@@ -273,7 +272,7 @@ def test_a_run_that_takes_over_files_that_are_about_to_go_leaves_no_artifact_wit
     _when_files_go(place, monkeypatch, run)
     garbage.collect(place.store, planned)
     assert place.store.read_manifest(*name_of(manifest)) is None
-    assert f"train/{manifest.key[:12]} was made of files that were being removed, and is gone again" in caplog.text
+    assert f"train/{manifest.key[:12]} was made from files that were being removed, and is removed again" in caplog.text
     assert {name.rpartition("/")[2] for name in place.contents()} == {USED}, "the run's note stays"
     assert make(place.store, "train/a", provenance={}) == manifest, "it is made again"
 
@@ -298,9 +297,9 @@ def test_files_of_parts_stay_for_a_run_that_comes_when_the_records_go(place: Pla
     place.store.put_part(*name, "part-0", {"rows": 1})
     place.age("", 40 * DAY)
     planned = _plan(place)
-    _when(place.store, monkeypatch, "delete_files", lambda: place.store.note_use(*name), after=False)
+    _when(place.store, monkeypatch, "delete_files", lambda: place.store.record_use(*name), after=False)
     outcome = garbage.collect(place.store, planned)
-    assert [reason for _, reason in outcome.spared] == ["work on it goes on"]
+    assert [reason for _, reason in outcome.spared] == ["work on it continues"]
     assert {path.rpartition("/")[2] for path in place.contents()} == {"part-0.bin", USED}
 
 
@@ -329,11 +328,11 @@ def test_a_removal_that_is_killed_leaves_no_artifact_without_its_files(
     assert left
     for manifest in left:
         assert place.store.fetch(manifest, "file.bin").read_bytes()
-    place.store.note_use("train", key_of("first"))  # so that a folder without manifest is seen as this program's
+    place.store.record_use("train", key_of("first"))  # so that a folder without manifest is seen as this program's
     for name in ("evaluate", "train", "generate", "dataset", "token_map", "tokenizer"):
         for stage, key in list(place.store.names()):
             if stage == name:
-                place.store.note_use(stage, key)
+                place.store.record_use(stage, key)
     place.age("", 40 * DAY)
     garbage.collect(place.store, _plan(place))
     assert place.contents() == {}
@@ -408,13 +407,12 @@ def test_what_lies_behind_a_link_stays_with_all_it_was_made_from(tmp_path: Path)
     secret.mkdir()
     (secret / "file").write_text("kept")
     unlinked = make(place.store, "token_map/m", dataset, provenance={})
-    assert isinstance(place.store, LocalStore)
-    (place.store.root / "token_map" / unlinked.key / "link").symlink_to(secret)
-    (place.store.root / "token_map" / unlinked.key / "file-link").symlink_to(secret / "file")
-    (place.store.root / "train").symlink_to(tmp_path / "elsewhere" / "train")
+    (Path(place.store.uri) / "token_map" / unlinked.key / "link").symlink_to(secret)
+    (Path(place.store.uri) / "token_map" / unlinked.key / "file-link").symlink_to(secret / "file")
+    (Path(place.store.uri) / "train").symlink_to(tmp_path / "elsewhere" / "train")
     for each in (place, elsewhere):
         each.age("", 40 * DAY)
-    os.utime(place.store.root / "token_map" / unlinked.key / "file-link", (0, 0), follow_symlinks=False)
+    os.utime(Path(place.store.uri) / "token_map" / unlinked.key / "file-link", (0, 0), follow_symlinks=False)
     planned = _plan(place)
     assert planned.kept == {name_of(linked): "elsewhere", name_of(dataset): "needed"}
     garbage.collect(place.store, planned)

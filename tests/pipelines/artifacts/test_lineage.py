@@ -16,12 +16,12 @@ from rich.console import Console
 
 from pipelines.artifacts import lineage
 from pipelines.artifacts.lineage import Lineage
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest, name_of
+from pipelines.artifacts.store import ArtifactStore
 
 
 @pytest.fixture
-def chain(local_store: LocalStore) -> SimpleNamespace:
+def chain(local_store: ArtifactStore) -> SimpleNamespace:
     store, made = local_store, SimpleNamespace()
     made.dataset = make(store, "dataset/d", summary={"num_images": 5, "num_captions": 0, "class_names": ["[red]"]})
     made.tokenizer = make(store, "tokenizer/t", made.dataset)
@@ -43,7 +43,7 @@ def _short(manifest: Manifest) -> str:
     return f"{manifest.stage}/{manifest.key[:12]}"
 
 
-def test_a_tree_shows_both_ways_and_opens_what_stands_twice_once(local_store: LocalStore, chain) -> None:
+def test_a_tree_shows_both_ways_and_opens_what_stands_twice_once(local_store: ArtifactStore, chain) -> None:
     lines = _shown(Lineage(local_store.manifests()), chain.train)
     dataset, tokenizer, token_map = (_short(each) for each in (chain.dataset, chain.tokenizer, chain.map))
     assert lines == [
@@ -58,7 +58,7 @@ def test_a_tree_shows_both_ways_and_opens_what_stands_twice_once(local_store: Lo
     ]
 
 
-def test_what_is_gone_and_what_was_made_again_is_said(local_store: LocalStore, chain) -> None:
+def test_what_is_gone_and_what_was_made_again_is_said(local_store: ArtifactStore, chain) -> None:
     local_store.delete_manifest(*name_of(chain.dataset))
     again = dataclasses.replace(chain.tokenizer, files=())
     manifests = [again if name_of(found) == name_of(again) else found for found in local_store.manifests()]
@@ -73,7 +73,7 @@ def test_what_is_gone_and_what_was_made_again_is_said(local_store: LocalStore, c
     ]
 
 
-def test_json_names_every_artifact_once_nearest_first(local_store: LocalStore, chain) -> None:
+def test_json_names_every_artifact_once_nearest_first(local_store: ArtifactStore, chain) -> None:
     answer = json.loads(json.dumps(lineage.to_json(Lineage(local_store.manifests()), chain.samples)))
     assert answer["descendants"] == []
     ancestors = [entry["artifact"] for entry in answer["ancestors"]]

@@ -14,10 +14,9 @@ import pytest
 from s3_server import S3Endpoint
 
 from pipelines.artifacts import transfer
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.open import open_store
-from pipelines.artifacts.s3_store import S3Store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StorageError, StoreError
 from pipelines.storage.s3 import S3Folder
 from pipelines.storage.s3_client import S3Config
@@ -28,16 +27,15 @@ STAGE, KEY = "train", "ab" * 32
 
 
 @pytest.fixture
-def store(make_bucket: Callable[..., S3Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+def store(make_bucket: Callable[..., S3Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ArtifactStore:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
     folder = make_bucket("team/store")
     store = open_store(folder.uri, folder.config)
-    assert isinstance(store, S3Store)
     return store
 
 
 @pytest.fixture
-def record(store: S3Store, tmp_path: Path) -> FileRecord:
+def record(store: ArtifactStore, tmp_path: Path) -> FileRecord:
     (tmp_path / "source").write_bytes(b"weights")
     return store.put_file(STAGE, KEY, "model.bin", tmp_path / "source")
 
@@ -50,14 +48,16 @@ def _gets(endpoint: S3Endpoint) -> int:
     return sum(method == "GET" for method, _, _ in endpoint.requests)
 
 
-def test_a_file_is_downloaded_once_and_then_read_from_the_cache(store: S3Store, record, s3_endpoint: S3Endpoint, tmp_path) -> None:
+def test_a_file_is_downloaded_once_and_then_read_from_the_cache(
+    store: ArtifactStore, record, s3_endpoint: S3Endpoint, tmp_path
+) -> None:
     path = store.fetch_file(STAGE, KEY, record)
     before = len(s3_endpoint.requests)
     assert store.fetch_file(STAGE, KEY, record) == path and len(s3_endpoint.requests) == before
     assert path.is_relative_to(tmp_path / "cache") and path.suffix == ".bin" and path.read_bytes() == b"weights"
 
 
-def test_a_byte_that_flips_in_the_bucket_is_found_when_it_is_fetched(store: S3Store, record, s3_endpoint: S3Endpoint) -> None:
+def test_a_byte_that_flips_in_the_bucket_is_found_when_it_is_fetched(store: ArtifactStore, record, s3_endpoint: S3Endpoint) -> None:
     s3_endpoint.fill(store.folder, {f"{STAGE}/{KEY}/model.bin": b"weightz"})
     with pytest.raises(
         StoreError, match=rf"{store.uri}/{STAGE}/{KEY}/model\.bin was changed .* remove {store.uri}/{STAGE}/{KEY} to"
@@ -65,7 +65,7 @@ def test_a_byte_that_flips_in_the_bucket_is_found_when_it_is_fetched(store: S3St
         store.fetch_file(STAGE, KEY, record)
 
 
-def test_a_byte_that_flips_on_the_way_is_fetched_again(store: S3Store, record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_byte_that_flips_on_the_way_is_fetched_again(store: ArtifactStore, record, monkeypatch: pytest.MonkeyPatch) -> None:
     download, answers = S3Folder.download, [b"weightz"]
 
     def flip_once(self: S3Folder, name: str, path: Path) -> None:
@@ -77,25 +77,25 @@ def test_a_byte_that_flips_on_the_way_is_fetched_again(store: S3Store, record, m
     assert store.fetch_file(STAGE, KEY, record).read_bytes() == b"weights" and answers == []
 
 
-def test_a_copy_that_was_damaged_on_this_machine_is_fetched_again(store: S3Store, record) -> None:
+def test_a_copy_that_was_damaged_on_this_machine_is_fetched_again(store: ArtifactStore, record) -> None:
     store.fetch_file(STAGE, KEY, record).write_bytes(b"weightz")
     assert store.fetch_file(STAGE, KEY, record).read_bytes() == b"weights"
 
 
-def test_a_commit_whose_answer_is_lost_is_ones_own(store: S3Store, record, s3_endpoint: S3Endpoint) -> None:
+def test_a_commit_whose_answer_is_lost_is_ones_own(store: ArtifactStore, record, s3_endpoint: S3Endpoint) -> None:
     manifest = _manifest(record, provenance={"run": 1})
     with s3_endpoint.fault("PUT", "manifest.json", lose=True) as fault:
         assert store.commit(manifest) == manifest
     assert fault.times == 0 and store.read_manifest(STAGE, KEY) == manifest
 
 
-def test_a_commit_that_was_overtaken_and_whose_answer_is_lost_adopts_the_other(store: S3Store, record, s3_endpoint) -> None:
+def test_a_commit_that_was_overtaken_and_whose_answer_is_lost_adopts_the_other(store: ArtifactStore, record, s3_endpoint) -> None:
     other = store.commit(_manifest(record, provenance={"run": 1}))
     with s3_endpoint.fault("PUT", "manifest.json", lose=True):
         assert store.commit(_manifest(record, provenance={"run": 2})) == other
 
 
-def test_many_artifacts_are_listed_in_order_and_unfinished_ones_are_not(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+def test_many_artifacts_are_listed_in_order_and_unfinished_ones_are_not(store: ArtifactStore, s3_endpoint: S3Endpoint) -> None:
     manifests = [
         Manifest(stage=stage, key=f"{key:064x}", stage_version=1, config={}, inputs={}, files=())
         for stage in ("evaluate", "train")
@@ -107,7 +107,7 @@ def test_many_artifacts_are_listed_in_order_and_unfinished_ones_are_not(store: S
     assert next(store.manifests()) == manifests[0]
 
 
-def test_more_files_than_one_request_takes_are_deleted(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+def test_more_files_than_one_request_takes_are_deleted(store: ArtifactStore, s3_endpoint: S3Endpoint) -> None:
     names = [f"{number:04d}" for number in range(1001)]
     s3_endpoint.fill(store.folder, {f"{STAGE}/{KEY}/{name}": b"" for name in (*names, "kept")})
     before = len(s3_endpoint.requests)
@@ -116,20 +116,20 @@ def test_more_files_than_one_request_takes_are_deleted(store: S3Store, s3_endpoi
     assert [file.path for file in store.list_files(STAGE, KEY)] == ["kept"]
 
 
-def test_a_deletion_that_is_refused_says_so(store: S3Store, record, s3_endpoint: S3Endpoint) -> None:
+def test_a_deletion_that_is_refused_says_so(store: ArtifactStore, record, s3_endpoint: S3Endpoint) -> None:
     fault = s3_endpoint.fault("POST", "delete", status="403 Forbidden", code="AccessDenied", times=9)
     with fault, pytest.raises(StorageError, match="no permission to delete it"):
         store.delete_files(STAGE, KEY, [record.path])
     assert [file.path for file in store.list_files(STAGE, KEY)] == [record.path]
 
 
-def test_objects_that_are_called_as_no_file_can_be_are_nobodys(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+def test_objects_that_are_called_as_no_file_can_be_are_nobodys(store: ArtifactStore, s3_endpoint: S3Endpoint) -> None:
     s3_endpoint.fill(store.folder, {f"{STAGE}/{KEY}/{name}": b"" for name in ("a//b", "a/../../b", "./c", "good")})
     assert [file.path for file in store.list_files(STAGE, KEY)] == ["good"]
     assert [[file.path for file in files] for _, _, files in store.folders()] == [["good"]]
 
 
-def test_manifests_are_read_many_at_once(store: S3Store, s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifests_are_read_many_at_once(store: ArtifactStore, s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     manifests = {f"train/{key:064x}/manifest.json": replace(_manifest(), key=f"{key:064x}").to_json() for key in range(96)}
     s3_endpoint.fill(store.folder, manifests)
     read, lock, now, most = S3Folder.read, threading.Lock(), 0, 0
@@ -148,11 +148,11 @@ def test_manifests_are_read_many_at_once(store: S3Store, s3_endpoint: S3Endpoint
     assert len(list(store.manifests())) == 96 and most >= 12
 
 
-def test_places_are_uris_in_the_bucket(store: S3Store) -> None:
+def test_places_are_uris_in_the_bucket(store: ArtifactStore) -> None:
     assert store.uri.endswith("/team/store") and store.place(STAGE, KEY) == f"{store.uri}/{STAGE}/{KEY}"
 
 
-def test_a_store_is_opened_by_its_uri_and_travels_to_workers(store: S3Store, record) -> None:
+def test_a_store_is_opened_by_its_uri_and_travels_to_workers(store: ArtifactStore, record) -> None:
     """The environment names the endpoint, as it does where there is no configuration."""
     for same in (open_store(f"{store.uri}/"), pickle.loads(pickle.dumps(store))):
         assert same.uri == store.uri and same.fetch_file(STAGE, KEY, record).read_bytes() == b"weights"
@@ -182,7 +182,7 @@ def _nodes(run: Callable[..., StageResult]) -> list[Node]:
 
 
 def test_another_user_with_an_empty_disk_computes_nothing_again(
-    store: S3Store, make_session: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ArtifactStore, make_session: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = driver.execute(_nodes(_write), make_session(store))
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "another-machine"))
@@ -193,7 +193,7 @@ def test_another_user_with_an_empty_disk_computes_nothing_again(
 
 
 def test_what_is_pulled_out_of_a_bucket_is_reused_without_it(
-    store: S3Store, make_session: Callable[..., Any], local_store: LocalStore
+    store: ArtifactStore, make_session: Callable[..., Any], local_store: ArtifactStore
 ) -> None:
     done = driver.execute(_nodes(_write), make_session(store))
     transfer.pull(store, local_store, transfer.with_inputs(store, done[-1].manifest))
@@ -204,13 +204,13 @@ def test_what_is_pulled_out_of_a_bucket_is_reused_without_it(
 # Places that will not do ---------------------------------------------------------------------------------------------------
 
 
-def test_a_store_that_may_not_be_written_says_so(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+def test_a_store_that_may_not_be_written_says_so(store: ArtifactStore, s3_endpoint: S3Endpoint) -> None:
     fault = s3_endpoint.fault("PUT", "", status="403 Forbidden", code="AccessDenied", times=9)
     with fault, pytest.raises(StoreError, match=f"the store {store.uri} cannot be written: .*no permission to write it"):
         store.check_writable()
 
 
-def test_a_store_that_overwrites_is_refused(store: S3Store, s3_endpoint: S3Endpoint) -> None:
+def test_a_store_that_overwrites_is_refused(store: ArtifactStore, s3_endpoint: S3Endpoint) -> None:
     """An endpoint that does not know If-None-Match takes every write."""
 
     def ignore_the_condition(environ: dict[str, Any]) -> bool:
@@ -219,7 +219,7 @@ def test_a_store_that_overwrites_is_refused(store: S3Store, s3_endpoint: S3Endpo
 
     with s3_endpoint.fault("PUT", "") as fault:
         fault.matches = ignore_the_condition
-        with pytest.raises(StoreError, match="overwrites what is there"):
+        with pytest.raises(StoreError, match="overwrites existing files"):
             store.check_writable()
     assert list(store.folder.list()) == []
 
@@ -233,6 +233,6 @@ def test_a_missing_bucket_is_no_empty_store(s3_endpoint: S3Endpoint) -> None:
             act()
 
 
-def test_an_endpoint_that_is_not_there_is_named(store: S3Store) -> None:
+def test_an_endpoint_that_is_not_there_is_named(store: ArtifactStore) -> None:
     with pytest.raises(StoreError, match=r"cannot be written: .*http://127\.0\.0\.1:9 does not answer"):
         open_store(store.uri, S3Config(endpoint_url="http://127.0.0.1:9")).check_writable()

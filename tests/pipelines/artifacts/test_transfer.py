@@ -14,8 +14,8 @@ import pytest
 from places import Place, bucket_place, folder_place, key_of, make
 
 from pipelines.artifacts import transfer
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import MANIFEST, Manifest, name_of
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StoreError, file_digest
 from pipelines.storage.s3 import S3Folder
 
@@ -142,7 +142,7 @@ def test_inputs_that_cannot_come_are_named(places: tuple[Place, Place], chain, c
         transfer.with_inputs(places[0].store, chain.train)
 
 
-def test_inputs_that_lead_in_a_circle_come_once(local_store: LocalStore) -> None:
+def test_inputs_that_lead_in_a_circle_come_once(local_store: ArtifactStore) -> None:
     sources = {name: {"stage": "train", "key": key_of(name), "digest": ""} for name in "ab"}
     for own, other in ("ab", "ba"):
         inputs = {"x": sources[other]}
@@ -181,29 +181,29 @@ def test_files_lie_under_their_names_beside_the_manifest(places: tuple[Place, Pl
     assert transfer.write_files(places[0].store, chain.train, folder).was_there
 
 
-def test_files_that_are_in_the_way_are_not_replaced(local_store: LocalStore, tmp_path: Path) -> None:
+def test_files_that_are_in_the_way_are_not_replaced(local_store: ArtifactStore, tmp_path: Path) -> None:
     manifest, other = make(local_store, "train/a"), make(local_store, "train/b", files={"other.bin": b"x"})
     folder = tmp_path / "files"
     folder.mkdir()
     (folder / "file.bin").write_text("mine")
-    with pytest.raises(ValueError, match=r"file\.bin already is another file; name an empty folder"):
+    with pytest.raises(ValueError, match=r"file\.bin already exists; name an empty folder"):
         transfer.write_files(local_store, manifest, folder)
     assert [path.name for path in folder.iterdir()] == ["file.bin"] and (folder / "file.bin").read_text() == "mine"
     transfer.write_files(local_store, other, tmp_path / "others")
-    with pytest.raises(ValueError, match=r"manifest\.json already is another file"):
+    with pytest.raises(ValueError, match=r"manifest\.json already exists"):
         transfer.write_files(local_store, manifest, tmp_path / "others")
     (folder / "file.bin").unlink()
     (folder / "file.bin").symlink_to(tmp_path / "outside")
-    with pytest.raises(ValueError, match=r"file\.bin already is another file"):
+    with pytest.raises(ValueError, match=r"file\.bin already exists"):
         transfer.write_files(local_store, manifest, folder)
     assert not (tmp_path / "outside").exists()
 
 
 @pytest.mark.parametrize("name", ["../outside.bin", "/tmp/outside-of-everything.bin", "a/../../outside.bin"])
-def test_a_manifest_that_names_files_elsewhere_writes_nothing(local_store: LocalStore, tmp_path: Path, name: str) -> None:
+def test_a_manifest_that_names_files_elsewhere_writes_nothing(local_store: ArtifactStore, tmp_path: Path, name: str) -> None:
     """It is not believed already when it is read."""
     manifest = make(local_store, "train/a")
-    path = local_store.root / "train" / manifest.key / MANIFEST
+    path = Path(local_store.uri) / "train" / manifest.key / MANIFEST
     fields = json.loads(manifest.to_json())
     for key in ("name", "path"):
         fields["files"][0][key] = name

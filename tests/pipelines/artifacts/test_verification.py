@@ -45,9 +45,9 @@ def test_what_is_whole_is_said_to_be_and_every_byte_is_read(place: Place, manife
     ("content", "problem"),
     [
         (None, "model.bin is missing"),
-        (CONTENT[:-1], "model.bin has 2,559,999 bytes where 2,560,000 were written"),
-        (CONTENT + b"x", "model.bin has 2,560,001 bytes where 2,560,000 were written"),
-        (b"", "model.bin has 0 bytes where 2,560,000 were written"),
+        (CONTENT[:-1], "model.bin has 2,559,999 bytes, but 2,560,000 were written"),
+        (CONTENT + b"x", "model.bin has 2,560,001 bytes, but 2,560,000 were written"),
+        (b"", "model.bin has 0 bytes, but 2,560,000 were written"),
         (b"\xff" + CONTENT[1:], "model.bin holds other bytes (sha256 "),
     ],
 )
@@ -97,9 +97,9 @@ def test_a_byte_that_flips_on_the_way_is_looked_at_again(place: Place, manifest:
     assert verdict.problems == () and flips == [] and sum(counted) == verdict.size
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), StorageError("s3://b/other.bin: the line is cut")])
+@pytest.mark.parametrize("cause", [OSError(errno.EIO, "Input/output error"), None])
 def test_what_cannot_be_read_is_named_and_the_rest_is_looked_at(
-    place: Place, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, error: Exception
+    place: Place, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, cause: OSError | None
 ) -> None:
     """A disk may fail at one file, and of a bucket one object."""
     others = [make(place.store, f"train/{name}") for name in ("b", "c")]
@@ -108,13 +108,14 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_looked_at(
 
     def failing(self: Any, stage: str, key: str, path: str) -> Any:
         if path == "other.bin":
-            raise error
+            raise StorageError("s3://b/other.bin: the line is cut") from cause
         return original(self, stage, key, path)
 
     monkeypatch.setattr(type(place.store), "read_chunks", failing)
     verdicts = {verdict.key: verdict for verdict in _verify(place)}
     unread = verdicts[manifest.key]
-    assert unread.problems == (f"other.bin cannot be read ({getattr(error, 'strerror', error)})",) and not unread.is_readable
+    reason = cause.strerror if cause else "s3://b/other.bin: the line is cut"
+    assert unread.problems == (f"other.bin cannot be read ({reason})",) and not unread.is_readable
     assert "holds other bytes" in verdicts[others[0].key].problems[0] and verdicts[others[0].key].is_readable
     assert verdicts[others[1].key].problems == ()
 

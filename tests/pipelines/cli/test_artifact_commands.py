@@ -287,10 +287,10 @@ def test_a_damaged_manifest_is_told_of_and_its_folder_stays(place: Place, chain)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["ls"], "there is no store at"),
-        (["verify", "--all"], "there is no store at"),
-        (["gc"], "there is no store at"),
-        (["show", "train/x"], "there is no store at"),
+        (["ls"], "does not exist; name another"),
+        (["verify", "--all"], "does not exist; name another"),
+        (["gc"], "does not exist; name another"),
+        (["show", "train/x"], "does not exist; name another"),
     ],
 )
 def test_a_store_that_is_not_there_is_no_empty_one(tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -72,7 +72,7 @@ CASES = [
     Case("codebook", "train.model.codebook_size is 1024, but the token map of digits", ("train.model.codebook_size=1024",)),
     Case(
         "no dataset",
-        "dataset.path: {folder}/nowhere is no folder",
+        "dataset.path: {folder}/nowhere is not a directory",
         ("dataset.kind=image_folder", "dataset.path={folder}/nowhere"),
     ),
     Case("no config", "the config file {folder}/nowhere.yaml does not exist", config="{folder}/nowhere.yaml"),
@@ -94,7 +94,7 @@ CASES = [
     ),
     Case("store below a file", "the store {folder}/file/store cannot be written", ("store={folder}/file/store",)),
     Case("workspace below a file", "{folder}/file", ("workspace={folder}/file/runs", "store={folder}/elsewhere")),
-    Case("no weights", "tokenizer.weights: {folder}/nowhere.pth is no file", ("tokenizer.weights={folder}/nowhere.pth",)),
+    Case("no weights", "tokenizer.weights: {folder}/nowhere.pth is not a file", ("tokenizer.weights={folder}/nowhere.pth",)),
     Case(
         "weights of an ENAT",
         "enat.safetensors holds enat, not the weights of vqgan",
@@ -236,8 +236,8 @@ def test_the_traceback_of_a_stage_that_broke_is_in_the_log_that_is_named(answers
 
 
 def test_what_is_not_there_is_told_with_what_to_do() -> None:
-    """The sentence goes on after its fact: "X is no folder; correct the path"."""
-    facts = r"is no file|is no folder|does not exist|no such (?:file|revision|repository)|holds no state dict"
+    """A sentence continues after its fact: "X is not a directory; correct the path"."""
+    facts = r"is not a file|is not a directory|does not exist|no such (?:file|revision|repository)|holds no state dict"
     bare = {
         f"{path.name}: {match[0]}"
         for path in (REPOSITORY / "pipelines").rglob("*.py")
@@ -405,7 +405,7 @@ def test_the_lines_that_an_import_prints_are_those_of_a_config(
         (("{folder}/inside.ckpt",), "{folder}/inside.ckpt is not opened: it is no torch file, or holds more than tensors"),
         (("{folder}/code.safetensors",), "{folder}/code.safetensors is no readable file of weights"),
         (("{folder}/enat.safetensors",), "{folder}/enat.safetensors holds enat, not the weights of vqgan"),
-        (("{folder}/nowhere.pth",), "tokenizer.weights: {folder}/nowhere.pth is no file"),
+        (("{folder}/nowhere.pth",), "tokenizer.weights: {folder}/nowhere.pth is not a file"),
         ((f"sha256:{'ab' * 32}",), "but the store has nothing made from it; import the file first: enat import --help"),
         (("{folder}/right.pth", "--preset", "vqgan-big"), "no VQGAN preset is called 'vqgan-big'"),
     ],

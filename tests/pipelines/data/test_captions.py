@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_clip import make_tiny_clip
 
 from enat.text import TextFeatures, load_text_encoder
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data import captions as data_captions
 from pipelines.data.captions import EMPTY, CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
 from pipelines.storage.base import StoreError
@@ -49,7 +49,7 @@ def write_all(folder: Path, whole: TextFeatures, info: CaptionFeaturesInfo = INF
 
 
 @pytest.fixture
-def commit(local_store: LocalStore, tmp_path: Path) -> Callable[..., Manifest]:
+def commit(local_store: ArtifactStore, tmp_path: Path) -> Callable[..., Manifest]:
     """The files of a folder as an artifact."""
 
     def commit(folder: Path, key: str = "k", **info: Any) -> Manifest:
@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def reader(local_store: LocalStore, commit: Callable[..., Manifest], folder: Path) -> CaptionFeatures:
+def reader(local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path) -> CaptionFeatures:
     return CaptionFeatures.open(local_store, commit(folder))
 
 
@@ -156,8 +156,8 @@ def test_an_index_out_of_range_is_refused(reader: CaptionFeatures, index: int) -
 
 def test_only_the_files_that_are_needed_are_fetched(reader: CaptionFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
-    fetch = LocalStore.fetch
-    monkeypatch.setattr(LocalStore, "fetch", lambda store, manifest, name: fetched.append(name) or fetch(store, manifest, name))
+    fetch = ArtifactStore.fetch
+    monkeypatch.setattr(ArtifactStore, "fetch", lambda store, manifest, name: fetched.append(name) or fetch(store, manifest, name))
     assert len(reader) == 23
     reader.take(np.array([7, 22, 6]))
     reader.take(np.array([21, 5]))
@@ -174,16 +174,16 @@ def mapped(folder: Path) -> set[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc tells which files are mapped")
-def test_few_files_are_open_at_a_time(local_store: LocalStore, reader: CaptionFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_files_are_open_at_a_time(local_store: ArtifactStore, reader: CaptionFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_captions, "MAX_OPEN_FILES", 2)
     hidden, _ = reader.take(np.arange(23))
     np.testing.assert_array_equal(hidden, expected_rows(np.arange(23))[0])
-    assert mapped(local_store.root) == {captions_name(3), captions_name(4)}
+    assert mapped(Path(local_store.uri)) == {captions_name(3), captions_name(4)}
     reader.take(np.array([15, 0]))
-    assert mapped(local_store.root) == {captions_name(0), captions_name(3)}
+    assert mapped(Path(local_store.uri)) == {captions_name(0), captions_name(3)}
 
 
-def test_a_file_is_mapped_and_not_read_whole(local_store: LocalStore, commit: Callable[..., Manifest], tmp_path: Path) -> None:
+def test_a_file_is_mapped_and_not_read_whole(local_store: ArtifactStore, commit: Callable[..., Manifest], tmp_path: Path) -> None:
     """The file has 9 MB; a caption 8 kB."""
     info = dataclasses.replace(INFO, num_captions=1000, captions_per_file=1000, num_positions=8, width=512)
     ones = TextFeatures(torch.ones(1000, 8, 512).half(), torch.ones(1000, 512).half(), torch.ones(1000))
@@ -216,7 +216,7 @@ def resident_bytes() -> int:
     ],
 )
 def test_a_file_of_other_features_is_refused(
-    local_store: LocalStore, commit: Callable[..., Manifest], folder: Path, info: dict[str, Any], message: str
+    local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path, info: dict[str, Any], message: str
 ) -> None:
     reader = CaptionFeatures.open(local_store, commit(folder, **info))
     with pytest.raises(ValueError, match=message):
@@ -236,7 +236,7 @@ def test_a_file_of_other_features_is_refused(
     ids=["no safetensors", "no header", "no JSON", "float32", "another file's", "the empty caption's"],
 )
 def test_a_file_that_was_not_written_here_is_refused(
-    local_store: LocalStore, commit: Callable[..., Manifest], folder: Path, write: Callable[[Path], Any]
+    local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path, write: Callable[[Path], Any]
 ) -> None:
     write(folder / captions_name(0))
     reader = CaptionFeatures.open(local_store, commit(folder))
@@ -249,7 +249,7 @@ def header_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def test_a_flipped_bit_is_noticed(local_store: LocalStore, commit: Callable[..., Manifest], folder: Path) -> None:
+def test_a_flipped_bit_is_noticed(local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path) -> None:
     reader = CaptionFeatures.open(local_store, commit(folder))
     path = Path(local_store.place("captions", "k")) / captions_name(2)
     content = bytearray(path.read_bytes())
@@ -261,7 +261,7 @@ def test_a_flipped_bit_is_noticed(local_store: LocalStore, commit: Callable[...,
 
 @pytest.mark.parametrize("name", [EMPTY, captions_name(3)])
 def test_a_manifest_without_one_of_the_files_is_refused(
-    local_store: LocalStore, commit: Callable[..., Manifest], folder: Path, name: str
+    local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path, name: str
 ) -> None:
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"lacks 1 files of caption features, {name}"):
@@ -272,13 +272,13 @@ def test_a_manifest_without_one_of_the_files_is_refused(
     ("info", "message"), [({"format_version": 2}, "of format 2; 1 is read here"), ({"language": "de"}, "no caption features")]
 )
 def test_a_manifest_of_another_format_is_refused(
-    local_store: LocalStore, commit: Callable[..., Manifest], folder: Path, info: dict[str, Any], message: str
+    local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path, info: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         CaptionFeatures.open(local_store, commit(folder, **info))
 
 
-def test_a_manifest_of_another_stage_is_refused(local_store: LocalStore) -> None:
+def test_a_manifest_of_another_stage_is_refused(local_store: ArtifactStore) -> None:
     manifest = Manifest(stage="tokenizer", key="k", stage_version=1, config={}, inputs={}, files=())
     with pytest.raises(ValueError, match="tokenizer/k holds no caption features"):
         CaptionFeatures.open(local_store, manifest)
@@ -287,7 +287,7 @@ def test_a_manifest_of_another_stage_is_refused(local_store: LocalStore) -> None
 # From captions to batches --------------------------------------------------------------------------------------------------
 
 
-def test_what_the_encoder_gave_is_what_is_taken(local_store: LocalStore, commit: Callable[..., Manifest], tmp_path: Path) -> None:
+def test_features_are_those_of_the_encoder(local_store: ArtifactStore, commit: Callable[..., Manifest], tmp_path: Path) -> None:
     encoder = load_text_encoder(make_tiny_clip(tmp_path / "clip"))
     captions = ["the cat", "a dog on the cat", "", "the dog " * 60, "Ein Hund!"]
     sizes = {"num_positions": encoder.num_positions, "width": encoder.width}

@@ -15,8 +15,9 @@ from layouts import KINDS, Layouts, Row, make_layouts, open_dataset, tar_bytes, 
 from s3_server import S3Endpoint
 
 from enat.images import ImageError, center_crop, decode_image, to_array
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data import dataset as data_dataset
 from pipelines.data.dataset import INDEX, Dataset, IndexSummary, check_unique, write_index
 from pipelines.data.sources.base import Entry
@@ -33,7 +34,7 @@ def _rows(dataset: Dataset, start: int = 0, stop: int = 10**9) -> list[Row]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_range_of_rows_is_a_piece_of_the_whole(layouts: Layouts, local_store: LocalStore, kind: str) -> None:
+def test_any_range_of_rows_is_a_piece_of_the_whole(layouts: Layouts, local_store: ArtifactStore, kind: str) -> None:
     dataset, expected = open_dataset(layouts.config(kind), local_store), layouts.rows(kind)
     assert _rows(dataset) == expected and dataset.num_images == len(expected)
     assert [row.size for row in dataset.read(0, 20)] == [0 if kind == "parquet" else len(row.data) for row in expected]
@@ -43,7 +44,7 @@ def test_any_range_of_rows_is_a_piece_of_the_whole(layouts: Layouts, local_store
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dataset_in_a_bucket_is_read_with_what_a_worker_is_sent(
-    layouts: Layouts, local_store: LocalStore, make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint, kind: str
+    layouts: Layouts, local_store: ArtifactStore, make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint, kind: str
 ) -> None:
     bucket = make_bucket("sets")
     s3_endpoint.fill(bucket, {name: data for name, data in layouts.contents().items() if name.startswith((kind, "captions"))})
@@ -51,14 +52,14 @@ def test_a_dataset_in_a_bucket_is_read_with_what_a_worker_is_sent(
     assert _rows(pickle.loads(sent), 3, 17) == layouts.rows(kind)[3:17]
 
 
-def test_the_digits_are_read_by_their_numbers(local_store: LocalStore) -> None:
+def test_the_digits_are_read_by_their_numbers(local_store: ArtifactStore) -> None:
     dataset = open_dataset(DatasetConfig(), local_store)
     whole = _rows(dataset)
     assert len(whole) == dataset.num_images == 1797 and dataset.class_names == tuple("0123456789")
     assert _rows(dataset, 500, 503) == whole[500:503] and _rows(dataset, 1790, 1900) == whole[1790:]
 
 
-def test_a_caption_has_its_number_among_all(layouts: Layouts, local_store: LocalStore) -> None:
+def test_a_caption_has_its_number_among_all(layouts: Layouts, local_store: ArtifactStore) -> None:
     dataset, count = open_dataset(layouts.config("coco"), local_store), 0
     for row, picture in zip(dataset.read(0, 20), layouts.pictures, strict=True):
         assert row.captions == picture.captions and row.first_caption == count
@@ -67,7 +68,7 @@ def test_a_caption_has_its_number_among_all(layouts: Layouts, local_store: Local
 
 
 def test_loaded_images_are_cropped_and_labelled_and_unreadable_ones_left_out(
-    broken_image_folder: Path, local_store: LocalStore
+    broken_image_folder: Path, local_store: ArtifactStore
 ) -> None:
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(broken_image_folder)), local_store)
     assert dataset.num_images == 14
@@ -82,7 +83,7 @@ def test_loaded_images_are_cropped_and_labelled_and_unreadable_ones_left_out(
     np.testing.assert_array_equal(np.concatenate([piece[1] for piece in pieces]), labels)
 
 
-def test_a_range_without_a_readable_image_is_empty(tmp_path: Path, local_store: LocalStore) -> None:
+def test_a_range_without_a_readable_image_is_empty(tmp_path: Path, local_store: ArtifactStore) -> None:
     write(tmp_path / "images" / "text.jpg", b"not an image")
     images, labels = open_dataset(DatasetConfig(kind="images", path=str(tmp_path / "images")), local_store).load_images(16, 0, 10)
     assert images.shape == (0, 3, 16, 16) and labels.shape == (0,)
@@ -90,7 +91,7 @@ def test_a_range_without_a_readable_image_is_empty(tmp_path: Path, local_store: 
 
 @pytest.mark.parametrize("kind", ["image_folder", "tar"])
 def test_a_file_over_the_limit_is_not_read(
-    layouts: Layouts, local_store: LocalStore, kind: str, monkeypatch: pytest.MonkeyPatch
+    layouts: Layouts, local_store: ArtifactStore, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stays a row, whose reason is told where it would be decoded."""
     dataset, expected = open_dataset(layouts.config(kind), local_store), layouts.rows(kind)
@@ -145,7 +146,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         sum(number % 3 for number in range(NUM_ENTRIES)),
         {label: sum(number % 5 - 1 == label for number in range(NUM_ENTRIES)) for label in range(-1, 4)},
     )
-    store = LocalStore(root / "store")
+    store = open_store(str(root / "store"))
     file = store.put_file("dataset", "k", INDEX, root / INDEX)
     counts = {"name": "large", "num_images": NUM_ENTRIES, "num_captions": summary.num_captions, "class_names": []}
     fields = {"stage_version": 1, "config": {}, "inputs": {}, "summary": counts}

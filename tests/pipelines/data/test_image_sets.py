@@ -17,8 +17,8 @@ from layouts import tar_bytes, write, write_table
 from PIL import Image
 from s3_server import S3Endpoint
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.image_sets import ImageSet, ImageSetConfig, check_images, label_scheme, resolution_of, scan
 from pipelines.data.labels import scheme_of_labels
 from pipelines.data.sources.base import Findings
@@ -72,7 +72,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
 
 
 @pytest.fixture
-def index(make_context: Callable[..., Any], local_store: LocalStore) -> Callable[[ImageSetConfig], ImageSet]:
+def index(make_context: Callable[..., Any], local_store: ArtifactStore) -> Callable[[ImageSetConfig], ImageSet]:
     """Run the stage and open what it made."""
 
     def run(config: ImageSetConfig) -> ImageSet:
@@ -187,8 +187,8 @@ def test_a_place_that_may_be_two_things_is_asked_about(sets: Sets, tmp_path: Pat
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("nowhere", r"images other: .*/nowhere is no folder"),
-        ("nowhere.npz", r"images other: .*/nowhere\.npz is no file"),
+        ("nowhere", r"images other: .*/nowhere is not a directory"),
+        ("nowhere.npz", r"images other: .*/nowhere\.npz is not a file"),
         ("nowhere.tar", r"images other.* has no nowhere\.tar"),
         ("empty", r"images other: .*/empty holds no images, tar or Parquet files"),
     ],
@@ -231,7 +231,7 @@ def test_an_image_that_cannot_be_read_is_named_and_none_is_left_out(tmp_path: Pa
         found(ImageSetConfig(path=str(tmp_path), name="other"))
 
 
-def test_an_image_that_changes_after_it_was_indexed_is_noticed(local_store: LocalStore, tmp_path: Path, make_context) -> None:
+def test_an_image_that_changes_after_it_was_indexed_is_noticed(local_store: ArtifactStore, tmp_path: Path, make_context) -> None:
     config = ImageSetConfig(path=str(tmp_path / "set"), name="other", kind="folder")
     for number in range(3):
         write(tmp_path / "set" / NAMES[number], png(pixels(number)))

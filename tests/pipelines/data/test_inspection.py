@@ -16,8 +16,8 @@ from PIL import Image
 from rich.console import Console
 
 from enat.images import to_uint8
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data import inspection
 from pipelines.data.dataset import _opened
@@ -46,7 +46,7 @@ def _shown(store: ArtifactStore, manifest: Manifest) -> str:
 
 
 @pytest.fixture
-def store(local_store: LocalStore, tmp_path: Path) -> LocalStore:
+def store(local_store: ArtifactStore, tmp_path: Path) -> ArtifactStore:
     for stage, key in (("train", KEYS[0]), ("train", KEYS[1]), ("generate", KEYS[0]), ("report", KEYS[2])):
         _commit(local_store, stage, key, tmp_path)
     return local_store
@@ -62,13 +62,13 @@ def store(local_store: LocalStore, tmp_path: Path) -> LocalStore:
         (f"train/{KEYS[0]}", ("train", KEYS[0])),
     ],
 )
-def test_the_beginning_of_a_key_is_enough(store: LocalStore, name: str, found: tuple[str, str]) -> None:
+def test_the_beginning_of_a_key_is_enough(store: ArtifactStore, name: str, found: tuple[str, str]) -> None:
     manifest = inspection.find(store, name)
     assert (manifest.stage, manifest.key) == found
 
 
 @pytest.mark.parametrize("name", ["abcd", "train/def", "trai/abc1", "bc1"])
-def test_a_beginning_that_no_key_has_is_said(store: LocalStore, name: str) -> None:
+def test_a_beginning_that_no_key_has_is_said(store: ArtifactStore, name: str) -> None:
     with pytest.raises(StoreError, match=rf"the store {store.uri} has no artifact whose key begins with {name}"):
         inspection.find(store, name)
 
@@ -76,7 +76,7 @@ def test_a_beginning_that_no_key_has_is_said(store: LocalStore, name: str) -> No
 @pytest.mark.parametrize(
     ("name", "among"), [("abc1", "generate/abc100000000, train/abc1"), ("train/abc", "train/abc1.*, train/abc2")]
 )
-def test_a_beginning_that_several_keys_have_names_them(store: LocalStore, name: str, among: str) -> None:
+def test_a_beginning_that_several_keys_have_names_them(store: ArtifactStore, name: str, among: str) -> None:
     with pytest.raises(StoreError, match=rf"{name} may mean {among}.*; give more of the key"):
         inspection.find(store, name)
 
@@ -84,7 +84,7 @@ def test_a_beginning_that_several_keys_have_names_them(store: LocalStore, name: 
 # Showing -------------------------------------------------------------------------------------------------------------------
 
 
-def test_facts_of_an_artifact_are_shown_as_they_stand_in_its_manifest(local_store: LocalStore, tmp_path: Path) -> None:
+def test_facts_of_an_artifact_are_shown_as_they_stand_in_its_manifest(local_store: ArtifactStore, tmp_path: Path) -> None:
     source = {"stage": "train", "key": KEYS[0], "digest": "d" * 64}
     manifest = _commit(
         local_store,
@@ -98,7 +98,7 @@ def test_facts_of_an_artifact_are_shown_as_they_stand_in_its_manifest(local_stor
     lines = [line.split(maxsplit=1) for line in _shown(local_store, manifest).splitlines()]
     shown = {line[0]: line[1].strip() for line in lines}
     assert shown["artifact"] == f"generate/{KEYS[1]}" and shown["digest"] == manifest.digest
-    assert shown["place"] == str(local_store.root / "generate" / KEYS[1])
+    assert shown["place"] == str(Path(local_store.uri) / "generate" / KEYS[1])
     assert shown["made"] == "2026-01-01T00:00:00 by 0.0 in 1.0 s" and shown["from"].split() == ["model", f"train/{KEYS[0][:12]}"]
     assert shown["names"] == '["[/red]a", "[b]"]', "what looks like markup is shown as it is"
     assert shown["info"] == "rows 3" and shown["loss"] == "0.125" and shown["images"] == "1e+06"
@@ -122,8 +122,8 @@ def images(make_image_folder: Callable[..., Path], tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="module")
 def token_map(
     ray_cluster, tiny_nodes, make_session, images: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[LocalStore, Manifest]:
-    store = LocalStore(tmp_path_factory.mktemp("store"))
+) -> tuple[ArtifactStore, Manifest]:
+    store = open_store(str(tmp_path_factory.mktemp("store")))
     overrides = (f"dataset.path={images}", "token_map.max_quarantine_share=0.5", "token_map.shard_size=3")
     return store, driver.execute(tiny_nodes(*overrides, until="token_map"), make_session(store))[-1].manifest
 
@@ -137,7 +137,7 @@ def test_a_token_map_is_shown_with_its_codebook_and_what_is_quarantined(token_ma
     assert f"{size / 6:,.1f}" in text and manifest.inputs["tokenizer"]["key"][:12] in text
 
 
-def test_many_quarantined_images_are_shown_in_part(local_store: LocalStore, tmp_path: Path) -> None:
+def test_many_quarantined_images_are_shown_in_part(local_store: ArtifactStore, tmp_path: Path) -> None:
     write_quarantine(tmp_path / QUARANTINE, [(f"{number:02d}.jpg", "it is empty") for number in range(12)])
     file = local_store.put_file("token_map", KEYS[0], QUARANTINE, tmp_path / QUARANTINE)
     summary = {"info": {"codebook_size": 32}, "rows": 0, "class_names": []}
@@ -221,7 +221,7 @@ def test_what_it_was_made_from_must_still_be_there(token_map, tmp_path: Path) ->
         inspection.write_contact_sheet(store, dataclasses.replace(manifest, inputs=gone), tmp_path / "sheet.png", 6)
 
 
-def test_a_contact_sheet_of_anything_else_is_refused(local_store: LocalStore, tmp_path: Path) -> None:
+def test_a_contact_sheet_of_anything_else_is_refused(local_store: ArtifactStore, tmp_path: Path) -> None:
     manifest = _commit(local_store, "train", KEYS[0], tmp_path)
     with pytest.raises(ValueError, match=r"a contact sheet shows a token map, and train/abc100000000 is none"):
         inspection.write_contact_sheet(local_store, manifest, tmp_path / "sheet.png", 6)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.samples import (
     NONE,
     Samples,
@@ -124,7 +124,7 @@ def test_codes_beyond_16_bits_are_refused_and_not_wrapped(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("captions", [False, True])
-def test_samples_are_read_as_they_were_written(local_store: LocalStore, tmp_path: Path, captions: bool) -> None:
+def test_samples_are_read_as_they_were_written(local_store: ArtifactStore, tmp_path: Path, captions: bool) -> None:
     parts = [make_samples(0, 8, captions), make_samples(8, 8, captions), make_samples(16, 3, captions)]
     records: list[FileRecord] = []
     for number, part in enumerate(parts):

@@ -95,7 +95,7 @@ def test_a_dataset_that_cannot_be_is_refused_where_it_is_configured() -> None:
 def test_a_place_that_is_not_there_is_named(tmp_path: Path, kind: str) -> None:
     for path in (tmp_path / "nowhere", write(tmp_path / "file", b"")):
         config = DatasetConfig(kind=kind, path=str(path), captions="x" if kind == "coco" else None)
-        with pytest.raises(ValueError, match=rf"dataset\.path: {path} is no folder"):
+        with pytest.raises(ValueError, match=rf"dataset\.path: {path} is not a directory"):
             open_source(config)
 
 

@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -84,7 +83,7 @@ def commit_to(tmp_path: Path) -> Callable[..., Manifest]:
 
 
 @pytest.fixture
-def commit(commit_to: Callable[..., Manifest], local_store: LocalStore) -> Callable[..., Manifest]:
+def commit(commit_to: Callable[..., Manifest], local_store: ArtifactStore) -> Callable[..., Manifest]:
     return functools.partial(commit_to, local_store)
 
 
@@ -193,7 +192,7 @@ def test_the_quarantine_holds_keys_and_reasons(tmp_path: Path, rows: list[tuple[
 # In memory -----------------------------------------------------------------------------------------------------------------
 
 
-def test_an_opened_map_holds_the_rows_of_its_parts_in_order(commit, local_store: LocalStore) -> None:
+def test_an_opened_map_holds_the_rows_of_its_parts_in_order(commit, local_store: ArtifactStore) -> None:
     pieces = [_rows(3, seed=1), _rows(0, seed=2), _rows(5, seed=3)]
     token_map = TokenMap.open(local_store, commit(*[(INFO, piece) for piece in pieces]))
     assert token_map.info == INFO and len(token_map) == 8
@@ -202,7 +201,7 @@ def test_an_opened_map_holds_the_rows_of_its_parts_in_order(commit, local_store:
     assert token_map.labels.tolist() == [label for piece in pieces for label in piece.labels]
 
 
-def test_an_opened_map_knows_the_captions_of_its_rows(commit, local_store: LocalStore) -> None:
+def test_an_opened_map_knows_the_captions_of_its_rows(commit, local_store: ArtifactStore) -> None:
     pieces = [_rows(4, seed=1, info=CAPTIONED), _rows(5, seed=2, info=CAPTIONED, first_caption=50)]
     token_map = TokenMap.open(local_store, commit(*[(CAPTIONED, piece) for piece in pieces], info=CAPTIONED))
     expected = [
@@ -224,7 +223,7 @@ _OTHERS += [{"dtype": "bfloat16"}, {"num_captions": 1_000}, {"grid_size": 2}]
 
 
 @pytest.mark.parametrize("other", _OTHERS, ids=[next(iter(other)) for other in _OTHERS])
-def test_a_part_of_another_map_is_refused(commit, local_store: LocalStore, other: dict[str, Any]) -> None:
+def test_a_part_of_another_map_is_refused(commit, local_store: ArtifactStore, other: dict[str, Any]) -> None:
     info = dataclasses.replace(INFO, **other)
     manifest = commit((INFO, _rows(3)), (info, _rows(3, seed=1, info=info)))
     with pytest.raises(ValueError, match=r"part-00001\.parquet is not a part of this token map"):
@@ -232,7 +231,7 @@ def test_a_part_of_another_map_is_refused(commit, local_store: LocalStore, other
 
 
 @pytest.mark.parametrize("num_rows", [7, 9])
-def test_parts_with_more_or_fewer_rows_than_the_manifest_says_are_refused(commit, local_store: LocalStore, num_rows: int) -> None:
+def test_parts_with_more_or_fewer_rows_than_in_the_manifest_are_refused(commit, local_store: ArtifactStore, num_rows: int) -> None:
     manifest = commit((INFO, _rows(3)), (INFO, _rows(5, seed=1)), num_rows=num_rows)
     with pytest.raises(ValueError, match=rf"the parts of token map k hold 8 rows, not the {num_rows} of its manifest"):
         TokenMap.open(local_store, manifest)
@@ -246,7 +245,7 @@ def _damage_a_page(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_page_is_refused_by_name(commit, local_store: LocalStore, tmp_path: Path) -> None:
+def test_a_damaged_page_is_refused_by_name(commit, local_store: ArtifactStore, tmp_path: Path) -> None:
     """Once by the digest in the manifest; and where the damage was there before the digest was taken, by the page's checksum."""
     manifest = commit((INFO, _rows(300)))
     part = tmp_path / "part-00000.parquet"
@@ -254,7 +253,7 @@ def test_a_damaged_page_is_refused_by_name(commit, local_store: LocalStore, tmp_
     damaged = local_store.put_file("token_map", "damaged", part.name, part)
     with pytest.raises(ValueError, match=r"part-00000\.parquet is damaged"):
         TokenMap.open(local_store, dataclasses.replace(manifest, key="damaged", files=(damaged,)))
-    _damage_a_page(local_store.root / "token_map" / "k" / part.name)
+    _damage_a_page(Path(local_store.uri) / "token_map" / "k" / part.name)
     with pytest.raises(StoreError, match=r"part-00000\.parquet was changed after it was made"):
         TokenMap.open(local_store, manifest)
 
@@ -299,7 +298,7 @@ def _cached(folder: Path) -> Path:
 
 
 def test_a_shared_map_is_read_once_and_mapped_from_then_on(
-    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commit, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
     info = dataclasses.replace(INFO, num_captions=3)
@@ -308,7 +307,7 @@ def test_a_shared_map_is_read_once_and_mapped_from_then_on(
     manifest = commit((info, rows), (info, rows), info=info)
     plain = TokenMap.open(local_store, manifest)
     assert plain.captions.any() and _same(plain, TokenMap.open_shared(local_store, manifest))
-    for part in (local_store.root / "token_map" / "k").glob("part-*"):
+    for part in (Path(local_store.uri) / "token_map" / "k").glob("part-*"):
         part.unlink()
     again = TokenMap.open_shared(local_store, manifest)
     assert _same(plain, again) and not again.codes.flags.writeable
@@ -322,7 +321,7 @@ def test_a_shared_map_is_read_once_and_mapped_from_then_on(
 
 @pytest.mark.parametrize("name", ["codes.npy", "labels.npy", "sha256.json"])
 def test_a_shared_map_that_was_damaged_is_read_again(
-    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    commit, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
     manifest = commit((INFO, _rows(5)))
@@ -338,18 +337,18 @@ def test_a_shared_map_that_was_damaged_is_read_again(
 
 
 def test_damage_of_a_part_is_told_also_of_a_shared_map_and_leaves_nothing(
-    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commit, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
     manifest = commit((INFO, _rows(300)))
-    _damage_a_page(local_store.root / "token_map" / "k" / "part-00000.parquet")
+    _damage_a_page(Path(local_store.uri) / "token_map" / "k" / "part-00000.parquet")
     with pytest.raises(StoreError, match=r"part-00000\.parquet was changed after it was made"):
         TokenMap.open_shared(local_store, manifest)
     assert not list((tmp_path / "cache" / "downloads").iterdir())
 
 
 def test_without_a_cache_every_worker_reads_the_map_and_says_so(
-    commit, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    commit, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file" / "cache"))
@@ -358,12 +357,12 @@ def test_without_a_cache_every_worker_reads_the_map_and_says_so(
     assert "the token map is read into the memory of each worker" in caplog.text
 
 
-def test_a_shared_map_may_have_no_rows(commit, local_store: LocalStore) -> None:
+def test_a_shared_map_may_have_no_rows(commit, local_store: ArtifactStore) -> None:
     assert len(TokenMap.open_shared(local_store, commit((INFO, _rows(0))))) == 0
 
 
 @pytest.mark.parametrize("wanted", [[0], [2, 3], [0, 4, 7], [3, 4, 5, 6, 7], list(range(8))])
-def test_codes_of_some_rows_are_read_from_the_parts_that_hold_them(commit, local_store: LocalStore, wanted: list[int]) -> None:
+def test_codes_of_some_rows_are_read_from_the_parts_that_hold_them(commit, local_store: ArtifactStore, wanted: list[int]) -> None:
     pieces = [_rows(3, seed=1), _rows(0, seed=2), _rows(5, seed=3)]
     whole = TokenRows.concatenate(pieces)
     keys, codes = read_codes(local_store, commit(*[(INFO, piece) for piece in pieces]), wanted)

@@ -20,7 +20,8 @@ from precise import precise_distance
 
 from enat.metrics.classifier import ClassifierExtractor
 from enat.metrics.moments import FeatureMoments, frechet_distance
-from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
@@ -61,13 +62,13 @@ class LateImages:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return open_dataset(DatasetConfig(), LocalStore(tmp_path_factory.mktemp("digits")))
+    return open_dataset(DatasetConfig(), open_store(str(tmp_path_factory.mktemp("digits"))))
 
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> ExtractorFile:
     """A stored network with drawn weights, whose features do depend in their last bits on what is computed beside them."""
-    store, folder = LocalStore(tmp_path_factory.mktemp("extractor")), tmp_path_factory.mktemp("file")
+    store, folder = open_store(str(tmp_path_factory.mktemp("extractor"))), tmp_path_factory.mktemp("file")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ClassifierExtractor(10, num_features=WIDTH, width=8).eval().save(folder / "extractor.safetensors")
@@ -107,12 +108,12 @@ def computed(
     ray_cluster: None,
     make_context: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[..., tuple[LocalStore, FeatureSet]]:
+) -> Callable[..., tuple[ArtifactStore, FeatureSet]]:
     """The job, run once for each way to spread it."""
 
     @functools.cache
-    def run(num_workers: int, batch_size: int, is_late: bool = False) -> tuple[LocalStore, FeatureSet]:
-        store, images = LocalStore(tmp_path_factory.mktemp("store")), SourceImages(digits, 16)
+    def run(num_workers: int, batch_size: int, is_late: bool = False) -> tuple[ArtifactStore, FeatureSet]:
+        store, images = open_store(str(tmp_path_factory.mktemp("store"))), SourceImages(digits, 16)
         execution = Execution(num_workers=num_workers, batch_size=batch_size, cpus_per_worker=CPUS[num_workers])
         spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=PASS)
         reader = PixelBlocks(LateImages(images) if is_late else images)
@@ -121,7 +122,7 @@ def computed(
     return run
 
 
-def check(store: LocalStore, found: FeatureSet, expected: Expected) -> None:
+def check(store: ArtifactStore, found: FeatureSet, expected: Expected) -> None:
     assert found.count == found.num_kept == NUM_IMAGES and found.worker_seconds > 0 == found.device_seconds
     np.testing.assert_array_equal(read_rows(store, "evaluate", KEY, found.files, "features"), expected.features)
     moments, features = found.moments["features"], expected.features.astype(np.float64)
@@ -130,7 +131,7 @@ def check(store: LocalStore, found: FeatureSet, expected: Expected) -> None:
     assert frechet_distance(moments, expected.reference) == pytest.approx(expected.distance, rel=1e-9)
 
 
-def _bits(store: LocalStore, found: FeatureSet) -> tuple[Any, ...]:
+def _bits(store: ArtifactStore, found: FeatureSet) -> tuple[Any, ...]:
     moments = found.moments["features"]
     return moments.mean.tobytes(), moments.covariance.tobytes(), tuple(file.sha256 for file in found.files)
 
@@ -174,7 +175,7 @@ def _records(features: np.ndarray) -> list[dict[str, Any]]:
     return records
 
 
-def _written(records: list[dict[str, Any]], store: LocalStore, make_context: Callable[..., Any]) -> FeatureMoments:
+def _written(records: list[dict[str, Any]], store: ArtifactStore, make_context: Callable[..., Any]) -> FeatureMoments:
     parts = [range(start, min(start + 2 * BLOCK, NUM_IMAGES)) for start in range(0, NUM_IMAGES, 2 * BLOCK)]
     writer = evaluation_features._PartWriter(parts, [], {}, make_context(store, "evaluate", KEY))
     writer.write_all(iter(records), lambda _: None)
@@ -188,16 +189,16 @@ def test_moments_do_not_depend_on_the_order_of_arrival(expected: Expected, order
     arrived = records[::-1] if order == "backwards" else list(records)
     if "shuffled" in order:
         np.random.default_rng(len(order)).shuffle(arrived)
-    moments = _written(arrived, LocalStore(tmp_path / "one"), make_context)
-    in_order = _written(records, LocalStore(tmp_path / "other"), make_context)
+    moments = _written(arrived, open_store(str(tmp_path / "one")), make_context)
+    in_order = _written(records, open_store(str(tmp_path / "other")), make_context)
     assert moments.mean.tobytes() == in_order.mean.tobytes()
     assert moments.covariance.tobytes() == in_order.covariance.tobytes()
     assert frechet_distance(moments, expected.reference) == pytest.approx(expected.distance, rel=1e-9)
-    files = [sorted(asdict(file).items() for file in _files(LocalStore(tmp_path / name))) for name in ("one", "other")]
+    files = [sorted(asdict(file).items() for file in _files(open_store(str(tmp_path / name)))) for name in ("one", "other")]
     assert files[0] == files[1]
 
 
-def _files(store: LocalStore) -> list[Any]:
+def _files(store: ArtifactStore) -> list[Any]:
     return [evaluation_features.FileRecord(**record["file"]) for record in store.read_parts("evaluate", KEY).values()]
 
 

@@ -22,8 +22,9 @@ from layouts import open_dataset
 from safetensors.numpy import load_file
 
 from enat.metrics.classifier import ClassifierExtractor
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import WORK
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
@@ -31,6 +32,7 @@ from pipelines.evaluation import features
 from pipelines.evaluation.extractors import ExtractorFile
 from pipelines.evaluation.features import BLOCK_SIZE, FeatureSet, FeatureSpec, compute_features, drawn_evenly, read_rows
 from pipelines.evaluation.readers import Decoded, PixelBlocks, SourceImages, read_images
+from pipelines.storage.local import LocalFolder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -97,7 +99,7 @@ class DyingImages:
         return self.reader.read(start, stop, device)
 
 
-class StoppingStore(LocalStore):
+class StoppingStore(ArtifactStore):
     """One whose run is stopped right after a part was committed."""
 
     def put_part(self, stage: str, key: str, name: str, record: Any) -> None:
@@ -120,16 +122,16 @@ def _a_part_is_a_block() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return open_dataset(DatasetConfig(), LocalStore(tmp_path_factory.mktemp("digits")))
+    return open_dataset(DatasetConfig(), open_store(str(tmp_path_factory.mktemp("digits"))))
 
 
 NUM_IMAGES = 600  # two whole blocks and a piece of a third
 
 
 @pytest.fixture(scope="module")
-def small_classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, ExtractorFile]:
+def small_classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArtifactStore, ExtractorFile]:
     """A stored network with drawn weights, whose features do depend on the batch in their last bits."""
-    store, folder = LocalStore(tmp_path_factory.mktemp("extractor")), tmp_path_factory.mktemp("file")
+    store, folder = open_store(str(tmp_path_factory.mktemp("extractor"))), tmp_path_factory.mktemp("file")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ClassifierExtractor(10).eval().save(folder / "extractor.safetensors")
@@ -140,12 +142,12 @@ def small_classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalSto
 @pytest.fixture(scope="module")
 def computed(
     digits: Dataset, small_classifier: Any, make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[LocalStore, FeatureSet]]:
+) -> Callable[..., tuple[ArtifactStore, FeatureSet]]:
     """The job with a network at a number of workers, a batch size and CPUs a worker, run once."""
 
     @functools.cache
-    def run(num_workers: int, batch_size: int, cpus: int = 1) -> tuple[LocalStore, FeatureSet]:
-        store = LocalStore(tmp_path_factory.mktemp("store"))
+    def run(num_workers: int, batch_size: int, cpus: int = 1) -> tuple[ArtifactStore, FeatureSet]:
+        store = open_store(str(tmp_path_factory.mktemp("store")))
         execution = Execution(num_workers=num_workers, batch_size=batch_size, cpus_per_worker=cpus)
         spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=16)
         reader = PixelBlocks(SourceImages(digits, 16))
@@ -186,7 +188,7 @@ class SlowExtractor(SumsExtractor):
         return super().__call__(images)
 
 
-def test_the_time_of_making_images_is_told_apart(digits: Dataset, local_store: LocalStore, make_context) -> None:
+def test_the_time_of_making_images_is_told_apart(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
     spec = FeatureSpec(num_images=64, images_per_pass=32)
     context, reader = make_context(local_store, "evaluate", KEY), SlowPixels(SourceImages(digits, 16))
     found = compute_features(reader, spec, SlowExtractor(), Execution(), context)
@@ -201,7 +203,7 @@ def _sums(
 
 
 @pytest.mark.faults
-def test_rows_are_kept_where_asked_and_moments_are_of_all(digits: Dataset, local_store: LocalStore, make_context) -> None:
+def test_rows_are_kept_where_asked_and_moments_are_of_all(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
     kept = drawn_evenly(NUM_IMAGES, 50, seed=1)
     spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=32, kept=kept)
     found = _sums(digits, make_context(local_store, "reference", KEY), spec)
@@ -217,21 +219,21 @@ def test_rows_are_kept_where_asked_and_moments_are_of_all(digits: Dataset, local
 
 
 @pytest.mark.faults
-def test_nothing_is_kept_where_nothing_is_asked_for(digits: Dataset, local_store: LocalStore, make_context) -> None:
+def test_nothing_is_kept_where_nothing_is_asked_for(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
     spec = FeatureSpec(num_images=20, images_per_pass=32, kept=np.empty(0, np.int64))
     found = _sums(digits, make_context(local_store, "reference", KEY), spec)
     assert found.files == () and found.moments["features"].count == 20
 
 
 @pytest.mark.faults
-def test_a_pass_always_has_as_many_images(digits: Dataset, local_store: LocalStore, make_context, tmp_path: Path) -> None:
+def test_a_pass_always_has_as_many_images(digits: Dataset, local_store: ArtifactStore, make_context, tmp_path: Path) -> None:
     spec = FeatureSpec(num_images=37, images_per_pass=16)
     _sums(digits, make_context(local_store, "evaluate", KEY), spec, extractor=SumsExtractor(str(tmp_path)), batch_size=1)
     passes = [int(path.read_text()) for path in tmp_path.iterdir() if path.is_file()]
     assert passes == [16, 16, 16]
 
 
-def test_unreadable_images_are_left_out(broken_image_folder: Path, local_store: LocalStore, make_context) -> None:
+def test_unreadable_images_are_left_out(broken_image_folder: Path, local_store: ArtifactStore, make_context) -> None:
     """As they are from the token map, so that both speak of the same images."""
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(broken_image_folder)), local_store)
     images, _ = dataset.load_images(16, 0, 14)
@@ -243,7 +245,7 @@ def test_unreadable_images_are_left_out(broken_image_folder: Path, local_store: 
 
 
 @pytest.mark.faults
-def test_images_none_of_which_can_be_read_are_an_error(tmp_path: Path, local_store: LocalStore, make_context) -> None:
+def test_images_none_of_which_can_be_read_are_an_error(tmp_path: Path, local_store: ArtifactStore, make_context) -> None:
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "text.jpg").write_text("this is not an image")
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(tmp_path / "images")), local_store)
@@ -260,7 +262,7 @@ def test_images_none_of_which_can_be_read_are_an_error(tmp_path: Path, local_sto
     ],
 )
 def test_an_extractor_that_is_broken_is_named(
-    digits: Dataset, local_store: LocalStore, make_context, wrong: str, reason: str
+    digits: Dataset, local_store: ArtifactStore, make_context, wrong: str, reason: str
 ) -> None:
     context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=20, images_per_pass=32)
     with pytest.raises((ValueError, ray.exceptions.RayTaskError), match=reason) as caught:
@@ -275,7 +277,7 @@ MANY = 400  # a whole part and a piece of a second one, of one block each
 
 @pytest.fixture(scope="module")
 def undisturbed(digits: Dataset, make_context: Callable[..., Any], tmp_path_factory) -> FeatureSet:
-    store = LocalStore(tmp_path_factory.mktemp("undisturbed"))
+    store = open_store(str(tmp_path_factory.mktemp("undisturbed")))
     return _sums(digits, make_context(store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64))
 
 
@@ -302,7 +304,7 @@ def test_a_stopped_job_goes_on_after_its_committed_parts(
 ) -> None:
     context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64)
     with pytest.raises(KeyboardInterrupt):
-        _sums(digits, make_context(StoppingStore(local_store.root), "evaluate", KEY), spec)
+        _sums(digits, make_context(StoppingStore(local_store.folder), "evaluate", KEY), spec)
     assert list(local_store.read_parts("evaluate", KEY)) == ["features-00000.safetensors"]
     found = _sums(digits, context, spec, extractor=SumsExtractor(str(tmp_path)))
     num_passes = sum(path.is_file() for path in tmp_path.iterdir())
@@ -311,7 +313,7 @@ def test_a_stopped_job_goes_on_after_its_committed_parts(
     _same(_sums(digits, context, spec, extractor=WrongExtractor(wrong="nan")), undisturbed)  # nothing left to compute
 
 
-class FailingStore(LocalStore):
+class FailingStore(ArtifactStore):
     """One that takes a while to find that it cannot write, so that the next part waits already."""
 
     asked: ClassVar[list[str]] = []
@@ -329,7 +331,7 @@ def test_after_a_part_that_could_not_be_written_no_later_one_is(tmp_path: Path, 
         for number, part in enumerate(parts)
     ]
     computed = iter([{**block, "seconds": 0.0, "decoding_seconds": 0.0, "loading_seconds": 0.0} for block in blocks])
-    store = FailingStore(tmp_path / "full")
+    store = FailingStore(LocalFolder(tmp_path / "full"))
     writer = features._PartWriter(parts, [], {}, make_context(store, "evaluate", KEY))
     with pytest.raises(OSError, match="no space left"):
         writer.write_all(computed, lambda _: None)

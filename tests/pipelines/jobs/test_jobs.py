@@ -22,8 +22,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.capacity import Capacity, Need, judge, need_of
 from pipelines.cluster.resources import Workers
 from pipelines.jobs import submission
@@ -563,8 +564,8 @@ def test_stages_that_ask_for_nothing_need_nothing(prepare: Callable[..., Any]) -
 
 
 def test_what_the_store_has_needs_no_room(prepare: Callable[..., Any], tmp_path: Path) -> None:
-    store, capacity = LocalStore(tmp_path / "store"), Capacity(({"CPU": 4.0},))
-    run = prepare("targets=[token_map]", "tokenizer.execution.gpus_per_worker=1", store=(f"store={store.root}",)).config
+    store, capacity = open_store(str(tmp_path / "store")), Capacity(({"CPU": 4.0},))
+    run = prepare("targets=[token_map]", "tokenizer.execution.gpus_per_worker=1", store=(f"store={store.uri}",)).config
     with pytest.raises(ValueError, match=r"^tokenizer\.execution asks for 1 GPUs \(1 workers\), but the cluster has 0") as refused:
         submission.check_room(run, capacity, grows=False)
     assert "not known here" not in str(refused.value)
@@ -583,7 +584,7 @@ def test_where_the_dataset_is_out_of_reach_it_is_said_that_the_store_was_not_ask
         submission.check_room(run, Capacity(({"CPU": 4.0},)), grows=False)
 
 
-def _commit(store: LocalStore, stage: str, key: str) -> None:
+def _commit(store: ArtifactStore, stage: str, key: str) -> None:
     provenance = {"created": "2026-01-02T03:04:05+00:00", "code": "test", "seconds": 0, "worker_seconds": 0, "device_seconds": 0}
     store.commit(Manifest(stage=stage, key=key, stage_version=1, config={}, inputs={}, files=(), provenance=provenance))
 

@@ -33,8 +33,9 @@ from enat.config import ENATConfig
 from enat.model import ENAT
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cli.reevaluate import reevaluate as command
 from pipelines.data.dataset import INDEX
 from pipelines.data.sources.config import DatasetConfig
@@ -70,8 +71,8 @@ class Lab:
     config: Path
 
     @property
-    def store(self) -> LocalStore:
-        return LocalStore(self.root / "store")
+    def store(self) -> ArtifactStore:
+        return open_store(str(self.root / "store"))
 
     @property
     def uri(self) -> str:
@@ -118,7 +119,7 @@ class Lab:
         return list(self.client.search_runs([experiment.experiment_id], filter_string, order_by=["attributes.start_time DESC"]))
 
 
-def _commit(store: LocalStore, stage: str, key: str, inputs: Mapping[str, Manifest], **fields: Any) -> Manifest:
+def _commit(store: ArtifactStore, stage: str, key: str, inputs: Mapping[str, Manifest], **fields: Any) -> Manifest:
     sources = {name: {"stage": source.stage, "key": source.key, "digest": source.digest} for name, source in inputs.items()}
     usual = {"config": {}, "files": ()}
     provenance = {"created": LONG_AGO, "code": "test", "seconds": 1.0, "worker_seconds": 2.0, "device_seconds": 0.0}
@@ -127,7 +128,7 @@ def _commit(store: LocalStore, stage: str, key: str, inputs: Mapping[str, Manife
     )
 
 
-def _file(store: LocalStore, folder: Path, stage: str, key: str, name: str, module: torch.nn.Module) -> Any:
+def _file(store: ArtifactStore, folder: Path, stage: str, key: str, name: str, module: torch.nn.Module) -> Any:
     save_weights(folder / name, module)
     return store.put_file(stage, key, name, folder / name)
 
@@ -155,7 +156,7 @@ def registered(vqgan: VQGAN, image_folder: Path, tmp_path_factory: pytest.TempPa
     lab = Lab(root, config)
     store = lab.store
     images = DatasetConfig(kind="image_folder", name="photographs", path=str(image_folder))
-    index = open_dataset(images, LocalStore(folder / "store"))
+    index = open_dataset(images, open_store(str(folder / "store")))
     file = store.put_file("dataset", "d" * 64, INDEX, index.store.fetch(index.manifest, INDEX))
     known = {"config": dataclasses.asdict(images), "files": (file,), "summary": dict(index.manifest.summary)}
     dataset = _commit(store, "dataset", "d" * 64, {}, **known)
@@ -368,7 +369,7 @@ def test_an_evaluation_that_is_due_is_kept_from_collection(lab: Lab) -> None:
     assert note.stat().st_mtime == 0
     lab.one(with_config=False)
     assert time.time() - note.stat().st_mtime < 300
-    assert (("train", "1" * 64)) in lab.store.noted_inputs(stage, key)
+    assert (("train", "1" * 64)) in lab.store.recorded_inputs(stage, key)
 
 
 # What is due ----------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from enat.cost import generation_cost
 from enat.model import ENAT
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.token_map import TokenMapInfo
 from pipelines.registry import model_card
 from pipelines.registry.model_card import registered_name
@@ -48,7 +49,7 @@ SMALL = ENATConfig(encoder_layers=1, decoder_layers=1, embed_dim=32, num_heads=2
 class Trained:
     """A model's artifact in a store, and those it was made from."""
 
-    store: LocalStore
+    store: ArtifactStore
     manifest: Manifest
     inputs: dict[str, Manifest]
 
@@ -79,7 +80,13 @@ class Trained:
 
 
 def _commit(
-    store: LocalStore, path: Path, stage: str, key: str, module: torch.nn.Module | None, inputs: dict[str, Manifest], **fields: Any
+    store: ArtifactStore,
+    path: Path,
+    stage: str,
+    key: str,
+    module: torch.nn.Module | None,
+    inputs: dict[str, Manifest],
+    **fields: Any,
 ) -> Manifest:
     files = ()
     if module is not None:
@@ -96,7 +103,7 @@ def _commit(
 def trained(vqgan: VQGAN, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A model with the weights it began with, in an artifact that says it was trained."""
     folder = tmp_path_factory.mktemp("trained")
-    store = LocalStore(folder / "store")
+    store = open_store(str(folder / "store"))
     path = folder / "weights"
     tokenizer = _commit(store, path, "tokenizer", "2" * 64, vqgan, {}, summary={"config": dataclasses.asdict(vqgan.config)})
     token_map = _commit(store, path, "token_map", "3" * 64, None, {"tokenizer": tokenizer}, summary={"rows": 1234})
@@ -315,7 +322,7 @@ def test_a_trained_model_is_registered_with_its_card_and_manifest(
 def test_tags_lead_back_to_the_artifact(trained: Trained, run: tracking.RunHandle) -> None:
     trained.replaced(dataset="back").publish(run)
     (model,) = MlflowClient(run.uri).search_model_versions(f"tags.`enat.digest`='{trained.manifest.digest}' and name like '%-back'")
-    store = LocalStore(Path(model.tags["enat.store"]))
+    store = open_store(str(model.tags["enat.store"]))
     assert store.read_manifest(*model.tags["enat.artifact"].split("/")) == trained.manifest
 
 
@@ -362,7 +369,7 @@ def test_the_model_of_a_run_is_registered_when_it_is_made_and_again_with_another
         else node
         for node in tiny_nodes(f"train.weights={weights}", "train.model.num_classes=2", until="train")
     ]
-    store = LocalStore(tmp_path / "store")
+    store = open_store(str(tmp_path / "store"))
     for server in (uri, f"sqlite:///{tmp_path}/mlflow.db"):
         config = TrackingConfig(experiment="runs")
         parent = tracking.start_run(server, config, "run", {})

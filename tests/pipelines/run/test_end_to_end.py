@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from PIL import Image
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.open import open_store
 from pipelines.data.token_map import TokenMap
 
@@ -222,7 +221,7 @@ def killed_twice(
     checkpoints = sorted(path.name for path in store.glob("train/*/.work/step-*"))
     process = enat(*command)
     return {
-        "store": LocalStore(store),
+        "store": open_store(str(store)),
         "token map was unfinished": was_unfinished,
         "parts": parts,
         "part files": {name: token_map / name for name in recorded},
@@ -281,5 +280,5 @@ def test_what_a_killed_run_makes_is_what_an_uninterrupted_one_makes(killed_twice
 @pytest.mark.faults
 def test_nothing_of_the_interruptions_stays_behind(killed_twice: dict[str, Any]) -> None:
     store = killed_twice["store"]
-    assert not [path for path in store.root.rglob("*") if path.name in (".parts", ".work")]
+    assert not [path for path in Path(store.uri).rglob("*") if path.name in (".parts", ".work")]
     assert len(list(store.manifests())) == len(STAGES) - 3

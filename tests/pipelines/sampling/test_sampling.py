@@ -30,8 +30,9 @@ from enat.text import load_text_encoder
 from enat.tokenizer import VQGAN
 from pipelines import notebook
 from pipelines.artifacts import garbage
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cli import main
 from pipelines.cli.sample import _sampler
 from pipelines.data.samples import sample_seed
@@ -54,7 +55,7 @@ class World:
     """A store with a model of classes ("c...") and one of captions ("d..."), both also as files of weights."""
 
     root: Path
-    store: LocalStore
+    store: ArtifactStore
     model: ENAT
     text_model: ENAT
     vqgan: VQGAN
@@ -94,7 +95,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def world(vqgan: VQGAN, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("sampling")
-    store = LocalStore(root / "store")
+    store = open_store(str(root / "store"))
     model, text_model = random_model(num_classes=5), random_model(num_classes=0, text_width=32, num_text_tokens=16)
     for name, module in (("vqgan", vqgan), ("enat", model), ("text", text_model)):
         save_weights(root / f"{name}.safetensors", module)
@@ -363,7 +364,7 @@ def _sample(world: World, ask: Callable[..., tuple[int, str, str]]) -> None:
 @pytest.mark.parametrize("use", [_sample, _load_in_a_notebook, _open_in_a_notebook])
 def test_a_model_that_is_sampled_is_in_use_with_what_it_was_made_from(world: World, ask, use: Callable[..., None]) -> None:
     """So that nobody removes it as unused though it is sampled daily."""
-    for path in (path for path in world.store.root.rglob("*") if path.is_file()):
+    for path in (path for path in Path(world.store.uri).rglob("*") if path.is_file()):
         os.utime(path, (0, 0))
     assert garbage.plan(world.store, limit=time.time() - 3600).kept == {}
     use(world, ask)
@@ -383,7 +384,7 @@ def test_a_store_that_only_others_may_write_is_sampled_from_all_the_same(
         asked.append(1)
         raise error
 
-    monkeypatch.setattr(LocalStore, "note_use", refused)
+    monkeypatch.setattr(ArtifactStore, "record_use", refused)
     use(world, ask)
     assert asked, "it was tried, and what was opened is there all the same"
 
@@ -436,7 +437,7 @@ def test_files_of_weights_make_what_the_artifact_makes(ask, world: World, tmp_pa
         (("cc", "--inpaint", "gone.png", "--box", "0,0,4,4"), "--inpaint gone.png cannot be read (No such file or directory)"),
         (("cc", "--inpaint", "{text}", "--box", "0,0,4,4"), "it is neither JPEG nor PNG"),
         (("cc", "--weights", "x", "--vqgan", "y"), "--weights takes the place of MODEL"),
-        (("--weights", "gone.pth", "--vqgan", "{vqgan}"), "--weights: gone.pth is no file"),
+        (("--weights", "gone.pth", "--vqgan", "{vqgan}"), "--weights: gone.pth is not a file"),
         (("--weights", "{vqgan}", "--vqgan", "{vqgan}"), "holds vqgan, not the weights of enat"),
         (("cc", "--preset", "enat-l"), "--preset belongs to --weights"),
         (("cc", "-o", "{text}"), "is no folder that can be read"),

@@ -14,8 +14,9 @@ from PIL import Image
 from tiny_clip import make_tiny_clip
 
 from enat.text import load_text_encoder
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import EMPTY, CaptionFeatures
 from pipelines.stages import captions as stage
 from pipelines.workflow import driver
@@ -65,9 +66,9 @@ def nodes(tiny_config: Path, clip: Path, coco: str) -> Callable[..., list[Any]]:
 @pytest.fixture(scope="module")
 def make_captions(
     nodes: Callable[..., list[Any]], make_session: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[LocalStore, Manifest]]:
-    def make(*overrides: str, store: LocalStore | None = None) -> tuple[LocalStore, Manifest]:
-        store = store or LocalStore(tmp_path_factory.mktemp("store"))
+) -> Callable[..., tuple[ArtifactStore, Manifest]]:
+    def make(*overrides: str, store: ArtifactStore | None = None) -> tuple[ArtifactStore, Manifest]:
+        store = store or open_store(str(tmp_path_factory.mktemp("store")))
         return store, driver.execute(nodes(*overrides), make_session(store))[-1].manifest
 
     return make
@@ -79,11 +80,11 @@ def plan_captions(nodes: Callable[..., list[Any]]) -> Callable[..., workflow_sta
 
 
 @pytest.fixture(scope="module")
-def one_worker(make_captions) -> tuple[LocalStore, Manifest]:
+def one_worker(make_captions) -> tuple[ArtifactStore, Manifest]:
     return make_captions("captions.captions_per_file=3")
 
 
-def _assert_same_bytes(one: tuple[LocalStore, Manifest], other: tuple[LocalStore, Manifest]) -> None:
+def _assert_same_bytes(one: tuple[ArtifactStore, Manifest], other: tuple[ArtifactStore, Manifest]) -> None:
     assert [record.name for record in one[1].files] == [record.name for record in other[1].files]
     for record in one[1].files:
         assert one[0].fetch(one[1], record.name).read_bytes() == other[0].fetch(other[1], record.name).read_bytes()
@@ -109,7 +110,7 @@ def test_features_are_what_the_encoder_gives_for_each_caption(
 
 @pytest.mark.faults
 def test_an_interrupted_run_goes_on_with_what_is_missing_and_two_workers_write_what_one_writes(
-    make_captions, one_worker, local_store: LocalStore
+    make_captions, one_worker, local_store: ArtifactStore
 ) -> None:
     stream, planned = stage.stream_records, list[int]()
 
@@ -125,7 +126,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_two_workers_write_w
         patch.setattr(stage, "stream_records", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make_captions("captions.captions_per_file=3", store=local_store)
-        (place,) = (local_store.root / "captions").iterdir()
+        (place,) = (Path(local_store.uri) / "captions").iterdir()
         recorded = local_store.read_parts("captions", place.name)
         before = {name: (place / name).stat().st_mtime_ns for name in recorded}
         assert not (place / "manifest.json").exists() and 1 <= len(recorded) <= 3
@@ -153,7 +154,7 @@ def test_a_dataset_without_captions_is_refused(make_captions, image_folder: Path
 
 
 def test_a_folder_without_an_encoder_is_refused(make_captions, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"captions\.encoder.*{tmp_path / 'nowhere'} is no folder"):
+    with pytest.raises(ValueError, match=rf"captions\.encoder.*{tmp_path / 'nowhere'} is not a directory"):
         make_captions(f"captions.encoder={tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match=r"holds no text encoder: it has no config\.json"):
         make_captions(f"captions.encoder={tmp_path}")

@@ -13,8 +13,9 @@ from layouts import CLASSES, Layouts, make_layouts, open_dataset, tar_bytes, wri
 from rich.console import Console
 from s3_server import S3Endpoint
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.dataset import INDEX, Dataset
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.stages import dataset as stage
@@ -27,9 +28,9 @@ from pipelines.workflow.stage import Node
 def make(make_session: Callable[..., Any], tmp_path: Path) -> Callable[..., Manifest]:
     """The stage's artifact of a dataset as it lies there now."""
 
-    def run(config: DatasetConfig, store: LocalStore | None = None, **replaced: Any) -> Manifest:
+    def run(config: DatasetConfig, store: ArtifactStore | None = None, **replaced: Any) -> Manifest:
         open_source(config)
-        session = make_session(store or LocalStore(tmp_path / "store"), **replaced)
+        session = make_session(store or open_store(str(tmp_path / "store")), **replaced)
         return driver.execute([Node("dataset", stage.STAGE, config)], session)[0].manifest
 
     return run
@@ -43,7 +44,7 @@ def _no_ray() -> None:
 
 
 @pytest.mark.parametrize("kind", ["digits", "image_folder", "images", "coco"])
-def test_what_is_only_listed_needs_no_cluster(layouts: Layouts, make, local_store: LocalStore, kind: str) -> None:
+def test_what_is_only_listed_needs_no_cluster(layouts: Layouts, make, local_store: ArtifactStore, kind: str) -> None:
     config = DatasetConfig() if kind == "digits" else layouts.config(kind)
     manifest, expected = make(config, connect=_no_ray), open_dataset(config, local_store)
     assert manifest.file(INDEX).sha256 == expected.manifest.file(INDEX).sha256
@@ -69,7 +70,7 @@ def test_many_class_folders_keep_their_order(make, tmp_path: Path) -> None:
     for number in range(40):
         write(tmp_path / "many" / f"{number:02d}" / "1.jpg", b"%d" % number)
         write(tmp_path / "many" / f"{number:02d}" / "about.txt", b"")
-    config, store = DatasetConfig(kind="image_folder", path=str(tmp_path / "many")), LocalStore(tmp_path / "store")
+    config, store = DatasetConfig(kind="image_folder", path=str(tmp_path / "many")), open_store(str(tmp_path / "store"))
     manifest = make(config, store)
     assert [(r.label, r.data) for r in Dataset(config, store, manifest).read(0, 99)] == [(n, b"%d" % n) for n in range(40)]
     found = json.loads(store.fetch(manifest, "findings.json").read_bytes())
@@ -77,7 +78,7 @@ def test_many_class_folders_keep_their_order(make, tmp_path: Path) -> None:
 
 
 def test_findings_are_counted_named_and_shown(tmp_path: Path, make) -> None:
-    root, store = make_layouts(tmp_path / "sets", num_images=4).root / "image_folder", LocalStore(tmp_path / "store")
+    root, store = make_layouts(tmp_path / "sets", num_images=4).root / "image_folder", open_store(str(tmp_path / "store"))
     (root / "empty").mkdir()
     for name in ("[/]", "[bold]", "c", "d", "é"):
         write(root / "coffee" / name, b"")
@@ -119,7 +120,7 @@ def test_the_same_content_is_the_same_artifact_wherever_it_lies(make, tmp_path: 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 @pytest.mark.usefixtures("ray_cluster")
-def test_workers_find_what_is_found_here(layouts: Layouts, make, local_store: LocalStore, kind: str) -> None:
+def test_workers_find_what_is_found_here(layouts: Layouts, make, local_store: ArtifactStore, kind: str) -> None:
     manifest, expected = make(layouts.config(kind)), open_dataset(layouts.config(kind), local_store)
     assert manifest.file(INDEX).sha256 == expected.manifest.file(INDEX).sha256
     assert manifest.summary["num_images"] == 20 and manifest.summary["findings"] == {}
@@ -132,7 +133,7 @@ def test_findings_of_workers_are_gathered_in_order(make, tmp_path: Path) -> None
     for number in range(3):
         members = [(f"{number}.jpg", b"1"), (f"{number}.json", b"{}"), (f"x{number}.cls", b"1"), (f"k{number}.png", b"2")]
         write(shards / f"{number}.tar", tar_bytes([*members, (f"k{number}.cls", b"%d" % (2 * number))]))
-    store = LocalStore(tmp_path / "store")
+    store = open_store(str(tmp_path / "store"))
     manifest = make(DatasetConfig(kind="tar", path=str(shards), num_classes=6), store)
     assert json.loads(store.fetch(manifest, "findings.json").read_bytes()) == {
         "other files": [f"{number}.tar: {number}.json" for number in range(3)],
@@ -179,7 +180,7 @@ def test_labels_must_be_among_the_classes(make, tmp_path: Path, layouts: Layouts
 def test_an_interrupted_scan_goes_on_from_its_parts(layouts: Layouts, make, tmp_path: Path, monkeypatch) -> None:
     """A shard that was scanned is not opened again: its part says what is in it."""
     config, whole = layouts.config("tar"), make(layouts.config("tar"))
-    store, original = LocalStore(tmp_path / "interrupted"), stage._scan_file
+    store, original = open_store(str(tmp_path / "interrupted")), stage._scan_file
 
     def scan_file(config: DatasetConfig, unit: str, name: str, context: Any) -> Any:
         (tmp_path / f"opened-{unit}").touch()
@@ -196,7 +197,7 @@ def test_an_interrupted_scan_goes_on_from_its_parts(layouts: Layouts, make, tmp_
             make(config, store)
     parts = store.read_parts("dataset", whole.key)
     assert store.read_manifest("dataset", whole.key) is None and {"scan-00000", "scan-00001"} <= set(parts)
-    (store.root / "dataset" / whole.key / ".parts" / "scan-00001.json").unlink()
+    (Path(store.uri) / "dataset" / whole.key / ".parts" / "scan-00001.json").unlink()
     monkeypatch.setattr(stage, "_scan_file", scan_file)
     resumed = make(config, store)
     assert (resumed.key, resumed.digest) == (whole.key, whole.digest)

@@ -16,8 +16,8 @@ import pytest
 
 from enat.metrics.moments import FeatureMoments
 from enat.text import TextFeatures
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import FileRecord
+from pipelines.artifacts.open import open_store
 from pipelines.cluster.resources import Execution, Workers
 from pipelines.data.captions import CaptionFeaturesInfo, captions_name
 from pipelines.data.sources.config import DatasetConfig
@@ -100,7 +100,7 @@ def test_device_seconds_count_every_device_that_a_worker_holds(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    context = make_context(LocalStore(tmp_path / "store"), stage.__name__.removeprefix("of_"), connect=lambda: None)
+    context = make_context(open_store(str(tmp_path / "store")), stage.__name__.removeprefix("of_"), connect=lambda: None)
     result = stage(gpus, context, monkeypatch)
     assert result.worker_seconds == (TOOK + 5 if stage is of_token_map else TOOK)
     assert result.device_seconds == gpus * TOOK

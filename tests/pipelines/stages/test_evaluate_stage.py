@@ -27,8 +27,9 @@ from enat.metrics import extractors
 from enat.metrics.moments import FeatureMoments, inception_score, load_moments
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGANConfig
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.data.image_sets import ImageSetConfig
 from pipelines.data.samples import SamplePlan, Samples, image_cost, part_name, write_samples
@@ -93,7 +94,7 @@ def _sums_are_registered() -> Any:
         yield
 
 
-def _commit(store: LocalStore, stage: str, key: str, result: StageResult, **fields: Any) -> Manifest:
+def _commit(store: ArtifactStore, stage: str, key: str, result: StageResult, **fields: Any) -> Manifest:
     return store.commit(
         Manifest(
             stage=stage,
@@ -116,7 +117,7 @@ def _commit(store: LocalStore, stage: str, key: str, result: StageResult, **fiel
 class Material:
     """Inputs of the stage in a store, and the codes of the samples."""
 
-    store: LocalStore
+    store: ArtifactStore
     inputs: dict[str, Manifest]
     codes: np.ndarray
 
@@ -125,7 +126,7 @@ class Material:
 def material(vqgan, make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Material:
     """Samples with drawn codes, and a reference of the first real digits."""
     folder = tmp_path_factory.mktemp("material")
-    store = LocalStore(folder / "store")
+    store = open_store(str(folder / "store"))
     save_weights(folder / "vqgan", vqgan)
     file = store.put_file("tokenizer", "t", "vqgan.safetensors", folder / "vqgan")
     tokenizer = _commit(store, "tokenizer", "t", StageResult(files=[file], summary={"config": asdict(vqgan.config)}))
@@ -141,7 +142,7 @@ def material(vqgan, make_context: Callable[..., Any], tmp_path_factory: pytest.T
     return Material(store, inputs, codes)
 
 
-def _samples(store: LocalStore, folder: Path, codes: np.ndarray) -> StageResult:
+def _samples(store: ArtifactStore, folder: Path, codes: np.ndarray) -> StageResult:
     files = []
     plan = SamplePlan.of_labels(np.arange(NUM_SAMPLES) % 10)
     for part, start in enumerate(range(0, NUM_SAMPLES, SHARD)):
@@ -611,7 +612,7 @@ def test_a_reference_of_an_extractor_that_is_not_registered_here_is_refused(mate
 
 @pytest.mark.faults
 def test_scores_of_real_files_equal_those_of_torch_fidelity(
-    photographs: dict[str, Image.Image], make_context: Callable[..., Any], local_store: LocalStore, tmp_path: Path
+    photographs: dict[str, Image.Image], make_context: Callable[..., Any], local_store: ArtifactStore, tmp_path: Path
 ) -> None:
     """Two folders of PNGs through torch-fidelity's own command, and through the stages, with the same weights of InceptionV3.
 

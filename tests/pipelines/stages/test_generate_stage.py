@@ -29,8 +29,9 @@ from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
 from enat.text import TextFeatures
 from enat.tokenizer import VQGAN
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import EMPTY, CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
 from pipelines.data.dataset import INDEX, write_index
 from pipelines.data.samples import Samples, read_codes, sample_seed
@@ -70,21 +71,21 @@ def text_model() -> ENAT:
 class Made:
     """A stage's inputs and result in a store of its own."""
 
-    store: LocalStore
+    store: ArtifactStore
     inputs: dict[str, Manifest]
     manifest: Manifest
     metrics: dict[str, float]
     worker_seconds: float
 
 
-def keep_model(store: LocalStore, folder: Path, model: ENAT) -> Manifest:
+def keep_model(store: ArtifactStore, folder: Path, model: ENAT) -> Manifest:
     save_weights(folder / "weights", model)
     record = store.put_file("train", "m", "model.safetensors", folder / "weights")
     summary = {"model": dataclasses.asdict(model.config), "tokenizer_digest": "t"}
     return store.commit(Manifest(stage="train", key="m", files=(record,), summary=summary, **FIELDS))
 
 
-def keep_captions(store: LocalStore, folder: Path) -> Manifest:
+def keep_captions(store: ArtifactStore, folder: Path) -> Manifest:
     """Features of the captions of six images, in files of four captions."""
     entries = [Entry(str(i), f"{i}.png", 0, 1, captions=(f"of {i}",) * count) for i, count in enumerate(CAPTIONS_PER_IMAGE)]
     write_index(folder / INDEX, entries)
@@ -109,7 +110,7 @@ def keep_captions(store: LocalStore, folder: Path) -> Manifest:
     return store.commit(Manifest(stage="captions", key="c", files=tuple(records), summary=summary, **{**FIELDS, "inputs": source}))
 
 
-def keep_token_map(store: LocalStore, folder: Path, tokenizer_digest: str = "t") -> Manifest:
+def keep_token_map(store: ArtifactStore, folder: Path, tokenizer_digest: str = "t") -> Manifest:
     """Thirty rows of random codes, labels 0 to 2, the last one without a label."""
     info = TokenMapInfo(
         dataset="random", resolution=16, grid_size=4, codebook_size=32, num_classes=3, tokenizer_digest=tokenizer_digest
@@ -127,9 +128,9 @@ def keep_token_map(store: LocalStore, folder: Path, tokenizer_digest: str = "t")
 
 @pytest.fixture(scope="module")
 def make(make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
-    def run(config: GenerateConfig, model: ENAT, *others: Callable[[LocalStore, Path], Manifest]) -> Made:
+    def run(config: GenerateConfig, model: ENAT, *others: Callable[[ArtifactStore, Path], Manifest]) -> Made:
         folder = tmp_path_factory.mktemp("generate")
-        store = LocalStore(folder / "store")
+        store = open_store(str(folder / "store"))
         inputs = {"model": keep_model(store, folder, model)} | {
             made.stage: made for made in (keep(store, folder) for keep in others)
         }
@@ -142,8 +143,8 @@ def make(make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
 def make_here(make_context: Callable[..., Any], tmp_path: Path) -> Callable[..., Samples]:
     """The same by one worker in this process, without the actors, and read back."""
 
-    def run(config: GenerateConfig, model: ENAT, *others: Callable[[LocalStore, Path], Manifest]) -> Samples:
-        store = LocalStore(tmp_path / "here")
+    def run(config: GenerateConfig, model: ENAT, *others: Callable[[ArtifactStore, Path], Manifest]) -> Samples:
+        store = open_store(str(tmp_path / "here"))
         inputs = {"model": keep_model(store, tmp_path, model)} | {made.stage: made for made in (k(store, tmp_path) for k in others)}
         context = make_context(store, "generate", "k").for_workers()
         plan = ray.put(generate._plan(config, model.config, inputs, store))
@@ -156,7 +157,7 @@ def make_here(make_context: Callable[..., Any], tmp_path: Path) -> Callable[...,
     return run
 
 
-def finish(config: GenerateConfig, store: LocalStore, inputs: dict[str, Manifest], make_context: Callable[..., Any]) -> Made:
+def finish(config: GenerateConfig, store: ArtifactStore, inputs: dict[str, Manifest], make_context: Callable[..., Any]) -> Made:
     result = generate.run(config, inputs, make_context(store, "generate", "k"))
     fields = {**FIELDS, "files": tuple(result.files), "summary": dict(result.summary)}
     manifest = store.commit(Manifest(stage="generate", key="k", **fields))
@@ -402,12 +403,12 @@ def uninterrupted(make: Callable[..., Made], model: ENAT) -> Made:
 
 
 @pytest.fixture
-def inputs(model: ENAT, tmp_path: Path) -> tuple[LocalStore, dict[str, Manifest]]:
-    store = LocalStore(tmp_path / "store")
+def inputs(model: ENAT, tmp_path: Path) -> tuple[ArtifactStore, dict[str, Manifest]]:
+    store = open_store(str(tmp_path / "store"))
     return store, {"model": keep_model(store, tmp_path, model)}
 
 
-class _UnhurriedStore(LocalStore):
+class _UnhurriedStore(ArtifactStore):
     """Leaves time to be killed between two parts, whatever else the machine does."""
 
     def put_part(self, stage: str, key: str, name: str, record: Any) -> None:
@@ -415,7 +416,7 @@ class _UnhurriedStore(LocalStore):
         time.sleep(0.1)
 
 
-def wait_for_parts(store: LocalStore, count: int, is_alive: Callable[[], bool] = lambda: True) -> None:
+def wait_for_parts(store: ArtifactStore, count: int, is_alive: Callable[[], bool] = lambda: True) -> None:
     deadline = time.monotonic() + 60
     while len(store.read_parts("generate", "k")) < count:
         assert is_alive() and time.monotonic() < deadline, f"only {len(store.read_parts('generate', 'k'))} parts were made"
@@ -437,7 +438,7 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(uninterrupted: Made, inp
     killer.start()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # which workers cannot import
     try:
-        made = finish(LONG, _UnhurriedStore(store.root), given, make_context)
+        made = finish(LONG, _UnhurriedStore(store.folder), given, make_context)
     finally:
         ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
         stop.set()
@@ -462,7 +463,7 @@ generate.run(config, inputs, context())
 class _Context:
     """Makes a stage's context in another process."""
 
-    store: LocalStore
+    store: ArtifactStore
 
     def __call__(self) -> Any:
         import io
@@ -484,7 +485,7 @@ def test_a_driver_that_is_killed_is_gone_on_from(
 ) -> None:
     store, given = inputs
     task = tmp_path / "task"
-    task.write_bytes(ray.cloudpickle.dumps((LONG, given, _Context(_UnhurriedStore(store.root)))))
+    task.write_bytes(ray.cloudpickle.dumps((LONG, given, _Context(_UnhurriedStore(store.folder)))))
     command = [sys.executable, "-c", _DRIVER, ray.get_runtime_context().gcs_address, str(task)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as driver:

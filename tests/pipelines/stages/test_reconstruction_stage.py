@@ -13,8 +13,9 @@ import torch
 
 from enat.images import to_uint8
 from enat.metrics.moments import FeatureMoments, frechet_distance
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.data import token_map
 from pipelines.data.dataset import Dataset
@@ -34,7 +35,7 @@ KEY = "d" * 64
 class Made:
     """Stages up to reference and token map, of twelve photographs and two files that are none."""
 
-    store: LocalStore
+    store: ArtifactStore
     manifests: dict[str, Manifest]
     nodes: dict[str, Node]
 
@@ -50,7 +51,7 @@ def made(
     broken_image_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Made:
-    store = LocalStore(tmp_path_factory.mktemp("reconstruction") / "store")
+    store = open_store(str(tmp_path_factory.mktemp("reconstruction") / "store"))
     overrides = (f"dataset.path={broken_image_folder}", "token_map.max_quarantine_share=0.5", "reference.images_per_pass=4")
     nodes = {node.id: node for until in ("reference", "token_map") for node in tiny_nodes(*overrides, until=until)}
     ordered = [nodes[name] for name in ("dataset", "tokenizer", "token_map", "reference")]

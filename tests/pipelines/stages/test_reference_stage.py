@@ -14,7 +14,8 @@ from random_weights import inception_state
 
 from enat.metrics.classifier import ClassifierExtractor
 from enat.metrics.moments import FeatureMoments, FeatureStatistics, load_moments
-from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation.adm_reference import NpzReference
@@ -42,7 +43,7 @@ def test_moments_of_inception_are_those_of_torch_fidelitys_network(
 ) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    store = LocalStore(tmp_path / "store")
+    store = open_store(str(tmp_path / "store"))
     overrides = ("reference.extractor=inception", f"reference.weights={inception_weights}", "reference.images_per_pass=4")
     done = driver.execute(tiny_nodes(*overrides, "reference.num_kept=5", until="reference"), make_session(store))[-1]
     moments = FeatureMoments.load(store.fetch(done.manifest, "moments.safetensors"))
@@ -101,7 +102,7 @@ def _images(count: int, side: int = 16) -> np.ndarray:
     return np.random.default_rng(2).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def _run(config: reference.ReferenceConfig, make_context: Callable[..., Any], store: LocalStore) -> StageResult:
+def _run(config: reference.ReferenceConfig, make_context: Callable[..., Any], store: ArtifactStore) -> StageResult:
     return reference.run(config, {}, make_context(store, "reference", KEY))
 
 
@@ -111,7 +112,7 @@ def _config(path: Path, weights: Path, **given: Any) -> reference.ReferenceConfi
 
 
 def test_statistics_of_a_published_file_are_taken_as_they_are(
-    inception_weights: Path, make_context, local_store: LocalStore, tmp_path: Path
+    inception_weights: Path, make_context, local_store: ArtifactStore, tmp_path: Path
 ) -> None:
     path = _write_npz(tmp_path / "VIRTUAL_photographs16.npz")
     result = _run(_config(path, inception_weights), make_context, local_store)
@@ -128,7 +129,7 @@ def test_statistics_of_a_published_file_are_taken_as_they_are(
 
 @pytest.mark.faults
 def test_images_of_a_published_file_are_those_of_precision_and_recall(
-    inception_weights: Path, make_context, local_store: LocalStore, tmp_path: Path
+    inception_weights: Path, make_context, local_store: ArtifactStore, tmp_path: Path
 ) -> None:
     from enat.metrics.extractors import load_extractor
 
@@ -156,7 +157,7 @@ def test_images_of_a_published_file_are_those_of_precision_and_recall(
     ],
 )
 def test_reference_files_that_do_not_fit_are_refused(
-    arrays: dict[str, Any], reason: str, inception_weights: Path, make_context, local_store: LocalStore, tmp_path: Path
+    arrays: dict[str, Any], reason: str, inception_weights: Path, make_context, local_store: ArtifactStore, tmp_path: Path
 ) -> None:
     path = _write_npz(tmp_path / "reference.npz", **arrays)
     with pytest.raises(ValueError, match=rf"reference\.npz.*{reason}"):
@@ -204,7 +205,7 @@ def test_a_config_that_makes_no_sense_is_refused(given: dict[str, Any], reason: 
 
 
 def test_the_classifier_of_a_stopped_stage_is_not_trained_again(
-    make_context, local_store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_context, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Features that were committed are of that classifier."""
     dataset = open_dataset(DatasetConfig(), local_store)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from enat.checkpoint import load_vqgan
 from enat.images import to_uint8
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.samples import read_codes
 from pipelines.stages import evaluate, report
 
@@ -30,7 +30,7 @@ def inputs(digits_run) -> dict[str, Manifest]:
 
 
 @pytest.fixture(scope="module")
-def store(digits_run) -> LocalStore:
+def store(digits_run) -> ArtifactStore:
     return digits_run.store
 
 
@@ -41,7 +41,7 @@ def config(digits_run) -> report.ReportConfig:
 
 @pytest.fixture
 def render(
-    store: LocalStore, make_context: Callable[..., Any], request: pytest.FixtureRequest
+    store: ArtifactStore, make_context: Callable[..., Any], request: pytest.FixtureRequest
 ) -> Callable[[report.ReportConfig, dict[str, Manifest]], Page]:
     """A report under a key that nothing else reads."""
 
@@ -93,7 +93,7 @@ def _tile(grid: Image.Image, row: int, column: int, size: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def decoded(store: LocalStore, inputs: dict[str, Manifest]) -> np.ndarray:
+def decoded(store: ArtifactStore, inputs: dict[str, Manifest]) -> np.ndarray:
     """The samples as images, uint8 (R, 16, 16, 3)."""
     vqgan = load_vqgan(store.fetch(inputs["tokenizer"], "vqgan.safetensors"))
     codes = torch.from_numpy(read_codes(store, inputs["samples"]).codes).view(-1, 4, 4)
@@ -157,7 +157,7 @@ def test_both_models_stand_in_the_scores(page: Page, inputs: dict[str, Manifest]
         assert f"{100 * inputs[name].metrics['class_agreement']:.1f} %" in rows[variant]
 
 
-def test_every_artifact_stands_there_with_its_key_and_place(page: Page, store: LocalStore, inputs: dict[str, Manifest]) -> None:
+def test_every_artifact_stands_there_with_its_key_and_place(page: Page, store: ArtifactStore, inputs: dict[str, Manifest]) -> None:
     assert len(inputs) == 9
     for name, manifest in inputs.items():
         row = next(row for row in page.rows if row[0] == name and manifest.key in row[-1])

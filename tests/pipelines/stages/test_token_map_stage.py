@@ -19,8 +19,9 @@ from hostile import corpus, photo
 from PIL import Image
 from workers import kill_a_worker, titled_processes
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.token_map import TokenMap
 from pipelines.stages import token_map as stage
 from pipelines.workflow import driver
@@ -31,9 +32,9 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 @pytest.fixture(scope="module")
 def make_token_map(
     tiny_nodes: Callable[..., Any], make_session: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[LocalStore, Manifest]]:
-    def make(*overrides: str, store: LocalStore | None = None) -> tuple[LocalStore, Manifest]:
-        store = store or LocalStore(tmp_path_factory.mktemp("store"))
+) -> Callable[..., tuple[ArtifactStore, Manifest]]:
+    def make(*overrides: str, store: ArtifactStore | None = None) -> tuple[ArtifactStore, Manifest]:
+        store = store or open_store(str(tmp_path_factory.mktemp("store")))
         done = driver.execute(tiny_nodes(*overrides, until="token_map"), make_session(store))
         return store, done[-1].manifest
 
@@ -47,7 +48,7 @@ def broken(broken_image_folder: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def one_worker(make_token_map, broken: tuple[str, ...]) -> tuple[LocalStore, Manifest]:
+def one_worker(make_token_map, broken: tuple[str, ...]) -> tuple[ArtifactStore, Manifest]:
     return make_token_map(*broken, "token_map.execution.num_workers=1")
 
 
@@ -67,7 +68,7 @@ def decoding_at_once() -> Iterator[list[int]]:
     watcher.join()
 
 
-def _rows(store: LocalStore, manifest: Manifest) -> list[dict[str, Any]]:
+def _rows(store: ArtifactStore, manifest: Manifest) -> list[dict[str, Any]]:
     names = [record.name for record in manifest.files if record.name.startswith("part-")]
     return [row for name in names for row in pq.read_table(store.fetch(manifest, name)).to_pylist()]
 
@@ -91,7 +92,7 @@ def _codes(vqgan: Any, images: list[Image.Image], resolution: int) -> tuple[np.n
     return codes, flipped
 
 
-def _assert_same_bytes(one: tuple[LocalStore, Manifest], other: tuple[LocalStore, Manifest]) -> None:
+def _assert_same_bytes(one: tuple[ArtifactStore, Manifest], other: tuple[ArtifactStore, Manifest]) -> None:
     assert one[1].digest == other[1].digest
     for record in one[1].files:
         assert one[0].fetch(one[1], record.name).read_bytes() == other[0].fetch(other[1], record.name).read_bytes()
@@ -167,7 +168,7 @@ def test_every_file_has_the_same_bytes_whatever_the_workers_and_the_batch(
 
 @pytest.mark.faults
 def test_too_many_unreadable_images_fail_with_a_sentence_and_leave_no_map(
-    make_token_map, broken_image_folder: Path, local_store: LocalStore
+    make_token_map, broken_image_folder: Path, local_store: ArtifactStore
 ) -> None:
     sentence = (
         r"2 of 14 images cannot be read, more than token_map\.max_quarantine_share 0\.1 allows; "
@@ -198,7 +199,7 @@ def test_the_limit_is_no_part_of_the_key_and_holds_for_a_map_that_is_there_alrea
 
 
 def test_a_map_that_was_begun_on_another_kind_of_device_is_not_mixed(
-    make_token_map, broken_image_folder: Path, one_worker, local_store: LocalStore
+    make_token_map, broken_image_folder: Path, one_worker, local_store: ArtifactStore
 ) -> None:
     """By itself the number of images a pass is what fits the device."""
     record = {"images_per_pass": 256, "rows": 0, "quarantined": []}
@@ -250,7 +251,7 @@ def hostile_records() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def hostile_map(make_token_map, hostile: tuple[str, ...], hostile_records: list[dict[str, Any]]) -> tuple[LocalStore, Manifest]:
+def hostile_map(make_token_map, hostile: tuple[str, ...], hostile_records: list[dict[str, Any]]) -> tuple[ArtifactStore, Manifest]:
     stream = stage.stream_records
 
     def recorded(*arguments: Any, **more: Any) -> Generator[Any]:
@@ -344,7 +345,7 @@ class _WrittenParts:
 
 @pytest.mark.faults
 def test_an_interrupted_run_goes_on_with_what_is_missing_and_ends_with_the_same_bytes(
-    make_token_map, tiny_nodes, hostile: tuple[str, ...], hostile_map, local_store: LocalStore
+    make_token_map, tiny_nodes, hostile: tuple[str, ...], hostile_map, local_store: ArtifactStore
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         first = _WrittenParts(patch, stop_after=3)

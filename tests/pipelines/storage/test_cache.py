@@ -91,9 +91,7 @@ def test_a_download_that_went_wrong_once_is_repeated(origin: Origin) -> None:
 
 
 def test_a_download_that_goes_wrong_twice_is_an_error_and_leaves_nothing(root: Path, origin: Origin) -> None:
-    with pytest.raises(
-        StoreError, match=f"not what was asked for: 7 bytes with the sha256 {hashlib.sha256(b'weights').hexdigest()}"
-    ):
+    with pytest.raises(StoreError, match=f"expected content: 7 bytes with the sha256 {hashlib.sha256(b'weights').hexdigest()}"):
         origin.fetch(b"weights", b"weightz", b"weight")
     assert origin.downloads == 2 and _files(root) == []
 
@@ -278,7 +276,7 @@ def test_a_folder_that_is_not_whole_is_fetched_again(root: Path) -> None:
 @pytest.mark.parametrize("limit", ["many", "-1", "nan", "inf"])
 def test_a_limit_that_is_no_size_is_named(origin: Origin, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setenv("ENAT_CACHE_GB", limit)
-    with pytest.raises(StoreError, match=f"ENAT_CACHE_GB={limit} is no size"):
+    with pytest.raises(StoreError, match=f"ENAT_CACHE_GB={limit} is not a size"):
         origin.fetch(b"weights")
 
 

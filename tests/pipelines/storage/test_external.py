@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,9 +46,9 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("find", [local_file, content_digest])
 def test_a_path_where_nothing_is_is_said_with_the_key_that_names_it(tmp_path: Path, find: Callable[..., object]) -> None:
-    with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {tmp_path}/no\.pth is no file; correct the path"):
+    with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {tmp_path}/no\.pth is not a file; correct the path"):
         find(f"{tmp_path}/no.pth", KEY)
-    with pytest.raises(ValueError, match=rf"^captions\.encoder: {tmp_path}/no is no folder; correct the path$"):
+    with pytest.raises(ValueError, match=rf"^captions\.encoder: {tmp_path}/no is not a directory; correct the path$"):
         local_folder(f"{tmp_path}/no", "captions.encoder")
 
 
@@ -85,15 +85,15 @@ def test_a_download_that_breaks_off_leaves_nothing_that_looks_whole(
 ) -> None:
     bucket = make_bucket("clip")
     s3_endpoint.fill(bucket, FOLDER)
-    download = S3Folder.download
+    chunks = S3Folder.chunks
 
-    def interrupted(self: S3Folder, name: str, path: Path) -> None:
+    def interrupted(self: S3Folder, name: str) -> Iterator[bytes]:
         if name == "model.safetensors":
             raise KeyboardInterrupt
-        download(self, name, path)
+        return chunks(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(S3Folder, "download", interrupted)
+        patch.setattr(S3Folder, "chunks", interrupted)
         with pytest.raises(KeyboardInterrupt):
             local_folder(bucket.uri, KEY, bucket.config)
     assert list((cache / "downloads").iterdir()) == []
@@ -105,15 +105,15 @@ def test_of_two_that_ask_for_the_same_at_once_one_fetches_it_and_both_get_it(
 ) -> None:
     bucket = make_bucket()
     s3_endpoint.fill(bucket, {"a.pth": WEIGHTS})
-    download, has_begun, downloads = S3Folder.download, threading.Event(), []
+    chunks, has_begun, downloads = S3Folder.chunks, threading.Event(), []
 
-    def slow(self: S3Folder, name: str, path: Path) -> None:
+    def slow(self: S3Folder, name: str) -> Iterator[bytes]:
         downloads.append(name)
         has_begun.set()
         time.sleep(0.3)  # time for the other one to ask
-        download(self, name, path)
+        return chunks(self, name)
 
-    monkeypatch.setattr(S3Folder, "download", slow)
+    monkeypatch.setattr(S3Folder, "chunks", slow)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(local_file, f"{bucket.uri}/a.pth", KEY, bucket.config)
         assert has_begun.wait(timeout=30)
@@ -152,7 +152,9 @@ def test_what_cannot_be_had_from_the_hub_is_said_in_one_sentence() -> None:
 
 def test_an_imported_file_is_named_by_its_digest_and_need_not_be_here() -> None:
     assert content_digest(f"sha256:{'ab' * 32}", KEY) == "ab" * 32
-    with pytest.raises(ValueError, match=r"^tokenizer\.weights is sha256:abab\w+, but the store has nothing made from it; import"):
+    with pytest.raises(
+        ValueError, match=r"^tokenizer\.weights is sha256:abab\w+, but the store has no artifact made from it; import"
+    ):
         local_file(f"sha256:{'ab' * 32}", KEY)
 
 

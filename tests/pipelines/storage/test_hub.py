@@ -153,7 +153,7 @@ def test_the_parts_of_a_reference(reference: str, expected: HubReference) -> Non
 )
 def test_what_is_no_reference_is_refused(reference: str) -> None:
     for fetch in (fetch_folder, fetch_file):
-        with pytest.raises(ValueError, match="is no place on the hub; write hf://owner/name"):
+        with pytest.raises(ValueError, match="is not a place on the hub; write hf://owner/name"):
             fetch(reference)
 
 
@@ -172,7 +172,7 @@ def test_a_folder_and_a_file_cannot_be_taken_for_one_another() -> None:
 
 
 def test_what_looks_like_a_repository_is_told_how_to_write_it() -> None:
-    with pytest.raises(ValueError, match=r"^openai/clip is no folder; a repository of the hub is written hf://openai/clip$"):
+    with pytest.raises(ValueError, match=r"^openai/clip is not a directory; a repository of the hub is written hf://openai/clip$"):
         fetch_folder("openai/clip")
 
 
@@ -182,7 +182,7 @@ def test_local_paths_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.M
     assert fetch_folder(str(tmp_path)) == fetch_folder("~") == tmp_path
     assert fetch_file(str(tmp_path / "file")) == fetch_file("~/file") == tmp_path / "file"
     for fetch, wrong in ((fetch_folder, tmp_path / "file"), (fetch_file, tmp_path), (fetch_folder, tmp_path / "none")):
-        with pytest.raises(ValueError, match=r"is no (folder|file); correct the path"):
+        with pytest.raises(ValueError, match=r"is not a (directory|file); correct the path"):
             fetch(str(wrong))
 
 
@@ -231,7 +231,7 @@ def test_a_file_of_its_revision(hub: Hub, offline: Any, name: str, suffix: str, 
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("hf://someone/unknown", "there is no such repository"),
+        ("hf://someone/unknown", "the repository does not exist"),
         (f"hf://{REPOSITORY}@v2", "the repository has no such revision"),
         ("hf://gated/clip", "its owner grants access on request"),
         ("hf://broken/clip", "the hub cannot be reached, and the local cache does not hold it"),
@@ -252,7 +252,7 @@ def test_a_file_that_the_repository_does_not_have(hub: Hub) -> None:
 
 
 def test_patterns_that_nothing_fits(hub: Hub) -> None:
-    with pytest.raises(ValueError, match=r"has no files that fit \*\.gguf, \*\.md"):
+    with pytest.raises(ValueError, match=r"has no files that match \*\.gguf, \*\.md"):
         fetch_folder(f"hf://{REPOSITORY}", ["*.gguf", "*.md"])
 
 

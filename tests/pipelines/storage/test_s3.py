@@ -15,10 +15,10 @@ import pytest
 from s3_server import S3Endpoint
 
 from pipelines.storage import s3, s3_client
-from pipelines.storage.base import StorageError, StoredFile
+from pipelines.storage.base import MissingFileError, StorageError, StoredFile, in_parallel
 from pipelines.storage.open import open_folder
-from pipelines.storage.s3 import S3Folder, in_parallel
-from pipelines.storage.s3_client import MissingFileError, S3Config
+from pipelines.storage.s3 import S3Folder
+from pipelines.storage.s3_client import S3Config
 
 PART = 5 << 20  # the smallest that S3 takes
 BIG = random.Random(0).randbytes(2 * PART + 1234)
@@ -136,8 +136,7 @@ def test_ranges_are_read_exactly(folder: S3Folder) -> None:
         and folder.read("file", 250, 6) == content[250:]
         and folder.read("file", 3, 0) == b""
     )
-    assert (folder.size("file"), folder.size("empty"), folder.size("none")) == (256, 0, None)
-    assert folder.exists("file") and not folder.exists("none")
+    assert folder.read_if_exists("file") == content and folder.read_if_exists("none") is None
     for start, length in ((250, 7), (256, 1), (999, 1)):
         with pytest.raises(StorageError, match=r"some/where/file ends after"):
             folder.read("file", start, length)
@@ -275,7 +274,7 @@ def test_a_write_that_is_never_answered_counts_by_what_lies_there(folder: S3Fold
     fault = s3_endpoint.fault("PUT", "none", status="500 Oops", code="InternalError", times=99)
     with fault, pytest.raises(StorageError, match=r"none cannot be accessed: .*refuses to write it \(InternalError\)"):
         folder.put_if_absent("none", b"x")
-    assert folder.size("none") is None
+    assert folder.read_if_exists("none") is None
 
 
 @pytest.mark.usefixtures("at_once")
@@ -311,7 +310,7 @@ def test_an_upload_in_parts_that_fails_leaves_no_parts(folder: S3Folder, big: Pa
         folder.put_if_absent("file", big, part_size=PART)
     with pytest.raises(StorageError, match="changed while it was written"):
         folder.put_if_absent("file", big, "ab" * 32, part_size=PART)
-    assert _uploads(folder, s3_endpoint) == [] and folder.size("file") is None
+    assert _uploads(folder, s3_endpoint) == [] and folder.read_if_exists("file") is None
 
 
 def test_what_is_sent_has_a_checksum_that_the_endpoint_can_compare(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
@@ -319,15 +318,6 @@ def test_what_is_sent_has_a_checksum_that_the_endpoint_can_compare(folder: S3Fol
     put("file", b"a")
     puts = [headers for method, _, headers in s3_endpoint.requests[before:] if method == "PUT"]
     assert puts and all(len(headers["X_AMZ_CHECKSUM_SHA256"]) == 44 for headers in puts)
-
-
-def test_deleting_removes_all_below_a_name_and_nothing_else(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
-    s3_endpoint.fill(folder, dict.fromkeys([*_many(0, 0, flat=1_100, above="work/"), "work/", "work.txt", "workshop/1"], b"x"))
-    folder.delete("work/")
-    folder.delete("work/")
-    assert [file.name for file in folder.list()] == ["work.txt", "workshop/1"]
-    with pytest.raises(AssertionError):
-        folder.delete("")
 
 
 # Reaching a bucket ---------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_places_are_opened_by_their_uri(folder: LocalFolder, tmp_path: Path, mon
         with pytest.raises(StorageError, match=f"{uri} is neither a local folder nor s3://bucket/prefix"):
             open_folder(uri, S3Config())
     for path in (tmp_path / "nowhere", folder.root / "b"):
-        with pytest.raises(StorageError, match=f"{path} is no folder"):
+        with pytest.raises(StorageError, match=f"{path} is not a directory"):
             open_folder(str(path), S3Config())
 
 

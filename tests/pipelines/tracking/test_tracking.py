@@ -26,8 +26,9 @@ from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_model_name
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.tracking import registry as tracking_registry
 from pipelines.tracking import run as tracking
@@ -63,7 +64,7 @@ NODES = [
 ]
 
 
-def _run(make_session: Callable[..., Session], store: LocalStore, uri: str, nodes: list[Node] = NODES) -> tuple[Session, Any]:
+def _run(make_session: Callable[..., Session], store: ArtifactStore, uri: str, nodes: list[Node] = NODES) -> tuple[Session, Any]:
     parent = tracking.start_run(uri, CONFIG, "whole", {"enat.store": "here"})
     session = make_session(store, run=parent, tracking=CONFIG)
     done = driver.execute(nodes, session)
@@ -88,7 +89,7 @@ def recorded(
     make_session: Callable[..., Session], uri: str, client: MlflowClient, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RunHandle, list[Any]]:
     """Two stages run with tracking, then again when there is nothing left to do."""
-    store = LocalStore(tmp_path_factory.mktemp("store"))
+    store = open_store(str(tmp_path_factory.mktemp("store")))
     _run(make_session, store, uri)
     session, done = _run(make_session, store, uri)
     return session.run, done
@@ -156,7 +157,7 @@ def test_a_reused_stage_has_the_metrics_of_when_it_was_made(client: MlflowClient
 
 
 def test_a_failed_stage_s_run_says_so(
-    make_session: Callable[..., Session], local_store: LocalStore, uri: str, client: MlflowClient
+    make_session: Callable[..., Session], local_store: ArtifactStore, uri: str, client: MlflowClient
 ) -> None:
     def fail(config: CurveConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
         raise RuntimeError("it broke")
@@ -202,7 +203,7 @@ def test_a_handle_works_after_it_was_sent_to_another_process(client: MlflowClien
 
 
 def test_without_a_server_a_run_is_made_all_the_same_and_warns_once(
-    make_session: Callable[..., Session], local_store: LocalStore, caplog: pytest.LogCaptureFixture
+    make_session: Callable[..., Session], local_store: ArtifactStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "pipelines"):
         _, done = _run(make_session, local_store, CLOSED)
@@ -214,7 +215,7 @@ def test_without_a_server_a_run_is_made_all_the_same_and_warns_once(
 
 def test_a_server_that_goes_away_during_a_run_is_warned_of_once(
     make_session: Callable[..., Session],
-    local_store: LocalStore,
+    local_store: ArtifactStore,
     tmp_path: Path,
     uri: str,
     client,

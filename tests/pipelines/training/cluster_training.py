@@ -41,12 +41,12 @@ def main(address: str, store_folder: str, key: str, execution: str) -> None:
     from rich.console import Console
     from tiny_training import CONFIG
 
-    from pipelines.artifacts.local_store import LocalStore
+    from pipelines.artifacts.open import open_store
     from pipelines.stages import train
     from pipelines.tracking.run import RunHandle
     from pipelines.workflow.stage import StageContext
 
-    store = LocalStore(Path(store_folder))
+    store = open_store(store_folder)
     inputs = {stage: store.read_manifest(stage, stage * 4) for stage in ("tokenizer", "token_map")}
     train.train_loop = slowly  # type: ignore[attr-defined]
     context = StageContext(

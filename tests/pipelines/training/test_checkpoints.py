@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import PARTS, DamagedFileError, FileRecord
 from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StoreError
+from pipelines.storage.local import LocalFolder
 from pipelines.tracking.run import RunHandle
 from pipelines.training.checkpoints import (
     Checkpoint,
@@ -317,11 +318,11 @@ def test_a_torn_record_is_no_checkpoint_and_can_be_written_again(
 # Writing -------------------------------------------------------------------------------------------------------------------
 
 
-class SlowStore(LocalStore):
+class SlowStore(ArtifactStore):
     """Files are stored once `go` is set; where `error` is given, storing fails with it."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__(root)
+        super().__init__(LocalFolder(root))
         self.go, self.begun, self.error = threading.Event(), threading.Event(), ""
 
     def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:

@@ -19,7 +19,6 @@ from plain_training import train_plainly
 from ray_nodes import RayNodes, ray_nodes
 from tiny_training import Material, changed, checkpoint_steps, worker_context
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import DamagedFileError
 from pipelines.training.checkpoints import find_checkpoints, open_checkpoint
 
@@ -34,9 +33,8 @@ def key(request: pytest.FixtureRequest) -> str:
 
 @contextmanager
 def training(nodes: RayNodes, material: Material, key: str, folder: Path, **execution: Any) -> Iterator[subprocess.Popen[bytes]]:
-    assert isinstance(material.store, LocalStore)
     script = Path(__file__).with_name("cluster_training.py")
-    command = [sys.executable, str(script), nodes.address, str(material.store.root), key, json.dumps(execution)]
+    command = [sys.executable, str(script), nodes.address, material.store.uri, key, json.dumps(execution)]
     variables = {**nodes.environment, "ENAT_PROGRESS_SECONDS": "1"}
     with (folder / "log").open("wb") as log, subprocess.Popen(command, env=variables, stdout=log, stderr=log) as process:
         try:

@@ -21,8 +21,8 @@ from tiny_training import (
     worker_context,
 )
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import FileRecord
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.training.batches import GroupBatch
 from pipelines.training.checkpoints import find_checkpoints, open_checkpoint
 from pipelines.training.loop import Trainer
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_written_anew_when_its_step_is_reached_again(mat
     assert resumed.result is not None and resumed.result.step == 12 and resumed.column("step") == list(range(1, 13))
 
 
-class SlowStore(LocalStore):
+class SlowStore(ArtifactStore):
     """Takes its time for a checkpoint."""
 
     def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
@@ -152,8 +152,7 @@ class SlowStore(LocalStore):
 
 def test_what_was_being_written_when_training_diverged_is_there_when_that_is_told(material: Material, key: str) -> None:
     """Ray ends a worker soon after its answer: what it was writing then would be lost."""
-    assert isinstance(material.store, LocalStore)
-    slow = replace(material, store=SlowStore(material.store.root))
+    slow = replace(material, store=SlowStore(material.store.folder))
     config = changed(execution={"checkpoint_every": 6})
     with pytest.raises(DivergedError, match="diverged by step 7"):
         train(slow, config, key, world_size=2, trainer_class=Poisoned)

@@ -20,7 +20,8 @@ from enat.checkpoint import load_enat
 from enat.model import TextCondition
 from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
-from pipelines.artifacts.local_store import LocalStore
+from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import EMPTY_INDEX, CaptionFeatures
 from pipelines.data.dataset import INDEX
 from pipelines.data.samples import read_codes
@@ -42,7 +43,7 @@ def _make_tiny_dinov2(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def trained(
     tiny_nodes: Callable[..., Any], make_session: Callable[..., Any], layouts: Layouts, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[LocalStore, dict[str, Done]]:
+) -> tuple[ArtifactStore, dict[str, Done]]:
     root = tmp_path_factory.mktemp("text")
     encoder = make_tiny_clip(root / "clip", max_position_embeddings=16)
     dataset = layouts.config("coco")
@@ -54,17 +55,17 @@ def trained(
         f"generate.dataset={{kind: coco, name: others, path: {dataset.path}, captions: {dataset.captions}}}",
         f"reference={{extractor: dinov2, weights: {_make_tiny_dinov2(root / 'dinov2')}}}",
     ]
-    store = LocalStore(root / "store")
+    store = open_store(str(root / "store"))
     done = driver.execute(tiny_nodes(*overrides), make_session(store))
     return store, {item.node.id: item for item in done}
 
 
-def test_the_model_has_the_widths_of_the_features_and_no_classes(trained: tuple[LocalStore, dict[str, Done]]) -> None:
+def test_the_model_has_the_widths_of_the_features_and_no_classes(trained: tuple[ArtifactStore, dict[str, Done]]) -> None:
     model = trained[1]["train"].manifest.summary["model"]
     assert (model["text_width"], model["num_text_tokens"], model["num_classes"]) == (32, 16, 0)
 
 
-def test_the_model_keeps_the_empty_caption(trained: tuple[LocalStore, dict[str, Done]]) -> None:
+def test_the_model_keeps_the_empty_caption(trained: tuple[ArtifactStore, dict[str, Done]]) -> None:
     store, done = trained
     empty, pooled = CaptionFeatures.open(store, done["captions"].manifest).take(np.array([EMPTY_INDEX]))
     for name in ("model.safetensors", "raw.safetensors"):
@@ -73,7 +74,7 @@ def test_the_model_keeps_the_empty_caption(trained: tuple[LocalStore, dict[str, 
         assert torch.equal(model.null_pooled, torch.from_numpy(pooled[0]).float())
 
 
-def test_the_model_samples_from_captions(trained: tuple[LocalStore, dict[str, Done]]) -> None:
+def test_the_model_samples_from_captions(trained: tuple[ArtifactStore, dict[str, Done]]) -> None:
     store, done = trained
     model = load_enat(store.fetch(done["train"].manifest, "model.safetensors"))
     features = CaptionFeatures.open(store, done["captions"].manifest)
@@ -82,7 +83,7 @@ def test_the_model_samples_from_captions(trained: tuple[LocalStore, dict[str, Do
     assert codes.shape == (4, 16) and int(codes.max()) < 32
 
 
-def test_samples_are_of_captions_of_as_many_images(trained: tuple[LocalStore, dict[str, Done]]) -> None:
+def test_samples_are_of_captions_of_as_many_images(trained: tuple[ArtifactStore, dict[str, Done]]) -> None:
     store, done = trained
     manifest = done["generate"].manifest
     samples = read_codes(store, manifest)
@@ -95,7 +96,7 @@ def test_samples_are_of_captions_of_as_many_images(trained: tuple[LocalStore, di
     np.testing.assert_array_equal(codes.numpy(), samples.codes[:3])
 
 
-def test_they_are_scored_and_the_report_shows_what_was_asked_for(trained: tuple[LocalStore, dict[str, Done]]) -> None:
+def test_they_are_scored_and_the_report_shows_what_was_asked_for(trained: tuple[ArtifactStore, dict[str, Done]]) -> None:
     store, done = trained
     scores = done["evaluate"].manifest
     assert scores.metrics["frechet_distance"] > 0 and scores.summary["protocol"]["labels"] == "captions of others, drawn"
@@ -111,7 +112,7 @@ def test_a_text_model_without_features_of_its_captions_is_refused(tiny_nodes: Ca
         tiny_nodes("train.model.text=true", "targets=[train]")
 
 
-def test_weights_are_registered_as_a_model_of_captions(trained: tuple[LocalStore, dict[str, Done]]) -> None:
+def test_weights_are_registered_as_a_model_of_captions(trained: tuple[ArtifactStore, dict[str, Done]]) -> None:
     from pipelines.registry.model_card import model_card
 
     store, done = trained

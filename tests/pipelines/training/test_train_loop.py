@@ -35,9 +35,9 @@ from tiny_training import (
     worker_context,
 )
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.open import open_store
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StoreError
 from pipelines.training.batches import GroupBatch
 from pipelines.training.checkpoints import NoReadableCheckpointError, find_checkpoints, read_so_far
@@ -279,10 +279,9 @@ def test_what_training_took_before_it_was_stopped_is_kept_and_added_to(material:
     train(material, config, key, trainer_class=Slow, stop_at=2)
     second = read_so_far(worker_context(material, key))
     assert second.step > 6 and second.worker_seconds >= first.worker_seconds + (second.step - 6) * 0.1
-    assert isinstance(material.store, LocalStore)
     newest = find_checkpoints(worker_context(material, key))[-1].state
     assert newest is not None
-    (material.store.root / "train" / key / newest.path).write_text("{}")
+    (Path(material.store.uri) / "train" / key / newest.path).write_text("{}")
     assert 0 < read_so_far(worker_context(material, key)).step < second.step, "training goes on from there as well"
 
 
@@ -345,7 +344,7 @@ def test_a_stop_in_the_last_step_ends_as_a_run_that_is_done(material: Material, 
     assert_close(train(material, CONFIG, key, stop_at=12), plain)
 
 
-class FullStore(LocalStore):
+class FullStore(ArtifactStore):
     """A store that takes no checkpoint any more."""
 
     def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
@@ -355,9 +354,8 @@ class FullStore(LocalStore):
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_training(material: Material, key: str) -> None:
-    assert isinstance(material.store, LocalStore)
     with pytest.raises(StoreError, match="no space left"):
-        train(replace(material, store=FullStore(material.store.root)), CONFIG, key)
+        train(replace(material, store=FullStore(material.store.folder)), CONFIG, key)
 
 
 # Compiled ------------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ import torch
 from plain_training import train_plainly
 from tiny_training import CONFIG, Material, Trained, changed, checkpoint_steps, read_weights, train
 
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import FileRecord
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StorageError
 from pipelines.tracking.run import RunHandle
 from pipelines.training.config import TrainConfig
@@ -158,7 +158,7 @@ def test_a_run_that_goes_on_has_the_rows_of_the_runs_before(material: Material, 
     assert (first, steps) == ("history", list(range(1, 12))) and [step for step, _ in rest] == [12]
 
 
-class CountingStore(LocalStore):
+class CountingStore(ArtifactStore):
     """Notes that the tokenizer was asked for, and has none where the environment says so."""
 
     def fetch_file(self, stage: str, key: str, record: FileRecord) -> Path:
@@ -177,8 +177,7 @@ def test_previews_load_the_tokenizer_once_and_are_told_once_where_they_fail(
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     if not is_there:
         monkeypatch.setenv("NO_TOKENIZER", "1")
-    assert isinstance(material.store, LocalStore)
-    place, run = replace(material, store=CountingStore(material.store.root)), Notebook(notes=str(tmp_path / "lines"))
+    place, run = replace(material, store=CountingStore(material.store.folder)), Notebook(notes=str(tmp_path / "lines"))
     trained = train(place, changed(execution={"sample_every": 4}), key, run=run)
     assert trained.column("step") == list(range(1, 13)) and trained.ema
     grids = [step for _, _, step, _ in run.read() if str(step).startswith("samples")]

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 import pipelines
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
-from pipelines.artifacts.s3_store import S3Store
+from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.evaluation.protocol import SCORES
 from pipelines.storage.base import digest_of
@@ -60,14 +59,14 @@ def _pipeline(store: ArtifactStore, *, is_imported: bool = False, is_reference_i
 @pytest.fixture(params=["folder", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
     if request.param == "folder":
-        return LocalStore(tmp_path / "store")
+        return open_store(str(tmp_path / "store"))
     folder: S3Folder = request.getfixturevalue("make_bucket")()
-    return S3Store(folder.uri, folder.config)
+    return open_store(folder.uri, folder.config)
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "store")
+def local(tmp_path: Path) -> ArtifactStore:
+    return open_store(str(tmp_path / "store"))
 
 
 def _hours(seconds: float) -> Any:
@@ -94,20 +93,20 @@ def test_every_ancestor_counts_once_and_by_its_kind(store: ArtifactStore) -> Non
     assert metrics["cost/missing_artifacts"] == 0 == metrics["cost/imported_artifacts"]
 
 
-def test_an_artifact_in_the_middle_costs_what_lies_before_it(local: LocalStore) -> None:
+def test_an_artifact_in_the_middle_costs_what_lies_before_it(local: ArtifactStore) -> None:
     metrics = cost_metrics(local, _pipeline(local)["model"])
     assert metrics["cost/total_worker_hours"] == _hours(1 + 2 + 4 + 8 + 16)
     assert metrics["cost/generation_worker_hours"] == 0 == metrics["cost/evaluation_device_hours"]
 
 
-def test_there_is_money_only_where_there_are_prices(local: LocalStore) -> None:
+def test_there_is_money_only_where_there_are_prices(local: ArtifactStore) -> None:
     evaluation = _pipeline(local)["evaluation"]
     assert not [name for name in cost_metrics(local, evaluation) if "money" in name]
     priced = cost_metrics(local, evaluation, Prices(device_hour=3600.0, worker_hour=36.0))
     assert priced["cost/total_money"] == pytest.approx(31 * 1.0 + 255 * 0.01)
 
 
-def test_imported_weights_cost_nothing_and_are_counted(local: LocalStore) -> None:
+def test_imported_weights_cost_nothing_and_are_counted(local: ArtifactStore) -> None:
     """What the import took to run is not what training took."""
     evaluation = _pipeline(local, is_imported=True)["evaluation"]
     metrics, cost = cost_metrics(local, evaluation), lineage_cost(local, evaluation)
@@ -116,7 +115,7 @@ def test_imported_weights_cost_nothing_and_are_counted(local: LocalStore) -> Non
     assert metrics["cost/total_worker_hours"] == _hours(255 - 16 - 4 - 8), "what led to other weights is no part of it"
 
 
-def test_what_was_computed_here_of_an_imported_reference_counts(local: LocalStore) -> None:
+def test_what_was_computed_here_of_an_imported_reference_counts(local: ArtifactStore) -> None:
     """Its statistics came with a file, the features of its images did not."""
     evaluation = _pipeline(local, is_reference_imported=True)["evaluation"]
     metrics = cost_metrics(local, evaluation)
@@ -124,7 +123,7 @@ def test_what_was_computed_here_of_an_imported_reference_counts(local: LocalStor
     assert metrics["cost/missing_artifacts"] == 0
 
 
-def test_a_reconstruction_tells_what_it_took_with_all_before_it(local: LocalStore) -> None:
+def test_a_reconstruction_tells_what_it_took_with_all_before_it(local: ArtifactStore) -> None:
     made = _pipeline(local)
     inputs = {name: made[name] for name in ("token_map", "reference", "tokenizer", "dataset")}
     metrics = cost_metrics(local, _commit(local, "reconstruction", inputs, 256, 32))
@@ -135,19 +134,14 @@ def test_a_reconstruction_tells_what_it_took_with_all_before_it(local: LocalStor
 def test_what_was_removed_is_counted_as_missing(store: ArtifactStore) -> None:
     """The token map alone leads to no other artifact that is not reached otherwise; the captions do not either."""
     made = _pipeline(store)
-    if isinstance(store, LocalStore):
-        manifest = Path(store.place("token_map", made["token_map"].key)) / "manifest.json"
-        manifest.unlink()
-    else:
-        assert isinstance(store, S3Store)
-        store.folder.delete(f"token_map/{made['token_map'].key}/manifest.json")
+    store.delete_manifest("token_map", made["token_map"].key)
     metrics, cost = cost_metrics(store, made["evaluation"]), lineage_cost(store, made["evaluation"])
     assert metrics["cost/missing_artifacts"] == 1 and cost.missing == (f"token_map/{made['token_map'].key}",)
     assert metrics["cost/total_worker_hours"] == _hours(255 - 4)
 
 
 @pytest.mark.parametrize("damage", ["no JSON", "no seconds", "text", "negative", "NaN"])
-def test_a_manifest_that_does_not_say_what_it_took_is_counted_as_missing(local: LocalStore, damage: str) -> None:
+def test_a_manifest_that_does_not_say_what_it_took_is_counted_as_missing(local: ArtifactStore, damage: str) -> None:
     made = _pipeline(local)
     manifest = Path(local.place("token_map", made["token_map"].key)) / "manifest.json"
     fields = json.loads(manifest.read_text())
@@ -160,16 +154,16 @@ def test_a_manifest_that_does_not_say_what_it_took_is_counted_as_missing(local: 
     assert metrics["cost/missing_artifacts"] == 1 and metrics["cost/total_worker_hours"] == _hours(255 - 4)
 
 
-def test_the_artifact_itself_need_not_be_committed(local: LocalStore, tmp_path: Path) -> None:
+def test_the_artifact_itself_need_not_be_committed(local: ArtifactStore, tmp_path: Path) -> None:
     """A stage asks before its own manifest exists."""
-    elsewhere = LocalStore(tmp_path / "elsewhere")
+    elsewhere = open_store(str(tmp_path / "elsewhere"))
     made = _pipeline(local)
     own = _commit(elsewhere, "evaluate", {"samples": made["samples"]}, 512)
     assert cost_metrics(local, own)["cost/evaluation_worker_hours"] == _hours(512)
     assert cost_metrics(local, own)["cost/missing_artifacts"] == 0
 
 
-def test_a_stage_of_no_known_kind_is_in_the_total_and_named_apart(local: LocalStore) -> None:
+def test_a_stage_of_no_known_kind_is_in_the_total_and_named_apart(local: ArtifactStore) -> None:
     made = _pipeline(local)
     metrics = cost_metrics(local, _commit(local, "upscale", {"samples": made["samples"]}, 1024))
     assert metrics["cost/other_worker_hours"] == _hours(1024)

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from pipelines.artifacts import last_used
-from pipelines.artifacts.local_store import LocalStore
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution, Workers
 from pipelines.run import config as run_config
 from pipelines.run import graph
@@ -70,7 +70,7 @@ def counted() -> Counted:
 
 
 @pytest.fixture
-def session(local_store: LocalStore, make_session: Callable[..., Any]) -> stage.Session:
+def session(local_store: ArtifactStore, make_session: Callable[..., Any]) -> stage.Session:
     return make_session(local_store)
 
 
@@ -131,7 +131,7 @@ def test_the_state_of_an_unfinished_stage_goes_once_it_is_committed(session: sta
     assert session.store.read_parts("write", done.manifest.key) == {}
 
 
-def test_the_terminal_gets_one_line_a_stage(counted: Counted, local_store: LocalStore, make_session: Callable[..., Any]) -> None:
+def test_the_terminal_gets_one_line_a_stage(counted: Counted, local_store: ArtifactStore, make_session: Callable[..., Any]) -> None:
     terminal = io.StringIO()
     session = make_session(local_store, console=Console(file=terminal, width=100))
     driver.execute(counted.nodes(), session)
@@ -153,7 +153,7 @@ def test_a_stage_at_work_has_noted_all_that_the_run_has(counted: Counted, sessio
     noted: list[tuple[str, str]] = []
 
     def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
-        noted.extend(context.store.noted_inputs(context.stage, context.key))
+        noted.extend(context.store.recorded_inputs(context.stage, context.key))
         return counted.write(config, inputs, context)
 
     done = driver.execute([*counted.nodes(), _third(run)], session)
@@ -161,16 +161,16 @@ def test_a_stage_at_work_has_noted_all_that_the_run_has(counted: Counted, sessio
 
 
 def test_what_a_run_has_is_noted_again_for_as_long_as_a_stage_lasts(
-    counted: Counted, local_store: LocalStore, session: stage.Session, monkeypatch: pytest.MonkeyPatch
+    counted: Counted, local_store: ArtifactStore, session: stage.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(last_used, "_EVERY", 0.01)
     given = driver.execute(counted.nodes(first="given")[:1], session)[0].manifest
 
     def old() -> list[Path]:
-        return [path for path in local_store.root.glob("*/*/.used") if path.stat().st_mtime < 1000]
+        return [path for path in Path(local_store.uri).glob("*/*/.used") if path.stat().st_mtime < 1000]
 
     def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
-        notes = [*local_store.root.glob("*/*/.used")]
+        notes = [*Path(local_store.uri).glob("*/*/.used")]
         for path in notes:
             os.utime(path, (0, 0))
         deadline = time.monotonic() + 20
@@ -181,21 +181,21 @@ def test_what_a_run_has_is_noted_again_for_as_long_as_a_stage_lasts(
         return counted.write(config, inputs, context)
 
     driver.execute([*counted.nodes(), _third(run)], session, {"elsewhere": given})
-    assert "enat-uses" not in [thread.name for thread in threading.enumerate()]
+    assert "enat-use-recorder" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_uses_that_cannot_be_noted_are_one_warning(
+def test_use_that_cannot_be_recorded_costs_one_warning(
     counted: Counted, session: stage.Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(LocalStore, "note_use", refused)
+    monkeypatch.setattr(ArtifactStore, "record_use", refused)
     with caplog.at_level("WARNING", "pipelines"):
         done = driver.execute(counted.nodes(), session)
     (record,) = caplog.records
-    sentence = f"the use of write/{done[0].manifest.key[:12]} is not noted, so that `enat artifacts gc` may take it for unused"
-    assert record.getMessage().startswith(sentence) and "Permission denied" in record.getMessage()
+    message = record.getMessage()
+    assert f"write/{done[0].manifest.key[:12]}" in message and "`enat artifacts gc`" in message and "Permission denied" in message
 
 
 # Publishing ----------------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_bad_input_that_a_ray_worker_finds_is_told_in_its_own_sentence(counted: 
 
 
 def test_of_two_runs_that_make_the_same_artifact_the_second_adopts_the_first(
-    local_store: LocalStore, session: stage.Session
+    local_store: ArtifactStore, session: stage.Session
 ) -> None:
     """As if both had begun before either was done."""
 
@@ -333,10 +333,10 @@ def test_a_plan_knows_keys_as_far_as_inputs_are_there(counted: Counted, session:
     assert planned() == [(True, True)] * 3
 
 
-def test_a_plan_names_the_keys_that_a_run_then_uses_and_writes_nothing(counted: Counted, local_store: LocalStore, session) -> None:
+def test_a_plan_names_the_keys_of_a_later_run_and_writes_nothing(counted: Counted, local_store: ArtifactStore, session) -> None:
     nodes = counted.nodes()
     first = driver.plan(nodes, local_store)[0].key
-    assert not local_store.root.exists() and counted.runs == []
+    assert not Path(local_store.uri).exists() and counted.runs == []
     done = driver.execute(nodes, session)
     assert done[0].manifest.key == first
     assert [item.key for item in driver.plan(nodes, local_store)] == [item.manifest.key for item in done]
