@@ -449,8 +449,8 @@ def test_all_that_is_called_like_an_artifact_is_listed_with_its_files_and_nothin
     assert list(place.store.names()) == names
     folders = list(place.store.folders())
     assert [(stage, key) for stage, key, _ in folders] == names
-    assert [file.path for file in folders[0][2]] == [".parts/part-0.json"]
-    assert [(file.path, file.size) for file in folders[1][2]][1:] == [("model.safetensors", 7)] and len(folders[1][2]) == 2
+    assert [file.name for file in folders[0][2]] == [".parts/part-0.json"]
+    assert [(file.name, file.size) for file in folders[1][2]][1:] == [("model.safetensors", 7)] and len(folders[1][2]) == 2
     for stage, key, files in folders:
         assert place.store.list_files(stage, key) == files
         assert all(before - 2 <= file.modified <= time.time() + 2 for file in files)
@@ -497,7 +497,7 @@ def test_a_use_is_noted_as_often_as_there_is_one_with_what_is_read(place: Place)
     (old,) = store.list_files(STAGE, KEY)
     store.record_use(STAGE, KEY)
     (new,) = store.list_files(STAGE, KEY)
-    assert old.path == new.path == ".used" and 990 < new.modified - old.modified < 1010
+    assert old.name == new.name == ".used" and 990 < new.modified - old.modified < 1010
     assert store.recorded_inputs(STAGE, KEY) == [] == store.recorded_inputs(STAGE, "cd" * 32)
 
 

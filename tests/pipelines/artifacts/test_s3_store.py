@@ -113,20 +113,20 @@ def test_more_files_than_one_request_takes_are_deleted(store: ArtifactStore, s3_
     before = len(s3_endpoint.requests)
     store.delete_files(STAGE, KEY, names)
     assert len(s3_endpoint.requests) - before == 2
-    assert [file.path for file in store.list_files(STAGE, KEY)] == ["kept"]
+    assert [file.name for file in store.list_files(STAGE, KEY)] == ["kept"]
 
 
 def test_a_deletion_that_is_refused_says_so(store: ArtifactStore, record, s3_endpoint: S3Endpoint) -> None:
     fault = s3_endpoint.fault("POST", "delete", status="403 Forbidden", code="AccessDenied", times=9)
     with fault, pytest.raises(StorageError, match="no permission to delete it"):
         store.delete_files(STAGE, KEY, [record.path])
-    assert [file.path for file in store.list_files(STAGE, KEY)] == [record.path]
+    assert [file.name for file in store.list_files(STAGE, KEY)] == [record.path]
 
 
 def test_objects_that_are_called_as_no_file_can_be_are_nobodys(store: ArtifactStore, s3_endpoint: S3Endpoint) -> None:
     s3_endpoint.fill(store.folder, {f"{STAGE}/{KEY}/{name}": b"" for name in ("a//b", "a/../../b", "./c", "good")})
-    assert [file.path for file in store.list_files(STAGE, KEY)] == ["good"]
-    assert [[file.path for file in files] for _, _, files in store.folders()] == [["good"]]
+    assert [file.name for file in store.list_files(STAGE, KEY)] == ["good"]
+    assert [[file.name for file in files] for _, _, files in store.folders()] == [["good"]]
 
 
 def test_manifests_are_read_many_at_once(store: ArtifactStore, s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,9 +152,7 @@ def test_what_cannot_be_had_from_the_hub_is_said_in_one_sentence() -> None:
 
 def test_an_imported_file_is_named_by_its_digest_and_need_not_be_here() -> None:
     assert content_digest(f"sha256:{'ab' * 32}", KEY) == "ab" * 32
-    with pytest.raises(
-        ValueError, match=r"^tokenizer\.weights is sha256:abab\w+, but the store has no artifact made from it; import"
-    ):
+    with pytest.raises(ValueError, match=r"^tokenizer\.weights is sha256:abab\w+, .* enat import"):
         local_file(f"sha256:{'ab' * 32}", KEY)
 
 
