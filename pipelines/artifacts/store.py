@@ -1,8 +1,8 @@
 """The artifact store: what a stage made, found again by what went into it.
 
 An artifact is the folder `<store>/<stage>/<key>/` with a `manifest.json` that lists every file with its size and sha256. The
-manifest is written last and only if there is none: without a manifest the artifact does not exist. Files are never overwritten, so
-two runs that make the same artifact at once need no lock: the first manifest wins and the other run adopts it.
+manifest is written last, and only if the artifact has none yet: without a manifest the artifact does not exist. Files are never
+overwritten, so two runs that make the same artifact at once need no lock: the first manifest wins and the other run adopts it.
 
 The store knows nothing of the kind of folder that it is in (see storage/base.py).
 """

@@ -60,14 +60,14 @@ def pull(
 
     Raises StoreError before anything is copied if the target has an artifact of the same key with other content.
     """
-    there = [target.read_manifest(manifest.stage, manifest.key) for manifest in manifests]
-    for manifest, present in zip(manifests, there, strict=True):
+    committed = [target.read_manifest(manifest.stage, manifest.key) for manifest in manifests]
+    for manifest, present in zip(manifests, committed, strict=True):
         if present is not None and present.digest != manifest.digest:
             raise StoreError(
                 f"{target.uri} already has {short(name_of(manifest))} with other content, as it was made there; pull into another"
             )
     answers = []
-    for manifest, present in zip(manifests, there, strict=True):
+    for manifest, present in zip(manifests, committed, strict=True):
         if present is None:
             answers.append(_pull_one(source, target, manifest, advance))
         else:
@@ -81,10 +81,10 @@ def _pull_one(source: ArtifactStore, target: ArtifactStore, manifest: Manifest, 
     target.record_use(stage, key, [(each["stage"], each["key"]) for each in manifest.inputs.values()])
 
     def copy(record: FileRecord) -> tuple[FileRecord, bool]:
-        there = _record_there(target, stage, key, record)
-        copied = there or target.put_file(stage, key, record.name, source.fetch_file(stage, key, record))
+        existing = _existing_record(target, stage, key, record)
+        copied = existing or target.put_file(stage, key, record.name, source.fetch_file(stage, key, record))
         advance(record.size)
-        return copied, there is None
+        return copied, existing is None
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="pull") as pool:
         files, records = (list(pool.map(copy, some)) for some in (manifest.files, manifest.records))
@@ -94,7 +94,7 @@ def _pull_one(source: ArtifactStore, target: ArtifactStore, manifest: Manifest, 
     return Transferred(target.commit(own), False, len(fetched), sum(record.size for record in fetched))
 
 
-def _record_there(store: ArtifactStore, stage: str, key: str, record: FileRecord) -> FileRecord | None:
+def _existing_record(store: ArtifactStore, stage: str, key: str, record: FileRecord) -> FileRecord | None:
     """The record of a file that an earlier, interrupted transfer left in a store."""
     for path in paths_of(record.name, record.sha256):
         digest = hashlib.sha256()

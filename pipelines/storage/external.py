@@ -29,7 +29,7 @@ _REFERENCE = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+
 
 
 def local_file(reference: str, key: str, s3: S3Config | None = None) -> Path:
-    """Return a local path of a file. key: of the config, for messages. Raises ValueError if there is no such file."""
+    """Return a local path of a file. key: of the config, for messages. Raises ValueError if it does not exist."""
     if _BY_DIGEST.fullmatch(reference):
         raise ValueError(
             f"{key} is {reference}, but the store has no artifact made from it; import the file first: enat import --help"
@@ -118,7 +118,7 @@ def parse_reference(reference: str) -> HubReference:
 def fetch_folder(reference: str, patterns: Sequence[str] = WEIGHTS_AND_TEXT) -> Path:
     """Return the local folder of a path, or of a repository of the hub after the files that match `patterns` are fetched.
 
-    Raises ValueError if there is no such folder, or if it cannot be fetched.
+    Raises ValueError if it does not exist, or if it cannot be fetched.
     """
     if not _is_remote(reference):
         folder = Path(reference).expanduser()

@@ -17,7 +17,7 @@ def open_folder(uri: str, s3: S3Config | None = None, *, must_exist: bool = True
     """Open the folder at a path or at s3://bucket/prefix.
 
     s3: how to reach the bucket; None uses the settings of AWS.   must_exist: if False, a directory may be missing; it is made
-    when something is written to it. Raises StorageError if there is no such directory, or if the kind of place is unknown.
+    when something is written to it. Raises StorageError if a directory does not exist, or if the kind of place is unknown.
     """
     if uri.startswith("s3://"):
         from pipelines.storage.s3 import S3Folder

@@ -34,8 +34,8 @@ _READ_AHEAD = 4 * MIB
 _PART = 32 * MIB  # bytes of one part of an upload; smaller files go up in one request
 _PARTS_AT_MOST = 10_000  # S3's own limit
 _UPLOADS = 4  # parts that are uploaded, and held in memory, at once
-_PAGES_AHEAD = 10  # of 1,000 names: what one thread lists before somebody wants it
-_CONFLICTS = 4  # a write that is refused because of another that then leaves nothing behind is tried again
+_PAGES_AHEAD = 10  # of 1,000 names, listed by one thread ahead of the reader
+_CONFLICTS = 4  # attempts of a write that another write refuses without leaving an object
 _DELETED_AT_ONCE = 1000  # S3's own limit
 _FEW = 16  # sub-folders that are too few to keep the threads busy
 
@@ -43,7 +43,7 @@ _Files: TypeAlias = list[StoredFile]
 
 
 class S3Folder(Folder):
-    """What lies below s3://bucket/prefix. Holds no open connection: each process has one client per S3Config."""
+    """Objects below s3://bucket/prefix. Holds no open connection: each process has one client per S3Config."""
 
     def __init__(self, uri: str, config: S3Config | None = None) -> None:
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
@@ -71,7 +71,7 @@ class S3Folder(Folder):
     def _all(self, prefix: str) -> Iterator[StoredFile]:
         units = self._level(prefix)
         first = [*islice(units, _FEW + 1)]
-        if len(first) <= _FEW:  # such as train/ and val/: what lies in them is listed in parallel
+        if len(first) <= _FEW:  # such as train/ and val/: their sub-folders are listed in parallel
             units = chain.from_iterable(self._level(unit) if isinstance(unit, str) else (unit,) for unit in first)
         else:
             units = chain(first, units)
@@ -91,7 +91,7 @@ class S3Folder(Folder):
         return [name.removeprefix(prefix) for name in names]
 
     def _level(self, prefix: str) -> Iterator[str | _Files]:
-        """What lies directly in a folder, in order: sub-folders, and runs of files between them."""
+        """The direct entries of a folder, in order: sub-folders, and runs of files between them."""
         token = None
         while True:
             answer = self._list_page(prefix, token, Delimiter="/")
@@ -107,7 +107,7 @@ class S3Folder(Folder):
                 return
 
     def _pages(self, prefix: str, token: str | None) -> tuple[_Files, str | None]:
-        """The next files below a prefix, at any depth, and where to go on (None: that was all)."""
+        """The next files below a prefix, at any depth, and the token to continue with (None at the end)."""
         files: _Files = []
         for _ in range(_PAGES_AHEAD):
             answer = self._list_page(prefix, token)
@@ -123,7 +123,7 @@ class S3Folder(Folder):
             return self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **options)
 
     def _files(self, answer: Any) -> _Files:
-        """Keys that end with / stand for empty folders, where a console made them, and are no files."""
+        """Without keys that end in /: consoles make them to show empty folders."""
         start, found = len(self._prefix), answer.get("Contents", ())
         return [
             StoredFile(entry["Key"][start:], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"].timestamp())
@@ -172,7 +172,7 @@ class S3Folder(Folder):
         return in_parallel(read, range(0, size, _RANGE), _DOWNLOADS)
 
     def _get(self, name: str, start: int, stop: int | None, version: str | None = None) -> bytes:
-        """Bytes start..stop-1 (None: to the end), fewer where the object ends before. version: the only one that will do."""
+        """Bytes start..stop-1 (None: to the end), fewer if the object ends before. version: StorageError for any other."""
         request = {"Bucket": self._bucket, "Key": self._prefix + name}
         if start or stop is not None:
             request["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
@@ -201,26 +201,25 @@ class S3Folder(Folder):
                     if attempt == ATTEMPTS:
                         raise
                 _pause(attempt)
-        raise StorageError(f"{self.uri}/{name} is answered in part only, {ATTEMPTS} times; look after the endpoint")
+        raise StorageError(f"{self.uri}/{name} is answered in part only, {ATTEMPTS} times; check the endpoint")
 
     # Writing -----------------------------------------------------------------------------------------------------------------
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a small object in the place of what is there: the only thing that is ever overwritten is a note of the time."""
         with self._explained("write", name):
             self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=content)
 
     def put_if_absent(self, name: str, source: Path | bytes, sha256: str | None = None, *, part_size: int = _PART) -> bool:
         """Write an object unless its name is taken. Returns whether the name now holds exactly these bytes.
 
-        That is what can be known: where an answer was lost, the bytes that lie there may be one's own. The endpoint compares
-        what arrives with checksums. Files over part_size go up in parts, and appear at once when all of them are there.
+        Nothing more can be known: if an answer was lost, existing bytes may be those of this request. The endpoint compares the
+        content with checksums. Files over `part_size` bytes are sent in parts; the object appears when all parts have arrived.
         """
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         sha256 = sha256 or file_digest(source)
         is_large = isinstance(source, Path) and size > part_size
         if is_large and (holds := self._holds(name, size, sha256)) is not None:
-            return holds  # gigabytes are not sent to learn that
+            return holds  # known without sending gigabytes
         with self._explained("write", name):
             for attempt in range(1, _CONFLICTS + 1):
                 try:
@@ -267,12 +266,12 @@ class S3Folder(Folder):
                 raise StorageError(f"{source} changed while it was written to {self.uri}/{name}; run again")
             client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload=done, IfNoneMatch="*")
         except BaseException:
-            with suppress(Exception):  # the first error is the one to tell; parts left behind are the bucket's rules' to expire
+            with suppress(Exception):  # report the first error; the bucket's rules expire parts that are left
                 client.abort_multipart_upload(**target, UploadId=upload)
             raise
 
     def _holds(self, name: str, size: int, sha256: str) -> bool | None:
-        """Whether an object has exactly these bytes; None where there is no object."""
+        """Whether an object has exactly these bytes; None if it does not exist."""
         try:
             with self._explained("read", name):
                 answer = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name, ChecksumMode="ENABLED")
@@ -280,7 +279,7 @@ class S3Folder(Folder):
                 return False
             if answer.get("ChecksumSHA256") == _base64(bytes.fromhex(sha256)):
                 return True
-            # Of an object in parts S3 knows a checksum of the parts' checksums, of one that others wrote perhaps none.
+            # S3 has a checksum of checksums for an object in parts, and perhaps none for one that others wrote.
             digest = hashlib.sha256()
             for content in self._ranges(name, size, answer["ETag"].strip('"')):
                 digest.update(content)
@@ -310,7 +309,7 @@ class S3Folder(Folder):
 
 
 class _RangeReader(io.RawIOBase):
-    """A file of which ranges can be read. Buffering and reading of lines are io.BufferedReader's."""
+    """A seekable file over reads of ranges. io.BufferedReader adds buffering and reading by lines."""
 
     def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
         self._read_range, self._size, self._position = read_range, size, 0
@@ -327,7 +326,7 @@ class _RangeReader(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence] + offset
         if position < 0:
-            raise OSError(f"there is nothing before the first byte ({position})")
+            raise OSError(f"cannot seek before the first byte ({position})")
         self._position = position
         return position
 

@@ -1,7 +1,7 @@
-"""The client of an object store, and what its refusals mean: the only module that knows boto3.
+"""The client of an object store, and the meaning of its errors: the only module that imports boto3.
 
-boto3 is imported where it is used, so that a configuration can name S3Config without paying for it. What goes wrong becomes a
-StorageError: one sentence with the URI and what to do. Credentials come from boto3's own chain only and appear in no message.
+boto3 is imported when it is used, so a configuration with an S3Config loads fast. Every error becomes a StorageError: one sentence
+with the URI and what to do. Credentials come only from boto3's own chain and appear in no message.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from urllib.parse import urlsplit
 
 from pipelines.storage.base import MissingFileError, StorageError
 
-ATTEMPTS = 8  # of one request, by botocore; and of one transfer, where an answer breaks off half-way
+ATTEMPTS = 8  # of one request, by botocore; and of one transfer whose answers break off
 CONNECTIONS = 32
 _NOT_THERE = {"NoSuchKey", "404"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class S3Config:
-    """How a bucket is reached. None: AWS's usual environment variables and configuration files decide.
+    """How to reach a bucket. None: AWS's usual environment variables and configuration files decide.
 
-    region: without it AWS_REGION counts, as in AWS's other libraries, before AWS_DEFAULT_REGION, which alone botocore knows.
-    anonymous: requests are not signed, for public buckets.   path_style: the bucket stands in the path, not in the host name.
+    region: without it, AWS_REGION takes precedence over AWS_DEFAULT_REGION, as in AWS's other libraries; botocore knows only the
+    latter.   anonymous: do not sign requests, for public buckets.   path_style: put the bucket in the path, not in the host name.
     """
 
     endpoint_url: str | None = None
@@ -37,7 +37,9 @@ class S3Config:
 
     def __post_init__(self) -> None:
         if self.endpoint_url is not None and "@" in self.endpoint_url:
-            raise StorageError("an S3 endpoint_url holds no user or password; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            raise StorageError(
+                "an S3 endpoint_url must not hold a user or password; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         if self.endpoint_url is not None and not self.endpoint_url.startswith(("http://", "https://")):
             raise StorageError(f"the S3 endpoint_url {self.endpoint_url!r} does not begin with http:// or https://")
 
@@ -46,7 +48,7 @@ _client_lock = threading.Lock()
 
 
 def client_of(config: S3Config) -> Any:
-    """The one client that this process has for a configuration. Clients, unlike boto3's sessions, are safe to share by threads."""
+    """The one client of this process for a configuration. Threads may share clients, unlike boto3's sessions."""
     with _client_lock:
         return _open_client(config, os.getpid())
 
@@ -72,12 +74,12 @@ def _open_client(config: S3Config, process: int) -> Any:
 
 
 def error_code(error: Any) -> str:
-    """S3's name of what went wrong: "NoSuchKey"; to a request without a body, the HTTP status: "404". Else empty."""
+    """S3's name of an error, such as "NoSuchKey"; for a request without a body, the HTTP status: "404". Else empty."""
     return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
 
 
 def broken_transfers() -> tuple[type[Exception], ...]:
-    """What is raised where an answer began well and broke off."""
+    """Exceptions for an answer that begins well and breaks off."""
     from botocore import exceptions as boto
     from urllib3.exceptions import HTTPError
 
@@ -85,7 +87,7 @@ def broken_transfers() -> tuple[type[Exception], ...]:
 
 
 def may_have_happened(error: Exception) -> bool:
-    """Whether a write was answered in a way that leaves open what lies there now: by nobody, by a failure, or by "taken"."""
+    """Whether a write may have happened in spite of the error: no answer, a failure of the server, or "taken"."""
     from botocore.exceptions import ClientError, HTTPClientError
 
     if isinstance(error, ClientError):
@@ -95,7 +97,7 @@ def may_have_happened(error: Exception) -> bool:
 
 
 def is_conflict(error: Exception) -> bool:
-    """Whether a write met another write. An upload is gone also when it was completed, and the answer to that got lost."""
+    """Whether a write met another write. NoSuchUpload: its own completion may have succeeded, and the answer was lost."""
     return error_code(error) in {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchUpload"}
 
 
@@ -116,16 +118,16 @@ def explained(config: S3Config, action: str, place: str) -> Iterator[None]:
 
 _REFUSALS = {  # codes of S3 -> what they mean and what to do
     "NoSuchKey 404": "does not exist; correct the URI",
-    "NoSuchBucket": "cannot be found: there is no such bucket at {endpoint}; create it, or correct the URI",
+    "NoSuchBucket": "cannot be found: {endpoint} has no such bucket; create it, or correct the URI",
     "AccessDenied AllAccessDisabled Forbidden 403 401": (
         "does not exist or may not be accessed: no permission to {action} it ({who}); ask its owner or use others"
     ),
     "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken TokenRefreshRequired InvalidSecurity": (
         "cannot be accessed: {endpoint} refuses the credentials ({code}); renew or correct them"
     ),
-    "RequestTimeTooSkewed": "cannot be accessed: this machine's clock is wrong, so says {endpoint}; set it",
+    "RequestTimeTooSkewed": "cannot be accessed: this machine's clock is wrong, according to {endpoint}; set it",
     "PermanentRedirect 301 AuthorizationHeaderMalformed": (
-        "cannot be accessed: its bucket does not lie in the region {region}; set the region, or AWS_REGION"
+        "cannot be accessed: its bucket is not in the region {region}; set the region, or AWS_REGION"
     ),
     "PreconditionFailed": "changed while it was being read; run again",
     "NotImplemented": "cannot be written: {endpoint} cannot write a name only if it is free (If-None-Match); use another store",
@@ -143,7 +145,7 @@ def _refusal(code: str, action: str, config: S3Config) -> str:
 
 
 def _failure(error: Exception, action: str, config: S3Config) -> str:
-    """What it means that there is no answer. Messages of botocore are not repeated: some hold parts of requests."""
+    """The meaning of a missing answer. Messages of botocore are not repeated: some hold parts of requests."""
     from botocore import exceptions as boto
 
     kind = type(error).__name__
@@ -151,7 +153,9 @@ def _failure(error: Exception, action: str, config: S3Config) -> str:
         case boto.SSLError():
             reason = f"the certificate of {_endpoint(config)} is not trusted; set AWS_CA_BUNDLE, or correct the endpoint's URL"
         case boto.NoCredentialsError() | boto.PartialCredentialsError():
-            reason = "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or read anonymously"
+            reason = (
+                "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or read anonymously"
+            )
         case boto.ProfileNotFound():
             reason = "AWS_PROFILE names a profile that no configuration file of AWS has; correct it"
         case boto.ParamValidationError():

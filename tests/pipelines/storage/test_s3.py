@@ -347,7 +347,7 @@ def test_an_endpoint_that_does_not_answer_is_named() -> None:
         ("403 Forbidden", "SignatureDoesNotMatch", r"refuses the credentials \(SignatureDoesNotMatch\); renew or correct them"),
         ("400 Bad Request", "ExpiredToken", "refuses the credentials"),
         ("403 Forbidden", "RequestTimeTooSkewed", "clock is wrong"),
-        ("400 Bad Request", "AuthorizationHeaderMalformed", "does not lie in the region us-east-1; set the region"),
+        ("400 Bad Request", "AuthorizationHeaderMalformed", "is not in the region us-east-1; set the region"),
         ("418 I'm a teapot", "Teapot", r"refuses to .* it \(Teapot\)"),
     ],
 )
@@ -372,7 +372,7 @@ def test_without_credentials_the_sentence_names_where_they_belong(make_bucket, s
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     config = S3Config(endpoint_url=s3_endpoint.url, region="eu-north-1")  # a configuration that no other test has a client of
-    with pytest.raises(StorageError, match=r"there are no credentials; set AWS_ACCESS_KEY_ID .* or read anonymously"):
+    with pytest.raises(StorageError, match=r"no credentials were found; set AWS_ACCESS_KEY_ID .* or read anonymously"):
         list(S3Folder("s3://bucket/a", config).list())
 
 
