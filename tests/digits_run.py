@@ -51,9 +51,9 @@ class CommandLineRun:
 
     @property
     def store(self) -> Any:
-        from pipelines.artifacts.local_store import LocalStore
+        from pipelines.artifacts.open import open_store
 
-        return LocalStore(self.workspace / "store")
+        return open_store(str(self.workspace / "store"))
 
     def planned(self) -> dict[str, Any]:
         """Nodes of the run by id, each with its manifest in the store."""
