@@ -36,7 +36,7 @@ _PER_ROW_GROUP = 2
 
 @dataclass(frozen=True)
 class Picture:
-    """One photograph, whatever the layout. captions: in the order of their ids, with single spaces."""
+    """One photograph of every layout. captions: in the order of their ids, with single spaces."""
 
     name: str
     data: bytes
@@ -46,7 +46,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Row:
-    """What must be read of a picture in one layout."""
+    """The expected content of a picture in one layout."""
 
     key: str
     data: bytes
@@ -60,13 +60,13 @@ class Layouts:
     pictures: tuple[Picture, ...]
 
     def config(self, kind: str, place: str | None = None, **given: Any) -> DatasetConfig:
-        """place: where the folders lie, if they were copied."""
+        """`place`: the root of a copy."""
         place = place or str(self.root)
         captions = f"{place}/captions.json" if kind == "coco" else None
         return DatasetConfig(kind=kind, path=f"{place}/{kind}", captions=captions, **given)
 
     def rows(self, kind: str) -> list[Row]:
-        """In the order in which they must be read."""
+        """The expected rows, in order."""
         if kind == "image_folder":
             named = {class_folder_name(number, picture): picture for number, picture in enumerate(self.pictures)}
             return [Row(name, named[name].data, named[name].label) for name in sorted(named, key=str.encode)]
@@ -79,7 +79,7 @@ class Layouts:
         return [Row(picture.name, picture.data, captions=picture.captions) for picture in self.pictures]
 
     def contents(self) -> dict[str, bytes]:
-        """All files by name, as a bucket can be filled with them."""
+        """All files by name, to fill a bucket."""
         return {path.relative_to(self.root).as_posix(): path.read_bytes() for path in self.root.rglob("*") if path.is_file()}
 
 
@@ -113,7 +113,7 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def tar_bytes(members: Iterable[tuple[str, bytes] | tarfile.TarInfo], format: int = tarfile.PAX_FORMAT) -> bytes:
-    """members: files by name and content; TarInfo stands for itself, without content."""
+    """`members`: files by name and content, or TarInfo for members without content."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
         for member in members:
@@ -127,7 +127,7 @@ def tar_bytes(members: Iterable[tuple[str, bytes] | tarfile.TarInfo], format: in
 
 
 def write_parquet(path: Path, pictures: Sequence[Picture], class_names: Sequence[str] | None = CLASSES) -> Path:
-    """As Hugging Face's datasets library writes images. class_names: None leaves out what it says of the columns."""
+    """Write images as Hugging Face's datasets library does. `class_names`: None omits its metadata."""
     table = pa.table(
         {
             "image": pa.array([{"bytes": p.data, "path": p.name} for p in pictures], IMAGE_TYPE),
@@ -150,7 +150,7 @@ def write_table(path: Path, table: pa.Table) -> Path:
 
 
 def coco_captions(pictures: Sequence[Picture]) -> dict[str, Any]:
-    """Ids of images and captions run against the order of names; captions have the line breaks and spaces of the real ones."""
+    """Ids of images and captions are in the reverse order of names; captions have line breaks and spaces like the real ones."""
     images = [{"id": 9000 - number, "file_name": picture.name, "height": 1} for number, picture in enumerate(pictures)]
     annotations: list[Mapping[str, Any]] = []
     for number, picture in enumerate(pictures):
@@ -194,14 +194,14 @@ def found_in(given: DatasetConfig) -> dict[str, list[str]]:
 
 
 def read(given: DatasetConfig) -> list[Row]:
-    """Everything a dataset holds, without an index."""
+    """All rows of a dataset, read without an index."""
     entries = scan(given)
     contents = open_source(given).read(entries)
     return [Row(e.key, content, e.label, e.captions) for e, content in zip(entries, contents, strict=True)]
 
 
 def open_dataset(given: DatasetConfig, store: ArtifactStore) -> Dataset:
-    """The dataset under an index that is made here and now: neither the stage nor Ray is needed."""
+    """A dataset with an index that is made here, without the stage and without Ray."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / INDEX
         index = write_index(path, scan(given))
@@ -219,7 +219,7 @@ def open_dataset(given: DatasetConfig, store: ArtifactStore) -> Dataset:
 
 
 def sentence_of(act: Callable[[], object]) -> str:
-    """Of the ValueError that an act ends in, or nothing."""
+    """The message of the ValueError that an act raises, or an empty string."""
     try:
         act()
     except ValueError as error:

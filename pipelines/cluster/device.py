@@ -22,15 +22,17 @@ def device_name(device: str) -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def wait_for(device: str) -> None:
+def wait_for(device: str | torch.device) -> None:
     """Until it has done what it was given: a GPU computes beside the program."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def peak_memory_gb(device: str) -> float:
+def peak_memory_gb(device: str | torch.device) -> float:
     """In 10**9 bytes: of a GPU what the allocator held at most, of a CPU the process's largest resident set."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if (status := Path("/proc/self/status")).exists():  # getrusage counts the peak of the parent process, too
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

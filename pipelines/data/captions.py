@@ -1,9 +1,9 @@
-"""Caption features on disk: what a text encoder makes of every caption of a dataset, and how training reads it.
+"""Caption features on disk: the text encoder's output for every caption of a dataset.
 
-Captions are numbered through the dataset, 0..N-1. Files `captions-00000.safetensors`, ... hold captions_per_file of them each (the
-last one the rest), `empty.safetensors` the empty caption, whose index is -1. Tensors: `hidden` float16 (R, T, W), `pooled` float16
-(R, W), `num_tokens` int16 (R,); of the empty caption without R and without num_tokens. The header's entry `enat` is JSON: the first
-caption's index, the encoder's digest, the format's version.
+The captions of a dataset are numbered 0..N-1. Each file `captions-00000.safetensors`, ... holds captions_per_file of them, the last
+file holds the rest. `empty.safetensors` holds the empty caption, whose index is -1. Tensors: `hidden` float16 (R, T, W), `pooled`
+float16 (R, W), `num_tokens` int16 (R,). The empty caption has no axis R and no num_tokens. The header's entry `enat` is JSON: index
+of the first caption, digest of the encoder, version of the format.
 
 Shape legend: N captions, R captions of a file, T positions, W width, B captions of a batch.
 """
@@ -34,7 +34,7 @@ _DTYPES = {"hidden": "F16", "pooled": "F16", "num_tokens": "I16"}
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionFeaturesInfo:
-    """What caption features are made of; stands in the manifest's summary under `info`."""
+    """Description of caption features, stored in the manifest's summary under `info`."""
 
     num_captions: int
     captions_per_file: int
@@ -45,27 +45,27 @@ class CaptionFeaturesInfo:
 
     @property
     def num_files(self) -> int:
-        """Without that of the empty caption."""
+        """Number of files, not counting that of the empty caption."""
         return -(-self.num_captions // self.captions_per_file)
 
     def captions_from(self, start: int) -> int:
-        """R of the file whose first caption is start."""
+        """R: number of captions in the file whose first caption is start."""
         return min(self.captions_per_file, self.num_captions - start)
 
 
 def captions_name(number: int) -> str:
-    """Of the file with captions number * captions_per_file and up."""
+    """Name of the file that begins with caption number * captions_per_file."""
     return f"captions-{number:05d}.safetensors"
 
 
 def write_captions(path: Path, info: CaptionFeaturesInfo, start: int, features: TextFeatures) -> None:
-    """Write the file whose first caption is start. features: of all its captions, R = info.captions_from(start)."""
+    """Write the file whose first caption is start. `features`: of all its captions, R = info.captions_from(start)."""
     assert start in range(0, info.num_captions, info.captions_per_file), (start, info)
     _write(path, info, start, _arrays(features))
 
 
 def write_empty(path: Path, info: CaptionFeaturesInfo, features: TextFeatures) -> None:
-    """Write the file of the empty caption. features: of that one caption."""
+    """Write the file of the empty caption. `features`: of that one caption."""
     arrays = _arrays(features)
     assert len(arrays["hidden"]) == 1
     _write(path, info, EMPTY_INDEX, {name: arrays[name][0] for name in ("hidden", "pooled")})
@@ -80,7 +80,7 @@ def _write(path: Path, info: CaptionFeaturesInfo, start: int, arrays: dict[str, 
     shapes = _shapes(info, start)
     assert {name: array.shape for name, array in arrays.items()} == shapes, shapes
     assert arrays["hidden"].dtype == arrays["pooled"].dtype == np.float16
-    # One entry only: safetensors writes several in an order that changes from run to run, and equal features are to be equal bytes.
+    # One entry only: safetensors writes several entries in an order that varies, and equal features must give equal bytes.
     save_file(arrays, path, metadata={_HEADER: json.dumps(_header(info, start), sort_keys=True)})
 
 
@@ -96,44 +96,49 @@ def _shapes(info: CaptionFeaturesInfo, start: int) -> dict[str, tuple[int, ...]]
 
 
 class CaptionFeatures:
-    """Caption features in their files, which are mapped when a caption of theirs is asked for, MAX_OPEN_FILES at a time.
+    """Caption features of an artifact. A file is memory-mapped at its first use; at most MAX_OPEN_FILES are open at a time.
 
     info: CaptionFeaturesInfo.
     """
 
     def __init__(self, info: CaptionFeaturesInfo, store: ArtifactStore, manifest: Manifest) -> None:
         self.info, self._store, self._manifest = info, store, manifest
-        self._opened: OrderedDict[str, Any] = OrderedDict()  # safetensors' handles by the name of the file, last used last
+        self._opened: OrderedDict[str, Any] = OrderedDict()  # file name -> safetensors handle, most recently used last
         self._empty: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def open(cls, store: ArtifactStore, manifest: Manifest) -> CaptionFeatures:
-        """Opens no file yet. Raises ValueError for a manifest of other things, of another format, or with files missing."""
+        """Open the features without reading a file.
+
+        Raises ValueError if the manifest describes something else or another format version, or if it lacks files.
+        """
         place = f"artifact {manifest.stage}/{manifest.key[:12]}"
         try:
             info = CaptionFeaturesInfo(**manifest.summary["info"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{place} holds no caption features that are known here ({error})") from error
+            raise ValueError(f"{place} does not describe caption features ({error})") from error
         if info.format_version != FORMAT_VERSION:
-            raise ValueError(f"{place} has caption features of format {info.format_version}; {FORMAT_VERSION} is read here")
+            raise ValueError(f"{place} has caption features of format {info.format_version}; only {FORMAT_VERSION} can be read")
         listed = {record.name for record in manifest.files}
         missing = sorted({EMPTY, *map(captions_name, range(info.num_files))} - listed)
         if missing:
-            raise ValueError(f"{place} lacks {len(missing)} files of caption features, {missing[0]} among them")
+            raise ValueError(f"{place} lacks {len(missing)} files of caption features, including {missing[0]}")
         return cls(info, store, manifest)
 
     def __len__(self) -> int:
         return self.info.num_captions
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """hidden float16 (B, T, W) and pooled float16 (B, W) of captions; indices: int64 (B,), -1 is the empty caption.
+        """Return hidden float16 (B, T, W) and pooled float16 (B, W). `indices`: int64 (B,); -1 is the empty caption.
 
-        Raises ValueError for an index out of range, and for a file that is not what its manifest says.
+        Raises ValueError if an index is out of range, or if a file does not match the manifest.
         """
         indices = np.asarray(indices)
         wrong = indices[(indices < EMPTY_INDEX) | (indices >= len(self))]
         if len(wrong):
-            raise ValueError(f"there is no caption {wrong[0]}: they are numbered 0..{len(self) - 1}, and -1 is the empty one")
+            raise ValueError(
+                f"caption {wrong[0]} does not exist; captions are numbered 0..{len(self) - 1}, -1 is the empty caption"
+            )
         hidden = np.empty((len(indices), self.info.num_positions, self.info.width), np.float16)
         pooled = np.empty((len(indices), self.info.width), np.float16)
         is_empty = indices == EMPTY_INDEX
@@ -149,14 +154,14 @@ class CaptionFeatures:
         return hidden, pooled
 
     def _empty_caption(self) -> tuple[np.ndarray, np.ndarray]:
-        """Kept in memory: it is drawn in every batch."""
+        """Hidden and pooled features, kept in memory because every batch needs them."""
         if self._empty is None:
             file = self._file(EMPTY, EMPTY_INDEX)
             self._empty = file.get_tensor("hidden"), file.get_tensor("pooled")
         return self._empty
 
     def _file(self, name: str, start: int) -> Any:
-        """The handle of a file, opened where it is not."""
+        """The handle of a file, opened if necessary."""
         if name not in self._opened:
             self._opened[name] = _open_checked(self._store.fetch(self._manifest, name), self.info, start)
         self._opened.move_to_end(name)
@@ -166,17 +171,18 @@ class CaptionFeatures:
 
 
 def _open_checked(path: Path, info: CaptionFeaturesInfo, start: int) -> Any:
-    """safetensors' handle of a mapped file whose header is that of the manifest's info."""
+    """Map a file and check its header and tensors against the manifest's info. Returns the safetensors handle."""
     try:
         file = safe_open(str(path), framework="np")
         header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable file of caption features: {error}") from error
     if header != _header(info, start):
-        raise ValueError(f"{path} is not of these caption features: its header is {header}, the manifest's {_header(info, start)}")
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        expected = _header(info, start)
+        raise ValueError(f"{path} does not belong to these caption features: its header is {header}, expected {expected}")
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
     found = {name: (tensor.get_dtype(), *tensor.get_shape()) for name, tensor in slices.items()}
-    expected = {name: (_DTYPES[name], *shape) for name, shape in _shapes(info, start).items()}
-    if found != expected:
-        raise ValueError(f"{path} is not of these caption features: its tensors are {found}, expected {expected}")
+    shapes = {name: (_DTYPES[name], *shape) for name, shape in _shapes(info, start).items()}
+    if found != shapes:
+        raise ValueError(f"{path} does not belong to these caption features: its tensors are {found}, expected {shapes}")
     return file

@@ -1,7 +1,8 @@
-"""A dataset through its index: one row per image, in the order that token maps, references and shards go by.
+"""A dataset read through its index.
 
-The index is a Parquet file of the stage `dataset`: columns key, file, position, size, label, captions, and first_caption, the
-number of the row's first caption among all captions of the dataset. Workers read the few rows they need of it.
+The index has one row per image. Its order is the order of token maps, references and shards. It is a Parquet file of the stage
+`dataset` with the columns key, file, position, size, label, captions, and first_caption: the number of the row's first caption
+among all captions of the dataset. Workers read only the rows that they need.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pipelines.data.sources.config import DatasetConfig, open_source
 INDEX = "index.parquet"
 _ROWS_PER_GROUP = 4096
 _NAMED_AT_MOST = 5
-MAX_FILE_BYTES = 1 << 28  # of one image; a larger file is not read at all
+MAX_FILE_BYTES = 1 << 28  # of one image; larger files are not read
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -43,7 +44,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image as it lies in the dataset. first_caption: number of captions[0] in the whole dataset."""
+    """One image of a dataset, undecoded. `first_caption`: number of captions[0] among all captions of the dataset."""
 
     key: str
     data: bytes
@@ -54,7 +55,7 @@ class ImageRow:
 
     def pixels(self, resolution: int) -> np.ndarray:
         """The ADM centre crop, uint8 (3, H, W). Raises ImageError."""
-        size = max(self.size, len(self.data))  # of a row of a Parquet file nothing is known before it is read
+        size = max(self.size, len(self.data))  # the index does not know the size of an image in a Parquet file
         if size > MAX_FILE_BYTES:
             raise ImageError(f"the file has {size:,} bytes, more than {MAX_FILE_BYTES:,}")
         return to_array(center_crop(decode_image(self.data), resolution))
@@ -62,7 +63,7 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The dataset that an artifact of stage `dataset` indexes, read from where the config says it lies. Sendable to workers."""
+    """The dataset indexed by an artifact of stage `dataset`, read from the place in its config. Can be pickled for workers."""
 
     config: DatasetConfig
     store: ArtifactStore
@@ -94,7 +95,7 @@ class Dataset:
         return file.read_row_groups(list(groups)).slice(start - groups[0] * _ROWS_PER_GROUP, stop - start)
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
-        """Rows start..stop-1 with the bytes of their images; those of a file that is too large are left empty."""
+        """Rows start..stop-1 with the bytes of their images. Images larger than MAX_FILE_BYTES have no bytes."""
         rows = self.index(start, stop).to_pylist()
         readable = [row for row in rows if row["size"] <= MAX_FILE_BYTES]
         entries = [Entry(row["key"], row["file"], row["position"], row["size"]) for row in readable]
@@ -104,9 +105,9 @@ class Dataset:
             yield ImageRow(row["key"], content, row["label"], tuple(row["captions"]), row["first_caption"], row["size"])
 
     def load_images(self, resolution: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The readable images among rows start..stop-1, cropped: uint8 (R, 3, H, W), labels int64 (R,).
+        """Load and crop the readable images of rows start..stop-1: uint8 (R, 3, H, W), labels int64 (R,).
 
-        Unreadable ones are left out; the token map's quarantine names them.
+        Unreadable images are skipped; the token map's quarantine lists them.
         """
         arrays, labels = [], []
         for row in self.read(start, stop):
@@ -144,7 +145,7 @@ def write_index(path: Path, entries: Iterable[Entry]) -> IndexSummary:
 
 
 def check_unique(index: Path) -> None:
-    """Raises ValueError naming keys that occur more than once, and where."""
+    """Raise ValueError if a key occurs more than once, naming such keys and their files."""
     keys = pq.read_table(index, columns=["key"])
     counts = keys.group_by("key").aggregate([([], "count_all")])
     repeated = counts.filter(pc.greater(counts["count_all"], 1))["key"]
@@ -152,12 +153,12 @@ def check_unique(index: Path) -> None:
         return
     named = sorted(repeated.to_pylist())[:_NAMED_AT_MOST]
     places = pq.read_table(index, columns=["key", "file"], filters=[("key", "in", named)]).to_pylist()
-    where = "; ".join(f"{key} in {' and '.join(place['file'] for place in places if place['key'] == key)}" for key in named)
+    found = "; ".join(f"{key} in {' and '.join(place['file'] for place in places if place['key'] == key)}" for key in named)
     more = f" and {len(repeated) - len(named)} more" if len(repeated) > len(named) else ""
-    raise ValueError(f"{len(repeated)} keys of the dataset are not unique: {where}{more}; rename or remove the repeated images")
+    raise ValueError(f"{len(repeated)} keys of the dataset are not unique: {found}{more}. Rename or remove the repeated images")
 
 
-@lru_cache(maxsize=4)  # a worker reads block after block
+@lru_cache(maxsize=4)  # workers read one block after the other
 def _opened(config: DatasetConfig) -> Source:
     return open_source(config)
 

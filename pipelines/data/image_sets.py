@@ -1,8 +1,8 @@
-"""Images that other generators made, to be measured as ours are: a folder, tar files, Parquet files, or ADM's .npz.
+"""Images made by other generators, to be scored like this program's samples: a folder, tar files, Parquet files, or ADM's .npz.
 
-Their bytes stay where they are; the stage `images` makes an index of them. Nothing is resized: scores depend on how that is done,
-so images have to come in the size that they are measured at. Images are numbered in the order of their names, those of an .npz and
-of Parquet files by position.
+The images stay in place; the stage `images` makes an index of them. Nothing is resized, because scores depend on how images are
+resized: they must have the size at which they are scored. Images are numbered in the order of their names, those of .npz and
+Parquet files by position.
 
 Shape legend: R images of a range, H x W pixels.
 """
@@ -56,9 +56,9 @@ class ImageSetConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"the kind of images {self.name} is {self.kind!r}; choose one of {', '.join(KINDS)}")
+            raise ValueError(f"images {self.name}: kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
         if not self.path or not self.name:
-            raise ValueError("images need a path, where they lie, and a name, which stands in scores")
+            raise ValueError("images need a path and a name; scores refer to them by the name")
         if self.labels is not None:
             check_stated(self.labels)
 
@@ -66,17 +66,17 @@ class ImageSetConfig:
         return {"name": self.name, "labels": self.labels, "content": self.digest()}
 
     def digest(self) -> str:
-        """sha256 that names the content: of names, bytes and order."""
+        """sha256 over the names, bytes and order of the images."""
         kind = self.found_kind()
         if kind == "npz":
             content = content_digest(self.path, f"images {self.name}", self.s3)
         else:
-            with _called(self):
+            with _named_in_errors(self):
                 content = open_source(self.as_dataset()).fingerprint()
         return digest_of({"kind": kind, "content": content})
 
     def found_kind(self) -> str:
-        """The kind, found out where it is "auto". Raises ValueError where that is not clear."""
+        """The kind; if it is "auto", determined from the files. Raises ValueError if the files do not determine it."""
         if self.kind != "auto":
             return self.kind
         suffix = PurePosixPath(self.path).suffix.lower().removeprefix(".")
@@ -91,11 +91,11 @@ class ImageSetConfig:
         if len(kinds) == 1:
             return next(iter(kinds))
         found = " and ".join(f"{count:,} of kind {kind}" for kind, count in sorted(kinds.items()))
-        advice = f"holds {found}; say which kind is meant" if kinds else "holds no images, tar or Parquet files; correct the path"
+        advice = f"holds {found}; choose one with `kind`" if kinds else "holds no images, tar or Parquet files; fix the path"
         raise ValueError(f"images {self.name}: {self.path} {advice}")
 
     def as_dataset(self) -> DatasetConfig:
-        """The same for the sources of datasets, which read all kinds but npz."""
+        """The images as a dataset; its sources read all kinds but npz."""
         return DatasetConfig(kind=_SOURCE_KINDS[self.found_kind()], name=self.name, path=self.path, s3=self.s3)
 
 
@@ -107,23 +107,23 @@ def _kind_of(file: StoredFile) -> str:
 
 
 def scan(config: ImageSetConfig, findings: Findings) -> list[Entry]:
-    """All images in their order. Raises ValueError where there are none, or for a file that cannot be understood."""
+    """List all images in order. Raises ValueError if the set is empty or a file is not valid."""
     kind = config.found_kind()
     if kind == "npz":
         return list(_npz_entries(config))
-    with _called(config):
+    with _named_in_errors(config):
         source = open_source(config.as_dataset())
         entries = [entry for unit in source.units() for entry in source.scan(unit, findings)]
     if kind != "parquet":
         entries.sort(key=lambda entry: entry.key.encode())
     if not entries:
-        raise ValueError(f"images {config.name}: {config.path} has none; correct the path")
+        raise ValueError(f"images {config.name}: {config.path} holds no images; fix the path")
     return _labelled_by_folder(entries) if kind == "folder" else entries
 
 
 @contextmanager
-def _called(config: ImageSetConfig) -> Iterator[None]:
-    """Sources speak of the key that a dataset's path stands under; here it is another one."""
+def _named_in_errors(config: ImageSetConfig) -> Iterator[None]:
+    """Name these images in errors of a source, which names the key dataset.path."""
     try:
         yield
     except ValueError as error:
@@ -134,19 +134,16 @@ def _labelled_by_folder(entries: list[Entry]) -> list[Entry]:
     folders = [entry.key.partition("/")[0] for entry in entries]
     if not all(re.fullmatch(r"[0-9]{1,6}", folder) for folder in folders):
         return entries
-    return [
-        Entry(entry.key, entry.file, entry.position, entry.size, int(folder))
-        for entry, folder in zip(entries, folders, strict=True)
-    ]
+    return [replace(entry, label=int(folder)) for entry, folder in zip(entries, folders, strict=True)]
 
 
 def find_resolution(config: ImageSetConfig) -> int:
-    """H = W of the first image. Raises ValueError where there are none."""
+    """H = W of the first image. Raises ValueError if the set is empty."""
     return resolution_of(config, scan(config, Findings()))
 
 
 def resolution_of(config: ImageSetConfig, entries: Sequence[Entry]) -> int:
-    """H = W of the first image, which all others must have."""
+    """H = W of the first image; all images must have the same size."""
     if config.found_kind() == "npz":
         return _npz(config).height
     first = next(iter(open_source(config.as_dataset()).read(entries[:1])))
@@ -154,20 +151,20 @@ def resolution_of(config: ImageSetConfig, entries: Sequence[Entry]) -> int:
 
 
 def label_scheme(config: ImageSetConfig, entries: Sequence[Entry]) -> str:
-    """In the words of label_schemes. Raises ValueError where what is said of labels is not what the images have."""
+    """Describe the labels (labels.py). Raises ValueError if the config's statement contradicts the labels of the images."""
     found = scheme_of_labels([entry.label for entry in entries])
     if config.labels is None:
         return found
     stated = stated_scheme(config.labels, len(entries))
     if found not in (UNKNOWN, stated):
-        raise ValueError(f"images {config.name} have labels: {found}; they are said to be {stated}")
+        raise ValueError(f"images {config.name} have labels: {found}; the config states {stated}")
     return stated
 
 
 def check_images(config: ImageSetConfig, entries: Sequence[Entry], resolution: int) -> None:
-    """Read some of the images. Raises ValueError, naming it, for the first that cannot be read or has another size.
+    """Read some of the images. Raises ValueError for the first image that cannot be read or has another size.
 
-    Those of an .npz, which has them in one piece, are read all.
+    All images of an .npz are read, since it stores them in one piece.
     """
     if config.found_kind() == "npz":
         _npz(config).verify()
@@ -181,7 +178,7 @@ def check_images(config: ImageSetConfig, entries: Sequence[Entry], resolution: i
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images that an artifact of stage `images` indexes, read from where the config says they lie. Sendable to workers."""
+    """The images indexed by an artifact of stage `images`, read from the path in the config. Can be pickled for workers."""
 
     config: ImageSetConfig
     store: ArtifactStore
@@ -195,7 +192,7 @@ class ImageSet:
         return int(self.manifest.summary["resolution"])
 
     def read(self, start: int, stop: int, device: str) -> torch.Tensor:
-        """uint8 (R, 3, H, W) of images start..stop-1. Raises ValueError, naming it, for one that is not what was indexed."""
+        """Images start..stop-1, uint8 (R, 3, H, W). Raises ValueError for an image that has changed since it was indexed."""
         stop = min(stop, len(self))
         if self.manifest.summary["kind"] == "npz":
             return _npz(self.config).read(start, stop).to(device)
@@ -205,25 +202,25 @@ class ImageSet:
         return torch.from_numpy(images).to(device)
 
     def labels(self) -> np.ndarray:
-        """int64 (N,); -1 where they are not known."""
+        """int64 (N,); -1 for an unknown label."""
         values: np.ndarray = self._dataset().index(0, len(self))["label"].to_numpy().astype(np.int64)
         return values
 
     def _dataset(self) -> Dataset:
-        """The index of the stage is one of a dataset; of an .npz only what it says is of use."""
-        config = replace(self.config, kind=self.manifest.summary["kind"])  # known: not to be found out in every worker
+        """The images as a dataset. Its index is valid for every kind; it cannot read the images of an .npz."""
+        config = replace(self.config, kind=self.manifest.summary["kind"])  # workers need not determine it again
         return Dataset(DatasetConfig() if config.kind == "npz" else config.as_dataset(), self.store, self.manifest)
 
 
 def square_pixels(name: str, key: str, data: bytes, resolution: int | None) -> np.ndarray:
-    """uint8 (3, H, W). Raises ValueError, naming the image, where it cannot be read or is not square and of the resolution."""
+    """Decode an image, uint8 (3, H, W). Raises ValueError if it is not readable, not square or not of the resolution."""
     try:
         if len(data) > MAX_FILE_BYTES:
             raise ImageError(f"the file has {len(data):,} bytes, more than {MAX_FILE_BYTES:,}")
         pixels = to_array(decode_image(data))
     except ImageError as error:
         raise ValueError(
-            f"image {key} of {name} cannot be read ({error}); a score of the others would not be theirs, so replace it"
+            f"image {key} of {name} cannot be read ({error}). Replace it: a score without it would not be comparable"
         ) from error
     _check_size(name, key, pixels.shape[2], pixels.shape[1], resolution)
     return pixels
@@ -234,13 +231,13 @@ def _check_size(name: str, key: str, width: int, height: int, resolution: int | 
     if (width, height) != (expected, expected):
         others = f"others have {expected} x {expected}" if resolution else "images must be square"
         raise ValueError(
-            f"image {key} of {name} has {width} x {height} pixels, but {others}; nothing is resized here, so give them all one size"
+            f"image {key} of {name} has {width} x {height} pixels, but {others}. Images are not resized; give them all one size"
         )
 
 
-@lru_cache(maxsize=4)  # a worker reads block after block
+@lru_cache(maxsize=4)  # workers read one block after the other
 def _npz(config: ImageSetConfig) -> AdmSamples:
-    """The file itself or, of one in a bucket, a copy in the cache. Raises ValueError for images that are not square."""
+    """Open the file; one in a bucket is copied to the cache first. Raises ValueError if its images are not square."""
     images = AdmSamples(local_file(config.path, f"images {config.name}", config.s3))
     _check_size(config.name, "0", images.width, images.height, None)
     return images
@@ -250,6 +247,8 @@ def _npz_entries(config: ImageSetConfig) -> Iterator[Entry]:
     images = _npz(config)
     labels = np.full(images.num_images, -1) if images.labels is None else images.labels
     if labels.min() < -1 or labels.max() > MAX_LABEL:
-        raise ValueError(f"images {config.name} have labels from {labels.min()} to {labels.max()}, which are no class numbers")
+        raise ValueError(
+            f"images {config.name} have labels from {labels.min()} to {labels.max()}; class numbers are 0 to {MAX_LABEL:,}"
+        )
     for number, label in enumerate(labels.tolist()):
         yield Entry(f"{number:08d}", PurePosixPath(config.path).name, number, 0, label)

@@ -1,4 +1,4 @@
-"""Looking at an artifact: what it is, where it came from, what is in it; and a token map beside the images it was made from."""
+"""The contents of an artifact: its facts as a table, and a token map beside the images it was made from."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = ["contact_sheet", "facts_table", "find", "input_of", "show", "write_co
 
 _SHOWN_QUARANTINED = 5
 _SHOWN_FILES = 6
-_COLUMNS = 8  # images a line of a contact sheet, each with its decoded twin
-_SMALLEST = 96  # pixels of an image on a contact sheet, so that small ones can be seen
+_COLUMNS = 8  # pairs of a source image and its decoded codes in a row of a contact sheet
+_MIN_PIXELS = 96  # smaller images are enlarged on a contact sheet
 
 
 def show(store: ArtifactStore, manifest: Manifest, console: Console) -> None:
@@ -97,21 +97,21 @@ def _short(value: Any) -> str:
 
 
 def write_contact_sheet(store: ArtifactStore, manifest: Manifest, path: Path, num_images: int) -> None:
-    """contact_sheet as a PNG."""
+    """Write contact_sheet as a PNG."""
     sheet = contact_sheet(store, manifest, num_images)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png_bytes(sheet))
 
 
 def contact_sheet(store: ArtifactStore, manifest: Manifest, num_images: int) -> Image.Image:
-    """Evenly spaced rows of a token map: each source image, and to its right what its codes decode to.
+    """Draw evenly spaced rows of a token map: each source image, and to its right the image decoded from its codes.
 
-    Where the source is no longer there, its place is black. Raises ValueError for another kind of artifact.
+    A source image that no longer exists is black. Raises ValueError for artifacts of other stages.
     """
     if manifest.stage != "token_map":
-        raise ValueError(f"a contact sheet shows a token map, and {manifest.stage}/{manifest.key[:12]} is none")
+        raise ValueError(f"a contact sheet shows a token map; {manifest.stage}/{manifest.key[:12]} is not one")
     if num_images < 1:
-        raise ValueError(f"a contact sheet of {num_images} images shows nothing; ask for at least 1")
+        raise ValueError(f"a contact sheet of {num_images} images is empty; ask for at least 1")
     if not manifest.summary["rows"]:
         raise ValueError(f"token_map/{manifest.key[:12]} has no rows to show")
     info = TokenMapInfo(**manifest.summary["info"])
@@ -122,7 +122,7 @@ def contact_sheet(store: ArtifactStore, manifest: Manifest, num_images: int) -> 
     decoded = torch.cat([to_uint8(vqgan.decode(one)) for one in grid.split(1)])
     sources = torch.from_numpy(_source_images(store, manifest, keys, info.resolution))
     pairs = torch.stack([sources, decoded], dim=1).flatten(0, 1)
-    return make_grid(pairs, columns=2 * _COLUMNS, scale=max(1, _SMALLEST // info.resolution))
+    return make_grid(pairs, columns=2 * _COLUMNS, scale=max(1, _MIN_PIXELS // info.resolution))
 
 
 def _source_images(store: ArtifactStore, manifest: Manifest, keys: list[str], resolution: int) -> np.ndarray:
@@ -136,16 +136,17 @@ def _source_images(store: ArtifactStore, manifest: Manifest, keys: list[str], re
         try:
             images[slot] = next(iter(dataset.read(row, row + 1))).pixels(resolution)
         except (ImageError, ValueError):
-            continue  # moved or changed since: the codes are shown all the same
+            continue  # moved or changed: its place stays black
     return images
 
 
 def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
-    """What it was made from. Raises StoreError where the store no longer has it."""
+    """The manifest of an input. Raises StoreError if the store no longer has it."""
     source = manifest.inputs[name]
     found = store.read_manifest(source["stage"], source["key"])
     if found is None:
-        raise StoreError(f"the store {store.uri} no longer has {source['stage']}/{source['key'][:12]}, which this was made from")
+        artifact = f"{source['stage']}/{source['key'][:12]}"
+        raise StoreError(f"the store {store.uri} no longer has {artifact}, the {name} that this artifact was made from")
     return found
 
 

@@ -1,8 +1,8 @@
-"""How the labels of samples were chosen, in words that are the same for samples of this store and for those of other generators.
+"""How the labels of samples were chosen, in words that are the same for this program's samples and for other generators'.
 
-The words say what the samples are, not how they came about: "1000 classes, 50 each", of a model that was asked for each class in
-turn and of somebody's .npz with such labels. Equal words mean as many samples of each class, and they stand in every protocol.
-Labels that were drawn at random, as many generators do it, are "about 50 each": what is measured of them is not quite the same.
+The words describe the samples, not how they were made: both a model that generates each class in turn and an .npz file with such
+labels give "1000 classes, 50 each". Equal words mean equal numbers of samples per class. They are part of every protocol. Labels
+drawn at random, as many generators do it, give "about 50 each", because scores of such samples differ slightly.
 
 Shape legend: N samples.
 """
@@ -18,30 +18,30 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.storage.base import digest_of
 
 UNKNOWN = "unknown"
-NO_LABELS = "none"  # of generators that know no classes
-ROWS = "token map rows"  # real codes to begin with, and the label of their image
+NO_LABELS = "none"  # of generators without classes
+ROWS = "token map rows"  # samples that begin with real codes, with the label of that image
 _CHOICES = {"drawn": "drawn", "in_order": "in order"}  # of captions; GenerateConfig.caption_choice
 _CLASSES = re.compile(r"(\d{1,6}) classes(, drawn)?")
-_FARTHEST = 5.0  # standard deviations of chi-square that counts of evenly drawn labels stay within
+_MAX_DEVIATIONS = 5.0  # standard deviations of chi-square: counts of uniformly drawn labels stay within
 _CAPTIONS = re.compile(rf"captions of [^,]+, ({'|'.join(_CHOICES.values())})")
 STATED = (
-    f'"1000 classes" (as many images of each), "1000 classes, drawn" (at random), "{NO_LABELS}" (no classes), '
-    f'"captions of NAME, drawn" (or "in order"; NAME of the dataset) or "{UNKNOWN}"'
+    f'"1000 classes" (equally many images each), "1000 classes, drawn" (at random), "{NO_LABELS}" (no classes), '
+    f'"captions of NAME, drawn" (or "in order"; NAME is the dataset) or "{UNKNOWN}"'
 )
 
 
 def scheme_of_labels(labels: np.ndarray | Sequence[int]) -> str:
-    """labels: integers (N,), N above 0; below 0 where one is not known."""
+    """Describe labels: integers (N,) with N > 0; a negative label is unknown."""
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
     if classes[0] < 0:
         return UNKNOWN
     if len(classes) == 1:
         return f"class {classes[0]} alone"
-    if int(classes[-1]) == len(classes) - 1:  # all of them, from 0 on
-        mean, spread = counts.mean(), float(np.sqrt(2 * (len(classes) - 1)))
-        if (counts == mean).all() or np.square(counts - mean).sum() / mean < len(classes) - 1 + _FARTHEST * spread:
+    if int(classes[-1]) == len(classes) - 1:  # all classes 0..C-1
+        mean, deviation = counts.mean(), float(np.sqrt(2 * (len(classes) - 1)))
+        if (counts == mean).all() or np.square(counts - mean).sum() / mean < len(classes) - 1 + _MAX_DEVIATIONS * deviation:
             return _evenly(len(classes), int(counts.sum()), is_exact=bool((counts == mean).all()))
-    digest = digest_of([classes.tolist(), counts.tolist()])[:8]  # which they are, and how often each
+    digest = digest_of([classes.tolist(), counts.tolist()])[:8]  # of the classes and their counts
     return f"{len(classes)} classes given ({digest})"
 
 
@@ -50,24 +50,24 @@ def _evenly(num_classes: int, num_samples: int, *, is_exact: bool) -> str:
 
 
 def stated_scheme(text: str, num_images: int) -> str:
-    """Of images that come without labels, by what whoever has them says of them. Raises ValueError where that cannot be."""
+    """Describe images that come without labels by a statement about them. Raises ValueError if it cannot be true."""
     check_stated(text)
     if (found := _CLASSES.fullmatch(text)) is None:
         return text
     num_classes, is_exact = int(found[1]), found[2] is None
     if not 2 <= num_classes <= num_images or (is_exact and num_images % num_classes):
-        raise ValueError(f"labels are said to be {text}, but {num_images} images are not as many of each")
+        raise ValueError(f"labels are stated as {text}, but {num_images} images cannot be split equally among the classes")
     return _evenly(num_classes, num_images, is_exact=is_exact)
 
 
 def check_stated(text: str) -> None:
-    """Raises ValueError for other words than STATED."""
+    """Raise ValueError unless the text is one of STATED."""
     if text not in (NO_LABELS, UNKNOWN) and not _CLASSES.fullmatch(text) and not _CAPTIONS.fullmatch(text):
-        raise ValueError(f"labels are said to be {text!r}; say {STATED}")
+        raise ValueError(f"labels are stated as {text!r}; choose one of {STATED}")
 
 
 def scheme_of(samples: Manifest) -> str:
-    """Of samples that stage `generate` made here, or images that stage `images` indexed."""
+    """Describe the labels of an artifact of stage `generate` or `images`."""
     if samples.stage == "images":
         return str(samples.summary["labels"])
     summary, config = samples.summary, samples.config

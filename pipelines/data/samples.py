@@ -1,9 +1,9 @@
-"""Generated samples: codes per sample index in Parquet, and what every sample is asked for.
+"""Generated samples: the codes of each sample in Parquet, and the seed, label, caption or row of each.
 
-Images are decoded from the codes when they are wanted. Columns: `index` int64, `label` int32 (-1 where a caption is asked for),
-`seed` int64, `codes` fixed_size_list<uint16>[L]; of a model of captions also `caption` int64, the caption's number in the dataset;
-of samples that began with codes of a token map also `row` int64, its row. File `part-00042.parquet` holds the sample indices
-42 * shard_size and up.
+Images are decoded from the codes on demand. Columns: `index` int64, `label` int32 (-1 if the sample has a caption), `seed` int64,
+`codes` fixed_size_list<uint16>[L]. Samples of a text-conditional model also have `caption` int64, the number of the caption in the
+dataset. Samples that began with codes of a token map also have `row` int64, their row. Shard `part-00042.parquet` begins with
+sample 42 * shard_size.
 
 Shape legend: N samples, R samples of a range, L codes of an image, C captions of a dataset, I its images.
 """
@@ -25,14 +25,14 @@ from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 
-NONE = -1  # label of a sample that has a caption, caption or row of one that has none
+NONE = -1  # in place of a label, caption or row that a sample does not have
 _MAX_CODES = 1 << 16
-_CAPTION_STREAM, _ROW_STREAM, _MASK_STREAM = 1, 2, 3  # draws of one seed that have nothing to do with each other
+_CAPTION_STREAM, _ROW_STREAM, _MASK_STREAM = 1, 2, 3  # independent draws from one seed
 
 
 @dataclass(frozen=True)
 class Samples:
-    """index, labels, seeds, captions, rows: int64 (R,); captions and rows are -1 where there is none.   codes: int64 (R, L)."""
+    """index, labels, seeds, captions, rows: int64 (R,), NONE for samples without one.   codes: int64 (R, L)."""
 
     index: np.ndarray
     labels: np.ndarray
@@ -42,16 +42,16 @@ class Samples:
     rows: np.ndarray
 
     def rows_where(self, is_chosen: np.ndarray) -> Samples:
-        """Those of them that a bool (R,) marks."""
+        """Select samples by a mask, bool (R,)."""
         return Samples(**{name: values[is_chosen] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What every sample of a run is asked for.
+    """The condition of every sample of a run.
 
-    labels, captions, rows: int64 (N,), -1 where there is none.   start: integers (N, L) to begin with, some of them to be masked;
-    None where every sample begins with nothing.
+    labels, captions, rows: int64 (N,), NONE for samples without one.   start: initial codes, integers (N, L), of which some will be
+    masked; None if all tokens begin masked.
     """
 
     labels: np.ndarray
@@ -69,24 +69,24 @@ class SamplePlan:
 
 
 def sample_seed(run_seed: int, index: int) -> int:
-    """The seed of one sample, in [0, 2**63): a hash, so that neighbouring indices and runs share nothing."""
+    """The seed of one sample, in [0, 2**63). It is a hash, so neighbouring indices and runs have unrelated seeds."""
     return int.from_bytes(hashlib.blake2b(f"{run_seed}/{index}".encode(), digest_size=8).digest()) >> 1
 
 
 def sample_label(index: int, num_classes: int, labels: Sequence[int] = ()) -> int:
-    """Classes in turn, so that any num_samples divisible by num_classes is balanced, and so is every prefix nearly.
+    """The label of one sample: classes in turn, which balances every prefix of the samples as far as possible.
 
-    labels: these in turn in place of all classes. The label of an unconditional model, which has no classes, is 0.
+    labels: used in turn instead of all classes. An unconditional model, which has no classes, gets label 0.
     """
     return labels[index % len(labels)] if labels else index % max(1, num_classes)
 
 
 def caption_order(first_captions: np.ndarray, num_captions: int, seed: int) -> np.ndarray:
-    """The order in which samples are given captions: int64 (C,), every caption once.
+    """The order in which samples get captions: int64 (C,), every caption once.
 
-    first_captions: int64 (I,), number of each image's first caption. Images come in an order drawn by the seed. First each image's
-    one caption, drawn by the seed, then each image's second, and so on: so the first N captions, N up to the number of images that
-    have any, are of N different images.
+    first_captions: int64 (I,), number of each image's first caption. The seed draws an order of the images, and for each image an
+    order of its captions. First comes one caption of every image, then a second one of every image, and so on. Hence the first N
+    captions belong to N different images, for N up to the number of images with captions.
     """
     counts = np.diff(first_captions, append=num_captions)
     rng = np.random.default_rng([seed, _CAPTION_STREAM])
@@ -98,34 +98,34 @@ def caption_order(first_captions: np.ndarray, num_captions: int, seed: int) -> n
 
 
 def drawn_rows(num_rows: int, num_samples: int, seed: int) -> np.ndarray:
-    """int64 (N,): rows of a token map in an order drawn by the seed, each once before any comes twice."""
+    """Rows of a token map in an order drawn by the seed, int64 (N,). Every row occurs once before any occurs twice."""
     return np.resize(np.random.default_rng([seed, _ROW_STREAM]).permutation(num_rows), num_samples)
 
 
 def num_masked_of(mask_ratio: float, num_tokens: int) -> int:
-    """Of a sample that begins with codes; one at least, or there would be nothing to make."""
+    """Number of masked tokens of a sample that begins with codes, at least 1."""
     return max(1, round(mask_ratio * num_tokens))
 
 
 def masked_positions(seed: int, num_tokens: int, num_masked: int) -> np.ndarray:
-    """int64 (num_masked,): positions of one sample, drawn evenly by its own seed."""
+    """Positions to mask in one sample, int64 (num_masked,), drawn uniformly by the sample's seed."""
     return np.random.default_rng([seed, _MASK_STREAM]).permutation(num_tokens)[:num_masked]
 
 
-def part_name(part: int) -> str:
-    return f"part-{part:05d}.parquet"
+def shard_name(shard: int) -> str:
+    return f"part-{shard:05d}.parquet"
 
 
 def check_codebook(codebook_size: int) -> None:
-    """Raises ValueError for a codebook with codes that a file of samples cannot hold."""
+    """Raise ValueError if samples cannot store the codes of such a codebook."""
     if codebook_size > _MAX_CODES:
         raise ValueError(
-            f"samples are stored in 16 bits a code, {_MAX_CODES:,} at most, and this model has {codebook_size:,} codes"
+            f"samples are stored with 16 bits per code: at most {_MAX_CODES:,} codes, but the codebook has {codebook_size:,}"
         )
 
 
 def write_samples(path: Path, samples: Samples) -> None:
-    """Write one part. Columns of captions and rows only where there are any. Raises ValueError for codes beyond 16 bits."""
+    """Write one shard, with columns for captions and rows only if samples have them. Raises ValueError for codes over 16 bits."""
     codes = samples.codes
     check_codebook(int(codes.max()) + 1)
     columns = {
@@ -140,19 +140,19 @@ def write_samples(path: Path, samples: Samples) -> None:
     pq.write_table(pa.table(columns), path, compression="zstd", write_page_checksum=True)
 
 
-def read_codes(store: ArtifactStore, manifest: Manifest, start: int = 0, stop: int | None = None) -> Samples:
-    """Samples with start <= index < stop, in order of index. Only the parts that hold them are fetched.
+def read_samples(store: ArtifactStore, manifest: Manifest, start: int = 0, stop: int | None = None) -> Samples:
+    """Read samples start..stop-1 in order of index. Only the shards that hold them are fetched.
 
-    Raises ValueError where the artifact has no such samples.
+    Raises ValueError if the artifact has no such samples.
     """
     size, num_samples = int(manifest.summary["shard_size"]), int(manifest.summary["num_samples"])
     stop = num_samples if stop is None else stop
     if not 0 <= start < stop <= num_samples:
         place = f"{manifest.stage}/{manifest.key[:12]}"
-        raise ValueError(f"{place} has no samples {start} to {stop - 1}: they are numbered 0 to {num_samples - 1}")
+        raise ValueError(f"{place} has no samples {start} to {stop - 1}; its samples are numbered 0 to {num_samples - 1}")
     tables = []
-    for part in range(start // size, -(-stop // size)):
-        path = store.fetch(manifest, part_name(part))
+    for shard in range(start // size, -(-stop // size)):
+        path = store.fetch(manifest, shard_name(shard))
         tables.append(pq.read_table(path, page_checksum_verification=True))
     table = pa.concat_tables(tables).combine_chunks().slice(start - start // size * size, stop - start)
     num_codes = table.schema.field("codes").type.list_size
@@ -175,12 +175,13 @@ def read_codes(store: ArtifactStore, manifest: Manifest, start: int = 0, stop: i
 
 
 def image_cost(samples: Manifest, model: Manifest, tokenizer: Manifest) -> Cost:
+    """The cost of generating one sample."""
     architecture, sampler = ENATConfig(**model.summary["model"]), SamplerConfig(**samples.summary["sampler"])
     num_given = num_given_of(samples, architecture)
     return generation_cost(architecture, sampler, VQGANConfig(**tokenizer.summary["config"]), num_given=num_given)
 
 
 def num_given_of(samples: Manifest, architecture: ENATConfig) -> int:
-    """Tokens that a sample began with: those of a real image that its mask ratio left, or none."""
+    """Number of tokens that a sample began with: the unmasked codes of a real image, or 0."""
     mask_ratio = samples.summary["mask_ratio"]
     return 0 if mask_ratio is None else architecture.num_tokens - num_masked_of(mask_ratio, architecture.num_tokens)

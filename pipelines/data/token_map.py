@@ -1,10 +1,10 @@
-"""The token map: a dataset as codes in Parquet, one row per image, and how training reads it.
+"""The token map: a dataset as codes in Parquet, one row per image.
 
-Files `part-00000.parquet`, ... hold the rows in the dataset's order, `quarantine.parquet` the images that could not be read.
-Columns: `key` string, `codes` and `codes_flipped` fixed_size_list<uint16>[L], `label` int32 (-1 none), `source_sha256` binary
-of the image's bytes; of a dataset with captions also `captions` list<string> and `first_caption` int64, the number of the first
-of them among all captions of the dataset, by which their features are found (caption_features.py). The Parquet key-value
-metadata under `enat` states dataset, resolution, grid, codebook and tokenizer.
+Shards `part-00000.parquet`, ... hold the rows in the dataset's order, `quarantine.parquet` lists the images that could not be read.
+Columns: `key` string, `codes` and `codes_flipped` fixed_size_list<uint16>[L], `label` int32 (-1 for none), `source_sha256` binary,
+the digest of the image's bytes. A dataset with captions also has `captions` list<string> and `first_caption` int64, the number of
+the row's first caption among all captions of the dataset, which locates their features (captions.py). The Parquet key-value
+metadata `enat` contains dataset, resolution, grid, codebook and tokenizer.
 
 Shape legend: R rows, L = grid_size**2 codes, B images of a global batch.
 """
@@ -38,15 +38,15 @@ FORMAT_VERSION = 2
 QUARANTINE = "quarantine.parquet"
 QUARANTINE_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string())])
 _METADATA_KEY = b"enat"
-_FETCHES = 8  # parts that are fetched at once
-_LAYOUT = 1  # of the arrays in the cache
+_FETCHES = 8  # shards that are fetched at once
+_LAYOUT = 1  # version of the arrays in the cache
 _DIGESTS = "sha256.json"
-_CAPTIONS = pa.list_(pa.field("element", pa.string()))  # as Parquet names the items; pyarrow's own "item" would not come back
+_CAPTIONS = pa.list_(pa.field("element", pa.string()))  # Parquet's name of items; pyarrow's "item" would read back as "element"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMapInfo:
-    """What a token map is made of; stands in every part's metadata and in the manifest's summary."""
+    """Description of a token map, stored in the metadata of every shard and in the manifest's summary."""
 
     dataset: str
     resolution: int
@@ -60,7 +60,7 @@ class TokenMapInfo:
     format_version: int = FORMAT_VERSION
 
     def require(self, who: str, *, tokenizer_digest: str, grid_size: int, codebook_size: int) -> None:
-        """Raises ValueError, naming both sides, where the map's codes are not what `who` was made for."""
+        """Raise ValueError if the codes do not fit `who`: a model or stage made for this tokenizer, grid and codebook."""
         expected = {"tokenizer": tokenizer_digest[:12], "grid": grid_size, "codebook": codebook_size}
         own = {"tokenizer": self.tokenizer_digest[:12], "grid": self.grid_size, "codebook": self.codebook_size}
         if differing := [name for name in own if own[name] != expected[name]]:
@@ -70,7 +70,7 @@ class TokenMapInfo:
 
 @dataclass(kw_only=True)
 class TokenRows:
-    """Rows of a part. codes, codes_flipped: integers (R, L) in [0, codebook_size); the others have R items."""
+    """Rows of a shard. codes, codes_flipped: integers (R, L) in [0, codebook_size); the other fields have R items."""
 
     codes: np.ndarray
     codes_flipped: np.ndarray
@@ -108,8 +108,8 @@ def schema(info: TokenMapInfo) -> pa.Schema:
     )
 
 
-def write_part(path: Path, info: TokenMapInfo, rows: TokenRows) -> None:
-    """Write one part."""
+def write_shard(path: Path, info: TokenMapInfo, rows: TokenRows) -> None:
+    """Write one shard."""
     assert info.codebook_size <= 1 << 16
     columns = [
         pa.array(rows.keys, pa.string()),
@@ -124,7 +124,7 @@ def write_part(path: Path, info: TokenMapInfo, rows: TokenRows) -> None:
 
 
 def write_quarantine(path: Path, rows: Sequence[tuple[str, str]]) -> None:
-    """rows: (key, reason)."""
+    """Write the quarantine. `rows`: (key, reason)."""
     columns = [pa.array([row[column] for row in rows], pa.string()) for column in (0, 1)]
     pq.write_table(pa.table(columns, schema=QUARANTINE_SCHEMA), path, compression="zstd", write_page_checksum=True)
 
@@ -135,7 +135,7 @@ def _code_column(codes: np.ndarray) -> pa.FixedSizeListArray:
 
 @dataclass(frozen=True)
 class BatchRows:
-    """What a global step reads: int64 (B,) rows, bool (B,) whether each is flipped, int64 (B,) caption numbers, -1 for none."""
+    """Rows of a global step, int64 (B,); whether each is flipped, bool (B,); numbers of captions, int64 (B,), -1 for none."""
 
     rows: np.ndarray
     flipped: np.ndarray
@@ -143,10 +143,10 @@ class BatchRows:
 
 
 class TokenMap:
-    """A token map in memory, of this process or of the node.
+    """A token map in the memory of this process or of the node.
 
     codes: uint16 (R, 2, L), as stored and flipped.   labels: int32 (R,).   info: TokenMapInfo.
-    captions: int64 (R, 2), number of the first caption and how many there are.
+    captions: int64 (R, 2), number of the first caption and number of captions.
     """
 
     def __init__(self, info: TokenMapInfo, codes: np.ndarray, labels: np.ndarray, captions: np.ndarray | None = None) -> None:
@@ -155,7 +155,7 @@ class TokenMap:
 
     @classmethod
     def open(cls, store: ArtifactStore, manifest: Manifest) -> TokenMap:
-        """Read all parts, each checked against its digest, schema and metadata. Raises ValueError for one that does not fit."""
+        """Read all shards and check each against its digest, schema and metadata. Raises ValueError for a shard that differs."""
         info, shapes = _shapes(manifest)
         token_map = cls(info, **{name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()})
         token_map._read(store, manifest)
@@ -163,11 +163,13 @@ class TokenMap:
 
     @classmethod
     def open_shared(cls, store: ArtifactStore, manifest: Manifest) -> TokenMap:
-        """The same values, from files in this machine's cache that its processes map: a node holds and reads a map once, whatever
-        the number of its workers. Where the cache cannot be used it is read into memory of this process."""
+        """Open the map as memory-mapped files in this machine's cache, so that a node reads and holds it once for all its workers.
+
+        Falls back to the memory of this process if the cache cannot be used.
+        """
         info, shapes = _shapes(manifest)
         if not all(math.prod(shape) for shape, _ in shapes.values()):
-            return cls.open(store, manifest)  # nothing is no file that could be mapped
+            return cls.open(store, manifest)  # an empty file cannot be mapped
 
         def fill(folder: Path) -> None:
             arrays = {
@@ -186,22 +188,22 @@ class TokenMap:
             folder = cache.fetch_folder(name, size, fill, _is_whole)
             arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in shapes}
         except (StoreError, OSError) as error:
-            _log.warning("the token map is read into the memory of each worker: %s", error)
+            _log.warning("the token map is loaded into the memory of each worker: %s", error)
             return cls.open(store, manifest)
         return cls(info, **arrays)
 
     def _read(self, store: ArtifactStore, manifest: Manifest) -> None:
         info, rows = self.info, len(self)
         names = [record.name for record in manifest.files if record.name.startswith("part-")]
-        with ThreadPoolExecutor(_FETCHES) as pool:  # from a bucket, which answers slowly; and checking digests takes a core each
+        with ThreadPoolExecutor(_FETCHES) as pool:  # buckets answer slowly, and checking digests takes CPU time
             paths = list(pool.map(lambda name: store.fetch(manifest, name), names))
         start = 0
         for path in paths:
-            table = _read_part(path, info)
+            table = _read_shard(path, info)
             here = slice(start, start + len(table))
             start = here.stop
             if start > rows:
-                continue  # counted to the end, for the message
+                continue  # counts all rows for the message
             for side, name in enumerate(("codes", "codes_flipped")):
                 self.codes[here, side] = _code_values(table[name], info.grid_size**2)
             self.labels[here] = table["label"].to_numpy()
@@ -209,17 +211,16 @@ class TokenMap:
                 self.captions[here, 0] = table["first_caption"].to_numpy()
                 self.captions[here, 1] = pc.list_value_length(table["captions"]).to_numpy()
         if start != rows:
-            raise ValueError(f"the parts of token map {manifest.key[:12]} hold {start} rows, not the {rows} of its manifest")
+            raise ValueError(f"the shards of token map {manifest.key[:12]} hold {start} rows, but its manifest states {rows}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch_rows(self, seed: int, step: int, batch_size: int) -> BatchRows:
-        """Rows of a global step, which of them are flipped, and which of their captions is meant.
+        """Draw the rows, flips and captions of a global step.
 
-        Steps walk through one epoch's permutation after the other without a gap, so every image is seen once an epoch
-        whatever the batch size, and a step's rows depend on (seed, step, batch_size) alone. Flips and captions are drawn
-        anew each epoch, per row.
+        Steps walk through the permutations of consecutive epochs without a gap: every image occurs once per epoch at any batch
+        size, and a step depends only on (seed, step, batch_size). Flips and captions are drawn for each row and epoch.
         """
         positions = step * batch_size + np.arange(batch_size)
         epochs, offsets = np.divmod(positions, len(self))
@@ -234,13 +235,13 @@ class TokenMap:
         return BatchRows(rows, flipped, np.where(count > 0, first + (draws * count).astype(np.int64), -1))
 
     def take(self, rows: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """codes int64 (B, L) and labels int64 (B,) of rows; the null label, num_classes, where a row has none."""
+        """Codes int64 (B, L) and labels int64 (B,) of rows. Rows without a label get the null label, num_classes."""
         labels = self.labels[rows].astype(np.int64)
         return self.codes[rows, flipped.astype(np.intp)].astype(np.int64), np.where(labels < 0, self.info.num_classes, labels)
 
 
 def _shapes(manifest: Manifest) -> tuple[TokenMapInfo, dict[str, tuple[tuple[int, ...], type]]]:
-    """What a map holds: the shape and dtype of each of its arrays."""
+    """The info of a map, and shape and dtype of each of its arrays."""
     info, rows = TokenMapInfo(**manifest.summary["info"]), int(manifest.summary["rows"])
     return info, {
         "codes": ((rows, 2, info.grid_size**2), np.uint16),
@@ -259,24 +260,24 @@ def _is_whole(folder: Path) -> bool:
 
 @lru_cache(maxsize=2)  # a batch spans at most two epochs unless the map is smaller than a batch
 def _epoch(seed: int, epoch: int, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The order of an epoch, int64 (R,), and in it per row: whether it is flipped, bool (R,), a draw from [0, 1), float64 (R,)."""
+    """An epoch's permutation, int64 (R,), and per row: whether it is flipped, bool (R,), and a draw from [0, 1), float64 (R,)."""
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(num_rows), rng.random(num_rows) < 0.5, rng.random(num_rows)
 
 
-def _read_part(path: Path, info: TokenMapInfo) -> pa.Table:
+def _read_shard(path: Path, info: TokenMapInfo) -> pa.Table:
     columns = ["codes", "codes_flipped", "label", *(["captions", "first_caption"] if info.num_captions else [])]
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if not file.schema_arrow.equals(schema(info), check_metadata=True):
-                raise ValueError(f"{path} is not a part of this token map: its schema or metadata differs from the manifest's")
+                raise ValueError(f"{path} is not a shard of this token map: its schema or metadata differs from the manifest's")
             return file.read(columns)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def read_codes(store: ArtifactStore, manifest: Manifest, rows: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Keys and codes uint16 (R, L) of some rows, given in ascending order, reading only the parts that hold them."""
+    """Keys, and codes uint16 (R, L), of rows given in ascending order. Reads only the shards that hold them."""
     keys, codes, start, remaining = [], [], 0, list(map(int, rows))
     for record in manifest.files:
         if not record.name.startswith("part-") or not remaining:

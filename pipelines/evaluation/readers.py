@@ -20,7 +20,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.dataset import Dataset
 from pipelines.data.image_sets import ImageSet, ImageSetConfig
-from pipelines.data.samples import read_codes
+from pipelines.data.samples import read_samples
 
 Rows = dict[str, torch.Tensor]
 ROUNDINGS = ("uint8", "float")  # of decoded pixels, before anything is computed of them
@@ -92,7 +92,7 @@ class DecodedSamples:
     rounding: str = "uint8"
 
     def load(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        return {"codes": read_codes(self.store, self.samples, start, stop).codes}
+        return {"codes": read_samples(self.store, self.samples, start, stop).codes}
 
     def decoder(self, device: str) -> Decoder:
         return code_decoder(self.store, self.tokenizer, device, self.rounding)

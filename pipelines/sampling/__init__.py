@@ -2,7 +2,7 @@
 
 request        what to sample
 models         opening a model by artifact, registered name or file
-fixed_batches  passes of fixed composition, so that a sample does not depend on the others
-sample         sampling and writing
-pictures       strips and animations
+fixed_batches  passes of fixed composition, which make a sample independent of the others
+sample         sampling, decoding and writing
+pictures       grids, strips and animations
 """

@@ -1,10 +1,10 @@
-"""Passes of fixed composition: which images a network computes together, so that an image has the same numbers whoever makes it.
+"""Passes of fixed composition, which give a sample the same numbers on any number of workers.
 
-Matrix products and convolutions round by their shape, and a code whose draw is nearly tied could come out otherwise. So sample i is
-always row i % P of a pass of P rows. Rows whose samples nobody wants here are filled up with one that is wanted: what they hold
-changes nothing for the others.
+The rounding of matrix products and convolutions depends on their shape, and could change a code whose draw is nearly tied.
+Therefore sample i is always row i % P of a pass of P rows. Rows of other samples repeat a
+requested one, which does not affect the other rows.
 
-Shape legend: B samples of one pass that are wanted, P rows of a pass, L tokens, N steps.
+Shape legend: B requested samples of one pass, P rows of a pass, L tokens, N steps.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
 from pipelines.data.samples import sample_seed
 
-IMAGES_PER_PASS = 32  # of samples, where nothing else is asked for
+IMAGES_PER_PASS = 32  # default for samples
 
-_FIXED_NUMERICS = (  # float32 is to be float32, and the same each time
+_FIXED_NUMERICS = (  # full float32 precision, deterministic
     (torch.backends.cudnn, "allow_tf32", False),
     (torch.backends.cuda.matmul, "allow_tf32", False),
     (torch.backends.cudnn, "benchmark", False),
@@ -34,13 +34,13 @@ _FIXED_NUMERICS = (  # float32 is to be float32, and the same each time
 
 
 def split_into_passes(start: int, stop: int, images_per_pass: int) -> list[range]:
-    """Samples start..stop-1, those of one pass together, in order."""
+    """Split samples start..stop-1 into passes, in order."""
     first = start - start % images_per_pass
     return [range(max(start, at), min(stop, at + images_per_pass)) for at in range(first, stop, images_per_pass)]
 
 
 def in_a_pass(compute: Callable[[np.ndarray], Tensor], index: range, images_per_pass: int) -> Tensor:
-    """compute: sample indices int64 (P,) -> (P, ...). Returns what it gives for the samples of `index`, of one pass: (B, ...)."""
+    """Compute the samples of `index`, which belong to one pass: (B, ...). `compute`: sample indices int64 (P,) -> (P, ...)."""
     assert index.start // images_per_pass == (index.stop - 1) // images_per_pass, f"{index} is more than one pass"
     samples = np.full(images_per_pass, index.start)
     first = index.start % images_per_pass
@@ -51,9 +51,9 @@ def in_a_pass(compute: Callable[[np.ndarray], Tensor], index: range, images_per_
 
 @dataclass(frozen=True)
 class PassSampler:
-    """A model's samples by their index in a run.
+    """Samples of a model by their index in a run.
 
-    conditions: sample indices int64 (P,) -> labels int64 (P,), or captions.   starts: likewise -> what is given, int64 (P, L).
+    conditions: sample indices int64 (P,) -> labels int64 (P,), or captions.   starts: indices -> initial tokens, int64 (P, L).
     """
 
     model: ENAT
@@ -65,7 +65,7 @@ class PassSampler:
     starts: Callable[[np.ndarray], Tensor | None] = lambda _: None
 
     def states(self, index: range) -> Tensor:
-        """int64 (B, N + 1, L) on the CPU: the tokens fed at each step, and the codes. index: samples of one pass."""
+        """The tokens fed at each step, and the codes: int64 (B, N + 1, L) on the CPU. `index`: samples of one pass."""
         return in_a_pass(self._states, index, self.images_per_pass)
 
     @torch.no_grad()
@@ -85,17 +85,17 @@ class PassSampler:
 
 
 def passes_at_once(device: str, *, batch_size: int, images_per_pass: int, num_threads: int) -> int:
-    """How many passes are computed side by side: one of a GPU; of a CPU as many as batch_size holds, a thread each."""
+    """The number of concurrent passes: one on a GPU; on a CPU as many as batch_size holds, with one thread each."""
     return min(num_threads, max(1, batch_size // images_per_pass)) if torch.device(device).type == "cpu" else 1
 
 
 def pass_pool(num_passes: int) -> ThreadPoolExecutor:
-    """For passes side by side, a thread of torch each: sums depend on the number of threads that share a matrix product."""
+    """A pool for concurrent passes with one torch thread each: sums depend on the number of threads of a matrix product."""
     return ThreadPoolExecutor(num_passes, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def fix_numerics(device: str) -> None:
-    """For as long as this process lives."""
+    """Make results deterministic for the lifetime of this process."""
     if torch.device(device).type == "cuda":
         for backend, name, value in _FIXED_NUMERICS:
             setattr(backend, name, value)
@@ -103,7 +103,7 @@ def fix_numerics(device: str) -> None:
 
 @contextmanager
 def fixed_numerics(device: str) -> Iterator[None]:
-    """The same for a while, and with it the number of threads, which that of a pass_pool's threads is taken for elsewhere."""
+    """Make results deterministic within the context. Also restores the number of torch threads, which a pass_pool changes."""
     before = [getattr(backend, name) for backend, name, _ in _FIXED_NUMERICS]
     num_threads = torch.get_num_threads()
     fix_numerics(device)

@@ -1,4 +1,4 @@
-"""A generator with its tokenizer, ready to sample: from a store, from MLflow's model registry, or from files of weights."""
+"""Opening a model with its tokenizer: from a store, from MLflow's model registry, or from files of weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines.storage.external import local_file
 from pipelines.storage.s3_client import S3Config
 from pipelines.tracking import search
 
-_STAGE = "train"  # whose artifacts are models, trained or imported
+_STAGE = "train"  # its artifacts are models, trained or imported
 _PUBLISHED_VQGAN = "vqgan-256"
 
 
@@ -30,9 +30,8 @@ _PUBLISHED_VQGAN = "vqgan-256"
 class Generator:
     """A model and its tokenizer, in eval mode on the CPU.
 
-    origin: what they are and where they came from, as JSON can hold it.   sampler: the one to begin with.
-    class_names: by label; none where they are not known.   captions: of a model of captions, what its features were made with:
-    {"encoder", "encoder_digest"}, where that is known.
+    origin: digests and source of both, as JSON.   sampler: default settings.   class_names: by label; empty if unknown.
+    captions: {"encoder", "encoder_digest"} of a text-conditional model, if known.
     """
 
     model: ENAT
@@ -44,32 +43,32 @@ class Generator:
 
 
 def is_registered(reference: str) -> bool:
-    """Whether a model is named as MLflow's registry names it: models:/name@alias, models:/name/version or name@alias."""
+    """Whether a reference has the form of MLflow's registry: models:/name@alias, models:/name/version or name@alias."""
     return "@" in reference or reference.startswith("models:/")
 
 
 def from_registry(uri: str, reference: str, store: ArtifactStore | None, s3: S3Config) -> Generator:
-    """store: where to look in place of where the registered version says. Raises ValueError where there is no such model."""
+    """Open a registered model. `store`: used instead of the registered store. Raises ValueError if the model does not exist."""
     tags = search.find_model(uri, reference)
     missing = [name for name in ("enat.artifact", "enat.store") if name not in tags]
     if missing:
-        raise ValueError(f"{reference} was not registered by this program: it has no tag {missing[0]}; name an artifact instead")
+        raise ValueError(f"{reference} was not registered by this program: it has no tag {missing[0]}. Name an artifact instead")
     opened = store or open_store(tags["enat.store"], s3)
     stage, _, key = tags["enat.artifact"].partition("/")
     manifest = opened.read_manifest(stage, key)
     if manifest is None:
         raise ValueError(
-            f"{reference} is {stage}/{key[:12]}, which the store {opened.uri} does not have; name its store by --store"
+            f"{reference} is {stage}/{key[:12]}, which the store {opened.uri} does not have; pass its store with --store"
         )
     made = from_manifest(opened, manifest)
     return Generator(**{**vars(made), "origin": {**made.origin, "registered": reference}})
 
 
 def from_artifact(store: ArtifactStore, name: str) -> Generator:
-    """name: the beginning of a key, or of train/key. Raises ValueError where that is no model, or several."""
+    """Open an artifact. `name`: the beginning of a key, or of train/key. Raises ValueError unless it names exactly one model."""
     manifest = find(store, name if "/" in name else f"{_STAGE}/{name}")
     if manifest.stage != _STAGE:
-        raise ValueError(f"{manifest.stage}/{manifest.key[:12]} is no model; those are artifacts of stage {_STAGE}")
+        raise ValueError(f"{manifest.stage}/{manifest.key[:12]} is not a model; models are artifacts of stage {_STAGE}")
     return from_manifest(store, manifest)
 
 
@@ -78,7 +77,7 @@ def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:
     tokenizer = _input(store, manifest, "tokenizer")
     if tokenizer is None:
         source = manifest.inputs["tokenizer"]
-        raise ValueError(f"the store {store.uri} has no {source['stage']}/{source['key'][:12]}, which decodes what the model makes")
+        raise ValueError(f"the store {store.uri} has no {source['stage']}/{source['key'][:12]}, the tokenizer of this model")
     token_map, captions = (_input(store, manifest, name) for name in ("token_map", "captions"))
     return Generator(
         model=load_enat(store.fetch(manifest, "model.safetensors")),
@@ -98,15 +97,15 @@ def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:
 
 
 def _input(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest | None:
-    """None where the manifest has no such input, or the store no longer has it."""
+    """The manifest of an input, or None if the model has no such input or the store no longer has it."""
     source = manifest.inputs.get(name)
     return None if source is None else store.read_manifest(source["stage"], source["key"])
 
 
 def from_files(weights: str, vqgan: str, *, preset: str | None, vqgan_preset: str | None, s3: S3Config) -> Generator:
-    """From files of weights: paths, s3:// or hf://. This program's own say what they hold; published ones need their presets.
+    """Open files of weights: paths, s3:// or hf://. This program's files describe themselves; published ones need presets.
 
-    Raises ValueError for what holds no such weights.
+    Raises ValueError if a file does not hold such weights.
     """
     paths = {name: local_file(place, f"--{name}", s3) for name, place in (("weights", weights), ("vqgan", vqgan))}
     tokenizer = _open_vqgan(paths["vqgan"], vqgan_preset)
@@ -114,7 +113,7 @@ def from_files(weights: str, vqgan: str, *, preset: str | None, vqgan_preset: st
         try:
             model = load_enat(paths["weights"])
         except ValueError as error:
-            raise ValueError(f"{error}; of published weights --preset says the architecture") from error
+            raise ValueError(f"{error}; for published weights pass the architecture with --preset") from error
     else:
         sizes = {"grid_size": tokenizer.config.grid_size, "codebook_size": tokenizer.config.codebook_size}
         model = open_enat(paths["weights"], ENATConfig.preset(preset, **sizes))
@@ -136,5 +135,5 @@ def _open_vqgan(path: Path, preset: str | None) -> VQGAN:
         try:
             return load_vqgan(path)
         except ValueError:
-            preset = _PUBLISHED_VQGAN  # whose file says nothing of what it holds
+            preset = _PUBLISHED_VQGAN  # published files do not describe themselves
     return open_vqgan(path, VQGANConfig.preset(preset))

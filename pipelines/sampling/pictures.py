@@ -1,4 +1,4 @@
-"""Pictures of samples for people: grids, the steps of decoding side by side, and as an animation.
+"""Pictures of samples: grids, the steps of decoding side by side, and animations.
 
 Shape legend: B images, L tokens, N steps, H x W pixels.
 """
@@ -16,8 +16,8 @@ from enat.images import make_grid, to_uint8
 from enat.tokenizer import VQGAN
 
 MASKED_GRAY = 160
-IMAGES_PER_PASS = 16  # that are decoded together
-_SMALLEST = 96  # pixels of an image in a grid, so that small ones can be seen
+IMAGES_PER_PASS = 16  # images that are decoded together
+_MIN_PIXELS = 96  # smaller images are enlarged
 _FRAME_MILLISECONDS = 250
 _LAST_FRAME_MILLISECONDS = 2000
 
@@ -31,7 +31,7 @@ def decode_codes(vqgan: VQGAN, codes: Tensor) -> Tensor:
 
 
 def step_images(vqgan: VQGAN, trajectory: Sequence[Tensor], codes: Tensor, mask_id: int) -> Tensor:
-    """What is known after each step: uint8 (N + 1, B, 3, H, W), the first before any; what is still masked is gray.
+    """The image before the first step and after each step: uint8 (N + 1, B, 3, H, W). Masked tokens are gray.
 
     trajectory: the tokens fed at each step, N times int64 (B, L).   codes: int64 (B, L), the result.
     """
@@ -46,31 +46,31 @@ def step_images(vqgan: VQGAN, trajectory: Sequence[Tensor], codes: Tensor, mask_
 
 
 def grid_of(images: Tensor, num_asked: int = 0) -> Image.Image:
-    """uint8 (B, 3, H, W). num_asked: labels or captions that were asked for in turn; of a few, a row holds each of them once."""
+    """A grid of images uint8 (B, 3, H, W). `num_asked`: number of requested labels or captions; up to 16 share a row."""
     columns = num_asked if 1 < num_asked <= 16 and len(images) > num_asked else columns_of(len(images))
     return make_grid(images, columns, scale=scale_for(images.shape[-1]))
 
 
 def columns_of(num_images: int) -> int:
-    """Of a grid that is about a square, where nothing says otherwise."""
+    """The number of columns of a nearly square grid."""
     return min(num_images, max(4, round(num_images**0.5)))
 
 
 def scale_for(resolution: int) -> int:
-    """How much an image is enlarged to be seen."""
-    return max(1, _SMALLEST // resolution)
+    """The factor by which images of a resolution are enlarged."""
+    return max(1, _MIN_PIXELS // resolution)
 
 
 def strip(frames: Tensor, scale: int = 1, *, with_start: bool = False) -> Image.Image:
-    """uint8 (N + 1, B, 3, H, W) -> a row per image, a column per step. with_start: also what is known before any step."""
+    """uint8 (N + 1, B, 3, H, W) -> a row per image, a column per step. `with_start`: include the image before the first step."""
     shown = frames if with_start else frames[1:]
     return make_grid(shown.transpose(0, 1).flatten(0, 1), columns=len(shown), scale=scale)
 
 
 def animation(frames: Tensor, columns: int, scale: int = 1) -> bytes:
-    """uint8 (N + 1, B, 3, H, W) -> an endless GIF of a grid of the images, which rests on the result."""
+    """uint8 (N + 1, B, 3, H, W) -> a looping GIF of a grid of the images, which pauses at the result."""
     grids = [make_grid(images, columns, scale=scale) for images in frames]
-    # One palette for all frames, else the colours flicker: the gray of masked tokens, which the result need not have, and its own.
+    # One palette for all frames, or the colours flicker: those of the result, and the gray of masked tokens.
     colours = grids[-1].quantize(255).getpalette()
     assert colours is not None
     palette = Image.new("P", (1, 1))

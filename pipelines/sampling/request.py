@@ -1,4 +1,4 @@
-"""What `enat sample` is asked for: labels, captions, a region of an image, outputs."""
+"""A request to `enat sample`: labels, captions, a region of an image, outputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from enat.images import ImageError, center_crop, decode_image, to_array
 from enat.masking import box_mask
 from enat.sampler_config import SamplerConfig
 from pipelines.data.dataset import MAX_FILE_BYTES
-from pipelines.sampling.fixed_batches import (
-    IMAGES_PER_PASS,
-)
+from pipelines.sampling.fixed_batches import IMAGES_PER_PASS
 from pipelines.sampling.models import Generator
 
 OUTPUTS = ("grid", "images", "steps", "gif", "npz")
@@ -25,7 +23,7 @@ _MAX_COPIES = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """What of an image is made anew. pixels: uint8 (3, H, W).   is_masked: bool (L,)."""
+    """The region of an image to regenerate. pixels: uint8 (3, H, W).   is_masked: bool (L,), codes in the region."""
 
     pixels: Tensor
     is_masked: Tensor
@@ -33,10 +31,10 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """labels or captions: asked for in turn; neither means each class in turn.   outputs: of OUTPUTS.
+    """labels or captions: used in turn; without either, each class in turn.   outputs: some of OUTPUTS.
 
-    images_per_pass: as of stage generate, images that are always computed together, by index; a pass is filled up where fewer are
-    wanted. batch_size: images that are computed at once, in passes side by side on the threads of a CPU.
+    images_per_pass: images that are always computed together, by index, as in stage generate; incomplete passes are filled up.
+    batch_size: images that are computed at once, in concurrent passes on the threads of a CPU.
     """
 
     num_images: int
@@ -57,22 +55,22 @@ class SampleRequest:
 
 
 def choose_device(name: str) -> str:
-    """ "auto" takes a GPU where there is one. Raises ValueError for a device that is not here."""
+    """Check a device; "auto" takes a GPU if there is one. Raises ValueError if this machine does not have the device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device {name} is no device; choose cpu, cuda, cuda:1, ...") from error
+        raise ValueError(f"--device {name} is not a device; choose cpu, cuda, cuda:1, ...") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"--device {name} is not here; this machine has cpu and {torch.cuda.device_count()} GPUs")
+        raise ValueError(f"--device {name} does not exist; this machine has cpu and {torch.cuda.device_count()} GPUs")
     return name
 
 
 def parse_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) -> tuple[int, ...]:
-    """ "207, 360-362, golden retriever x4" -> labels: class numbers, ranges with both ends, or names, each perhaps repeated.
+    """Parse labels such as "207, 360-362, golden retriever x4": class numbers, inclusive ranges or names, optionally repeated.
 
-    Raises ValueError for what is none of them, and for a label that the model does not know.
+    Raises ValueError for other text and for labels that the model does not have.
     """
     labels: list[int] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -89,7 +87,7 @@ def parse_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) -
             raise ValueError(f"--labels asks for more than {_MAX_COPIES:,} images")
         labels += found * count
     if not labels:
-        raise ValueError("--labels is empty; write class numbers, such as 207,360 x4, or leave it out")
+        raise ValueError("--labels is empty; give class numbers, such as 207,360 x4, or omit it")
     return tuple(labels)
 
 
@@ -100,12 +98,12 @@ def _label(wanted: str, num_classes: int, class_names: Sequence[str]) -> int:
     found = [label for label, name in enumerate(class_names) if name.casefold() == wanted.casefold()]
     if not found and class_names:
         raise ValueError(
-            f"--labels has {wanted!r}, which is no class of this model; its classes are called like {class_names[0]!r}"
+            f"--labels has {wanted!r}, which is not a class of this model; an example of a class is {class_names[0]!r}"
         )
     if not found:
-        raise ValueError(f"--labels has {wanted!r}, but names of this model's classes are not known; give numbers")
+        raise ValueError(f"--labels has {wanted!r}, but the class names of this model are unknown; give numbers")
     if len(found) > 1:
-        raise ValueError(f"--labels has {wanted!r}, which several classes are called: {', '.join(map(str, found))}; give a number")
+        raise ValueError(f"--labels has {wanted!r}, the name of several classes: {', '.join(map(str, found))}; give a number")
     return found[0]
 
 
@@ -115,10 +113,10 @@ def _check_label(label: int, num_classes: int, item: str) -> None:
 
 
 def read_region(place: Path, box: Sequence[int], keep: str, generator: Generator) -> Region:
-    """An image in the model's size and which of its codes are made anew.
+    """Read an image at the model's resolution and determine which of its codes to regenerate.
 
-    box: left, top, right, bottom in pixels of the image after its centre crop to the model's size; every code that it touches is
-    inside.   keep: "outside" of it or "inside". Raises ValueError for what is no image, and for a box that is not in it.
+    box: left, top, right, bottom in pixels after the centre crop to the model's resolution; every code that it touches counts as
+    inside.   keep: "outside" or "inside". Raises ValueError if the file is not an image or the box is not within it.
     """
     config = generator.vqgan.config
     try:
@@ -140,23 +138,23 @@ def read_region(place: Path, box: Sequence[int], keep: str, generator: Generator
     )
     is_masked = inside if keep == "outside" else ~inside
     if not is_masked.any():
-        raise ValueError(f"--box {left},{top},{right},{bottom} with --keep {keep} leaves nothing to be made")
+        raise ValueError(f"--box {left},{top},{right},{bottom} with --keep {keep} leaves nothing to generate")
     return Region(pixels=torch.from_numpy(pixels), is_masked=is_masked)
 
 
 def check_request(request: SampleRequest, generator: Generator) -> None:
-    """Raises ValueError where the model cannot do what is asked for."""
+    """Raise ValueError if the model cannot fulfil the request."""
     config = generator.model.config
     if request.num_images < 1 or request.batch_size < 1 or request.images_per_pass < 1:
         raise ValueError("--num-images, --batch-size and --images-per-pass must be at least 1")
     if config.text_width is None and request.captions:
-        knows = f"{config.num_classes:,} classes" if config.num_classes else "no condition"
-        raise ValueError(f"--caption is for models of captions, and this one knows {knows}; use --labels")
+        condition = f"{config.num_classes:,} classes" if config.num_classes else "no condition"
+        raise ValueError(f"--caption is for text-conditional models, but this model has {condition}; use --labels")
     if config.text_width is not None and not request.captions:
-        raise ValueError("this model is conditioned on captions; say what to show with --caption")
+        raise ValueError("this model is text-conditional; give captions with --caption")
     if config.text_width is not None and request.labels:
-        raise ValueError("--labels is for models of classes, and this one is conditioned on captions; use --caption")
+        raise ValueError("--labels is for class-conditional models, but this model is text-conditional; use --caption")
     for label in request.labels:
         _check_label(label, config.num_classes, str(label))
     if generator.vqgan.config.codebook_size != config.codebook_size or generator.vqgan.config.grid_size != config.grid_size:
-        raise ValueError("the tokenizer and the model do not belong together: their grids or codebooks differ")
+        raise ValueError("the tokenizer does not fit the model: their grids or codebooks differ")

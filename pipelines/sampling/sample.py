@@ -1,7 +1,7 @@
-"""What `enat sample` does: a few images from one model on this machine, with pictures of how they came about. Needs no Ray.
+"""`enat sample`: samples of one model on this machine, with pictures of the decoding steps, without Ray.
 
-Sample i has the seed that stage generate would give it, and is computed in passes of the same composition: where images_per_pass,
-precision and device are the same, both make the same codes, whatever the batch.
+Sample i has the same seed as in stage generate and is computed in passes of the same composition. With equal images_per_pass,
+precision and device both give the same codes at any batch size.
 
 Shape legend: B images of a batch, L codes, N steps, H x W pixels.
 """
@@ -47,12 +47,6 @@ _SHOWN_IN_GRID = 100
 _SHOWN_BY_STEPS = 8
 
 
-# What is asked for ----------------------------------------------------------------------------------------------------------
-
-
-# Making it ------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Batch:
     """index: of the samples.   states: int64 (B, N + 1, L), tokens fed at each step, and codes.   images: uint8 (B, 3, H, W)."""
@@ -79,9 +73,10 @@ def make_samples(
     encoder: TextEncoder | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Sample, decode and write what is asked for into the folder. Returns the record, which is also samples.json.
+    """Sample, decode and write the requested outputs into a folder. Returns the record, which is also written as samples.json.
 
-    encoder: of a model of captions.   advance: told of images as they are made. Images are never all in memory.
+    encoder: for a text-conditional model.   advance: called with the number of images after each batch. Memory holds a batch of
+    images at a time.
     """
     check_request(request, generator)  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +114,7 @@ def make_samples(
 
 
 def sample_batches(generator: Generator, request: SampleRequest, encoder: TextEncoder | None) -> Iterator[tuple[Batch, float]]:
-    """Batches in order, each with the seconds that sampling and decoding it took. encoder: of a model of captions."""
+    """Batches in order, each with the seconds for sampling and decoding. `encoder`: for a text-conditional model."""
     check_request(request, generator)
     sampler, vqgan = _pass_sampler(generator, request, encoder), generator.vqgan.to(request.device)
 
@@ -140,7 +135,7 @@ def sample_batches(generator: Generator, request: SampleRequest, encoder: TextEn
 
 
 def _decode(vqgan: VQGAN, codes: Tensor, index: range, images_per_pass: int) -> Tensor:
-    """uint8 (B, 3, H, W) of codes int64 (B, L), in passes of their own, which take more memory than those of the model."""
+    """Decode codes int64 (B, L) to uint8 (B, 3, H, W), in smaller passes than the model's: decoding takes more memory."""
     parts = split_into_passes(index.start, index.stop, images_per_pass)
 
     def decode(samples: np.ndarray) -> Tensor:
@@ -180,17 +175,17 @@ def _encode(generator: Generator, request: SampleRequest, encoder: TextEncoder |
     if not request.captions:
         return None
     if encoder is None:
-        raise ValueError("--caption needs --text-encoder, the CLIP text model that the model was trained with")
+        raise ValueError("--caption requires --text-encoder, the CLIP text model that the model was trained with")
     known, own = (encoder.num_positions, encoder.width), (generator.model.config.num_text_tokens, generator.model.config.text_width)
     if known != own:
         raise ValueError(
-            f"--text-encoder makes {known[0]} x {known[1]} features of a caption, but the model takes {own[0]} x {own[1]}"
+            f"--text-encoder gives {known[0]} x {known[1]} features per caption, but the model expects {own[0]} x {own[1]}"
         )
     return encoder.to(request.device).encode(request.captions)
 
 
 def _start(generator: Generator, request: SampleRequest) -> Tensor:
-    """int64 (1, L) on the CPU: the image's codes, masked where they are made anew."""
+    """The image's codes with the region masked, int64 (1, L) on the CPU."""
     assert request.region is not None
     vqgan = generator.vqgan
     with torch.no_grad():
@@ -198,7 +193,7 @@ def _start(generator: Generator, request: SampleRequest) -> Tensor:
     return codes.masked_fill(request.region.is_masked, generator.model.config.mask_id)
 
 
-# Writing it -----------------------------------------------------------------------------------------------------------------
+# Writing ---------------------------------------------------------------------------------------------------------------------
 
 
 def _write(path: Path, content: bytes) -> str:
@@ -218,7 +213,7 @@ def _write_images(folder: Path, batch: Batch) -> list[str]:
 
 
 def _write_steps(generator: Generator, request: SampleRequest, states: Tensor, folder: Path) -> list[str]:
-    """How the first images came about, states int64 (B, N + 1, L): a strip and an animation; of a region also what was given."""
+    """Write the steps of the first images as strip and animation, and the source of a region. `states`: int64 (B, N + 1, L)."""
     files, scale = [], pictures.scale_for(generator.vqgan.config.resolution)
     is_given = request.region is not None
     if is_given or {"steps", "gif"} & set(request.outputs):
@@ -235,7 +230,7 @@ def _write_steps(generator: Generator, request: SampleRequest, states: Tensor, f
 
 
 def _record(generator: Generator, request: SampleRequest, files: Sequence[str]) -> dict[str, Any]:
-    """What samples.json holds."""
+    """The content of samples.json."""
     labels = _labels(request, generator, range(request.num_images)).tolist()
     samples = []
     for index in range(request.num_images):

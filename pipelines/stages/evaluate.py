@@ -22,7 +22,7 @@ from pipelines.cluster import connection
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.image_sets import ImageSetConfig
-from pipelines.data.samples import image_cost, read_codes
+from pipelines.data.samples import image_cost, read_samples
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import protocol as evaluation_protocol
 from pipelines.evaluation.extractors import ExtractorFile, require_same_features
@@ -215,7 +215,7 @@ def _judged(
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
     real = SourceImages(dataset, evaluation_protocol.resolution_of(samples, inputs))
-    labels = read_codes(context.store, samples, 0, min(_MAX_JUDGE_IMAGES, evaluation_protocol.num_samples_of(samples))).labels
+    labels = read_samples(context.store, samples, 0, min(_MAX_JUDGE_IMAGES, evaluation_protocol.num_samples_of(samples))).labels
     judged: tuple[dict[str, float], float] = ray.get(ray.remote(num_cpus=1)(_judge).remote(real, reader, images_per_pass, labels))
     return judged
 

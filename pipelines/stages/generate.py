@@ -38,9 +38,9 @@ from pipelines.data.samples import (
     drawn_rows,
     masked_positions,
     num_masked_of,
-    part_name,
     sample_label,
     sample_seed,
+    shard_name,
     write_samples,
 )
 from pipelines.data.sources.config import DatasetConfig
@@ -115,7 +115,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     model = inputs["model"]
     architecture = ENATConfig(**model.summary["model"])
     scheme = _check(config, architecture, inputs)
-    names = [part_name(part) for part in range(-(-config.num_samples // config.shard_size))]
+    names = [shard_name(part) for part in range(-(-config.num_samples // config.shard_size))]
     done = context.store.read_parts(context.stage, context.key)
     todo = [{"part": part} for part, name in enumerate(names) if name not in done]
     if todo:
@@ -283,7 +283,7 @@ class _Sample:
             captions=plan.captions[index],
             rows=plan.rows[index],
         )
-        file = self.context.write(part_name(part), lambda path: write_samples(path, samples))
+        file = self.context.write(shard_name(part), lambda path: write_samples(path, samples))
         record = {
             "part": part,
             "rows": len(index),
@@ -295,7 +295,7 @@ class _Sample:
             "device": device_name(config.execution.device),
         }
         self.start_seconds = 0.0
-        self.context.store.put_part(self.context.stage, self.context.key, part_name(part), record)
+        self.context.store.put_part(self.context.stage, self.context.key, shard_name(part), record)
         return {"record": [record]}
 
     def _condition(self, samples: np.ndarray) -> torch.Tensor | TextCondition:

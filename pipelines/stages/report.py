@@ -26,7 +26,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import CaptionFeatures
 from pipelines.data.dataset import INDEX
-from pipelines.data.samples import NONE, Samples, image_cost, num_given_of, read_codes
+from pipelines.data.samples import NONE, Samples, image_cost, num_given_of, read_samples
 from pipelines.evaluation.protocol import SCORES
 from pipelines.sampling.pictures import decode_codes, step_images, strip
 from pipelines.workflow.config import set_by
@@ -107,9 +107,9 @@ def _shown_samples(config: ReportConfig, samples: Manifest, store: ArtifactStore
     """samples_per_class rows of a grid: a column per class where each comes in turn, else the first samples."""
     num_samples = int(samples.summary["num_samples"])
     if not _is_by_class(samples):
-        return read_codes(store, samples, 0, min(config.samples_per_class * _COLUMNS, num_samples))
+        return read_samples(store, samples, 0, min(config.samples_per_class * _COLUMNS, num_samples))
     num_classes = int(samples.summary["num_classes"])
-    shown = read_codes(store, samples, 0, min(config.samples_per_class * num_classes, num_samples))
+    shown = read_samples(store, samples, 0, min(config.samples_per_class * num_classes, num_samples))
     return shown.rows_where(shown.labels < config.max_classes)
 
 
@@ -129,7 +129,7 @@ def _captions(shown: Samples, inputs: Mapping[str, Manifest], store: ArtifactSto
 def _progressions(config: ReportConfig, inputs: Mapping[str, Manifest], vqgan: VQGAN, store: ArtifactStore) -> Image.Image | None:
     """A row per sample, a column per step; what is still masked is gray. None for samples that begin with codes of images."""
     model, samples = inputs["model"], inputs["samples"]
-    shown = read_codes(store, samples, 0, min(config.num_progressions, int(samples.summary["num_samples"])))
+    shown = read_samples(store, samples, 0, min(config.num_progressions, int(samples.summary["num_samples"])))
     if (shown.rows != NONE).any():
         return None
     enat, sampler = load_enat(store.fetch(model, "model.safetensors")), SamplerConfig(**samples.summary["sampler"])

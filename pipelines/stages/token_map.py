@@ -215,7 +215,7 @@ def _pixels_on_their_way(encoding: _Encoding) -> int:
 def _write_part(part: int, blocks: Sequence[dict[str, Any]], encoding: _Encoding, context: WorkerContext) -> None:
     info = encoding.info
     rows, name = TokenRows.concatenate([block["rows"] for block in blocks]), _part_name(part)
-    file = context.write(name, lambda path: token_map.write_part(path, info, rows))
+    file = context.write(name, lambda path: token_map.write_shard(path, info, rows))
     counts = np.bincount(np.concatenate([rows.codes, rows.codes_flipped]).ravel(), minlength=info.codebook_size)
     record = {
         "rows": len(rows),

@@ -32,7 +32,7 @@ from pipelines.data.captions import CaptionFeaturesInfo
 from pipelines.data.token_map import TokenMapInfo
 from pipelines.registry import model_card
 from pipelines.storage.external import local_file
-from pipelines.training.checkpoints import SoFar, read_so_far
+from pipelines.training.checkpoints import ResumePoint, read_resume_point
 from pipelines.training.config import TrainConfig
 from pipelines.training.loop import train_loop
 from pipelines.training.task import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model
@@ -62,7 +62,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
         grid_size=architecture.grid_size,
         codebook_size=architecture.codebook_size,
     )
-    started, before = time.monotonic(), read_so_far(context)
+    started, before = time.monotonic(), read_resume_point(context)
     if config.num_steps == 0:
         trained = TrainResult(_untrained(config, architecture, context), (), [], 0, 0, 0, 0)
     else:
@@ -91,7 +91,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
     )
 
 
-def _mean_workers(config: TrainConfig, trained: TrainResult, before: SoFar) -> float:
+def _mean_workers(config: TrainConfig, trained: TrainResult, before: ResumePoint) -> float:
     """Of the steps that this command took: elastic runs change it."""
     num_workers = [row["num_workers"] for row in trained.history if row["step"] > before.step] or [config.execution.num_workers]
     return sum(num_workers) / len(num_workers)

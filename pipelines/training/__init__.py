@@ -1,12 +1,12 @@
 """Training: from a recipe to weights.
 
 config       the recipe
-task         what a step learns from
-batches      which rows a step reads
-loop         the steps
-engine       DeepSpeed
+task         input and result of a training run's workers
+batches      the groups of images that a step learns from
+loop         the training loop
+engine       the model under DeepSpeed
 checkpoints  the state of training in the store
-monitor      figures of training, and whether it diverged
-previews     sample grids along training
-stop_signal  stopping in the same step everywhere
+monitor      metrics of training, and divergence
+previews     sample grids during training
+stop_signal  saving and stopping in the same step on all ranks
 """

@@ -1,8 +1,8 @@
-"""What a training step learns from, drawn ahead of it.
+"""The groups of images that a training step learns from, drawn ahead of time.
 
-A global batch is `num_groups` equal groups. Everything that is drawn for a group (rows, flips, captions, dropped labels, mask
-ratio, masks, reuse, dropout) comes from (seed, step, group), and ranks take whole groups: so what is trained on does not depend
-on the number of workers, and a resumed run draws what an uninterrupted one would have.
+A global batch consists of `num_groups` equal groups. Every random draw of a group (rows, flips, captions, dropped labels, mask
+ratio, masks, reuse, dropout) depends only on (seed, step, group), and ranks take whole groups. Hence the training data does not
+depend on the number of workers, and a resumed run draws the same groups as an uninterrupted one.
 
 Shape legend: B images of a group, L tokens, T text tokens, W text width.
 """
@@ -29,10 +29,10 @@ from pipelines.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """One group of a step. codes: int64 (B, L).   condition: labels int64 (B,), or captions, nothing dropped yet.
+    """One group of a step. codes: int64 (B, L).   condition: labels int64 (B,), or captions, before any are dropped.
 
-    is_dropped: bool (B,), whose condition becomes the null one.   dropout_seed: of the group's dropout.
-    weight: 1, or 0 for a group that only keeps a rank in step with those that have one more.
+    is_dropped: bool (B,), images whose condition is replaced by the null condition.   dropout_seed: seed of the group's dropout.
+    weight: 1, or 0 for a repeated group that only keeps a rank in step with ranks that have one group more.
     """
 
     step: int
@@ -56,7 +56,7 @@ class GroupBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> GroupBatch:
-        """In memory that a GPU reads by itself, so that moving it there holds nobody up."""
+        """A copy in pinned memory, from which transfers to a GPU are asynchronous."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> GroupBatch:
@@ -74,8 +74,11 @@ class GroupBatch:
             masked=replace(masked, tokens=change(masked.tokens), previous_tokens=previous),
         )
 
-    def parts(self, count: int, model: ENAT) -> Iterator[tuple[Tensor, Tensor | TextCondition, MaskedCodes, Tensor | None]]:
-        """Codes, condition, masked codes and dropout of `count` equal parts. What is drawn is drawn for the group as a whole."""
+    def microbatches(self, count: int, model: ENAT) -> Iterator[tuple[Tensor, Tensor | TextCondition, MaskedCodes, Tensor | None]]:
+        """Cut the group into `count` equal microbatches of codes, condition, masked codes and dropout mask.
+
+        Random draws are made for the whole group, so they do not depend on `count`.
+        """
         size = len(self.codes) // count
         condition = model.drop_condition(self.condition, self.is_dropped)
         generator = torch.Generator(self.codes.device).manual_seed(self.dropout_seed)
@@ -86,14 +89,14 @@ class GroupBatch:
 
 
 def rows_of(config: TrainConfig, token_map: TokenMap, step: int, group: int) -> np.ndarray:
-    """int64 (B,): the rows of the token map that a group of a step learns from."""
+    """The rows of the token map that a group of a step learns from, int64 (B,)."""
     assert config.seed is not None
     own = slice(group * config.group_size, (group + 1) * config.group_size)
     return token_map.batch_rows(config.seed, step, config.batch_size).rows[own]
 
 
 def draw_group(config: TrainConfig, token_map: TokenMap, captions: CaptionFeatures | None, step: int, group: int) -> GroupBatch:
-    """On the CPU. captions: of a text-conditional model."""
+    """Draw a group on the CPU. `captions`: features for a text-conditional model."""
     assert config.seed is not None
     size = config.group_size
     own = slice(group * size, (group + 1) * size)
@@ -109,9 +112,9 @@ def draw_group(config: TrainConfig, token_map: TokenMap, captions: CaptionFeatur
 
 
 class Batches:
-    """A rank's groups from a step on, drawn by a thread ahead of their use.
+    """A rank's groups, beginning with a given step. A thread draws them ahead of their use.
 
-    Ranks with fewer groups than others repeat their last one with weight 0, since all must take part in every reduction.
+    A rank with fewer groups than others repeats its last group with weight 0, because every rank must take part in every reduction.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: written without stopping it, read by any number of workers.
+"""Checkpoints of a training run: written without interrupting training, read by any number of workers.
 
-Every rank puts one file of tensors into the store and then a record of it; a checkpoint is there once the records of all ranks
-of one attempt are. Records hold sizes and sha256 of files, so a damaged checkpoint is noticed and the one before it is taken.
-An attempt is one life of a group of workers: files of two lives, which need not agree in every bit, never mix.
+Every rank puts one file of tensors into the store and then a record of it. A checkpoint is complete when the records of all ranks
+of one attempt exist. Records contain the size and sha256 of each file, so a damaged checkpoint is detected and the previous one is
+used. An attempt is one start of the worker group. Files of different attempts, which may differ in rounding, are never mixed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RECORD = re.compile(r"checkpoint-(\d{8,})-(\w+)-(\d{5})-of-(\d{5})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one checkpoint by rank, and the state, which is a file of rank 0."""
+    """The files of one checkpoint: tensors of every rank, and the state, written by rank 0."""
 
     step: int
     attempt: str
@@ -54,7 +54,7 @@ class Checkpoint:
 
 
 def find_checkpoints(context: WorkerContext) -> list[Checkpoint]:
-    """All of a run, oldest first, also those that some ranks have not written."""
+    """All checkpoints of a run, oldest first, including incomplete ones."""
     found: dict[tuple[int, str, int], dict[int, tuple[str, dict[str, Any]]]] = {}
     for name, record in context.store.read_parts(context.stage, context.key).items():
         if match := _RECORD.fullmatch(name):
@@ -72,7 +72,7 @@ def find_checkpoints(context: WorkerContext) -> list[Checkpoint]:
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint whose files are here, each as its sha256 says."""
+    """A checkpoint with local copies of its files, verified by their sha256."""
 
     state: Mapping[str, Any]
     files: tuple[Path, ...]
@@ -82,7 +82,7 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(store: ArtifactStore, context: WorkerContext, checkpoint: Checkpoint) -> OpenedCheckpoint:
-    """Raises DamagedFileError where a file is gone or damaged, another StoreError where it cannot be looked at."""
+    """Fetch and verify all files. Raises DamagedFileError if a file is missing or damaged, StoreError if it cannot be read."""
     assert checkpoint.state is not None
     paths = [store.fetch_file(context.stage, context.key, record) for record in checkpoint.tensors]
     state = store.fetch_file(context.stage, context.key, checkpoint.state)
@@ -90,46 +90,45 @@ def open_checkpoint(store: ArtifactStore, context: WorkerContext, checkpoint: Ch
 
 
 @dataclass(frozen=True)
-class SoFar:
-    """What a run that goes on has behind it. worker_seconds: summed over workers, up to the checkpoint of `step`."""
+class ResumePoint:
+    """Where an interrupted run resumes. worker_seconds: time up to the checkpoint of `step`, summed over workers."""
 
     step: int = 0
     worker_seconds: float = 0.0
 
 
-def read_so_far(context: WorkerContext) -> SoFar:
-    """By the newest whole checkpoint whose state can be read; those that cannot are told of where training goes on from them."""
+def read_resume_point(context: WorkerContext) -> ResumePoint:
+    """Read it from the newest complete checkpoint with a readable state. The workers report damaged ones when they resume."""
     for checkpoint in reversed([found for found in find_checkpoints(context) if found.is_whole]):
         assert checkpoint.state is not None
         try:
             state = json.loads(context.store.fetch_file(context.stage, context.key, checkpoint.state).read_bytes())
         except DamagedFileError:
             continue
-        return SoFar(state["step"], worker_seconds_of(state))
-    return SoFar()
+        return ResumePoint(state["step"], worker_seconds_of(state))
+    return ResumePoint()
 
 
 def worker_seconds_of(state: Mapping[str, Any]) -> float:
-    seconds: float = state.get("worker_seconds", 0.0)  # without them: of a checkpoint from before there was this
+    seconds: float = state.get("worker_seconds", 0.0)  # checkpoints of older versions have none
     return seconds
 
 
 def is_milestone(step: int, keep_every: int | None) -> bool:
-    """Whether a checkpoint of this step stays until the end."""
+    """Whether the checkpoint of this step is kept until the end of training."""
     return keep_every is not None and step % keep_every == 0
 
 
 class NoReadableCheckpointError(StoreError):
-    """There are whole checkpoints, and not one of them is as it was written."""
+    """All complete checkpoints are damaged."""
 
 
 def newest_checkpoint(context: WorkerContext, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole one whose every byte is right. Newer ones, which are not, are told of and removed: they would be in the way
-    of those that are written from here on.
+    """Find the newest complete checkpoint without damage, and report and remove newer damaged ones.
 
-    Where none is as it was written this raises NoReadableCheckpointError and removes nothing. Weeks of training may lie in them, a
-    bucket may have earlier versions of the files, and whether to begin anew is for people to say. Whatever else keeps a file from
-    being read (no room in the cache, no network) is raised as it is, since the checkpoint may be as good as ever.
+    If all are damaged, raises NoReadableCheckpointError and removes nothing: they may represent weeks of training, and a bucket may
+    have earlier versions of the files, so people decide whether to train from the start. Errors that say nothing about the files
+    (a full cache, no network) are raised unchanged.
     """
     damaged: list[tuple[Checkpoint, DamagedFileError]] = []
     for checkpoint in reversed([found for found in find_checkpoints(context) if found.is_whole]):
@@ -139,21 +138,23 @@ def newest_checkpoint(context: WorkerContext, tell: Callable[[str], None]) -> Ch
             damaged.append((checkpoint, error))
             continue
         for other, damage in damaged:
-            tell(f"the checkpoint of step {other.step} is damaged and removed, the one before it is taken ({damage.what})")
+            tell(
+                f"removed the damaged checkpoint of step {other.step}; training resumes from step {checkpoint.step} ({damage.what})"
+            )
             discard(context, other)
         return checkpoint
     if damaged:
         newest, damage = damaged[0]
         steps = ", ".join(str(checkpoint.step) for checkpoint, _ in damaged)
         raise NoReadableCheckpointError(
-            f"no checkpoint can be read (steps {steps}; that of step {newest.step}: {damage.what}); bring the files back, or "
+            f"all checkpoints are damaged (steps {steps}; step {newest.step}: {damage.what}). Restore the files, or "
             f"remove {context.store.place(context.stage, context.key)}/{PARTS} to train from the start"
         )
     return None
 
 
 def discard(context: WorkerContext, checkpoint: Checkpoint) -> None:
-    """Records first: what is half removed is no checkpoint."""
+    """Remove the records first, so that an interrupted removal leaves an incomplete checkpoint."""
     for part in checkpoint.parts:
         context.store.discard_part(context.stage, context.key, part)
     context.store.discard_files(context.stage, context.key, checkpoint.files)
@@ -162,7 +163,7 @@ def discard(context: WorkerContext, checkpoint: Checkpoint) -> None:
 def milestone_weights(
     context: WorkerContext, model: ENAT, keep_every: int | None, tell: Callable[[str], None]
 ) -> Iterator[FileRecord]:
-    """EMA weights from the checkpoints that were kept for good, as files of their own. model: of the same sizes, left as it is."""
+    """Write the EMA weights of each kept checkpoint to a file. `model`: of the same architecture; it is not changed."""
     kept = {found.step: found for found in find_checkpoints(context) if found.is_whole and is_milestone(found.step, keep_every)}
     for step, checkpoint in sorted(kept.items()):
         try:
@@ -171,15 +172,15 @@ def milestone_weights(
             tell(f"the weights of step {step} are not kept: {error.what}")
             continue
         earlier = ENAT(model.config)
-        earlier.load_state_dict(model.state_dict())  # for what is no parameter
+        earlier.load_state_dict(model.state_dict())  # copies the buffers, too
         fragments.fill("ema", earlier)
         yield context.write(f"model-step-{step:08d}.safetensors", partial(save_weights, module=earlier))
 
 
 class CheckpointWriter:
-    """A rank's way of writing checkpoints: memory is copied at once, everything else is done by a thread.
+    """Writes the checkpoints of one rank: copies tensors immediately and writes them in a thread.
 
-    keep_last, keep_every: whole checkpoints that stay; rank 0 removes the others.
+    keep_last, keep_every: complete checkpoints that are kept; rank 0 removes the others.
     """
 
     def __init__(
@@ -193,9 +194,9 @@ class CheckpointWriter:
         self.seconds_waited = 0.0
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Begin writing. tensors: of this rank, copied here.   state: of all ranks, JSON; that of rank 0 is kept.
+        """Begin to write a checkpoint. `tensors`: of this rank, copied here.   `state`: as JSON; rank 0 writes its own.
 
-        Waits for the checkpoint before, so that memory holds one copy at most. Raises what writing that one failed with.
+        Waits for the previous checkpoint, so memory holds at most one copy, and raises its error if it failed.
         """
         self.wait()
         started = time.perf_counter()
@@ -205,7 +206,7 @@ class CheckpointWriter:
         self.seconds_waited += time.perf_counter() - started
 
     def wait(self) -> None:
-        """Until what was begun is in the store."""
+        """Wait until the checkpoint that is being written is in the store."""
         started = time.perf_counter()
         if self._writing is not None:
             writing, self._writing = self._writing, None
@@ -230,10 +231,13 @@ class CheckpointWriter:
             return asdict(self._context.store.put_file(self._context.stage, self._context.key, name, path))
 
     def _discard_old(self, step: int) -> None:
-        """step: the last one begun. What others have left above it is neither counted, since it may be damaged, nor removed, since
-        it may be all there is."""
+        """Remove old checkpoints up to `step`, the last one written.
+
+        Later steps, left by other attempts, are not counted because they may be damaged, and not removed because they may be the
+        only ones.
+        """
         found = [checkpoint for checkpoint in find_checkpoints(self._context) if checkpoint.step <= step]
-        # A step that is reached again, after a rollback or a restart, replaces what an earlier attempt left, which may be damaged.
+        # After a rollback or restart, this attempt's checkpoint of a step replaces an earlier attempt's, which may be damaged.
         found.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.attempt == self._attempt))
         by_step = {checkpoint.step: checkpoint for checkpoint in found if checkpoint.is_whole}
         whole = list(by_step.values())
@@ -250,18 +254,18 @@ class CheckpointWriter:
 
 
 def fragment_name(kind: str, parameter: str, start: int) -> str:
-    """kind: "weight", "ema" or a moment.   start: place of the fragment's first value in the flattened parameter."""
+    """kind: "weight", "ema" or a moment.   start: index of the fragment's first value in the flattened parameter."""
     return f"{kind}/{parameter}@{start}"
 
 
 class Fragments:
-    """Parameters and what belongs to them, in pieces that lie in the files of any number of ranks. Read where they are needed."""
+    """Parameters, EMA and moments, stored as fragments in the files of any number of ranks. Values are read on demand."""
 
     def __init__(self, files: tuple[Path, ...]) -> None:
         self._places: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
         for path in files:
-            file = safe_open(str(path), framework="pt")  # mapped: closed with the last slice of it
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            file = safe_open(str(path), framework="pt")  # memory-mapped until its last slice is gone
+            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 kind, _, rest = key.partition("/")
                 parameter, _, start = rest.rpartition("@")
                 piece = file.get_slice(key)
@@ -271,7 +275,7 @@ class Fragments:
         return {kind for kind, _ in self._places}
 
     def read(self, kind: str, parameter: str, start: int, length: int) -> Tensor:
-        """float32 (length,): values start..start+length-1 of the flattened parameter. Raises KeyError where some are missing."""
+        """Values start..start+length-1 of the flattened parameter, float32 (length,). Raises KeyError if some are missing."""
         piece, num_found = torch.empty(length), 0
         for first, count, stored in self._places[kind, parameter]:
             low, high = max(start, first), min(start + length, first + count)
@@ -283,24 +287,24 @@ class Fragments:
         return piece
 
     def fill(self, kind: str, module: torch.nn.Module) -> None:
-        """Put whole values into a module's parameters."""
+        """Set a module's parameters to the stored values."""
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(self.read(kind, name, 0, parameter.numel()).view_as(parameter))
 
 
 def owners(module: torch.nn.Module, world_size: int) -> dict[str, int]:
-    """Which rank writes a parameter that all ranks have: consecutive ones, about as many values for every rank."""
+    """The rank that writes each parameter of a replicated module: consecutive parameters, about equally many values per rank."""
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     total, start, found = sum(sizes.values()), 0, {}
     for name, size in sizes.items():
-        found[name] = (2 * start + size) * world_size // (2 * total)  # where its middle lies
+        found[name] = (2 * start + size) * world_size // (2 * total)  # by the middle of the parameter
         start += size
     return found
 
 
 def own_share(kind: str, module: torch.nn.Module, rank: int, world_size: int) -> Iterator[tuple[str, Tensor]]:
-    """What one rank writes of values that all ranks have: its parameters, whole."""
+    """The parameters of a replicated module that one rank writes."""
     owner = owners(module, world_size)
     for name, parameter in module.named_parameters():
         if owner[name] == rank:

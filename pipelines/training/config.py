@@ -1,4 +1,4 @@
-"""What training is configured by: the model's sizes, the recipe, and how it is spread over a cluster."""
+"""The configuration of training: the model's architecture, the recipe, and its execution on a cluster."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ModelConfig:
     mlp_ratio: int | None = None
 
     def architecture(self, token_map: TokenMapInfo, captions: CaptionFeaturesInfo | None = None) -> ENATConfig:
-        """Raises ValueError where the model does not fit the token map, or a text model its captions."""
+        """The architecture for a token map. Raises ValueError if the config does not fit the token map or the captions."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         given = {name: value for name, value in values.items() if name not in ("preset", "text")}
         known = {name: getattr(token_map, name) for name in ("grid_size", "codebook_size")}
@@ -55,7 +55,7 @@ class ModelConfig:
         for name, value in known.items():
             if given.setdefault(name, value) != value:
                 owner = f"the token map of {token_map.dataset} ({token_map.resolution} px)"
-                has = "text takes the place of classes" if self.text and name == "num_classes" else f"{owner} has {value}"
+                has = "a text model has no classes" if self.text and name == "num_classes" else f"{owner} has {value}"
                 raise ValueError(f"train.model.{name} is {given[name]}, but {has}")
         if self.text:
             given |= self._text_sizes(token_map, captions)
@@ -63,16 +63,16 @@ class ModelConfig:
             return ENATConfig.preset(self.preset, **given)
         missing = [name for name in ("encoder_layers", "decoder_layers", "embed_dim", "num_heads") if name not in given]
         if missing:
-            raise ValueError(f"train.model has no preset, so it must give {', '.join(missing)}")
+            raise ValueError(f"train.model has no preset, so it must contain {', '.join(missing)}")
         return ENATConfig(**given)
 
     def _text_sizes(self, token_map: TokenMapInfo, captions: CaptionFeaturesInfo | None) -> dict[str, int]:
         if captions is None:
-            raise ValueError("train.model.text needs the features of captions; give captions.encoder")
+            raise ValueError("train.model.text requires caption features; set captions.encoder")
         if token_map.num_captions != captions.num_captions:
             raise ValueError(
-                f"the token map of {token_map.dataset} knows {token_map.num_captions} captions, but there are features of "
-                f"{captions.num_captions}; make both from the same dataset"
+                f"the token map of {token_map.dataset} has {token_map.num_captions} captions, but there are features of "
+                f"{captions.num_captions} captions; make both from the same dataset"
             )
         return {"text_width": captions.width, "num_text_tokens": captions.num_positions}
 
@@ -224,7 +224,7 @@ class TrainConfig:
         return {name: value for name, value in values.items() if name not in ("execution", "sampler", "weights", "s3")}
 
     def learning_rate_at(self, step: int) -> float:
-        """Of step 0..num_steps-1. Rises in a line over the warm-up, and reaches its height in the last step of it."""
+        """The learning rate of a step in 0..num_steps-1. It rises linearly over the warm-up, whose last step has the full rate."""
         if step < self.warm_up_steps:
             return self.learning_rate * (step + 1) / self.warm_up_steps
         if self.learning_rate_schedule == "constant":

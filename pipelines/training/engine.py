@@ -1,7 +1,7 @@
-"""A DeepSpeed engine around a model: ZeRO 0 to 3, any precision, and its state in pieces that any other engine can take up.
+"""A model under DeepSpeed: ZeRO 0 to 3, any precision, and state that an engine of any other world size and stage can load.
 
-State is not written by DeepSpeed, whose own checkpoints need unpickling, but as fragments of named parameters (checkpoints.py):
-each rank gives the pieces of weights and moments that lie with it, each rank of a later run takes the pieces that it needs.
+The state is not written by DeepSpeed, whose checkpoints require unpickling, but as fragments of named parameters (checkpoints.py).
+Each rank writes the fragments of weights and moments that it holds; each rank of a later run reads the fragments that it needs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_LOSS_SCALE = 2.0**16
 _STEPS_TO_DOUBLE = 2000  # without an overflow, as torch.amp.GradScaler does
-_MOST_OVERFLOWS = 20  # one after the other: a millionth of the scale that began it, and still too much
+_MAX_OVERFLOWS = 20  # in a row, after which the loss scale is a millionth of what it was
 
 
 class Engine:
-    """A model that is trained by every rank of the process group. Call backward once per pass, all ranks equally often; the last
-    of passes_per_step calls updates the weights by the mean gradient over passes and ranks.
+    """A model that all ranks of the process group train together.
 
-    The model's weights are float32, whatever the precision of its matrix products.
+    All ranks must call backward equally often, once per pass. The last of passes_per_step calls updates the weights by the mean
+    gradient over passes and ranks. Weights are float32 in every precision; precision applies to matrix products.
     """
 
     def __init__(self, model: ENAT, config: TrainConfig, device: torch.device, passes_per_step: int) -> None:
@@ -49,19 +49,22 @@ class Engine:
         self.num_updates = 0
         self._updates_since_overflow = self._overflows_in_a_row = 0
         self._is_stuck = False
-        self.measures_norm = True  # alone among the ZeRO stages, 0 measures the gradient only where it is wanted
+        self.measures_norm = True  # of the ZeRO stages, only 0 can leave out measuring the gradient's norm
         self._norm: Any = None
         self._passes_left = self._passes_per_step = passes_per_step
 
     def __call__(self, tokens: Tensor, condition: Any, previous: ENATOutput | None, **options: Any) -> Any:
-        """ENAT.forward. ZeRO-3 counts on a gradient for every module's input: without one it would not give back the weights that
-        project the previous features, and ranks whose groups reuse would gather others than ranks whose groups do not."""
+        """ENAT.forward under DeepSpeed.
+
+        ZeRO-3 releases a module's weights in the backward hook of its input. Without a gradient for the previous features it would
+        never release the weights that project them, and ranks with and without reuse would gather different weights.
+        """
         if self.zero_stage == 3 and previous is not None:
             previous.features.requires_grad_()
         return self.deepspeed(tokens, condition, previous, **options)
 
     def backward(self, loss: Tensor, learning_rate: float) -> None:
-        """Gradients of a scalar, and at the last pass of the step the update."""
+        """Compute gradients of a scalar loss. The last pass of a step also updates the weights."""
         if self.config.precision == "fp16":
             self.deepspeed.optimizer.override_loss_scale(self.loss_scale)
         self.deepspeed.backward(loss)
@@ -77,20 +80,19 @@ class Engine:
             self._count_update()
 
     def gradient_norm(self) -> float | None:
-        """Of the whole gradient of the last step, before clipping; inf where it overflowed, None where it was not measured. Waits
-        for the device."""
+        """Norm of the last step's gradient before clipping: inf if it overflowed, None if not measured. Waits for the device."""
         if self.zero_stage == 0 and self._norm is None:
             return None
         norm = float(self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm())
-        return norm if norm >= 0 else float("inf")  # DeepSpeed writes -1 for one that is not finite
+        return norm if norm >= 0 else float("inf")  # DeepSpeed returns -1 if it is not finite
 
     def is_overflow_of_scale(self) -> bool:
-        """Whether the last step was left out because of the loss scale, which is in order as long as a lower one can help."""
+        """Whether the last step was skipped because of an overflow that a lower loss scale may still resolve."""
         return self.config.precision == "fp16" and bool(self.deepspeed.optimizer.overflow) and not self._is_stuck
 
     @contextlib.contextmanager
-    def whole(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Within it every rank has the values of these parameters (of ZeRO-3, which keeps them apart). All ranks must enter."""
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """A context in which every rank has the full values of parameters that ZeRO-3 partitions. All ranks must enter it."""
         context: AbstractContextManager[Any] = contextlib.nullcontext()
         if self.zero_stage == 3:
             import deepspeed
@@ -100,7 +102,7 @@ class Engine:
             yield
 
     def pieces(self) -> list[tuple[list[str], list[nn.Parameter]]]:
-        """The model's parameters in pieces small enough to be gathered one after the other."""
+        """The model's parameters by block, small enough to be gathered one block at a time."""
         pieces: dict[str, tuple[list[str], list[nn.Parameter]]] = {}
         for name, parameter in self.model.named_parameters():
             names, parameters = pieces.setdefault(".".join(name.split(".")[:2]), ([], []))
@@ -109,10 +111,10 @@ class Engine:
         return list(pieces.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's state dict on the CPU. All ranks must call it; rank 0 gets the values."""
+        """The model's state dict on the CPU. All ranks must call it; only rank 0 gets the parameters."""
         state: dict[str, Tensor] = {}
         for names, parameters in self.pieces():
-            with self.whole(parameters):
+            with self.gathered(parameters):
                 if self.rank == 0:
                     state |= {name: value.detach().to("cpu", copy=True) for name, value in zip(names, parameters, strict=True)}
         return state | {name: value.detach().cpu() for name, value in self.model.named_buffers()}
@@ -120,22 +122,22 @@ class Engine:
     # State ---------------------------------------------------------------------------------------------------------------------
 
     def fragments(self) -> dict[str, Tensor]:
-        """What of weights and moments this rank is to write. No rank waits for another."""
+        """The weights and moments that this rank writes. Ranks do not wait for each other."""
         found: dict[str, Tensor] = {}
         if self.zero_stage < 3:
             found |= own_share("weight", self.model, self.rank, self.world_size)
         owner = owners(self.model, self.world_size) if self.zero_stage == 0 else {}
-        for name, place in self._places():
+        for name, part in self._slices():
             if owner.get(name, self.rank) != self.rank:
                 continue
-            for moment in _MOMENTS if self.num_updates else ():  # torch makes them in the first update, which fp16 may leave out
-                found[fragment_name(moment, name, place.start)] = place.of(self._inner.state[place.flat][moment])
+            for moment in _MOMENTS if self.num_updates else ():  # torch creates them in the first update, which fp16 may skip
+                found[fragment_name(moment, name, part.start)] = part.of(self._inner.state[part.flat][moment])
             if self.zero_stage == 3:
-                found[fragment_name("weight", name, place.start)] = place.of(place.flat)
+                found[fragment_name("weight", name, part.start)] = part.of(part.flat)
         return found
 
     def counters(self) -> dict[str, float]:
-        """What of the state is no tensor."""
+        """The state apart from tensors."""
         return {
             "num_updates": self.num_updates,
             "loss_scale": self.loss_scale,
@@ -143,44 +145,44 @@ class Engine:
         }
 
     def load(self, fragments: Fragments, counters: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's moments and counters. The engine must have been made from a model that holds its weights."""
+        """Load a checkpoint's moments and counters. The engine's model must already have the checkpoint's weights."""
         self.num_updates, self.loss_scale = counters["num_updates"], counters["loss_scale"]
         self._updates_since_overflow = counters["updates_since_overflow"]
         if self.num_updates == 0:
             return
-        for name, place in self._places():
-            state = self._inner.state[place.flat]
+        for name, part in self._slices():
+            state = self._inner.state[part.flat]
             for moment in _MOMENTS:
                 if moment not in state:
-                    state[moment] = torch.zeros_like(place.flat)
-                place.of(state[moment]).copy_(fragments.read(moment, name, place.start, place.length))
-        for flat in {id(place.flat): place.flat for _, place in self._places()}.values():
-            # torch keeps it with the weights where the update is fused.
+                    state[moment] = torch.zeros_like(part.flat)
+                part.of(state[moment]).copy_(fragments.read(moment, name, part.start, part.length))
+        for flat in {id(part.flat): part.flat for _, part in self._slices()}.values():
+            # The fused optimizer keeps its step on the device of the weights.
             self._inner.state[flat]["step"] = torch.tensor(float(self.num_updates), device=flat.device)
 
     @property
     def _inner(self) -> Any:
-        """torch's AdamW, over what of the weights this rank updates."""
+        """torch's AdamW over the weights that this rank updates."""
         optimizer = self.deepspeed.optimizer
         return optimizer if self.zero_stage == 0 else optimizer.optimizer
 
-    def _places(self) -> Iterator[tuple[str, _Place]]:
-        """Where this rank's share of every parameter lies among the flat tensors that its optimizer updates."""
+    def _slices(self) -> Iterator[tuple[str, _Slice]]:
+        """This rank's share of every parameter, as slices of the flat tensors that its optimizer updates."""
         optimizer = self.deepspeed.optimizer
-        parameters: Iterable[tuple[str, Any]] = self.model.named_parameters()  # with what DeepSpeed writes on them
+        parameters: Iterable[tuple[str, Any]] = self.model.named_parameters()  # with the attributes that DeepSpeed adds
         for name, parameter in parameters:
             if self.zero_stage == 0:
-                yield name, _Place(parameter, 0, 0, parameter.numel())
+                yield name, _Slice(parameter, 0, 0, parameter.numel())
             elif self.zero_stage == 3:
                 group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
                 start = self.rank * size
-                length = min(size, parameter.ds_numel - start)  # the last ones are padding
+                length = min(size, parameter.ds_numel - start)  # the rest is padding
                 if length > 0:
-                    yield name, _Place(optimizer.fp32_partitioned_groups_flat[group], start, offset, length)
+                    yield name, _Slice(optimizer.fp32_partitioned_groups_flat[group], start, offset, length)
             elif (mapping := parameter._hp_mapping) is not None:
                 flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield name, _Place(flat, low.start, high.start, low.numel)
+                yield name, _Slice(flat, low.start, high.start, low.numel)
 
     def _clip(self) -> Tensor:
         parameters = list(self.model.parameters())
@@ -194,7 +196,7 @@ class Engine:
             self.num_updates += 1
         elif self.deepspeed.optimizer.overflow:
             self._overflows_in_a_row += 1
-            self._is_stuck = self.loss_scale == 1 or self._overflows_in_a_row >= _MOST_OVERFLOWS
+            self._is_stuck = self.loss_scale == 1 or self._overflows_in_a_row >= _MAX_OVERFLOWS
             self.loss_scale, self._updates_since_overflow = max(1.0, self.loss_scale / 2), 0
         else:
             self._overflows_in_a_row, self._is_stuck = 0, False
@@ -205,7 +207,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Slice:
     """Values start..start+length-1 of a flattened parameter are flat[offset : offset + length]."""
 
     flat: Tensor
@@ -218,20 +220,23 @@ class _Place:
 
 
 def effective_zero_stage(config: TrainConfig, world_size: int) -> int:
-    """Alone there is nobody to share with: other stages would only copy gradients and weights (0.3 s a step for 98 M parameters on
-    two CPU cores). But fp16 needs the loss scale of the others."""
+    """The ZeRO stage in use: 0 for a single worker, which has nobody to share with.
+
+    There, other stages would only copy gradients and weights (0.3 s per step for 98 M parameters on two CPU cores). fp16 keeps the
+    configured stage, because only stages 1 to 3 scale the loss.
+    """
     return config.execution.zero_stage if world_size > 1 or config.precision == "fp16" else 0
 
 
 def prepare_forward(model: ENAT, config: TrainConfig, device: torch.device) -> None:
-    """Let a model's forward run in the config's precision and, where it says so, compiled. Its weights stay what they are."""
+    """Make a model's forward run in the config's precision and, if configured, compiled. Its weights do not change."""
     if config.precision in _AUTOCAST:
-        # Around the method: a module around the model would change every name.
+        # Wraps the method: a wrapping module would change the names of all parameters.
         autocast = torch.autocast(device.type, _AUTOCAST[config.precision])
         model.forward = autocast(model.forward)  # type: ignore[method-assign]
     if config.execution.compile:
         for block in (*model.encoder, *model.decoder):
-            block.compile(dynamic=True)  # the number of masked tokens changes from group to group
+            block.compile(dynamic=True)  # the number of masked tokens varies between groups
 
 
 def _weight_decay_groups(model: ENAT, config: TrainConfig) -> Sequence[dict[str, Any]]:
@@ -253,17 +258,17 @@ def _initialize(model: ENAT, optimizer: torch.optim.Optimizer, config: TrainConf
 
     logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
-        # On a CPU DeepSpeed would compile a shared-memory all-reduce when first used: 25 s, and a compiler is needed.
+        # On a CPU DeepSpeed would compile a shared-memory all-reduce at first use, which takes 25 s and needs a compiler.
         deepspeed.ops.__compatible_ops__ = {}
     if zero_stage == 3:
-        # The head multiplies with the embedding's weight, which belongs to another module.
+        # The head uses the weight of the embedding, another module.
         deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         dist_init_required=False,
         config={
-            "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: one "sample" is one pass
+            "train_micro_batch_size_per_gpu": 1,  # for bookkeeping: one "sample" is one pass
             "gradient_accumulation_steps": passes_per_step,
             "gradient_clipping": config.gradient_clip if config.gradient_clip and zero_stage else 0.0,
             "zero_optimization": {"stage": zero_stage},
@@ -271,5 +276,5 @@ def _initialize(model: ENAT, optimizer: torch.optim.Optimizer, config: TrainConf
         },
     )
     if zero_stage == 0 and dist.get_world_size() == 1:
-        engine.enable_backward_allreduce = False  # with itself: every gradient would only be copied
+        engine.enable_backward_allreduce = False  # would only copy every gradient
     return engine

@@ -1,4 +1,4 @@
-"""What every training worker runs: steps, and beside them checkpoints, figures and previews.
+"""The training loop of every worker: steps, checkpoints, metrics and previews.
 
 Shape legend: B images, L tokens.
 """
@@ -41,7 +41,7 @@ from pipelines.training.checkpoints import (
 from pipelines.training.engine import Engine, prepare_forward
 from pipelines.training.monitor import DivergedError, TrainMonitor
 from pipelines.training.previews import Previewer
-from pipelines.training.stop_signal import GO_ON, STOP, StopSignal
+from pipelines.training.stop_signal import CONTINUE, STOP, StopSignal
 from pipelines.training.task import RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, effective_config, initial_model
 
 _log = logging.getLogger(__name__)
@@ -50,66 +50,66 @@ _REPORT_SECONDS = 0.2
 
 
 def train_loop(task: Mapping[str, TrainTask]) -> TrainResult | None:
-    """Ray Train's entry: trains to the end, or to where it is asked to stop, from the newest checkpoint that there is."""
+    """Entry point for Ray Train: resume from the newest checkpoint and train to the end or until asked to stop."""
     import ray.train.torch
 
     with closing(Trainer(task["task"], ray.train.torch.get_device())) as trainer:
         try:
             return trainer.run()
         except (DivergedError, NoReadableCheckpointError) as error:
-            return trainer.result((), error=error)  # what is raised Ray Train takes for a lost worker, and tries the same again
+            return trainer.result((), error=error)  # Ray Train would take an exception for a lost worker and retry
 
 
 class Trainer:
-    """One rank: its share of the groups, the engine, the EMA, and the record of how it went."""
+    """One rank of training: its share of the groups, the engine, the EMA, checkpoints and metrics."""
 
     def __init__(self, task: TrainTask, device: torch.device) -> None:
         self.task, self.config, self.device = task, effective_config(task), device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # what is agreed among ranks travels through it
+            torch.cuda.set_device(device)  # collectives of objects use the current device
         execution = self.config.execution
         torch.set_num_threads(execution.num_threads)
         self.token_map = TokenMap.open_shared(task.context.store, task.token_map)
         self.captions = CaptionFeatures.open(task.context.store, task.captions) if task.captions is not None else None
         self.signal = StopSignal(task.reporter)
         self.update_ema = get_ema_multi_avg_fn(self.config.ema_decay)
-        self.background = ThreadPoolExecutor(1, thread_name_prefix="tracking")  # no server of metrics holds up a step
+        self.background = ThreadPoolExecutor(1, thread_name_prefix="tracking")  # a slow tracking server must not delay a step
         self.monitor = TrainMonitor(self.config, self.token_map, device, self.world_size)
         self.previewer = Previewer(task.context.store, task.tokenizer, self.config.sampler, self.captions, self._tell)
         self.batches: Batches | None = None
         self.started, self.worker_seconds_before = time.monotonic(), 0.0
         self.step, self.skipped_draws, self.num_restarts, self.num_rollbacks = 0, 0, 0, 0
         self.last_report = 0.0
-        self.has_told_of_tracking = False
+        self.has_reported_tracking = False
 
     def run(self) -> TrainResult | None:
         self.start(self._newest())
-        if self.monitor.history and self.history_run != self.task.context.run.run_id:  # they stand in an earlier command's run
+        if self.monitor.history and self.history_run != self.task.context.run.run_id:  # the rows are in an earlier command's run
             self._track(lambda run, rows=[*self.monitor.history]: run.log_history(rows))
-        execution, last, raised = self.config.execution, self.config.num_steps, GO_ON
+        execution, last, signal = self.config.execution, self.config.num_steps, CONTINUE
         while self.step < last:
             self.train_step()
-            raised = max(raised, self.signal.poll())
+            signal = max(signal, self.signal.poll())
             try:
-                if self._is_logged(self.step) or raised:
+                if self._is_logged(self.step) or signal:
                     self.log()
-                if raised or (self.step % execution.checkpoint_every == 0 and self.step < last):
+                if signal or (self.step % execution.checkpoint_every == 0 and self.step < last):
                     self.save()
             except DivergedError as error:
                 self.roll_back(error)
-                continue  # what was raised is done after the next step
+                continue  # the signal is handled after the next step
             if self._is_due(execution.sample_every):
                 self.preview()
-            if raised == STOP and self.step < last:
+            if signal == STOP and self.step < last:
                 self.checkpoints.wait()
                 return self.result(()) if self.rank == 0 else None
-            raised = GO_ON
+            signal = CONTINUE
         self.checkpoints.wait()
         return self.store_result()
 
     def close(self) -> None:
-        """Ends the threads beside the steps; what is to be tracked is tracked first."""
+        """End the background threads after the remaining metrics have been logged."""
         if self.batches is not None:
             self.batches.close()
         self.background.shutdown()
@@ -117,14 +117,14 @@ class Trainer:
     # Start and end ---------------------------------------------------------------------------------------------------------------
 
     def start(self, checkpoint: Checkpoint | None, diverged: DivergedError | None = None) -> None:
-        """Make model, EMA and engine, from a checkpoint where there is one. diverged: go on past the draws that did it."""
+        """Create model, EMA and engine, from a checkpoint if given. `diverged`: skip the draws up to the one that diverged."""
         config, architecture = self.config, self.task.architecture
         assert config.seed is not None
         self.checkpoints = CheckpointWriter(
             self.task.context,
             rank=self.rank,
             world_size=self.world_size,
-            attempt=str(_agreed(uuid4().hex[:12])),  # a new one also after a rollback, which may reach a step again
+            attempt=str(_broadcast(uuid4().hex[:12])),  # also new after a rollback, which may reach a step again
             keep_last=config.execution.keep_last,
             keep_every=config.execution.keep_every,
         )
@@ -148,9 +148,9 @@ class Trainer:
             state = opened.state
             self.engine.load(fragments, state)
             self.step, self.skipped_draws, history = state["step"], state["skipped_draws"], state["history"]
-            self.history_run = state.get("run_id")  # without one: of a checkpoint from before there was this
+            self.history_run = state.get("run_id")  # checkpoints of older versions have none
             self.num_restarts, self.num_rollbacks = state["num_restarts"] + 1, state["num_rollbacks"]
-            if diverged is None:  # what a rollback throws away took its time all the same
+            if diverged is None:  # a rollback discards steps, but their time counts
                 self.worker_seconds_before = worker_seconds_of(state)
         if diverged is not None:
             self.skipped_draws = diverged.draws + 1 - self.step
@@ -158,17 +158,17 @@ class Trainer:
         self.monitor.begin(self.step, history)
 
     def roll_back(self, error: DivergedError) -> None:
-        """Go back to the newest checkpoint and on with the draws after the one that training diverged at, or raise."""
+        """Return to the newest checkpoint and continue with the draws after the one that diverged, or raise the error."""
         execution = self.config.execution
-        self.checkpoints.wait()  # also where this is the end: Ray ends a worker soon after its answer, whatever it is writing
-        dist.barrier()  # a checkpoint is there once all ranks have written it
+        self.checkpoints.wait()  # before raising, too: Ray ends a worker soon after its result
+        dist.barrier()  # a checkpoint is complete when all ranks have written it
         if execution.on_divergence != "rollback" or self.num_rollbacks >= execution.max_rollbacks:
             raise error
         num_restarts, num_rollbacks = self.num_restarts, self.num_rollbacks + 1
-        del self.engine, self.ema  # there may be no room for two
+        del self.engine, self.ema  # memory may not hold two
         self.start(self._newest(), error)
         self.num_restarts, self.num_rollbacks = num_restarts, num_rollbacks
-        self._tell(f"{error}; going on from step {self.step} with the draws after it")
+        self._tell(f"{error}; training resumes from step {self.step} with the following batches")
 
     def store_result(self) -> TrainResult | None:
         context, weights = self.task.context, self.engine.weights()
@@ -200,14 +200,14 @@ class Trainer:
         )
 
     def _newest(self) -> Checkpoint | None:
-        """What rank 0 found whole, for all ranks. They fail together where it cannot look."""
+        """The newest undamaged checkpoint, found by rank 0 for all ranks. If rank 0 fails, all ranks raise its error."""
         found: Checkpoint | Exception | None = None
         if self.rank == 0:
             try:
                 found = newest_checkpoint(self.task.context, self._tell)
             except (StoreError, StorageError) as error:
                 found = error
-        found = _agreed(found)
+        found = _broadcast(found)
         if isinstance(found, Exception):
             raise found
         return found
@@ -229,10 +229,10 @@ class Trainer:
     # A step ----------------------------------------------------------------------------------------------------------------------
 
     def train_step(self) -> None:
-        """One global step: this rank's groups, the update, the EMA. Nothing in it waits for the device."""
+        """One global step: this rank's groups, the update, the EMA. Does not wait for the device."""
         assert self.batches is not None
         learning_rate = self.config.learning_rate_at(self.step)
-        # DeepSpeed takes the mean over passes and ranks; what is wanted is the mean over groups.
+        # DeepSpeed takes the mean over passes and ranks; the recipe asks for the mean over groups.
         scale = self.batches.per_step * self.world_size / self.config.num_groups
         self.engine.measures_norm = self._is_logged(self.step + 1)
         for batch in self.batches.take_step():
@@ -240,14 +240,14 @@ class Trainer:
         with torch.no_grad():
             averaged = dict(self.ema.named_parameters())
             for names, parameters in self.engine.pieces() if self.engine.zero_stage == 3 else [_all_of(self.engine.model)]:
-                with self.engine.whole(parameters):
+                with self.engine.gathered(parameters):
                     self.update_ema([averaged[name] for name in names], parameters, self.step + 1)
         self.step += 1
         self._report()
 
     def _learn(self, batch: GroupBatch, scale: float, learning_rate: float) -> None:
         count, measured = self.config.execution.microbatches, []
-        for codes, condition, masked, dropout_mask in batch.parts(count, self.ema):
+        for codes, condition, masked, dropout_mask in batch.microbatches(count, self.ema):
             loss, output = objective(
                 self.engine,  # type: ignore[arg-type]
                 self.ema,
@@ -275,7 +275,7 @@ class Trainer:
     # Beside the steps ------------------------------------------------------------------------------------------------------------
 
     def log(self) -> None:
-        """Means since the last time, to the history and (rank 0) to tracking. Raises DivergedError."""
+        """Add the means since the last row to the history and, on rank 0, to tracking. Raises DivergedError."""
         assert self.batches is not None
         row = self.monitor.measure(
             self.step,
@@ -290,7 +290,7 @@ class Trainer:
             self._track(lambda run, step=self.step: run.log_metrics(values, step))
 
     def save(self) -> None:
-        """Begin a checkpoint of this step, unless training has diverged."""
+        """Begin to write a checkpoint of this step. Raises DivergedError before anything is written."""
         self.log()
         tensors = dict(self.engine.fragments()) | dict(own_share("ema", self.ema, self.rank, self.world_size))
         state = {
@@ -306,7 +306,7 @@ class Trainer:
         self.checkpoints.save(self.step, tensors, state)
 
     def preview(self) -> None:
-        """A grid of samples, from rank 0 to tracking."""
+        """Log a grid of samples from rank 0."""
         if self.rank:
             return
         if (grid := self.previewer.grid(self.ema)) is not None:
@@ -317,20 +317,20 @@ class Trainer:
         return step % interval == 0 or step == self.config.num_steps
 
     def _is_logged(self, step: int) -> bool:
-        """A checkpoint's figures are complete."""
+        """Whether a step has a row of metrics. Steps with a checkpoint have one, so that its history is complete."""
         return self._is_due(self.config.execution.log_every, step) or self._is_due(self.config.execution.checkpoint_every, step)
 
     def _track(self, action: Any) -> None:
         if self.rank == 0:
-            self.background.submit(action, self.task.context.run).add_done_callback(self._look_at)
+            self.background.submit(action, self.task.context.run).add_done_callback(self._report_failure)
 
-    def _look_at(self, tracked: Future[None]) -> None:
-        """Of a server that is down tracking tells by itself; this is what nobody foresaw."""
+    def _report_failure(self, tracked: Future[None]) -> None:
+        """Report an unexpected error once. Tracking itself reports a server that is down."""
         if (error := tracked.exception()) is not None:
-            _log.warning("something of step %d or before is not tracked", self.step, exc_info=error)
-            if not self.has_told_of_tracking:
-                self.has_told_of_tracking = True
-                self._tell(f"something is not tracked, and training goes on ({type(error).__name__}: {error})")
+            _log.warning("metrics or previews up to step %d were not logged", self.step, exc_info=error)
+            if not self.has_reported_tracking:
+                self.has_reported_tracking = True
+                self._tell(f"metrics or previews were not logged; training continues ({type(error).__name__}: {error})")
 
     def _tell(self, message: str) -> None:
         if self.rank == 0:
@@ -350,7 +350,7 @@ def _all_of(model: ENAT) -> tuple[list[str], list[torch.nn.Parameter]]:
     return list(names), list(parameters)
 
 
-def _agreed(value: Any) -> Any:
+def _broadcast(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     values = [value]
     dist.broadcast_object_list(values)

@@ -1,4 +1,4 @@
-"""What every interval of training measured: one row of figures, and whether training has diverged.
+"""Metrics of training: one row per interval, and the detection of divergence.
 
 Shape legend: N steps of an interval, G groups of a step.
 """
@@ -6,13 +6,10 @@ Shape legend: N steps of an interval, G groups of a step.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,18 +17,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from enat.model import ENAT
+from pipelines.cluster.device import peak_memory_gb, wait_for
 from pipelines.data.token_map import TokenMap
 from pipelines.training.batches import Batches, rows_of
 from pipelines.training.checkpoints import CheckpointWriter
 from pipelines.training.config import TrainConfig
 from pipelines.training.engine import Engine
 
+MASK_RATIO_BOUNDS = (0.0, 0.6, 0.7, 0.8, 0.9, 1.0)  # Beta(12, 3) has its quartiles at 0.74, 0.81 and 0.88
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ROWS_NAMED = 8
+_MAX_ROWS_NAMED = 8
+_PEAK_SECONDS = 0.5
+_LOSS, _ACCURACY, _MASK_RATIO, _IS_REUSE, _MACS = range(5)
 
 
 class DivergedError(FloatingPointError):
-    """Training has diverged in a step. draws: number of the draw that did it, which a rollback goes past."""
+    """Training has diverged. draws: number of the batch that diverged, which a rollback skips."""
 
     def __init__(self, message: str, draws: int) -> None:
         super().__init__(message, draws)
@@ -41,18 +42,8 @@ class DivergedError(FloatingPointError):
         return str(self.args[0])
 
 
-@dataclass(frozen=True)
-class _Interval:
-    """Since when the next row counts."""
-
-    first_step: int
-    data_wait: float
-    checkpoint_wait: float
-    started: float
-
-
 class TrainMonitor:
-    """One rank's part of what is seen of training. history: the rows so far, the same on every rank but for speeds."""
+    """The metrics of training on one rank. history: the rows so far, equal on all ranks except for speeds."""
 
     def __init__(self, config: TrainConfig, token_map: TokenMap, device: torch.device, world_size: int) -> None:
         self._config, self._token_map, self._device, self._world_size = config, token_map, device, world_size
@@ -62,25 +53,25 @@ class TrainMonitor:
         self.record = GroupRecord(config.num_groups)
 
     def begin(self, step: int, history: list[dict[str, float]]) -> None:
-        """At a start, and again after a rollback."""
+        """Begin at a step: at the start of training, and again after a rollback."""
         self.history, self.record = history, GroupRecord(self._config.num_groups)
         self._interval = _Interval(step, 0.0, 0.0, time.perf_counter())
 
     def measure(
         self, step: int, skipped_draws: int, *, engine: Engine, ema: ENAT, batches: Batches, checkpoints: CheckpointWriter
     ) -> dict[str, float] | None:
-        """The row of the steps since the last one, None where there are none. All ranks must call it.
+        """The row of the steps since the last row, or None without any steps. All ranks must call it.
 
-        Raises DivergedError, on all ranks alike.
+        Raises DivergedError on all ranks.
         """
         interval = self._interval
         num_steps = step - interval.first_step
         if not num_steps:
             return None
         values = self.record.collect(interval.first_step, num_steps, self._device)
-        seconds = time.perf_counter() - interval.started  # without what the row itself takes
+        seconds = time.perf_counter() - interval.started  # without the time for the row itself
         difference, weights = self._distance(engine, ema)
-        if self._peak is None:  # now, when all ranks are here and none is still starting beside others; no interval counts it
+        if self._peak is None:  # measured here, where all ranks have started, and in no interval
             self._peak = matmul_peak(self._device, _DTYPES[self._config.precision])
         self._interval = _Interval(step, batches.seconds_waited, checkpoints.seconds_waited, time.perf_counter())
         row: dict[str, float] = {"step": step, **summarize(values)}
@@ -97,7 +88,7 @@ class TrainMonitor:
             "model_flops_utilization": flops / (self._peak * self._world_size),
             "data_wait_share": (batches.seconds_waited - interval.data_wait) / seconds,
             "checkpoint_wait_share": (checkpoints.seconds_waited - interval.checkpoint_wait) / seconds,
-            "memory_gb": memory_bytes(self._device) / 1e9,
+            "memory_gb": peak_memory_gb(self._device),
             "num_workers": self._world_size,
         }
         if self._config.precision == "fp16":
@@ -106,17 +97,17 @@ class TrainMonitor:
         return row
 
     def _distance(self, engine: Engine, ema: ENAT) -> tuple[float, float]:
-        """Squared norms of EMA - weights and of the weights; not finite where a weight is not, or is beyond 1e19."""
+        """Squared norms of EMA - weights and of the weights. Not finite if a weight is not finite or exceeds 1e19."""
         averaged = dict(ema.named_parameters())
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for names, parameters in engine.pieces():
-            with torch.no_grad(), engine.whole(parameters):
+            with torch.no_grad(), engine.gathered(parameters):
                 sums += squared_distance([averaged[name] for name in names], parameters)
         difference, weights = sums.tolist()
         return difference, weights
 
     def _check(self, step: int, skipped_draws: int, values: np.ndarray, row: Mapping[str, float], *, may_overflow: bool) -> None:
-        """Raises DivergedError, so that no such model is saved."""
+        """Raise DivergedError if training has diverged, before such a model is saved."""
         first_step, last = step - len(values), len(values) - 1
         if (bad := first_not_finite(values)) is not None:
             reason = f"the loss of step {first_step + bad[0] + 1} is not finite"
@@ -124,37 +115,27 @@ class TrainMonitor:
             scaled = " at any loss scale" if self._config.precision == "fp16" else ""
             bad, reason = (last, []), f"the gradient of step {step} is not finite{scaled}"
         elif not math.isfinite(row["ema_distance"]):
-            bad, reason = (last, []), f"the weights after step {step} have no finite norm"
+            bad, reason = (last, []), f"the norm of the weights after step {step} is not finite"
         else:
             lowest = min((past["loss"] for past in self.history), default=math.inf)
             if row["loss"] <= self._config.execution.divergence_factor * lowest:
                 return
             bad = (last, [])
-            reason = f"the mean loss of steps {first_step + 1} to {step} is {row['loss']:.3g}, after {lowest:.3g}"
+            reason = f"the mean loss of steps {first_step + 1} to {step} is {row['loss']:.3g}, the lowest before was {lowest:.3g}"
         draws = first_step + bad[0] + skipped_draws
         groups = bad[1] or range(self._config.num_groups)
         named = "; ".join(f"group {group}: {_rows(rows_of(self._config, self._token_map, draws, group))}" for group in groups[:2])
         raise DivergedError(
-            f"training diverged by step {step}: {reason} (batch {draws}, rows of the token map in {named}); nothing was saved "
-            "since the last checkpoint. train.execution.on_divergence=rollback goes on from there, past such batches. A lower "
-            "train.learning_rate, longer train.warm_up_steps or train.gradient_clip make another run, which begins at step 0",
+            f"training diverged by step {step}: {reason} (batch {draws}, rows of the token map in {named}). Nothing was saved "
+            "since the last checkpoint. train.execution.on_divergence=rollback resumes from there and skips such batches. A lower "
+            "train.learning_rate, longer train.warm_up_steps or train.gradient_clip define a new run, which begins at step 0",
             draws,
         )
 
 
-def _rows(rows: np.ndarray) -> str:
-    named = ", ".join(map(str, rows[:_ROWS_NAMED].tolist()))
-    return named + (f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else "")
-
-
-MASK_RATIO_BOUNDS = (0.0, 0.6, 0.7, 0.8, 0.9, 1.0)  # Beta(12, 3) has its quartiles at 0.74, 0.81 and 0.88
-_PEAK_SECONDS = 0.5
-_LOSS, _ACCURACY, _MASK_RATIO, _IS_REUSE, _MACS = range(5)
-
-
 @dataclass
 class GroupRecord:
-    """What this rank's groups left since the last look, without waiting for the device: values stay there until then."""
+    """Measurements of this rank's groups. Values stay on the device until they are collected, so that steps do not wait for it."""
 
     num_groups: int
     places: list[tuple[int, int]] = field(default_factory=list)
@@ -162,13 +143,13 @@ class GroupRecord:
     known: list[tuple[float, bool, float]] = field(default_factory=list)
 
     def add(self, step: int, group: int, measured: Tensor, *, mask_ratio: float, is_reuse: bool, macs: float) -> None:
-        """measured: float32 (2,), loss and token accuracy.   macs: of the group's forward and backward passes."""
+        """Add a group. `measured`: float32 (2,), loss and token accuracy.   `macs`: MACs of its forward and backward passes."""
         self.places.append((step, group))
         self.measured.append(measured)
         self.known.append((mask_ratio, is_reuse, macs))
 
     def collect(self, first_step: int, num_steps: int, device: torch.device) -> np.ndarray:
-        """float64 (N, G, 5) of all ranks: loss, accuracy, mask ratio, whether reused, MACs. Empties the record."""
+        """Sum over ranks, float64 (N, G, 5): loss, accuracy, mask ratio, whether reused, MACs. Empties the record."""
         values = torch.zeros(num_steps, self.num_groups, 5, dtype=torch.float64, device=device)
         if self.places:
             steps, groups = (torch.tensor(column, device=device) for column in zip(*self.places, strict=True))
@@ -180,7 +161,7 @@ class GroupRecord:
 
 
 def summarize(values: np.ndarray) -> dict[str, float]:
-    """Means over groups (N, G, 5) of an interval; what no group had is left out."""
+    """Means over the groups (N, G, 5) of an interval, without metrics to which no group contributes."""
     flat = values.reshape(-1, values.shape[-1])
     loss, ratio, is_reuse = flat[:, _LOSS], flat[:, _MASK_RATIO], flat[:, _IS_REUSE] > 0
     row = {"loss": float(loss.mean()), "token_accuracy": float(flat[:, _ACCURACY].mean())}
@@ -191,7 +172,7 @@ def summarize(values: np.ndarray) -> dict[str, float]:
 
 
 def first_not_finite(values: np.ndarray) -> tuple[int, list[int]] | None:
-    """Step (counted from the interval's first) and groups of the first loss that is not a number, or infinite."""
+    """Step (relative to the interval) and groups of the first loss that is NaN or infinite; None if all are finite."""
     bad = ~np.isfinite(values[:, :, _LOSS])
     steps = np.flatnonzero(bad.any(axis=1))
     return (int(steps[0]), np.flatnonzero(bad[steps[0]]).tolist()) if len(steps) else None
@@ -202,38 +183,39 @@ def total_macs(values: np.ndarray) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that this process gets out of its device in matrix products of a dtype: what model FLOP/s can be held against.
+    """FLOP/s of this process's device in matrix products of a dtype, the reference for model FLOPs utilization.
 
-    The fastest of the products of half a second: a device's clock has to rise first.
+    Takes the fastest product of half a second, since the device's clock has to rise first.
     """
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, begun = float("inf"), time.perf_counter()
     while time.perf_counter() - begun < _PEAK_SECONDS:
-        _synchronize(device)
+        wait_for(device)
         started = time.perf_counter()
         left @ right
-        _synchronize(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Most that was held so far: by the device's allocator, or on a CPU by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if (status := Path("/proc/self/status")).exists():  # getrusage also counts what the process held that started this one
-        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def squared_distance(averaged: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """float64 (2,): squared norms of the difference and of the weights, for summing over pieces of a model."""
-    pairs = list(zip(averaged, weights, strict=True))  # one after the other: the difference of a whole model takes its memory again
+    """Squared norms of the difference and of the weights, float64 (2,), to be summed over the blocks of a model."""
+    pairs = list(zip(averaged, weights, strict=True))  # in pairs: the difference of a whole model would need its memory again
     norms = [torch.stack([torch.dist(ours, theirs) for ours, theirs in pairs]), torch.stack([theirs.norm() for _, theirs in pairs])]
     return torch.stack(norms).double().square().sum(dim=1)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@dataclass(frozen=True)
+class _Interval:
+    """The beginning of the interval of the next row."""
+
+    first_step: int
+    data_wait: float
+    checkpoint_wait: float
+    started: float
+
+
+def _rows(rows: np.ndarray) -> str:
+    named = ", ".join(map(str, rows[:_MAX_ROWS_NAMED].tolist()))
+    return named + (f" and {len(rows) - _MAX_ROWS_NAMED} more" if len(rows) > _MAX_ROWS_NAMED else "")

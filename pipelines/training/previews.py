@@ -1,4 +1,4 @@
-"""What a model in training makes: a grid of samples from fixed seeds, so that grids of different steps can be compared."""
+"""Previews: grids of samples from fixed seeds, so that grids of different steps can be compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class Previewer:
-    """Makes grids for one rank. It shows training and is no part of it: what goes wrong here is told once, and ends nothing."""
+    """Makes grids on one rank. Errors are reported once and do not stop training."""
 
     def __init__(
         self,
@@ -34,26 +34,26 @@ class Previewer:
         tell: Callable[[str], None],
     ) -> None:
         self._store, self._tokenizer, self._sampler, self._captions = store, tokenizer, sampler, captions
-        self._tell, self._has_told = tell, False
+        self._tell, self._has_reported = tell, False
         self._vqgan: VQGAN | None = None  # loaded by the first grid
 
     def grid(self, model: ENAT) -> bytes | None:
-        """Of a model in eval mode. None where it could not be made."""
+        """A PNG for a model in eval mode, or None if it failed."""
         try:
             if self._vqgan is None:
                 path = self._store.fetch(self._tokenizer, "vqgan.safetensors")
                 self._vqgan = load_vqgan(path).to(model.token_embedding.weight.device)
             return preview(model, self._vqgan, self._sampler, self._captions)
-        except Exception as error:  # noqa: BLE001 (a store that is away, no memory left for samples)
+        except Exception as error:  # noqa: BLE001 (an unavailable store, no memory for samples)
             _log.warning("a preview failed", exc_info=True)
-            if not self._has_told:
-                self._has_told = True
-                self._tell(f"no preview could be made, and training goes on ({type(error).__name__}: {error})")
+            if not self._has_reported:
+                self._has_reported = True
+                self._tell(f"a preview failed; training continues ({type(error).__name__}: {error})")
             return None
 
 
 def preview(model: ENAT, vqgan: VQGAN, sampler: SamplerConfig, captions: CaptionFeatures | None) -> bytes:
-    """A PNG: two images of each of the first ten classes, or some captions. The model must be in eval mode."""
+    """Draw a PNG of two images for each of the first ten classes, or of evenly spaced captions. The model must be in eval mode."""
     condition = _condition(model, captions)
     count = len(condition)
     codes = sample(model, condition, sampler, seeds=range(count))

@@ -1,4 +1,4 @@
-"""How training learns that it is to save or to stop: from the driver, or from Ray when a node is about to go."""
+"""Signals to save or stop training: from the driver, or from Ray when a node is about to be preempted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import torch.distributed as dist
 
 from pipelines.workflow.progress import Reporter
 
-GO_ON, SAVE, STOP = 0, 1, 2
+CONTINUE, SAVE, STOP = 0, 1, 2
 
 
 class StopSignal:
-    """Asked once a step by every rank. What one rank knows reaches all of them with the next step, so that they act in the same
-    one; the exchange is between CPUs and runs beside the step."""
+    """A signal that every rank polls once a step.
+
+    A signal to one rank reaches all ranks with the next step, so all act in the same step. The exchange runs on CPUs in the
+    background of the step.
+    """
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -24,20 +27,20 @@ class StopSignal:
         self._seen_preemption: Any = None
 
     def poll(self) -> int:
-        """GO_ON, SAVE or STOP, the same on every rank."""
-        raised = GO_ON
+        """CONTINUE, SAVE or STOP, the same on every rank."""
+        signal = CONTINUE
         if self._sent is not None:
             work, flag = self._sent
             if work is not None:
                 work.wait()
-            raised = int(flag)
+            signal = int(flag)
         flag = torch.tensor(self._own())
         work = None if self._is_alone else dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._sent = work, flag
-        return raised
+        return signal
 
     def _own(self) -> int:
-        # Read where Ray Train's watcher puts it: the public function is a collective of its own, which no step should wait for.
+        # Ray Train's watcher sets this attribute. The public function is a collective, for which a step would wait.
         from ray.train.v2._internal.execution.context import get_train_context
 
         if self._reporter.is_stop_requested():
@@ -46,4 +49,4 @@ class StopSignal:
         if info is not None and info != self._seen_preemption:
             self._seen_preemption = info
             return SAVE
-        return GO_ON
+        return CONTINUE

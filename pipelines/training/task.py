@@ -1,4 +1,4 @@
-"""What the driver gives the workers of a training run, what it gets back, and the names of the files that they make."""
+"""The task and the result of a training run's workers, and the names of the files that they write."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pipelines.training.config import TrainConfig
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import WorkerContext
 
-WEIGHTS = "model.safetensors"  # the EMA: what samples are made with
+WEIGHTS = "model.safetensors"  # the EMA weights, which generate samples
 RAW_WEIGHTS = "raw.safetensors"
 HISTORY = "history.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """What the driver gives every worker. captions: features, for a text-conditional model."""
+    """The task of every worker. `captions`: features, for a text-conditional model."""
 
     config: TrainConfig
     architecture: ENATConfig
@@ -33,8 +33,10 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What rank 0 answers. files: none where the run was stopped or has failed. milestones: EMA weights of some steps.
-    error: what it failed with, where other workers would fail with it again."""
+    """The result of rank 0. `files`: empty if the run was stopped or has failed. `milestones`: EMA weights of kept steps.
+
+    error: the error of a failed run, if other workers would fail in the same way.
+    """
 
     files: tuple[FileRecord, ...]
     milestones: tuple[FileRecord, ...]
@@ -47,7 +49,7 @@ class TrainResult:
 
 
 def effective_config(task: TrainTask) -> TrainConfig:
-    """The recipe as the model can follow it: one made without reuse never trains on features of an earlier step."""
+    """The recipe for a task's model: a model without reuse never trains on previous features."""
     if task.architecture.reuse:
         return task.config
     return replace(task.config, masking=replace(task.config.masking, reuse_probability=0.0))

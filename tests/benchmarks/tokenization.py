@@ -92,7 +92,7 @@ def memory(place: Path, scale: float) -> dict[str, float]:
 
 def bytes_per_image(place: Path) -> dict[str, float]:
     """Of a map with 256 codes an image and its mirror image, codes drawn evenly from 1,024: 640 bytes of entropy."""
-    from pipelines.data.token_map import TokenMapInfo, TokenRows, write_part
+    from pipelines.data.token_map import TokenMapInfo, TokenRows, write_shard
 
     rng, rows = np.random.default_rng(0), 2048
     info = TokenMapInfo(
@@ -102,7 +102,7 @@ def bytes_per_image(place: Path) -> dict[str, float]:
     path = place / "part.parquet"
     keys = [f"n{row // 1300:08d}/n{row // 1300:08d}_{row}.JPEG" for row in range(rows)]
     digests = [rng.bytes(32) for _ in range(rows)]
-    write_part(path, info, TokenRows(codes=codes[0], codes_flipped=codes[1], keys=keys, labels=[0] * rows, source_sha256=digests))
+    write_shard(path, info, TokenRows(codes=codes[0], codes_flipped=codes[1], keys=keys, labels=[0] * rows, source_sha256=digests))
     return {"bytes_per_image_on_disk_at_most": path.stat().st_size / rows}
 
 

@@ -221,7 +221,7 @@ def bare(place: Path, recipe: dict[str, Any]) -> float:
             started = time.perf_counter()
         for group in range(config.num_groups):
             batch = draw_group(config, token_map, None, step, group).to(device)
-            ((codes, condition, masked, dropout_mask),) = batch.parts(1, loop.ema)
+            ((codes, condition, masked, dropout_mask),) = batch.microbatches(1, loop.ema)
             with autocast(device, config.precision):
                 loss, output = objective(loop.model, loop.ema, codes, condition, masked, dropout_mask=dropout_mask)
             token_accuracy(output, codes)
@@ -243,7 +243,7 @@ def _inputs(store: Any) -> dict[str, Any]:
     from enat.checkpoint import save_weights
     from enat.tokenizer import VQGAN, VQGANConfig
     from pipelines.artifacts.manifest import FileRecord, Manifest
-    from pipelines.data.token_map import TokenMapInfo, TokenRows, write_part
+    from pipelines.data.token_map import TokenMapInfo, TokenRows, write_shard
 
     def commit(stage: str, name: str, write: Any, summary: dict[str, Any]) -> Manifest:
         with tempfile.TemporaryDirectory() as folder:
@@ -272,7 +272,7 @@ def _inputs(store: Any) -> dict[str, Any]:
         source_sha256=[rng.bytes(32) for _ in range(count)],
     )
     summary = {"info": dataclasses.asdict(info), "rows": count}
-    token_map = commit("token_map", "part-00000.parquet", lambda path: write_part(path, info, rows), summary)
+    token_map = commit("token_map", "part-00000.parquet", lambda path: write_shard(path, info, rows), summary)
     return {"tokenizer": tokenizer, "token_map": token_map}
 
 

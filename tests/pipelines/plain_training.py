@@ -1,4 +1,4 @@
-"""Training as one writes it for one process, with neither Ray nor DeepSpeed: what the loop's is compared with."""
+"""A plain training loop for one process, without Ray and DeepSpeed, as the reference for the training loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines.training.task import initial_model
 def train_plainly(material: Material, config: TrainConfig) -> Trained:
     """One process, every group in turn, torch's own AdamW, clipping and autocast, an EMA by hand."""
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more only wait for each other on tensors this small
+    torch.set_num_threads(1)  # tensors are too small for more
     try:
         return _train_plainly(material, config)
     finally:
@@ -97,7 +97,7 @@ def _group_loss(
 
 
 def _decay_groups(model: ENAT, config: TrainConfig) -> list[dict[str, Any]]:
-    """Linear layers' weights are the matrices: all parameters of two axes but the embeddings, which are tables."""
+    """Matrices are the weights of linear layers: all parameters with two axes but embeddings."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embedding" not in name

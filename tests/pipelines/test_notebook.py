@@ -17,7 +17,7 @@ from rich.console import Console
 
 from enat.images import make_grid
 from pipelines import notebook
-from pipelines.data.samples import read_codes
+from pipelines.data.samples import read_samples
 from pipelines.storage.base import StoreError
 
 EXAMPLE = Path(notebook.__file__).parent / "guide" / "digits.ipynb"
@@ -73,7 +73,7 @@ def test_images_are_those_of_stage_generate(digits_run, trained: str) -> None:
     model = notebook.open_model(trained, digits_run.store)
     generated = digits_run.planned()["generate"].manifest
     sampler = generated.summary["sampler"]
-    made = read_codes(digits_run.store, generated)
+    made = read_samples(digits_run.store, generated)
     samples = notebook.sample(
         model, labels="0-9", num_images=10, **{name: sampler[name] for name in ("num_steps", "guidance_scale")}
     )
@@ -95,7 +95,7 @@ def test_what_cannot_be_done_is_one_sentence(digits_run, trained: str) -> None:
         notebook.sample(model, labels="11")
     with pytest.raises(ValueError, match="this model knows the labels 0 to 9"):
         notebook.sample(model, labels=[11])
-    with pytest.raises(ValueError, match="--caption is for models of captions"):
+    with pytest.raises(ValueError, match="--caption is for text-conditional models"):
         notebook.sample(model, captions=["a three"])
     for asked, sentence in (
         ({"num_images": 0}, "must be at least 1"),

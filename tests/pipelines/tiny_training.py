@@ -1,6 +1,6 @@
 """Training small enough for tests: a token map of drawn codes, and ranks as plain processes on gloo.
 
-Ranks are forked by a server that has imported torch, Ray and DeepSpeed once, so that a run takes a second.
+Ranks are forked by a server that has imported torch, Ray and DeepSpeed once; a run then takes a second.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
-from pipelines.data.token_map import TokenMap, TokenMapInfo, TokenRows, write_part
+from pipelines.data.token_map import TokenMap, TokenMapInfo, TokenRows, write_shard
 from pipelines.tracking.run import RunHandle
 from pipelines.training.checkpoints import find_checkpoints
 from pipelines.training.config import ModelConfig, TrainConfig, TrainExecution
@@ -48,11 +48,11 @@ _PRELOADED = ["tiny_training", "deepspeed", "torch._dynamo", "torch._inductor.lo
 
 
 class RankLostError(Exception):
-    """A rank ended without an answer."""
+    """A rank ended without a result."""
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
-    """What function(*arguments) gives on every rank of a process group of new processes. Raises what the first to fail raised."""
+    """The results of function(*arguments) on every rank of a new process group. Raises the error of the first rank that fails."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the server imports DeepSpeed
     _FORKS.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def _run_rank(sending: Any, rank: int, work: bytes) -> None:
     os._exit(0)
 
 
-# What is trained on --------------------------------------------------------------------------------------------------------
+# Training data -------------------------------------------------------------------------------------------------------------
 
 GRID, CODEBOOK, CLASSES, ROWS, TEXT_TOKENS, TEXT_WIDTH = 4, 32, 2, 20, 3, 8
 
@@ -130,7 +130,7 @@ CONFIG = TrainConfig(
 
 
 def changed(config: TrainConfig = CONFIG, *, execution: dict[str, Any] | None = None, **fields: Any) -> TrainConfig:
-    """The config with some fields replaced, also of its execution and its model."""
+    """The config with some fields replaced, including fields of its execution and its model."""
     if isinstance(fields.get("model"), dict):
         fields["model"] = replace(config.model, **fields["model"])
     return replace(config, execution=replace(config.execution, **(execution or {})), **fields)
@@ -138,7 +138,7 @@ def changed(config: TrainConfig = CONFIG, *, execution: dict[str, Any] | None = 
 
 @dataclass(frozen=True)
 class Material:
-    """A store with what training reads, and the manifests of that by the stage's names for its inputs."""
+    """A store with the inputs of training, and their manifests by the names that the stage gives them."""
 
     store: ArtifactStore
     inputs: dict[str, Manifest]
@@ -194,7 +194,7 @@ def make_material(store: ArtifactStore, vqgan: Any, folder: Path) -> Material:
     token_map = commit(
         "token_map",
         {"info": vars(info), "rows": ROWS},
-        **{"part-00000.parquet": lambda path: write_part(path, info, rows)},
+        **{"part-00000.parquet": lambda path: write_shard(path, info, rows)},
     )
     text = CaptionFeaturesInfo(
         num_captions=2 * ROWS, captions_per_file=2 * ROWS, num_positions=TEXT_TOKENS, width=TEXT_WIDTH, encoder_digest="0" * 64
@@ -226,9 +226,9 @@ def material(vqgan: Any, tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 @dataclass
 class ScriptedReporter:
-    """Stands for the driver and for Ray's watcher of nodes: every rank asks it once a step, in the thread that trains.
+    """Takes the roles of the driver and of Ray's watcher of nodes. Every rank polls it once a step, in the training thread.
 
-    stop_at, preempt_at: the step after which training is asked to stop, or this rank's node is said to go.
+    stop_at, preempt_at: the step after which training is asked to stop, or this rank's node announces its end.
     """
 
     stop_at: int | None = None
@@ -253,7 +253,7 @@ class ScriptedReporter:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left: EMA weights, raw weights, the history of the run, and what was said on the way."""
+    """The result of training: EMA weights, raw weights, the history of the run, and messages."""
 
     ema: dict[str, torch.Tensor]
     raw: dict[str, torch.Tensor]
@@ -266,7 +266,7 @@ class Trained:
 
 
 def train_rank(trainer_class: type[Trainer], task: TrainTask, reporters: Sequence[ScriptedReporter]) -> Any:
-    """Trains as train_loop does, where Ray's part is played by a reporter for every rank."""
+    """Train as train_loop does, with a reporter in the role of Ray for every rank."""
     import ray.train.v2._internal.execution.context as ray_context
 
     reporter = reporters[dist.get_rank()]
@@ -301,7 +301,7 @@ def train(
     return Trained(*weights, result.history, result, tuple(messages))
 
 
-# What tests look at -------------------------------------------------------------------------------------------------------
+# Results -------------------------------------------------------------------------------------------------------------------
 
 
 def assert_close(trained: Trained, plain: Trained, *, rtol: float = 1e-5, atol: float = 1e-5) -> None:
@@ -333,7 +333,7 @@ def read_weights(material: Material, key: str, record: Any) -> dict[str, torch.T
 
 
 def damage_newest_checkpoint(store: ArtifactStore, context: WorkerContext) -> str:
-    """Flips a bit of its last file of tensors, whose path this gives."""
+    """Flip a bit of its last file of tensors, and return the path of the file."""
     record = find_checkpoints(context)[-1].tensors[-1]
     path = Path(store.uri) / context.stage / context.key / record.path
     content = bytearray(path.read_bytes())

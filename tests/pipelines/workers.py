@@ -1,4 +1,4 @@
-"""This session's worker processes by the titles that Ray gives them: never workers of others on this machine."""
+"""Worker processes of this test session, found by the titles that Ray gives them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import psutil
 
 
 def titled_processes() -> Iterator[tuple[psutil.Process, str]]:
-    """Every process below this one with its title; those that end while they are looked at are passed over."""
+    """Every descendant of this process with its title. Processes that end meanwhile are skipped."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # gone, or ended and not yet waited for
             yield process, " ".join(process.cmdline())
 
 
 def kill_a_worker(task: str, is_over: Callable[[], bool]) -> str | None:
-    """Kill one that Ray's title says runs `task` (a part of the title), as soon as there is one.
+    """Kill the first worker whose title contains `task`, as soon as there is one.
 
-    Returns its title, or None where is_over() came first.
+    Returns its title, or None if is_over() held first.
     """
     while not is_over():
         for process, title in titled_processes():

@@ -1,10 +1,10 @@
-"""Datasets as they lie about: ImageNet and COCO in their usual layouts, on a file system or in a bucket.
+"""Layouts of datasets: ImageNet and COCO as they are distributed, on a file system or in a bucket.
 
-A source says what there is (`scan`) and gives its bytes (`read`). What was found is kept as an index, one row per image, which
-fixes the order that everything later goes by; `dataset.Dataset` reads a dataset through its index.
+A source lists its images (`scan`) and reads their bytes (`read`). The list is stored as an index with one row per image, which
+fixes the order of the dataset; `dataset.Dataset` reads a dataset through its index.
 
-base     a source, its entries and findings
-config   a dataset in a config, and opening its source
+base     the interface of a source, its entries and findings
+config   DatasetConfig, and opening its source
 folders  image folders; tar: WebDataset shards; parquet: tables of images; coco: MS-COCO; digits: scikit-learn's digits
 """
 

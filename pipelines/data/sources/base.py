@@ -1,4 +1,4 @@
-"""What a source is: images that can be listed in a fixed order, named by their content, and read."""
+"""The interface of a source: images that can be listed in a fixed order, fingerprinted and read."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from pathlib import PurePosixPath
 
 from pipelines.storage.base import Folder, StoredFile
 
-# What counts as an image by its name. Only JPEG and PNG can be read; the others are no less images of the dataset for that, so
-# they are inputs which end in quarantine by name and reason.
+# Names of images. Only JPEG and PNG can be decoded; images of other formats belong to the dataset and end in quarantine.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MAX_LABEL = 999_999  # a larger number is a mistake, and every class up to the largest has a name in the index
-_READING_THREADS = 16  # a bucket answers in tens of milliseconds, many times longer than it takes to decode
+MAX_LABEL = 999_999  # a larger label is taken for a mistake: every class up to the largest label has a name in the index
+_READING_THREADS = 16  # a bucket answers in tens of milliseconds, many times longer than decoding takes
 _READ_AT_ONCE = 64
 _BYTES_AT_ONCE = 64 << 20
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one image lies.
+    """The location of one image.
 
-    key: unique within the dataset.   file: name in the dataset's folder.   label: class number, -1 where there is none.
-    position, size: bytes of the file that are the image (in a Parquet file: its row, and 0).
+    key: unique within the dataset.   file: name in the dataset's folder.   label: class number, -1 for an image without one.
+    position, size: the image's bytes within the file (in a Parquet file: its row, and 0).
     """
 
     key: str
@@ -39,7 +38,7 @@ class Entry:
 
 @dataclass
 class Findings:
-    """What is odd about a dataset, by kind: the names of what is concerned. Stands in the stage's report."""
+    """Irregularities of a dataset: names of files or images by kind of irregularity. The stage reports them."""
 
     names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -52,28 +51,28 @@ class Findings:
 
 
 class Source(ABC):
-    """reads_to_scan: whether listing the images means reading files, which is then done by the cluster's workers."""
+    """reads_to_scan: whether scanning reads the contents of files, in which case workers of the cluster scan."""
 
     reads_to_scan = False
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 over content and order: equal fingerprints mean equal images."""
+        """sha256 over content and order. Equal fingerprints mean equal datasets."""
 
     @abstractmethod
     def units(self) -> Sequence[str]:
-        """Pieces that can be scanned apart, in the dataset's order."""
+        """Pieces that can be scanned independently, in the dataset's order."""
 
     @abstractmethod
     def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
-        """The images of a piece, in order. Raises ValueError for a piece that cannot be understood."""
+        """List the images of a piece in order. Raises ValueError if the piece is not valid."""
 
     @abstractmethod
     def read(self, entries: Sequence[Entry]) -> Iterator[bytes]:
-        """The bytes of each entry. Raises StorageError where they are not what they were when the dataset was scanned."""
+        """The bytes of each entry. Raises StorageError if they have changed since the dataset was scanned."""
 
     def known_classes(self) -> Sequence[str] | None:
-        """Names of the classes by number; None where only the labels of a full scan tell."""
+        """Names of the classes by number, or None if only a full scan determines the classes."""
         return None
 
 
@@ -90,7 +89,7 @@ class RangeSource(Source):
 
 
 def _pieces(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """What is read ahead of whoever decodes: a number of images, but of large ones no more than a certain memory."""
+    """Split entries into pieces to read ahead, limited by the number of images and by their total size."""
     piece: list[Entry] = []
     for entry in entries:
         if piece and (len(piece) == _READ_AT_ONCE or sum(e.size for e in piece) + entry.size > _BYTES_AT_ONCE):
@@ -106,7 +105,7 @@ def is_image(name: str) -> bool:
 
 
 def content_digest(folder: Folder, files: Iterable[StoredFile]) -> str:
-    """sha256 over names and fingerprints of files in order, without holding them all."""
+    """sha256 over names and fingerprints of files in order. Does not hold all files in memory."""
     digest = hashlib.sha256()
     named, fingerprinted = tee(files)
     for file, fingerprint in zip(named, folder.fingerprints(fingerprinted), strict=True):

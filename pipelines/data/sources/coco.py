@@ -1,4 +1,4 @@
-"""COCO: a folder of images, and a captions_*.json that says for each image what people wrote about it."""
+"""COCO: a folder of images, and a captions_*.json with the captions of each image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.storage.s3_client import S3Config
 
 
 class CocoSource(RangeSource):
-    """Every image of the folder, with its captions in the order of their ids; runs of white space in a caption become one space."""
+    """Every image of a folder with its captions in the order of their ids. White space in captions becomes single spaces."""
 
     def __init__(self, folder: Folder, captions: str, s3: S3Config) -> None:
         super().__init__(folder)
@@ -30,7 +30,7 @@ class CocoSource(RangeSource):
 
     @cached_property
     def _captions(self) -> dict[str, list[str]]:
-        """Image file -> captions; [] for one that the file names without any."""
+        """Image file -> captions; an image without captions has []."""
         try:
             parsed = json.loads(self._content)
             names = {int(image["id"]): str(image["file_name"]) for image in parsed["images"]}
@@ -38,10 +38,10 @@ class CocoSource(RangeSource):
             for annotation in sorted(parsed["annotations"], key=lambda annotation: int(annotation["id"])):
                 captions[names[int(annotation["image_id"])]].append(" ".join(str(annotation["caption"]).split()))
             for name, own in captions.items():
-                "".join([name, *own]).encode()  # JSON can hold halves of characters, and nothing else can
+                "".join([name, *own]).encode()  # JSON can hold unpaired surrogates, which UTF-8 cannot encode
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"dataset.captions {self._captions_place} is not as COCO writes captions "
+                f"dataset.captions {self._captions_place} is not a valid COCO captions file "
                 f"(images with id and file_name, annotations with id, image_id and caption): {type(error).__name__} {error}"
             ) from error
         return captions

@@ -1,4 +1,4 @@
-"""What a config says of a dataset, and opening it."""
+"""The configuration of a dataset, and opening its source."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ class DatasetConfig:
         if self.kind not in KINDS:
             raise ValueError(f"dataset.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.kind != "digits" and not self.path:
-            raise ValueError(f"dataset.kind is {self.kind}, so dataset.path must say where the images lie")
+            raise ValueError(f"dataset.kind is {self.kind}, so dataset.path must name the folder or bucket of the images")
         if (self.kind == "coco") != (self.captions is not None):
-            raise ValueError("dataset.captions (a captions_*.json) belongs to dataset.kind coco; give both or neither")
+            raise ValueError("dataset.captions (a captions_*.json) requires dataset.kind coco and vice versa; give both or neither")
         if self.num_classes is not None and (self.kind not in ("tar", "parquet") or not 0 < self.num_classes <= MAX_LABEL + 1):
             raise ValueError(
-                f"dataset.num_classes is for kinds tar and parquet, and 1 to {MAX_LABEL + 1:,}; other kinds know their classes"
+                f"dataset.num_classes applies to kinds tar and parquet and must be 1 to {MAX_LABEL + 1:,}; "
+                "other kinds determine it from the dataset"
             )
 
     @property
@@ -55,14 +56,14 @@ class DatasetConfig:
 
 
 def open_source(config: DatasetConfig) -> Source:
-    """What lies there now. Raises ValueError where the dataset is not there."""
+    """Open the source of a dataset. Raises ValueError if the dataset does not exist."""
     from pipelines.data.sources import coco, digits, folders, parquet, tar
 
     if config.kind == "digits":
         return digits.DigitsSource()
     assert config.path is not None
     path, file_name, s3 = config.path, None, config.s3 or S3Config()
-    # Spark writes folders called so; of one in a bucket a / at the end tells.
+    # Spark names folders like this. In a bucket, a / at the end marks a folder.
     if config.kind in ("tar", "parquet") and path.endswith(f".{config.kind}") and not Path(path).is_dir():
         parent, slash, file_name = path.rpartition("/")
         path = parent + slash or "."

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: real 8 x 8 scans with 17 levels of gray, as PNG bytes.
+"""scikit-learn's handwritten digits: real 8 x 8 scans with 17 gray levels, as PNG bytes.
 
 The file is read from scikit-learn's folder, because importing scikit-learn takes over a second.
 """

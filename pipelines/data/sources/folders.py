@@ -1,4 +1,4 @@
-"""Folders of image files: one per class (ImageNet as it is unpacked), or without classes."""
+"""Folders of image files: one folder per class (as ImageNet is unpacked), or without classes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from functools import cached_property
 from pipelines.data.sources.base import Entry, Findings, RangeSource, content_digest, is_image
 from pipelines.storage.base import Folder, digest_of
 
-_LOOSE = ""  # the unit of what lies beside the class folders, which is none of the dataset, but said
+_LOOSE = ""  # the unit of files beside the class folders: not part of the dataset, but reported
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 class ClassFolderSource(RangeSource):
-    """One folder per class, images at any depth below it; classes are numbered in the order of their sorted names."""
+    """One folder per class with images at any depth. Classes are numbered in the sorted order of their names."""
 
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder)
         if not self.class_names:
-            raise ValueError(f"dataset.path {folder.uri} has no class folders; kind images takes a folder of images without labels")
+            raise ValueError(
+                f"dataset.path {folder.uri} has no class folders. For a folder of images without labels use kind images"
+            )
         if _SPLITS.issuperset(name.lower() for name in self.class_names):
-            raise ValueError(f"dataset.path {folder.uri} holds splits, not classes; name one of {', '.join(self.class_names)}")
+            raise ValueError(f"dataset.path {folder.uri} holds splits, not classes; choose one of {', '.join(self.class_names)}")
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -31,7 +33,7 @@ class ClassFolderSource(RangeSource):
 
     def fingerprint(self) -> str:
         classes = set(self.class_names)
-        # The names too: a class folder without images is a class, and moves the numbers of those behind it.
+        # Includes the names of classes: a class folder without images shifts the numbers of later classes.
         images = (file for file in self.folder.list() if is_image(file.name) and file.name.partition("/")[0] in classes)
         return digest_of([self.class_names, content_digest(self.folder, images)])
 

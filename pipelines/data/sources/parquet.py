@@ -1,4 +1,4 @@
-"""Parquet files as dataset hubs hold images: column `image` (a struct of bytes and path, or bytes alone) and column `label`."""
+"""Parquet files in the layout of dataset hubs: column `image` (a struct of bytes and path, or bytes) and column `label`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ParquetSource(Source):
     reads_to_scan = True
 
     def __init__(self, folder: Folder, file_name: str | None = None) -> None:
-        """file_name: take this file alone."""
+        """`file_name`: read only this file."""
         self.folder, self._file_name = folder, file_name
 
     def _files(self) -> Iterator[StoredFile]:
@@ -38,7 +38,7 @@ class ParquetSource(Source):
         return names
 
     def known_classes(self) -> Sequence[str] | None:
-        """The names that Hugging Face's datasets library writes into the schema, where it wrote the file."""
+        """Class names from the schema metadata of Hugging Face's datasets library, if present."""
         with self._open(self.units()[0]) as file:
             metadata = file.schema_arrow.metadata or {}
         try:
@@ -63,7 +63,7 @@ class ParquetSource(Source):
                 for path, label in zip(paths, labels, strict=True):
                     key = path or f"{unit}/{row:08d}"
                     if label is not None and label > MAX_LABEL:
-                        raise ValueError(f"row {row} of {unit} in {self.folder.uri} has label {label}, not a class number")
+                        raise ValueError(f"row {row} of {unit} in {self.folder.uri} has label {label}, more than {MAX_LABEL:,}")
                     if "label" in columns and (label is None or label < 0):
                         findings.add("images without a label", key)
                     yield Entry(key, unit, row, 0, -1 if label is None else max(int(label), -1))
@@ -74,12 +74,12 @@ class ParquetSource(Source):
             yield from self._read_rows(unit, [entry.position for entry in group])
 
     def _read_rows(self, unit: str, rows: Sequence[int]) -> Iterator[bytes]:
-        """Bytes of ascending rows. Only their row groups are read, and a few rows held at a time."""
+        """Bytes of rows, given in ascending order. Reads only their row groups, a few rows at a time."""
         with self._open(unit) as file:
             is_struct = pa.types.is_struct(_image_type(file, unit))
             ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)], dtype=np.int64)
             if rows[-1] >= file.metadata.num_rows:
-                raise StorageError(f"{unit} in {self.folder.uri} has no row {rows[-1]}; it was changed since it was scanned")
+                raise StorageError(f"{unit} in {self.folder.uri} has no row {rows[-1]}; the file has changed since it was scanned")
             wanted = iter(rows)
             row = next(wanted, None)
             for group in np.unique(np.searchsorted(ends, rows, side="right")).tolist():
@@ -98,17 +98,17 @@ class ParquetSource(Source):
                 yield file
         except StorageError:
             raise
-        except (pa.ArrowException, OSError) as error:  # OSError: what Arrow makes of damaged pages
+        except (pa.ArrowException, OSError) as error:  # Arrow raises OSError for damaged pages
             reason = str(error).partition("\n")[0]
-            raise StorageError(f"{unit} in {self.folder.uri} is no readable Parquet file ({reason})") from error
+            raise StorageError(f"{unit} in {self.folder.uri} is not a readable Parquet file ({reason})") from error
 
 
 def _image_type(file: pq.ParquetFile, unit: str) -> pa.DataType:
-    """Of column image. Raises ValueError where it holds no bytes."""
+    """The type of column image. Raises ValueError if the column does not hold bytes."""
     index = file.schema_arrow.get_field_index("image")
     kind = file.schema_arrow.field(index).type if index >= 0 else None
     inner = kind.field("bytes").type if kind and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if inner is None or not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
         columns = ", ".join(file.schema_arrow.names)
-        raise ValueError(f"{unit} has no column image with bytes, or a struct of bytes and path (its columns: {columns})")
+        raise ValueError(f"{unit} has no column `image` of bytes or of structs with bytes and path; its columns are {columns}")
     return kind

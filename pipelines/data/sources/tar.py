@@ -1,6 +1,6 @@
-"""Tar shards in WebDataset's naming: `<key>.jpg` beside `<key>.cls`, which holds the class number in digits.
+"""Tar shards named as WebDataset does: `<key>.jpg` beside `<key>.cls`, which holds the class number in digits.
 
-Scanning reads the headers and finds where each image's bytes begin, so that any image can be read later without its shard.
+Scanning reads the headers and records where each image begins, so that single images can be read later.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import BinaryIO
 from pipelines.data.sources.base import MAX_LABEL, Entry, Findings, RangeSource, content_digest, is_image
 from pipelines.storage.base import Folder, StorageError, StoredFile
 
-_MAX_HEADER = 1 << 20  # bytes that one header may ask for; a hostile one would take all memory
+_MAX_HEADER = 1 << 20  # bytes that one header may request; a hostile header could exhaust the memory
 _MAX_LABEL_SIZE = 32
 
 
 @dataclass
 class _Sample:
-    """What a shard holds under one key. image: (position, size)."""
+    """The members of a shard with one key. image: (position, size)."""
 
     image: tuple[int, int] | None = None
     label: int | None = None
@@ -31,7 +31,7 @@ class TarSource(RangeSource):
     reads_to_scan = True
 
     def __init__(self, folder: Folder, file_name: str | None = None) -> None:
-        """file_name: take this shard alone."""
+        """`file_name`: read only this shard."""
         super().__init__(folder)
         self._file_name = file_name
 
@@ -40,7 +40,7 @@ class TarSource(RangeSource):
             if self._file_name in (None, file.name) and file.name.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst")):
                 if not file.name.endswith(".tar"):
                     raise ValueError(
-                        f"{file.name} in {self.folder.uri} is compressed, so its images cannot be read one by one; unpack it"
+                        f"{file.name} in {self.folder.uri} is compressed, so single images cannot be read from it; decompress it"
                     )
                 yield file
 
@@ -59,7 +59,7 @@ class TarSource(RangeSource):
             for member in _members(file, f"{unit} in {self.folder.uri}"):
                 if member.isfile():
                     self._add(member, file, unit, samples, findings)
-                elif not member.isdir():  # a link, say, whose bytes stand elsewhere
+                elif not member.isdir():  # for example a link, whose bytes are elsewhere
                     findings.add("other files", f"{unit}: {member.name}")
         for key, sample in samples.items():
             if sample.image is None:
@@ -71,12 +71,12 @@ class TarSource(RangeSource):
 
     def _add(self, member: tarfile.TarInfo, file: BinaryIO, unit: str, samples: dict[str, _Sample], findings: Findings) -> None:
         folder, slash, name = member.name.removeprefix("./").rpartition("/")
-        stem, _, extension = name.partition(".")  # WebDataset: the key ends at the first dot of the name
+        stem, _, extension = name.partition(".")  # as in WebDataset, the key ends at the first dot of the name
         key = folder + slash + stem
         if stem and is_image(name):
             sample = samples.setdefault(key, _Sample())
             if sample.image is not None:
-                raise ValueError(f"{unit} in {self.folder.uri} has several images called {key}; keys must be unique")
+                raise ValueError(f"{unit} in {self.folder.uri} has several images with key {key}; keys must be unique")
             sample.image = (member.offset_data, member.size)
         elif stem and extension.lower() == "cls":
             file.seek(member.offset_data)
@@ -85,37 +85,37 @@ class TarSource(RangeSource):
                 raise ValueError(f"{member.name} of {unit} in {self.folder.uri} holds {text!r}, not a class number")
             sample = samples.setdefault(key, _Sample())
             if sample.label is not None:
-                raise ValueError(f"{unit} in {self.folder.uri} has several labels called {key}; keys must be unique")
+                raise ValueError(f"{unit} in {self.folder.uri} has several labels with key {key}; keys must be unique")
             sample.label = int(text)
         else:
             findings.add("other files", f"{unit}: {member.name}")
 
 
 def _members(file: BinaryIO, place: str) -> Iterator[tarfile.TarInfo]:
-    """What a tar file holds, to its end. Raises ValueError, naming the place, where it is damaged, cut off or hostile."""
+    """All members of a tar file. Raises ValueError if the file is damaged, truncated or hostile."""
     try:
         with tarfile.open(fileobj=_Limited(file), mode="r:") as archive:
             while (member := archive.next()) is not None:
-                if member.size < 0:  # would lead back to an earlier header, for ever
+                if member.size < 0:  # would lead back to an earlier header and loop forever
                     raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
                 member.name.encode()
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                 yield member
-            # To tarfile a damaged header is an end like any other, and what stands behind it is lost without a word.
+            # tarfile takes a damaged header for the end of the file and silently drops the members after it.
             file.seek(archive.offset)
             end = file.read(_MAX_HEADER)
             if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
-                raise tarfile.ReadError(f"it is damaged, cut off or goes on behind its end, at byte {archive.offset}")
+                raise tarfile.ReadError(f"damaged, truncated or followed by other data at byte {archive.offset}")
     except StorageError:
         raise
     except UnicodeEncodeError as error:
         raise ValueError(f"the name {error.object!r} in {place} is not UTF-8; rename it") from error
-    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:  # all these come of bad headers
-        raise ValueError(f"{place} is no whole tar file ({error}); make it again") from error
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:  # bad headers raise all of these
+        raise ValueError(f"{place} is not a complete tar file ({error}); create it again") from error
 
 
 class _Limited(io.BufferedIOBase):
-    """A file that reads no more at once than a header needs: what is between headers is skipped, not read."""
+    """A file that limits each read to the size of a header. tarfile seeks over the data between headers."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""Caption features: their format on disk, and captions taken from it in any order."""
+"""Caption features: the format on disk, and reading captions in any order."""
 
 from __future__ import annotations
 
@@ -85,18 +85,15 @@ def test_the_files_are_the_documented_ones(folder: Path) -> None:
     assert shapes[EMPTY] == {"hidden": ("float16", (4, 6)), "pooled": ("float16", (6,))}
 
 
-def test_the_header_is_one_entry_that_says_where_the_file_belongs(folder: Path) -> None:
+def test_files_hold_their_values_and_a_header_of_one_entry(folder: Path) -> None:
+    whole, arrays = features(), load_file(folder / captions_name(4))
+    for name in ("hidden", "pooled", "num_tokens"):
+        np.testing.assert_array_equal(arrays[name], getattr(whole, name)[20:23].numpy())
     for name, start in (("captions-00003.safetensors", 15), (EMPTY, -1)):
         with safe_open(folder / name, framework="np") as file:
             header = file.metadata()
         expected = {"start": start, "encoder_digest": "ab" * 32, "format_version": 1}
         assert header == {"enat": json.dumps(expected, sort_keys=True)}
-
-
-def test_a_file_gives_back_its_values(folder: Path) -> None:
-    whole, arrays = features(), load_file(folder / captions_name(4))
-    for name in ("hidden", "pooled", "num_tokens"):
-        np.testing.assert_array_equal(arrays[name], getattr(whole, name)[20:23].numpy())
 
 
 def test_equal_features_are_equal_bytes(folder: Path, tmp_path: Path) -> None:
@@ -105,21 +102,20 @@ def test_equal_features_are_equal_bytes(folder: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("start", "rows", "change"),
-    [
-        (5, slice(0, 4), lambda part: part),
-        (3, slice(0, 5), lambda part: part),
-        (25, slice(0, 5), lambda part: part),
-        (0, slice(0, 5), lambda part: dataclasses.replace(part, hidden=part.hidden.float())),
-        (0, slice(0, 5), lambda part: dataclasses.replace(part, hidden=part.hidden[:, :3])),
-    ],
-    ids=["too few", "between files", "beyond the end", "float32", "other positions"],
-)
-def test_what_does_not_fit_is_not_written(tmp_path: Path, start: int, rows: slice, change: Callable[..., TextFeatures]) -> None:
-    with pytest.raises(AssertionError):
-        write_captions(tmp_path / "file", INFO, start, change(part(features(), rows.start, rows.stop)))
-    assert not (tmp_path / "file").exists()
+def test_features_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
+    """Too few captions, a start between files or beyond the end, another dtype, another number of positions."""
+    whole = part(features(), 0, 5)
+    wrong = [
+        (5, part(features(), 0, 4)),
+        (3, whole),
+        (25, whole),
+        (0, dataclasses.replace(whole, hidden=whole.hidden.float())),
+        (0, dataclasses.replace(whole, hidden=whole.hidden[:, :3])),
+    ]
+    for start, features_given in wrong:
+        with pytest.raises(AssertionError):
+            write_captions(tmp_path / "file", INFO, start, features_given)
+        assert not (tmp_path / "file").exists()
 
 
 # Reading -------------------------------------------------------------------------------------------------------------------
@@ -132,26 +128,19 @@ def expected_rows(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(indices=st.lists(st.integers(-1, 22), max_size=40))
-def test_captions_are_taken_in_any_order_and_as_often_as_asked(reader: CaptionFeatures, indices: list[int]) -> None:
+def test_captions_are_taken_in_any_order_and_repeatedly(reader: CaptionFeatures, indices: list[int]) -> None:
     asked = np.array(indices, np.int64)
-    hidden, pooled = reader.take(asked)
-    assert (hidden.dtype, pooled.dtype) == (np.float16, np.float16)
-    assert (hidden.shape, pooled.shape) == ((len(indices), 4, 6), (len(indices), 6))
-    for taken, expected in zip((hidden, pooled), expected_rows(asked), strict=True):
-        np.testing.assert_array_equal(taken, expected)
+    for _ in range(2):
+        for taken, expected in zip(reader.take(asked), expected_rows(asked), strict=True):
+            np.testing.assert_array_equal(taken, expected)
+            assert taken.dtype == np.float16 and taken.shape == expected.shape
+            taken[:] = 0  # the caller's own copy
 
 
-def test_what_was_taken_is_the_callers_own(reader: CaptionFeatures) -> None:
-    indices = np.array([-1, 3])
-    for taken in reader.take(indices):
-        taken[:] = 0
-    np.testing.assert_array_equal(reader.take(indices)[0], expected_rows(indices)[0])
-
-
-@pytest.mark.parametrize("index", [-2, 23, 2**40])
-def test_an_index_out_of_range_is_refused(reader: CaptionFeatures, index: int) -> None:
-    with pytest.raises(ValueError, match=rf"no caption {index}: they are numbered 0\.\.22"):
-        reader.take(np.array([0, index]))
+def test_an_index_out_of_range_is_refused(reader: CaptionFeatures) -> None:
+    for index in (-2, 23, 2**40):
+        with pytest.raises(ValueError, match=rf"caption {index} .*0\.\.22"):
+            reader.take(np.array([0, index]))
 
 
 def test_only_the_files_that_are_needed_are_fetched(reader: CaptionFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,45 +191,39 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-# What does not fit -----------------------------------------------------------------------------------------------------------
+# Damaged files and files of other features -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("info", "message"),
-    [
+def test_files_of_other_features_are_refused(local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path) -> None:
+    others = [
         ({"encoder_digest": "cd" * 32}, "its header is"),
         ({"width": 7}, "its tensors are"),
         ({"num_positions": 5}, "its tensors are"),
         ({"num_captions": 24}, "its tensors are"),
         ({"captions_per_file": 6, "num_captions": 30}, "its tensors are"),
-    ],
-)
-def test_a_file_of_other_features_is_refused(
-    local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path, info: dict[str, Any], message: str
-) -> None:
-    reader = CaptionFeatures.open(local_store, commit(folder, **info))
-    with pytest.raises(ValueError, match=message):
-        reader.take(np.array([0, reader.info.num_captions - 1]))
+    ]
+    for number, (info, message) in enumerate(others):
+        reader = CaptionFeatures.open(local_store, commit(folder, f"k{number}", **info))
+        with pytest.raises(ValueError, match=message):
+            reader.take(np.array([0, reader.info.num_captions - 1]))
 
 
 @pytest.mark.parametrize(
     "write",
     [
-        lambda path: path.write_bytes(b"this is no safetensors file"),
-        lambda path: save_file({"hidden": np.zeros(3, np.float16)}, path),
+        lambda path: path.write_bytes(b"this is not a safetensors file"),
         lambda path: save_file({"hidden": np.zeros(3, np.float16)}, path, metadata={"enat": "{"}),
         lambda path: save_file({name: a.astype(np.float32) for name, a in load_file(path).items()}, path, metadata=header_of(path)),
         lambda path: path.write_bytes(path.with_name(captions_name(1)).read_bytes()),
-        lambda path: path.write_bytes(path.with_name(EMPTY).read_bytes()),
     ],
-    ids=["no safetensors", "no header", "no JSON", "float32", "another file's", "the empty caption's"],
+    ids=["not safetensors", "not JSON", "float32", "another file's"],
 )
-def test_a_file_that_was_not_written_here_is_refused(
+def test_a_foreign_file_is_refused(
     local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path, write: Callable[[Path], Any]
 ) -> None:
     write(folder / captions_name(0))
     reader = CaptionFeatures.open(local_store, commit(folder))
-    with pytest.raises(ValueError, match=r"is not of these caption features|not a readable file of caption features"):
+    with pytest.raises(ValueError, match=r"captions-00000\.safetensors (does not belong to|is not a readable)"):
         reader.take(np.array([2]))
 
 
@@ -249,7 +232,7 @@ def header_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def test_a_flipped_bit_is_noticed(local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path) -> None:
+def test_a_flipped_bit_is_detected(local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path) -> None:
     reader = CaptionFeatures.open(local_store, commit(folder))
     path = Path(local_store.place("captions", "k")) / captions_name(2)
     content = bytearray(path.read_bytes())
@@ -259,35 +242,26 @@ def test_a_flipped_bit_is_noticed(local_store: ArtifactStore, commit: Callable[.
         reader.take(np.array([11]))
 
 
-@pytest.mark.parametrize("name", [EMPTY, captions_name(3)])
-def test_a_manifest_without_one_of_the_files_is_refused(
-    local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path, name: str
-) -> None:
-    (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"lacks 1 files of caption features, {name}"):
-        CaptionFeatures.open(local_store, commit(folder))
-
-
-@pytest.mark.parametrize(
-    ("info", "message"), [({"format_version": 2}, "of format 2; 1 is read here"), ({"language": "de"}, "no caption features")]
-)
-def test_a_manifest_of_another_format_is_refused(
-    local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path, info: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        CaptionFeatures.open(local_store, commit(folder, **info))
-
-
-def test_a_manifest_of_another_stage_is_refused(local_store: ArtifactStore) -> None:
+def test_a_manifest_of_something_else_is_refused(local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path) -> None:
+    for key, info, message in (
+        ("a", {"format_version": 2}, "of format 2; only 1 can be read"),
+        ("b", {"language": "de"}, "captions/b does not describe caption features"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CaptionFeatures.open(local_store, commit(folder, key, **info))
     manifest = Manifest(stage="tokenizer", key="k", stage_version=1, config={}, inputs={}, files=())
-    with pytest.raises(ValueError, match="tokenizer/k holds no caption features"):
+    with pytest.raises(ValueError, match="tokenizer/k does not describe caption features"):
         CaptionFeatures.open(local_store, manifest)
+    for number, name in enumerate((captions_name(3), EMPTY), start=1):
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=rf"lacks {number} files of caption features, including captions-00003"):
+            CaptionFeatures.open(local_store, commit(folder, f"without-{number}"))
 
 
 # From captions to batches --------------------------------------------------------------------------------------------------
 
 
-def test_features_are_those_of_the_encoder(local_store: ArtifactStore, commit: Callable[..., Manifest], tmp_path: Path) -> None:
+def test_features_of_the_encoder_are_read_back(local_store: ArtifactStore, commit: Callable[..., Manifest], tmp_path: Path) -> None:
     encoder = load_text_encoder(make_tiny_clip(tmp_path / "clip"))
     captions = ["the cat", "a dog on the cat", "", "the dog " * 60, "Ein Hund!"]
     sizes = {"num_positions": encoder.num_positions, "width": encoder.width}

@@ -1,4 +1,4 @@
-"""Parquet files of images: rows and labels as they were written, and what cannot be understood is named."""
+"""Parquet files of images: rows and labels as written, and errors that name the file and the column."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_a_row_without_a_path_is_known_by_file_and_number(tmp_path: Path) -> Non
     assert read(config) == [Row("0.parquet/00000000", b"1", 4), Row("b.jpg", b"2", 5), Row("0.parquet/00000002", b"3", 6)]
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
-def test_a_column_of_bytes_holds_images_too(tmp_path: Path, kind: pa.DataType) -> None:
-    config = _parquet(tmp_path, image=pa.array([b"1", b"2", b"3"], kind))
-    assert read(config) == [Row(f"0.parquet/0000000{number}", b"%d" % (number + 1)) for number in range(3)]
-    assert found_in(config) == {} and open_source(config).known_classes() is None
+def test_a_column_of_bytes_holds_images_too(tmp_path: Path) -> None:
+    for kind in (pa.binary(), pa.large_binary()):
+        config = _parquet(tmp_path, image=pa.array([b"1", b"2", b"3"], kind))
+        assert read(config) == [Row(f"0.parquet/0000000{number}", b"%d" % (number + 1)) for number in range(3)]
+        assert found_in(config) == {} and open_source(config).known_classes() is None
 
 
 def test_rows_without_bytes_are_empty_images(tmp_path: Path) -> None:
@@ -53,45 +53,39 @@ def test_rows_without_bytes_are_empty_images(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", [pa.int64(), pa.int8(), pa.uint64()])
-def test_labels_are_integers_and_those_that_are_missing_are_named(tmp_path: Path, kind: pa.DataType) -> None:
-    """-1 stands for no label in the test splits of hubs."""
-    labels = pa.array([3, None, 0, 5 if pa.types.is_unsigned_integer(kind) else -1], kind)
-    config = _parquet(tmp_path, image=[b"1", b"2", b"3", b"4"], label=labels)
-    assert [row.label for row in read(config)][:3] == [3, -1, 0]
-    unlabelled = {row.key for row in read(config) if row.label == -1}
-    assert set(found_in(config)["images without a label"]) == unlabelled
+def test_labels_are_integers_and_missing_labels_are_reported(tmp_path: Path) -> None:
+    """In test splits of hubs, -1 means no label."""
+    for kind in (pa.int64(), pa.int8(), pa.uint64()):
+        labels = pa.array([3, None, 0, 5 if pa.types.is_unsigned_integer(kind) else -1], kind)
+        config = _parquet(tmp_path, image=[b"1", b"2", b"3", b"4"], label=labels)
+        assert [row.label for row in read(config)][:3] == [3, -1, 0]
+        unlabelled = {row.key for row in read(config) if row.label == -1}
+        assert set(found_in(config)["images without a label"]) == unlabelled
 
 
-@pytest.mark.parametrize(
-    ("columns", "sentence"),
-    [
-        ({"pixels": [b"1"], "label": [1]}, r"has no column image with bytes.*\(its columns: pixels, label\)"),
-        ({"image": ["text"]}, "has no column image with bytes"),
-        ({"image": [{"path": "a"}]}, "has no column image with bytes"),
-        ({"image": [{"bytes": "text"}]}, "has no column image with bytes"),
+def test_columns_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    for columns, sentence in (
+        ({"pixels": [b"1"], "label": [1]}, r"no column `image` of bytes.* its columns are pixels, label"),
+        ({"image": ["text"]}, "no column `image` of bytes"),
+        ({"image": [{"path": "a"}]}, "no column `image` of bytes"),
+        ({"image": [{"bytes": "text"}]}, "no column `image` of bytes"),
         ({"image": [b"1"], "label": ["cat"]}, r"column label of 0\.parquet is string, not an integer"),
         ({"image": [b"1"], "label": [1.0]}, r"column label of 0\.parquet is double, not an integer"),
-        ({"image": [b"1"], "label": [1 << 40]}, r"row 0 of 0\.parquet in .* has label 1099511627776, not a class number"),
-    ],
-)
-def test_columns_that_cannot_be_understood_are_named(tmp_path: Path, columns: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        read(_parquet(tmp_path, **columns))
+        ({"image": [b"1"], "label": [1 << 40]}, r"row 0 of 0\.parquet in .* has label 1099511627776"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            read(_parquet(tmp_path, **columns))
 
 
-def test_class_names_are_those_that_hugging_face_wrote(tmp_path: Path, layouts: Layouts) -> None:
+def test_class_names_come_from_hugging_face_s_metadata_alone(tmp_path: Path, layouts: Layouts) -> None:
     config = DatasetConfig(kind="parquet", path=str(tmp_path / "rows"))
     for names, expected in ((CLASSES, CLASSES), (None, None), (("b", "a"), ("b", "a"))):
         write_parquet(tmp_path / "rows" / "0.parquet", layouts.pictures, names)
         assert open_source(config).known_classes() == expected
-
-
-@pytest.mark.parametrize("metadata", ["", "{", "[]", '{"info": null}', '{"info": {"features": {"label": {"names": "ab"}}}}'])
-def test_other_metadata_of_a_schema_names_no_classes(tmp_path: Path, metadata: str) -> None:
-    table = pa.table({"image": [b"1"]}).replace_schema_metadata({"huggingface": metadata})
-    write_table(tmp_path / "0.parquet", table)
-    assert open_source(DatasetConfig(kind="parquet", path=str(tmp_path))).known_classes() is None
+    for metadata in ("", "{", "[]", '{"info": null}', '{"info": {"features": {"label": {"names": "ab"}}}}'):
+        table = pa.table({"image": [b"1"]}).replace_schema_metadata({"huggingface": metadata})
+        write_table(tmp_path / "rows" / "0.parquet", table)
+        assert open_source(config).known_classes() is None
 
 
 def test_a_damaged_parquet_file_is_named(own_layouts: Layouts) -> None:
@@ -99,7 +93,7 @@ def test_a_damaged_parquet_file_is_named(own_layouts: Layouts) -> None:
     whole = path.read_bytes()
     for damaged in (b"", b"PAR1", whole[:-100], b"x" * 5000, whole[:-12] + b"\xff" * 4 + whole[-8:]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"train-00001\.parquet in .* is no readable Parquet file \(.+\)") as caught:
+        with pytest.raises(ValueError, match=r"train-00001\.parquet in .* is not a readable Parquet file \(.+\)") as caught:
             scan(config)
         assert "\n" not in str(caught.value)
 
@@ -124,5 +118,5 @@ def test_a_parquet_file_with_fewer_rows_than_were_scanned_is_named(own_layouts: 
     entries = scan(config)
     for rows in (5, 4, 0):
         write_parquet(own_layouts.root / "parquet" / "train-00001.parquet", own_layouts.pictures[6 : 6 + rows])
-        with pytest.raises(StorageError, match=r"train-00001\.parquet in .* has no row 5; it was changed since it was scanned"):
+        with pytest.raises(StorageError, match=r"train-00001\.parquet in .* has no row 5; the file has changed"):
             list(open_source(config).read(entries))

@@ -1,4 +1,4 @@
-"""What samples are asked for, and how they lie in files: counted out by hand."""
+"""Conditions of samples, and their files on disk."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pipelines.data.samples import (
     caption_order,
     drawn_rows,
     masked_positions,
-    part_name,
-    read_codes,
+    read_samples,
     sample_label,
     sample_seed,
+    shard_name,
     write_samples,
 )
 
@@ -33,12 +33,9 @@ def test_seeds_of_neighbouring_samples_and_runs_share_nothing() -> None:
     assert abs(bits.mean(axis=0) - 0.5).max() < 0.03  # six standard deviations
 
 
-def test_fifty_thousand_samples_are_fifty_of_each_of_a_thousand_classes() -> None:
+def test_labels_are_all_classes_in_turn_or_the_given_ones() -> None:
     labels = [sample_label(index, 1000) for index in range(50_000)]
     assert np.bincount(labels).tolist() == [50] * 1000 and labels[:3] == [0, 1, 2]
-
-
-def test_given_labels_come_in_turn_in_place_of_all_classes() -> None:
     assert [sample_label(index, 10, (7, 7, 1)) for index in range(7)] == [7, 7, 1, 7, 7, 1, 7]
 
 
@@ -118,7 +115,7 @@ def make_samples(start: int, count: int, captions: bool = False) -> Samples:
 def test_codes_beyond_16_bits_are_refused_and_not_wrapped(tmp_path: Path) -> None:
     part = make_samples(0, 3)
     part.codes[1, 2] = 65_536
-    with pytest.raises(ValueError, match="samples are stored in 16 bits a code"):
+    with pytest.raises(ValueError, match="16 bits per code"):
         write_samples(tmp_path / "part", part)
     assert not (tmp_path / "part").exists()
 
@@ -129,15 +126,15 @@ def test_samples_are_read_as_they_were_written(local_store: ArtifactStore, tmp_p
     records: list[FileRecord] = []
     for number, part in enumerate(parts):
         write_samples(tmp_path / "part", part)
-        records.append(local_store.put_file("generate", "k", part_name(number), tmp_path / "part"))
+        records.append(local_store.put_file("generate", "k", shard_name(number), tmp_path / "part"))
     summary = {"num_samples": 19, "shard_size": 8}
     manifest = Manifest(stage="generate", key="k", stage_version=1, config={}, inputs={}, files=tuple(records), summary=summary)
     for start, stop in ((0, 19), (3, 4), (6, 18)):
-        read = read_codes(local_store, manifest, start, stop)
+        read = read_samples(local_store, manifest, start, stop)
         for name in ("index", "labels", "codes", "seeds", "captions", "rows"):
             whole = np.concatenate([getattr(part, name) for part in parts])
             np.testing.assert_array_equal(getattr(read, name), whole[start:stop], name)
             assert getattr(read, name).dtype == np.int64
-    columns = pq.read_schema(local_store.fetch(manifest, part_name(0)))
+    columns = pq.read_schema(local_store.fetch(manifest, shard_name(0)))
     assert columns.names == ["index", "label", "seed", "codes", *(["caption"] if captions else [])]
     assert columns.field("codes").type.value_type == "uint16", "50,000 samples of 256 codes are 25 MB"

@@ -1,4 +1,4 @@
-"""Tar shards: what stands in their headers is found whole, and what is damaged, cut off or hostile is refused."""
+"""Tar shards: members are found by their headers, and damaged, truncated and hostile shards are refused."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def test_images_without_labels_and_labels_without_images_are_named(tmp_path: Pat
     }
 
 
-@pytest.mark.parametrize("text", [b"cat", b"", b"-1", b"3.5", b"1000000", b"9" * 40, b"\xff", b"1 2", "٣".encode()])
-def test_a_label_that_is_no_class_number_is_refused(tmp_path: Path, text: bytes) -> None:
-    with pytest.raises(ValueError, match=rf"x/a\.cls of 0\.tar in {tmp_path}/shards holds '.*', not a class number"):
-        scan(_tar(tmp_path, [("x/a.jpg", b"1"), ("x/a.cls", text)]))
+def test_labels_that_are_not_class_numbers_are_refused(tmp_path: Path) -> None:
+    for text in (b"cat", b"", b"-1", b"3.5", b"1000000", b"9" * 40, b"\xff", b"1 2", "٣".encode()):
+        with pytest.raises(ValueError, match=rf"x/a\.cls of 0\.tar in {tmp_path}/shards holds '.*', not a class number"):
+            scan(_tar(tmp_path, [("x/a.jpg", b"1"), ("x/a.cls", text)]))
 
 
 def test_a_key_ends_at_the_first_dot_of_the_name_as_in_webdataset(tmp_path: Path) -> None:
@@ -62,11 +62,10 @@ def test_the_order_is_that_of_the_samples_however_their_files_are_interleaved(tm
         assert read(_tar(tmp_path / str(number), members)) == expected
 
 
-@pytest.mark.parametrize("repeated", ["a.jpg", "a.png", "a.cls"])
-def test_a_key_that_is_repeated_in_a_shard_is_refused(tmp_path: Path, repeated: str) -> None:
-    kind = "labels" if repeated.endswith("cls") else "images"
-    with pytest.raises(ValueError, match=rf"0\.tar in .* has several {kind} called a; keys must be unique"):
-        scan(_tar(tmp_path, [("a.jpg", b"1"), ("a.cls", b"2"), (repeated, b"3")]))
+def test_a_key_that_is_repeated_in_a_shard_is_refused(tmp_path: Path) -> None:
+    for repeated, kind in (("a.jpg", "images"), ("a.png", "images"), ("a.cls", "labels")):
+        with pytest.raises(ValueError, match=rf"0\.tar in .* has several {kind} with key a; keys must be unique"):
+            scan(_tar(tmp_path, [("a.jpg", b"1"), ("a.cls", b"2"), (repeated, b"3")]))
 
 
 def test_folders_in_a_shard_are_passed_over_and_links_named(tmp_path: Path) -> None:
@@ -87,11 +86,11 @@ def test_what_a_mac_puts_beside_each_file_is_no_image(tmp_path: Path) -> None:
     assert len(found_in(config)["other files"]) == 3
 
 
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_are_whole(tmp_path: Path, format: int) -> None:
-    name = "/".join(["folder" * 10] * 2) + "/" + "n" * 90 if format == tarfile.USTAR_FORMAT else "é" * 300
-    content = tar_bytes([(f"{name}.jpg", b"1" * 700), (f"{name}.cls", b"5"), ("b.jpg", b"2")], format)
-    assert read(_tar(tmp_path, content)) == [Row(name, b"1" * 700, 5), Row("b", b"2")]
+def test_long_names_are_whole(tmp_path: Path) -> None:
+    for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        name = "/".join(["folder" * 10] * 2) + "/" + "n" * 90 if format == tarfile.USTAR_FORMAT else "é" * 300
+        content = tar_bytes([(f"{name}.jpg", b"1" * 700), (f"{name}.cls", b"5"), ("b.jpg", b"2")], format)
+        assert read(_tar(tmp_path, content)) == [Row(name, b"1" * 700, 5), Row("b", b"2")]
 
 
 def test_a_name_in_a_shard_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
@@ -100,12 +99,13 @@ def test_a_name_in_a_shard_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
         scan(_tar(tmp_path, content))
 
 
-@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.zst"])
-def test_a_compressed_shard_is_refused(own_layouts: Layouts, name: str) -> None:
-    write(own_layouts.root / "tar" / name, b"\x1f\x8b")
-    for act in (scan, lambda config: open_source(config).fingerprint()):
-        with pytest.raises(ValueError, match=rf"{name} in .* is compressed, so its images cannot be read one by one; unpack it"):
-            act(own_layouts.config("tar"))
+def test_a_compressed_shard_is_refused(own_layouts: Layouts) -> None:
+    for name in ("a.tar.gz", "a.tgz", "a.tar.zst"):
+        path = write(own_layouts.root / "tar" / name, b"\x1f\x8b")
+        for act in (scan, lambda config: open_source(config).fingerprint()):
+            with pytest.raises(ValueError, match=rf"{name} in .* is compressed"):
+                act(own_layouts.config("tar"))
+        path.unlink()
 
 
 SMALL_TAR = tar_bytes(
@@ -136,16 +136,11 @@ def _places(config: DatasetConfig) -> list[tuple[str, int, int]]:
     return [(entry.key, entry.position, entry.size) for entry in scan(config)]
 
 
-@pytest.mark.parametrize("length", [0, 1, 511, 512, 700, 1024, END - 512, END - 1, END, END + 511])
-def test_a_shard_that_is_cut_off_is_refused(tmp_path: Path, length: int) -> None:
-    with pytest.raises(ValueError, match=r"0\.tar in .* (is no whole tar file \(.*\); make it again|holds '', not a class number)"):
-        scan(_tar(tmp_path, SMALL_TAR[:length]))
-
-
-@pytest.mark.parametrize("content", [b"not a tar file" * 100, SMALL_TAR + SMALL_TAR, SMALL_TAR[:END] + b"x" * 1024])
-def test_what_is_no_shard_is_refused(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"0\.tar in .* is no whole tar file \(.*\); make it again"):
-        scan(_tar(tmp_path, content))
+def test_a_shard_that_is_truncated_or_not_a_tar_file_is_refused(tmp_path: Path) -> None:
+    cut = [SMALL_TAR[:length] for length in (0, 1, 511, 512, 700, 1024, END - 512, END - 1, END, END + 511)]
+    for content in (*cut, b"not a tar file" * 100, SMALL_TAR + SMALL_TAR, SMALL_TAR[:END] + b"x" * 1024):
+        with pytest.raises(ValueError, match=r"0\.tar in .* (is not a complete tar file \(.*\)|holds '', not a class number)"):
+            scan(_tar(tmp_path, content))
 
 
 def _header(kind: bytes, size: int, name: str = "a.jpg") -> bytes:
@@ -179,7 +174,7 @@ def test_a_hostile_header_is_refused_without_memory_or_delay(tmp_path: Path, nam
         file.truncate(5 << 30)  # zeros that take no room on the disk
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"0\.tar in .* is no whole tar file \(.*\); make it again"):
+        with pytest.raises(ValueError, match=r"0\.tar in .* is not a complete tar file \(.*\)"):
             scan(config)
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:

@@ -1,4 +1,4 @@
-"""The token map: its format on disk, and batches in which every image is seen exactly once an epoch."""
+"""The token map: its format on disk, and batches in which every image occurs exactly once per epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,16 @@ from hypothesis import strategies as st
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.data.token_map import QUARANTINE, TokenMap, TokenMapInfo, TokenRows, read_codes, schema, write_part, write_quarantine
+from pipelines.data.token_map import (
+    QUARANTINE,
+    TokenMap,
+    TokenMapInfo,
+    TokenRows,
+    read_codes,
+    schema,
+    write_quarantine,
+    write_shard,
+)
 from pipelines.storage.base import StoreError
 from pipelines.storage.s3 import S3Folder
 
@@ -55,7 +63,7 @@ def _token_map(num_rows: int, seed: int = 0) -> TokenMap:
 @pytest.fixture
 def part(tmp_path: Path) -> Path:
     path = tmp_path / "part-00000.parquet"
-    write_part(path, INFO, _rows(500))
+    write_shard(path, INFO, _rows(500))
     return path
 
 
@@ -64,19 +72,23 @@ def commit_to(tmp_path: Path) -> Callable[..., Manifest]:
     """A token map in a store, of parts that are made of whatever info they are given."""
 
     def commit(
-        store: ArtifactStore, *parts: tuple[TokenMapInfo, TokenRows], info: TokenMapInfo = INFO, num_rows: int | None = None
+        store: ArtifactStore,
+        *parts: tuple[TokenMapInfo, TokenRows],
+        info: TokenMapInfo = INFO,
+        num_rows: int | None = None,
+        key: str = "k",
     ) -> Manifest:
         records = []
         for number, (part_info, rows) in enumerate(parts):
             source = tmp_path / f"part-{number:05d}.parquet"
-            write_part(source, part_info, rows)
-            records.append(store.put_file("token_map", "k", source.name, source))
+            write_shard(source, part_info, rows)
+            records.append(store.put_file("token_map", key, source.name, source))
         write_quarantine(tmp_path / QUARANTINE, [("image-x", "it is broken")])
-        records.append(store.put_file("token_map", "k", QUARANTINE, tmp_path / QUARANTINE))
+        records.append(store.put_file("token_map", key, QUARANTINE, tmp_path / QUARANTINE))
         total = sum(len(rows) for _, rows in parts) if num_rows is None else num_rows
         summary = {"info": dataclasses.asdict(info), "rows": total}
         return store.commit(
-            Manifest(stage="token_map", key="k", stage_version=1, config={}, inputs={}, files=tuple(records), summary=summary)
+            Manifest(stage="token_map", key=key, stage_version=1, config={}, inputs={}, files=tuple(records), summary=summary)
         )
 
     return commit
@@ -90,33 +102,16 @@ def commit(commit_to: Callable[..., Manifest], local_store: ArtifactStore) -> Ca
 # Format --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_part_has_the_documented_columns(part: Path) -> None:
-    codes = pa.list_(pa.field("element", pa.uint16()), 16)
-    assert pq.read_schema(part).remove_metadata() == pa.schema(
-        [
-            ("key", pa.string()),
-            ("codes", codes),
-            ("codes_flipped", codes),
-            ("label", pa.int32()),
-            ("source_sha256", pa.binary(32)),
-        ]
+def test_a_shard_has_the_documented_columns_metadata_and_values(part: Path, tmp_path: Path) -> None:
+    codes, found, written, table = (
+        pa.list_(pa.field("element", pa.uint16()), 16),
+        pq.read_schema(part),
+        _rows(500),
+        pq.read_table(part),
     )
-
-
-def test_a_part_of_a_dataset_with_captions_has_them_and_the_number_of_the_first(tmp_path: Path) -> None:
-    rows = _rows(20, first_caption=70)
-    write_part(tmp_path / "part.parquet", CAPTIONED, rows)
-    table = pq.read_table(tmp_path / "part.parquet")
-    assert (
-        table.schema.field("captions").type == pa.list_(pa.field("element", pa.string()))
-        and table.schema.field("first_caption").type == pa.int64()
-    )
-    assert table["captions"].to_pylist() == [list(captions) for captions in rows.captions] and () in rows.captions
-    assert table["first_caption"].to_pylist() == rows.first_captions and rows.first_captions[0] == 70
-
-
-def test_a_part_states_what_it_is_made_of(part: Path) -> None:
-    assert json.loads(pq.read_schema(part).metadata[b"enat"]) == {
+    columns = {"key": pa.string(), "codes": codes, "codes_flipped": codes, "label": pa.int32(), "source_sha256": pa.binary(32)}
+    assert found.remove_metadata() == pa.schema(list(columns.items()))
+    assert json.loads(found.metadata[b"enat"]) == {
         "dataset": "photographs",
         "resolution": 16,
         "grid_size": 4,
@@ -128,25 +123,27 @@ def test_a_part_states_what_it_is_made_of(part: Path) -> None:
         "crop": "adm-center",
         "format_version": 2,
     }
-
-
-def test_a_part_gives_back_its_values(part: Path) -> None:
-    written, table = _rows(500), pq.read_table(part)
     assert table["key"].to_pylist() == written.keys
     assert table["label"].to_pylist() == written.labels
     assert table["source_sha256"].to_pylist() == written.source_sha256
     for name in ("codes", "codes_flipped"):
         np.testing.assert_array_equal(np.array(table[name].to_pylist()), getattr(written, name))
-
-
-def test_the_same_rows_are_the_same_bytes(part: Path, tmp_path: Path) -> None:
-    write_part(tmp_path / "again.parquet", INFO, _rows(500))
-    assert (tmp_path / "again.parquet").read_bytes() == part.read_bytes()
-
-
-def test_a_part_is_compressed(part: Path) -> None:
     row_group = pq.ParquetFile(part).metadata.row_group(0)
     assert {row_group.column(index).compression for index in range(5)} == {"ZSTD"}
+    write_shard(tmp_path / "again.parquet", INFO, _rows(500))
+    assert (tmp_path / "again.parquet").read_bytes() == part.read_bytes(), "equal rows give equal bytes"
+
+
+def test_a_shard_of_a_dataset_with_captions_has_them_and_the_number_of_the_first(tmp_path: Path) -> None:
+    rows = _rows(20, first_caption=70)
+    write_shard(tmp_path / "part.parquet", CAPTIONED, rows)
+    table = pq.read_table(tmp_path / "part.parquet")
+    assert (
+        table.schema.field("captions").type == pa.list_(pa.field("element", pa.string()))
+        and table.schema.field("first_caption").type == pa.int64()
+    )
+    assert table["captions"].to_pylist() == [list(captions) for captions in rows.captions] and () in rows.captions
+    assert table["first_caption"].to_pylist() == rows.first_captions and rows.first_captions[0] == 70
 
 
 def test_a_flipped_bit_in_a_page_is_an_error_and_never_another_code(part: Path) -> None:
@@ -171,22 +168,19 @@ def test_a_flipped_bit_in_a_page_is_an_error_and_never_another_code(part: Path) 
 def test_the_largest_code_of_the_largest_codebook_fits(tmp_path: Path) -> None:
     info = dataclasses.replace(INFO, codebook_size=1 << 16)
     rows = dataclasses.replace(_rows(2), codes=np.full((2, 16), 65535), codes_flipped=np.zeros((2, 16), int))
-    write_part(tmp_path / "part.parquet", info, rows)
-    assert pq.read_table(tmp_path / "part.parquet")["codes"].to_pylist() == [[65535] * 16] * 2
+    write_shard(tmp_path / "shard.parquet", info, rows)
+    assert pq.read_table(tmp_path / "shard.parquet")["codes"].to_pylist() == [[65535] * 16] * 2
 
 
-def test_a_part_of_unreadable_images_alone_has_no_rows_and_the_same_schema(tmp_path: Path) -> None:
-    write_part(tmp_path / "part.parquet", INFO, _rows(0))
-    assert pq.read_table(tmp_path / "part.parquet").num_rows == 0
-    assert pq.read_schema(tmp_path / "part.parquet").equals(schema(INFO), check_metadata=True)
-
-
-@pytest.mark.parametrize("rows", [[], [("a.jpg", "it is broken"), ("b.jpg", "it is animated (3 frames)")]])
-def test_the_quarantine_holds_keys_and_reasons(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
-    write_quarantine(tmp_path / QUARANTINE, rows)
-    table = pq.read_table(tmp_path / QUARANTINE)
-    assert table.schema.names == ["key", "reason"]
-    assert [(row["key"], row["reason"]) for row in table.to_pylist()] == rows
+def test_a_shard_may_have_no_rows_and_a_quarantine_holds_keys_and_reasons(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard.parquet", INFO, _rows(0))
+    assert pq.read_table(tmp_path / "shard.parquet").num_rows == 0
+    assert pq.read_schema(tmp_path / "shard.parquet").equals(schema(INFO), check_metadata=True)
+    for rows in ([], [("a.jpg", "it is broken"), ("b.jpg", "it is animated (3 frames)")]):
+        write_quarantine(tmp_path / QUARANTINE, rows)
+        table = pq.read_table(tmp_path / QUARANTINE)
+        assert table.schema.names == ["key", "reason"]
+        assert [(row["key"], row["reason"]) for row in table.to_pylist()] == rows
 
 
 # In memory -----------------------------------------------------------------------------------------------------------------
@@ -218,23 +212,17 @@ def test_rows_that_were_put_together_are_the_rows_of_the_pieces() -> None:
         assert getattr(whole, name) == [value for piece in pieces for value in getattr(piece, name)]
 
 
-_OTHERS = [{"dataset": "other"}, {"tokenizer_digest": "cd" * 32}, {"codebook_size": 256}, {"crop": "random"}, {"resolution": 32}]
-_OTHERS += [{"dtype": "bfloat16"}, {"num_captions": 1_000}, {"grid_size": 2}]
-
-
-@pytest.mark.parametrize("other", _OTHERS, ids=[next(iter(other)) for other in _OTHERS])
-def test_a_part_of_another_map_is_refused(commit, local_store: ArtifactStore, other: dict[str, Any]) -> None:
-    info = dataclasses.replace(INFO, **other)
-    manifest = commit((INFO, _rows(3)), (info, _rows(3, seed=1, info=info)))
-    with pytest.raises(ValueError, match=r"part-00001\.parquet is not a part of this token map"):
-        TokenMap.open(local_store, manifest)
-
-
-@pytest.mark.parametrize("num_rows", [7, 9])
-def test_parts_with_more_or_fewer_rows_than_in_the_manifest_are_refused(commit, local_store: ArtifactStore, num_rows: int) -> None:
-    manifest = commit((INFO, _rows(3)), (INFO, _rows(5, seed=1)), num_rows=num_rows)
-    with pytest.raises(ValueError, match=rf"the parts of token map k hold 8 rows, not the {num_rows} of its manifest"):
-        TokenMap.open(local_store, manifest)
+def test_shards_of_another_map_or_with_more_or_fewer_rows_are_refused(commit, local_store: ArtifactStore) -> None:
+    others = [{"dataset": "other"}, {"tokenizer_digest": "cd" * 32}, {"codebook_size": 256}, {"crop": "random"}]
+    for other in [*others, {"resolution": 32}, {"dtype": "bfloat16"}, {"num_captions": 1_000}, {"grid_size": 2}]:
+        info = dataclasses.replace(INFO, **other)
+        manifest = commit((INFO, _rows(3)), (info, _rows(3, seed=1, info=info)), key=next(iter(other)))
+        with pytest.raises(ValueError, match=r"part-00001\.parquet is not a shard of this token map"):
+            TokenMap.open(local_store, manifest)
+    for num_rows in (7, 9):
+        manifest = commit((INFO, _rows(3)), (INFO, _rows(5, seed=1)), num_rows=num_rows, key=f"k{num_rows}")
+        with pytest.raises(ValueError, match=rf"token map k\d hold 8 rows, but its manifest states {num_rows}"):
+            TokenMap.open(local_store, manifest)
 
 
 def _damage_a_page(path: Path) -> None:
@@ -319,24 +307,24 @@ def test_a_shared_map_is_read_once_and_mapped_from_then_on(
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["codes.npy", "labels.npy", "sha256.json"])
-def test_a_shared_map_that_was_damaged_is_read_again(
-    commit, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+def test_a_damaged_shared_map_is_read_again(
+    commit, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
     manifest = commit((INFO, _rows(5)))
-    plain = TokenMap.open_shared(local_store, manifest)
-    path = _cached(tmp_path / "cache") / name
-    content = bytearray(path.read_bytes())
-    content[-2] ^= 1
-    path.write_bytes(content)
-    assert _same(TokenMap.open(local_store, manifest), TokenMap.open_shared(local_store, manifest))
-    path.unlink()
-    assert _same(TokenMap.open(local_store, manifest), TokenMap.open_shared(local_store, manifest))
-    assert len(plain) == 5
+    plain = TokenMap.open(local_store, manifest)
+    assert len(TokenMap.open_shared(local_store, manifest)) == 5
+    for name in ("codes.npy", "labels.npy", "sha256.json"):
+        path = _cached(tmp_path / "cache") / name
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 1
+        path.write_bytes(content)
+        assert _same(plain, TokenMap.open_shared(local_store, manifest))
+        (_cached(tmp_path / "cache") / name).unlink()
+        assert _same(plain, TokenMap.open_shared(local_store, manifest))
 
 
-def test_damage_of_a_part_is_told_also_of_a_shared_map_and_leaves_nothing(
+def test_a_damaged_shard_is_refused_for_a_shared_map_and_leaves_nothing_in_the_cache(
     commit, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
@@ -347,70 +335,57 @@ def test_damage_of_a_part_is_told_also_of_a_shared_map_and_leaves_nothing(
     assert not list((tmp_path / "cache" / "downloads").iterdir())
 
 
-def test_without_a_cache_every_worker_reads_the_map_and_says_so(
+def test_without_a_cache_every_worker_loads_the_map_and_warns(
     commit, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file" / "cache"))
     manifest = commit((INFO, _rows(5)))
     assert _same(TokenMap.open(local_store, manifest), TokenMap.open_shared(local_store, manifest))
-    assert "the token map is read into the memory of each worker" in caplog.text
+    assert "the token map is loaded into the memory of each worker" in caplog.text
 
 
 def test_a_shared_map_may_have_no_rows(commit, local_store: ArtifactStore) -> None:
     assert len(TokenMap.open_shared(local_store, commit((INFO, _rows(0))))) == 0
 
 
-@pytest.mark.parametrize("wanted", [[0], [2, 3], [0, 4, 7], [3, 4, 5, 6, 7], list(range(8))])
-def test_codes_of_some_rows_are_read_from_the_parts_that_hold_them(commit, local_store: ArtifactStore, wanted: list[int]) -> None:
+def test_codes_of_some_rows_are_read_from_the_shards_that_hold_them(commit, local_store: ArtifactStore) -> None:
     pieces = [_rows(3, seed=1), _rows(0, seed=2), _rows(5, seed=3)]
-    whole = TokenRows.concatenate(pieces)
-    keys, codes = read_codes(local_store, commit(*[(INFO, piece) for piece in pieces]), wanted)
-    assert keys == [whole.keys[row] for row in wanted] and codes.dtype == np.uint16
-    np.testing.assert_array_equal(codes, whole.codes[wanted])
+    whole, manifest = TokenRows.concatenate(pieces), commit(*[(INFO, piece) for piece in pieces])
+    for wanted in ([0], [2, 3], [0, 4, 7], [3, 4, 5, 6, 7], list(range(8))):
+        keys, codes = read_codes(local_store, manifest, wanted)
+        assert keys == [whole.keys[row] for row in wanted] and codes.dtype == np.uint16
+        np.testing.assert_array_equal(codes, whole.codes[wanted])
 
 
 _FITS = {"tokenizer_digest": INFO.tokenizer_digest, "grid_size": 4, "codebook_size": 512}
 
 
-@pytest.mark.parametrize(
-    ("changed", "own", "expected"),
-    [
+def test_a_map_that_does_not_fit_is_refused_naming_both_sides() -> None:
+    INFO.require("the model", **_FITS)  # raises nothing
+    for changed, own, expected in (
         ({"tokenizer_digest": "cd" * 32}, "tokenizer abababababab", "tokenizer cdcdcdcdcdcd"),
         ({"grid_size": 16}, "grid 4", "grid 16"),
         ({"codebook_size": 1024}, "codebook 512", "codebook 1024"),
         ({"grid_size": 16, "codebook_size": 1024}, "grid 4, codebook 512", "grid 16, codebook 1024"),
-    ],
-)
-def test_a_map_that_does_not_fit_is_refused_naming_both_sides(changed: dict[str, Any], own: str, expected: str) -> None:
-    INFO.require("the model", **_FITS)  # raises nothing
-    sentence = rf"^the token map of photographs \(16 px\) has {own}, but the model expects {expected}$"
-    with pytest.raises(ValueError, match=sentence):
-        INFO.require("the model", **{**_FITS, **changed})
+    ):
+        sentence = rf"^the token map of photographs \(16 px\) has {own}, but the model expects {expected}$"
+        with pytest.raises(ValueError, match=sentence):
+            INFO.require("the model", **{**_FITS, **changed})
 
 
-def test_take_gives_stored_or_flipped_codes_as_asked() -> None:
-    token_map = _token_map(6)
-    rows, flipped = np.array([5, 0, 5, 2]), np.array([True, False, False, True])
-    codes, labels = token_map.take(rows, flipped)
-    assert codes.dtype == np.int64 and labels.dtype == np.int64
-    expected = [token_map.codes[row, int(is_flipped)] for row, is_flipped in zip(rows, flipped, strict=True)]
-    np.testing.assert_array_equal(codes, expected)
-
-
-def test_take_gives_labels_and_the_null_label_where_a_row_has_none() -> None:
+def test_take_gives_a_copy_of_stored_or_flipped_codes_and_of_labels() -> None:
+    """A row without a label gets the null label. Training writes into the copy."""
     token_map = _token_map(40)
-    labels = token_map.take(np.arange(40), np.zeros(40, bool))[1]
-    assert labels.tolist() == [INFO.num_classes if label == -1 else label for label in token_map.labels.tolist()]
-    assert set(labels.tolist()) == {0, 1, 2, 3}
-
-
-def test_what_take_gives_is_a_copy() -> None:
-    """Training writes the null label into it."""
-    token_map = _token_map(4)
-    before = token_map.labels.copy()
-    token_map.take(np.arange(4), np.zeros(4, bool))[1][:] = 99
-    np.testing.assert_array_equal(token_map.labels, before)
+    rows, flipped = np.arange(40)[::-1], np.arange(40) % 3 == 0
+    for _ in range(2):
+        codes, labels = token_map.take(rows, flipped)
+        assert codes.dtype == np.int64 and labels.dtype == np.int64
+        expected = [token_map.codes[row, int(is_flipped)] for row, is_flipped in zip(rows, flipped, strict=True)]
+        np.testing.assert_array_equal(codes, expected)
+        assert labels.tolist() == [INFO.num_classes if label == -1 else label for label in token_map.labels[rows].tolist()]
+        assert set(labels.tolist()) == {0, 1, 2, 3}
+        labels[:] = codes[:] = 99
 
 
 # Batches -------------------------------------------------------------------------------------------------------------------
@@ -428,13 +403,13 @@ def _stream(token_map: TokenMap, seed: int, batch_size: int, length: int) -> tup
 
 
 @given(num_rows=_ROWS, batch_size=_BATCHES, seed=_SEEDS)
-def test_every_row_is_seen_exactly_once_an_epoch_whatever_the_batch_size(num_rows: int, batch_size: int, seed: int) -> None:
+def test_every_row_occurs_exactly_once_per_epoch_at_any_batch_size(num_rows: int, batch_size: int, seed: int) -> None:
     epochs = _stream(_token_map(num_rows), seed, batch_size, 3 * num_rows)[0].reshape(3, num_rows)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(num_rows), (3, 1)))
 
 
 @given(num_rows=_ROWS, batch_sizes=st.tuples(_BATCHES, _BATCHES), seed=_SEEDS)
-def test_rows_flips_and_captions_come_in_one_order_whatever_the_batch_size(
+def test_the_order_of_rows_flips_and_captions_does_not_depend_on_the_batch_size(
     num_rows: int, batch_sizes: tuple[int, int], seed: int
 ) -> None:
     one, other = (_stream(_token_map(num_rows), seed, batch_size, 3 * num_rows) for batch_size in batch_sizes)
@@ -443,9 +418,7 @@ def test_rows_flips_and_captions_come_in_one_order_whatever_the_batch_size(
 
 
 @given(num_rows=_ROWS, num_groups=st.integers(1, 8), group_size=st.integers(1, 12), step=st.integers(0, 50), seed=_SEEDS)
-def test_groups_of_a_step_are_the_step_whatever_their_number(
-    num_rows: int, num_groups: int, group_size: int, step: int, seed: int
-) -> None:
+def test_any_number_of_groups_gives_the_same_step(num_rows: int, num_groups: int, group_size: int, step: int, seed: int) -> None:
     """So it does not matter how many workers share the groups."""
     token_map = _token_map(num_rows)
     whole = token_map.batch_rows(seed, step, num_groups * group_size)
@@ -483,7 +456,7 @@ def test_a_map_without_captions_draws_none() -> None:
     assert token_map.batch_rows(0, 0, 12).captions.tolist() == [-1] * 12
 
 
-def test_a_row_s_captions_are_drawn_equally_often_and_anew_each_epoch() -> None:
+def test_a_row_s_captions_are_drawn_uniformly_and_again_each_epoch() -> None:
     """Six standard deviations of a share over 8,000 draws."""
     num_rows, count, epochs = 2_000, 5, 4
     captions = np.stack([count * np.arange(num_rows), np.full(num_rows, count)], axis=1)

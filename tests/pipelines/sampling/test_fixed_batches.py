@@ -1,4 +1,4 @@
-"""Passes of fixed composition: a sample is always in the same row of as many rows, whoever makes it and whatever is beside it."""
+"""Passes of fixed composition: a sample is always in the same row of equally many rows."""
 
 from __future__ import annotations
 

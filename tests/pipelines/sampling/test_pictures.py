@@ -1,4 +1,4 @@
-"""Pictures of samples: steps of decoding side by side and as an animation, gray where nothing is known yet."""
+"""Pictures of samples: the steps of decoding side by side and as an animation, masked tokens gray."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""`enat sample`: the images are those of the stage, the files say what made them, and what is wrong is said in one line."""
+"""`enat sample`: images equal those of the stage, the record describes them, and errors are one line."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -156,7 +157,7 @@ def opened(path: Path) -> np.ndarray:
 # What is made --------------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_the_sampler_s_for_their_seeds_and_labels_whatever_the_batch(ask, world: World, tmp_path: Path) -> None:
+def test_images_depend_on_seed_and_label_and_not_on_the_batch(ask, world: World, tmp_path: Path) -> None:
     code, out, err = ask("cc", "--labels", "1,3 x2", "-n", 7, "--seed", 5, "--images-per-pass", 3)
     assert (code, err) == (0, "")
     expected = world.images([1, 3, 3, 1, 3, 3, 1], seed=5)
@@ -169,7 +170,7 @@ def test_images_are_the_sampler_s_for_their_seeds_and_labels_whatever_the_batch(
     assert "7 images of 16 x 16 pixels" in out and f"train/{'c' * 64}" in out and "golden retriever, crane" in out
 
 
-def test_the_record_says_what_made_the_images(ask, world: World, tmp_path: Path) -> None:
+def test_the_record_describes_the_images(ask, world: World, tmp_path: Path) -> None:
     code, out, _ = ask("train/ccc", "num_steps=6", "-n", 2, "--json", "-o", "here")
     assert code == 0
     record = json.loads(out)
@@ -187,7 +188,7 @@ def test_the_record_says_what_made_the_images(ask, world: World, tmp_path: Path)
     )
 
 
-def test_only_what_is_asked_for_is_written(ask, tmp_path: Path) -> None:
+def test_only_requested_outputs_are_written(ask, tmp_path: Path) -> None:
     assert ask("cc", "-n", 2, "--no-images", "--no-steps", "--no-gif", "--no-npz")[0] == 0
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["grid.png", "samples.json"]
 
@@ -232,12 +233,13 @@ def test_it_runs_without_ray(world: World, tmp_path: Path) -> None:
 # Steps ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("images_per_pass", [1, 3, 32])
-def test_the_first_eight_are_shown_step_by_step_whatever_is_computed_together(ask, tmp_path: Path, images_per_pass: int) -> None:
-    assert ask("cc", "-n", 11, "--images-per-pass", images_per_pass, "--batch-size", 1, "--no-images", "--no-npz")[0] == 0
+def test_the_first_eight_are_shown_step_by_step_at_any_size_of_a_pass(ask, tmp_path: Path) -> None:
     tile, gap = 16 * 6, 2
-    assert opened(tmp_path / "samples" / "steps.png").shape == (8 * (tile + gap) + gap, 4 * (tile + gap) + gap, 3)
-    assert opened(tmp_path / "samples" / "progress.gif").shape == (2 * (tile + gap) + gap, 4 * (tile + gap) + gap, 3)
+    for images_per_pass in (3, 32):
+        size = ("--images-per-pass", images_per_pass, "--batch-size", 1, "--no-images", "--no-npz", "--overwrite")
+        assert ask("cc", "-n", 11, *size)[0] == 0
+        assert opened(tmp_path / "samples" / "steps.png").shape == (8 * (tile + gap) + gap, 4 * (tile + gap) + gap, 3)
+        assert opened(tmp_path / "samples" / "progress.gif").shape == (2 * (tile + gap) + gap, 4 * (tile + gap) + gap, 3)
 
 
 # Settings ------------------------------------------------------------------------------------------------------------------
@@ -246,25 +248,19 @@ TWELVE = SamplerConfig(num_steps=12, guidance_scale=2.0, remask_temperature=0.0)
 TWELFTHS = tuple(round(1 - step / 12, 3) for step in range(1, 13))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
+def test_overrides_replace_the_model_s_own_values_and_are_checked_together(world: World) -> None:
+    generator = Generator(world.model, world.vqgan, origin={}, sampler=TWELVE)
+    for overrides, expected in (
         ([], TWELVE),
         (["reveal_order=halton"], dataclasses.replace(TWELVE, reveal_order="halton")),
         ([f"mask_ratios={list(TWELFTHS)}"], dataclasses.replace(TWELVE, mask_ratios=TWELFTHS)),
         (["guidance_scales=[1,3]", "num_steps=2"], SamplerConfig(num_steps=2, guidance_scales=(1, 3), remask_temperature=0.0)),
         (["guidance_scales=[1,3]", "guidance_scales=null"], TWELVE),
-    ],
-    ids=str,
-)
-def test_values_are_laid_over_the_model_s_own_and_checked_together(
-    world: World, overrides: list[str], expected: SamplerConfig
-) -> None:
-    generator = Generator(world.model, world.vqgan, origin={}, sampler=TWELVE)
-    assert _sampler(generator, overrides) == expected
+    ):
+        assert _sampler(generator, overrides) == expected
 
 
-def test_what_is_shown_is_what_is_in_force(ask) -> None:
+def test_the_settings_in_use_are_shown(ask) -> None:
     assert "4 steps, guidance 2, fp32" in ask("cc", "-n", 1, "-o", "a")[1]
     lists = ("guidance_scales=[1,1.5,3]", "mask_ratios=[0.8,0.3,0]", "num_steps=3")
     assert "3 steps, guidance 1 1.5 3, mask ratios 0.8 0.3 0, fp32" in ask("cc", "-n", 1, "-o", "b", *lists)[1]
@@ -281,7 +277,9 @@ def photograph(photographs: dict[str, Image.Image], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("keep", "is_inside_made"), [("outside", True), ("inside", False)])
-def test_only_the_region_is_made_anew(ask, world: World, photograph: Path, tmp_path: Path, keep: str, is_inside_made: bool) -> None:
+def test_only_the_region_is_regenerated(
+    ask, world: World, photograph: Path, tmp_path: Path, keep: str, is_inside_made: bool
+) -> None:
     """Box 5..9 by 0..4 in pixels touches the codes of columns 1 and 2 in row 0."""
     assert ask("cc", "--inpaint", photograph, "--box", "5,0,9,4", "--keep", keep, "--labels", "4", "-n", 5)[0] == 0
     record = json.loads((tmp_path / "samples" / "samples.json").read_text())
@@ -304,7 +302,7 @@ def test_only_the_region_is_made_anew(ask, world: World, photograph: Path, tmp_p
 # Captions ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_of_captions_shows_what_they_say(ask, world: World, clip: Path, tmp_path: Path) -> None:
+def test_a_text_conditional_model_samples_captions(ask, world: World, clip: Path, tmp_path: Path) -> None:
     captions = ["the cat", "a dog on the cat"]
     code, out, err = ask("dd", "--caption", captions[0], "--caption", captions[1], "--text-encoder", clip, "-n", 3)
     assert (code, err) == (0, "") and "the cat, a dog on the cat" in out
@@ -362,8 +360,10 @@ def _sample(world: World, ask: Callable[..., tuple[int, str, str]]) -> None:
 
 
 @pytest.mark.parametrize("use", [_sample, _load_in_a_notebook, _open_in_a_notebook])
-def test_a_model_that_is_sampled_is_in_use_with_what_it_was_made_from(world: World, ask, use: Callable[..., None]) -> None:
-    """So that nobody removes it as unused though it is sampled daily."""
+def test_a_model_that_is_sampled_counts_as_used_together_with_its_inputs(
+    world: World, ask, monkeypatch: pytest.MonkeyPatch, use: Callable[..., None]
+) -> None:
+    """Garbage collection keeps it. A store that refuses to note the use is sampled from all the same."""
     for path in (path for path in Path(world.store.uri).rglob("*") if path.is_file()):
         os.utime(path, (0, 0))
     assert garbage.plan(world.store, limit=time.time() - 3600).kept == {}
@@ -371,22 +371,15 @@ def test_a_model_that_is_sampled_is_in_use_with_what_it_was_made_from(world: Wor
     kept = garbage.plan(world.store, limit=time.time() - 3600).kept
     made_from = [(source["stage"], source["key"]) for source in world.manifest.inputs.values()]
     assert kept == {("train", world.key): "recent", **dict.fromkeys(made_from, "needed")}
-
-
-@pytest.mark.parametrize("use", [_sample, _load_in_a_notebook, _open_in_a_notebook])
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), StorageError("s3://b/.used: no permission")])
-def test_a_store_that_only_others_may_write_is_sampled_from_all_the_same(
-    world: World, ask, monkeypatch: pytest.MonkeyPatch, error: Exception, use: Callable[..., None]
-) -> None:
-    asked = []
+    errors: list[Exception] = [PermissionError(13, "Permission denied"), StorageError("s3://b/.used: no permission")]
 
     def refused(*_: object) -> None:
-        asked.append(1)
-        raise error
+        raise errors.pop()
 
     monkeypatch.setattr(ArtifactStore, "record_use", refused)
-    use(world, ask)
-    assert asked, "it was tried, and what was opened is there all the same"
+    for remaining in (1, 0):
+        use(world, functools.partial(ask, "--overwrite"))
+        assert len(errors) == remaining, "it was tried"
 
 
 def test_files_of_weights_make_what_the_artifact_makes(ask, world: World, tmp_path: Path) -> None:
@@ -396,82 +389,75 @@ def test_files_of_weights_make_what_the_artifact_makes(ask, world: World, tmp_pa
     assert_same_images(opened(tmp_path / "samples" / "images" / "000000.png"), world.images([3])[0])
 
 
-# What is wrong -------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("xyz",), "has no artifact whose key begins with train/xyz"),
-        (("tokenizer/aa",), f"tokenizer/{'a' * 12} is no model; those are artifacts of stage train"),
-        ((), "name a MODEL"),
-        (("cc", "dd"), "one MODEL is sampled at a time, not cc and dd"),
-        (("cc", "--labels", "5"), "--labels has 5, but this model knows the labels 0 to 4"),
-        (("cc", "--labels", "3-7"), "--labels has 3-7, but this model knows the labels 0 to 4"),
-        (("cc", "--labels", "goldfish"), "--labels has 'goldfish', which is no class of this model"),
-        (("cc", "--labels", "crane"), "which several classes are called: 2, 3"),
-        (("cc", "--labels", ","), "--labels is empty"),
-        (("cc", "num_stepz=3"), "unknown key num_stepz; did you mean num_steps?"),
-        (("cc", "num_steps=0"), "the model's sampler with num_steps=0: num_steps is 0; at least 1 is needed"),
-        (("cc", "num_steps=few"), "override num_steps=few: num_steps: Value 'few'"),
-        (("cc", "num_steps=2", "mask_ratios=[0.5,0.2,0]"), "mask_ratios has 3 values for 2 steps; give one value a step"),
-        (("cc", "guidance_scale=3.5", "guidance_scales=[1,2,3,4]"), "so guidance_scale is to be left out"),
-        (("cc", "sampling_temperature=0", "top_k=5"), "top_k is 5, but at sampling_temperature 0 nothing is drawn"),
-        (("cc", "--caption", "a cat"), "--caption is for models of captions, and this one knows 5 classes; use --labels"),
-        (("dd",), "this model is conditioned on captions; say what to show with --caption"),
-        (
-            ("dd", "--caption", "a cat"),
-            "--caption needs --text-encoder, the CLIP text model that this model was trained with",
-        ),
-        (
-            ("dd", "--caption", "a cat", "--text-encoder", "{other_clip}"),
-            "is not the one this model was trained with, hf://some/clip",
-        ),
-        (("cc", "--device", "tpu7"), "--device tpu7"),
-        (("cc", "--device", "cuda:99"), "--device cuda:99 is not here"),
-        (("cc", "--inpaint", "{photo}"), "--inpaint and --box belong together"),
-        (("cc", "--inpaint", "{photo}", "--box", "1,2,3"), "--box 1,2,3 is not left,top,right,bottom in pixels"),
-        (("cc", "--inpaint", "{photo}", "--box", "0,0,17,4"), "is not left,top,right,bottom within 16 x 16 pixels"),
-        (("cc", "--inpaint", "{photo}", "--box", "4,4,4,8"), "is not left,top,right,bottom within 16 x 16 pixels"),
-        (("cc", "--inpaint", "{photo}", "--box", "0,0,16,16", "--keep", "inside"), "leaves nothing to be made"),
-        (("cc", "--inpaint", "gone.png", "--box", "0,0,4,4"), "--inpaint gone.png cannot be read (No such file or directory)"),
-        (("cc", "--inpaint", "{text}", "--box", "0,0,4,4"), "it is neither JPEG nor PNG"),
-        (("cc", "--weights", "x", "--vqgan", "y"), "--weights takes the place of MODEL"),
-        (("--weights", "gone.pth", "--vqgan", "{vqgan}"), "--weights: gone.pth is not a file"),
-        (("--weights", "{vqgan}", "--vqgan", "{vqgan}"), "holds vqgan, not the weights of enat"),
-        (("cc", "--preset", "enat-l"), "--preset belongs to --weights"),
-        (("cc", "-o", "{text}"), "is no folder that can be read"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(
-    ask, world: World, photograph: Path, tmp_path: Path, tmp_path_factory, capsys, arguments: tuple[str, ...], sentence: str
+WRONG: list[tuple[tuple[str, ...], str]] = [
+    (("xyz",), "has no artifact whose key begins with train/xyz"),
+    (("tokenizer/aa",), f"tokenizer/{'a' * 12} is not a model; models are artifacts of stage train"),
+    ((), "name a MODEL"),
+    (("cc", "dd"), "one MODEL is sampled at a time, not cc and dd"),
+    (("cc", "--labels", "5"), "--labels has 5, but this model knows the labels 0 to 4"),
+    (("cc", "--labels", "3-7"), "--labels has 3-7, but this model knows the labels 0 to 4"),
+    (("cc", "--labels", "goldfish"), "--labels has 'goldfish', which is not a class of this model"),
+    (("cc", "--labels", "crane"), "the name of several classes: 2, 3"),
+    (("cc", "--labels", ","), "--labels is empty"),
+    (("cc", "num_stepz=3"), "unknown key num_stepz; did you mean num_steps?"),
+    (("cc", "num_steps=0"), "the model's sampler with num_steps=0: num_steps is 0; at least 1 is needed"),
+    (("cc", "num_steps=few"), "override num_steps=few: num_steps: Value 'few'"),
+    (("cc", "num_steps=2", "mask_ratios=[0.5,0.2,0]"), "mask_ratios has 3 values for 2 steps; give one value a step"),
+    (("cc", "guidance_scale=3.5", "guidance_scales=[1,2,3,4]"), "so guidance_scale is to be left out"),
+    (("cc", "sampling_temperature=0", "top_k=5"), "top_k is 5, but at sampling_temperature 0 nothing is drawn"),
+    (("cc", "--caption", "a cat"), "--caption is for text-conditional models, but this model has 5 classes; use --labels"),
+    (("dd",), "this model is text-conditional; give captions with --caption"),
+    (
+        ("dd", "--caption", "a cat"),
+        "--caption needs --text-encoder, the CLIP text model that this model was trained with",
+    ),
+    (
+        ("dd", "--caption", "a cat", "--text-encoder", "{other_clip}"),
+        "is not the one this model was trained with, hf://some/clip",
+    ),
+    (("cc", "--device", "tpu7"), "--device tpu7"),
+    (("cc", "--device", "cuda:99"), "--device cuda:99 does not exist"),
+    (("cc", "--inpaint", "{photo}"), "--inpaint and --box belong together"),
+    (("cc", "--inpaint", "{photo}", "--box", "1,2,3"), "--box 1,2,3 is not left,top,right,bottom in pixels"),
+    (("cc", "--inpaint", "{photo}", "--box", "0,0,17,4"), "is not left,top,right,bottom within 16 x 16 pixels"),
+    (("cc", "--inpaint", "{photo}", "--box", "4,4,4,8"), "is not left,top,right,bottom within 16 x 16 pixels"),
+    (("cc", "--inpaint", "{photo}", "--box", "0,0,16,16", "--keep", "inside"), "leaves nothing to generate"),
+    (("cc", "--inpaint", "gone.png", "--box", "0,0,4,4"), "--inpaint gone.png cannot be read (No such file or directory)"),
+    (("cc", "--inpaint", "{text}", "--box", "0,0,4,4"), "it is neither JPEG nor PNG"),
+    (("cc", "--weights", "x", "--vqgan", "y"), "--weights takes the place of MODEL"),
+    (("--weights", "gone.pth", "--vqgan", "{vqgan}"), "--weights: gone.pth is no file"),
+    (("--weights", "{vqgan}", "--vqgan", "{vqgan}"), "holds vqgan, not the weights of enat"),
+    (("cc", "--preset", "enat-l"), "--preset belongs to --weights"),
+    (("cc", "-o", "{text}"), "is no folder that can be read"),
+]
+
+
+def test_an_error_is_one_line_and_nothing_is_written(
+    ask, world: World, photograph: Path, tmp_path: Path, tmp_path_factory, capsys
 ) -> None:
     (tmp_path / "text.png").write_text("this is not an image")
     places = {"photo": photograph, "text": tmp_path / "text.png", "vqgan": world.root / "vqgan.safetensors"}
-    if any("other_clip" in argument for argument in arguments):
-        places["other_clip"] = make_tiny_clip(tmp_path_factory.mktemp("other"), seed=1, max_position_embeddings=16)
-        capsys.readouterr()  # transformers tells of its progress
-    code, out, err = ask(*(argument.format(**places) for argument in arguments))
-    assert (code, out) == (2, "")
-    assert err.startswith("enat: ") and err.count("\n") == 1 and sentence in err
-    assert not (tmp_path / "samples").exists()
+    places["other_clip"] = make_tiny_clip(tmp_path_factory.mktemp("other"), seed=1, max_position_embeddings=16)
+    capsys.readouterr()  # progress of transformers
+    for arguments, sentence in WRONG:
+        code, out, err = ask(*(argument.format(**places) for argument in arguments))
+        assert (code, out) == (2, ""), arguments
+        assert err.startswith("enat: ") and err.count("\n") == 1 and sentence in err, (arguments, err)
+        assert not (tmp_path / "samples").exists(), arguments
 
 
-@pytest.mark.parametrize(
-    ("text", "labels"),
-    [
+def test_labels_are_parsed_as_people_write_them() -> None:
+    for text, labels in (
         ("207,360 x4", (207, 360, 360, 360, 360)),
         ("207x2, 3-5", (207, 207, 3, 4, 5)),
         ("1-2 x2", (1, 2, 1, 2)),
         ("Golden Retriever x2,tench", (1, 1, 0)),
         ("7 , , 8", (7, 8)),
         ("box x 2", (4, 4)),
-    ],
-)
-def test_labels_are_read_as_people_write_them(text: str, labels: tuple[int, ...]) -> None:
-    assert parse_labels(text, 1000, ("tench", "golden retriever", "a", "b", "box")) == labels
-
-
-def test_a_list_of_labels_that_would_fill_the_memory_is_refused() -> None:
+    ):
+        assert parse_labels(text, 1000, ("tench", "golden retriever", "a", "b", "box")) == labels
     with pytest.raises(ValueError, match="asks for more than 1,000,000 images"):
         parse_labels("0-999 x9999999", 1000)

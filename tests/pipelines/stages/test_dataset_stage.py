@@ -159,7 +159,7 @@ def test_keys_that_are_repeated_across_files_are_refused(make, tmp_path: Path, k
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_sentence_of_a_worker_comes_through(make, tmp_path: Path) -> None:
     write(tmp_path / "shards" / "a.tar", b"no tar" * 1000)
-    with pytest.raises(ValueError, match=r"^a\.tar in .*/shards is no whole tar file \(.*\); make it again$"):
+    with pytest.raises(ValueError, match=r"^a\.tar in .*/shards is not a complete tar file \(.*\)"):
         make(DatasetConfig(kind="tar", path=str(tmp_path / "shards")))
 
 

@@ -32,7 +32,7 @@ from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.data.image_sets import ImageSetConfig
-from pipelines.data.samples import SamplePlan, Samples, image_cost, part_name, write_samples
+from pipelines.data.samples import SamplePlan, Samples, image_cost, shard_name, write_samples
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import protocol as evaluation_protocol
 from pipelines.evaluation.extractors import ExtractorFile
@@ -155,8 +155,8 @@ def _samples(store: ArtifactStore, folder: Path, codes: np.ndarray) -> StageResu
             captions=plan.captions[index],
             rows=plan.rows[index],
         )
-        write_samples(folder / part_name(part), rows)
-        files.append(store.put_file("generate", "g", part_name(part), folder / part_name(part)))
+        write_samples(folder / shard_name(part), rows)
+        files.append(store.put_file("generate", "g", shard_name(part), folder / shard_name(part)))
     summary = {
         "num_samples": NUM_SAMPLES,
         "shard_size": SHARD,

@@ -34,9 +34,9 @@ from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import EMPTY, CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
 from pipelines.data.dataset import INDEX, write_index
-from pipelines.data.samples import Samples, read_codes, sample_seed
+from pipelines.data.samples import Samples, read_samples, sample_seed
 from pipelines.data.sources.base import Entry
-from pipelines.data.token_map import TokenMapInfo, TokenRows, write_part
+from pipelines.data.token_map import TokenMapInfo, TokenRows, write_shard
 from pipelines.sampling.models import Generator
 from pipelines.sampling.request import SampleRequest
 from pipelines.sampling.sample import sample_batches
@@ -120,7 +120,7 @@ def keep_token_map(store: ArtifactStore, folder: Path, tokenizer_digest: str = "
     rows = TokenRows(
         codes=codes, codes_flipped=codes, keys=[str(i) for i in range(30)], labels=labels, source_sha256=[b"0" * 32] * 30
     )
-    write_part(folder / "map", info, rows)
+    write_shard(folder / "map", info, rows)
     record = store.put_file("token_map", "t", "part-00000.parquet", folder / "map")
     summary = {"info": dataclasses.asdict(info), "rows": 30}
     return store.commit(Manifest(stage="token_map", key="t", files=(record,), summary=summary, **FIELDS))
@@ -152,7 +152,7 @@ def make_here(make_context: Callable[..., Any], tmp_path: Path) -> Callable[...,
         parts = -(-config.num_samples // config.shard_size)
         files = [FileRecord(**worker({"part": np.array([part])})["record"][0]["file"]) for part in range(parts)]
         summary = {"num_samples": config.num_samples, "shard_size": config.shard_size}
-        return read_codes(store, Manifest(stage="generate", key="k", files=tuple(files), summary=summary, **FIELDS))
+        return read_samples(store, Manifest(stage="generate", key="k", files=tuple(files), summary=summary, **FIELDS))
 
     return run
 
@@ -174,7 +174,7 @@ def samples(make: Callable[..., Made], model: ENAT) -> Made:
 
 def test_there_are_exactly_num_samples_rows_with_classes_in_turn(samples: Made) -> None:
     assert [record.name for record in samples.manifest.files] == [f"part-{part:05d}.parquet" for part in range(3)]
-    read = read_codes(samples.store, samples.manifest)
+    read = read_samples(samples.store, samples.manifest)
     assert read.index.tolist() == list(range(20)) and read.labels.tolist() == [index % 3 for index in range(20)]
     assert read.codes.shape == (20, 16) and read.codes.min() >= 0 and read.codes.max() < 32
     assert read.seeds.tolist() == [sample_seed(3, index) for index in range(20)]
@@ -183,7 +183,7 @@ def test_there_are_exactly_num_samples_rows_with_classes_in_turn(samples: Made) 
 
 
 def test_the_codes_of_a_sample_are_the_sampler_s_for_its_seed_and_label_alone(samples: Made, model: ENAT) -> None:
-    read = read_codes(samples.store, samples.manifest)
+    read = read_samples(samples.store, samples.manifest)
     for index in (0, 7, 8, 19):
         alone = sample(model, torch.tensor([index % 3]), SAMPLER, seeds=[sample_seed(3, index)])
         np.testing.assert_array_equal(alone[0].numpy(), read.codes[index])
@@ -196,7 +196,7 @@ def test_codes_and_files_do_not_depend_on_workers_or_batch(make, model: ENAT, sa
 
 
 def test_codes_do_not_depend_on_how_many_are_computed_together(make_here, model: ENAT, samples: Made) -> None:
-    read, whole = make_here(dataclasses.replace(CONFIG, images_per_pass=1), model), read_codes(samples.store, samples.manifest)
+    read, whole = make_here(dataclasses.replace(CONFIG, images_per_pass=1), model), read_samples(samples.store, samples.manifest)
     np.testing.assert_array_equal(read.codes, whole.codes)
 
 
@@ -213,11 +213,11 @@ def test_the_model_always_sees_as_many_rows_also_where_a_file_ends_within_a_pass
     monkeypatch.setattr(generate, "_prepare", watched)
     read = make_here(dataclasses.replace(CONFIG, images_per_pass=6), model)
     assert seen == {6, 12}, "one pass and two, where guidance is on"
-    np.testing.assert_array_equal(read.codes, read_codes(samples.store, samples.manifest).codes)
+    np.testing.assert_array_equal(read.codes, read_samples(samples.store, samples.manifest).codes)
 
 
 def test_codes_are_those_of_enat_sample_whatever_its_batch(samples: Made, model: ENAT, vqgan: VQGAN) -> None:
-    made = read_codes(samples.store, samples.manifest)
+    made = read_samples(samples.store, samples.manifest)
     generator = Generator(model, vqgan, origin={}, sampler=SAMPLER)
     for batch_size in (1, 7, 64):
         request = SampleRequest(num_images=20, sampler=SAMPLER, seed=3, batch_size=batch_size)
@@ -250,7 +250,7 @@ def test_device_seconds_are_those_of_all_devices_that_workers_hold(samples: Made
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 20), (0, 8), (8, 16), (5, 11), (15, 20), (19, 20)])
 def test_a_range_of_samples_is_a_piece_of_the_whole(samples: Made, start: int, stop: int) -> None:
-    whole, piece = read_codes(samples.store, samples.manifest), read_codes(samples.store, samples.manifest, start, stop)
+    whole, piece = read_samples(samples.store, samples.manifest), read_samples(samples.store, samples.manifest, start, stop)
     assert piece.index.tolist() == list(range(start, stop))
     np.testing.assert_array_equal(piece.codes, whole.codes[start:stop])
     np.testing.assert_array_equal(piece.labels, whole.labels[start:stop])
@@ -260,12 +260,12 @@ def test_a_range_of_samples_is_a_piece_of_the_whole(samples: Made, start: int, s
 @pytest.mark.parametrize(("start", "stop"), [(0, 21), (-1, 5), (20, 20), (7, 3)])
 def test_samples_that_are_not_there_are_said(samples: Made, start: int, stop: int) -> None:
     with pytest.raises(ValueError, match=rf"generate/k has no samples {start} to {stop - 1}: they are numbered 0 to 19"):
-        read_codes(samples.store, samples.manifest, start, stop)
+        read_samples(samples.store, samples.manifest, start, stop)
 
 
 def test_given_labels_come_in_turn(make_here, model: ENAT, samples: Made) -> None:
     read = make_here(dataclasses.replace(CONFIG, labels=(2, 2, 0), num_samples=8), model)
-    others = read_codes(samples.store, samples.manifest)
+    others = read_samples(samples.store, samples.manifest)
     assert read.labels.tolist() == [2, 2, 0, 2, 2, 0, 2, 2]
     for index, label in enumerate(read.labels):
         is_same = np.array_equal(read.codes[index], others.codes[index])
@@ -278,7 +278,7 @@ def test_bfloat16_is_autocast_around_the_same_sampler(make_here, model: ENAT, sa
     with torch.autocast("cpu", torch.bfloat16):
         expected = sample(model, torch.arange(8) % 3, SAMPLER, seeds=seeds)
     np.testing.assert_array_equal(read.codes, expected.numpy())
-    share = (read.codes == read_codes(samples.store, samples.manifest, 0, 8).codes).mean()
+    share = (read.codes == read_samples(samples.store, samples.manifest, 0, 8).codes).mean()
     assert 0.2 < share < 1, "it is rounding that differs"
 
 
@@ -291,7 +291,7 @@ def test_an_unconditional_model_has_no_labels_to_tell(make_here) -> None:
 @pytest.mark.faults
 def test_a_compiled_model_makes_the_same_codes(make_here, model: ENAT, samples: Made) -> None:
     read = make_here(dataclasses.replace(CONFIG, num_samples=8, execution=GenerateExecution(compile=True)), model)
-    np.testing.assert_array_equal(read.codes, read_codes(samples.store, samples.manifest, 0, 8).codes)
+    np.testing.assert_array_equal(read.codes, read_samples(samples.store, samples.manifest, 0, 8).codes)
 
 
 # Captions ------------------------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_a_compiled_model_makes_the_same_codes(make_here, model: ENAT, samples: 
 
 def test_codes_are_those_of_the_recorded_captions(make, text_model: ENAT) -> None:
     made = make(dataclasses.replace(CONFIG, num_samples=12, shard_size=5), text_model, keep_captions)
-    read = read_codes(made.store, made.manifest)
+    read = read_samples(made.store, made.manifest)
     assert set(read.labels) == {-1} and made.manifest.summary["labels"] == "captions"
     assert sorted(read.captions[:NUM_CAPTIONS]) == list(range(NUM_CAPTIONS)), "each caption once before any comes twice"
     assert read.captions[NUM_CAPTIONS:].tolist() == read.captions[: 12 - NUM_CAPTIONS].tolist()
@@ -327,7 +327,7 @@ def test_fewer_samples_than_images_take_one_caption_of_different_images(make_her
 def test_masked_codes_of_the_token_map_are_filled_in_and_the_others_stay(make, model: ENAT) -> None:
     config = dataclasses.replace(CONFIG, mask_ratio=0.5, sampler=SamplerConfig(num_steps=1, guidance_scale=1.0))
     made = make(config, model, keep_token_map)
-    read = read_codes(made.store, made.manifest)
+    read = read_samples(made.store, made.manifest)
     truth = np.random.default_rng(0).integers(0, 32, (30, 16))[read.rows]
     assert len(set(read.rows.tolist())) == 20, "no row twice before all were there"
     row_labels = np.array([*(row % 3 for row in range(29)), 3])  # the null label of the row that has none
@@ -382,7 +382,7 @@ def test_what_the_model_cannot_do_is_said(make, model: ENAT, text_model: ENAT, g
 
 
 def test_a_codebook_that_files_of_samples_cannot_hold_is_refused_before_sampling(make) -> None:
-    with pytest.raises(ValueError, match="samples are stored in 16 bits a code, 65,536 at most, and this model has 65,537 codes"):
+    with pytest.raises(ValueError, match="16 bits per code: at most 65,536 codes, but the codebook has 65,537"):
         make(CONFIG, random_model(num_classes=3, codebook_size=65_537))
 
 
@@ -498,5 +498,5 @@ def test_a_driver_that_is_killed_is_gone_on_from(
     for name, before in parts.items():
         now = (Path(store.place("generate", "k")) / name).stat()
         assert (now.st_mtime_ns, now.st_ino) == (before.st_mtime_ns, before.st_ino), "what was done stays"
-    read = read_codes(made.store, made.manifest)
+    read = read_samples(made.store, made.manifest)
     assert read.index.tolist() == list(range(90)), "no padding, nothing twice"

@@ -16,7 +16,7 @@ from enat.checkpoint import load_vqgan
 from enat.images import to_uint8
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.data.samples import read_codes
+from pipelines.data.samples import read_samples
 from pipelines.stages import evaluate, report
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
@@ -96,7 +96,7 @@ def _tile(grid: Image.Image, row: int, column: int, size: int) -> np.ndarray:
 def decoded(store: ArtifactStore, inputs: dict[str, Manifest]) -> np.ndarray:
     """The samples as images, uint8 (R, 16, 16, 3)."""
     vqgan = load_vqgan(store.fetch(inputs["tokenizer"], "vqgan.safetensors"))
-    codes = torch.from_numpy(read_codes(store, inputs["samples"]).codes).view(-1, 4, 4)
+    codes = torch.from_numpy(read_samples(store, inputs["samples"]).codes).view(-1, 4, 4)
     return to_uint8(vqgan.decode(codes)).permute(0, 2, 3, 1).numpy()
 
 

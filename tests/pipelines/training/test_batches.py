@@ -1,4 +1,4 @@
-"""Batches: what a group learns from depends on (seed, step, group) and on nothing else."""
+"""Batches: a group depends on (seed, step, group) and on nothing else."""
 
 from __future__ import annotations
 
@@ -34,22 +34,13 @@ def _taken(material: Material, config: TrainConfig, *, steps: int, step: int = 0
     return taken
 
 
-def test_a_group_is_drawn_alike_every_time(material: Material) -> None:
-    first, again = (draw_group(CONFIG, material.token_map, None, 3, 2) for _ in range(2))
-    assert _flat(first) == _flat(again) and (first.step, first.group, first.weight) == (3, 2, 1.0)
-
-
-@pytest.mark.parametrize("other", [(1, 3, 2), (0, 4, 2), (0, 3, 1)], ids=["seed", "step", "group"])
-def test_another_seed_step_or_group_draws_something_else(material: Material, other: tuple[int, int, int]) -> None:
-    seed, step, group = other
-    mine = draw_group(CONFIG, material.token_map, None, 3, 2)
-    theirs = draw_group(changed(seed=seed), material.token_map, None, step, group)
-    assert mine.dropout_seed != theirs.dropout_seed and mine.masked.tokens.tolist() != theirs.masked.tokens.tolist()
-
-
-def test_draws_do_not_depend_on_how_training_runs(material: Material) -> None:
+def test_a_group_depends_on_seed_step_and_group_alone(material: Material) -> None:
     spread = changed(execution={"num_workers": 4, "zero_stage": 3, "microbatches": 2})
-    assert _flat(draw_group(spread, material.token_map, None, 3, 2)) == _flat(draw_group(CONFIG, material.token_map, None, 3, 2))
+    first, again, other = (draw_group(config, material.token_map, None, 3, 2) for config in (CONFIG, CONFIG, spread))
+    assert _flat(first) == _flat(again) == _flat(other) and (first.step, first.group, first.weight) == (3, 2, 1.0)
+    for seed, step, group in ((1, 3, 2), (0, 4, 2), (0, 3, 1)):
+        theirs = draw_group(changed(seed=seed), material.token_map, None, step, group)
+        assert first.dropout_seed != theirs.dropout_seed and first.masked.tokens.tolist() != theirs.masked.tokens.tolist()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -81,7 +72,7 @@ def test_batches_from_a_step_on_are_those_of_an_uninterrupted_run(material: Mate
     assert [[_flat(batch) for batch in step] for step in later] == [[_flat(batch) for batch in step] for step in whole[4:]]
 
 
-def test_what_drawing_fails_with_is_raised_where_the_batch_is_taken(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_drawing_is_raised_where_the_batch_is_taken(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
     token_map = material.token_map
     monkeypatch.setattr(token_map, "take", lambda *_: (_ for _ in ()).throw(OSError("the map is gone")))
     batches = Batches(CONFIG, token_map, None, step=0, rank=0, world_size=1)
@@ -112,7 +103,7 @@ def test_rows_of_a_group_are_those_it_is_drawn_from(material: Material) -> None:
     assert len(set(every.tolist())) == CONFIG.batch_size, "no image twice in an epoch"
 
 
-def test_images_are_flipped_only_where_the_config_says_so(material: Material) -> None:
+def test_images_are_flipped_only_if_configured(material: Material) -> None:
     def is_flipped(flip: bool) -> list[bool]:
         flipped = []
         for group in range(4):
@@ -126,11 +117,11 @@ def test_images_are_flipped_only_where_the_config_says_so(material: Material) ->
     assert not any(is_flipped(False)) and 0 < sum(is_flipped(True)) < CONFIG.batch_size
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_as_many_labels_are_dropped_as_the_config_says(material: Material, share: float) -> None:
-    config = changed(label_dropout=share)
-    dropped = torch.cat([draw_group(config, material.token_map, None, step, 0).is_dropped for step in range(200)]).float().mean()
-    assert abs(dropped.item() - share) < 0.06
+def test_the_configured_share_of_labels_is_dropped(material: Material) -> None:
+    for share in (0.0, 0.5):
+        config = changed(label_dropout=share)
+        dropped = torch.cat([draw_group(config, material.token_map, None, step, 0).is_dropped for step in range(200)])
+        assert abs(dropped.float().mean().item() - share) < 0.06
 
 
 def test_captions_are_those_of_the_rows_that_are_drawn(material: Material) -> None:
@@ -147,21 +138,20 @@ def test_captions_are_those_of_the_rows_that_are_drawn(material: Material) -> No
         assert batch.codes.tolist() == codes.codes.tolist() and batch.dropout_seed == codes.dropout_seed
 
 
-def test_every_caption_of_an_image_has_its_turn(material: Material) -> None:
+def test_every_caption_of_an_image_is_drawn(material: Material) -> None:
     drawn = np.concatenate([material.token_map.batch_rows(0, step, 16).captions for step in range(40)])
     assert set(drawn.tolist()) == set(range(40))
 
 
-@pytest.mark.parametrize("is_text", [False, True])
-@pytest.mark.parametrize("count", [2, 4])
-def test_parts_are_the_whole_cut_into_rows(material: Material, count: int, is_text: bool) -> None:
+@pytest.mark.parametrize(("count", "is_text"), [(2, True), (4, False)])
+def test_microbatches_are_rows_of_the_group(material: Material, count: int, is_text: bool) -> None:
     config = changed(WITH_DROPOUT, model={"text": is_text, "dropout": 0.2}, label_dropout=0.5)
     model = ENAT(material.architecture(config))
     drawn = [draw_group(config, material.token_map, material.captions if is_text else None, step, 1) for step in range(8)]
     assert {batch.is_reuse for batch in drawn} == {True, False}
     for batch in drawn:
-        ((codes, condition, masked, kept),) = batch.parts(1, model)
-        parts = list(batch.parts(count, model))
+        ((codes, condition, masked, kept),) = batch.microbatches(1, model)
+        parts = list(batch.microbatches(count, model))
         assert len(parts) == count and kept is not None
         assert torch.equal(torch.cat([part[0] for part in parts]), codes)
         assert torch.equal(torch.cat([part[3] for part in parts]), kept)
@@ -173,10 +163,10 @@ def test_parts_are_the_whole_cut_into_rows(material: Material, count: int, is_te
             assert torch.equal(torch.cat([getattr(part[1], name) for part in parts]), getattr(condition, name))
 
 
-def test_a_condition_is_dropped_where_the_draw_says_so(material: Material) -> None:
+def test_dropped_conditions_are_the_null_condition(material: Material) -> None:
     config = changed(label_dropout=0.5)
     model, batch = ENAT(material.architecture(config)), draw_group(config, material.token_map, None, 0, 0)
-    ((_, condition, _, _),) = batch.parts(1, model)
+    ((_, condition, _, _),) = batch.microbatches(1, model)
     assert 0 < batch.is_dropped.sum() < len(batch.codes)
     assert torch.equal(condition == model.config.null_label, batch.is_dropped)
     assert torch.equal(condition[~batch.is_dropped], batch.condition[~batch.is_dropped])

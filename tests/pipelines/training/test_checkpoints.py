@@ -1,4 +1,4 @@
-"""Checkpoints: there when every rank has written, read by any number of ranks, and never taken damaged."""
+"""Checkpoints: complete when every rank has written, readable by any number of ranks, never used if damaged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KEY = "ab" * 32
 
 @dataclass
 class Run:
-    """A run whose checkpoints are looked at. damage: change the content of what lies below the run's place."""
+    """A run and its checkpoints. damage: changes or removes a file of the run, by its name."""
 
     context: WorkerContext
     damage: Callable[[str, Callable[[bytes], bytes | None]], None]
@@ -49,12 +49,17 @@ class Run:
         kept = {"keep_last": 99, "keep_every": None, **policy}
         return CheckpointWriter(self.context, rank=rank, world_size=world_size, attempt=attempt, **kept)
 
+    def write(self, step: int, rank: int, world_size: int, attempt: str = "a", **policy: Any) -> None:
+        """Of one rank; the tensors of rank r hold step + r / 10."""
+        writer = self.writer(rank, world_size, attempt, **policy)
+        tensors = {fragment_name("weight", "w", rank * 4): torch.full((4,), step + rank / 10)}
+        writer.save(step, tensors, {"step": step, "attempt": attempt})
+        writer.wait()
+
     def save(self, step: int, world_size: int = 1, attempt: str = "a", **policy: Any) -> None:
-        """Of all ranks; the tensors of rank r hold step + r / 10."""
+        """Of all ranks."""
         for rank in reversed(range(world_size)):
-            writer = self.writer(rank, world_size, attempt, **policy)
-            writer.save(step, {fragment_name("weight", "w", rank * 4): torch.full((4,), step + rank / 10)}, {"step": step})
-            writer.wait()
+            self.write(step, rank, world_size, attempt, **policy)
 
     def steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in find_checkpoints(self.context) if checkpoint.is_whole]
@@ -68,10 +73,13 @@ class Run:
         return dict(opened.state), opened.tensors().read("weight", "w", 0, 4 * checkpoint.world_size)
 
 
-@pytest.fixture(params=["folder", "bucket"])
+in_folder_and_bucket = pytest.mark.parametrize("run", ["folder", "bucket"], indirect=True)
+
+
+@pytest.fixture
 def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
-    if request.param == "folder":
+    if getattr(request, "param", "folder") == "folder":
         store = open_store(str(tmp_path / "store"))
 
         def damage(name: str, change: Callable[[bytes], bytes | None]) -> None:
@@ -94,70 +102,42 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 # What counts as a checkpoint -----------------------------------------------------------------------------------------------
 
 
-def test_a_run_without_checkpoints_has_no_newest_one(run: Run) -> None:
+@in_folder_and_bucket
+def test_what_all_ranks_wrote_comes_back(run: Run) -> None:
     assert run.newest() is None and run.told == []
+    for step, world_size in ((7, 1), (8, 3)):
+        run.save(step, world_size)
+        state, values = run.opened(run.newest())
+        assert state == {"step": step, "attempt": "a"}
+        assert torch.equal(values, torch.tensor([step + rank / 10 for rank in range(world_size) for _ in range(4)]))
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_what_all_ranks_wrote_comes_back(run: Run, world_size: int) -> None:
-    run.save(7, world_size)
-    state, values = run.opened(run.newest())
-    assert state == {"step": 7}
-    assert torch.equal(values, torch.tensor([7 + rank / 10 for rank in range(world_size) for _ in range(4)]))
-
-
-def test_a_checkpoint_exists_once_every_rank_has_written(run: Run) -> None:
+def test_a_checkpoint_is_complete_once_every_rank_of_an_attempt_has_written(run: Run) -> None:
     for rank in (2, 0, 1):
         assert run.newest() is None
-        writer = run.writer(rank, world_size=3)
-        writer.save(5, {"weight/w@0": torch.zeros(1)}, {})
-        writer.wait()
+        run.write(5, rank, 3)
     newest = run.newest()
     assert newest is not None and newest.step == 5 and len(newest.tensors) == 3
+    for step, writes in {
+        6: ((1, 3, "a"), (2, 3, "a")),  # without rank 0, which writes the state
+        7: ((0, 2, "first"), (1, 2, "second")),
+        8: ((0, 2, "a"),),  # of another world size
+    }.items():
+        for write in writes:
+            run.write(step, *write)
+        found = [checkpoint for checkpoint in find_checkpoints(run.context) if checkpoint.step == step]
+        assert found and not any(checkpoint.is_whole for checkpoint in found) and run.newest() == newest
+        assert [checkpoint.state is None for checkpoint in found] == {6: [True], 7: [False, True], 8: [False]}[step]
 
 
-def test_without_rank_zero_there_is_no_state_and_no_checkpoint(run: Run) -> None:
-    for rank in (1, 2):
-        writer = run.writer(rank, world_size=3)
-        writer.save(5, {"weight/w@0": torch.zeros(1)}, {})
-        writer.wait()
-    (found,) = find_checkpoints(run.context)
-    assert found.state is None and not found.is_whole
-
-
-def test_ranks_of_two_attempts_are_not_one_checkpoint(run: Run) -> None:
-    for rank, attempt in ((0, "first"), (1, "second")):
-        writer = run.writer(rank, 2, attempt)
-        writer.save(5, {"weight/w@0": torch.zeros(1)}, {})
-        writer.wait()
-    assert len(find_checkpoints(run.context)) == 2 and run.newest() is None
-
-
-def test_ranks_of_two_world_sizes_are_not_one_checkpoint(run: Run) -> None:
-    run.save(4)
-    writer = run.writer(0, 2)
-    writer.save(5, {"weight/w@0": torch.zeros(1)}, {})
-    writer.wait()
-    newest = run.newest()
-    assert newest is not None and (newest.step, newest.world_size) == (4, 1)
-
-
-def test_a_second_attempt_at_a_step_replaces_the_first_once_it_is_whole(run: Run) -> None:
-    """The first may be damaged, or from before a rollback. Files of attempts are apart: they need not agree in every bit."""
-    tensors = {attempt: {"weight/w@0": torch.full((4,), value)} for attempt, value in (("zz", 1.0), ("aa", 2.0))}
-    for rank in (1, 0):
-        writer = run.writer(rank=rank, world_size=2, attempt="zz")
-        writer.save(5, tensors["zz"], {"attempt": "zz"})
-        writer.wait()
+def test_a_second_attempt_at_a_step_replaces_the_first_once_it_is_complete(run: Run) -> None:
+    """The first may be damaged, or from before a rollback. Files of attempts are separate: they may differ in rounding."""
+    run.save(5, 2, "zz")
     for rank, expected in ((1, ["aa", "zz"]), (0, ["aa"])):
-        writer = run.writer(rank=rank, world_size=2, attempt="aa")
-        writer.save(5, tensors["aa"], {"attempt": "aa"})
-        writer.wait()
-        found = find_checkpoints(run.context)
-        assert [checkpoint.attempt for checkpoint in found] == expected
+        run.write(5, rank, 2, "aa")
+        assert [checkpoint.attempt for checkpoint in find_checkpoints(run.context)] == expected
         newest = run.newest()
-        assert newest is not None and newest.attempt == expected[-1]
-        assert run.opened(newest)[1][0].item() == tensors[expected[-1]]["weight/w@0"][0]
+        assert newest is not None and newest.attempt == run.opened(newest)[0]["attempt"] == expected[-1]
 
 
 def test_the_newest_is_that_of_the_last_step(run: Run) -> None:
@@ -170,15 +150,16 @@ def test_the_newest_is_that_of_the_last_step(run: Run) -> None:
 # What is kept --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_last_ones_and_those_of_round_steps_are_kept(run: Run) -> None:
+@in_folder_and_bucket
+def test_the_last_ones_and_milestones_are_kept(run: Run) -> None:
     for step in range(1, 9):
         run.save(step, 2, keep_last=2, keep_every=3)
     assert run.steps() == [3, 6, 7, 8]
     for checkpoint in find_checkpoints(run.context):
-        assert run.opened(checkpoint)[0] == {"step": checkpoint.step}
+        assert run.opened(checkpoint)[0]["step"] == checkpoint.step
 
 
-def test_what_is_not_kept_leaves_neither_records_nor_files(run: Run) -> None:
+def test_a_checkpoint_that_is_not_kept_leaves_neither_records_nor_files(run: Run) -> None:
     run.save(1)
     (first,) = find_checkpoints(run.context)
     run.save(2, keep_last=1)
@@ -188,25 +169,15 @@ def test_what_is_not_kept_leaves_neither_records_nor_files(run: Run) -> None:
             run.context.store.fetch_file("train", KEY, record)
 
 
-def test_what_some_ranks_began_is_removed_once_a_later_one_is_whole(run: Run) -> None:
+def test_the_last_complete_one_stays_while_the_next_is_written_and_incomplete_ones_go_after(run: Run) -> None:
     run.save(1)
-    writer = run.writer(0, 2, "lost", keep_last=1)
-    writer.save(2, {"weight/w@0": torch.zeros(1)}, {})
-    writer.wait()
-    assert len(find_checkpoints(run.context)) == 2, "it may be about to become whole"
+    run.write(2, 0, 2, "lost", keep_last=1)
+    assert len(find_checkpoints(run.context)) == 2 and run.steps() == [1], "the incomplete one may yet become complete"
     run.save(3, keep_last=1)
     assert [checkpoint.step for checkpoint in find_checkpoints(run.context)] == [3]
 
 
-def test_the_last_whole_one_stays_while_the_next_is_written(run: Run) -> None:
-    run.save(1, 2, keep_last=1)
-    writer = run.writer(0, 2, keep_last=1)
-    writer.save(2, {"weight/w@0": torch.zeros(1)}, {})
-    writer.wait()
-    assert run.steps() == [1]
-
-
-def test_nothing_else_of_the_stage_is_touched(run: Run, tmp_path: Path) -> None:
+def test_nothing_else_of_the_stage_is_removed(run: Run, tmp_path: Path) -> None:
     store = run.context.store
     store.put_part("train", KEY, "part-00001", {"rows": 1})
     store.put_part("train", "cd" * 32, "checkpoint-00000001-a-00000-of-00001", {"rows": 2})
@@ -227,32 +198,35 @@ def _flip(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00001.safetensors", "state.json"])
+@in_folder_and_bucket
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [(_flip, "was changed after it was made"), (lambda content: content[:-9], "was changed"), (lambda _: None, "is gone")],
-    ids=["flipped", "cut", "gone"],
+    ("name", "change", "reason"),
+    [
+        ("rank-00000.safetensors", _flip, "was changed after it was made"),
+        ("rank-00001.safetensors", lambda content: content[:-9], "was changed"),
+        ("rank-00001.safetensors", lambda _: None, "is gone"),
+        ("state.json", _flip, "was changed after it was made"),
+    ],
+    ids=["flipped", "cut", "gone", "state"],
 )
-def test_of_a_damaged_one_is_told_and_the_one_before_is_taken(
+def test_a_damaged_one_is_reported_and_removed_and_the_one_before_is_used(
     run: Run, name: str, change: Callable[[bytes], bytes | None], reason: str
 ) -> None:
     for step in (4, 8):
         run.save(step, 2)
     run.damage(f".work/step-00000008-a/{name}", change)
-    assert run.opened(run.newest())[0] == {"step": 4}
+    assert run.opened(run.newest())[0]["step"] == 4
     (told,) = run.told
-    assert told.startswith("the checkpoint of step 8 is damaged and removed, the one before it is taken (")
+    assert told.startswith("removed the damaged checkpoint of step 8; training resumes from step 4 (")
     assert name in told and reason in told and "to make the artifact again" not in told, "that would remove the others, too"
-    assert run.newest() is not None and len(run.told) == 1 and run.steps() == [4], "nothing of it is in the way any more"
+    assert run.newest() is not None and len(run.told) == 1 and run.steps() == [4], "nothing of it remains"
 
 
-def test_where_all_are_damaged_nothing_is_removed_and_people_are_asked(run: Run) -> None:
+def test_if_all_are_damaged_nothing_is_removed(run: Run) -> None:
     for step in (4, 8):
         run.save(step)
         run.damage(f".work/step-{step:08d}-a/state.json", lambda _: b"")
-    sentence = (
-        rf"no checkpoint can be read \(steps 8, 4; that of step 8: .*state\.json was changed .*\); bring .*{KEY}/\.parts to train"
-    )
+    sentence = rf"all checkpoints are damaged \(steps 8, 4; step 8: .*state\.json was changed .*\).*{KEY}/\.parts to train"
     for _ in range(2):
         with pytest.raises(NoReadableCheckpointError, match=sentence):
             run.newest()
@@ -260,9 +234,7 @@ def test_where_all_are_damaged_nothing_is_removed_and_people_are_asked(run: Run)
 
 
 @pytest.mark.parametrize(("keep_last", "num_damaged"), [(1, 1), (2, 2)])
-def test_after_a_damaged_one_the_next_ones_are_kept_and_the_good_one_goes_as_any_other(
-    run: Run, keep_last: int, num_damaged: int
-) -> None:
+def test_after_damage_the_next_ones_are_kept_and_the_good_one_goes_in_its_turn(run: Run, keep_last: int, num_damaged: int) -> None:
     """Also those below the steps of the damaged ones: nothing is lost if training stops before it gets there."""
     damaged = [8, 12][:num_damaged]
     for step in (4, *damaged):
@@ -271,15 +243,14 @@ def test_after_a_damaged_one_the_next_ones_are_kept_and_the_good_one_goes_as_any
         run.damage(f".work/step-{step:08d}-a/state.json", _flip)
     newest = run.newest()
     assert newest is not None and newest.step == 4
-    run.save(6, attempt="b", keep_last=keep_last)
-    assert run.steps() == [4, 6][-keep_last:] and run.opened(run.newest())[0] == {"step": 6}
-    run.save(7, attempt="b", keep_last=keep_last)
-    assert run.steps() == [6, 7][-keep_last:] and run.opened(run.newest())[0] == {"step": 7}
+    for step, expected in ((6, [4, 6]), (7, [6, 7])):
+        run.save(step, attempt="b", keep_last=keep_last)
+        assert run.steps() == expected[-keep_last:] and run.opened(run.newest())[0]["step"] == step
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])
-def test_what_another_attempt_left_at_later_steps_counts_for_nothing_until_they_are_reached(run: Run, keep_last: int) -> None:
-    """It may be damaged, or be there still because nobody looked: what is written now stays as if it were alone."""
+def test_later_steps_of_another_attempt_do_not_count_until_they_are_reached(run: Run, keep_last: int) -> None:
+    """They may be damaged: what is written now is kept as if it were alone."""
     for step in (8, 12):
         run.save(step, attempt="a")
     for step, expected in ((2, [2]), (3, [2, 3]), (5, [3, 5])):
@@ -300,19 +271,19 @@ def test_a_cache_that_is_full_is_not_taken_for_damage(run: Run, tmp_path: Path, 
     assert not isinstance(raised.value, (DamagedFileError, NoReadableCheckpointError)) and run.steps() == [4]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"tensors": {"na', b"[]"])
-def test_a_torn_record_is_no_checkpoint_and_can_be_written_again(
-    run: Run, content: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+@in_folder_and_bucket
+def test_a_torn_record_is_not_a_checkpoint_and_can_be_written_again(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     for step in (4, 8):
         run.save(step)
-    run.damage(f"{PARTS}/checkpoint-00000008-a-00000-of-00001.json", lambda _: content)
-    with caplog.at_level(logging.WARNING):
-        newest = run.newest()
-    assert newest is not None and newest.step == 4
-    assert "checkpoint-00000008-a-00000-of-00001.json is damaged" in caplog.text
-    run.save(8)
-    assert run.opened(run.newest())[0] == {"step": 8}
+    for content in (b"", b'{"tensors": {"na', b"[]"):
+        run.damage(f"{PARTS}/checkpoint-00000008-a-00000-of-00001.json", lambda _, content=content: content)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            newest = run.newest()
+        assert newest is not None and newest.step == 4
+        assert "checkpoint-00000008-a-00000-of-00001.json is damaged" in caplog.text
+        run.save(8)
+        assert run.opened(run.newest())[0]["step"] == 8
 
 
 # Writing -------------------------------------------------------------------------------------------------------------------
@@ -340,7 +311,7 @@ def slow(tmp_path: Path) -> Iterator[Run]:
     store.go.set()
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(slow: Run) -> None:
+def test_training_continues_while_a_checkpoint_is_written(slow: Run) -> None:
     writer = slow.writer()
     writer.save(1, {"weight/w@0": torch.ones(4)}, {"step": 1})
     assert slow.context.store.begun.wait(30) and slow.steps() == []  # type: ignore[attr-defined]
@@ -349,7 +320,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(slow: Run) -> None:
     assert slow.steps() == [1]
 
 
-def test_what_changes_after_save_is_stored_as_it_was(slow: Run) -> None:
+def test_changes_after_save_are_not_stored(slow: Run) -> None:
     weights, history, writer = torch.ones(4), [{"loss": 1.0}], slow.writer()
     writer.save(1, {"weight/w@0": weights}, {"history": history})
     weights.zero_()
@@ -361,7 +332,7 @@ def test_what_changes_after_save_is_stored_as_it_was(slow: Run) -> None:
 
 
 @pytest.mark.parametrize("is_saved_again", [True, False])
-def test_what_writing_failed_with_is_raised_when_it_is_next_waited_for(slow: Run, is_saved_again: bool) -> None:
+def test_an_error_of_writing_is_raised_by_the_next_save_or_wait(slow: Run, is_saved_again: bool) -> None:
     writer, store = slow.writer(), slow.context.store
     store.error = "the store is full"  # type: ignore[attr-defined]
     store.go.set()  # type: ignore[attr-defined]
@@ -375,7 +346,7 @@ def test_what_writing_failed_with_is_raised_when_it_is_next_waited_for(slow: Run
     assert slow.steps() == [3]
 
 
-def test_a_save_waits_for_the_one_before_and_says_how_long(slow: Run) -> None:
+def test_a_save_waits_for_the_previous_one_and_counts_the_time(slow: Run) -> None:
     writer = slow.writer()
     writer.save(1, {"weight/w@0": torch.ones(4)}, {})
     threading.Timer(0.2, slow.context.store.go.set).start()  # type: ignore[attr-defined]
@@ -423,20 +394,19 @@ def _module() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 2))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_shares_of_all_ranks_are_every_value_once(tmp_path: Path, world_size: int) -> None:
-    module, paths = _module(), []
-    shares = [dict(own_share("ema", module, rank, world_size)) for rank in range(world_size)]
-    names = [name for share in shares for name in share]
-    assert sorted(names) == sorted(fragment_name("ema", name, 0) for name, _ in module.named_parameters())
-    for rank, share in enumerate(shares):
-        save_file(share, tmp_path / str(rank))
-        paths.append(tmp_path / str(rank))
-    filled = _module()
-    fragments = Fragments(tuple(paths))
-    assert fragments.kinds() == {"ema"}
-    fragments.fill("ema", filled)
-    assert all(torch.equal(mine, value) for mine, value in zip(filled.parameters(), module.parameters(), strict=True))
+def test_the_shares_of_all_ranks_are_every_value_once(tmp_path: Path) -> None:
+    module = _module()
+    for world_size in (1, 2, 3, 8):
+        paths = [tmp_path / f"{world_size}-{rank}" for rank in range(world_size)]
+        shares = [dict(own_share("ema", module, rank, world_size)) for rank in range(world_size)]
+        names = [name for share in shares for name in share]
+        assert sorted(names) == sorted(fragment_name("ema", name, 0) for name, _ in module.named_parameters())
+        for share, path in zip(shares, paths, strict=True):
+            save_file(share, path)
+        filled, fragments = _module(), Fragments(tuple(paths))
+        assert fragments.kinds() == {"ema"}
+        fragments.fill("ema", filled)
+        assert all(torch.equal(mine, value) for mine, value in zip(filled.parameters(), module.parameters(), strict=True))
 
 
 def test_a_record_of_another_run_s_files_is_checked_by_its_digest(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Training while nodes come and go: as many workers as there is room for, and the same losses as without any of it."""
+"""Training while nodes come and go: with as many workers as fit, and the same losses as without interruption."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_an_elastic_run_grows_with_a_node_that_comes_and_shrinks_with_one_that_i
 
 
 def test_training_saves_before_a_node_goes(material: Material, key: str, tmp_path: Path) -> None:
-    """Ray is told of the node's end by `ray drain-node`, as by a cloud that takes its machine back; no checkpoint is due."""
+    """`ray drain-node` announces the node's end, as a cloud does that reclaims its machine. No checkpoint is due."""
     execution = {"num_workers": 2, "checkpoint_every": 100_000, "max_failures": 1}
     with ray_nodes(1) as nodes:
         nodes.add_node(1)
@@ -99,4 +99,4 @@ def test_training_saves_before_a_node_goes(material: Material, key: str, tmp_pat
             wait_until(lambda: bool(re.search("train [1-9]", (tmp_path / "log").read_text())), process, tmp_path)
             nodes.drain(deadline_seconds=100)
             wait_until(lambda: bool(checkpoint_steps(material, key)), process, tmp_path)
-            assert process.poll() is None, "until the node is gone training goes on"
+            assert process.poll() is None, "training continues until the node is gone"

@@ -1,4 +1,4 @@
-"""Training that diverges: it says where, keeps what was good, and goes past the batches that did it where it is told to."""
+"""Divergence: training names the batch, keeps the checkpoints before it, and skips the batch if configured."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_run_that_diverges_says_where_and_saves_nothing_poisoned(material: Mat
     config = changed(execution={"checkpoint_every": 1, "keep_last": 9})
     sentence = (
         r"training diverged by step 7: the loss of step 7 is not finite \(batch 6, rows of the token map in "
-        r"group 0: \d+, \d+, \d+, \d+; group 1: [\d, ]+\); .*on_divergence=rollback .*train\.learning_rate.* begins at step 0"
+        r"group 0: \d+, \d+, \d+, \d+; group 1: [\d, ]+\)\. .*on_divergence=rollback .*train\.learning_rate.* begins at step 0"
     )
     with pytest.raises(DivergedError, match=sentence) as raised:
         train(material, config, key, world_size=2, trainer_class=Poisoned)
@@ -75,14 +75,14 @@ def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material:
 
 
 class Overflowing(Trainer):
-    """Its loss can be told, its gradient not."""
+    """Its loss is finite, its gradient is not."""
 
     def _learn(self, batch: GroupBatch, scale: float, learning_rate: float) -> None:
         super()._learn(batch, math.inf, learning_rate)
 
 
 def test_fp16_whose_gradient_overflows_at_any_scale_has_diverged(material: Material, key: str) -> None:
-    """It would go on for ever without changing a weight. A few overflows in a row are how the scale is found."""
+    """It would continue forever without changing a weight. A few overflows in a row are normal: they find the scale."""
     config = changed(precision="fp16", num_steps=30, execution={"log_every": 3, "checkpoint_every": 9})
     sentence = "training diverged by step 18: the gradient of step 18 is not finite at any loss scale"
     with pytest.raises(DivergedError, match=sentence):
@@ -91,7 +91,7 @@ def test_fp16_whose_gradient_overflows_at_any_scale_has_diverged(material: Mater
 
 
 @pytest.mark.parametrize("trainer_class", [Poisoned, Spiked])
-def test_after_a_rollback_training_goes_past_the_batches_that_did_it(
+def test_after_a_rollback_training_skips_the_batches_that_diverged(
     material: Material, key: str, trainer_class: type[Poisoned]
 ) -> None:
     draw, last_checkpoint = trainer_class.poison[0], trainer_class.poison[0] // 4 * 4
@@ -100,19 +100,19 @@ def test_after_a_rollback_training_goes_past_the_batches_that_did_it(
     assert trained.result is not None and trained.result.skipped_draws == draw + 1 - last_checkpoint
     assert trained.column("step") == list(range(1, 13)) and np.isfinite(trained.column("loss")).all()
     (message,) = trained.messages
-    assert f"(batch {draw}, rows" in message and message.endswith(f"going on from step {last_checkpoint} with the draws after it")
+    assert f"(batch {draw}, rows" in message and message.endswith(f"resumes from step {last_checkpoint} with the following batches")
     assert all(torch.isfinite(value).all() for weights in (trained.raw, trained.ema) for value in weights.values())
 
 
-def test_a_rollback_before_the_first_checkpoint_begins_anew(material: Material, key: str) -> None:
+def test_a_rollback_before_the_first_checkpoint_starts_again(material: Material, key: str) -> None:
     trained = train(material, changed(execution={"on_divergence": "rollback", "checkpoint_every": 8}), key, trainer_class=Poisoned)
     assert trained.result is not None and trained.result.skipped_draws == 7 and trained.column("step") == list(range(1, 13))
 
 
-def test_what_a_node_about_to_go_asked_for_in_the_step_of_a_rollback_is_saved_after_the_next(material: Material, key: str) -> None:
-    """Steps 5 and 6 are thrown away with step 7; what was asked for in step 7 is saved after the step that follows."""
+def test_a_signal_in_the_step_of_a_rollback_is_handled_after_the_next_step(material: Material, key: str) -> None:
+    """Steps 5 and 6 are discarded with step 7; the signal of step 7 is handled after the step that follows."""
     config = changed(execution={"on_divergence": "rollback", "keep_last": 9})
-    trained = train(material, config, key, trainer_class=Poisoned, preempt_at=6)  # told in step 6, known to all in step 7
+    trained = train(material, config, key, trainer_class=Poisoned, preempt_at=6)  # raised in step 6, known to all in step 7
     assert trained.result is not None and trained.result.skipped_draws == 3
     assert checkpoint_steps(material, key) == [4, 5, 8]
 
@@ -129,7 +129,7 @@ class DamagedBeforeRollback(Poisoned):
             damage_newest_checkpoint(self.task.context.store, self.task.context)
 
 
-def test_a_damaged_checkpoint_is_written_anew_when_its_step_is_reached_again(material: Material, key: str) -> None:
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(material: Material, key: str) -> None:
     """Training goes back to the one before, and leaves a checkpoint of that step that can be read."""
     config = changed(execution={"on_divergence": "rollback"})
     train(material, config, key, trainer_class=DamagedBeforeRollback, stop_at=14)  # 10 steps, and 4 once more
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_written_anew_when_its_step_is_reached_again(mat
 
 
 class SlowStore(ArtifactStore):
-    """Takes its time for a checkpoint."""
+    """Writes checkpoints slowly."""
 
     def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
         if name.startswith(".work/"):
@@ -150,8 +150,8 @@ class SlowStore(ArtifactStore):
         return super().put_file(stage, key, name, source)
 
 
-def test_what_was_being_written_when_training_diverged_is_there_when_that_is_told(material: Material, key: str) -> None:
-    """Ray ends a worker soon after its answer: what it was writing then would be lost."""
+def test_a_checkpoint_in_progress_is_completed_before_divergence_is_reported(material: Material, key: str) -> None:
+    """Ray ends a worker soon after its result, and would interrupt the writing."""
     slow = replace(material, store=SlowStore(material.store.folder))
     config = changed(execution={"checkpoint_every": 6})
     with pytest.raises(DivergedError, match="diverged by step 7"):
@@ -160,7 +160,7 @@ def test_what_was_being_written_when_training_diverged_is_there_when_that_is_tol
 
 
 class AlwaysPoisoned(Trainer):
-    """Diverges in step 7 whatever is drawn."""
+    """Diverges in step 7 with any batch."""
 
     def train_step(self) -> None:
         super().train_step()

@@ -77,7 +77,7 @@ def _run_job(material: Material, job: Job) -> Report:
         total = torch.zeros(1)
         for group in groups:
             batch = draw_group(config, material.token_map, None, step, group)
-            ((codes, condition, masked, kept),) = batch.parts(1, teacher)
+            ((codes, condition, masked, kept),) = batch.microbatches(1, teacher)
             loss, _ = objective(engine, teacher, codes, condition, masked, dropout_mask=kept)  # type: ignore[arg-type]
             factor = job.factors.get(step, 1.0) if rank == world_size - 1 else 1.0
             engine.backward(loss * factor, config.learning_rate_at(step))
@@ -114,82 +114,31 @@ def _assert_same_weights(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, 
 # State ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Moved:
-    """Training halfway by two ranks at every stage, and on from there by others: reports by the stages before and after.
+@pytest.mark.faults
+def test_state_of_two_ranks_is_resumed_by_other_ranks_at_another_stage(material: Material, tmp_path: Path) -> None:
+    """As if there had been no interruption: losses to a relative 1e-5, weights to 1e-5.
 
-    whole: by one rank, without interruption.
+    By one, two and four ranks, at the next and at the previous ZeRO stage, with weights that decay and others that do not, and with
+    a clipped gradient.
     """
-
-    whole: Report
-    halves: dict[int, Report]
-    by: dict[int, dict[tuple[int, int], Report]]
-
-
-@pytest.fixture(scope="module")
-def moved(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Moved:
-    folder = tmp_path_factory.mktemp("state")
-    pairs = [(saved, (saved + 1) % 4) for saved in STAGES]
-    halves = [Job(_stage(stage), last=HALF, saves={HALF - 1: folder / str(stage)}) for stage in STAGES]
-    seconds = [Job(_stage(stage), first=HALF, load=folder / str(saved)) for saved, stage in pairs]
-    two = run_ranks(2, run_jobs, material, [*halves, *seconds])[0]
-    one = run_ranks(1, run_jobs, material, [Job(_stage(0)), *seconds])[0]
-    return Moved(
-        one[0],
-        dict(zip(STAGES, two[:4], strict=True)),
-        {1: dict(zip(pairs, one[1:], strict=True)), 2: dict(zip(pairs, two[4:], strict=True))},
-    )
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("saved", STAGES)
-@pytest.mark.faults
-def test_state_of_two_ranks_goes_on_with_other_ranks_at_another_stage(moved: Moved, saved: int, world_size: int) -> None:
-    """As if there had been no interruption: losses to a relative 1e-5, weights to 1e-5."""
-    second = moved.by[world_size][saved, (saved + 1) % 4]
-    np.testing.assert_allclose([*moved.halves[saved].losses, *second.losses], moved.whole.losses, rtol=1e-5)
-    np.testing.assert_allclose([*moved.halves[saved].norms, *second.norms], moved.whole.norms, rtol=1e-3)
-    _assert_same_weights(second.weights, moved.whole.weights, atol=1e-5)
-    assert second.num_updates == LAST
-
-
-@pytest.mark.faults
-def test_the_comparison_could_fail(moved: Moved) -> None:
-    assert np.abs(np.diff(moved.whole.losses)).min() > 1e-4
-
-
-@pytest.fixture(scope="module")
-def moved_with_two_groups_of_weights(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Moved:
-    """The same from two ranks to two and to four, of weights that decay and others that do not, with a clipped gradient."""
-    folder = tmp_path_factory.mktemp("state")
     fields = {"weight_decay_on": "matrices", "weight_decay": 0.3, "gradient_clip": 0.2}
-    pairs = [(saved, resumed) for saved in (1, 2, 3) for resumed in (1, 2, 3)]
-    halves = [Job(_stage(stage, **fields), last=HALF, saves={HALF - 1: folder / str(stage)}) for stage in (1, 2, 3)]
-    seconds = [Job(_stage(resumed, **fields), first=HALF, load=folder / str(saved)) for saved, resumed in pairs]
-    two = run_ranks(2, run_jobs, material, [*halves, *seconds])[0]
-    four = run_ranks(4, run_jobs, material, seconds, timeout=240)[0]
+    pairs = [(saved, (saved + offset) % 4) for offset in (1, 3) for saved in STAGES]
+    halves = [Job(_stage(stage, **fields), last=HALF, saves={HALF - 1: tmp_path / str(stage)}) for stage in STAGES]
+    seconds = [Job(_stage(resumed, **fields), first=HALF, load=tmp_path / str(saved)) for saved, resumed in pairs]
     (whole,) = run_ranks(1, run_jobs, material, [Job(_stage(0, **fields))])[0]
-    return Moved(
-        whole,
-        dict(zip((1, 2, 3), two[:3], strict=True)),
-        {2: dict(zip(pairs, two[3:], strict=True)), 4: dict(zip(pairs, four, strict=True))},
-    )
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("resumed", [1, 2, 3])
-@pytest.mark.parametrize("saved", [1, 2, 3])
-def test_state_of_several_groups_of_weights_goes_on_at_any_stage_with_as_many_ranks_or_twice_as_many(
-    moved_with_two_groups_of_weights: Moved, saved: int, resumed: int, world_size: int
-) -> None:
-    moved = moved_with_two_groups_of_weights
-    second = moved.by[world_size][saved, resumed]
-    assert min(moved.whole.norms) > 0.2, "every step is clipped"
-    np.testing.assert_allclose([*moved.halves[saved].losses, *second.losses], moved.whole.losses, rtol=1e-5)
-    np.testing.assert_allclose([*moved.halves[saved].norms, *second.norms], moved.whole.norms, rtol=1e-3)
-    _assert_same_weights(second.weights, moved.whole.weights, atol=1e-5)
-    assert second.num_updates == LAST
+    first = run_ranks(2, run_jobs, material, halves)[0]
+    by_one = run_ranks(1, run_jobs, material, seconds)[0]
+    by_two = run_ranks(2, run_jobs, material, seconds)[0]
+    by_four = run_ranks(4, run_jobs, material, seconds, timeout=240)[0]
+    assert min(whole.norms) > 0.2, "every step is clipped"
+    assert np.abs(np.diff(whole.losses)).min() > 1e-4, "the comparison could fail"
+    for world_size, reports in ((1, by_one), (2, by_two), (4, by_four)):
+        for (saved, resumed), second in zip(pairs, reports, strict=True):
+            case, half = f"stage {saved} to {resumed} by {world_size} ranks", first[saved]
+            np.testing.assert_allclose([*half.losses, *second.losses], whole.losses, rtol=1e-5, err_msg=case)
+            np.testing.assert_allclose([*half.norms, *second.norms], whole.norms, rtol=1e-3, err_msg=case)
+            _assert_same_weights(second.weights, whole.weights, atol=1e-5)
+            assert second.num_updates == LAST, case
 
 
 def _shares_of_rank(material: Material) -> list[dict[str, int]]:
@@ -200,7 +149,7 @@ def _shares_of_rank(material: Material) -> list[dict[str, int]]:
         ema = copy.deepcopy(model).eval()
         engine = Engine(model, _stage(stage), torch.device("cpu"), 1)
         batch = draw_group(CONFIG, material.token_map, None, 0, 0)
-        ((codes, condition, masked, kept),) = batch.parts(1, ema)
+        ((codes, condition, masked, kept),) = batch.microbatches(1, ema)
         engine.backward(objective(engine, ema, codes, condition, masked, dropout_mask=kept)[0], 1e-3)  # type: ignore[arg-type]
         written = engine.fragments() | dict(own_share("ema", ema, engine.rank, engine.world_size))
         assert all(tensor.ndim == 1 and tensor.dtype == torch.float32 for tensor in written.values())
@@ -208,33 +157,26 @@ def _shares_of_rank(material: Material) -> list[dict[str, int]]:
     return shares
 
 
-@pytest.fixture(scope="module")
-def shares(material: Material) -> list[list[dict[str, int]]]:
-    return run_ranks(2, _shares_of_rank, material)
-
-
-@pytest.mark.parametrize("zero_stage", STAGES)
-def test_ranks_write_every_value_once_and_about_equally_many(
-    shares: list[list[dict[str, int]]], material: Material, zero_stage: int
-) -> None:
-    of_ranks = [rank[zero_stage] for rank in shares]
-    architecture = material.architecture(CONFIG)
-    values = {name: parameter.numel() for name, parameter in ENAT(architecture).named_parameters()}
-    pieces: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for share in of_ranks:
-        for name, length in share.items():
-            kind, _, rest = name.partition("/")
-            parameter, _, start = rest.rpartition("@")
-            pieces.setdefault((kind, parameter), []).append((int(start), length))
-    assert {kind for kind, _ in pieces} == {"weight", "exp_avg", "exp_avg_sq", "ema"} and len(pieces) == 4 * len(values)
-    for (kind, parameter), found in pieces.items():
-        end = 0
-        for start, length in sorted(found):
-            assert start == end, (kind, parameter)
-            end += length
-        assert end == values[parameter], (kind, parameter)
-    totals = [sum(share.values()) for share in of_ranks]
-    assert max(totals) < 0.6 * sum(totals)
+def test_ranks_write_every_value_once_and_about_equally_many(material: Material) -> None:
+    shares = run_ranks(2, _shares_of_rank, material)
+    values = {name: parameter.numel() for name, parameter in ENAT(material.architecture(CONFIG)).named_parameters()}
+    for zero_stage in STAGES:
+        of_ranks = [rank[zero_stage] for rank in shares]
+        pieces: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        for share in of_ranks:
+            for name, length in share.items():
+                kind, _, rest = name.partition("/")
+                parameter, _, start = rest.rpartition("@")
+                pieces.setdefault((kind, parameter), []).append((int(start), length))
+        assert {kind for kind, _ in pieces} == {"weight", "exp_avg", "exp_avg_sq", "ema"} and len(pieces) == 4 * len(values)
+        for (kind, parameter), found in pieces.items():
+            end = 0
+            for start, length in sorted(found):
+                assert start == end, (kind, parameter)
+                end += length
+            assert end == values[parameter], (kind, parameter)
+        totals = [sum(share.values()) for share in of_ranks]
+        assert max(totals) < 0.6 * sum(totals)
 
 
 # Precision -----------------------------------------------------------------------------------------------------------------
@@ -269,27 +211,24 @@ def overflowed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> 
     return Overflowed({stage: [rank[index] for rank in reports] for index, stage in enumerate((1, 2, 3))}, folder)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_a_step_that_overflows_on_one_rank_is_left_out_on_all(overflowed: Overflowed, zero_stage: int) -> None:
-    for report in overflowed.reports[zero_stage]:
-        assert report.overflows == [step == 4 for step in range(8)]
-        assert report.scales == [2.0**16] * 4 + [2.0**15] * 4
-        assert report.num_updates == 7 and report.dtypes == {torch.float32}
-        assert np.isinf(report.norms[4]) and all(np.isfinite(norm) for step, norm in enumerate(report.norms) if step != 4)
-        assert np.isfinite(report.losses).all() and report.losses[-1] < report.losses[0]
-
-
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_a_step_that_is_left_out_changes_no_weight_and_no_moment(
-    overflowed: Overflowed, material: Material, zero_stage: int
+def test_a_step_that_overflows_on_one_rank_is_skipped_on_all_and_changes_nothing(
+    overflowed: Overflowed, material: Material
 ) -> None:
-    (before, state_before), (after, state_after) = (overflowed.state(when, zero_stage) for when in ("before", "after"))
-    for name, parameter in ENAT(material.architecture(CONFIG)).named_parameters():
-        for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            whole = (kind, name, 0, parameter.numel())
-            assert torch.equal(before.read(*whole), after.read(*whole)), (kind, name)
-    assert state_before == {"num_updates": 4, "loss_scale": 2.0**16, "updates_since_overflow": 4}
-    assert state_after == {"num_updates": 4, "loss_scale": 2.0**15, "updates_since_overflow": 0}
+    parameters = dict(ENAT(material.architecture(CONFIG)).named_parameters())
+    for zero_stage in (1, 2, 3):
+        for report in overflowed.reports[zero_stage]:
+            assert report.overflows == [step == 4 for step in range(8)]
+            assert report.scales == [2.0**16] * 4 + [2.0**15] * 4
+            assert report.num_updates == 7 and report.dtypes == {torch.float32}
+            assert np.isinf(report.norms[4]) and all(np.isfinite(norm) for step, norm in enumerate(report.norms) if step != 4)
+            assert np.isfinite(report.losses).all() and report.losses[-1] < report.losses[0]
+        (before, state_before), (after, state_after) = (overflowed.state(when, zero_stage) for when in ("before", "after"))
+        for name, parameter in parameters.items():
+            for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                whole = (kind, name, 0, parameter.numel())
+                assert torch.equal(before.read(*whole), after.read(*whole)), (kind, name)
+        assert state_before == {"num_updates": 4, "loss_scale": 2.0**16, "updates_since_overflow": 4}
+        assert state_after == {"num_updates": 4, "loss_scale": 2.0**15, "updates_since_overflow": 0}
 
 
 def test_a_scale_that_was_lowered_in_vain_excuses_no_overflow_any_more(material: Material) -> None:
@@ -307,7 +246,7 @@ def _run_one_job_and_one_that_gives_up_soon(material: Material, jobs: list[Job])
     from pipelines.training import engine
 
     first = run_jobs(material, jobs[:1])
-    engine._MOST_OVERFLOWS, engine._FIRST_LOSS_SCALE = 5, 2.0**20  # type: ignore[misc]
+    engine._MAX_OVERFLOWS, engine._FIRST_LOSS_SCALE = 5, 2.0**20  # type: ignore[misc]
     return [*first, *run_jobs(material, jobs[1:])]
 
 
@@ -323,16 +262,12 @@ def test_state_before_the_first_update_has_weights_and_no_moments(material: Mate
         assert resumed.num_updates == 2 and resumed.scales == [2.0**14] * 2
 
 
-def test_the_scale_doubles_after_long_without_overflow(material: Material) -> None:
-    (reports,) = run_ranks(1, _run_jobs_that_double_soon, material, [Job(_stage(1, precision="fp16"), last=7)])
-    assert reports[0].scales == [2.0**16, 2.0**16, 2.0**17, 2.0**17, 2.0**17, 2.0**18, 2.0**18]
-
-
-def test_the_scale_of_a_resumed_run_doubles_when_that_of_an_uninterrupted_one_does(material: Material, tmp_path: Path) -> None:
+def test_the_scale_doubles_after_long_without_overflow_also_in_a_resumed_run(material: Material, tmp_path: Path) -> None:
     config = _stage(1, precision="fp16")
-    jobs = [Job(config, last=5, saves={4: tmp_path}), Job(config, first=5, last=7, load=tmp_path)]
-    (reports,) = run_ranks(1, _run_jobs_that_double_soon, material, jobs)
-    assert reports[1].scales == [2.0**18, 2.0**18]
+    jobs = [Job(config, last=7), Job(config, last=5, saves={4: tmp_path}), Job(config, first=5, last=7, load=tmp_path)]
+    whole, _, resumed = run_ranks(1, _run_jobs_that_double_soon, material, jobs)[0]
+    assert whole.scales == [2.0**16, 2.0**16, 2.0**17, 2.0**17, 2.0**17, 2.0**18, 2.0**18]
+    assert resumed.scales == [2.0**18, 2.0**18]
 
 
 def test_stage_0_measures_the_gradient_where_it_is_asked_to(material: Material) -> None:
@@ -363,23 +298,17 @@ def _run_jobs_that_double_soon(material: Material, jobs: list[Job]) -> list[Repo
 # The update ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def without_gradient(material: Material) -> dict[int, Report]:
-    """Two steps whose loss is multiplied by zero: weight decay alone moves weights. By one rank, at every stage."""
+def test_weight_decay_on_matrices_decays_exactly_linear_weights(material: Material) -> None:
+    """Two steps whose loss is multiplied by zero: only weight decay changes weights."""
     fields = {"weight_decay_on": "matrices", "weight_decay": 0.5, "learning_rate": 0.1, "warm_up_steps": 0}
     jobs = [Job(_stage(stage, **fields), last=2, factors=dict.fromkeys(range(2), 0.0)) for stage in STAGES]
-    return dict(zip(STAGES, run_ranks(1, run_jobs, material, jobs)[0], strict=True))
-
-
-@pytest.mark.parametrize("zero_stage", STAGES)
-def test_weight_decay_on_matrices_decays_exactly_linear_weights(
-    without_gradient: dict[int, Report], material: Material, zero_stage: int
-) -> None:
     initial = initial_model(material.architecture(CONFIG), 0)
     linear = {f"{name}.weight" for name, module in initial.named_modules() if isinstance(module, torch.nn.Linear)}
     assert len(linear) > 10
-    weights = without_gradient[zero_stage].weights
-    for name, value in initial.named_parameters():
-        expected = value.detach() * (1 - 0.1 * 0.5) ** 2 if name in linear else value.detach()
-        torch.testing.assert_close(weights[name], expected, rtol=1e-6, atol=0, msg=lambda text, name=name: f"{name}: {text}")
-    assert without_gradient[zero_stage].norms == [0.0, 0.0]
+    for report in run_ranks(1, run_jobs, material, jobs)[0]:
+        for name, value in initial.named_parameters():
+            expected = value.detach() * (1 - 0.1 * 0.5) ** 2 if name in linear else value.detach()
+            torch.testing.assert_close(
+                report.weights[name], expected, rtol=1e-6, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        assert report.norms == [0.0, 0.0]

@@ -1,4 +1,4 @@
-"""Training learns: the loss after a fixed number of steps, for ENAT and all it is compared with, and obedience to captions.
+"""Training learns: the loss after a fixed number of steps for ENAT and the models that it is compared with, and captions.
 
 The token map is of scikit-learn's digits with a tokenizer of their own: 2 x 2 pixels are one of 32 centres of k-means, so that an
 image is 4 x 4 codes. Groups are drawn as in the pipeline; the loop is the plain one, since that the pipeline trains what a plain
@@ -130,7 +130,7 @@ def learn(digits: Digits) -> Callable[..., tuple[ENAT, list[float]]]:
             step_losses = []
             for group in range(recipe.num_groups):
                 batch = draw_group(recipe, digits.token_map, captions, step, group)  # type: ignore[arg-type]
-                ((codes, condition, masked, dropout_mask),) = batch.parts(1, ema)
+                ((codes, condition, masked, dropout_mask),) = batch.microbatches(1, ema)
                 loss, _ = objective(model, ema, codes, condition, masked, dropout_mask=dropout_mask, z_loss=recipe.z_loss)
                 (loss / recipe.num_groups).backward()
                 step_losses.append(loss.item())
@@ -180,7 +180,7 @@ def _loss_of_frequencies(digits: Digits) -> float:
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "enat" else pytest.mark.faults) for name in VARIANTS])
-def test_a_model_learns_more_than_how_often_codes_occur(digits: Digits, learn: Callable[..., Any], name: str) -> None:
+def test_a_model_learns_more_than_the_frequencies_of_codes(digits: Digits, learn: Callable[..., Any], name: str) -> None:
     config = ENATConfig(**{**SIZES, "codebook_size": NUM_CODES, "num_classes": 10, **VARIANTS[name]})
     masking = MaskingConfig(reuse_probability=0.5 if config.reuse else 0.0)
     _, losses = learn(config, replace(RECIPE, masking=masking))
@@ -188,7 +188,7 @@ def test_a_model_learns_more_than_how_often_codes_occur(digits: Digits, learn: C
 
 
 @pytest.mark.faults
-def test_captions_are_obeyed(digits: Digits, captions: Captions, learn: Callable[..., Any]) -> None:
+def test_samples_agree_with_their_captions(digits: Digits, captions: Captions, learn: Callable[..., Any]) -> None:
     hidden = captions.hidden
     config = ENATConfig(
         **SIZES, codebook_size=NUM_CODES, num_classes=0, text_width=hidden.shape[2], num_text_tokens=hidden.shape[1]
@@ -198,6 +198,6 @@ def test_captions_are_obeyed(digits: Digits, captions: Captions, learn: Callable
     settings = SamplerConfig(guidance_scale=3.0, sampling_temperature=1.0, remask_temperature=2.0)
     codes = sample(model, captions.of_digits(asked), settings, seeds=range(len(asked)))
     assert _agreement(digits, codes, asked) > 0.8
-    # Whoever is told nothing obeys by chance.
+    # Without a caption the agreement is by chance.
     empty = model.null_condition(len(asked))
     assert _agreement(digits, sample(model, empty, settings, seeds=range(len(asked))), asked) < 0.3

@@ -1,4 +1,4 @@
-"""Figures of training: means of what every group of every rank left."""
+"""Metrics of training: means over the groups of all ranks."""
 
 from __future__ import annotations
 
@@ -37,21 +37,11 @@ def test_a_row_is_means_over_groups_and_over_kinds_of_groups() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("ratio", "bucket"),
-    [
-        (0.0, "0.0-0.6"),
-        (0.5999, "0.0-0.6"),
-        (0.6, "0.6-0.7"),
-        (0.7, "0.7-0.8"),
-        (0.85, "0.8-0.9"),
-        (0.9, "0.9-1.0"),
-        (1.0, "0.9-1.0"),
-    ],
-)
-def test_every_mask_ratio_has_one_bucket(ratio: float, bucket: str) -> None:
-    row = summarize(_values((2.5, 0.0, ratio, False, 0)))
-    assert {name: value for name, value in row.items() if "ratio" in name} == {f"loss_by_mask_ratio/{bucket}": 2.5}
+def test_every_mask_ratio_has_one_bucket() -> None:
+    buckets = {0.0: "0.0-0.6", 0.5999: "0.0-0.6", 0.6: "0.6-0.7", 0.7: "0.7-0.8", 0.85: "0.8-0.9", 0.9: "0.9-1.0", 1.0: "0.9-1.0"}
+    for ratio, bucket in buckets.items():
+        row = summarize(_values((2.5, 0.0, ratio, False, 0)))
+        assert {name: value for name, value in row.items() if "ratio" in name} == {f"loss_by_mask_ratio/{bucket}": 2.5}
 
 
 def test_steps_of_an_interval_count_alike() -> None:
@@ -112,22 +102,21 @@ def test_the_squared_distance_sums_over_pieces() -> None:
     assert whole[1].item() == pytest.approx(169.0) and math.sqrt(whole[0] / whole[1]) == pytest.approx(0.1, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_device_s_peak_is_plausible(dtype: torch.dtype) -> None:
-    assert 1e8 < matmul_peak(CPU, dtype) < 1e15
+def test_a_device_s_peak_is_plausible() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 1e8 < matmul_peak(CPU, dtype) < 1e15
 
 
-def test_memory_of_a_cpu_is_the_most_that_was_held() -> None:
-    """In a process of its own: what a long one held at its most is hard to go beyond."""
+def test_memory_of_a_cpu_is_the_peak_of_the_process() -> None:
+    """In a new process, whose peak is still low."""
     program = """if True:
         import torch
-        from pipelines.training.monitor import memory_bytes
-        cpu = torch.device("cpu")
-        before = memory_bytes(cpu)
+        from pipelines.cluster.device import peak_memory_gb
+        before = peak_memory_gb("cpu")
         held = torch.ones(500_000_000, dtype=torch.uint8)
         del held
-        print(before, memory_bytes(cpu))
+        print(before, peak_memory_gb("cpu"))
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    before, after = map(int, done.stdout.split())
-    assert 5e7 < before < 5e9 and before + 200_000_000 < after < before + 550_000_000
+    before, after = map(float, done.stdout.split())
+    assert 0.05 < before < 5 and before + 0.2 < after < before + 0.55

@@ -1,4 +1,4 @@
-"""What training is configured by: what cannot be is refused by a sentence, and schedules are functions of the step."""
+"""The configuration of training: invalid values are refused by name, and schedules are functions of the step."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def captions(material: Material) -> CaptionFeaturesInfo:
 # Recipes and how they run --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("fields", "sentence"),
-    [
+def test_an_invalid_recipe_is_refused() -> None:
+    invalid: list[tuple[dict[str, Any], str]] = [
         ({"num_groups": 5}, r"train\.batch_size 16 cannot be cut into 5 equal groups"),
         ({"num_groups": 1, "execution": {"num_workers": 2}}, r"train\.num_groups 1 cannot be shared by 2 workers"),
         ({"execution": {"microbatches": 3}}, r"a group of 4 images cannot be cut into train\.execution\.microbatches 3"),
@@ -51,24 +50,14 @@ def captions(material: Material) -> CaptionFeaturesInfo:
             {"precision": "fp16", "execution": {"zero_stage": 0}},
             r"train\.precision fp16 needs train\.execution\.zero_stage 1, 2 or 3",
         ),
-    ],
-)
-def test_a_recipe_that_cannot_be_is_refused(fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        changed(**fields)
+    ]
+    for fields, sentence in invalid:
+        with pytest.raises(ValueError, match=sentence):
+            changed(**fields)
 
 
-@pytest.mark.parametrize(
-    "field", ["checkpoint_every", "log_every", "sample_every", "keep_last", "keep_every", "microbatches", "min_workers"]
-)
-def test_an_interval_or_count_of_nothing_is_refused(field: str) -> None:
-    with pytest.raises(ValueError, match=rf"train\.execution\.{field} is 0; it must be at least 1"):
-        TrainExecution(**{field: 0})
-
-
-@pytest.mark.parametrize(
-    ("fields", "sentence"),
-    [
+def test_an_invalid_execution_is_refused() -> None:
+    invalid: list[tuple[dict[str, Any], str]] = [
         ({"min_workers": 3, "num_workers": 2}, r"min_workers is 3, more than num_workers, which is 2"),
         ({"zero_stage": 4}, r"zero_stage is 4; DeepSpeed has 0, 1, 2 and 3"),
         ({"zero_stage": 3, "compile": True}, r"compile does not go with zero_stage 3"),
@@ -76,25 +65,19 @@ def test_an_interval_or_count_of_nothing_is_refused(field: str) -> None:
         ({"resize_seconds": -1.0}, r"resize_seconds is -1\.0; it must be finite and at least 0"),
         ({"divergence_factor": 1.0}, r"divergence_factor is 1\.0; it must be above 1"),
         ({"num_workers": 0}, r"num_workers is 0"),
-    ],
-)
-def test_a_way_to_run_that_cannot_be_is_refused(fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        TrainExecution(**fields)
+    ]
+    counts = ("checkpoint_every", "log_every", "sample_every", "keep_last", "keep_every", "microbatches", "min_workers")
+    for fields, sentence in [*invalid, *(({name: 0}, rf"train\.execution\.{name} is 0; it must be at least 1") for name in counts)]:
+        with pytest.raises(ValueError, match=sentence):
+            TrainExecution(**fields)
 
 
-@pytest.mark.parametrize(
-    "execution", [{"num_workers": 4}, {"zero_stage": 3}, {"microbatches": 2}, {"compile": True}, {"keep_every": 8}]
-)
-def test_how_training_runs_is_no_part_of_what_it_makes(execution: dict[str, Any]) -> None:
-    assert changed(execution=execution).identity() == CONFIG.identity()
-
-
-@pytest.mark.parametrize(
-    "fields", [{"precision": "bf16"}, {"z_loss": 1e-4}, {"gradient_clip": 1.0}, {"num_groups": 2}, {"seed": 1}]
-)
-def test_the_recipe_is_part_of_what_it_makes(fields: dict[str, Any]) -> None:
-    assert changed(**fields).identity() != CONFIG.identity()
+def test_the_identity_is_the_recipe_without_its_execution() -> None:
+    ways = [{"num_workers": 4}, {"zero_stage": 3}, {"microbatches": 2}, {"compile": True}, {"keep_every": 8}]
+    for execution in ways:
+        assert changed(execution=execution).identity() == CONFIG.identity()
+    for fields in [{"precision": "bf16"}, {"z_loss": 1e-4}, {"gradient_clip": 1.0}, {"num_groups": 2}, {"seed": 1}]:
+        assert changed(**fields).identity() != CONFIG.identity()
 
 
 # Schedules -----------------------------------------------------------------------------------------------------------------
@@ -138,7 +121,7 @@ def test_a_model_that_does_not_fit_the_token_map_is_refused(info: TokenMapInfo, 
 
 
 def test_a_model_without_preset_must_give_its_sizes(info: TokenMapInfo) -> None:
-    with pytest.raises(ValueError, match="no preset, so it must give decoder_layers, num_heads"):
+    with pytest.raises(ValueError, match=r"no preset.* decoder_layers, num_heads"):
         ModelConfig(encoder_layers=1, embed_dim=32).architecture(info)
 
 
@@ -155,9 +138,9 @@ def test_a_text_model_takes_its_widths_from_the_captions(info: TokenMapInfo, cap
 
 def test_a_text_model_that_does_not_fit_its_captions_is_refused(info: TokenMapInfo, captions: CaptionFeaturesInfo) -> None:
     model = dataclasses.replace(CONFIG.model, text=True)
-    with pytest.raises(ValueError, match=r"needs the features of captions; give captions\.encoder"):
+    with pytest.raises(ValueError, match=r"train\.model\.text requires .*captions\.encoder"):
         model.architecture(info)
-    with pytest.raises(ValueError, match=r"knows 40 captions, but there are features of 39; make both from the same dataset"):
+    with pytest.raises(ValueError, match=r"40 captions, but there are features of 39"):
         model.architecture(info, dataclasses.replace(captions, num_captions=39))
-    with pytest.raises(ValueError, match=r"num_classes is 2, but text takes the place of classes"):
+    with pytest.raises(ValueError, match=r"num_classes is 2, but a text model has no classes"):
         dataclasses.replace(model, num_classes=2).architecture(info, captions)

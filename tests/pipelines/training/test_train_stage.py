@@ -1,4 +1,4 @@
-"""The stage: training on Ray equals a plain loop, is told when to stop, and goes on after workers or the driver were lost."""
+"""The stage train: training on Ray equals a plain loop, stops when asked, and resumes after workers or the driver were lost."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import ray
 from plain_training import train_plainly
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_training import CONFIG, Material, Trained, assert_close, changed, read_history
+from tiny_training import CONFIG, Material, Trained, assert_close, changed, checkpoint_steps, read_history
 
 from enat.checkpoint import load_enat
 from enat.model import ENAT
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.stages import train
 from pipelines.tracking.run import RunHandle
-from pipelines.training.checkpoints import SoFar, find_checkpoints
+from pipelines.training.checkpoints import ResumePoint, find_checkpoints
 from pipelines.training.config import TrainConfig
 from pipelines.training.monitor import DivergedError
 from pipelines.training.task import TrainResult, initial_model
@@ -82,11 +82,6 @@ def plain(material: Material) -> Trained:
     return train_plainly(material, CONFIG)
 
 
-def _checkpoint_steps(material: Material, key: str) -> list[int]:
-    context = WorkerContext(stage="train", key=key, store=material.store, run=RunHandle("", None))
-    return [checkpoint.step for checkpoint in find_checkpoints(context) if checkpoint.is_whole]
-
-
 @pytest.mark.parametrize(("num_workers", "zero_stage"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.faults)])
 def test_ray_s_workers_train_what_a_plain_loop_trains(fit, plain: Trained, num_workers: int, zero_stage: int) -> None:
     """More of their combinations without Ray: test_train_loop.py."""
@@ -109,7 +104,7 @@ def test_hours_are_those_of_this_command_and_of_the_ones_it_goes_on_from(
         time.sleep(0.3)
         return TrainResult((FileRecord("model.safetensors", "p", 1, "0" * 64),), (), history, 12, 0, 1, 0)
 
-    monkeypatch.setattr(train, "read_so_far", lambda _: SoFar(4, 100.0))
+    monkeypatch.setattr(train, "read_resume_point", lambda _: ResumePoint(4, 100.0))
     monkeypatch.setattr(train, "_fit", fit)
     monkeypatch.setattr(train.cluster, "require", lambda *_: None)
     inputs = {name: material.inputs[name] for name in ("tokenizer", "token_map")}
@@ -124,7 +119,7 @@ def test_hours_are_those_of_this_command_and_of_the_ones_it_goes_on_from(
 class Deadly(RunHandle):
     """Tracking of a run whose rank 0 is killed by SIGKILL once, after it logged step 6. It notes every step that is logged.
 
-    store: whose checkpoints are waited for before: what is tested is the going on from one.
+    context: its checkpoints are waited for before the kill, since the test is about resuming from one.
     """
 
     uri: str = ""
@@ -150,7 +145,7 @@ class Deadly(RunHandle):
 
 
 @pytest.mark.faults
-def test_a_worker_that_is_killed_is_replaced_and_training_goes_on_from_the_checkpoint(
+def test_a_worker_that_is_killed_is_replaced_and_training_resumes_from_the_checkpoint(
     fit, plain: Trained, material: Material, key: str, tmp_path: Path
 ) -> None:
     context = WorkerContext(stage="train", key=key, store=material.store, run=RunHandle("", None))
@@ -171,7 +166,7 @@ def test_an_elastic_run_begins_with_the_workers_that_the_cluster_has_room_for(fi
 
 
 @pytest.mark.faults
-def test_a_run_that_is_asked_to_stop_saves_and_the_next_one_goes_on_from_there(
+def test_a_run_that_is_asked_to_stop_saves_and_the_next_one_resumes(
     fit, plain: Trained, material: Material, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wait_for = train._wait_for
@@ -186,7 +181,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_the_next_one_goes_on_from_there(
         patch.setattr(train, "_wait_for", ask_and_wait)
         with pytest.raises(KeyboardInterrupt):
             fit(config, console=console)
-    (step,) = _checkpoint_steps(material, key)
+    (step,) = checkpoint_steps(material, key)
     assert 1 <= step < 12
     assert f"training stopped at step {step}, which is saved; the same command goes on from there" in console.file.getvalue()  # type: ignore[attr-defined]
     fitted = fit(config)
@@ -210,7 +205,7 @@ def _ray_train_folders() -> set[Path]:
 
 
 @pytest.mark.faults
-def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(
+def test_sigterm_saves_a_checkpoint_and_the_same_command_resumes(
     enat: Callable[..., Any], end_enat_when: Callable[..., tuple[int, str]], tiny_config: Path, tmp_path: Path
 ) -> None:
     """The checkpoint is there because of the signal: no other is due before the end. It is sent once Ray Train has begun."""
@@ -233,12 +228,14 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(
 # Without training ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_steps_give_the_initial_weights_of_the_seed(fit, material: Material) -> None:
+def test_no_steps_give_the_initial_weights_of_the_seed(fit, material: Material, key: str) -> None:
     untrained = fit(changed(num_steps=0))
     initial = initial_model(material.architecture(CONFIG), 0).state_dict()
     for weights in (untrained.raw, untrained.ema):
         assert weights.keys() == initial.keys() and all(weights[name].equal(value) for name, value in initial.items())
     assert untrained.history == []
+    model = load_enat(material.store.fetch_file("train", key, untrained.made.files[0]))
+    assert isinstance(model, ENAT) and model.config == material.architecture(CONFIG)
 
 
 def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(fit) -> None:
@@ -254,9 +251,3 @@ def test_a_token_map_of_another_tokenizer_is_refused(material: Material, make_co
         ValueError, match=r"the token map of drawn \(16 px\) has tokenizer \w{12}, but the model expects tokenizer \w{12}"
     ):
         train.run(CONFIG, {**material.inputs, "tokenizer": other}, make_context(material.store, "train"))
-
-
-def test_trained_weights_open_as_a_model(fit, material: Material, key: str) -> None:
-    made = fit(changed(num_steps=0)).made
-    model = load_enat(material.store.fetch_file("train", key, made.files[0]))
-    assert isinstance(model, ENAT) and model.config == material.architecture(CONFIG)
