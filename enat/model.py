@@ -158,6 +158,11 @@ class ENAT(nn.Module):
             shapes = f"{tuple(condition.hidden.shape)} and {tuple(condition.pooled.shape)}"
             raise ValueError(f"caption features have shapes {shapes}; (B, {num_text_tokens}, {width}) and (B, {width}) are needed")
 
+    def compile_blocks(self) -> None:
+        """Compile every block in place, with dynamic shapes: the number of masked tokens varies."""
+        for block in (*self.encoder, *self.decoder):
+            block.compile(dynamic=True)
+
     def forward(
         self,
         tokens: Tensor,

@@ -1,4 +1,4 @@
-"""The same photographs in every layout that a dataset may lie in, with what must be read from each, known without reading it.
+"""The same photographs in every layout of a dataset, with the expected rows of each layout, known without reading it.
 
 `make_layouts` writes them below one folder: image_folder/, images/, tar/, parquet/ and coco/ with captions.json. The classes are
 photographs that scikit-image brings along, the images crops of them, JPEG and PNG in turn.

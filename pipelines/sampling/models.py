@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def from_registry(uri: str, reference: str, store: ArtifactStore | None, s3: S3C
             f"{reference} is {stage}/{key[:12]}, which the store {opened.uri} does not have; pass its store with --store"
         )
     made = from_manifest(opened, manifest)
-    return Generator(**{**vars(made), "origin": {**made.origin, "registered": reference}})
+    return replace(made, origin={**made.origin, "registered": reference})
 
 
 def from_artifact(store: ArtifactStore, name: str) -> Generator:

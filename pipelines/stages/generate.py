@@ -321,8 +321,7 @@ def _prepare(model: ENAT, execution: GenerateExecution) -> ENAT:
     """On the worker's device, and compiled where execution says so."""
     model = model.to(execution.device)
     if execution.compile:
-        for block in (*model.encoder, *model.decoder):
-            block.compile(dynamic=True)  # the number of masked tokens changes from step to step
+        model.compile_blocks()
     return model
 
 

@@ -34,6 +34,7 @@ from pipelines.data import token_map
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMapInfo, TokenRows
+from pipelines.sampling.fixed_batches import fix_numerics, pass_pool
 from pipelines.workflow.config import set_by
 from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
@@ -273,12 +274,10 @@ class _Encode:
         self.encoding, execution = encoding, encoding.execution
         self.dtype = _DTYPES[encoding.info.dtype]
         self.vqgan = load_vqgan(context.store.fetch(encoding.tokenizer, "vqgan.safetensors")).to(execution.device)
-        if execution.device == "cuda":  # float32 is to be float32, and the same each time
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        fix_numerics(execution.device)
         # One thread per pass, since a convolution's sums depend on the number of its threads.
         num_passes = execution.num_threads if execution.device == "cpu" else 1
-        self.pool = ThreadPoolExecutor(num_passes, initializer=torch.set_num_threads, initargs=(1,))
+        self.pool = pass_pool(num_passes)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         started = time.monotonic()

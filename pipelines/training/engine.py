@@ -235,8 +235,7 @@ def prepare_forward(model: ENAT, config: TrainConfig, device: torch.device) -> N
         autocast = torch.autocast(device.type, _AUTOCAST[config.precision])
         model.forward = autocast(model.forward)  # type: ignore[method-assign]
     if config.execution.compile:
-        for block in (*model.encoder, *model.decoder):
-            block.compile(dynamic=True)  # the number of masked tokens varies between groups
+        model.compile_blocks()
 
 
 def _weight_decay_groups(model: ENAT, config: TrainConfig) -> Sequence[dict[str, Any]]:

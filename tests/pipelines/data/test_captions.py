@@ -16,9 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_clip import make_tiny_clip
 
-from enat.text import TextFeatures, load_text_encoder
+from enat.text import TextFeatures
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data import captions as data_captions
@@ -256,23 +255,3 @@ def test_a_manifest_of_something_else_is_refused(local_store: ArtifactStore, com
         (folder / name).unlink()
         with pytest.raises(ValueError, match=rf"lacks {number} files of caption features, including captions-00003"):
             CaptionFeatures.open(local_store, commit(folder, f"without-{number}"))
-
-
-# From captions to batches --------------------------------------------------------------------------------------------------
-
-
-def test_features_of_the_encoder_are_read_back(local_store: ArtifactStore, commit: Callable[..., Manifest], tmp_path: Path) -> None:
-    encoder = load_text_encoder(make_tiny_clip(tmp_path / "clip"))
-    captions = ["the cat", "a dog on the cat", "", "the dog " * 60, "Ein Hund!"]
-    sizes = {"num_positions": encoder.num_positions, "width": encoder.width}
-    info = dataclasses.replace(INFO, num_captions=5, captions_per_file=2, **sizes)
-    (tmp_path / "encoded").mkdir()
-    for number, start in enumerate(range(0, 5, 2)):
-        path = tmp_path / "encoded" / captions_name(number)
-        write_captions(path, info, start, encoder.encode(captions[start : start + 2]))
-    write_empty(tmp_path / "encoded" / EMPTY, info, encoder.encode([""]))
-    reader = CaptionFeatures.open(local_store, commit(tmp_path / "encoded", **dataclasses.asdict(info)))
-    hidden, pooled = reader.take(np.array([3, -1, 0, 2, 4, 1]))
-    expected = encoder.encode([captions[3], "", captions[0], "", captions[4], captions[1]])
-    np.testing.assert_array_equal(hidden, expected.hidden.numpy())
-    np.testing.assert_array_equal(pooled, expected.pooled.numpy())

@@ -56,7 +56,7 @@ class Sets:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    """Files are written, and members of the tar lie, against the order of their names."""
+    """Files and members of the tar are in the reverse order of their names."""
     root = tmp_path_factory.mktemp("sets")
     images = [pixels(number) for number in range(NUM_IMAGES)]
     members: list[tuple[str, bytes]] = []

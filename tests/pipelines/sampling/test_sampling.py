@@ -312,7 +312,7 @@ def test_a_text_conditional_model_samples_captions(ask, world: World, clip: Path
     images = to_uint8(world.vqgan.decode(codes.view(3, 4, 4))).permute(0, 2, 3, 1).numpy()
     with np.load(tmp_path / "samples" / "samples.npz") as arrays:
         assert_same_images(arrays["arr_0"], images)
-        assert arrays.files == ["arr_0"], "captions are no labels"
+        assert arrays.files == ["arr_0"], "captions are not labels"
     record = json.loads((tmp_path / "samples" / "samples.json").read_text())
     assert [sample["caption"] for sample in record["samples"]] == [*captions, captions[0]]
 
@@ -428,7 +428,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("cc", "--inpaint", "gone.png", "--box", "0,0,4,4"), "--inpaint gone.png cannot be read (No such file or directory)"),
     (("cc", "--inpaint", "{text}", "--box", "0,0,4,4"), "it is neither JPEG nor PNG"),
     (("cc", "--weights", "x", "--vqgan", "y"), "--weights takes the place of MODEL"),
-    (("--weights", "gone.pth", "--vqgan", "{vqgan}"), "--weights: gone.pth is no file"),
+    (("--weights", "gone.pth", "--vqgan", "{vqgan}"), "--weights: gone.pth is not a file"),
     (("--weights", "{vqgan}", "--vqgan", "{vqgan}"), "holds vqgan, not the weights of enat"),
     (("cc", "--preset", "enat-l"), "--preset belongs to --weights"),
     (("cc", "-o", "{text}"), "is no folder that can be read"),

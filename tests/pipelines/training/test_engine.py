@@ -231,8 +231,8 @@ def test_a_step_that_overflows_on_one_rank_is_skipped_on_all_and_changes_nothing
         assert state_after == {"num_updates": 4, "loss_scale": 2.0**15, "updates_since_overflow": 0}
 
 
-def test_a_scale_that_was_lowered_in_vain_excuses_no_overflow_any_more(material: Material) -> None:
-    """At a scale of one, or after some in a row: a step that is taken begins the count anew."""
+def test_overflows_at_any_scale_are_divergence(material: Material) -> None:
+    """At a scale of one, or after several overflows in a row. A successful step resets the count."""
     config, at_step_4 = _stage(1, precision="fp16"), {4: 1.0}
     to_one = Job(config, last=18, factors=dict.fromkeys(range(18), math.inf))
     again = Job(config, last=11, factors=dict.fromkeys(range(11), math.inf) | at_step_4)
@@ -251,7 +251,7 @@ def _run_one_job_and_one_that_gives_up_soon(material: Material, jobs: list[Job])
 
 
 def test_state_before_the_first_update_has_weights_and_no_moments(material: Material, tmp_path: Path) -> None:
-    """Every step so far overflowed. What goes on from there begins as the run did, at the scale that it had come to."""
+    """Every step overflowed so far. A resumed run starts with these weights at the lowered scale."""
     jobs = []
     for stage in (1, 3):
         config, folder = _stage(stage, precision="fp16"), tmp_path / str(stage)

@@ -48,7 +48,7 @@ RECIPE = TrainConfig(
 
 @dataclass(frozen=True)
 class Digits:
-    """The map, the centres that codes stand for, pixels float (R, 64) in [0, 16] and labels of the images."""
+    """The map, the centre of each code, pixels float (R, 64) in [0, 16] and labels of the images."""
 
     token_map: TokenMap
     centres: np.ndarray

@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_is_found_with_its_groups() -> None:
     values[3, 0, 0] = math.nan
     values[2, 1:, 0] = math.inf, math.nan
     assert first_not_finite(values) == (2, [1, 2])
-    values[0, 0, 1] = math.nan  # another figure is no loss
+    values[0, 0, 1] = math.nan  # another metric is not the loss
     assert first_not_finite(values) == (2, [1, 2])
 
 

@@ -19,7 +19,7 @@ import ray
 from plain_training import train_plainly
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_training import CONFIG, Material, Trained, assert_close, changed, checkpoint_steps, read_history
+from tiny_training import CONFIG, Material, Trained, assert_close, changed, read_history
 
 from enat.checkpoint import load_enat
 from enat.model import ENAT
@@ -42,10 +42,10 @@ def _workers_need_no_test_modules() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted(Trained):
-    """What the stage made, and what it said."""
+    """The result of the stage, and its output."""
 
     made: StageResult | None = None
-    said: str = ""
+    output: str = ""
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def fit(material: Material, make_context: Callable[..., Any], key: str) -> Calla
             load_file(files["raw.safetensors"]),
             read_history(material.store, key, made.records[0]),
             made=made,
-            said=console.file.getvalue(),  # type: ignore[attr-defined]
+            output=console.file.getvalue(),  # type: ignore[attr-defined]
         )
 
     return fit
@@ -166,30 +166,6 @@ def test_an_elastic_run_begins_with_the_workers_that_the_cluster_has_room_for(fi
 
 
 @pytest.mark.faults
-def test_a_run_that_is_asked_to_stop_saves_and_the_next_one_resumes(
-    fit, plain: Trained, material: Material, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wait_for = train._wait_for
-
-    def ask_and_wait(trainer: Any, reporter: Any, console: Console) -> Any:
-        reporter.request_stop()
-        return wait_for(trainer, reporter, console)
-
-    config = changed(execution={"num_workers": 2, "checkpoint_every": 100})
-    console = Console(file=io.StringIO(), width=500)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "_wait_for", ask_and_wait)
-        with pytest.raises(KeyboardInterrupt):
-            fit(config, console=console)
-    (step,) = checkpoint_steps(material, key)
-    assert 1 <= step < 12
-    assert f"training stopped at step {step}, which is saved; the same command goes on from there" in console.file.getvalue()  # type: ignore[attr-defined]
-    fitted = fit(config)
-    assert fitted.made is not None and fitted.made.summary["num_restarts"] == 1
-    assert_close(fitted, plain)
-
-
-@pytest.mark.faults
 def test_a_run_that_diverges_fails_at_once_and_is_not_tried_again(fit, material: Material, key: str, tmp_path: Path) -> None:
     """The same steps would diverge again; max_failures is for workers that are lost."""
     run = Deadly(notes=tmp_path / "notes")
@@ -214,10 +190,10 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_resumes(
     (tmp_path / "tiny.yaml").write_text(json.dumps({**values, "targets": ["train"]}))
     command = ("run", tmp_path / "tiny.yaml", f"workspace={tmp_path / 'runs'}")
     store, before = tmp_path / "runs" / "store", _ray_train_folders()
-    code, said = end_enat_when(lambda: bool(_ray_train_folders() - before), *command)
-    assert code != 0 and "saving a checkpoint, then stopping" in said
+    code, output = end_enat_when(lambda: bool(_ray_train_folders() - before), *command)
+    assert code != 0 and "saving a checkpoint, then stopping" in output
     (step,) = {int(path.name.split("-")[1]) for path in store.glob("train/*/.parts/checkpoint-*.json")}
-    assert 1 <= step < 100 and f"training stopped at step {step}, which is saved" in said
+    assert 1 <= step < 100 and f"training stopped at step {step}, which is saved" in output
     again = enat(*command)
     assert again.returncode == 0, again.stderr
     (history,) = store.glob("train/*/history.json")
