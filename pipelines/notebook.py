@@ -76,7 +76,9 @@ class Artifact(JupyterMixin):
 
     def lineage(self) -> Tree:
         """Two branches: what it was made from, and what was made from it."""
-        found, both = artifacts_lineage.Lineage(self.store.manifests()), Tree("", hide_root=True)
+        from pipelines.run import graph  # imports all stages, which takes seconds
+
+        found, both = artifacts_lineage.Lineage(self.store.manifests(), graph.describe), Tree("", hide_root=True)
         both.children += artifacts_lineage.trees(found, self.manifest)
         return both
 
@@ -105,12 +107,12 @@ class SampledImages:
 
 def ls(*stages: str, dataset: str | None = None, store: Store = _STORE) -> Table:
     """What the store holds, of some stages or of all, newest first. Raises ValueError for a stage that there is not."""
-    from pipelines.jobs.submission import check_stages  # knows all of the pipeline, which takes seconds to import
+    from pipelines.run import graph  # imports all stages, which takes seconds
 
-    check_stages(stages)
+    graph.check_stages(stages)
     opened = _open(store)
     query = Query(stages=stages, datasets=(dataset,) if dataset else ())
-    found = list_artifacts(opened.manifests(), query, now=time.time())
+    found = list_artifacts(opened.manifests(), query, now=time.time(), describe=graph.describe, dataset_name=graph.dataset_name)
     return list_table(found)
 
 

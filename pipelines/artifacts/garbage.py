@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.artifacts.inventory import created, find_unfinished, phrase
+from pipelines.artifacts.inventory import Describe, created, find_unfinished, phrase
 from pipelines.artifacts.lineage import Lineage
 from pipelines.artifacts.manifest import MANIFEST, PARTS, USED, DamagedManifestError, Manifest, Name, name_of, short
 from pipelines.artifacts.store import ArtifactStore
@@ -244,13 +244,22 @@ _REMOVE: Mapping[Kind, Callable[[ArtifactStore, Removal, float], str | None]] = 
 # Showing -------------------------------------------------------------------------------------------------------------------
 
 
-def show(planned: Plan, outcome: Outcome | None, store: str, now: float, console: Console) -> None:
+def show(
+    planned: Plan,
+    outcome: Outcome | None,
+    store: str,
+    now: float,
+    console: Console,
+    *,
+    describe: Describe = lambda manifest: "",
+) -> None:
     """Print a plan and its outcome. outcome: None for a dry run."""
     removals = planned.removals if outcome is None else outcome.removed
     if removals:
         table = _table("size", "used", "what", "artifact", "")
         for removal in removals:
-            what = phrase(removal.manifest) if removal.kind == "artifact" and removal.manifest else f"{len(removal.files)} files"
+            manifest = removal.manifest if removal.kind == "artifact" else None
+            what = f"{len(removal.files)} files" if manifest is None else phrase(manifest, describe)
             age = f"{show_age(now - removal.used)} ago"
             table.add_row(show_size(removal.size), age, removal.kind, short((removal.stage, removal.key)), one_line(what))
         console.print(table, highlight=False)

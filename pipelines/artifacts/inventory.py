@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,9 @@ from pipelines.storage.base import StoredFile, StoreError
 if TYPE_CHECKING:
     pass
 
+Describe = Callable[[Manifest], str]
 _SHOWN_CHOICES = 6
-_SHOWN_METRICS = 2  # in place of a phrase, of a stage that none is written for
+_SHOWN_METRICS = 2  # of an artifact that its stage does not describe
 
 
 # Finding -------------------------------------------------------------------------------------------------------------------
@@ -95,14 +96,13 @@ def created(manifest: Manifest) -> float | None:
         return None
 
 
-def dataset_of(manifest: Manifest, manifests: Mapping[Name, Manifest]) -> str | None:
-    """The name of the dataset that it was made from, directly or through others."""
+def dataset_of(
+    manifest: Manifest, manifests: Mapping[Name, Manifest], dataset_name: Callable[[Manifest], str | None]
+) -> str | None:
+    """The name of the dataset that it was made from, directly or through others. dataset_name: given by one artifact itself."""
     waiting, seen = [manifest], {name_of(manifest)}
     for each in waiting:  # grows: the nearest come first
-        info = each.summary.get("info")
-        name = each.summary.get("name") if each.stage == "dataset" else each.summary.get("dataset")
-        name = name or (info.get("dataset") if isinstance(info, Mapping) else None)
-        if isinstance(name, str):
+        if (name := dataset_name(each)) is not None:
             return name
         for source in inputs_of(each):
             if source in manifests and source not in seen:
@@ -111,66 +111,12 @@ def dataset_of(manifest: Manifest, manifests: Mapping[Name, Manifest]) -> str | 
     return None
 
 
-def phrase(manifest: Manifest) -> str:
-    """What it is, in a few words."""
-    try:
-        words = _PHRASES.get(manifest.stage, lambda _: "")(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        words = ""  # made by another version of its stage, or not by this program: its numbers are shown as they are
-    if words:
+def phrase(manifest: Manifest, describe: Describe) -> str:
+    """An artifact in a few words: its stage's description, or else its first metrics."""
+    if words := describe(manifest):
         return words
     metrics = [f"{name.removeprefix('final/')} {_number(value)}" for name, value in manifest.metrics.items()]
     return ", ".join(metrics[:_SHOWN_METRICS])
-
-
-def _train(manifest: Manifest) -> str:
-    summary, preset = manifest.summary, manifest.config.get("model", {}).get("preset")
-    parameters = f"{show_size(summary['parameters']).removesuffix('B').replace('k', 'K').strip()} parameters"
-    how = "imported" if summary["is_imported"] else f"{summary['num_steps']:,} steps"
-    loss = manifest.metrics.get("final/loss")
-    return ", ".join([*([preset] if preset else []), parameters, how, *([f"loss {_number(loss)}"] if loss is not None else [])])
-
-
-def _tokenizer(manifest: Manifest) -> str:
-    config = manifest.summary["config"]
-    how = "imported" if manifest.summary["is_imported"] else "trained"
-    return f"{how}, {config['codebook_size']:,} codes, {config['resolution']} px"
-
-
-def _token_map(manifest: Manifest) -> str:
-    info, quarantined = manifest.summary["info"], manifest.summary["quarantined"]
-    more = f", {quarantined:,} quarantined" if quarantined else ""
-    return f"{manifest.summary['rows']:,} images, {info['resolution']} px, {info['grid_size']} x {info['grid_size']} codes{more}"
-
-
-def _dataset(manifest: Manifest) -> str:
-    counts = {"images": manifest.summary["num_images"], "classes": len(manifest.summary["class_names"])}
-    counts["captions"] = manifest.summary["num_captions"]
-    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-
-
-def _generate(manifest: Manifest) -> str:
-    sampler = manifest.summary["sampler"]
-    return f"{manifest.summary['num_samples']:,} samples, {sampler['num_steps']} steps, guidance {sampler['guidance_scale']:g}"
-
-
-def _evaluate(manifest: Manifest) -> str:
-    chosen = [name for name in ("fid", "frechet_distance", "inception_score", "class_agreement") if name in manifest.metrics]
-    scores = [f"{name} {_number(manifest.metrics[name])}" for name in chosen[:_SHOWN_METRICS]]
-    return ", ".join([*scores, f"{manifest.summary['num_samples']:,} samples"])
-
-
-_PHRASES = {
-    "dataset": _dataset,
-    "images": lambda manifest: f"{manifest.summary['num_images']:,} images from outside, {manifest.summary['resolution']} px",
-    "tokenizer": _tokenizer,
-    "token_map": _token_map,
-    "reference": lambda manifest: f"{manifest.summary['num_images']:,} real images by {manifest.summary['extractor']}",
-    "train": _train,
-    "generate": _generate,
-    "evaluate": _evaluate,
-    "report": lambda manifest: str(manifest.summary["name"]),
-}
 
 
 def _number(value: float) -> str:
@@ -204,15 +150,23 @@ class Entry:
     phrase: str
 
 
-def list_artifacts(manifests: Iterable[Manifest], query: Query, *, now: float, by_size: bool = False) -> list[Entry]:
+def list_artifacts(
+    manifests: Iterable[Manifest],
+    query: Query,
+    *,
+    now: float,
+    by_size: bool = False,
+    describe: Describe,
+    dataset_name: Callable[[Manifest], str | None],
+) -> list[Entry]:
     """Newest first, those of unknown age last; by_size: largest first. now: seconds since 1970."""
     every = {name_of(manifest): manifest for manifest in manifests}
     entries = []
     for manifest in every.values():
         made = created(manifest)
         age = None if made is None else now - made
-        size, dataset = size_of(manifest), dataset_of(manifest, every)
-        entries.append(Entry(manifest.stage, manifest.key, size, age, dataset, phrase(manifest)))
+        size, dataset = size_of(manifest), dataset_of(manifest, every, dataset_name)
+        entries.append(Entry(manifest.stage, manifest.key, size, age, dataset, phrase(manifest, describe)))
     chosen = [entry for entry in entries if _is_asked_for(entry, query)]
     if by_size:
         return sorted(chosen, key=lambda entry: (-entry.size, entry.stage, entry.key))

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.tree import Tree
 
-from pipelines.artifacts.inventory import phrase, size_of
+from pipelines.artifacts.inventory import Describe, phrase, size_of
 from pipelines.artifacts.manifest import Manifest, Name, inputs_of, name_of, short
 from pipelines.formatting import one_line, show_size
 
@@ -15,7 +15,8 @@ from pipelines.formatting import one_line, show_size
 class Lineage:
     """The graph of a store's artifacts. A store may be shared and damaged: inputs may be gone, or even lead round in a circle."""
 
-    def __init__(self, manifests: Iterable[Manifest]) -> None:
+    def __init__(self, manifests: Iterable[Manifest], describe: Describe = lambda manifest: "") -> None:
+        self.describe = describe
         self.manifests = {name_of(manifest): manifest for manifest in manifests}
         self._made_from: dict[Name, list[Name]] = {}
         for name, manifest in sorted(self.manifests.items()):
@@ -96,7 +97,7 @@ def _line(name: Name, other: Name, lineage: Lineage) -> str:
     reader, source = (lineage.manifests[name], manifest) if other in lineage.inputs(name) else (manifest, lineage.manifests[name])
     digests = {entry["digest"] for entry in reader.inputs.values() if (entry["stage"], entry["key"]) == name_of(source)}
     changed = "" if digests == {source.digest} else "  [yellow]made again since, with other content[/]"
-    return f"{short(other)}  [dim]{show_size(size_of(manifest))}  {one_line(phrase(manifest))}[/]{changed}"
+    return f"{short(other)}  [dim]{show_size(size_of(manifest))}  {one_line(phrase(manifest, lineage.describe))}[/]{changed}"
 
 
 def to_json(lineage: Lineage, manifest: Manifest) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def to_json(lineage: Lineage, manifest: Manifest) -> dict[str, Any]:
         values: dict[str, Any] = {"artifact": "/".join(name), "is_in_store": found is not None}
         if found is not None:
             inputs = {role: f"{source['stage']}/{source['key']}" for role, source in found.inputs.items()}
-            values |= {"digest": found.digest, "size": size_of(found), "phrase": phrase(found), "inputs": inputs}
+            values |= {"digest": found.digest, "size": size_of(found), "phrase": phrase(found, lineage.describe), "inputs": inputs}
         return values
 
     name = [name_of(manifest)]

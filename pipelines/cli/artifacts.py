@@ -73,9 +73,9 @@ def artifacts() -> None:
 def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_json: bool, **query: Any) -> None:
     """List artifacts: size, age, key, dataset, and what each is."""
     from pipelines.artifacts import inventory
-    from pipelines.jobs import submission
+    from pipelines.run import graph
 
-    submission.check_stages(query["stages"])
+    graph.check_stages(query["stages"])
     opened, now = _open(store, s3), time.time()
     with console(stderr=True).status("reading manifests"):
         manifests = [*opened.manifests()]
@@ -90,7 +90,14 @@ def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_jso
         else:
             inventory.show_unfinished(left, opened.uri, now, _table_console())
         return
-    entries = inventory.list_artifacts(manifests, inventory.Query(**query), now=now, by_size=sort == "size")
+    entries = inventory.list_artifacts(
+        manifests,
+        inventory.Query(**query),
+        now=now,
+        by_size=sort == "size",
+        describe=graph.describe,
+        dataset_name=graph.dataset_name,
+    )
     if as_json:
         _echo({"store": opened.uri, "artifacts": [inventory.entry_json(entry) for entry in entries]})
     else:
@@ -121,19 +128,20 @@ def show_artifact(
     """Show an artifact: what it was made from, by what, what is in it, and what it measured. The beginning of its key is enough."""
     from pipelines.artifacts import lineage
     from pipelines.data import inspection
+    from pipelines.run import graph
 
     opened = _open(store, s3)
     manifest = inspection.find(opened, artifact)
-    graph = lineage.Lineage(opened.manifests()) if with_lineage else None
+    found = lineage.Lineage(opened.manifests(), graph.describe) if with_lineage else None
     if contact_sheet is not None:
         inspection.write_contact_sheet(opened, manifest, contact_sheet, images)
     if as_json:
-        more = {"lineage": lineage.to_json(graph, manifest)} if graph else {}
+        more = {"lineage": lineage.to_json(found, manifest)} if found else {}
         click.echo(manifest.to_json().decode() if not more else json.dumps({**json.loads(manifest.to_json()), **more}, indent=1))
         return
     terminal = console()
     inspection.show(opened, manifest, terminal)
-    for tree in lineage.trees(graph, manifest) if graph else ():
+    for tree in lineage.trees(found, manifest) if found else ():
         terminal.print()
         terminal.print(tree, highlight=False)
     if contact_sheet is not None:
@@ -270,6 +278,7 @@ def collect(
     from pipelines import formatting
     from pipelines.artifacts import garbage, inventory
     from pipelines.artifacts import manifest as artifacts_manifest
+    from pipelines.run import graph
 
     if older_than < _SHORTEST_LIMIT:
         raise click.UsageError("--older-than is at least 1h: what is younger may belong to a run that is under way")
@@ -287,7 +296,7 @@ def collect(
     if as_json:
         _echo({"store": opened.uri, **garbage.to_json(planned, outcome)})
     else:
-        garbage.show(planned, outcome, opened.uri, time.time(), _table_console())
+        garbage.show(planned, outcome, opened.uri, time.time(), _table_console(), describe=graph.describe)
 
 
 def _open(store: str, s3: S3Config) -> ArtifactStore:

@@ -71,12 +71,9 @@ class Verdict:
         return self.problem is None
 
 
-def need_of(node: str, config: Any) -> Need | None:
-    """None for a stage that asks Ray for nothing: it has no `execution`, imports its weights, trains no step, has no encoder."""
-    workers, stage = getattr(config, "execution", None), node.partition("@")[0]
-    if workers is None or (stage in ("tokenizer", "train") and config.weights is not None):
-        return None
-    if (stage == "train" and config.num_steps == 0) or (stage == "captions" and config.encoder is None):
+def need_of(node: str, workers: Workers | None) -> Need | None:
+    """What a stage needs, by the workers that it asks for; None for a stage that asks for none."""
+    if workers is None:
         return None
     return Need(node=node, workers=workers, least=getattr(workers, "min_workers", None) or workers.num_workers)
 

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from enat.text import TextFeatures
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.workflow.summary import Summary
 
 FORMAT_VERSION = 1
 EMPTY = "empty.safetensors"
@@ -51,6 +52,14 @@ class CaptionFeaturesInfo:
     def captions_from(self, start: int) -> int:
         """R: number of captions in the file whose first caption is start."""
         return min(self.captions_per_file, self.num_captions - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionsSummary(Summary):
+    """dataset_digest: of the dataset's index, whose captions these are."""
+
+    info: CaptionFeaturesInfo
+    dataset_digest: str
 
 
 def captions_name(number: int) -> str:
@@ -113,10 +122,7 @@ class CaptionFeatures:
         Raises ValueError if the manifest describes something else or another format version, or if it lacks files.
         """
         place = f"artifact {manifest.stage}/{manifest.key[:12]}"
-        try:
-            info = CaptionFeaturesInfo(**manifest.summary["info"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{place} does not describe caption features ({error})") from error
+        info = CaptionsSummary.read(manifest).info
         if info.format_version != FORMAT_VERSION:
             raise ValueError(f"{place} has caption features of format {info.format_version}; only {FORMAT_VERSION} can be read")
         listed = {record.name for record in manifest.files}

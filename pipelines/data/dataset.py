@@ -7,9 +7,9 @@ among all captions of the dataset. Workers read only the rows that they need.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.sources.base import Entry, Source
 from pipelines.data.sources.config import DatasetConfig, open_source
+from pipelines.workflow.summary import Summary
 
 INDEX = "index.parquet"
 _ROWS_PER_GROUP = 4096
@@ -61,6 +62,21 @@ class ImageRow:
         return to_array(center_crop(decode_image(self.data), resolution))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DatasetSummary(Summary):
+    """What the index of a dataset holds. class_names: by label.   findings: how many images are odd, by what is odd about them."""
+
+    name: str
+    num_images: int
+    class_names: tuple[str, ...]
+    num_captions: int = 0
+    findings: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dataset_name(self) -> str:
+        return self.name
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The dataset indexed by an artifact of stage `dataset`, read from the place in its config. Can be pickled for workers."""
@@ -69,21 +85,25 @@ class Dataset:
     store: ArtifactStore
     manifest: Manifest
 
+    @cached_property
+    def summary(self) -> DatasetSummary:
+        return DatasetSummary.read(self.manifest)
+
     @property
     def name(self) -> str:
-        return str(self.manifest.summary["name"])
+        return self.summary.name
 
     @property
     def num_images(self) -> int:
-        return int(self.manifest.summary["num_images"])
+        return self.summary.num_images
 
     @property
     def num_captions(self) -> int:
-        return int(self.manifest.summary["num_captions"])
+        return self.summary.num_captions
 
     @property
     def class_names(self) -> Sequence[str]:
-        return tuple(self.manifest.summary["class_names"])
+        return self.summary.class_names
 
     def index(self, start: int, stop: int) -> pa.Table:
         """Rows start..stop-1 of the index."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -33,6 +33,7 @@ from pipelines.storage.base import StorageError, StoredFile, digest_of
 from pipelines.storage.external import content_digest, local_file
 from pipelines.storage.open import open_folder
 from pipelines.storage.s3_client import S3Config
+from pipelines.workflow.summary import Summary
 
 KINDS = ("auto", "folder", "tar", "npz", "parquet")
 _SOURCE_KINDS = {"folder": "images", "tar": "tar", "parquet": "parquet"}
@@ -176,6 +177,23 @@ def check_images(config: ImageSetConfig, entries: Sequence[Entry], resolution: i
         square_pixels(config.name, entry.key, content, resolution)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageSetSummary(Summary):
+    """What is known of images that another generator made. labels: how they were chosen; see pipelines.data.labels.
+
+    num_classes: 0 if the labels are not known.   other_files: files beside the images, which are ignored.
+    """
+
+    name: str
+    kind: str
+    num_images: int
+    resolution: int
+    content_digest: str
+    labels: str
+    num_classes: int = 0
+    other_files: int = 0
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """The images indexed by an artifact of stage `images`, read from the path in the config. Can be pickled for workers."""
@@ -184,17 +202,21 @@ class ImageSet:
     store: ArtifactStore
     manifest: Manifest
 
+    @cached_property
+    def summary(self) -> ImageSetSummary:
+        return ImageSetSummary.read(self.manifest)
+
     def __len__(self) -> int:
-        return int(self.manifest.summary["num_images"])
+        return self.summary.num_images
 
     @property
     def resolution(self) -> int:
-        return int(self.manifest.summary["resolution"])
+        return self.summary.resolution
 
     def read(self, start: int, stop: int, device: str) -> torch.Tensor:
         """Images start..stop-1, uint8 (R, 3, H, W). Raises ValueError for an image that has changed since it was indexed."""
         stop = min(stop, len(self))
-        if self.manifest.summary["kind"] == "npz":
+        if self.summary.kind == "npz":
             return _npz(self.config).read(start, stop).to(device)
         images = np.empty((stop - start, 3, self.resolution, self.resolution), np.uint8)
         for slot, row in enumerate(self._dataset().read(start, stop)):
@@ -208,7 +230,7 @@ class ImageSet:
 
     def _dataset(self) -> Dataset:
         """The images as a dataset. Its index is valid for every kind; it cannot read the images of an .npz."""
-        config = replace(self.config, kind=self.manifest.summary["kind"])  # workers need not determine it again
+        config = replace(self.config, kind=self.summary.kind)  # workers need not determine it again
         return Dataset(DatasetConfig() if config.kind == "npz" else config.as_dataset(), self.store, self.manifest)
 
 

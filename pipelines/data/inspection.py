@@ -23,7 +23,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.dataset import INDEX, Dataset
 from pipelines.data.sources.config import DatasetConfig
-from pipelines.data.token_map import QUARANTINE, TokenMapInfo, read_codes
+from pipelines.data.token_map import QUARANTINE, TokenMapSummary, read_codes
 from pipelines.storage.base import StoreError
 from pipelines.workflow import config as configuration
 
@@ -71,13 +71,14 @@ def _facts(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, str]
 
 
 def _token_map_facts(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    info, rows = manifest.summary["info"], manifest.summary["rows"]
+    summary = TokenMapSummary.read(manifest)
+    info, rows = summary.info, summary.rows
     size = sum(file.size for file in manifest.files)
-    yield "classes", str(len(manifest.summary["class_names"]))
+    yield "classes", str(len(summary.class_names))
     yield (
         "codebook",
         (
-            f"{manifest.metrics['code_usage']:.1%} of {info['codebook_size']} codes in use, "
+            f"{manifest.metrics['code_usage']:.1%} of {info.codebook_size} codes in use, "
             f"perplexity {manifest.metrics['code_perplexity']:.1f}"
         ),
     )
@@ -112,10 +113,11 @@ def contact_sheet(store: ArtifactStore, manifest: Manifest, num_images: int) -> 
         raise ValueError(f"a contact sheet shows a token map; {manifest.stage}/{manifest.key[:12]} is not one")
     if num_images < 1:
         raise ValueError(f"a contact sheet of {num_images} images is empty; ask for at least 1")
-    if not manifest.summary["rows"]:
+    summary = TokenMapSummary.read(manifest)
+    if not summary.rows:
         raise ValueError(f"token_map/{manifest.key[:12]} has no rows to show")
-    info = TokenMapInfo(**manifest.summary["info"])
-    rows = np.unique(np.linspace(0, manifest.summary["rows"] - 1, num_images).round().astype(int)).tolist()
+    info = summary.info
+    rows = np.unique(np.linspace(0, summary.rows - 1, num_images).round().astype(int)).tolist()
     keys, codes = read_codes(store, manifest, rows)
     vqgan = load_vqgan(store.fetch(input_of(store, manifest, "tokenizer"), "vqgan.safetensors"))
     grid = torch.from_numpy(codes.astype(np.int64)).view(-1, info.grid_size, info.grid_size)

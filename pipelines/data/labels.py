@@ -14,16 +14,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipelines.artifacts.manifest import Manifest
 from pipelines.storage.base import digest_of
 
 UNKNOWN = "unknown"
 NO_LABELS = "none"  # of generators without classes
 ROWS = "token map rows"  # samples that begin with real codes, with the label of that image
-_CHOICES = {"drawn": "drawn", "in_order": "in order"}  # of captions; GenerateConfig.caption_choice
+CAPTION_CHOICES = {"drawn": "drawn", "in_order": "in order"}  # of captions; GenerateConfig.caption_choice
 _CLASSES = re.compile(r"(\d{1,6}) classes(, drawn)?")
 _MAX_DEVIATIONS = 5.0  # standard deviations of chi-square: counts of uniformly drawn labels stay within
-_CAPTIONS = re.compile(rf"captions of [^,]+, ({'|'.join(_CHOICES.values())})")
+_CAPTIONS = re.compile(rf"captions of [^,]+, ({'|'.join(CAPTION_CHOICES.values())})")
 STATED = (
     f'"1000 classes" (equally many images each), "1000 classes, drawn" (at random), "{NO_LABELS}" (no classes), '
     f'"captions of NAME, drawn" (or "in order"; NAME is the dataset) or "{UNKNOWN}"'
@@ -64,22 +63,3 @@ def check_stated(text: str) -> None:
     """Raise ValueError unless the text is one of STATED."""
     if text not in (NO_LABELS, UNKNOWN) and not _CLASSES.fullmatch(text) and not _CAPTIONS.fullmatch(text):
         raise ValueError(f"labels are stated as {text!r}; choose one of {STATED}")
-
-
-def scheme_of(samples: Manifest) -> str:
-    """Describe the labels of an artifact of stage `generate` or `images`."""
-    if samples.stage == "images":
-        return str(samples.summary["labels"])
-    summary, config = samples.summary, samples.config
-    asked_for, num_samples = summary["labels"], int(summary["num_samples"])
-    if asked_for == "captions":
-        dataset = config["dataset"]
-        return f"captions of {dataset['name'] or dataset['kind']}, {_CHOICES[config['caption_choice']]}"
-    if asked_for == ROWS:
-        return f"{ROWS}, mask ratio {summary['mask_ratio']:g}"
-    if asked_for == "given":
-        return scheme_of_labels(np.resize(np.array(config["labels"]), num_samples))
-    if asked_for == "each class in turn":
-        return scheme_of_labels(np.arange(num_samples) % int(summary["num_classes"]))
-    assert asked_for == NO_LABELS, asked_for
-    return NO_LABELS

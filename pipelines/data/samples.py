@@ -24,10 +24,36 @@ from enat.cost import Cost, generation_cost
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.workflow.models import ModelSummary, TokenizerSummary
+from pipelines.workflow.summary import Summary
 
+EACH_CLASS = "each class in turn"
 NONE = -1  # in place of a label, caption or row that a sample does not have
 _MAX_CODES = 1 << 16
 _CAPTION_STREAM, _ROW_STREAM, _MASK_STREAM = 1, 2, 3  # independent draws from one seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesSummary(Summary):
+    """How samples were made. num_classes: of the model.   labels: how labels were chosen, in words.   device: names of devices.
+
+    mask_ratio: share of the codes of a token map that was masked to begin with; None for samples that began with nothing.
+    batch_size: images that the model computed together.
+    """
+
+    num_samples: int
+    shard_size: int
+    num_classes: int
+    labels: str
+    sampler: SamplerConfig
+    device: str
+    mask_ratio: float | None = None
+    precision: str = "fp32"
+    batch_size: int
+
+    @property
+    def has_each_class_in_turn(self) -> bool:
+        return self.labels == EACH_CLASS
 
 
 @dataclass(frozen=True)
@@ -145,7 +171,8 @@ def read_samples(store: ArtifactStore, manifest: Manifest, start: int = 0, stop:
 
     Raises ValueError if the artifact has no such samples.
     """
-    size, num_samples = int(manifest.summary["shard_size"]), int(manifest.summary["num_samples"])
+    summary = SamplesSummary.read(manifest)
+    size, num_samples = summary.shard_size, summary.num_samples
     stop = num_samples if stop is None else stop
     if not 0 <= start < stop <= num_samples:
         place = f"{manifest.stage}/{manifest.key[:12]}"
@@ -176,12 +203,13 @@ def read_samples(store: ArtifactStore, manifest: Manifest, start: int = 0, stop:
 
 def image_cost(samples: Manifest, model: Manifest, tokenizer: Manifest) -> Cost:
     """The cost of generating one sample."""
-    architecture, sampler = ENATConfig(**model.summary["model"]), SamplerConfig(**samples.summary["sampler"])
-    num_given = num_given_of(samples, architecture)
-    return generation_cost(architecture, sampler, VQGANConfig(**tokenizer.summary["config"]), num_given=num_given)
+    architecture, made = ModelSummary.read(model).model, SamplesSummary.read(samples)
+    num_given = num_given_of(made, architecture)
+    return generation_cost(architecture, made.sampler, TokenizerSummary.read(tokenizer).config, num_given=num_given)
 
 
-def num_given_of(samples: Manifest, architecture: ENATConfig) -> int:
+def num_given_of(samples: SamplesSummary, architecture: ENATConfig) -> int:
     """Number of tokens that a sample began with: the unmasked codes of a real image, or 0."""
-    mask_ratio = samples.summary["mask_ratio"]
-    return 0 if mask_ratio is None else architecture.num_tokens - num_masked_of(mask_ratio, architecture.num_tokens)
+    if samples.mask_ratio is None:
+        return 0
+    return architecture.num_tokens - num_masked_of(samples.mask_ratio, architecture.num_tokens)

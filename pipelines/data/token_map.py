@@ -15,7 +15,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,6 +31,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage import cache
 from pipelines.storage.base import StoreError, canonical_json, file_digest
+from pipelines.workflow.summary import Summary
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,21 @@ class TokenMapInfo:
         if differing := [name for name in own if own[name] != expected[name]]:
             sides = [", ".join(f"{name} {side[name]}" for name in differing) for side in (own, expected)]
             raise ValueError(f"the token map of {self.dataset} ({self.resolution} px) has {sides[0]}, but {who} expects {sides[1]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMapSummary(Summary):
+    """rows: images with codes.   quarantined: images that could not be read, and the most frequent reasons with their counts."""
+
+    info: TokenMapInfo
+    rows: int
+    class_names: tuple[str, ...]
+    quarantined: int = 0
+    quarantine_reasons: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dataset_name(self) -> str:
+        return self.info.dataset
 
 
 @dataclass(kw_only=True)
@@ -242,7 +258,8 @@ class TokenMap:
 
 def _shapes(manifest: Manifest) -> tuple[TokenMapInfo, dict[str, tuple[tuple[int, ...], type]]]:
     """The info of a map, and shape and dtype of each of its arrays."""
-    info, rows = TokenMapInfo(**manifest.summary["info"]), int(manifest.summary["rows"])
+    summary = TokenMapSummary.read(manifest)
+    info, rows = summary.info, summary.rows
     return info, {
         "codes": ((rows, 2, info.grid_size**2), np.uint16),
         "labels": ((rows,), np.int32),
@@ -279,6 +296,7 @@ def _read_shard(path: Path, info: TokenMapInfo) -> pa.Table:
 def read_codes(store: ArtifactStore, manifest: Manifest, rows: Sequence[int]) -> tuple[list[str], np.ndarray]:
     """Keys, and codes uint16 (R, L), of rows given in ascending order. Reads only the shards that hold them."""
     keys, codes, start, remaining = [], [], 0, list(map(int, rows))
+    num_codes = TokenMapSummary.read(manifest).info.grid_size ** 2
     for record in manifest.files:
         if not record.name.startswith("part-") or not remaining:
             continue
@@ -288,7 +306,7 @@ def read_codes(store: ArtifactStore, manifest: Manifest, rows: Sequence[int]) ->
         if here:
             table = pq.read_table(path, columns=["key", "codes"]).take(here)
             keys += table["key"].to_pylist()
-            codes.append(_code_values(table["codes"], manifest.summary["info"]["grid_size"] ** 2))
+            codes.append(_code_values(table["codes"], num_codes))
         start, remaining = stop, remaining[len(here) :]
     return keys, np.concatenate(codes)
 

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from enat.metrics.extractors import BUILT_IN, ExtractorFactory, FeatureExtractor, extractor_factory
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.workflow.summary import Summary
 
 # Raised whenever features of the same images by the same weights come out otherwise: 2 since DINOv2's positions are resampled as
 # published, and spatial features are an image's own also in passes side by side.
 FEATURES_VERSION = 2
 EXTRACTOR_FILE = "extractor.safetensors"  # of a reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSummary(Summary):
+    """outputs: number of features by name.   of: the real images, in words.   resolution: in pixels; None if it is not known.
+
+    num_images: None if published statistics do not give it.   num_kept: images whose own features are stored.
+    features_version: see FEATURES_VERSION.
+    """
+
+    extractor: str
+    extractor_digest: str
+    outputs: Mapping[str, int]
+    images_per_pass: int
+    of: str
+    dataset: str
+    resolution: int | None
+    num_images: int | None
+    num_kept: int = 0
+    rounding: str = "uint8"
+    is_imported: bool = False
+    features_version: int = 1
+
+    @property
+    def dataset_name(self) -> str:
+        return self.dataset
+
+    @property
+    def is_from_outside(self) -> bool:
+        return self.is_imported
 
 
 class ExtractorSource(Protocol):
@@ -46,7 +78,7 @@ class ExtractorFile:
     def of_reference(cls, store: ArtifactStore, reference: Manifest) -> ExtractorFile:
         """The one that a reference was made with."""
         file = reference.file(EXTRACTOR_FILE)
-        return cls.of(store, reference.summary["extractor"], reference.stage, reference.key, file)
+        return cls.of(store, ReferenceSummary.read(reference).extractor, reference.stage, reference.key, file)
 
     def load(self) -> FeatureExtractor:
         factory = self.factory or extractor_factory(self.kind)
@@ -55,7 +87,7 @@ class ExtractorFile:
 
 def require_same_features(reference: Manifest) -> None:
     """Raises ValueError where a reference holds features that this program would compute otherwise."""
-    if (found := reference.summary.get("features_version", 1)) != FEATURES_VERSION:
+    if (found := ReferenceSummary.read(reference).features_version) != FEATURES_VERSION:
         raise ValueError(
             f"reference/{reference.key[:12]} has features of version {found}, and here they are of version {FEATURES_VERSION}: "
             "a distance to it would say nothing; make the reference anew, from a config that says how"

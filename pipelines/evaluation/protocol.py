@@ -9,16 +9,22 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from enat.images import make_grid
 from pipelines.artifacts.manifest import Manifest
-from pipelines.data.labels import scheme_of
+from pipelines.data.image_sets import ImageSetSummary
+from pipelines.data.labels import CAPTION_CHOICES, NO_LABELS, ROWS, scheme_of_labels
+from pipelines.data.samples import SamplesSummary
+from pipelines.evaluation.extractors import ReferenceSummary
 from pipelines.evaluation.readers import BlockReader, read_images
 from pipelines.evaluation.scores import METRIC_VERSION, ScoreSettings
 from pipelines.registry import evaluation_record, model_card
+from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.storage.base import canonical_json, digest_of
 from pipelines.workflow.costs import cost_metrics
+from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, PublishContext
 
 GRID = "samples.png"
@@ -37,8 +43,6 @@ SCORES = {
     "coverage": "coverage",
     "class_agreement": "class agreement",
 }
-# Tag -> where samples that were made here say it: what their times were measured with.
-_MADE_WITH = {"device": "device", "images_per_pass": "batch_size", "precision": "precision"}
 _LARGE = 64  # pixels from which on fewer images are shown, and none enlarged
 _MOST_COLUMNS = 20
 
@@ -49,14 +53,15 @@ def protocol_of(reference: Manifest, samples: Manifest, settings: ScoreSettings,
     num_reference: None where a published file does not say.   num_kept: of them, those whose own features are known, for what
     moments do not tell.   labels: see label_schemes.
     """
+    real = ReferenceSummary.read(reference)
     return {
-        "extractor": reference.summary["extractor"],
-        "extractor_digest": reference.summary["extractor_digest"],
-        "reference": reference.summary["of"],
+        "extractor": real.extractor,
+        "extractor_digest": real.extractor_digest,
+        "reference": real.of,
         "reference_digest": reference.digest,
         "num_samples": num_samples_of(samples),
-        "num_reference": reference.summary["num_images"],
-        "num_kept": reference.summary["num_kept"],
+        "num_reference": real.num_images,
+        "num_kept": real.num_kept,
         "rounding": rounding,
         "labels": scheme_of(samples),
         "metric_version": _metric_version(settings),
@@ -75,17 +80,44 @@ def protocol_digest(protocol: Mapping[str, Any]) -> str:
 
 def num_samples_of(samples: Manifest) -> int:
     """Of samples that were generated here or elsewhere."""
-    return int(samples.summary["num_images" if samples.stage == "images" else "num_samples"])
+    summary = samples_summary(samples)
+    return summary.num_images if isinstance(summary, ImageSetSummary) else summary.num_samples
 
 
 def resolution_of(samples: Manifest, inputs: Mapping[str, Manifest]) -> int:
-    return int(samples.summary["resolution"] if samples.stage == "images" else inputs["tokenizer"].summary["config"]["resolution"])
+    summary = samples_summary(samples)
+    if isinstance(summary, ImageSetSummary):
+        return summary.resolution
+    return TokenizerSummary.read(inputs["tokenizer"]).config.resolution
+
+
+def samples_summary(samples: Manifest) -> SamplesSummary | ImageSetSummary:
+    """Of samples that stage `generate` made, or of images that stage `images` indexed."""
+    return ImageSetSummary.read(samples) if samples.stage == "images" else SamplesSummary.read(samples)
+
+
+def scheme_of(samples: Manifest) -> str:
+    """How the labels of samples were chosen, in words; see pipelines.data.labels."""
+    summary, config = samples_summary(samples), samples.config
+    if isinstance(summary, ImageSetSummary):
+        return summary.labels
+    if summary.labels == "captions":
+        dataset = config["dataset"]
+        return f"captions of {dataset['name'] or dataset['kind']}, {CAPTION_CHOICES[config['caption_choice']]}"
+    if summary.labels == ROWS:
+        return f"{ROWS}, mask ratio {summary.mask_ratio:g}"
+    if summary.labels == "given":
+        return scheme_of_labels(np.resize(np.array(config["labels"]), summary.num_samples))
+    if summary.has_each_class_in_turn:
+        return scheme_of_labels(np.arange(summary.num_samples) % summary.num_classes)
+    assert summary.labels == NO_LABELS, summary.labels
+    return NO_LABELS
 
 
 def sample_grid(reader: BlockReader, inputs: Mapping[str, Manifest], images_per_pass: int) -> Image.Image:
     """The first samples in order: where classes come in turn, a column each. No more of them are decoded than are shown."""
     samples = inputs["samples"]
-    num_classes, side = int(samples.summary.get("num_classes") or 0), resolution_of(samples, inputs)
+    num_classes, side = samples_summary(samples).num_classes, resolution_of(samples, inputs)
     columns = num_classes if 2 <= num_classes <= _MOST_COLUMNS else 8
     shown = min(columns * max(2, (64 if side <= _LARGE else 32) // columns), num_samples_of(samples))
     num_passes = -(-shown // images_per_pass)
@@ -95,26 +127,33 @@ def sample_grid(reader: BlockReader, inputs: Mapping[str, Manifest], images_per_
 
 def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> dict[str, str]:
     """node: id of the stage in its pipeline, "evaluate" or "evaluate@variant". Of outside samples only what is known."""
-    samples, model = inputs["samples"], inputs.get("model")
-    protocol = manifest.summary["protocol"]
-    tags = {
-        "enat.model": model_card.registered_name(model) if model is not None else samples.summary["name"],
+    samples, made = inputs["samples"], samples_summary(inputs["samples"])
+    protocol = EvaluationSummary.read(manifest).protocol
+    tags: dict[str, Any] = {
         "enat.variant": node.partition("@")[2] or MAIN,
-        "enat.dataset": model.summary["dataset"] if model is not None else inputs["reference"].summary["dataset"],
         "enat.resolution": resolution_of(samples, inputs),
         "enat.num_samples": num_samples_of(samples),
         "enat.protocol": canonical_json(protocol).decode(),
         "enat.protocol_digest": protocol_digest(protocol),
         "enat.samples": f"{samples.stage}/{samples.key}",
     }
-    if model is not None:
-        tags |= {"enat.parameters": model.summary["parameters"], "enat.train_steps": model.summary["num_steps"]}
-    if "sampler" in samples.summary:
-        sampler = samples.summary["sampler"]
-        tags |= {f"enat.{name}": samples.summary[key] for name, key in _MADE_WITH.items()}
-        tags["enat.num_steps"] = sampler["num_steps"]
-        if sampler["guidance_scales"] is None:  # a list of weights takes its place
-            tags["enat.guidance_scale"] = sampler["guidance_scale"]
+    if isinstance(made, ImageSetSummary):
+        tags |= {"enat.model": made.name, "enat.dataset": ReferenceSummary.read(inputs["reference"]).dataset}
+    else:
+        model = ModelSummary.read(inputs["model"])
+        tags |= {
+            "enat.model": model_card.registered_name(inputs["model"]),
+            "enat.dataset": model.dataset,
+            "enat.parameters": model.parameters,
+            "enat.train_steps": model.num_steps,
+            "enat.num_steps": made.sampler.num_steps,
+            # What the times of the samples were measured with.
+            "enat.device": made.device,
+            "enat.images_per_pass": made.batch_size,
+            "enat.precision": made.precision,
+        }
+        if made.sampler.guidance_scales is None:  # a list of weights replaces the single one
+            tags["enat.guidance_scale"] = made.sampler.guidance_scale
     return {name: str(value) for name, value in tags.items()}
 
 
@@ -125,5 +164,5 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
         tags["enat.currency"] = context.prices.currency  # of cost/total_money
     context.run.set_tags(tags)
     context.run.log_bytes(context.store.fetch(manifest, GRID).read_bytes(), GRID)  # a cached file has another name
-    context.run.log_metrics(cost_metrics(context.store, manifest, context.prices))
+    context.run.log_metrics(cost_metrics(context.store, manifest, context.stages, context.prices))
     evaluation_record.record(manifest, inputs, context, SCORES)

@@ -5,7 +5,6 @@ The id is a digest of the resolved config and the code (or image), so the same s
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 import tempfile
@@ -29,24 +28,6 @@ from pipelines.workflow.provenance import CodePackage, describe_left_behind
 from pipelines.workflow.provenance import pack as pack_code
 from pipelines.workflow.stage import MAIN
 
-# What a run reads from, for its targets. The graph itself takes a look at the dataset, which may be out of reach from here.
-READS = {
-    "dataset": (),
-    "tokenizer": ("dataset",),
-    "token_map": ("dataset", "tokenizer"),
-    "captions": ("dataset",),
-    "reference": ("dataset",),
-    "reconstruction": ("dataset", "tokenizer", "token_map", "reference"),
-    "train": ("token_map", "tokenizer", "captions"),
-    "generate": ("train", "token_map", "captions"),
-    "evaluate": ("generate", "tokenizer", "reference", "train", "dataset"),
-    "report": ("evaluate", "generate", "train", "tokenizer", "token_map", "reference"),
-}
-# What stages read beside the store; of the dataset, `kind: digits` has no path.
-_FILES = (
-    "dataset.path", "dataset.captions", "reference.dataset.path", "generate.dataset.path", "generate.dataset.captions",
-    "tokenizer.weights", "captions.encoder", "train.weights", "reference.weights", "reference.npz",
-)  # fmt: skip
 _ELSEWHERE = ("s3://", "hf://", "sha256:")
 _DIGEST_OF_IMAGE = re.compile(r"@sha256:[0-9a-f]{64}$")
 _STOP_SECONDS = 60  # for a checkpoint of training; Ray itself gives three
@@ -165,24 +146,17 @@ def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> 
     return Submitted(job, "submitted" if is_ours else "active")
 
 
-def check_stages(names: Sequence[str]) -> None:
-    """Raises ValueError for a name that no stage has: what is listed of it would be nothing, as if nothing had been made."""
-    known = (*READS, "images")
-    if unknown := [name for name in names if name not in known]:
-        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"stages are {', '.join(known)}"
-        raise ValueError(f"there is no stage {unknown[0]}; {hint}")
-
-
 def needs(run: RunConfig) -> list[Need]:
     """What the stages of a run ask a cluster for, as far as its config tells, whether or not the store has what they make."""
-    wanted = _needed(run.targets or tuple(READS))
+    wanted = graph.needed_by(run.targets or graph.stages())
     found: dict[tuple[str, Any], Need] = {}
     for name, variant in {MAIN: run, **run.variant_runs}.items():
-        for stage in (stage for stage in READS if stage in wanted):
-            need = need_of(stage if name == MAIN else f"{stage}@{name}", getattr(variant, stage))
-            if need is not None and (stage, need.workers) not in found:
-                found[stage, need.workers] = need
+        for part in (part for part in graph.GRAPH if part.stage.name in wanted):
+            stage, config = part.stage, part.config(variant)
+            workers = None if config is None else stage.workers(config)
+            need = need_of(stage.name if name == MAIN else f"{stage.name}@{name}", workers)
+            if need is not None and (stage.name, workers) not in found:
+                found[stage.name, workers] = need
     return list(found.values())
 
 
@@ -200,7 +174,7 @@ def check_room(run: RunConfig, capacity: Capacity, grows: bool) -> None:
     except (ValueError, OSError, StorageError) as error:
         not_seen = f"; what the store has already is not known here ({error})"
     else:
-        missing = (need_of(item.node.id, item.node.config) for item in planned if not item.is_reused)
+        missing = (need_of(item.node.id, item.node.stage.workers(item.node.config)) for item in planned if not item.is_reused)
         problems = _problems([need for need in missing if need is not None], capacity)
     if problems:
         more = f" (and {len(problems) - 1} more stages do not fit: see enat plan --address)" if len(problems) > 1 else ""
@@ -217,29 +191,15 @@ def _problems(asked: Sequence[Need], capacity: Capacity) -> list[str]:
 def _refuse_unknown_targets(run: RunConfig) -> None:
     """Before anything is sent. Raises ConfigError."""
     every = (run, *run.variant_runs.values())
-    has = {
-        "captions": any(each.captions.encoder is not None for each in every),
-        "reconstruction": any(each.reconstruction is not None for each in every),
-    }
-    known = [stage for stage in READS if has.get(stage, True)]
-    if unknown := [target for target in run.targets if target not in known]:
-        raise configuration.ConfigError(f"targets names {unknown[0]!r}; the stages of this run are {', '.join(known)}")
-
-
-def _needed(targets: Sequence[str]) -> set[str]:
-    needed, waiting = set(), list(targets)
-    while waiting:
-        if (stage := waiting.pop()) not in needed:
-            needed.add(stage)
-            waiting += READS.get(stage, ())
-    return needed
+    known = [part.stage.name for part in graph.GRAPH if any(part.config(each) is not None for each in every)]
+    graph.check_targets(run.targets, known)
 
 
 def _refuse_files_of_this_machine(run: RunConfig) -> None:
     """Raises ValueError for a relative path: on the cluster it would be looked for where the code is unpacked. An absolute one may
     be a folder that all nodes share."""
     for name, variant in {MAIN: run, **run.variant_runs}.items():
-        for key in _FILES:
+        for key in graph.external_fields(variant):
             place: Any = variant
             for part in key.split("."):
                 place = getattr(place, part, None)  # stages without a dataset of their own have the run's

@@ -41,7 +41,7 @@ class Tolerances:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moved:
+class ScoreChange:
     """A score that is not what it was."""
 
     metric: str
@@ -57,7 +57,7 @@ class Moved:
         return f"{self.metric} {self.was:.6g} -> {self.now:.6g} ({100 * self.relative:+.3g} %)"
 
 
-def find_drift(was: Mapping[str, float], now: Mapping[str, float], tolerances: Tolerances) -> list[Moved]:
+def find_drift(was: Mapping[str, float], now: Mapping[str, float], tolerances: Tolerances) -> list[ScoreChange]:
     """Scores of both that moved by more than their tolerance. Costs are no scores."""
     moved = []
     for metric in SCORES:
@@ -65,9 +65,9 @@ def find_drift(was: Mapping[str, float], now: Mapping[str, float], tolerances: T
         if metric not in was or metric not in now or math.isinf(tolerance):
             continue
         if not abs(now[metric] - was[metric]) <= tolerance * abs(was[metric]):
-            moved.append(Moved(metric=metric, was=was[metric], now=now[metric], tolerance=tolerance))
+            moved.append(ScoreChange(metric=metric, was=was[metric], now=now[metric], tolerance=tolerance))
     return moved
 
 
-def words(moved: Sequence[Moved]) -> str:
+def words(moved: Sequence[ScoreChange]) -> str:
     return "; ".join(map(str, moved)) or "none"

@@ -17,15 +17,18 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.evaluation import protocol as evaluation_protocol
+from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.run import config as run_config
+from pipelines.run import graph
 from pipelines.run.config import RunConfig
-from pipelines.stages import captions, dataset, evaluate, generate, reference, train
+from pipelines.stages import captions, evaluate, generate, token_map, tokenizer, train
 from pipelines.tracking.registry import DIGEST_TAG, ModelVersion
 from pipelines.workflow import config as configuration
 from pipelines.workflow import driver
-from pipelines.workflow.stage import Done, Node, Planned, PublishContext, Session
+from pipelines.workflow.models import ModelSummary, TokenizerSummary
+from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, PublishContext, Session, Stage
 
-_COMPARED_WITH = ("reference", "dataset", "captions")  # sections that, where key=value names them, are made as they say
+_METRIC_VERSION = "metric_version"
 _SHOWN_CHANGES = 3
 SCRATCH = "fresh-"  # begins the names of stages that compute anew what is there
 
@@ -44,7 +47,7 @@ class Model:
 
     @property
     def is_text(self) -> bool:
-        return self.manifest.summary["model"]["text_width"] is not None
+        return ModelSummary.read(self.manifest).model.text_width is not None
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,16 @@ def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
 def make_plan(model: Model, last: Manifest | None, request: Request) -> Plan:
     """last: the model's last evaluation, None where there is none. Raises ValueError where it is not known how to evaluate."""
     if request.has_config:
-        planned = _anew(model, request.config, request)
+        planned = _wire(model, request.config, request, {})
     elif last is None:
-        planned = _anew(model, _first_run(model, request), request)
+        planned = _wire(model, _first_run(model, request), request, {})
     else:
         samples, compared_with = (input_of(model.store, last, name) for name in ("samples", "reference"))
         run = _recorded_run(last, samples, compared_with, request)
-        is_as_it_was = not request.names(*_COMPARED_WITH) and (run.evaluate.judge is None or "dataset" in last.inputs)
-        planned = _as_it_was(model, last, samples, run) if is_as_it_was else _anew(model, run, request)
+        conditions = [stage.name for stage in graph.stages().values() if stage.reevaluation == "conditions"]
+        is_as_it_was = not request.names(*conditions) and (run.evaluate.judge is None or "dataset" in last.inputs)
+        recorded = {generate.STAGE.name: samples, evaluate.STAGE.name: last} if is_as_it_was else {}
+        planned = _wire(model, run, request, recorded)
     return _with_metric_version(planned, model.store)
 
 
@@ -150,61 +155,41 @@ def _first_run(model: Model, request: Request) -> RunConfig:
     return request.over("the model's card", values)
 
 
-def _as_it_was(model: Model, last: Manifest, samples: Manifest, run: RunConfig) -> Plan:
-    """Sampling and scoring, with everything else that the last evaluation read. Needs no dataset."""
-    given = {"model": model.manifest, "tokenizer": model.tokenizer, "reference": input_of(model.store, last, "reference")}
-    asked_for = {}
-    if model.is_text:
-        given["captions"], asked_for["captions"] = input_of(model.store, samples, "captions"), "captions"
-    if run.generate.mask_ratio is not None:
-        owner = samples if "token_map" in samples.inputs else model.manifest
-        given["token_map"], asked_for["token_map"] = input_of(model.store, owner, "token_map"), "token_map"
-    judged = {}
-    if run.evaluate.judge is not None:
-        given["dataset"], judged = input_of(model.store, last, "dataset"), {"dataset": "dataset"}
-    sampled, scored = (run_config.completed(section, run) for section in (run.generate, run.evaluate))
-    return Plan(_scored(sampled, scored, asked_for, judged), given)
+def _wire(model: Model, run: RunConfig, request: Request, recorded: Mapping[str, Manifest]) -> Plan:
+    """The measured stages of a run, each with what it reads; the last node is the evaluation.
 
+    What is part of the model is taken from the store. recorded: artifacts of an earlier evaluation by stage; what they read is
+    read again, except for what is measured.
+    """
+    all_stages, kept = graph.stages(), {train.STAGE.name: model.manifest, tokenizer.STAGE.name: model.tokenizer}
+    has_own_captions = run.captions.encoder is not None and not recorded
 
-def _anew(model: Model, run: RunConfig, request: Request) -> Plan:
-    """The stages of a run from its dataset on, with the model in the place of its training."""
-    nodes: list[Node] = []
-    ids: dict[Any, str] = {}
-    given = {"model": model.manifest, "tokenizer": model.tokenizer}
+    def existing(stage: Stage, name: str) -> Manifest | None:
+        sources = stage.reads[name].stages
+        if sources[0] in kept:
+            return kept[sources[0]]
+        if any(all_stages[source].reevaluation == "measured" for source in sources):
+            return None
+        earlier = recorded.get(stage.name)
+        if earlier is not None and name in earlier.inputs:
+            return input_of(model.store, earlier, name)
+        if (
+            earlier is not None
+            or sources == (token_map.STAGE.name,)
+            or (sources == (captions.STAGE.name,) and not has_own_captions)
+        ):
+            return input_of(model.store, model.manifest, name)
+        return None
 
-    def dataset_of(config: Any) -> dict[str, str]:
-        if config not in ids:
-            if config not in request.identities:
-                request.identities[config] = configuration.identity(config)
-            ids[config] = "dataset" if not ids else f"dataset-{len(ids) + 1}"
-            nodes.append(Node(ids[config], dataset.STAGE, config, {}, request.identities[config]))
-        return {"dataset": ids[config]}
-
-    compared_with, sampled, scored = (
-        run_config.completed(section, run) for section in (run.reference, run.generate, replace(run.evaluate, images=None))
-    )
-    compared_with = run_config.at_resolution(compared_with, int(model.tokenizer.summary["config"]["resolution"]))
-    nodes.append(Node("reference", reference.STAGE, compared_with, {} if run.reference.npz else dataset_of(compared_with.dataset)))
-    asked_for = {}
-    if model.is_text and run.captions.encoder is not None:
-        encoded = replace(run_config.completed(run.captions, run), dataset=sampled.dataset)
-        nodes.append(Node("captions", captions.STAGE, encoded, dataset_of(sampled.dataset)))
-        asked_for["captions"] = "captions"
-    elif model.is_text:
-        given["captions"], asked_for["captions"] = input_of(model.store, model.manifest, "captions"), "captions"
-    if sampled.mask_ratio is not None:
-        given["token_map"], asked_for["token_map"] = input_of(model.store, model.manifest, "token_map"), "token_map"
-    judged = dataset_of(scored.dataset) if scored.judge else {}
-    nodes.sort(key=lambda node: node.stage is not dataset.STAGE)
-    return Plan((*nodes, *_scored(sampled, scored, asked_for, judged)), given)
-
-
-def _scored(sampled: Any, scored: Any, asked_for: Mapping[str, str], judged: Mapping[str, str]) -> tuple[Node, ...]:
-    inputs = {"samples": "generate", "tokenizer": "tokenizer", "reference": "reference", "model": "model", **judged}
-    return (
-        Node("generate", generate.STAGE, sampled, {"model": "model", **asked_for}),
-        Node("evaluate", evaluate.STAGE, scored, inputs),
-    )
+    own_model = replace(run.train, model=replace(run.train.model, text=model.is_text))
+    size = TokenizerSummary.read(model.tokenizer).config.resolution
+    compared_with = replace(run.reference, resolution=run.reference.resolution or size)
+    wired = graph.Wiring(existing, request.identities)
+    for part in graph.GRAPH:
+        if part.stage.reevaluation == "measured":
+            wired.add(part, replace(run, train=own_model, reference=compared_with, evaluate=replace(run.evaluate, images=None)))
+    ordered = sorted(wired.nodes.values(), key=lambda node: node.stage is evaluate.STAGE)
+    return Plan(tuple(ordered), wired.given)
 
 
 def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
@@ -215,16 +200,16 @@ def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
         return planned
     node = planned.nodes[-1]
     protocol = evaluation_protocol.protocol_of(compared_with, samples, node.config.settings, node.config.rounding)
-    if evaluation_protocol.protocol_digest(protocol) == evaluation.summary.get("protocol_digest"):
+    if evaluation_protocol.protocol_digest(protocol) == EvaluationSummary.read(evaluation).protocol_digest:
         return planned
-    identity = {**configuration.identity(node.config), "metric_version": protocol["metric_version"]}
+    identity = {**configuration.identity(node.config), _METRIC_VERSION: protocol["metric_version"]}
     return replace(planned, nodes=(*planned.nodes[:-1], replace(node, identity=identity)))
 
 
 # What changed ---------------------------------------------------------------------------------------------------------------
 
 
-def changes(last: Manifest, store: ArtifactStore, planned: Sequence[Planned], given: Mapping[str, Manifest]) -> str:
+def changes(last: Manifest, store: ArtifactStore, planned: Sequence[PlannedStage], given: Mapping[str, Manifest]) -> str:
     """Why an evaluation by this plan is another one than the last, in a few words."""
     found = {item.node.id: item for item in planned}
     before = {"evaluate": last}
@@ -240,7 +225,7 @@ def changes(last: Manifest, store: ArtifactStore, planned: Sequence[Planned], gi
     now = given["reference"] if "reference" in given else found["reference"].manifest
     if now is None or now.digest != was:
         said.append("another reference")
-    if found["evaluate"].node.identity is not None:
+    if _METRIC_VERSION in (found["evaluate"].node.identity or {}):
         said.append("another metric version")
     more = [f"and {len(said) - _SHOWN_CHANGES} more"] if len(said) > _SHOWN_CHANGES else []
     return "; ".join([*said[:_SHOWN_CHANGES], *more]) or "other inputs"
@@ -261,7 +246,7 @@ def _changed(prefix: str, was: Any, now: Any) -> list[str]:
 
 def is_comparable(last: Manifest, now: Manifest, store: ArtifactStore) -> bool:
     """Whether two evaluations of a model measure the same: the same protocol, of samples that were asked for in the same way."""
-    if last.summary.get("protocol_digest") != now.summary["protocol_digest"]:
+    if EvaluationSummary.read(last).protocol_digest != EvaluationSummary.read(now).protocol_digest:
         return False
     before, after = read_input(store, last, "samples"), read_input(store, now, "samples")
     if before is None or after is None:
@@ -283,7 +268,7 @@ def _asked(samples: Manifest) -> Any:
 # Running --------------------------------------------------------------------------------------------------------------------
 
 
-def look_up(planned: Plan, store: ArtifactStore) -> list[Planned]:
+def look_up(planned: Plan, store: ArtifactStore) -> list[PlannedStage]:
     """What evaluating would reuse and compute."""
     return driver.plan(planned.nodes, store, planned.given)
 
@@ -295,7 +280,7 @@ def afresh(planned: Plan, token: str) -> Plan:
     """
 
     def scratch(node: Node) -> Node:
-        if node.stage.name not in (generate.STAGE.name, evaluate.STAGE.name):
+        if node.stage.reevaluation != "measured":
             return node
         own = configuration.identity(node.config) if node.identity is None else node.identity
         stage = replace(node.stage, name=f"{SCRATCH}{node.stage.name}", publish=None)
@@ -317,6 +302,6 @@ def publishing(planned: Plan, also: Callable[[Manifest, PublishContext], None]) 
     return replace(planned, nodes=(*planned.nodes[:-1], replace(node, stage=replace(node.stage, publish=publish))))
 
 
-def execute(planned: Plan, session: Session) -> list[Done]:
+def execute(planned: Plan, session: Session) -> list[FinishedStage]:
     """Raises as workflow.execute does."""
     return driver.execute(planned.nodes, session, planned.given)

@@ -29,11 +29,11 @@ from pipelines.cluster import connection
 from pipelines.evaluation.protocol import SCORES
 from pipelines.formatting import show_age
 from pipelines.reevaluation import plan as reevaluation_plan
-from pipelines.reevaluation.drift import Moved, Tolerances, find_drift, words
+from pipelines.reevaluation.drift import ScoreChange, Tolerances, find_drift, words
 from pipelines.reevaluation.plan import Model, Plan, Request
 from pipelines.registry import evaluation_record
-from pipelines.registry.evaluation_record import Recorded
-from pipelines.run import runner
+from pipelines.registry.evaluation_record import EvaluationRecord
+from pipelines.run import graph, runner
 from pipelines.storage.base import digest_of
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
@@ -42,7 +42,7 @@ from pipelines.tracking.registry import ModelVersion
 from pipelines.tracking.run import RunHandle
 from pipelines.workflow import provenance
 from pipelines.workflow import stage as workflow_stage
-from pipelines.workflow.stage import Done, Planned, PublishContext, Session
+from pipelines.workflow.stage import FinishedStage, PlannedStage, PublishContext, Session
 
 _log = logging.getLogger(__name__)
 MODELS = ("enat-*", "nat-*")
@@ -81,7 +81,7 @@ class Outcome:
     note: str = ""
     was: Mapping[str, float] = field(default_factory=dict)
     now: Mapping[str, float] = field(default_factory=dict)
-    moved: Sequence[Moved] = ()
+    moved: Sequence[ScoreChange] = ()
     evaluation: str | None = None
     seconds: float = 0.0
     worker_seconds: float = 0.0
@@ -97,10 +97,10 @@ class _Case:
     """
 
     model: Model
-    recorded: Recorded | None
+    recorded: EvaluationRecord | None
     last: Manifest | None
     plan: Plan
-    planned: Sequence[Planned]
+    planned: Sequence[PlannedStage]
     reason: str | None
     is_check: bool
 
@@ -176,7 +176,7 @@ def _examined(version: ModelVersion, request: Request, options: Options) -> _Cas
 
 def _examine(version: ModelVersion, request: Request, options: Options) -> _Case:
     model = reevaluation_plan.open_model(version, request.config)
-    recorded = Recorded.of(version.tags)
+    recorded = EvaluationRecord.of(version.tags)
     last = None
     if recorded is not None:
         stage, _, key = recorded.evaluation.partition("/")
@@ -239,7 +239,7 @@ class _Evaluator:
 
     def _meanwhile(self, case: _Case, tags: Mapping[str, str]) -> _Case | Outcome:
         """The case as it is now, or what another process made of it since it was looked at."""
-        now = Recorded.of(tags)
+        now = EvaluationRecord.of(tags)
         if now == case.recorded:
             return case
         again = _examine(replace(case.model.version, tags=tags), self.request, self.options)
@@ -258,7 +258,7 @@ class _Evaluator:
         before = case.current if is_check else case.last
         baseline = before.metrics if before is not None else case.was
 
-        def moved_in(result: Manifest) -> list[Moved] | None:
+        def moved_in(result: Manifest) -> list[ScoreChange] | None:
             """None where the two are no measurements of the same."""
             is_comparable = _is_comparable(case, before, result)
             return find_drift(baseline, result.metrics, self.options.tolerances) if is_comparable else None
@@ -274,7 +274,7 @@ class _Evaluator:
         kept = case.current if is_check else result
         assert kept is not None
         computed = [item for item in done if not item.is_reused]
-        is_measured = is_check or any(item.node.id in ("generate", "evaluate") for item in computed)
+        is_measured = is_check or any(item.node.stage.reevaluation == "measured" for item in computed)
         self._tag(case, kept, result, moved, is_measured)
         return Outcome(
             version=version,
@@ -290,7 +290,7 @@ class _Evaluator:
             num_computed=len(computed),
         )
 
-    def _note(self, case: _Case, moved: list[Moved] | None, is_measured: bool) -> str:
+    def _note(self, case: _Case, moved: list[ScoreChange] | None, is_measured: bool) -> str:
         assert case.reason is not None
         if moved:
             return words(moved)
@@ -308,7 +308,7 @@ class _Evaluator:
         since = case.recorded.evaluated.isoformat() if case.recorded else ""
         return digest_of([since, provenance.code_version()])[:16]
 
-    def _execute(self, plan: Plan, case: _Case) -> list[Done]:
+    def _execute(self, plan: Plan, case: _Case) -> list[FinishedStage]:
         config, model = self.request.config, case.model
         if self.parent is None:
             tags = {"enat.config": self.source, "enat.code": provenance.code_version()}
@@ -327,13 +327,19 @@ class _Evaluator:
 
         with tracking.ending(tracking.start_run(self.uri, config.tracking, name, named, self.parent)) as run:
             session = Session(
-                store=model.store, run=run, tracking=config.tracking, console=self.console, connect=connect, prices=config.prices
+                store=model.store,
+                run=run,
+                tracking=config.tracking,
+                console=self.console,
+                connect=connect,
+                prices=config.prices,
+                stages=graph.stages(),
             )
             done = reevaluation_plan.execute(plan, session)
             run.finish()
         return done
 
-    def _tag(self, case: _Case, kept: Manifest, result: Manifest, moved: list[Moved] | None, is_measured: bool) -> None:
+    def _tag(self, case: _Case, kept: Manifest, result: Manifest, moved: list[ScoreChange] | None, is_measured: bool) -> None:
         """What moved stays written until a later measurement finds that nothing does. kept: the evaluation that counts.
         result: the last measurement, which says when that was; one that was there already was measured when it was made."""
         node = case.recorded.node if case.recorded and not self.request.has_config else "evaluate"

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.registry import model_card
 from pipelines.storage.base import digest_of
 from pipelines.workflow.stage import PublishContext
+from pipelines.workflow.summary import Summary
 
 EVALUATED = "enat.evaluated"
 EVALUATION = "enat.evaluation"
@@ -27,7 +29,25 @@ _NO_QUESTION = ("execution", "dataset", "shard_size")  # of a config of samples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded:
+class EvaluationSummary(Summary):
+    """protocol: how the scores were measured; see pipelines.evaluation.protocol.   metrics: which were computed.
+
+    num_reference: None if published statistics do not give it.   settings: a ScoreSettings as it was applied.
+    """
+
+    extractor: str
+    reference_digest: str
+    num_samples: int
+    num_reference: int | None
+    rounding: str
+    protocol: Mapping[str, Any]
+    protocol_digest: str
+    metrics: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
     """What the tags of a version say.
 
     evaluated: UTC, when the scores were made, or last found to be what they still are.   evaluation: "evaluate/<key>".
@@ -44,7 +64,7 @@ class Recorded:
     sampling: str = ""
 
     @classmethod
-    def of(cls, tags: Mapping[str, str]) -> Recorded | None:
+    def of(cls, tags: Mapping[str, str]) -> EvaluationRecord | None:
         """None where the version was not evaluated, or its tags were written by someone else."""
         try:
             evaluated = datetime.fromisoformat(tags[EVALUATED])
@@ -64,7 +84,7 @@ class Recorded:
 
     def is_comparable(self, evaluation: Manifest, samples: Manifest) -> bool:
         """Whether an evaluation measures what these scores do. For where their own artifact is gone."""
-        own = (str(evaluation.summary["protocol_digest"]), sampling_digest(samples))
+        own = (EvaluationSummary.read(evaluation).protocol_digest, sampling_digest(samples))
         return own == (self.protocol, self.sampling)
 
 
@@ -87,7 +107,7 @@ def tags_of(
         EVALUATED: moment.astimezone(UTC).isoformat(timespec="seconds"),
         EVALUATION: f"{manifest.stage}/{manifest.key}",
         NODE: node,
-        PROTOCOL: str(manifest.summary["protocol_digest"]),
+        PROTOCOL: EvaluationSummary.read(manifest).protocol_digest,
         SAMPLING: sampling_digest(samples),
     }
     return tags | {SCORE + name: repr(float(manifest.metrics[name])) for name in scores if name in manifest.metrics}
@@ -115,7 +135,7 @@ def record(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishC
     tags = tags_of(manifest, inputs["samples"], scores, node=context.node)
 
     def choose(found: Mapping[str, str]) -> Mapping[str, str | None]:
-        known = Recorded.of(found)
+        known = EvaluationRecord.of(found)
         if known is None:
             return replacing(tags, found)
         is_same = known.evaluation == tags[EVALUATION]

@@ -16,6 +16,7 @@ from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import MANIFEST, Manifest
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import registry
+from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import PublishContext
 
 CARD = "README.md"
@@ -27,7 +28,8 @@ _NOT_RECIPE = {"execution", "model", "s3", "sampler"}  # parts of a TrainConfig 
 
 def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
     """Register a model that was trained or imported; an untrained one is for comparison only."""
-    if manifest.summary["num_steps"] == 0 and not manifest.summary["is_imported"]:
+    summary = ModelSummary.read(manifest)
+    if summary.num_steps == 0 and not summary.is_imported:
         return
     card = model_card(manifest, inputs, context.store.uri)
     context.run.register_model(
@@ -45,17 +47,18 @@ def registered_name(manifest: Manifest) -> str:
     Versions of one name follow each other, and an alias moves among them; so an ablation is no version of what it is compared
     with. The size is the preset's; of a model without one it is the number of parameters and the layers of encoder and decoder.
     """
-    model, preset = ENATConfig(**manifest.summary["model"]), manifest.config["model"]["preset"]
+    summary, preset = ModelSummary.read(manifest), manifest.config["model"]["preset"]
+    model = summary.model
     if preset:
         size, usual = preset, ENATConfig.preset(preset)
     else:
-        size = f"enat-{_short_count(manifest.summary['parameters'])}-{model.encoder_layers}e{model.decoder_layers}d"
+        size = f"enat-{_short_count(summary.parameters)}-{model.encoder_layers}e{model.decoder_layers}d"
         usual = ENATConfig(**{name: getattr(model, name) for name in _SIZES})
     changed = _differences(model, usual, without=_FROM_DATA)
-    if model.reuse and not manifest.summary["is_imported"]:
+    if model.reuse and not summary.is_imported:
         changed |= _differences(MaskingConfig(**manifest.config["masking"]), MaskingConfig())
     condition = ["text"] if model.text_width is not None else []
-    parts = [size, manifest.summary["dataset"], *condition, *(f"{name}-{_plain(value)}" for name, value in changed.items())]
+    parts = [size, summary.dataset, *condition, *(f"{name}-{_plain(value)}" for name, value in changed.items())]
     return registry.model_name("-".join(parts))
 
 
@@ -70,6 +73,7 @@ def _plain(value: Any) -> str:
 
 def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -> dict[str, str]:
     """What finds the artifact again, and what it was made from."""
+    summary = ModelSummary.read(manifest)
     tags = {
         registry.DIGEST_TAG: manifest.digest,
         registry.CREATED_TAG: manifest.provenance["created"],
@@ -77,9 +81,9 @@ def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: st
         "enat.artifact": f"{manifest.stage}/{manifest.key}",
         "enat.store": without_credentials(store_uri),
         "enat.code": manifest.provenance["code"],
-        "enat.dataset": manifest.summary["dataset"],
+        "enat.dataset": summary.dataset,
         "enat.resolution": _tokenizer_config(inputs).resolution,
-        "enat.num_steps": manifest.summary["num_steps"],
+        "enat.num_steps": summary.num_steps,
     }
     for name, source in inputs.items():
         tags |= {f"enat.input.{name}": f"{source.stage}/{source.key}", f"enat.{name}_digest": source.digest}
@@ -101,30 +105,30 @@ def model_card(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: st
 
 
 def _head(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
-    summary, provenance = manifest.summary, manifest.provenance
-    dataset, resolution = _escaped(summary["dataset"]), _tokenizer_config(inputs).resolution
+    summary, provenance = ModelSummary.read(manifest), manifest.provenance
+    dataset, resolution = _escaped(summary.dataset), _tokenizer_config(inputs).resolution
     origin = (
         f"These are published weights, imported and not trained here, for images of {resolution} px."
-        if summary["is_imported"]
-        else f"It was trained on {dataset} at {resolution} px for {summary['num_steps']:,} steps."
+        if summary.is_imported
+        else f"It was trained on {dataset} at {resolution} px for {summary.num_steps:,} steps."
     )
     return (
         f"# {_escaped(registered_name(manifest))}\n\n"
-        f"ENAT (EfficientNAT, NeurIPS 2024, arXiv 2411.06959) with {summary['parameters']:,} parameters: a non-autoregressive "
+        f"ENAT (EfficientNAT, NeurIPS 2024, arXiv 2411.06959) with {summary.parameters:,} parameters: a non-autoregressive "
         f"transformer that generates the tokens of an image in a few parallel steps, {_condition(manifest)}. {origin}\n\n"
         f"Artifact `{manifest.stage}/{manifest.key}`, made {provenance['created']} by code {provenance['code']}."
     )
 
 
 def _condition(manifest: Manifest) -> str:
-    model = ENATConfig(**manifest.summary["model"])
+    model = ModelSummary.read(manifest).model
     if model.text_width is not None:
         return "given a caption"
     return f"given one of {model.num_classes:,} classes" if model.num_classes else "given nothing"
 
 
 def _usage(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -> str:
-    tokenizer, model = inputs["tokenizer"], ENATConfig(**manifest.summary["model"])
+    tokenizer, model = inputs["tokenizer"], ModelSummary.read(manifest).model
     if model.text_width is not None:
         labels = (
             "from enat import TextCondition\nfrom enat.text import load_text_encoder\n\n"
@@ -156,14 +160,14 @@ images = vqgan.decode(codes.view(-1, {model.grid_size}, {model.grid_size}))  # f
 
 def _model(manifest: Manifest) -> str:
     preset = manifest.config["model"]["preset"]
-    return _table([*([("preset", preset)] if preset else []), *manifest.summary["model"].items()])
+    return _table([*([("preset", preset)] if preset else []), *dataclasses.asdict(ModelSummary.read(manifest).model).items()])
 
 
 def _data(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
     tokenizer, token_map = _tokenizer_config(inputs), inputs.get("token_map")
     rows = [
-        ("dataset", manifest.summary["dataset"]),
-        ("images", f"{token_map.summary['rows']:,}" if token_map else "not known"),
+        ("dataset", ModelSummary.read(manifest).dataset),
+        ("images", f"{token_map.metrics['rows']:,.0f}" if token_map else "not known"),
         ("resolution", f"{tokenizer.resolution} px"),
         ("codes of an image", f"{tokenizer.grid_size} x {tokenizer.grid_size}, out of {tokenizer.codebook_size:,}"),
         *((f"{name.replace('_', ' ')} digest", source.digest) for name, source in inputs.items()),
@@ -172,7 +176,7 @@ def _data(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
 
 
 def _training(manifest: Manifest) -> str:
-    if manifest.summary["is_imported"]:
+    if ModelSummary.read(manifest).is_imported:
         return "Done by whoever published the weights; recipe and metrics are theirs to tell."
     metrics = [(name, f"{value:,.6g}") for name, value in manifest.metrics.items() if name.startswith("final/")]
     recipe = [(name, value) for name, value in manifest.config.items() if name not in _NOT_RECIPE and value is not None]
@@ -181,7 +185,7 @@ def _training(manifest: Manifest) -> str:
 
 def _cost(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
     sampler, provenance = _sampler(manifest), manifest.provenance
-    cost = generation_cost(ENATConfig(**manifest.summary["model"]), sampler, _tokenizer_config(inputs))
+    cost = generation_cost(ModelSummary.read(manifest).model, sampler, _tokenizer_config(inputs))
     rows = [
         ("making it, worker-seconds", f"{provenance['worker_seconds']:,.1f}"),
         ("making it, device-seconds", f"{provenance['device_seconds']:,.1f}"),
@@ -196,8 +200,8 @@ def _cost(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
 
 
 def _limits(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
-    summary, resolution = manifest.summary, _tokenizer_config(inputs).resolution
-    learned = "the data it was published for" if summary["is_imported"] else _escaped(summary["dataset"])
+    summary, resolution = ModelSummary.read(manifest), _tokenizer_config(inputs).resolution
+    learned = "the data it was published for" if summary.is_imported else _escaped(summary.dataset)
     return "\n".join(
         [
             f"- It makes images of {resolution} px like those of {learned}, {_condition(manifest)}, with the biases of that data. "
@@ -223,7 +227,7 @@ def _sampler_call(sampler: SamplerConfig) -> str:
 
 
 def _tokenizer_config(inputs: Mapping[str, Manifest]) -> VQGANConfig:
-    return VQGANConfig(**inputs["tokenizer"].summary["config"])
+    return TokenizerSummary.read(inputs["tokenizer"]).config
 
 
 def _short_count(count: int) -> str:

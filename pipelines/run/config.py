@@ -16,6 +16,7 @@ from pipelines.cluster.connection import ClusterConfig
 from pipelines.data.captions import CaptionFeaturesInfo
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.data.token_map import TokenMapInfo
+from pipelines.run import graph
 from pipelines.stages.captions import CaptionsConfig
 from pipelines.stages.evaluate import EvaluateConfig
 from pipelines.stages.generate import GenerateConfig
@@ -32,14 +33,9 @@ from pipelines.workflow.config import ConfigError
 from pipelines.workflow.costs import Prices
 from pipelines.workflow.stage import MAIN
 
-_WITHOUT_MODEL = {"dataset", "tokenizer", "token_map", "captions", "reference", "reconstruction"}
-
-
 # Stands for features that are not made yet, where only the rest of a model is looked at.
 _ANY_CAPTIONS = CaptionFeaturesInfo(num_captions=0, captions_per_file=1, num_positions=1, width=1, encoder_digest="")
-_FILES = ("weights", "npz", "encoder")  # fields that name files or folders outside the store
 _SHARED_BY_VARIANTS = {"name", "workspace", "store", "targets", "report", "cluster", "tracking", "prices", "variants"}
-_SEEDED = ("tokenizer", "reference", "train", "generate")  # sections that may have a seed of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +82,7 @@ class RunConfig:
         for name, values in self.variants.items():
             if not isinstance(values, Mapping):
                 raise ValueError(f"variant {name} is {values!r}; it must be a mapping of keys to the values that replace the run's")
-        seeds = {"seed": self.seed, **{f"{key}.seed": getattr(getattr(self, key), "seed", None) for key in _SEEDED}}
+        seeds = {"seed": self.seed, **{f"{name}.seed": getattr(getattr(self, name, None), "seed", None) for name in graph.stages()}}
         for key, seed in seeds.items():
             if seed is not None and not 0 <= seed < 2**63:
                 raise ValueError(f"{key} is {seed}; it must be at least 0 and below 2**63")
@@ -129,28 +125,13 @@ def load_run(path: Path | None, overrides: Sequence[str] = (), *, is_dataset_her
     return run
 
 
-def at_resolution(config: ReferenceConfig, resolution: int) -> ReferenceConfig:
-    return config if config.resolution is not None else replace(config, resolution=resolution)
-
-
-def completed(section: Any, run: RunConfig) -> Any:
-    """A stage's config with the run's dataset and seed where it has none of its own."""
-    given = {name: getattr(run, name) for name in ("dataset", "seed") if getattr(section, name, ...) is None}
-    filled = replace(section, **given)
-    if getattr(filled, "dataset", None) is not None and filled.dataset.s3 is None:
-        s3 = run.s3_of(filled.dataset.path, filled.dataset.captions)
-        filled = replace(filled, dataset=replace(filled.dataset, s3=s3))
-    files = [getattr(filled, name, None) for name in _FILES]
-    return replace(filled, s3=run.s3_of(*files)) if getattr(filled, "s3", ...) is None else filled
-
-
 def _check(run: RunConfig, is_dataset_here: bool) -> None:
     """What would fail in a late stage and can be seen now: the model against the token map that the tokenizer will make."""
     architecture = run.tokenizer.architecture()
     for key, other in (("reference.dataset", "reference.npz"), ("tokenizer.dataset", "tokenizer.weights")):
         if _value_at(run, key) is not None and _value_at(run, other) is not None:
             raise ValueError(f"{key} would be ignored, because {other} is given; set one of them to null")
-    given = completed(run.token_map, run).dataset
+    given = graph.section(graph.stages()["token_map"], run).dataset
     classes = open_source(given).known_classes() if is_dataset_here else None
     num_classes = len(classes) if classes is not None else given.num_classes
     info = TokenMapInfo(
@@ -161,7 +142,7 @@ def _check(run: RunConfig, is_dataset_here: bool) -> None:
         num_classes=num_classes if num_classes is not None else run.train.model.num_classes or 1,
         tokenizer_digest="",
     )
-    is_trained = run.train.weights is None and (not run.targets or not _WITHOUT_MODEL.issuperset(run.targets))
+    is_trained = run.train.weights is None and "train" in graph.needed_by(run.targets or ["train"])
     if not is_trained:
         return
     if run.generate.dataset is not None and not run.train.model.text:

@@ -1,20 +1,23 @@
-"""The pipeline from a dataset to a scored model: its configuration, and the stages it consists of.
+"""The stages of the pipeline, each with its config for a run, and how they are wired. This is the only list of the stages.
 
-dataset, tokenizer -> token_map -> train -> generate -> evaluate -> report, and reference -> evaluate; where asked for, token_map,
-reference -> reconstruction. A variant is the same pipeline with some values replaced; what a variant shares with the run's own
-model is the same artifact, made once. Images of other generators are scored by the same stages: images, reference -> evaluate.
+dataset, tokenizer -> token_map -> train -> generate -> evaluate -> report, and reference -> evaluate; on request token_map,
+reference -> reconstruction. A variant is the same pipeline with some values replaced. What it shares with the run's own model is
+the same artifact, made once. Images of other generators are scored by the same stages: images, reference -> evaluate.
+
+To add a stage, write one file in pipelines/stages and add a line to GRAPH. If a run should be able to configure it, add a field of
+its name to RunConfig, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import chain, count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pipelines.artifacts.manifest import Manifest
 from pipelines.data.image_sets import ImageSetConfig
-from pipelines.data.sources.config import DatasetConfig
-from pipelines.run.config import RunConfig, at_resolution, completed
 from pipelines.stages import (
     captions,
     dataset,
@@ -33,97 +36,240 @@ from pipelines.workflow import config as configuration
 from pipelines.workflow.config import ConfigError
 from pipelines.workflow.stage import MAIN, Node, Stage
 
+if TYPE_CHECKING:
+    from pipelines.run.config import RunConfig
+
+
+def section(stage: Stage, run: RunConfig) -> Any:
+    """A stage's config: the run's section of its name, or the defaults if there is none, with the run's dataset, seed and s3.
+
+    None if the run leaves the section out.
+    """
+    own = getattr(run, stage.name) if hasattr(run, stage.name) else stage.config() if stage.config else None
+    if own is None:
+        return None
+    filled = replace(own, **{name: getattr(run, name) for name in ("dataset", "seed") if getattr(own, name, ...) is None})
+    if (read := getattr(filled, "dataset", None)) is not None and read.s3 is None:
+        filled = replace(filled, dataset=replace(read, s3=run.s3_of(*(getattr(read, name) for name in dataset.STAGE.external))))
+    files = [getattr(filled, name) for name in stage.external]
+    return replace(filled, s3=run.s3_of(*files)) if getattr(filled, "s3", ...) is None else filled
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage of the graph.
+
+    custom: the stage's config for a run, and for the config of the stage that reads it (None for a stage of the run itself), if it
+    is not just the run's section of that name. It returns None if the stage is not part of the run.
+    """
+
+    stage: Stage
+    custom: Callable[[RunConfig, Any], Any] | None = None
+
+    def config(self, run: RunConfig, reader: Any = None) -> Any:
+        return section(self.stage, run) if self.custom is None else self.custom(run, reader)
+
+
+def _dataset(run: RunConfig, reader: Any) -> Any:
+    return section(token_map.STAGE, run).dataset if reader is None else reader.dataset
+
+
+def _captions(run: RunConfig, reader: Any) -> Any:
+    """Samples are asked for by captions of their own dataset, which may be another than that of the token map."""
+    if run.captions.encoder is None:
+        return None
+    config = section(captions.STAGE, run)
+    is_of_samples = isinstance(reader, generate.GenerateConfig | report.ReportConfig)
+    return replace(config, dataset=section(generate.STAGE, run).dataset) if is_of_samples else config
+
+
+def _reference(run: RunConfig, reader: Any) -> Any:
+    config = section(reference.STAGE, run)
+    return config if config.resolution is not None else replace(config, resolution=run.tokenizer.architecture().resolution)
+
+
+def _reconstruction(run: RunConfig, reader: Any) -> Any:
+    config = run.reconstruction
+    return None if config is None else replace(config, dataset=section(token_map.STAGE, run).dataset)
+
+
+def _images(run: RunConfig, reader: Any) -> Any:
+    return run.evaluate.images
+
+
+def _report(run: RunConfig, reader: Any) -> Any:
+    return replace(run.report, name=run.name, variants=tuple(run.variants))
+
+
+GRAPH: tuple[Part, ...] = (
+    Part(dataset.STAGE, _dataset),
+    Part(tokenizer.STAGE),
+    Part(token_map.STAGE),
+    Part(captions.STAGE, _captions),
+    Part(reference.STAGE, _reference),
+    Part(reconstruction.STAGE, _reconstruction),
+    Part(train.STAGE),
+    Part(generate.STAGE),
+    Part(image_set.STAGE, _images),
+    Part(evaluate.STAGE),
+    Part(report.STAGE, _report),
+)
+
+
+# Wiring --------------------------------------------------------------------------------------------------------------------
+
+
+class Wiring:
+    """Nodes of the graph, each after those it reads.
+
+    existing: the artifact that a stage reads under a name, if it is not to be made: `(stage, name) -> manifest`. `given` collects
+    those that are read, by the ids by which nodes read them.   identities: of configs, kept by the caller to be computed once.
+    """
+
+    def __init__(
+        self,
+        existing: Callable[[Stage, str], Manifest | None] = lambda stage, name: None,
+        identities: dict[Any, Any] | None = None,
+    ) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.given: dict[str, Manifest] = {}
+        self._existing = existing
+        self._own_identities = {} if identities is None else identities
+        self._identities: dict[str, str] = {}
+        self._ids: dict[str, str] = {}
+
+    def add(self, part: Part, run: RunConfig, variant: str = MAIN, reader: Any = None) -> str | None:
+        """The id of a stage's node for a run. What the stage reads is added before it. None if the run does not have the stage."""
+        config = part.config(run, reader)
+        if config is None:
+            return None
+        inputs: dict[str, str] = {}
+        for name, read in part.stage.reads.items():
+            of_variants = run.variant_runs.items() if read.is_per_variant else ()
+            for suffix, each in [("", run), *((f"@{variant}", each) for variant, each in of_variants)]:
+                id = self._input(part.stage, name, each, suffix.removeprefix("@") or variant, config)
+                inputs |= {} if id is None else {name + suffix: id}
+        return self._node(part.stage, variant, config, inputs)
+
+    def _input(self, stage: Stage, name: str, run: RunConfig, variant: str, config: Any) -> str | None:
+        read = stage.reads[name]
+        if not read.is_needed(config, run):
+            return None
+        if (manifest := self._existing(stage, name)) is not None:
+            self.given[name], self._identities[name] = manifest, manifest.digest
+            return name
+        ids = (self.add(part, run, variant, config) for part in map(_part, read.stages))
+        return next((id for id in ids if id is not None), None)
+
+    def _node(self, stage: Stage, variant: str, config: Any, inputs: Mapping[str, str]) -> str:
+        """A node that would make the same as an earlier one is that one. A second one of a stage gets a number."""
+        if (stage.name, config) not in self._own_identities:
+            self._own_identities[stage.name, config] = configuration.identity(config)
+        own = self._own_identities[stage.name, config]
+        read = {name: self._identities[id] for name, id in inputs.items()}
+        identity = digest_of({"stage": stage.name, "config": own, "inputs": read})
+        if identity not in self._ids:
+            base = stage.name if variant == MAIN else f"{stage.name}@{variant}"
+            numbered = chain([base], (f"{base}-{number}" for number in count(2)))
+            id = next(id for id in numbered if id not in self.nodes and id not in self.given)
+            self.nodes[id], self._identities[id] = Node(id, stage, config, dict(inputs), own), identity
+            self._ids[identity] = id
+        return self._ids[identity]
+
 
 def build(run: RunConfig) -> list[Node]:
-    """All nodes, each after those it reads from."""
-    nodes: dict[str, Node] = {}
-    ids_by_identity: dict[str, str] = {}
-    identities: dict[str, str] = {}
-    own_identities: dict[DatasetConfig, Any] = {}
-
-    def add(stage: Stage, variant: str, config: Any, inputs: Mapping[str, str]) -> str:
-        """The id of a node; an earlier one's where it would make the same. A second one of a stage is told apart by a number."""
-        if stage is dataset.STAGE and config not in own_identities:
-            own_identities[config] = configuration.identity(config)
-        own = own_identities[config] if stage is dataset.STAGE else configuration.identity(config)
-        identity = digest_of({"stage": stage.name, "config": own, "inputs": {k: identities[v] for k, v in inputs.items()}})
-        if identity not in ids_by_identity:
-            id = base = stage.name if variant == MAIN else f"{stage.name}@{variant}"
-            id = next(id for id in chain([base], (f"{base}-{n}" for n in count(2))) if id not in nodes)
-            nodes[id], identities[id] = Node(id, stage, config, dict(inputs), own), identity
-            ids_by_identity[identity] = id
-        return ids_by_identity[identity]
-
-    report_inputs: dict[str, str] = {}
+    """The nodes of a run and its variants, each after those it reads. Raises ConfigError for targets that it does not have."""
+    wiring = Wiring()
     for name, variant in {MAIN: run, **run.variant_runs}.items():
-        ids = _add_model_stages(name, variant, add)
-        kept = ids if name == MAIN else {f"{key}@{name}": ids[key] for key in ("model", "samples", "evaluation")}
-        report_inputs |= kept
-    page = replace(run.report, name=run.name, variants=tuple(run.variants))
-    add(report.STAGE, MAIN, page, report_inputs)
-    return _needed(nodes, run.targets)
-
-
-def _add_model_stages(name: str, run: RunConfig, add: Any) -> dict[str, str]:
-    """Nodes of one variant up to its evaluation; input name -> node id."""
-    filled = {
-        section: completed(getattr(run, section), run)
-        for section in ("tokenizer", "token_map", "captions", "reference", "train", "generate", "evaluate")
-    }
-    resolution = run.tokenizer.architecture().resolution
-
-    def dataset_of(section: str) -> dict[str, str]:
-        return {"dataset": add(dataset.STAGE, name, filled[section].dataset, {})}
-
-    ids = {"tokenizer": add(tokenizer.STAGE, name, filled["tokenizer"], {} if run.tokenizer.weights else dataset_of("tokenizer"))}
-    ids["token_map"] = add(token_map.STAGE, name, filled["token_map"], {**dataset_of("token_map"), "tokenizer": ids["tokenizer"]})
-    features, asked_for = {}, {}
-    if run.captions.encoder is not None:
-        features = {"captions": add(captions.STAGE, name, filled["captions"], dataset_of("captions"))}
-        if run.train.model.text:
-            of_samples = replace(filled["captions"], dataset=filled["generate"].dataset)
-            asked_for = {"captions": add(captions.STAGE, name, of_samples, dataset_of("generate"))}
-    given = {} if run.reference.npz else dataset_of("reference")
-    ids["reference"] = add(reference.STAGE, name, at_resolution(filled["reference"], resolution), given)
-    if run.reconstruction is not None:
-        kept = {key: ids[key] for key in ("tokenizer", "token_map", "reference")} | dataset_of("token_map")
-        measured = replace(run.reconstruction, dataset=filled["token_map"].dataset)
-        ids["reconstruction"] = add(reconstruction.STAGE, name, measured, kept)
-    learned_from = {} if run.train.weights else {"token_map": ids["token_map"]}
-    learned_from |= features if run.train.model.text else {}
-    ids["model"] = add(train.STAGE, name, filled["train"], {**learned_from, "tokenizer": ids["tokenizer"]})
-    asked_for |= {"token_map": ids["token_map"]} if run.generate.mask_ratio is not None else {}
-    ids["samples"] = add(generate.STAGE, name, filled["generate"], {"model": ids["model"], **asked_for})
-    scored = {key: ids[key] for key in ("samples", "tokenizer", "reference", "model")}
-    scored |= dataset_of("evaluate") if run.evaluate.judge else {}
-    ids["evaluation"] = add(evaluate.STAGE, name, filled["evaluate"], scored)
-    return ids | ({"captions": asked_for["captions"]} if "captions" in asked_for else {})
+        for part in GRAPH:
+            is_of_all_variants = any(read.is_per_variant for read in part.stage.reads.values())
+            if name == MAIN or not is_of_all_variants:
+                wiring.add(part, variant, name)
+    nodes = [*wiring.nodes.values()]
+    check_targets(run.targets, list(dict.fromkeys(node.stage.name for node in nodes)))
+    needed = {node.id for node in nodes if not run.targets or node.stage.name in run.targets}
+    for node in reversed(nodes):
+        needed |= set(node.inputs.values()) if node.id in needed else set()
+    return [node for node in nodes if node.id in needed]
 
 
 def build_evaluation(run: RunConfig, images: ImageSetConfig, resolution: int | None = None) -> list[Node]:
-    """The nodes that score images of another generator as a run scores its own samples. resolution: of the reference, where it
-    does not say it; None takes that of the run's own samples."""
-    filled = {section: completed(getattr(run, section), run) for section in ("reference", "evaluate")}
+    """The nodes that score images of another generator as a run scores its own samples.
+
+    resolution: of the reference, if its config gives none; None takes that of the run's own samples.
+    """
     source = replace(images, s3=images.s3 or run.s3_of(images.path))
-    nodes = [Node("images", image_set.STAGE, source)]
-    given = {}
-    if not run.reference.npz:
-        nodes.append(Node("dataset", dataset.STAGE, filled["reference"].dataset))
-        given = {"dataset": "dataset"}
-    of_reference = resolution or run.tokenizer.architecture().resolution
-    nodes.append(Node("reference", reference.STAGE, at_resolution(filled["reference"], of_reference), given))
-    scored = replace(filled["evaluate"], images=source, judge=None)  # which class was asked for is not known
-    nodes.append(Node("evaluate", evaluate.STAGE, scored, {"samples": "images", "reference": "reference"}))
-    return nodes
+    scored = replace(run.evaluate, images=source, judge=None)  # the judge needs to know which class was asked for
+    compared_with = replace(run.reference, resolution=run.reference.resolution or resolution)
+    wiring = Wiring()
+    wiring.add(_part(evaluate.STAGE.name), replace(run, evaluate=scored, reference=compared_with))
+    return [*wiring.nodes.values()]
 
 
-def _needed(nodes: dict[str, Node], targets: Sequence[str]) -> list[Node]:
-    """The targets and what they read from, in order."""
-    stages = list(dict.fromkeys(node.stage.name for node in nodes.values()))
+# What is known of the stages ------------------------------------------------------------------------------------------------
+
+
+def stages() -> dict[str, Stage]:
+    """All stages by name, in the order of the graph."""
+    return {part.stage.name: part.stage for part in GRAPH}
+
+
+def _part(name: str) -> Part:
+    return next(part for part in GRAPH if part.stage.name == name)
+
+
+def needed_by(targets: Iterable[str]) -> set[str]:
+    """The stages that are needed to make some, with these. Stages that only some configs need are included."""
+    known, needed, waiting = stages(), set[str](), list(targets)
+    while waiting:
+        if (name := waiting.pop()) not in needed:
+            needed.add(name)
+            waiting += [each for read in known[name].reads.values() for each in read.stages] if name in known else []
+    return needed
+
+
+def check_targets(targets: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ConfigError for a target that is not one of the stages of the run."""
     for target in targets:
-        if target not in stages:
-            raise ConfigError(f"targets names {target!r}; the stages of this run are {', '.join(stages)}")
-    needed = {id for id, node in nodes.items() if not targets or node.stage.name in targets}
-    for id in reversed(nodes):
-        needed |= set(nodes[id].inputs.values()) if id in needed else set()
-    return [node for id, node in nodes.items() if id in needed]
+        if target not in known:
+            raise ConfigError(f"targets names {target!r}; the stages of this run are {', '.join(known)}")
+
+
+def check_stages(names: Iterable[str]) -> None:
+    """Raises ValueError for a name that is not the name of a stage: a list of its artifacts would be empty and mislead."""
+    known = stages()
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]}?" if close else f"stages are {', '.join(known)}"
+            raise ValueError(f"{name} is not a stage; {hint}")
+
+
+def external_fields(run: RunConfig) -> list[str]:
+    """The keys of a run that name files outside the store, such as tokenizer.weights and generate.dataset.path."""
+    of_dataset = dataset.STAGE.external
+    keys = [f"dataset.{name}" for name in of_dataset]
+    for stage in stages().values():
+        if stage is not dataset.STAGE and stage.config is not None and hasattr(run, stage.name):
+            keys += [f"{stage.name}.{name}" for name in stage.external]
+            if "dataset" in {field.name for field in fields(stage.config)}:
+                keys += [f"{stage.name}.dataset.{name}" for name in of_dataset]
+    return keys
+
+
+def describe(manifest: Manifest) -> str:
+    """An artifact in a few words; "" if its stage is not known or it was made by another version of it."""
+    stage = stages().get(manifest.stage)
+    try:
+        return "" if stage is None else stage.describe(manifest)
+    except (ValueError, TypeError, AttributeError):  # anyone who may write to the store may have written the manifest
+        return ""
+
+
+def dataset_name(manifest: Manifest) -> str | None:
+    """The dataset that an artifact was made from, if its own manifest names it."""
+    stage = stages().get(manifest.stage)
+    try:
+        return None if stage is None else stage.summary.read(manifest).dataset_name
+    except ValueError:
+        return None

@@ -50,7 +50,13 @@ def run(config: RunConfig, source: str, console: Console, build: Callable[[RunCo
         parent.log_params(configuration.redacted(config))
         pin_code(parent)
         session = stage.Session(
-            store=store, run=parent, tracking=config.tracking, console=console, connect=connect, prices=config.prices
+            store=store,
+            run=parent,
+            tracking=config.tracking,
+            console=console,
+            connect=connect,
+            prices=config.prices,
+            stages=graph.stages(),
         )
         done = driver.execute(nodes, session)
         seconds = time.monotonic() - started

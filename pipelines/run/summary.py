@@ -12,13 +12,13 @@ from rich.table import Table
 
 from pipelines.evaluation.protocol import DISTANCES
 from pipelines.storage.redaction import without_credentials
-from pipelines.workflow.stage import MAIN, Done, Planned, Session
+from pipelines.workflow.stage import MAIN, FinishedStage, PlannedStage, Session
 
 _METRICS_SHOWN = 5  # of a stage, these before others; all are in its manifest and in tracking
 _FIRST = ("rows", "images", "samples", "final/step", "final/loss", "final/token_accuracy", "final/images_per_second")
 
 
-def summarize(name: str, done: Sequence[Done], session: Session, seconds: float, report: Path | None) -> dict[str, Any]:
+def summarize(name: str, done: Sequence[FinishedStage], session: Session, seconds: float, report: Path | None) -> dict[str, Any]:
     """The answer of `enat run`, as JSON can hold it."""
     scores = {
         item.node.id.partition("@")[2] or MAIN: dict(item.manifest.metrics) for item in done if item.node.stage.name == "evaluate"
@@ -47,7 +47,7 @@ def summarize(name: str, done: Sequence[Done], session: Session, seconds: float,
     }
 
 
-def show_plan(planned: Sequence[Planned], store: str, console: Console) -> None:
+def show_plan(planned: Sequence[PlannedStage], store: str, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "key", "plan"):
         table.add_column(column)

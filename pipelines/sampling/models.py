@@ -17,6 +17,8 @@ from pipelines.artifacts.last_used import record_read
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.data.captions import CaptionsSummary
+from pipelines.data.token_map import TokenMapSummary
 from pipelines.storage.base import file_digest
 from pipelines.storage.external import local_file
 from pipelines.storage.s3_client import S3Config
@@ -89,10 +91,10 @@ def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:
             "tokenizer_digest": tokenizer.digest,
         },
         sampler=SamplerConfig(**manifest.config["sampler"]),
-        class_names=() if token_map is None else tuple(token_map.summary["class_names"]),
+        class_names=() if token_map is None else TokenMapSummary.read(token_map).class_names,
         captions={}
         if captions is None
-        else {"encoder": captions.config["encoder"], "encoder_digest": captions.summary["info"]["encoder_digest"]},
+        else {"encoder": captions.config["encoder"], "encoder_digest": CaptionsSummary.read(captions).info.encoder_digest},
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,13 +18,13 @@ from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster import connection
 from pipelines.cluster.data_stream import actor_pool, stream_records
 from pipelines.cluster.resources import Execution
-from pipelines.data.captions import EMPTY, CaptionFeaturesInfo, captions_name, write_captions, write_empty
+from pipelines.data.captions import EMPTY, CaptionFeaturesInfo, CaptionsSummary, captions_name, write_captions, write_empty
 from pipelines.data.dataset import INDEX, Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.storage.external import folder_digest, local_folder
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.config import set_by
-from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 
 _ENCODER_KEY = "captions.encoder"
 
@@ -91,7 +90,7 @@ def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageCo
     seconds = sum(record["seconds"] for record in records.values())
     return StageResult(
         files=[*(FileRecord(**record["file"]) for record in records.values()), empty],
-        summary={"info": dataclasses.asdict(info), "dataset_digest": inputs["dataset"].digest},
+        summary=CaptionsSummary(info=info, dataset_digest=inputs["dataset"].digest),
         metrics={"captions": info.num_captions, "mean_tokens": sum(r["tokens"] for r in records.values()) / info.num_captions},
         worker_seconds=seconds,
         device_seconds=config.execution.device_seconds(seconds),
@@ -140,4 +139,22 @@ class _Encode:
         return {"record": [record]}
 
 
-STAGE = Stage("captions", 1, run)
+def _describe(manifest: Manifest) -> str:
+    info = CaptionsSummary.read(manifest).info
+    return f"{info.num_captions:,} captions, {info.num_positions} x {info.width} features"
+
+
+STAGE = Stage(
+    "captions",
+    1,
+    run,
+    reads={"dataset": Input(("dataset",))},
+    config=CaptionsConfig,
+    summary=CaptionsSummary,
+    kind="tokenizing",
+    files=("captions-*.safetensors", EMPTY),
+    external=("encoder",),
+    workers=lambda config: config.execution if config.encoder is not None else None,
+    describe=_describe,
+    reevaluation="conditions",
+)

@@ -13,7 +13,7 @@ import ray
 from rich.markup import escape
 
 from pipelines.artifacts.manifest import FileRecord, Manifest
-from pipelines.data.dataset import INDEX, IndexSummary, check_unique, write_index
+from pipelines.data.dataset import INDEX, DatasetSummary, IndexSummary, check_unique, write_index
 from pipelines.data.sources.base import Entry, Findings, Source
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
@@ -49,13 +49,13 @@ def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageCon
     return StageResult(
         files=[file],
         records=[record],
-        summary={
-            "name": config.title,
-            "num_images": index.num_images,
-            "num_captions": index.num_captions,
-            "class_names": class_names,
-            "findings": counts,
-        },
+        summary=DatasetSummary(
+            name=config.title,
+            num_images=index.num_images,
+            num_captions=index.num_captions,
+            class_names=tuple(class_names),
+            findings=counts,
+        ),
         metrics={"images": index.num_images, "classes": len(class_names), "captions": index.num_captions, **counts},
         worker_seconds=time.monotonic() - started,
     )
@@ -120,4 +120,21 @@ def _class_names(source: Source, config: DatasetConfig, index: IndexSummary) -> 
     return list(known)
 
 
-STAGE = Stage("dataset", 1, run)
+def _describe(manifest: Manifest) -> str:
+    summary = DatasetSummary.read(manifest)
+    counts = {"images": summary.num_images, "classes": len(summary.class_names), "captions": summary.num_captions}
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+
+
+STAGE = Stage(
+    "dataset",
+    1,
+    run,
+    config=DatasetConfig,
+    summary=DatasetSummary,
+    kind="tokenizing",
+    files=(INDEX, FINDINGS),
+    external=("path", "captions"),
+    describe=_describe,
+    reevaluation="conditions",
+)

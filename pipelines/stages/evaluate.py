@@ -22,10 +22,10 @@ from pipelines.cluster import connection
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.image_sets import ImageSetConfig
-from pipelines.data.samples import image_cost, read_samples
+from pipelines.data.samples import SamplesSummary, image_cost, read_samples
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import protocol as evaluation_protocol
-from pipelines.evaluation.extractors import ExtractorFile, require_same_features
+from pipelines.evaluation.extractors import ExtractorFile, ReferenceSummary, require_same_features
 from pipelines.evaluation.features import (
     BLOCK_SIZE,
     MOMENTS_FILES,
@@ -38,10 +38,12 @@ from pipelines.evaluation.features import (
 )
 from pipelines.evaluation.readers import ROUNDINGS, BlockReader, SourceImages, read_images, sample_reader
 from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
+from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.workflow.config import set_by
-from pipelines.workflow.stage import Stage, StageContext, StageResult
+from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
 
 JUDGES = ("svc",)
+_LISTED = ("fid", "frechet_distance", "inception_score", "class_agreement")  # the first two of these are listed
 _MAX_JUDGE_IMAGES = 20_000  # a support vector machine's fit grows with the square of it
 _NEED_ROWS = {"features": {"kernel_distance", "precision_recall", "density_coverage"}, "logits": {"inception_score"}}
 _SAMPLING = (
@@ -89,15 +91,16 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     num_samples = evaluation_protocol.num_samples_of(samples)
     require_same_features(reference)
     _check_resolution(samples, inputs)
-    per_pass = int(reference.summary["images_per_pass"])
+    real_images = ReferenceSummary.read(reference)
+    per_pass = real_images.images_per_pass
     real_moments = stored_moments(context.store, reference)
-    settings = config.settings.fitted(num_samples, int(reference.summary["num_kept"]))
+    settings = config.settings.fitted(num_samples, real_images.num_kept)
     chosen = Available(
-        extractor=reference.summary["extractor"],
-        outputs=tuple(reference.summary["outputs"]),
+        extractor=real_images.extractor,
+        outputs=tuple(real_images.outputs),
         has_spatial="spatial" in real_moments,
         num_generated=num_samples,
-        num_reference=int(reference.summary["num_kept"]),
+        num_reference=real_images.num_kept,
         settings=settings,
     ).chosen(config.metrics)
     context.connect()
@@ -113,7 +116,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         real_rows = read_rows(context.store, reference.stage, reference.key, feature_files(reference), "features")
     real = ImageStatistics(moments=real_moments, features=real_rows)
     scores = compute_scores(chosen, ImageStatistics(moments=job.moments, **made), real, settings, spread)
-    metrics = _named(scores, reference.summary["extractor"]) | _counted(inputs) | _measured(samples, job, config.execution)
+    metrics = _named(scores, real_images.extractor) | _counted(inputs) | _measured(samples, job, config.execution)
     judging_seconds = 0.0
     if config.judge is not None:
         judged, judging_seconds = _judged(config, reader, per_pass, inputs, context)
@@ -123,13 +126,17 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     return StageResult(
         files=[*(context.write(MOMENTS_FILES[output], found.save) for output, found in job.moments.items()), *job.files],
         records=[context.write(evaluation_protocol.GRID, lambda path: path.write_bytes(png_bytes(grid)))],
-        summary={
-            **{name: protocol[name] for name in ("extractor", "reference_digest", "num_samples", "num_reference", "rounding")},
-            "protocol": protocol,
-            "protocol_digest": evaluation_protocol.protocol_digest(protocol),
-            "metrics": list(chosen),
-            "settings": asdict(settings),
-        },
+        summary=EvaluationSummary(
+            extractor=real_images.extractor,
+            reference_digest=reference.digest,
+            num_samples=num_samples,
+            num_reference=real_images.num_images,
+            rounding=config.rounding,
+            protocol=protocol,
+            protocol_digest=evaluation_protocol.protocol_digest(protocol),
+            metrics=tuple(chosen),
+            settings=asdict(settings),
+        ),
         metrics=metrics,
         worker_seconds=job.worker_seconds + spread.seconds + spread.cpu_seconds + judging_seconds,
         device_seconds=job.device_seconds + config.execution.device_seconds(spread.seconds),
@@ -138,7 +145,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
 
 def _check_resolution(samples: Manifest, inputs: Mapping[str, Manifest]) -> None:
     """Extractors bring images to their own size, so a wrong one would go unnoticed."""
-    made, real = evaluation_protocol.resolution_of(samples, inputs), inputs["reference"].summary["resolution"]
+    made, real = evaluation_protocol.resolution_of(samples, inputs), ReferenceSummary.read(inputs["reference"]).resolution
     if real is not None and made != real:
         raise ValueError(f"the samples have {made} px and the reference {real} px; scores of two sizes are not comparable")
 
@@ -151,7 +158,7 @@ def _features(
     moments_are_enough = all(metrics.isdisjoint(chosen) for metrics in _NEED_ROWS.values())
     spec = FeatureSpec(
         num_images=evaluation_protocol.num_samples_of(inputs["samples"]),
-        images_per_pass=int(reference.summary["images_per_pass"]),
+        images_per_pass=ReferenceSummary.read(reference).images_per_pass,
         kept=np.empty(0, np.int64) if moments_are_enough else None,
     )
     return compute_features(reader, spec, extractor, execution, context)
@@ -210,7 +217,7 @@ def _judged(
 ) -> tuple[dict[str, float], float]:
     """What the judge says, and the seconds of a CPU that it took."""
     samples = inputs["samples"]
-    if samples.stage == "images" or samples.summary.get("labels") == "captions":
+    if samples.stage == "images" or SamplesSummary.read(samples).labels == "captions":
         raise ValueError("evaluate.judge needs samples that were generated here, one class each; leave it out for others")
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
@@ -245,4 +252,27 @@ def _gray(images: torch.Tensor) -> Any:
     return images.double().mean(dim=1).flatten(1).numpy() / 255
 
 
-STAGE = Stage("evaluate", 4, run, publish=evaluation_protocol.publish)
+def _describe(manifest: Manifest) -> str:
+    scores = [f"{name} {manifest.metrics[name]:.4g}" for name in _LISTED if name in manifest.metrics]
+    return ", ".join([*scores[:2], f"{EvaluationSummary.read(manifest).num_samples:,} samples"])
+
+
+STAGE = Stage(
+    "evaluate",
+    4,
+    run,
+    reads={
+        "samples": Input(("images", "generate")),
+        "tokenizer": Input(("tokenizer",), lambda config, run: config.images is None),
+        "reference": Input(("reference",)),
+        "model": Input(("train",), lambda config, run: config.images is None),
+        "dataset": Input(("dataset",), lambda config, run: config.judge is not None),
+    },
+    config=EvaluateConfig,
+    summary=EvaluationSummary,
+    kind="evaluation",
+    files=(*MOMENTS_FILES.values(), "features-*.safetensors", evaluation_protocol.GRID),
+    describe=_describe,
+    reevaluation="measured",
+    publish=evaluation_protocol.publish,
+)

@@ -27,12 +27,14 @@ from pipelines.cluster import connection
 from pipelines.cluster.data_stream import actor_pool, stream_records
 from pipelines.cluster.device import device_name, peak_memory_gb
 from pipelines.cluster.resources import Execution
-from pipelines.data.captions import CaptionFeatures
+from pipelines.data.captions import CaptionFeatures, CaptionsSummary
 from pipelines.data.dataset import INDEX
 from pipelines.data.samples import (
+    EACH_CLASS,
     NONE,
     SamplePlan,
     Samples,
+    SamplesSummary,
     caption_order,
     check_codebook,
     drawn_rows,
@@ -53,7 +55,8 @@ from pipelines.sampling.fixed_batches import (
     passes_at_once,
     split_into_passes,
 )
-from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.models import ModelSummary
+from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 
 CAPTION_CHOICES = ("drawn", "in_order")
 PRECISIONS = ("fp32", "bf16")
@@ -113,7 +116,7 @@ class GenerateConfig:
 
 def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     model = inputs["model"]
-    architecture = ENATConfig(**model.summary["model"])
+    architecture = ModelSummary.read(model).model
     scheme = _check(config, architecture, inputs)
     names = [shard_name(part) for part in range(-(-config.num_samples // config.shard_size))]
     done = context.store.read_parts(context.stage, context.key)
@@ -140,17 +143,17 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     seconds = sum(record["seconds"] + record["start_seconds"] for record in records.values())
     return StageResult(
         files=[FileRecord(**record["file"]) for record in records.values()],
-        summary={
-            "num_samples": config.num_samples,
-            "shard_size": config.shard_size,
-            "num_classes": architecture.num_classes,
-            "labels": scheme,
-            "mask_ratio": config.mask_ratio,
-            "sampler": asdict(config.sampler),
-            "precision": config.precision,
-            "batch_size": config.images_per_pass,
-            "device": ", ".join(sorted({record["device"] for record in records.values()})),
-        },
+        summary=SamplesSummary(
+            num_samples=config.num_samples,
+            shard_size=config.shard_size,
+            num_classes=architecture.num_classes,
+            labels=scheme,
+            mask_ratio=config.mask_ratio,
+            sampler=config.sampler,
+            precision=config.precision,
+            batch_size=config.images_per_pass,
+            device=", ".join(sorted({record["device"] for record in records.values()})),
+        ),
         metrics=_metrics(config, list(records.values())),
         worker_seconds=seconds,
         device_seconds=config.execution.device_seconds(seconds),
@@ -190,7 +193,7 @@ def _check(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manif
         return "token map rows"
     if config.labels:
         return "given"
-    return "each class in turn" if model.num_classes else "none"
+    return EACH_CLASS if model.num_classes else "none"
 
 
 def _plan(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manifest], store: ArtifactStore) -> SamplePlan:
@@ -204,7 +207,7 @@ def _plan(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manife
     token_map = TokenMap.open(store, inputs["token_map"])
     token_map.info.require(
         "the model",
-        tokenizer_digest=inputs["model"].summary["tokenizer_digest"],
+        tokenizer_digest=ModelSummary.read(inputs["model"]).tokenizer_digest,
         grid_size=model.grid_size,
         codebook_size=model.codebook_size,
     )
@@ -218,7 +221,7 @@ def _plan(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manife
 
 
 def _caption_order(config: GenerateConfig, captions: Manifest, store: ArtifactStore) -> np.ndarray:
-    num_captions = int(captions.summary["info"]["num_captions"])
+    num_captions = CaptionsSummary.read(captions).info.num_captions
     if config.caption_choice == "in_order":
         return np.arange(num_captions)
     source = captions.inputs["dataset"]
@@ -325,4 +328,24 @@ def _prepare(model: ENAT, execution: GenerateExecution) -> ENAT:
     return model
 
 
-STAGE = Stage("generate", 4, run)
+def _describe(manifest: Manifest) -> str:
+    summary = SamplesSummary.read(manifest)
+    return f"{summary.num_samples:,} samples, {summary.sampler.num_steps} steps, guidance {summary.sampler.guidance_scale:g}"
+
+
+STAGE = Stage(
+    "generate",
+    4,
+    run,
+    reads={
+        "model": Input(("train",)),
+        "captions": Input(("captions",), lambda config, run: run.train.model.text),
+        "token_map": Input(("token_map",), lambda config, run: config.mask_ratio is not None),
+    },
+    config=GenerateConfig,
+    summary=SamplesSummary,
+    kind="generation",
+    files=("part-*.parquet",),
+    describe=_describe,
+    reevaluation="measured",
+)

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.data.dataset import INDEX, check_unique, write_index
-from pipelines.data.image_sets import ImageSetConfig, check_images, label_scheme, resolution_of, scan
+from pipelines.data.image_sets import ImageSetConfig, ImageSetSummary, check_images, label_scheme, resolution_of, scan
 from pipelines.data.labels import UNKNOWN
 from pipelines.data.sources.base import Entry, Findings
 from pipelines.workflow.stage import Stage, StageContext, StageResult
@@ -40,16 +40,16 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
     labels = {entry.label for entry in entries}
     return StageResult(
         files=[context.write(INDEX, write)],
-        summary={
-            "name": config.name,
-            "kind": config.kind,
-            "num_images": len(entries),
-            "resolution": resolution,
-            "content_digest": config.digest(),
-            "labels": scheme,
-            "num_classes": 0 if -1 in labels else max(labels) + 1,
-            "other_files": len(findings.names.get("other files", [])),
-        },
+        summary=ImageSetSummary(
+            name=config.name,
+            kind=config.kind,
+            num_images=len(entries),
+            resolution=resolution,
+            content_digest=config.digest(),
+            labels=scheme,
+            num_classes=0 if -1 in labels else max(labels) + 1,
+            other_files=len(findings.names.get("other files", [])),
+        ),
         metrics={"images": len(entries)},
         worker_seconds=time.monotonic() - started,
     )
@@ -68,4 +68,19 @@ def _check_by_workers(config: ImageSetConfig, entries: list[Entry], resolution: 
             bar.advance(len(piece))
 
 
-STAGE = Stage("images", 2, run)
+def _describe(manifest: Manifest) -> str:
+    summary = ImageSetSummary.read(manifest)
+    return f"{summary.num_images:,} images from outside, {summary.resolution} px"
+
+
+STAGE = Stage(
+    "images",
+    2,
+    run,
+    config=ImageSetConfig,
+    summary=ImageSetSummary,
+    kind="evaluation",  # the images are read in order to be scored; what generating them took is not known
+    files=(INDEX,),
+    external=("path",),
+    describe=_describe,
+)

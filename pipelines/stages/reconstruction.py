@@ -22,12 +22,14 @@ from pipelines.cluster.resources import Execution
 from pipelines.data import token_map as data_token_map
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
-from pipelines.evaluation.extractors import ExtractorFile, require_same_features
+from pipelines.evaluation.extractors import ExtractorFile, ReferenceSummary, require_same_features
 from pipelines.evaluation.features import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly, read_rows, stored_moments
 from pipelines.evaluation.readers import Decoded, Decoder, Rows, code_decoder
 from pipelines.workflow.config import set_by
 from pipelines.workflow.costs import cost_metrics
-from pipelines.workflow.stage import PublishContext, Stage, StageContext, StageResult
+from pipelines.workflow.models import TokenizerSummary
+from pipelines.workflow.stage import Input, PublishContext, Stage, StageContext, StageResult
+from pipelines.workflow.summary import Summary
 
 _MOST_PSNR = 100.0  # decibels; of an image that came back as it was, where the ratio is infinite
 _MEASURES = ("psnr", "ssim")
@@ -44,6 +46,18 @@ class ReconstructionConfig:
     def __post_init__(self) -> None:
         if self.num_images is not None and self.num_images < 2:
             raise ValueError(f"reconstruction.num_images is {self.num_images}; it must be at least 2, or null for all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionSummary(Summary):
+    """reference, reference_digest: what the decoded images are compared with.   num_images: how many were measured."""
+
+    extractor: str
+    extractor_digest: str
+    reference: str
+    reference_digest: str
+    num_images: int
+    rounding: str = "uint8"
 
 
 @dataclass(frozen=True)
@@ -63,10 +77,11 @@ class Reconstructions:
         return self.dataset.store
 
     def load(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        resolution = int(self.token_map.summary["info"]["resolution"])
+        info = data_token_map.TokenMapSummary.read(self.token_map).info
+        resolution = info.resolution
         is_left_out = set(self.quarantined)
         rows = [row for index, row in enumerate(self.dataset.read(start, stop), start) if index not in is_left_out]
-        num_codes = int(self.token_map.summary["info"]["grid_size"]) ** 2
+        num_codes = info.grid_size**2
         if not rows:
             shape = (0, 3, resolution, resolution)
             return {"codes": np.empty((0, num_codes), np.int64), "originals": np.empty(shape, np.uint8)}
@@ -94,39 +109,35 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
     reference, tokens, tokenizer = (inputs[name] for name in ("reference", "token_map", "tokenizer"))
     require_same_features(reference)
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
-    info = data_token_map.TokenMapInfo(**tokens.summary["info"])
-    architecture = VQGANConfig(**tokenizer.summary["config"])
+    info, real = data_token_map.TokenMapSummary.read(tokens).info, ReferenceSummary.read(reference)
+    architecture = TokenizerSummary.read(tokenizer).config
     info.require(
         "the tokenizer",
         tokenizer_digest=tokenizer.digest,
         grid_size=architecture.grid_size,
         codebook_size=architecture.codebook_size,
     )
-    if reference.summary["resolution"] != info.resolution:
-        raise ValueError(f"the token map has {info.resolution} px and the reference {reference.summary['resolution']} px")
+    if real.resolution != info.resolution:
+        raise ValueError(f"the token map has {info.resolution} px and the reference {real.resolution} px")
     num_images = min(config.num_images or dataset.num_images, dataset.num_images)
     context.connect()
     connection.require(config.execution, "reconstruction")
-    spec = FeatureSpec(
-        num_images=num_images, images_per_pass=int(reference.summary["images_per_pass"]), kept=drawn_evenly(num_images, 0, 0)
-    )
+    spec = FeatureSpec(num_images=num_images, images_per_pass=real.images_per_pass, kept=drawn_evenly(num_images, 0, 0))
     reader = Reconstructions(dataset, tokens, tokenizer, _quarantined(dataset, tokens, context))
     job = compute_features(reader, spec, ExtractorFile.of_reference(context.store, reference), config.execution, context)
-    extractor = reference.summary["extractor"]
     distance = frechet_distance(job.moments["features"], stored_moments(context.store, reference)["features"])
     measures = {name: read_rows(context.store, context.stage, context.key, job.files, name) for name in _MEASURES}
     return StageResult(
         files=[*(context.write(MOMENTS_FILES[name], found.save) for name, found in job.moments.items()), *job.files],
-        summary={
-            "extractor": extractor,
-            "extractor_digest": reference.summary["extractor_digest"],
-            "reference": reference.summary["of"],
-            "reference_digest": reference.digest,
-            "num_images": job.count,
-            "rounding": "uint8",
-        },
+        summary=ReconstructionSummary(
+            extractor=real.extractor,
+            extractor_digest=real.extractor_digest,
+            reference=real.of,
+            reference_digest=reference.digest,
+            num_images=job.count,
+        ),
         metrics={
-            "reconstruction_fid" if extractor == "inception" else "reconstruction_frechet_distance": distance,
+            "reconstruction_fid" if real.extractor == "inception" else "reconstruction_frechet_distance": distance,
             **{name: float(values.mean()) for name, values in measures.items()},
             **{name: tokens.metrics[name] for name in ("code_usage", "code_perplexity")},
         },
@@ -137,7 +148,7 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
 
 def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
     """What it took with all it was made from: no evaluation is made from a reconstruction, so no other total holds it."""
-    context.run.log_metrics(cost_metrics(context.store, manifest, context.prices))
+    context.run.log_metrics(cost_metrics(context.store, manifest, context.stages, context.prices))
     if context.prices is not None:
         context.run.set_tags({"enat.currency": context.prices.currency})
 
@@ -151,4 +162,20 @@ def _quarantined(dataset: Dataset, tokens: Manifest, context: StageContext) -> t
     return tuple(index for index, key in enumerate(keys) if key in left_out)
 
 
-STAGE = Stage("reconstruction", 2, run, publish=_publish)
+def _describe(manifest: Manifest) -> str:
+    summary = ReconstructionSummary.read(manifest)
+    return f"{summary.num_images:,} images decoded from codes, by {summary.extractor}"
+
+
+STAGE = Stage(
+    "reconstruction",
+    2,
+    run,
+    reads={name: Input((name,)) for name in ("dataset", "tokenizer", "token_map", "reference")},
+    config=ReconstructionConfig,
+    summary=ReconstructionSummary,
+    kind="evaluation",
+    files=(*MOMENTS_FILES.values(), "features-*.safetensors"),
+    describe=_describe,
+    publish=_publish,
+)

@@ -29,14 +29,14 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import adm_reference
 from pipelines.evaluation.adm_reference import NpzImages, NpzReference
-from pipelines.evaluation.extractors import EXTRACTOR_FILE, FEATURES_VERSION, ExtractorFile
+from pipelines.evaluation.extractors import EXTRACTOR_FILE, FEATURES_VERSION, ExtractorFile, ReferenceSummary
 from pipelines.evaluation.features import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly
 from pipelines.evaluation.readers import BlockReader, PixelBlocks, SourceImages
 from pipelines.storage.external import content_digest, folder_digest, local_file, local_folder
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.config import set_by
 from pipelines.workflow.progress import Reporter
-from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 
 _WEIGHTS_KEY = "reference.weights"
 CROP = "adm-center"  # of datasets, as their token maps have it
@@ -145,20 +145,19 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
             *(context.write(MOMENTS_FILES[output], found.save) for output, found in moments.items()),
             *(features.files if features else ()),
         ],
-        summary={
-            "extractor": config.extractor,
-            "extractor_digest": made.file.sha256,
-            "outputs": outputs,
-            "features_version": FEATURES_VERSION,
-            "images_per_pass": config.images_per_pass,
-            "of": real.described,
-            "dataset": real.name,
-            "resolution": config.resolution,
-            "num_images": count,
-            "num_kept": features.num_kept if features else 0,
-            "rounding": "uint8",
-            "is_imported": real.npz is not None,
-        },
+        summary=ReferenceSummary(
+            extractor=config.extractor,
+            extractor_digest=made.file.sha256,
+            outputs=outputs,
+            features_version=FEATURES_VERSION,
+            images_per_pass=config.images_per_pass,
+            of=real.described,
+            dataset=real.name,
+            resolution=config.resolution,
+            num_images=count,
+            num_kept=features.num_kept if features else 0,
+            is_imported=real.npz is not None,
+        ),
         metrics={**({} if count is None else {"images": count}), **made.metrics},
         worker_seconds=made.seconds + (features.worker_seconds if features else 0.0),
         device_seconds=making_device_seconds + (features.device_seconds if features else 0.0),
@@ -237,4 +236,23 @@ def _keep_extractor(config: ReferenceConfig, context: StageContext) -> _Made:
     return _Made(context.write(EXTRACTOR_FILE, write))
 
 
-STAGE = Stage("reference", 4, run)
+def _describe(manifest: Manifest) -> str:
+    summary = ReferenceSummary.read(manifest)
+    count = "an unknown number of" if summary.num_images is None else f"{summary.num_images:,}"
+    return f"{count} real images by {summary.extractor}"
+
+
+STAGE = Stage(
+    "reference",
+    4,
+    run,
+    reads={"dataset": Input(("dataset",), lambda config, run: config.npz is None)},
+    config=ReferenceConfig,
+    summary=ReferenceSummary,
+    kind="evaluation",
+    is_counted_if_imported=True,  # published statistics also get features of their images, which are computed here
+    files=(EXTRACTOR_FILE, *MOMENTS_FILES.values(), "features-*.safetensors"),
+    external=("weights", "npz"),
+    describe=_describe,
+    reevaluation="conditions",
+)

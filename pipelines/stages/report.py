@@ -16,23 +16,26 @@ import torch
 from PIL import Image
 
 from enat.checkpoint import load_enat, load_vqgan
-from enat.config import ENATConfig
 from enat.images import make_grid, png_bytes
 from enat.model import TextCondition
 from enat.sampler import sample
-from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import CaptionFeatures
 from pipelines.data.dataset import INDEX
-from pipelines.data.samples import NONE, Samples, image_cost, num_given_of, read_samples
+from pipelines.data.samples import NONE, Samples, SamplesSummary, image_cost, num_given_of, read_samples
+from pipelines.data.token_map import TokenMapSummary
 from pipelines.evaluation.protocol import SCORES
+from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.sampling.pictures import decode_codes, step_images, strip
 from pipelines.workflow.config import set_by
-from pipelines.workflow.stage import MAIN, Stage, StageContext, StageResult
+from pipelines.workflow.models import ModelSummary, TokenizerSummary
+from pipelines.workflow.stage import MAIN, Input, Stage, StageContext, StageResult
+from pipelines.workflow.summary import Summary
 
 PAGE = "report.html"
+PICTURE = "samples.png"
 _KINDS = ("worker", "device")  # whose seconds are told of an image
 _COLUMNS = 10  # of the grid where samples are not of each class in turn
 
@@ -52,11 +55,19 @@ class ReportConfig:
             raise ValueError("report.samples_per_class, num_progressions and max_classes must be at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportSummary(Summary):
+    """name: of the run."""
+
+    name: str | None = None
+
+
 def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     vqgan = load_vqgan(context.store.fetch(inputs["tokenizer"], "vqgan.safetensors"))
     model, samples, store = inputs["model"], inputs["samples"], context.store
     shown = _shown_samples(config, samples, store)
-    columns = min(int(samples.summary["num_classes"]), config.max_classes) if _is_by_class(samples) else _COLUMNS
+    made, tokens = SamplesSummary.read(samples), TokenMapSummary.read(inputs["token_map"])
+    columns = min(made.num_classes, config.max_classes) if made.has_each_class_in_turn else _COLUMNS
     grid = make_grid(decode_codes(vqgan, torch.from_numpy(shown.codes)), columns=columns, scale=_scale(vqgan, 48))
     progression = _progressions(config, inputs, vqgan, store)
     history = json.loads(store.fetch(model, "history.json").read_text())
@@ -65,16 +76,17 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
         .get_template("report.html.j2")
         .render(
             name=config.name,
-            dataset=inputs["token_map"].summary["info"]["dataset"],
-            model=model.summary,
+            dataset=tokens.info.dataset,
+            model=ModelSummary.read(model),
             evaluation=inputs["evaluation"],
+            measured=EvaluationSummary.read(inputs["evaluation"]),
             headline=[(name, title) for name, title in SCORES.items() if name in inputs["evaluation"].metrics][:2],
             reconstruction=inputs["reconstruction"].metrics if "reconstruction" in inputs else None,
             grid=_data_uri(grid),
-            grid_classes=inputs["token_map"].summary["class_names"][:columns] if _is_by_class(samples) else None,
+            grid_classes=tokens.class_names[:columns] if made.has_each_class_in_turn else None,
             captions=_captions(shown, inputs, store),
             progression=_data_uri(progression) if progression is not None else None,
-            num_steps=samples.summary["sampler"]["num_steps"],
+            num_steps=made.sampler.num_steps,
             loss_curve=_data_uri(_loss_curve(history)) if history else None,
             reconstructions=_reconstructions(inputs["tokenizer"], context),
             titles=_titles(config, inputs),
@@ -88,10 +100,10 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
     )
     files = [
         context.write(PAGE, lambda path: path.write_text(page, encoding="utf-8")),
-        context.write("samples.png", lambda path: path.write_bytes(png_bytes(grid))),
+        context.write(PICTURE, lambda path: path.write_bytes(png_bytes(grid))),
     ]
     context.run.log_file(context.store.fetch_file(context.stage, context.key, files[0]))
-    return StageResult(files=[], records=files, summary={"name": config.name})
+    return StageResult(files=[], records=files, summary=ReportSummary(name=config.name))
 
 
 def _environment() -> jinja2.Environment:
@@ -99,17 +111,13 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
 
 
-def _is_by_class(samples: Manifest) -> bool:
-    return bool(samples.summary["labels"] == "each class in turn")
-
-
 def _shown_samples(config: ReportConfig, samples: Manifest, store: ArtifactStore) -> Samples:
     """samples_per_class rows of a grid: a column per class where each comes in turn, else the first samples."""
-    num_samples = int(samples.summary["num_samples"])
-    if not _is_by_class(samples):
-        return read_samples(store, samples, 0, min(config.samples_per_class * _COLUMNS, num_samples))
-    num_classes = int(samples.summary["num_classes"])
-    shown = read_samples(store, samples, 0, min(config.samples_per_class * num_classes, num_samples))
+    made = SamplesSummary.read(samples)
+    columns = made.num_classes if made.has_each_class_in_turn else _COLUMNS
+    shown = read_samples(store, samples, 0, min(config.samples_per_class * columns, made.num_samples))
+    if not made.has_each_class_in_turn:
+        return shown
     return shown.rows_where(shown.labels < config.max_classes)
 
 
@@ -129,15 +137,16 @@ def _captions(shown: Samples, inputs: Mapping[str, Manifest], store: ArtifactSto
 def _progressions(config: ReportConfig, inputs: Mapping[str, Manifest], vqgan: VQGAN, store: ArtifactStore) -> Image.Image | None:
     """A row per sample, a column per step; what is still masked is gray. None for samples that begin with codes of images."""
     model, samples = inputs["model"], inputs["samples"]
-    shown = read_samples(store, samples, 0, min(config.num_progressions, int(samples.summary["num_samples"])))
+    made = SamplesSummary.read(samples)
+    shown = read_samples(store, samples, 0, min(config.num_progressions, made.num_samples))
     if (shown.rows != NONE).any():
         return None
-    enat, sampler = load_enat(store.fetch(model, "model.safetensors")), SamplerConfig(**samples.summary["sampler"])
+    enat = load_enat(store.fetch(model, "model.safetensors"))
     condition: torch.Tensor | TextCondition = torch.from_numpy(shown.labels)
     if "captions" in inputs:
         features = CaptionFeatures.open(store, inputs["captions"]).take(shown.captions)
         condition = TextCondition(*map(torch.from_numpy, features))
-    codes, trajectory = sample(enat, condition, sampler, seeds=shown.seeds.tolist(), return_trajectory=True)
+    codes, trajectory = sample(enat, condition, made.sampler, seeds=shown.seeds.tolist(), return_trajectory=True)
     return strip(step_images(vqgan, trajectory, codes, enat.config.mask_id), _scale(vqgan, 64))
 
 
@@ -163,7 +172,7 @@ def _loss_curve(history: Sequence[Mapping[str, float]]) -> Image.Image:
 
 
 def _reconstructions(tokenizer: Manifest, context: StageContext) -> str | None:
-    if tokenizer.summary["is_imported"]:
+    if TokenizerSummary.read(tokenizer).is_imported:
         return None
     return _data_uri(Image.open(context.store.fetch(tokenizer, "reconstructions.png")))
 
@@ -180,14 +189,14 @@ def _scores(config: ReportConfig, inputs: Mapping[str, Manifest]) -> list[dict[s
     rows = []
     for variant in (MAIN, *config.variants):
         suffix = "" if variant == MAIN else f"@{variant}"
-        evaluation, model = inputs[f"evaluation{suffix}"], inputs[f"model{suffix}"]
+        evaluation, model = inputs[f"evaluation{suffix}"], ModelSummary.read(inputs[f"model{suffix}"])
         rows.append(
             {
                 "variant": variant,
-                "parameters": model.summary["parameters"],
-                "train_steps": model.summary["num_steps"],
+                "parameters": model.parameters,
+                "train_steps": model.num_steps,
                 "metrics": evaluation.metrics,
-                "num_samples": evaluation.summary["num_samples"],
+                "num_samples": EvaluationSummary.read(evaluation).num_samples,
             }
         )
     return rows
@@ -196,8 +205,9 @@ def _scores(config: ReportConfig, inputs: Mapping[str, Manifest]) -> list[dict[s
 def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     """Analytic cost of an image, and what the run's own stages took."""
     model, samples, tokenizer = (inputs[name] for name in ("model", "samples", "tokenizer"))
-    architecture, sampler = ENATConfig(**model.summary["model"]), SamplerConfig(**samples.summary["sampler"])
-    num_made = architecture.num_tokens - num_given_of(samples, architecture)
+    architecture, made = ModelSummary.read(model).model, SamplesSummary.read(samples)
+    sampler = made.sampler
+    num_made = architecture.num_tokens - num_given_of(made, architecture)
     masked = [sampler.num_masked_at(step, num_made) for step in range(sampler.num_steps)]
     times = ("seconds", "worker_seconds", "device_seconds")
     evaluation = inputs["evaluation"].metrics
@@ -222,4 +232,22 @@ def _data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
 
 
-STAGE = Stage("report", 3, run)
+STAGE = Stage(
+    "report",
+    3,
+    run,
+    reads={
+        "tokenizer": Input(("tokenizer",)),
+        "token_map": Input(("token_map",)),
+        "reference": Input(("reference",)),
+        "reconstruction": Input(("reconstruction",)),
+        "captions": Input(("captions",), lambda config, run: run.train.model.text),
+        "model": Input(("train",), is_per_variant=True),
+        "samples": Input(("generate",), is_per_variant=True),
+        "evaluation": Input(("evaluate",), is_per_variant=True),
+    },
+    config=ReportConfig,
+    summary=ReportSummary,
+    files=(PAGE, PICTURE),
+    describe=lambda manifest: ReportSummary.read(manifest).name or "",
+)

@@ -8,7 +8,6 @@ planned too: so a file's bytes do not depend on how many workers there are, how 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -33,10 +32,11 @@ from pipelines.cluster.resources import Execution
 from pipelines.data import token_map
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
-from pipelines.data.token_map import TokenMapInfo, TokenRows
+from pipelines.data.token_map import TokenMapInfo, TokenMapSummary, TokenRows
 from pipelines.sampling.fixed_batches import fix_numerics, pass_pool
 from pipelines.workflow.config import set_by
-from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.models import TokenizerSummary
+from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 
 CODE_COUNTS = "code_counts.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -109,7 +109,7 @@ class _Encoding:
 def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     assert config.dataset is not None
     dataset, tokenizer = Dataset(config.dataset, context.store, inputs["dataset"]), inputs["tokenizer"]
-    architecture = VQGANConfig(**tokenizer.summary["config"])
+    architecture = TokenizerSummary.read(tokenizer).config
     info = TokenMapInfo(
         dataset=dataset.name,
         resolution=architecture.resolution,
@@ -334,9 +334,9 @@ def _check_quarantine(quarantined: int, num_images: int, max_share: float, examp
 
 def _accept(config: TokenMapConfig, manifest: Manifest) -> None:
     """Of a map that is there already the limit may have been another."""
-    rows, quarantined = manifest.summary["rows"], manifest.summary["quarantined"]
-    examples = [[f"see {token_map.QUARANTINE} of {manifest.key[:12]}", ", ".join(manifest.summary["quarantine_reasons"])]]
-    _check_quarantine(quarantined, rows + quarantined, config.max_quarantine_share, examples)
+    summary = TokenMapSummary.read(manifest)
+    examples = [[f"see {token_map.QUARANTINE} of {manifest.key[:12]}", ", ".join(summary.quarantine_reasons)]]
+    _check_quarantine(summary.quarantined, summary.rows + summary.quarantined, config.max_quarantine_share, examples)
 
 
 def _collect(config: TokenMapConfig, dataset: Dataset, info: TokenMapInfo, num_parts: int, context: StageContext) -> StageResult:
@@ -354,13 +354,13 @@ def _collect(config: TokenMapConfig, dataset: Dataset, info: TokenMapInfo, num_p
     return StageResult(
         files=[*(FileRecord(**record["file"]) for record in records.values()), quarantine],
         records=[context.write(CODE_COUNTS, lambda path: path.write_text(json.dumps(counts.tolist())))],
-        summary={
-            "info": dataclasses.asdict(info),
-            "rows": rows,
-            "quarantined": len(quarantined),
-            "quarantine_reasons": dict(reasons),
-            "class_names": list(dataset.class_names),
-        },
+        summary=TokenMapSummary(
+            info=info,
+            rows=rows,
+            quarantined=len(quarantined),
+            quarantine_reasons=dict(reasons),
+            class_names=tuple(dataset.class_names),
+        ),
         metrics={
             "rows": rows,
             "quarantined": len(quarantined),
@@ -372,4 +372,21 @@ def _collect(config: TokenMapConfig, dataset: Dataset, info: TokenMapInfo, num_p
     )
 
 
-STAGE = Stage("token_map", 2, run, _accept)
+def _describe(manifest: Manifest) -> str:
+    summary = TokenMapSummary.read(manifest)
+    info, quarantined = summary.info, f", {summary.quarantined:,} quarantined" if summary.quarantined else ""
+    return f"{summary.rows:,} images, {info.resolution} px, {info.grid_size} x {info.grid_size} codes{quarantined}"
+
+
+STAGE = Stage(
+    "token_map",
+    2,
+    run,
+    reads={"dataset": Input(("dataset",)), "tokenizer": Input(("tokenizer",))},
+    config=TokenMapConfig,
+    summary=TokenMapSummary,
+    kind="tokenizing",
+    files=("part-*.parquet", token_map.QUARANTINE, CODE_COUNTS),
+    describe=_describe,
+    accept=_accept,
+)

@@ -24,8 +24,9 @@ from pipelines.data.sources.config import DatasetConfig
 from pipelines.storage.external import content_digest, local_file
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.config import set_by
+from pipelines.workflow.models import TokenizerSummary
 from pipelines.workflow.progress import Reporter
-from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 
 WEIGHTS = "vqgan.safetensors"
 PICTURE = "reconstructions.png"
@@ -70,7 +71,7 @@ class TokenizerConfig:
 
 def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     architecture = config.architecture()
-    summary = {"config": dataclasses.asdict(architecture), "is_imported": config.weights is not None}
+    summary = TokenizerSummary(config=architecture, is_imported=config.weights is not None)
     if config.weights is not None:
         vqgan = open_vqgan(local_file(config.weights, "tokenizer.weights", config.s3), architecture)
         return StageResult(files=[context.write(WEIGHTS, lambda path: save_weights(path, vqgan))], summary=summary)
@@ -121,4 +122,22 @@ def _train(config: TokenizerConfig, dataset: Dataset, context: WorkerContext, re
     return {"file": file, "record": record, "metrics": metrics, "seconds": time.monotonic() - started}
 
 
-STAGE = Stage("tokenizer", 2, run)
+def _describe(manifest: Manifest) -> str:
+    summary = TokenizerSummary.read(manifest)
+    how = "imported" if summary.is_imported else "trained"
+    return f"{how}, {summary.config.codebook_size:,} codes, {summary.config.resolution} px"
+
+
+STAGE = Stage(
+    "tokenizer",
+    2,
+    run,
+    reads={"dataset": Input(("dataset",), lambda config, run: config.weights is None)},
+    config=TokenizerConfig,
+    summary=TokenizerSummary,
+    kind="tokenizing",
+    files=(WEIGHTS, PICTURE),
+    external=("weights",),
+    workers=lambda config: config.execution if config.weights is None else None,
+    describe=_describe,
+)

@@ -25,19 +25,21 @@ from ray.train.v2.api.config import LoggingConfig
 from rich.console import Console
 
 from enat.checkpoint import open_enat, save_weights
-from enat.config import ENATConfig, VQGANConfig
+from enat.config import ENATConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster import connection
-from pipelines.data.captions import CaptionFeaturesInfo
-from pipelines.data.token_map import TokenMapInfo
+from pipelines.data.captions import CaptionsSummary
+from pipelines.data.token_map import TokenMapInfo, TokenMapSummary
+from pipelines.formatting import show_size
 from pipelines.registry import model_card
 from pipelines.storage.external import local_file
 from pipelines.training.checkpoints import ResumePoint, read_resume_point
 from pipelines.training.config import TrainConfig
 from pipelines.training.loop import train_loop
 from pipelines.training.task import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model
+from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.progress import Reporter
-from pipelines.workflow.stage import Stage, StageContext, StageResult
+from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
 
 # Of glibc, on CPUs. Ray Train runs the loop in a thread, and a thread's own arena gives memory back and asks for it anew all the
 # time: at ENAT-S width 45,000 page faults a step, a tenth to a fifth of its time. One arena that keeps what it has: none.
@@ -53,8 +55,8 @@ _SHOWN_FIRST = ("step", "loss", "token_accuracy", "images_per_second", "model_fl
 def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     if config.weights is not None:
         return _imported(config, config.weights, inputs["tokenizer"], context)
-    info = TokenMapInfo(**inputs["token_map"].summary["info"])
-    captions = CaptionFeaturesInfo(**inputs["captions"].summary["info"]) if "captions" in inputs else None
+    info = TokenMapSummary.read(inputs["token_map"]).info
+    captions = CaptionsSummary.read(inputs["captions"]).info if "captions" in inputs else None
     architecture = config.model.architecture(info, captions)
     info.require(
         "the model",
@@ -79,8 +81,12 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
     seconds = before.worker_seconds + (time.monotonic() - started) * _mean_workers(config, trained, before)
     last = trained.history[-1] if trained.history else {}
     names = sorted(last, key=lambda name: name not in _SHOWN_FIRST)
-    fates = {name: getattr(trained, name) for name in ("skipped_draws", "num_restarts", "num_rollbacks")}
-    summary = {**_summary(architecture, info, config.num_steps, is_imported=False), **fates}
+    summary = dataclasses.replace(
+        _summary(architecture, info, config.num_steps, is_imported=False),
+        skipped_draws=trained.skipped_draws,
+        num_restarts=trained.num_restarts,
+        num_rollbacks=trained.num_rollbacks,
+    )
     return StageResult(
         files=trained.files,
         records=[record, *trained.milestones],
@@ -99,7 +105,7 @@ def _mean_workers(config: TrainConfig, trained: TrainResult, before: ResumePoint
 
 def _imported(config: TrainConfig, weights: str, tokenizer: Manifest, context: StageContext) -> StageResult:
     """Published weights, as if they had been trained here on codes of this tokenizer."""
-    codes = VQGANConfig(**tokenizer.summary["config"])
+    codes = TokenizerSummary.read(tokenizer).config
     info = TokenMapInfo(
         dataset="imported",
         resolution=codes.resolution,
@@ -117,15 +123,15 @@ def _imported(config: TrainConfig, weights: str, tokenizer: Manifest, context: S
     )
 
 
-def _summary(architecture: ENATConfig, info: TokenMapInfo, num_steps: int, is_imported: bool) -> dict[str, Any]:
-    return {
-        "model": dataclasses.asdict(architecture),
-        "parameters": sum(tensor.numel() for tensor in initial_model(architecture, 0).parameters()),
-        "tokenizer_digest": info.tokenizer_digest,
-        "num_steps": num_steps,
-        "dataset": info.dataset,
-        "is_imported": is_imported,
-    }
+def _summary(architecture: ENATConfig, info: TokenMapInfo, num_steps: int, is_imported: bool) -> ModelSummary:
+    return ModelSummary(
+        model=architecture,
+        parameters=sum(tensor.numel() for tensor in initial_model(architecture, 0).parameters()),
+        tokenizer_digest=info.tokenizer_digest,
+        num_steps=num_steps,
+        dataset=info.dataset,
+        is_imported=is_imported,
+    )
 
 
 def _untrained(config: TrainConfig, architecture: ENATConfig, context: StageContext) -> tuple[FileRecord, ...]:
@@ -215,4 +221,29 @@ def _wait_for(trainer: TorchTrainer, reporter: Reporter, console: Console) -> An
             signal.signal(number, handler)
 
 
-STAGE = Stage("train", 2, run, publish=model_card.publish)
+def _describe(manifest: Manifest) -> str:
+    summary, preset = ModelSummary.read(manifest), manifest.config.get("model", {}).get("preset")
+    parameters = f"{show_size(summary.parameters).removesuffix('B').replace('k', 'K').strip()} parameters"
+    how = "imported" if summary.is_imported else f"{summary.num_steps:,} steps"
+    loss = manifest.metrics.get("final/loss")
+    return ", ".join([*([preset] if preset else []), parameters, how, *([f"loss {loss:.4g}"] if loss is not None else [])])
+
+
+STAGE = Stage(
+    "train",
+    2,
+    run,
+    reads={
+        "tokenizer": Input(("tokenizer",)),
+        "token_map": Input(("token_map",), lambda config, run: config.weights is None),
+        "captions": Input(("captions",), lambda config, run: config.model.text),
+    },
+    config=TrainConfig,
+    summary=ModelSummary,
+    kind="training",
+    files=(WEIGHTS, RAW_WEIGHTS, HISTORY, "model-step-*.safetensors"),
+    external=("weights",),
+    workers=lambda config: config.execution if config.weights is None and config.num_steps > 0 else None,
+    describe=_describe,
+    publish=model_card.publish,
+)

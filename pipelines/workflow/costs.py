@@ -11,30 +11,19 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StoreError
 
+if TYPE_CHECKING:
+    from pipelines.workflow.stage import Stage
+
 _log = logging.getLogger(__name__)
 
-# Stage -> what its time was spent on. The index of outside images is read in order to score them; what generating them took
-# elsewhere is not known here.
-KIND_OF_STAGE = {
-    "train": "training",
-    "dataset": "tokenizing",
-    "tokenizer": "tokenizing",
-    "token_map": "tokenizing",
-    "captions": "tokenizing",
-    "generate": "generation",
-    "images": "evaluation",
-    "reference": "evaluation",
-    "reconstruction": "evaluation",
-    "evaluate": "evaluation",
-}
-_COMPUTED_HERE_TOO = ("reference",)  # imported statistics come with features of their images, computed by this store's workers
 KINDS = ("training", "tokenizing", "generation", "evaluation")
-OTHER = "other"  # a stage that the table above does not name
+OTHER = "other"  # of a stage that has no kind, or is not known
 _SECONDS_PER_HOUR = 3600.0
 
 
@@ -76,20 +65,21 @@ class LineageCost:
     missing: tuple[str, ...] = ()
 
 
-def lineage_cost(store: ArtifactStore, manifest: Manifest) -> LineageCost:
-    """What the artifact and all it was made from took."""
+def lineage_cost(store: ArtifactStore, manifest: Manifest, stages: Mapping[str, Stage]) -> LineageCost:
+    """What the artifact and everything it was made from took. stages: by name."""
     worker_seconds = dict.fromkeys(KINDS, 0.0)
     device_seconds = dict.fromkeys(KINDS, 0.0)
     imported, missing = [], []
     for place, found in _lineage(store, manifest):
-        if found is not None and found.summary.get("is_imported", False):
+        stage = stages.get(found.stage) if found is not None else None
+        if found is not None and stage is not None and stage.summary.read(found).is_from_outside:
             imported.append(place)
-            if found.stage not in _COMPUTED_HERE_TOO:
+            if not stage.is_counted_if_imported:
                 continue
         if found is None or (took := _seconds(found)) is None:
             missing.append(place)
         else:
-            kind = KIND_OF_STAGE.get(found.stage, OTHER)
+            kind = (stage.kind if stage is not None else None) or OTHER
             for seconds, value in zip((worker_seconds, device_seconds), took, strict=True):
                 seconds[kind] = seconds.get(kind, 0.0) + value
     return LineageCost(
@@ -100,13 +90,15 @@ def lineage_cost(store: ArtifactStore, manifest: Manifest) -> LineageCost:
     )
 
 
-def cost_metrics(store: ArtifactStore, manifest: Manifest, prices: Prices | None = None) -> dict[str, float]:
+def cost_metrics(
+    store: ArtifactStore, manifest: Manifest, stages: Mapping[str, Stage], prices: Prices | None = None
+) -> dict[str, float]:
     """Hours by kind and in all, as metrics: cost/training_device_hours, cost/training_worker_hours, cost/total_..., and so on.
 
     cost/imported_artifacts and cost/missing_artifacts count what the sums leave out: where the second is not 0, they are lower
     bounds. cost/total_money, in the currency of the prices, only where prices are given.
     """
-    cost = lineage_cost(store, manifest)
+    cost = lineage_cost(store, manifest, stages)
     worker_hours = {kind: seconds / _SECONDS_PER_HOUR for kind, seconds in cost.worker_seconds.items()}
     device_hours = {kind: seconds / _SECONDS_PER_HOUR for kind, seconds in cost.device_seconds.items()}
     worker_hours["total"], device_hours["total"] = sum(worker_hours.values()), sum(device_hours.values())

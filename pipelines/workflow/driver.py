@@ -21,7 +21,7 @@ from pipelines.storage.base import digest_of
 from pipelines.tracking import run as tracking_run
 from pipelines.workflow import config as configuration
 from pipelines.workflow.provenance import code_version
-from pipelines.workflow.stage import Done, Node, Planned, PublishContext, Session, StageContext, StageError
+from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, PublishContext, Session, StageContext, StageError
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def stage_key(node: Node, inputs: Mapping[str, Manifest]) -> str:
     )
 
 
-def plan(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manifest] | None = None) -> list[Planned]:
+def plan(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manifest] | None = None) -> list[PlannedStage]:
     """What a run would reuse and compute. Nodes must come after those they read from.
 
     given: artifacts that nodes may read by these ids without a node that makes them.
@@ -49,15 +49,15 @@ def plan(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manife
         known = {name: manifest for name, manifest in inputs.items() if manifest is not None}
         if len(known) < len(inputs):
             found[node.id] = None
-            planned.append(Planned(node, None, None))
+            planned.append(PlannedStage(node, None, None))
             continue
         key = stage_key(node, known)
         manifest = found[node.id] = store.read_manifest(node.stage.name, key)
-        planned.append(Planned(node, key, manifest, 0 if manifest else len(store.read_parts(node.stage.name, key))))
+        planned.append(PlannedStage(node, key, manifest, 0 if manifest else len(store.read_parts(node.stage.name, key))))
     return planned
 
 
-def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifest] | None = None) -> list[Done]:
+def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifest] | None = None) -> list[FinishedStage]:
     """Walk the nodes: reuse what the store has, compute the rest. given: as of plan.
 
     Raises ValueError for bad input, StageError otherwise.
@@ -84,7 +84,7 @@ def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifes
                 _publish(node, made, inputs, run, session)
                 _finish_stage_run(run, made, is_reused)
             found[node.id] = made
-            done.append(Done(node, made, is_reused, seconds))
+            done.append(FinishedStage(node, made, is_reused, seconds))
             verb = "reused" if is_reused else f"made in {seconds:.1f} s"
             session.console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
     return done
@@ -118,7 +118,7 @@ def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking
         inputs={name: {"stage": m.stage, "key": m.key, "digest": m.digest} for name, m in inputs.items()},
         files=tuple(result.files),
         records=tuple(result.records),
-        summary=dict(result.summary),
+        summary=result.summary.to_dict() if result.summary is not None else {},
         metrics={name: float(value) for name, value in result.metrics.items()},
         provenance={
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -138,7 +138,14 @@ def _publish(node: Node, manifest: Manifest, inputs: Mapping[str, Manifest], run
     if node.stage.publish is None:
         return
     try:
-        context = PublishContext(store=session.store, run=run, tracking=session.tracking, node=node.id, prices=session.prices)
+        context = PublishContext(
+            store=session.store,
+            run=run,
+            tracking=session.tracking,
+            node=node.id,
+            prices=session.prices,
+            stages=session.stages,
+        )
         node.stage.publish(manifest, inputs, context)
     except Exception as error:  # noqa: BLE001 (the artifact is there, and that is what the run is for)
         _log.warning("%s is made, but not published (%s)", node.id, _root_cause(error))

@@ -4,43 +4,88 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster.resources import Workers
 from pipelines.tracking.run import RunHandle, TrackingConfig
 from pipelines.workflow.costs import Prices
 from pipelines.workflow.progress import Bar
+from pipelines.workflow.summary import Summary
 
 MAIN = "main"  # what a run's own model is called beside its variants
 
 
 @dataclass(frozen=True)
-class Stage:
-    """version: raised whenever the code of a stage changes what it makes; it is part of every key.
+class Input:
+    """What a stage reads under one name.
 
-    accept: says whether an artifact that is there will do for a config, where that has limits which are no part of the key.
-    Raises ValueError where it will not.
-    publish: makes an artifact known to others, given its inputs. Called whether it was made or reused, since those others may be
-    new; so it must do no harm when done again. It observes: what it raises is one warning.
+    stages: names of the stages that can make it; the first one that is part of the run does.
+    is_needed: for a config of the stage, given the run's sections by stage name as attributes; the default is always.
+    is_per_variant: also one of every variant, under the name `<name>@<variant>`.
+    """
+
+    stages: tuple[str, ...]
+    is_needed: Callable[[Any, Any], bool] = lambda config, run: True
+    is_per_variant: bool = False
+
+
+def execution_of(config: Any) -> Workers | None:
+    workers: Workers | None = getattr(config, "execution", None)
+    return workers
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Everything that is known of a stage, so that no other module needs to ask for it by name.
+
+    version: raised whenever the code of the stage changes its result; part of every key.
+    run: `(config, inputs, context) -> StageResult`.
+    reads: what it reads, by name.
+    config: the class of its config. The run gives `dataset`, `seed` and `s3` to a config that has such a field and leaves it out.
+    summary: the class of what it tells other stages.
+    kind: what its time is counted as, one of costs.KINDS; None counts it as other.
+    is_counted_if_imported: whether an imported artifact also took time here.
+    files: patterns of the names of its files and records.
+    external: fields of the config that name files outside the store.
+    workers: what a config asks the cluster for; None if it asks for nothing.
+    describe: the sentence that lists an artifact; "" lists its first metrics.
+    reevaluation: what happens to the artifact when a registered model is evaluated again. "kept": it is reused, because it is part
+        of the model. "conditions": it is reused, unless the request changes what the model is compared with. "measured": it is
+        computed again.
+    accept: raises ValueError if an existing artifact does not meet a limit in a config that is not part of the key.
+    publish: makes an artifact known to others, given its inputs. It is called for reused artifacts, too, so repeating it must be
+        harmless. An error in it is logged as a warning.
     """
 
     name: str
     version: int
     run: Callable[[Any, Mapping[str, Manifest], StageContext], StageResult]
+    _: KW_ONLY
+    reads: Mapping[str, Input] = field(default_factory=dict)
+    config: type | None = None
+    summary: type[Summary] = Summary
+    kind: str | None = None
+    is_counted_if_imported: bool = False
+    files: tuple[str, ...] = ()
+    external: tuple[str, ...] = ()
+    workers: Callable[[Any], Workers | None] = execution_of
+    describe: Callable[[Manifest], str] = lambda manifest: ""
+    reevaluation: Literal["kept", "conditions", "measured"] = "kept"
     accept: Callable[[Any, Manifest], None] | None = None
     publish: Callable[[Manifest, Mapping[str, Manifest], PublishContext], None] | None = None
 
 
 @dataclass(frozen=True)
 class Node:
-    """A stage as part of a pipeline. inputs: the stage's name for an input -> id of the node that makes it.
+    """A stage as part of a pipeline. inputs: name of the input -> id of the node that makes it.
 
-    identity: of the config, by whoever has it already: that of a dataset takes a listing of all its files.
+    identity: of the config, if it is known already. The identity of a dataset requires a listing of all its files.
     """
 
     id: str
@@ -52,14 +97,14 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage made: files that are the artifact, and records that tell how it went.
+    """What a stage made: `files` are the artifact, `records` describe how it was made.
 
-    worker_seconds: summed over workers.   device_seconds: those of accelerators.
+    worker_seconds: summed over workers.   device_seconds: of accelerators.
     """
 
     files: Sequence[FileRecord]
     records: Sequence[FileRecord] = ()
-    summary: Mapping[str, Any] = field(default_factory=dict)
+    summary: Summary | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     worker_seconds: float = 0.0
     device_seconds: float = 0.0
@@ -67,7 +112,7 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
-    """What any worker of a stage may touch: the store under the stage's own key, and its tracking run."""
+    """What a worker of a stage may use: the store under the stage's own key, and its tracking run."""
 
     stage: str
     key: str
@@ -75,7 +120,7 @@ class WorkerContext:
     run: RunHandle
 
     def write(self, name: str, write: Callable[[Path], object]) -> FileRecord:
-        """Store what `write` puts at the path it is given."""
+        """Store the file that `write` creates at the path it is given."""
         with tempfile.TemporaryDirectory(prefix=f"enat-{self.stage}-") as folder:
             path = Path(folder) / name
             write(path)
@@ -84,7 +129,7 @@ class WorkerContext:
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext(WorkerContext):
-    """The driver's: also the terminal, and the way to Ray, which a stage that needs it connects to first."""
+    """What the driver of a stage may use: also the terminal. `connect` connects to Ray; a stage that needs Ray calls it first."""
 
     console: Console
     connect: Callable[[], None]
@@ -98,18 +143,25 @@ class StageContext(WorkerContext):
 
 @dataclass(frozen=True, kw_only=True)
 class PublishContext:
-    """Where an artifact lies, and the tracking run of its stage. node: its id in the pipeline, such as evaluate@variant."""
+    """What `publish` may use. run: the tracking run of the stage.   node: its id in the pipeline, such as evaluate@variant.
+
+    stages: all stages by name.
+    """
 
     store: ArtifactStore
     run: RunHandle
     tracking: TrackingConfig
     node: str
     prices: Prices | None = None
+    stages: Mapping[str, Stage] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all stages of one pipeline run share. connect: to Ray, once a stage needs it.   prices: for costs in money."""
+    """What all stages of one pipeline run share. connect: connects to Ray.   prices: for costs in money.
+
+    stages: all stages by name, also those that this run does not use: artifacts of theirs may be among the inputs.
+    """
 
     store: ArtifactStore
     run: RunHandle
@@ -117,11 +169,12 @@ class Session:
     console: Console
     connect: Callable[[], None]
     prices: Prices | None = None
+    stages: Mapping[str, Stage] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One line of a plan. key: None while an input does not exist yet, since keys hold the digests of inputs."""
+class PlannedStage:
+    """One line of a plan. key: None while an input does not exist yet, because keys contain the digests of inputs."""
 
     node: Node
     key: str | None
@@ -134,8 +187,8 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Done:
-    """One line of a closing summary. seconds: waited for here; a reused artifact's own cost is in its manifest."""
+class FinishedStage:
+    """One line of a closing summary. seconds: of this run; the cost of a reused artifact is in its manifest."""
 
     node: Node
     manifest: Manifest
@@ -144,4 +197,4 @@ class Done:
 
 
 class StageError(RuntimeError):
-    """A stage broke down. What it had committed stays, and the same command continues from it."""
+    """A stage failed. What it has committed stays, and the same command continues from there."""

@@ -46,7 +46,7 @@ from pipelines.reevaluation.drift import Tolerances, find_drift
 from pipelines.reevaluation.plan import Request
 from pipelines.reevaluation.reevaluate import LEASE, Options, Outcome, exit_code
 from pipelines.registry import evaluation_record, model_card
-from pipelines.registry.evaluation_record import Recorded
+from pipelines.registry.evaluation_record import EvaluationRecord
 from pipelines.run import runner
 from pipelines.stages import evaluate as stages_evaluate
 from pipelines.stages import generate
@@ -214,7 +214,7 @@ class Light:
 @pytest.fixture
 def light(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Light:
     """In place of the stages' own code: keys, artifacts, tags and tracking stay what they are. At first with equal scores."""
-    manifest = lab.store.read_manifest(*Recorded.of(lab.tags()).evaluation.split("/"))
+    manifest = lab.store.read_manifest(*EvaluationRecord.of(lab.tags()).evaluation.split("/"))
     asked_for = lab.store.read_manifest("generate", manifest.inputs["samples"]["key"]).summary
     labels = {name: asked_for[name] for name in ("labels", "num_classes")}
     told = Light(dict(manifest.metrics))
@@ -266,7 +266,7 @@ def test_artifacts_have_the_keys_by_which_a_run_finds_them(evaluated: tuple[Lab,
 def test_the_version_says_what_was_found_and_when(evaluated: tuple[Lab, Outcome]) -> None:
     lab, outcome = evaluated
     tags = lab.tags()
-    recorded = Recorded.of(tags)
+    recorded = EvaluationRecord.of(tags)
     assert recorded.scores == outcome.now and recorded.evaluation == outcome.evaluation and recorded.node == "evaluate"
     assert abs(datetime.now(UTC) - recorded.evaluated) < timedelta(minutes=5)
     manifest = lab.store.read_manifest(*outcome.evaluation.split("/"))
@@ -302,12 +302,12 @@ def test_an_old_evaluation_is_measured_anew_and_compared(lab: Lab, light: Light,
     monkeypatch.setattr(workflow_provenance, "read_state", lambda: state)  # as in a job
     monkeypatch.setattr(workflow_provenance, "code_version", lambda: state.label)
     lab.tag(evaluated=LONG_AGO)
-    recorded = Recorded.of(lab.tags())
+    recorded = EvaluationRecord.of(lab.tags())
     assert lab.one(with_config=False).verdict == "fresh", "no limit is given"
     outcome = lab.one(with_config=False, older_than=30 * 86400.0)
     assert (outcome.verdict, outcome.num_computed, light.num_runs) == ("evaluated", 2, 1), outcome.note
     assert "computed anew, nothing moved" in outcome.note and outcome.was == outcome.now == recorded.scores
-    found = Recorded.of(lab.tags())
+    found = EvaluationRecord.of(lab.tags())
     assert found == replace(recorded, evaluated=found.evaluated) and datetime.now(UTC) - found.evaluated < timedelta(minutes=5)
     assert lab.one(with_config=False, older_than=30 * 86400.0).verdict == "fresh" and light.num_runs == 1
     experiment = lab.client.get_experiment_by_name("enat")
@@ -317,17 +317,17 @@ def test_an_old_evaluation_is_measured_anew_and_compared(lab: Lab, light: Light,
 
 def test_an_old_evaluation_that_is_no_longer_found_is_drift(lab: Lab, light: Light) -> None:
     lab.tag(evaluated=LONG_AGO)
-    recorded = Recorded.of(lab.tags())
+    recorded = EvaluationRecord.of(lab.tags())
     light.now["frechet_distance"] *= 1.1
     outcome = lab.one(with_config=False, older_than=86400.0)
     assert (outcome.verdict, exit_code([outcome])) == ("drift", 3) and "(+10 %)" in outcome.note
-    found = Recorded.of(lab.tags())
+    found = EvaluationRecord.of(lab.tags())
     assert found.drift == outcome.note and found.scores == recorded.scores, "what was recorded stays the measure"
 
 
 def test_what_is_there_already_is_as_old_as_it_is(lab: Lab, light: Light) -> None:
     """Nothing is measured, so nothing is younger for it."""
-    stage, key = Recorded.of(lab.tags()).evaluation.split("/")
+    stage, key = EvaluationRecord.of(lab.tags()).evaluation.split("/")
     manifest = lab.store.read_manifest(stage, key)
     lab.store.delete_manifest(stage, key)
     lab.store.commit(replace(manifest, provenance={**manifest.provenance, "created": LONG_AGO}))
@@ -336,7 +336,7 @@ def test_what_is_there_already_is_as_old_as_it_is(lab: Lab, light: Light) -> Non
     outcome = lab.one()
     assert (outcome.verdict, outcome.num_computed, light.num_runs) == ("evaluated", 0, 0)
     assert outcome.note == "never evaluated; all of it was there"
-    assert Recorded.of(lab.tags()).evaluated.isoformat() == LONG_AGO
+    assert EvaluationRecord.of(lab.tags()).evaluated.isoformat() == LONG_AGO
     assert lab.one(older_than=86400.0, is_dry_run=True).verdict == "due"
 
 
@@ -351,7 +351,7 @@ def test_what_is_there_already_is_as_old_as_it_is(lab: Lab, light: Light) -> Non
 def test_where_the_artifact_is_gone_what_is_recorded_is_compared_with(
     lab: Lab, light: Light, overrides: tuple[str, ...], moves: float, verdict: str
 ) -> None:
-    recorded = Recorded.of(lab.tags())
+    recorded = EvaluationRecord.of(lab.tags())
     lab.store.delete_manifest(*recorded.evaluation.split("/"))
     light.now["frechet_distance"] *= moves
     outcome = lab.one(*overrides)
@@ -362,7 +362,7 @@ def test_where_the_artifact_is_gone_what_is_recorded_is_compared_with(
 
 
 def test_an_evaluation_that_is_due_is_kept_from_collection(lab: Lab) -> None:
-    stage, _, key = Recorded.of(lab.tags()).evaluation.partition("/")
+    stage, _, key = EvaluationRecord.of(lab.tags()).evaluation.partition("/")
     note = lab.root / "store" / stage / key / ".used"
     os.utime(note, (0, 0))
     lab.one(with_config=False, is_dry_run=True)
@@ -429,7 +429,7 @@ def test_weights_from_elsewhere_need_to_be_told_what_they_are_compared_with(regi
 
 @pytest.mark.faults
 def test_an_evaluation_that_is_gone_is_made_again_only_where_it_is_said_how(lab: Lab) -> None:
-    lab.store.delete_manifest(*Recorded.of(lab.tags()).evaluation.split("/"))
+    lab.store.delete_manifest(*EvaluationRecord.of(lab.tags()).evaluation.split("/"))
     outcome = lab.one(with_config=False)
     assert outcome.verdict == "failed" and "is gone from" in outcome.note and exit_code([outcome]) == 1
     outcome = lab.one(is_dry_run=True)
@@ -438,13 +438,13 @@ def test_an_evaluation_that_is_gone_is_made_again_only_where_it_is_said_how(lab:
 
 @pytest.mark.faults
 def test_scores_that_are_defined_otherwise_are_computed_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = Recorded.of(lab.tags())
+    before = EvaluationRecord.of(lab.tags())
     monkeypatch.setattr(evaluation_protocol, "METRIC_VERSION", 99)
     # The stage writes its protocol in the driver, so that it sees the same version.
     outcome = lab.one(with_config=False)
     assert (outcome.verdict, outcome.num_computed, outcome.moved) == ("evaluated", 1, ())
     assert "another metric version" in outcome.note and "not comparable" in outcome.note
-    after = Recorded.of(lab.tags())
+    after = EvaluationRecord.of(lab.tags())
     assert after.evaluation != before.evaluation
     manifest = lab.store.read_manifest(*after.evaluation.split("/"))
     assert manifest.summary["protocol"]["metric_version"] == "99"
@@ -457,7 +457,7 @@ def test_scores_that_are_defined_otherwise_are_computed_again(lab: Lab, monkeypa
 @pytest.mark.faults
 @pytest.mark.parametrize("options", [{"is_fresh": True}, {"older_than": 86400.0}])
 def test_computed_anew_nothing_moves_and_nothing_is_overwritten(lab: Lab, options: dict[str, Any]) -> None:
-    before, recorded = lab.files(), Recorded.of(lab.tags())
+    before, recorded = lab.files(), EvaluationRecord.of(lab.tags())
     lab.tag(drift="fid 1 -> 2", evaluated=LONG_AGO)
     outcome = lab.one(with_config=False, **options)
     assert (outcome.verdict, outcome.num_computed, outcome.moved) == ("evaluated", 2, ()), outcome.note
@@ -465,7 +465,7 @@ def test_computed_anew_nothing_moves_and_nothing_is_overwritten(lab: Lab, option
     after = lab.files()
     assert {path: after[path] for path in before} == before
     assert {Path(path).parts[1] for path in after.keys() - before.keys()} == {"fresh-generate", "fresh-evaluate"}
-    found = Recorded.of(lab.tags())
+    found = EvaluationRecord.of(lab.tags())
     assert found.evaluation == recorded.evaluation and found.drift is None and found.evaluated.year > 2025
     assert lab.stage_runs("fresh-evaluate")[0].data.tags["enat.is_check"] == "true"
 
@@ -478,7 +478,7 @@ def test_a_changed_result_is_drift(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
         return generate.run(replace(config, seed=config.seed + 1), inputs, context)
 
     monkeypatch.setattr(generate, "STAGE", Stage("generate", 1000, run))
-    recorded = Recorded.of(lab.tags())
+    recorded = EvaluationRecord.of(lab.tags())
     outcome = lab.one(with_config=False)
     assert (outcome.verdict, exit_code([outcome])) == ("drift", 3), outcome.note
     assert outcome.was == recorded.scores != outcome.now
@@ -586,7 +586,7 @@ def test_a_model_that_fails_while_it_is_evaluated_does_not_stop_the_next(
     failed, evaluated = lab.run(with_config=False, older_than=0.0)
     assert (failed.version.name, failed.verdict, evaluated.verdict) == ("enat-a-first", "failed", "evaluated")
     assert "stage generate failed: RuntimeError: no luck" in failed.note and light.num_runs == 2
-    assert Recorded.of(lab.tags("enat-a-first")).evaluated.isoformat() == LONG_AGO and LEASE not in lab.tags("enat-a-first")
+    assert EvaluationRecord.of(lab.tags("enat-a-first")).evaluated.isoformat() == LONG_AGO and LEASE not in lab.tags("enat-a-first")
     status = _terminal_status(lab)
     assert (status["reevaluate"], status["enat-a-first-v1"], status[f"{NAME}-v1"]) == ("FAILED", "FAILED", "FINISHED")
     logged = log_file.read_text()
@@ -700,7 +700,7 @@ def test_two_processes_that_evaluate_the_same_model_agree(registered: Lab, tmp_p
         verdicts = {json.loads(out)["models"][0]["verdict"] for out, _ in said}
         assert verdicts <= {"evaluated", "busy", "fresh"} and "evaluated" in verdicts, attempt
         assert LEASE not in lab.tags()
-        recorded = Recorded.of(lab.tags())
+        recorded = EvaluationRecord.of(lab.tags())
         manifest = lab.store.read_manifest(*recorded.evaluation.split("/"))
         for record in (*manifest.files, *manifest.records):
             lab.store.fetch(manifest, record.name)
@@ -726,7 +726,7 @@ def test_two_processes_without_a_lease_do_the_same_work_and_agree(registered: La
     both = [subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True, env=environment) for _ in "ab"]
     said = [json.loads(process.communicate(timeout=240)[0].splitlines()[-1]) for process in both]
     assert {each[0] for each in said} <= {"evaluated", "fresh"}, said
-    assert said[0][2:] == said[1][2:] and said[0][2] == Recorded.of(lab.tags()).evaluation
+    assert said[0][2:] == said[1][2:] and said[0][2] == EvaluationRecord.of(lab.tags()).evaluation
     assert len(list((lab.root / "store" / "evaluate").iterdir())) == 1
 
 
@@ -738,7 +738,7 @@ def publish(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Record an evaluation as stage evaluate publishes it."""
     monkeypatch.setattr(model_card, "registered_name", lambda manifest: NAME)
     store = lab.store
-    manifest = store.read_manifest(*Recorded.of(lab.tags()).evaluation.split("/"))
+    manifest = store.read_manifest(*EvaluationRecord.of(lab.tags()).evaluation.split("/"))
     inputs = {name: store.read_manifest(source["stage"], source["key"]) for name, source in manifest.inputs.items()}
 
     def publish(node: str = "evaluate", key: str | None = None, created: str = LONG_AGO, **metrics: float) -> None:
@@ -755,11 +755,11 @@ def publish(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_a_run_records_its_evaluation_and_reuse_makes_it_no_older(lab: Lab, publish: Callable[..., None]) -> None:
-    before = Recorded.of(lab.tags())
+    before = EvaluationRecord.of(lab.tags())
     publish()
-    assert Recorded.of(lab.tags()) == before, "it was found to be right later than it was made"
+    assert EvaluationRecord.of(lab.tags()) == before, "it was found to be right later than it was made"
     publish(key="8" * 64, created="2026-02-03T04:05:06+00:00", fid=3.25, images_per_second=4.0)
-    after = Recorded.of(lab.tags())
+    after = EvaluationRecord.of(lab.tags())
     assert after.evaluation == "evaluate/" + "8" * 64 and after.scores == {"fid": 3.25}, "scores of the earlier one are gone"
     assert after.evaluated == datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)
 
@@ -770,16 +770,16 @@ def test_a_variant_that_samples_otherwise_does_not_replace_the_run_s_own(lab: La
     assert lab.tags() == before
     lab.tag(evaluation_node="evaluate@few-steps")
     publish("evaluate@few-steps", key="8" * 64, fid=1.0)
-    assert Recorded.of(lab.tags()).scores == {"fid": 1.0}
+    assert EvaluationRecord.of(lab.tags()).scores == {"fid": 1.0}
     publish("evaluate@other", key="7" * 64, fid=2.0)
-    assert Recorded.of(lab.tags()).scores == {"fid": 1.0}
+    assert EvaluationRecord.of(lab.tags()).scores == {"fid": 1.0}
     publish("evaluate", key="6" * 64, fid=3.0)
-    assert Recorded.of(lab.tags()).scores == {"fid": 3.0}
+    assert EvaluationRecord.of(lab.tags()).scores == {"fid": 3.0}
 
 
 def test_tags_of_someone_else_are_no_record() -> None:
-    assert Recorded.of({}) is None and Recorded.of({"enat.evaluated": "yesterday", "enat.evaluation": "evaluate/1"}) is None
-    assert Recorded.of({"enat.evaluated": LONG_AGO}) is None
+    assert EvaluationRecord.of({}) is None and EvaluationRecord.of({"enat.evaluated": "yesterday", "enat.evaluation": "evaluate/1"}) is None
+    assert EvaluationRecord.of({"enat.evaluated": LONG_AGO}) is None
 
 
 # The command ----------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def make_captions(
 
 
 @pytest.fixture(scope="module")
-def plan_captions(nodes: Callable[..., list[Any]]) -> Callable[..., workflow_stage.Planned]:
+def plan_captions(nodes: Callable[..., list[Any]]) -> Callable[..., workflow_stage.PlannedStage]:
     return lambda store, *overrides: driver.plan(nodes(*overrides), store)[-1]
 
 
