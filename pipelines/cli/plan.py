@@ -36,9 +36,8 @@ def plan(config: Path, overrides: tuple[str, ...], address: str | None, as_json:
     capacity = _capacity(address) if address is not None else None
     with console(stderr=True).status("looking at the dataset and the store"):
         planned = driver.plan(graph.build(run), store)
-    needs = [
-        cluster_capacity.need_of(item.node.id, item.node.stage.workers(item.node.config)) for item in planned if not item.is_reused
-    ]
+    computed = [item.node for item in planned if not item.is_reused]
+    needs = [cluster_capacity.need_of(node.id, node.stage.workers(node.config)) for node in computed]
     verdicts = [cluster_capacity.judge(need, capacity) for need in needs if need is not None] if capacity else []
     if as_json:
         judged = {verdict.need.node: cluster_capacity.to_json(verdict) for verdict in verdicts}

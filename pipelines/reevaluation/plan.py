@@ -162,7 +162,6 @@ def _wire(model: Model, run: RunConfig, request: Request, recorded: Mapping[str,
     read again, except for what is measured.
     """
     all_stages, kept = graph.stages(), {train.STAGE.name: model.manifest, tokenizer.STAGE.name: model.tokenizer}
-    has_own_captions = run.captions.encoder is not None and not recorded
 
     def existing(stage: Stage, name: str) -> Manifest | None:
         sources = stage.reads[name].stages
@@ -170,16 +169,11 @@ def _wire(model: Model, run: RunConfig, request: Request, recorded: Mapping[str,
             return kept[sources[0]]
         if any(all_stages[source].reevaluation == "measured" for source in sources):
             return None
-        earlier = recorded.get(stage.name)
-        if earlier is not None and name in earlier.inputs:
-            return input_of(model.store, earlier, name)
-        if (
-            earlier is not None
-            or sources == (token_map.STAGE.name,)
-            or (sources == (captions.STAGE.name,) and not has_own_captions)
-        ):
-            return input_of(model.store, model.manifest, name)
-        return None
+        for earlier in (recorded.get(stage.name), *recorded.values()):
+            if earlier is not None and name in earlier.inputs:
+                return input_of(model.store, earlier, name)
+        is_of_model = sources[0] == token_map.STAGE.name or (sources[0] == captions.STAGE.name and run.captions.encoder is None)
+        return input_of(model.store, model.manifest, name) if recorded or is_of_model else None
 
     own_model = replace(run.train, model=replace(run.train.model, text=model.is_text))
     size = TokenizerSummary.read(model.tokenizer).config.resolution

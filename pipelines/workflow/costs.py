@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StoreError
+from pipelines.workflow.summary import SummaryError
 
 if TYPE_CHECKING:
     from pipelines.workflow.stage import Stage
@@ -72,10 +73,16 @@ def lineage_cost(store: ArtifactStore, manifest: Manifest, stages: Mapping[str, 
     imported, missing = [], []
     for place, found in _lineage(store, manifest):
         stage = stages.get(found.stage) if found is not None else None
-        if found is not None and stage is not None and stage.summary.read(found).is_from_outside:
+        try:
+            is_imported = found is not None and stage is not None and stage.summary.read(found).is_from_outside
+        except SummaryError as error:
+            _log.warning("the cost of an ancestor is not known: %s", error)
+            missing.append(place)
+            continue
+        if is_imported:
             imported.append(place)
-            if not stage.is_counted_if_imported:
-                continue
+        if is_imported and stage is not None and not stage.is_counted_if_imported:
+            continue
         if found is None or (took := _seconds(found)) is None:
             missing.append(place)
         else:

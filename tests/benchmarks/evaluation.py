@@ -108,7 +108,7 @@ def stages(store: Any, inputs: dict[str, Any], count: int, key: str) -> dict[str
     started = time.perf_counter()
     made = generate.run(sampled, {"model": inputs["model"]}, context("generate"))
     generated = time.perf_counter() - started
-    inputs["samples"] = _commit(store, "generate", key, made.files, made.summary, dict(made.metrics))
+    inputs["samples"] = _commit(store, "generate", key, made.files, made.summary.to_dict(), dict(made.metrics))
     scored = evaluate.EvaluateConfig(metrics=("frechet_distance",), execution=Execution(**execution))
     started = time.perf_counter()
     evaluate.run(scored, inputs, context("evaluate"))
@@ -169,9 +169,11 @@ def _inputs(store: Any, preset: str) -> dict[str, Any]:
     torch.manual_seed(0)
     config, architecture = VQGANConfig(**_TOKENIZER), ENATConfig.preset(preset)
     tokenizer_file = put("tokenizer", "vqgan.safetensors", lambda path: save_weights(path, VQGAN(config)))
-    tokenizer = _commit(store, "tokenizer", "1" * 64, (tokenizer_file,), {"config": dataclasses.asdict(config)})
+    tokenizer = _commit(
+        store, "tokenizer", "1" * 64, (tokenizer_file,), {"config": dataclasses.asdict(config), "is_imported": False}
+    )
     model_file = put("train", "model.safetensors", lambda path: save_weights(path, ENAT(architecture)))
-    trained = {"model": dataclasses.asdict(architecture), "num_steps": 0, "dataset": "bench", "parameters": 0}
+    trained = {"model": dataclasses.asdict(architecture), "num_steps": 0, "dataset": "bench", "parameters": 0, "is_imported": True}
     model = _commit(store, "train", "1" * 64, (model_file,), {**trained, "tokenizer_digest": tokenizer.digest})
     extractor = InceptionExtractor(inception_state())
     moments = FeatureMoments(2048).add(np.random.default_rng(0).normal(size=(16, 2048)))

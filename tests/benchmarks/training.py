@@ -258,7 +258,7 @@ def _inputs(store: Any) -> dict[str, Any]:
         "tokenizer",
         "vqgan.safetensors",
         lambda path: save_weights(path, VQGAN(tokenizer_config)),
-        {"config": dataclasses.asdict(tokenizer_config)},
+        {"config": dataclasses.asdict(tokenizer_config), "is_imported": False},
     )
     info = TokenMapInfo(
         dataset="bench", resolution=16, grid_size=16, codebook_size=1024, num_classes=1000, tokenizer_digest=tokenizer.digest
@@ -271,7 +271,7 @@ def _inputs(store: Any) -> dict[str, Any]:
         labels=rng.integers(0, 1000, count).tolist(),
         source_sha256=[rng.bytes(32) for _ in range(count)],
     )
-    summary = {"info": dataclasses.asdict(info), "rows": count}
+    summary = {"info": dataclasses.asdict(info), "rows": count, "class_names": []}
     token_map = commit("token_map", "part-00000.parquet", lambda path: write_shard(path, info, rows), summary)
     return {"tokenizer": tokenizer, "token_map": token_map}
 

@@ -25,14 +25,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from summaries import summary_of
 
 from enat.checkpoint import save_weights
 from enat.text import TextFeatures
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.data.captions import CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
-from pipelines.data.token_map import TokenMap, TokenMapInfo, TokenRows, write_shard
+from pipelines.data.captions import (
+    CaptionFeatures,
+    CaptionFeaturesInfo,
+    CaptionsSummary,
+    captions_name,
+    write_captions,
+    write_empty,
+)
+from pipelines.data.token_map import TokenMap, TokenMapInfo, TokenMapSummary, TokenRows, write_shard
 from pipelines.tracking.run import RunHandle
 from pipelines.training.checkpoints import find_checkpoints
 from pipelines.training.config import ModelConfig, TrainConfig, TrainExecution
@@ -152,8 +160,8 @@ class Material:
         return CaptionFeatures.open(self.store, self.inputs["captions"])
 
     def architecture(self, config: TrainConfig) -> Any:
-        info = TokenMapInfo(**self.inputs["token_map"].summary["info"])
-        captions = CaptionFeaturesInfo(**self.inputs["captions"].summary["info"]) if config.model.text else None
+        info = TokenMapSummary.read(self.inputs["token_map"]).info
+        captions = CaptionsSummary.read(self.inputs["captions"]).info if config.model.text else None
         return config.model.architecture(info, captions)
 
 
@@ -181,7 +189,11 @@ def make_material(store: ArtifactStore, vqgan: Any, folder: Path) -> Material:
         fields = {"stage_version": 1, "config": {}, "inputs": {}, "summary": summary}
         return store.commit(Manifest(stage=stage, key=stage * 4, files=tuple(files), **fields))
 
-    tokenizer = commit("tokenizer", {"config": vars(vqgan.config)}, **{"vqgan.safetensors": lambda path: save_weights(path, vqgan)})
+    tokenizer = commit(
+        "tokenizer",
+        summary_of("tokenizer", config=vqgan.config),
+        **{"vqgan.safetensors": lambda path: save_weights(path, vqgan)},
+    )
     info = TokenMapInfo(
         dataset="drawn",
         resolution=16,
@@ -193,7 +205,7 @@ def make_material(store: ArtifactStore, vqgan: Any, folder: Path) -> Material:
     )
     token_map = commit(
         "token_map",
-        {"info": vars(info), "rows": ROWS},
+        summary_of("token_map", info=info, rows=ROWS),
         **{"part-00000.parquet": lambda path: write_shard(path, info, rows)},
     )
     text = CaptionFeaturesInfo(
@@ -207,7 +219,7 @@ def make_material(store: ArtifactStore, vqgan: Any, folder: Path) -> Material:
 
     captions = commit(
         "captions",
-        {"info": vars(text)},
+        summary_of("captions", info=text),
         **{
             captions_name(0): lambda path: write_captions(path, text, 0, features(2 * ROWS)),
             "empty.safetensors": lambda path: write_empty(path, text, features(1)),

@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import Place, key_of, make, open_place
 from rich.console import Console
+from summaries import summary_of
 
 from pipelines.artifacts import inventory
 from pipelines.artifacts.inventory import Query
 from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest
 from pipelines.formatting import parse_age, parse_size, show_age, show_size
+from pipelines.run import graph
 from pipelines.storage.base import StoreError
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
@@ -116,16 +118,26 @@ def test_only_manifests_that_may_be_meant_are_read(place: Place, monkeypatch: py
 @pytest.fixture
 def manifests() -> list[Manifest]:
     """A dataset of 10 bytes, what was made from it, and a train artifact of another dataset; the last says not when it was made."""
-    digits = _manifest("dataset", "digits", 10, summary={"name": "digits"}, **_made("2026-01-01T00:00:00+00:00"))
+    digits = _manifest("dataset", "digits", 10, summary=summary_of("dataset"), **_made("2026-01-01T00:00:00+00:00"))
     source = {"stage": "dataset", "key": digits.key, "digest": digits.digest}
     tokenizer = _manifest("tokenizer", "t", 200, inputs={"dataset": source}, **_made("2026-02-01T12:00:00"))
     between = {"stage": "tokenizer", "key": tokenizer.key, "digest": tokenizer.digest}
     samples = _manifest("generate", "g", 5, inputs={"model": between}, **_made("2026-03-01T11:00:00+00:00"))
-    return [samples, digits, tokenizer, _manifest("train", "x", 70, summary={"dataset": "faces"}, **_made("yesterday"))]
+    return [
+        samples,
+        digits,
+        tokenizer,
+        _manifest("train", "x", 70, summary=summary_of("train", dataset="faces"), **_made("yesterday")),
+    ]
+
+
+def _entries(manifests: list[Manifest], query: Query | None = None, by_size: bool = False) -> list[inventory.Entry]:
+    given = {"describe": graph.describe, "dataset_name": graph.dataset_name}
+    return inventory.list_artifacts(manifests, query or Query(), now=NOW, by_size=by_size, **given)
 
 
 def _listed(manifests: list[Manifest], *, by_size: bool = False, **query: Any) -> list[str]:
-    return [entry.stage for entry in inventory.list_artifacts(manifests, Query(**query), now=NOW, by_size=by_size)]
+    return [entry.stage for entry in _entries(manifests, Query(**query), by_size)]
 
 
 def test_artifacts_are_listed_newest_or_largest_first(manifests: list[Manifest]) -> None:
@@ -154,7 +166,7 @@ def test_filters_choose_and_what_is_of_unknown_age_is_neither_older_nor_newer(
 
 
 def test_an_entry_says_what_its_manifest_says(manifests: list[Manifest]) -> None:
-    first = inventory.list_artifacts(manifests, Query(), now=NOW)[0]
+    first = _entries(manifests)[0]
     assert (first.stage, first.key, first.size, first.age, first.dataset) == ("generate", key_of("g"), 5, 3600.0, "digits")
 
 
@@ -162,27 +174,27 @@ def test_a_dataset_is_looked_for_through_inputs_that_are_gone_or_lead_in_a_circl
     one, other = ({"stage": "train", "key": key_of(name), "digest": ""} for name in "ab")
     gone = {**one, "key": "f" * 64}
     manifests = [_manifest("train", "a", inputs={"x": other}), _manifest("train", "b", inputs={"x": one, "y": gone})]
-    assert [entry.dataset for entry in inventory.list_artifacts(manifests, Query(), now=NOW)] == [None, None]
+    assert [entry.dataset for entry in _entries(manifests)] == [None, None]
 
 
 @pytest.mark.parametrize(
     ("stage", "fields", "phrase"),
     [
-        ("dataset", {"summary": {"num_images": 1797, "num_captions": 0, "class_names": ["0", "1"]}}, "1,797 images, 2 classes"),
+        ("dataset", {"summary": summary_of("dataset", class_names=["0", "1"])}, "1,797 images, 2 classes"),
         (
             "token_map",
-            {"summary": {"info": {"resolution": 16, "grid_size": 4}, "rows": 1797, "quarantined": 3}},
+            {"summary": summary_of("token_map", rows=1797, quarantined=3)},
             "1,797 images, 16 px, 4 x 4 codes, 3 quarantined",
         ),
         (
             "train",
             {
                 "config": {"model": {"preset": "enat-s"}},
-                "summary": {"parameters": 98_100_000, "is_imported": False, "num_steps": 1200},
+                "summary": summary_of("train", parameters=98_100_000, num_steps=1200),
             },
             "enat-s, 98.1 M parameters, 1,200 steps",
         ),
-        ("evaluate", {"summary": {"num_samples": 500}, "metrics": {"fid": 2.7912}}, "fid 2.791, 500 samples"),
+        ("evaluate", {"summary": summary_of("evaluate", num_samples=500), "metrics": {"fid": 2.7912}}, "fid 2.791, 500 samples"),
         ("train", {"metrics": {"final/loss": 2.5}}, "loss 2.5"),  # a manifest of another version
         ("novel", {"metrics": {"a": 1.0, "b": float("inf"), "c": 3.0}}, "a 1, b inf"),
         ("novel", {}, ""),
@@ -190,13 +202,13 @@ def test_a_dataset_is_looked_for_through_inputs_that_are_gone_or_lead_in_a_circl
     ],
 )
 def test_a_phrase_says_what_an_artifact_is(stage: str, fields: dict[str, Any], phrase: str) -> None:
-    assert inventory.phrase(_manifest(stage, "x", **fields)) == phrase
+    assert inventory.phrase(_manifest(stage, "x", **fields), graph.describe) == phrase
 
 
 def test_a_list_shows_what_others_wrote_without_obeying_it() -> None:
-    manifest = _manifest("report", "x", summary={"name": "[red]\x1b[31m\na[/]", "dataset": "\x07d"})
+    manifest = _manifest("report", "x", summary=summary_of("report", name="[red]\x1b[31m\na[/]"))
     text = io.StringIO()
-    inventory.show_list(inventory.list_artifacts([manifest], Query(), now=NOW), "s3://b/[x]", Console(file=text, width=200))
+    inventory.show_list(_entries([manifest]), "s3://b/[x]", Console(file=text, width=200))
     assert "[red] [31m a[/]" in text.getvalue() and "\x1b" not in text.getvalue() and "\x07" not in text.getvalue()
     assert "1 artifacts, 0 B, in s3://b/[x]" in text.getvalue()
 

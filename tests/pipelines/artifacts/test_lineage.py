@@ -13,17 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import key_of, make
 from rich.console import Console
+from summaries import summary_of
 
 from pipelines.artifacts import lineage
 from pipelines.artifacts.lineage import Lineage
 from pipelines.artifacts.manifest import Manifest, name_of
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.run import graph
 
 
 @pytest.fixture
 def chain(local_store: ArtifactStore) -> SimpleNamespace:
     store, made = local_store, SimpleNamespace()
-    made.dataset = make(store, "dataset/d", summary={"num_images": 5, "num_captions": 0, "class_names": ["[red]"]})
+    made.dataset = make(store, "dataset/d", summary=summary_of("dataset", num_images=5, class_names=["[red]"]))
     made.tokenizer = make(store, "tokenizer/t", made.dataset)
     made.map = make(store, "token_map/m", made.dataset, made.tokenizer)
     made.train = make(store, "train/x", made.map, made.tokenizer)
@@ -44,7 +46,7 @@ def _short(manifest: Manifest) -> str:
 
 
 def test_a_tree_shows_both_ways_and_opens_what_stands_twice_once(local_store: ArtifactStore, chain) -> None:
-    lines = _shown(Lineage(local_store.manifests()), chain.train)
+    lines = _shown(Lineage(local_store.manifests(), graph.describe), chain.train)
     dataset, tokenizer, token_map = (_short(each) for each in (chain.dataset, chain.tokenizer, chain.map))
     assert lines == [
         f"{_short(chain.train)} was made from",
@@ -65,7 +67,7 @@ def test_what_is_gone_and_what_was_made_again_is_said(local_store: ArtifactStore
     lines = "\n".join(_shown(Lineage(manifests), chain.map))
     assert f"{_short(chain.dataset)} not in this store" in lines
     assert f"{_short(chain.tokenizer)} 0 B made again since, with other content" in lines
-    assert "made again" not in "\n".join(_shown(Lineage(local_store.manifests()), chain.samples))
+    assert "made again" not in "\n".join(_shown(Lineage(local_store.manifests(), graph.describe), chain.samples))
     assert _shown(Lineage(manifests), next(m for m in manifests if m.key == key_of("unrelated")))[1:] == [
         "└── nothing",
         f"train/{key_of('unrelated')[:12]} made",
@@ -74,7 +76,7 @@ def test_what_is_gone_and_what_was_made_again_is_said(local_store: ArtifactStore
 
 
 def test_json_names_every_artifact_once_nearest_first(local_store: ArtifactStore, chain) -> None:
-    answer = json.loads(json.dumps(lineage.to_json(Lineage(local_store.manifests()), chain.samples)))
+    answer = json.loads(json.dumps(lineage.to_json(Lineage(local_store.manifests(), graph.describe), chain.samples)))
     assert answer["descendants"] == []
     ancestors = [entry["artifact"] for entry in answer["ancestors"]]
     assert ancestors[0] == f"train/{chain.train.key}" and len(ancestors) == 4 == len(set(ancestors))
@@ -88,7 +90,7 @@ def test_json_names_every_artifact_once_nearest_first(local_store: ArtifactStore
         "inputs": {},
     }
     local_store.delete_manifest(*name_of(chain.dataset))
-    answer = lineage.to_json(Lineage(local_store.manifests()), chain.samples)
+    answer = lineage.to_json(Lineage(local_store.manifests(), graph.describe), chain.samples)
     assert {"artifact": f"dataset/{chain.dataset.key}", "is_in_store": False} in answer["ancestors"]
 
 

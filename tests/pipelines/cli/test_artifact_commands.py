@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from places import Place, folder_place, key_of, make, open_place
 from s3_server import S3Endpoint
+from summaries import summary_of
 
 from pipelines.artifacts.manifest import MANIFEST, Manifest, name_of
 from pipelines.cli.artifacts import artifacts
@@ -38,7 +39,7 @@ def chain(place: Place) -> SimpleNamespace:
     """A dataset, a training on it of a megabyte, and samples of that, made two days ago."""
     store, made = place.store, SimpleNamespace()
     created = {"created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() - 2 * DAY))}
-    summary = {"name": "digits", "num_images": 9, "num_captions": 0, "class_names": []}
+    summary = summary_of("dataset", num_images=9)
     made.dataset = make(store, "dataset/d", summary=summary, provenance=created)
     made.train = make(store, "train/x", made.dataset, files={"model.bin": bytes(1_000_000)}, provenance=created)
     made.samples = make(store, "generate/g", made.train, provenance=created)

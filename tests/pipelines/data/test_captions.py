@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from summaries import summary_of
 
 from enat.text import TextFeatures
 from pipelines.artifacts.manifest import Manifest
@@ -53,7 +54,7 @@ def commit(local_store: ArtifactStore, tmp_path: Path) -> Callable[..., Manifest
 
     def commit(folder: Path, key: str = "k", **info: Any) -> Manifest:
         files = tuple(local_store.put_file("captions", key, path.name, path) for path in sorted(folder.iterdir()))
-        summary = {"info": {**dataclasses.asdict(INFO), **info}}
+        summary = summary_of("captions", info={**dataclasses.asdict(INFO), **info})
         return local_store.commit(
             Manifest(stage="captions", key=key, stage_version=1, config={}, inputs={}, files=files, summary=summary)
         )

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import KINDS, Layouts, Row, make_layouts, open_dataset, tar_bytes, write, write_parquet
 from s3_server import S3Endpoint
+from summaries import summary_of
 
 from enat.images import ImageError, center_crop, decode_image, to_array
 from pipelines.artifacts.manifest import Manifest
@@ -148,7 +149,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     )
     store = open_store(str(root / "store"))
     file = store.put_file("dataset", "k", INDEX, root / INDEX)
-    counts = {"name": "large", "num_images": NUM_ENTRIES, "num_captions": summary.num_captions, "class_names": []}
+    counts = summary_of("dataset", name="large", num_images=NUM_ENTRIES, num_captions=summary.num_captions)
     fields = {"stage_version": 1, "config": {}, "inputs": {}, "summary": counts}
     return Dataset(DatasetConfig(), store, store.commit(Manifest(stage="dataset", key="k", files=(file,), **fields)))
 

@@ -79,7 +79,7 @@ def index(make_context: Callable[..., Any], local_store: ArtifactStore) -> Calla
         key = f"{len(list(local_store.manifests())):064d}"
         result = image_set.run(config, {}, make_context(local_store, "images", key))
         fields: dict[str, Any] = {"stage_version": 1, "config": configuration.redacted(config), "inputs": {}}
-        manifest = Manifest(stage="images", key=key, files=tuple(result.files), summary=dict(result.summary), **fields)
+        manifest = Manifest(stage="images", key=key, files=tuple(result.files), summary=result.summary.to_dict(), **fields)
         return ImageSet(config, local_store, local_store.commit(manifest))
 
     return run
@@ -227,7 +227,7 @@ def test_an_image_that_changes_after_it_was_indexed_is_noticed(local_store: Arti
     for number in range(3):
         write(tmp_path / "set" / NAMES[number], png(pixels(number)))
     result = image_set.run(config, {}, make_context(local_store, "images", "k"))
-    fields: dict[str, Any] = {"stage_version": 1, "config": {}, "inputs": {}, "summary": dict(result.summary)}
+    fields: dict[str, Any] = {"stage_version": 1, "config": {}, "inputs": {}, "summary": result.summary.to_dict()}
     images = ImageSet(config, local_store, Manifest(stage="images", key="k", files=tuple(result.files), **fields))
     whole = (tmp_path / "set" / NAMES[1]).read_bytes()
     write(tmp_path / "set" / NAMES[1], whole[:-40])

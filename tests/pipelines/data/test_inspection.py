@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from summaries import summary_of
 
 from enat.images import to_uint8
 from pipelines.artifacts.manifest import Manifest
@@ -129,7 +130,7 @@ def test_a_token_map_is_shown_with_its_codebook_and_what_is_quarantined(token_ma
 def test_many_quarantined_images_are_shown_in_part(local_store: ArtifactStore, tmp_path: Path) -> None:
     write_quarantine(tmp_path / QUARANTINE, [(f"{number:02d}.jpg", "it is empty") for number in range(12)])
     file = local_store.put_file("token_map", KEYS[0], QUARANTINE, tmp_path / QUARANTINE)
-    summary = {"info": {"codebook_size": 32}, "rows": 0, "class_names": []}
+    summary = summary_of("token_map", info={"codebook_size": 32}, rows=0)
     metrics = {"code_usage": 0.0, "code_perplexity": 1.0}
     manifest = _commit(local_store, "token_map", KEYS[0], tmp_path, files=(file,), summary=summary, metrics=metrics)
     text = _shown(local_store, manifest)

@@ -8,21 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from summaries import summary_of
 
 from pipelines.artifacts.manifest import Manifest
-from pipelines.data.labels import check_stated, scheme_of, scheme_of_labels, stated_scheme
+from pipelines.data.labels import check_stated, scheme_of_labels, stated_scheme
 from pipelines.data.samples import sample_label
+from pipelines.evaluation.protocol import scheme_of
 
 FIELDS: dict[str, Any] = {"key": "a" * 64, "stage_version": 1, "inputs": {}, "files": ()}
 
 
 def generated(asked_for: str, num_samples: int = 50_000, num_classes: int = 1000, **config: Any) -> str:
-    summary = {
-        "labels": asked_for,
-        "num_samples": num_samples,
-        "num_classes": num_classes,
-        "mask_ratio": config.pop("mask_ratio", None),
-    }
+    given = {"labels": asked_for, "num_samples": num_samples, "num_classes": num_classes}
+    summary = summary_of("generate", **given, mask_ratio=config.pop("mask_ratio", None))
     return scheme_of(Manifest(stage="generate", config=config, summary=summary, **FIELDS))
 
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from summaries import summary_of
 
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -127,7 +128,7 @@ def test_samples_are_read_as_they_were_written(local_store: ArtifactStore, tmp_p
     for number, part in enumerate(parts):
         write_samples(tmp_path / "part", part)
         records.append(local_store.put_file("generate", "k", shard_name(number), tmp_path / "part"))
-    summary = {"num_samples": 19, "shard_size": 8}
+    summary = summary_of("generate", num_samples=19, shard_size=8)
     manifest = Manifest(stage="generate", key="k", stage_version=1, config={}, inputs={}, files=tuple(records), summary=summary)
     for start, stop in ((0, 19), (3, 4), (6, 18)):
         read = read_samples(local_store, manifest, start, stop)

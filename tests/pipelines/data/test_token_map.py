@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from summaries import summary_of
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
@@ -86,7 +87,7 @@ def commit_to(tmp_path: Path) -> Callable[..., Manifest]:
         write_quarantine(tmp_path / QUARANTINE, [("image-x", "it is broken")])
         records.append(store.put_file("token_map", key, QUARANTINE, tmp_path / QUARANTINE))
         total = sum(len(rows) for _, rows in parts) if num_rows is None else num_rows
-        summary = {"info": dataclasses.asdict(info), "rows": total}
+        summary = summary_of("token_map", info=info, rows=total)
         return store.commit(
             Manifest(stage="token_map", key=key, stage_version=1, config={}, inputs={}, files=tuple(records), summary=summary)
         )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from summaries import summary_of
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.comparison import query
@@ -25,25 +26,26 @@ REFERENCE = Manifest(
     stage="reference",
     key="a" * 64,
     config={},
-    summary={
-        "extractor": "inception",
-        "extractor_digest": "e" * 64,
-        "of": "imagenet, 256 px, adm-center",
-        "num_images": 1_281_167,
-        "num_kept": 50_000,
-    },
+    summary=summary_of(
+        "reference",
+        extractor="inception",
+        extractor_digest="e" * 64,
+        of="imagenet, 256 px, adm-center",
+        num_images=1_281_167,
+        num_kept=50_000,
+    ),
     **FIELDS,
 )
 
 
 def ours(num_samples: int = 50_000, mask_ratio: float | None = None, **config: Any) -> Manifest:
     labels = "given" if config.get("labels") else "each class in turn" if mask_ratio is None else "token map rows"
-    summary = {"labels": labels, "num_samples": num_samples, "num_classes": 1000, "mask_ratio": mask_ratio}
+    summary = summary_of("generate", labels=labels, num_samples=num_samples, num_classes=1000, mask_ratio=mask_ratio)
     return Manifest(stage="generate", key="b" * 64, config=config, summary=summary, **FIELDS)
 
 
 def outside(labels: str, num_images: int = 50_000) -> Manifest:
-    summary = {"labels": labels, "num_images": num_images, "resolution": 256, "name": "ADM"}
+    summary = summary_of("images", labels=labels, num_images=num_images, resolution=256, name="ADM")
     return Manifest(stage="images", key="c" * 64, config={}, summary=summary, **FIELDS)
 
 
@@ -126,7 +128,7 @@ def test_the_picture_decodes_what_it_shows_and_once(
     side: int, num_classes: int, num_samples: int, images_per_pass: int, shown: int, passes: list[int]
 ) -> None:
     reader = CountingReader(side)
-    summary = {"num_classes": num_classes, "num_images": num_samples, "resolution": side}
+    summary = summary_of("images", num_classes=num_classes, num_images=num_samples, resolution=side)
     samples = Manifest(stage="images", key="c" * 64, config={}, summary=summary, **FIELDS)
     picture = np.asarray(evaluation_protocol.sample_grid(reader, {"samples": samples}, images_per_pass))
     assert reader.loaded == [(0, shown)] and reader.decoded == passes

@@ -557,8 +557,9 @@ def test_room_is_what_placing_one_worker_after_another_finds(nodes: list[int], e
 
 def test_stages_that_ask_for_nothing_need_nothing(prepare: Callable[..., Any]) -> None:
     run = run_config.load_run(DIGITS)
-    assert need_of("dataset", run.dataset) is None and need_of("report", run.report) is None
-    assert need_of("train@untrained", dataclasses.replace(run.train, num_steps=0)) is None
+    known = graph.stages()
+    assert need_of("dataset", known["dataset"].workers(run.dataset)) is None
+    assert need_of("train@untrained", known["train"].workers(dataclasses.replace(run.train, num_steps=0))) is None
     assert [need.node for need in submission.needs(prepare("targets=[token_map]").config)] == ["tokenizer", "token_map"]
     assert submission.needs(prepare("targets=[dataset]").config) == []
 
@@ -590,15 +591,14 @@ def _commit(store: ArtifactStore, stage: str, key: str) -> None:
 
 
 def test_what_a_submission_needs_is_what_its_stages_are(tiny_nodes: Callable[..., list[Any]]) -> None:
-    """READS against the graph that the pipeline itself builds."""
     for node in tiny_nodes():
-        needed = submission._needed([node.stage.name])
+        needed = graph.needed_by([node.stage.name])
         for reads in node.inputs.values():
             assert reads.partition("@")[0] in needed, node.id
 
 
 def test_needs_are_those_of_the_graph(prepare: Callable[..., Any]) -> None:
-    nodes = {node.id: need_of(node.id, node.config) for node in graph.build(run_config.load_run(DIGITS))}
+    nodes = {node.id: need_of(node.id, node.stage.workers(node.config)) for node in graph.build(run_config.load_run(DIGITS))}
     of_graph = {(need.node.partition("@")[0], need.workers) for need in nodes.values() if need is not None}
     assert {(need.node.partition("@")[0], need.workers) for need in submission.needs(prepare().config)} == of_graph
 

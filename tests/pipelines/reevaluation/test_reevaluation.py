@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from layouts import open_dataset
 from mlflow import MlflowClient
 from rich.console import Console
+from summaries import summary_of
 
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
@@ -38,6 +39,7 @@ from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cli.reevaluate import reevaluate as command
 from pipelines.data.dataset import INDEX
+from pipelines.data.samples import SamplesSummary
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import protocol as evaluation_protocol
 from pipelines.reevaluation import plan as reevaluation_plan
@@ -46,8 +48,8 @@ from pipelines.reevaluation.drift import Tolerances, find_drift
 from pipelines.reevaluation.plan import Request
 from pipelines.reevaluation.reevaluate import LEASE, Options, Outcome, exit_code
 from pipelines.registry import evaluation_record, model_card
-from pipelines.registry.evaluation_record import EvaluationRecord
-from pipelines.run import runner
+from pipelines.registry.evaluation_record import EvaluationRecord, EvaluationSummary
+from pipelines.run import graph, runner
 from pipelines.stages import evaluate as stages_evaluate
 from pipelines.stages import generate
 from pipelines.tracking import run as tracking
@@ -55,7 +57,7 @@ from pipelines.tracking import search
 from pipelines.tracking.run import TrackingConfig
 from pipelines.workflow import driver
 from pipelines.workflow import provenance as workflow_provenance
-from pipelines.workflow.stage import Node, PublishContext, Stage, StageContext, StageResult
+from pipelines.workflow.stage import Node, PublishContext, StageContext, StageResult
 
 MODEL = ENATConfig(encoder_layers=1, decoder_layers=1, embed_dim=32, num_heads=2, grid_size=4, codebook_size=32, num_classes=2)
 NAME = "enat-tiny-photographs"
@@ -161,8 +163,15 @@ def registered(vqgan: VQGAN, image_folder: Path, tmp_path_factory: pytest.TempPa
     known = {"config": dataclasses.asdict(images), "files": (file,), "summary": dict(index.manifest.summary)}
     dataset = _commit(store, "dataset", "d" * 64, {}, **known)
     weights = _file(store, folder, "tokenizer", "2" * 64, "vqgan.safetensors", vqgan)
-    tokenizer = _commit(store, "tokenizer", "2" * 64, {}, files=(weights,), summary={"config": dataclasses.asdict(vqgan.config)})
-    token_map = _commit(store, "token_map", "3" * 64, {"tokenizer": tokenizer, "dataset": dataset}, summary={"rows": 12})
+    tokenizer = _commit(store, "tokenizer", "2" * 64, {}, files=(weights,), summary=summary_of("tokenizer", config=vqgan.config))
+    token_map = _commit(
+        store,
+        "token_map",
+        "3" * 64,
+        {"tokenizer": tokenizer, "dataset": dataset},
+        summary=summary_of("token_map", rows=12),
+        metrics={"rows": 12.0},
+    )
     inputs = {"token_map": token_map, "tokenizer": tokenizer}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -181,6 +190,7 @@ def registered(vqgan: VQGAN, image_folder: Path, tmp_path_factory: pytest.TempPa
         summary={
             "model": dataclasses.asdict(MODEL),
             "parameters": 1234,
+            "tokenizer_digest": tokenizer.digest,
             "num_steps": 70,
             "dataset": "photographs",
             "is_imported": False,
@@ -202,6 +212,11 @@ def lab(evaluated: tuple[Lab, Outcome], tmp_path: Path) -> Lab:
     return evaluated[0].copy(tmp_path)
 
 
+def replace_stage(monkeypatch: pytest.MonkeyPatch, name: str, **fields: Any) -> None:
+    parts = [replace(part, stage=replace(part.stage, **fields)) if part.stage.name == name else part for part in graph.GRAPH]
+    monkeypatch.setattr(graph, "GRAPH", tuple(parts))
+
+
 @dataclass
 class Light:
     """Sampling and scoring that say what they are told to, at once. error: raised in place of the next sampling."""
@@ -215,8 +230,8 @@ class Light:
 def light(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Light:
     """In place of the stages' own code: keys, artifacts, tags and tracking stay what they are. At first with equal scores."""
     manifest = lab.store.read_manifest(*EvaluationRecord.of(lab.tags()).evaluation.split("/"))
-    asked_for = lab.store.read_manifest("generate", manifest.inputs["samples"]["key"]).summary
-    labels = {name: asked_for[name] for name in ("labels", "num_classes")}
+    samples = SamplesSummary.read(lab.store.read_manifest("generate", manifest.inputs["samples"]["key"]))
+    evaluation = EvaluationSummary.read(manifest)
     told = Light(dict(manifest.metrics))
 
     def sample(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -225,15 +240,15 @@ def light(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Light:
             told.error = None
             raise error
         file = context.write("samples", lambda path: path.write_text("samples"))
-        return StageResult(files=[file], summary={"num_samples": config.num_samples, **labels})
+        return StageResult(files=[file], summary=replace(samples, num_samples=config.num_samples))
 
     def score(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
         protocol = evaluation_protocol.protocol_of(inputs["reference"], inputs["samples"], config.settings)
-        summary = {"protocol": protocol, "protocol_digest": evaluation_protocol.protocol_digest(protocol)}
+        summary = replace(evaluation, protocol=protocol, protocol_digest=evaluation_protocol.protocol_digest(protocol))
         return StageResult(files=[], summary=summary, metrics=told.now)
 
-    monkeypatch.setattr(generate, "STAGE", replace(generate.STAGE, run=sample))
-    monkeypatch.setattr(stages_evaluate, "STAGE", replace(stages_evaluate.STAGE, run=score, publish=None))
+    replace_stage(monkeypatch, "generate", run=sample)
+    replace_stage(monkeypatch, "evaluate", run=score, publish=None)
     return told
 
 
@@ -477,7 +492,7 @@ def test_a_changed_result_is_drift(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
     def run(config: Any, inputs: Any, context: Any) -> Any:
         return generate.run(replace(config, seed=config.seed + 1), inputs, context)
 
-    monkeypatch.setattr(generate, "STAGE", Stage("generate", 1000, run))
+    replace_stage(monkeypatch, "generate", version=1000, run=run)
     recorded = EvaluationRecord.of(lab.tags())
     outcome = lab.one(with_config=False)
     assert (outcome.verdict, exit_code([outcome])) == ("drift", 3), outcome.note
@@ -778,7 +793,10 @@ def test_a_variant_that_samples_otherwise_does_not_replace_the_run_s_own(lab: La
 
 
 def test_tags_of_someone_else_are_no_record() -> None:
-    assert EvaluationRecord.of({}) is None and EvaluationRecord.of({"enat.evaluated": "yesterday", "enat.evaluation": "evaluate/1"}) is None
+    assert (
+        EvaluationRecord.of({}) is None
+        and EvaluationRecord.of({"enat.evaluated": "yesterday", "enat.evaluation": "evaluate/1"}) is None
+    )
     assert EvaluationRecord.of({"enat.evaluated": LONG_AGO}) is None
 
 

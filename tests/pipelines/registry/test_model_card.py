@@ -15,6 +15,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
+from summaries import summary_of
 
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
@@ -105,8 +106,8 @@ def trained(vqgan: VQGAN, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     store = open_store(str(folder / "store"))
     path = folder / "weights"
-    tokenizer = _commit(store, path, "tokenizer", "2" * 64, vqgan, {}, summary={"config": dataclasses.asdict(vqgan.config)})
-    token_map = _commit(store, path, "token_map", "3" * 64, None, {"tokenizer": tokenizer}, summary={"rows": 1234})
+    tokenizer = _commit(store, path, "tokenizer", "2" * 64, vqgan, {}, summary=summary_of("tokenizer", config=vqgan.config))
+    token_map = _commit(store, path, "token_map", "3" * 64, None, {"tokenizer": tokenizer}, metrics={"rows": 1234.0})
     inputs = {"token_map": token_map, "tokenizer": tokenizer}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from random_weights import randomized
+from summaries import summary_of
 from tiny_clip import make_tiny_clip
 
 from enat.checkpoint import save_weights
@@ -111,9 +112,11 @@ def world(vqgan: VQGAN, clip: Path, tmp_path_factory: pytest.TempPathFactory) ->
         return {"stage": manifest.stage, "key": manifest.key, "digest": manifest.digest}
 
     tokenizer = commit("tokenizer", "a" * 64, {"vqgan.safetensors": "vqgan.safetensors"})
-    token_map = commit("token_map", "b" * 64, {}, summary={"class_names": list(CLASSES)})
+    token_map = commit("token_map", "b" * 64, {}, summary=summary_of("token_map", class_names=list(CLASSES)))
     known = {"encoder": "hf://some/clip", "captions_per_file": 4}
-    captions = commit("captions", "e" * 64, {}, config=known, summary={"info": {"encoder_digest": folder_digest(clip)}})
+    captions = commit(
+        "captions", "e" * 64, {}, config=known, summary=summary_of("captions", info={"encoder_digest": folder_digest(clip)})
+    )
     config = {"sampler": dataclasses.asdict(OWN_SAMPLER)}
     inputs = {"tokenizer": source(tokenizer), "token_map": source(token_map)}
     made = commit("train", "c" * 64, {"model.safetensors": "enat.safetensors"}, config=config, inputs=inputs)

@@ -32,7 +32,7 @@ from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.data.image_sets import ImageSetConfig
-from pipelines.data.samples import SamplePlan, Samples, image_cost, shard_name, write_samples
+from pipelines.data.samples import SamplePlan, Samples, SamplesSummary, image_cost, shard_name, write_samples
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import protocol as evaluation_protocol
 from pipelines.evaluation.extractors import ExtractorFile
@@ -45,6 +45,7 @@ from pipelines.tracking.run import TrackingConfig, start_run
 from pipelines.workflow import driver
 from pipelines.workflow import stage as workflow_stage
 from pipelines.workflow.costs import Prices
+from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import PublishContext, Stage, StageResult
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -104,7 +105,7 @@ def _commit(store: ArtifactStore, stage: str, key: str, result: StageResult, **f
             inputs={},
             files=tuple(result.files),
             records=tuple(result.records),
-            summary=dict(result.summary),
+            summary={} if result.summary is None else result.summary.to_dict(),
             metrics={name: float(value) for name, value in result.metrics.items()},
             provenance={
                 "created": "2026-01-01T00:00:00+00:00", "code": "test", "seconds": 1.0, "worker_seconds": 2.0, "device_seconds": 0.0
@@ -129,10 +130,12 @@ def material(vqgan, make_context: Callable[..., Any], tmp_path_factory: pytest.T
     store = open_store(str(folder / "store"))
     save_weights(folder / "vqgan", vqgan)
     file = store.put_file("tokenizer", "t", "vqgan.safetensors", folder / "vqgan")
-    tokenizer = _commit(store, "tokenizer", "t", StageResult(files=[file], summary={"config": asdict(vqgan.config)}))
+    tokenizer = _commit(
+        store, "tokenizer", "t", StageResult(files=[file], summary=TokenizerSummary(config=vqgan.config, is_imported=False))
+    )
     codes = np.random.default_rng(1).integers(0, 32, (NUM_SAMPLES, 16)) % (1 + np.arange(NUM_SAMPLES)[:, None] % 32)
     samples = _commit(store, "generate", "g", _samples(store, folder, codes))
-    summary = {"model": asdict(MODEL), "parameters": 1234, "dataset": "digits", "num_steps": 70, "is_imported": False}
+    summary = ModelSummary(model=MODEL, parameters=1234, tokenizer_digest="t", dataset="digits", num_steps=70, is_imported=False)
     model = _commit(store, "train", "m", StageResult(files=[], summary=summary), config={"model": {"preset": None}, "masking": {}})
     dataset = open_dataset(DatasetConfig(), store)
     few = replace(dataset.manifest, summary={**dataset.manifest.summary, "num_images": NUM_REAL})
@@ -157,17 +160,15 @@ def _samples(store: ArtifactStore, folder: Path, codes: np.ndarray) -> StageResu
         )
         write_samples(folder / shard_name(part), rows)
         files.append(store.put_file("generate", "g", shard_name(part), folder / shard_name(part)))
-    summary = {
-        "num_samples": NUM_SAMPLES,
-        "shard_size": SHARD,
-        "num_classes": 10,
-        "sampler": asdict(SAMPLER),
-        "labels": "each class in turn",
-        "mask_ratio": None,
-        "device": "a CPU",
-        "batch_size": 32,
-        "precision": "fp32",
-    }
+    summary = SamplesSummary(
+        num_samples=NUM_SAMPLES,
+        shard_size=SHARD,
+        num_classes=10,
+        sampler=SAMPLER,
+        labels="each class in turn",
+        device="a CPU",
+        batch_size=32,
+    )
     return StageResult(files=files, summary=summary, metrics={**SAMPLING, "samples": NUM_SAMPLES})
 
 
@@ -344,7 +345,7 @@ def test_only_what_scores_need_is_kept_of_single_samples(evaluated: Callable[...
 
 
 def test_the_protocol_says_how_it_was_measured(evaluated: Callable[..., StageResult], material: Material) -> None:
-    summary, real = evaluated().summary, material.inputs["reference"]
+    summary, real = evaluated().summary.to_dict(), material.inputs["reference"]
     assert summary["protocol"] == {
         "extractor": "sums",
         "extractor_digest": real.file("extractor.safetensors").sha256,
@@ -377,8 +378,8 @@ def test_pixels_can_be_left_as_the_decoder_gave_them(
     np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-5)
     assert result.metrics["frechet_distance"] == pytest.approx(evaluated().metrics["frechet_distance"], rel=0.05)
     assert result.metrics["frechet_distance"] != evaluated().metrics["frechet_distance"]
-    assert result.summary["rounding"] == result.summary["protocol"]["rounding"] == "float"
-    assert result.summary["protocol_digest"] != evaluated().summary["protocol_digest"]
+    assert result.summary.to_dict()["rounding"] == result.summary.to_dict()["protocol"]["rounding"] == "float"
+    assert result.summary.to_dict()["protocol_digest"] != evaluated().summary.to_dict()["protocol_digest"]
 
 
 def test_pixels_that_are_not_rounded_are_refused_where_there_are_none_or_nobody_takes_them(
@@ -468,8 +469,13 @@ def test_images_of_another_generator_get_the_same_scores_as_the_codes_they_were_
     ours = evaluated()
     assert result.metrics == {name: ours.metrics[name] for name in result.metrics} == _not_timed(result)
     assert {"frechet_distance", "recall", "inception_score"} <= set(result.metrics) and "gmacs_total" not in result.metrics
-    assert result.summary["protocol"] == ours.summary["protocol"] and result.summary["num_samples"] == NUM_SAMPLES
-    assert result.summary["protocol_digest"] == ours.summary["protocol_digest"], "so that both stand in one table"
+    assert (
+        result.summary.to_dict()["protocol"] == ours.summary.to_dict()["protocol"]
+        and result.summary.to_dict()["num_samples"] == NUM_SAMPLES
+    )
+    assert result.summary.to_dict()["protocol_digest"] == ours.summary.to_dict()["protocol_digest"], (
+        "so that both stand in one table"
+    )
     manifest = _commit(material.store, "evaluate", "o" * 64, result)
     tags = evaluation_protocol.tags_of(manifest, inputs, "evaluate")
     assert tags["enat.model"] == "other-model" and tags["enat.dataset"] == "digits" and tags["enat.samples"] == "images/i"

@@ -20,6 +20,7 @@ import pytest
 import ray
 import torch
 from random_weights import randomized
+from summaries import summary_of
 from workers import kill_a_worker
 
 from enat.checkpoint import save_weights
@@ -81,7 +82,7 @@ class Made:
 def keep_model(store: ArtifactStore, folder: Path, model: ENAT) -> Manifest:
     save_weights(folder / "weights", model)
     record = store.put_file("train", "m", "model.safetensors", folder / "weights")
-    summary = {"model": dataclasses.asdict(model.config), "tokenizer_digest": "t"}
+    summary = summary_of("train", model=model.config)
     return store.commit(Manifest(stage="train", key="m", files=(record,), summary=summary, **FIELDS))
 
 
@@ -106,7 +107,7 @@ def keep_captions(store: ArtifactStore, folder: Path) -> Manifest:
     write_empty(folder / EMPTY, info, features(1))
     records.append(store.put_file("captions", "c", EMPTY, folder / EMPTY))
     source = {"dataset": {"stage": "dataset", "key": "d", "digest": index.digest}}
-    summary = {"info": dataclasses.asdict(info)}
+    summary = summary_of("captions", info=info)
     return store.commit(Manifest(stage="captions", key="c", files=tuple(records), summary=summary, **{**FIELDS, "inputs": source}))
 
 
@@ -122,7 +123,7 @@ def keep_token_map(store: ArtifactStore, folder: Path, tokenizer_digest: str = "
     )
     write_shard(folder / "map", info, rows)
     record = store.put_file("token_map", "t", "part-00000.parquet", folder / "map")
-    summary = {"info": dataclasses.asdict(info), "rows": 30}
+    summary = summary_of("token_map", info=info, rows=30)
     return store.commit(Manifest(stage="token_map", key="t", files=(record,), summary=summary, **FIELDS))
 
 
@@ -151,7 +152,7 @@ def make_here(make_context: Callable[..., Any], tmp_path: Path) -> Callable[...,
         worker = generate._Sample(generate._Task(config, inputs["model"], inputs.get("captions"), plan, 1, context))
         parts = -(-config.num_samples // config.shard_size)
         files = [FileRecord(**worker({"part": np.array([part])})["record"][0]["file"]) for part in range(parts)]
-        summary = {"num_samples": config.num_samples, "shard_size": config.shard_size}
+        summary = summary_of("generate", num_samples=config.num_samples, shard_size=config.shard_size)
         return read_samples(store, Manifest(stage="generate", key="k", files=tuple(files), summary=summary, **FIELDS))
 
     return run
@@ -159,7 +160,7 @@ def make_here(make_context: Callable[..., Any], tmp_path: Path) -> Callable[...,
 
 def finish(config: GenerateConfig, store: ArtifactStore, inputs: dict[str, Manifest], make_context: Callable[..., Any]) -> Made:
     result = generate.run(config, inputs, make_context(store, "generate", "k"))
-    fields = {**FIELDS, "files": tuple(result.files), "summary": dict(result.summary)}
+    fields = {**FIELDS, "files": tuple(result.files), "summary": result.summary.to_dict()}
     manifest = store.commit(Manifest(stage="generate", key="k", **fields))
     return Made(store, inputs, manifest, dict(result.metrics), result.worker_seconds)
 

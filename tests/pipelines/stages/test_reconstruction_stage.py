@@ -96,7 +96,7 @@ def test_pairs_are_measured_as_scikit_image_does(result: StageResult, pairs: tup
     ]
     assert result.metrics["psnr"] == pytest.approx(np.mean(ratios), abs=0.02)  # a code's pixel may round the other way
     assert result.metrics["ssim"] == pytest.approx(np.mean(similar), abs=2e-3)
-    assert result.summary["num_images"] == 12
+    assert result.summary.num_images == 12
 
 
 def test_the_distance_is_that_of_the_decoded_images_to_the_reference(
@@ -126,7 +126,7 @@ def test_it_does_not_depend_on_workers_or_batch(result: StageResult, reconstruct
 
 @pytest.mark.faults
 def test_the_first_images_alone(reconstructed: Callable[..., StageResult]) -> None:
-    assert reconstructed("b" * 64, num_images=5).summary["num_images"] == 5
+    assert reconstructed("b" * 64, num_images=5).summary.num_images == 5
 
 
 def test_a_token_map_of_another_tokenizer_is_refused(made: Made, make_context: Callable[..., Any]) -> None:

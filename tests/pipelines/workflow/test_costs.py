@@ -10,16 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from summaries import summary_of
 
 import pipelines
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.evaluation.protocol import SCORES
+from pipelines.run import graph
 from pipelines.storage.base import digest_of
 from pipelines.storage.s3 import S3Folder
 from pipelines.workflow import config as configuration
-from pipelines.workflow.costs import KINDS, Prices, cost_metrics, lineage_cost
+from pipelines.workflow import costs
+from pipelines.workflow.costs import KINDS, LineageCost, Prices
+
+
+def cost_metrics(store: ArtifactStore, manifest: Manifest, prices: Prices | None = None) -> dict[str, float]:
+    return costs.cost_metrics(store, manifest, graph.stages(), prices)
+
+
+def lineage_cost(store: ArtifactStore, manifest: Manifest) -> LineageCost:
+    return costs.lineage_cost(store, manifest, graph.stages())
 
 
 def _commit(
@@ -34,7 +45,7 @@ def _commit(
             config={},
             inputs={name: {"stage": m.stage, "key": m.key, "digest": m.digest} for name, m in inputs.items()},
             files=(),
-            summary=summary,
+            summary=summary_of(stage, **summary) if stage in graph.stages() else {},
             provenance={"seconds": 1e6, "worker_seconds": worker, "device_seconds": device},
         )
     )
@@ -140,13 +151,15 @@ def test_what_was_removed_is_counted_as_missing(store: ArtifactStore) -> None:
     assert metrics["cost/total_worker_hours"] == _hours(255 - 4)
 
 
-@pytest.mark.parametrize("damage", ["no JSON", "no seconds", "text", "negative", "NaN"])
+@pytest.mark.parametrize("damage", ["no JSON", "no seconds", "text", "negative", "NaN", "another summary"])
 def test_a_manifest_that_does_not_say_what_it_took_is_counted_as_missing(local: ArtifactStore, damage: str) -> None:
     made = _pipeline(local)
     manifest = Path(local.place("token_map", made["token_map"].key)) / "manifest.json"
     fields = json.loads(manifest.read_text())
     if damage == "no seconds":
         del fields["provenance"]["worker_seconds"]
+    elif damage == "another summary":
+        fields["summary"] = {"rows": "many"}
     else:
         fields["provenance"]["worker_seconds"] = {"text": "much", "negative": -1.0, "NaN": math.nan}.get(damage)
     manifest.write_text("{" if damage == "no JSON" else json.dumps(fields))

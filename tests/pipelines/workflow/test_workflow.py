@@ -26,6 +26,7 @@ from pipelines.run import graph
 from pipelines.workflow import driver, stage
 from pipelines.workflow.config import ConfigError
 from pipelines.workflow.stage import Node, Stage, StageContext, StageError, StageResult
+from pipelines.workflow.summary import Summary
 
 DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
 
@@ -34,6 +35,11 @@ DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
 class WordConfig:
     word: str = "a"
     execution: Workers = field(default_factory=Workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthSummary(Summary):
+    length: int
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Counted:
         return StageResult(
             files=[context.write("text", lambda path: path.write_text(text))],
             records=[context.write("log.json", lambda path: path.write_text(str(len(self.runs))))],
-            summary={"length": len(text)},
+            summary=LengthSummary(length=len(text)),
             metrics={"length": len(text)},
             worker_seconds=2.0,
         )
@@ -90,7 +96,7 @@ def test_a_manifest_says_what_made_it_and_what_it_took(counted: Counted, session
     first, second = (item.manifest for item in driver.execute(counted.nodes(workers=3), session))
     assert second.inputs == {"text": {"stage": "write", "key": first.key, "digest": first.digest}}
     assert second.config == {"word": "b", "execution": {"num_workers": 3, "cpus_per_worker": 1.0, "gpus_per_worker": 0.0}}
-    assert second.summary == {"length": 2} and second.metrics == {"length": 2.0}
+    assert second.summary == {"summary_version": 1, "length": 2} and second.metrics == {"length": 2.0}
     assert second.provenance["worker_seconds"] == 2.0 and second.provenance["seconds"] > 0
     assert str(second.provenance["code"]).startswith("0.")
 
