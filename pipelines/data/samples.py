@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from enat.config import ENATConfig, VQGANConfig
+from enat.config import ENATConfig
 from enat.cost import Cost, generation_cost
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import Manifest

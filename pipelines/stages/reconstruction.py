@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow.parquet as pq
 
-from enat.config import VQGANConfig
 from enat.metrics.image_pairs import psnr, ssim
 from enat.metrics.moments import frechet_distance
 from pipelines.artifacts.manifest import Manifest

@@ -245,12 +245,12 @@ def test_a_flipped_bit_is_detected(local_store: ArtifactStore, commit: Callable[
 def test_a_manifest_of_something_else_is_refused(local_store: ArtifactStore, commit: Callable[..., Manifest], folder: Path) -> None:
     for key, info, message in (
         ("a", {"format_version": 2}, "of format 2; only 1 can be read"),
-        ("b", {"language": "de"}, "captions/b does not describe caption features"),
+        ("b", {"language": "de"}, "captions/b.*info.language"),
     ):
         with pytest.raises(ValueError, match=message):
             CaptionFeatures.open(local_store, commit(folder, key, **info))
     manifest = Manifest(stage="tokenizer", key="k", stage_version=1, config={}, inputs={}, files=())
-    with pytest.raises(ValueError, match="tokenizer/k does not describe caption features"):
+    with pytest.raises(ValueError, match="tokenizer/k .*info"):
         CaptionFeatures.open(local_store, manifest)
     for number, name in enumerate((captions_name(3), EMPTY), start=1):
         (folder / name).unlink()
