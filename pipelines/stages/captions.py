@@ -1,4 +1,4 @@
-"""Stage captions: what a text encoder makes of every caption of a dataset, and of the empty one, stored beside the token map."""
+"""Stage captions: a text encoder's features of every caption of a dataset, and of the empty caption."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ class CaptionsConfig:
 
 
 def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads the index of a dataset with captions, and the text encoder that the config names.
+
+    Writes files of caption features (see pipelines.data.captions), one part each, and the features of the empty caption. Measures
+    the number of captions and their mean number of tokens. Raises ValueError if the dataset has no captions.
+    """
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
     if not dataset.num_captions:

@@ -1,4 +1,4 @@
-"""Stage dataset: what a dataset holds, one row per image in the order that everything later goes by, and what is odd about it."""
+"""Stage dataset: an index of a dataset, one row per image in the order that all later stages use, and what is odd about it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ _SHOWN_AT_MOST = 3
 
 
 def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads the listing of a dataset, or its files if only their content tells the images (tar, Parquet).
+
+    Writes the index, one row per image, and what is odd about the dataset. Measures the numbers of images, classes and captions.
+    Raises ValueError for a dataset without images, with a key twice, or with labels that have no class.
+    """
     source, findings = open_source(config), Findings()
     started = time.monotonic()
     scanned = _scan_by_workers(source, config, findings, context) if source.reads_to_scan else _scan_here(source, findings)
@@ -62,7 +67,7 @@ def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageCon
 
 
 def _scan_here(source: Source, findings: Findings) -> Iterator[Entry]:
-    """Listing alone: a thread per folder, because a bucket answers slowly."""
+    """Lists files only. One thread per folder, because a bucket answers slowly."""
     units = source.units()
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         for start in range(0, len(units), _LISTING_THREADS):
@@ -76,7 +81,7 @@ def _scan_here(source: Source, findings: Findings) -> Iterator[Entry]:
 
 
 def _scan_by_workers(source: Source, config: DatasetConfig, findings: Findings, context: StageContext) -> Iterator[Entry]:
-    """A task per file. What a task found is a part, so that a scan that was interrupted goes on from there."""
+    """One task per file. The result of a task is committed as a part, so an interrupted scan continues."""
     units = source.units()
     done = context.store.read_parts(context.stage, context.key)
     context.connect()
@@ -107,7 +112,7 @@ def _part_name(number: int) -> str:
 
 
 def _class_names(source: Source, config: DatasetConfig, index: IndexSummary) -> list[str]:
-    """By number. Raises ValueError where a label is none of them."""
+    """By label. Raises ValueError if a label has no class."""
     known, largest = source.known_classes(), max(index.images_per_label)
     advice = " are named in the files"
     if known is None:

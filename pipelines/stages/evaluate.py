@@ -1,8 +1,8 @@
-"""Stage evaluate: what samples are worth, and what making one costs.
+"""Stage evaluate: scores of samples, and the cost of making one.
 
-Features of the samples on Ray, and the scores of these against the reference; analytic MACs of a sample and measured time; and,
-where asked for, how often a classifier that has nothing to do with the extractor sees the class that was asked for. Samples are
-codes of stage `generate`, or images of any other generator (stage `images`), of which no cost is known.
+Computes features of the samples on Ray and scores them against the reference, and reports analytic MACs and measured time of a
+sample. On request, a classifier that is independent of the extractor measures how often it sees the class that was asked for.
+Samples are codes of stage `generate`, or images of another generator (stage `images`), whose cost is not known.
 """
 
 from __future__ import annotations
@@ -87,6 +87,12 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads samples (codes of stage `generate` with their tokenizer and model, or images of stage `images`) and a reference; with a
+    judge also the index of the dataset.
+
+    Writes moments and features of the samples, and a picture of the first ones. Measures the scores, the analytic cost of an image
+    and the measured time of an image. Raises ValueError if samples and reference cannot be compared.
+    """
     samples, reference = inputs["samples"], inputs["reference"]
     num_samples = evaluation_protocol.num_samples_of(samples)
     require_same_features(reference)
@@ -144,7 +150,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
 
 
 def _check_resolution(samples: Manifest, inputs: Mapping[str, Manifest]) -> None:
-    """Extractors bring images to their own size, so a wrong one would go unnoticed."""
+    """Extractors resize images, so a wrong size would go unnoticed."""
     made, real = evaluation_protocol.resolution_of(samples, inputs), ReferenceSummary.read(inputs["reference"]).resolution
     if real is not None and made != real:
         raise ValueError(f"the samples have {made} px and the reference {real} px; scores of two sizes are not comparable")
@@ -165,7 +171,7 @@ def _features(
 
 
 def _named(scores: Mapping[str, float], extractor: str) -> dict[str, float]:
-    """Under the names that scores of Inception are published by."""
+    """Renames scores to the names under which scores by Inception are published."""
     named = {}
     for name, value in scores.items():
         metric = name.removesuffix("_std")
@@ -174,7 +180,7 @@ def _named(scores: Mapping[str, float], extractor: str) -> dict[str, float]:
 
 
 def _counted(inputs: Mapping[str, Manifest]) -> dict[str, float]:
-    """Of one image, from the architecture. Nothing is known of images that were made elsewhere."""
+    """The cost of one image by its architecture; empty for images that were made elsewhere."""
     if inputs["samples"].stage == "images":
         return {}
     cost = image_cost(inputs["samples"], inputs["model"], inputs["tokenizer"])
@@ -215,7 +221,7 @@ def _measured(samples: Manifest, job: FeatureSet, execution: Execution) -> dict[
 def _judged(
     config: EvaluateConfig, reader: BlockReader, images_per_pass: int, inputs: Mapping[str, Manifest], context: StageContext
 ) -> tuple[dict[str, float], float]:
-    """What the judge says, and the seconds of a CPU that it took."""
+    """The scores of the judge, and the CPU seconds that it took."""
     samples = inputs["samples"]
     if samples.stage == "images" or SamplesSummary.read(samples).labels == "captions":
         raise ValueError("evaluate.judge needs samples that were generated here, one class each; leave it out for others")

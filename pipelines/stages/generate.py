@@ -1,7 +1,7 @@
 """Stage generate: codes for num_samples samples, one seed each: of classes in turn, of given labels, or of captions.
 
-One Parquet file per shard_size samples; actors take files, so the codes of a sample depend on its seed and on what is asked for
-alone, and a file that was committed before a crash is not made again.
+One Parquet file per shard_size samples. The codes of a sample depend only on its seed and its condition. A file that was committed
+before a crash is not computed again.
 """
 
 from __future__ import annotations
@@ -115,6 +115,11 @@ class GenerateConfig:
 
 
 def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads a model; for a model of captions also caption features, and with mask_ratio a token map.
+
+    Writes the codes of the samples, one Parquet file per shard_size samples. Measures time per image and peak memory. Raises
+    ValueError if the model cannot do what the config asks for.
+    """
     model = inputs["model"]
     architecture = ModelSummary.read(model).model
     scheme = _check(config, architecture, inputs)
@@ -176,7 +181,7 @@ def _metrics(config: GenerateConfig, records: list[dict[str, Any]]) -> dict[str,
 
 
 def _check(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manifest]) -> str:
-    """How labels are chosen, in words. Raises ValueError where the model cannot do what is asked for."""
+    """How labels are chosen, in words. Raises ValueError if the model cannot do what the config asks for."""
     check_codebook(model.codebook_size)
     if model.text_width is not None:
         for name, given in (("labels", config.labels), ("mask_ratio", config.mask_ratio)):
@@ -227,7 +232,9 @@ def _caption_order(config: GenerateConfig, captions: Manifest, store: ArtifactSt
     source = captions.inputs["dataset"]
     index = store.read_manifest(source["stage"], source["key"])
     if index is None:
-        raise ValueError(f"{source['stage']}/{source['key'][:12]}, which says whose captions these are, is gone from {store.uri}")
+        raise ValueError(
+            f"{source['stage']}/{source['key'][:12]}, the index of these captions, is not in {store.uri} anymore; make it again"
+        )
     first = pq.read_table(store.fetch(index, INDEX), columns=["first_caption"])["first_caption"].to_numpy()
     assert config.seed is not None
     return caption_order(first, num_captions, config.seed)
@@ -235,7 +242,7 @@ def _caption_order(config: GenerateConfig, captions: Manifest, store: ArtifactSt
 
 @dataclass(frozen=True)
 class _Task:
-    """What a worker is given. plan: reference to a SamplePlan in Ray's object store.   num_workers: that share the work."""
+    """The input of a worker. plan: reference to a SamplePlan in Ray's object store.   num_workers: that share the work."""
 
     config: GenerateConfig
     model: Manifest
@@ -268,7 +275,7 @@ class _Sample:
             conditions=self._condition,
             starts=self._start,
         )
-        self.start_seconds = time.monotonic() - started  # told once, with the first part
+        self.start_seconds = time.monotonic() - started  # reported once, with the first part
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         started = time.monotonic()
@@ -321,7 +328,7 @@ class _Sample:
 
 
 def _prepare(model: ENAT, execution: GenerateExecution) -> ENAT:
-    """On the worker's device, and compiled where execution says so."""
+    """Moves a model to the worker's device, and compiles it if execution.compile is set."""
     model = model.to(execution.device)
     if execution.compile:
         model.compile_blocks()

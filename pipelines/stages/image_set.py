@@ -1,4 +1,4 @@
-"""Stage images: an index of images that another generator made. Every one of them is read, and must be whole and of one size."""
+"""Stage images: an index of images that another generator made. Every image is read; all must be complete and of one size."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ _IMAGES_PER_TASK = 512
 
 
 def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads images: a folder, .tar, .npz or .parquet.
+
+    Writes an index of them. Measures how many there are. Raises ValueError, naming the image, if one cannot be read or has another
+    size.
+    """
     started = time.monotonic()
     config, findings = replace(config, kind=config.found_kind()), Findings()
     entries = scan(config, findings)

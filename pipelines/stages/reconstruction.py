@@ -1,4 +1,4 @@
-"""Stage reconstruction: what the tokenizer keeps of real images, which no generator on its codes can exceed.
+"""Stage reconstruction: how well the tokenizer keeps real images, an upper bound for every generator of its codes.
 
 Images are decoded from their codes in the token map: distance of their features to the reference, and PSNR and SSIM against the
 originals, read again from the dataset; and how evenly the codes are used.
@@ -104,6 +104,11 @@ class Reconstructions:
 
 
 def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads a token map, its tokenizer, its dataset and a reference.
+
+    Writes moments of the decoded images, and the measures of each image. Measures their distance to the reference, PSNR, SSIM and
+    how evenly the codes are used. Raises ValueError if the inputs do not belong together.
+    """
     assert config.dataset is not None
     reference, tokens, tokenizer = (inputs[name] for name in ("reference", "token_map", "tokenizer"))
     require_same_features(reference)
@@ -146,7 +151,7 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
 
 
 def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
-    """What it took with all it was made from: no evaluation is made from a reconstruction, so no other total holds it."""
+    """Logs the cost of the artifact and all its inputs. No evaluation reads a reconstruction, so no other total includes it."""
     context.run.log_metrics(cost_metrics(context.store, manifest, context.stages, context.prices))
     if context.prices is not None:
         context.run.set_tags({"enat.currency": context.prices.currency})

@@ -1,4 +1,4 @@
-"""Stage reference: the feature extractor, and what the features of real images are like: their moments, and rows that are kept.
+"""Stage reference: the feature extractor, the moments of its features of real images, and the features of some of these.
 
 The images are those of a dataset, cropped as the token map crops them, or ADM's reference statistics (an .npz file). Extractor
 "classifier" is trained here on the dataset's labels, with a share held out to say how good it is; the others are given weights.
@@ -96,7 +96,7 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class _Made:
-    """An extractor's file, and what making it took."""
+    """An extractor's file and its cost."""
 
     file: FileRecord
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -120,6 +120,11 @@ class _RealImages:
 
 
 def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads the index of a dataset and its images, or an .npz file of published statistics; and weights of the extractor if given.
+
+    Writes the extractor, the moments of its features, and features of num_kept images. Measures the number of images, and for a
+    trained classifier its accuracy on images that it did not see.
+    """
     real = _real_images(config, inputs, context)
     context.connect()
     connection.require(config.execution, "reference")
@@ -178,7 +183,7 @@ def _real_images(config: ReferenceConfig, inputs: Mapping[str, Manifest], contex
 
 
 def _make_extractor(config: ReferenceConfig, dataset: Dataset | None, context: StageContext) -> _Made:
-    """Made once: features that are committed are of this extractor, also when the stage goes on after a crash."""
+    """Made once: committed features belong to this extractor, also if the stage resumes after a crash."""
     committed = context.store.read_parts(context.stage, context.key).get(EXTRACTOR_FILE)
     if committed is not None:
         return _Made(FileRecord(**committed["file"]), committed["metrics"], committed["seconds"])

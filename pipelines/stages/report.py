@@ -1,4 +1,4 @@
-"""Stage report: one self-contained HTML page that shows what a pipeline run made, what it is worth and what it cost."""
+"""Stage report: one self-contained HTML page with the samples, scores and cost of a pipeline run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from pipelines.workflow.summary import Summary
 
 PAGE = "report.html"
 PICTURE = "samples.png"
-_KINDS = ("worker", "device")  # whose seconds are told of an image
+_KINDS = ("worker", "device")  # whose seconds per image are shown
 _COLUMNS = 10  # of the grid where samples are not of each class in turn
 
 
@@ -63,6 +63,11 @@ class ReportSummary(Summary):
 
 
 def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads the artifacts of a run: tokenizer, token map, reference, model, samples and evaluation, the last three of every variant
+    too; reconstruction and captions if the run has them.
+
+    Writes report.html and a picture of the samples, both as records. Measures nothing.
+    """
     vqgan = load_vqgan(context.store.fetch(inputs["tokenizer"], "vqgan.safetensors"))
     model, samples, store = inputs["model"], inputs["samples"], context.store
     shown = _shown_samples(config, samples, store)

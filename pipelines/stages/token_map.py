@@ -107,6 +107,12 @@ class _Encoding:
 
 
 def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads the index of a dataset, its images, and a tokenizer.
+
+    Writes the codes of all images and of their mirror images, one Parquet file per shard_size images, the images that could not be
+    read, and how often each code occurs. Measures the numbers of rows and unreadable images, and how evenly the codes are used.
+    Raises ValueError if more images are unreadable than max_quarantine_share allows.
+    """
     assert config.dataset is not None
     dataset, tokenizer = Dataset(config.dataset, context.store, inputs["dataset"]), inputs["tokenizer"]
     architecture = TokenizerSummary.read(tokenizer).config
@@ -148,12 +154,13 @@ def _images_per_pass(architecture: VQGANConfig, device: str) -> int:
 
 
 def _check_passes(images_per_pass: int, done: Iterable[Mapping[str, Any]]) -> None:
-    """Parts that another kind of device made are not gone on with here: codes that are nearly tied may come out otherwise."""
+    """Refuses to continue parts of another kind of device: codes that are nearly tied may differ."""
     for record in done:
         if record["images_per_pass"] != images_per_pass:
             raise ValueError(
-                f"this token map was begun with {record['images_per_pass']} images a pass, as fits another kind of device, "
-                f"and here it would be {images_per_pass}; go on where it was begun, or set token_map.images_per_pass to begin anew"
+                f"this token map was started with {record['images_per_pass']} images per pass on another kind of device, "
+                f"and here it would be {images_per_pass}. "
+                "Continue on that kind of device, or restart with token_map.images_per_pass"
             )
 
 
@@ -333,7 +340,7 @@ def _check_quarantine(quarantined: int, num_images: int, max_share: float, examp
 
 
 def _accept(config: TokenMapConfig, manifest: Manifest) -> None:
-    """Of a map that is there already the limit may have been another."""
+    """An existing map may have been made under another limit."""
     summary = TokenMapSummary.read(manifest)
     examples = [[f"see {token_map.QUARANTINE} of {manifest.key[:12]}", ", ".join(summary.quarantine_reasons)]]
     _check_quarantine(summary.quarantined, summary.rows + summary.quarantined, config.max_quarantine_share, examples)

@@ -70,6 +70,11 @@ class TokenizerConfig:
 
 
 def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads the index of a dataset and its first images, or published weights.
+
+    Writes the weights of the tokenizer, and a picture of reconstructions if it was trained here. Measures the reconstruction error
+    and how evenly the codes are used.
+    """
     architecture = config.architecture()
     summary = TokenizerSummary(config=architecture, is_imported=config.weights is not None)
     if config.weights is not None:

@@ -1,8 +1,7 @@
 """Stage train: an ENAT on a token map, by Ray Train and DeepSpeed.
 
-Result: EMA weights (`model.safetensors`), raw weights, the history of the run, and EMA weights of the steps that were to be kept.
-Checkpoints lie in the store under the stage's own key until the artifact is committed, so the same command continues an
-interrupted run, with as many workers as there are then.
+Checkpoints are in the store under the stage's own key until the artifact is committed. The same command continues an interrupted
+run, with any number of workers.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
 
-# Of glibc, on CPUs. Ray Train runs the loop in a thread, and a thread's own arena gives memory back and asks for it anew all the
-# time: at ENAT-S width 45,000 page faults a step, a tenth to a fifth of its time. One arena that keeps what it has: none.
+# For glibc on CPUs. Ray Train runs the loop in a thread, whose own arena keeps returning memory and requesting it again: at ENAT-S
+# width 45,000 page faults per step, a tenth to a fifth of its time. A single arena that keeps its memory has none.
 _KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -53,6 +52,11 @@ _SHOWN_FIRST = ("step", "loss", "token_accuracy", "images_per_second", "model_fl
 
 
 def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+    """Reads a token map and its tokenizer, and caption features for a model of captions; or a tokenizer and published weights.
+
+    Writes EMA weights, raw weights, the history, and the EMA weights of steps that are to be kept. Measures the loss and speed of
+    the last step. Raises KeyboardInterrupt if it was asked to stop; its checkpoint is saved.
+    """
     if config.weights is not None:
         return _imported(config, config.weights, inputs["tokenizer"], context)
     info = TokenMapSummary.read(inputs["token_map"]).info
@@ -75,7 +79,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
         if trained.error is not None:
             raise trained.error
         if not trained.files:
-            context.console.print(f"training stopped at step {trained.step}, which is saved; the same command goes on from there")
+            context.console.print(f"training stopped at step {trained.step}, which is saved; the same command continues from there")
             raise KeyboardInterrupt
     record = context.write(HISTORY, lambda path: path.write_text(json.dumps(trained.history)))
     seconds = before.worker_seconds + (time.monotonic() - started) * _mean_workers(config, trained, before)
@@ -98,7 +102,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
 
 
 def _mean_workers(config: TrainConfig, trained: TrainResult, before: ResumePoint) -> float:
-    """Of the steps that this command took: elastic runs change it."""
+    """The mean number of workers over the steps of this command; elastic runs change it."""
     num_workers = [row["num_workers"] for row in trained.history if row["step"] > before.step] or [config.execution.num_workers]
     return sum(num_workers) / len(num_workers)
 
@@ -178,7 +182,7 @@ def _fit(
 
 @contextmanager
 def _storage() -> Iterator[str]:
-    """A folder of Ray Train's own: a new one each time, since from a used one it would go on with a record of its own."""
+    """A new folder for Ray Train. In a used one it would resume from a record of its own."""
     folder = tempfile.mkdtemp(prefix="enat-ray-train-")
     try:
         yield folder
@@ -187,10 +191,10 @@ def _storage() -> Iterator[str]:
 
 
 def _wait_for(trainer: TorchTrainer, reporter: Reporter, console: Console) -> Any:
-    """The answer of rank 0. The first SIGINT or SIGTERM asks the workers to save and stop, a second one ends at once.
+    """The result of rank 0. The first SIGINT or SIGTERM asks the workers to save and stop; a second one stops at once.
 
-    Ray Train waits in a thread of its own: in the main one it would put its own handler of SIGINT in place, which drops what
-    was learnt since the last checkpoint.
+    Ray Train waits in a thread of its own. In the main thread it would install its own handler of SIGINT, which loses the steps
+    since the last checkpoint.
     """
     answer: Future[Any] = Future()
 

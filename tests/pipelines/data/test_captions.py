@@ -250,7 +250,7 @@ def test_a_manifest_of_something_else_is_refused(local_store: ArtifactStore, com
         with pytest.raises(ValueError, match=message):
             CaptionFeatures.open(local_store, commit(folder, key, **info))
     manifest = Manifest(stage="tokenizer", key="k", stage_version=1, config={}, inputs={}, files=())
-    with pytest.raises(ValueError, match="tokenizer/k .*info"):
+    with pytest.raises(ValueError, match=r"tokenizer/k .*info"):
         CaptionFeatures.open(local_store, manifest)
     for number, name in enumerate((captions_name(3), EMPTY), start=1):
         (folder / name).unlink()
