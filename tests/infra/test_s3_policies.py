@@ -1,8 +1,9 @@
-"""Policies of buckets against what the store really asks for: each role's work is done over HTTP, every request is written down,
-and each must be allowed to that role, and what is not its work must not be."""
+"""Bucket policies against the requests of the store. Each role does its work over HTTP and every request is recorded. A role's
+policy must allow its own requests, and deny those that are not part of its work."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -36,7 +37,7 @@ TOKEN_MAP, TRAIN, OTHER = "a" * 64, "b" * 64, "c" * 64  # keys
 
 @dataclass(frozen=True)
 class Request:
-    """action: IAM's name of what is asked.   key: of the object, or for a listing the prefix."""
+    """`action`: the name in IAM. `key`: of the object, or the prefix of a listing."""
 
     action: str
     key: str
@@ -48,7 +49,7 @@ class Request:
 
 
 def _requests(prepared: Any) -> list[Request]:
-    """What one HTTP request needs, by AWS's table of operations and actions."""
+    """The actions that one HTTP request needs, by AWS's table of operations and actions."""
     url = urlsplit(prepared.url)
     query = parse_qs(url.query, keep_blank_values=True)
     key = unquote(url.path).removeprefix(f"/{BUCKET}").lstrip("/")
@@ -64,7 +65,7 @@ def _requests(prepared: Any) -> list[Request]:
             body = prepared.body if isinstance(prepared.body, bytes | str) else prepared.body.read()
             tree = ElementTree.fromstring(body)
             return [Request("s3:DeleteObject", element.text or "") for element in tree.iter() if element.tag.endswith("Key")]
-        case "POST":  # begins or completes an upload in parts
+        case "POST":  # starts or completes a multipart upload
             return [Request("s3:PutObject", key, is_conditional or "uploads" in query)]
         case "DELETE" if "uploadId" in query:
             return [Request("s3:AbortMultipartUpload", key)]
@@ -76,7 +77,7 @@ def _policy(name: str, bucket: str = BUCKET, prefix: str = PREFIX) -> dict[str, 
 
 
 def _is_allowed(policy: dict[str, Any], request: Request) -> bool:
-    """By moto's reading of policies, which knows no conditions: the one on a listing's prefix is looked at here."""
+    """As moto reads policies. moto ignores conditions, so the condition on a listing's prefix is checked here."""
     from moto.iam.access_control import IAMPolicy, PermissionResult
 
     statements = []
@@ -127,9 +128,9 @@ def recorded(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def _work_of_a_worker(recorded: Recorded) -> None:
-    """What tasks and ranks do: files, records of parts, checkpoints that come and go, and what is there already is read."""
+    """Tasks and ranks write files, part records and checkpoints, remove checkpoints, and read existing files."""
     store = recorded.store
-    for content in (b"bytes", b"other bytes"):  # the second lies under a name with its digest
+    for content in (b"bytes", b"other bytes"):  # the second gets a name with its digest
         store.put_file("token_map", TOKEN_MAP, "part-00000.parquet", recorded.file("part", content))
     record = store.put_file("train", TRAIN, f"{WORK}/step-00000100-a/rank-00000.safetensors", recorded.file("rank", b"1"))
     store.put_part("train", TRAIN, "checkpoint-00000100-a-00000-of-00001", {"tensors": 1})
@@ -138,19 +139,19 @@ def _work_of_a_worker(recorded: Recorded) -> None:
     store.discard_part("train", TRAIN, "checkpoint-00000100-a-00000-of-00001")
     store.discard_files("train", TRAIN, [record])
     assert store.read_manifest("dataset", OTHER) is None
-    large = recorded.file("large", b"x" * (6 << 20))  # goes up in parts
+    large = recorded.file("large", b"x" * (6 << 20))  # a multipart upload
     assert store.folder.put_if_absent(f"train/{TRAIN}/large.safetensors", large, part_size=5 << 20)
     changed = recorded.file("changed", b"x" * (6 << 20))
-    with pytest.raises(ValueError, match="changed while it was written"):  # an upload that is given up
+    with pytest.raises(ValueError, match="changed while it was written"):  # an aborted upload
         store.folder.put_if_absent(f"train/{TRAIN}/changed.safetensors", changed, "0" * 64, part_size=5 << 20)
 
 
 def _work_of_a_driver(recorded: Recorded) -> Manifest:
-    """The rest of a run: looks whether the store can be written, commits, clears up."""
+    """The rest of a run: check that the store is writable, commit, clean up."""
     store = recorded.store
     store.check_writable()
     store.record_use("token_map", TOKEN_MAP)
-    store.record_use("token_map", TOKEN_MAP)  # in the place of the first
+    store.record_use("token_map", TOKEN_MAP)  # replaces the first
     record = store.put_file("token_map", TOKEN_MAP, "index.json", recorded.file("index", b"{}"))
     manifest = Manifest(stage="token_map", key=TOKEN_MAP, stage_version=1, config={}, inputs={}, files=(record,))
     store.put_file("token_map", TOKEN_MAP, f"{WORK}/state", recorded.file("state", b"2"))
@@ -170,7 +171,7 @@ def _work_of_a_reader(recorded: Recorded, manifest: Manifest) -> None:
 
 
 def _work_of_a_collector(recorded: Recorded, manifest: Manifest) -> None:
-    """Removes all there is; and one manifest is put back, as it is when a run notes its use just then."""
+    """Remove everything. One manifest is written again, as it is if a run records its use during the collection."""
     store = recorded.store
     store.delete_manifest(manifest.stage, manifest.key)
     store.commit(manifest)
@@ -206,7 +207,7 @@ def test_roles_may_do_their_work_and_no_more(recorded: Recorded) -> None:
     for role in ROLES:
         refused = [request for request in work[role] if not _is_allowed(_policy(role), request)]
         assert not refused, (role, refused)
-    # Each role is kept from what the next one does.
+    # No role may do the work of the next one.
     changing = [request for request in recorded.requests if request.action not in {"s3:ListBucket", "s3:GetObject"}]
     assert changing and not any(_is_allowed(_policy("reader"), request) for request in changing)
     files = [request for request in changing if request.action == "s3:PutObject" and not request.key.endswith("/manifest.json")]
@@ -216,115 +217,88 @@ def test_roles_may_do_their_work_and_no_more(recorded: Recorded) -> None:
     }
     assert kept == {"manifest.json", ".probe"}
     assert any(not _is_allowed(_policy("committer"), request) for request in by_collector)
-    # What bucket-policy.json refuses, a write without a condition, is asked for where it makes an exception and nowhere else.
+    # The store writes without a condition only where bucket-policy.json makes an exception.
     (exceptions,) = [statement["NotResource"] for statement in _policy("bucket-policy")["Statement"] if "NotResource" in statement]
     overwriting = {request for request in recorded.requests if request.action == "s3:PutObject" and not request.is_conditional}
     assert overwriting and all(any(fnmatchcase(request.resource, pattern) for pattern in exceptions) for request in overwriting)
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize(
-    "request_",
-    [
+def test_roles_have_no_rights_beyond_their_prefix_and_cannot_remove_committed_objects() -> None:
+    outside = [
         Request("s3:GetObject", "mlflow/1/artifacts/model"),
         Request("s3:PutObject", "elsewhere/file"),
         Request("s3:DeleteObject", f"{PREFIX}-other/a"),
         Request("s3:ListBucket", "elsewhere/"),
         Request("s3:ListBucket", ""),
         Request("s3:PutBucketPolicy", ""),
-    ],
-    ids=lambda request: f"{request.action} {request.key}",
-)
-def test_nobody_leaves_the_prefix(role: str, request_: Request) -> None:
-    assert not _is_allowed(_policy(role), request_)
-
-
-@pytest.mark.parametrize("role", ["reader", "stage-writer", "committer"])
-def test_what_is_committed_stays(role: str) -> None:
-    for name in ("manifest.json", "part-00000.parquet", "model.safetensors"):
-        assert not _is_allowed(_policy(role), Request("s3:DeleteObject", f"{PREFIX}/train/{TRAIN}/{name}"))
-
-
-def test_the_tracking_server_keeps_to_its_own_prefix() -> None:
-    policy = _policy("tracking")
-    assert _is_allowed(policy, Request("s3:PutObject", "mlflow/1/artifacts/model/README.md"))
-    assert not _is_allowed(policy, Request("s3:GetObject", f"{PREFIX}/train/k/model.safetensors"))
-
-
-def test_datasets_are_only_read() -> None:
-    policy = json.loads((S3 / "dataset-reader.json").read_text().replace("DATASETS", BUCKET))
-    assert _is_allowed(policy, Request("s3:GetObject", "imagenet/train/a.jpg")) and _is_allowed(
-        policy, Request("s3:ListBucket", "")
-    )
-    assert not _is_allowed(policy, Request("s3:PutObject", "imagenet/train/a.jpg"))
+    ]
+    files = ("manifest.json", "part-00000.parquet", "model.safetensors")
+    removing = [Request("s3:DeleteObject", f"{PREFIX}/train/{TRAIN}/{name}") for name in files]
+    for role in ROLES:
+        refused = outside + (removing if role != "collector" else [])
+        assert not [(role, request) for request in refused if _is_allowed(_policy(role), request)]
+    tracking = _policy("tracking")
+    assert _is_allowed(tracking, Request("s3:PutObject", "mlflow/1/artifacts/model/README.md"))
+    assert not _is_allowed(tracking, Request("s3:GetObject", f"{PREFIX}/train/k/model.safetensors"))
+    datasets = json.loads((S3 / "dataset-reader.json").read_text().replace("DATASETS", BUCKET))
+    reading = [Request("s3:GetObject", "imagenet/train/a.jpg"), Request("s3:ListBucket", "")]
+    assert all(_is_allowed(datasets, request) for request in reading)
+    assert not _is_allowed(datasets, Request("s3:PutObject", "imagenet/train/a.jpg"))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------------
 
 
-def _known_actions() -> set[str]:
-    """Of S3, in AWS's own description of its API as boto3 has it, and what IAM calls differently."""
-    description = next(iter(sorted((files("botocore") / "data" / "s3").iterdir(), key=str)))
-    service = description / "service-2.json.gz"
-    import gzip
-
-    operations = json.loads(gzip.decompress(service.read_bytes()))["operations"]
-    return {f"s3:{name}" for name in operations} | {"s3:ListBucket"}  # ListObjectsV2 is called s3:ListBucket by IAM
-
-
-@pytest.mark.parametrize("path", sorted(S3.glob("*.json")), ids=lambda path: path.stem)
-def test_policies_are_well_formed(path: Path) -> None:
-    document = json.loads(path.read_text())
-    if path.stem == "lifecycle":
-        return
-    assert document["Version"] == "2012-10-17"
-    known = _known_actions()
-    for statement in document["Statement"]:
-        assert statement["Effect"] in {"Allow", "Deny"} and statement["Sid"].isalnum()
-        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
-        for action in actions:
-            assert action in known or (action == "s3:*" and statement["Effect"] == "Deny")
-        if statement["Effect"] == "Allow":
-            assert "Principal" not in statement and "NotResource" not in statement
-            assert all(resource.startswith("arn:aws:s3:::") and resource != "arn:aws:s3:::*" for resource in statement["Resource"])
+def test_policies_are_well_formed() -> None:
+    """Actions are those of AWS's description of its API, as botocore ships it. IAM calls ListObjectsV2 s3:ListBucket."""
+    description = next(iter(sorted((files("botocore") / "data" / "s3").iterdir(), key=str))) / "service-2.json.gz"
+    known = {f"s3:{name}" for name in json.loads(gzip.decompress(description.read_bytes()))["operations"]} | {"s3:ListBucket"}
+    policies = [path for path in sorted(S3.glob("*.json")) if path.stem != "lifecycle"]
+    assert {*ROLES, "tracking", "dataset-reader", "bucket-policy"} == {path.stem for path in policies}
+    for path in policies:
+        document = json.loads(path.read_text())
+        assert document["Version"] == "2012-10-17"
+        for statement in document["Statement"]:
+            place = (path.name, statement["Sid"])
+            assert statement["Effect"] in {"Allow", "Deny"} and statement["Sid"].isalnum(), place
+            actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+            assert all(action in known or (action == "s3:*" and statement["Effect"] == "Deny") for action in actions), place
+            if statement["Effect"] == "Allow":
+                assert "Principal" not in statement and "NotResource" not in statement, place
+                buckets = [resource.removeprefix("arn:aws:s3:::") for resource in statement["Resource"]]
+                assert not {"*", *statement["Resource"]} & set(buckets), place
 
 
 def test_the_bucket_refuses_overwriting_and_plain_http() -> None:
-    """Conditions by their names in AWS's user guide, "Enforce conditional writes": uploads in parts are exempt until completed."""
+    """Conditions as in AWS's user guide, "Enforce conditional writes": multipart uploads are exempt until they are completed."""
     encrypted, write_once = _policy("bucket-policy")["Statement"]
     assert encrypted["Condition"] == {"Bool": {"aws:SecureTransport": "false"}} and encrypted["Effect"] == "Deny"
     assert write_once["Effect"] == "Deny" and write_once["Action"] == "s3:PutObject"
     assert write_once["Condition"] == {"Null": {"s3:if-none-match": "true"}, "Bool": {"s3:ObjectCreationOperation": "true"}}
-    of_others, notes = write_once[
-        "NotResource"
-    ]  # MLflow writes without a condition; of an artifact only the note of its last use is replaced
-    assert (of_others, notes) == (f"arn:aws:s3:::{BUCKET}/mlflow/*", f"arn:aws:s3:::{BUCKET}/*/{USED}")
+    # MLflow writes without a condition; in an artifact only the record of its last use is replaced.
+    assert write_once["NotResource"] == [f"arn:aws:s3:::{BUCKET}/mlflow/*", f"arn:aws:s3:::{BUCKET}/*/{USED}"]
 
 
-def test_all_settings_are_taken_by_a_bucket(s3_server: str, s3_environment: dict[str, str]) -> None:
+def test_a_bucket_accepts_all_settings(s3_server: str, s3_environment: dict[str, str]) -> None:
     import boto3
 
     words = ["settings", "--versioning", "--lifecycle", S3 / "lifecycle.json", "--policy", S3 / "bucket-policy.json"]
     done = subprocess.run(
         [sys.executable, S3 / "create_bucket.py", *words],
-        env=s3_environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+        env=s3_environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     client = boto3.client(
         "s3", endpoint_url=s3_server, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
     )
     rules = {rule["ID"]: rule for rule in client.get_bucket_lifecycle_configuration(Bucket="settings")["Rules"]}
-    assert rules["uploads-that-broke-off"]["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] == 2
-    assert rules["what-was-deleted"]["NoncurrentVersionExpiration"]["NoncurrentDays"] == 7
-    assert not any("Days" in rule.get("Expiration", {}) for rule in rules.values())  # what is there does not end by itself
+    assert rules["unfinished-uploads"]["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] == 2
+    assert rules["deleted-objects"]["NoncurrentVersionExpiration"]["NoncurrentDays"] == 7
+    assert not any("Days" in rule.get("Expiration", {}) for rule in rules.values())  # existing objects never expire
     assert "arn:aws:s3:::settings/*" in client.get_bucket_policy(Bucket="settings")["Policy"]
 
 
-def test_a_bucket_that_cannot_be_made_is_told(s3_environment: dict[str, str]) -> None:
+def test_a_bucket_that_cannot_be_created_is_reported(s3_environment: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, S3 / "create_bucket.py", "any"],
         env=s3_environment | {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1"},
