@@ -1,4 +1,4 @@
-"""ADM's reference statistics (an .npz file) in place of a dataset's images: what the file holds, and its images if any."""
+"""ADM's reference statistics: an .npz file instead of a dataset's images. It may contain images as well."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from enat.metrics.moments import FeatureStatistics
 from pipelines.storage.external import local_file
 from pipelines.storage.s3_client import S3Config
 
-KEY = "reference.npz"  # of the config, for messages
+KEY = "reference.npz"  # key of the config, for messages
 
 
 @dataclass(frozen=True)
 class NpzReference:
-    """statistics: by output of Inception, "features" and "spatial"; empty where the file has none.
+    """statistics: by output of Inception, "features" and "spatial"; empty if the file has none.
 
-    num_images: those in the file, fewer than its statistics are of; 0 where it has none.   resolution: theirs.
+    num_images: images in the file, fewer than its statistics were computed from, or 0.   resolution: of these images.
     """
 
     place: str
@@ -36,24 +36,24 @@ class NpzReference:
 
     @classmethod
     def open(cls, place: str, s3: S3Config | None) -> NpzReference:
-        """place: a path, s3:// or hf://. Raises ValueError for a file that has neither images nor statistics, or is damaged."""
+        """place: a path, s3:// or hf://. Raises ValueError if the file is damaged or has neither images nor statistics."""
         path = local_file(place, KEY, s3)
         try:
             with zipfile.ZipFile(path) as archive:
                 names = set(archive.namelist())
         except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{KEY}: {place} is no .npz file ({error})") from error
+            raise ValueError(f"{KEY}: {place} is not an .npz file ({error})") from error
         try:
             return cls(place, *_read(path, names))
         except ValueError as error:
             raise ValueError(f"{KEY}: {error}") from error
 
     def check(self, extractor: str, outputs: Mapping[str, int], resolution: int) -> None:
-        """Raises ValueError where an extractor cannot be compared with the statistics, or samples not with the images."""
+        """Raises ValueError if the extractor does not fit the statistics, or the resolution does not fit the images."""
         if self.resolution is not None and self.resolution != resolution:
             raise ValueError(f"{KEY} {self.name} has images of {self.resolution} px, but this run makes {resolution} px")
         if not self.num_images and extractor != "inception":
-            raise ValueError(f"{KEY} {self.name} has statistics of Inception's features and no images; set extractor: inception")
+            raise ValueError(f"{KEY} {self.name} has statistics of Inception's features, but no images; set extractor: inception")
         for output, found in self.statistics.items():
             if extractor == "inception" and len(found.mean) != outputs[output]:
                 raise ValueError(f"{KEY} {self.name} has {len(found.mean)} {output}; Inception has {outputs[output]}")
@@ -77,7 +77,7 @@ def _read(path: Path, names: set[str]) -> tuple[dict[str, FeatureStatistics], in
 
 @dataclass(frozen=True)
 class NpzImages:
-    """The images of such a file. Sendable to workers, which read it where the config says it lies."""
+    """The images of such a file. Workers open the file at the place that the config names."""
 
     place: str
     s3: S3Config | None

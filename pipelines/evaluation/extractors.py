@@ -1,4 +1,4 @@
-"""Feature extractors as references hold them: which one, its weights, and the version of what it computes."""
+"""Feature extractors as references store them: kind, weights, and version of the features."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.workflow.summary import Summary
 
-# Raised whenever features of the same images by the same weights come out otherwise: 2 since DINOv2's positions are resampled as
-# published, and spatial features are an image's own also in passes side by side.
+# Raised whenever the same images and weights give other features. 2: DINOv2's positions are resampled as published, and spatial
+# features depend on their own image only, also if passes run in parallel.
 FEATURES_VERSION = 2
 EXTRACTOR_FILE = "extractor.safetensors"  # of a reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSummary(Summary):
-    """outputs: number of features by name.   of: the real images, in words.   resolution: in pixels; None if it is not known.
+    """outputs: number of features by name.   of: description of the real images.   resolution: pixels, None if unknown.
 
     num_images: None if published statistics do not give it.   num_kept: images whose own features are stored.
     features_version: see FEATURES_VERSION.
@@ -48,17 +48,17 @@ class ReferenceSummary(Summary):
 
 
 class ExtractorSource(Protocol):
-    """What workers get an extractor from."""
+    """Where workers get an extractor from."""
 
     def load(self) -> FeatureExtractor: ...
 
 
 @dataclass(frozen=True)
 class ExtractorFile:
-    """Where an extractor's weights lie, also before its artifact is committed.
+    """An extractor's weights in a store. The artifact need not be committed yet.
 
-    factory: opens the file on a worker, whose own registry knows nothing of kinds that were registered on the driver; None for
-    a built-in kind.
+    factory: opens the file on a worker, because a worker does not know the kinds that were registered on the driver. None for a
+    built-in kind.
     """
 
     store: ArtifactStore
@@ -70,13 +70,13 @@ class ExtractorFile:
 
     @classmethod
     def of(cls, store: ArtifactStore, kind: str, stage: str, key: str, file: FileRecord) -> ExtractorFile:
-        """Raises ValueError for a kind that this process does not know."""
+        """Raises ValueError if this process does not know the kind."""
         factory = extractor_factory(kind)
         return cls(store, kind, stage, key, file, None if kind in BUILT_IN else factory)
 
     @classmethod
     def of_reference(cls, store: ArtifactStore, reference: Manifest) -> ExtractorFile:
-        """The one that a reference was made with."""
+        """The extractor of a reference."""
         file = reference.file(EXTRACTOR_FILE)
         return cls.of(store, ReferenceSummary.read(reference).extractor, reference.stage, reference.key, file)
 
@@ -86,9 +86,9 @@ class ExtractorFile:
 
 
 def require_same_features(reference: Manifest) -> None:
-    """Raises ValueError where a reference holds features that this program would compute otherwise."""
+    """Raises ValueError if this program would compute the features of a reference differently."""
     if (found := ReferenceSummary.read(reference).features_version) != FEATURES_VERSION:
         raise ValueError(
-            f"reference/{reference.key[:12]} has features of version {found}, and here they are of version {FEATURES_VERSION}: "
-            "a distance to it would say nothing; make the reference anew, from a config that says how"
+            f"reference/{reference.key[:12]} has features of version {found}, but this program computes version "
+            f"{FEATURES_VERSION}. Distances between versions are meaningless. Compute the reference again from its config"
         )

@@ -1,10 +1,10 @@
 """Features of many images, computed on Ray: moments of all of them, and rows that are kept.
 
-Images travel in blocks of fixed size by index: loaded by tasks on CPUs, then decoded and looked at by a pool of actors. Which
-images a network computes together is fixed by index as well, `images_per_pass` of them, since sums of floats depend on what
-stands beside an image. Blocks come back in any order; the driver puts them together into parts of bounded size and adds these to
-the moments in the order of their index, a few blocks at a time. So features and moments are the same bits whatever the workers, the
-batch size, or a crash on the way, and what the driver holds does not grow with the number of images.
+Images travel in blocks of fixed size, by index. Tasks on CPUs load a block; a pool of actors decodes it and computes its features.
+The index also fixes which `images_per_pass` images a network computes together, because floating-point sums depend on the rest of
+the batch. Blocks return in any order. The driver joins them into parts of bounded size and adds these to the moments in the order
+of their index, a few blocks at a time. Features and moments therefore have the same bits for any number of workers, any batch size
+and after any crash, and the memory of the driver does not grow with the number of images.
 
 Shape legend: R images of a block, P images of a pass, F features.
 """
@@ -38,20 +38,20 @@ from pipelines.sampling.fixed_batches import fix_numerics, pass_pool, passes_at_
 from pipelines.workflow.stage import StageContext
 
 BLOCK_SIZE = 256  # images that travel together
-_BLOCKS_PER_PART = 4  # at least; what a crash can lose
-_MAX_BLOCKS_PER_PART = 32  # 8,192 images, 170 MB of Inception's outputs, of which the driver holds a few parts at once
-_USUAL_PARTS = 32  # at most, where that makes no part too large: each commits the moments so far, 33 MB for 2048 features
-_BLOCKS_PER_SUM = 16  # added to the moments at once: 4,096 images, so that a sum of squares is shared by many
-_OBJECT_STORE_BYTES = 1 << 30  # of blocks on their way
+_BLOCKS_PER_PART = 4  # at least; a crash loses up to one part
+_MAX_BLOCKS_PER_PART = 32  # 8,192 images or 170 MB of Inception's outputs; the driver holds a few parts at once
+_USUAL_PARTS = 32  # at most, unless parts would be too large: each commits the moments so far, 33 MB for 2048 features
+_BLOCKS_PER_SUM = 16  # added to the moments at once: 4,096 images share one sum of squares
+_OBJECT_STORE_BYTES = 1 << 30  # of blocks in transit
 MOMENTS_FILES = {"features": "moments.safetensors", "spatial": "spatial_moments.safetensors"}  # by output
-_KEPT = ("features", "logits")  # outputs whose rows are kept; of "spatial" only the moments are ever needed
+_KEPT = ("features", "logits")  # outputs whose rows are kept; "spatial" is needed as moments only
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """What is computed, and nothing of how.
+    """What is computed. How it is distributed is in Execution.
 
-    images_per_pass: P.   kept: rows of "features" and "logits" that are stored; None all, else ascending image indices. An index
+    images_per_pass: P.   kept: ascending indices of the images whose "features" and "logits" are stored, or None for all. An index
     counts readable images within its block.
     """
 
@@ -61,16 +61,16 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
-            raise ValueError("there are no images to compute features of")
+            raise ValueError("features need at least one image; num_images is 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
-    """count: images that could be read.   num_kept: of them, those whose rows are kept.   moments: by output.
+    """count: images that could be read.   num_kept: images whose rows are kept.   moments: by output.
 
-    files: safetensors with kept rows, in order, of read_rows.
-    worker_seconds: summed over workers.   device_seconds: those of the actors that hold the network.   decoding_seconds: of these
-    actors', those that went into making the images.
+    files: safetensors with the kept rows, in order, for read_rows.
+    worker_seconds: summed over workers.   device_seconds: of the actors that hold the network.   decoding_seconds: the share of
+    these actors' time that was spent on decoding images.
     """
 
     count: int
@@ -83,7 +83,7 @@ class FeatureSet:
 
 
 def drawn_evenly(num_images: int, count: int, seed: int) -> np.ndarray:
-    """At most count ascending indices below num_images, one drawn from each of count equal intervals: int64."""
+    """Draw one index from each of `count` equal intervals of range(num_images). Returns at most `count` ascending int64 indices."""
     if count >= num_images:
         return np.arange(num_images)
     edges = np.arange(count + 1, dtype=np.int64) * num_images // max(1, count)
@@ -91,7 +91,7 @@ def drawn_evenly(num_images: int, count: int, seed: int) -> np.ndarray:
 
 
 def read_rows(store: ArtifactStore, stage: str, key: str, files: Sequence[FileRecord], name: str) -> np.ndarray:
-    """Rows of one output, in the order of their images: (R, F), or (R,) of a measure. Raises ValueError where none were kept."""
+    """Rows of one output in the order of their images: (R, F), or (R,) for a measure. Raises ValueError if none were kept."""
     parts = [load_file(store.fetch_file(stage, key, file)) for file in files]
     found = [part[name] for part in parts if name in part]
     if not found:
@@ -100,28 +100,28 @@ def read_rows(store: ArtifactStore, stage: str, key: str, files: Sequence[FileRe
 
 
 def stored_moments(store: ArtifactStore, manifest: Manifest) -> dict[str, FeatureMoments | FeatureStatistics]:
-    """Moments by output, of a committed artifact."""
+    """Moments of a committed artifact, by output."""
     names = {file.name for file in manifest.files}
     return {output: load_moments(store.fetch(manifest, name)) for output, name in MOMENTS_FILES.items() if name in names}
 
 
 def feature_files(manifest: Manifest) -> tuple[FileRecord, ...]:
-    """Those of a committed artifact that compute_features made."""
+    """Files of a committed artifact that compute_features wrote."""
     return tuple(file for file in manifest.files if file.name.startswith(_PART_PREFIX))
 
 
 def compute_features(
     reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution, context: StageContext
 ) -> FeatureSet:
-    """Features of the images 0..num_images-1 that the reader gives. Goes on after the parts that are committed under the key.
+    """Compute features of the reader's images 0..num_images-1. Resumes after the parts that are committed under the key.
 
-    Raises ValueError where no image can be read, and for an extractor that gives values that are not finite, or other widths than
-    it says.
+    Raises ValueError if no image can be read, or if the extractor returns values that are not finite or widths other than it
+    declares.
     """
     size = _part_size(spec.num_images)
     parts = [range(start, min(start + size, spec.num_images)) for start in range(0, spec.num_images, size)]
     committed = context.store.read_parts(context.stage, context.key)
-    records: list[dict[str, Any]] = []  # the moments of a part go on from those before it, so what counts is an unbroken row
+    records: list[dict[str, Any]] = []  # only parts without a gap before them: a part's moments include all earlier parts
     while len(records) < len(parts) and _part_name(len(records)) in committed:
         records.append(committed[_part_name(len(records))])
     moments = _load_moments(records[-1], context) if records else {}
@@ -148,7 +148,7 @@ def compute_features(
 
 
 def _part_size(num_images: int) -> int:
-    """Images per part: whole blocks, and a function of num_images alone."""
+    """Images per part: whole blocks. Depends on num_images only."""
     blocks = -(-num_images // BLOCK_SIZE)
     return BLOCK_SIZE * max(_BLOCKS_PER_PART, min(_MAX_BLOCKS_PER_PART, -(-blocks // _USUAL_PARTS)))
 
@@ -165,10 +165,10 @@ def _blocks(parts: Sequence[range], first_part: int) -> list[dict[str, int]]:
 def _computed(
     blocks: list[dict[str, int]], reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution
 ) -> Generator[dict[str, Any]]:
-    """Records of blocks, each as soon as it is done."""
+    """Yield the record of each block as soon as it is computed."""
 
     def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
-        num_loading = len(rows) if len(rows) < execution.num_workers else None  # Ray Data warns of more tasks than blocks
+        num_loading = len(rows) if len(rows) < execution.num_workers else None  # Ray Data warns if there are more tasks than blocks
         computed = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map_batches(_Load(reader), **feeding_tasks(execution, num_loading))
@@ -184,7 +184,7 @@ def _computed(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A block's rows as the reader stores them. A class of its own, because Ray makes columns of dictionaries of arrays."""
+    """Rows of a block as the reader loads them. A class, because Ray turns dictionaries of arrays into columns."""
 
     block: dict[str, int]
     rows: dict[str, np.ndarray]
@@ -193,7 +193,7 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """A block's outputs. num_rows: R.   num_kept: of them, those kept.   for_moments, kept: output or measure -> its rows."""
+    """Outputs of a block. num_rows: R.   num_kept: rows that are kept.   for_moments, kept: output or measure -> its rows."""
 
     num_rows: int
     num_kept: int = 0
@@ -203,21 +203,21 @@ class _Outputs:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Outputs and measures of the images of one pass, and how long it took; of that, making the images."""
+    """Outputs and measures of the images of one pass, its duration, and the part of it that decoding took."""
 
     outputs: dict[str, np.ndarray]
     seconds: float
     decoding_seconds: float
 
 
-def _share(passes: Sequence[_Pass]) -> float:
-    """Of making images in the time of passes, which may have run side by side."""
+def _decoding_share(passes: Sequence[_Pass]) -> float:
+    """Share of decoding in the time of passes, which may have run in parallel."""
     whole = sum(each.seconds for each in passes)
     return sum(each.decoding_seconds for each in passes) / whole if whole else 0.0
 
 
 class _Load:
-    """Block -> what is needed to make its images, on a CPU."""
+    """Load the rows of a block, on a CPU."""
 
     def __init__(self, reader: BlockReader) -> None:
         self.reader = reader
@@ -230,7 +230,7 @@ class _Load:
 
 
 class _Extract:
-    """What was loaded of a block -> its outputs. One actor holds one extractor."""
+    """Compute the outputs of a loaded block. One actor holds one extractor."""
 
     def __init__(self, reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution) -> None:
         fix_numerics(execution.device)
@@ -260,7 +260,7 @@ class _Extract:
             "images": loaded.block["stop"] - loaded.block["start"],
             "outputs": selected,
             "seconds": seconds,
-            "decoding_seconds": seconds * _share(results),
+            "decoding_seconds": seconds * _decoding_share(results),
             "loading_seconds": loaded.seconds,
         }
         return {"record": [record]}
@@ -275,7 +275,7 @@ class _Extract:
             wait_for(self.device)
             decoding_seconds = time.perf_counter() - before
             if decoded.images.is_floating_point() and not getattr(self.extractor, "takes_float", False):
-                raise ValueError(f"{type(self.extractor).__name__} takes images of 8 bits alone; leave evaluate.rounding at uint8")
+                raise ValueError(f"{type(self.extractor).__name__} takes 8-bit images only; set evaluate.rounding to uint8")
             return {**self.extractor(decoded.images), **decoded.measures}
 
         started = time.perf_counter()
@@ -288,9 +288,9 @@ class _Extract:
             values = outputs.get(name)
             if values is None or values.shape[1:] != (width,):
                 shape = "nothing" if values is None else f"shape {values.shape}"
-                raise ValueError(f"the feature extractor says that {name} has width {width}, but gave {shape} for {where}")
+                raise ValueError(f"the feature extractor declares width {width} for {name}, but returned {shape} for {where}")
             if not np.isfinite(values).all():
-                raise ValueError(f"{name} of {where} hold values that are not finite; the extractor or its weights are broken")
+                raise ValueError(f"{name} of {where} contain values that are not finite; the extractor or its weights are broken")
 
     def _selected(self, outputs: Mapping[str, np.ndarray], num_rows: int, block: Mapping[str, int]) -> _Outputs:
         kept = np.arange(num_rows)
@@ -315,7 +315,7 @@ def _part_name(part: int) -> str:
 
 
 class _PartWriter:
-    """Puts blocks together into parts, and commits parts in order, each with the moments of all images up to it."""
+    """Joins blocks into parts and commits the parts in order, each with the moments of all images up to its end."""
 
     def __init__(
         self, parts: Sequence[range], records: list[dict[str, Any]], moments: dict[str, FeatureMoments], context: StageContext
@@ -325,7 +325,7 @@ class _PartWriter:
 
     def write_all(self, computed: Iterator[dict[str, Any]], advance: Callable[[int], object]) -> None:
         num_blocks = Counter({number: -(-len(part) // BLOCK_SIZE) for number, part in enumerate(self.parts)})
-        following = len(self.records)  # the next part to be handed to the thread, which alone touches records and moments
+        following = len(self.records)  # next part for the thread, which alone changes records and moments
         writing: list[Future[None]] = []
         with ThreadPoolExecutor(1) as thread:
             for record in computed:
@@ -335,7 +335,7 @@ class _PartWriter:
                     whole = sorted(self._waiting.pop(following), key=lambda block: int(block["start"]))
                     writing.append(thread.submit(self._write, following, whole))
                     following += 1
-                while len(writing) > 2 or (writing and writing[0].done()):  # a part's rows are held until it is written
+                while len(writing) > 2 or (writing and writing[0].done()):  # the rows of a part stay in memory until it is written
                     writing.pop(0).result()
             for future in writing:
                 future.result()
@@ -343,7 +343,7 @@ class _PartWriter:
 
     def _write(self, part: int, blocks: Sequence[dict[str, Any]]) -> None:
         if part > len(self.records):
-            return  # the part before it failed, which write_all raises; moments go on from one part to the next
+            return  # the part before it failed: write_all raises that, and moments build on the part before
         outputs = [block["outputs"] for block in blocks]
         for first in range(0, len(outputs), _BLOCKS_PER_SUM):
             self._add([each.for_moments for each in outputs[first : first + _BLOCKS_PER_SUM] if each.for_moments])
@@ -359,13 +359,13 @@ class _PartWriter:
             **{name: sum(block[name] for block in blocks) for name in ("seconds", "decoding_seconds", "loading_seconds")},
         }
         self.context.store.put_part(self.context.stage, self.context.key, _part_name(part), record)
-        if len(self.records) > 1:  # only the newest moments are gone on from, or those before, by another run of the same stage
+        if len(self.records) > 1:  # a run resumes from the newest moments, a concurrent run from the ones before
             outdated = [FileRecord(**file) for file in self.records[-2]["moments"].values()]
             self.context.store.discard_files(self.context.stage, self.context.key, outdated)
         self.records.append(record)
 
     def _add(self, blocks: Sequence[Mapping[str, np.ndarray]]) -> None:
-        """blocks: of images that follow each other; all have the same outputs."""
+        """Add consecutive blocks to the moments. All have the same outputs."""
         for name in blocks[0] if blocks else ():
             rows = np.concatenate([block[name] for block in blocks])
             self.moments.setdefault(name, FeatureMoments(rows.shape[1])).add(rows)

@@ -1,6 +1,6 @@
-"""What is told of an evaluation: how it was measured (its protocol), tags to find it by, and a picture of the samples.
+"""How an evaluation was measured (its protocol), its tags in MLflow, and a picture of the samples.
 
-Numbers of two evaluations may stand beside each other only where their protocols are the same.
+Scores of two evaluations are comparable only if their protocols are equal.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipelines.workflow.stage import MAIN, PublishContext
 
 GRID = "samples.png"
 DISTANCES = ("fid", "frechet_distance")
-# What people are shown of scores, and how it is called.
+# Scores that are shown, with their titles.
 SCORES = {
     "fid": "FID",
     "frechet_distance": "Fréchet distance",
@@ -43,15 +43,15 @@ SCORES = {
     "coverage": "coverage",
     "class_agreement": "class agreement",
 }
-_LARGE = 64  # pixels from which on fewer images are shown, and none enlarged
+_LARGE = 64  # pixels; images of this size and above are not enlarged, and fewer are shown
 _MOST_COLUMNS = 20
 
 
 def protocol_of(reference: Manifest, samples: Manifest, settings: ScoreSettings, rounding: str = "uint8") -> dict[str, Any]:
-    """What a number depends on beside the images that it is of.
+    """Everything that a score depends on apart from the images.
 
-    num_reference: None where a published file does not say.   num_kept: of them, those whose own features are known, for what
-    moments do not tell.   labels: see label_schemes.
+    num_reference: None if a published file does not state it.   num_kept: reference images whose features are stored, for metrics
+    that need more than moments.   labels: see pipelines.data.labels.
     """
     real = ReferenceSummary.read(reference)
     return {
@@ -79,7 +79,7 @@ def protocol_digest(protocol: Mapping[str, Any]) -> str:
 
 
 def num_samples_of(samples: Manifest) -> int:
-    """Of samples that were generated here or elsewhere."""
+    """Number of samples, generated here or elsewhere."""
     summary = samples_summary(samples)
     return summary.num_images if isinstance(summary, ImageSetSummary) else summary.num_samples
 
@@ -115,7 +115,7 @@ def scheme_of(samples: Manifest) -> str:
 
 
 def sample_grid(reader: BlockReader, inputs: Mapping[str, Manifest], images_per_pass: int) -> Image.Image:
-    """The first samples in order: where classes come in turn, a column each. No more of them are decoded than are shown."""
+    """The first samples in order, a column per class if classes come in turn. Only samples that are shown are decoded."""
     samples = inputs["samples"]
     num_classes, side = samples_summary(samples).num_classes, resolution_of(samples, inputs)
     columns = num_classes if 2 <= num_classes <= _MOST_COLUMNS else 8
@@ -126,7 +126,7 @@ def sample_grid(reader: BlockReader, inputs: Mapping[str, Manifest], images_per_
 
 
 def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> dict[str, str]:
-    """node: id of the stage in its pipeline, "evaluate" or "evaluate@variant". Of outside samples only what is known."""
+    """Tags of an evaluation. node: its id in the graph, "evaluate" or "evaluate@variant". Outside samples have fewer tags."""
     samples, made = inputs["samples"], samples_summary(inputs["samples"])
     protocol = EvaluationSummary.read(manifest).protocol
     tags: dict[str, Any] = {
@@ -147,7 +147,7 @@ def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> di
             "enat.parameters": model.parameters,
             "enat.train_steps": model.num_steps,
             "enat.num_steps": made.sampler.num_steps,
-            # What the times of the samples were measured with.
+            # Settings that the times of the samples depend on.
             "enat.device": made.device,
             "enat.images_per_pass": made.batch_size,
             "enat.precision": made.precision,
@@ -158,7 +158,7 @@ def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> di
 
 
 def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
-    """Tags, the picture, and what all of it took, on the tracking run of the stage, also where the evaluation was reused."""
+    """Log tags, the picture and costs to the tracking run of the stage, also if the evaluation was reused."""
     tags = tags_of(manifest, inputs, context.node)
     if context.prices is not None:
         tags["enat.currency"] = context.prices.currency  # of cost/total_money

@@ -1,6 +1,6 @@
-"""Where images come from that features are computed of: a dataset, generated codes, anything that gives pixels.
+"""Sources of the images of an evaluation: a dataset, generated codes, or anything that gives pixels.
 
-A block reader loads rows on a CPU, and its decoder turns them into images on the device of whoever computes with them.
+A block reader loads rows on a CPU. Its decoder turns them into images on the device that computes their features.
 
 Shape legend: R images, P images of a pass, L codes of an image.
 """
@@ -23,14 +23,14 @@ from pipelines.data.image_sets import ImageSet, ImageSetConfig
 from pipelines.data.samples import read_samples
 
 Rows = dict[str, torch.Tensor]
-ROUNDINGS = ("uint8", "float")  # of decoded pixels, before anything is computed of them
+ROUNDINGS = ("uint8", "float")  # of decoded pixels, before features are computed
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """images: uint8 (R, 3, H, W), or float32 in 0..255 where they are not rounded.
+    """images: uint8 (R, 3, H, W), or float32 in [0, 255] if they are not rounded.
 
-    measures: what else is known of each image by then, by name; (R,).
+    measures: further values of each image by name, (R,).
     """
 
     images: torch.Tensor
@@ -41,10 +41,10 @@ Decoder = Callable[[Rows], Decoded]
 
 
 class BlockReader(Protocol):
-    """Sendable to workers. An image must not depend on which others it is decoded with, but for their number.
+    """Sent to workers. An image may depend on the number of images it is decoded with, but not on their content.
 
-    load: the rows of images start..stop-1 by name, arrays of R; unreadable images may be left out.
-    decoder: turns such rows, as tensors on the device, into images.
+    load: rows of the images start..stop-1 by name, R each. Unreadable images may be left out.
+    decoder: a function from such rows, as tensors on the device, to images.
     """
 
     def load(self, start: int, stop: int) -> dict[str, np.ndarray]: ...
@@ -53,14 +53,14 @@ class BlockReader(Protocol):
 
 
 class ImageReader(Protocol):
-    """read: uint8 (R, 3, H, W) of sample indices start..stop-1; may leave out unreadable ones."""
+    """read: images start..stop-1, uint8 (R, 3, H, W). May leave out unreadable ones."""
 
     def read(self, start: int, stop: int, device: str) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class PixelBlocks:
-    """Whatever reads pixels, as a block reader."""
+    """A block reader over an image reader."""
 
     reader: ImageReader
 
@@ -73,7 +73,7 @@ class PixelBlocks:
 
 @dataclass(frozen=True)
 class SourceImages:
-    """The real images of a dataset, cropped as the token map crops them. Unreadable ones, which it quarantines, are left out."""
+    """The images of a dataset, cropped as in the token map. Unreadable images are left out, as in the token map."""
 
     dataset: Dataset
     resolution: int
@@ -105,22 +105,21 @@ def sample_reader(
     images: ImageSetConfig | None,
     rounding: str = "uint8",
 ) -> BlockReader:
-    """Of samples that were generated here, by stage `generate`, or elsewhere, by stage `images`. images: where those lie.
-    rounding: of ROUNDINGS.
+    """A reader of generated samples (stage `generate`) or of images from elsewhere (stage `images`, at the place `images`).
 
-    Raises ValueError where images are to be float that were made elsewhere, as these were rounded by whoever made them.
+    rounding: of ROUNDINGS. Raises ValueError for "float" with images from elsewhere: these are rounded already.
     """
     if samples.stage == "images":
         assert images is not None
         if rounding != "uint8":
-            raise ValueError("images that were made elsewhere are of 8 bits; leave evaluate.rounding at uint8")
+            raise ValueError("images from elsewhere have 8 bits; set evaluate.rounding to uint8")
         return PixelBlocks(ImageSet(images, store, samples))
     assert tokenizer is not None
     return DecodedSamples(store, samples, tokenizer, rounding)
 
 
 def code_decoder(store: ArtifactStore, tokenizer: Manifest, device: str, rounding: str = "uint8") -> Decoder:
-    """Rows "codes" int64 (R, L) -> images."""
+    """A decoder of rows "codes", int64 (R, L), to images."""
     vqgan = load_vqgan(store.fetch(tokenizer, "vqgan.safetensors")).to(device)
     side = vqgan.config.grid_size
     finish = to_uint8 if rounding == "uint8" else to_levels
@@ -128,7 +127,7 @@ def code_decoder(store: ArtifactStore, tokenizer: Manifest, device: str, roundin
 
 
 def read_images(reader: BlockReader, start: int, stop: int, images_per_pass: int) -> torch.Tensor:
-    """A few images here and now, uint8 (R, 3, H, W) on the CPU, in passes from start on."""
+    """Read a few images in this process, in passes from `start` on: uint8 (R, 3, H, W) on the CPU."""
     rows = reader.load(start, stop)
     decoder = reader.decoder("cpu")
     num_rows = len(next(iter(rows.values())))
@@ -144,7 +143,7 @@ def read_images(reader: BlockReader, start: int, stop: int, images_per_pass: int
 def run_pass(
     compute: Callable[[Rows], Mapping[str, torch.Tensor]], rows: Mapping[str, np.ndarray], images_per_pass: int, device: str
 ) -> dict[str, np.ndarray]:
-    """Compute with R <= P rows, filled up with zeros to P: what a network computes depends on the size of its batch."""
+    """Compute with R <= P rows, padded with zeros to P, because the results of a network depend on the size of its batch."""
     num_rows = len(next(iter(rows.values())))
     padded = {}
     for name, values in rows.items():

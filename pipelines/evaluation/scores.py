@@ -1,6 +1,6 @@
-"""Which scores can be computed of two sets of features, and computing them: what is quadratic in their number is spread over Ray.
+"""Scores from two sets of features: which ones can be computed, and their values. Ray tasks compute what is quadratic in size.
 
-Metrics are named for what they are; features of Inception give them their published names (published_name).
+Metrics have descriptive names. With Inception's features they have their published names as well (published_name).
 
 Shape legend: N generated samples, M reference samples, F features.
 """
@@ -21,7 +21,7 @@ from enat.metrics.neighbours import ManifoldCounts, manifold_counts, merge_count
 from pipelines.cluster.resources import Execution
 from pipelines.workflow.progress import Bar
 
-METRIC_VERSION = 1  # raised whenever a score is defined otherwise; part of every protocol
+METRIC_VERSION = 1  # raised whenever the definition of a score changes; part of every protocol
 METRICS = (
     "frechet_distance",
     "spatial_frechet_distance",
@@ -38,11 +38,12 @@ AnyMoments = FeatureMoments | FeatureStatistics
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """num_splits: of the Inception score, parts of equal size of the shuffled samples, as torch-fidelity takes them.
-    split_size: in their place parts of so many samples in order, as ADM's evaluation takes them, with 5000.
+    """num_splits: of the Inception score, equal parts of the shuffled samples, as in torch-fidelity.
+    split_size: instead of num_splits, parts of this many samples in order, as in ADM's evaluation, which uses 5000.
     kernel_subsets, kernel_subset_size: of the kernel distance.
-    precision_neighbours, density_neighbours: whose distance is the radius of a ball.   seed: of splits and subsets, not of the
-    run, so that models are scored on the same draws. Of fewer samples than a subset or splits need, as many as there are.
+    precision_neighbours, density_neighbours: the distance to this neighbour is the radius of a ball.
+    seed: of splits and subsets. It is not the seed of the run, so all models are scored on the same draws.
+    With fewer samples than subsets or splits need, these get smaller.
     """
 
     num_splits: int = 10
@@ -58,12 +59,12 @@ class ScoreSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluate.settings.{name} is {getattr(self, name)}; it must be at least 1")
         if self.split_size is not None and (self.split_size < 1 or self.num_splits != 10):
-            raise ValueError("evaluate.settings.split_size must be at least 1, and takes the place of num_splits: give one of them")
+            raise ValueError("evaluate.settings.split_size must be at least 1, and replaces num_splits: set only one of them")
         if self.kernel_subset_size < 2 or not 0 <= self.seed < 1 << 32:
             raise ValueError("evaluate.settings.kernel_subset_size must be at least 2, and seed in [0, 2**32)")
 
     def fitted(self, num_generated: int, num_reference: int) -> ScoreSettings:
-        """What these numbers of samples allow of it; num_reference: whose features are known, 0 for none."""
+        """The settings for these numbers of samples. num_reference: reference images with stored features, 0 if none are stored."""
         subset = min(self.kernel_subset_size, num_generated, num_reference or num_generated)
         splits = min(self.num_splits, num_generated) if self.split_size is None else self.num_splits
         return replace(self, kernel_subset_size=max(2, subset), num_splits=max(1, splits))
@@ -71,10 +72,9 @@ class ScoreSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageStatistics:
-    """What is known of one set of images.
+    """Statistics of one set of images.
 
-    moments: of outputs "features" and "spatial".   features, logits: float32 (N, width) of kept images, in order; None where none
-    are kept.
+    moments: of outputs "features" and "spatial".   features, logits: float32 (N, width) of kept images in order, None if not kept.
     """
 
     moments: Mapping[str, AnyMoments]
@@ -84,9 +84,10 @@ class ImageStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Available:
-    """What a metric may be computed from, known before anything is. outputs: of the extractor.
+    """Inputs that metrics can be computed from, known before anything is computed.
 
-    has_spatial: whether the reference has moments of "spatial".   num_generated, num_reference: samples whose features are known.
+    outputs: of the extractor.   has_spatial: whether the reference has moments of "spatial".
+    num_generated, num_reference: samples whose features are stored.
     """
 
     extractor: str
@@ -97,27 +98,27 @@ class Available:
     settings: ScoreSettings = field(default_factory=ScoreSettings)
 
     def obstacle(self, metric: str) -> str | None:
-        """Why a metric cannot be computed; None where it can."""
+        """Why a metric cannot be computed, or None if it can."""
         if metric == "spatial_frechet_distance":
             if "spatial" not in self.outputs:
-                return f"extractor {self.extractor} gives no spatial features"
+                return f"extractor {self.extractor} computes no spatial features"
             return None if self.has_spatial else "the reference has no moments of spatial features"
         if metric == "inception_score":
-            return None if "logits" in self.outputs else f"extractor {self.extractor} gives no logits"
+            return None if "logits" in self.outputs else f"extractor {self.extractor} computes no logits"
         if metric == "frechet_distance":
             return None
         if not self.num_reference:
-            return "the reference keeps no features of single images"
+            return "the reference stores moments only, not the features of single images"
         needed = {
             "kernel_distance": 2,
             "precision_recall": self.settings.precision_neighbours + 1,
             "density_coverage": self.settings.density_neighbours + 1,
         }[metric]
         fewest = min(self.num_generated, self.num_reference)
-        return None if fewest >= needed else f"it needs {needed} samples of either kind, and there are {fewest}"
+        return None if fewest >= needed else f"it needs {needed} generated and {needed} reference samples; one side has {fewest}"
 
     def chosen(self, metrics: Sequence[str] | None) -> tuple[str, ...]:
-        """The metrics named, the Frechet distance always; None: all that can be computed. Raises ValueError with the obstacle."""
+        """The named metrics and the Frechet distance, or all possible ones for None. Raises ValueError with the obstacle."""
         if metrics is None:
             return tuple(metric for metric in METRICS if self.obstacle(metric) is None)
         for metric in metrics:
@@ -127,21 +128,21 @@ class Available:
 
 
 def published_name(metric: str, extractor: str) -> str:
-    """fid, sfid and kid are of Inception's features only; of others the same numbers are called by what they are."""
+    """Published name of a metric with Inception's features (fid, sfid, kid), else its own name."""
     return _OF_INCEPTION.get(metric, metric) if extractor == "inception" else metric
 
 
-class Spread:
-    """Work over Ray tasks, as many at once as execution says. bar: given the number of tasks, a bar for them.
+class TaskPool:
+    """Runs Ray tasks, at most execution.num_workers at once. bar: makes a progress bar for a number of tasks.
 
-    seconds: that tasks took so far, summed.   cpu_seconds: that other tasks for the same scores took, on a CPU alone.
+    seconds: summed over tasks so far.   cpu_seconds: summed over tasks for the same scores that used a CPU only.
     """
 
     def __init__(self, execution: Execution, bar: Callable[[int], Bar]) -> None:
         self.execution, self.bar, self.seconds, self.cpu_seconds = execution, bar, 0.0, 0.0
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], bar: Bar) -> list[Any]:
-        """Results in the order of the arguments. References among these are resolved by Ray."""
+        """Results in the order of the arguments. Ray resolves object references among the arguments."""
         remote = ray.remote(**self.execution.resources)(_timed)
         results: dict[int, Any] = {}
         running: dict[Any, int] = {}
@@ -164,10 +165,10 @@ def _timed(task: Callable[..., Any], num_threads: int, *arguments: Any, **keywor
 
 
 def compute_scores(
-    chosen: Sequence[str], generated: ImageStatistics, reference: ImageStatistics, settings: ScoreSettings, spread: Spread
+    chosen: Sequence[str], generated: ImageStatistics, reference: ImageStatistics, settings: ScoreSettings, pool: TaskPool
 ) -> dict[str, float]:
-    """Scores by the names of METRICS, of pairs by their parts, of estimates also with _std."""
-    on_one_thread = ray.remote(num_cpus=1)(_timed)  # so that sums do not depend on how many CPUs a worker has
+    """Scores by the names in METRICS. Pairs are named by their parts; estimates have a second value with suffix _std."""
+    on_one_thread = ray.remote(num_cpus=1)(_timed)  # sums must not depend on the CPUs of a worker
     stored = [None if side.features is None else ray.put(side.features) for side in (generated, reference)]
     estimates: dict[str, Any] = {}
     if "inception_score" in chosen:
@@ -182,18 +183,18 @@ def compute_scores(
         scores["spatial_frechet_distance"] = frechet_distance(generated.moments["spatial"], reference.moments["spatial"])
     for name, reference_to_result in estimates.items():
         estimate, seconds = ray.get(reference_to_result)
-        spread.cpu_seconds += seconds
+        pool.cpu_seconds += seconds
         scores[name], scores[f"{name}_std"] = estimate.value, estimate.std
     if {"precision_recall", "density_coverage"} & set(chosen):
         assert generated.features is not None and reference.features is not None
         sides = (len(generated.features), len(reference.features))
-        scores |= _neighbour_scores(chosen, stored, sides, settings, spread)
+        scores |= _neighbour_scores(chosen, stored, sides, settings, pool)
     return scores
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A block of samples start..stop-1, and what they are computed with."""
+    """A block of samples start..stop-1, and the device that computes with them."""
 
     start: int
     stop: int
@@ -207,23 +208,23 @@ def _blocks(num_samples: int, execution: Execution) -> list[_Rows]:
 
 
 def _neighbour_scores(
-    chosen: Sequence[str], stored: Sequence[Any], sizes: Sequence[int], settings: ScoreSettings, spread: Spread
+    chosen: Sequence[str], stored: Sequence[Any], sizes: Sequence[int], settings: ScoreSettings, pool: TaskPool
 ) -> dict[str, float]:
     generated, reference = stored
     wants_density = "density_coverage" in chosen
     density = settings.density_neighbours if wants_density else settings.precision_neighbours
     precision = settings.precision_neighbours if "precision_recall" in chosen else density
-    of_generated, of_reference = (_blocks(size, spread.execution) for size in sizes)
-    with spread.bar(2 * len(of_generated) + len(of_reference)) as bar:
+    of_generated, of_reference = (_blocks(size, pool.execution) for size in sizes)
+    with pool.bar(2 * len(of_generated) + len(of_reference)) as bar:
         wanted: list[tuple[Any, ...]] = [(reference, (precision, density), rows) for rows in of_reference]
         wanted += [(generated, (precision,), rows) for rows in of_generated]
-        radii = spread.run(_radii, wanted, bar)
+        radii = pool.run(_radii, wanted, bar)
         reference_radii = ray.put(np.concatenate(radii[: len(of_reference)]))
         own_radii = radii[len(of_reference) :]
         arguments = [
             (reference, reference_radii, generated, own[:, 0], rows) for rows, own in zip(of_generated, own_radii, strict=True)
         ]
-        counts = merge_counts(spread.run(_counts, arguments, bar))
+        counts = merge_counts(pool.run(_counts, arguments, bar))
     scores: dict[str, float] = {}
     if "precision_recall" in chosen:
         scores |= vars(counts.precision_recall())

@@ -37,7 +37,7 @@ from pipelines.evaluation.features import (
     stored_moments,
 )
 from pipelines.evaluation.readers import ROUNDINGS, BlockReader, SourceImages, read_images, sample_reader
-from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
+from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, TaskPool, compute_scores, published_name
 from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.workflow.config import set_by
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
@@ -114,14 +114,14 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     reader = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)  # for the judge, and for people
     measured = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, config.rounding)
     job = _features(measured, chosen, inputs, config.execution, context)
-    spread = Spread(config.execution, lambda total: context.bar(total, "blocks of rows"))
+    pool = TaskPool(config.execution, lambda total: context.bar(total, "blocks of rows"))
     needed = [output for output, metrics in _NEED_ROWS.items() if not metrics.isdisjoint(chosen)]
     made = {output: read_rows(context.store, context.stage, context.key, job.files, output) for output in needed}
     real_rows = None
     if "features" in needed:
         real_rows = read_rows(context.store, reference.stage, reference.key, feature_files(reference), "features")
     real = ImageStatistics(moments=real_moments, features=real_rows)
-    scores = compute_scores(chosen, ImageStatistics(moments=job.moments, **made), real, settings, spread)
+    scores = compute_scores(chosen, ImageStatistics(moments=job.moments, **made), real, settings, pool)
     metrics = _named(scores, real_images.extractor) | _counted(inputs) | _measured(samples, job, config.execution)
     judging_seconds = 0.0
     if config.judge is not None:
@@ -144,8 +144,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
             settings=asdict(settings),
         ),
         metrics=metrics,
-        worker_seconds=job.worker_seconds + spread.seconds + spread.cpu_seconds + judging_seconds,
-        device_seconds=job.device_seconds + config.execution.device_seconds(spread.seconds),
+        worker_seconds=job.worker_seconds + pool.seconds + pool.cpu_seconds + judging_seconds,
+        device_seconds=job.device_seconds + config.execution.device_seconds(pool.seconds),
     )
 
 

@@ -1,4 +1,4 @@
-"""Features computed on Ray equal those of numpy, and are the same bits whatever the workers, the batches and what was lost."""
+"""Features computed on Ray equal those of numpy, with the same bits for any workers and batches and after any loss."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ KEY = "f" * 64
 
 @dataclass(frozen=True)
 class SumsExtractor:
-    """Features that are the same whatever the batch: sums of products of small integers, which float32 holds exactly.
+    """Features that do not depend on the batch: sums of products of small integers, which are exact in float32.
 
-    A network's own features change in their last bits with the batch, which would hide what the merging of moments does.
+    The last bits of a network's features change with the batch, which would hide errors of merging moments.
     """
 
-    folder: str = ""  # a file is written there for every pass
+    folder: str = ""  # every pass writes a file there
 
     @property
     def outputs(self) -> dict[str, int]:
@@ -69,7 +69,7 @@ class SumsExtractor:
 
 @dataclass(frozen=True)
 class WrongExtractor(SumsExtractor):
-    """One that does not do what it says."""
+    """Breaks its own declaration."""
 
     wrong: str = ""
 
@@ -86,7 +86,7 @@ class WrongExtractor(SumsExtractor):
 
 @dataclass(frozen=True)
 class DyingImages:
-    """Kills its worker at the first read from a place on, once."""
+    """Kills its worker once, at the first read at or after an index."""
 
     reader: SourceImages
     at: int
@@ -100,7 +100,7 @@ class DyingImages:
 
 
 class StoppingStore(ArtifactStore):
-    """One whose run is stopped right after a part was committed."""
+    """Stops the run right after a part is committed."""
 
     def put_part(self, stage: str, key: str, name: str, record: Any) -> None:
         super().put_part(stage, key, name, record)
@@ -114,7 +114,7 @@ def _workers_need_no_test_modules() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _a_part_is_a_block() -> Iterator[None]:
-    """So that few images are several parts."""
+    """A few images make several parts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "_BLOCKS_PER_PART", 1)
         yield
@@ -130,7 +130,7 @@ NUM_IMAGES = 600  # two whole blocks and a piece of a third
 
 @pytest.fixture(scope="module")
 def small_classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArtifactStore, ExtractorFile]:
-    """A stored network with drawn weights, whose features do depend on the batch in their last bits."""
+    """A stored network with random weights. The last bits of its features depend on the batch."""
     store, folder = open_store(str(tmp_path_factory.mktemp("extractor"))), tmp_path_factory.mktemp("file")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -143,7 +143,7 @@ def small_classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact
 def computed(
     digits: Dataset, small_classifier: Any, make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[ArtifactStore, FeatureSet]]:
-    """The job with a network at a number of workers, a batch size and CPUs a worker, run once."""
+    """Run the job once for each number of workers, batch size and CPUs of a worker."""
 
     @functools.cache
     def run(num_workers: int, batch_size: int, cpus: int = 1) -> tuple[ArtifactStore, FeatureSet]:
@@ -156,23 +156,22 @@ def computed(
     return run
 
 
-@pytest.mark.parametrize("gpus", [0.5, 2])
 def test_device_seconds_are_those_of_all_devices_that_workers_hold(
-    digits: Dataset, small_classifier, computed, make_context, gpus: float
+    digits: Dataset, small_classifier, computed, make_context
 ) -> None:
-    """All parts are there already, so that no GPU is needed. Loading images takes none."""
+    """All parts are committed, so the test needs no GPU. Loading images uses none."""
     store, found = computed(2, 8)
     spec, reader = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=16), PixelBlocks(SourceImages(digits, 16))
     one, other = (
         compute_features(reader, spec, small_classifier[1], Execution(gpus_per_worker=count), make_context(store, "evaluate", KEY))
-        for count in (1, gpus)
+        for count in (1, 0.5)
     )
     assert one.worker_seconds == other.worker_seconds == found.worker_seconds
-    assert other.device_seconds == pytest.approx(gpus * one.device_seconds) and 0 < one.device_seconds < found.worker_seconds
+    assert other.device_seconds == pytest.approx(0.5 * one.device_seconds) and 0 < one.device_seconds < found.worker_seconds
 
 
 class SlowPixels(PixelBlocks):
-    """Making images from what was loaded takes three times as long as looking at them does."""
+    """Decoding takes three times as long as extracting features."""
 
     def decoder(self, device: str) -> Any:
         def decode(rows: Any) -> Any:
@@ -188,7 +187,7 @@ class SlowExtractor(SumsExtractor):
         return super().__call__(images)
 
 
-def test_the_time_of_making_images_is_told_apart(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
+def test_decoding_time_is_measured_separately(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
     spec = FeatureSpec(num_images=64, images_per_pass=32)
     context, reader = make_context(local_store, "evaluate", KEY), SlowPixels(SourceImages(digits, 16))
     found = compute_features(reader, spec, SlowExtractor(), Execution(), context)
@@ -203,7 +202,9 @@ def _sums(
 
 
 @pytest.mark.faults
-def test_rows_are_kept_where_asked_and_moments_are_of_all(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
+def test_the_requested_rows_are_kept_and_moments_are_of_all_images(
+    digits: Dataset, local_store: ArtifactStore, make_context
+) -> None:
     kept = drawn_evenly(NUM_IMAGES, 50, seed=1)
     spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=32, kept=kept)
     found = _sums(digits, make_context(local_store, "reference", KEY), spec)
@@ -219,14 +220,16 @@ def test_rows_are_kept_where_asked_and_moments_are_of_all(digits: Dataset, local
 
 
 @pytest.mark.faults
-def test_nothing_is_kept_where_nothing_is_asked_for(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
+def test_no_rows_are_kept_if_none_are_requested(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
     spec = FeatureSpec(num_images=20, images_per_pass=32, kept=np.empty(0, np.int64))
     found = _sums(digits, make_context(local_store, "reference", KEY), spec)
     assert found.files == () and found.moments["features"].count == 20
 
 
 @pytest.mark.faults
-def test_a_pass_always_has_as_many_images(digits: Dataset, local_store: ArtifactStore, make_context, tmp_path: Path) -> None:
+def test_every_pass_has_the_same_number_of_images(
+    digits: Dataset, local_store: ArtifactStore, make_context, tmp_path: Path
+) -> None:
     spec = FeatureSpec(num_images=37, images_per_pass=16)
     _sums(digits, make_context(local_store, "evaluate", KEY), spec, extractor=SumsExtractor(str(tmp_path)), batch_size=1)
     passes = [int(path.read_text()) for path in tmp_path.iterdir() if path.is_file()]
@@ -234,7 +237,7 @@ def test_a_pass_always_has_as_many_images(digits: Dataset, local_store: Artifact
 
 
 def test_unreadable_images_are_left_out(broken_image_folder: Path, local_store: ArtifactStore, make_context) -> None:
-    """As they are from the token map, so that both speak of the same images."""
+    """The token map leaves out the same images."""
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(broken_image_folder)), local_store)
     images, _ = dataset.load_images(16, 0, 14)
     spec = FeatureSpec(num_images=14, images_per_pass=4, kept=np.arange(14))
@@ -245,7 +248,7 @@ def test_unreadable_images_are_left_out(broken_image_folder: Path, local_store: 
 
 
 @pytest.mark.faults
-def test_images_none_of_which_can_be_read_are_an_error(tmp_path: Path, local_store: ArtifactStore, make_context) -> None:
+def test_a_set_without_a_readable_image_is_an_error(tmp_path: Path, local_store: ArtifactStore, make_context) -> None:
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "text.jpg").write_text("this is not an image")
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(tmp_path / "images")), local_store)
@@ -253,24 +256,25 @@ def test_images_none_of_which_can_be_read_are_an_error(tmp_path: Path, local_sto
         _sums(dataset, make_context(local_store, "reference", KEY), FeatureSpec(num_images=1, images_per_pass=4))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "reason"),
-    [
-        ("nan", "logits of images 0 to 19 hold values that are not finite"),
-        pytest.param("width", r"spatial has width 5, but gave shape \(20, 4\) for images 0 to 19", marks=pytest.mark.faults),
-        pytest.param("nothing", "features has width 24, but gave nothing for images 0 to 19", marks=pytest.mark.faults),
-    ],
-)
-def test_an_extractor_that_is_broken_is_named(
-    digits: Dataset, local_store: ArtifactStore, make_context, wrong: str, reason: str
-) -> None:
+def test_features_that_are_not_finite_are_an_error(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
     context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=20, images_per_pass=32)
-    with pytest.raises((ValueError, ray.exceptions.RayTaskError), match=reason) as caught:
-        _sums(digits, context, spec, extractor=WrongExtractor(wrong=wrong))
-    assert isinstance(getattr(caught.value, "cause", caught.value), ValueError)  # which workflow shows as a sentence
+    with pytest.raises((ValueError, ray.exceptions.RayTaskError), match=r"logits of images 0 to 19 .*not finite") as caught:
+        _sums(digits, context, spec, extractor=WrongExtractor(wrong="nan"))
+    assert isinstance(getattr(caught.value, "cause", caught.value), ValueError)  # the workflow shows it as one sentence
 
 
-# What was done stays done ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("wrong", "reason"), [("width", r"width 5 for spatial.* \(20, 4\)"), ("nothing", "width 24 for features.*nothing")]
+)
+def test_an_extractor_with_other_outputs_than_declared_is_an_error(digits: Dataset, wrong: str, reason: str) -> None:
+    reader, spec = PixelBlocks(SourceImages(digits, 16)), FeatureSpec(num_images=20, images_per_pass=32)
+    block = {name: np.array([value]) for name, value in {"block": 0, "part": 0, "start": 0, "stop": 20}.items()}
+    loaded = np.array(features._Load(reader)(block)["block"], object)
+    with pytest.raises(ValueError, match=f"{reason}.* images 0 to 19"):
+        features._Extract(reader, spec, WrongExtractor(wrong=wrong), Execution())({"block": loaded})
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------------
 
 MANY = 400  # a whole part and a piece of a second one, of one block each
 
@@ -289,7 +293,7 @@ def _same(found: FeatureSet, expected: FeatureSet) -> None:
 
 
 @pytest.mark.faults
-def test_a_killed_worker_is_made_up_for(
+def test_features_survive_a_killed_worker(
     digits: Dataset, local_store, make_context, undisturbed: FeatureSet, tmp_path: Path
 ) -> None:
     reader = DyingImages(SourceImages(digits, 16), BLOCK_SIZE, str(tmp_path / "killed"))
@@ -299,7 +303,7 @@ def test_a_killed_worker_is_made_up_for(
 
 
 @pytest.mark.faults
-def test_a_stopped_job_goes_on_after_its_committed_parts(
+def test_a_stopped_job_resumes_after_its_committed_parts(
     digits: Dataset, local_store, make_context, undisturbed: FeatureSet, tmp_path: Path
 ) -> None:
     context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64)
@@ -308,13 +312,13 @@ def test_a_stopped_job_goes_on_after_its_committed_parts(
     assert list(local_store.read_parts("evaluate", KEY)) == ["features-00000.safetensors"]
     found = _sums(digits, context, spec, extractor=SumsExtractor(str(tmp_path)))
     num_passes = sum(path.is_file() for path in tmp_path.iterdir())
-    assert num_passes == 3, "only the second part, 144 images"
+    assert num_passes == 3, "the second part only, 144 images"
     _same(found, undisturbed)
     _same(_sums(digits, context, spec, extractor=WrongExtractor(wrong="nan")), undisturbed)  # nothing left to compute
 
 
 class FailingStore(ArtifactStore):
-    """One that takes a while to find that it cannot write, so that the next part waits already."""
+    """Fails to write after a while, when the next part is already waiting."""
 
     asked: ClassVar[list[str]] = []
 
@@ -324,7 +328,7 @@ class FailingStore(ArtifactStore):
         raise OSError("no space left")
 
 
-def test_after_a_part_that_could_not_be_written_no_later_one_is(tmp_path: Path, make_context) -> None:
+def test_no_part_is_written_after_one_that_failed(tmp_path: Path, make_context) -> None:
     parts = [range(0, BLOCK_SIZE), range(BLOCK_SIZE, MANY)]
     blocks = [
         {"part": number, "start": part.start, "images": len(part), "outputs": features._Outputs(len(part))}
@@ -339,7 +343,7 @@ def test_after_a_part_that_could_not_be_written_no_later_one_is(tmp_path: Path, 
 
 
 @pytest.mark.faults
-def test_moments_on_the_way_are_no_part_of_the_artifact(undisturbed: FeatureSet) -> None:
+def test_intermediate_moments_are_not_part_of_the_artifact(undisturbed: FeatureSet) -> None:
     assert [file.name for file in undisturbed.files] == ["features-00000.safetensors", "features-00001.safetensors"]
     assert not any(file.path.startswith(WORK) for file in undisturbed.files)
 
@@ -348,7 +352,7 @@ def test_moments_on_the_way_are_no_part_of_the_artifact(undisturbed: FeatureSet)
 
 
 @given(num_images=st.integers(1, 400), count=st.integers(0, 500), seed=st.integers(0, 9))
-def test_drawn_rows_are_one_of_each_interval(num_images: int, count: int, seed: int) -> None:
+def test_one_index_is_drawn_from_each_interval(num_images: int, count: int, seed: int) -> None:
     drawn = drawn_evenly(num_images, count, seed)
     assert len(drawn) == min(count, num_images) and (np.diff(drawn) > 0).all()
     if 0 < count < num_images:
@@ -357,11 +361,11 @@ def test_drawn_rows_are_one_of_each_interval(num_images: int, count: int, seed: 
     np.testing.assert_array_equal(drawn, drawn_evenly(num_images, count, seed))
 
 
-def test_a_few_images_here_and_now_are_those_of_the_reader(digits: Dataset) -> None:
+def test_read_images_gives_the_images_of_the_reader(digits: Dataset) -> None:
     images = read_images(PixelBlocks(SourceImages(digits, 16)), 3, 40, images_per_pass=16)
     np.testing.assert_array_equal(images.numpy(), digits.load_images(16, 3, 40)[0])
 
 
 def test_no_images_are_an_error() -> None:
-    with pytest.raises(ValueError, match="there are no images"):
+    with pytest.raises(ValueError, match="num_images is 0"):
         FeatureSpec(num_images=0, images_per_pass=1)

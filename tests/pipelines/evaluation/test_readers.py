@@ -1,4 +1,4 @@
-"""Passes side by side compute what passes one after the other compute, by networks as they are shared between threads."""
+"""Passes that run in parallel compute what sequential passes compute, with a network that threads share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pixels(count: int, side: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pixels:
-    """A block reader of images that are at hand."""
+    """A block reader of an array."""
 
     images: np.ndarray
 
@@ -39,7 +39,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Here:
-    """Where workers get an extractor from that is at hand."""
+    """A source that holds its extractor."""
 
     extractor: Any
 
@@ -47,8 +47,8 @@ class Here:
         return self.extractor
 
 
-def test_inception_gives_every_image_its_own_spatial_features_also_in_passes_side_by_side() -> None:
-    """The two passes wait for each other between the layer of these features and the network's end."""
+def test_inception_gives_every_image_its_own_spatial_features_in_parallel_passes() -> None:
+    """The two passes wait for each other between the layer of these features and the end of the network."""
     extractor, images = InceptionExtractor(inception_state()), pixels(2, 32)
 
     def outputs(rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -65,7 +65,7 @@ def test_inception_gives_every_image_its_own_spatial_features_also_in_passes_sid
     extractor.network.Mixed_7a.register_forward_pre_hook(wait)
     with pass_pool(2) as pool:
         found = list(pool.map(outputs, passes))
-    assert np.abs(expected[0]["spatial"] - expected[1]["spatial"]).max() > 0.1, "or equality would say little"
+    assert np.abs(expected[0]["spatial"] - expected[1]["spatial"]).max() > 0.1, "equality must mean something"
     for name in extractor.outputs:
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
@@ -73,7 +73,7 @@ def test_inception_gives_every_image_its_own_spatial_features_also_in_passes_sid
 
 @dataclass
 class CountingExtractor:
-    """Counts the calls that it is in at once; waits a moment for a second one."""
+    """Counts concurrent calls. Each call waits a moment for a second one."""
 
     outputs: dict[str, int] = field(default_factory=lambda: {"features": 1})
     most: int = 0
@@ -98,7 +98,7 @@ class ThreadSafeExtractor(CountingExtractor):
 
 
 @pytest.mark.parametrize(("extractor", "most"), [(CountingExtractor(), 1), (ThreadSafeExtractor(), 2)])
-def test_only_an_extractor_that_says_so_is_called_by_several_threads(extractor: CountingExtractor, most: int) -> None:
+def test_only_a_thread_safe_extractor_is_called_by_several_threads(extractor: CountingExtractor, most: int) -> None:
     reader, spec = Pixels(pixels(4, 2)), FeatureSpec(num_images=4, images_per_pass=2)
     load, extract = _Load(reader), _Extract(reader, spec, Here(extractor), TWO_THREADS)
     block = {name: np.array([value]) for name, value in {"block": 0, "part": 0, "start": 0, "stop": 4}.items()}

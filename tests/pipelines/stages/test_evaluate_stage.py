@@ -38,7 +38,7 @@ from pipelines.evaluation import protocol as evaluation_protocol
 from pipelines.evaluation.extractors import ExtractorFile
 from pipelines.evaluation.features import drawn_evenly
 from pipelines.evaluation.readers import sample_reader
-from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, Spread, compute_scores, published_name
+from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, TaskPool, compute_scores, published_name
 from pipelines.registry.model_card import registered_name
 from pipelines.stages import evaluate, image_set, reference
 from pipelines.tracking.run import TrackingConfig, start_run
@@ -299,9 +299,9 @@ def test_scores_on_a_cpu_take_no_seconds_of_a_device(outputs: dict[str, dict[str
     """Whatever the workers hold: the Inception score and the kernel distance are tasks of one CPU."""
     moments = {"features": FeatureMoments(8).add(outputs["made"]["features"])}
     sides = [ImageStatistics(moments=moments, **{name: side[name] for name in ("features", "logits")}) for side in outputs.values()]
-    spread = Spread(Execution(gpus_per_worker=2), lambda _: pytest.fail("nothing is spread"))
-    compute_scores(("frechet_distance", "inception_score", "kernel_distance"), *sides, SETTINGS, spread)
-    assert spread.cpu_seconds > 0 == spread.seconds
+    pool = TaskPool(Execution(gpus_per_worker=2), lambda _: pytest.fail("nothing is spread"))
+    compute_scores(("frechet_distance", "inception_score", "kernel_distance"), *sides, SETTINGS, pool)
+    assert pool.cpu_seconds > 0 == pool.seconds
 
 
 @pytest.mark.parametrize("gpus", [0.5, 2])
@@ -388,11 +388,11 @@ def test_pixels_that_are_not_rounded_are_refused_where_there_are_none_or_nobody_
     config = evaluate.EvaluateConfig(settings=SETTINGS, metrics=(), rounding="float")
     with pytest.raises(
         (ValueError, ray.exceptions.RayTaskError),
-        match=r"SumsExtractor takes images of 8 bits alone; leave evaluate\.rounding at uint8",
+        match=r"SumsExtractor .*evaluate\.rounding",
     ):
         evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "e" * 64))
     elsewhere = replace(material.inputs["samples"], stage="images")
-    with pytest.raises(ValueError, match=r"made elsewhere are of 8 bits; leave evaluate\.rounding at uint8"):
+    with pytest.raises(ValueError, match=r"8 bits.*evaluate\.rounding"):
         sample_reader(material.store, elsewhere, None, ImageSetConfig(path="images", name="other"), "float")
 
 
@@ -508,11 +508,11 @@ def test_all_metrics_are_chosen_that_can_be_computed() -> None:
 @pytest.mark.parametrize(
     ("metric", "given", "reason"),
     [
-        ("inception_score", {"outputs": ("features",)}, "gives no logits"),
-        ("spatial_frechet_distance", {"outputs": ("features",)}, "gives no spatial features"),
+        ("inception_score", {"outputs": ("features",)}, "no logits"),
+        ("spatial_frechet_distance", {"outputs": ("features",)}, "no spatial features"),
         ("spatial_frechet_distance", {"has_spatial": False}, "the reference has no moments of spatial features"),
-        ("kernel_distance", {"num_reference": 0}, "keeps no features of single images"),
-        ("density_coverage", {"num_generated": 5}, "it needs 6 samples of either kind, and there are 5"),
+        ("kernel_distance", {"num_reference": 0}, "features of single images"),
+        ("density_coverage", {"num_generated": 5}, "needs 6 .*5"),
     ],
 )
 def test_a_metric_that_cannot_be_computed_is_refused_by_name(metric: str, given: dict[str, Any], reason: str) -> None:
@@ -535,9 +535,9 @@ def test_the_inception_score_can_be_taken_as_adm_takes_it() -> None:
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(20, 6)) + 3 * np.eye(6)[np.arange(20) // 4]).astype(np.float32)
     moments = {"features": FeatureMoments(3).add(rng.normal(size=(20, 3)))}
-    side, spread = ImageStatistics(moments=moments, logits=logits), Spread(Execution(), lambda _: None)
+    side, pool = ImageStatistics(moments=moments, logits=logits), TaskPool(Execution(), lambda _: None)
     settings = ScoreSettings(split_size=8).fitted(20, 0)
-    found = compute_scores(("frechet_distance", "inception_score"), side, side, settings, spread)
+    found = compute_scores(("frechet_distance", "inception_score"), side, side, settings, pool)
     expected = inception_score(logits, seed=None, split_size=8)
     assert (found["inception_score"], found["inception_score_std"]) == (expected.value, expected.std)
     assert expected.value != pytest.approx(inception_score(logits, 3).value, rel=1e-2)
@@ -572,7 +572,7 @@ def test_settings_that_make_no_sense_are_refused(name: str) -> None:
 
 
 def test_splits_of_a_number_and_of_a_size_are_not_both_taken() -> None:
-    with pytest.raises(ValueError, match="split_size must be at least 1, and takes the place of num_splits"):
+    with pytest.raises(ValueError, match=r"split_size must be at least 1.*num_splits"):
         ScoreSettings(num_splits=5, split_size=5000)
     assert (
         ScoreSettings(split_size=1) and evaluation_protocol._metric_version(ScoreSettings(split_size=5000)) == "1, split_size 5000"
@@ -590,7 +590,7 @@ def test_a_reference_whose_features_would_come_out_otherwise_now_is_refused(mate
     real = material.inputs["reference"]
     before = {name: value for name, value in real.summary.items() if name != "features_version"}
     older = {**material.inputs, "reference": replace(real, summary=before)}
-    with pytest.raises(ValueError, match=r"reference/r has features of version 1, .* make the reference anew"):
+    with pytest.raises(ValueError, match=r"reference/r has features of version 1"):
         evaluate.run(evaluate.EvaluateConfig(), older, make_context(material.store, "evaluate", "s" * 64))
 
 
