@@ -1,4 +1,4 @@
-"""An HTML page as a browser would see it."""
+"""A parsed HTML page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 @dataclass
 class Page(HTMLParser):
-    """rows: of tables, the text of each cell.   images: by their alternative text.   open: tags that are not closed."""
+    """rows: text of each cell of all tables.   images: by alternative text.   open: tags that are not closed."""
 
     tags: Counter[str] = field(default_factory=Counter)
     attributes: list[tuple[str, str, str]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the figures of a comparison share: paper and ink, axes, colours of models, legends."""
+"""Shared parts of the figures of a comparison: page, axes, colours of models, legends."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from PIL import Image
 from pipelines.comparison.sections import Section
 from pipelines.comparison.sentences import heading, protocol_sentence
 
-Axes = Any  # matplotlib's, which is imported where something is drawn
+Axes = Any  # of matplotlib, which is imported when something is drawn
 Figure = Any
 Handle = Any
 
 _COLORS = ("#0b6e99", "#d1495b", "#3a7d44", "#8f5db7", "#c77d0a", "#2f4b7c", "#a23b72", "#5b8c00", "#00798c", "#7a4419")
 _SHAPES = ("o", "s", "^", "D", "v", "P")
 QUOTED = "#8a8f98"
-UNNAMED = "#b9c6d2"  # of what a legend has no room for
+UNNAMED = "#b9c6d2"  # models that the legend has no room for
 INK = "#2b2f36"
 DPI = 150
 LEGEND_FONT = 8.0
@@ -34,7 +34,7 @@ _MAX_LINES = 4  # of that sentence
 
 
 def new_figure(section: Section, width: float, height: float) -> Figure:
-    """Inches without the title, which is the section. Without pyplot, which keeps figures and looks for a screen."""
+    """A figure titled with the section. width, height: inches without the title. Does not use pyplot, which needs a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -56,7 +56,7 @@ def new_figure(section: Section, width: float, height: float) -> Figure:
 
 
 def score_title(section: Section) -> str:
-    """Of an axis. A $ in the extractor's name is text: only two of them would be a formula."""
+    """Title of a score axis. A $ in the name of an extractor is escaped: two of them would be a formula."""
     assert section.distance is not None
     is_named = section.distance != "fid" and "extractor" in section.protocol
     features = f" on {clipped(str(section.protocol['extractor']), 24)} features".replace("$", r"\$") if is_named else ""
@@ -73,7 +73,7 @@ def draw_grid(axes: Axes) -> None:
 
 
 def set_score_limits(axes: Axes, scores: Sequence[float]) -> None:
-    """Room around all scores; a log axis for those that lie far apart. Ticks are plain numbers."""
+    """Leave room around all scores. Scores that are far apart get a log axis. Ticks are plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = min(scores), max(scores)
@@ -100,7 +100,7 @@ def clipped(text: str, length: int) -> str:
 
 
 def looks() -> Iterator[tuple[str, str]]:
-    """Colour and shape of one model after the other, each pair once before any comes again."""
+    """Colours and shapes of successive models. No pair repeats before all were used."""
     return cycle((color, shape) for shape in _SHAPES for color in _COLORS)
 
 
@@ -108,7 +108,7 @@ def looks() -> Iterator[tuple[str, str]]:
 
 
 def handle(label: str, color: str, shape: str, *, is_quoted: bool = False, line: str = "") -> Handle:
-    """An entry. line: matplotlib's style of it."""
+    """An entry of a legend. line: a line style of matplotlib."""
     from matplotlib.lines import Line2D
 
     face, edge = ("white", color) if is_quoted else (color, "white")
@@ -118,17 +118,17 @@ def handle(label: str, color: str, shape: str, *, is_quoted: bool = False, line:
 
 
 def legend_columns(labels: Sequence[str], width: float) -> int:
-    """That fit into so many inches."""
+    """Number of columns that fit into `width` inches."""
     return max(1, min(4, len(labels), int(width / (0.45 + max(map(len, labels)) / _LETTERS_PER_INCH))))
 
 
 def legend_height(labels: Sequence[str], width: float) -> float:
-    """Inches."""
+    """Height of a legend in inches."""
     return 0.25 + 0.185 * -(-len(labels) // legend_columns(labels, width))
 
 
 def draw_legend(place: Figure | Axes, handles: Sequence[Handle], width: float, **where: Any) -> None:
-    """place: a figure or axes. Names are text, whatever is in them: a $ begins no formula, and an underscore hides nothing."""
+    """Draw a legend in a figure or axes. Names are plain text: $ starts no formula and a leading underscore hides nothing."""
     labels = [str(entry.get_label()) for entry in handles]
     legend = place.legend(
         handles, [""] * len(handles), fontsize=LEGEND_FONT, frameon=False, ncols=legend_columns(labels, width), **where
@@ -143,7 +143,7 @@ def draw_legend(place: Figure | Axes, handles: Sequence[Handle], width: float, *
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A letter that the font lacks is drawn as a box; nobody needs to hear of it."""
+    """Suppress warnings about letters that the font lacks. They are drawn as boxes."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*[Gg]lyph")
@@ -157,7 +157,7 @@ def to_image(figure: Figure) -> Image.Image:
 
 
 def stack(images: Sequence[Image.Image]) -> Image.Image:
-    """One below the other, on white."""
+    """Stack images vertically on white."""
     whole = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
     top = 0
     for image in images:

@@ -1,4 +1,4 @@
-"""What a comparison tells of a row: columns, which of them a section needs, and which value of a column is the best."""
+"""Columns of a comparison: which of them a section needs, and the best value of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.comparison.sections import Row, Section
 
 MISSING = "–"
 MEASURED = "measured here"
-MAIN_RANK = 5  # the page shows columns of this rank and below at once, the others where they are asked for
+MAIN_RANK = 5  # the page shows columns up to this rank, and the others on request
 _GMACS_PER_TERA = 1000.0
 _MONEY = "cost/total_money"
 Record = Mapping[str, Any]
@@ -21,9 +21,9 @@ Record = Mapping[str, Any]
 class Column:
     """key: of a record.   shown: value -> text.   better: the direction in which a score improves, or "".
 
-    rank: where a terminal is narrow, columns of the highest rank are left out first, those of one rank together.
-    std: key of the spread shown beside the value.   alike: how a heading tells the value if all rows have the same, "" where it
-    stays a column.   by_device: what it says depends on the device, and of different ones none is the best.
+    rank: in a narrow terminal, columns of the highest rank are left out first; columns of equal rank are left out together.
+    std: key of the standard deviation shown after the value.   alike: text for the heading if all rows have the same value, or ""
+    to keep the column.   by_device: the value depends on the device, so rows of different devices have no best value.
     """
 
     key: str
@@ -41,12 +41,12 @@ def _count(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """Three significant digits and no exponent for what occurs here: 0.347, 12.8, 1,234."""
+    """Three significant digits without an exponent: 0.347, 12.8, 1,234."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _score(value: float) -> str:
-    """Two decimals, as papers give scores; more for small ones."""
+    """Two decimals, as in papers. Small scores have more."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
@@ -96,7 +96,7 @@ COLUMNS = (
     Column("config_run", "run", str, rank=8, alike="run {}"),
     Column("images_per_pass", "images/pass", _count, rank=9, alike="{} images a pass"),
     Column("arithmetic", "arithmetic", str, rank=9, alike="arithmetic in {}"),
-    Column(_MONEY, "money", short, rank=10),  # in columns of one currency each
+    Column(_MONEY, "money", short, rank=10),  # one column per currency
     Column("cost/total_device_hours", "device hours", short, rank=11),
     Column("cost/total_worker_hours", "worker hours", short, rank=11),
     Column("date", "date", str, rank=12, alike="on {}"),
@@ -105,9 +105,9 @@ COLUMNS = (
     Column("peak_memory_gb", "peak GB", short, rank=13, by_device=True),
     Column("gmacs_executed", "GMACs executed", short, rank=14),
 )
-_ZERO_IS_NOTHING = ("cost/total_device_hours", "device_seconds_per_image")  # without accelerator
+_HIDDEN_IF_ZERO = ("cost/total_device_hours", "device_seconds_per_image")  # without an accelerator
 
-# Of what others published.
+# Columns of published results.
 QUOTED_COLUMNS = (
     Column("model", "quoted", str),
     Column("parameters", "params", short_count),
@@ -124,10 +124,10 @@ QUOTED_COLUMNS = (
 
 
 def record(row: Row) -> dict[str, Any]:
-    """A measured row as flat values, by the keys of COLUMNS and the names of metrics. What is not known is absent.
+    """A measured row as flat values by the keys of COLUMNS and the names of metrics. Unknown values are absent.
 
-    tmacs_total: 10^12 multiply-accumulates, which papers call TFLOPs; gflops_total among the metrics counts two for each.
-    Money has the currency in its key: cost/total_money_EUR.
+    tmacs_total: 10^12 multiply-accumulates, called TFLOPs in papers. The metric gflops_total counts each as two operations.
+    The key of money contains the currency: cost/total_money_EUR.
     """
     gmacs = row.metrics.get("gmacs_total")
     values = {
@@ -161,7 +161,7 @@ def _money_key(currency: str | None) -> str:
 
 
 def quoted_record(result: PublishedResult) -> dict[str, Any]:
-    """A published row in the same terms."""
+    """A published row with the same keys."""
     values = {
         "model": result.label,
         "dataset": result.dataset,
@@ -178,7 +178,7 @@ def quoted_record(result: PublishedResult) -> dict[str, Any]:
 
 
 def by_score(results: Sequence[PublishedResult]) -> list[PublishedResult]:
-    """The best first, those without a score last; of one-step decoding by how much is masked."""
+    """Sort by score, best first, unknown last. One-step decoding is sorted by mask ratio first."""
     return sorted(results, key=lambda found: (found.mask_ratio or 0.0, found.fid is None, found.fid or 0.0, found.name))
 
 
@@ -186,7 +186,7 @@ def by_score(results: Sequence[PublishedResult]) -> list[PublishedResult]:
 
 
 def columns_of(section: Section) -> list[Column]:
-    """Those that say something: of the measured rows at least one has a value, and not all the same that a heading can tell."""
+    """Columns with at least one value in the measured rows, without those whose common value is in the heading."""
     records = [record(row) for row in section.rows]
     told = {column.key for column, _ in _alike(records)}
     return [column for column in _present(section, records) if column.key not in told]
@@ -199,7 +199,7 @@ def quoted_columns(results: Sequence[PublishedResult]) -> list[Column]:
 
 
 def alike(section: Section) -> dict[str, str]:
-    """What all rows have alike, in words, by columns: "steps 8", "guidance 3.5"."""
+    """Values that all rows share, as text by column: "steps 8", "guidance 3.5"."""
     records = [record(row) for row in section.rows]
     present = {column.key for column in _present(section, records)}
     told = [(column, value) for column, value in _alike(records) if column.key in present]
@@ -207,7 +207,7 @@ def alike(section: Section) -> dict[str, str]:
 
 
 def _alike(records: Sequence[Record]) -> list[tuple[Column, Any]]:
-    """Columns that a heading can tell, with their value."""
+    """Columns whose common value can be in the heading, with the value."""
     found = []
     for column in COLUMNS:
         values = [values.get(column.key) for values in records]
@@ -221,10 +221,10 @@ def _present(section: Section, records: Sequence[Record]) -> list[Column]:
     if all(row.variant == "main" for row in section.rows):
         keys.discard("variant")
     if {row.dataset for row in section.rows if row.dataset} == {section.dataset}:
-        keys.discard("dataset")  # the heading says it
+        keys.discard("dataset")  # it is in the heading
     if all(row.num_samples == section.protocol.get("num_samples") for row in section.rows):
-        keys.discard("num_samples")  # the protocol says it
-    for key in _ZERO_IS_NOTHING:
+        keys.discard("num_samples")  # it is in the protocol
+    for key in _HIDDEN_IF_ZERO:
         if not any(values.get(key) for values in records):
             keys.discard(key)
     largest = max((values["gmacs_total"] for values in records if "gmacs_total" in values), default=0.0)
@@ -239,7 +239,7 @@ def _present(section: Section, records: Sequence[Record]) -> list[Column]:
 
 
 def _money_column(column: Column, key: str) -> Column:
-    currency = key.removeprefix(_MONEY).removeprefix("_") or "currency not known"
+    currency = key.removeprefix(_MONEY).removeprefix("_") or "unknown currency"
     return Column(key, f"{column.title} ({currency})", column.shown, rank=column.rank)
 
 
@@ -251,7 +251,7 @@ def cell(values: Record, column: Column) -> str:
 
 
 def best_values(section: Section, columns: Sequence[Column]) -> dict[str, float]:
-    """Column -> the best measured value, where there are different ones to choose from. Of unlike tasks none is the best."""
+    """The best measured value by column, if values differ. Rows with different mask ratios solve different tasks: none is best."""
     best: dict[str, float] = {}
     if len({row.mask_ratio for row in section.rows}) > 1:
         return best

@@ -1,4 +1,4 @@
-"""What `enat compare` does: reads evaluations from MLflow, draws them, and writes and logs the answer."""
+"""The work of `enat compare`: read evaluations from MLflow, draw them, and write and log the result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TAG_LIMIT = 5000
 
 @dataclass(frozen=True)
 class Files:
-    """What a comparison is written as. figures: all in one picture, PNG; None where there is nothing to draw."""
+    """The files of a comparison. figures: all figures in one PNG, or None if there is nothing to draw."""
 
     page: str
     figures: bytes | None
@@ -53,8 +53,10 @@ def make_files(comparison: Comparison, title: str, grids: Grids) -> Files:
 
 
 def read_grids(comparison: Comparison) -> Grids:
-    """The grid of samples of every row that has one, once for each set of samples, and of at most _MAX_GRIDS sets. What lies in
-    MLflow may be anything: what is no picture, or far too large, is left out with a warning."""
+    """Read the grid of samples of every row, once per set of samples and for at most _MAX_GRIDS sets.
+
+    A file that is not an image, or is far too large, is left out with a warning: anyone may write to MLflow.
+    """
     rows: dict[str, Row] = {}
     for row in comparison.rows:
         rows.setdefault(row.samples or row.run_ids[0], row)
@@ -68,7 +70,7 @@ def read_grids(comparison: Comparison) -> Grids:
 
 
 def _read_grid(uri: str, row: Row) -> Image.Image | None:
-    for run_id in row.run_ids[:2]:  # a run whose files were removed may have an older twin
+    for run_id in row.run_ids[:2]:  # an older run with the same samples may still have its files
         try:
             content = search.read_file(uri, run_id, SAMPLES, _MAX_GRID_BYTES)
             if content is not None:
@@ -79,18 +81,18 @@ def _read_grid(uri: str, row: Row) -> Image.Image | None:
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Raises ValueError, naming the file, where it cannot be written."""
+    """Write a file. Raises ValueError, naming the file, if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another path") from error
 
 
 def log(comparison: Comparison, files: Files, title: str) -> str | None:
-    """A run in the experiment of the newest evaluation that holds page, figures, table and the ids of what was compared.
+    """Log page, figures, table and the ids of the compared runs to a run in the experiment of the newest evaluation.
 
-    Its id; None, with a warning, where MLflow takes nothing.
+    Returns the id of the run, or None, with a warning, if MLflow cannot be reached.
     """
     config = TrackingConfig(experiment=comparison.experiment)
     ids = [id for row in comparison.rows for id in row.run_ids[:1]]
@@ -111,6 +113,6 @@ def log(comparison: Comparison, files: Files, title: str) -> str | None:
 
 
 def _joined(names: Sequence[str] | dict[str, None]) -> str:
-    """With commas, as many whole names as a tag holds; the file compare.json has all."""
+    """Names joined by commas, as many as fit into a tag. compare.json contains all of them."""
     text = ",".join(names)
     return text if len(text) <= _TAG_LIMIT else text[:_TAG_LIMIT].rpartition(",")[0]

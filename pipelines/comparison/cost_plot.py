@@ -1,7 +1,7 @@
 """The figure of a comparison: score against cost.
 
-Measured runs are filled and coloured, quoted numbers hollow and gray with labels in italics, so that nobody takes one for the
-other. Quoted systems whose cost is not known, or far from all that was measured, stand in a strip of their own beside the plot.
+Measured runs are filled and coloured. Published numbers are hollow and gray with italic labels, so the two cannot be confused.
+Published systems with an unknown or distant cost are in a strip beside the plot.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _QUOTED_AREA = 46.0  # square points
 
 @dataclass(frozen=True)
 class _Model:
-    """Rows of one model that have score and cost, and how they are drawn."""
+    """Rows of one model that have score and cost, with their style."""
 
     name: str
     rows: tuple[Row, ...]
@@ -68,7 +68,7 @@ class _Model:
 
 
 def cost_figure(section: Section) -> Image.Image | None:
-    """None where no measured row has both a score and a cost, and of completed codes, whose score is a matter of the mask ratio."""
+    """None if no measured row has both score and cost, and for completed codes, whose score depends on the mask ratio."""
     with quiet():
         return None if section.begins_with_codes else _cost_figure(section)
 
@@ -103,7 +103,7 @@ def _is_near(result: PublishedResult, points: Sequence[Row]) -> bool:
 
 
 def _models(section: Section, points: Sequence[Row]) -> list[_Model]:
-    """In order of size. Where there are many, those with the best scores are named."""
+    """Models in order of size. If there are many, only those with the best scores are named."""
     drawn = {row.run_ids[0] for row in points}
     groups = {name: [row for row in rows if row.run_ids[0] in drawn] for name, rows in by_model(section.rows).items()}
     groups = {name: rows for name, rows in groups.items() if rows}
@@ -119,7 +119,7 @@ def _models(section: Section, points: Sequence[Row]) -> list[_Model]:
 
 
 def _handles(models: Sequence[_Model], *, has_quoted: bool) -> list[Handle]:
-    """One for each model, then what is not a model's own."""
+    """One entry per model, then the shared entries."""
     handles = [handle(model.legend, model.color, model.shape) for model in models if model.is_named]
     if unnamed := sum(not model.is_named for model in models):
         handles.append(handle(f"{unnamed} more, which the table names", UNNAMED, "o"))
@@ -145,7 +145,7 @@ def _style(axes: Axes, section: Section, unit: str, xs: Sequence[float], scores:
 
 
 def _cost_limits(axes: Axes, xs: Sequence[float]) -> None:
-    """Room around all points, whatever is labelled; a log axis for costs that lie far apart. Ticks are plain numbers."""
+    """Leave room around all points, labelled or not. Costs that are far apart get a log axis. Ticks are plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = min(xs), max(xs)
@@ -165,7 +165,7 @@ def _cost_limits(axes: Axes, xs: Sequence[float]) -> None:
 
 
 def _draw_sweeps(axes: Axes, section: Section, models: Sequence[_Model], scale: float) -> None:
-    """A line through the points of each sweep: whole where steps differ, dotted where something else does."""
+    """Draw a line through each sweep: solid if the steps differ, dotted for another setting."""
     colors: Mapping[str, str] = {row.run_ids[0]: model.color for model in models for row in model.rows}
     for sweep in find_sweeps(section):
         rows = [row for row in sweep.rows if row.run_ids[0] in colors]
@@ -178,7 +178,7 @@ def _draw_sweeps(axes: Axes, section: Section, models: Sequence[_Model], scale: 
 def _draw_measured(axes: Axes, models: Sequence[_Model], distance: str, scale: float) -> list[Label]:
     """Points of one model share colour and shape."""
     labels = []
-    for model in sorted(models, key=lambda model: model.is_named):  # the named ones lie on top
+    for model in sorted(models, key=lambda model: model.is_named):  # named models on top
         x, y = [row.metrics["gmacs_total"] * scale for row in model.rows], [row.metrics[distance] for row in model.rows]
         areas = [_area(row.parameters) for row in model.rows]
         axes.scatter(x, y, s=areas, marker=model.shape, color=model.color, edgecolors="white", linewidths=1.0, zorder=4)
@@ -199,17 +199,17 @@ def _draw_quoted(axes: Axes, results: Sequence[PublishedResult]) -> list[Label]:
 
 
 def _area(parameters: int | None) -> float:
-    """Square points. By the root of the size, so that 10 M and 1 B can both be seen."""
+    """Area in square points, by the square root of the size: 10 M and 1 B are both visible."""
     return 60.0 if not parameters else 30.0 + 200.0 * min(4.0, math.sqrt(parameters / 1e9))
 
 
 def _radius(area: float) -> float:
-    """Points, of a marker of so many square points."""
+    """Radius in points of a marker with this area in square points."""
     return math.sqrt(area) / 2 + 1.0
 
 
 def _texts(model: _Model, best: int) -> list[str]:
-    """A label for each point of one model, what differs in it; name and size at one. Of many points the best alone is labelled."""
+    """Label each point of a model with its differing settings, and one of them with name and size. Of many, only the best."""
     rows = model.rows
     settings = [(row.num_steps, row.guidance_scale) for row in rows]
     has_steps, has_guidance = (len(set(values)) > 1 for values in zip(*settings, strict=True))
@@ -228,7 +228,7 @@ def _texts(model: _Model, best: int) -> list[str]:
 
 
 def _short_name(model: _Model) -> str:
-    """Of a long name the variant, which is what its owner calls it; the legend has the whole."""
+    """Only the variant of a long name. The legend has the full name."""
     variants = {row.variant for row in model.rows}
     if len(model.name) > _LABEL_LENGTH and len(variants) == 1 and variants != {MAIN}:
         return clipped(variants.pop(), _LABEL_LENGTH)
@@ -248,7 +248,7 @@ def _unlike_axis(result: PublishedResult) -> str:
 
 
 def _draw_strip(strip: Axes, results: Sequence[PublishedResult]) -> None:
-    """A short line at each score, and its label beside it, moved up or down as far as neighbours ask for."""
+    """Draw a short line at each score with its label, moved up or down to keep clear of its neighbours."""
     strip.set_xlim(0, 1)
     strip.set_xticks([])
     strip.tick_params(which="both", left=False, labelleft=False)
@@ -274,7 +274,7 @@ def _draw_strip(strip: Axes, results: Sequence[PublishedResult]) -> None:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending places in [0, 1] that are at least gap apart and, together, as near to the ascending heights as can be."""
+    """Ascending positions in [0, 1], at least `gap` apart, with the least squared distance to the ascending heights."""
     from sklearn.isotonic import isotonic_regression
 
     steps = gap * np.arange(len(heights))

@@ -1,4 +1,4 @@
-"""Labels of points: beside their marker where there is room, else further off and joined to it by a line; never left out."""
+"""Labels of points: beside their marker if there is room, else further away with a line to it. No label is left out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pipelines.comparison.canvas import DPI, Axes
 _FONT = 8.0
 _PIXELS = DPI / 72  # of a point
 _GAP = 3.0  # points between marker and label
-_RINGS = (0.0, 8.0, 18.0, 30.0, 44.0, 60.0, 80.0, 105.0, 135.0)  # points, further off each time
-_LEADER_FROM = 8.0  # points from which on a line joins label and marker
-_DIRECTIONS = (0, 180, 45, 315, 135, 225, 90, 270, 22, 338, 158, 202)  # degrees, the best to read first
+_RINGS = (0.0, 8.0, 18.0, 30.0, 44.0, 60.0, 80.0, 105.0, 135.0)  # points, increasing distance
+_LEADER_FROM = 8.0  # points; from this distance on a line joins label and marker
+_DIRECTIONS = (0, 180, 45, 315, 135, 225, 90, 270, 22, 338, 158, 202)  # degrees, the most readable first
 Point = tuple[float, float]
 
 
@@ -58,9 +58,9 @@ class _Place:
 
 
 def write_labels(axes: Axes, labels: Sequence[Label]) -> None:
-    """What was measured chooses first. Labels without text are markers that the others keep clear of."""
+    """Place labels, measured points first. A label without text is a marker that the others avoid."""
     figure = axes.get_figure()
-    figure.draw_without_rendering()  # the layout is settled by this
+    figure.draw_without_rendering()  # settles the layout
     renderer = figure.canvas.get_renderer()
     extent = axes.get_window_extent(renderer)
     frame = _Box(extent.x0, extent.y0, extent.x1, extent.y1)
@@ -84,7 +84,7 @@ def _marker(centre: Point, radius: float) -> _Box:
 
 
 def _places(centre: Point, radius: float, width: float, height: float) -> Iterator[_Place]:
-    """Nearest first. A text that lies to the right begins at its place, one to the left ends there, others are centred."""
+    """Places by distance. Text to the right starts at its place, text to the left ends there, other text is centred."""
     for ring in _RINGS:
         for degrees in _DIRECTIONS:
             reach = (radius + _GAP + ring) * _PIXELS
@@ -95,7 +95,7 @@ def _places(centre: Point, radius: float, width: float, height: float) -> Iterat
 
 
 def _choose(places: Sequence[_Place], centre: Point, frame: _Box, taken: Sequence[_Box], texts: Sequence[_Box]) -> _Place:
-    """The first that covers nothing and whose line crosses no text; else one that covers nothing; else what covers least."""
+    """The first place that covers nothing and whose line crosses no text, else one that covers nothing, else the least."""
     inside = [place for place in places if frame.contains(place.box)] or list(places)
     covered = [sum(place.box.overlap(other) for other in taken) for place in inside]
     free = [place for place, area in zip(inside, covered, strict=True) if area == 0.0]
@@ -106,7 +106,7 @@ def _choose(places: Sequence[_Place], centre: Point, frame: _Box, taken: Sequenc
 
 
 def _end(box: _Box, centre: Point) -> Point:
-    """The point of a box that is nearest."""
+    """The point of a box that is nearest to a centre."""
     return min(max(centre[0], box.x0), box.x1), min(max(centre[1], box.y0), box.y1)
 
 

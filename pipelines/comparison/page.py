@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else: tables, figures and samples side by side."""
+"""A comparison as one self-contained HTML page: tables, figures and samples."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from pipelines.comparison.sentences import (
 )
 from pipelines.storage.redaction import without_credentials
 
-_GRID_WIDTH = 1200  # pixels; larger grids are made smaller for the page
-_LARGEST_PNG = 400_000  # bytes of a grid that is kept without loss
+_GRID_WIDTH = 1200  # pixels; larger grids are scaled down for the page
+_LARGEST_PNG = 400_000  # bytes; a larger grid becomes a JPEG
 _RUNS_SHOWN = 8
-_LONG = 36  # letters of a cell that may be broken into lines
-_NAMES = ("model", "variant", "num_steps", "guidance_scale", "mask_ratio")  # what tells rows apart
+_LONG = 36  # letters; a longer cell may be broken into lines
+_NAMES = ("model", "variant", "num_steps", "guidance_scale", "mask_ratio")  # columns that identify a row
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one section; None where there was nothing to draw."""
+    """Figures of one section, None if there is nothing to draw."""
 
     cost: Image.Image | None
     sweep: Image.Image | None
@@ -55,7 +55,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Grids:
-    """shown: samples of rows, in their order.   num_left_out: sets of samples that were not looked at, for there are many."""
+    """shown: samples of rows, in order.   num_left_out: sets of samples that were not read because there are too many."""
 
     shown: tuple[tuple[Row, Image.Image], ...] = ()
     num_left_out: int = 0
@@ -69,7 +69,7 @@ def render(
     title: str,
     created: datetime,
 ) -> str:
-    """figures: of each section."""
+    """Render the page. figures: one entry per section."""
     import jinja2
 
     loader = jinja2.PackageLoader("pipelines.comparison", "templates")
@@ -100,7 +100,7 @@ def render(
 
 
 def _section(section: Section, figures: Figures) -> dict[str, Any]:
-    """Of its columns the less asked for are a table of their own, which also names the rows."""
+    """Values of a section. Its less common columns form a second table, which names the rows as well."""
     columns = columns_of(section)
     best = best_values(section, columns)
     names = [column for column in columns if column.key in _NAMES]
@@ -125,7 +125,7 @@ def _table(section: Section, columns: Sequence[Column], best: Mapping[str, float
 
 
 def _quoted(sections: Sequence[Section]) -> dict[str, Any]:
-    """What others published, once for all sections that it belongs beside."""
+    """Published results, once for all sections that they can be compared with."""
     published = sections[0].published
     columns = quoted_columns(published)
     rows = [[_cell(quoted_record(result), column, {}) for column in columns] for result in by_score(published)]
@@ -157,18 +157,18 @@ def _grid(row: Row, image: Image.Image) -> dict[str, str]:
 
 
 def grids_sentence(grids: Grids) -> str:
-    """Whether the pictures can be compared one by one, as far as is known, and how many are missing."""
+    """Whether the images can be compared one by one, and how many are missing."""
     seeds = {row.generated.get("seed") if row.generated else None for row, _ in grids.shown}
     if not seeds:
         return ""
     if None in seeds:
-        sentence = "The first samples of each run. Of some it is not known which seeds they were drawn with."
+        sentence = "The first samples of each run. The seeds of some are unknown."
     elif len(seeds) > 1:
         sentence = f"The first samples of each run, drawn with different seeds ({', '.join(sorted(map(str, seeds)))})."
     else:
-        sentence = f"The first samples of each run, the same places drawn with the same seeds (run seed {seeds.pop()})."
+        sentence = f"The first samples of each run, with equal seeds at equal positions (run seed {seeds.pop()})."
     if grids.num_left_out:
-        sentence += f" {grids.num_left_out:,} more sets of samples are not shown: compare fewer runs to see theirs."
+        sentence += f" {grids.num_left_out:,} more sets of samples are not shown. Compare fewer runs to see them."
     return sentence
 
 
@@ -179,7 +179,7 @@ def _run(row: Row) -> dict[str, Any]:
 
 
 def _grid_uri(image: Image.Image) -> str:
-    """Grids of photographs would make a page of many megabytes as PNG."""
+    """Large grids become JPEG: as PNG, grids of photographs take many megabytes."""
     if image.width > _GRID_WIDTH:
         image = image.resize((_GRID_WIDTH, max(1, round(image.height * _GRID_WIDTH / image.width))), Image.Resampling.LANCZOS)
     content = png_bytes(image)

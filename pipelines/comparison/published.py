@@ -1,4 +1,4 @@
-"""Numbers that others published (published.yaml), and which of them may stand beside a run."""
+"""Published results (published.yaml), and which of them can be compared with a run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedSet:
-    """What numbers of one dataset usually are of, as far as it is known. labels, reference: words for people.
+    """The usual protocol of published numbers for one dataset. labels, reference: text for sentences.
 
-    schemes: how label schemes of protocols begin that mean the same.   num_reference: images behind the reference.
+    schemes: prefixes of the equivalent label schemes in protocols.   num_reference: number of reference images.
     """
 
     resolution: int
@@ -50,12 +50,12 @@ SETS: Mapping[str, PublishedSet] = {
 }
 DATASETS = tuple(SETS)
 _FILE = "published.yaml"
-# Names of whole datasets only: a subset (imagenet100, tiny-imagenet, imagenette) has other scores.
+# Names of complete datasets only: scores on subsets (imagenet100, tiny-imagenet, imagenette) differ.
 _TITLES = {
     "imagenet": re.compile(r"(ilsvrc(2012)?[-_ ]?)?(imagenet([-_ ]?1k)?|ilsvrc(2012)?)([-_ ]?(256|512))?([-_ ]?train)?"),
     "coco": re.compile(r"(ms[-_ ]?)?coco([-_ ]?20(14|17))?([-_ ]?256)?([-_ ]?(train|val))?"),
 }
-# Files of statistics that papers score against, by their names: OpenAI's (ADM) and those that others made of the same images.
+# Names of statistics files that papers use: OpenAI's (ADM) and others from the same images.
 REFERENCE_FILES = {
     "virtual_imagenet256_labeled.npz": "imagenet256",
     "virtual_imagenet512.npz": "imagenet512",
@@ -68,10 +68,10 @@ REFERENCE_FILES = {
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedResult:
-    """One system. None: not known.
+    """One published system. None: unknown.
 
-    tflops: 10^12 multiply-accumulates for an image, both passes of guidance included, and, where has_decoder, the decoder of the
-    tokenizer.   mask_ratio: of one-step decoding, the share of real codes that was masked.
+    tflops: 10^12 multiply-accumulates per image, including both passes of guidance and, if has_decoder, the tokenizer's decoder.
+    mask_ratio: for one-step decoding, the share of real codes that is masked.
     """
 
     name: str
@@ -95,36 +95,38 @@ class PublishedResult:
             if value is not None and not (is_number and math.isfinite(value) and value > 0):
                 raise ValueError(f"{self.name} has {name} {value!r}; give a number above 0, or leave it empty")
         if (self.mask_ratio is not None) != SETS[self.dataset].is_one_step:
-            raise ValueError(f"{self.name} of {self.dataset}: mask_ratio belongs to one-step decoding, and to all of it")
+            raise ValueError(
+                f"{self.name} of {self.dataset}: mask_ratio is required for one-step decoding and not allowed otherwise"
+            )
         for name in ("has_decoder", "is_unconditional"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{self.name} has {name} {getattr(self, name)!r}; give true or false")
 
     @property
     def label(self) -> str:
-        """Its name, and what sets its score apart from those of models of classes."""
+        """Name, marked if unconditional: such scores do not compare with class-conditional ones."""
         return f"{self.name} (unconditional)" if self.is_unconditional else self.name
 
 
 @cache
 def load_published() -> tuple[PublishedResult, ...]:
-    """All of published.yaml, in its order."""
+    """All rows of published.yaml, in order."""
     return read_published((resources.files("pipelines.comparison") / _FILE).read_text(encoding="utf-8"))
 
 
 def read_published(text: str) -> tuple[PublishedResult, ...]:
-    """The same from text. Raises ValueError, naming the row, for what is no such table."""
+    """Parse the text of such a file. Raises ValueError, naming the row, if it is not valid."""
     import yaml
 
     rows = yaml.safe_load(text)
     if not isinstance(rows, list):
-        raise ValueError(f"{_FILE} holds no list of rows")
+        raise ValueError(f"{_FILE} must contain a list of rows")
     return tuple(_result(row, number) for number, row in enumerate(rows, start=1))
 
 
 def _result(row: Any, number: int) -> PublishedResult:
     if not isinstance(row, Mapping):
-        raise ValueError(f"row {number} of {_FILE} is no mapping")
+        raise ValueError(f"row {number} of {_FILE} is not a mapping")
     known = {field.name for field in fields(PublishedResult)}
     if odd := sorted(map(str, row.keys() - known)):
         raise ValueError(f"row {number} of {_FILE} has unknown keys {', '.join(odd)}; the keys are {', '.join(sorted(known))}")
@@ -139,10 +141,10 @@ def published_for(dataset: str) -> tuple[PublishedResult, ...]:
 
 
 def matching_dataset(title: str | None, resolution: int | None, *, is_one_step: bool = False) -> str | None:
-    """The dataset whose published numbers belong beside runs measured against this one, by title and pixels; None: none do.
+    """The dataset whose published numbers compare with runs measured against `title` at this resolution, or None.
 
-    title: of a dataset, or the name of a known file of statistics. It is trusted: whoever calls a folder of other images
-    "imagenet" gets ImageNet's numbers.   is_one_step: of samples that are filled in from real codes in one step.
+    title: name of a dataset or of a known statistics file. It is trusted: a folder of other images named "imagenet" gets
+    ImageNet's numbers.   is_one_step: for samples that are completed from real codes in one step.
     """
     if title is None:
         return None
@@ -154,6 +156,6 @@ def matching_dataset(title: str | None, resolution: int | None, *, is_one_step: 
 
 
 def shows(dataset: str, resolution: int | None, *, is_one_step: bool) -> bool:
-    """Whether numbers of a published dataset are of this size and kind. None: the size is not known."""
+    """Whether published numbers of a dataset have this resolution (None: unknown) and kind."""
     known = SETS[dataset]
     return resolution in (None, known.resolution) and known.is_one_step == is_one_step

@@ -1,7 +1,6 @@
-"""Evaluations in MLflow read into rows that can be compared: one row per set of samples and protocol, a section per protocol.
+"""Read evaluations from MLflow as rows to compare: one row per set of samples and protocol, one section per protocol.
 
-A protocol says how a number was measured (extractor, reference, how many samples, ...). Numbers of unequal protocols are never
-put into one section.
+A protocol states how a number was measured (extractor, reference, number of samples, ...). A section never mixes protocols.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from pipelines.tracking.search import TrackedRun
 
 _EVALUATIONS = "tags.`enat.stage` = 'evaluate'"
 _FINISHED = "attributes.status = 'FINISHED'"
-_MAX_DEPTH = 8  # of runs nested in each other; a loop of parents ends here
+_MAX_DEPTH = 8  # of nested runs; also ends a cycle of parents
 _IDS_PER_QUERY = 100
-_IMPORTED = "imported"  # in place of a dataset: weights of which it is not known what, and how long, they learned
-_NAMES_SHOWN = 8  # of what exists, in a message
-_RUNS_COUNTED = 1000  # of what exists, in a message
+_IMPORTED = "imported"  # instead of a dataset: weights with unknown training
+_NAMES_SHOWN = 8  # in a message
+_RUNS_COUNTED = 1000  # for a message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """experiments: names.   filter: MLflow's filter string, on the runs of stage evaluate.
+    """experiments: names.   filter: a filter string of MLflow for the runs of stage evaluate.
 
-    runs: names of config runs, or ids of runs of pipelines or of stage evaluate; none means all.
+    runs: names of config runs, or ids of pipeline runs or of runs of stage evaluate. Empty means all.
     """
 
     experiments: tuple[str, ...] = ("enat",)
@@ -49,7 +48,7 @@ class Query:
 class Comparison:
     """experiment: of the newest evaluation.   sections: at least one, each with at least one row.
 
-    notes: sentences on what was left out or is doubtful.
+    notes: sentences about missing or doubtful values.
     """
 
     uri: str
@@ -64,8 +63,7 @@ class Comparison:
 
     @property
     def quoted(self) -> dict[str, list[Section]]:
-        """Name of a section -> the sections that its quoted numbers belong beside: it is the last of them, so that numbers are
-        quoted once."""
+        """Sections that share published numbers, by the name of the last of them, which shows the numbers."""
         beside: dict[str, list[Section]] = {}
         for section in self.sections:
             if section.published_dataset is not None:
@@ -76,7 +74,7 @@ class Comparison:
 def compare(uri: str, query: Query, published: str = "auto") -> Comparison:
     """Read, fold and group. published: "none", "auto" (by dataset and resolution) or one of published.DATASETS.
 
-    Raises ValueError, saying what was searched and what exists, where nothing is found; else as tracked.experiments does.
+    Raises ValueError, with what was searched and what exists, if nothing is found, and the errors of search.experiments.
     """
     known = search.experiments(uri)
     found, parents = _find(uri, query, known)
@@ -95,12 +93,14 @@ def _find(uri: str, query: Query, known: Mapping[str, str]) -> tuple[list[Tracke
     """Finished evaluations, newest first, and their ancestors by id. known: name -> id of experiments."""
     given = {id: run for id in query.runs if _is_id(id) and (run := search.read_run(uri, id)) is not None}
     if unknown := [id for id in query.runs if _is_id(id) and id not in given]:
-        raise ValueError(f"there is no run {', '.join(unknown)} at {without_credentials(uri)}, or it was deleted")
+        raise ValueError(f"run {', '.join(unknown)} does not exist at {without_credentials(uri)}, or was deleted")
     ids: set[str] = set()
-    if not query.runs or len(given) < len(set(query.runs)):  # an id says by itself where a run is
+    if not query.runs or len(given) < len(set(query.runs)):  # an id identifies the experiment as well
         for name in query.experiments:
             if name not in known:
-                raise ValueError(f"there is no experiment {name!r} at {without_credentials(uri)}; there are {_listed(known)}")
+                raise ValueError(
+                    f"experiment {name!r} does not exist at {without_credentials(uri)}; experiments there: {_listed(known)}"
+                )
             ids.add(known[name])
     ids |= {run.experiment_id for run in given.values()}
     filters = [_EVALUATIONS, _FINISHED, *([query.filter] if query.filter else [])]
@@ -122,7 +122,7 @@ def _is_id(text: str) -> bool:
 
 
 def _ancestors(uri: str, runs: Iterable[TrackedRun]) -> dict[str, TrackedRun]:
-    """All runs that these are nested in, by id."""
+    """All runs that contain these runs, by id."""
     by_id: dict[str, TrackedRun] = {}
     level = list(runs)
     for _ in range(_MAX_DEPTH):
@@ -137,7 +137,7 @@ def _ancestors(uri: str, runs: Iterable[TrackedRun]) -> dict[str, TrackedRun]:
 
 
 def _line(run: TrackedRun, parents: Mapping[str, TrackedRun]) -> list[TrackedRun]:
-    """Its parent, the parent's parent, and so on."""
+    """The parent of a run, the parent of that, and so on."""
     line: list[TrackedRun] = []
     while (parent := parents.get(run.parent_id or "")) is not None and len(line) < _MAX_DEPTH:
         run = parent
@@ -146,18 +146,20 @@ def _line(run: TrackedRun, parents: Mapping[str, TrackedRun]) -> list[TrackedRun
 
 
 def _nothing_found(uri: str, query: Query, ids: Sequence[str], unmet: Sequence[str], known: Mapping[str, str]) -> str:
-    """What was searched, and what exists there."""
+    """A message with what was searched and what exists."""
     everything = search.search_runs(uri, ids, limit=_RUNS_COUNTED)
     evaluations = [run for run in everything if run.tags.get("enat.stage") == "evaluate"]
     finished = sum(run.status == "FINISHED" for run in evaluations)
     tops = dict.fromkeys(run.name for run in everything if run.parent_id is None)
-    what = f"no finished evaluation of {', '.join(map(repr, unmet))} is" if unmet and len(query.runs) > len(unmet) else ""
-    what = what or "no finished evaluation is"
+    of_runs = f" of {', '.join(map(repr, unmet))}" if unmet and len(query.runs) > len(unmet) else ""
     count = "" if len(everything) < _RUNS_COUNTED else f"at least {_RUNS_COUNTED:,} runs; the newest are "
     count += f"{len(everything):,} runs, {len(evaluations)} of them evaluations ({finished} finished)"
     exists = count if everything else "no runs"
     exists += f", of {_listed(tops)}" if tops else ""
-    return f"{what} at {without_credentials(uri)} in {query}; there are {exists}, and the experiments are {_listed(known)}"
+    return (
+        f"no finished evaluation{of_runs} was found at {without_credentials(uri)} in {query}. "
+        f"There are {exists}. Experiments: {_listed(known)}"
+    )
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -170,7 +172,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal cannot take for commands, on one line."""
+    """Text on one line without control characters."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
@@ -218,7 +220,7 @@ def _integer(run: TrackedRun, tag: str, notes: Notes) -> int | None:
 
 
 def _number(run: TrackedRun, tag: str, notes: Notes) -> float | None:
-    """None where a tag is missing, or, with a note, where it is no number: tags may be edited by hand."""
+    """Value of a tag. None if it is missing or, with a note, not a number: tags can be edited by hand."""
     return _parsed(run.tags.get(tag), f"The tag {tag} of run {run.run_id}", notes)
 
 
@@ -231,14 +233,14 @@ def _parsed(text: str | None, what: str, notes: Notes) -> float | None:
         value = math.nan
     if math.isfinite(value):
         return value
-    notes.add(f"{what} is {printable(text)[:40]!r}, no number; it is shown as missing.")
+    notes.add(f"{what} is {printable(text)[:40]!r}, which is not a number. It is shown as missing.")
     return None
 
 
 def _protocol(run: TrackedRun, notes: Notes) -> dict[str, Any]:
     text = run.tags.get("enat.protocol")
     if not text:
-        notes.add("Of some runs it is not known how they were measured; their numbers may not be comparable, even with each other.")
+        notes.add("The protocol of some runs is unknown. Their numbers may not be comparable, not even with each other.")
         return {}
     try:
         protocol = json.loads(text)
@@ -246,18 +248,18 @@ def _protocol(run: TrackedRun, notes: Notes) -> dict[str, Any]:
         protocol = None
     if isinstance(protocol, dict):
         return {printable(str(name)): printable(v) if isinstance(v, str) else v for name, v in protocol.items()}
-    notes.add(f"The tag enat.protocol of run {run.run_id} cannot be read; its protocol counts as unknown.")
+    notes.add(f"The tag enat.protocol of run {run.run_id} cannot be read. Its protocol counts as unknown.")
     return {}
 
 
 def _without_mask_ratio(protocol: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """It has a column of its own, so rows of one section may differ in it: the figure over mask ratios is of such a section."""
+    """The mask ratio has its own column, so rows of one section may differ in it."""
     labels, _, ratio = str(protocol.get("labels")).rpartition(", mask ratio ")
     return ({**protocol, "labels": labels}, ratio) if labels == REAL_CODES else (protocol, None)
 
 
 def _fold(rows: Sequence[Row]) -> list[Row]:
-    """One row per samples and protocol. rows: newest first; the newest counts, the others are the same numbers logged again."""
+    """One row per samples and protocol. rows: newest first. Older runs of the same samples logged the same numbers."""
     folded: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = (row.samples, row.protocol_digest) if row.samples else (row.run_ids,)
@@ -272,10 +274,10 @@ def _folded(same: Sequence[Row]) -> Row:
 
 
 def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], notes: Notes) -> list[Row]:
-    """The rows with the parameters of stage generate, which tell what else about the sampler differs.
+    """Add the parameters of stage generate, which show how samplers differ otherwise.
 
-    All runs of the stage are read at once: MLflow answers one question a set of samples far more slowly, and knows no list of
-    values for a tag. One run of each set is enough: what it says is part of the key.
+    One query reads all runs of the stage: a query per set of samples is far slower, and MLflow cannot filter a tag by a list of
+    values. One run per set is enough because its parameters are part of the key.
     """
     wanted = {row.samples for row in rows if (row.samples or "").startswith("generate/")}
     found: dict[str, Mapping[str, str]] = {}
@@ -289,7 +291,7 @@ def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], 
 
 
 def _generated(row: Row, params: Mapping[str, str] | None, notes: Notes) -> Row:
-    ratio = (params or {}).get("mask_ratio", "None")  # a parameter is text: "None" where samples begin with nothing
+    ratio = (params or {}).get("mask_ratio", "None")  # parameters are text: "None" if samples start from nothing
     what = f"The parameter mask_ratio of {row.samples}"
     return replace(row, generated=params, mask_ratio=row.mask_ratio if ratio == "None" else _parsed(ratio, what, notes))
 

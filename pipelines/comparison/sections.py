@@ -1,7 +1,7 @@
-"""What is compared: rows, one for each set of samples and protocol, and sections of rows that were measured alike.
+"""Rows, one per set of samples and protocol, and sections of rows that were measured in the same way.
 
-A section is of what its numbers were measured against, whatever the models were trained on: imported weights and images of other
-generators stand beside models of this store wherever the same protocol scored them.
+The reference defines a section, not the training data: imported weights and images of other generators share a section with models
+of this store if the same protocol scored them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Any
 from pipelines.comparison.published import DATASETS, PublishedResult, matching_dataset, published_for, shows
 
 MAIN = "main"
-REAL_CODES = "token map rows"  # the label scheme of samples that begin with codes of real images
+REAL_CODES = "token map rows"  # label scheme of samples that start from codes of real images
 _DISTANCES = ("fid", "frechet_distance")
-_REFERENCE = re.compile(r"(?P<dataset>.+?), \d+ px(, .+)?")  # what stage reference calls itself: "imagenet, 256 px, adm-center"
+_REFERENCE = re.compile(r"(?P<dataset>.+?), \d+ px(, .+)?")  # name of a reference: "imagenet, 256 px, adm-center"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One set of samples, scored by one protocol. What is not known is None, or no metric.
+    """One set of samples, scored by one protocol. Unknown values are None, unknown metrics are absent.
 
-    run_ids: runs that logged these numbers, the newest first; it is the one that counts.   measured: start of the first of them.
-    dataset: that the model was trained on; of outside samples, that of the reference.
-    mask_ratio: of samples that began with codes of real images, the share that was masked.
-    device, images_per_pass, precision: what the samples were made with.   currency: of the metric cost/total_money.
-    samples, trained: artifacts, as "stage/key".   evaluation: digest of the artifact that holds the scores.
-    generated: parameters of the stage that made the samples; None where its run was not found.
+    run_ids: runs that logged these numbers, newest first; the newest counts.   measured: start of the first of them.
+    dataset: training data of the model; for outside samples, of the reference.
+    mask_ratio: masked share of the codes, for samples that start from codes of real images.
+    device, images_per_pass, precision: used to generate the samples.   currency: of the metric cost/total_money.
+    samples, trained: artifacts as "stage/key".   evaluation: digest of the artifact with the scores.
+    generated: parameters of the stage that generated the samples, None if its run was not found.
     """
 
     run_ids: tuple[str, ...]
@@ -66,15 +66,15 @@ class Row:
 
     @property
     def begins_with_codes(self) -> bool:
-        """Of real images, so that the model fills in a part alone."""
+        """Whether samples start from codes of real images, so the model generates only a part."""
         return self.mask_ratio is not None or self.protocol.get("labels") == REAL_CODES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Rows that were measured alike, by size, and what others published for the same dataset. name: a letter.
+    """Rows that were measured in the same way, by size, with published results for the same dataset. name: a letter.
 
-    dataset: of the reference; where the protocol is not known, that of the rows.
+    dataset: of the reference, or of the rows if the protocol is unknown.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Section:
 
     @cached_property
     def distance(self) -> str | None:
-        """The metric that the figures draw: fid, or the Frechet distance on another extractor's features."""
+        """The metric in the figures: fid, or the Frechet distance on features of another extractor."""
         counts = Counter(name for row in self.rows for name in _DISTANCES if name in row.metrics)
         return max(_DISTANCES, key=lambda name: counts[name]) if counts else None
 
@@ -107,19 +107,19 @@ class Notes:
 
 
 def make_sections(rows: Sequence[Row], published: str, notes: Notes) -> tuple[Section, ...]:
-    """published: "none", "auto" (by dataset and resolution) or one of published.DATASETS. Sections with the same quoted numbers
-    follow each other."""
+    """Group rows. published: "none", "auto" (by dataset and resolution) or one of published.DATASETS. Sections with the same
+    published numbers are adjacent."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(_key(row), []).append(row)
     found = [_with_published(_section(group), published) for group in groups.values()]
     if published in DATASETS and not any(section.published for section in found):
-        notes.add(f"Nothing here is an FID at the resolution of {published} and of its kind, so no published numbers are shown.")
+        notes.add(f"No row has an FID at the resolution and of the kind of {published}, so no published numbers are shown.")
     return tuple(replace(section, name=_letters(number)) for number, section in enumerate(sorted(found, key=_place)))
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-    """What rows of a section have alike. Of an unknown protocol the dataset is all that can be told apart."""
+    """What defines a section. With unknown protocols, at least datasets are kept apart."""
     dataset = "" if row.protocol else row.dataset or ""
     return (dataset, row.resolution or 0, row.protocol_digest or "", row.begins_with_codes)
 
@@ -137,7 +137,7 @@ def _section(rows: Sequence[Row]) -> Section:
 
 
 def reference_dataset(protocol: Mapping[str, Any]) -> str | None:
-    """Whose images the numbers were measured against: a dataset's name, or that of a file of statistics."""
+    """Name of the reference's dataset or statistics file."""
     if "reference" not in protocol:
         return None
     text = str(protocol["reference"])
@@ -176,7 +176,7 @@ def _letters(number: int) -> str:
 
 
 def _with_published(section: Section, published: str) -> Section:
-    """Quoted numbers are FIDs of Inception features, of whole images or of one step from real codes, and belong beside the same."""
+    """Add published results, which are FIDs of whole images or of one step from real codes, to sections of the same kind."""
     if published == "none" or section.distance != "fid":
         return section
     is_one_step = section.begins_with_codes and any(row.num_steps == 1 for row in section.rows)
@@ -192,7 +192,7 @@ def _with_published(section: Section, published: str) -> Section:
 
 
 def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Label -> the rows of one trained model. Models that are called alike but are not the same are told apart by their runs."""
+    """Rows of each trained model by label. Different models with equal names get their run's name as well."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.trained or row.label, []).append(row)

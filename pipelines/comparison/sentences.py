@@ -1,4 +1,4 @@
-"""Sentences of a comparison: what a section is of, how it was measured, and how that differs from others."""
+"""Sentences of a comparison: what a section shows, how it was measured, and how protocols differ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipelines.comparison.published import REFERENCE_FILES, SETS
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Section
 
-_PROTOCOL_KEYS = (  # in this order in sentences
+_PROTOCOL_KEYS = (  # in the order of sentences
     "extractor",
     "num_samples",
     "labels",
@@ -23,20 +23,20 @@ _PROTOCOL_KEYS = (  # in this order in sentences
 )
 _DIGEST_SHOWN = 12
 CONVENTION = (
-    "GMACs and TFLOPs of an image are multiply-accumulates, each counted once, as ENAT's paper does: all steps, both passes of "
-    "guidance, and the tokenizer's decoder. In CSV and JSON, TFLOPs are called tmacs_total, and gflops_total counts each twice."
+    "GMACs and TFLOPs are multiply-accumulates per image, counted once as in the ENAT paper: all steps, both passes of guidance, "
+    "and the tokenizer's decoder. In CSV and JSON, tmacs_total are the TFLOPs, and gflops_total counts each as two operations."
 )
 
 
 def heading(section: Section) -> str:
-    parts = [section.dataset or "a dataset that is not known"]
+    parts = [section.dataset or "unknown dataset"]
     parts += [f"{section.resolution} px"] if section.resolution else []
     parts += ["completed from real codes"] if section.begins_with_codes else []
     return ", ".join(parts)
 
 
 def alike_sentence(section: Section) -> str:
-    """What the rows of a section have alike, so that it needs no columns."""
+    """Values that all rows of a section share and that need no column."""
     told = alike(section)
     sentence = f"Measured here {told.pop('date', '')}".rstrip()
     joint = ", all with " if len(section.rows) > 1 else " with "
@@ -46,7 +46,7 @@ def alike_sentence(section: Section) -> str:
 def protocol_sentence(protocol: Mapping[str, Any]) -> str:
     """How the numbers of a section were measured."""
     if not protocol:
-        return "how these were measured is not known"
+        return "unknown protocol"
     parts = []
     if "extractor" in protocol:
         parts.append(f"{protocol['extractor']} features")
@@ -63,9 +63,9 @@ def protocol_sentence(protocol: Mapping[str, Any]) -> str:
 
 
 def differences(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """What protocols differ in: the letters of the sections that share each protocol, and (key, value in each of them).
+    """How protocols differ: the letters of the sections with each protocol, and rows (key, value in each protocol).
 
-    The second is empty where all sections measure alike.
+    Equal protocols give no rows.
     """
     groups: dict[str, list[Section]] = {}
     for section in comparison.sections:
@@ -82,15 +82,15 @@ def differences(comparison: Comparison) -> tuple[list[str], list[tuple[str, list
 
 
 def differences_sentence(letters: Sequence[str]) -> str:
-    """Of the columns of differences."""
+    """Heading of the table of differences."""
     if any(", " in column for column in letters):
-        return "Numbers are comparable only where their letters stand above the same column; their protocols differ in:"
-    return "Numbers of different letters are not comparable; their protocols differ in:"
+        return "Numbers are comparable only if their letters share a column. The protocols differ in:"
+    return "Numbers with different letters are not comparable. The protocols differ in:"
 
 
 def _plain(value: Any) -> str:
     if value is None:
-        return "not known"
+        return "unknown"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     text = str(value)
@@ -98,34 +98,34 @@ def _plain(value: Any) -> str:
 
 
 def published_sentence(sections: Sequence[Section]) -> str:
-    """What to keep in mind of quoted numbers beside measured ones. sections: those beside which the same numbers are quoted."""
+    """Caveats of comparing with published numbers. sections: those that share the same published numbers."""
     dataset = sections[0].published_dataset
     assert dataset is not None
     usual = SETS[dataset]
-    sentence = "Quoted rows are what their sources report, each by its own protocol; nothing of them was measured here. "
+    sentence = "Quoted rows are numbers from their sources, each with its own protocol. None of them was measured here. "
     if usual.num_samples is None:
-        return f"{sentence}It is not known how many samples they are of."
-    sentence += f"They are usually of {usual.num_samples:,} samples {usual.labels}, against {usual.reference}."
+        return f"{sentence}Their numbers of samples are unknown."
+    sentence += f"They usually use {usual.num_samples:,} samples {usual.labels}, against {usual.reference}."
     unlike = {section.name: unlike_published(section) for section in sections}
     told = [f"{name}: {', '.join(parts)}" if len(sections) > 1 else ", ".join(parts) for name, parts in unlike.items() if parts]
-    return f"{sentence} Otherwise here: {'; '.join(told)}." if told else sentence
+    return f"{sentence} Differences here: {'; '.join(told)}." if told else sentence
 
 
 def unlike_published(section: Section) -> list[str]:
-    """In what a section was measured unlike published numbers usually are."""
+    """How the protocol of a section differs from that of published numbers."""
     assert section.published_dataset is not None
     usual, protocol = SETS[section.published_dataset], section.protocol
     if not protocol:
-        return ["how it was measured is not known"]
+        return ["unknown protocol"]
     parts = []
     num_samples, num_reference = protocol.get("num_samples"), protocol.get("num_reference")
     if isinstance(num_samples, int) and usual.num_samples is not None and num_samples != usual.num_samples:
-        effect = "so FID comes out higher" if num_samples < usual.num_samples else "so FID comes out lower"
+        effect = "which raises FID" if num_samples < usual.num_samples else "which lowers FID"
         parts.append(f"{num_samples:,} samples, {effect}")
     if usual.schemes and not str(protocol.get("labels")).startswith(usual.schemes):
-        parts.append(f"labels {protocol.get('labels', 'not known')}")
+        parts.append(f"labels {protocol.get('labels', 'unknown')}")
     is_known_file = str(section.dataset).lower() in REFERENCE_FILES
     if num_reference != usual.num_reference and not is_known_file:
-        count = "a number of images that is not known" if num_reference is None else f"{_plain(num_reference)} images"
+        count = "an unknown number of images" if num_reference is None else f"{_plain(num_reference)} images"
         parts.append(f"against {count} of {section.dataset}")
     return parts

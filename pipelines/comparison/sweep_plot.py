@@ -1,4 +1,4 @@
-"""Sweeps: runs of one model that differ in one setting of the sampler, and the figure of their scores."""
+"""Sweeps: runs of one model that differ in one setting of the sampler, with the figure of their scores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pipelines.comparison.canvas import (
 from pipelines.comparison.published import PublishedResult
 from pipelines.comparison.sections import Row, Section, by_model
 
-# Setting -> its title, its name among the parameters of stage generate, and how a label tells it where it does not differ.
+# Setting -> title, parameter of stage generate, and text for labels if the setting does not differ.
 _SETTINGS = {
     "num_steps": ("steps of the sampler", "sampler.num_steps", "{} steps"),
     "guidance_scale": ("guidance scale", "sampler.guidance_scale", "guidance {:g}"),
@@ -47,7 +47,7 @@ _LABEL_LENGTH = 60
 
 @dataclass(frozen=True)
 class Sweep:
-    """setting: the one in which the rows differ, num_steps, guidance_scale or mask_ratio.   rows: in its order."""
+    """setting: the only difference between the rows: num_steps, guidance_scale or mask_ratio.   rows: in its order."""
 
     setting: str
     label: str
@@ -55,7 +55,7 @@ class Sweep:
 
 
 def find_sweeps(section: Section) -> list[Sweep]:
-    """Those of at least two rows. Where it is known how the samples were made, all but the setting must be equal."""
+    """Sweeps of at least two rows. If the parameters of the samples are known, all but the setting must be equal."""
     sweeps = []
     for model, rows in by_model(section.rows).items():
         for setting in _SETTINGS:
@@ -65,13 +65,13 @@ def find_sweeps(section: Section) -> list[Sweep]:
                     groups.setdefault(_fixed(row, setting), []).append(row)
             for group in groups.values():
                 values = {getattr(row, setting) for row in group}
-                if len(values) == len(group) > 1:  # of two rows at one value it is not known what else differs
+                if len(values) == len(group) > 1:  # two rows at one value differ in something unknown
                     sweeps.append(_sweep(model, setting, group))
     return sweeps
 
 
 def _fixed(row: Row, setting: str) -> tuple[Any, ...]:
-    """All that must be equal in a sweep."""
+    """Everything that must be equal in a sweep."""
     generated: Mapping[str, str] = row.generated or {}
     others = tuple(sorted((name, value) for name, value in generated.items() if name != _SETTINGS[setting][1]))
     return (row.train_steps, *(getattr(row, name) for name in _SETTINGS if name != setting), row.generated is None, others)
@@ -88,7 +88,7 @@ def _sweep(model: str, setting: str, rows: Sequence[Row]) -> Sweep:
 
 
 def sweep_figure(section: Section) -> Image.Image | None:
-    """A panel for each setting that was swept; None where none was. Quoted curves stand beside one-step decoding."""
+    """One panel per swept setting, or None without a sweep. Published curves are drawn with one-step decoding."""
     sweeps = find_sweeps(section) + _single_ratios(section)
     settings = [setting for setting in _SETTINGS if any(sweep.setting == setting for sweep in sweeps)]
     if not settings:
@@ -105,7 +105,7 @@ def sweep_figure(section: Section) -> Image.Image | None:
 
 
 def _single_ratios(section: Section) -> list[Sweep]:
-    """Rows of one-step decoding that are in no sweep: quoted curves stand beside a single one, too."""
+    """Rows of one-step decoding outside any sweep. Published curves are drawn with a single row as well."""
     if not any(result.mask_ratio is not None for result in section.published):
         return []
     swept = {row.run_ids[0] for sweep in find_sweeps(section) if sweep.setting == "mask_ratio" for row in sweep.rows}
@@ -126,7 +126,7 @@ class _Curve:
 
 @dataclass(frozen=True)
 class _Panel:
-    """curves: those that are named last, so that they lie on top."""
+    """curves: named ones last, to draw them on top."""
 
     setting: str
     curves: tuple[_Curve, ...]
@@ -154,7 +154,7 @@ def _curve(section: Section, sweep: Sweep, color: str, shape: str) -> _Curve:
 
 
 def _quoted_curves(results: Sequence[PublishedResult]) -> list[_Curve]:
-    """One for each system. Hollow and gray, as quoted points are everywhere."""
+    """One curve per system, hollow and gray as all published points."""
     points: dict[str, list[tuple[float, float]]] = {}
     for result in results:
         if result.mask_ratio is not None and result.fid is not None:

@@ -39,12 +39,12 @@ from pipelines.comparison.sentences import (
 )
 from pipelines.storage.redaction import without_credentials
 
-_TEXT_WIDTH = 36  # of a cell in a terminal; longer text is folded
+_TEXT_WIDTH = 36  # of a cell in a terminal; longer text is wrapped
 _ANY_WIDTH = 100_000
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """A table per section. Columns that the terminal has no room for are named below it."""
+    """Print a table per section. Columns that do not fit into the terminal are listed below it."""
     quoted = comparison.quoted
     for section in comparison.sections:
         name = f"{section.name}  " if len(comparison.sections) > 1 else ""
@@ -80,7 +80,7 @@ def _show_rows(
         columns = [column for column in columns if column.rank != highest]
     console.print(table)
     if left_out:
-        console.print(f"[dim]no room for {escape(', '.join(left_out))}: see --csv or --html[/]", highlight=False)
+        console.print(f"[dim]no room for {escape(', '.join(left_out))}; use --csv or --html[/]", highlight=False)
 
 
 def _table(records: Sequence[Record], columns: Sequence[Column], best: Mapping[str, float], style: str) -> Table:
@@ -88,7 +88,7 @@ def _table(records: Sequence[Record], columns: Sequence[Column], best: Mapping[s
     for column in columns:
         is_text = column.shown is str
         table.add_column(
-            escape(column.title),  # a currency may be anything
+            escape(column.title),  # a currency is arbitrary text
             justify="left" if is_text else "right",
             overflow="fold",
             no_wrap=not is_text,
@@ -102,7 +102,7 @@ def _table(records: Sequence[Record], columns: Sequence[Column], best: Mapping[s
 
 
 def _width(table: Table, console: Console) -> int:
-    """What the table would take if it had all the room it wants."""
+    """Width of the table without a limit."""
     return Measurement.get(console, console.options.update(max_width=_ANY_WIDTH), table).maximum
 
 
@@ -124,9 +124,9 @@ def _show_differences(comparison: Comparison, console: Console) -> None:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """A line per row, quoted ones included (column source tells them apart), with every metric and the protocol.
+    """One line per row with every metric and the protocol. The column source marks published rows.
 
-    Quoted rows stand once, after the last section that they belong beside; column section names all of these.
+    Published rows appear once, after the last section that they compare with. Their column section lists all of these sections.
     """
     records: list[dict[str, Any]] = []
     quoted = comparison.quoted
@@ -148,7 +148,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def _csv_value(value: Any) -> Any:
-    """Spreadsheets run text that begins like a formula; an apostrophe keeps it text."""
+    """Spreadsheets evaluate text that starts like a formula. A leading apostrophe prevents this."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
@@ -172,5 +172,5 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _published(result: PublishedResult) -> dict[str, Any]:
-    """As the file has it, with MACs called what measured rows call them."""
+    """A row of the file. Its MACs have the name that measured rows use."""
     return {"tmacs_total" if name == "tflops" else name: value for name, value in asdict(result).items()}

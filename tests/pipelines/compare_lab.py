@@ -1,4 +1,4 @@
-"""What tests of comparisons share: MLflow, and runs in it as `enat run` logs them."""
+"""Shared by tests of comparisons: MLflow with runs as `enat run` logs them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PROTOCOL = {
 
 @dataclass
 class Lab:
-    """One experiment, and runs in it as `enat run` logs them."""
+    """One experiment with runs as `enat run` logs them."""
 
     uri: str
     experiment: str
@@ -65,7 +65,7 @@ class Lab:
         grid: bytes | None = None,
         **tags: Any,
     ) -> str:
-        """A run of stage evaluate; tags by their names without "enat.", None leaves one out."""
+        """Log a run of stage evaluate. Tags have no "enat." prefix; None leaves one out."""
         text = canonical_json(dict(protocol)).decode() if isinstance(protocol, Mapping) else protocol
         values = {
             "stage": "evaluate",
@@ -111,7 +111,7 @@ _numbers = count()
 
 @pytest.fixture
 def lab(lab_uri: str) -> Lab:
-    """An experiment that no other test uses, with nothing in it."""
+    """An empty experiment of one test."""
     from mlflow import MlflowClient
 
     lab = Lab(lab_uri, f"lab-{next(_numbers)}", MlflowClient(lab_uri))
@@ -133,7 +133,7 @@ def text_of(comparison: Comparison, width: int = 1000) -> str:
 
 
 def assert_self_contained(html: str) -> Page:
-    """A page that runs nothing and loads nothing."""
+    """Check that a page runs and loads nothing."""
     page = Page.parse(html)
     assert not {"script", "link", "iframe", "object", "embed", "base", "form", "svg"} & page.tags.keys() and page.open == []
     for tag, name, value in page.attributes:
