@@ -84,6 +84,7 @@ def test_equal_images_make_equal_files(tmp_path):
 
 
 @pytest.mark.parametrize("is_compressed", [False, True])
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, is_compressed):
     """64 MiB of images in pieces of 1 MiB."""
     path = tmp_path / "samples.npz"

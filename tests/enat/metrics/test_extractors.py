@@ -63,6 +63,7 @@ def test_spatial_features_are_the_first_seven_channels_of_the_1x1_branch_of_mixe
     assert (spatial >= 0).all() and spatial.std() > 0.01
 
 
+@pytest.mark.slow
 def test_images_that_were_not_rounded_go_the_same_way(inception, monkeypatch):
     """torch-fidelity's network computes with floats, too, where it is not kept from it."""
     rounded = uint8_images(2, 40, seed=5)

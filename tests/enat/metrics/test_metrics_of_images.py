@@ -90,6 +90,7 @@ def distance(features, layer):
     return frechet_distance(first, second)
 
 
+@pytest.mark.slow
 def test_scores_equal_torch_fidelity(folders, weights, features):
     """The Frechet distance here at the first 64 features; that of all of them is below."""
     theirs = fidelity(folders, weights, isc=True, fid=True, kid=True, prc=True, feature_layer_fid="64")

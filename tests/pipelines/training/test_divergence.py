@@ -64,6 +64,7 @@ def test_a_run_that_diverges_says_where_and_saves_nothing_poisoned(material: Mat
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material: Material, key: str, zero_stage: int) -> None:
     execution = {"checkpoint_every": 1, "zero_stage": zero_stage, "log_every": 12}
     with pytest.raises(DivergedError, match=r"training diverged by step \d+"):
@@ -81,6 +82,7 @@ class Overflowing(Trainer):
         super()._learn(batch, math.inf, learning_rate)
 
 
+@pytest.mark.slow
 def test_fp16_whose_gradient_overflows_at_any_scale_has_diverged(material: Material, key: str) -> None:
     """It would continue forever without changing a weight. A few overflows in a row are normal: they find the scale."""
     config = changed(precision="fp16", num_steps=30, execution={"log_every": 3, "checkpoint_every": 9})
@@ -90,7 +92,7 @@ def test_fp16_whose_gradient_overflows_at_any_scale_has_diverged(material: Mater
     assert checkpoint_steps(material, key) == [9]
 
 
-@pytest.mark.parametrize("trainer_class", [Poisoned, Spiked])
+@pytest.mark.parametrize("trainer_class", [Poisoned, pytest.param(Spiked, marks=pytest.mark.slow)])
 def test_after_a_rollback_training_skips_the_batches_that_diverged(
     material: Material, key: str, trainer_class: type[Poisoned]
 ) -> None:
@@ -104,11 +106,13 @@ def test_after_a_rollback_training_skips_the_batches_that_diverged(
     assert all(torch.isfinite(value).all() for weights in (trained.raw, trained.ema) for value in weights.values())
 
 
+@pytest.mark.slow
 def test_a_rollback_before_the_first_checkpoint_starts_again(material: Material, key: str) -> None:
     trained = train(material, changed(execution={"on_divergence": "rollback", "checkpoint_every": 8}), key, trainer_class=Poisoned)
     assert trained.result is not None and trained.result.skipped_draws == 7 and trained.column("step") == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_step_of_a_rollback_is_handled_after_the_next_step(material: Material, key: str) -> None:
     """Steps 5 and 6 are discarded with step 7; the signal of step 7 is handled after the step that follows."""
     config = changed(execution={"on_divergence": "rollback", "keep_last": 9})
@@ -129,6 +133,7 @@ class DamagedBeforeRollback(Poisoned):
             damage_newest_checkpoint(self.task.context.store, self.task.context)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(material: Material, key: str) -> None:
     """Training goes back to the one before, and leaves a checkpoint of that step that can be read."""
     config = changed(execution={"on_divergence": "rollback"})
@@ -150,6 +155,7 @@ class SlowStore(ArtifactStore):
         return super().put_file(stage, key, name, source)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_progress_is_completed_before_divergence_is_reported(material: Material, key: str) -> None:
     """Ray ends a worker soon after its result, and would interrupt the writing."""
     slow = replace(material, store=SlowStore(material.store.folder))
@@ -168,6 +174,7 @@ class AlwaysPoisoned(Trainer):
             self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * math.nan
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_again_and_again_fails(material: Material, key: str) -> None:
     config = changed(execution={"on_divergence": "rollback", "max_rollbacks": 2})
     with pytest.raises(DivergedError, match="training diverged by step 7") as raised:

@@ -76,7 +76,15 @@ def plain(plainly: Plainly) -> Trained:
 # What is trained -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 1), (2, 3), pytest.param(2, 0, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"),
+    [
+        pytest.param(1, 0, marks=pytest.mark.slow),
+        (2, 1),
+        pytest.param(2, 3, marks=pytest.mark.slow),
+        pytest.param(2, 0, marks=pytest.mark.faults),
+    ],
+)
 def test_workers_train_what_a_plain_loop_trains(
     material: Material, plain: Trained, key: str, world_size: int, zero_stage: int
 ) -> None:
@@ -98,6 +106,7 @@ def test_the_comparison_could_fail(material: Material, plain: Trained) -> None:
 @pytest.mark.parametrize(
     ("world_size", "zero_stage"), [(2, 2), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 0), (2, 3)))]
 )
+@pytest.mark.slow
 def test_all_options_at_once_train_what_a_plain_loop_trains(
     material: Material, key: str, world_size: int, zero_stage: int, plainly: Plainly
 ) -> None:
@@ -116,11 +125,13 @@ def test_a_text_model_trains_what_a_plain_loop_trains(material: Material, key: s
     assert_close(train(material, config, key, world_size=2), plainly(config))
 
 
+@pytest.mark.slow
 def test_groups_that_ranks_cannot_share_equally_train_the_same(material: Material, plain: Trained, key: str) -> None:
     """Four groups, three ranks: two of them take part in a second pass without weight."""
     assert_close(train(material, CONFIG, key, world_size=3), plain)
 
 
+@pytest.mark.slow
 def test_a_model_without_reuse_trains_fresh_whatever_the_recipe_says(material: Material, key: str) -> None:
     nat = {"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False}
     trained = train(material, changed(model=nat), key, world_size=2)
@@ -197,6 +208,7 @@ class Recorder(Trainer):
         super()._learn(batch, *rest)
 
 
+@pytest.mark.slow
 def test_from_two_workers_to_one_and_back_nothing_changes(
     material: Material, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +279,7 @@ class Slow(Trainer):
         super().train_step()
 
 
+@pytest.mark.slow
 def test_the_time_before_a_stop_is_kept_and_added_to(material: Material, key: str) -> None:
     """The second life has one worker fewer."""
     config = changed(execution={"keep_last": 9})
@@ -291,6 +304,7 @@ class SlowPoisoned(Slow):
             self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * math.nan
 
 
+@pytest.mark.slow
 def test_the_time_of_discarded_steps_counts(material: Material, key: str) -> None:
     train(material, changed(execution={"on_divergence": "rollback"}), key, trainer_class=SlowPoisoned, stop_at=11)
     kept = read_resume_point(worker_context(material, key))
@@ -306,6 +320,7 @@ def test_if_all_checkpoints_are_damaged_training_does_not_start_again(material: 
     assert checkpoint_steps(material, key) == [6]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(material: Material, plain: Trained, key: str) -> None:
     train(material, CONFIG, key, world_size=2, stop_at=8)
     assert checkpoint_steps(material, key)[-2:] == [8, 9], "an older one is removed when rank 0 is the last to write"
@@ -325,6 +340,7 @@ class PreemptedRank(Trainer):
         super().__init__(task, device)
 
 
+@pytest.mark.slow
 def test_all_ranks_save_once_when_the_node_of_one_is_about_to_go(material: Material, plain: Trained, key: str) -> None:
     """Ray's watcher repeats the signal from step 5 on. Training continues until Ray ends it."""
     execution = {"keep_last": 9}
@@ -333,6 +349,7 @@ def test_all_ranks_save_once_when_the_node_of_one_is_about_to_go(material: Mater
     assert_close(trained, plain)
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_last_step_completes_the_run(material: Material, plain: Trained, key: str) -> None:
     assert_close(train(material, CONFIG, key, stop_at=12), plain)
 
