@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.storage.base import CHUNK, StorageError
 
-_ATTEMPTS = 8  # of creating a file in a directory that another process removes because it is empty
+_ATTEMPTS = 100  # of creating a file in a directory that another process removes because it is empty
 _WITHOUT_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 
 

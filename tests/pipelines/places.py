@@ -1,4 +1,4 @@
-"""A store in a folder, and one in a bucket, with what only their owner may do: for tests that hold for every kind of store."""
+"""A store in a folder and one in a bucket, for tests that hold for every kind of folder."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pipelines.storage.s3 import S3Folder
 
 @dataclass(frozen=True)
 class Place:
-    """A store under test, and what only its owner may do: look at everything that lies in it, and damage it.
+    """A store under test, with ways to look at all of its files and to damage them.
 
-    age: makes it look as if files, those whose names begin so, had been written so many seconds ago.
+    age: sets the time of files whose names begin with a prefix to so many seconds ago.
     """
 
     store: ArtifactStore
@@ -35,7 +35,7 @@ class Place:
 
 
 def open_place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """Of the kind that a fixture's parameter names: "folder" or "bucket"."""
+    """The place that the parameter of a fixture names: "folder" or "bucket"."""
     if request.param == "folder":
         return folder_place(tmp_path / "store")
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
@@ -47,7 +47,7 @@ def key_of(name: str) -> str:
 
 
 def make(store: ArtifactStore, place: str, *inputs: Manifest, files: Mapping[str, bytes] | None = None, **fields: Any) -> Manifest:
-    """Commit an artifact. place: "stage/name"; the name becomes a key.   files: one, unless they are given."""
+    """Commit an artifact. place: "stage/name"; the name becomes a key.   files: one file by default."""
     stage, _, name = place.partition("/")
     records = []
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ import pytest
 from pipelines.storage.s3 import S3Folder
 from pipelines.storage.s3_client import S3Config
 
-# What of the environment would let a test reach a real bucket, or find other credentials than these.
+# A test must not reach a real bucket or find other credentials.
 _ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test-key",
     "AWS_SECRET_ACCESS_KEY": "test-secret",
@@ -31,7 +31,7 @@ Environ = dict[str, Any]
 
 @dataclass
 class Fault:
-    """What happens to requests that match, the first `times` of them. lose: the work is done and the answer is not sent.
+    """What happens to the first `times` requests that match. lose: the work is done, and no answer is sent.
     cut: only so many bytes of the body are sent.   status, code: this answer is sent, and nothing is done."""
 
     matches: Callable[[Environ], bool]
@@ -44,7 +44,7 @@ class Fault:
 
 @dataclass
 class S3Endpoint:
-    """url: where it listens.   requests: method, path with query, and headers of what was asked, oldest first."""
+    """url: its address.   requests: method, path with query, and headers of each request, oldest first."""
 
     url: str = ""
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
@@ -56,7 +56,7 @@ class S3Endpoint:
 
     @property
     def boto(self) -> Any:
-        """A client for arranging and looking, that is none of the tested ones."""
+        """A client for preparing and inspecting buckets, separate from the tested ones."""
         import boto3
 
         return boto3.client("s3", endpoint_url=self.url)
@@ -85,7 +85,7 @@ def _target(environ: Environ) -> str:
 
 
 class _Application:
-    """moto, with faults. moto looks and then writes; S3 does both in one step, so here conditional writes come one by one."""
+    """moto, with faults. moto checks and then writes; S3 does both in one step, so conditional writes are serialized here."""
 
     def __init__(self, moto: Any, endpoint: S3Endpoint) -> None:
         self.moto, self.endpoint = moto, endpoint
@@ -101,7 +101,7 @@ class _Application:
         if fault.status:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response(fault.status, [("Content-Type", "application/xml")])
-            return [f"<Error><Code>{fault.code}</Code><Message>as the test wants it</Message></Error>".encode()]
+            return [f"<Error><Code>{fault.code}</Code><Message>as the test asks</Message></Error>".encode()]
         if fault.lose:
             list(self._answer(environ, lambda *_: None))
             environ["werkzeug.socket"].shutdown(2)
@@ -118,13 +118,13 @@ class _Application:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[S3Endpoint]:
-    """The endpoint is also the environment's, for this process and those it starts: open_store("s3://...") finds it."""
+    """The environment names the endpoint, too: open_store("s3://...") finds it, here and in started processes."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
     class Handler(MotoRequestHandler):
         def log(self, *_: Any) -> None:
-            """Neither each request nor that an answer was lost, which is on purpose."""
+            """Log nothing: answers are lost on purpose."""
 
     endpoint = S3Endpoint()
     application = _Application(DomainDispatcherApplication(create_backend_app), endpoint)
@@ -147,7 +147,7 @@ _numbers = count()
 
 @pytest.fixture(scope="session")
 def make_bucket(s3_endpoint: S3Endpoint) -> Callable[..., S3Folder]:
-    """A folder in a bucket of its own: make_bucket("a/b") lies below a prefix."""
+    """A folder in a bucket of its own: make_bucket("a/b") is below a prefix."""
 
     def make(prefix: str = "") -> S3Folder:
         bucket = f"bucket-{next(_numbers)}"

@@ -1,6 +1,6 @@
 """The artifact store: nothing is overwritten, the manifest comes last and once, and what is read is what was written.
 
-The tests of the first part know ArtifactStore only and hold for every kind of store, by the parameters of `place`.
+Most tests hold for every kind of folder, by the parameters of `place`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_a_manifest_is_not_committed_before_its_files(store: ArtifactStore, plac
 def test_a_manifest_whose_files_go_while_it_is_committed_does_not_stay(
     store: ArtifactStore, place: Place, put, monkeypatch: pytest.MonkeyPatch, may_remove: bool
 ) -> None:
-    """Just before it is written; whoever removed them had looked for a manifest before. A driver in a bucket may not remove one."""
+    """The files are removed just before it is written. A driver may lack the right to remove a manifest from a bucket."""
     record = put(b"weights")
     write = type(store)._put_manifest
 
@@ -185,7 +186,7 @@ def test_a_manifest_whose_files_go_while_it_is_committed_does_not_stay(
     assert (store.read_manifest(STAGE, KEY) is None) == may_remove
 
 
-def test_a_manifest_that_is_removed_while_another_is_committed_is_told(
+def test_a_manifest_that_is_removed_while_another_is_committed_is_an_error(
     store: ArtifactStore, place: Place, put, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.commit(_manifest(put(b"weights")))
@@ -201,22 +202,12 @@ def test_a_manifest_that_is_removed_while_another_is_committed_is_told(
         store.commit(_manifest(put(b"other weights")))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b'{"stage": "tr',
-        b"{}",
-        b"[]",
-        b"5",
-        b"\xff\xfe\x00",
-    ],
-)
-def test_a_damaged_manifest_is_named_and_not_taken_for_no_artifact(place: Place, put, content: bytes) -> None:
+def test_a_damaged_manifest_is_an_error_and_not_a_missing_artifact(place: Place, put) -> None:
     place.store.commit(_manifest(put(b"weights")))
-    place.damage(f"{STAGE}/{KEY}/{MANIFEST}", content)
-    with pytest.raises(StoreError, match=MANIFEST):
-        place.store.read_manifest(STAGE, KEY)
+    for content in (b"", b'{"stage": "tr', b"{}", b"[]", b"5", b"\xff\xfe\x00"):
+        place.damage(f"{STAGE}/{KEY}/{MANIFEST}", content)
+        with pytest.raises(StoreError, match=MANIFEST):
+            place.store.read_manifest(STAGE, KEY)
 
 
 def test_a_damaged_manifest_costs_a_warning_and_hides_no_other(place: Place, put, caplog: pytest.LogCaptureFixture) -> None:
@@ -235,20 +226,20 @@ _FILE = {"name": "a.bin", "path": "a.bin", "size": 1, "sha256": "1" * 64}
 _INPUT = {"stage": "dataset", "key": "d" * 64, "digest": "e" * 64}
 
 
-@pytest.mark.parametrize(
-    "path", ["../a", "..", "a/../../b", "/etc/passwd", "", "a//b", "./a", "a\\b", "a\0", 5, None, "manifest.json"]
-)
-@pytest.mark.parametrize("field", ["name", "path"])
-def test_a_manifest_that_names_a_file_elsewhere_is_not_believed(field: str, path: object) -> None:
-    for kind in ("files", "records"):
-        fields = {**json.loads(_manifest().to_json()), kind: [{**_FILE, field: path}]}
-        with pytest.raises(DamagedManifestError, match=r"place is not a manifest \(it lists a file called"):
-            Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
+def _refused(changes: dict[str, Any], reason: str) -> None:
+    text = json.dumps({**json.loads(_manifest().to_json()), **changes}).encode()
+    with pytest.raises(DamagedManifestError, match=reason):
+        Manifest.read(text, "place", STAGE, KEY)
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
+def test_a_manifest_that_names_a_file_outside_its_folder_is_refused() -> None:
+    paths = ("../a", "..", "a/../../b", "/etc/passwd", "", "a//b", "./a", "a\\b", "a\0", 5, None, "manifest.json")
+    for path, field, kind in product(paths, ("name", "path"), ("files", "records")):
+        _refused({kind: [{**_FILE, field: path}]}, r"place is not a manifest \(it lists a file called")
+
+
+def test_a_manifest_with_wrong_fields_is_refused_with_the_reason() -> None:
+    for changes, reason in (
         ({"stage": "generate"}, "describes generate/abab"),
         ({"key": "cd" * 32}, "describes train/cdcd"),
         ({"inputs": {"dataset": {**_INPUT, "key": "../" + "d" * 61}}}, "input dataset is not an artifact"),
@@ -261,20 +252,16 @@ def test_a_manifest_that_names_a_file_elsewhere_is_not_believed(field: str, path
         ({"files": None}, "not iterable|after"),
         ({"summary": []}, "summary is not a JSON object"),
         ({"surplus": 1}, "surplus"),
-    ],
-)
-def test_a_manifest_that_is_not_what_it_should_be_is_not_believed(changes: dict[str, Any], reason: str) -> None:
-    text = json.dumps({**json.loads(_manifest().to_json()), **changes}).encode()
-    with pytest.raises(DamagedManifestError, match=reason):
-        Manifest.read(text, "place", STAGE, KEY)
+    ):
+        _refused(changes, reason)
 
 
-def test_a_manifest_that_is_nested_without_end_is_not_believed() -> None:
+def test_a_manifest_that_is_nested_without_end_is_refused() -> None:
     with pytest.raises(DamagedManifestError):
         Manifest.read(b"[" * 100_000, "place", STAGE, KEY)
 
 
-def test_what_a_manifest_of_a_newer_format_was_made_from_can_be_seen() -> None:
+def test_inputs_of_a_manifest_of_a_newer_format_are_known() -> None:
     fields = {**json.loads(_manifest().to_json()), "novelty": 1, "inputs": {"a": _INPUT, "b": {"stage": "..", "key": "x"}, "c": 1}}
     with pytest.raises(DamagedManifestError) as caught:
         Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
@@ -284,13 +271,12 @@ def test_what_a_manifest_of_a_newer_format_was_made_from_can_be_seen() -> None:
 # Files ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "part-00042.parquet", "no-suffix", "two.dots.tar.gz"])
-@pytest.mark.parametrize("content", [b"", b"weights", bytes(range(256)) * 9000])
-def test_a_file_comes_back_with_its_bytes(store: ArtifactStore, put, name: str, content: bytes) -> None:
-    record = put(content, name)
-    assert (record.name, record.path, record.size) == (name, name, len(content))
-    manifest = store.commit(_manifest(record))
-    assert store.fetch(manifest, name).read_bytes() == content
+def test_a_file_comes_back_with_its_bytes(store: ArtifactStore, put) -> None:
+    contents = {"model.safetensors": b"weights", "no-suffix": b"", "two.dots.tar.gz": bytes(range(256)) * 9000, "a/b.parquet": b"1"}
+    records = [put(content, name) for name, content in contents.items()]
+    assert [(record.name, record.path, record.size) for record in records] == [(n, n, len(c)) for n, c in contents.items()]
+    manifest = store.commit(_manifest(*records))
+    assert {name: store.fetch(manifest, name).read_bytes() for name in contents} == contents
 
 
 def test_the_same_bytes_again_are_the_same_file(place: Place, put) -> None:
@@ -299,13 +285,14 @@ def test_the_same_bytes_again_are_the_same_file(place: Place, put) -> None:
     assert put(b"weights") == first and place.contents() == before
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "no-suffix", "two.dots.tar.gz"])
-def test_other_bytes_under_a_taken_name_get_another_path_and_both_stay_readable(store: ArtifactStore, put, name: str) -> None:
-    records = [put(content, name) for content in (b"first", b"second", b"third")]
-    assert len({record.path for record in records}) == 3 and {record.name for record in records} == {name}
-    assert all(Path(record.path).suffixes[-1:] == Path(name).suffixes[-1:] or "." not in name for record in records)
-    assert [store.fetch_file(STAGE, KEY, record).read_bytes() for record in records] == [b"first", b"second", b"third"]
-    assert [put(content, name) for content in (b"first", b"second", b"third")] == records
+def test_other_bytes_under_a_taken_name_get_another_path_and_both_stay_readable(store: ArtifactStore, put) -> None:
+    contents = (b"first", b"second", b"third")
+    for name in ("model.safetensors", "no-suffix", "two.dots.tar.gz"):
+        records = [put(content, name) for content in contents]
+        assert len({record.path for record in records}) == 3 and {record.name for record in records} == {name}
+        assert all(Path(record.path).suffixes[-1:] == Path(name).suffixes[-1:] or "." not in name for record in records)
+        assert [store.fetch_file(STAGE, KEY, record).read_bytes() for record in records] == list(contents)
+        assert [put(content, name) for content in contents] == records
 
 
 def test_files_of_one_name_that_are_put_at_once_all_stay_readable(store: ArtifactStore, put) -> None:
@@ -319,13 +306,14 @@ def test_a_changed_file_is_refused(place: Place, put) -> None:
     manifest = place.store.commit(_manifest(put(b"weights")))
     for content in (b"weightz", b"weight", b""):
         place.damage(f"{STAGE}/{KEY}/model.safetensors", content)
-        with pytest.raises(StoreError, match=r"model\.safetensors was changed after it was made"):
+        advice = f"remove {place.store.place(STAGE, KEY)} to make the artifact again"
+        with pytest.raises(StoreError, match=rf"model\.safetensors was changed after it was made .*{advice}"):
             place.store.fetch(manifest, "model.safetensors")
     place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weights")
     assert place.store.fetch(manifest, "model.safetensors").read_bytes() == b"weights"
 
 
-@pytest.mark.parametrize("place", ["folder"], indirect=True)  # of a bucket's file, the copy that was checked is read again
+@pytest.mark.parametrize("place", ["folder"], indirect=True)  # from a bucket, the checked copy is read again
 def test_a_file_that_changes_after_it_was_read_is_refused_at_the_next_reading(place: Place, put) -> None:
     manifest = place.store.commit(_manifest(put(b"weights")))
     place.store.fetch(manifest, "model.safetensors")
@@ -391,10 +379,10 @@ def test_discarding_work_removes_records_and_state_and_leaves_the_artifact(place
     store.discard_work(STAGE, KEY)  # nothing left to remove is no error
 
 
-def test_a_part_that_is_taken_back_can_be_recorded_anew(store: ArtifactStore) -> None:
+def test_a_part_that_is_taken_back_can_be_recorded_again(store: ArtifactStore) -> None:
     for part in ("part-0", "part-1"):
         store.put_part(STAGE, KEY, part, {"rows": 1})
-    for _ in range(2):  # what is not there need not be taken back
+    for _ in range(2):  # again without an error
         store.discard_part(STAGE, KEY, "part-0")
         assert store.read_parts(STAGE, KEY) == {"part-1": {"rows": 1}}
     store.put_part(STAGE, KEY, "part-0", {"rows": 2})
@@ -404,7 +392,7 @@ def test_a_part_that_is_taken_back_can_be_recorded_anew(store: ArtifactStore) ->
 def test_files_that_are_discarded_are_gone_and_no_others(place: Place, put) -> None:
     discarded = [put(b"1", ".work/step-1/a.bin"), put(b"2", ".work/step-1/b.bin")]
     other, kept = put(b"other 2", ".work/step-1/b.bin"), put(b"3", ".work/step-2/a.bin")
-    for _ in range(2):  # what is gone need not be discarded
+    for _ in range(2):  # again without an error
         place.store.discard_files(STAGE, KEY, discarded)
         for record in discarded:
             with pytest.raises(StoreError, match="is gone"):
@@ -416,17 +404,17 @@ def test_files_that_are_discarded_are_gone_and_no_others(place: Place, put) -> N
     assert put(b"again", ".work/step-1/a.bin").path == ".work/step-1/a.bin"
 
 
-@pytest.mark.parametrize("content", [b"", b'{"rows"', b"\xff\xfe", b"[1]", b"null"])
-def test_a_damaged_record_of_a_part_is_none_and_the_part_can_be_recorded_again(
-    place: Place, content: bytes, caplog: pytest.LogCaptureFixture
+def test_a_damaged_record_of_a_part_is_dropped_and_the_part_can_be_recorded_again(
+    place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for part in ("part-0", "part-1"):
-        place.store.put_part(STAGE, KEY, part, {"rows": 1})
-    place.damage(f"{STAGE}/{KEY}/.parts/part-0.json", content)
-    assert place.store.read_parts(STAGE, KEY) == {"part-1": {"rows": 1}}
-    assert "part-0.json is damaged; its part is made again" in caplog.text
-    place.store.put_part(STAGE, KEY, "part-0", {"rows": 2})
-    assert place.store.read_parts(STAGE, KEY)["part-0"] == {"rows": 2}
+    place.store.put_part(STAGE, KEY, "part-1", {"rows": 1})
+    for content in (b"", b'{"rows"', b"\xff\xfe", b"[1]", b"null"):
+        caplog.clear()
+        place.damage(f"{STAGE}/{KEY}/.parts/part-0.json", content)
+        assert place.store.read_parts(STAGE, KEY) == {"part-1": {"rows": 1}}
+        assert "part-0.json is damaged; its part is made again" in caplog.text
+        place.store.put_part(STAGE, KEY, "part-0", {"rows": 2})
+        assert place.store.read_parts(STAGE, KEY)["part-0"] == {"rows": 2}
 
 
 def test_discarding_a_file_leaves_those_whose_names_begin_alike(place: Place, put) -> None:
@@ -435,10 +423,10 @@ def test_discarding_a_file_leaves_those_whose_names_begin_alike(place: Place, pu
     assert set(place.contents()) == {f"{STAGE}/{KEY}/{record.path}" for record in others}
 
 
-# What lies there -----------------------------------------------------------------------------------------------------------
+# Listing and deleting -----------------------------------------------------------------------------------------------------------
 
 
-def test_all_that_is_called_like_an_artifact_is_listed_with_its_files_and_nothing_else(place: Place, put) -> None:
+def test_everything_named_like_an_artifact_is_listed_with_its_files_and_nothing_else(place: Place, put) -> None:
     before = time.time()
     place.store.commit(_manifest(put(b"weights", key="2" * 64), key="2" * 64))
     place.store.put_part("evaluate", "1" * 64, "part-0", {"rows": 1})
@@ -459,7 +447,7 @@ def test_all_that_is_called_like_an_artifact_is_listed_with_its_files_and_nothin
 
 def test_without_its_manifest_an_artifact_does_not_exist_and_can_be_committed_again(place: Place, put) -> None:
     manifest = place.store.commit(_manifest(put(b"weights")))
-    for _ in range(2):  # what is gone need not be deleted
+    for _ in range(2):  # again without an error
         place.store.delete_manifest(STAGE, KEY)
         assert place.store.read_manifest(STAGE, KEY) is None
     assert list(place.contents()) == [f"{STAGE}/{KEY}/model.safetensors"]
@@ -477,18 +465,18 @@ def test_exactly_the_files_that_are_named_are_deleted(place: Place, put) -> None
     assert list(place.store.names()) == [(STAGE, "cd" * 32)], "an empty folder does not stay"
 
 
-@pytest.mark.parametrize("path", ["../x", "../../outside", "/outside", "a/../../../outside", ".", ""])
-def test_no_name_leads_a_deletion_out_of_the_artifact(place: Place, put, path: str) -> None:
+def test_no_name_leads_a_deletion_out_of_the_artifact(place: Place, put) -> None:
     put(b"x", "a")
     place.damage("outside", b"x")
     before = place.contents()
-    for stage, key, name in ((STAGE, KEY, path), ("..", KEY, "a"), (STAGE, path, "a")):
-        with pytest.raises(AssertionError):
-            place.store.delete_files(stage, key, [name])
+    for path in ("../x", "../../outside", "/outside", "a/../../../outside", ".", ""):
+        for stage, key, name in ((STAGE, KEY, path), ("..", KEY, "a"), (STAGE, path, "a")):
+            with pytest.raises(AssertionError):
+                place.store.delete_files(stage, key, [name])
     assert place.contents() == before
 
 
-def test_a_use_is_noted_as_often_as_there_is_one_with_what_is_read(place: Place) -> None:
+def test_a_record_of_use_has_the_time_and_the_inputs_of_the_last_use(place: Place) -> None:
     store = place.store
     inputs = [("dataset", "1" * 64), ("tokenizer", "2" * 64)]
     store.record_use(STAGE, KEY, reversed(inputs))
@@ -501,13 +489,13 @@ def test_a_use_is_noted_as_often_as_there_is_one_with_what_is_read(place: Place)
     assert store.recorded_inputs(STAGE, KEY) == [] == store.recorded_inputs(STAGE, "cd" * 32)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"inputs": [["..", "x"]]}', b'{"inputs": [1]}', b"\xff"])
-def test_a_note_of_use_that_cannot_be_read_names_no_inputs(place: Place, content: bytes) -> None:
-    place.damage(f"{STAGE}/{KEY}/.used", content)
-    assert place.store.recorded_inputs(STAGE, KEY) == []
+def test_a_damaged_record_of_use_names_no_inputs(place: Place) -> None:
+    for content in (b"", b"[]", b'{"inputs": [["..", "x"]]}', b'{"inputs": [1]}', b"\xff"):
+        place.damage(f"{STAGE}/{KEY}/.used", content)
+        assert place.store.recorded_inputs(STAGE, KEY) == []
 
 
-def test_chunks_are_the_bytes_that_lie_there_now_whatever_was_read_before(place: Place, put) -> None:
+def test_chunks_are_the_present_bytes_whatever_was_read_before(place: Place, put) -> None:
     content = bytes(range(256)) * 20_000
     manifest = place.store.commit(_manifest(put(content)))
     place.store.fetch(manifest, "model.safetensors")
@@ -519,7 +507,7 @@ def test_chunks_are_the_bytes_that_lie_there_now_whatever_was_read_before(place:
         list(place.store.read_chunks(STAGE, KEY, "model.safetensors"))
 
 
-def test_what_lies_behind_a_link_can_be_read_and_is_not_listed_for_removal(tmp_path: Path, local_store: ArtifactStore) -> None:
+def test_artifacts_behind_a_link_can_be_read_and_are_not_listed_for_removal(tmp_path: Path, local_store: ArtifactStore) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"weights")
     elsewhere = open_store(str(tmp_path / "elsewhere"))
@@ -550,7 +538,7 @@ for number in range(100_000):
 """
 
 
-@pytest.mark.parametrize("milliseconds", [5, 20, 45, 90])
+@pytest.mark.parametrize("milliseconds", [5, 45])
 def test_a_process_that_is_killed_while_it_writes_leaves_no_half_file_under_a_name(
     place: Place, tmp_path: Path, milliseconds: int
 ) -> None:
@@ -614,7 +602,7 @@ _VALUES = st.recursive(
 
 
 @given(_VALUES)
-def test_canonical_json_says_the_value_and_nothing_of_its_order(value: Any) -> None:
+def test_canonical_json_keeps_the_value_and_ignores_the_order(value: Any) -> None:
     def turned(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: turned(value[key]) for key in reversed(value)}
@@ -624,22 +612,21 @@ def test_canonical_json_says_the_value_and_nothing_of_its_order(value: Any) -> N
     assert canonical_json(turned(value)) == text and json.loads(text) == value
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_canonical_json_refuses_numbers_that_equal_nothing(value: float) -> None:
-    for whole in (value, {"deep": [value]}):
+def test_canonical_json_refuses_numbers_that_equal_nothing() -> None:
+    for value in (math.nan, math.inf, -math.inf, {"deep": [math.nan]}):
         with pytest.raises(ValueError, match="JSON"):
-            canonical_json(whole)
+            canonical_json(value)
 
 
 # Places --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_store_that_can_be_written_says_nothing_and_keeps_nothing(place: Place) -> None:
+def test_checking_a_store_leaves_nothing_in_it(place: Place) -> None:
     place.store.check_writable()
     assert place.contents() == {}
 
 
-def test_a_store_below_a_file_cannot_be_written_and_says_so(tmp_path: Path) -> None:
+def test_a_store_below_a_file_is_named_as_not_writable(tmp_path: Path) -> None:
     """Root may write everywhere, but not below a file."""
     (tmp_path / "file").write_text("in the way")
     store = open_store(str(tmp_path / "file" / "store"))
@@ -684,8 +671,8 @@ def test_what_a_local_store_publishes_can_be_read_by_others(tmp_path: Path, loca
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"model.bin": "0o644", MANIFEST: "0o644"}
 
 
-def test_a_note_that_cannot_be_read_is_not_taken_for_a_missing_one(tmp_path: Path) -> None:
-    """What it names would be removed as needed by nobody."""
+def test_a_record_of_use_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    """Otherwise the inputs that it names would be removed."""
     local_store = open_store(str(tmp_path / "store"))
     assert local_store.recorded_inputs("train", "k") == []
     (Path(local_store.uri) / "train" / "k" / ".used").mkdir(parents=True)

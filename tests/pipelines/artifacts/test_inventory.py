@@ -41,31 +41,19 @@ def _manifest(stage: str, name: str, size: int = 0, **fields: Any) -> Manifest:
 # Units ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("0", 0), ("500", 500), ("500B", 500), ("3k", 3000), ("1.5GB", 1_500_000_000), ("200 MiB", 200 << 20), (" 2tib ", 2 << 40)],
-)
-def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size(text) == size
+def test_sizes_and_ages_are_parsed() -> None:
+    sizes = {"0": 0, "500": 500, "500B": 500, "3k": 3000, "1.5GB": 1_500_000_000, "200 MiB": 200 << 20, " 2tib ": 2 << 40}
+    ages = {"30d": 30 * 86400, "12h": 43200, "90m": 5400, "45s": 45, "2W": 14 * 86400, "0.5 h": 1800}
+    assert {text: parse_size(text) for text in sizes} == sizes and {text: parse_age(text) for text in ages} == ages
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("30d", 30 * 86400), ("12h", 43200), ("90m", 5400), ("45s", 45), ("2W", 14 * 86400), ("0.5 h", 1800)]
-)
-def test_ages_are_read(text: str, seconds: float) -> None:
-    assert parse_age(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "-1MB", "MB", "1e3", "1.", "1 x", "1,5GB", "٣MB", "9" * 20, "nan", "inf", "1kk"])
-def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no size; write .* 500MB"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize("text", ["", "30", "-1d", "d", "1y", "30 days", "nan d"])
-def test_what_is_no_age_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no age; write .* 30d"):
-        parse_age(text)
+def test_other_sizes_and_ages_are_refused_with_an_example() -> None:
+    for text in ("", "-1MB", "MB", "1e3", "1.", "1 x", "1,5GB", "٣MB", "9" * 20, "nan", "inf", "1kk"):
+        with pytest.raises(ValueError, match=r"write .* 500MB"):
+            parse_size(text)
+    for text in ("", "30", "-1d", "d", "1y", "30 days", "nan d"):
+        with pytest.raises(ValueError, match=r"write .* 30d"):
+            parse_age(text)
 
 
 @given(st.integers(0, 10**15))
@@ -86,7 +74,7 @@ def test_sizes_and_ages_as_they_are_shown() -> None:
 # Finding -------------------------------------------------------------------------------------------------------------------
 
 
-def test_of_a_damaged_artifact_its_damage_is_said_and_others_are_found(place: Place) -> None:
+def test_damage_of_an_artifact_is_named_and_others_are_found(place: Place) -> None:
     good, bad = make(place.store, "train/a"), make(place.store, "train/b")
     place.damage(f"train/{bad.key}/{MANIFEST}", b"no JSON")
     assert inventory.find(place.store, good.key[:8]) == good
@@ -96,13 +84,13 @@ def test_of_a_damaged_artifact_its_damage_is_said_and_others_are_found(place: Pl
     assert found == good and isinstance(damaged, DamagedManifestError)
 
 
-def test_what_is_unfinished_is_not_found(place: Place) -> None:
+def test_unfinished_artifacts_are_not_found(place: Place) -> None:
     place.store.put_part("train", key_of("a"), "part-0", {})
     with pytest.raises(StoreError, match="no artifact whose key begins with train/"):
         inventory.find(place.store, f"train/{key_of('a')}")
 
 
-def test_only_manifests_that_may_be_meant_are_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_manifests_that_may_match_are_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     manifests = [make(place.store, f"train/{number}") for number in range(6)]
     read, kind = [], type(place.store)
     monkeypatch.setattr(
@@ -145,9 +133,8 @@ def test_artifacts_are_listed_newest_or_largest_first(manifests: list[Manifest])
     assert _listed(manifests, by_size=True) == ["tokenizer", "train", "dataset", "generate"]
 
 
-@pytest.mark.parametrize(
-    ("query", "found"),
-    [
+def test_filters_select_and_artifacts_of_unknown_age_are_neither_older_nor_newer(manifests: list[Manifest]) -> None:
+    for query, found in (
         ({"stages": ("train", "dataset")}, ["dataset", "train"]),
         ({"datasets": ("digits",)}, ["generate", "tokenizer", "dataset"]),
         ({"datasets": ("digits", "faces"), "stages": ("train",)}, ["train"]),
@@ -157,15 +144,11 @@ def test_artifacts_are_listed_newest_or_largest_first(manifests: list[Manifest])
         ({"newer_than": 28 * 86400.0}, ["generate", "tokenizer"]),
         ({"newer_than": 3600.0}, ["generate"]),
         ({"stages": ("report",)}, []),
-    ],
-)
-def test_filters_choose_and_what_is_of_unknown_age_is_neither_older_nor_newer(
-    manifests: list[Manifest], query: dict[str, Any], found: list[str]
-) -> None:
-    assert _listed(manifests, **query) == found
+    ):
+        assert _listed(manifests, **query) == found, query
 
 
-def test_an_entry_says_what_its_manifest_says(manifests: list[Manifest]) -> None:
+def test_an_entry_has_the_facts_of_its_manifest(manifests: list[Manifest]) -> None:
     first = _entries(manifests)[0]
     assert (first.stage, first.key, first.size, first.age, first.dataset) == ("generate", key_of("g"), 5, 3600.0, "digits")
 
@@ -205,7 +188,7 @@ def test_a_phrase_says_what_an_artifact_is(stage: str, fields: dict[str, Any], p
     assert inventory.phrase(_manifest(stage, "x", **fields), graph.describe) == phrase
 
 
-def test_a_list_shows_what_others_wrote_without_obeying_it() -> None:
+def test_a_list_shows_text_of_others_without_control_characters() -> None:
     manifest = _manifest("report", "x", summary=summary_of("report", name="[red]\x1b[31m\na[/]"))
     text = io.StringIO()
     inventory.show_list(_entries([manifest]), "s3://b/[x]", Console(file=text, width=200))
@@ -216,7 +199,7 @@ def test_a_list_shows_what_others_wrote_without_obeying_it() -> None:
 # Unfinished ----------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_unfinished_is_listed_last_used_first(place: Place) -> None:
+def test_unfinished_artifacts_are_listed_last_used_first(place: Place) -> None:
     store = place.store
     make(store, "token_map/done")
     for name, parts in (("old", 3), ("new", 1)):

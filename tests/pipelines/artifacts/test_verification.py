@@ -1,4 +1,4 @@
-"""Whether what is stored is still what was written: every kind of damage is named, and nothing is repaired."""
+"""Checking stored files against their manifests: every kind of damage is named, and nothing is repaired."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _verify(place: Place) -> list[Verdict]:
     return list(verification.verify(place.store, verification.read_manifests(place.store)))
 
 
-def test_what_is_whole_is_said_to_be_and_every_byte_is_read(place: Place, manifest: Manifest) -> None:
+def test_whole_artifacts_have_no_problems_and_every_byte_is_read(place: Place, manifest: Manifest) -> None:
     other, counted = make(place.store, "dataset/b"), []
     verdicts = list(verification.verify(place.store, [manifest, other], counted.append))
     assert verdicts == [
@@ -41,26 +41,21 @@ def test_what_is_whole_is_said_to_be_and_every_byte_is_read(place: Place, manife
     assert sum(counted) == len(CONTENT) + 2 + len(b"dataset/b")
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (None, "model.bin is missing"),
+def test_damage_is_named_even_if_the_file_was_read_before(place: Place, manifest: Manifest) -> None:
+    for content, problem in (
         (CONTENT[:-1], "model.bin has 2,559,999 bytes, but 2,560,000 were written"),
         (CONTENT + b"x", "model.bin has 2,560,001 bytes, but 2,560,000 were written"),
         (b"", "model.bin has 0 bytes, but 2,560,000 were written"),
         (b"\xff" + CONTENT[1:], "model.bin holds other bytes (sha256 "),
-    ],
-)
-def test_damage_is_named_though_the_file_was_read_before(
-    place: Place, manifest: Manifest, content: bytes | None, problem: str
-) -> None:
-    place.store.fetch(manifest, "model.bin")  # now caches know it
-    before = place.contents()
-    place.damage(f"train/{manifest.key}/model.bin", content)
-    damaged = place.contents()
-    (verdict,) = _verify(place)
-    assert len(verdict.problems) == 1 and verdict.problems[0].startswith(problem)
-    assert place.contents() == damaged != before, "nothing is repaired"
+        (None, "model.bin is missing"),
+    ):
+        place.damage(f"train/{manifest.key}/model.bin", CONTENT)
+        place.store.fetch(manifest, "model.bin")  # now caches know it
+        place.damage(f"train/{manifest.key}/model.bin", content)
+        damaged = place.contents()
+        (verdict,) = _verify(place)
+        assert len(verdict.problems) == 1 and verdict.problems[0].startswith(problem)
+        assert place.contents() == damaged, "nothing is repaired"
 
 
 def test_every_file_that_is_wrong_is_named_and_records_too(place: Place) -> None:
@@ -81,7 +76,7 @@ def test_a_damaged_manifest_is_a_verdict_too(place: Place, manifest: Manifest) -
     assert verdicts[other.key] == () and "manifest.json is not a manifest" in verdicts[manifest.key][0]
 
 
-def test_a_byte_that_flips_on_the_way_is_looked_at_again(place: Place, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_byte_that_flips_on_the_way_is_read_again(place: Place, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     original, flips = type(place.store).read_chunks, ["other.bin"]
 
     def flip_once(self: Any, stage: str, key: str, path: str) -> Any:
@@ -98,10 +93,10 @@ def test_a_byte_that_flips_on_the_way_is_looked_at_again(place: Place, manifest:
 
 
 @pytest.mark.parametrize("cause", [OSError(errno.EIO, "Input/output error"), None])
-def test_what_cannot_be_read_is_named_and_the_rest_is_looked_at(
+def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_checked(
     place: Place, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, cause: OSError | None
 ) -> None:
-    """A disk may fail at one file, and of a bucket one object."""
+    """A disk may fail at one file, and a bucket at one object."""
     others = [make(place.store, f"train/{name}") for name in ("b", "c")]
     place.damage(f"train/{others[0].key}/file.bin", b"x" * len(b"train/b"))
     original = type(place.store).read_chunks
@@ -134,7 +129,7 @@ def test_a_manifest_that_cannot_be_read_is_a_verdict_too(place: Place, manifest:
 
 
 @pytest.mark.parametrize("place", ["folder"], indirect=True)
-def test_a_folder_in_a_files_place_is_named(place: Place, manifest: Manifest) -> None:
+def test_a_folder_in_place_of_a_file_is_named(place: Place, manifest: Manifest) -> None:
     folder = Path(place.store.place("train", manifest.key)) / "other.bin"
     folder.unlink()
     folder.mkdir()

@@ -16,7 +16,6 @@ SCRIPT = Path(__file__).parents[3] / "infra" / "s3" / "create_bucket.py"
 @pytest.mark.parametrize(
     ("variables", "region"),
     [
-        ({"AWS_REGION": "eu-central-1"}, "eu-central-1"),
         ({"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-1"}, "eu-central-1"),
         ({"AWS_DEFAULT_REGION": "eu-west-1"}, "eu-west-1"),
         ({"AWS_REGION": "us-east-1"}, None),  # S3 refuses its name there

@@ -133,35 +133,31 @@ def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Any:
 # References ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("reference", "expected"),
-    [
+def test_the_parts_of_a_reference() -> None:
+    for reference, expected in (
         ("hf://openai/clip-vit-large-patch14", HubReference("openai/clip-vit-large-patch14", None, None)),
         ("hf://openai/clip@main", HubReference("openai/clip", None, "main")),
         ("hf://o.w_n-er/n.a_m-e@refs/pr/7", HubReference("o.w_n-er/n.a_m-e", None, "refs/pr/7")),
         ("hf://owner/name/weights/model v2.safetensors", HubReference("owner/name", "weights/model v2.safetensors", None)),
         ("hf://owner/name/a/b.pth@0123abc", HubReference("owner/name", "a/b.pth", "0123abc")),
-    ],
-)
-def test_the_parts_of_a_reference(reference: str, expected: HubReference) -> None:
-    assert parse_reference(reference) == expected
+    ):
+        assert parse_reference(reference) == expected
 
 
-@pytest.mark.parametrize(
-    "reference",
-    ["hf://", "hf://owner", "hf://owner/", "hf://owner/name/", "hf://owner/name@", "hf://owner/name@a@b", "hf:///owner/name"],
-)
-def test_what_is_no_reference_is_refused(reference: str) -> None:
-    for fetch in (fetch_folder, fetch_file):
-        with pytest.raises(ValueError, match="is not a place on the hub; write hf://owner/name"):
-            fetch(reference)
-
-
-@pytest.mark.parametrize("reference", ["gs://bucket/name", "https://huggingface.co/openai/clip"])
-def test_other_places_are_refused(reference: str) -> None:
-    for fetch in (fetch_folder, fetch_file):
-        with pytest.raises(ValueError, match="neither a local path nor a place on the hub"):
-            fetch(reference)
+def test_other_references_are_refused() -> None:
+    wrong = (
+        "hf://",
+        "hf://owner",
+        "hf://owner/",
+        "hf://owner/name/",
+        "hf://owner/name@",
+        "hf://owner/name@a@b",
+        "hf:///owner/name",
+    )
+    for reference in (*wrong, "gs://bucket/name", "https://huggingface.co/openai/clip"):
+        for fetch in (fetch_folder, fetch_file):
+            with pytest.raises(ValueError, match=r"a place on the hub.*hf://owner/name"):
+                fetch(reference)
 
 
 def test_a_folder_and_a_file_cannot_be_taken_for_one_another() -> None:
@@ -193,11 +189,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("suffix", "commit"), [("", "main"), ("@v1", "v1"), ("@refs/pr/1", "refs/pr/1"), ("@" + "b" * 40, "v1")])
-def test_a_folder_has_the_weights_and_texts_of_its_revision_and_no_code(hub: Hub, suffix: str, commit: str) -> None:
-    folder = fetch_folder(f"hf://{REPOSITORY}{suffix}")
+def test_a_folder_has_the_weights_and_texts_of_its_revision_and_no_code(hub: Hub) -> None:
     wanted = ("config.json", "merges.txt", "model.safetensors", "onnx/model.safetensors")
-    assert files_of(folder) == {name: content(name, COMMITS[commit]) for name in wanted}
+    for suffix, commit in (("", "main"), ("@v1", "v1"), ("@refs/pr/1", "refs/pr/1"), ("@" + "b" * 40, "v1")):
+        assert files_of(fetch_folder(f"hf://{REPOSITORY}{suffix}")) == {name: content(name, COMMITS[commit]) for name in wanted}
     assert not any(path.endswith((".bin", ".py")) for _, path in hub.asked)
 
 
@@ -216,34 +211,35 @@ def test_a_folder_that_was_fetched_is_not_fetched_again(hub: Hub, offline: Any) 
     assert hub.asked == []
 
 
-@pytest.mark.parametrize(("suffix", "commit"), [("", "main"), ("@v1", "v1"), ("@refs/pr/1", "refs/pr/1")])
-@pytest.mark.parametrize("name", ["model.safetensors", "onnx/model.safetensors"])
-def test_a_file_of_its_revision(hub: Hub, offline: Any, name: str, suffix: str, commit: str) -> None:
-    path = fetch_file(f"hf://{REPOSITORY}/{name}{suffix}")
-    assert path.read_bytes() == content(name, COMMITS[commit])
+def test_a_file_of_its_revision(hub: Hub, offline: Any) -> None:
+    places = (
+        ("model.safetensors", "", "main"),
+        ("onnx/model.safetensors", "@v1", "v1"),
+        ("model.safetensors", "@refs/pr/1", "refs/pr/1"),
+    )
+    paths = [fetch_file(f"hf://{REPOSITORY}/{name}{suffix}") for name, suffix, _ in places]
+    assert [path.read_bytes() for path in paths] == [content(name, COMMITS[commit]) for name, _, commit in places]
     offline()
-    assert fetch_file(f"hf://{REPOSITORY}/{name}{suffix}") == path
+    assert [fetch_file(f"hf://{REPOSITORY}/{name}{suffix}") for name, suffix, _ in places] == paths
 
 
 # What cannot be fetched ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("reference", "message"),
-    [
+def test_the_reason_why_a_place_cannot_be_fetched_is_one_sentence(hub: Hub) -> None:
+    for reference, message in (
         ("hf://someone/unknown", "the repository does not exist"),
         (f"hf://{REPOSITORY}@v2", "the repository has no such revision"),
         ("hf://gated/clip", "its owner grants access on request"),
         ("hf://broken/clip", "the hub cannot be reached, and the local cache does not hold it"),
         ("hf://-owner/name", "cannot be fetched: "),
         (f"hf://{'o' * 100}/name", "cannot be fetched: "),
-    ],
-)
-def test_why_a_folder_cannot_be_fetched_is_one_sentence(hub: Hub, reference: str, message: str) -> None:
-    for asked, fetch in ((reference, fetch_folder), (re.sub(r"(@\w+)?$", r"/model.safetensors\1", reference, count=1), fetch_file)):
-        with pytest.raises(ValueError, match=message) as caught:
-            fetch(asked)
-        assert str(caught.value).startswith(f"{asked} cannot be fetched: ") and "\n" not in str(caught.value)
+    ):
+        of_file = re.sub(r"(@\w+)?$", r"/model.safetensors\1", reference, count=1)
+        for asked, fetch in ((reference, fetch_folder), (of_file, fetch_file)):
+            with pytest.raises(ValueError, match=message) as caught:
+                fetch(asked)
+            assert str(caught.value).startswith(f"{asked} cannot be fetched: ") and "\n" not in str(caught.value)
 
 
 def test_a_file_that_the_repository_does_not_have(hub: Hub) -> None:

@@ -1,4 +1,4 @@
-"""Folders in buckets, against an endpoint over HTTP: complete and ordered listings, whole reads, and writes that S3 decides."""
+"""Folders in buckets, against an endpoint over HTTP: complete and ordered listings, whole reads, conditional writes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def big(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits between attempts; neither this code nor botocore's."""
+    """No waiting between attempts, neither here nor in botocore."""
     from botocore.retries.standard import ExponentialBackoff
 
     monkeypatch.setattr(s3, "_pause", lambda attempt: None)
@@ -65,14 +65,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_listing_is_complete_and_in_the_order_of_bytes(
-    folder: S3Folder, s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch, layout: str
+    make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3, "_PAGES_AHEAD", 1)
-    names = LAYOUTS[layout]
-    s3_endpoint.fill(folder, dict.fromkeys(names, b"x"))
-    assert [file.name for file in folder.list()] == sorted(names, key=str.encode)
+    for layout, names in LAYOUTS.items():
+        folder = make_bucket("some/where")
+        s3_endpoint.fill(folder, dict.fromkeys(names, b"x"))
+        assert [file.name for file in folder.list()] == sorted(names, key=str.encode), layout
 
 
 def test_names_of_all_kinds_come_back_as_they_were_put(folder: S3Folder) -> None:
@@ -96,12 +96,12 @@ def test_a_listing_tells_sizes_and_versions_that_change_with_the_content(folder:
     assert second[1] == first[1] and second[0] == StoredFile("a", 3, second[0].version) != first[0]
 
 
-def test_folders_that_a_console_made_are_no_files(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+def test_empty_folders_that_a_console_made_are_not_files(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
     s3_endpoint.fill(folder, {"": b"", "empty/": b"", "a/": b"", "a/1": b"x"})
     assert [file.name for file in folder.list()] == ["a/1"] and folder.folders() == ["a", "empty"]
 
 
-def test_a_listing_asks_for_no_more_than_a_few_folders_ahead(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+def test_a_listing_requests_only_a_few_folders_ahead(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
     s3_endpoint.fill(folder, dict.fromkeys(_many(300, 2), b"x"))
     before = len(s3_endpoint.requests)
     listing = folder.list()
@@ -181,19 +181,18 @@ def test_a_file_that_changes_while_it_is_read_is_not_a_mixture(folder: S3Folder,
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("cut", [0, 1, 999])
-def test_an_answer_that_breaks_off_is_asked_for_again(folder: S3Folder, s3_endpoint: S3Endpoint, cut: int) -> None:
+def test_an_answer_that_breaks_off_is_requested_again(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
     folder.put_if_absent("file", b"x" * 1000)
-    with s3_endpoint.fault("GET", "file", cut=cut, times=3):
-        assert folder.read("file") == b"x" * 1000
-    with s3_endpoint.fault("GET", "file", cut=cut, times=3):
-        assert folder.read("file", 0, 1000) == b"x" * 1000
-    with s3_endpoint.fault("GET", "file", cut=cut, times=99), pytest.raises(StorageError, match="cut off or damaged"):
-        folder.read("file")
+    for cut in (0, 1, 999):
+        for length in (None, 1000):
+            with s3_endpoint.fault("GET", "file", cut=cut, times=3):
+                assert folder.read("file", 0, length) == b"x" * 1000
+        with s3_endpoint.fault("GET", "file", cut=cut, times=99), pytest.raises(StorageError, match="cut off or damaged"):
+            folder.read("file")
 
 
 @pytest.mark.usefixtures("at_once")
-def test_an_answer_with_fewer_bytes_than_asked_for_is_asked_for_again(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+def test_an_answer_with_fewer_bytes_is_requested_again(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
     """Not cut off: the endpoint says itself that it sends a shorter range than it could."""
     folder.put_if_absent("file", b"x" * 1000)
     shortened: list[str] = []
@@ -213,7 +212,7 @@ def test_an_answer_with_fewer_bytes_than_asked_for_is_asked_for_again(folder: S3
 
 
 @pytest.mark.usefixtures("at_once")
-def test_failures_and_lost_answers_of_reads_are_asked_for_again(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+def test_failed_and_lost_reads_are_requested_again(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
     folder.put_if_absent("file", b"x")
     with s3_endpoint.fault("GET", "file", lose=True, times=3):
         assert folder.read("file") == b"x"
@@ -247,7 +246,7 @@ def test_a_name_keeps_its_first_bytes(folder: S3Folder, put, s3_endpoint: S3Endp
         assert not folder.put_if_absent("file", content)
 
 
-def test_a_file_in_parts_is_sent_in_parts_and_one_that_is_there_is_not_sent(folder: S3Folder, big: Path, s3_endpoint) -> None:
+def test_a_large_file_is_sent_in_parts_and_an_existing_one_is_not_sent(folder: S3Folder, big: Path, s3_endpoint) -> None:
     before = len(s3_endpoint.requests)
     assert folder.put_if_absent("file", big, part_size=PART)
     puts = [target for method, target, _ in s3_endpoint.requests[before:] if method == "PUT"]
@@ -258,7 +257,7 @@ def test_a_file_in_parts_is_sent_in_parts_and_one_that_is_there_is_not_sent(fold
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_write_whose_answer_is_lost_is_known_by_its_bytes(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
+def test_a_write_whose_answer_is_lost_is_recognized_by_its_bytes(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
     for method in ("PUT", "POST"):  # each part and the whole; the beginning and the completion of an upload in parts
         for times in (1, 2):
             name = f"{method}-{times}"
@@ -268,7 +267,7 @@ def test_a_write_whose_answer_is_lost_is_known_by_its_bytes(folder: S3Folder, pu
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_write_that_is_never_answered_counts_by_what_lies_there(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+def test_a_write_that_is_never_answered_counts_by_the_stored_bytes(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
     with s3_endpoint.fault("PUT", "done", lose=True, times=99):
         assert folder.put_if_absent("done", b"x")
     fault = s3_endpoint.fault("PUT", "none", status="500 Oops", code="InternalError", times=99)
@@ -278,7 +277,7 @@ def test_a_write_that_is_never_answered_counts_by_what_lies_there(folder: S3Fold
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_write_that_collides_with_one_that_comes_to_nothing_is_tried_again(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+def test_a_write_that_collides_with_a_failed_one_is_repeated(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
     with s3_endpoint.fault("PUT", "file", status="409 Conflict", code="ConditionalRequestConflict", times=2):
         assert folder.put_if_absent("file", b"x")
     with s3_endpoint.fault("PUT", "file", status="409 Conflict", code="ConditionalRequestConflict"):
@@ -313,7 +312,7 @@ def test_an_upload_in_parts_that_fails_leaves_no_parts(folder: S3Folder, big: Pa
     assert _uploads(folder, s3_endpoint) == [] and folder.read_if_exists("file") is None
 
 
-def test_what_is_sent_has_a_checksum_that_the_endpoint_can_compare(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
+def test_every_request_that_writes_has_a_checksum(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
     before = len(s3_endpoint.requests)
     put("file", b"a")
     puts = [headers for method, _, headers in s3_endpoint.requests[before:] if method == "PUT"]
@@ -340,26 +339,21 @@ def test_an_endpoint_that_does_not_answer_is_named() -> None:
             act()
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "sentence"),
-    [
+def test_refusals_name_the_remedy_and_no_secret(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    for status, code, sentence in (
         ("403 Forbidden", "AccessDenied", "no permission to .* it"),
         ("403 Forbidden", "SignatureDoesNotMatch", r"refuses the credentials \(SignatureDoesNotMatch\); renew or correct them"),
         ("400 Bad Request", "ExpiredToken", "refuses the credentials"),
         ("403 Forbidden", "RequestTimeTooSkewed", "clock is wrong"),
         ("400 Bad Request", "AuthorizationHeaderMalformed", "is not in the region us-east-1; set the region"),
         ("418 I'm a teapot", "Teapot", r"refuses to .* it \(Teapot\)"),
-    ],
-)
-def test_refusals_say_what_to_do_and_no_secret(
-    folder: S3Folder, s3_endpoint: S3Endpoint, status: str, code: str, sentence: str
-) -> None:
-    for act in _actions(folder):
-        with s3_endpoint.fault("", "", times=99) as fault:
-            fault.matches, fault.status, fault.code = lambda environ: True, status, code
-            with pytest.raises(StorageError, match=f"{folder.uri}.*{sentence}") as raised:
-                act()
-        assert "test-secret" not in str(raised.value) and "test-key" not in str(raised.value)
+    ):
+        for act in _actions(folder):
+            with s3_endpoint.fault("", "", times=99) as fault:
+                fault.matches, fault.status, fault.code = lambda environ: True, status, code
+                with pytest.raises(StorageError, match=f"{folder.uri}.*{sentence}") as raised:
+                    act()
+            assert "test-secret" not in str(raised.value) and "test-key" not in str(raised.value)
 
 
 def test_an_endpoint_without_conditional_writes_is_refused(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
@@ -376,25 +370,23 @@ def test_without_credentials_the_sentence_names_where_they_belong(make_bucket, s
         list(S3Folder("s3://bucket/a", config).list())
 
 
-@pytest.mark.parametrize(
-    ("given", "region", "used"),
-    [
+def test_the_region_is_the_configuration_s_or_aws_region_or_what_botocore_finds(
+    s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, region, used in (
         ({"AWS_REGION": "eu-central-1"}, None, "eu-central-1"),
         ({"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-1"}, None, "eu-central-1"),
         ({"AWS_REGION": "", "AWS_DEFAULT_REGION": "eu-west-1"}, None, "eu-west-1"),
         ({"AWS_REGION": "eu-central-1"}, "eu-west-2", "eu-west-2"),
-    ],
-)
-def test_the_region_is_the_configuration_s_or_aws_region_or_what_botocore_finds(
-    s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], region: str | None, used: str
-) -> None:
-    monkeypatch.delenv("AWS_DEFAULT_REGION")
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    s3_client._open_client.cache_clear()  # a client is made with the environment of its first use
-    client = s3_client.client_of(S3Config(endpoint_url=s3_endpoint.url, region=region))
-    s3_client._open_client.cache_clear()
-    assert client.meta.region_name == used
+    ):
+        with monkeypatch.context() as patch:
+            patch.delenv("AWS_DEFAULT_REGION")
+            for name, value in given.items():
+                patch.setenv(name, value)
+            s3_client._open_client.cache_clear()  # a client is made with the environment of its first use
+            client = s3_client.client_of(S3Config(endpoint_url=s3_endpoint.url, region=region))
+            s3_client._open_client.cache_clear()
+            assert client.meta.region_name == used
 
 
 def test_a_profile_that_is_not_there_is_named(s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,15 +434,15 @@ def test_a_bucket_is_opened_by_its_uri(folder: S3Folder) -> None:
     assert above.folders() == ["some"] and above.read("some/where/file") == b"x"
 
 
-@pytest.mark.parametrize("uri", ["s3://", "s3:///a", "s3:/bucket", "bucket", "s3://key:secret@bucket/a"])
-def test_other_uris_are_refused_and_passwords_not_repeated(uri: str) -> None:
-    with pytest.raises(StorageError, match="s3://") as raised:
-        S3Folder(uri)
-    assert "secret@" not in str(raised.value)
+def test_other_uris_are_refused_without_repeating_passwords() -> None:
+    for uri in ("s3://", "s3:///a", "s3:/bucket", "bucket", "s3://key:secret@bucket/a"):
+        with pytest.raises(StorageError, match="s3://") as raised:
+            S3Folder(uri)
+        assert "secret@" not in str(raised.value)
 
 
-@pytest.mark.parametrize("url", ["http://user:secret@host", "host:9000", "ftp://host"])
-def test_an_endpoint_is_a_url_without_a_password(url: str) -> None:
-    with pytest.raises(StorageError, match="endpoint_url") as raised:
-        S3Config(endpoint_url=url)
-    assert "secret@" not in str(raised.value)
+def test_an_endpoint_is_a_url_without_a_password() -> None:
+    for url in ("http://user:secret@host", "host:9000", "ftp://host"):
+        with pytest.raises(StorageError, match="endpoint_url") as raised:
+            S3Config(endpoint_url=url)
+        assert "secret@" not in str(raised.value)

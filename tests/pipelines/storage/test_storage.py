@@ -17,7 +17,7 @@ from layouts import write
 
 from pipelines.storage import cache as storage_cache
 from pipelines.storage import local
-from pipelines.storage.base import StorageError, StoredFile
+from pipelines.storage.base import Folder, MissingFileError, StorageError, StoredFile, WrongContentError
 from pipelines.storage.local import LocalFolder
 from pipelines.storage.open import open_folder
 from pipelines.storage.s3 import S3Folder
@@ -69,7 +69,7 @@ def test_a_bucket_and_a_folder_with_the_same_files_are_listed_alike(
     assert [f.name for f in bucket.list("a/")] == _names(folder, "a/") == ["a/-", "a/1", "a/b/2"]
 
 
-def test_what_lies_below_a_name_is_that_part_of_the_whole(folder: LocalFolder) -> None:
+def test_a_listing_of_a_sub_folder_is_that_part_of_the_whole(folder: LocalFolder) -> None:
     for prefix in ("a/", "a/b/", "å/"):
         assert _names(folder, prefix) == [name for name in _names(folder) if name.startswith(prefix)]
     assert _names(folder, "nowhere/") == []
@@ -90,8 +90,8 @@ def test_links_to_files_and_folders_are_followed(folder: LocalFolder, tmp_path: 
     assert folder.read("c/x") == b"1" and folder.read("d") == b"a/1"
 
 
-def test_links_that_lead_round_in_a_circle_end(folder: LocalFolder) -> None:
-    """However the listing came there: a folder by itself gives what it gives in the whole."""
+def test_circles_of_links_end(folder: LocalFolder) -> None:
+    """A sub-folder lists the same files by itself as in the whole."""
     (folder.root / "a" / "up").symlink_to(folder.root)
     (folder.root / "a" / "b" / "back").symlink_to(folder.root / "a")
     (folder.root / "whole").symlink_to(folder.root)
@@ -101,19 +101,32 @@ def test_links_that_lead_round_in_a_circle_end(folder: LocalFolder) -> None:
     assert _names(folder, "whole/") == []
 
 
-@pytest.mark.parametrize("target", ["itself", "nowhere"])
-def test_a_link_that_leads_nowhere_is_named(folder: LocalFolder, target: str) -> None:
-    (folder.root / "itself").symlink_to(folder.root / target)
-    with pytest.raises(StorageError, match=rf"{folder.root}/itself cannot be read \(.*\)"):
-        list(folder.list())
+def test_a_link_that_leads_nowhere_is_named(folder: LocalFolder) -> None:
+    for target in ("itself", "nowhere"):
+        (folder.root / "itself").symlink_to(folder.root / target)
+        with pytest.raises(StorageError, match=rf"{folder.root}/itself cannot be read \(.*\)"):
+            list(folder.list())
+        (folder.root / "itself").unlink()
 
 
-@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"caf\xe9/1.jpg"])
-def test_a_name_that_is_not_utf_8_is_named(folder: LocalFolder, name: bytes) -> None:
-    write(folder.root / "c" / os.fsdecode(name), b"")
-    with pytest.raises(StorageError, match=r"the name 'c/caf\\udce9.*' in .*/c is not UTF-8; rename it") as caught:
-        list(folder.list())
-    str(caught.value).encode()  # can be printed
+def test_a_listing_without_links_leaves_out_what_is_behind_them(folder: LocalFolder, tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "x", b"12345")
+    (folder.root / "c").symlink_to(tmp_path / "elsewhere")
+    (folder.root / "d").symlink_to(tmp_path / "nowhere")
+    write(folder.root / os.fsdecode(b"caf\xe9"), b"")
+    found = {file.name: file.size for file in folder.list(follow_links=False)}
+    assert set(found) == {*NAMES, "d"} and list(folder.list("c/", follow_links=False)) == []
+
+
+def test_a_name_that_is_not_utf_8_is_named(folder: LocalFolder) -> None:
+    for name in (b"caf\xe9.jpg", b"caf\xe9/1.jpg"):
+        path = write(folder.root / "c" / os.fsdecode(name), b"")
+        with pytest.raises(StorageError, match=r"the name 'c/caf\\udce9.*' in .*/c is not UTF-8; rename it") as caught:
+            list(folder.list())
+        str(caught.value).encode()  # can be printed
+        path.unlink()
+        if path.parent.name != "c":
+            path.parent.rmdir()
 
 
 # Reading -------------------------------------------------------------------------------------------------------------------
@@ -128,7 +141,7 @@ def test_ranges_are_read_exactly(folder: LocalFolder) -> None:
         assert file.read() == b"789"
 
 
-def test_a_range_that_is_not_there_is_named(folder: LocalFolder) -> None:
+def test_a_missing_range_is_named(folder: LocalFolder) -> None:
     with pytest.raises(StorageError, match=rf"{folder.root}/b ends after 1 bytes; 5 were expected"):
         folder.read("b", 1, 4)
     with pytest.raises(StorageError, match=rf"{folder.root}/gone cannot be read \(No such file or directory\)"):
@@ -149,12 +162,65 @@ def test_places_are_opened_by_their_uri(folder: LocalFolder, tmp_path: Path, mon
             open_folder(str(path), S3Config())
 
 
+# Writing -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    return LocalFolder(tmp_path / "new") if request.param == "folder" else request.getfixturevalue("make_bucket")("some/where")
+
+
+def test_a_name_keeps_its_first_bytes_unless_it_is_replaced(place: Folder, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", b"first")
+    assert place.put_if_absent("a/b", source) and place.put_if_absent("a/b", b"first") and not place.put_if_absent("a/b", b"other")
+    assert place.read_if_exists("a/b") == b"first" and place.read_if_exists("none") is None
+    for content in (b"second", b""):
+        place.put("a/c", content)
+        assert place.read("a/c") == content
+    assert place.entries() == ["a/"] and place.entries("a/") == ["b", "c"] and place.folders("a/") == [] == place.entries("none/")
+
+
+def test_exactly_the_named_files_are_deleted_and_no_empty_folder_stays(place: Folder) -> None:
+    for name in ("a/b/1", "a/b/2", "a/b.bin", "c/1"):
+        place.put(name, b"x")
+    for _ in range(2):
+        place.delete(["a/b/1", "a/b/2", "c/1", "none/1"])
+        assert [file.name for file in place.list()] == ["a/b.bin"] and place.entries() == ["a/"]
+
+
+def test_a_file_is_fetched_only_with_the_expected_bytes(place: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    place.put("a.bin", b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    path = place.fetch("a.bin", 7, sha256)
+    assert path.read_bytes() == b"".join(place.chunks("a.bin")) == b"weights" and path.suffix == ".bin"
+    for size, digest in ((8, sha256), (7, "0" * 64)):
+        with pytest.raises(WrongContentError):
+            place.fetch("a.bin", size, digest)
+    for act in (lambda: place.fetch("none", 7, "0" * 64), lambda: list(place.chunks("none")), lambda: place.read("none")):
+        with pytest.raises(MissingFileError, match="none"):
+            act()
+
+
+def test_writers_succeed_while_others_remove_the_empty_folder(tmp_path: Path) -> None:
+    folder = LocalFolder(tmp_path)
+
+    def run(number: int) -> None:
+        for _ in range(100):
+            assert folder.put_if_absent(f"a/b/{number}", b"x")
+            folder.delete([f"a/b/{number}"])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+    assert folder.entries() == []
+
+
 # Hashing -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the database of digests will lie."""
+    """Path of the database of digests."""
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "digests.sqlite"
 
@@ -194,18 +260,18 @@ def test_a_file_is_hashed_once(settled: LocalFolder, cache: Path, hashed: list[s
     assert cache.is_file()
 
 
-@pytest.mark.parametrize("change", ["content", "size", "time", "replaced"])
-def test_a_changed_file_is_hashed_again(settled: LocalFolder, cache: Path, hashed: list[str], change: str) -> None:
-    _fingerprints(settled)
-    hashed.clear()
+def test_a_changed_file_is_hashed_again(settled: LocalFolder, cache: Path, hashed: list[str]) -> None:
     path = settled.root / "3"
-    content = {"content": b"x", "size": b"longer", "time": b"3", "replaced": b"y"}[change]
-    if change == "replaced":
-        path = write(settled.root.parent / "new", content).replace(path)
-    else:
-        path.write_bytes(content)
-    os.utime(path, (1e9, 1e9) if change in ("size", "replaced") else (2e9, 1.1e9))
-    assert _fingerprints(settled)[3] == hashlib.sha256(content).hexdigest() and hashed == ["3"]
+    for change, content in {"content": b"x", "size": b"longer", "time": b"3", "replaced": b"y"}.items():
+        os.utime(write(path, b"3"), (1e9, 1e9))
+        _fingerprints(settled)
+        hashed.clear()
+        if change == "replaced":
+            write(settled.root.parent / "new", content).replace(path)
+        else:
+            path.write_bytes(content)
+        os.utime(path, (1e9, 1e9) if change in ("size", "replaced") else (2e9, 1.1e9))
+        assert _fingerprints(settled)[3] == hashlib.sha256(content).hexdigest() and hashed == ["3"], change
 
 
 def test_a_digest_of_a_file_that_may_still_change_unseen_is_not_remembered(
@@ -224,7 +290,7 @@ def test_many_files_are_hashed_some_at_a_time(settled: LocalFolder, cache: Path,
     assert _fingerprints(settled) == SHA256
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(
+def test_a_cache_that_cannot_be_written_is_not_an_error(
     settled: LocalFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
 ) -> None:
     monkeypatch.setenv("ENAT_CACHE", str(write(tmp_path / "file", b"") / "cache"))
@@ -232,7 +298,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 
 
 def _garbage(cache: Path) -> None:
-    write(cache, b"this is no database" * 1000)
+    write(cache, b"not a database" * 1000)
 
 
 def _cut(cache: Path) -> None:
@@ -253,11 +319,12 @@ def _other_columns(cache: Path) -> None:
     database.close()
 
 
-@pytest.mark.parametrize("damage", [_garbage, _cut, _pages, _other_columns])
-def test_a_damaged_cache_is_no_error(settled: LocalFolder, cache: Path, damage: Callable[[Path], None]) -> None:
-    _fingerprints(settled)
-    damage(cache)
-    assert _fingerprints(settled) == _fingerprints(settled) == SHA256
+def test_a_damaged_cache_is_not_an_error(settled: LocalFolder, cache: Path) -> None:
+    for damage in (_cut, _pages, _other_columns, _garbage):
+        cache.unlink(missing_ok=True)
+        _fingerprints(settled)
+        damage(cache)
+        assert _fingerprints(settled) == _fingerprints(settled) == SHA256
 
 
 def test_processes_share_the_cache(settled: LocalFolder, cache: Path) -> None:
