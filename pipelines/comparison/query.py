@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.comparison.sections import MAIN, REAL_CODES, Notes, Row, Section, make_sections
+from pipelines.formatting import printable
 from pipelines.storage.base import digest_of
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import registry, search
@@ -169,11 +170,6 @@ def _listed(names: Iterable[str]) -> str:
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """Text on one line without control characters."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: Notes) -> Row:

@@ -111,7 +111,7 @@ def test_money_of_different_currencies_shares_no_column(lab: Lab) -> None:
 
 def test_a_hostile_currency_is_text(lab: Lab) -> None:
     lab.evaluate({"fid": 2.0, "cost/total_money": 10.0}, currency="[bold]x[/]\x1b")
-    assert "money ([bold]x[/]\N{REPLACEMENT CHARACTER})" in text_of(lab.compare())
+    assert "money ([bold]x[/])" in text_of(lab.compare())
 
 
 def test_macs_are_not_mixed_up_with_operations(lab: Lab) -> None:
