@@ -1,4 +1,4 @@
-"""What a store holds: artifacts found by the beginning of their keys or by what they are, and what was left unfinished."""
+"""List what a store holds: artifacts by the beginning of their keys or by their properties, and unfinished ones."""
 
 from __future__ import annotations
 
@@ -40,12 +40,15 @@ _SHOWN_METRICS = 2  # of an artifact that its stage does not describe
 
 
 def find(store: ArtifactStore, name: str) -> Manifest:
-    """The artifact whose key, or stage/key, begins so. Raises StoreError where there is none, or several, or it is damaged."""
+    """Find the artifact whose key, or stage/key, begins with `name`.
+
+    Raises StoreError if none or several match, or if the artifact is damaged.
+    """
     return find_all(store, [name])[0]
 
 
 def find_all(store: ArtifactStore, names: Sequence[str]) -> list[Manifest]:
-    """The same for each of several, with the store listed once."""
+    """The same for several names. The store is listed once."""
     manifests = []
     for found in look_up(store, names):
         if isinstance(found, DamagedManifestError):
@@ -55,7 +58,7 @@ def find_all(store: ArtifactStore, names: Sequence[str]) -> list[Manifest]:
 
 
 def look_up(store: ArtifactStore, names: Sequence[str]) -> list[Manifest | DamagedManifestError]:
-    """The same, with the reason in the place of each one that is damaged."""
+    """The same, with an error in place of each damaged artifact."""
     present = [*store.names()] if names else []
     chosen = [[place for place in present if _begins(place, name)] for name in names]
     wanted = sorted({place for places in chosen for place in places})
@@ -65,7 +68,7 @@ def look_up(store: ArtifactStore, names: Sequence[str]) -> list[Manifest | Damag
         found = [read[place] for place in places if place in read]
         if not found:
             stages = ", ".join(sorted({stage for stage, _ in present}))
-            holds = f"what it has is of stage {stages} (enat artifacts ls)" if stages else "it is empty"
+            holds = f"it has artifacts of {stages} (enat artifacts ls)" if stages else "it is empty"
             raise StoreError(f"the store {store.uri} has no artifact whose key begins with {name}; {holds}")
         if len(found) > 1:
             several = ", ".join(short((each.stage, each.key)) for each in found[:_SHOWN_CHOICES])
@@ -88,7 +91,7 @@ def size_of(manifest: Manifest) -> int:
 
 
 def created(manifest: Manifest) -> float | None:
-    """Seconds since 1970; None where the manifest does not say."""
+    """Seconds since 1970; None if the manifest does not contain the time."""
     try:
         moment = datetime.fromisoformat(manifest.provenance["created"])
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
@@ -189,7 +192,7 @@ def _is_asked_for(entry: Entry, query: Query) -> bool:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What a run left that did not come to an end, or is still at it. used: when something of it was last written, or asked for."""
+    """The work of a run that ended early or is still running. used: when one of its files was last written."""
 
     stage: str
     key: str
@@ -203,9 +206,9 @@ class Unfinished:
 
 
 def find_unfinished(folders: Iterable[tuple[str, str, list[StoredFile]]], manifests: Iterable[Manifest]) -> list[Unfinished]:
-    """folders, manifests: all of a store. Last used first.
+    """Find unfinished artifacts, last used first. folders, manifests: all of a store.
 
-    What was not begun by this program is left out: a folder counts if it holds records of it, or if its stage has artifacts.
+    A folder of somebody else is left out: one counts if it holds records of this program, or if its stage has artifacts.
     """
     open_folders, stages = [], {manifest.stage for manifest in manifests}
     for stage, key, files in folders:

@@ -13,7 +13,7 @@ from pipelines.formatting import one_line, show_size
 
 
 class Lineage:
-    """The graph of a store's artifacts. A store may be shared and damaged: inputs may be gone, or even lead round in a circle."""
+    """The graph of a store's artifacts. A store may be shared and damaged: inputs may be gone, or even form a circle."""
 
     def __init__(self, manifests: Iterable[Manifest], describe: Describe = lambda manifest: "") -> None:
         self.describe = describe
@@ -24,15 +24,15 @@ class Lineage:
                 self._made_from.setdefault(source, []).append(name)
 
     def inputs(self, name: Name) -> list[Name]:
-        """Also those that the store does not have."""
+        """Inputs of an artifact, including those that the store does not have."""
         return inputs_of(self.manifests[name]) if name in self.manifests else []
 
     def outputs(self, name: Name) -> list[Name]:
         return self._made_from.get(name, [])
 
     def ancestors(self, names: Iterable[Name]) -> list[Name]:
-        """What these were made from, directly or not, nearest first; names that are among them count only where they are
-        ancestors of others."""
+        """Artifacts that these were made from, directly or not, nearest first. They include one of `names` only if another was
+        made from it."""
         return _reached(names, self.inputs)
 
     def descendants(self, names: Iterable[Name]) -> list[Name]:
@@ -67,7 +67,7 @@ def _reached(names: Iterable[Name], step: Callable[[Name], list[Name]]) -> list[
 
 
 def trees(lineage: Lineage, manifest: Manifest) -> list[Tree]:
-    """Two trees, for people: what it was made from, and what was made from it. What stands in a tree twice is opened once."""
+    """Two trees for people: what it was made from, and what was made from it. An artifact is opened once in a tree."""
     name = name_of(manifest)
     roots = [Tree(f"[bold]{short(name)}[/] was made from"), Tree(f"[bold]{short(name)}[/] made")]
     for root, step in zip(roots, (lineage.inputs, lineage.outputs), strict=True):
@@ -80,7 +80,7 @@ def trees(lineage: Lineage, manifest: Manifest) -> list[Tree]:
 def _grow(root: Tree, start: Name, step: Callable[[Name], list[Name]], lineage: Lineage) -> None:
     opened = {start}
     waiting = [(root, start, other) for other in reversed(step(start))]
-    while waiting:  # not by recursion: how deep it goes is for manifests to say
+    while waiting:  # not by recursion: manifests may form a chain of any length
         branch, name, other = waiting.pop()
         if other in opened and step(other):
             branch.add(f"{short(other)} [dim](above)[/]")
@@ -101,7 +101,7 @@ def _line(name: Name, other: Name, lineage: Lineage) -> str:
 
 
 def to_json(lineage: Lineage, manifest: Manifest) -> dict[str, Any]:
-    """{"ancestors": [...], "descendants": [...]}, nearest first, each with what it was made from itself."""
+    """{"ancestors": [...], "descendants": [...]}, nearest first, each with its inputs."""
 
     def described(name: Name) -> Mapping[str, Any]:
         found = lineage.manifests.get(name)
