@@ -468,7 +468,7 @@ def test_an_artifact_is_shown_by_the_beginning_of_its_key(ask: Callable[..., Any
     for_people = ask("artifacts", "show", key[:16], "--store", imported.store)
     assert for_people.returncode == 0 and key in "".join(for_people.stdout.split()) and "vqgan.safetensors" in for_people.stdout
     wrong = ask("artifacts", "show", "xyz", "--store", imported.store)
-    said = f"enat: the store {imported.store} has no artifact whose key begins with xyz; what it has is of stage "
+    said = f"enat: the store {imported.store} has no artifact whose key begins with xyz; it has artifacts of "
     assert wrong.returncode == 2 and wrong.stderr.startswith(said) and wrong.stderr.endswith(" (enat artifacts ls)\n")
     refused = ask("artifacts", "show", key[:16], "--store", imported.store, "--contact-sheet", imported.store / "sheet.png")
     assert refused.returncode == 2 and "a contact sheet shows a token map" in refused.stderr
