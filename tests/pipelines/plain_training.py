@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +18,8 @@ from pipelines.data.captions import CaptionFeatures
 from pipelines.data.token_map import TokenMap
 from pipelines.training.config import TrainConfig
 from pipelines.training.task import initial_model
+
+Plainly = Callable[[TrainConfig], Trained]
 
 
 def train_plainly(material: Material, config: TrainConfig) -> Trained:

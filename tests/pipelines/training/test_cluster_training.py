@@ -26,11 +26,6 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 PATIENCE = 240
 
 
-@pytest.fixture
-def key(request: pytest.FixtureRequest) -> str:
-    return request.node.name
-
-
 @contextmanager
 def training(nodes: RayNodes, material: Material, key: str, folder: Path, **execution: Any) -> Iterator[subprocess.Popen[bytes]]:
     script = Path(__file__).with_name("cluster_training.py")

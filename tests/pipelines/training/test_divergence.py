@@ -29,12 +29,6 @@ from pipelines.training.loop import Trainer
 from pipelines.training.monitor import DivergedError
 
 
-@pytest.fixture
-def key(request: pytest.FixtureRequest) -> str:
-    """Of the store, for one test alone."""
-    return request.node.name
-
-
 class Poisoned(Trainer):
     """The loss of draw 6 is not a number, or that of draw 9 three times what it is, on the last rank's groups."""
 
@@ -63,8 +57,7 @@ def test_a_run_that_diverges_says_where_and_saves_nothing_poisoned(material: Mat
     assert checkpoint_steps(material, key) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3])
-@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material: Material, key: str, zero_stage: int) -> None:
     execution = {"checkpoint_every": 1, "zero_stage": zero_stage, "log_every": 12}
     with pytest.raises(DivergedError, match=r"training diverged by step \d+"):

@@ -231,6 +231,7 @@ def test_a_step_that_overflows_on_one_rank_is_skipped_on_all_and_changes_nothing
         assert state_after == {"num_updates": 4, "loss_scale": 2.0**15, "updates_since_overflow": 0}
 
 
+@pytest.mark.slow
 def test_overflows_at_any_scale_are_divergence(material: Material) -> None:
     """At a scale of one, or after several overflows in a row. A successful step resets the count."""
     config, at_step_4 = _stage(1, precision="fp16"), {4: 1.0}
@@ -250,6 +251,7 @@ def _run_one_job_and_one_that_gives_up_soon(material: Material, jobs: list[Job])
     return [*first, *run_jobs(material, jobs[1:])]
 
 
+@pytest.mark.slow
 def test_state_before_the_first_update_has_weights_and_no_moments(material: Material, tmp_path: Path) -> None:
     """Every step overflowed so far. A resumed run starts with these weights at the lowered scale."""
     jobs = []
@@ -270,6 +272,7 @@ def test_the_scale_doubles_after_long_without_overflow_also_in_a_resumed_run(mat
     assert resumed.scales == [2.0**18, 2.0**18]
 
 
+@pytest.mark.slow
 def test_stage_0_measures_the_gradient_where_it_is_asked_to(material: Material) -> None:
     """And where it clips: the norm is what it clips by."""
     jobs = [Job(_stage(0), last=1), Job(_stage(0, gradient_clip=0.1), last=1)]
@@ -298,6 +301,7 @@ def _run_jobs_that_double_soon(material: Material, jobs: list[Job]) -> list[Repo
 # The update ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weight_decay_on_matrices_decays_exactly_linear_weights(material: Material) -> None:
     """Two steps whose loss is multiplied by zero: only weight decay changes weights."""
     fields = {"weight_decay_on": "matrices", "weight_decay": 0.5, "learning_rate": 0.1, "warm_up_steps": 0}

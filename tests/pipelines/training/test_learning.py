@@ -179,7 +179,9 @@ def _loss_of_frequencies(digits: Digits) -> float:
     return total / digits.token_map.codes.shape[2]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "enat" else pytest.mark.faults) for name in VARIANTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "enat" else pytest.mark.faults) for name in VARIANTS]
+)
 def test_a_model_learns_more_than_the_frequencies_of_codes(digits: Digits, learn: Callable[..., Any], name: str) -> None:
     config = ENATConfig(**{**SIZES, "codebook_size": NUM_CODES, "num_classes": 10, **VARIANTS[name]})
     masking = MaskingConfig(reuse_probability=0.5 if config.reuse else 0.0)

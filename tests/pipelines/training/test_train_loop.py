@@ -9,9 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from plain_training import train_plainly
+from plain_training import Plainly
 from tiny_training import (
     CONFIG,
     Material,
@@ -41,11 +39,9 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StoreError
 from pipelines.training.batches import GroupBatch
 from pipelines.training.checkpoints import NoReadableCheckpointError, find_checkpoints, read_resume_point
-from pipelines.training.config import TrainConfig
 from pipelines.training.loop import Trainer
 from pipelines.training.task import initial_model
 
-Plainly = Callable[[TrainConfig], Trained]
 OPTIONS = {
     "model": {"qk_norm": True, "dropout": 0.1},
     "learning_rate_schedule": "cosine",
@@ -54,23 +50,6 @@ OPTIONS = {
     "weight_decay_on": "matrices",
     "weight_decay": 0.3,
 }
-
-
-@pytest.fixture
-def key(request: pytest.FixtureRequest) -> str:
-    """Of the store, for one test alone."""
-    return request.node.name
-
-
-@pytest.fixture(scope="module")
-def plainly(material: Material) -> Plainly:
-    """The plain loop's training under a config, computed once."""
-    return cache(lambda config: train_plainly(material, config))
-
-
-@pytest.fixture(scope="module")
-def plain(plainly: Plainly) -> Trained:
-    return plainly(CONFIG)
 
 
 # What is trained -----------------------------------------------------------------------------------------------------------
@@ -120,6 +99,7 @@ def test_all_options_at_once_train_what_a_plain_loop_trains(
     np.testing.assert_allclose(trained.column("gradient_norm"), other.column("gradient_norm"), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_text_model_trains_what_a_plain_loop_trains(material: Material, key: str, plainly: Plainly) -> None:
     config = changed(model={"text": True}, label_dropout=0.5, execution={"zero_stage": 3})
     assert_close(train(material, config, key, world_size=2), plainly(config))
@@ -169,6 +149,7 @@ class EmaWatcher(Trainer):
         ),
     ],
 )
+@pytest.mark.slow
 def test_in_half_precision_weights_stay_float32_and_the_ema_is_theirs(
     material: Material, key: str, precision: str, zero_stage: int, plainly: Plainly
 ) -> None:
@@ -311,6 +292,7 @@ def test_the_time_of_discarded_steps_counts(material: Material, key: str) -> Non
     assert kept.step == 9 and kept.worker_seconds >= (7 + 5) * 0.1, "four steps, three for nothing, and five more"
 
 
+@pytest.mark.slow
 def test_if_all_checkpoints_are_damaged_training_does_not_start_again(material: Material, key: str) -> None:
     """On any rank: people may be able to restore the files."""
     train(material, changed(execution={"checkpoint_every": 100}), key, world_size=2, stop_at=5)

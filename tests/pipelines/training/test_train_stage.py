@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import ray
-from plain_training import train_plainly
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_training import CONFIG, Material, Trained, assert_close, changed, read_history
@@ -49,11 +48,6 @@ class Fitted(Trained):
 
 
 @pytest.fixture
-def key(request: pytest.FixtureRequest) -> str:
-    return request.node.name
-
-
-@pytest.fixture
 def fit(material: Material, make_context: Callable[..., Any], key: str) -> Callable[..., Fitted]:
     """Train by the stage, under a key that the test has for itself."""
 
@@ -75,11 +69,6 @@ def fit(material: Material, make_context: Callable[..., Any], key: str) -> Calla
         )
 
     return fit
-
-
-@pytest.fixture(scope="module")
-def plain(material: Material) -> Trained:
-    return train_plainly(material, CONFIG)
 
 
 @pytest.mark.parametrize(("num_workers", "zero_stage"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.faults)])

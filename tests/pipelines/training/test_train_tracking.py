@@ -5,37 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from plain_training import train_plainly
+from plain_training import Plainly
 from tiny_training import CONFIG, Material, Trained, changed, checkpoint_steps, read_weights, train
 
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StorageError
 from pipelines.tracking.run import RunHandle
-from pipelines.training.config import TrainConfig
-
-Plainly = Callable[[TrainConfig], Trained]
-
-
-@pytest.fixture
-def key(request: pytest.FixtureRequest) -> str:
-    """Of the store, for one test alone."""
-    return request.node.name
-
-
-@pytest.fixture(scope="module")
-def plainly(material: Material) -> Plainly:
-    """The plain loop's training under a config, computed once."""
-    return cache(lambda config: train_plainly(material, config))
 
 
 @pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.faults)])
@@ -131,6 +115,7 @@ def test_one_rank_alone_tracks_every_row_and_every_preview(watched: Watched) -> 
     ]
 
 
+@pytest.mark.slow
 def test_an_interval_of_several_steps_is_their_mean(material: Material, plainly: Plainly, key: str) -> None:
     trained = train(material, changed(execution={"log_every": 5, "checkpoint_every": 6}), key, world_size=2)
     assert trained.column("step") == [5, 6, 10, 12], "a checkpoint's figures are complete"
@@ -139,6 +124,7 @@ def test_an_interval_of_several_steps_is_their_mean(material: Material, plainly:
         assert row["loss"] == pytest.approx(np.mean(losses[first:last]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_rows_of_the_runs_before(material: Material, key: str, tmp_path: Path) -> None:
     """A command is a run of its own in MLflow. Workers that Ray replaces are part of the same run, which has its rows."""
     noted = {}
@@ -165,6 +151,7 @@ class CountingStore(ArtifactStore):
 
 
 @pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.slow
 def test_previews_load_the_tokenizer_once_and_report_an_error_once(
     material: Material, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
 ) -> None:
@@ -193,6 +180,7 @@ class Broken(RunHandle):
         raise KeyError("unforeseen")
 
 
+@pytest.mark.slow
 def test_an_unexpected_error_of_tracking_is_reported_once(material: Material, key: str) -> None:
     trained = train(material, CONFIG, key, run=Broken())
     (message,) = trained.messages
