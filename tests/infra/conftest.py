@@ -1,4 +1,4 @@
-"""An S3 endpoint of these tests' own, in a process of its own: buckets of tests/pipelines, which are moto's too, are not seen."""
+"""A separate S3 endpoint for these tests, in its own process. It does not share buckets with the endpoint of tests/pipelines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3_environment(s3_server: str) -> dict[str, str]:
-    """Of a command that is to find that endpoint, and no other."""
+    """The environment of a command that must use this endpoint and no other."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     return kept | {
         "AWS_ENDPOINT_URL": s3_server,

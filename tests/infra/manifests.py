@@ -1,4 +1,4 @@
-"""What the tests of infra/ share: its files, parsed, and the commands and variables that stand in them."""
+"""Shared by the tests of infra/: its files, parsed, and the commands and variables that they contain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 INFRA = REPOSITORY / "infra"
-IN_IMAGE = "/opt/enat"  # where the Dockerfile puts the repository
+IN_IMAGE = "/opt/enat"  # the repository in the image
 PAGES = [INFRA / "README.md", REPOSITORY / "README.md", *sorted((REPOSITORY / "pipelines" / "guide").glob("*.md"))]
 KUBERAY = sorted([*(INFRA / "kuberay").glob("*.yaml"), *(INFRA / "kuberay" / "jobs").glob("*.yaml")])
 SECRET = re.compile(r"PASSWORD|SECRET|TOKEN$|ACCESS_KEY|USERNAME|ROOT_USER")
@@ -26,7 +26,7 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 
 def resources() -> list[tuple[Path, dict[str, Any]]]:
-    """All of KubeRay's manifests, without those that tell kustomize how to put them together."""
+    """All of KubeRay's manifests, without the kustomizations."""
     found = [(path, document) for path in KUBERAY for document in documents(path)]
     return [(path, document) for path, document in found if document["kind"] != "Kustomization"]
 
@@ -36,7 +36,7 @@ def of_kind(kind: str) -> list[dict[str, Any]]:
 
 
 def pod_templates() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every pod that a manifest describes: what it is for, and its template."""
+    """The name and the template of every pod that a manifest describes."""
     for _, document in resources():
         name, spec = document["metadata"]["name"], document.get("spec", {})
         match document["kind"]:
@@ -61,7 +61,7 @@ def compose() -> dict[str, Any]:
 
 
 def filled(text: str) -> str:
-    """What compose makes of ${NAME:-default}."""
+    """Replace ${NAME:-default} by its default, as compose does."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
@@ -73,7 +73,7 @@ def unit(name: str) -> configparser.ConfigParser:
 
 
 def cron_line() -> tuple[list[str], str, str]:
-    """Its five fields, the user, the command."""
+    """The five fields of the schedule, the user, and the command."""
     lines = (INFRA / "single-machine" / "enat-reevaluate.cron").read_text().splitlines()
     (line,) = [line for line in lines if re.match(r"[\d*]", line)]
     *fields, user, command = line.split(maxsplit=6)
@@ -81,7 +81,7 @@ def cron_line() -> tuple[list[str], str, str]:
 
 
 def enat_commands() -> list[tuple[str, list[str]]]:
-    """(where it stands, its arguments) of every `enat ...` that a manifest, a unit, or a page runs."""
+    """The place and the arguments of every `enat ...` that a manifest, a unit or a page runs."""
     found = [(f"RayJob {job['metadata']['name']}", shlex.split(job["spec"]["entrypoint"])) for job in of_kind("RayJob")]
     for name, container in containers():
         words = [*container.get("command", []), *container.get("args", [])]
@@ -109,14 +109,14 @@ def dockerfile_text() -> str:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(FROM, "python:3 AS base"), ... of the Dockerfile, continued lines joined, comments left out."""
+    """(FROM, "python:3 AS base"), ... of the Dockerfile, with continued lines joined and without comments."""
     lines = [line for line in dockerfile_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     return [(line.split(maxsplit=1)[0].upper(), line.split(maxsplit=1)[1]) for line in joined.splitlines()]
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """Name -> instructions after its FROM. What stands before the first is under ""."""
+    """Name -> instructions of the stage. Instructions before the first FROM are under ""."""
     found: dict[str, list[tuple[str, str]]] = {"": []}
     current = ""
     for instruction, rest in instructions():
@@ -129,7 +129,7 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 
 def environment() -> dict[str, set[str]]:
-    """Name of a variable -> the manifests that set it."""
+    """Variable name -> the manifests that set it."""
     found: dict[str, set[str]] = {}
 
     def note(place: str, names: Any) -> None:
@@ -154,7 +154,7 @@ def environment() -> dict[str, set[str]]:
 
 
 def secret_values(path: Path) -> list[str]:
-    """Lines of a file that give a secret a value of its own: neither empty, nor a variable, nor a reference."""
+    """Lines of a file that give a secret a literal value: not empty, not a variable, and not a reference."""
     lines = []
     for line in path.read_text().splitlines():
         match = re.match(r"""\s*(?:-\s*)?["']?(\w+)["']?\s*[:=]\s*(.*?)\s*(#.*)?$""", line)

@@ -1,4 +1,4 @@
-"""What files of infra/ make run, by where it stands: commands of containers, health checks, probes, jobs, units, cron."""
+"""The commands in the files of infra/, by place: containers, health checks, probes, jobs, units, cron."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Words = list[str]
 
 
 def what_runs() -> dict[str, Words]:
-    """Words of a command, by its place. What an HTTP probe asks for is ["GET", port, path]."""
+    """Place -> words of the command. An HTTP probe is ["GET", port, path]."""
     found = [*_of_the_dockerfile(), *_of_compose(), *_of_pods(), *_of_one_machine()]
     found += [(f"RayJob {job['metadata']['name']}", ["bash", "-c", job["spec"]["entrypoint"]]) for job in of_kind("RayJob")]
     assert len({place for place, _ in found}) == len(found)

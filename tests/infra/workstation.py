@@ -1,5 +1,5 @@
-"""What compose.yaml starts, as processes of this machine: commands and variables are those of the manifests, word by word, with
-other places put in for theirs. MinIO and PostgreSQL are programs of others: an S3 server of the tests and sqlite stand for them."""
+"""The services of compose.yaml as processes of this machine. Commands and variables are those of the manifests, word for word, with
+other addresses and folders. An S3 server of the tests replaces MinIO, and sqlite replaces PostgreSQL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from manifests import INFRA, compose, filled, stages
 from what_runs import what_runs
 
 COMMANDS = what_runs()
-SECRETS = {  # of infra/.env; the password has to have twelve characters
+SECRETS = {  # of infra/.env; the password needs at least twelve characters
     "AWS_ACCESS_KEY_ID": "key-of-these-tests",
     "AWS_SECRET_ACCESS_KEY": "secret-of-these-tests",
     "MLFLOW_TRACKING_USERNAME": "admin-of-these-tests",
@@ -44,7 +44,7 @@ _BIN = Path(sys.executable).parent
 
 @contextmanager
 def s3_process() -> Iterator[str]:
-    """An S3 endpoint with no bucket in it. Its URL."""
+    """Start an S3 endpoint without buckets. Yields its URL."""
     (port,) = free_ports(1)
     url = f"http://{_HOST}:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", _HOST, "-p", str(port)]
@@ -68,9 +68,9 @@ def _answers(url: str) -> bool:
 
 
 def packages_of_the_sign_in(target: Path) -> Path | None:
-    """What `mlflow[auth]` has and the lock of the tests has not, as infra/mlflow.lock pins it. None: it is installed.
+    """Install the packages of `mlflow[auth]` that the lock of the tests lacks, as infra/mlflow.lock pins them.
 
-    Raises subprocess.CalledProcessError where it cannot be had.
+    Returns None if they are installed. Raises subprocess.CalledProcessError if they cannot be installed.
     """
     if find_spec("flask_wtf") is not None:
         return None
@@ -85,8 +85,8 @@ def packages_of_the_sign_in(target: Path) -> Path | None:
 
 @dataclass
 class Workstation:
-    """url: of the Jobs API.   mlflow: of the tracking server.   folder: of volumes.   agents: ports of nodes by service.
-    taken: places of the commands that were asked for."""
+    """`url`: the Jobs API. `mlflow`: the tracking server. `folder`: volumes. `agents`: ports of nodes by service.
+    `taken`: places of the commands that were run."""
 
     s3: str
     folder: Path
@@ -104,9 +104,9 @@ class Workstation:
         (self.folder / "etc" / "auth.ini").write_text(self.here((INFRA / "mlflow-auth.ini").read_text()))
 
     def here(self, text: str, agent: int = 0) -> str:
-        """A text of a manifest with the places of this machine in it, and secrets and defaults for compose's variables.
+        """Replace addresses and folders of a manifest by those of this machine, and compose's variables by secrets and defaults.
 
-        agent: port of the node that is asked.
+        `agent`: the port of the node's agent.
         """
         text = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda match: SECRETS[match[1]], text)
         text = re.sub(r"postgresql\+psycopg2://\S*", "sqlite:////var/lib/mlflow/mlflow.db", filled(text))
@@ -146,7 +146,7 @@ class Workstation:
     # Variables ---------------------------------------------------------------------------------------------------------------
 
     def of_image(self, *names: str) -> dict[str, str]:
-        """ENV of these stages of the Dockerfile, and few threads: the machine is small and has many processes."""
+        """ENV of these stages of the Dockerfile. One thread per process, because many processes share a small machine."""
         given = {"OMP_NUM_THREADS": "1"}
         for name in names:
             for instruction, rest in stages()[name]:
@@ -162,7 +162,7 @@ class Workstation:
 
     @property
     def submitter(self) -> dict[str, str]:
-        """Of a pod that sends jobs: the image's, and what the manifest gives it."""
+        """The environment of a pod that submits jobs: from the image and from the manifest."""
         return self.of_image("base-cpu") | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": SECRETS["RAY_AUTH_TOKEN"]}
 
     # Processes ---------------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ class Workstation:
         return subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
     def start(self, service: str, command: str, health: str, *more: str) -> subprocess.Popen[bytes]:
-        """command, health: places of what starts it, and of what says when it is well."""
+        """Start a service and wait until it is healthy. `command`, `health`: places of its command and of its health check."""
         log = self.logs / service
         with log.open("wb") as file:
             self.processes.append(
@@ -191,7 +191,7 @@ class Workstation:
         return self.processes[-1]
 
     def start_node(self, service: str) -> subprocess.Popen[bytes]:
-        """What a network of its own gives a container: an address, ports that are free, folders."""
+        """Start a Ray node, with the address, free ports and folders that a container has from its own network."""
         listen, metrics, grpc, runtime = free_ports(4)
         self.agents[service] = listen
         own = [
@@ -207,7 +207,7 @@ class Workstation:
         return self.call(self.words(health, self.agents.get(service, 0)), self.variables(service), 60).returncode == 0
 
     def stop(self, process: subprocess.Popen[bytes], seconds: float) -> None:
-        """As Docker does: a request, and after a while an end. By process ids, and only what this has started."""
+        """Stop a process as Docker does: SIGTERM, then SIGKILL. Uses process ids, and only of processes started here."""
         import psutil
 
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
@@ -221,7 +221,7 @@ class Workstation:
                 child.kill()
 
     def read(self, path: str, token: str | None = SECRETS["RAY_AUTH_TOKEN"]) -> Any:
-        """JSON from the head. Raises urllib.error.HTTPError."""
+        """Read JSON from the head. Raises urllib.error.HTTPError."""
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         with urllib.request.urlopen(urllib.request.Request(f"{self.url}{path}", headers=headers), timeout=30) as answer:
             return json.load(answer)
@@ -229,8 +229,8 @@ class Workstation:
 
 @contextmanager
 def workstation(logs: Path) -> Iterator[Workstation]:
-    """Bucket, tracking server, head and worker, in the order in which compose starts them."""
-    folder = Path(tempfile.mkdtemp(prefix="enat-"))  # sockets have short names only
+    """Start the bucket, the tracking server, the head and a worker, in the order of compose."""
+    folder = Path(tempfile.mkdtemp(prefix="enat-"))  # names of sockets are limited in length
     with s3_process() as s3:
         started = Workstation(s3, folder, logs, packages_of_the_sign_in(folder / "sign-in"))
         try:

@@ -96,7 +96,7 @@ def test_the_readme_of_infra_gives_the_times_of_the_schedules_and_images_receive
     assert built and all(build["args"]["REVISION"] == "${REVISION:-unknown}" for build in built)
 
 
-# Names, commands and words of the problems that people meet most often, whatever the wording of the message.
+# Names, commands and words of the most frequent problems; the wording of the messages may change.
 _EXPLAINED = (
     "stage ... failed: ", "(401)", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI", "RAY_AUTH_TOKEN", "ENAT_CACHE_GB", ".used",
     "older code", "enat artifacts verify --all", "If-None-Match", "--wait-for-nodes",
