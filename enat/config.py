@@ -1,4 +1,6 @@
-"""The architecture of an ENAT: everything that decides the shape of its weights, and the published sizes.
+"""Architectures of an ENAT and of its tokenizer, with the published sizes, and the settings of their training.
+
+Importing this module does not import torch.
 
 Shape legend: L = grid_size**2 tokens, T text tokens, W width of caption features.
 """
@@ -18,7 +20,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "enat-l": {"encoder_layers": 22, "decoder_layers": 2, "embed_dim": 1024, "num_heads": 16},
     "enat-xl": {"encoder_layers": 26, "decoder_layers": 2, "embed_dim": 1280, "num_heads": 16},
 }
-# The baseline of the paper's ablations, MaskGIT's network: one stack in which all tokens attend to all, at every step anew.
+# The baseline of the paper's ablations, MaskGIT's network: one stack whose tokens all attend to all, without reuse.
 _PRESETS |= {
     name.replace("enat", "nat"): {
         **sizes,
@@ -33,38 +35,41 @@ _PRESETS |= {
 
 @dataclass(frozen=True, kw_only=True)
 class ENATConfig:
-    """Architecture of an ENAT. Everything that decides the shape of its weights stands here.
-
-    num_classes: 0 without text_width makes an unconditional model, whose only label is the null label 0.
-    text_width: W of the caption features the model is conditioned on, num_text_tokens (T) tokens a caption; it excludes classes.
-    decoder_attention: who attends to whom in the decoder, [queries] <- [keys]:
-        "self_cross"  [M] <- [M] and [V]: the paper's proposal
-        "cross"       [M] <- [V]: CrossMAE type
-        "full"        [M] and [V] <- [M] and [V]: MAE type; with encoder_layers=0 the plain stack of MaskGIT
-    reuse: whether features of the step before may be reused (paper sec. 4.2). Without it `previous` is refused.
-    reused_features: which of them. The paper reuses "visible"; the others are our reading of what else could be, for ablation:
-        "visible"  of tokens visible before: they are not encoded again
-        "masked"   of tokens masked before: added, projected, to the embedding of these positions; visible ones are encoded anew
-        "all"      both
-    qk_norm: LayerNorm of queries and keys in every head (Dehghani et al. 2023, arXiv 2302.05442), for stability in half precision.
-    dropout: applied to the embedded tokens in training, a probability in [0, 1).
-    """
+    """Architecture of an ENAT: everything that determines the shapes of its weights."""
 
     encoder_layers: int
+    """Blocks of the encoder, which sees visible tokens only. At least 0."""
     decoder_layers: int
+    """Blocks of the decoder, which predicts the masked tokens. At least 1."""
     embed_dim: int
+    """Width D of the tokens. Must be divisible by num_heads."""
     num_heads: int
+    """Attention heads of every block."""
     grid_size: int = 16
+    """Tokens along one side of an image; an image has L = grid_size**2 tokens."""
     codebook_size: int = 1024
+    """Codes of the tokenizer, V. The mask id is V."""
     num_classes: int = 1000
+    """Classes to condition on. 0 without text_width gives an unconditional model, whose only label is the null label 0."""
     decoder_attention: str = "self_cross"
+    """Which tokens attend to which in the decoder, [queries] <- [keys]: "self_cross" is [M] <- [M] and [V], the paper's proposal;
+    "cross" is [M] <- [V] (CrossMAE); "full" is [M] and [V] <- [M] and [V] (MAE; with encoder_layers 0 MaskGIT's plain stack)."""
     reuse: bool = True
+    """Whether a step may reuse features of the step before (paper sec. 4.2). Without it the model refuses `previous`."""
     dropout: float = 0.1
+    """Dropout of the embedded tokens in training, a probability in [0, 1)."""
     mlp_ratio: int = 4
+    """Width of the hidden layer of every MLP, in multiples of embed_dim."""
     text_width: int | None = None
+    """Width W of the caption features to condition on, null for a model without text. Excludes classes: num_classes must be 0."""
     num_text_tokens: int = 77
+    """Tokens of a caption, T. Used only with text_width."""
     qk_norm: bool = False
+    """LayerNorm of queries and keys in every head, for stability in half precision (Dehghani et al. 2023, arXiv 2302.05442)."""
     reused_features: str = "visible"
+    """Which features are reused. "visible" (the paper): tokens that were visible before are not encoded again. For ablation:
+    "masked" adds projected features of previously masked positions to their embeddings and encodes visible tokens again; "all" does
+    both."""
 
     def __post_init__(self) -> None:
         for name, choices in (("decoder_attention", DECODER_ATTENTIONS), ("reused_features", REUSED_FEATURES)):
@@ -78,7 +83,7 @@ class ENATConfig:
         if self.text_width is not None and self.text_width < 1:
             raise ValueError(f"text_width is {self.text_width}; it must be at least 1, or null for a model without text")
         if self.text_width is not None and self.num_classes:
-            raise ValueError(f"num_classes is {self.num_classes} beside text_width; a text-conditional model needs num_classes 0")
+            raise ValueError(f"num_classes is {self.num_classes} with text_width; a text-conditional model needs num_classes 0")
         if not self.reuse and self.reused_features != "visible":
             raise ValueError(f"reused_features is {self.reused_features!r} with reuse=False, which reuses nothing")
         if self.encoder_layers < 0 or self.decoder_layers < 1:
@@ -105,17 +110,17 @@ class ENATConfig:
 
     @property
     def mask_id(self) -> int:
-        """The token that stands for "masked"."""
+        """The token of a masked position."""
         return self.codebook_size
 
     @property
     def null_label(self) -> int:
-        """The label that stands for "no class", used for guidance."""
+        """The label that means "no class", used for guidance."""
         return self.num_classes
 
     @property
     def is_conditional(self) -> bool:
-        """Whether there is anything that guidance could strengthen: classes or captions."""
+        """Whether the model has a condition that guidance can strengthen: classes or captions."""
         return self.num_classes > 0 or self.text_width is not None
 
     @property
@@ -148,14 +153,21 @@ _VQGAN_PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANConfig:
-    """Architecture of a tokenizer. Each level after the first halves the resolution."""
+    """Architecture of a tokenizer."""
 
     base_channels: int = 128
+    """Channels at full resolution; a multiple of 32."""
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels of each level in multiples of base_channels, full resolution first. Each level after the first halves the
+    resolution."""
     num_res_blocks: int = 2
+    """Residual blocks of each level."""
     latent_dim: int = 256
+    """Channels of the latents and width of the codebook entries, Z."""
     codebook_size: int = 1024
+    """Entries of the codebook, V."""
     resolution: int = 256
+    """Pixels along one side of an image; a multiple of the downsampling factor."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))  # lists come from JSON and YAML
@@ -188,7 +200,7 @@ class VQGANConfig:
 
     @property
     def encoding_bytes(self) -> int:
-        """Memory that encoding one image takes at its peak, in float32, as a rule of thumb: four times the widest activation."""
+        """Estimated peak memory of encoding one image in float32, in bytes: four times the widest activation."""
         widest = max(channels * (self.resolution >> depth) ** 2 for depth, channels in enumerate(self.level_channels))
         return 4 * 4 * widest
 
@@ -205,11 +217,14 @@ class VQGANConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
-    """Mask ratio from Beta(alpha, beta); with probability reuse_probability a group trains on features of an earlier step."""
+    """Which codes are masked in training. The defaults are the published settings."""
 
     alpha: float = 12.0
+    """First parameter of the Beta distribution of the mask ratio, above 0."""
     beta: float = 3.0
+    """Second parameter of the Beta distribution of the mask ratio, above 0."""
     reuse_probability: float = 0.5
+    """Probability that a group of images trains with features of an earlier step, in [0, 1]."""
 
     def __post_init__(self) -> None:
         if not (self.alpha > 0 and self.beta > 0):
@@ -220,14 +235,20 @@ class MaskingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRecipe:
-    """num_steps of AdamW with a cosine learning rate; the first warm_up_share of them do not quantize."""
+    """Training of a small VQGAN by AdamW with a cosine learning rate."""
 
     num_steps: int = 400
+    """Optimizer steps."""
     batch_size: int = 64
+    """Images of a step."""
     learning_rate: float = 2e-3
+    """Peak learning rate, reached after 20 steps."""
     warm_up_share: float = 0.2
+    """Share of the steps, in [0, 1), that train a plain autoencoder before quantization starts."""
     commitment: float = 0.25
+    """Weight of the commitment loss, which keeps latents near their codebook entries."""
     revive_every: int = 20
+    """Steps between two moves of unused codebook entries to latents of the batch."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "revive_every"):

@@ -1,4 +1,4 @@
-"""What the sampler does at every step: a few numbers and named schedules, or every number of every step written down.
+"""What the sampler does at each step, given by a few numbers and named schedules or by one number for each step.
 
 Shape legend: L tokens, V codebook size, N steps.
 """
@@ -15,7 +15,7 @@ from enat import schedule
 from enat.config import ENATConfig
 
 _LOWEST_TEMPERATURE = 1e-3
-# A list of per-step values, and what it takes the place of. What comes first would take the place of a list in return.
+# A list of values, one a step -> the fields that it replaces. In values_beside the first of these replaces the list in turn.
 _REPLACED_BY_LIST = {
     "mask_ratios": ("mask_schedule",),
     "guidance_scales": ("guidance_scale", "guidance_schedule", "guidance_power"),
@@ -26,46 +26,50 @@ _REPLACED_BY_LIST = {
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """Defaults are the published settings at 256 px.
+    """The defaults are the published settings at 256 px.
 
-    guidance_scale: w in uncond + w (cond - uncond), 1 = off. The published "cfg" s is w = 1 + s (2.5 there is 3.5 here).
-    sampling_temperature: of drawing codes; 0 takes the most likely code.
-    remask_temperature: of the Gumbel noise on confidence; 0 adds none.
-    reuse: take features from the step before (acts with a model made with reuse).
-    mask_schedule, guidance_schedule, sampling_temperature_schedule, remask_temperature_schedule: see enat.schedule.
-    guidance_power: of guidance_schedule "power_cosine"; other schedules have none.
-    reveal_order: which tokens are revealed first: those of the highest "confidence" (published), those of a "random" order of each
-        image, or those of a "halton" sequence over the grid, the same for all images (Halton-MaskGIT, arXiv 2503.17076). The last
-        two never look at confidence and need remask_temperature 0.
-    top_k, top_p: codes are drawn among the k most likely, and of these among the fewest that hold at least top_p of the
-        probability, both after the temperature. None and 1.0 leave all. Confidence is taken before either.
-
-    Strategies found by search (AutoNAT, Ni et al. 2024, arXiv 2406.05478) are lists of one value a step. A list takes the place of
-    its scalar and of its schedule:
-    mask_ratios: share of tokens left masked after each step, falling, 0 after the last.
-    guidance_scales, sampling_temperatures, remask_temperatures: as the scalars, at each step.
-    Raises ValueError for what cannot be, and for what would be ignored: whatever a list takes the place of, unless it is at its
-    default, and top_k, top_p and remask_temperature where nothing is drawn or no confidence looked at. A schedule of a scalar that
-    is off (guidance 1, temperature 0) is no mistake: so scalars can be swept.
+    Strategies found by search (AutoNAT, Ni et al. 2024, arXiv 2406.05478) are lists of one value a step. A list replaces its scalar
+    and its schedule. Raises ValueError for impossible values and for values that would be ignored: a field that a list replaces and
+    that is not at its default, top_k and top_p if nothing is drawn, and remask_temperature if confidence is not used. A schedule of
+    a scalar that is off (guidance 1, temperature 0) is allowed, because scalars are swept.
     """
 
     num_steps: int = 8
+    """Passes of the model for one image."""
     guidance_scale: float = 3.5
+    """w in uncond + w (cond - uncond); 1 is off. The published "cfg" s is w = 1 + s: 2.5 there is 3.5 here."""
     sampling_temperature: float = 6.0
+    """Temperature of drawing codes; 0 takes the most likely code."""
     remask_temperature: float = 1.5
+    """Scale of the Gumbel noise on the confidence; 0 adds none."""
     mask_schedule: str = "cosine"
+    """Share of masked tokens by progress: cosine, arccos, linear, square, cubic or square_root."""
     guidance_schedule: str = "linear"
+    """Guidance by progress: "linear" from 1 to guidance_scale, "constant", or "power_cosine" (MDT)."""
     reuse: bool = True
+    """Reuse features of the step before, if the model was made with reuse."""
     guidance_power: float = 1.0
+    """Exponent of guidance_schedule "power_cosine"; other schedules do not have one."""
     sampling_temperature_schedule: str = "linear"
+    """sampling_temperature by progress: "linear" down to 0, or "constant"."""
     remask_temperature_schedule: str = "linear"
+    """remask_temperature by progress: "linear" down to 0, or "constant"."""
     reveal_order: str = "confidence"
+    """Which tokens are revealed first: those of the highest "confidence" (published); a "random" order of each image; or a "halton"
+    sequence over the grid, the same for all images (Halton-MaskGIT, arXiv 2503.17076). "random" and "halton" do not use confidence
+    and need remask_temperature 0."""
     top_k: int | None = None
+    """Draw among the k most likely codes, after the temperature; null for all. Confidence is computed before top_k and top_p."""
     top_p: float = 1.0
+    """Draw among the fewest codes (of the top_k) that hold at least this probability, after the temperature; 1 for all."""
     mask_ratios: tuple[float, ...] | None = None
+    """Share of tokens left masked after each step: falling, and 0 after the last. Replaces mask_schedule."""
     guidance_scales: tuple[float, ...] | None = None
+    """guidance_scale of each step. Replaces guidance_scale, guidance_schedule and guidance_power."""
     sampling_temperatures: tuple[float, ...] | None = None
+    """sampling_temperature of each step. Replaces sampling_temperature and its schedule."""
     remask_temperatures: tuple[float, ...] | None = None
+    """remask_temperature of each step. Replaces remask_temperature and its schedule."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -77,7 +81,7 @@ class SamplerConfig:
         for name in ("sampling_temperature_schedule", "remask_temperature_schedule"):
             schedule.temperature(0.0, 0.0, getattr(self, name))
         for name in _REPLACED_BY_LIST:
-            if getattr(self, name) is not None:  # YAML and JSON know lists only
+            if getattr(self, name) is not None:  # YAML and JSON have lists only
                 object.__setattr__(self, name, tuple(getattr(self, name)))
                 self._check_list(name)
         self._check_drawing()
@@ -86,9 +90,7 @@ class SamplerConfig:
         values = getattr(self, name)
         for replaced in _REPLACED_BY_LIST[name]:
             if getattr(self, replaced) != _DEFAULTS[replaced]:
-                raise ValueError(
-                    f"{name} lists the values of all steps, so {replaced} {getattr(self, replaced)!r} is to be left out"
-                )
+                raise ValueError(f"{name} lists the values of all steps; leave out {replaced} {getattr(self, replaced)!r}")
         if len(values) != self.num_steps:
             raise ValueError(f"{name} has {len(values)} values for {self.num_steps} steps; give one value a step")
         for step, value in enumerate(values):
@@ -110,10 +112,10 @@ class SamplerConfig:
         if self.reveal_order != "confidence":
             if any(self.remask_temperatures if self.remask_temperatures is not None else (self.remask_temperature,)):
                 raise ValueError(
-                    f"reveal_order {self.reveal_order!r} looks at no confidence to add noise to; set remask_temperature to 0"
+                    f"reveal_order {self.reveal_order!r} does not use confidence and its noise; set remask_temperature to 0"
                 )
             if self.remask_temperature_schedule != "linear":
-                raise ValueError(f"reveal_order {self.reveal_order!r} has no use for remask_temperature_schedule; leave it out")
+                raise ValueError(f"reveal_order {self.reveal_order!r} does not use remask_temperature_schedule; leave it out")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or null for all codes")
         if not 0 < self.top_p <= 1:
@@ -121,33 +123,31 @@ class SamplerConfig:
         if not any(self.sampling_temperatures or (self.sampling_temperature,)):
             for name in ("top_k", "top_p"):
                 if getattr(self, name) != _DEFAULTS[name]:
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)}, but at sampling_temperature 0 nothing is drawn: the most likely code is "
-                        f"taken; leave {name} out"
-                    )
+                    value = getattr(self, name)
+                    raise ValueError(f"{name} is {value}, but at sampling_temperature 0 nothing is drawn; leave {name} out")
 
     def values_beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of this sampler that still hold beside given ones, which are to be laid over them.
+        """The values of this sampler that remain valid once the given ones are set.
 
-        A list that is given takes the place of the scalar and the schedule here, a scalar (or mask_schedule) of the list here;
-        those are back at their defaults. Raises ValueError where both are given.
+        A given list replaces the scalar and the schedule of this sampler, and a given scalar (or mask_schedule) replaces its list;
+        what is replaced returns to its default. Raises ValueError if a list and its scalar are both given.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for of_steps, others in _REPLACED_BY_LIST.items():
             has_list, scalar = given.get(of_steps) is not None, others[0]
             if has_list and (both := [name for name in others if name in given]):
-                raise ValueError(f"{of_steps} lists the values of all steps, so {both[0]} is to be left out")
+                raise ValueError(f"{of_steps} lists the values of all steps; leave out {both[0]}")
             replaced = others if has_list else (of_steps,) if scalar in given else ()
             values |= {name: _DEFAULTS[name] for name in replaced}
         return values
 
     def replaced(self, **given: Any) -> SamplerConfig:
-        """This sampler with other values, checked together: see values_beside. Raises ValueError as the constructor does."""
+        """This sampler with the given values; see values_beside. Raises ValueError as the constructor does."""
         return SamplerConfig(**{**self.values_beside(given), **given})
 
     @property
     def is_guided(self) -> bool:
-        """Whether guidance is on as configured, at whatever step."""
+        """Whether the config turns guidance on at any step."""
         return any(scale != 1.0 for scale in (self.guidance_scales or (self.guidance_scale,)))
 
     def guidance_at(self, step: int) -> float:
@@ -171,11 +171,12 @@ class SamplerConfig:
         return schedule.temperature((step + 1) / self.num_steps, self.remask_temperature, self.remask_temperature_schedule)
 
     def num_masked_at(self, step: int, num_tokens: int, num_given: int = 0) -> int:
-        """Tokens masked in the input of `step`; num_steps gives what is left at the end, 0.
+        """Tokens masked in the input of `step`; for num_steps, the number left at the end, 0.
 
-        num_tokens: all L of an image. num_given: those of them that are given, 0 to L-1. Where nothing is, counts are rounded down
-        (published). Few that are to be made would so be drawn early, one alone at the first step, hot and unguided: beside what is
-        given counts are rounded to the nearest, and the last one is left for the last step.
+        `num_tokens`: all L of an image.   `num_given`: how many of them are given, 0 to L-1. Without given tokens, counts are
+        rounded down (published). With given tokens few remain: rounding down would draw the first of them alone, at the first
+        step, at a high temperature and without guidance. Counts are then rounded to the nearest, and one token is left for the
+        last step.
         """
         num_made = num_tokens - num_given
         if step in (0, self.num_steps):
@@ -187,16 +188,16 @@ class SamplerConfig:
         return max(1, math.floor(num_made * ratio + 0.5)) if num_given else math.floor(num_made * ratio)
 
     def leaves_features_at(self, step: int, model: ENATConfig, num_given: int = 0) -> bool:
-        """Whether the pass of `step` computes anything that the next step reuses. num_given: tokens that are given, 0 to L-1."""
+        """Whether the pass of `step` computes features that the next step reuses. `num_given`: given tokens, 0 to L-1."""
         num_masked = self.num_masked_at(step, model.num_tokens, num_given)
         return self.reuse and model.reuse and (model.reuses_masked or num_masked < model.num_tokens)
 
     def num_passes_at(self, step: int, model: ENATConfig, num_given: int = 0) -> int:
         """2 with an unconditional pass, 1 without.
 
-        The unconditional pass of an unguided step counts only through its features, which a later guided step reuses: each pass
-        reuses its own. At step 0 of a plain run nothing is visible, so there is nothing to reuse of visible tokens; given tokens
-        are visible from the first. An unconditional model has nothing to be guided away from.
+        In an unguided step the unconditional pass matters only through its features, which a later guided step reuses: each pass
+        reuses its own. At step 0 without given tokens nothing is visible, so no visible token can be reused later. An
+        unconditional model has no second condition to guide away from.
         """
         if not model.is_conditional:
             return 1

@@ -332,7 +332,7 @@ def test_an_empty_batch_is_refused():
         ({"decoder_layers": 0}, "0 decoder"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"num_classes": -1}, "num_classes is -1"),
-        ({"text_width": 12}, "num_classes is 5 beside text_width"),
+        ({"text_width": 12}, "num_classes is 5 .*text_width"),
         ({"text_width": 0, "num_classes": 0}, "text_width is 0"),
         ({**TEXT, "num_text_tokens": 0}, "num_text_tokens is 0"),
         ({"reused_features": "hidden"}, "visible, masked, all"),

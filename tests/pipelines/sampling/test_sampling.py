@@ -409,7 +409,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("cc", "num_steps=0"), "the model's sampler with num_steps=0: num_steps is 0; at least 1 is needed"),
     (("cc", "num_steps=few"), "override num_steps=few: num_steps: Value 'few'"),
     (("cc", "num_steps=2", "mask_ratios=[0.5,0.2,0]"), "mask_ratios has 3 values for 2 steps; give one value a step"),
-    (("cc", "guidance_scale=3.5", "guidance_scales=[1,2,3,4]"), "so guidance_scale is to be left out"),
+    (("cc", "guidance_scale=3.5", "guidance_scales=[1,2,3,4]"), "leave out guidance_scale"),
     (("cc", "sampling_temperature=0", "top_k=5"), "top_k is 5, but at sampling_temperature 0 nothing is drawn"),
     (("cc", "--caption", "a cat"), "--caption is for text-conditional models, but this model has 5 classes; use --labels"),
     (("dd",), "this model is text-conditional; give captions with --caption"),
