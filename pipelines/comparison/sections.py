@@ -16,10 +16,10 @@ from functools import cached_property
 from typing import Any
 
 from pipelines.comparison.published import DATASETS, PublishedResult, matching_dataset, published_for, shows
+from pipelines.registry.evaluation_record import DISTANCES
 
 MAIN = "main"
 REAL_CODES = "token map rows"  # label scheme of samples that start from codes of real images
-_DISTANCES = ("fid", "frechet_distance")
 _REFERENCE = re.compile(r"(?P<dataset>.+?), \d+ px(, .+)?")  # name of a reference: "imagenet, 256 px, adm-center"
 
 
@@ -89,8 +89,8 @@ class Section:
     @cached_property
     def distance(self) -> str | None:
         """The metric in the figures: fid, or the Frechet distance on features of another extractor."""
-        counts = Counter(name for row in self.rows for name in _DISTANCES if name in row.metrics)
-        return max(_DISTANCES, key=lambda name: counts[name]) if counts else None
+        counts = Counter(name for row in self.rows for name in DISTANCES if name in row.metrics)
+        return max(DISTANCES, key=lambda name: counts[name]) if counts else None
 
     @property
     def begins_with_codes(self) -> bool:

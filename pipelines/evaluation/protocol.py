@@ -28,7 +28,6 @@ from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, PublishContext
 
 GRID = "samples.png"
-DISTANCES = ("fid", "frechet_distance")
 # Scores that are shown, with their titles.
 SCORES = {
     "fid": "FID",

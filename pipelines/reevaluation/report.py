@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.evaluation.protocol import DISTANCES, SCORES
+from pipelines.evaluation.protocol import SCORES
 from pipelines.formatting import one_line, printable, show_age
 from pipelines.reevaluation.reevaluate import Outcome, exit_code
+from pipelines.registry.evaluation_record import DISTANCES
 from pipelines.workflow.costs import Prices
 
 _COLORS = {"fresh": "dim", "due": "yellow", "busy": "yellow", "evaluated": "green", "drift": "red", "failed": "red"}

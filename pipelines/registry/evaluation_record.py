@@ -23,6 +23,7 @@ NODE = "enat.evaluation_node"
 PROTOCOL = "enat.protocol_digest"
 SAMPLING = "enat.sampling_digest"
 SCORE = "enat.score."
+DISTANCES = ("fid", "frechet_distance")  # metrics: the distance on Inception's features, and on those of another extractor
 DRIFT = "enat.drift"
 _MAIN_NODE = "evaluate"
 _NO_QUESTION = ("execution", "dataset", "shard_size")  # of a config of samples: how and from where, not what

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.evaluation.protocol import DISTANCES
+from pipelines.registry.evaluation_record import DISTANCES
 from pipelines.storage.redaction import without_credentials
 from pipelines.workflow.stage import MAIN, FinishedStage, PlannedStage, Session
 

@@ -71,8 +71,7 @@ class Loop:
         self.model, self.config = model, config
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # every step has its own shapes
-            for block in (*model.encoder, *model.decoder):
-                block.compile(dynamic=True)
+            model.compile_blocks()
 
     def __call__(self, conditions: Tensor, uniforms: Tensor) -> Tensor:
         tokens = torch.full((len(uniforms), self.model.config.num_tokens), self.model.config.mask_id, device=uniforms.device)

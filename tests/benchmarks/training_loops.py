@@ -95,8 +95,8 @@ class BareLoop:
         self.update_ema = get_ema_multi_avg_fn(EMA_DECAY)
         self.precision = precision
         if compile:
-            for block in (*self.model.encoder, *self.model.decoder, *self.ema.encoder, *self.ema.decoder):
-                block.compile(dynamic=True)
+            self.model.compile_blocks()
+            self.ema.compile_blocks()
 
     def step(self, codes: Tensor, labels: Tensor, masked: MaskedCodes, dropout: Tensor | None) -> Tensor:
         with autocast(codes.device, self.precision):
