@@ -1,7 +1,7 @@
 """ENAT: a non-autoregressive transformer that spends its computation where tokens change.
 
-Read top-down beside the paper (EfficientNAT, NeurIPS 2024, arXiv 2411.06959): condition, network, forward, then its parts one after
-the other; configuration and blocks stand in enat/config.py and enat/blocks.py. An encoder sees visible tokens only; a shallow
+Read top-down beside the paper (EfficientNAT, NeurIPS 2024, arXiv 2411.06959): condition, network, forward, then its parts in order.
+Configuration and blocks are in enat/config.py and enat/blocks.py. An encoder sees visible tokens only; a shallow
 decoder lets the mask tokens gather information from themselves and from the encoded visible tokens (self-cross attention,
 sec. 4.1); features of tokens that were visible at the step before are projected and reused instead of being computed again
 (sec. 4.2).
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -28,13 +29,13 @@ __all__ = ["DECODER_ATTENTIONS", "ENAT", "REUSED_FEATURES", "ENATConfig", "ENATO
 
 @dataclass(frozen=True)
 class TextCondition:
-    """Captions as a model sees them: hidden (B, T, W), a feature of every text token; pooled (B, W), one of the whole caption.
+    """Captions as a model sees them: `hidden`, a feature of every text token, and `pooled`, one of the whole caption.
 
-    Any floating dtype: the model computes in that of its weights. Length, slices and devices are as of a tensor of labels.
+    Any floating dtype: the model converts it to the dtype of its weights. len(), slices and .to() work as on a tensor of labels.
     """
 
-    hidden: Tensor
-    pooled: Tensor
+    hidden: Float[Tensor, "B T W"]
+    pooled: Float[Tensor, "B W"]
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -50,25 +51,28 @@ class TextCondition:
 class ENATOutput:
     """What one step computes, and what the next step may reuse.
 
-    logits: (B, L, V); with logits="masked" those of masked positions, (B, M, V) as in `masked_index`; with "none" (B, 0, V).
-    features: (B, L, D) before the final norm: encoder features where visible, decoder features where masked. Text has none.
-    mask: bool (B, L), True = masked.   masked_index: int64 (B, M), ascending positions.   num_masked: M.
+    logits: P = L; with logits="masked" P = M, in the order of `masked_index`; with "none" P = 0.
+    features: before the final norm: encoder features of visible tokens, decoder features of masked ones. Text is not included.
+    mask: True = masked.   masked_index: ascending positions.   num_masked: M.
     """
 
-    logits: Tensor
-    features: Tensor
-    mask: Tensor
-    masked_index: Tensor
+    logits: Float[Tensor, "B P V"]
+    features: Float[Tensor, "B L D"]
+    mask: Bool[Tensor, "B L"]
+    masked_index: Int64[Tensor, "B M"]
     num_masked: int
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, L, D) at index (B, S) -> (B, S, D)."""
+def _take(x: Float[Tensor, "B L D"], index: Int64[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+    """The rows of x at index."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
 class ENAT(nn.Module):
-    """activation_checkpointing, an attribute: in training, blocks keep their inputs only and run again for the backward pass."""
+    """The network.
+
+    activation_checkpointing: an attribute. In training, blocks keep only their inputs and run again for the backward pass.
+    """
 
     null_hidden: Tensor
     null_pooled: Tensor
@@ -107,7 +111,7 @@ class ENAT(nn.Module):
     def initialize(self, generator: torch.Generator) -> ENAT:
         """Published initialisation: Linear xavier-uniform with bias 0, embeddings N(0, 0.02), adaLN 0: blocks start as identity.
 
-        The projection of masked positions starts at 0, so that training starts as if nothing of them were reused.
+        The projection of masked positions starts at 0: at first, training reuses nothing of them.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -126,21 +130,21 @@ class ENAT(nn.Module):
         for block in (*self.encoder, *self.decoder):
             block.compile(dynamic=True)
 
-    def set_null_caption(self, hidden: Tensor, pooled: Tensor) -> None:
-        """Keep the features of the empty caption, hidden (T, W) and pooled (W,), as buffers that are saved with the weights."""
+    def set_null_caption(self, hidden: Float[Tensor, "T W"], pooled: Float[Tensor, " W"]) -> None:
+        """Keep the features of the empty caption as buffers, which are saved with the weights."""
         self.check_condition(TextCondition(hidden[None], pooled[None]))
         self.null_hidden.copy_(hidden)
         self.null_pooled.copy_(pooled)
 
     def null_condition(self, num_images: int) -> Tensor | TextCondition:
-        """The condition that says nothing, on the model's device: null labels int64 (B,), or the empty caption."""
+        """The null condition on the model's device: null labels int64 (B,), or the empty caption."""
         if self.config.text_width is None:
             device = self.token_embedding.weight.device
             return torch.full((num_images,), self.config.null_label, dtype=torch.int64, device=device)
         return TextCondition(self.null_hidden.expand(num_images, -1, -1), self.null_pooled.expand(num_images, -1))
 
-    def drop_condition(self, condition: Tensor | TextCondition, is_dropped: Tensor) -> Tensor | TextCondition:
-        """The condition with the null label or the empty caption where is_dropped, bool (B,)."""
+    def drop_condition(self, condition: Tensor | TextCondition, is_dropped: Bool[Tensor, " B"]) -> Tensor | TextCondition:
+        """The condition with the null label, or the empty caption, for the images in `is_dropped`."""
         self.check_condition(condition)
         if not isinstance(condition, TextCondition):
             return condition.masked_fill(is_dropped, self.config.null_label)
@@ -150,11 +154,11 @@ class ENAT(nn.Module):
         )
 
     def check_condition(self, condition: Tensor | TextCondition) -> None:
-        """Raises ValueError for a condition of another kind or shape than the model's. Values are not looked at."""
+        """Raises ValueError for a condition of another kind or shape than the model's. Values are not checked."""
         num_text_tokens, width = self.config.num_text_tokens, self.config.text_width
         if width is None:
             if isinstance(condition, TextCondition):
-                raise ValueError("this model knows no text: it takes labels, not a TextCondition")
+                raise ValueError("this model is not conditioned on text: it takes labels, not a TextCondition")
             if condition.ndim != 1:
                 raise ValueError(f"labels have shape {tuple(condition.shape)}; one label per image, (B,), is needed")
         elif not isinstance(condition, TextCondition):
@@ -170,25 +174,25 @@ class ENAT(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
-        labels: Tensor | TextCondition,
+        tokens: Int64[Tensor, "B L"],
+        labels: Int64[Tensor, " B"] | TextCondition,
         previous: ENATOutput | None = None,
         *,
         num_masked: int | None = None,
         logits: Literal["all", "masked", "none"] = "all",
-        dropout_mask: Tensor | None = None,
+        dropout_mask: Bool[Tensor, "B L D"] | None = None,
     ) -> ENATOutput:
         """Predict codes at every position from the visible ones.
 
-        tokens: int64 (B, L), codes in [0, V) or the mask id V; every row has the same number of masked tokens.
-        labels: int64 (B,) in [0, num_classes], num_classes meaning "no class"; a TextCondition for a model with text.
-        previous: the output of the step before on the same images; its visible tokens must still be visible and unchanged.
-        num_masked: M where the caller knows it (sampler and trainer do). Without it the masks are counted and checked, which
-            waits for the device and raises ValueError for rows that differ or for a visible token of `previous` masked again.
-        logits: "masked" evaluates the head at masked positions only. "none" computes only what the next step reuses: no head, and
-            where that is the visible tokens no decoder; masked positions then hold their embedding.
-        dropout_mask: bool (B, L, D), True = kept, of draw_dropout_mask; used in training mode with dropout only. None draws it
-            from torch's default generator.
+        `tokens`: codes in [0, V) or the mask id V; all rows have the same number of masked tokens.
+        `labels`: in [0, num_classes], where num_classes means "no class"; a TextCondition for a model with text.
+        `previous`: the output of the step before for the same images; its visible tokens must still be visible and unchanged.
+        `num_masked`: M, if the caller knows it (sampler and trainer do). Without it the forward counts and checks the masks, which
+            waits for the device. Raises ValueError if rows differ or if a visible token of `previous` is masked again.
+        `logits`: "masked" evaluates the head at masked positions only. "none" computes only what the next step reuses: no head,
+            and no decoder if only visible tokens are reused; the features of masked positions are then their embeddings.
+        `dropout_mask`: True = kept, from draw_dropout_mask; used only in training mode with dropout. None draws it from torch's
+            default generator.
         """
         self._check(tokens, labels, previous)
         mask = tokens == self.config.mask_id
@@ -197,7 +201,7 @@ class ENAT(nn.Module):
         order, num_visible_before = _split(mask, previous)
         num_visible = tokens.shape[1] - num_masked
 
-        # In training, parts without a token run on empty tensors: every weight then has a gradient in every step, if zero,
+        # In training, parts without tokens run on empty tensors. Every weight then has a gradient (possibly zero) in every step,
         # and workers whose groups drew different modes can reduce the same buffers.
         condition, text = self._embed_condition(labels)
         old, computed = self._reuse(self._embed(tokens, dropout_mask), order, num_visible_before, previous)
@@ -217,9 +221,9 @@ class ENAT(nn.Module):
         if tokens.shape != (len(labels), self.config.num_tokens):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; ({len(labels)}, {self.config.num_tokens}) is needed")
         if previous is not None and not self.config.reuse:
-            raise ValueError("this model was made with reuse=False and takes no features of a previous step")
+            raise ValueError("this model was made with reuse=False and does not take features of a previous step")
 
-    def _embed(self, tokens: Tensor, dropout_mask: Tensor | None) -> Tensor:
+    def _embed(self, tokens: Int64[Tensor, "B L"], dropout_mask: Bool[Tensor, "B L D"] | None) -> Float[Tensor, "B L D"]:
         # Every weight is used through a call of its module: ZeRO-3 gathers partitioned weights when a module is called.
         position = torch.arange(tokens.shape[1], device=tokens.device)
         embedded = self.embedding_norm(self.token_embedding(tokens) + self.position_embedding(position))
@@ -231,8 +235,8 @@ class ENAT(nn.Module):
             embedded = embedded * dropout_mask / (1 - self.config.dropout)
         return embedded
 
-    def _embed_condition(self, labels: Tensor | TextCondition) -> tuple[Tensor, Tensor | None]:
-        """What drives adaLN, (B, D) after SiLU, and the text as conditioning tokens (B, T, D), None without text."""
+    def _embed_condition(self, labels: Tensor | TextCondition) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B T D"] | None]:
+        """The input of adaLN, after SiLU, and the text as conditioning tokens, None without text."""
         if isinstance(labels, TextCondition):
             assert self.text_projection is not None and self.pooled_projection is not None
             dtype = self.text_projection.weight.dtype
@@ -241,10 +245,16 @@ class ENAT(nn.Module):
         return F.silu(self.label_embedding(labels)), None
 
     def _reuse(
-        self, embedded: Tensor, order: Tensor, num_visible_before: int, previous: ENATOutput | None
+        self,
+        embedded: Float[Tensor, "B L D"],
+        order: Int64[Tensor, "B L"],
+        num_visible_before: int,
+        previous: ENATOutput | None,
     ) -> tuple[Tensor | None, Tensor]:
-        """Features of old tokens, projected, None where there are none; and the other tokens in the order of _split, as they are
-        to be computed. Old are tokens visible before, in a model that reuses those (paper sec. 4.2)."""
+        """Projected features of old tokens, and the embeddings of the others in the order of _split.
+
+        Old tokens are those that were visible before, in a model that reuses them (paper sec. 4.2). None without old tokens.
+        """
         num_old = num_visible_before if self.config.reuses_visible else 0
         # A teacher may compute in another precision than the model it teaches.
         before = embedded if previous is None else previous.features.to(embedded.dtype)
@@ -267,7 +277,7 @@ class ENAT(nn.Module):
         return torch.cat([old, new], dim=1) if old is not None else new
 
     def _decode(self, masked: Tensor, visible: Tensor, text: Tensor | None, condition: Tensor) -> Tensor:
-        """Mask tokens gather from themselves, from the text and from the visible ones, as far as decoder_attention has it."""
+        """Mask tokens gather from themselves, from the text and from the visible tokens, as decoder_attention allows."""
         if self.config.decoder_attention == "full":
             both = torch.cat([visible, masked], dim=1)
             for block in self.decoder:
@@ -280,17 +290,17 @@ class ENAT(nn.Module):
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            # A block draws nothing: there is no state of a generator to keep.
+            # A block draws no random numbers, so the state of the generators need not be kept.
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
 
 def draw_dropout_mask(
     config: ENATConfig, num_images: int, generator: torch.Generator | None, device: torch.device | str
-) -> Tensor | None:
-    """What dropout keeps of a group's embedded tokens, bool (B, L, D), True = kept; None where the config has no dropout.
+) -> Bool[Tensor, "B L D"] | None:
+    """Which of a group's embedded tokens dropout keeps, True = kept; None if the config has no dropout.
 
-    Drawn for a whole group and cut into rows, it is the same whatever the number of passes that compute the group.
+    Drawn for a whole group and cut into rows: the mask does not depend on the number of passes that compute the group.
     """
     if not config.dropout:
         return None
@@ -299,15 +309,15 @@ def draw_dropout_mask(
 
 
 def _join(text: Tensor | None, tokens: Tensor | None) -> Tensor | None:
-    """[text ; tokens] of what there is."""
+    """[text ; tokens], without those that are None."""
     sources = [source for source in (text, tokens) if source is not None]
     return torch.cat(sources, dim=1) if len(sources) > 1 else (sources[0] if sources else None)
 
 
-def _split(mask: Tensor, previous: ENATOutput | None) -> tuple[Tensor, int]:
-    """Positions as [visible before ; newly visible ; masked], ascending within each: int64 (B, L); and the number visible before.
+def _split(mask: Bool[Tensor, "B L"], previous: ENATOutput | None) -> tuple[Int64[Tensor, "B L"], int]:
+    """Positions as [visible before ; newly visible ; masked], ascending within each, and the number visible before.
 
-    The counts are known to the caller, so slices of this order have fixed sizes and nothing waits for the device.
+    The caller knows the counts, so slices of this order have fixed sizes and nothing waits for the device.
     """
     if previous is None:
         return mask.to(torch.uint8).argsort(dim=1, stable=True), 0
@@ -315,10 +325,10 @@ def _split(mask: Tensor, previous: ENATOutput | None) -> tuple[Tensor, int]:
     return group.argsort(dim=1, stable=True), mask.shape[1] - previous.num_masked
 
 
-def _count_masked(mask: Tensor, previous: ENATOutput | None) -> int:
+def _count_masked(mask: Bool[Tensor, "B L"], previous: ENATOutput | None) -> int:
     counts = mask.sum(dim=1)
     if counts.numel() == 0:
-        raise ValueError("an empty batch has no mask to predict; give at least one image")
+        raise ValueError("an empty batch has no masked tokens; give at least one image")
     lowest, highest = int(counts.min()), int(counts.max())
     if lowest != highest:
         raise ValueError(f"rows of one batch have {lowest} to {highest} masked tokens; all must have the same number")

@@ -1,6 +1,6 @@
 """Parallel decoding in a few steps: predict, guide, draw, re-mask (paper sec. 3 and 4.2, MaskGIT-style).
 
-What is done at which step stands in enat/sampler_config.py.
+The settings of each step come from enat/sampler_config.py.
 Shape legend: B images, L tokens, V codebook size, N steps, M masked tokens of the step at hand.
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Literal, overload
 
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from enat import schedule
@@ -20,25 +21,49 @@ from enat.sampler_config import SamplerConfig
 __all__ = ["SamplerConfig", "decode_steps", "draw_uniforms", "sample"]
 
 
-@torch.no_grad()  # not inference_mode: codes may be fed to a model that is being trained
+@overload
 def sample(
     model: ENAT,
-    labels: Tensor | TextCondition,
+    labels: Int64[Tensor, " B"] | TextCondition,
     config: SamplerConfig,
     *,
     seeds: Sequence[int],
-    start: Tensor | None = None,
-    return_trajectory: bool = False,
-) -> Any:
-    """Codes for labels int64 (B,), or captions -> int64 (B, L) in [0, V), on the model's device. The model must be in eval mode.
+    start: Int64[Tensor, "B L"] | None = None,
+    return_trajectory: Literal[False] = False,
+) -> Int64[Tensor, "B L"]: ...
 
-    labels: an unconditional model has one, 0. Guidance leads away from the null label, or from the empty caption.
-    seeds: one int per image. An image depends on its own seed, label and start only, not on what else is in the batch.
-    start: int64 (B, L), codes that are given and stay, and the mask id V where codes are to be made, equally many in every image.
-        Inpainting, outpainting and editing with another label differ in what is masked; see enat.regions. None gives nothing.
-    return_trajectory: return (codes, trajectory) with the tokens fed at each step, N tensors int64 (B, L).
-    Raises ValueError where the numbers of seeds and labels differ, a label is out of range, captions do not fit the model, start
-    is not as above, or the model is in training mode.
+
+@overload
+def sample(
+    model: ENAT,
+    labels: Int64[Tensor, " B"] | TextCondition,
+    config: SamplerConfig,
+    *,
+    seeds: Sequence[int],
+    start: Int64[Tensor, "B L"] | None = None,
+    return_trajectory: Literal[True],
+) -> tuple[Int64[Tensor, "B L"], list[Int64[Tensor, "B L"]]]: ...
+
+
+@torch.no_grad()  # not inference_mode: codes may be fed to a model that is being trained
+def sample(
+    model: ENAT,
+    labels: Int64[Tensor, " B"] | TextCondition,
+    config: SamplerConfig,
+    *,
+    seeds: Sequence[int],
+    start: Int64[Tensor, "B L"] | None = None,
+    return_trajectory: bool = False,
+) -> Int64[Tensor, "B L"] | tuple[Int64[Tensor, "B L"], list[Int64[Tensor, "B L"]]]:
+    """Codes in [0, V) for labels or captions, on the model's device. The model must be in eval mode.
+
+    `labels`: an unconditional model has one, 0. Guidance leads away from the null label, or from the empty caption.
+    `seeds`: one int per image. An image depends only on its own seed, label and start, not on the rest of the batch.
+    `start`: codes that are given and stay, and the mask id V where codes are sampled, equally many in every image. Inpainting,
+        outpainting and editing with another label differ only in what is masked; see enat.masking.box_mask. None gives nothing.
+    `return_trajectory`: return (codes, trajectory) with the tokens fed at each step, N tensors int64 (B, L).
+    Raises ValueError if the numbers of seeds and labels differ, a label is out of range, captions do not fit the model, start does
+    not meet the conditions above, or the model is in training mode.
     """
     _check(model, labels, seeds)
     num_given = 0
@@ -59,18 +84,18 @@ def sample(
 def decode_steps(
     model: ENAT,
     conditions: Tensor | TextCondition,
-    tokens: Tensor,
-    uniforms: Tensor,
+    tokens: Int64[Tensor, "B L"],
+    uniforms: Float32[Tensor, "B N 2 L"],
     config: SamplerConfig,
     *,
     num_given: int = 0,
-    halton_rank: Tensor | None = None,
-) -> list[Tensor]:
-    """The loop of `sample`, on the device alone: nothing waits for it, so that a whole call can be one CUDA graph.
+    halton_rank: Int64[Tensor, " L"] | None = None,
+) -> list[Int64[Tensor, "B L"]]:
+    """The loop of `sample`, entirely on the device: nothing waits for it, and a whole call can be one CUDA graph.
 
-    conditions: of 2 B images, those of the B images and then B null ones. tokens: int64 (B, L) with L - num_given mask ids a row.
-    uniforms: float32 (B, N, 2, L) of draw_uniforms. halton_rank: int64 (L,), of reveal_order "halton" each token's place in it.
-    Returns the tokens fed at each step and the codes: N + 1 times int64 (B, L).
+    `conditions`: of 2 B images, those of the B images and then B null ones.   `tokens`: L - num_given mask ids a row.
+    `uniforms`: from draw_uniforms.   `halton_rank`: for reveal_order "halton", the place of each token in that order.
+    Returns the tokens fed at each step and the codes, N + 1 tensors.
     """
     (num_images, num_tokens), mask_id = tokens.shape, model.config.mask_id
     fixed_priority = _fixed_priority(config, uniforms, halton_rank)
@@ -110,15 +135,17 @@ def decode_steps(
     return states
 
 
-def _draw_codes(log_probs: Tensor, temperature: float, uniform: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Codes (B, M) from softmax(log_probs / temperature) by inverse CDF; the most likely code at temperature 0."""
+def _draw_codes(
+    log_probs: Float32[Tensor, "B M V"], temperature: float, uniform: Float32[Tensor, "B M"], top_k: int | None, top_p: float
+) -> Int64[Tensor, "B M"]:
+    """Codes from softmax(log_probs / temperature) by inverse CDF; the most likely code at temperature 0."""
     if temperature == 0:
         return log_probs.argmax(dim=-1)
     if top_p == 1.0 and (top_k is None or top_k >= log_probs.shape[-1]):
         cumulative = (log_probs / temperature).softmax(dim=-1).cumsum(dim=-1)
         drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None], right=True)[..., 0]
         return drawn.clamp_max(log_probs.shape[-1] - 1)
-    # From the most likely code down, the lowest first among equals: what is left to draw from stands in front.
+    # From the most likely code down, the lowest first among equals: the codes to draw from come first.
     ordered, codes = log_probs.sort(dim=-1, descending=True, stable=True)
     probs = (ordered[..., :top_k] / temperature).softmax(dim=-1)
     cumulative = probs.cumsum(dim=-1)
@@ -128,17 +155,17 @@ def _draw_codes(log_probs: Tensor, temperature: float, uniform: Tensor, top_k: i
 
 
 def _fixed_priority(config: SamplerConfig, uniforms: Tensor, halton_rank: Tensor | None) -> Tensor | None:
-    """(B, L), tokens of the highest are revealed first; None where confidence decides."""
+    """(B, L), tokens of the highest priority are revealed first; None if confidence decides."""
     assert (halton_rank is not None) == (config.reveal_order == "halton")
     if halton_rank is not None:
         return -halton_rank.expand(len(uniforms), -1)
-    return uniforms[:, 0, 1] if config.reveal_order == "random" else None  # what would be noise on confidence is free here
+    return uniforms[:, 0, 1] if config.reveal_order == "random" else None  # not needed as noise on the confidence
 
 
-def draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int) -> Tensor:
-    """All randomness of a call: float32 (B, N, 2, L) in (0, 1), for drawing codes and for re-masking.
+def draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int) -> Float32[Tensor, "B N 2 L"]:
+    """All randomness of a call, in (0, 1): for drawing codes and for re-masking.
 
-    Drawn on the CPU from each image's own generator, so that batch, worker and device do not change it.
+    Drawn on the CPU from each image's own generator: batch, worker and device do not change it.
     """
     shape = (num_steps, 2, num_tokens)
     drawn = torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
@@ -146,7 +173,7 @@ def draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int) -> Tens
 
 
 def _rows(output: ENATOutput, images: slice) -> ENATOutput:
-    """What may be reused, of some images."""
+    """The reusable part of an output, for some images."""
     return replace(output, features=output.features[images], mask=output.mask[images])
 
 
@@ -161,9 +188,9 @@ def _check(model: ENAT, labels: Tensor | TextCondition, seeds: Sequence[int]) ->
     if len(seeds) != len(labels):
         raise ValueError(f"{len(seeds)} seeds for {len(labels)} labels; give one seed per image")
     if len(labels) == 0:
-        raise ValueError("there is nothing to sample: labels is empty")
+        raise ValueError("labels is empty; give at least one")
     if model.training:
-        raise ValueError("the model is in training mode, where dropout would disturb samples; call model.eval() first")
+        raise ValueError("the model is in training mode, in which dropout changes samples; call model.eval() first")
     model.check_condition(labels)
     if isinstance(labels, TextCondition):
         return
@@ -171,12 +198,12 @@ def _check(model: ENAT, labels: Tensor | TextCondition, seeds: Sequence[int]) ->
         raise ValueError(f"labels have dtype {labels.dtype}; integers are needed")
     if int(labels.min()) < 0 or int(labels.max()) > model.config.null_label:
         raise ValueError(
-            f"labels range from {int(labels.min())} to {int(labels.max())}; this model knows 0 to {model.config.null_label}"
+            f"labels range from {int(labels.min())} to {int(labels.max())}; this model has labels 0 to {model.config.null_label}"
         )
 
 
 def _count_given(model: ENAT, start: Tensor, num_images: int) -> int:
-    """Tokens that every image is given. Raises ValueError for a start that the sampler cannot go on from."""
+    """Number of given tokens of every image. Raises ValueError for a start that the sampler cannot continue."""
     num_tokens, mask_id = model.config.num_tokens, model.config.mask_id
     if start.dtype != torch.int64:
         raise ValueError(f"start has dtype {start.dtype}; torch.int64 is needed")
@@ -191,5 +218,5 @@ def _count_given(model: ENAT, start: Tensor, num_images: int) -> int:
     if fewest != most:
         raise ValueError(f"images of start have {fewest} to {most} masked tokens; all images of a call must have the same number")
     if most == 0:
-        raise ValueError(f"start holds no mask id, {mask_id}: there is nothing to make")
+        raise ValueError(f"start does not contain the mask id, {mask_id}: there is nothing to sample")
     return num_tokens - most

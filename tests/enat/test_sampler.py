@@ -256,8 +256,8 @@ def test_a_model_without_reuse_ignores_the_setting():
     ("labels", "seeds", "message"),
     [
         ([0, 1], [1], "1 seeds for 2 labels"),
-        ([], [], "nothing to sample"),
-        ([0, 6], [1, 2], "labels range from 0 to 6; this model knows 0 to 5"),
+        ([], [], "labels is empty"),
+        ([0, 6], [1, 2], "labels range from 0 to 6; .* 0 to 5"),
         ([-1, 0], [1, 2], "labels range from -1 to 0"),
     ],
 )
@@ -275,7 +275,7 @@ def test_conditions_that_do_not_fit_the_model_are_refused():
         sample(small_enat(), text, SamplerConfig(), seeds=[1, 2])
     with pytest.raises(ValueError, match="3 seeds for 2 labels"):
         sample(model, text, SamplerConfig(), seeds=[1, 2, 3])
-    with pytest.raises(ValueError, match="this model knows 0 to 0"):
+    with pytest.raises(ValueError, match="labels range from 1 to 1"):
         sample(small_enat(num_classes=0), torch.tensor([1]), SamplerConfig(), seeds=[1])
 
 
