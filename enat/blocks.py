@@ -1,4 +1,4 @@
-"""What an ENAT is built of: adaLN, attention, block, the projection of earlier features, the head. model.py puts them together.
+"""Parts of an ENAT: adaLN, attention, block, the projection of earlier features, the head. model.py assembles them.
 
 Shape legend: B batch, L tokens of an image, D width, V codebook size, S tokens of one block, C conditioning tokens of one block.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,8 +31,8 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """Queries from the block's own tokens; keys and values from [conditioning tokens ; own tokens].
 
-    The two sources have separate key-value projections, because one carries finished features and the other tokens still
-    being computed. attends_self=False leaves only the conditioning tokens (CrossMAE type).
+    The two sources have separate key-value projections, because one holds finished features and the other tokens that are still
+    being computed. attends_self=False leaves only the conditioning tokens (CrossMAE).
     """
 
     def __init__(self, config: ENATConfig, *, attends_self: bool, has_conditioning: bool) -> None:
@@ -44,27 +45,26 @@ class Attention(nn.Module):
         self.query_norm = nn.LayerNorm(dim // self.num_heads, eps=1e-6) if config.qk_norm else None
         self.key_norm = nn.LayerNorm(dim // self.num_heads, eps=1e-6) if config.qk_norm else None
 
-    def forward(self, x: Tensor, conditioning: Tensor | None) -> Tensor:
+    def forward(self, x: Float[Tensor, "B S D"], conditioning: Float[Tensor, "B C D"] | None) -> Float[Tensor, "B S D"]:
         sources = []
         if self.key_value_conditioning is not None and conditioning is not None:
             sources.append(self.key_value_conditioning(conditioning))
         if self.key_value_own is not None:
             sources.append(self.key_value_own(x))
         key_value = torch.cat(sources, dim=1) if len(sources) > 1 else sources[0]
-        if not key_value.shape[1]:  # cross attention at the first step: nothing is visible yet, so nothing is gathered
+        if not key_value.shape[1]:  # cross attention at the first step: nothing is visible yet
             return self.project(torch.zeros_like(x))
         key, value = rearrange(key_value, "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
         query = rearrange(self.query(x), "b s (h d) -> b h s d", h=self.num_heads)
-        if (
-            self.query_norm is not None and self.key_norm is not None
-        ):  # autocast norms in float32, which attention would have to follow
+        if self.query_norm is not None and self.key_norm is not None:
+            # autocast computes norms in float32; attention must not follow.
             query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
         gathered = F.scaled_dot_product_attention(query, key, value)
         return self.project(rearrange(gathered, "b h s d -> b s (h d)"))
 
 
 class Block(nn.Module):
-    """adaLN-Zero transformer block whose attention may see conditioning tokens beside its own."""
+    """adaLN-Zero transformer block whose attention can see conditioning tokens in addition to its own."""
 
     def __init__(self, config: ENATConfig, *, attends_self: bool = True, has_conditioning: bool = True) -> None:
         super().__init__()
@@ -77,8 +77,10 @@ class Block(nn.Module):
         self.mlp = MLP(dim, config.mlp_ratio)
         self.modulation = nn.Linear(dim, (8 if has_conditioning else 6) * dim)
 
-    def forward(self, x: Tensor, conditioning: Tensor | None, condition: Tensor) -> Tensor:
-        """x (B, S, D), conditioning (B, C, D) or None, condition (B, D), of label or caption, after SiLU -> (B, S, D)."""
+    def forward(
+        self, x: Float[Tensor, "B S D"], conditioning: Float[Tensor, "B C D"] | None, condition: Float[Tensor, "B D"]
+    ) -> Float[Tensor, "B S D"]:
+        """`condition`: the embedding of label or caption, after SiLU."""
         chunks = list(self.modulation(condition).chunk(8 if self.has_conditioning else 6, dim=-1))
         shift, scale = chunks[:2]
         gate, shift_mlp, scale_mlp, gate_mlp = chunks[-4:]
@@ -90,10 +92,10 @@ class Block(nn.Module):
 
 
 class PreviousProjection(nn.Module):
-    """Carries features of an earlier step over to this one (paper sec. 4.2).
+    """Projects features of an earlier step for use in this one (paper sec. 4.2).
 
-    Visible tokens keep their features and the MLP is a residual. Masked positions (see ENATConfig.reused_features) have an
-    embedding of this step, to which the MLP's output alone is added.
+    For visible tokens the MLP is a residual on their features. Masked positions (see ENATConfig.reused_features) have an embedding
+    of this step, to which only the output of the MLP is added.
     """
 
     def __init__(self, config: ENATConfig, *, is_residual: bool) -> None:
@@ -108,7 +110,7 @@ class PreviousProjection(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits over the codebook from the transposed token embedding, which gets no gradient from here."""
+    """Logits over the codebook from the transposed token embedding, detached: the head sends no gradient to it."""
 
     def __init__(self, config: ENATConfig) -> None:
         super().__init__()
@@ -116,9 +118,9 @@ class Head(nn.Module):
         self.norm_in = nn.LayerNorm(config.embed_dim, eps=1e-5)
         self.dense = nn.Linear(config.embed_dim, config.embed_dim)
         self.norm_out = nn.LayerNorm(config.embed_dim, eps=1e-5)
-        # One entry is for the mask id and never used: it keeps the published shape.
+        # The last entry belongs to the mask id and is never used; it keeps the published shape.
         self.bias = nn.Parameter(torch.zeros(config.codebook_size + 1))
 
-    def forward(self, features: Tensor, token_embedding: Tensor) -> Tensor:
+    def forward(self, features: Float[Tensor, "B P D"], token_embedding: Float[Tensor, "V+1 D"]) -> Float[Tensor, "B P V"]:
         hidden = self.norm_out(F.gelu(self.dense(self.norm_in(features))))
         return F.linear(hidden, token_embedding.detach()[: self.codebook_size], self.bias[: self.codebook_size])

@@ -1,6 +1,11 @@
 """Weights in and out: safetensors with the architecture in the header, and adapters for published state dicts.
 
-Nothing here unpickles: files of others are read with torch.load(weights_only=True) by those who open them.
+save_weights, load_enat, load_vqgan            our own files
+open_enat, open_vqgan, read_state_dict         a file that is ours or published
+load_published_enat, load_published_vqgan      published state dicts
+load_strictly                                  a state dict into any module
+
+Nothing here unpickles: torch files are read with weights_only=True.
 """
 
 from __future__ import annotations
@@ -27,14 +32,35 @@ OwnT = TypeVar("OwnT", ENAT, VQGAN)
 
 _ARCHITECTURES: dict[str, tuple[type[Any], type[Any]]] = {"enat": (ENAT, ENATConfig), "vqgan": (VQGAN, VQGANConfig)}
 
+_PUBLISHED_IN_BLOCK = {
+    "attention.query": "attn.q",
+    "attention.key_value_conditioning": "attn.kv.A",
+    "attention.key_value_own": "attn.kv.B",
+    "attention.project": "attn.proj",
+    "modulation": "adaLN_modulation.1",
+}
+_PUBLISHED_OUTSIDE = {
+    "token_embedding": "x_embedder.word_embeddings",
+    "position_embedding": "x_embedder.position_embeddings",
+    "embedding_norm": "x_embedder.LayerNorm",
+    "label_embedding": "y_embedder.embedding_table",
+    "previous_projection.norm": "prev_proj.norm",
+    "previous_projection.mlp.fc1": "prev_proj.mlp.fc1",
+    "previous_projection.mlp.fc2": "prev_proj.mlp.fc2",
+    "head.norm_in": "norm",
+    "head.dense": "mlm_layer.fc",
+    "head.norm_out": "mlm_layer.ln",
+    "head": "mlm_layer",
+}
+
 
 def save_weights(path: str | Path, module: ENAT | VQGAN, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Write a safetensors file that load_enat or load_vqgan opens without further knowledge.
+    """Write a safetensors file that holds all that load_enat or load_vqgan needs.
 
-    tensors: other values for the module's state dict (an EMA, say).
+    `tensors`: other values for the module's state dict, such as its EMA.
     """
     architecture = next(name for name, (cls, _) in _ARCHITECTURES.items() if isinstance(module, cls))
-    # One entry only: safetensors writes several in an order that changes from run to run, and equal weights are to be equal bytes.
+    # One entry only: safetensors writes several in an order that changes from run to run, and equal weights must give equal bytes.
     header = {"enat": json.dumps({"architecture": architecture, "config": dataclasses.asdict(module.config)}, sort_keys=True)}
     state = module.state_dict() if tensors is None else tensors
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, str(path), metadata=header)
@@ -43,7 +69,7 @@ def save_weights(path: str | Path, module: ENAT | VQGAN, tensors: Mapping[str, T
 def load_enat(path: str | Path) -> ENAT:
     """An ENAT in eval mode from a file of save_weights. Raises ValueError for a file of another architecture or a damaged one.
 
-    Fields of the config that a file does not name have their defaults: they are younger than the file.
+    Config fields that the file does not contain get their defaults: they were added after the file was written.
     """
     return _load(path, "enat")
 
@@ -58,7 +84,7 @@ def _load(path: str | Path, architecture: str) -> Any:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("enat", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable safetensors file of weights: {error}") from error
     found = header.get("architecture") if isinstance(header, dict) else None
@@ -67,31 +93,70 @@ def _load(path: str | Path, architecture: str) -> Any:
     try:
         config = config_class(**header["config"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} describes its {architecture} by fields that are not known here ({error})") from error
+        raise ValueError(f"{path} describes its {architecture} with unknown fields ({error})") from error
     return load_strictly(module_class(config), tensors, source=str(path)).eval()
 
 
-def load_strictly(module: ModuleT, tensors: Mapping[str, Tensor], source: str = "the state dict") -> ModuleT:
-    """Fill a module; a missing, surplus or wrong-shaped tensor raises ValueError naming it. Values become float32."""
-    _check_names(
-        {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()},
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        source,
-    )
-    module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+def open_vqgan(path: Path, config: VQGANConfig) -> VQGAN:
+    """A tokenizer in eval mode, from a published file or one of save_weights. Raises ValueError if it does not match `config`."""
+    if _is_own(path):
+        return _checked(load_vqgan(path), config, path)
+    return load_published_vqgan(read_state_dict(path), config)
+
+
+def open_enat(path: Path, config: ENATConfig) -> ENAT:
+    """The same for a model."""
+    if _is_own(path):
+        return _checked(load_enat(path), config, path)
+    return load_published_enat(read_state_dict(path), config)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether save_weights wrote the file, whose header then contains the architecture."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "enat" in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+def _checked(module: OwnT, config: Any, path: Path) -> OwnT:
+    if module.config != config:
+        raise ValueError(f"{path} contains {module.config}, but the config is {config}")
     return module
 
 
-def load_published_enat(state_dict: Mapping[str, Tensor], config: ENATConfig) -> ENAT:
-    """An ENAT from a published state dict, in eval mode, strict as load_strictly but naming published tensors.
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name from a .safetensors file, or from a torch file of which only tensors are unpickled.
 
-    Only the published architecture can be loaded: self-cross attention with reuse of visible tokens, without text and
-    qk_norm. The published `prev_embedder` is never called by the method: its shape is checked, its values are dropped.
+    A torch file may contain the state dict under "state_dict". Raises ValueError for any other file.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about a pickle's protocol before it refuses the pickle
+            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not opened: it is not a torch file, or contains more than tensors; save a plain state dict, or safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable file of weights: {str(error).splitlines()[0]}") from error
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} holds no state dict; save model.state_dict()")
+    return tensors
+
+
+def load_published_enat(state_dict: Mapping[str, Tensor], config: ENATConfig) -> ENAT:
+    """An ENAT in eval mode from a published state dict, checked as in load_strictly; errors contain the published names.
+
+    Only the published architecture can be loaded: self-cross attention with reuse of visible tokens, without text and qk_norm. The
+    method never calls the published `prev_embedder`: its shapes are checked and its values are dropped.
     """
     if config.decoder_attention != "self_cross" or not config.reuse:
         raise ValueError("published ENAT weights belong to decoder_attention='self_cross' with reuse=True")
     if config.text_width is not None or config.qk_norm or config.reused_features != "visible":
-        raise ValueError("published ENAT weights know no text_width, no qk_norm and no reused_features but 'visible'")
+        raise ValueError("published ENAT weights have neither text_width nor qk_norm, and reused_features must be 'visible'")
     model = ENAT(config)
     published_names = {_published_enat_name(name, config): name for name in model.state_dict()}
     shapes = {published: tuple(model.state_dict()[own].shape) for published, own in published_names.items()}
@@ -119,7 +184,7 @@ def load_published_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) 
 
 
 def _published_enat_name(name: str, config: ENATConfig) -> str:
-    """Our name of a tensor -> its published name; encoder and decoder blocks are numbered through there."""
+    """Our name of a tensor -> its published name. The published numbering continues from encoder to decoder blocks."""
     prefix, _, rest = name.partition(".")
     if prefix in ("encoder", "decoder"):
         index, _, rest = rest.partition(".")
@@ -129,26 +194,15 @@ def _published_enat_name(name: str, config: ENATConfig) -> str:
     return f"{_PUBLISHED_OUTSIDE[name.rpartition('.')[0] if name != 'head.bias' else 'head']}.{name.rpartition('.')[2]}"
 
 
-_PUBLISHED_IN_BLOCK = {
-    "attention.query": "attn.q",
-    "attention.key_value_conditioning": "attn.kv.A",
-    "attention.key_value_own": "attn.kv.B",
-    "attention.project": "attn.proj",
-    "modulation": "adaLN_modulation.1",
-}
-_PUBLISHED_OUTSIDE = {
-    "token_embedding": "x_embedder.word_embeddings",
-    "position_embedding": "x_embedder.position_embeddings",
-    "embedding_norm": "x_embedder.LayerNorm",
-    "label_embedding": "y_embedder.embedding_table",
-    "previous_projection.norm": "prev_proj.norm",
-    "previous_projection.mlp.fc1": "prev_proj.mlp.fc1",
-    "previous_projection.mlp.fc2": "prev_proj.mlp.fc2",
-    "head.norm_in": "norm",
-    "head.dense": "mlm_layer.fc",
-    "head.norm_out": "mlm_layer.ln",
-    "head": "mlm_layer",
-}
+def load_strictly(module: ModuleT, tensors: Mapping[str, Tensor], source: str = "the state dict") -> ModuleT:
+    """Load tensors into a module as float32. A missing, surplus or wrong-shaped tensor raises ValueError with its name."""
+    _check_names(
+        {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        source,
+    )
+    module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    return module
 
 
 def _check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -168,53 +222,3 @@ def _check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
         problems.append(f"wrong shape: {'; '.join(shaped)}")
     if problems:
         raise ValueError(f"{source} does not fit the configured architecture ({'. '.join(problems)})")
-
-
-def open_vqgan(path: Path, config: VQGANConfig) -> VQGAN:
-    """A tokenizer from a published file or one of save_weights, in eval mode. Raises ValueError where it is not of this config."""
-    if _is_own(path):
-        return _checked(load_vqgan(path), config, path)
-    return load_published_vqgan(read_state_dict(path), config)
-
-
-def open_enat(path: Path, config: ENATConfig) -> ENAT:
-    """The same for a generator."""
-    if _is_own(path):
-        return _checked(load_enat(path), config, path)
-    return load_published_enat(read_state_dict(path), config)
-
-
-def _is_own(path: Path) -> bool:
-    """Whether save_weights wrote the file: then its header says what it holds."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return "enat" in (file.metadata() or {})
-    except SafetensorError:
-        return False
-
-
-def _checked(module: OwnT, config: Any, path: Path) -> OwnT:
-    if module.config != config:
-        raise ValueError(f"{path} holds {module.config}, but the config says {config}")
-    return module
-
-
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from .safetensors, or from a torch file without unpickling anything but tensors.
-
-    A torch file may hold the state dict under "state_dict". Raises ValueError for what is no file of weights.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch tells of a pickle's protocol, also of one that it refuses next
-            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not opened: it is no torch file, or holds more than tensors; save a plain state dict, or safetensors"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no readable file of weights: {str(error).splitlines()[0]}") from error
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} holds no state dict; save model.state_dict()")
-    return tensors

@@ -1,12 +1,12 @@
-"""What generating an image and training on one cost, counted from the architecture.
+"""Cost of generating an image and of training on one, counted from the architecture.
 
 Convention: one MAC is one multiply-accumulate of a linear layer, convolution or attention product (torch's FlopCounterMode
 counts two FLOPs for it). Norms, activations, softmax, embedding look-ups and the codebook search are left out, as in the
 paper. The paper's "FLOPs" are these MACs, with both guidance passes and the tokenizer's decoder.
 
-Two computations are stated. *Published*: the head at every position (and the mask id's column) at every step, and two passes
-at every step when guidance is on. *Executed*: what enat.sampler runs, the head at masked positions only and no unconditional
-pass in an unguided step that leaves the guided ones nothing to reuse.
+Two computations are counted. *Published*: the head at every position (with the mask id's column) and, with guidance, two passes at
+every step. *Executed*: what enat.sampler runs, the head at masked positions only, and no unconditional pass in an unguided step
+whose features no guided step reuses.
 
 Training counts the backward pass as well, product by product; see training_macs.
 
@@ -23,21 +23,21 @@ from enat.sampler_config import SamplerConfig
 
 @dataclass(frozen=True)
 class Cost:
-    """MACs of one image. Published computation, and beside it what this code executes."""
+    """MACs of one image, for the published computation and for the one that this code executes."""
 
     transformer_macs: int  # all steps and passes
-    decoder_macs: int  # the tokenizer's decoder; 0 where no tokenizer was given
+    decoder_macs: int  # the tokenizer's decoder; 0 without a tokenizer
     total_macs: int
     macs_per_step: tuple[int, ...]  # transformer, all passes of the step; sums to transformer_macs
     executed_transformer_macs: int
     executed_total_macs: int
     executed_macs_per_step: tuple[int, ...]
-    one_pass_macs: int  # transformer, one pass at every step: what sizes are compared by
+    one_pass_macs: int  # transformer, one pass at every step: the figure by which sizes are compared
     executed_one_pass_macs: int
 
     @property
     def guidance_macs(self) -> int:
-        """What guidance adds: the unconditional passes."""
+        """The unconditional passes, which guidance adds."""
         return self.transformer_macs - self.one_pass_macs
 
     @property
@@ -46,9 +46,9 @@ class Cost:
 
 
 def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANConfig | None = None, *, num_given: int = 0) -> Cost:
-    """Cost of one image. With guidance_scale 1 it is one pass a step, as the sizes are usually compared.
+    """Cost of one image. With guidance_scale 1 it is one pass a step, the usual basis for comparing sizes.
 
-    num_given: tokens given to the sampler as its start, 0 to L-1. Reveal orders, temperatures, top_k and top_p cost no MACs.
+    `num_given`: tokens given to the sampler as its start, 0 to L-1. Reveal orders, temperatures, top_k and top_p cost no MACs.
     """
     if not 0 <= num_given < model.num_tokens:
         raise ValueError(f"num_given is {num_given}; of {model.num_tokens} tokens 0 to {model.num_tokens - 1} can be given")
@@ -78,21 +78,21 @@ def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANC
 
 
 def training_macs(config: ENATConfig, num_masked: int, previous_num_masked: int | None = None) -> int:
-    """One image in a training step of enat.loss.objective: forward, backward and, where a teacher gives features, its forward.
+    """One image in a training step of enat.loss.objective: forward, backward and, with reuse, the forward of the teacher.
 
-    previous_num_masked: masked tokens the teacher sees; None in fresh mode. Raises ValueError for a model made without reuse.
-    The backward pass of a product is two more, for either factor, so a step is three forward passes ("3x"); what needs no
-    gradient is left out: the detached embedding in the head, and the caption features. Attention counts as its plain form;
-    fused kernels compute the scores once more in the backward pass. Activation checkpointing runs the blocks once more, which
-    counts as no progress and is left out. So are the optimizer and the average of the weights, which are no products.
+    `previous_num_masked`: masked tokens that the teacher sees; None in fresh mode. Raises ValueError for a model without reuse.
+    The backward pass of a product is two products, one for each factor, so a step is three forward passes. Products that need no
+    gradient are left out: the detached embedding in the head, and the caption features. Attention counts in its plain form; fused
+    kernels compute the scores a second time in the backward pass. Activation checkpointing runs the blocks a second time, which
+    is not counted. Neither are the optimizer and the average of the weights, which have no products.
     """
     if previous_num_masked is not None and not config.reuse:
-        raise ValueError("this model is made with reuse=False: no teacher gives it features, so previous_num_masked is to be None")
+        raise ValueError("this model is made with reuse=False and has no features of a teacher; previous_num_masked must be None")
     head = head_macs(config, num_masked, config.codebook_size)
     forward = _forward_macs(config, num_masked, previous_num_masked, skips_empty_parts=False) + head
     without_gradient = num_masked * config.embed_dim * config.codebook_size + _text_macs(config)
     teacher = 0
-    if previous_num_masked is not None:  # what the visible tokens leave comes from the encoder alone
+    if previous_num_masked is not None:  # features of visible tokens come from the encoder alone
         teacher = _forward_macs(config, previous_num_masked, None, has_decoder=config.reuses_masked)
     return 3 * forward - without_gradient + teacher
 
@@ -110,14 +110,14 @@ def _forward_macs(
     skips_empty_parts: bool = True,
     has_decoder: bool = True,
 ) -> int:
-    """skips_empty_parts: training runs encoder and decoder even where no token needs them, so that every weight takes part."""
+    """skips_empty_parts: training runs encoder and decoder even without tokens, so every weight has a gradient."""
     dim, has_text = config.embed_dim, config.text_width is not None
     num_text = config.num_text_tokens if has_text else 0
     num_visible = config.num_tokens - num_masked
     num_carried = previous_num_masked if previous_num_masked is not None and config.reuses_masked else 0
     num_old = config.num_tokens - previous_num_masked if previous_num_masked is not None and config.reuses_visible else 0
     num_new = num_visible - num_old
-    macs = _text_macs(config) + 2 * config.mlp_ratio * dim * dim * (num_old + num_carried)  # projections of what is reused
+    macs = _text_macs(config) + 2 * config.mlp_ratio * dim * dim * (num_old + num_carried)  # projections of reused features
     if num_new or not skips_empty_parts:
         has_conditioning = config.reuses_visible or has_text
         macs += config.encoder_layers * _block_macs(config, num_new, num_text + num_old, has_conditioning=has_conditioning)
@@ -142,7 +142,7 @@ def _block_macs(
     dim = config.embed_dim
     num_keys = num_conditioning + (num_own if attends_self else 0)
     modulation = (8 if has_conditioning else 6) * dim * dim
-    # Where there is nothing to attend to (cross attention at the first step) no query is made.
+    # Without keys (cross attention at the first step) no query is computed.
     query_and_project = (2 if num_keys else 1) * dim * dim * num_own
     key_value = 2 * dim * dim * num_keys
     attention = 2 * dim * num_own * num_keys

@@ -17,14 +17,15 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 if TYPE_CHECKING:  # files are read by processes that need no tensors, and importing torch takes over a second
+    from jaxtyping import Float, Float32, UInt8
     from torch import Tensor
 
-MAX_PIXELS = 89_478_485  # Pillow's own threshold, but an error here where Pillow only warns
+MAX_PIXELS = 89_478_485  # Pillow's own threshold, above which Pillow only warns
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff]")
 _JPEG_END = b"\xff\xd9"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-_OTHER_FORMATS = {  # in this order: a page may hold a drawing
+_OTHER_FORMATS = {  # in this order, because an HTML page may contain SVG
     "GIF": rb"GIF8[79]a",
     "BMP": rb"BM.{4}\0{4}",
     "WebP": rb"RIFF.{4}WEBP",
@@ -38,15 +39,15 @@ _OTHER_FORMATS = {  # in this order: a page may hold a drawing
 
 
 class ImageError(ValueError):
-    """These bytes cannot become pixels; the message says why, in a few words."""
+    """These bytes cannot be decoded; the message gives the reason in a few words."""
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """JPEG or PNG bytes -> 8-bit RGB image. Raises ImageError for anything that is not exactly one whole image.
+    """JPEG or PNG bytes -> 8-bit RGB image. Raises ImageError for anything that is not exactly one complete image.
 
-    Pixels come as they are stored, as in ADM's loader: an EXIF orientation, a colour profile and a gamma are not applied.
-    CMYK is taken as inverted, as Photoshop writes it, with an Adobe marker or without. Of 16 bits the upper 8 are taken.
-    Unlike ADM's loader, which drops transparency, this one lays it on white.
+    Pixels are returned as stored, as in ADM's loader: EXIF orientation, colour profile and gamma are not applied. CMYK is read as
+    inverted, as Photoshop writes it, with or without an Adobe marker. Of 16 bits the upper 8 are used. Transparent images are
+    placed on white, whereas ADM's loader drops the transparency.
     """
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     try:
@@ -64,9 +65,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _open(data: bytes) -> JpegImageFile | PngImageFile:
-    """The image without its pixels. No name counts, only bytes; not Image.open, which forgets why a file was refused."""
+    """The image without its pixels. The format is that of the bytes. Not Image.open, which drops the reason of a refusal."""
     if data.startswith(b"\xff\xd8\xff"):
-        # Of an MPO, a JPEG with further pictures behind it (phones, stereo cameras), this is the first: the photograph.
+        # Of an MPO, a JPEG followed by other pictures (phones, stereo cameras), this is the first one, the photograph.
         return JpegImageFile(io.BytesIO(_jpeg_without_metadata(data)))
     if data.startswith(_PNG_SIGNATURE):
         return PngImageFile(io.BytesIO(_png_without_metadata(data)))
@@ -85,7 +86,7 @@ def _refuse_other_formats(data: bytes) -> NoReturn:
 
 
 def _jpeg_without_metadata(data: bytes) -> bytes:
-    """A JPEG less its EXIF, profiles, comments: pixels do not depend on them, and Pillow stumbles over malformed ones."""
+    """A JPEG without EXIF, profiles and comments: pixels do not depend on them, and Pillow fails on malformed ones."""
     kept, position = [data[:2]], 2
     while marker := _JPEG_MARKER.search(data, position):  # libjpeg, too, skips what is between segments
         code, start = data[marker.end() - 1], marker.end()
@@ -102,14 +103,14 @@ def _jpeg_without_metadata(data: bytes) -> bytes:
 
 
 def _png_without_metadata(data: bytes) -> bytes:
-    """A PNG less the chunks that pixels do not depend on, which may be damaged or bombs; checksums of the others verified.
+    """A PNG without the chunks that pixels do not depend on, which may be damaged or bombs. Verifies checksums of the others.
 
-    Pillow itself does not verify those of pixels, and refuses an image for its texts.
+    Pillow does not verify the checksums of pixels, and refuses an image because of its texts.
     """
     kept, position, previous = [_PNG_SIGNATURE], len(_PNG_SIGNATURE), b""
     while True:
         length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
-        if previous == b"IDAT" != kind:  # whether the pixels are complete Pillow finds out; all behind them is metadata
+        if previous == b"IDAT" != kind:  # all chunks after the pixels are metadata; Pillow detects incomplete pixels
             return b"".join([*kept, _PNG_END])
         end = position + 12 + length
         if end > len(data):
@@ -127,12 +128,12 @@ def _png_without_metadata(data: bytes) -> bytes:
 def _to_rgb(image: JpegImageFile | PngImageFile) -> Image.Image:
     if not image.tile or (image.mode == "P" and image.palette is None):
         raise SyntaxError("no palette" if image.tile else "no pixels")
-    rawmode, stream = image.tile[0].args, image.fp  # how pixels are stored, as Pillow puts it; gone after loading
+    rawmode, stream = image.tile[0].args, image.fp  # Pillow's name of the stored format; gone after loading
     assert stream is not None
     image.load()
     if isinstance(image, JpegImageFile) and _ends_early(image, stream):
         raise ImageError("it cannot be decoded: truncated")
-    key = image.info.get("transparency")  # the transparent colour; of a palette, its index or the alphas
+    key = image.info.get("transparency")  # the transparent colour; for a palette, its index or the alphas
     if image.mode == "I;16":  # convert("RGB") would clip it to 255
         pixels = np.asarray(image)
         rgb = Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
@@ -140,7 +141,7 @@ def _to_rgb(image: JpegImageFile | PngImageFile) -> Image.Image:
     if rawmode == "RGB;16B" and key is not None:
         stream.seek(0)
         lower = PngImageFile(stream)
-        lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # Pillow's only way to the lower bytes
+        lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # the only way to the lower bytes in Pillow
         pixels = np.asarray(image, dtype=np.uint16) * 256 + np.asarray(lower)
         return _whiten(image, (pixels == key).all(axis=-1))
     if rawmode in ("L;2", "L;4") and key is not None:  # Pillow scales the pixels to 0..255, but not the transparent one
@@ -152,9 +153,9 @@ def _to_rgb(image: JpegImageFile | PngImageFile) -> Image.Image:
 
 
 def _ends_early(image: JpegImageFile, stream: IO[bytes]) -> bool:
-    """Whether the file was closed before its last block; libjpeg leaves the rest mid-gray, and Pillow does not tell.
+    """Whether the file ends before its last block; libjpeg leaves the rest mid-gray, and Pillow does not report it.
 
-    Where a photograph ends in just this gray, more bytes decide: those of a complete one are skipped.
+    If a photograph ends in exactly this gray, appended bytes decide: a complete image does not use them.
     """
     if image.getpixel((image.width - 1, image.height - 1)) not in (128, (128, 128, 128)):
         return False
@@ -165,7 +166,7 @@ def _ends_early(image: JpegImageFile, stream: IO[bytes]) -> bool:
 
 
 def _whiten(image: Image.Image, is_transparent: np.ndarray) -> Image.Image:
-    """RGB image, bool (H, W) -> the image with white there."""
+    """The RGB image with white pixels in `is_transparent`, bool (H, W)."""
     pixels = np.array(image)
     pixels[is_transparent] = 255
     return Image.fromarray(pixels)
@@ -174,7 +175,7 @@ def _whiten(image: Image.Image, is_transparent: np.ndarray) -> Image.Image:
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     """ADM's crop to (resolution, resolution): halve with BOX while at least twice too large, BICUBIC to size, centre crop.
 
-    Raises ImageError for an image so narrow that the resized one would be over MAX_PIXELS.
+    Raises ImageError for an image so narrow that the resized one would exceed MAX_PIXELS.
     """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -192,18 +193,18 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 in [0, 1]."""
+def to_float(images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B 3 H W"]:
+    """Levels 0..255 -> [0, 1]."""
     return images.float() / 255
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """float (B, 3, H, W) in [0, 1] -> uint8, rounded to nearest."""
+def to_uint8(images: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
+    """[0, 1] -> levels 0..255, rounded to nearest."""
     return (images.clamp(0, 1) * 255 + 0.5).byte()
 
 
-def to_levels(images: Tensor) -> Tensor:
-    """float (B, 3, H, W) in [0, 1] -> float32 in 0..255, not rounded."""
+def to_levels(images: Float[Tensor, "B 3 H W"]) -> Float32[Tensor, "B 3 H W"]:
+    """[0, 1] -> levels 0..255, not rounded."""
     return images.float().clamp(0, 1) * 255
 
 

@@ -33,8 +33,8 @@ def guidance_weight(progress: float, guidance_scale: float, schedule: str = "lin
     """w in logits = uncond + w (cond - uncond); 1 is off.
 
     "linear" ramps from 1 at progress 0 (published, with progress = step / num_steps).
-    "power_cosine" does so along (1 - cos(pi progress**power)) / 2 (MDT, Gao et al. 2023, arXiv 2303.14389, whose time runs from
-    1 to 0): the higher the power, the later guidance sets in. Other schedules have no power.
+    "power_cosine" follows (1 - cos(pi progress**power)) / 2 (MDT, Gao et al. 2023, arXiv 2303.14389, whose time runs from 1 to 0):
+    the higher the power, the later guidance starts. Other schedules do not use the power.
     """
     if schedule == "power_cosine":
         return 1.0 + (guidance_scale - 1.0) * (1.0 - math.cos(math.pi * progress**power)) / 2
@@ -51,14 +51,15 @@ def temperature(progress: float, start: float, schedule: str = "linear") -> floa
 
 
 def halton_order(grid_size: int) -> list[int]:
-    """All grid_size**2 positions, row by row numbered, spread evenly over the grid at any length (Besnier et al. 2025, sec. 4).
+    """All grid_size**2 positions, numbered row by row, in an order whose every prefix covers the grid evenly (Besnier et al. 2025,
+    sec. 4).
 
-    Points of the Halton sequence with base 2 for rows and 3 for columns, each cell where it is first met. In whole numbers, so that
-    no rounding decides on a cell.
+    Points of the Halton sequence with base 2 for rows and 3 for columns; each cell counts when it is first reached. Computed in
+    integers, because rounding must not decide between cells.
     """
     if grid_size < 1:
         raise ValueError(f"grid_size is {grid_size}; it must be at least 1")
-    order: dict[int, None] = {}  # keeps the order of what was added
+    order: dict[int, None] = {}  # a set that keeps its order
     index = 1
     while len(order) < grid_size**2:
         row, column = (_radical_inverse_cell(index, base, grid_size) for base in (2, 3))
@@ -68,7 +69,7 @@ def halton_order(grid_size: int) -> list[int]:
 
 
 def _radical_inverse_cell(index: int, base: int, num_cells: int) -> int:
-    """floor(num_cells x), where x in [0, 1) has the digits of `index` mirrored at the point."""
+    """floor(num_cells x), where x in [0, 1) has the digits of `index` mirrored at the radix point."""
     numerator, denominator = 0, 1
     while index:
         index, digit = divmod(index, base)

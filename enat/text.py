@@ -1,8 +1,8 @@
 """Caption encoders: text in, CLIP's last hidden state and its pooled position out.
 
-Tokenized, padded and encoded as U-ViT does for MS-COCO (CLIP ViT-L/14, 77 x 768): the tokenizer's own padding up to the model's
-last position, truncation, no attention mask. The mask is causal, so what pads a caption never reaches its own tokens, but the
-states of the padding are conditioning tokens like the others.
+Tokenized, padded and encoded as in U-ViT for MS-COCO (CLIP ViT-L/14, 77 x 768): the tokenizer's own padding up to the model's last
+position, truncation, no attention mask. Attention is causal, so padding does not affect the tokens of a caption, but the states of
+the padding are conditioning tokens like the others.
 
 Shape legend: B captions, T positions, W width, P captions in a pass.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float16, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,7 +26,7 @@ CAPTIONS_PER_PASS = 8
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _PREFIX = "text_model."
 _OTHER_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
-# What a config.json says beyond this (where code lies, how attention is to be computed, ...) is not followed.
+# Other fields of a config.json (location of code, implementation of attention, ...) are ignored.
 _CONFIG_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -37,26 +38,26 @@ _CONFIG_FIELDS = (
     "layer_norm_eps",
     "eos_token_id",
 )
-# Until transformers 4.31 CLIP's configs had this id, which is not the tokenizer's; such models pool at the highest id.
+# Until transformers 4.31 CLIP's configs contained this id, which is not the tokenizer's; such models pool at the highest id.
 _LEGACY_EOS_ID = 2
 
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """hidden: float16 (B, T, W), after the final norm.   pooled: float16 (B, W), hidden where the caption ends.
+    """hidden: after the final norm.   pooled: `hidden` at the end of the caption.
 
-    num_tokens: int64 (B,), start and end included, padding not; 2 for the empty caption.
+    num_tokens: with start and end, without padding; 2 for the empty caption.
     """
 
-    hidden: Tensor
-    pooled: Tensor
-    num_tokens: Tensor
+    hidden: Float16[Tensor, "B T W"]
+    pooled: Float16[Tensor, "B W"]
+    num_tokens: Int64[Tensor, " B"]
 
 
 class TextEncoder:
     """CLIP's text model with its tokenizer, in float32.
 
-    model: transformers' CLIPTextModel.   tokenizer: its CLIPTokenizer. Raises ValueError where they do not belong together.
+    `model`: transformers' CLIPTextModel.   `tokenizer`: its CLIPTokenizer. Raises ValueError if they do not match.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -86,9 +87,9 @@ class TextEncoder:
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """The features of captions, on the encoder's device.
 
-        Every pass has P = CAPTIONS_PER_PASS captions, empty ones if need be: a matrix product may round otherwise in another
-        shape, and a caption's features are not to depend on how many stand beside it. Raises ValueError for what is no text and
-        for values beyond float16.
+        Every pass has P = CAPTIONS_PER_PASS captions, filled up with empty ones: the rounding of a matrix product can depend on its
+        shape, and the features of a caption must not depend on the number of other captions. Raises ValueError for captions that
+        are not text and for features beyond the range of float16.
         """
         tokens, num_tokens = self._tokenize([*captions, ""])
         features = [self._encode_pass(part, tokens[-1]) for part in tokens[:-1].split(CAPTIONS_PER_PASS) if len(part)]
@@ -101,7 +102,9 @@ class TextEncoder:
         output = self.model(input_ids=torch.cat([tokens, padding]))
         hidden, pooled = (values[: len(tokens)].half() for values in (output.last_hidden_state, output.pooler_output))
         if not hidden.isfinite().all():
-            raise ValueError("the text encoder gave values that float16 cannot hold; its weights are not those of a trained model")
+            raise ValueError(
+                "the text encoder computed values that float16 cannot hold; its weights are not those of a trained model"
+            )
         return hidden, pooled
 
     def _no_features(self) -> tuple[Tensor, Tensor]:
@@ -109,7 +112,7 @@ class TextEncoder:
         return no_states, no_states[:, 0]
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids int64 (B, T) and how many of them are no padding, int64 (B,)."""
+        """Token ids int64 (B, T), and the number of ids before the padding, int64 (B,)."""
         for caption in captions:
             if not isinstance(caption, str) or not _is_unicode(caption):
                 raise ValueError(f"a caption must be text, not {caption!r}")
@@ -119,7 +122,7 @@ class TextEncoder:
         return encoded["input_ids"].to(self.device), encoded["attention_mask"].sum(1).to(self.device)
 
     def _check_tokenizer(self) -> None:
-        """The model pools where it believes the end token to be, and says nothing where there is none."""
+        """The model pools at the id that it takes for the end token, and does not report a caption without that id."""
         ids = self.tokenizer.get_vocab().values()
         vocab_size, eos_id, end_id = self.model.config.vocab_size, self.model.config.eos_token_id, self.tokenizer.eos_token_id
         if max(ids) >= vocab_size:
@@ -132,48 +135,46 @@ class TextEncoder:
 
 
 def load_text_encoder(folder: str | Path) -> TextEncoder:
-    """The text encoder of a folder with a CLIP checkpoint as the hub has them, text part or both, on the CPU.
+    """The text encoder of a folder with a CLIP checkpoint in the hub's format, text part or both, on the CPU.
 
     Needs config.json, model.safetensors (or its shards) and tokenizer.json or vocab.json with merges.txt. Weights are read here,
-    not by transformers: nothing is unpickled, fetched or run, the image part is not read, and a tensor that is missing is an error
-    where transformers would make one up. Raises ValueError for a folder that holds no such checkpoint.
+    not by transformers: nothing is unpickled, downloaded or executed, the image part is not read, and a missing tensor is an error,
+    whereas transformers would initialise it. Raises ValueError if the folder does not contain such a checkpoint.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is no folder with a text encoder; give one as the hub has them, such as openai/clip-vit-large-patch14"
-        )
+        raise ValueError(f"{folder} is not a directory; give the folder of a text encoder such as openai/clip-vit-large-patch14")
     model = _build_model(folder)
     load_strictly(model, _read_text_weights(folder), source=str(folder / _WEIGHTS))
     return TextEncoder(model, _load_tokenizer(folder))
 
 
 def _build_model(folder: Path) -> Any:
-    """A CLIPTextModel whose parameters hold anything."""
+    """A CLIPTextModel with uninitialised parameters."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPTextConfig, CLIPTextModel
 
     fields = _text_config(folder)
     followed = {name: fields[name] for name in _CONFIG_FIELDS if name in fields}
     try:
-        # Start and padding are the tokenizer's business; transformers complains of defaults that a small vocabulary does not have.
+        # The tokenizer defines start and padding; transformers rejects default ids that a small vocabulary does not have.
         config = CLIPTextConfig(**followed, bos_token_id=None, pad_token_id=None, attn_implementation="sdpa")
-        with torch.device("meta"):  # random values would be drawn from the global generator, and thrown away
+        with torch.device("meta"):  # without it, unused random values would be drawn from the global generator
             model = CLIPTextModel(config).to_empty(device="cpu")
     except (StrictDataclassError, KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder / 'config.json'} describes no CLIP text model that is known here ({reason})") from error
+        raise ValueError(f"{folder / 'config.json'} does not describe a known CLIP text model ({reason})") from error
     model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
     return model
 
 
 def _text_config(folder: Path) -> dict[str, Any]:
-    """The fields of the text model in config.json, which is its own or that of a checkpoint with both parts."""
+    """The fields of the text model in config.json, which describes the text model alone or both parts of a checkpoint."""
     path = folder / "config.json"
     fields = _read_json(path)
     kind = fields.get("model_type")
     if kind == "clip":
-        # text_config_dict: an old name, whose values count where both are there.
+        # text_config_dict: an old name, which has precedence if both exist.
         fields = fields.get("text_config_dict") or fields.get("text_config") or {}
     elif kind != "clip_text_model":
         raise ValueError(f"{path} describes {'a model of type ' + str(kind) if kind else 'no model'}, not CLIP")
@@ -189,11 +190,11 @@ def _read_text_weights(folder: Path) -> dict[str, Tensor]:
     for name in names:
         path = folder / name
         if path.parent != folder or path.suffix != ".safetensors" or not path.is_file():
-            raise ValueError(f"{folder} has no {name}; weights in other formats are not opened, since reading them may run code")
+            raise ValueError(f"{folder} has no {name}; weights in other formats are not opened, because reading them may run code")
         try:
             with safe_open(str(path), framework="pt") as file:
-                # transformers 5 saves a CLIPTextModel without the prefix. A CLIPModel's other parts are left unread.
-                keys = [key for key in file.keys() if not key.startswith(_OTHER_PARTS)]  # noqa: SIM118 (safe_open is no mapping)
+                # transformers 5 saves a CLIPTextModel without the prefix. Other parts of a CLIPModel are not read.
+                keys = [key for key in file.keys() if not key.startswith(_OTHER_PARTS)]  # noqa: SIM118 (safe_open is not a mapping)
                 tensors |= {key.removeprefix(_PREFIX): file.get_tensor(key) for key in keys}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file of weights: {error}") from error
@@ -204,13 +205,13 @@ def _read_text_weights(folder: Path) -> dict[str, Tensor]:
 def _load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
-    # Asked before, since transformers makes up an empty vocabulary or merges where their files are missing.
+    # Checked first, because transformers replaces missing files by an empty vocabulary or empty merges.
     if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise ValueError(f"{folder} has no CLIP tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing more specific
-        raise ValueError(f"{folder} holds no readable CLIP tokenizer ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{folder} has no readable CLIP tokenizer ({' '.join(str(error).split())})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -219,9 +220,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent} holds no text encoder: it has no {path.name}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} does not contain a JSON object")
     return fields
 
 

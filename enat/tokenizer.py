@@ -11,6 +11,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,9 +25,9 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """h = conv2(swish(norm2(conv1(swish(norm1(x)))))); x + h, or shortcut(h) + h where the channels change.
+    """h = conv2(swish(norm2(conv1(swish(norm1(x)))))); x + h, or shortcut(h) + h if the number of channels changes.
 
-    The shortcut reads h, not x: that is how the published weights were trained.
+    The shortcut takes h, not x: the published weights were trained this way.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -44,7 +45,7 @@ class ResidualBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, and what leads to the next one."""
+    """The residual blocks of one resolution, and the upsampling to the next one."""
 
     def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, *, upsample: bool = False) -> None:
         super().__init__()
@@ -117,8 +118,8 @@ class VQGAN(nn.Module):
         self.codebook = nn.Embedding(config.codebook_size, config.latent_dim)
         self.decoder = Decoder(config)
 
-    def encode_latents(self, images: Tensor) -> Tensor:
-        """float (B, 3, H, W) in [0, 1] -> float (B, Z, h, w) before quantization. Raises ValueError for another size of image."""
+    def encode_latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B Z h w"]:
+        """Latents before quantization, of images in [0, 1]. Raises ValueError for images of another shape."""
         if (
             images.ndim != 4
             or images.shape[1] != 3
@@ -131,30 +132,30 @@ class VQGAN(nn.Module):
             )
         return self.encoder(images)
 
-    def quantize(self, latents: Tensor) -> Tensor:
-        """float (B, Z, h, w) -> int64 (B, h, w): the nearest codebook entry by squared L2 distance."""
+    def quantize(self, latents: Float[Tensor, "B Z h w"]) -> Int64[Tensor, "B h w"]:
+        """The nearest codebook entries by squared L2 distance."""
         flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
         entries = self.codebook.weight
-        # |z|^2 is the same for every entry and left out.
+        # |z|^2 is the same for every entry and is left out.
         distance = torch.addmm(entries.square().sum(dim=1), flat, entries.t(), alpha=-2)
         batch, _, height, width = latents.shape
         return distance.argmin(dim=1).view(batch, height, width)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """float (B, 3, H, W) in [0, 1] -> codes int64 (B, h, w) in [0, V).
+    def encode(self, images: Float[Tensor, "B 3 H W"], dtype: torch.dtype = torch.float32) -> Int64[Tensor, "B h w"]:
+        """Images in [0, 1] -> codes in [0, V).
 
-        dtype: of the convolutions; the nearest entry is looked for in float32 in any case.
+        `dtype`: of the convolutions. The search for the nearest entry is always in float32.
         """
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             latents = self.encode_latents(images)
         return self.quantize(latents.float())
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes int64 (B, h, w) in [0, V) -> float (B, 3, H, W) in [0, 1]."""
+    def decode(self, codes: Int64[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Codes in [0, V) -> images in [0, 1]."""
         return self.decode_latents(self.codebook(codes).permute(0, 3, 1, 2)).clamp(0, 1)
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """float (B, Z, h, w) -> float (B, 3, H, W), not clamped."""
+    def decode_latents(self, latents: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images, not clamped."""
         return self.decoder(latents)

@@ -1,9 +1,9 @@
-"""Training a small VQGAN so that its codebook stays in use.
+"""Training of a small VQGAN that keeps its whole codebook in use.
 
-The recipe: first a plain autoencoder without quantization, so that latents are spread before they are quantized; then the
-codebook starts from k-means of the latents; then straight-through quantization, with entries that the last steps did not use
-moved onto latents of the current batch. Reconstruction is L1 + L2 in pixels: for small images, where perceptual and
-adversarial losses (which the published tokenizer was trained with) have nothing to add.
+The recipe: first a plain autoencoder without quantization, which spreads the latents; then the codebook starts from k-means of the
+latents; then straight-through quantization, with entries that recent steps did not use moved to latents of the current batch.
+Reconstruction is L1 + L2 in pixels, for small images, on which perceptual and adversarial losses (with which the published
+tokenizer was trained) add nothing.
 
 Shape legend: B images, Z latent size, h x w codes, V codebook size.
 """
@@ -24,7 +24,7 @@ from enat.tokenizer import VQGAN
 
 @dataclass(frozen=True)
 class TokenizerStep:
-    """What one step of training saw. reconstruction_error: mean squared error of pixels in [0, 1]."""
+    """Measures of one training step. reconstruction_error: mean squared error of pixels in [0, 1]."""
 
     step: int
     loss: float
@@ -35,7 +35,7 @@ class TokenizerStep:
 def train_tokenizer(vqgan: VQGAN, images: Tensor, recipe: TokenizerRecipe, generator: torch.Generator) -> Iterator[TokenizerStep]:
     """Train in place on float images (N, 3, H, W) in [0, 1], yielding after each step.
 
-    All randomness is the generator's (initialisation of vqgan aside), so the same seed gives the same tokenizer.
+    All randomness after the initialisation of `vqgan` comes from `generator`: the same seed gives the same tokenizer.
     """
     vqgan.train()
     optimizer = torch.optim.AdamW(vqgan.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -66,7 +66,7 @@ def train_tokenizer(vqgan: VQGAN, images: Tensor, recipe: TokenizerRecipe, gener
         torch.nn.utils.clip_grad_norm_(vqgan.parameters(), 1.0)
         optimizer.step()
         if is_quantized and (step + 1 - first_quantized) % recipe.revive_every == 0:
-            if progress < 0.8:  # the last steps settle
+            if progress < 0.8:  # no moves in the last steps, which settle
                 revive_unused(vqgan, used, latents.detach(), generator)
             used.zero_()
         yield TokenizerStep(step + 1, loss.item(), reconstruction_error.item(), is_quantized)
@@ -77,7 +77,7 @@ def train_tokenizer(vqgan: VQGAN, images: Tensor, recipe: TokenizerRecipe, gener
 def initialize_codebook(
     vqgan: VQGAN, images: Tensor, generator: torch.Generator, iterations: int = 10, sample_size: int = 16384
 ) -> None:
-    """Set the codebook to k-means centres of the latents of (some of) the images."""
+    """Set the codebook to k-means centres of the latents of a sample of the images."""
     size = vqgan.config.codebook_size
     per_image = vqgan.config.grid_size**2
     chosen = torch.randperm(len(images), generator=generator)[: max(1, sample_size // per_image)]
@@ -95,7 +95,7 @@ def initialize_codebook(
 
 @torch.no_grad()
 def revive_unused(vqgan: VQGAN, used: Tensor, latents: Tensor, generator: torch.Generator) -> None:
-    """Move entries that no latent chose onto random latents of the batch (B, Z, h, w)."""
+    """Move unused entries to random latents of the batch (B, Z, h, w)."""
     unused = (~used).nonzero()[:, 0]
     flat = _flatten(latents)
     vqgan.codebook.weight[unused] = flat[torch.randint(len(flat), (len(unused),), generator=generator)]
@@ -106,7 +106,7 @@ def _flatten(latents: Tensor) -> Tensor:
 
 
 def code_usage(codes: Tensor, codebook_size: int) -> tuple[float, float]:
-    """Share of the codebook that occurs in codes, and perplexity = exp(entropy of their distribution) in [1, V]."""
+    """Share of the codebook that occurs in `codes`, and perplexity = exp(entropy of their distribution) in [1, V]."""
     counts = torch.bincount(codes.flatten(), minlength=codebook_size).double()
     probs = counts / counts.sum()
     entropy = -(probs * probs.clamp_min(1e-300).log()).sum()

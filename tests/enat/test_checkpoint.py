@@ -83,7 +83,7 @@ def test_published_weights_belong_to_the_published_architecture(overrides):
 @pytest.mark.parametrize("overrides", [{"qk_norm": True}, {"reused_features": "masked"}, {"reused_features": "all"}, TEXT], ids=str)
 def test_published_weights_know_none_of_the_extensions(overrides):
     arrays = golden("enat_tiny")
-    with pytest.raises(ValueError, match="no text_width, no qk_norm and no reused_features but 'visible'"):
+    with pytest.raises(ValueError, match=r"text_width.*qk_norm.*reused_features"):
         load_published_enat(published_weights(arrays), dataclasses.replace(golden_enat_config(arrays), **overrides))
 
 
