@@ -2,7 +2,7 @@
 
 A sample batch holds `arr_0`, uint8 (N, H, W, 3), and perhaps `arr_1`, the labels. A reference batch holds the mean and covariance
 of Inception's features, `mu` and `sigma`, those of its spatial features for sFID, `mu_s` and `sigma_s`, and perhaps some of the
-images. Nothing is unpickled, and images are never all in memory.
+images. Nothing is unpickled, and the images are never in memory all at once.
 
 Shape legend: N images, R of them in a piece, H x W pixels, F features.
 """
@@ -25,6 +25,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from numpy.lib import format as npy
 from torch import Tensor
 
@@ -34,14 +35,14 @@ from enat.metrics.moments import FeatureStatistics
 MAX_BYTES = 2**36  # of pixels: 64 GiB, well above 50,000 images of 512 x 512
 MAX_FEATURES = 8192  # a covariance of 512 MiB
 MAX_IMAGES = 2**24
-_FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # of every member written: equal images make equal files
+_FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # of every member: equal images give equal files
 _LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, lengths of name and extra field
 _MAX_HEADER_BYTES = 2**14  # of a .npy; numpy itself takes up to 10,000
 
 
 @dataclass(frozen=True)
 class AdmReference:
-    """Statistics of a reference batch. pool: F = 2048, for FID.   spatial: F = 2023, for sFID, None where the file has none.
+    """Statistics of a reference batch. pool: F = 2048, for FID.   spatial: F = 2023, for sFID, None if the file has none.
 
     has_images: whether AdmSamples can read images from it, as precision and recall need them.
     """
@@ -53,7 +54,7 @@ class AdmReference:
 
 @dataclass(frozen=True)
 class _Member:
-    """An array of an .npz as its .npy header, of header_bytes, declares it; num_bytes: of its values."""
+    """An array of an .npz, as declared by its .npy header of header_bytes. num_bytes: size of its values."""
 
     info: zipfile.ZipInfo
     header_bytes: int
@@ -99,9 +100,9 @@ def _read_statistics(archive: zipfile.ZipFile, path: Path, mean_name: str, covar
 class AdmSamples:
     """The images of a sample batch, or of a reference batch that has some, read piece by piece. Can be sent to workers.
 
-    Of an uncompressed array any piece is read at once; a compressed one is a stream, best read in order.
+    Any piece of an uncompressed array can be read directly; a compressed array is a stream, best read in order.
     num_images N, height H, width W; labels: int64 (N,) or None.
-    Raises ValueError for a file that is no such .npz, a damaged one, one of more than max_bytes of pixels.
+    Raises ValueError for any other file, a damaged one, and one with more than max_bytes of pixels.
     """
 
     def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES) -> None:
@@ -113,19 +114,19 @@ class AdmSamples:
             is_stored = self._member.info.compress_type == zipfile.ZIP_STORED
             self._offset = _offset_of_pixels(path, self._member) if is_stored else None
         self._stream: IO[bytes] | None = None  # opened when a compressed array is first read
-        self._position = 0  # the image that the stream comes to next
+        self._position = 0  # the next image of the stream
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Images start..stop, uint8 (R, 3, H, W). Raises ValueError for images that are not there or cannot be decompressed."""
+    def read(self, start: int, stop: int) -> UInt8[Tensor, "R 3 H W"]:
+        """Images start..stop. Raises ValueError for images that do not exist or cannot be decompressed."""
         if not 0 <= start <= stop <= self.num_images:
-            raise ValueError(f"{self.path} holds {self.num_images} images; those from {start} to {stop} are asked for")
+            raise ValueError(f"{self.path} has {self.num_images} images; images {start} to {stop} were requested")
         try:
             with _reading(self.path):
                 content = self._read_stored(start, stop) if self._offset is not None else self._read_stream(start, stop)
                 if len(content) != (stop - start) * self._image_bytes:
                     raise EOFError("arr_0 ends early")
         except ValueError:
-            self.close()  # where a stream stands after an error nobody knows
+            self.close()  # the position of a stream is unknown after an error
             raise
         pixels = np.frombuffer(content, np.uint8).reshape(stop - start, self.height, self.width, 3)
         return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
@@ -143,7 +144,7 @@ class AdmSamples:
     def _read_stream(self, start: int, stop: int) -> bytes:
         if self._stream is None or start < self._position:
             self.close()
-            with zipfile.ZipFile(self.path) as archive:  # the stream keeps the file open for itself
+            with zipfile.ZipFile(self.path) as archive:  # the stream keeps its own handle of the file
                 self._stream = archive.open(self._member.info)
             _skip(self._stream, self._member.header_bytes)
             self._position = 0
@@ -152,7 +153,7 @@ class AdmSamples:
         return self._stream.read((stop - start) * self._image_bytes)
 
     def verify(self) -> None:
-        """Read all of the images once. Raises ValueError where the archive's checksum is of others."""
+        """Read all of the images once. Raises ValueError if they do not match the archive's checksum."""
         with _reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self._member.info) as stream:
             while stream.read(2**20):
                 pass
@@ -190,7 +191,7 @@ def _read_labels(archive: zipfile.ZipFile, path: Path, num_images: int) -> np.nd
 
 
 def _offset_of_pixels(path: Path, member: _Member) -> int:
-    """Where in the file the first pixel of an uncompressed array lies. Raises ValueError if the array cannot lie there."""
+    """Offset of the first pixel of an uncompressed array in the file. Raises ValueError if the array exceeds the file."""
     with _reading(path), path.open("rb") as file:
         file.seek(member.info.header_offset)
         _, *lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
@@ -206,8 +207,8 @@ class AdmWriter:
         with AdmWriter(path, num_images=50_000, height=256, width=256) as writer:
             writer.write(images)  # uint8 (R, 3, H, W), again and again
 
-    The file appears under its name when it is complete, in one step; after an error there is none, and one that was there stays.
-    labels: int (N,), kept as arr_1. Raises ValueError for pieces that do not fit and for fewer images than announced.
+    The file appears under its name in one step, once it is complete. After an error it does not appear, and an older file remains.
+    `labels`: int (N,), stored as arr_1. Raises ValueError for pieces that do not fit and for fewer images than announced.
     """
 
     def __init__(self, path: Path, *, num_images: int, height: int, width: int, labels: np.ndarray | None = None) -> None:
@@ -227,13 +228,13 @@ class AdmWriter:
         npy.write_array_header_1_0(self._stream, {"descr": "|u1", "fortran_order": False, "shape": self.shape})
         return self
 
-    def write(self, images: Tensor) -> None:
-        """images: uint8 (R, 3, H, W), the next ones."""
+    def write(self, images: UInt8[Tensor, "R 3 H W"]) -> None:
+        """Append images."""
         num_images, height, width, _ = self.shape
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, height, width):
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; uint8 (R, 3, {height}, {width}) is needed")
         if self._written + len(images) > num_images:
-            raise ValueError(f"{self.path} is to hold {num_images} images; {self._written} and {len(images)} more do not fit")
+            raise ValueError(f"{self.path} is for {num_images} images; {len(images)} more do not fit after {self._written}")
         self._stream.write(images.permute(0, 2, 3, 1).contiguous().cpu().numpy().data)
         self._written += len(images)
 
@@ -248,7 +249,7 @@ class AdmWriter:
                 os.fsync(self._file.fileno())
             if kind is None:
                 if self._written != self.shape[0]:
-                    raise ValueError(f"{self.path} is to hold {self.shape[0]} images, but {self._written} were written")
+                    raise ValueError(f"{self.path} is for {self.shape[0]} images, but {self._written} were written")
                 self._part.replace(self.path)
         finally:
             self._part.unlink(missing_ok=True)
@@ -261,7 +262,7 @@ class AdmWriter:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raises ValueError for what zipfile, zlib and numpy raise for files that are damaged, encrypted, not there."""
+    """Turns the errors of zipfile, zlib and numpy for damaged, encrypted and missing files into ValueError."""
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError, OverflowError) as error:
@@ -277,13 +278,13 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _find_member(archive: zipfile.ZipFile, path: Path, name: str) -> _Member:
-    """Raises ValueError where it is not there, or not an array of numbers of exactly the bytes that it declares."""
+    """Raises ValueError if the member is missing, or is not an array of numbers of exactly the declared size."""
     names = [member.removesuffix(".npy") for member in archive.namelist()]
     if name not in names:
         raise ValueError(f"{path} holds no {name}, but {', '.join(sorted(names)[:8]) or 'nothing'}")
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{path}: {name} is compressed by method {info.compress_type}; numpy knows only deflate")
+        raise ValueError(f"{path}: {name} is compressed by method {info.compress_type}; numpy reads only deflate")
     with _reading(path):
         with archive.open(info) as stream:
             header = io.BytesIO(stream.read(_MAX_HEADER_BYTES))
@@ -301,7 +302,7 @@ def _find_member(archive: zipfile.ZipFile, path: Path, name: str) -> _Member:
 
 
 def _read_member(archive: zipfile.ZipFile, path: Path, member: _Member) -> np.ndarray:
-    """All of it; the caller has looked at its size."""
+    """The whole array; the caller has checked its size."""
     with _reading(path), archive.open(member.info) as stream:
         return npy.read_array(stream, allow_pickle=False)
 

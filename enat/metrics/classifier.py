@@ -41,7 +41,7 @@ class ClassifierExtractor(nn.Module):
         """float (B, F)"""
         x = F.gelu(self.stem(to_float(images) * 2 - 1))
         x = F.gelu(self.down2(F.gelu(self.down1(x))))
-        # Averaged, never enlarged: a 4 x 4 grid keeps where strokes are for any image of 16 pixels and more.
+        # Averaged, never enlarged: for images of at least 16 pixels a 4 x 4 grid keeps the positions of strokes.
         x = F.adaptive_avg_pool2d(x, 4)
         return F.gelu(self.project(x.flatten(1)))
 
@@ -58,7 +58,7 @@ class ClassifierExtractor(nn.Module):
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
         if "classifier" not in header:
-            raise ValueError(f"{path} holds no classifier")
+            raise ValueError(f"{path} does not contain a classifier")
         extractor = cls(*json.loads(header["classifier"]))
         extractor.load_state_dict(load_file(path))
         return extractor.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Feature extractors behind one small interface: images of 8 bits in, named float32 outputs out.
+"""Feature extractors behind one small interface: 8-bit images in, named float32 outputs out.
 
 "inception" is the network of published FIDs, "classifier" a small network trained on a dataset's own labels, "dinov2" and "clip"
 are image encoders. Others join through register_extractor. A built-in network is imported when the first one is loaded.
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 class FeatureExtractor(Protocol):
     """outputs: name -> width; "features" is always among them.
 
-    __call__: uint8 (B, 3, H, W) -> output name -> float32 (B, width), on the same device; each image seen alone. One with an
-    attribute `takes_float = True` also takes float32 images in 0..255 that were not rounded, as those of this module do.
+    __call__: uint8 (B, 3, H, W) -> output name -> float32 (B, width), on the same device; each image is processed independently. An
+    extractor with the attribute `takes_float = True` also takes float32 images in 0..255 that were not rounded, as those of this
+    package do.
 
-    An extractor with an attribute `is_thread_safe = True` may be called by several threads at once, as those of this module may:
-    it keeps nothing of a call on itself, also not in hooks of its layers. All others are called by one thread.
+    An extractor with the attribute `is_thread_safe = True`, as those of this package, may be called by several threads at once: it
+    stores nothing of a call on itself, nor in hooks of its layers. All others are called by one thread.
     """
 
     outputs: Mapping[str, int]
@@ -66,16 +67,16 @@ BUILT_IN = tuple(_FACTORIES)
 
 
 def register_extractor(kind: str, factory: ExtractorFactory) -> None:
-    """Make a kind of extractor known to configs under its name.
+    """Register a kind of extractor under the name that configs use.
 
-    factory: path of a safetensors file with the weights that the config names (empty where it names none) -> the extractor on the
-    CPU, ready to be called. It is sent to workers, so it is a function or class of a module that they can import, too. Raises
+    `factory`: path of a safetensors file with the weights that the config names (empty if it names none) -> the extractor on the
+    CPU, ready to be called. It is sent to workers, so it must be a function or class of a module that they can import. Raises
     ValueError for a name that is taken.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_-]*", kind):
-        raise ValueError(f"the name {kind!r} of a feature extractor must be lower-case letters, digits, '_' and '-'")
+        raise ValueError(f"the name {kind!r} of a feature extractor must consist of lower-case letters, digits, '_' and '-'")
     if kind in _FACTORIES:
-        raise ValueError(f"a feature extractor is called {kind!r} already; choose another name")
+        raise ValueError(f"a feature extractor named {kind!r} already exists; choose another name")
     _FACTORIES[kind] = factory
 
 
@@ -84,12 +85,12 @@ def extractor_kinds() -> tuple[str, ...]:
 
 
 def extractor_factory(kind: str) -> ExtractorFactory:
-    """Raises ValueError for a kind that is not known."""
+    """Raises ValueError for an unknown kind."""
     if kind not in _FACTORIES:
-        raise ValueError(f"no feature extractor is called {kind!r}; choose one of {', '.join(_FACTORIES)}")
+        raise ValueError(f"unknown feature extractor {kind!r}; choose one of {', '.join(_FACTORIES)}")
     return _FACTORIES[kind]
 
 
 def load_extractor(kind: str, path: Path) -> FeatureExtractor:
-    """An extractor from the file that the reference stage kept. Raises ValueError for an unknown kind or another kind's file."""
+    """An extractor from its file of weights. Raises ValueError for an unknown kind and for the file of another kind."""
     return extractor_factory(kind)(path)

@@ -1,4 +1,4 @@
-"""Features as callers have them: tensors of any device and precision, or numpy arrays, also memory-mapped ones.
+"""Arrays of features: tensors of any device and precision, or numpy arrays, including memory-mapped ones.
 
 Shape legend: N samples, F features.
 """
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 Features = Tensor | np.ndarray
-CHUNK = 4096  # rows that are turned into float64 at once
+CHUNK = 4096  # rows that are converted to float64 at once
 
 
 def check_features(features: Features, name: str = "features") -> int:
-    """The number of samples. Raises ValueError for anything but finite floats (N, F) with N and F above 0."""
+    """The number of samples N. Raises ValueError for anything but finite floats (N, F) with N and F above 0."""
     is_float = features.is_floating_point() if isinstance(features, Tensor) else features.dtype.kind == "f"
     if features.ndim != 2 or 0 in features.shape or not is_float:
         raise ValueError(f"{name} are {features.dtype} {tuple(features.shape)}; floats of shape (N, F) are needed")
@@ -27,7 +27,7 @@ def check_features(features: Features, name: str = "features") -> int:
 
 
 def check_same_width(first: Features, second: Features) -> None:
-    """Raises ValueError for features of two extractors."""
+    """Raises ValueError for features of different widths."""
     if first.shape[1] != second.shape[1]:
         raise ValueError(f"features of width {first.shape[1]} and {second.shape[1]} cannot be compared")
 

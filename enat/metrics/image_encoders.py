@@ -1,9 +1,9 @@
 """Image encoders of transformers as feature extractors: DINOv2 (class token) and CLIP (projected image embedding).
 
-Images are brought to the encoder's size as torch-fidelity does for both, with TensorFlow 1's bilinear resizing. Weights are read
-from a folder as the hub has them, safetensors only. torch-fidelity's own ways are not taken: it gets DINOv2 by running code of a
-repository's main branch, and CLIP as TorchScript, which is code as well. What that code of DINOv2 does otherwise than transformers,
-resampling its positions, is done here as it does it.
+Images are resized to the encoder's size as in torch-fidelity, with TensorFlow 1's bilinear resizing. Weights are read from a folder
+in the hub's format, safetensors only. torch-fidelity's own loaders are not used: for DINOv2 they execute code of a repository's main
+branch, and for CLIP TorchScript, which is code as well. The published code of DINOv2 resamples positions differently from
+transformers; this module follows the published code.
 
 Shape legend: B images, H x W pixels, F features, L patches of an image, D width of embeddings.
 """
@@ -27,7 +27,7 @@ _NORMALIZATION = {
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-_DINOV2_SIDE = 224  # what it is evaluated with, though its positions are of a larger grid, 37 x 37
+_DINOV2_SIDE = 224  # of its evaluation; its positions belong to a larger grid, 37 x 37
 _DINOV2_OFFSET = 0.1  # patches; interpolate_offset of the published code
 _HEADER = "image_encoder"
 
@@ -35,7 +35,7 @@ _HEADER = "image_encoder"
 class ImageEncoder(nn.Module):
     """kind: "dinov2" or "clip".   model: transformers' Dinov2Model or CLIPVisionModelWithProjection."""
 
-    is_thread_safe = True  # what transformers collects on the way, it keeps in variables of a context
+    is_thread_safe = True  # transformers collects intermediate outputs in context variables
     takes_float = True
 
     def __init__(self, kind: str, model: Any) -> None:
@@ -62,8 +62,8 @@ class ImageEncoder(nn.Module):
         return {"features": (output.pooler_output if self.kind == "dinov2" else output.image_embeds).float()}
 
     def _positions(self, embeddings: Tensor, height: int, width: int) -> Tensor:
-        """Position embeddings (1, 1 + L, D) of embeddings (B, 1 + L, D), resampled as in the published code: by a factor that is a
-        bit larger than that of the sizes, which moves and stretches the grid a little. transformers takes the sizes themselves.
+        """Position embeddings (1, 1 + L, D) for embeddings (B, 1 + L, D), resampled as in the published code: by a factor slightly
+        larger than the ratio of the sizes, which shifts and stretches the grid a little. transformers uses the sizes themselves.
         """
         positions = self.model.embeddings.position_embeddings
         grid_size = math.isqrt(positions.shape[1] - 1)
@@ -82,23 +82,24 @@ class ImageEncoder(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> ImageEncoder:
-        """From a file of save. Raises ValueError for another file."""
+        """From a file of save. Raises ValueError for any other file."""
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER)
         if header is None:
-            raise ValueError(f"{path} holds no image encoder")
+            raise ValueError(f"{path} does not contain an image encoder")
         kind, fields = json.loads(header)
         config_class, model_class = _classes(kind)
-        with torch.random.fork_rng(devices=[]):  # transformers' initialisers know no generator
+        with torch.random.fork_rng(devices=[]):  # transformers' initialisers take no generator
             model = model_class(config_class.from_dict(fields))
         model.load_state_dict(load_file(path))
         return cls(kind, model)
 
 
 def read_image_encoder(kind: str, folder: Path) -> ImageEncoder:
-    """From a folder as the hub has them: config.json and model.safetensors (or its shards), such as facebook/dinov2-large.
+    """From a folder in the hub's format, such as facebook/dinov2-large: config.json and model.safetensors (or its shards).
 
-    Nothing is unpickled, fetched or run. Raises ValueError where the folder holds no such encoder, or not all of its weights.
+    Nothing is unpickled, downloaded or executed. Raises ValueError if the folder does not contain such an encoder with all of its
+    weights.
     """
     config_class, model_class = _classes(kind)
     try:
@@ -118,7 +119,7 @@ def read_image_encoder(kind: str, folder: Path) -> ImageEncoder:
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds no readable weights of {kind} ({' '.join(str(error).split())[:200]})") from error
     missing = sorted(map(str, report["missing_keys"]))
-    if missing or report["mismatched_keys"]:  # transformers would go on with values that it drew
+    if missing or report["mismatched_keys"]:  # transformers would initialise them at random
         named = ", ".join(missing[:3] or sorted(str(key[0]) for key in report["mismatched_keys"])[:3])
         raise ValueError(f"{folder} does not hold all weights of {kind}: {named} missing or of another shape")
     return ImageEncoder(kind, model)

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PEAK = 255.0  # range of uint8
-WINDOW_SIGMA, WINDOW_RADIUS = 1.5, 5  # pixels; 11 x 11, as Wang et al. have it
+WINDOW_SIGMA, WINDOW_RADIUS = 1.5, 5  # pixels; a window of 11 x 11, as in Wang et al.
 STABILITY = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2  # C1 and C2 of Wang et al.
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
     """Peak signal-to-noise ratio 10 log10(255^2 / mean squared error) of each pair, in decibels; infinite for equal images.
 
-    images, others: uint8 (B, 3, H, W) -> float64 (B,). Raises ValueError for other dtypes and for two shapes.
+    images, others: uint8 (B, 3, H, W) -> float64 (B,). Raises ValueError for other dtypes and for different shapes.
     """
     _check_pairs(images, others)
     return torch.stack([_psnr(image.double(), other.double()) for image, other in zip(images, others, strict=True)])
@@ -30,8 +30,8 @@ def _psnr(image: Tensor, other: Tensor) -> Tensor:
 def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity of each pair, in [-1, 1], 1 for equal images (Wang et al. 2004, eq. 13).
 
-    The Gaussian window slides over whole windows only; values are averaged over windows and colours.
-    images, others: uint8 (B, 3, H, W), at least 11 x 11 -> float64 (B,). Raises ValueError for others.
+    Only complete Gaussian windows count; values are averaged over windows and colours.
+    images, others: uint8 (B, 3, H, W), at least 11 x 11 -> float64 (B,). Raises ValueError for any other images.
     """
     _check_pairs(images, others)
     side = 2 * WINDOW_RADIUS + 1
@@ -41,7 +41,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 def _ssim(image: Tensor, other: Tensor) -> Tensor:
-    """float64 (3, H, W) twice -> scalar. One image at a time: the blurred products of a large batch would fill the memory."""
+    """float64 (3, H, W) twice -> scalar. One image at a time, because the blurred products of a large batch need much memory."""
     products = torch.stack([image, other, image * image, other * other, image * other])
     mean, other_mean, square, other_square, product = _blur(products)
     variances = square - mean**2 + other_square - other_mean**2

@@ -20,12 +20,12 @@ _INCEPTION_LAYERS = ["2048", "logits_unbiased"]
 class InceptionExtractor(nn.Module):
     """torch-fidelity's InceptionV3 of the original FID, with the outputs of ADM's evaluation.
 
-    "features" 2048, after the last pooling. "logits" 1008, without the bias, as the Inception Score takes them.
-    "spatial" 2023, of ADM's sFID: the first 7 channels at 17 x 17 positions of what the original graph calls "mixed_6/conv".
-    The graph counts its blocks from "mixed" (Mixed_5b), so mixed_6 is Mixed_6d, and its first convolution is the 1x1 branch,
-    taken behind the ReLU. Values are in the order row, column, channel, as ADM's reference statistics (mu_s, sigma_s) have them.
+    "features" 2048, after the last pooling. "logits" 1008, without the bias, as used by the Inception Score.
+    "spatial" 2023, of ADM's sFID: the first 7 channels at 17 x 17 positions of the original graph's "mixed_6/conv". The graph
+    counts its blocks from "mixed" (Mixed_5b), so mixed_6 is Mixed_6d, and its first convolution is the 1x1 branch, taken after the
+    ReLU. Values are in the order row, column, channel, as in ADM's reference statistics (mu_s, sigma_s).
 
-    weights: a state dict of torch-fidelity's network.
+    `weights`: a state dict of torch-fidelity's network.
     """
 
     is_thread_safe = takes_float = True
@@ -36,7 +36,7 @@ class InceptionExtractor(nn.Module):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         with tempfile.TemporaryDirectory() as folder:
-            # torch-fidelity opens its file with weights_only=False, so it gets one that was written here.
+            # torch-fidelity opens its file with weights_only=False, so it gets a file written here.
             path = str(Path(folder) / "inception.pth")
             torch.save(dict(weights), path)
             try:
@@ -44,7 +44,7 @@ class InceptionExtractor(nn.Module):
             except RuntimeError as error:  # what load_state_dict raises: several lines of names
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(f"the weights are not those of torch-fidelity's InceptionV3 ({reason})") from error
-        # Hooks for all calls, and a place for each thread: a hook that lasts for a call would also see the images of others.
+        # Permanent hooks, and storage for each thread: a hook of a single call would also see the images of other threads.
         self._tap = threading.local()
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
         self.network.Conv2d_1a_3x3.register_forward_pre_hook(self._put_unrounded)
@@ -53,8 +53,8 @@ class InceptionExtractor(nn.Module):
         self._tap.output = output
 
     def _put_unrounded(self, _: nn.Module, pixels: tuple[Tensor]) -> tuple[Tensor]:
-        """torch-fidelity's network takes uint8 alone. Images that were not rounded are resized as it does, and take the place of
-        what it made of rounded ones."""
+        """Replace what torch-fidelity's network, which takes only uint8, made of rounded images by the images before rounding,
+        resized in the same way."""
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
         images = self._tap.__dict__.pop("unrounded", None)
@@ -70,7 +70,7 @@ class InceptionExtractor(nn.Module):
             images = images.to(torch.uint8)
         features, logits = self.network(images)
         spatial = self._tap.output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
-        del self._tap.output  # it would be held until the thread's next call
+        del self._tap.output  # otherwise kept until the thread's next call
         return {"features": features, "spatial": spatial, "logits": logits}
 
     @classmethod
@@ -83,10 +83,10 @@ class InceptionExtractor(nn.Module):
 
 
 def published_inception_weights() -> dict[str, Tensor]:
-    """The weights that torch-fidelity publishes, fetched on first use into torch's hub cache.
+    """The weights that torch-fidelity publishes, downloaded on first use into torch's hub cache.
 
-    torch-fidelity's own download checks no hash and unpickles what comes; this one checks the hash that the file's name holds and
-    takes tensors only. Raises ValueError where they cannot be had.
+    torch-fidelity's own download checks no hash and unpickles any object. This one checks the hash in the file's name and reads
+    tensors only. Raises ValueError if the download fails.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -95,5 +95,7 @@ def published_inception_weights() -> dict[str, Tensor]:
             URL_INCEPTION_V3, map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"InceptionV3's published weights cannot be fetched ({error}); name a file of them") from error
+        raise ValueError(
+            f"InceptionV3's published weights cannot be downloaded ({error}); give a file of them as reference.weights"
+        ) from error
     return weights

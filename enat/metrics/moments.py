@@ -1,8 +1,7 @@
-"""Scores of sets of images from their features: Frechet distance, Inception score, kernel distance.
+"""Scores of sets of images from their features: Fréchet distance, Inception score, kernel distance.
 
-Precision, recall, density and coverage are in enat.neighbours, scores of pairs of images in enat.image_metrics; all are offered
-here. Everything is summed in float64, in chunks: memory does not grow with the number of samples. A feature array may be a tensor
-of any device and precision or a numpy array, also a memory-mapped one.
+All sums are float64 and in chunks: memory does not grow with the number of samples. A feature array may be a tensor of any device
+and precision or a numpy array, including a memory-mapped one.
 
 Shape legend: B, N, M samples, F features, K classes.
 """
@@ -60,10 +59,10 @@ class Moments(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean and unbiased covariance that somebody else computed, as published statistics have them; nothing can be added.
+    """Mean and unbiased covariance computed elsewhere, such as published statistics; no features can be added.
 
-    mean: float64 (F,).   covariance: float64 (F, F).   count: samples behind them, None where the source does not tell.
-    Raises ValueError for shapes that do not fit, values that are not finite, and a matrix that is no covariance.
+    mean: float64 (F,).   covariance: float64 (F, F).   count: number of samples, None if unknown.
+    Raises ValueError for shapes that do not fit, values that are not finite, and a matrix that cannot be a covariance.
     """
 
     mean: np.ndarray
@@ -90,7 +89,7 @@ class FeatureStatistics:
 
 
 class FeatureMoments:
-    """Count, mean and scatter of features, added to in any number of pieces.
+    """Count, mean and scatter of features, accumulated in any number of pieces.
 
     Pieces are merged by the update of Chan, Golub and LeVeque (1979): a plain sum of squares would lose digits to a large mean.
     """
@@ -103,7 +102,7 @@ class FeatureMoments:
     def add(self, features: torch.Tensor | np.ndarray) -> FeatureMoments:
         """features: float (B, F), any device and precision. Raises ValueError for another width or values that are not finite.
 
-        A chunk of rows at a time, so that what is held beside the features does not grow with their number.
+        Works on a chunk of rows at a time, so additional memory does not grow with the number of features.
         """
         if features.ndim != 2 or features.shape[1] != len(self._mean):
             raise ValueError(f"features have shape {tuple(features.shape)}; (B, {len(self._mean)}) is needed")
@@ -120,7 +119,7 @@ class FeatureMoments:
         return self
 
     def merge(self, other: FeatureMoments) -> FeatureMoments:
-        """Add what another one saw. Merge in a fixed order where the last bits matter. Raises ValueError for another width."""
+        """Add the samples of another one. Merge in a fixed order if the last bits matter. Raises ValueError for another width."""
         if len(other._mean) != len(self._mean):
             raise ValueError(f"moments of {len(other._mean)} features cannot be merged into those of {len(self._mean)}")
         count = self.count + other.count
@@ -164,23 +163,23 @@ def _doubles(features: torch.Tensor | np.ndarray) -> np.ndarray:
 
 
 def load_moments(path: Path) -> FeatureMoments | FeatureStatistics:
-    """What either class saved. Raises ValueError for another safetensors file."""
+    """From a file that either class saved. Raises ValueError for any other safetensors file."""
     with safe_open(str(path), framework="np") as file:
         names = set(file.keys())
         if names == {"count", "mean", "covariance"}:
             count = int(file.get_tensor("count")[0])
             return FeatureStatistics(file.get_tensor("mean"), file.get_tensor("covariance"), None if count < 0 else count)
     if names != {"count", "mean", "scatter"}:
-        raise ValueError(f"{path} holds no moments of features, but {', '.join(sorted(names))}")
+        raise ValueError(f"{path} does not contain moments of features, but {', '.join(sorted(names))}")
     return FeatureMoments.load(path)
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), at least 0 (Heusel et al. 2017, eq. 6).
 
-    With factors S1 = A A^T and S2 = B B^T the trace of the root is the sum of the singular values of A^T B: real, and exact also
-    where a covariance is singular, as it is with fewer samples than features. Eigenvalues of S1 S2 or of A^T S2 A would be
-    cheaper, but lose half the digits of the small ones. Raises ValueError for two widths.
+    With factors S1 = A A^T and S2 = B B^T the trace of the root is the sum of the singular values of A^T B: real, and exact
+    even for a singular covariance, as with fewer samples than features. Eigenvalues of S1 S2 or of A^T S2 A would be cheaper, but
+    lose half the digits of the small ones. Raises ValueError for different widths.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"features of width {len(first.mean)} and {len(second.mean)} cannot be compared")
@@ -193,7 +192,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """A (F, rank) with A A^T = covariance. What rounding makes of eigenvalues that are zero would leave its root, so it is cut."""
+    """A (F, rank) with A A^T = covariance. Eigenvalues that are zero up to rounding are cut, because their roots are not small."""
     values, vectors = np.linalg.eigh(covariance)
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
@@ -202,7 +201,7 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
 def inception_score(logits: Features, num_splits: int = 10, seed: int | None = 2020, *, split_size: int | None = None) -> Estimate:
     """exp(E_x KL(p(y|x) || p(y))), mean and spread over splits (Salimans et al. 2016). In [1, K]; higher is better.
 
-    logits: float (N, K), in index order; those of Inception without its bias, by custom. The defaults are torch-fidelity's:
+    logits: float (N, K), in index order; by custom those of Inception without its bias. The defaults are torch-fidelity's:
     samples shuffled by the seed, num_splits parts of about equal size. ADM's evaluation is seed=None (no shuffle) and
     split_size=5000: parts of this size in order, the last one smaller.
     Raises ValueError for fewer samples than splits and for values that are not finite.
@@ -220,7 +219,7 @@ def inception_score(logits: Features, num_splits: int = 10, seed: int | None = 2
 
 
 def _score_of_split(logits: Features, indices: np.ndarray) -> float:
-    """E_x KL = E_x sum_y p log p - sum_y q log q with q = E_x p, so one pass is enough."""
+    """E_x KL = E_x sum_y p log p - sum_y q log q with q = E_x p, which needs one pass."""
     probs_sum, neg_entropy_sum = torch.zeros(logits.shape[1], dtype=torch.float64), 0.0
     for start in range(0, len(indices), CHUNK):
         rows = torch.from_numpy(take_rows(logits, indices[start : start + CHUNK]))
@@ -237,9 +236,9 @@ def kernel_distance(
 ) -> Estimate:
     """Squared maximum mean discrepancy with the kernel (x.y / F + 1)^3, unbiased, over random subsets (Binkowski et al. 2018).
 
-    generated: float (N, F), reference: float (M, F), in index order. Subsets are drawn as torch-fidelity draws them from the
-    same seed. About 0 for equal distributions, where it may be negative; lower is better.
-    Raises ValueError for sets smaller than a subset, for two widths and for values that are not finite.
+    generated: float (N, F), reference: float (M, F), in index order. Subsets are those of torch-fidelity for the same
+    seed. About 0, possibly negative, for equal distributions; lower is better.
+    Raises ValueError for sets smaller than a subset, for different widths and for values that are not finite.
     """
     sizes = check_features(generated, "generated features"), check_features(reference, "reference features")
     check_same_width(generated, reference)
@@ -257,7 +256,7 @@ def kernel_distance(
 
 
 def _squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
-    """Binkowski et al. 2018, eq. 4: kernels of a sample with itself are left out."""
+    """Binkowski et al. 2018, eq. 4: without the kernels of a sample with itself."""
     size = len(x)
     xx, yy, xy = (_cubic_kernel(*pair) for pair in ((x, x), (y, y), (x, y)))
     within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))

@@ -47,12 +47,12 @@ class DensityCoverage:
 
 @dataclass(frozen=True, eq=False)
 class ManifoldCounts:
-    """What the generated samples start..start + R count for. Blocks are put together by merge_counts.
+    """Counts of the generated samples start..start + R. merge_counts combines blocks.
 
-    num_closed_balls, num_open_balls: int64 (R,), reference balls that hold each generated sample, with their boundary (those of
-    precision) and without (those of density).
+    num_closed_balls, num_open_balls: int64 (R,), reference balls that contain each generated sample, with their boundary (for
+    precision) and without it (for density).
     is_recalled: bool (M,), reference samples in a ball of one of these generated samples.
-    is_covered: bool (M,), reference samples whose own open ball holds one of these generated samples.
+    is_covered: bool (M,), reference samples whose own open ball contains one of these generated samples.
     """
 
     start: int
@@ -62,27 +62,30 @@ class ManifoldCounts:
     is_covered: np.ndarray
 
     def precision_recall(self) -> PrecisionRecall:
-        """Kynkaanniemi et al. 2019, eq. 2 and 3. Of counts of all generated samples."""
+        """Kynkaanniemi et al. 2019, eq. 2 and 3, if these are the counts of all generated samples."""
         return PrecisionRecall(float((self.num_closed_balls > 0).mean()), float(self.is_recalled.mean()))
 
     def density_coverage(self, num_neighbours: int = 5) -> DensityCoverage:
-        """Naeem et al. 2020, eq. 4 and 5. Of counts of all generated samples; num_neighbours: that of the open balls."""
+        """Naeem et al. 2020, eq. 4 and 5, if these are the counts of all generated samples.
+
+        `num_neighbours`: that of the open balls.
+        """
         return DensityCoverage(float(self.num_open_balls.mean()) / num_neighbours, float(self.is_covered.mean()))
 
 
 def precision_recall(reference: Features, generated: Features, num_neighbours: int = 3, *, device: str = "cpu") -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al. 2019); balls hold their boundary.
+    """Improved precision and recall (Kynkaanniemi et al. 2019); balls include their boundary.
 
-    reference: float (M, F), generated: float (N, F). Raises ValueError for sets of num_neighbours samples or fewer, two widths
-    and values that are not finite.
+    `reference`: float (M, F), `generated`: float (N, F). Raises ValueError for sets of num_neighbours samples or fewer, different
+    widths and values that are not finite.
     """
     return _all_counts(reference, generated, num_neighbours, device).precision_recall()
 
 
 def density_coverage(reference: Features, generated: Features, num_neighbours: int = 5, *, device: str = "cpu") -> DensityCoverage:
-    """Density and coverage (Naeem et al. 2020); as in the authors' code, balls do not hold their boundary.
+    """Density and coverage (Naeem et al. 2020); as in the authors' code, balls exclude their boundary.
 
-    Arguments and errors as of precision_recall.
+    Arguments and errors as in precision_recall.
     """
     return _all_counts(reference, generated, num_neighbours, device).density_coverage(num_neighbours)
 
@@ -104,7 +107,7 @@ def squared_radii(
     num_samples = check_features(features)
     if min(num_neighbours) < 1 or max(num_neighbours) >= num_samples:
         asked = ", ".join(map(str, num_neighbours))
-        raise ValueError(f"{asked} neighbours are asked for; of {num_samples} samples each has 1 to {num_samples - 1}")
+        raise ValueError(f"{asked} neighbours are requested; each of {num_samples} samples has 1 to {num_samples - 1}")
     distinct = _Distinct(features, device)
     wanted, inverse = np.unique(distinct.inverse[start:stop], return_inverse=True)
     radii = np.concatenate([_radii(distinct, rows, num_neighbours) for rows in _split(wanted, TILE_ROWS)])
@@ -188,12 +191,12 @@ def manifold_counts(
 
 
 def merge_counts(pieces: Sequence[ManifoldCounts]) -> ManifoldCounts:
-    """Counts of all generated samples from those of blocks, in any order. Raises ValueError where blocks overlap or leave holes."""
+    """Counts of all generated samples from those of blocks, in any order. Raises ValueError if blocks overlap or leave gaps."""
     ordered = sorted(pieces, key=lambda piece: piece.start)
     expected = 0
     for piece in ordered:
         if piece.start != expected:
-            raise ValueError(f"counts of samples {expected} and on are needed, but the next block starts at {piece.start}")
+            raise ValueError(f"counts of samples from {expected} are needed, but the next block starts at {piece.start}")
         expected += len(piece.num_closed_balls)
     return ManifoldCounts(
         0,
@@ -235,8 +238,8 @@ class _Distinct:
 def _approximate(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distances of rows of x (R, F) and y (C, F), and their largest difference from those of _exact: float64 (R, C) both.
 
-    A product of F terms is within F u |x||y| of the truth whatever its order (Higham 2002, sec. 3.1; u = eps / 2). The errors of
-    both norms, of the centring and of the exact sum itself are of the same size. Together: less than
+    A product of F terms is within F u |x||y| of the truth in any order of the sum (Higham 2002, sec. 3.1; u = eps / 2). The errors
+    of both norms, of the centring and of the exact sum itself are of the same size. Together: less than
     (2 F + 16) eps (|x|^2 + |y|^2).
     """
     norms = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)

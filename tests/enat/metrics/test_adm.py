@@ -277,7 +277,7 @@ def test_a_header_that_does_not_end_is_not_read_to_its_end(tmp_path):
 
 def test_other_compressions_and_files_are_refused(tmp_path):
     declare(tmp_path / "lzma.npz", (1, 4, 4, 3), 48, zipfile.ZIP_LZMA)
-    with pytest.raises(ValueError, match="numpy knows only deflate"):
+    with pytest.raises(ValueError, match="only deflate"):
         AdmSamples(tmp_path / "lzma.npz")
     (tmp_path / "text.npz").write_text("not an archive")
     for name in ("text.npz", "missing.npz"):

@@ -102,10 +102,10 @@ def test_published_weights_are_fetched_with_a_hash_and_without_unpickling(monkey
 
     def fetch(url, **keywords):
         asked.update(keywords, url=url)
-        raise OSError("there is no network")
+        raise OSError("no route")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
-    with pytest.raises(ValueError, match=r"cannot be fetched .*; name a file of them"):
+    with pytest.raises(ValueError, match=r"no route .*reference\.weights"):
         published_inception_weights()
     assert asked["url"].endswith("weights-inception-2015-12-05-6726825d.pth")
     assert asked["check_hash"] is True and asked["weights_only"] is True
@@ -170,7 +170,7 @@ def test_a_classifier_round_trips(tmp_path):
 
 def test_other_files_and_kinds_are_refused(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds no classifier"):
+    with pytest.raises(ValueError, match="classifier"):
         load_extractor("classifier", tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="'resnet'; choose one of classifier, inception, dinov2, clip"):
         load_extractor("resnet", tmp_path / "other.safetensors")

@@ -219,11 +219,11 @@ def test_features_may_be_of_any_kind(tmp_path):
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        (lambda x: squared_radii(x, (3, 10)), "3, 10 neighbours are asked for; of 10 samples each has 1 to 9"),
-        (lambda x: squared_radii(x, (0,)), "0 neighbours are asked for"),
+        (lambda x: squared_radii(x, (3, 10)), "3, 10 neighbours .* 10 samples has 1 to 9"),
+        (lambda x: squared_radii(x, (0,)), "^0 neighbours"),
         (lambda x: precision_recall(x, x[:, :4]), "width 8 and 4"),
         (lambda x: precision_recall(x, np.full((10, 8), np.nan)), "not finite"),
-        (lambda x: density_coverage(x[:5], x), "5, 5 neighbours are asked for; of 5 samples"),
+        (lambda x: density_coverage(x[:5], x), "5, 5 neighbours .* 5 samples"),
         (lambda x: manifold_counts(x, np.zeros((10, 1)), x, np.zeros(10)), r"\(10, 2\) and \(10,\) are needed"),
         (lambda x: manifold_counts(x, np.zeros((10, 2)), x, np.zeros(10), stop=4), r"\(10, 2\) and \(4,\) are needed"),
     ],
@@ -240,7 +240,7 @@ def test_blocks_that_leave_holes_or_overlap_are_refused():
         manifold_counts(features, radii, features, radii[start:stop, 0], start=start, stop=stop)
         for start, stop in ((0, 10), (10, 20), (15, 30))
     ]
-    with pytest.raises(ValueError, match="samples 20 and on are needed, but the next block starts at 15"):
+    with pytest.raises(ValueError, match=r"from 20 .* starts at 15"):
         merge_counts(pieces)
-    with pytest.raises(ValueError, match="samples 0 and on are needed, but the next block starts at 10"):
+    with pytest.raises(ValueError, match=r"from 0 .* starts at 10"):
         merge_counts(pieces[1:2])

@@ -105,7 +105,9 @@ CASES = [
     ),
     Case("weights that are a pickle", "{folder}/code.pth is not opened", ("tokenizer.weights={folder}/code.pth",)),
     Case("weights with a pickle inside", "{folder}/inside.ckpt is not opened", ("tokenizer.weights={folder}/inside.ckpt",)),
-    Case("weights called safe", "{folder}/code.safetensors is no readable file", ("tokenizer.weights={folder}/code.safetensors",)),
+    Case(
+        "weights called safe", "{folder}/code.safetensors is not a readable file", ("tokenizer.weights={folder}/code.safetensors",)
+    ),
     Case(
         "a stage that breaks",
         "stage tokenizer failed: NotADirectoryError",

@@ -609,7 +609,7 @@ def test_how_it_is_computed_is_no_part_of_a_key(material: Material) -> None:
 def test_a_reference_of_an_extractor_that_is_not_registered_here_is_refused(material: Material) -> None:
     real = material.inputs["reference"]
     unknown = replace(real, summary={**real.summary, "extractor": "unheard-of"})
-    with pytest.raises(ValueError, match="no feature extractor is called 'unheard-of'"):
+    with pytest.raises(ValueError, match="feature extractor 'unheard-of'"):
         ExtractorFile.of_reference(material.store, unknown)
 
 
