@@ -1,9 +1,9 @@
 """Image encoders of transformers as feature extractors: DINOv2 (class token) and CLIP (projected image embedding).
 
 Images are resized to the encoder's size as in torch-fidelity, with TensorFlow 1's bilinear resizing. Weights are read from a folder
-in the hub's format, safetensors only. torch-fidelity's own loaders are not used: for DINOv2 they execute code of a repository's main
-branch, and for CLIP TorchScript, which is code as well. The published code of DINOv2 resamples positions differently from
-transformers; this module follows the published code.
+in the hub's format, safetensors only. torch-fidelity's own loaders are not used: for DINOv2 they execute code of a main branch, and
+for CLIP TorchScript, which is code as well. The published code of DINOv2 resamples positions differently from transformers; this
+module follows the published code.
 
 Shape legend: B images, H x W pixels, F features, L patches of an image, D width of embeddings.
 """

@@ -7,6 +7,8 @@ Shape legend: B images, L tokens, T text tokens, W width of caption features.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from enat.checkpoint import load_published_enat, load_published_vqgan
-from enat.config import ENATConfig
+from enat.config import DECODER_ATTENTIONS, ENATConfig
 from enat.model import ENAT, TextCondition
 from enat.tokenizer import VQGAN, VQGANConfig
 
@@ -84,6 +86,31 @@ def nested_tokens(config: ENATConfig, num_masked: list[int], num_images: int = 3
     codes = torch.randint(config.codebook_size, (num_images, config.num_tokens), generator=generator)
     rank = torch.rand(codes.shape, generator=generator).argsort(dim=1)
     return [codes.masked_fill(rank < count, config.mask_id) for count in num_masked]
+
+
+def pairwise_cases(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """A few combinations in which any two values of two factors occur together."""
+    places = [range(len(values)) for values in factors]
+    missing = {((i, a), (j, b)) for i, j in combinations(range(len(factors)), 2) for a in places[i] for b in places[j]}
+    cases = []
+    while missing:
+        row = dict(min(missing))
+        for factor in sorted(set(range(len(factors))) - set(row)):
+            row[factor] = max(
+                places[factor], key=lambda value: sum(tuple(sorted(((factor, value), pair))) in missing for pair in row.items())
+            )
+        missing -= set(combinations(sorted(row.items()), 2))
+        cases.append(tuple(factors[factor][row[factor]] for factor in range(len(factors))))
+    return cases
+
+
+# What a model can have, as overrides of small_config: what attends, what is reused, the condition, and the stack.
+ARCHITECTURES: tuple[list[dict[str, Any]], ...] = (
+    [{"decoder_attention": kind} for kind in DECODER_ATTENTIONS],
+    [{}, {"reused_features": "masked"}, {"reused_features": "all"}, {"reuse": False}],
+    [{}, TEXT, {"num_classes": 0}],
+    [{}, {"qk_norm": True}, {"encoder_layers": 0, "decoder_layers": 4}],
+)
 
 
 def golden(name: str) -> dict[str, Any]:

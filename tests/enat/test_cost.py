@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import TEXT, conditions, nested_tokens, small_config
+from small_models import ARCHITECTURES, TEXT, conditions, nested_tokens, pairwise_cases, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,21 +73,6 @@ def test_what_guidance_adds_is_told_apart():
     assert one.guidance_macs == one.executed_guidance_macs == 0
 
 
-# What a model may have beside the published architecture.
-JOINT_STACK = {"encoder_layers": 0, "decoder_layers": 4, "decoder_attention": "full", "reuse": False}
-EXTENSIONS = [
-    {"qk_norm": True},
-    {"num_classes": 0},
-    {"reused_features": "masked"},
-    {"reused_features": "all"},
-    {"reused_features": "masked", "decoder_attention": "cross", **TEXT},
-    {"reused_features": "all", "qk_norm": True, **TEXT},
-    {"reuse": False, **TEXT},
-    JOINT_STACK,
-    {**JOINT_STACK, **TEXT},
-]
-
-
 def counted_macs_per_call(model, run):
     """MACs of each forward pass of the model inside run(), as torch counts them."""
     totals = []
@@ -100,63 +85,33 @@ def counted_macs_per_call(model, run):
     return tuple((after - before) / 2 for before, after in zip([0, *totals], totals, strict=False))
 
 
-@pytest.mark.parametrize("settings", [{}, {"reuse": False}, {"guidance_scale": 1.0}, {"guidance_schedule": "constant"}], ids=str)
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        {},
-        {"decoder_attention": "full"},
-        {"decoder_attention": "cross"},
-        {"reuse": False},
-        {"decoder_attention": "full", "reuse": False},
-        {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_size": 5, "mlp_ratio": 2},
-        *EXTENSIONS,
-    ],
-    ids=str,
-)
-def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings):
-    model = ENAT(small_config(**architecture)).eval().requires_grad_(False)
-    config = SamplerConfig(num_steps=6, **settings)
-    counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0]))
-    assert counted == generation_cost(model.config, config).executed_macs_per_step
+SETTINGS = [
+    {},
+    {"reuse": False},
+    {"guidance_scale": 1.0, "reveal_order": "halton", "remask_temperature": 0.0},
+    {"guidance_schedule": "constant", "top_k": 3, "top_p": 0.9, "mask_schedule": "square_root"},
+    {"guidance_scales": (1.0, 1.0, 2.0, 3.0, 1.0, 1.0), "mask_ratios": (0.9, 0.8, 0.5, 0.2, 0.1, 0.0)},
+    {"guidance_scales": (1.0, 1.0, 2.0, 1.0, 1.0, 1.0), "reuse": False},
+    {"mask_schedule": "arccos", "guidance_schedule": "power_cosine", "guidance_power": 2.0},
+]
+OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_size": 5, "mlp_ratio": 2}
 
 
-@pytest.mark.parametrize("num_given", [1, 11, 15])
 @pytest.mark.parametrize(
-    "settings",
+    ("architecture", "settings", "num_given"),
     [
-        {},
-        {"reuse": False},
-        {"guidance_scale": 1.0, "reveal_order": "halton", "remask_temperature": 0.0},
-        {"guidance_scales": (1.0, 1.0, 2.0, 3.0, 1.0, 1.0), "mask_ratios": (0.9, 0.8, 0.5, 0.2, 0.1, 0.0)},
-    ],
+        ({**a, **b, **c, **d}, settings, given)
+        for a, b, c, d, settings, given in pairwise_cases(*ARCHITECTURES, SETTINGS, [0, 1, 11, 15])
+    ]
+    + [(OTHER_SIZES, {}, 0), (OTHER_SIZES, {}, 9)],
     ids=str,
 )
-@pytest.mark.parametrize("architecture", [{}, {"decoder_attention": "cross"}, *EXTENSIONS], ids=str)
-def test_executed_macs_where_tokens_are_given(architecture, settings, num_given):
+def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings, num_given):
     model = ENAT(small_config(**architecture)).eval().requires_grad_(False)
     config = SamplerConfig(num_steps=6, **settings)
-    (start,) = nested_tokens(model.config, [16 - num_given], num_images=1)
+    (start,) = nested_tokens(model.config, [model.config.num_tokens - num_given], num_images=1)
     counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0], start=start))
     assert counted == generation_cost(model.config, config, num_given=num_given).executed_macs_per_step
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"guidance_scales": (1.0, 1.0, 2.0, 1.0), "mask_ratios": (0.9, 0.5, 0.2, 0.0)},
-        {"guidance_scales": (1.0, 1.0, 2.0, 1.0), "reuse": False},
-        {"mask_schedule": "arccos", "guidance_schedule": "power_cosine", "guidance_power": 2.0},
-        {"top_k": 3, "top_p": 0.9, "mask_schedule": "square_root"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("architecture", [{}, {"reused_features": "masked"}, TEXT], ids=str)
-def test_executed_macs_of_searched_strategies(architecture, settings):
-    model = ENAT(small_config(**architecture)).eval().requires_grad_(False)
-    config = SamplerConfig(num_steps=4, **settings)
-    counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0]))
-    assert counted == generation_cost(model.config, config).executed_macs_per_step
 
 
 def test_given_tokens_are_encoded_once():
@@ -219,16 +174,21 @@ def test_an_unconditional_model_is_never_guided():
     assert generation_cost(config, SamplerConfig()) == generation_cost(config, ONE_PASS)
 
 
-@pytest.mark.parametrize(("num_masked", "previous_num_masked"), [(12, None), (7, 13), (7, 16), (7, 7), (1, 1), (15, 16)])
+MASKS = [(12, None), (7, 13), (7, 16), (7, 7), (1, 1), (15, 16)]
+
+
 @pytest.mark.parametrize(
-    "architecture", [{}, {"decoder_attention": "full"}, {"decoder_attention": "cross"}, {"reuse": False}, *EXTENSIONS], ids=str
+    ("architecture", "masks"),
+    [({**a, **b, **c, **d}, masks) for a, b, c, d, masks in pairwise_cases(*ARCHITECTURES, MASKS)],
+    ids=str,
 )
-def test_training_macs_are_those_of_a_step_of_the_objective(architecture, num_masked, previous_num_masked):
+def test_training_macs_are_those_of_a_step_of_the_objective(architecture, masks):
+    num_masked, previous_num_masked = masks
     model, teacher = ENAT(small_config(**architecture)).train(), ENAT(small_config(**architecture)).eval()
     if previous_num_masked is not None and not model.config.reuse:
         with pytest.raises(ValueError, match="reuse=False"):
             training_macs(model.config, num_masked, previous_num_masked)
-        return
+        previous_num_masked = None
     codes, before, now = nested_tokens(model.config, [0, previous_num_masked or 16, num_masked], num_images=1)
     masked = MaskedCodes(now, num_masked, before if previous_num_masked is not None else None, previous_num_masked or 0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -126,7 +126,7 @@ def test_values_take_the_place_of_their_counterparts_and_are_checked_together(ow
         ({"reveal_order": "spiral"}, "'spiral'; choose one of confidence, random, halton"),
         ({"reveal_order": "halton"}, "'halton' .*; set remask_temperature to 0"),
         ({"reveal_order": "random", "num_steps": 2, "remask_temperatures": (0.0, 1.0)}, "set remask_temperature to 0"),
-        ({**RANDOM, "remask_temperature_schedule": "constant"}, "no use for remask_temperature_schedule"),
+        ({**RANDOM, "remask_temperature_schedule": "constant"}, "remask_temperature_schedule; leave it out"),
         ({"guidance_power": 2.0}, "guidance_power is 2.0, but only guidance_schedule 'power_cosine' has a power"),
         ({"guidance_schedule": "power_cosine", "guidance_power": 0.0}, "guidance_power is 0.0; it must be finite and above 0"),
         ({"sampling_temperature_schedule": "cosine"}, "no temperature schedule is called 'cosine'; choose one of linear, constant"),
