@@ -125,11 +125,6 @@ class ENAT(nn.Module):
         nn.init.zeros_(self.head.bias)
         return self
 
-    def compile_blocks(self) -> None:
-        """Compile every block with torch.compile, in place. Sizes stay dynamic: the number of masked tokens changes often."""
-        for block in (*self.encoder, *self.decoder):
-            block.compile(dynamic=True)
-
     def set_null_caption(self, hidden: Float[Tensor, "T W"], pooled: Float[Tensor, " W"]) -> None:
         """Keep the features of the empty caption as buffers, which are saved with the weights."""
         self.check_condition(TextCondition(hidden[None], pooled[None]))
