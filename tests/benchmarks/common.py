@@ -1,4 +1,4 @@
-"""What benchmarks share: a process of its own for every run, the machine's name, one table of figures."""
+"""Shared by benchmarks: a process for every run, the name of the machine, one table of figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 
 def in_process(file: str, function: str, place: Path, *arguments: Any) -> Any:
-    """A function of a benchmark in a new process, so that no run profits from another's warm memory. Answers are JSON."""
+    """Call a function of a benchmark in a new process: no run profits from the warm memory of another. Results are JSON."""
     call = json.dumps([function, str(place), *arguments])
     finished = subprocess.run([sys.executable, file, "--call", call], capture_output=True, text=True, check=False)
     if finished.returncode:
@@ -28,7 +28,7 @@ def in_process(file: str, function: str, place: Path, *arguments: Any) -> Any:
 
 
 def run_script(functions: Mapping[str, Any], main: click.Command) -> None:
-    """A benchmark's script: its command, or in a process of its own one of its functions."""
+    """Entry point of a benchmark: its command, or one of its functions for in_process."""
     if sys.argv[1:2] == ["--call"]:
         name, folder, *rest = json.loads(sys.argv[2])
         print(json.dumps(functions[name](Path(folder), *rest)))  # noqa: T201
@@ -49,7 +49,7 @@ def show(title: str, figures: Mapping[str, Any], as_json: bool) -> None:
 
 
 def where() -> dict[str, str]:
-    """The machine and the commit, which stand above all figures."""
+    """The machine and the commit, shown above all figures."""
     from pipelines.workflow.provenance import code_version
 
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]

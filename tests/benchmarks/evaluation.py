@@ -1,12 +1,12 @@
-"""How fast samples are made and scored end to end, over the sum of the bare parts: sampling, decoding, features, the distance.
+"""Speed of generating and scoring samples end to end, relative to the sum of its parts: sampling, decoding, features, distance.
 
-    make bench                                          with the others
-    .venv/bin/python tests/benchmarks/evaluation.py     by itself (about 5 minutes on two cores)
-    .venv/bin/python tests/benchmarks/evaluation.py --scale 0.5 --num-rounds 1      fewer images, and less sure
+    make bench                                          with the other benchmarks
+    .venv/bin/python tests/benchmarks/evaluation.py     alone (about 5 minutes on two cores)
+    .venv/bin/python tests/benchmarks/evaluation.py --scale 0.5 --num-rounds 1      fewer images, less accurate
 
-Stages generate and evaluate run on Ray with one worker that has all cores. Starting Ray's workers, loading weights and the distance
-are left out by taking the difference between a long and a short run. Rounds of bare parts, a short and a long run follow each
-other, so that a machine's slow moment meets all alike, and of each the fastest counts.
+Stages generate and evaluate run on Ray with one worker that has all cores. The difference between a long and a short run excludes
+starting Ray's workers, loading weights and the distance. Rounds of bare parts, a short and a long run alternate, so a slow moment
+of the machine affects all of them. The fastest of each counts.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _RESOLUTION = 256
 _IMAGES_PER_PASS = 4
 _COUNTS = (8, 40)  # images of a short and a long run
 _PARTS = ("generate", "evaluate")
-_TOKENIZER = {"resolution": _RESOLUTION, "base_channels": 32, "num_res_blocks": 1}  # the published one is 15 times as dear
+_TOKENIZER = {"resolution": _RESOLUTION, "base_channels": 32, "num_res_blocks": 1}  # the published one costs 15 times as much
 
 
 @click.command()
-@click.option("--scale", default=1.0, help="Of the numbers of images.")
-@click.option("--num-rounds", default=3, help="Runs of each, of which the fastest counts.")
+@click.option("--scale", default=1.0, help="Factor on the numbers of images.")
+@click.option("--num-rounds", default=3, help="Runs of each part. The fastest counts.")
 @click.option("--preset", default="enat-s", help="Size of the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(scale: float, num_rounds: int, preset: str, as_json: bool) -> None:
@@ -48,7 +48,7 @@ def main(scale: float, num_rounds: int, preset: str, as_json: bool) -> None:
 
 
 def ratio(measured: Sequence[Mapping[str, Mapping[str, float]]], short: int, long: int) -> dict[str, float]:
-    """Images a second of the stages and of the bare parts one after the other, and their ratio. measured: of rounds()."""
+    """Images per second of the stages and of the bare parts in sequence, and their ratio. measured: from rounds()."""
     fastest = {kind: {part: min(each[kind][part] for each in measured) for part in _PARTS} for kind in ("short", "long", "bare")}
     staged = {part: (fastest["long"][part] - fastest["short"][part]) / (long - short) for part in _PARTS}
     if min(staged.values()) <= 0:
@@ -64,7 +64,7 @@ def ratio(measured: Sequence[Mapping[str, Mapping[str, float]]], short: int, lon
 
 
 def rounds(place: Path, preset: str, short: int, long: int, num_rounds: int) -> list[dict[str, dict[str, float]]]:
-    """Of each round: seconds of the stages in a "short" and a "long" run, and an image's of "bare" loops; of each of _PARTS."""
+    """For each round: seconds of the stages in a "short" and a "long" run, and per image of "bare" loops, for all _PARTS."""
     from pipelines.cluster import connection
 
     connection.prepare_environment()
@@ -86,7 +86,7 @@ def rounds(place: Path, preset: str, short: int, long: int, num_rounds: int) -> 
 
 
 def stages(store: Any, inputs: dict[str, Any], count: int, key: str) -> dict[str, float]:
-    """Seconds of stage generate and of stage evaluate, with Ray running already. key: nothing lies in the store under it."""
+    """Seconds of stages generate and evaluate with Ray running. key: unused in the store."""
     from pipelines.cluster.resources import Execution
     from pipelines.stages import evaluate, generate
     from pipelines.tracking.run import RunHandle
@@ -116,7 +116,7 @@ def stages(store: Any, inputs: dict[str, Any], count: int, key: str) -> dict[str
 
 
 class BareParts:
-    """Plain loops over the same passes; the distance, which does not grow with images, is no part of it."""
+    """Plain loops over the same passes, without the distance, which does not grow with the number of images."""
 
     def __init__(self, preset: str) -> None:
         from enat.config import ENATConfig
@@ -129,7 +129,7 @@ class BareParts:
 
     @torch.inference_mode()
     def seconds_per_image(self, count: int) -> dict[str, float]:
-        """Of each of _PARTS. A first pass warms up."""
+        """Seconds of each of _PARTS. A first pass warms up."""
         from enat.images import to_uint8
         from enat.sampler import sample
         from enat.sampler_config import SamplerConfig
@@ -150,7 +150,7 @@ class BareParts:
 
 
 def _inputs(store: Any, preset: str) -> dict[str, Any]:
-    """A model, a tokenizer and a reference with weights that were drawn."""
+    """A model, a tokenizer and a reference with random weights."""
     import dataclasses
 
     from enat.checkpoint import save_weights

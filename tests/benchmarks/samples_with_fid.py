@@ -1,9 +1,8 @@
-"""What the stages run to make samples and their FID, piece by piece on one device, and how long the number of samples takes that
-published scores are of.
+"""The parts of generating samples with their FID on one device, and the time for the 50,000 samples of published scores.
 
-Stage generate: float32 weights, passes of one size under autocast where bfloat16 is asked for, blocks compiled where that is asked
-for, noise drawn per sample on the CPU. Stage evaluate: decoder and Inception in float32 without TF32. At the end the Frechet
-distance. What Ray adds to it is measured in evaluation.py.
+Stage generate: float32 weights, passes of one size, optionally under autocast to bfloat16 and compiled, noise drawn per sample on
+the CPU. Stage evaluate: decoder and Inception in float32 without TF32. Last, the Frechet distance. evaluation.py measures what Ray
+adds.
 
 Shape legend: P images of a pass.
 """
@@ -35,7 +34,7 @@ PARTS = ("sampling", "decoding", "features")
 
 
 def clock(device: str) -> float:
-    """Seconds. On a CPU those that this thread was given, so that ratios hold beside whatever else the machine does."""
+    """Seconds. On a CPU, seconds of this thread, so ratios do not depend on other load."""
     if device == "cpu":
         return time.thread_time()
     wait_for(device)
@@ -43,7 +42,7 @@ def clock(device: str) -> float:
 
 
 def fastest_seconds(call: Callable[[], Any], device: str, num_rounds: int) -> float:
-    """Of num_rounds calls. One before them warms up."""
+    """Fastest of num_rounds calls, after one to warm up."""
     fastest = float("inf")
     for number in range(num_rounds + 1):
         started = clock(device)
@@ -54,7 +53,7 @@ def fastest_seconds(call: Callable[[], Any], device: str, num_rounds: int) -> fl
 
 
 def sampling(preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int, compiled: bool) -> float:
-    """Images a second of stage generate's passes of batch_size."""
+    """Images per second of stage generate's passes of batch_size."""
     model = make_model(ENATConfig.preset(preset), device).eval().requires_grad_(False)
     execution = generate.GenerateExecution(gpus_per_worker=float(device != "cpu"), compile=compiled)
     sampler = PassSampler(
@@ -71,7 +70,7 @@ def sampling(preset: str, *, batch_size: int, device: str, precision: str, num_r
 
 @torch.no_grad()
 def decoding(*, batch_size: int, device: str, precision: str, num_rounds: int) -> float:
-    """Images a second of the tokenizer's decoder at 256 px. The stages decode in "fp32"."""
+    """Images per second of the tokenizer's decoder at 256 px. The stages decode in "fp32"."""
     torch.manual_seed(0)
     vqgan = VQGAN(VQGANConfig.preset("vqgan-256")).eval().to(device=device, dtype=DTYPES[precision])
     codes = torch.randint(vqgan.config.codebook_size, (batch_size, 16, 16)).to(device)
@@ -80,7 +79,7 @@ def decoding(*, batch_size: int, device: str, precision: str, num_rounds: int) -
 
 
 def features(*, batch_size: int, device: str, num_rounds: int) -> float:
-    """Images a second of Inception on passes of 256 px, with the way of the features to the CPU."""
+    """Images per second of Inception at 256 px, including the copy of the features to the CPU."""
     extractor = InceptionExtractor(inception_state()).to(device)
     images = np.random.default_rng(0).integers(0, 256, (batch_size, 3, 256, 256), dtype=np.uint8)
 
@@ -92,7 +91,7 @@ def features(*, batch_size: int, device: str, num_rounds: int) -> float:
 
 
 def distance_seconds(width: int = 2048) -> float:
-    """Of the Frechet distance, on all CPUs of the driver. It does not grow with the number of samples."""
+    """Seconds of the Frechet distance on all CPUs of the driver. Independent of the number of samples."""
     moments = [FeatureMoments(width).add(np.random.default_rng(seed).normal(size=(2 * width, width))) for seed in range(2)]
     started = time.perf_counter()
     frechet_distance(*moments)
@@ -100,7 +99,7 @@ def distance_seconds(width: int = 2048) -> float:
 
 
 def minutes(speeds: Mapping[str, float], distance: float) -> float:
-    """speeds: images a second of each of PARTS, which come one after the other."""
+    """speeds: images per second of each of PARTS, which run in sequence."""
     return (NUM_SAMPLES * sum(1 / speeds[part] for part in PARTS) + distance) / 60
 
 
@@ -114,7 +113,7 @@ def project(
     num_rounds: int = 2,
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """Minutes of what the stages run, and of the fastest that was measured. fastest: sampler, by name, and its images a second."""
+    """Minutes with the settings of the stages, and with the fastest ones. fastest: name of a sampler and its images per second."""
     given = {"batch_size": batch_size, "device": device, "num_rounds": num_rounds}
     speeds = {
         "sampling": sampling(preset, precision=precision, compiled=compiled, **given),

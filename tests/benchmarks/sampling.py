@@ -1,11 +1,11 @@
-"""How fast images are sampled, what reuse and the sampler's gathers bring over the obvious way, and how long 50,000 samples with
-their FID take: ratios within one run.
+"""Speed of sampling, the gain of reuse and of the sampler's gathers over a straightforward loop, and the time for 50,000 samples
+with their FID: ratios within one run.
 
     make bench                                        with the other benchmarks
-    .venv/bin/python tests/benchmarks/sampling.py     by itself: ENAT-S on one core (about 3 minutes), ENAT-L in bf16 on a GPU
-    .venv/bin/python tests/benchmarks/sampling.py --batch-size 1 --num-rounds 1       quicker, and less sure
+    .venv/bin/python tests/benchmarks/sampling.py     alone: ENAT-S on one core (about 3 minutes), ENAT-L in bf16 on a GPU
+    .venv/bin/python tests/benchmarks/sampling.py --batch-size 1 --num-rounds 1       faster, less accurate
 
-The samplers that are compared are in sampling_loops.py, the pieces of 50,000 samples in samples_with_fid.py.
+The compared samplers are in sampling_loops.py, the parts of 50,000 samples in samples_with_fid.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from common import in_process, run_script, show, where
 
 
 @click.command()
-@click.option("--preset", help="Size of the model; by default enat-s on a CPU and enat-l on a GPU.")
-@click.option("--batch-size", type=int, help="Images at a time; by default 2 on a CPU and 256 on a GPU.")
-@click.option("--num-rounds", default=2, help="Calls of each sampler, of which the fastest counts.")
+@click.option("--preset", help="Size of the model. Default: enat-s on a CPU and enat-l on a GPU.")
+@click.option("--batch-size", type=int, help="Images per pass. Default: 2 on a CPU and 256 on a GPU.")
+@click.option("--num-rounds", default=2, help="Calls of each sampler. The fastest counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(preset: str | None, batch_size: int | None, num_rounds: int, as_json: bool) -> None:
     given: dict[str, Any] = {"preset": "enat-s", "batch_size": 2, "device": "cpu", "precision": "fp32"}
@@ -36,7 +36,7 @@ def main(preset: str | None, batch_size: int | None, num_rounds: int, as_json: b
 
 
 def samplers(_: Path, given: dict[str, Any], num_rounds: int) -> dict[str, Any]:
-    """All figures, of one core or of a GPU; there also compiled and as a CUDA graph."""
+    """All figures, on one core or on a GPU, where samplers are also compiled and recorded as a CUDA graph."""
     import sampling_loops
 
     return sampling_loops.measure(given.pop("preset"), num_rounds=num_rounds, compiled=given["device"] == "cuda", **given)

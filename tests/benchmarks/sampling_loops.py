@@ -1,5 +1,5 @@
-"""Two samplers in one process: the obvious one, which sends all tokens through every layer with attention masks, twice a step, and
-enat.sampler, both fresh and with reuse. Same weights, same noise, same codes. On a GPU also compiled, and as one CUDA graph a call:
+"""Two samplers in one process: a straightforward one, which sends all tokens through every layer with attention masks twice a step,
+and enat.sampler, fresh and with reuse. Weights, noise and codes are equal. On a GPU also compiled, and as one CUDA graph per call:
 
     python tests/benchmarks/sampling_loops.py --device cuda --preset enat-l --precision bf16 --batch-size 128 --compiled
 
@@ -40,7 +40,7 @@ FRESH, REUSE = SamplerConfig(reuse=False), SamplerConfig()
 def obvious_sample(model: ENAT, conditions: Tensor, uniforms: Tensor, config: SamplerConfig) -> Tensor:
     """Codes int64 (B, L) of a model with self-cross attention; conditions int64 (2 B,), labels and then null labels.
 
-    Both passes at every step, logits at every position, codes drawn for every position; what was visible is put back.
+    Both passes at every step, logits and codes for every position. Visible codes are put back.
     """
     (num_images, _, _, num_tokens), mask_id = uniforms.shape, model.config.mask_id
     tokens = torch.full((num_images, num_tokens), mask_id, device=uniforms.device)
@@ -65,7 +65,7 @@ def obvious_sample(model: ENAT, conditions: Tensor, uniforms: Tensor, config: Sa
 
 
 class Loop:
-    """enat.sampler on prepared noise and conditions; compiled, its blocks go through torch.compile."""
+    """enat.sampler on prepared noise and conditions. compiled: its blocks go through torch.compile."""
 
     def __init__(self, model: ENAT, config: SamplerConfig, *, compiled: bool = False) -> None:
         self.model, self.config = model, config
@@ -79,16 +79,16 @@ class Loop:
 
 
 class GraphedLoop:
-    """A whole call of a Loop as one CUDA graph, recorded for the batch it is made with.
+    """A complete call of a Loop as one CUDA graph, recorded for one batch.
 
-    That is more than torch.compile's mode "reduce-overhead" does with a block: nothing is launched or copied between blocks.
+    Unlike torch.compile's mode "reduce-overhead" for single blocks, nothing is launched or copied between blocks.
     """
 
     def __init__(self, loop: Loop, conditions: Tensor, uniforms: Tensor) -> None:
         self.conditions, self.uniforms = conditions.clone(), uniforms.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # as torch.cuda.graph asks for: run before it is recorded, beside the default stream
+        with torch.cuda.stream(stream):  # torch.cuda.graph requires a run on a side stream before recording
             for _ in range(3):
                 loop(self.conditions, self.uniforms)
         torch.cuda.current_stream().wait_stream(stream)
@@ -113,7 +113,7 @@ def inputs(model: ENAT, batch_size: int, config: SamplerConfig, device: str) -> 
 def compare(
     preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int = 2, compiled: bool = False
 ) -> dict[str, Any]:
-    """Images a second of both samplers and their ratios; beside reuse what its MACs promise. Weights are of `precision`."""
+    """Images per second of both samplers, their ratios, and the ratio of MACs for reuse. Weights have `precision`."""
     model = _model(preset, precision, device)
     conditions, uniforms = inputs(model, batch_size, REUSE, device)
     samplers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -143,7 +143,7 @@ def compare(
 def _compiled_samplers(
     model: ENAT, conditions: Tensor, uniforms: Tensor, figures: dict[str, Any]
 ) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """What of compiling and recording works here; figures say what does not."""
+    """Compiled and recorded samplers that work here. The figures name those that do not."""
     samplers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     try:
         loop = Loop(model, REUSE, compiled=True)
@@ -159,7 +159,7 @@ def _compiled_samplers(
 def images_per_second(
     samplers: Mapping[str, Callable[[Tensor, Tensor], Tensor]], conditions: Tensor, uniforms: Tensor, num_rounds: int
 ) -> dict[str, float]:
-    """The best of num_rounds calls of each, in turn, so that a machine's slow moment meets all alike. First calls warm up."""
+    """The best of num_rounds alternating calls of each. A slow moment of the machine affects all. First calls warm up."""
     fastest = dict.fromkeys(samplers, float("inf"))
     few = slice(None) if conditions.is_cuda else slice(1)  # a GPU picks its kernels by shape
     for sampler in samplers.values():
@@ -173,7 +173,7 @@ def images_per_second(
 
 
 def options_over_plain(preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int = 2) -> dict[str, float]:
-    """Speed with filters on what codes are drawn from, and with half of the tokens given, over that without, with reuse."""
+    """Speed with top-k and top-p, and with half of the tokens given, relative to plain sampling with reuse."""
     model = _model(preset, precision, device)
     conditions, uniforms = inputs(model, batch_size, REUSE, device)
     num_tokens = model.config.num_tokens
@@ -197,9 +197,9 @@ def options_over_plain(preset: str, *, batch_size: int, device: str, precision: 
 def measure(
     preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int = 2, compiled: bool = False
 ) -> dict[str, Any]:
-    """All figures; shares of the device's matrix products, and minutes for the samples that published scores are made of, with FID.
+    """All figures, with shares of the device's peak of matrix products and minutes for 50,000 samples with FID.
 
-    Of a CPU one core is measured.
+    On a CPU, one core is measured.
     """
     if device == "cpu":
         torch.set_num_threads(1)

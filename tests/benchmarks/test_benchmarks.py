@@ -1,4 +1,4 @@
-"""A short slice of every benchmark: that they run, and that their figures add up. No times are asserted."""
+"""A short run of every benchmark. The figures add up; no times are asserted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from enat.config import ENATConfig
 
 
 @pytest.mark.faults
-def test_the_pipeline_under_measurement_makes_a_map_of_all_images(tmp_path: Path, monkeypatch) -> None:
+def test_the_measured_pipeline_makes_a_map_of_all_images(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
     workload = tokenization._DECODER_BOUND
     measured = tokenization._run_pipeline(tmp_path, workload, 24)
@@ -27,7 +27,7 @@ def test_the_pipeline_under_measurement_makes_a_map_of_all_images(tmp_path: Path
     assert tokenization._plain_encoder(tmp_path, workload.config, 16) > 0
 
 
-def test_a_row_takes_little_more_than_its_codes_entropy(tmp_path: Path) -> None:
+def test_a_row_is_little_larger_than_the_entropy_of_its_codes(tmp_path: Path) -> None:
     size = tokenization.bytes_per_image(tmp_path)["bytes_per_image_on_disk_at_most"]
     assert 640 < size < 800
 
@@ -36,8 +36,8 @@ def test_the_reader_reads() -> None:
     assert tokenization.reader(10_000)["reader_rows_per_second"] > 0
 
 
-def test_the_loops_that_are_compared_compute_the_same() -> None:
-    """Fresh and reusing steps; else their ratio would say nothing."""
+def test_the_compared_loops_compute_the_same() -> None:
+    """In fresh and reusing steps: otherwise their ratio would be meaningless."""
     config = ENATConfig(encoder_layers=2, decoder_layers=2, embed_dim=32, num_heads=2, grid_size=4, codebook_size=32, num_classes=4)
     draws = training_loops.Draws(config, 4, "cpu")
     obvious = training_loops.ObviousLoop(training_loops.make_model(config, "cpu"), "fp32")
@@ -54,10 +54,8 @@ def test_the_pipeline_is_measured_on_the_groups_of_the_bare_loop(tmp_path: Path)
     assert ("pipeline_over_bare_with_a_core_left" in figures) == ((os.cpu_count() or 1) > 1)
 
 
-def test_all_runs_of_training_are_on_the_device_and_in_the_precision_that_the_figures_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one GPU, runs of two workers are left out, and the figures say so."""
+def test_runs_of_training_use_the_device_and_precision_of_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one GPU, runs of two workers are left out, and the figures state it."""
     calls: list[tuple[str, list[Any]]] = []
 
     def note(file: str, function: str, place: Path, *arguments: Any) -> Any:
@@ -72,8 +70,8 @@ def test_all_runs_of_training_are_on_the_device_and_in_the_precision_that_the_fi
     for num_gpus, is_left_out in ((1, True), (2, False)):
         calls.clear()
         monkeypatch.setattr(torch.cuda, "device_count", lambda num_gpus=num_gpus: num_gpus)
-        said = CliRunner().invoke(training.main, ["--json"], catch_exceptions=False).stdout
-        figures = json.loads(said)
+        output = CliRunner().invoke(training.main, ["--json"], catch_exceptions=False).stdout
+        figures = json.loads(output)
         assert (figures["device"], figures["precision"], figures["model"]) == (f"{num_gpus} x GPU of a test", "bf16", "enat-l")
         assert ("not measured: 2 workers need a GPU each" in str(figures["two_workers_over_one"])) is is_left_out
         configs = [training._config(arguments[0]) for function, arguments in calls if function in ("bare", "pipeline")]

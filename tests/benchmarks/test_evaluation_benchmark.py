@@ -1,4 +1,4 @@
-"""A short slice of the benchmark of generation and evaluation: that it runs, and that its figures add up. No times are asserted."""
+"""A short run of the benchmark of generation and evaluation. The figures add up; no times are asserted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from common import in_process
 
 
 def _round(bare: float, short: float, long: float) -> dict[str, dict[str, float]]:
-    """Evaluating takes half as long as generating."""
+    """Evaluation takes half as long as generation."""
     return {kind: {"generate": value, "evaluate": value / 2} for kind, value in (("bare", bare), ("short", short), ("long", long))}
 
 
-def test_the_fastest_of_every_run_counts_and_what_does_not_grow_with_images_is_left_out() -> None:
-    """Starting takes 10 s, an image 1 s; each round has one run that was disturbed."""
+def test_the_fastest_run_counts_and_start_up_is_excluded() -> None:
+    """Starting takes 10 s, an image 1 s. Each round has one disturbed run."""
     measured = [_round(9.0, 14.0, 18.0), _round(0.9, 99.0, 18.0), _round(0.9, 14.0, 99.0)]
     figures = evaluation.ratio(measured, short=4, long=8)
     assert figures["generate_seconds_per_image"] == pytest.approx(1.0)
@@ -26,7 +26,7 @@ def test_the_fastest_of_every_run_counts_and_what_does_not_grow_with_images_is_l
     assert figures["end_to_end_over_bare_parts"] == pytest.approx(0.9)
 
 
-def test_a_machine_that_is_too_busy_gives_no_figure() -> None:
+def test_a_busy_machine_gives_no_figure() -> None:
     with pytest.raises(click.ClickException, match="too busy"):
         evaluation.ratio([_round(0.9, 14.0, 13.0)], short=4, long=8)
 

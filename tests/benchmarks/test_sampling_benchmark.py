@@ -1,4 +1,4 @@
-"""A short slice of the benchmark of sampling: that what is compared computes the same. No times are asserted."""
+"""A short run of the benchmark of sampling. The compared samplers compute the same; no times are asserted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from enat.sampler_config import SamplerConfig
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """These tensors are tiny, and on a busy machine threads mostly wait for one another."""
+    """The tensors are tiny: with more threads, these mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def model() -> ENAT:
-    """As trained ones, its blocks are no identities, unlike those of a new model."""
+    """Its blocks are not identities, unlike those of an untrained model."""
     config = ENATConfig(encoder_layers=2, decoder_layers=2, embed_dim=32, num_heads=2, grid_size=4, codebook_size=32, num_classes=4)
     made = make_model(config, "cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
@@ -40,7 +40,7 @@ def model() -> ENAT:
 
 
 def test_the_stages_path_and_the_fastest_one_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: bf16, where decoding in it is faster, and a whole call as a CUDA graph is the fastest sampler."""
+    """As on a GPU: bf16 with fast decoding, and a CUDA graph per call as the fastest sampler."""
     monkeypatch.setattr(samples_with_fid, "sampling", lambda *_, **__: 20.0)
     monkeypatch.setattr(samples_with_fid, "decoding", lambda *, precision, **_: {"fp32": 5.0, "bf16": 8.0}[precision])
     monkeypatch.setattr(samples_with_fid, "features", lambda **_: 4.0)
@@ -56,7 +56,7 @@ def test_the_stages_path_and_the_fastest_one_are_named(monkeypatch: pytest.Monke
 
 
 @pytest.mark.faults
-def test_every_piece_of_samples_with_their_fid_can_be_timed() -> None:
+def test_every_part_of_samples_with_fid_can_be_timed() -> None:
     given = {"batch_size": 1, "device": "cpu", "num_rounds": 1}
     assert samples_with_fid.decoding(precision="bf16", **given) > 0
     assert samples_with_fid.features(**given) > 0 and samples_with_fid.distance_seconds(64) > 0
@@ -77,8 +77,8 @@ def test_on_a_gpu_the_large_model_is_sampled_in_half_precision(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("options", [{}, {"reuse": False}, {"num_steps": 3}], ids=str)
-def test_the_samplers_that_are_compared_make_the_same_codes(model: ENAT, options: dict[str, Any]) -> None:
-    """Else their ratio would say nothing."""
+def test_the_compared_samplers_make_the_same_codes(model: ENAT, options: dict[str, Any]) -> None:
+    """Otherwise their ratio would be meaningless."""
     config = SamplerConfig(**options)
     conditions, uniforms = sampling_loops.inputs(model, 6, config, "cpu")
     codes = sampling_loops.obvious_sample(model, conditions, uniforms, config)

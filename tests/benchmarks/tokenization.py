@@ -1,11 +1,11 @@
-"""How fast a dataset becomes codes, what it takes, and how fast training reads them: ratios within one run.
+"""Speed and memory of tokenizing a dataset, and speed of reading the codes: ratios within one run.
 
-    make bench                                             all of it (about 10 minutes on two cores)
+    make bench                                             all benchmarks (this one takes about 10 minutes on two cores)
     .venv/bin/python tests/benchmarks/tokenization.py --scale 0.1     a tenth of the images
 
-Two rates of the pipeline are compared with plain loops on the same machine: with an encoder that is the bottleneck (plain loop:
-the encoder on images that are already decoded), and with images that take longer to decode than to encode (plain loop: decoding).
-Starting Ray's workers is left out by taking the difference between a long and a short run. Each run is a process of its own.
+The pipeline is compared with plain loops on the same machine twice: if the encoder is the bottleneck (plain loop: encoding of
+decoded images), and if decoding is (plain loop: decoding). The difference between a long and a short run excludes starting Ray's
+workers. Each run is a separate process.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _IMAGENET_ROWS = 1_281_167
 
 
 @click.command()
-@click.option("--scale", default=1.0, help="Of the numbers of images and rows.")
+@click.option("--scale", default=1.0, help="Factor on the numbers of images and rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(scale: float, as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="enat-bench-") as place:
@@ -67,7 +67,7 @@ def main(scale: float, as_json: bool) -> None:
 
 
 def rate(name: str, workload: Workload, plain_loop: str, place: Path, scale: float) -> dict[str, float]:
-    """Images a second of the pipeline, of a plain loop, and their ratio. Starting workers is the same in a short and a long run."""
+    """Images per second of the pipeline and of a plain loop, and their ratio. Start-up cancels between the two runs."""
     place, (short, long) = place / name, workload.scaled(scale)
     seconds = [_run_pipeline(place, workload, count)["seconds"] for count in (short, long)]
     pipeline = (long - short) / (seconds[1] - seconds[0])
@@ -80,7 +80,7 @@ def rate(name: str, workload: Workload, plain_loop: str, place: Path, scale: flo
 
 
 def memory(place: Path, scale: float) -> dict[str, float]:
-    """Peak of what the run's processes hold for themselves and in shared memory together, in MB."""
+    """Peak of private and shared memory of all processes of a run, in MB."""
     short, long = _MEMORY.scaled(scale)
     peaks = [_run_pipeline(place / "memory", _MEMORY, count)["peak_bytes"] / 1e6 for count in (short, long)]
     return {
@@ -91,7 +91,7 @@ def memory(place: Path, scale: float) -> dict[str, float]:
 
 
 def bytes_per_image(place: Path) -> dict[str, float]:
-    """Of a map with 256 codes an image and its mirror image, codes drawn evenly from 1,024: 640 bytes of entropy."""
+    """Bytes per image of a map with 256 uniform codes out of 1,024 for image and mirror image: 640 bytes of entropy."""
     from pipelines.data.token_map import TokenMapInfo, TokenRows, write_shard
 
     rng, rows = np.random.default_rng(0), 2048
@@ -107,7 +107,7 @@ def bytes_per_image(place: Path) -> dict[str, float]:
 
 
 def reader(num_rows: int) -> dict[str, float]:
-    """Rows a second that one process takes for batches of 2,048, in the order of an epoch, from a map as large as ImageNet's."""
+    """Rows per second of one process in batches of 2,048, in the order of an epoch, from a map of ImageNet's size."""
     from pipelines.data.token_map import TokenMap, TokenMapInfo
 
     info = TokenMapInfo(dataset="bench", resolution=256, grid_size=16, codebook_size=1024, num_classes=1000, tokenizer_digest="")
@@ -139,7 +139,7 @@ def _run_pipeline(place: Path, workload: Workload, count: int) -> dict[str, floa
 
 
 def _token_map(place: Path, values: list[str], count: int) -> dict[str, float]:
-    """One encoder with a CPU, one decoder with another, from images to a committed token map."""
+    """From images to a committed token map, with one CPU for the encoder and one for decoding."""
     from pipelines.cluster import connection
 
     connection.prepare_environment()
@@ -168,8 +168,8 @@ def _token_map(place: Path, values: list[str], count: int) -> dict[str, float]:
 
 
 class _PeakMemory:
-    """Of this process and all it started, looked at ten times a second: private memory, and shared memory once. Whatever else
-    uses shared memory on the machine disturbs it."""
+    """Peak memory of this process and its children, sampled ten times a second: private memory, and shared memory once. Other users
+    of shared memory disturb it."""
 
     def __enter__(self) -> _PeakMemory:
         self.bytes, self._stop = 0.0, threading.Event()
@@ -184,7 +184,7 @@ class _PeakMemory:
     def _watch(self) -> None:
         import psutil
 
-        shared_before = psutil.disk_usage("/dev/shm").used  # where Ray's objects lie
+        shared_before = psutil.disk_usage("/dev/shm").used  # of Ray's object store
         while not self._stop.wait(0.1):
             held = psutil.disk_usage("/dev/shm").used - shared_before
             for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
@@ -199,7 +199,7 @@ class _PeakMemory:
 
 
 def _plain_encoder(place: Path, config: dict[str, Any], count: int) -> float:
-    """Images a second: the encoder alone, one thread, passes of eight, image and mirror image, from pixels in memory."""
+    """Images per second of the encoder alone: one thread, passes of eight, image and mirror image, pixels in memory."""
     import torch
 
     from enat.checkpoint import load_vqgan
@@ -219,7 +219,7 @@ def _plain_encoder(place: Path, config: dict[str, Any], count: int) -> float:
 
 
 def _plain_decoder(place: Path, config: dict[str, Any], count: int) -> float:
-    """Images a second: reading, decoding and cropping alone, one thread."""
+    """Images per second of reading, decoding and cropping alone, in one thread."""
     from enat.images import center_crop, decode_image, to_array
 
     files = sorted((place / f"images-{count}").glob("*.jpg"))

@@ -1,10 +1,10 @@
-"""How fast a step of training is, what Ray and DeepSpeed add to it, what it waits for, and what it takes: ratios within one run.
+"""Speed of a training step, the overhead of Ray and DeepSpeed, waiting times and memory: ratios within one run.
 
-    make bench                                        with the others (about 35 minutes on two cores; this one 17)
-    .venv/bin/python tests/benchmarks/training.py     on a GPU where there is one: ENAT-L in bfloat16, groups of 128, compiled, too
-    .venv/bin/python tests/benchmarks/training.py --num-steps 2       quicker, and less sure
+    make bench                                        all benchmarks (about 35 minutes on two cores; this one 17)
+    .venv/bin/python tests/benchmarks/training.py     alone; on a GPU: ENAT-L in bfloat16, groups of 128, also compiled
+    .venv/bin/python tests/benchmarks/training.py --num-steps 2       faster, less accurate
 
-Each run is a process of its own. The loops that the pipeline is compared with are in training_loops.py.
+Each run is a separate process. The compared loops are in training_loops.py.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _TURNS = 3
 
 @dataclass(frozen=True)
 class Machine:
-    """What all runs of a benchmark share. A worker has a GPU where there is one, else CPUs.
+    """Settings of all runs of a benchmark. A worker has a GPU if the machine has one, else CPUs.
 
-    scaling_group_size: of runs with several workers; what these exchange in a step does not grow with it.
+    scaling_group_size: of runs with several workers, whose communication in a step does not grow with it.
     """
 
     preset: str
@@ -48,13 +48,13 @@ class Machine:
         return cls(preset or "enat-s", "cpu", "fp32", 0, 4, 16)
 
     def lacks(self, num_workers: int) -> str | None:
-        """Why so many workers cannot be measured, in words, or None."""
+        """Why this number of workers cannot be measured, or None."""
         if self.device == "cpu" or num_workers <= self.num_gpus:
             return None
         return f"not measured: {num_workers} workers need a GPU each, and there are {self.num_gpus}"
 
     def recipe(self, num_steps: int, group_size: int | None = None, **execution: Any) -> dict[str, Any]:
-        """Two groups a step; num_steps steps are warming up, as many are timed."""
+        """Two groups per step. num_steps steps warm up, and as many are timed."""
         return {
             "model": {"preset": self.preset},
             "precision": self.precision,
@@ -73,8 +73,8 @@ class Machine:
 
 
 @click.command()
-@click.option("--num-steps", default=6, help="Steps that are timed of each run.")
-@click.option("--preset", help="Size of the model; without it enat-l on a GPU and enat-s on CPUs.")
+@click.option("--num-steps", default=6, help="Timed steps of each run.")
+@click.option("--preset", help="Size of the model. Default: enat-l on a GPU and enat-s on CPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(num_steps: int, preset: str | None, as_json: bool) -> None:
     machine = Machine.here(preset)
@@ -95,7 +95,7 @@ def main(num_steps: int, preset: str | None, as_json: bool) -> None:
 
 
 def loops(_: Path, on: dict[str, Any], num_steps: int) -> dict[str, Any]:
-    """A step of the obvious loop over one of ours; on a GPU compiled, too, with the share of the measured matrix products."""
+    """Seconds of a straightforward step relative to ours; on a GPU also compiled, with the share of the peak of matrix products."""
     import training_loops
 
     from pipelines.training.monitor import matmul_peak
@@ -118,10 +118,9 @@ def loops(_: Path, on: dict[str, Any], num_steps: int) -> dict[str, Any]:
 
 
 def overhead(place: Path, machine: Machine, num_steps: int, turns: int = _TURNS) -> dict[str, float]:
-    """Seconds of a step in the pipeline over those of the bare loop on the same groups; what it waited for.
+    """Seconds of a step in the pipeline relative to the bare loop on the same groups, and waiting times.
 
-    With all cores each; and on CPUs with one core less each, which is left to Ray's own processes, as the many cores beside a GPU
-    and nodes that keep a core back leave it.
+    With all cores, and on CPUs also with one core left to Ray's own processes, as on GPU nodes and nodes that reserve a core.
     """
     cores = os.cpu_count() or 1
     figures = _overhead(place / "all", machine, num_steps, turns, cores)
@@ -132,7 +131,7 @@ def overhead(place: Path, machine: Machine, num_steps: int, turns: int = _TURNS)
 
 
 def _overhead(place: Path, machine: Machine, num_steps: int, turns: int, cores: int) -> dict[str, float]:
-    """The two take turns, and the fastest run of each counts: what else a shared machine does only ever makes a run slower."""
+    """The two alternate and the fastest run of each counts: other load only ever makes a run slower."""
     recipe = machine.recipe(num_steps, num_workers=1, cpus_per_worker=cores)
     bare, trained = [], []
     for turn in range(turns):
@@ -149,7 +148,7 @@ def _overhead(place: Path, machine: Machine, num_steps: int, turns: int, cores: 
 
 
 def memory(place: Path, machine: Machine) -> dict[str, Any]:
-    """Most memory of the first of two workers, by ZeRO stage: of the process on CPUs, of the device's allocator on a GPU."""
+    """Peak memory of the first of two workers by ZeRO stage: of the process on CPUs, of the allocator on a GPU."""
     if (reason := machine.lacks(num_workers=2)) is not None:
         return {"memory_gb_of_a_worker_by_zero_stage": reason}
     figures: dict[str, Any] = {}
@@ -162,7 +161,7 @@ def memory(place: Path, machine: Machine) -> dict[str, Any]:
 
 
 def scaling(place: Path, machine: Machine, num_steps: int) -> dict[str, Any]:
-    """Images a second of two workers over one, a core or a GPU each."""
+    """Images per second of two workers relative to one, with a core or a GPU each."""
     if (reason := machine.lacks(num_workers=2)) is not None:
         return {"two_workers_over_one": reason}
     speeds = []
@@ -239,7 +238,7 @@ def _config(recipe: dict[str, Any]) -> Any:
 
 
 def _inputs(store: Any) -> dict[str, Any]:
-    """A token map of random codes, 16 x 16 out of 1,024, and a tokenizer that decodes them to as many pixels."""
+    """A token map of random codes, 16 x 16 out of 1,024, and a tokenizer that decodes them to 16 x 16 pixels."""
     from enat.checkpoint import save_weights
     from enat.tokenizer import VQGAN, VQGANConfig
     from pipelines.artifacts.manifest import FileRecord, Manifest

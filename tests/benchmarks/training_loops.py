@@ -1,6 +1,6 @@
-"""Two training loops in one process: the obvious one, over all tokens with attention masks, and the bare one, which is what the
-pipeline runs without Ray and DeepSpeed. Same weights, same draws, same loss. Needs neither of them, so that it runs on any machine
-with a GPU:
+"""Two training loops in one process: a straightforward one over all tokens with attention masks, and the bare loop of the pipeline
+without Ray and DeepSpeed. Weights, draws and losses are equal. It needs neither Ray nor DeepSpeed and runs on any machine with a
+GPU:
 
     python tests/benchmarks/training_loops.py --device cuda --preset enat-l --group-size 128 --precision bf16
 
@@ -39,7 +39,7 @@ EMA_DECAY = 0.999
 
 
 class Draws:
-    """What step after step learns from: codes (B, L), labels (B,), masked codes, dropout."""
+    """Data of successive steps: codes (B, L), labels (B,), masked codes, dropout."""
 
     def __init__(self, config: ENATConfig, group_size: int, device: str) -> None:
         self.config, self.group_size, self.device = config, group_size, device
@@ -48,7 +48,7 @@ class Draws:
         config, rng = self.config, np.random.default_rng(step)
         codes = torch.from_numpy(rng.integers(0, config.codebook_size, (self.group_size, config.num_tokens))).to(self.device)
         labels = torch.from_numpy(rng.integers(0, config.num_classes, self.group_size)).to(self.device)
-        masking = MaskingConfig(reuse_probability=float(step % 2) if config.reuse else 0.0)  # fresh and reusing in turn
+        masking = MaskingConfig(reuse_probability=float(step % 2) if config.reuse else 0.0)  # fresh and reusing steps alternate
         masked = mask_codes(codes, config.mask_id, masking, rng)
         generator = torch.Generator(self.device).manual_seed(step)
         return codes, labels, masked, draw_dropout_mask(config, self.group_size, generator, self.device)
@@ -60,7 +60,7 @@ class Draws:
 
 
 class ObviousLoop:
-    """All tokens through every layer, masks in the attention, logits everywhere, one parameter after the other."""
+    """All tokens through every layer, attention masks, logits at every position, parameters updated one by one."""
 
     def __init__(self, model: ENAT, precision: str) -> None:
         self.model, self.ema = model.train(), copy.deepcopy(model).eval().requires_grad_(False)
@@ -87,7 +87,7 @@ class ObviousLoop:
 
 
 class BareLoop:
-    """What a worker computes, without Ray, DeepSpeed and the record."""
+    """The computation of a worker without Ray, DeepSpeed and metrics."""
 
     def __init__(self, model: ENAT, precision: str, *, compile: bool = False) -> None:
         self.model, self.ema = model.train(), copy.deepcopy(model).eval().requires_grad_(False)
@@ -161,7 +161,7 @@ def _dense_block(block: Block, x: Tensor, conditioning: Tensor | None, condition
 
 
 def seconds_per_step(step: Callable[..., Tensor], draws: Draws, *, num_steps: int, warm_up: int) -> float:
-    """Of steps warm_up..warm_up+num_steps-1, draws included."""
+    """Seconds of steps warm_up..warm_up+num_steps-1, including draws."""
     for number in range(warm_up):
         step(*draws.group(number))
     synchronize(draws.device)
@@ -179,7 +179,7 @@ def make_model(config: ENATConfig, device: str) -> ENAT:
 def compare(
     preset: str, *, group_size: int, device: str, precision: str, num_steps: int, warm_up: int = 2, compiled: bool = False
 ) -> dict[str, Any]:
-    """Seconds of a step of both loops and their ratio; on a GPU also the share of its measured matrix products."""
+    """Seconds per step of both loops and their ratio; on a GPU also the share of its peak of matrix products."""
     config = ENATConfig.preset(preset)
     draws = Draws(config, group_size, device)
     obvious = seconds_per_step(ObviousLoop(make_model(config, device), precision).step, draws, num_steps=num_steps, warm_up=warm_up)

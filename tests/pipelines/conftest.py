@@ -1,5 +1,4 @@
-"""What the tests of the pipeline share: photographs in folders, a tokenizer of their own, a tiny run, and one real run of the
-command line that several tests read."""
+"""Fixtures of the tests of the pipeline: photographs in folders, a small tokenizer, a tiny run, and the command line."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def photographs() -> dict[str, Image.Image]:
 
 @pytest.fixture(scope="session")
 def make_image_folder(photographs: dict[str, Image.Image]) -> Callable[..., Path]:
-    """A folder of crops of the photographs: one class per photograph, JPEG and PNG in turn, of different shapes and depths."""
+    """Make a folder of crops: one class per photograph, JPEG and PNG alternating, different shapes and folder depths."""
 
     def make(root: Path, per_class: int = 6) -> Path:
         for name, photograph in photographs.items():
@@ -64,7 +63,7 @@ def image_folder(make_image_folder: Callable[..., Path], tmp_path_factory: pytes
 
 @pytest.fixture(scope="session")
 def broken_image_folder(make_image_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same twelve, and two files that are none: half of a JPEG, and text that is called one."""
+    """The same twelve images and two unreadable files: half of a JPEG, and text named as one."""
     root = make_image_folder(tmp_path_factory.mktemp("images") / "with-broken")
     whole = (root / "china" / "000.jpg").read_bytes()
     (root / "china" / "half.jpg").write_bytes(whole[: len(whole) // 2])
@@ -80,13 +79,13 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
 
 @pytest.fixture
 def own_layouts(layouts: Layouts, tmp_path: Path) -> Layouts:
-    """A copy to change."""
+    """A copy that a test may change."""
     return replace(layouts, root=Path(shutil.copytree(layouts.root, tmp_path / "own")))
 
 
 @pytest.fixture(scope="session")
 def layouts_bucket(layouts: Layouts, make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint) -> S3Folder:  # noqa: F811
-    """The same in a bucket."""
+    """The layouts in a bucket."""
     folder = make_bucket("data/sets")
     s3_endpoint.fill(folder, layouts.contents())
     return folder
@@ -97,7 +96,7 @@ def layouts_bucket(layouts: Layouts, make_bucket: Callable[..., S3Folder], s3_en
 
 @pytest.fixture(scope="session")
 def vqgan(photographs: dict[str, Image.Image]):
-    """A small tokenizer whose convolutions are untrained, but whose codebook lies where latents of the photographs do."""
+    """A small tokenizer with untrained convolutions and a codebook from latents of the photographs."""
     import torch
 
     from enat.tokenizer import VQGAN, VQGANConfig
@@ -114,7 +113,7 @@ def vqgan(photographs: dict[str, Image.Image]):
 
 @pytest.fixture(scope="session")
 def tokenizer_weights(vqgan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That tokenizer as a published file of weights, so that a run imports it and trains none."""
+    """That tokenizer as a published file of weights, for runs that import a tokenizer."""
     from safetensors.torch import save_file
 
     path = tmp_path_factory.mktemp("weights") / "vqgan.safetensors"
@@ -126,7 +125,7 @@ def tokenizer_weights(vqgan, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(image_folder: Path, tokenizer_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A YAML file of a run small enough for a test: twelve photographs, an imported tokenizer, a model of 32 channels."""
+    """The YAML file of a tiny run: twelve photographs, an imported tokenizer, a model of 32 channels."""
     values = {
         "name": "tiny",
         "workspace": str(tmp_path_factory.mktemp("unused-workspace") / "runs"),
@@ -154,7 +153,7 @@ def tiny_config(image_folder: Path, tokenizer_weights: Path, tmp_path_factory: p
 
 @pytest.fixture(scope="session")
 def tiny_nodes(tiny_config: Path) -> Callable[..., list[Any]]:
-    """The nodes of the tiny run under overrides; until="train" gives that node and what it reads from, directly or not."""
+    """The nodes of the tiny run with overrides. until="train" gives that node and its direct and indirect inputs."""
     from pipelines.run import config as run_config
     from pipelines.run import graph
 
@@ -171,7 +170,7 @@ def tiny_nodes(tiny_config: Path) -> Callable[..., list[Any]]:
 
 @pytest.fixture(scope="session")
 def make_session() -> Callable[..., Any]:
-    """A workflow session on a store, untracked and with a terminal that nobody reads, for tests that run stages in process."""
+    """Make a session on a store without tracking and terminal, for tests that run stages in this process."""
     from rich.console import Console
 
     from pipelines.tracking.run import RunHandle, TrackingConfig
@@ -192,7 +191,7 @@ def make_session() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_context(make_session: Callable[..., Any]) -> Callable[..., Any]:
-    """The context of one stage, for tests that call a stage's function themselves."""
+    """Make the context of a stage, for tests that call its function directly."""
     from pipelines.workflow.stage import StageContext
 
     def make(store: Any, stage: str, key: str = "0" * 64, **replaced: Any) -> StageContext:
@@ -219,7 +218,7 @@ def enat() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def kill_enat_when() -> Callable[..., None]:
-    """Start the `enat` command and kill its whole process group with SIGKILL as soon as a condition holds."""
+    """Start the `enat` command and kill its process group with SIGKILL as soon as a condition holds."""
     import psutil
 
     def run(condition: Callable[[], bool], *arguments: object) -> None:
@@ -243,7 +242,7 @@ def kill_enat_when() -> Callable[..., None]:
                 children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                # Ray's daemons have groups of their own and end when they miss their driver; whoever does not is ended here.
+                # Ray's daemons have their own groups and end without their driver. Those that do not end are killed here.
                 for child in psutil.wait_procs(children, timeout=15)[1]:
                     child.kill()
         assert process.returncode == -signal.SIGKILL
