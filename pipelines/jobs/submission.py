@@ -199,11 +199,8 @@ def _refuse_files_of_this_machine(run: RunConfig) -> None:
     """Raises ValueError for a relative path: on the cluster it would be looked for where the code is unpacked. An absolute one may
     be a folder that all nodes share."""
     for name, variant in {MAIN: run, **run.variant_runs}.items():
-        for key in graph.external_fields(variant):
-            place: Any = variant
-            for part in key.split("."):
-                place = getattr(place, part, None)  # stages without a dataset of their own have the run's
-            if place is None or place.startswith(_ELSEWHERE) or Path(place).is_absolute():
+        for key, place in graph.external_files(variant).items():
+            if place.startswith(_ELSEWHERE) or Path(place).is_absolute():
                 continue
             where = key if name == MAIN else f"variants.{name}.{key}"
             raise ValueError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
@@ -245,16 +245,16 @@ def check_stages(names: Iterable[str]) -> None:
             raise ValueError(f"{name} is not a stage; {hint}")
 
 
-def external_fields(run: RunConfig) -> list[str]:
-    """The keys of a run that name files outside the store, such as tokenizer.weights and generate.dataset.path."""
-    of_dataset = dataset.STAGE.external
-    keys = [f"dataset.{name}" for name in of_dataset]
-    for stage in stages().values():
-        if stage is not dataset.STAGE and stage.config is not None and hasattr(run, stage.name):
-            keys += [f"{stage.name}.{name}" for name in stage.external]
-            if "dataset" in {field.name for field in fields(stage.config)}:
-                keys += [f"{stage.name}.dataset.{name}" for name in of_dataset]
-    return keys
+def external_files(run: RunConfig) -> dict[str, str]:
+    """Key -> file or folder outside the store that a run names, such as tokenizer.weights and generate.dataset.path."""
+    found = {f"dataset.{name}": getattr(run.dataset, name) for name in dataset.STAGE.external}
+    for part in GRAPH:
+        stage, config = part.stage, part.config(run)
+        if stage is not dataset.STAGE and config is not None:
+            found |= {f"{stage.name}.{name}": getattr(config, name) for name in stage.external}
+            own = getattr(getattr(run, stage.name, None), "dataset", None)
+            found |= {f"{stage.name}.dataset.{name}": getattr(own, name) for name in dataset.STAGE.external if own is not None}
+    return {key: place for key, place in found.items() if place is not None}
 
 
 def describe(manifest: Manifest) -> str:

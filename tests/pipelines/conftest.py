@@ -173,6 +173,7 @@ def make_session() -> Callable[..., Any]:
     """Make a session on a store without tracking and terminal, for tests that run stages in this process."""
     from rich.console import Console
 
+    from pipelines.run import graph
     from pipelines.tracking.run import RunHandle, TrackingConfig
     from pipelines.workflow.stage import Session
 
@@ -183,6 +184,7 @@ def make_session() -> Callable[..., Any]:
             "tracking": TrackingConfig(enabled=False),
             "console": Console(file=io.StringIO()),
             "connect": lambda: None,  # the fixture ray_cluster has connected
+            "stages": graph.stages(),
         }
         return Session(**{**fields, **replaced})
 

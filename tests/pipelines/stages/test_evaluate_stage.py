@@ -424,7 +424,9 @@ def test_tags_and_the_picture_are_published_of_reused_evaluations_too(
         ("evaluate@untrained", "untrained", None),
     ):
         run = start_run(uri, TrackingConfig(), node, {})
-        context = PublishContext(store=material.store, run=run, tracking=TrackingConfig(), node=node, prices=prices)
+        context = PublishContext(
+            store=material.store, run=run, tracking=TrackingConfig(), node=node, prices=prices, stages=graph.stages()
+        )
         evaluate.STAGE.publish(manifest, material.inputs, context)
         client = MlflowClient(tracking_uri=uri)
         tags = {name: value for name, value in client.get_run(run.run_id).data.tags.items() if name.startswith("enat.")}
