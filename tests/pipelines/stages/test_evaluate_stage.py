@@ -40,6 +40,7 @@ from pipelines.evaluation.features import drawn_evenly
 from pipelines.evaluation.readers import sample_reader
 from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, TaskPool, compute_scores, published_name
 from pipelines.registry.model_card import registered_name
+from pipelines.run import graph
 from pipelines.stages import evaluate, image_set, reference
 from pipelines.tracking.run import TrackingConfig, start_run
 from pipelines.workflow import driver
