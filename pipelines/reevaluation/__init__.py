@@ -1,7 +1,7 @@
-"""Registered models evaluated again.
+"""Evaluating registered models again.
 
-plan        how a registered model is evaluated now
-reevaluate  which models are due, and evaluating them
-drift       whether scores moved
-report      the answer for people and programs
+plan        the stages that evaluate a registered model, and the artifacts that they read
+reevaluate  finds the models that are due and evaluates them
+drift       whether scores changed
+report      the answer as a table and as JSON
 """

@@ -1,4 +1,4 @@
-"""Whether scores are what they were: the relative change of each, and how much of it is taken for none."""
+"""Drift: the relative change of each score, and the tolerance below which a change does not count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.evaluation.protocol import SCORES
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far a score may move, relative to what it was. usual: for metrics that are not named; infinite never is drift."""
+    """How far a score may move, relative to its old value. usual: for metrics that are not named; infinity disables a metric."""
 
     usual: float = 0.01
     by_metric: Mapping[str, float] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Tolerances:
             except ValueError:
                 value = math.nan
             if not value >= 0:
-                raise ValueError(f"--tolerance {text} gives no number of at least 0; write 0.01, or kid=0.1")
+                raise ValueError(f"--tolerance {text} is not a number of at least 0; write 0.01, or kid=0.1")
             if has_name and metric not in SCORES:
                 raise ValueError(f"--tolerance names {metric!r}; choose from {', '.join(SCORES)}")
             if has_name:
@@ -42,7 +42,7 @@ class Tolerances:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreChange:
-    """A score that is not what it was."""
+    """A score that changed by more than its tolerance."""
 
     metric: str
     was: float
@@ -58,7 +58,7 @@ class ScoreChange:
 
 
 def find_drift(was: Mapping[str, float], now: Mapping[str, float], tolerances: Tolerances) -> list[ScoreChange]:
-    """Scores of both that moved by more than their tolerance. Costs are no scores."""
+    """The scores of both that changed by more than their tolerance. Costs are not compared."""
     moved = []
     for metric in SCORES:
         tolerance = tolerances.of(metric)

@@ -1,8 +1,8 @@
-"""How a registered model is evaluated now: the stages that are needed, and the artifacts that they read and nobody makes anew.
+"""How a registered model is evaluated now: the stages that run, and the existing artifacts that they read.
 
-Nothing is trained: the model and its tokenizer are artifacts of the store, and so is, where a model is evaluated as it was, what it
-is compared with. How to evaluate is said by a CONFIG; without one by the model's last evaluation, and for a model that has none by
-the defaults, with the sampler of its card and the dataset that it was trained on. key=value replaces values of any of these.
+Nothing is trained. The model and its tokenizer are artifacts of the store. If a model is evaluated as before, so is what it is
+compared with. A CONFIG states how to evaluate. Without one, the model's last evaluation does; for a model that was never
+evaluated, the defaults do, with the sampler of its card and the dataset that it was trained on. key=value replaces any value.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, PublishC
 
 _METRIC_VERSION = "metric_version"
 _SHOWN_CHANGES = 3
-SCRATCH = "fresh-"  # begins the names of stages that compute anew what is there
+SCRATCH = "fresh-"  # prefix of the names of stages that compute existing artifacts again
 
 
 @dataclass(frozen=True)
 class Model:
-    """A registered version, and its artifact with the store that has it."""
+    """A registered version, its artifact, and the store that has it."""
 
     version: ModelVersion
     store: ArtifactStore
@@ -52,9 +52,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Request:
-    """How to evaluate, and with what. config: the CONFIG's run, or without one that of key=value alone.
+    """How to evaluate. config: the run of the CONFIG, or of key=value alone.
 
-    identities: of datasets, which are listed once for all models.
+    identities: of configs, kept so that each dataset is listed once for all models.
     """
 
     config: RunConfig
@@ -64,16 +64,16 @@ class Request:
 
     @classmethod
     def of(cls, path: Any, overrides: Sequence[str]) -> Request:
-        values = [*overrides, "targets=[reference]"]  # nothing is trained, so nothing of a model is checked
+        values = [*overrides, "targets=[reference]"]  # nothing is trained, so the config of the model is not checked
         config = run_config.load_run(path, values if path else ["name=reevaluate", *values])
         return cls(config=replace(config, targets=(), variants={}), overrides=tuple(overrides), has_config=path is not None)
 
     def names(self, *sections: str) -> bool:
-        """Whether key=value gives a value of one of these sections."""
+        """Whether key=value sets a value in one of these sections."""
         return any(override.partition("=")[0].split(".")[0] in sections for override in self.overrides)
 
     def over(self, source: str, values: Mapping[str, Any]) -> RunConfig:
-        """The run that a record says, under key=value. Raises ValueError where this program no longer knows such values."""
+        """The run that recorded values describe, under key=value. Raises ValueError if this version does not know such values."""
         layers = [(source, OmegaConf.create({"name": self.config.name, **values}))]
         layers += [(f"override {override}", OmegaConf.from_dotlist([override])) for override in self.overrides]
         return configuration.merge(RunConfig, layers)
@@ -81,21 +81,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """nodes: each after those it reads from; the last is the evaluation.   given: artifacts that are there, by the ids by which
-    nodes read them."""
+    """nodes: each after those it reads; the last is the evaluation.   given: existing artifacts by the ids by which nodes read
+    them."""
 
     nodes: tuple[Node, ...]
     given: Mapping[str, Manifest]
 
 
 def open_model(version: ModelVersion, config: RunConfig) -> Model:
-    """The artifact of a version, from the config's store if that has it, else from the one that the version names.
+    """The artifact of a version, from the store of the config, or else from the store that the version names.
 
-    Raises ValueError where neither has it.
+    Raises ValueError if neither has it.
     """
     stage, _, key = version.tags["enat.artifact"].partition("/")
     if stage != train.STAGE.name:
-        raise ValueError(f"it is registered as {stage}/{key[:12]}, which is no model")
+        raise ValueError(f"it is registered as {stage}/{key[:12]}, which is not a model")
     places = [place for place in (config.store, version.tags.get("enat.store")) if place]
     for place in dict.fromkeys(places):
         store = open_store(place, config.s3)
@@ -103,14 +103,14 @@ def open_model(version: ModelVersion, config: RunConfig) -> Model:
         if manifest is None:
             continue
         if manifest.digest != version.tags.get(DIGEST_TAG, manifest.digest):
-            raise ValueError(f"{stage}/{key[:12]} in {store.uri} is not what was registered: its digest is another")
+            raise ValueError(f"{stage}/{key[:12]} in {store.uri} is not what was registered: its digest differs")
         return Model(version, store, manifest)
     where = " or ".join(places) or "any known store"
-    raise ValueError(f"{stage}/{key[:12]} is not in {where}; name its store by store=...")
+    raise ValueError(f"{stage}/{key[:12]} is not in {where}; give its store with store=...")
 
 
 def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
-    """Raises ValueError where it has no such input, or the store no longer has it."""
+    """An input of an artifact. Raises ValueError if it has no such input, or the store no longer has it."""
     source = manifest.inputs.get(name)
     if source is None:
         raise ValueError(f"{manifest.stage}/{manifest.key[:12]} was made without {name}, which is needed here")
@@ -121,7 +121,7 @@ def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
 
 
 def make_plan(model: Model, last: Manifest | None, request: Request) -> Plan:
-    """last: the model's last evaluation, None where there is none. Raises ValueError where it is not known how to evaluate."""
+    """last: the model's last evaluation, if any. Raises ValueError if it is not known how to evaluate."""
     if request.has_config:
         planned = _wire(model, request.config, request, {})
     elif last is None:
@@ -137,7 +137,7 @@ def make_plan(model: Model, last: Manifest | None, request: Request) -> Plan:
 
 
 def _recorded_run(last: Manifest, samples: Manifest, compared_with: Manifest, request: Request) -> RunConfig:
-    """The dataset stands once, so that one key=value replaces it everywhere."""
+    """The run of a recorded evaluation. It has the dataset once, so one key=value replaces it everywhere."""
     sections = {"generate": dict(samples.config), "evaluate": dict(last.config), "reference": dict(compared_with.config)}
     shared = sections["reference"].get("dataset")
     for section in sections.values():
@@ -151,7 +151,9 @@ def _first_run(model: Model, request: Request) -> RunConfig:
         token_map = input_of(model.store, model.manifest, "token_map")
         values["dataset"] = dict(input_of(model.store, token_map, "dataset").config)
     elif not request.names("dataset") and not request.config.reference.npz:
-        raise ValueError("it was never evaluated, and what it was trained on is not known here; give a CONFIG, or dataset.kind=...")
+        raise ValueError(
+            "it was never evaluated, and the dataset that it was trained on is not known here; give a CONFIG, or dataset.kind=..."
+        )
     return request.over("the model's card", values)
 
 
@@ -187,7 +189,7 @@ def _wire(model: Model, run: RunConfig, request: Request, recorded: Mapping[str,
 
 
 def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
-    """An evaluation is not reused where scores are defined otherwise since, though its stage says nothing of that."""
+    """An evaluation is not reused if the definition of its scores has changed since. The key of the stage does not contain it."""
     found = {item.node.id: item.manifest for item in look_up(planned, store)} | dict(planned.given)
     samples, compared_with, evaluation = (found[name] for name in ("generate", "reference", "evaluate"))
     if samples is None or compared_with is None or evaluation is None:
@@ -204,29 +206,29 @@ def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
 
 
 def changes(last: Manifest, store: ArtifactStore, planned: Sequence[PlannedStage], given: Mapping[str, Manifest]) -> str:
-    """Why an evaluation by this plan is another one than the last, in a few words."""
+    """Why an evaluation by this plan differs from the last one, in a few words."""
     found = {item.node.id: item for item in planned}
     before = {"evaluate": last}
     if (samples := read_input(store, last, "samples")) is not None:
         before["generate"] = samples
-    said = []
+    reasons = []
     for id, manifest in before.items():
         node = found[id].node
         if node.stage.version != manifest.stage_version:
-            said.append(f"stage {id} is version {node.stage.version}, was {manifest.stage_version}")
-        said += _changed(id, manifest.config, configuration.redacted(node.config))
+            reasons.append(f"stage {id} is version {node.stage.version}, was {manifest.stage_version}")
+        reasons += _changed(id, manifest.config, configuration.redacted(node.config))
     was = last.inputs["reference"]["digest"]
     now = given["reference"] if "reference" in given else found["reference"].manifest
     if now is None or now.digest != was:
-        said.append("another reference")
+        reasons.append("another reference")
     if _METRIC_VERSION in (found["evaluate"].node.identity or {}):
-        said.append("another metric version")
-    more = [f"and {len(said) - _SHOWN_CHANGES} more"] if len(said) > _SHOWN_CHANGES else []
-    return "; ".join([*said[:_SHOWN_CHANGES], *more]) or "other inputs"
+        reasons.append("another metric version")
+    more = [f"and {len(reasons) - _SHOWN_CHANGES} more"] if len(reasons) > _SHOWN_CHANGES else []
+    return "; ".join([*reasons[:_SHOWN_CHANGES], *more]) or "other inputs"
 
 
 def read_input(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest | None:
-    """None where it has no such input, or the store no longer has it."""
+    """An input of an artifact; None if it has no such input, or the store no longer has it."""
     source = manifest.inputs.get(name)
     return None if source is None else store.read_manifest(source["stage"], source["key"])
 
@@ -239,7 +241,7 @@ def _changed(prefix: str, was: Any, now: Any) -> list[str]:
 
 
 def is_comparable(last: Manifest, now: Manifest, store: ArtifactStore) -> bool:
-    """Whether two evaluations of a model measure the same: the same protocol, of samples that were asked for in the same way."""
+    """Whether two evaluations of a model are comparable: by the same protocol, of samples with the same config."""
     if EvaluationSummary.read(last).protocol_digest != EvaluationSummary.read(now).protocol_digest:
         return False
     before, after = read_input(store, last, "samples"), read_input(store, now, "samples")
@@ -250,7 +252,7 @@ def is_comparable(last: Manifest, now: Manifest, store: ArtifactStore) -> bool:
 
 
 def _asked(samples: Manifest) -> Any:
-    """What decides samples beside model and code, with today's defaults for what was not said yet; None for what is not known."""
+    """What determines samples beside model and code. Defaults fill in what older configs lack; None if they cannot be read."""
     try:
         config = configuration.merge(generate.GenerateConfig, [("samples", OmegaConf.create(dict(samples.config)))])
     except configuration.ConfigError:
@@ -263,14 +265,14 @@ def _asked(samples: Manifest) -> Any:
 
 
 def look_up(planned: Plan, store: ArtifactStore) -> list[PlannedStage]:
-    """What evaluating would reuse and compute."""
+    """What the evaluation would reuse and compute."""
     return driver.plan(planned.nodes, store, planned.given)
 
 
 def afresh(planned: Plan, token: str) -> Plan:
-    """The same with sampling and scoring computed anew, in stages of their own names: nothing that is there is touched.
+    """The same plan with the measured stages computed again, as stages of other names. Existing artifacts are not touched.
 
-    token: whoever gives the same one goes on with what was computed for it. What is published is said by the caller alone.
+    token: a later call with the same token resumes the work of an earlier one. Only the caller publishes the result.
     """
 
     def scratch(node: Node) -> Node:
@@ -284,7 +286,7 @@ def afresh(planned: Plan, token: str) -> Plan:
 
 
 def publishing(planned: Plan, also: Callable[[Manifest, PublishContext], None]) -> Plan:
-    """The same, with something more to tell of the evaluation on its tracking run."""
+    """The same plan, with `also` called for the evaluation and its tracking run."""
     node = planned.nodes[-1]
     usual = node.stage.publish
 
@@ -297,5 +299,5 @@ def publishing(planned: Plan, also: Callable[[Manifest, PublishContext], None]) 
 
 
 def execute(planned: Plan, session: Session) -> list[FinishedStage]:
-    """Raises as workflow.execute does."""
+    """Run a plan. Raises as driver.execute does."""
     return driver.execute(planned.nodes, session, planned.given)

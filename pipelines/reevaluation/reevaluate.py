@@ -1,10 +1,10 @@
-"""Evaluating registered models again: those whose evaluation is missing, too old, or no longer what would be measured now.
+"""Evaluate registered models again: those whose evaluation is missing, too old, or not what would be measured now.
 
-What is too old is a check: it is measured anew, beside what is there, and compared with it. What is recorded says when it was
-measured, so that looking at it makes nothing younger.
+An evaluation that is too old is checked: it is measured again beside the existing one, and both are compared. The record contains
+the time of the measurement. Reading a record does not update its timestamp.
 
-Safe to start twice at once: artifacts are content-addressed and tags say the same whoever writes them. A lease on the version,
-which expires, only keeps two processes from doing the same work; nothing depends on it.
+It is safe to start two at the same time: artifacts are content-addressed, and both write the same tags. A lease on the version
+keeps two processes from doing the same work. It expires, and nothing depends on it.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from pipelines.workflow.stage import FinishedStage, PlannedStage, PublishContext
 _log = logging.getLogger(__name__)
 MODELS = ("enat-*", "nat-*")
 LEASE = "enat.lease"
-_ANEW = "to be computed anew"
-_LEASE_LENGTH = timedelta(hours=6)  # of work that a machine lost with its process; within one machine a lease ends with its process
+_AGAIN = "to be computed again"
+_LEASE_LENGTH = timedelta(hours=6)  # after which the work of a lost machine is free; on one machine a lease ends with its process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """match: patterns of model names.   older_than: seconds.   limit: models that are evaluated at most; those that fail or
-    another process is at take nobody's place.
+    """match: patterns of model names.   older_than: seconds.   limit: models that are evaluated at most; those that fail, or
+    that another process evaluates, do not count.
 
-    is_fresh: compute also what is there and not old anew, beside it, and compare.   is_dry_run: only say what is due.
+    is_fresh: also check evaluations that are not too old.   is_dry_run: only list what is due.
     """
 
     match: Sequence[str] = MODELS
@@ -70,7 +70,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one version. verdict: fresh, due, busy, evaluated, drift or failed.   note: why, in words.
+    """The result for one version. verdict: fresh, due, busy, evaluated, drift or failed.   note: why, in words.
 
     was, now: scores.   evaluation: the artifact that counts, "evaluate/<key>".   seconds: waited for.   worker_seconds,
     device_seconds: of what was computed and not reused.
@@ -91,9 +91,9 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """A version with what is known of it before anything is computed. reason: why it is due; None where it is not.
+    """A version and what is known of it before anything is computed. reason: why it is due; None if it is not.
 
-    is_check: what it would be is there, and is measured anew all the same.
+    is_check: the evaluation exists, and is measured again all the same.
     """
 
     model: Model
@@ -115,10 +115,10 @@ class _Case:
 
 
 def reevaluate(request: Request, source: str, options: Options, console: Console) -> list[Outcome]:
-    """Evaluate what is due, and say of every model what became of it, in the order of their names.
+    """Evaluate what is due. Returns an outcome for every model, ordered by name.
 
-    source: where the request came from, for tracking.   Raises ValueError for what no model can be evaluated by, and
-    as tracked.experiments does.
+    source: where the request came from, for tracking.   Raises ValueError for a request by which no model can be evaluated, and
+    TrackingError if the registry cannot be read.
     """
     config = request.config
     uri = runner.tracking_uri(config)
@@ -130,13 +130,15 @@ def reevaluate(request: Request, source: str, options: Options, console: Console
     outcomes: dict[str, Outcome] = {}
     due: list[_Case] = []
     with console.status("looking at models and their stores"):
-        for version in (version for version in named if "enat.artifact" in version.tags):  # others were made by someone else
+        for version in (
+            version for version in named if "enat.artifact" in version.tags
+        ):  # the others were not registered by this program
             found = _examined(version, request, options)
             if isinstance(found, Outcome):
                 outcomes[version.name] = found
             else:
                 due.append(found)
-    # What was never evaluated first, then the longest ago.
+    # Models that were never evaluated come first, then those evaluated longest ago.
     due.sort(key=lambda case: case.recorded.evaluated.timestamp() if case.recorded else -math.inf)
     evaluator = _Evaluator(request, source, options, console, uri)
     with evaluator.ending(outcomes):
@@ -159,7 +161,7 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 
 def _examined(version: ModelVersion, request: Request, options: Options) -> _Case | Outcome:
-    """What is due as a case, what is not, or cannot be, as an outcome."""
+    """A case for a version that is due, an outcome for one that is not due or cannot be evaluated."""
     try:
         case = _examine(version, request, options)
     except Exception as error:  # noqa: BLE001 (one model must not stop the others)
@@ -167,7 +169,7 @@ def _examined(version: ModelVersion, request: Request, options: Options) -> _Cas
     if case.reason is not None:
         return case
     assert case.recorded is not None and case.last is not None
-    if not options.is_dry_run:  # whoever removes what is not used must not take it away before it is due
+    if not options.is_dry_run:  # a removal of unused artifacts must keep it until it is due
         sources = [(source["stage"], source["key"]) for source in case.last.inputs.values()]
         case.model.store.record_use(case.last.stage, case.last.key, sources)
     note = f"evaluated {_ago(case.recorded.evaluated)} ago" + (f"; {case.recorded.drift}" if case.recorded.drift else "")
@@ -183,7 +185,7 @@ def _examine(version: ModelVersion, request: Request, options: Options) -> _Case
         last = model.store.read_manifest(stage, key)
         if last is None and not request.has_config:
             raise ValueError(
-                f"its evaluation {stage}/{key[:12]} is gone from {model.store.uri}; a CONFIG says how to evaluate it anew"
+                f"its evaluation {stage}/{key[:12]} is not in {model.store.uri} anymore; give a CONFIG to evaluate it again"
             )
     plan = reevaluation_plan.make_plan(model, last, request)
     planned = reevaluation_plan.look_up(plan, model.store)
@@ -199,7 +201,7 @@ def _examine(version: ModelVersion, request: Request, options: Options) -> _Case
         is_old = age >= options.older_than
         reason = f"evaluated {show_age(age)} ago" if is_old else None
     elif options.is_fresh:
-        reason = _ANEW
+        reason = _AGAIN
     is_check = planned[-1].is_reused and (is_old or options.is_fresh)
     return _Case(model=model, recorded=recorded, last=last, plan=plan, planned=planned, reason=reason, is_check=is_check)
 
@@ -210,9 +212,11 @@ def _ago(moment: datetime) -> str:
 
 def _failed(version: ModelVersion, error: Exception, **fields: Any) -> Outcome:
     _log.info("%s version %s failed", version.name, version.version, exc_info=error)
-    said = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
     is_expected = isinstance(error, ValueError | workflow_stage.StageError | search.TrackingError)
-    return Outcome(version=version, verdict="failed", note=said if is_expected else f"{type(error).__name__}: {said}", **fields)
+    return Outcome(
+        version=version, verdict="failed", note=message if is_expected else f"{type(error).__name__}: {message}", **fields
+    )
 
 
 # Evaluating -----------------------------------------------------------------------------------------------------------------
@@ -243,7 +247,7 @@ class _Evaluator:
         if now == case.recorded:
             return case
         again = _examine(replace(case.model.version, tags=tags), self.request, self.options)
-        if again.reason not in (None, _ANEW):
+        if again.reason not in (None, _AGAIN):
             return again
         assert now is not None
         note = "evaluated meanwhile by another process"
@@ -259,7 +263,7 @@ class _Evaluator:
         baseline = before.metrics if before is not None else case.was
 
         def moved_in(result: Manifest) -> list[ScoreChange] | None:
-            """None where the two are no measurements of the same."""
+            """None if the two are not comparable."""
             is_comparable = _is_comparable(case, before, result)
             return find_drift(baseline, result.metrics, self.options.tolerances) if is_comparable else None
 
@@ -294,17 +298,17 @@ class _Evaluator:
         assert case.reason is not None
         if moved:
             return words(moved)
-        said = [case.reason]
+        notes = [case.reason]
         if case.is_check and moved is not None:
-            said.append("computed anew, nothing moved")
+            notes.append("computed again, nothing moved")
         if not is_measured:
-            said.append("all of it was there")
+            notes.append("everything was reused")
         if moved is None and case.recorded is not None:
-            said.append("not comparable with what it was")
-        return "; ".join(said)
+            notes.append("not comparable with the old scores")
+        return "; ".join(notes)
 
     def _token(self, case: _Case) -> str:
-        """The same until this check is done, so that one that was killed goes on; another for the next."""
+        """Names a check. It stays the same until the check is done, so a killed check resumes."""
         since = case.recorded.evaluated.isoformat() if case.recorded else ""
         return digest_of([since, provenance.code_version()])[:16]
 
@@ -340,8 +344,8 @@ class _Evaluator:
         return done
 
     def _tag(self, case: _Case, kept: Manifest, result: Manifest, moved: list[ScoreChange] | None, is_measured: bool) -> None:
-        """What moved stays written until a later measurement finds that nothing does. kept: the evaluation that counts.
-        result: the last measurement, which says when that was; one that was there already was measured when it was made."""
+        """Tags the version. A drift stays tagged until a later measurement finds none. kept: the evaluation that counts.
+        result: the last measurement, whose time is recorded."""
         node = case.recorded.node if case.recorded and not self.request.has_config else "evaluate"
         samples = reevaluation_plan.input_of(case.model.store, kept, "samples")
         evaluated = evaluation_record.made_at(result)
@@ -356,7 +360,7 @@ class _Evaluator:
 
     @contextmanager
     def _lease(self, version: ModelVersion) -> Iterator[tuple[str | None, Mapping[str, str]]]:
-        """Who holds it, if anyone else does, and the version's tags as they are now."""
+        """Yields the holder of the lease if it is another process, and the current tags of the version."""
         found = search.read_version(self.uri, version.name, version.version)
         held_by = _holder_of(found.tags.get(LEASE))
         if held_by is not None:
@@ -365,7 +369,7 @@ class _Evaluator:
         until = (datetime.now(UTC) + _LEASE_LENGTH).isoformat(timespec="seconds")
         own = f"{socket.gethostname()} {os.getpid()} {until}"
         search.tag_version(self.uri, found, {LEASE: own})
-        # MLflow knows no condition for writing: of two that wrote at once the one that is read goes on; both would do no harm.
+        # MLflow has no conditional write. If two processes write at the same time, the one that is read continues.
         found = search.read_version(self.uri, version.name, version.version)
         if found.tags.get(LEASE) != own:
             yield _holder_of(found.tags.get(LEASE)) or "another process", found.tags
@@ -379,7 +383,7 @@ class _Evaluator:
 
     @contextmanager
     def ending(self, outcomes: Mapping[str, Outcome]) -> Iterator[None]:
-        """Ends the tracking run, whatever happens, with what became of the models until then."""
+        """Ends the tracking run in any case, with the outcomes so far."""
         status = "KILLED"
         try:
             yield
@@ -392,7 +396,7 @@ class _Evaluator:
 
 
 def _is_comparable(case: _Case, before: Manifest | None, result: Manifest) -> bool:
-    """before: None where what was recorded has no artifact any more."""
+    """before: None if the artifact of the recorded evaluation no longer exists."""
     store = case.model.store
     if before is not None:
         return reevaluation_plan.is_comparable(before, result, store)
@@ -400,7 +404,7 @@ def _is_comparable(case: _Case, before: Manifest | None, result: Manifest) -> bo
 
 
 def _holder_of(lease: str | None) -> str | None:
-    """Who holds a lease: None where nobody does, it has expired, or its process on this machine is gone."""
+    """The holder of a lease; None if there is no lease, it has expired, or its process on this machine has ended."""
     try:
         host, pid, until = (lease or "").split()
         is_over = datetime.fromisoformat(until) <= datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""What a person, or a program, sees of a re-evaluation: a line per model that failed or moved, and the closing table."""
+"""The answer of a re-evaluation: a table, a line per model, and JSON."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _row(outcome: Outcome, prices: Prices | None) -> dict[str, Any]:
 
 def show(outcomes: Sequence[Outcome], console: Console) -> None:
     if not outcomes:
-        console.print("no registered model is there to evaluate")
+        console.print("there are no registered models to evaluate")
         return
     table = Table(box=None, pad_edge=False)
     for column in ("model", "version", "", "was", "now", "verdict", "cost"):

@@ -1,7 +1,7 @@
-"""What a registered model says of its last evaluation: tags on its version, so that a schedule knows what is due.
+"""The last evaluation of a registered model, as tags on its version. A schedule reads them to find what is due.
 
-Whoever evaluates a model writes the same tags: `enat run` after stage evaluate (record), and `enat reevaluate`. The numbers are
-in the artifact that the tags name; scores are tags, too, for people who look at the registry.
+`enat run` writes them after stage evaluate (record), and `enat reevaluate` writes the same tags. The tags name the artifact that
+holds the numbers. Scores are tags, too, for people who look at the registry.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class EvaluationSummary(Summary):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord:
-    """What the tags of a version say.
+    """The tags of a version.
 
     evaluated: UTC, when the scores were made, or last found to be what they still are.   evaluation: "evaluate/<key>".
     node: of the pipeline that made them, evaluate or evaluate@variant.   scores: by metric.   drift: what moved, if anything did.
@@ -66,7 +66,7 @@ class EvaluationRecord:
 
     @classmethod
     def of(cls, tags: Mapping[str, str]) -> EvaluationRecord | None:
-        """None where the version was not evaluated, or its tags were written by someone else."""
+        """None if the version was not evaluated, or its tags cannot be read."""
         try:
             evaluated = datetime.fromisoformat(tags[EVALUATED])
             scores = {name.removeprefix(SCORE): float(value) for name, value in tags.items() if name.startswith(SCORE)}
@@ -84,13 +84,13 @@ class EvaluationRecord:
         )
 
     def is_comparable(self, evaluation: Manifest, samples: Manifest) -> bool:
-        """Whether an evaluation measures what these scores do. For where their own artifact is gone."""
+        """Whether an evaluation is comparable with these scores, whose own artifact may be gone."""
         own = (EvaluationSummary.read(evaluation).protocol_digest, sampling_digest(samples))
         return own == (self.protocol, self.sampling)
 
 
 def sampling_digest(samples: Manifest) -> str:
-    """Of what decides samples beside model and code."""
+    """Digest of what determines samples beside model and code."""
     config = {name: value for name, value in samples.config.items() if name not in _NO_QUESTION and value is not None}
     inputs = {name: source["digest"] for name, source in samples.inputs.items() if name != "model"}
     return digest_of({"config": config, "inputs": inputs})[:12]
@@ -99,9 +99,9 @@ def sampling_digest(samples: Manifest) -> str:
 def tags_of(
     manifest: Manifest, samples: Manifest, scores: Iterable[str], *, node: str, evaluated: datetime | None = None
 ) -> dict[str, str]:
-    """Tags for the version of a model that this is the evaluation of. scores: metrics that are to be tags.
+    """Tags for the version of the evaluated model. scores: metrics to be written as tags.
 
-    evaluated: where they were found again later than they were made.
+    evaluated: the time of a later measurement with the same scores.
     """
     moment = evaluated or made_at(manifest)
     tags = {
@@ -119,15 +119,15 @@ def made_at(manifest: Manifest) -> datetime:
 
 
 def replacing(tags: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str | None]:
-    """The same, and None for scores of an earlier evaluation that this one has not."""
+    """The same tags, and None for scores of an earlier evaluation that this one lacks."""
     return {**dict.fromkeys(name for name in found if name.startswith(SCORE)), **tags}
 
 
 def record(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext, scores: Iterable[str]) -> None:
-    """Write the tags after stage evaluate has run or was reused; nothing where the model is not registered, or none of ours.
+    """Write the tags after stage evaluate has run or was reused, if the model is registered.
 
-    A variant that only samples otherwise is an evaluation of the same model: it does not take the place of the run's own. Nor
-    does an older evaluation that is reused make what is known of this one look older.
+    A variant that only samples differently evaluates the same model; it does not replace the run's own evaluation. An older
+    evaluation that is reused does not replace a newer one.
     """
     model = inputs.get("model")
     if model is None:

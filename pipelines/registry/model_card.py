@@ -1,6 +1,6 @@
-"""What is told of a trained model in MLflow's model registry: a name, tags to find it by, and a card for people.
+"""A trained model in MLflow's model registry: its name, its tags, and a card for people.
 
-The weights stay in the artifact store. A registered version says which artifact it is, and holds the card and the manifest.
+The weights stay in the artifact store. A registered version names its artifact, and contains the card and the manifest.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import PublishContext
 
 CARD = "README.md"
-# Fields of a model and of its masking that give it no name of its own: what the data decides, and sizes.
+# Fields of a model that are not part of its name: those that the data determines, and sizes.
 _FROM_DATA = {"grid_size", "codebook_size", "num_classes", "text_width", "num_text_tokens"}
 _SIZES = {"encoder_layers", "decoder_layers", "embed_dim", "num_heads"}
-_NOT_RECIPE = {"execution", "model", "s3", "sampler"}  # parts of a TrainConfig that stand elsewhere on a card, or on none
+_NOT_RECIPE = {"execution", "model", "s3", "sampler"}  # parts of a TrainConfig that are elsewhere on a card, or not on it
 
 
 def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
-    """Register a model that was trained or imported; an untrained one is for comparison only."""
+    """Register a trained or imported model. Untrained models are for comparison only and are not registered."""
     summary = ModelSummary.read(manifest)
     if summary.num_steps == 0 and not summary.is_imported:
         return
@@ -42,10 +42,10 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
 
 
 def registered_name(manifest: Manifest) -> str:
-    """enat-<size>-<dataset>, and what differs from it: enat-s-imagenet-decoder_attention-full, enat-b-coco-text for captions.
+    """enat-<size>-<dataset> and what differs from the usual: enat-s-imagenet-decoder_attention-full, enat-b-coco-text for captions.
 
-    Versions of one name follow each other, and an alias moves among them; so an ablation is no version of what it is compared
-    with. The size is the preset's; of a model without one it is the number of parameters and the layers of encoder and decoder.
+    An alias moves among the versions of a name, so an ablation gets a name of its own. The size is the preset's. For a model
+    without a preset it is the number of parameters and the layers of encoder and decoder.
     """
     summary, preset = ModelSummary.read(manifest), manifest.config["model"]["preset"]
     model = summary.model
@@ -72,7 +72,7 @@ def _plain(value: Any) -> str:
 
 
 def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -> dict[str, str]:
-    """What finds the artifact again, and what it was made from."""
+    """Tags that identify the artifact and its inputs."""
     summary = ModelSummary.read(manifest)
     tags = {
         registry.DIGEST_TAG: manifest.digest,
@@ -91,7 +91,7 @@ def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: st
 
 
 def model_card(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -> str:
-    """Markdown. Everything is read from the manifests; nothing is loaded."""
+    """The card as Markdown, from manifests alone."""
     sections = [
         _head(manifest, inputs),
         f"## Load and sample\n\n{_usage(manifest, inputs, store_uri)}",
@@ -108,7 +108,7 @@ def _head(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
     summary, provenance = ModelSummary.read(manifest), manifest.provenance
     dataset, resolution = _escaped(summary.dataset), _tokenizer_config(inputs).resolution
     origin = (
-        f"These are published weights, imported and not trained here, for images of {resolution} px."
+        f"These are published weights for images of {resolution} px, imported and not trained here."
         if summary.is_imported
         else f"It was trained on {dataset} at {resolution} px for {summary.num_steps:,} steps."
     )
@@ -137,8 +137,8 @@ def _usage(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -
         )
     else:
         labels = f"labels = torch.arange({min(model.num_classes, 8)})" if model.num_classes else "labels = torch.tensor([0])"
-    return f"""The weights are not among the files of this version. They lie in the artifact store, under the key above. An S3
-service other than AWS is named by `AWS_ENDPOINT_URL`. What is fetched is checked against its sha256.
+    return f"""The weights are not among the files of this version. They are in the artifact store, under the key above. Set
+`AWS_ENDPOINT_URL` for an S3 service other than AWS. Files are checked against their sha256 when they are fetched.
 
 ```python
 import torch
@@ -177,7 +177,7 @@ def _data(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
 
 def _training(manifest: Manifest) -> str:
     if ModelSummary.read(manifest).is_imported:
-        return "Done by whoever published the weights; recipe and metrics are theirs to tell."
+        return "The weights were trained elsewhere. Their publisher describes the recipe and the metrics."
     metrics = [(name, f"{value:,.6g}") for name, value in manifest.metrics.items() if name.startswith("final/")]
     recipe = [(name, value) for name, value in manifest.config.items() if name not in _NOT_RECIPE and value is not None]
     return f"{_table(recipe)}\n\nAt the end of it:\n\n{_table(metrics)}" if metrics else _table(recipe)
@@ -206,20 +206,20 @@ def _limits(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
         [
             f"- It makes images of {resolution} px like those of {learned}, {_condition(manifest)}, with the biases of that data. "
             "Nothing filters what it makes.",
-            "- It speaks the codes of the one tokenizer named above; another one's decoder turns them into noise.",
-            "- Numbers on this card are of training. How good samples are, the stage evaluate measures, for one sampler at a time. "
-            "Whether images of the data are reproduced was not examined.",
+            "- It generates codes of the tokenizer named above; the decoder of another tokenizer turns them into noise.",
+            "- The numbers on this card are from training. The stage evaluate measures the quality of samples, for one sampler at "
+            "a time. Whether the model reproduces training images was not examined.",
         ]
     )
 
 
 def _sampler(manifest: Manifest) -> SamplerConfig:
-    """The one that training showed its samples with."""
+    """The sampler of the previews in training."""
     return SamplerConfig(**manifest.config["sampler"])
 
 
 def _sampler_call(sampler: SamplerConfig) -> str:
-    """As Python, without fields that are what they usually are."""
+    """As Python code, without fields at their defaults."""
     usual = SamplerConfig()
     shown = ("num_steps", "guidance_scale", "sampling_temperature", "remask_temperature")
     values = [(name, value) for name, value in vars(sampler).items() if name in shown or value != getattr(usual, name)]

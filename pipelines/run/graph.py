@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def section(stage: Stage, run: RunConfig) -> Any:
-    """A stage's config: the run's section of its name, or the defaults if there is none, with the run's dataset, seed and s3.
+    """A stage's config: the run's section of its name, or its defaults, with the run's dataset, seed and s3.
 
     None if the run leaves the section out.
     """

@@ -1,4 +1,4 @@
-"""One pipeline run from its config to its closing answer: store, log file, tracking run, stages, report."""
+"""One pipeline run, from its config to its answer: store, log file, tracking run, stages, report."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a job's driver
 
 
 def run(config: RunConfig, source: str, console: Console, build: Callable[[RunConfig], list[Node]] = graph.build) -> dict[str, Any]:
-    """Make what a config asks for. source: where it came from, for tracking.   build: the stages, all of the pipeline's if it is
-    not given.   Returns the answer of `enat run --json`."""
+    """Run what a config asks for. source: of the config, for tracking.   build: the nodes; the default is the whole pipeline.
+
+    Returns the answer of `enat run --json`."""
     started = time.monotonic()
     store = open_store(config.store_uri, config.s3)
     store.check_writable()
     workspace = Path(config.workspace)
     log_to(workspace / "logs" / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}.log")
-    with console.status("looking at the dataset"):
+    with console.status("listing the dataset"):
         nodes = build(config)
     uri = tracking_uri(config)
     tags = {"enat.config": source, "enat.code": provenance.code_version(), "enat.store": without_credentials(store.uri)}
@@ -71,7 +72,7 @@ def run(config: RunConfig, source: str, console: Console, build: Callable[[RunCo
 
 
 def pin_code(run: RunHandle) -> None:
-    """Of code that came as a package or in an image: which commit it is, and what was changed since. A job's files go with it."""
+    """Tags the run with the commit and the changes of code from a package or an image. The files of a job are deleted with it."""
     state = provenance.read_state()
     if state is None:
         return
@@ -81,7 +82,7 @@ def pin_code(run: RunHandle) -> None:
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """Where runs are tracked. Raises ValueError where a job of a cluster would track them in a folder that is removed with it."""
+    """Where runs are tracked. Raises ValueError if a job of a cluster would track them in a folder that is removed with it."""
     uri = tracking.resolve_uri(config.tracking, Path(config.workspace))
     given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     place = given.removeprefix("sqlite:///") if given else config.workspace
@@ -101,8 +102,8 @@ def _copy_report(manifest: Manifest, store: ArtifactStore, target: Path) -> Path
 
 
 def log_to(path: Path) -> None:
-    """To a file everything from warnings up, and of our own code whatever tells how things went, such as tracebacks of what a run
-    went on without; warnings of our own also to the terminal."""
+    """Log to a file: warnings of all code and information of this package, such as tracebacks of failures that a run survived.
+    Warnings of this package also go to the terminal."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a person sees of a plan, and at the end of a run: what was made, where it lies, what it is worth, what it took."""
+"""What a person sees of a plan, and at the end of a run: artifacts, their places, scores and cost."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def show_plan(planned: Sequence[PlannedStage], store: str, console: Console) -> 
 
 
 def show(answer: Mapping[str, Any], console: Console) -> None:
-    """The closing summary: one line a stage with what it measured, the scores side by side, and where things lie."""
+    """The closing summary: one line per stage with its metrics, the scores side by side, and the paths of the results."""
     stages = _table("What was made", "stage", "", "key", "measured")
     for item in answer["stages"]:
         if item["stage"].startswith("evaluate"):
@@ -103,7 +103,7 @@ def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) ->
 
 
 def show_import(target: str, values: Sequence[str], name: str, place: str, console: Console) -> None:
-    """How a config uses what was imported. values: of the config, key=value; the weights are named by their digest instead."""
+    """How a config uses imported weights. values: of the config, key=value; the weights are named by their digest."""
     key = f"{target}.weights="
     lines = OmegaConf.to_yaml(OmegaConf.from_dotlist([key + name if value.startswith(key) else value for value in values]))
     console.print(f"\n{place}\n\nin a config:\n\n{lines.rstrip()}", markup=False, highlight=False, soft_wrap=True)

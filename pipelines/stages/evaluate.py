@@ -60,7 +60,7 @@ class EvaluateConfig:
 
     judge: "svc", a scikit-learn support vector machine fitted on the pixels of the real images; None for none.
     rounding: of decoded samples before features are computed: "uint8", as of images in files, or "float", not rounded at all.
-    images: where samples of another generator lie, if it is these that are scored.
+    images: the samples of another generator, if these are scored.
     """
 
     metrics: tuple[str, ...] | None = None

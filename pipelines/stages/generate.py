@@ -75,7 +75,7 @@ class GenerateConfig:
 
     labels: asked for in turn; none means each class in turn.
     caption_choice: of a model of captions. "drawn" by the seed: one caption each of as many different images as there are, then a
-    second one each, and so on; "in_order" as the dataset has them. Where captions run out they begin anew, with other seeds.
+    second one each, and so on; "in_order" as the dataset has them. If there are too few captions, they repeat with other seeds.
     mask_ratio: begin with codes of the token map, this share of them masked, and the label of their row; rows and positions are
     drawn by the seed. None begins with nothing.
     dataset: whose captions a model of captions is given; None takes the run's.

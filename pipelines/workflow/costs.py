@@ -1,7 +1,7 @@
-"""What a result took: hours of workers and devices of everything it was made from, and money where prices are given.
+"""The cost of a result: hours of workers and devices of everything it was made from, and money if prices are given.
 
-The lineage of an artifact is read from the manifests in the store. What runs reused counts with what making it took, once,
-however many of the later stages read it.
+The lineage of an artifact is read from the manifests in the store. A reused artifact counts with the cost of making it, once, no
+matter how many later stages read it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Prices:
         if not re.fullmatch(r"[A-Z]{3}", self.currency):
             raise ValueError(f"prices.currency is {self.currency!r}; give three capital letters, such as USD or EUR")
         if not self.device_hour and not self.worker_hour:
-            raise ValueError("prices gives neither device_hour nor worker_hour; give at least one, or leave prices out")
+            raise ValueError("prices has neither device_hour nor worker_hour; give at least one, or leave prices out")
 
     def of(self, worker_hours: float, device_hours: float) -> float:
         return worker_hours * self.worker_hour + device_hours * self.device_hour
@@ -53,11 +53,10 @@ class Prices:
 
 @dataclass(frozen=True, kw_only=True)
 class LineageCost:
-    """worker_seconds, device_seconds: by kind; every kind of KINDS is there, OTHER where a stage has no kind.
+    """worker_seconds, device_seconds: by kind; all of KINDS, and OTHER if a stage has no kind.
 
-    imported: artifacts of weights or statistics made elsewhere, of which nothing counts here but what a reference took to compute
-    features beside its statistics.   missing: ancestors of which the store no longer has a manifest that can be read and says what
-    they took; nor is it known what they alone were made from took. Both as "stage/key".
+    imported: artifacts that were made elsewhere. Only stages with is_counted_if_imported count for them.   missing: ancestors whose
+    cost is not known, because the store has no readable manifest with it; their own ancestors are unknown, too. Both as "stage/key".
     """
 
     worker_seconds: Mapping[str, float]
@@ -67,7 +66,7 @@ class LineageCost:
 
 
 def lineage_cost(store: ArtifactStore, manifest: Manifest, stages: Mapping[str, Stage]) -> LineageCost:
-    """What the artifact and everything it was made from took. stages: by name."""
+    """The cost of an artifact and everything it was made from. stages: by name."""
     worker_seconds = dict.fromkeys(KINDS, 0.0)
     device_seconds = dict.fromkeys(KINDS, 0.0)
     imported, missing = [], []
@@ -100,10 +99,10 @@ def lineage_cost(store: ArtifactStore, manifest: Manifest, stages: Mapping[str, 
 def cost_metrics(
     store: ArtifactStore, manifest: Manifest, stages: Mapping[str, Stage], prices: Prices | None = None
 ) -> dict[str, float]:
-    """Hours by kind and in all, as metrics: cost/training_device_hours, cost/training_worker_hours, cost/total_..., and so on.
+    """Hours by kind and in total, as metrics: cost/training_device_hours, cost/training_worker_hours, cost/total_..., and so on.
 
-    cost/imported_artifacts and cost/missing_artifacts count what the sums leave out: where the second is not 0, they are lower
-    bounds. cost/total_money, in the currency of the prices, only where prices are given.
+    cost/imported_artifacts and cost/missing_artifacts count what the sums leave out. If the second is not 0, the sums are lower
+    bounds. cost/total_money is in the currency of the prices, and exists only if prices are given.
     """
     cost = lineage_cost(store, manifest, stages)
     worker_hours = {kind: seconds / _SECONDS_PER_HOUR for kind, seconds in cost.worker_seconds.items()}
@@ -118,14 +117,14 @@ def cost_metrics(
 
 
 def _seconds(manifest: Manifest) -> tuple[float, float] | None:
-    """Worker- and device-seconds; None where they are no such numbers: others write to a store that is shared."""
+    """Worker- and device-seconds; None if the manifest has no valid numbers. Others may write to a shared store."""
     values = [manifest.provenance.get(name) for name in ("worker_seconds", "device_seconds")]
     numbers = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value) and value >= 0]
     return (numbers[0], numbers[1]) if len(numbers) == len(values) else None
 
 
 def _lineage(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, Manifest | None]]:
-    """The artifact and every ancestor once, as ("stage/key", manifest); None for one that the store does not have."""
+    """The artifact and every ancestor once, as ("stage/key", manifest); None for a manifest that the store does not have."""
     waiting: list[tuple[str, str]] = [(manifest.stage, manifest.key)]
     seen = set(waiting)
     while waiting:
@@ -140,9 +139,9 @@ def _lineage(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, Ma
 
 
 def _read(store: ArtifactStore, stage: str, key: str) -> Manifest | None:
-    """None for a damaged one, too: the scores of an evaluation do not depend on it."""
+    """A manifest; None also if it is damaged, because the scores of an evaluation do not depend on it."""
     try:
         return store.read_manifest(stage, key)
     except StoreError as error:
-        _log.warning("what it took is not known: %s", error)
+        _log.warning("the cost of an artifact is not known: %s", error)
         return None

@@ -1,8 +1,8 @@
 """Stages, their keys, the plan, and running it.
 
 A stage is a function `(config, inputs, context) -> StageResult`; a node is a stage with its config and the nodes it reads from.
-The driver walks the nodes in order and asks the store for each key: what is there is reused, what is not is computed and
-committed. Ray does the distribution inside a stage; nothing here schedules anything.
+The driver walks the nodes in order and looks up each key in the store: existing artifacts are reused, missing ones are computed and
+committed. Ray distributes the work inside a stage. Nothing here schedules anything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def stage_key(node: Node, inputs: Mapping[str, Manifest]) -> str:
 
 
 def plan(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manifest] | None = None) -> list[PlannedStage]:
-    """What a run would reuse and compute. Nodes must come after those they read from.
+    """What a run would reuse and compute. Nodes must come after those they read.
 
     given: artifacts that nodes may read by these ids without a node that makes them.
     """
@@ -58,7 +58,7 @@ def plan(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manife
 
 
 def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifest] | None = None) -> list[FinishedStage]:
-    """Walk the nodes: reuse what the store has, compute the rest. given: as of plan.
+    """Run the nodes in order: reuse what the store has, compute the rest. given: as for plan.
 
     Raises ValueError for bad input, StageError otherwise.
     """
@@ -72,7 +72,7 @@ def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifes
             key = stage_key(node, inputs)
             started = time.monotonic()
             with _stage_run(node, key, inputs, session) as run:
-                # With all that the run has: what a later stage needs must not go while this one is at work.
+                # With all artifacts of the run: inputs of a later stage must not be removed while this stage runs.
                 use_recorder.record(node.stage.name, key, map(name_of, found.values()))
                 made = session.store.read_manifest(node.stage.name, key)
                 is_reused = made is not None
@@ -101,7 +101,7 @@ def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking
         )
         result = node.stage.run(node.config, inputs, context)
     except RayTaskError as error:
-        if isinstance(error.cause, ValueError):  # bad input that a worker found: its own sentence, without the worker's traceback
+        if isinstance(error.cause, ValueError):  # bad input found by a worker: its message without the worker's traceback
             raise ValueError(str(error.cause)) from error
         _log.exception("stage %s failed", node.id)
         raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
@@ -147,14 +147,14 @@ def _publish(node: Node, manifest: Manifest, inputs: Mapping[str, Manifest], run
             stages=session.stages,
         )
         node.stage.publish(manifest, inputs, context)
-    except Exception as error:  # noqa: BLE001 (the artifact is there, and that is what the run is for)
+    except Exception as error:  # noqa: BLE001 (the artifact exists, which is the purpose of the run)
         _log.warning("%s is made, but not published (%s)", node.id, _root_cause(error))
         _log.info("publishing %s failed", node.id, exc_info=True)
 
 
 @contextmanager
 def _stage_run(node: Node, key: str, inputs: Mapping[str, Manifest], session: Session) -> Iterator[tracking_run.RunHandle]:
-    """The tracking run of a stage, which ends whatever happens to it."""
+    """The tracking run of a stage. It ends even if the stage fails."""
     tags = {"enat.stage": node.stage.name, "enat.node": node.id, "enat.key": key}
     tags |= {f"enat.input.{name}": f"{manifest.stage}/{manifest.key}" for name, manifest in inputs.items()}
     with tracking_run.ending(tracking_run.start_run(session.run.uri, session.tracking, node.id, tags, session.run)) as run:
@@ -172,7 +172,7 @@ def _finish_stage_run(run: tracking_run.RunHandle, manifest: Manifest, is_reused
 
 
 def _root_cause(error: BaseException) -> str:
-    """The innermost message: Ray wraps what a worker raised in its own errors."""
+    """The innermost message. Ray wraps errors of workers in its own errors."""
     while True:
         inner = getattr(error, "cause", None) or error.__cause__
         failures = getattr(error, "worker_failures", None)

@@ -1,7 +1,7 @@
 """Progress of work that runs on other processes, shown on the driver.
 
-Workers report to a small Ray actor; a thread of the driver reads it and moves one bar. Reports never wait and never fail the
-work they tell of.
+Workers report to a small Ray actor. A thread of the driver reads it and moves one bar. Reports never block, and never fail the
+work that they report on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HEAD = "node:__internal_head__"  # a resource that the head node alone has
 
 
 class _State:
-    """Latest values by reporting worker; the sum of their counts is what is done. Also whether workers are asked to stop."""
+    """The latest count of each worker, and whether workers are asked to stop. The sum of the counts is the progress."""
 
     def __init__(self) -> None:
         self._done: dict[str, int] = {}
@@ -61,7 +61,7 @@ class _State:
 
 
 class Reporter:
-    """What workers hold. done: how much this worker has finished so far (not since the last report)."""
+    """Reports from a worker. done: how much this worker has finished in total (not since the last report)."""
 
     def __init__(self, state: Any, worker: str = "") -> None:
         self._state, self._worker = state, worker
@@ -75,7 +75,7 @@ class Reporter:
         self._state.report.remote(self._worker, done, note)
 
     def tell(self, message: str) -> None:
-        """A line for whoever looks at the terminal."""
+        """Print a line on the terminal."""
         self._state.tell.remote(message)
 
     def request_stop(self) -> None:
@@ -83,7 +83,7 @@ class Reporter:
         self._state.request_stop.remote()
 
     def is_stop_requested(self) -> bool:
-        """The answer to the last question that was answered: the caller never waits."""
+        """The most recent answer of the driver. The caller never waits."""
         import ray
 
         if self._answer is None:
@@ -93,12 +93,12 @@ class Reporter:
             try:
                 self._is_stop_requested = ray.get(answer)
             except ray.exceptions.RayError:
-                return self._is_stop_requested  # the driver is gone; Ray ends this worker, too
+                return self._is_stop_requested  # the driver has ended; Ray ends this worker, too
         return self._is_stop_requested
 
 
 class _SpeedColumn(ProgressColumn):
-    """Of the last seconds, as the time left is."""
+    """Speed over the last seconds, as for the remaining time."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _SpeedColumn(ProgressColumn):
 
 
 class Bar:
-    """A progress bar on the driver's terminal. Where the output is no terminal nothing, or a line every ENAT_PROGRESS_SECONDS."""
+    """A progress bar on the driver's terminal. If the output is not a terminal: nothing, or a line every ENAT_PROGRESS_SECONDS."""
 
     def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
         self._console, self._title = console, title
@@ -148,7 +148,7 @@ class Bar:
         self._show_line("")
 
     def _show_line(self, note: str) -> None:
-        """In a log, which has no bar."""
+        """Print a line in a log, which has no bar."""
         if not self._line_seconds or time.monotonic() - self._last_line < self._line_seconds:
             return
         self._last_line = time.monotonic()
@@ -158,8 +158,8 @@ class Bar:
 
     @contextlib.contextmanager
     def reporter(self) -> Iterator[Reporter]:
-        """A Reporter to send to workers; the bar follows it until the block ends. Its actor stays on the head node, without which
-        there is no cluster: elsewhere the bar, and requests to stop, would be lost with that node."""
+        """A Reporter to send to workers; the bar follows it until the block ends. Its actor runs on the head node, because losing
+        any other node would lose the bar and requests to stop."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -175,7 +175,7 @@ class Bar:
                 try:
                     done, note, messages = ray.get(state.read.remote())
                 except ray.exceptions.RayError:
-                    return  # the bar is an extra: where its actor is lost, the work goes on without it
+                    return  # the bar is optional: if its actor is lost, the work continues without it
                 self.update(done, note)
                 for message in messages:
                     self._console.print(f"[yellow]![/] {escape(message)}", highlight=False)

@@ -1,7 +1,7 @@
-"""The code of this checkout as a package for a cluster: what git tracks of it, with its changes, and a record of both.
+"""The code of this checkout as a package for a cluster: the files that git tracks, with their changes, and a record of both.
 
-The package is a zip whose bytes depend on the files alone, so the same code is uploaded once. Besides the code it holds the
-config of one run, code.json (commit, digest of the changes) and, where there are any, changes.diff.
+The package is a zip whose bytes depend only on the files, so the same code is uploaded once. It also contains the config of one
+run, code.json (commit, digest of the changes) and, if there are changes, changes.diff.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CONFIGS = ":(glob)configs/**/*.yaml"
 _DISTRIBUTION = "enat-lab"
 _NEVER = frozenset({"__pycache__", ".DS_Store"})
 _OLDEST = (1980, 1, 1, 0, 0, 0)  # that a zip can state
-# What git's own settings of a user would change of a patch, said outright.
+# Settings of a user's git that would change a patch, set explicitly.
 _SETTINGS = ("-c", "core.quotepath=off", "-c", "color.ui=false", "-c", "diff.suppressBlankEmpty=false")
 _PATCH = (
     "--no-ext-diff", "--no-textconv", "--no-renames", "--no-relative", "--binary", "-U3", "--inter-hunk-context=0",
@@ -41,8 +41,8 @@ _SHORT = 12  # digits of a commit or digest that people read
 
 @dataclass(frozen=True, kw_only=True)
 class CodeState:
-    """Which code this is. commit: 40 hex digits; None where none is known.   diff_digest: sha256 of what `git diff` says
-    against that commit; None without changes.   digest: of the code's own bytes, however they came about."""
+    """Identity of the code. commit: 40 hex digits; None if it is not known.   diff_digest: sha256 of the output of `git diff`
+    against that commit; None without changes.   digest: of the bytes of the code."""
 
     version: str
     commit: str | None
@@ -51,7 +51,7 @@ class CodeState:
 
     @property
     def label(self) -> str:
-        """As manifests and tracking name it: two that are called the same are the same code."""
+        """The name of the code in manifests and tracking. Equal labels mean equal code."""
         if self.commit is None:
             return f"{self.version}+code.{self.digest[:_SHORT]}"
         changes = f"+dirty.{self.diff_digest[:_SHORT]}" if self.diff_digest else ""
@@ -69,7 +69,7 @@ class CodeState:
 
 @dataclass(frozen=True, kw_only=True)
 class CodePackage:
-    """content: a zip.   config: where in it the run's config lies.   left_behind: code that git does not track."""
+    """content: a zip.   config: path of the run's config in it.   left_behind: code that git does not track."""
 
     state: CodeState
     content: bytes
@@ -80,7 +80,7 @@ class CodePackage:
 
 @dataclass(frozen=True, kw_only=True)
 class _Code:
-    """What lies under a root. files: of the package, by name.   diff: empty without changes, and where there is no repository."""
+    """The code under a root. files: of the package, by name.   diff: empty without changes or without a repository."""
 
     state: CodeState
     files: Mapping[str, bytes]
@@ -103,19 +103,19 @@ def pack(config: Path, root: Path = ROOT) -> CodePackage:
         largest = sorted(files.keys() - {CHANGES, RECORD}, key=lambda name: -len(files[name]))[:3]
         raise ValueError(
             f"the code to send is {len(content) / 1e6:.1f} MB, more than {SIZE_LIMIT / 1e6:.0f} MB; the largest files are "
-            f"{', '.join(largest)}: take them out of git, or name them in .rayignore"
+            f"{', '.join(largest)}: remove them from git, or list them in .rayignore"
         )
     left_behind = _untracked(root) if code.is_tracked else ()
     return CodePackage(state=code.state, content=content, config=place, files=files, left_behind=left_behind)
 
 
 def state_of(root: Path = ROOT) -> CodeState:
-    """Of the code under `root`: by its record, else by git, else by its bytes. Raises ValueError where git fails."""
+    """State of the code under `root`: from its record, else from git, else from its bytes. Raises ValueError if git fails."""
     return read_state(root) or _look(root).state
 
 
 def write_record(commit: str, root: Path = ROOT) -> None:
-    """For the build of an image, which holds no repository. commit: that the code was copied from; "unknown" where none is named.
+    """Write the record for the build of an image, which has no repository. commit: of the copied code, or "unknown".
 
     Raises ValueError for anything else.
     """
@@ -128,7 +128,7 @@ def write_record(commit: str, root: Path = ROOT) -> None:
 
 
 def read_state(root: Path = ROOT) -> CodeState | None:
-    """Of code that came as a package or in an image; None for a checkout and for installed code."""
+    """State of code from a package or in an image; None for a checkout and for installed code."""
     try:
         record = json.loads((root / RECORD).read_bytes())
     except FileNotFoundError:
@@ -137,7 +137,7 @@ def read_state(root: Path = ROOT) -> CodeState | None:
 
 
 def read_changes(root: Path = ROOT) -> bytes | None:
-    """What a package was changed by since its commit; None where nothing was."""
+    """The changes of a package since its commit; None without changes."""
     path = root / CHANGES
     return path.read_bytes() if path.is_file() else None
 
@@ -146,7 +146,7 @@ def _look(root: Path) -> _Code:
     tracked = _tracked(root) if _repository_of(root) is not None else []
     files = {name: _read(root / name) for name in tracked or _installed(root)}
     commit, diff = None, b""
-    if tracked:  # code installed into a folder that a repository ignores belongs to none
+    if tracked:  # code installed into a folder that a repository ignores does not belong to the repository
         commit = _git(root, "rev-parse", "HEAD").decode().strip()
         held_back = [f":(exclude,literal){name}" for name in _ignored(root)]
         diff = _git(root, "diff", *_PATCH, "HEAD", "--", *_CODE, _CONFIGS, *held_back)
@@ -161,23 +161,23 @@ def _look(root: Path) -> _Code:
 
 
 def _repository_of(root: Path) -> Path | None:
-    """The folder with a repository that `root` lies in. Looked for by name: git says no more than that it fails, whether there is
-    none or it belongs to someone else."""
+    """The folder with the repository that contains `root`. It is found by name, because git fails in the same way without a repository
+    and for one of another user."""
     return next((folder for folder in (root.resolve(), *root.resolve().parents) if (folder / ".git").exists()), None)
 
 
 def _tracked(root: Path) -> list[str]:
-    """What git tracks and the working tree has, less what .rayignore names."""
+    """Files that git tracks and the working tree has, without those that .rayignore lists."""
     listed = _names(root, "ls-files", "-z", "--", *_CODE, _CONFIGS)
     ignored = set(_ignored(root))
     there = [name for name in listed if name not in ignored and (root / name).is_file()]
     if linked := [name for name in there if (root / name).is_symlink()]:
-        raise ValueError(f"{linked[0]} is a symbolic link, which cannot be sent to a cluster; put the file in its place")
+        raise ValueError(f"{linked[0]} is a symbolic link, which cannot be sent to a cluster; replace it with the file")
     return there
 
 
 def _ignored(root: Path) -> list[str]:
-    """What git tracks and .rayignore, in the language of .gitignore, names."""
+    """Files that git tracks and .rayignore lists, in the syntax of .gitignore."""
     given = ("ls-files", "-z", "--cached", "--ignored", "--exclude-from=.rayignore")
     return _names(root, *given) if (root / ".rayignore").is_file() else []
 
@@ -199,7 +199,7 @@ def _record(state: CodeState) -> bytes:
 
 
 def _place(config: Path, root: Path) -> str:
-    """Where it lies in the checkout, else a folder of its own."""
+    """Path of the config in the package: its place in the checkout, or else a folder of its own."""
     resolved = config.resolve()
     inside = resolved.relative_to(root.resolve()).as_posix() if resolved.is_relative_to(root.resolve()) else ""
     return inside if inside.startswith("configs/") else f"submitted/{config.name}"
@@ -232,20 +232,20 @@ def _names(root: Path, *arguments: str) -> list[str]:
 
 
 def _git(root: Path, *arguments: str) -> bytes:
-    """What it says. Raises ValueError where it fails: what is in a repository must not be taken for code without one."""
+    """The output of git. Raises ValueError if it fails: code in a repository must not be mistaken for code without one."""
     try:
         done = subprocess.run(["git", *_SETTINGS, *arguments], cwd=root, capture_output=True, check=True)
     except OSError as error:
         raise ValueError(f"{_repository_of(root)} is a git repository, but git cannot be started ({error.strerror})") from error
     except subprocess.CalledProcessError as error:
-        said = " ".join(error.stderr.decode(errors="replace").split()) or f"exit code {error.returncode}"
-        raise ValueError(f"git {arguments[0]} fails in {root}: {said}") from error
+        output = " ".join(error.stderr.decode(errors="replace").split()) or f"exit code {error.returncode}"
+        raise ValueError(f"git {arguments[0]} fails in {root}: {output}") from error
     return done.stdout
 
 
 def describe_left_behind(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"git does not track {', '.join(names[:3])}{more}, which stay behind; `git add` what the run needs"
+    return f"git does not track {', '.join(names[:3])}{more}, which are not sent; `git add` what the run needs"
 
 
 _log = logging.getLogger(__name__)
@@ -253,10 +253,10 @@ _log = logging.getLogger(__name__)
 
 @cache
 def code_version() -> str:
-    """Package version with the git commit, and with the beginning of a digest of its changes where there are any."""
+    """Package version with the git commit, and the beginning of a digest of the changes if there are any."""
     try:
         return state_of().label
     except ValueError as error:
         label = f"{package_version('enat-lab')}+unknown"
-        _log.warning("which code this is cannot be told, and results will say %s (%s)", label, error)
+        _log.warning("the version of the code is not known, and results will state %s (%s)", label, error)
         return label

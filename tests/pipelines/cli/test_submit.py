@@ -212,7 +212,7 @@ def test_no_credential_is_in_what_the_cluster_tells_of_jobs(nodes: RayNodes, ena
 def test_what_does_not_fit_is_refused_before_anything_starts(nodes: RayNodes, enat_shell: Shell, places) -> None:
     command = ("submit", DIGITS, *places, "tokenizer.execution.gpus_per_worker=1", "generate.execution.num_workers=8")
     refused = enat_shell(*command, "--address", nodes.url)
-    said = [line for line in refused.err.splitlines() if "stay behind" not in line]  # of whoever is at work on this checkout
+    said = [line for line in refused.err.splitlines() if "are not sent" not in line]  # of whoever is at work on this checkout
     assert refused.code == 2 and len(said) == 1
     assert "tokenizer.execution asks for 1 GPUs (1 workers), but the cluster has 0; lower num_workers" in refused.err
     assert "That is what it has now (2 CPUs and 0 GPUs on 1 node); where nodes come when they are asked for" in refused.err
