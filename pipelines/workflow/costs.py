@@ -56,7 +56,7 @@ class LineageCost:
     """worker_seconds, device_seconds: by kind; all of KINDS, and OTHER if a stage has no kind.
 
     imported: artifacts that were made elsewhere. Only stages with is_counted_if_imported count for them.   missing: ancestors whose
-    cost is not known, because the store has no readable manifest with it; their own ancestors are unknown, too. Both as "stage/key".
+    cost is not known, because the store has no readable manifest with it. Their own ancestors are unknown, too. Both: "stage/key".
     """
 
     worker_seconds: Mapping[str, float]

@@ -161,8 +161,8 @@ def _look(root: Path) -> _Code:
 
 
 def _repository_of(root: Path) -> Path | None:
-    """The folder with the repository that contains `root`. It is found by name, because git fails in the same way without a repository
-    and for one of another user."""
+    """The folder with the repository that contains `root`. It is found by name, because git fails in the same way without a
+    repository and for one of another user."""
     return next((folder for folder in (root.resolve(), *root.resolve().parents) if (folder / ".git").exists()), None)
 
 
