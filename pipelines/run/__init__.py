@@ -1,7 +1,7 @@
-"""One YAML file, the stages it means, one run.
+"""One YAML file, its stages, one run.
 
 config   the YAML file as dataclasses
-graph    which stages a run has, and what each reads
+graph    the list of the stages, and their wiring
 runner   one run from its config to its answer
 summary  the closing summary
 """

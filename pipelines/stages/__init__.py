@@ -1,4 +1,4 @@
-"""One stage a file. Stages never import each other; they exchange artifacts.
+"""One stage per file, with everything that is known of it. Stages never import each other; they exchange artifacts.
 
 dataset         an index of a dataset
 tokenizer       a VQGAN, trained or imported

@@ -1,7 +1,9 @@
-"""Stages, their keys, the plan, and running it.
+"""Stages, their keys, the plan, and its execution.
 
-stage       what a stage is and what it may touch
+stage       what a stage is, what is known of it, and what it may use
 driver      planning and executing a graph of stages
+summary     what one stage tells another, stored in manifests
+models      the summaries of tokenizers and models
 config      YAML and overrides as dataclasses
 costs       worker-seconds, device-seconds, money
 progress    progress bars

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 
 from pipelines.artifacts.last_used import UseRecorder
 from pipelines.artifacts.manifest import Manifest, inputs_of, name_of
@@ -110,6 +111,8 @@ def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking
     except Exception as error:
         _log.exception("stage %s failed", node.id)
         raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
+    for name in (file.name for file in (*result.files, *result.records) if node.stage.files):
+        assert any(fnmatchcase(name, pattern) for pattern in node.stage.files), f"{name} is not a file of stage {node.id}"
     manifest = Manifest(
         stage=node.stage.name,
         key=key,
