@@ -328,7 +328,7 @@ def _actions(folder: S3Folder) -> list[Callable[[], Any]]:
 
 def test_a_missing_bucket_is_named(s3_endpoint: S3Endpoint) -> None:
     for act in _actions(S3Folder("s3://no-such-bucket/a", s3_endpoint.config)):
-        with pytest.raises(StorageError, match=rf"s3://no-such-bucket/a.* no such bucket at {s3_endpoint.url}; create it"):
+        with pytest.raises(StorageError, match=rf"s3://no-such-bucket/a.* {s3_endpoint.url} has no such bucket; create it"):
             act()
 
 
