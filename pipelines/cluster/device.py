@@ -7,11 +7,11 @@ import resource
 import sys
 from pathlib import Path
 
-import torch
-
 
 def device_name(device: str) -> str:
     """Of a GPU its product name; of a CPU the model as Linux tells it, else the architecture."""
+    import torch
+
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -24,12 +24,16 @@ def device_name(device: str) -> str:
 
 def wait_for(device: str | torch.device) -> None:
     """Until it has done what it was given: a GPU computes beside the program."""
+    import torch
+
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory_gb(device: str | torch.device) -> float:
     """In 10**9 bytes: of a GPU what the allocator held at most, of a CPU the process's largest resident set."""
+    import torch
+
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if (status := Path("/proc/self/status")).exists():  # getrusage counts the peak of the parent process, too

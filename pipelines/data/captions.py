@@ -14,16 +14,19 @@ import json
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from enat.text import TextFeatures
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.workflow.summary import Summary
+
+if TYPE_CHECKING:
+    from enat.text import TextFeatures
+
 
 FORMAT_VERSION = 1
 EMPTY = "empty.safetensors"

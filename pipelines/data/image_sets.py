@@ -16,13 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from enat.images import ImageError, decode_image, to_array
-from enat.metrics.adm import AdmSamples
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.dataset import MAX_FILE_BYTES, Dataset
@@ -34,6 +32,12 @@ from pipelines.storage.external import content_digest, local_file
 from pipelines.storage.open import open_folder
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.summary import Summary
+
+if TYPE_CHECKING:
+    import torch
+
+    from enat.metrics.adm import AdmSamples
+
 
 KINDS = ("auto", "folder", "tar", "npz", "parquet")
 _SOURCE_KINDS = {"folder": "images", "tar": "tar", "parquet": "parquet"}
@@ -215,6 +219,8 @@ class ImageSet:
 
     def read(self, start: int, stop: int, device: str) -> torch.Tensor:
         """Images start..stop-1, uint8 (R, 3, H, W). Raises ValueError for an image that has changed since it was indexed."""
+        import torch
+
         stop = min(stop, len(self))
         if self.summary.kind == "npz":
             return _npz(self.config).read(start, stop).to(device)
@@ -260,6 +266,8 @@ def _check_size(name: str, key: str, width: int, height: int, resolution: int | 
 @lru_cache(maxsize=4)  # workers read one block after the other
 def _npz(config: ImageSetConfig) -> AdmSamples:
     """Open the file; one in a bucket is copied to the cache first. Raises ValueError if its images are not square."""
+    from enat.metrics.adm import AdmSamples
+
     images = AdmSamples(local_file(config.path, f"images {config.name}", config.s3))
     _check_size(config.name, "0", images.width, images.height, None)
     return images

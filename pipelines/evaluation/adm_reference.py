@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from enat.metrics.adm import AdmSamples, read_reference
-from enat.metrics.moments import FeatureStatistics
 from pipelines.storage.external import local_file
 from pipelines.storage.s3_client import S3Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from enat.metrics.adm import AdmSamples
+    from enat.metrics.moments import FeatureStatistics
+
 
 KEY = "reference.npz"  # key of the config, for messages
 
@@ -60,6 +64,8 @@ class NpzReference:
 
 
 def _read(path: Path, names: set[str]) -> tuple[dict[str, FeatureStatistics], int, int | None]:
+    from enat.metrics.adm import AdmSamples, read_reference
+
     statistics: dict[str, FeatureStatistics] = {}
     if names & {"mu.npy", "sigma.npy"}:
         reference = read_reference(path)
@@ -89,4 +95,6 @@ class NpzImages:
 
 @lru_cache(maxsize=2)  # a worker reads block after block
 def _opened(place: str, s3: S3Config | None) -> AdmSamples:
+    from enat.metrics.adm import AdmSamples
+
     return AdmSamples(local_file(place, KEY, s3))

@@ -19,14 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray.data
-import torch
 from safetensors.numpy import load_file, save_file
 
-from enat.metrics.moments import FeatureMoments, FeatureStatistics, load_moments
 from pipelines.artifacts.manifest import WORK, FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.data_stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
@@ -34,8 +31,14 @@ from pipelines.cluster.device import wait_for
 from pipelines.cluster.resources import Execution
 from pipelines.evaluation.extractors import ExtractorSource
 from pipelines.evaluation.readers import BlockReader, Decoder, run_pass
-from pipelines.sampling.fixed_batches import fix_numerics, pass_pool, passes_at_once
 from pipelines.workflow.stage import StageContext
+
+if TYPE_CHECKING:
+    import ray.data
+    import torch
+
+    from enat.metrics.moments import FeatureMoments, FeatureStatistics
+
 
 BLOCK_SIZE = 256  # images that travel together
 _BLOCKS_PER_PART = 4  # at least; a crash loses up to one part
@@ -101,6 +104,8 @@ def read_rows(store: ArtifactStore, stage: str, key: str, files: Sequence[FileRe
 
 def stored_moments(store: ArtifactStore, manifest: Manifest) -> dict[str, FeatureMoments | FeatureStatistics]:
     """Moments of a committed artifact, by output."""
+    from enat.metrics.moments import load_moments
+
     names = {file.name for file in manifest.files}
     return {output: load_moments(store.fetch(manifest, name)) for output, name in MOMENTS_FILES.items() if name in names}
 
@@ -166,6 +171,7 @@ def _computed(
     blocks: list[dict[str, int]], reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution
 ) -> Generator[dict[str, Any]]:
     """Yield the record of each block as soon as it is computed."""
+    import ray.data
 
     def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
         num_loading = len(rows) if len(rows) < execution.num_workers else None  # Ray Data warns if there are more tasks than blocks
@@ -233,6 +239,8 @@ class _Extract:
     """Compute the outputs of a loaded block. One actor holds one extractor."""
 
     def __init__(self, reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution) -> None:
+        from pipelines.sampling.fixed_batches import fix_numerics, pass_pool, passes_at_once
+
         fix_numerics(execution.device)
         self.spec, self.device = spec, execution.device
         self.extractor = extractor.load().to(execution.device)
@@ -366,6 +374,8 @@ class _PartWriter:
 
     def _add(self, blocks: Sequence[Mapping[str, np.ndarray]]) -> None:
         """Add consecutive blocks to the moments. All have the same outputs."""
+        from enat.metrics.moments import FeatureMoments
+
         for name in blocks[0] if blocks else ():
             rows = np.concatenate([block[name] for block in blocks])
             self.moments.setdefault(name, FeatureMoments(rows.shape[1])).add(rows)
@@ -378,6 +388,8 @@ class _PartWriter:
 
 
 def _load_moments(record: Mapping[str, Any], context: StageContext) -> dict[str, FeatureMoments]:
+    from enat.metrics.moments import FeatureMoments
+
     return {
         name: FeatureMoments.load(context.store.fetch_file(context.stage, context.key, FileRecord(**file)))
         for name, file in record["moments"].items()

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
-import torch
 
-from enat.checkpoint import load_vqgan
 from enat.images import to_levels, to_uint8
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -22,7 +20,11 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.image_sets import ImageSet, ImageSetConfig
 from pipelines.data.samples import read_samples
 
-Rows = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+
+Rows: TypeAlias = "dict[str, torch.Tensor]"
 ROUNDINGS = ("uint8", "float")  # of decoded pixels, before features are computed
 
 
@@ -79,6 +81,8 @@ class SourceImages:
     resolution: int
 
     def read(self, start: int, stop: int, device: str) -> torch.Tensor:
+        import torch
+
         return torch.from_numpy(self.dataset.load_images(self.resolution, start, stop)[0]).to(device)
 
 
@@ -120,6 +124,8 @@ def sample_reader(
 
 def code_decoder(store: ArtifactStore, tokenizer: Manifest, device: str, rounding: str = "uint8") -> Decoder:
     """A decoder of rows "codes", int64 (R, L), to images."""
+    from enat.checkpoint import load_vqgan
+
     vqgan = load_vqgan(store.fetch(tokenizer, "vqgan.safetensors")).to(device)
     side = vqgan.config.grid_size
     finish = to_uint8 if rounding == "uint8" else to_levels
@@ -128,6 +134,8 @@ def code_decoder(store: ArtifactStore, tokenizer: Manifest, device: str, roundin
 
 def read_images(reader: BlockReader, start: int, stop: int, images_per_pass: int) -> torch.Tensor:
     """Read a few images in this process, in passes from `start` on: uint8 (R, 3, H, W) on the CPU."""
+    import torch
+
     rows = reader.load(start, stop)
     decoder = reader.decoder("cpu")
     num_rows = len(next(iter(rows.values())))
@@ -139,14 +147,16 @@ def read_images(reader: BlockReader, start: int, stop: int, images_per_pass: int
     return torch.from_numpy(np.concatenate(images)) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
 
 
-@torch.inference_mode()
 def run_pass(
     compute: Callable[[Rows], Mapping[str, torch.Tensor]], rows: Mapping[str, np.ndarray], images_per_pass: int, device: str
 ) -> dict[str, np.ndarray]:
     """Compute with R <= P rows, padded with zeros to P, because the results of a network depend on the size of its batch."""
+    import torch
+
     num_rows = len(next(iter(rows.values())))
     padded = {}
     for name, values in rows.items():
         padding = np.zeros((images_per_pass - num_rows, *values.shape[1:]), values.dtype)
         padded[name] = torch.from_numpy(np.concatenate([values, padding])).to(device)
-    return {name: values[:num_rows].cpu().numpy() for name, values in compute(padded).items()}
+    with torch.inference_mode():
+        return {name: values[:num_rows].cpu().numpy() for name, values in compute(padded).items()}

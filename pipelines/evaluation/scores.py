@@ -10,16 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import ray
-import torch
 
-from enat.metrics.moments import FeatureMoments, FeatureStatistics, frechet_distance, inception_score, kernel_distance
-from enat.metrics.neighbours import ManifoldCounts, manifold_counts, merge_counts, squared_radii
 from pipelines.cluster.resources import Execution
 from pipelines.workflow.progress import Bar
+
+if TYPE_CHECKING:
+    from enat.metrics.moments import FeatureMoments, FeatureStatistics
+    from enat.metrics.neighbours import ManifoldCounts
+
 
 METRIC_VERSION = 1  # raised whenever the definition of a score changes; part of every protocol
 METRICS = (
@@ -33,7 +34,7 @@ METRICS = (
 _OF_INCEPTION = {"frechet_distance": "fid", "spatial_frechet_distance": "sfid", "kernel_distance": "kid"}
 _ROWS_PER_TASK = 4096
 
-AnyMoments = FeatureMoments | FeatureStatistics
+AnyMoments: TypeAlias = "FeatureMoments | FeatureStatistics"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,8 @@ class TaskPool:
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], bar: Bar) -> list[Any]:
         """Results in the order of the arguments. Ray resolves object references among the arguments."""
+        import ray
+
         remote = ray.remote(**self.execution.resources)(_timed)
         results: dict[int, Any] = {}
         running: dict[Any, int] = {}
@@ -159,6 +162,8 @@ class TaskPool:
 
 
 def _timed(task: Callable[..., Any], num_threads: int, *arguments: Any, **keywords: Any) -> tuple[Any, float]:
+    import torch
+
     started = time.monotonic()
     torch.set_num_threads(num_threads)
     return task(*arguments, **keywords), time.monotonic() - started
@@ -168,6 +173,10 @@ def compute_scores(
     chosen: Sequence[str], generated: ImageStatistics, reference: ImageStatistics, settings: ScoreSettings, pool: TaskPool
 ) -> dict[str, float]:
     """Scores by the names in METRICS. Pairs are named by their parts; estimates have a second value with suffix _std."""
+    import ray
+
+    from enat.metrics.moments import frechet_distance, inception_score, kernel_distance
+
     on_one_thread = ray.remote(num_cpus=1)(_timed)  # sums must not depend on the CPUs of a worker
     stored = [None if side.features is None else ray.put(side.features) for side in (generated, reference)]
     estimates: dict[str, Any] = {}
@@ -210,6 +219,10 @@ def _blocks(num_samples: int, execution: Execution) -> list[_Rows]:
 def _neighbour_scores(
     chosen: Sequence[str], stored: Sequence[Any], sizes: Sequence[int], settings: ScoreSettings, pool: TaskPool
 ) -> dict[str, float]:
+    import ray
+
+    from enat.metrics.neighbours import merge_counts
+
     generated, reference = stored
     wants_density = "density_coverage" in chosen
     density = settings.density_neighbours if wants_density else settings.precision_neighbours
@@ -234,12 +247,16 @@ def _neighbour_scores(
 
 
 def _radii(features: np.ndarray, num_neighbours: Sequence[int], rows: _Rows) -> np.ndarray:
+    from enat.metrics.neighbours import squared_radii
+
     return squared_radii(features, num_neighbours, start=rows.start, stop=rows.stop, device=rows.device)
 
 
 def _counts(
     reference: np.ndarray, reference_radii: np.ndarray, generated: np.ndarray, generated_radii: np.ndarray, rows: _Rows
 ) -> ManifoldCounts:
+    from enat.metrics.neighbours import manifold_counts
+
     return manifold_counts(
         reference, reference_radii, generated, generated_radii, start=rows.start, stop=rows.stop, device=rows.device
     )

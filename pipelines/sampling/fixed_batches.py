@@ -23,8 +23,6 @@ from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
 from pipelines.data.samples import sample_seed
 
-IMAGES_PER_PASS = 32  # default for samples
-
 _FIXED_NUMERICS = (  # full float32 precision, deterministic
     (torch.backends.cudnn, "allow_tf32", False),
     (torch.backends.cuda.matmul, "allow_tf32", False),

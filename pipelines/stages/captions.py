@@ -6,14 +6,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import ray.data
-import torch
 
-from enat.text import load_text_encoder
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster import connection
 from pipelines.cluster.data_stream import actor_pool, stream_records
@@ -25,6 +22,10 @@ from pipelines.storage.external import folder_digest, local_folder
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.config import set_by
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
+
+if TYPE_CHECKING:
+    import ray.data
+
 
 _ENCODER_KEY = "captions.encoder"
 
@@ -61,6 +62,10 @@ def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageCo
     Writes files of caption features (see pipelines.data.captions), one part each, and the features of the empty caption. Measures
     the number of captions and their mean number of tokens. Raises ValueError if the dataset has no captions.
     """
+    import ray.data
+
+    from enat.text import load_text_encoder
+
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
     if not dataset.num_captions:
@@ -119,6 +124,10 @@ class _Encode:
     """File -> its captions' features in the store. One actor holds one text encoder."""
 
     def __init__(self, config: CaptionsConfig, dataset: Dataset, info: CaptionFeaturesInfo, context: WorkerContext) -> None:
+        import torch
+
+        from enat.text import load_text_encoder
+
         torch.set_num_threads(config.execution.num_threads)
         self.dataset, self.info, self.context = dataset, info, context
         self.encoder = load_text_encoder(config.folder()).to(config.execution.device)

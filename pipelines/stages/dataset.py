@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ray
 from rich.markup import escape
 
 from pipelines.artifacts.manifest import FileRecord, Manifest
@@ -82,6 +81,8 @@ def _scan_here(source: Source, findings: Findings) -> Iterator[Entry]:
 
 def _scan_by_workers(source: Source, config: DatasetConfig, findings: Findings, context: StageContext) -> Iterator[Entry]:
     """One task per file. The result of a task is committed as a part, so an interrupted scan continues."""
+    import ray
+
     units = source.units()
     done = context.store.read_parts(context.stage, context.key)
     context.connect()

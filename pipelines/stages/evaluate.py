@@ -10,11 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
-import torch
 
 from enat.images import png_bytes
 from pipelines.artifacts.manifest import Manifest
@@ -41,6 +39,10 @@ from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, Sco
 from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.workflow.config import set_by
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
+
+if TYPE_CHECKING:
+    import torch
+
 
 JUDGES = ("svc",)
 _LISTED = ("fid", "frechet_distance", "inception_score", "class_agreement")  # the first two of these are listed
@@ -222,6 +224,8 @@ def _judged(
     config: EvaluateConfig, reader: BlockReader, images_per_pass: int, inputs: Mapping[str, Manifest], context: StageContext
 ) -> tuple[dict[str, float], float]:
     """The scores of the judge, and the CPU seconds that it took."""
+    import ray
+
     samples = inputs["samples"]
     if samples.stage == "images" or SamplesSummary.read(samples).labels == "captions":
         raise ValueError("evaluate.judge needs samples that were generated here, one class each; leave it out for others")
@@ -238,6 +242,7 @@ def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, asked:
 
     asked: int64 (N,), of the first N samples.
     """
+    import torch
     from sklearn.model_selection import cross_val_score
     from sklearn.svm import SVC
 

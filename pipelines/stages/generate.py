@@ -9,17 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import ray
-import ray.data
-import torch
 
-from enat.checkpoint import load_enat
 from enat.config import ENATConfig
-from enat.model import ENAT, TextCondition
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -31,6 +26,7 @@ from pipelines.data.captions import CaptionFeatures, CaptionsSummary
 from pipelines.data.dataset import INDEX
 from pipelines.data.samples import (
     EACH_CLASS,
+    IMAGES_PER_PASS,
     NONE,
     SamplePlan,
     Samples,
@@ -47,16 +43,16 @@ from pipelines.data.samples import (
 )
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMap
-from pipelines.sampling.fixed_batches import (
-    IMAGES_PER_PASS,
-    PassSampler,
-    fix_numerics,
-    pass_pool,
-    passes_at_once,
-    split_into_passes,
-)
 from pipelines.workflow.models import ModelSummary
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
+
+if TYPE_CHECKING:
+    import ray
+    import ray.data
+    import torch
+
+    from enat.model import ENAT, TextCondition
+
 
 CAPTION_CHOICES = ("drawn", "in_order")
 PRECISIONS = ("fp32", "bf16")
@@ -120,6 +116,9 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     Writes the codes of the samples, one Parquet file per shard_size samples. Measures time per image and peak memory. Raises
     ValueError if the model cannot do what the config asks for.
     """
+    import ray
+    import ray.data
+
     model = inputs["model"]
     architecture = ModelSummary.read(model).model
     scheme = _check(config, architecture, inputs)
@@ -256,6 +255,12 @@ class _Sample:
     """Part number -> a Parquet file in the store, and a record of it. One actor holds one model."""
 
     def __init__(self, task: _Task) -> None:
+        import ray
+        import ray.data
+
+        from enat.checkpoint import load_enat
+        from pipelines.sampling.fixed_batches import PassSampler, fix_numerics, pass_pool, passes_at_once
+
         started = time.monotonic()
         self.config, self.context, self.num_workers = task.config, task.context, task.num_workers
         execution, images_per_pass = self.config.execution, self.config.images_per_pass
@@ -278,6 +283,10 @@ class _Sample:
         self.start_seconds = time.monotonic() - started  # reported once, with the first part
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        import torch
+
+        from pipelines.sampling.fixed_batches import split_into_passes
+
         started = time.monotonic()
         part, config, plan = int(batch["part"][0]), self.config, self.plan
         assert config.seed is not None
@@ -309,6 +318,10 @@ class _Sample:
         return {"record": [record]}
 
     def _condition(self, samples: np.ndarray) -> torch.Tensor | TextCondition:
+        import torch
+
+        from enat.model import TextCondition
+
         if self.model.config.text_width is None:
             return torch.from_numpy(self.plan.labels[samples])
         assert self.captions is not None
@@ -316,6 +329,8 @@ class _Sample:
 
     def _start(self, samples: np.ndarray) -> torch.Tensor | None:
         """int64 (P, L): codes of token map rows, as many masked in each; None where samples begin with nothing."""
+        import torch
+
         if self.plan.start is None:
             return None
         assert self.config.mask_ratio is not None and self.config.seed is not None

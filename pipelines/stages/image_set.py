@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import ray
 from rich.markup import escape
 
 from pipelines.artifacts.manifest import Manifest
@@ -63,6 +62,8 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
 def _check_by_workers(config: ImageSetConfig, entries: list[Entry], resolution: int, context: StageContext) -> None:
     """A task per so many images, waited for in order: of several odd images the first is named. Tasks after it are left to end by
     themselves, as they are short: in Ray 2.60 ray.cancel races with their answers, which can end the driver."""
+    import ray
+
     context.connect()
     task = ray.remote(num_cpus=1)(check_images)
     pieces = [entries[start : start + _IMAGES_PER_TASK] for start in range(0, len(entries), _IMAGES_PER_TASK)]

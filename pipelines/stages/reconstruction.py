@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow.parquet as pq
 
-from enat.metrics.image_pairs import psnr, ssim
-from enat.metrics.moments import frechet_distance
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
@@ -93,6 +91,8 @@ class Reconstructions:
         return {"codes": codes.astype(np.int64), "originals": originals}
 
     def decoder(self, device: str) -> Decoder:
+        from enat.metrics.image_pairs import psnr, ssim
+
         decode = code_decoder(self.store, self.tokenizer, device)
 
         def decoded(rows: Rows) -> Decoded:
@@ -109,6 +109,8 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
     Writes moments of the decoded images, and the measures of each image. Measures their distance to the reference, PSNR, SSIM and
     how evenly the codes are used. Raises ValueError if the inputs do not belong together.
     """
+    from enat.metrics.moments import frechet_distance
+
     assert config.dataset is not None
     reference, tokens, tokenizer = (inputs[name] for name in ("reference", "token_map", "tokenizer"))
     require_same_features(reference)

@@ -10,18 +10,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
-import torch
-from safetensors.torch import save_file
-
-from enat.checkpoint import read_state_dict
-from enat.metrics.classifier import ClassifierExtractor, train_classifier
 from enat.metrics.extractors import BUILT_IN, FeatureExtractor, extractor_kinds, load_extractor
-from enat.metrics.image_encoders import read_image_encoder
-from enat.metrics.inception import InceptionExtractor, published_inception_weights
-from enat.metrics.moments import FeatureMoments, FeatureStatistics
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster import connection
 from pipelines.cluster.resources import Execution
@@ -37,6 +28,10 @@ from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.config import set_by
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
+
+if TYPE_CHECKING:
+    from enat.metrics.moments import FeatureMoments, FeatureStatistics
+
 
 _WEIGHTS_KEY = "reference.weights"
 CROP = "adm-center"  # of datasets, as their token maps have it
@@ -184,6 +179,8 @@ def _real_images(config: ReferenceConfig, inputs: Mapping[str, Manifest], contex
 
 def _make_extractor(config: ReferenceConfig, dataset: Dataset | None, context: StageContext) -> _Made:
     """Made once: committed features belong to this extractor, also if the stage resumes after a crash."""
+    import ray
+
     committed = context.store.read_parts(context.stage, context.key).get(EXTRACTOR_FILE)
     if committed is not None:
         return _Made(FileRecord(**committed["file"]), committed["metrics"], committed["seconds"])
@@ -199,6 +196,10 @@ def _make_extractor(config: ReferenceConfig, dataset: Dataset | None, context: S
 
 
 def _train_classifier(config: ReferenceConfig, dataset: Dataset, context: WorkerContext, reporter: Reporter) -> _Made:
+    import torch
+
+    from enat.metrics.classifier import ClassifierExtractor, train_classifier
+
     assert config.resolution is not None and config.seed is not None
     started = time.monotonic()
     torch.set_num_threads(config.execution.num_threads)
@@ -222,6 +223,12 @@ def _train_classifier(config: ReferenceConfig, dataset: Dataset, context: Worker
 
 def _keep_extractor(config: ReferenceConfig, context: StageContext) -> _Made:
     """The weights that the config names, written in this store's own format. The file is opened here once, so a wrong one fails."""
+    from safetensors.torch import save_file
+
+    from enat.checkpoint import read_state_dict
+    from enat.metrics.image_encoders import read_image_encoder
+    from enat.metrics.inception import InceptionExtractor, published_inception_weights
+
     place = config.weights
     if config.extractor in _FROM_FOLDERS:
         assert place is not None

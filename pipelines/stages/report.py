@@ -7,19 +7,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 
-from enat.checkpoint import load_enat, load_vqgan
 from enat.images import make_grid, png_bytes
-from enat.model import TextCondition
-from enat.sampler import sample
-from enat.tokenizer import VQGAN
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import CaptionFeatures
@@ -28,11 +22,18 @@ from pipelines.data.samples import NONE, Samples, SamplesSummary, image_cost, nu
 from pipelines.data.token_map import TokenMapSummary
 from pipelines.evaluation.protocol import SCORES
 from pipelines.registry.evaluation_record import EvaluationSummary
-from pipelines.sampling.pictures import decode_codes, step_images, strip
 from pipelines.workflow.config import set_by
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, Input, Stage, StageContext, StageResult
 from pipelines.workflow.summary import Summary
+
+if TYPE_CHECKING:
+    import jinja2
+    import torch
+
+    from enat.model import TextCondition
+    from enat.tokenizer import VQGAN
+
 
 PAGE = "report.html"
 PICTURE = "samples.png"
@@ -68,6 +69,11 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
 
     Writes report.html and a picture of the samples, both as records. Measures nothing.
     """
+    import torch
+
+    from enat.checkpoint import load_vqgan
+    from pipelines.sampling.pictures import decode_codes
+
     vqgan = load_vqgan(context.store.fetch(inputs["tokenizer"], "vqgan.safetensors"))
     model, samples, store = inputs["model"], inputs["samples"], context.store
     shown = _shown_samples(config, samples, store)
@@ -112,6 +118,8 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
 
 
 def _environment() -> jinja2.Environment:
+    import jinja2
+
     loader = jinja2.PackageLoader("pipelines.stages", "templates")
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
 
@@ -141,6 +149,13 @@ def _captions(shown: Samples, inputs: Mapping[str, Manifest], store: ArtifactSto
 
 def _progressions(config: ReportConfig, inputs: Mapping[str, Manifest], vqgan: VQGAN, store: ArtifactStore) -> Image.Image | None:
     """A row per sample, a column per step; what is still masked is gray. None for samples that begin with codes of images."""
+    import torch
+
+    from enat.checkpoint import load_enat
+    from enat.model import TextCondition
+    from enat.sampler import sample
+    from pipelines.sampling.pictures import step_images, strip
+
     model, samples = inputs["model"], inputs["samples"]
     made = SamplesSummary.read(samples)
     shown = read_samples(store, samples, 0, min(config.num_progressions, made.num_samples))

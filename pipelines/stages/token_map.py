@@ -16,13 +16,10 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray.data
-import torch
 
-from enat.checkpoint import load_vqgan
 from enat.config import VQGANConfig
 from enat.images import ImageError, to_float
 from pipelines.artifacts.manifest import FileRecord, Manifest
@@ -33,13 +30,16 @@ from pipelines.data import token_map
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMapInfo, TokenMapSummary, TokenRows
-from pipelines.sampling.fixed_batches import fix_numerics, pass_pool
 from pipelines.workflow.config import set_by
 from pipelines.workflow.models import TokenizerSummary
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 
+if TYPE_CHECKING:
+    import ray.data
+
+
 CODE_COUNTS = "code_counts.json"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = ("float32", "bfloat16")
 _ENCODING_MEMORY = {"cpu": 1 << 30, "cuda": 16 << 30}  # what one pass of the encoder may take
 _MAX_BLOCK_BYTES = 64 << 20  # of pixels: Ray Data would cut larger blocks in two
 _LEAST_MEMORY = 32 << 20  # of pixels on their way
@@ -185,6 +185,7 @@ def _encode_parts(
     blocks: list[dict[str, int]], dataset: Dataset, encoding: _Encoding, context: StageContext
 ) -> Generator[dict[str, Any]]:
     """Blocks as they are done. A part is written once all of its blocks are there, while others are still computed."""
+    import ray.data
 
     def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
         arguments, execution = (context.for_workers(), encoding), encoding.execution
@@ -214,6 +215,8 @@ def _encode_parts(
 
 def _pixels_on_their_way(encoding: _Encoding) -> int:
     """Bytes of decoded blocks that may wait for encoders: enough that none of these ever waits."""
+    import ray.data
+
     execution = encoding.execution
     num_decoders = execution.num_decoders or int(ray.cluster_resources().get("CPU", 1))
     block_bytes = 3 * encoding.info.resolution**2 * _block_size(encoding)
@@ -278,8 +281,13 @@ class _Encode:
     """Block with pixels -> rows of the token map. One actor holds one tokenizer."""
 
     def __init__(self, context: WorkerContext, encoding: _Encoding) -> None:
+        import torch
+
+        from enat.checkpoint import load_vqgan
+        from pipelines.sampling.fixed_batches import fix_numerics, pass_pool
+
         self.encoding, execution = encoding, encoding.execution
-        self.dtype = _DTYPES[encoding.info.dtype]
+        self.dtype = getattr(torch, encoding.info.dtype)
         self.vqgan = load_vqgan(context.store.fetch(encoding.tokenizer, "vqgan.safetensors")).to(execution.device)
         fix_numerics(execution.device)
         # One thread per pass, since a convolution's sums depend on the number of its threads.
@@ -320,6 +328,8 @@ class _Encode:
 
         The encoder always sees images_per_pass images: what a convolution computes depends on the size of its batch.
         """
+        import torch
+
         padding = np.zeros((self.encoding.images_per_pass - len(pixels), *pixels.shape[1:]), np.uint8)
         images = to_float(torch.from_numpy(np.concatenate([pixels, padding])).to(self.encoding.execution.device))
         sides = [self.vqgan.encode(side, self.dtype).flatten(1) for side in (images, images.flip(-1))]

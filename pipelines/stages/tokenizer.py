@@ -8,14 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-import torch
-
-from enat.checkpoint import open_vqgan, save_weights
 from enat.config import TokenizerRecipe, VQGANConfig
 from enat.images import make_grid, png_bytes, to_float, to_uint8
-from enat.tokenizer import VQGAN
-from enat.tokenizer_training import code_usage, train_tokenizer
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster import connection
 from pipelines.cluster.resources import Workers
@@ -75,6 +69,10 @@ def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageC
     Writes the weights of the tokenizer, and a picture of reconstructions if it was trained here. Measures the reconstruction error
     and how evenly the codes are used.
     """
+    import ray
+
+    from enat.checkpoint import open_vqgan, save_weights
+
     architecture = config.architecture()
     summary = TokenizerSummary(config=architecture, is_imported=config.weights is not None)
     if config.weights is not None:
@@ -100,6 +98,12 @@ def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageC
 
 def _train(config: TokenizerConfig, dataset: Dataset, context: WorkerContext, reporter: Reporter) -> dict[str, Any]:
     """The whole training, in one worker."""
+    import torch
+
+    from enat.checkpoint import save_weights
+    from enat.tokenizer import VQGAN
+    from enat.tokenizer_training import code_usage, train_tokenizer
+
     assert config.seed is not None
     started = time.monotonic()
     torch.set_num_threads(config.execution.num_threads)

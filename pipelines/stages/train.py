@@ -16,14 +16,10 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import LoggingConfig
 from rich.console import Console
 
-from enat.checkpoint import open_enat, save_weights
 from enat.config import ENATConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster import connection
@@ -32,13 +28,17 @@ from pipelines.data.token_map import TokenMapInfo, TokenMapSummary
 from pipelines.formatting import show_size
 from pipelines.registry import model_card
 from pipelines.storage.external import local_file
-from pipelines.training.checkpoints import ResumePoint, read_resume_point
 from pipelines.training.config import TrainConfig
-from pipelines.training.loop import train_loop
 from pipelines.training.task import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.training.checkpoints import ResumePoint
+
 
 # For glibc on CPUs. Ray Train runs the loop in a thread, whose own arena keeps returning memory and requesting it again: at ENAT-S
 # width 45,000 page faults per step, a tenth to a fifth of its time. A single arena that keeps its memory has none.
@@ -57,6 +57,8 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
     Writes EMA weights, raw weights, the history, and the EMA weights of steps that are to be kept. Measures the loss and speed of
     the last step. Raises KeyboardInterrupt if it was asked to stop; its checkpoint is saved.
     """
+    from pipelines.training.checkpoints import read_resume_point
+
     if config.weights is not None:
         return _imported(config, config.weights, inputs["tokenizer"], context)
     info = TokenMapSummary.read(inputs["token_map"]).info
@@ -109,6 +111,8 @@ def _mean_workers(config: TrainConfig, trained: TrainResult, before: ResumePoint
 
 def _imported(config: TrainConfig, weights: str, tokenizer: Manifest, context: StageContext) -> StageResult:
     """Published weights, as if they had been trained here on codes of this tokenizer."""
+    from enat.checkpoint import open_enat, save_weights
+
     codes = TokenizerSummary.read(tokenizer).config
     info = TokenMapInfo(
         dataset="imported",
@@ -139,6 +143,8 @@ def _summary(architecture: ENATConfig, info: TokenMapInfo, num_steps: int, is_im
 
 
 def _untrained(config: TrainConfig, architecture: ENATConfig, context: StageContext) -> tuple[FileRecord, ...]:
+    from enat.checkpoint import save_weights
+
     assert config.seed is not None
     model = initial_model(architecture, config.seed)
     return tuple(context.write(name, lambda path: save_weights(path, model)) for name in (WEIGHTS, RAW_WEIGHTS))
@@ -147,6 +153,12 @@ def _untrained(config: TrainConfig, architecture: ENATConfig, context: StageCont
 def _fit(
     config: TrainConfig, architecture: ENATConfig, inputs: Mapping[str, Manifest], context: StageContext, reporter: Reporter
 ) -> TrainResult:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    from pipelines.training.loop import train_loop
+
     execution = config.execution
     task = TrainTask(
         config=config,

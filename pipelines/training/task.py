@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from enat.config import ENATConfig
-from enat.model import ENAT
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.training.config import TrainConfig
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import WorkerContext
+
+if TYPE_CHECKING:
+    from enat.model import ENAT
+
 
 WEIGHTS = "model.safetensors"  # the EMA weights, which generate samples
 RAW_WEIGHTS = "raw.safetensors"
@@ -56,4 +58,8 @@ def effective_config(task: TrainTask) -> TrainConfig:
 
 
 def initial_model(architecture: ENATConfig, seed: int) -> ENAT:
+    import torch
+
+    from enat.model import ENAT
+
     return ENAT(architecture).initialize(torch.Generator().manual_seed(seed))
