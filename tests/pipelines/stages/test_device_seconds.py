@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
+from enat import text
 from enat.metrics.moments import FeatureMoments
 from enat.text import TextFeatures
 from pipelines.artifacts.manifest import FileRecord
@@ -48,7 +50,7 @@ def of_captions(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -
         return TextFeatures(torch.zeros(1, 3, 8).half(), torch.zeros(1, 8).half(), torch.tensor([2]))
 
     encoder = SimpleNamespace(num_positions=3, width=8, encode=encode)
-    patch.setattr(captions, "load_text_encoder", lambda _: encoder)
+    patch.setattr(text, "load_text_encoder", lambda _: encoder)
     patch.setattr(captions, "folder_digest", lambda _: "0" * 64)
     patch.setattr(captions, "Dataset", lambda *_: SimpleNamespace(num_captions=4, name="drawn"))
     patch.setattr(captions, "_plan", lambda _, info: [{"part": 0}] if isinstance(info, CaptionFeaturesInfo) else [])
@@ -62,9 +64,11 @@ def of_captions(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -
 def of_tokenizer(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -> StageResult:
     trained = {"file": FileRecord(**FILE), "record": FileRecord(**FILE), "metrics": {}, "seconds": TOOK}
     remote = SimpleNamespace(remote=lambda *_: trained)
-    patch.setattr(tokenizer, "ray", SimpleNamespace(remote=lambda **_: lambda _: remote, get=lambda given: given))
+    make, get = ray.remote, ray.get  # of the bar's actor
+    patch.setattr(ray, "remote", lambda **given: (lambda _: remote) if "num_gpus" in given else make(**given))
+    patch.setattr(ray, "get", lambda given: given if given is trained else get(given))
     patch.setattr(tokenizer, "Dataset", lambda *_: None)
-    patch.setattr(tokenizer.cluster, "require", lambda *_: None)
+    patch.setattr(tokenizer.connection, "require", lambda *_: None)
     config = tokenizer.TokenizerConfig(dataset=DatasetConfig(), seed=0, execution=Workers(gpus_per_worker=gpus))
     return tokenizer.run(config, {"dataset": None}, context)  # type: ignore[dict-item]
 
@@ -86,7 +90,7 @@ def of_reference(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) 
     patch.setattr(reference, "_make_extractor", lambda *_: reference._Made(FileRecord(**FILE), {}, TOOK))
     patch.setattr(reference.ExtractorFile, "load", lambda _: extractor)
     patch.setattr(reference, "compute_features", lambda *_: features)
-    patch.setattr(reference.cluster, "require", lambda *_: None)
+    patch.setattr(reference.connection, "require", lambda *_: None)
     config = reference.ReferenceConfig(resolution=16, dataset=DatasetConfig(), seed=0, execution=Execution(gpus_per_worker=gpus))
     return reference.run(config, {}, context)
 

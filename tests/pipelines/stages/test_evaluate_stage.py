@@ -319,7 +319,7 @@ def test_device_seconds_of_an_evaluation_are_those_of_decoding_features_and_neig
 
     monkeypatch.setattr(evaluate, "compute_scores", scores)
     monkeypatch.setattr(evaluate, "_judged", lambda *_: ({"class_agreement": 1.0}, 100.0))
-    monkeypatch.setattr(evaluate.cluster, "require", lambda *_: None)
+    monkeypatch.setattr(evaluate.connection, "require", lambda *_: None)
     config = evaluate.EvaluateConfig(settings=SETTINGS, judge="svc", execution=Execution(gpus_per_worker=gpus))
     key = hashlib.sha256(repr((1, 64, {})).encode()).hexdigest()
     found = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", key))

@@ -25,6 +25,7 @@ from enat.model import ENAT
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.stages import train
 from pipelines.tracking.run import RunHandle
+from pipelines.training import checkpoints
 from pipelines.training.checkpoints import ResumePoint, find_checkpoints
 from pipelines.training.config import TrainConfig
 from pipelines.training.monitor import DivergedError
@@ -93,9 +94,9 @@ def test_hours_are_those_of_this_command_and_of_the_ones_it_goes_on_from(
         time.sleep(0.3)
         return TrainResult((FileRecord("model.safetensors", "p", 1, "0" * 64),), (), history, 12, 0, 1, 0)
 
-    monkeypatch.setattr(train, "read_resume_point", lambda _: ResumePoint(4, 100.0))
+    monkeypatch.setattr(checkpoints, "read_resume_point", lambda _: ResumePoint(4, 100.0))
     monkeypatch.setattr(train, "_fit", fit)
-    monkeypatch.setattr(train.cluster, "require", lambda *_: None)
+    monkeypatch.setattr(train.connection, "require", lambda *_: None)
     inputs = {name: material.inputs[name] for name in ("tokenizer", "token_map")}
     started = time.monotonic()
     config = changed(execution={"num_workers": 2, "gpus_per_worker": 2})
