@@ -1,7 +1,7 @@
-"""MLflow; nothing outside of this folder imports it.
+"""MLflow. No code outside this folder imports it.
 
 run       runs: parameters, metrics, files
 search    reading runs and registered models
 registry  registering models
-errors    why a server cannot be reached
+errors    why a server cannot be used
 """

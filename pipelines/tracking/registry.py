@@ -1,4 +1,4 @@
-"""Registered models of MLflow: names, versions, tags and aliases within the limits of its databases."""
+"""Registered models of MLflow: names, versions, tags and aliases, within the limits of its databases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 _ILLEGAL_IN_MODEL = re.compile(r"[^\w\-.]+")
 
 
-# What a database of MLflow's registry has room for. sqlite takes longer values, PostgreSQL and MySQL refuse or cut them.
+# Limits of the databases of MLflow's registry. sqlite accepts longer values; PostgreSQL and MySQL refuse or truncate them.
 _MODEL_NAME_LIMIT = 256
 TAG_LIMIT = 5000
 DESCRIPTION_LIMIT = 5000
@@ -20,7 +20,7 @@ CREATED_TAG = "enat.created"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelVersion:
-    """One version of a registered model, with the tags that it has."""
+    """One version of a registered model, with its tags."""
 
     name: str
     version: str
@@ -28,7 +28,7 @@ class ModelVersion:
 
 
 def set_version_tags(client: Any, version: ModelVersion, tags: Mapping[str, str | None]) -> None:
-    """None takes a tag away."""
+    """Set tags. The value None deletes a tag."""
     from mlflow.exceptions import MlflowException
 
     for key, value in tags.items():
@@ -38,7 +38,7 @@ def set_version_tags(client: Any, version: ModelVersion, tags: Mapping[str, str 
             try:
                 client.delete_model_version_tag(version.name, version.version, key)
             except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another process took it away just before
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another process has just deleted it
                     raise
 
 
@@ -48,7 +48,7 @@ def as_model_version(version: Any) -> ModelVersion:
 
 
 def create_once(create: Callable[[], object]) -> None:
-    """Make something by name, unless another run did so just before."""
+    """Create something by name, unless another run has just created it."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -59,12 +59,12 @@ def create_once(create: Callable[[], object]) -> None:
 
 
 def model_name(text: str) -> str:
-    """A legal name of a registered model. A name that is legal already stays as it is."""
+    """A legal name for a registered model. A name that is already legal does not change."""
     return _ILLEGAL_IN_MODEL.sub("-", text).strip(".-")[:_MODEL_NAME_LIMIT].rstrip(".-") or "model"
 
 
 def first_versions(client: Any, name: str) -> dict[str, Any]:
-    """Digest -> the first version of that content. Versions without a digest were made by someone else and are left alone."""
+    """Digest -> the first version with that content. Versions without a digest belong to others and are ignored."""
     versions = client.search_model_versions(f"name='{name}'")
     ours = [version for version in versions if DIGEST_TAG in version.tags]
     return {version.tags[DIGEST_TAG]: version for version in sorted(ours, key=lambda version: -int(version.version))}
@@ -76,7 +76,7 @@ def version_of(client: Any, name: str, digest: str) -> str | None:
 
 
 def move_alias(client: Any, name: str, alias: str) -> None:
-    """To the version created last. Looks again after every move: another run may have registered a newer one meanwhile."""
+    """Set an alias to the version created last. Checks again after each change: another run may have registered a newer one."""
     from mlflow.exceptions import MlflowException
 
     alias_at = _version_at(client, name, alias)
@@ -86,7 +86,7 @@ def move_alias(client: Any, name: str, alias: str) -> None:
             alias_at = newest
         except MlflowException:
             if alias_at is not None or (alias_at := _version_at(client, name, alias)) is None:
-                raise  # else another run set it first: of two that are new the database refuses one
+                raise  # otherwise another run set it first: the database refuses one of two new aliases
 
 
 def _version_at(client: Any, name: str, alias: str) -> str | None:

@@ -1,7 +1,7 @@
-"""Runs, metrics, pictures and registered models in MLflow. tracked.py reads them. No other module imports mlflow.
+"""Write runs, metrics, images and registered models to MLflow. search.py reads them.
 
-Tracking is an observer: when its server is down, slow or refuses a value, one warning is shown and the work goes on. A
-`RunHandle` is what workers hold (rank 0 of training logs through one); it opens its own client where it is used.
+Tracking is an observer. If its server is down, slow, or refuses a value, one warning is shown and the work continues. Workers
+hold a `RunHandle` (rank 0 of training logs through one), which opens its own client in the process that uses it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.storage.redaction import without_credentials
-from pipelines.tracking.errors import NoEntry, no_entry
+from pipelines.tracking.errors import AccessProblem, access_problem
 from pipelines.tracking.registry import (
     DIGEST_TAG,
     TAG_LIMIT,
@@ -42,15 +42,19 @@ _ILLEGAL = re.compile(r"[^\w\-. /]")
 _PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks|uc:")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
 _MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
-OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; else a refusal
+OUT_OF_ORDER = (
+    "INTERNAL_ERROR",
+    "TEMPORARILY_UNAVAILABLE",
+    "BAD_REQUEST",
+)  # no answer, or a broken database; others: a refusal
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """uri: of the tracking store; None takes MLFLOW_TRACKING_URI, else an sqlite file beside the artifact store.
+    """uri: of the tracking store. None: MLFLOW_TRACKING_URI, or an sqlite file beside the artifact store.
 
-    model_alias: kept at the version of a registered model that was trained last; None sets no alias. Aliases of other names
-    are never touched.
+    model_alias: points to the version of a registered model that was trained last. None sets no alias. Aliases of other names
+    are never changed.
     """
 
     uri: str | None = None
@@ -64,29 +68,29 @@ class TrackingConfig:
             return
         if not re.fullmatch(r"[\w-]{1,255}", alias):
             raise ValueError(
-                f"tracking.model_alias is {alias!r}; it must be 1 to 255 letters, digits, '_' and '-', or null for none"
+                f"tracking.model_alias is {alias!r}; it must be 1 to 255 letters, digits, '_' and '-', or null for no alias"
             )
         if _RESERVED_ALIAS.fullmatch(alias):
-            raise ValueError(f"tracking.model_alias is {alias!r}, which MLflow keeps for itself; choose another, such as newest")
+            raise ValueError(f"tracking.model_alias is {alias!r}, which MLflow reserves; choose another one, such as newest")
 
 
 def _schemes_of_plugins() -> list[str]:
-    """Of further servers that packages which are installed here make known to MLflow, such as SageMaker's arn:."""
+    """URI schemes of further servers that installed packages register with MLflow, such as SageMaker's arn:."""
     return [entry.name for entry in entry_points(group="mlflow.tracking_store")]
 
 
 def resolve_uri(config: TrackingConfig, beside: Path) -> str:
-    """Raises ValueError for what MLflow could not take for the address of a server or database."""
+    """The tracking URI. Raises ValueError if MLflow could not use it as the address of a server or database."""
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(beside / 'mlflow.db').absolute()}"
     if config.enabled and not _PLACE.match(uri) and not any(uri.startswith(f"{scheme}:") for scheme in _schemes_of_plugins()):
         where = "the tracking URI" if config.uri else "MLFLOW_TRACKING_URI"
-        raise ValueError(f"{where} is {without_credentials(uri)}; write http://HOST:5000, sqlite:///FILE or another database's URL")
+        raise ValueError(f"{where} is {without_credentials(uri)}; write http://HOST:5000, sqlite:///FILE or another database URL")
     return uri
 
 
 @dataclass
 class RunHandle:
-    """One MLflow run, or nothing (run_id None): every method then does nothing."""
+    """One MLflow run. If run_id is None, every method does nothing."""
 
     uri: str
     run_id: str | None
@@ -94,7 +98,7 @@ class RunHandle:
     _given_up: bool = field(default=False, repr=False)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Numbers at a step; names are made legal, values that are not finite are left out."""
+        """Log numbers at a step. Names are made legal, and values that are not finite are left out."""
         from mlflow.entities import Metric
         from mlflow.utils.time import get_current_time_millis
 
@@ -108,7 +112,7 @@ class RunHandle:
             self._do(lambda client: client.log_batch(self.run_id, metrics=entities, synchronous=True))
 
     def log_history(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """What another run measured before this one went on from there. rows: each with its "step"."""
+        """Log what an earlier run measured before this run continued from it. rows: each with its "step"."""
         from mlflow.entities import Metric
         from mlflow.utils.time import get_current_time_millis
 
@@ -124,7 +128,7 @@ class RunHandle:
             self._do(lambda client, batch=batch: client.log_batch(self.run_id, metrics=batch, synchronous=True))  # type: ignore[misc]
 
     def log_params(self, values: Mapping[str, Any]) -> None:
-        """Nested configuration as dotted parameters."""
+        """Log a nested configuration as dotted parameters."""
         from mlflow.entities import Param
 
         flat = [Param(_ILLEGAL.sub("_", name), str(value)[:_PARAMETER_LIMIT]) for name, value in _flatten(values)]
@@ -139,7 +143,7 @@ class RunHandle:
         self._do(lambda client: client.log_batch(self.run_id, tags=entities))
 
     def log_bytes(self, content: bytes, name: str) -> None:
-        """A file, such as "samples/step-000100.png"."""
+        """Log bytes as a file, such as "samples/step-000100.png"."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / Path(name).name
             path.write_bytes(content)
@@ -151,11 +155,12 @@ class RunHandle:
     def register_model(
         self, name: str, files: Mapping[str, bytes], tags: Mapping[str, str], description: str, alias: str | None
     ) -> str | None:
-        """A version of the registered model `name`, or the one there is for the same content. Its number; None where it failed.
+        """Create a version of the registered model `name`, unless one with the same content exists. Returns its number, or None
+        if that failed.
 
-        files: put into the run's folder `model`, which is the version's source.   tags: must hold enat.digest, which names the
-        content, and enat.created, UTC.   alias: goes to the version created last, in whatever order versions were registered.
-        A server that takes runs but no models costs the model only: one warning, and tracking goes on.
+        files: written to the run's folder `model`, the source of the version.   tags: must contain enat.digest, which identifies
+        the content, and enat.created, in UTC.   alias: set to the version created last, in any order of registration.
+        If a server accepts runs but refuses models, one warning is shown and tracking continues.
         """
         from mlflow.exceptions import MlflowException
 
@@ -186,22 +191,22 @@ class RunHandle:
         create_once(lambda: client.create_registered_model(name))
         made = client.create_model_version(
             name,
-            f"runs:/{self.run_id}/{_MODEL_FOLDER}",  # a server takes no local path, and none of a run that is not named
+            f"runs:/{self.run_id}/{_MODEL_FOLDER}",  # a server accepts no local path, and only paths of a run that is named
             self.run_id,
             tags={key: value[:TAG_LIMIT] for key, value in tags.items()},
             description=shortened(description),
             await_creation_for=0,
         )
-        # The registry knows no condition for creating. Of runs that register the same content at once the first version stays.
+        # The registry cannot create conditionally. If runs register the same content at once, the first version stays.
         first = version_of(client, name, tags[DIGEST_TAG])
         if first != str(made.version):
             client.delete_model_version(name, str(made.version))
         return first
 
     def tag_model(self, name: str, digest: str, choose: Callable[[Mapping[str, str]], Mapping[str, str | None]]) -> None:
-        """Tag the version of the registered model `name` that has this content, where there is one.
+        """Tag the version of the registered model `name` that has this content, if it exists.
 
-        choose: given the tags that it has, those to set; None takes one away.
+        choose: given its tags, returns those to set. The value None deletes a tag.
         """
 
         def tag(client: Any) -> None:
@@ -221,22 +226,22 @@ class RunHandle:
         try:
             with quiet():
                 return action(client_of(self.uri))
-        except Exception as error:  # whatever an observer fails with must not stop the work
-            self._give_up(no_entry(error) or NoEntry(said="does not answer", advice=first_line(error)))
+        except Exception as error:  # no failure of an observer may stop the work
+            self._give_up(access_problem(error) or AccessProblem(reason="does not answer", advice=first_line(error)))
             return None
 
-    def _give_up(self, why: NoEntry) -> None:
-        """Also on behalf of the run that this one is nested in: one warning is enough, and no later stage need try."""
+    def _give_up(self, problem: AccessProblem) -> None:
+        """Stop tracking, for the parent run as well: one warning is enough, and no later stage needs to try."""
         self._given_up = True
         if self.parent is None or not self.parent._given_up:
             shown = without_credentials(self.uri)
-            _log.warning("tracking at %s %s; this run goes on without it (%s)", shown, why.said, why.advice)
+            _log.warning("tracking at %s %s; this run continues without it (%s)", shown, problem.reason, problem.advice)
         if self.parent is not None:
             self.parent._given_up = True
 
 
 def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, str], parent: RunHandle | None = None) -> RunHandle:
-    """A new run, nested where a parent is given. Where tracking is off or down: a handle that does nothing."""
+    """Start a run, nested if a parent is given. If tracking is off or down, the handle does nothing."""
     is_off = not config.enabled or (parent is not None and (parent.run_id is None or parent._given_up))
     handle = RunHandle(uri, None if is_off else "pending", parent)
 
@@ -255,8 +260,7 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
 
 @contextlib.contextmanager
 def ending(run: RunHandle) -> Iterator[RunHandle]:
-    """Whatever breaks the work off, no run is left that looks as if it went on: FAILED, or KILLED where it was asked to end.
-    Work that succeeds says so itself."""
+    """Mark the run as FAILED if the work raises, KILLED if it was asked to end. Work that succeeds finishes it itself."""
     try:
         yield run
     except BaseException as error:
@@ -265,7 +269,7 @@ def ending(run: RunHandle) -> Iterator[RunHandle]:
 
 
 def _artifact_location(uri: str) -> str | None:
-    """Files of a local sqlite store lie beside it, wherever the command is run from; a server decides for itself."""
+    """Files of a local sqlite store are beside it, in any working directory. A server chooses its own place."""
     return str(Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts") if uri.startswith("sqlite:///") else None
 
 
@@ -285,7 +289,7 @@ def client_of(uri: str) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Alembic and MLflow tell of every migration, MLflow's libraries of deprecations."""
+    """Silence Alembic and MLflow, which log every migration, and the deprecation warnings of MLflow's libraries."""
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -1,6 +1,6 @@
-"""What MLflow holds, for those who read it: runs and their files, registered models and their tags.
+"""Read runs and their files, and registered models and their tags, from MLflow.
 
-Unlike what observes a run (tracking.py), a reader wants to know why there is no answer.
+Unlike run.py, which only warns, these functions raise an error that names the reason.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.storage.redaction import without_credentials
-from pipelines.tracking.errors import no_entry
+from pipelines.tracking.errors import access_problem
 from pipelines.tracking.registry import ModelVersion, as_model_version, set_version_tags
 from pipelines.tracking.run import OUT_OF_ORDER, client_of, first_line, quiet
 
-_ARTIFACT_TAGS = ("enat.artifact", "enat.evaluation")  # of a version: those that name an artifact as stage/key
+_ARTIFACT_TAGS = ("enat.artifact", "enat.evaluation")  # tags of a version that name an artifact as stage/key
 
 
 class TrackingError(RuntimeError):
@@ -28,7 +28,7 @@ class TrackingError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What MLflow holds of a run. started: UTC.   metrics: the newest value of each.   parent_id: of the run it is nested in."""
+    """A run. started: UTC.   metrics: the newest value of each.   parent_id: the run that it is nested in."""
 
     run_id: str
     name: str
@@ -47,25 +47,25 @@ class TrackedRun:
 def experiments(uri: str) -> dict[str, str]:
     """Name -> id of the experiments that are not deleted.
 
-    Raises ValueError where no store lies at the URI, nothing answers there, or it does not let us in; TrackingError for all else.
+    Raises ValueError if no store exists at the URI, no server answers, or the server refuses the user; otherwise TrackingError.
     """
     with _reading(uri) as client:
         return {found.name: found.experiment_id for found in _pages(lambda token: client.search_experiments(page_token=token))}
 
 
 def search_runs(uri: str, experiment_ids: Sequence[str], filter_string: str = "", *, limit: int | None = None) -> list[TrackedRun]:
-    """Runs that are not deleted, newest first. Raises ValueError for a filter that MLflow does not understand."""
+    """Runs that are not deleted, newest first. Raises ValueError if MLflow cannot parse the filter."""
     size = min(limit or 1000, 1000)
 
     def page(token: str | None) -> Any:
         return client.search_runs(list(experiment_ids), filter_string, max_results=size, page_token=token)
 
     with _reading(uri) as client:
-        return [_tracked(run) for run in islice(_pages(page), limit)] if experiment_ids else []
+        return [_as_run(run) for run in islice(_pages(page), limit)] if experiment_ids else []
 
 
 def read_run(uri: str, run_id: str) -> TrackedRun | None:
-    """None where there is no such run, or it was deleted."""
+    """A run, or None if it does not exist or was deleted."""
     from mlflow.exceptions import MlflowException
 
     with _reading(uri) as client:
@@ -75,11 +75,11 @@ def read_run(uri: str, run_id: str) -> TrackedRun | None:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
-        return _tracked(run) if run.info.lifecycle_stage == "active" else None
+        return _as_run(run) if run.info.lifecycle_stage == "active" else None
 
 
 def read_file(uri: str, run_id: str, name: str, max_bytes: int) -> bytes | None:
-    """A file that lies at the top of a run's files. None where there is none. Raises ValueError where it is larger."""
+    """A file at the top level of a run's files, or None if it does not exist. Raises ValueError if it is larger than max_bytes."""
     with _reading(uri) as client:
         found = next((file for file in client.list_artifacts(run_id) if file.path == name and not file.is_dir), None)
         if found is None:
@@ -92,12 +92,12 @@ def read_file(uri: str, run_id: str, name: str, max_bytes: int) -> bytes | None:
 
 @contextlib.contextmanager
 def _reading(uri: str) -> Iterator[Any]:
-    """A client. Unlike what observes a run, a reader wants to know why there is no answer."""
+    """A client, whose errors are raised as ValueError or TrackingError with the reason."""
     from mlflow.exceptions import MlflowException
 
     shown = without_credentials(uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise ValueError(f"no runs are tracked at {shown}, which does not exist; run a config first, or name another tracking URI")
+        raise ValueError(f"no runs are tracked at {shown}, which does not exist; run a config first, or set another tracking URI")
     try:
         with quiet():
             yield client_of(uri)
@@ -105,9 +105,9 @@ def _reading(uri: str) -> Iterator[Any]:
         raise
     except Exception as error:
         if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE":
-            raise ValueError(f"MLflow refuses what is asked of {shown}: {first_line(error)}") from error
-        if (why := no_entry(error)) is not None:
-            raise ValueError(f"tracking at {shown} {why.said}: {why.advice}") from error
+            raise ValueError(f"MLflow refuses the request to {shown}: {first_line(error)}") from error
+        if (problem := access_problem(error)) is not None:
+            raise ValueError(f"tracking at {shown} {problem.reason}: {problem.advice}") from error
         raise TrackingError(f"tracking at {shown} cannot be read ({first_line(error)})") from error
 
 
@@ -120,7 +120,7 @@ def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
             return
 
 
-def _tracked(run: Any) -> TrackedRun:
+def _as_run(run: Any) -> TrackedRun:
     return TrackedRun(
         run_id=run.info.run_id,
         name=run.info.run_name or run.info.run_id,
@@ -136,19 +136,19 @@ def _tracked(run: Any) -> TrackedRun:
 def find_model(uri: str, reference: str) -> dict[str, str]:
     """Tags of a registered version by name@alias, models:/name@alias or models:/name/version.
 
-    Raises ValueError where there is no such version, and as experiments does.
+    Raises ValueError if the version does not exist, and the errors of experiments().
     """
     from mlflow.exceptions import MlflowException
 
     plain = reference.removeprefix("models:/")
     name, _, which = plain.rpartition("@" if "@" in plain else "/")
     if not name or not which:
-        raise ValueError(f"{reference} names no registered model; write name@alias or models:/name/version")
+        raise ValueError(f"{reference} does not name a registered model; write name@alias or models:/name/version")
     with _reading(uri) as client:
         try:
             version = (client.get_model_version_by_alias if "@" in plain else client.get_model_version)(name, which)
         except MlflowException as error:
-            if error.error_code in OUT_OF_ORDER or no_entry(error) is not None:
+            if error.error_code in OUT_OF_ORDER or access_problem(error) is not None:
                 raise
             raise ValueError(
                 f"the registry at {without_credentials(uri)} has no model {reference} ({first_line(error)})"
@@ -157,10 +157,10 @@ def find_model(uri: str, reference: str) -> dict[str, str]:
 
 
 def registered_artifacts(uri: str) -> dict[str, str]:
-    """What registered versions are, and their last evaluations, as "stage/key" -> "name version number": the evaluation is what the
-    next one is compared with. Versions made by others say nothing.
+    """Artifacts of registered versions and of their last evaluations: "stage/key" -> "name version number". The next evaluation is
+    compared with the last one. Versions of others have no such tags.
 
-    Raises as experiments does.
+    Raises the errors of experiments().
     """
 
     def page(token: str | None) -> Any:
@@ -172,7 +172,7 @@ def registered_artifacts(uri: str) -> dict[str, str]:
 
 
 def versions_at(uri: str, alias: str) -> list[ModelVersion]:
-    """The version of every registered model that an alias is at, by name. Raises as registered_artifacts does."""
+    """The version that an alias points to, of every registered model, ordered by name. Raises the errors of experiments()."""
 
     def page(token: str | None) -> Any:
         return client.search_registered_models(max_results=100, page_token=token)
@@ -183,12 +183,12 @@ def versions_at(uri: str, alias: str) -> list[ModelVersion]:
 
 
 def read_version(uri: str, name: str, version: str) -> ModelVersion:
-    """As it is now. Raises TrackingError where it is not there any more, and as experiments does."""
+    """The current state of a version. Raises TrackingError if it was deleted, and the errors of experiments()."""
     with _reading(uri) as client:
         return as_model_version(client.get_model_version(name, version))
 
 
 def tag_version(uri: str, version: ModelVersion, tags: Mapping[str, str | None]) -> None:
-    """Set tags of a version; None takes one away. Raises TrackingError where they could not be written."""
+    """Set tags of a version. The value None deletes a tag. Raises TrackingError if they cannot be written."""
     with _reading(uri) as client:
         set_version_tags(client, version, tags)

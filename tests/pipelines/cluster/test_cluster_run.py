@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from free_ports import free_ports
 from mlflow import MlflowClient
+from mlflow_server import mlflow_server
 from ray_nodes import TOKEN, RayNodes, ray_nodes
 
 from pipelines.artifacts.open import open_store
@@ -52,41 +51,10 @@ class Mlflow:
 
 
 @pytest.fixture(scope="module")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mlflow]:
-    """A tracking server of its own."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_ports(1)[0]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while not _is_well(f"{url}/health"):
-            assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
-            time.sleep(0.3)
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mlflow]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    with mlflow_server(folder) as url:
         yield Mlflow(url, folder)
-    finally:
-        _end(server)
-
-
-def _is_well(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    import psutil
-
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)] if process.poll() is None else []
-    for each in family:
-        each.terminate()
-    for each in psutil.wait_procs(family, timeout=10)[1]:
-        each.kill()
-    process.wait()
 
 
 class Runs:
@@ -145,12 +113,12 @@ class Runs:
 
 
 @pytest.fixture
-def runs(tiny_config: Path, make_bucket: Callable[..., Any], mlflow_server: Mlflow, tmp_path: Path) -> Runs:
+def runs(tiny_config: Path, make_bucket: Callable[..., Any], mlflow: Mlflow, tmp_path: Path) -> Runs:
     """A bucket of its own for each test, and whatever experiment there was is out of sight."""
-    client = MlflowClient(mlflow_server.url)
+    client = MlflowClient(mlflow.url)
     if (experiment := client.get_experiment_by_name("enat")) is not None:
         client.rename_experiment(experiment.experiment_id, f"enat-{tmp_path.name}-before")
-    return Runs(tiny_config, make_bucket("team/store"), mlflow_server, tmp_path / "workspace")
+    return Runs(tiny_config, make_bucket("team/store"), mlflow, tmp_path / "workspace")
 
 
 def _variables(folder: Path) -> dict[str, str]:

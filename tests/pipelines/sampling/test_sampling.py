@@ -338,7 +338,7 @@ def test_a_registered_model_is_found_by_name_and_alias(ask, world: World, tmp_pa
         ("enat-s-digits@best", "has no model enat-s-digits@best"),
         ("nothing@newest", "has no model nothing@newest"),
         ("models:/enat-s-digits/7", "has no model models:/enat-s-digits/7"),
-        ("models:/enat-s-digits", "names no registered model"),
+        ("models:/enat-s-digits", "does not name a registered model"),
         ("other@newest", "it has no tag enat.artifact"),
     ):
         code, out, err = ask(reference, "--tracking-uri", uri, "-o", "none", store=None)
