@@ -1,14 +1,8 @@
-"""Sizes and ages as people write and read them."""
+"""Numbers, sizes, ages and foreign text, as people write and read them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from rich.markup import escape
-
-if TYPE_CHECKING:
-    pass
-
+import math
 import re
 
 _SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -22,14 +16,14 @@ def parse_size(text: str) -> int:
         unit = match[2].lower().removesuffix("b")
         if unit in _SIZES:
             return round(float(match[1]) * _SIZES[unit])
-    raise ValueError(f"{text!r} is no size; write a number with a unit, such as 500MB or 1.5GiB")
+    raise ValueError(f"{text!r} is not a size; write a number with a unit, such as 500MB or 1.5GiB")
 
 
 def parse_age(text: str) -> float:
     """Seconds of "30d", "12h", "90m", "45s", "2w". Raises ValueError."""
     if (match := _NUMBER.fullmatch(text)) and match[2].lower() in _AGES:
         return float(match[1]) * _AGES[match[2].lower()]
-    raise ValueError(f"{text!r} is no age; write a number with s, m, h, d or w, such as 30d or 12h")
+    raise ValueError(f"{text!r} is not an age; write a number with s, m, h, d or w, such as 30d or 12h")
 
 
 def show_size(size: float) -> str:
@@ -44,18 +38,26 @@ def show_size(size: float) -> str:
 
 
 def show_age(seconds: float) -> str:
-    """86_400 -> "24 h". What is from the future, by a clock that runs otherwise, is new."""
+    """86_400 -> "24 h". Negative ages, which come from clocks that differ, count as 0."""
     for unit, length, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
         if seconds < most * length:
             return f"{max(0, seconds) / length:.0f} {unit}"
     return f"{seconds / 86400:,.0f} d"
 
 
+def show_number(value: float, digits: int = 4) -> str:
+    """Whole numbers in full, 12_345.0 -> "12,345"; others with significant digits, 0.123456 -> "0.1235"."""
+    is_whole = math.isfinite(value) and float(value).is_integer() and abs(value) < 1e15
+    return f"{value:,.0f}" if is_whole else f"{value:.{digits}g}"
+
+
 def one_line(text: str) -> str:
-    """What somebody else wrote, for rich: printable, and nothing in it taken for markup."""
+    """Foreign text for rich: on one line, without control characters, and not read as markup."""
+    from rich.markup import escape
+
     return escape(printable(text))
 
 
 def printable(text: str) -> str:
-    """With nothing in it that a terminal would obey."""
+    """Text on one line, without characters that a terminal would obey."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())

@@ -25,7 +25,7 @@ from pipelines.artifacts.manifest import (
     short,
 )
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.formatting import one_line, show_age, show_size
+from pipelines.formatting import one_line, show_age, show_number, show_size
 from pipelines.storage.base import StoredFile, StoreError
 
 if TYPE_CHECKING:
@@ -118,12 +118,10 @@ def phrase(manifest: Manifest, describe: Describe) -> str:
     """An artifact in a few words: its stage's description, or else its first metrics."""
     if words := describe(manifest):
         return words
-    metrics = [f"{name.removeprefix('final/')} {_number(value)}" for name, value in manifest.metrics.items()]
+    metrics = [f"{name.removeprefix('final/')} {show_number(value)}" for name, value in manifest.metrics.items()]
     return ", ".join(metrics[:_SHOWN_METRICS])
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if math.isfinite(value) and float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
 # Listing -------------------------------------------------------------------------------------------------------------------

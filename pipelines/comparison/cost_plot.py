@@ -37,8 +37,9 @@ from pipelines.comparison.canvas import (
 from pipelines.comparison.columns import short, short_count
 from pipelines.comparison.labels import Label, write_labels
 from pipelines.comparison.published import PublishedResult
-from pipelines.comparison.sections import MAIN, Row, Section, by_model
+from pipelines.comparison.sections import Row, Section, by_model
 from pipelines.comparison.sweep_plot import find_sweeps
+from pipelines.workflow.stage import MAIN
 
 _WIDTH = 10.0  # inches of a figure
 _LABEL_LENGTH = 26

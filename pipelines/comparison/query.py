@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.comparison.sections import MAIN, REAL_CODES, Notes, Row, Section, make_sections
+from pipelines.comparison.sections import REAL_CODES, Notes, Row, Section, make_sections
 from pipelines.formatting import printable
 from pipelines.storage.base import digest_of
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import registry, search
 from pipelines.tracking.search import TrackedRun
+from pipelines.workflow.stage import MAIN
 
 _EVALUATIONS = "tags.`enat.stage` = 'evaluate'"
 _FINISHED = "attributes.status = 'FINISHED'"

@@ -17,8 +17,8 @@ from typing import Any
 
 from pipelines.comparison.published import DATASETS, PublishedResult, matching_dataset, published_for, shows
 from pipelines.registry.evaluation_record import DISTANCES
+from pipelines.workflow.stage import MAIN
 
-MAIN = "main"
 REAL_CODES = "token map rows"  # label scheme of samples that start from codes of real images
 _REFERENCE = re.compile(r"(?P<dataset>.+?), \d+ px(, .+)?")  # name of a reference: "imagenet, 256 px, adm-center"
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.evaluation.protocol import SCORES
-from pipelines.formatting import one_line, printable, show_age
+from pipelines.formatting import one_line, printable, show_age, show_number
 from pipelines.reevaluation.reevaluate import Outcome, exit_code
 from pipelines.registry.evaluation_record import DISTANCES
 from pipelines.workflow.costs import Prices
@@ -87,7 +87,7 @@ def _shown_metric(was: Mapping[str, float], now: Mapping[str, float]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.5g}"
+    return "–" if value is None else show_number(value, digits=5)
 
 
 def _cost(outcome: Outcome) -> str:

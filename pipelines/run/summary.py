@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.formatting import show_number
 from pipelines.registry.evaluation_record import DISTANCES
 from pipelines.storage.redaction import without_credentials
 from pipelines.workflow.stage import MAIN, FinishedStage, PlannedStage, Session
@@ -70,7 +71,7 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
         status = "[dim]reused[/]" if item["reused"] else f"{item['made_in_seconds']:.1f} s"
         ordered = sorted(item["metrics"], key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
         some = ((name, item["metrics"][name]) for name in ordered[:_METRICS_SHOWN])
-        measured = ", ".join(f"{name.removeprefix('final/')} {_number(value)}" for name, value in some)
+        measured = ", ".join(f"{name.removeprefix('final/')} {show_number(value)}" for name, value in some)
         stages.add_row(item["stage"], status, item["key"][:12], f"[dim]{measured}[/]")
     console.print()
     console.print(stages)
@@ -92,7 +93,7 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
 def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) -> None:
     scores = _table("What it is worth", "", *scored)
     for name in dict.fromkeys(name for metrics in scored.values() for name in metrics):
-        scores.add_row(name, *(_number(metrics[name]) if name in metrics else "–" for metrics in scored.values()))
+        scores.add_row(name, *(show_number(metrics[name]) if name in metrics else "–" for metrics in scored.values()))
     console.print()
     console.print(scores)
     for name in DISTANCES:
@@ -114,7 +115,3 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
