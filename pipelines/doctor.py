@@ -1,4 +1,4 @@
-"""What of a machine stands in the way of a run, and what to do about it: one finding a line, nothing is changed."""
+"""Check whether this machine can run a config. Each finding is one line with advice. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from typing import Any
 
 GOOD, WARNING, BAD = "good", "warning", "bad"
 _NEEDED_PYTHON = (3, 11)
-_FREE_GB = 5.0  # of the workspace's disk: Ray spills and caches are written there
-_SHARED_GB = 1.0  # of /dev/shm, where Ray's object store lies
+_FREE_GB = 5.0  # on the disk of the workspace, for spilled objects of Ray and for caches
+_SHARED_GB = 1.0  # in /dev/shm, for Ray's object store
 
 
 @dataclass(frozen=True)
 class Finding:
-    """what: that was looked at.   state: GOOD, WARNING (some runs are affected) or BAD.   advice: what to do, where not GOOD."""
+    """what: the thing that was checked.   state: GOOD, WARNING (affects some runs) or BAD.   advice: what to do, unless GOOD."""
 
     what: str
     state: str
-    said: str
+    detail: str
     advice: str = ""
 
 
 def examine(config: Any) -> Iterator[Finding]:
-    """Findings for a run's config, in the order in which a run would meet them. config: RunConfig.
+    """Findings for a run of `config`, a RunConfig, in the order in which a run would meet them.
 
-    A check that breaks down is a finding, too: the others are still made.
+    A check that raises is a finding, too. The remaining checks still run.
     """
     checks: Mapping[str, Callable[[], Iterator[Finding]]] = {
         "Python": _python,
@@ -48,7 +48,7 @@ def examine(config: Any) -> Iterator[Finding]:
     for what, check in checks.items():
         try:
             yield from check()
-        except Exception as error:  # noqa: BLE001 (whatever is broken is what this is for)
+        except Exception as error:  # noqa: BLE001 (any failure is a finding)
             reason = " ".join(str(error).split()) or type(error).__name__
             yield Finding(what, BAD, reason[:300], _ADVICE[what])
 
@@ -56,24 +56,24 @@ def examine(config: Any) -> Iterator[Finding]:
 _ADVICE = {
     "Python": "install Python 3.11 or newer and run make setup again",
     "packages": "run make setup again",
-    "devices": "see that the driver is loaded (nvidia-smi) and fits the installed torch",
+    "devices": "check that the driver is loaded (nvidia-smi) and matches the installed torch",
     "disk": "choose another workspace",
-    "Ray": "start the cluster, or leave cluster.address and RAY_ADDRESS out for a local one",
-    "store": "see that the folder or bucket exists and may be written; credentials come from the AWS variables",
-    "tracking": "start the server, change MLFLOW_TRACKING_URI, or go on without: runs do not need it",
-    "dataset": "see that it lies there and may be read, or give another place",
-    "weights": "fetch the file, or give another path",
+    "Ray": "start the cluster, or remove cluster.address and RAY_ADDRESS to start a local one",
+    "store": "check that the folder or bucket exists and is writable. Credentials come from the AWS variables",
+    "tracking": "start the server, change MLFLOW_TRACKING_URI, or continue without it: runs do not need it",
+    "dataset": "check that it exists and is readable, or set another path",
+    "weights": "download the file, or set another path",
 }
 
 
 def _python() -> Iterator[Finding]:
-    said = f"{platform.python_version()} at {sys.executable}"
+    detail = f"{platform.python_version()} at {sys.executable}"
     state = GOOD if sys.version_info >= _NEEDED_PYTHON else BAD
-    yield Finding("Python", state, said, "" if state == GOOD else _ADVICE["Python"])
+    yield Finding("Python", state, detail, "" if state == GOOD else _ADVICE["Python"])
 
 
 def _packages() -> Iterator[Finding]:
-    """Versions as pyproject.toml asks for them, and that the ones with compiled parts can be imported."""
+    """Checks that the versions satisfy pyproject.toml, and that packages with compiled parts can be imported."""
     from packaging.requirements import Requirement
 
     wrong = []
@@ -87,11 +87,11 @@ def _packages() -> Iterator[Finding]:
             wrong.append(f"{requirement.name} is missing")
             continue
         if not requirement.specifier.contains(found, prereleases=True):
-            wrong.append(f"{requirement.name} is {found}, needed {requirement.specifier}")
-    for name in ("torch", "torchvision", "pyarrow"):  # deepspeed tells of its accelerator when it is imported
+            wrong.append(f"{requirement.name} is {found}, but {requirement.specifier} is required")
+    for name in ("torch", "torchvision", "pyarrow"):  # deepspeed would log its accelerator on import
         importlib.import_module(name)
-    said = "; ".join(wrong) or ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "deepspeed", "mlflow", "pyarrow"))
-    yield Finding("packages", BAD if wrong else GOOD, said, _ADVICE["packages"] if wrong else "")
+    detail = "; ".join(wrong) or ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "deepspeed", "mlflow", "pyarrow"))
+    yield Finding("packages", BAD if wrong else GOOD, detail, _ADVICE["packages"] if wrong else "")
 
 
 def _devices() -> Iterator[Finding]:
@@ -102,9 +102,9 @@ def _devices() -> Iterator[Finding]:
     if count:
         yield Finding("devices", GOOD, f"{count} x {names}, CUDA {torch.version.cuda}")
     elif shutil.which("nvidia-smi"):
-        yield Finding("devices", WARNING, "there is a driver for GPUs, but torch sees none", _ADVICE["devices"])
+        yield Finding("devices", WARNING, "a GPU driver is installed, but torch finds no GPU", _ADVICE["devices"])
     else:
-        yield Finding("devices", GOOD, f"no GPU, {os.cpu_count()} CPUs: stages with gpus_per_worker need a cluster")
+        yield Finding("devices", GOOD, f"no GPU, {os.cpu_count()} CPUs; stages with gpus_per_worker need a cluster")
 
 
 def _disk(workspace: Path) -> Iterator[Finding]:
@@ -112,9 +112,9 @@ def _disk(workspace: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(existing).free / 1e9
     enough = free >= _FREE_GB
     yield Finding("disk", GOOD if enough else WARNING, f"{free:,.0f} GB free for {workspace}", "" if enough else _ADVICE["disk"])
-    shared = Path("/dev/shm")  # noqa: S108 (where Ray's object store lies)
+    shared = Path("/dev/shm")  # noqa: S108 (the place of Ray's object store)
     if shared.exists() and (size := shutil.disk_usage(shared).total / 1e9) < _SHARED_GB:
-        advice = "in a container, start it with --shm-size=4g: Ray falls back to the disk, which is slow"
+        advice = "in a container, start it with --shm-size=4g; otherwise Ray uses the disk, which is slow"
         yield Finding("shared memory", WARNING, f"{shared} has {size:.2f} GB", advice)
 
 
@@ -124,7 +124,7 @@ def _ray(config: Any) -> Iterator[Finding]:
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
-        yield Finding("Ray", GOOD, f"{version('ray')}, a local cluster for every run")
+        yield Finding("Ray", GOOD, f"{version('ray')}, a local cluster for each run")
         yield from _room(config, Capacity(({"CPU": float(config.cluster.num_cpus or os.cpu_count() or 1), "GPU": _num_gpus()},)))
         return
     connection.check_listening(address)
@@ -146,13 +146,13 @@ def _num_gpus() -> float:
 
 
 def _room(config: Any, capacity: Any) -> Iterator[Finding]:
-    """Stages that ask for more than there is; of one that the store has already a run asks nothing."""
+    """Stages that need more than the cluster has. Stages whose artifact is in the store need nothing."""
     from pipelines.cluster.capacity import cluster_grows, judge
     from pipelines.jobs.submission import needs
 
     problems = dict.fromkeys(verdict.problem for verdict in (judge(need, capacity) for need in needs(config)) if verdict.problem)
     for problem in problems:
-        yield Finding("room", WARNING if cluster_grows() else BAD, str(problem), "or choose a cluster that has as much")
+        yield Finding("room", WARNING if cluster_grows() else BAD, str(problem), "or choose a larger cluster")
 
 
 def _store(config: Any) -> Iterator[Finding]:
@@ -161,7 +161,7 @@ def _store(config: Any) -> Iterator[Finding]:
 
     store = open_store(config.store_uri, config.s3)
     store.check_writable()
-    yield Finding("store", GOOD, f"{without_credentials(store.uri)} can be written")
+    yield Finding("store", GOOD, f"{without_credentials(store.uri)} is writable")
 
 
 def _tracking(config: Any) -> Iterator[Finding]:
@@ -170,18 +170,18 @@ def _tracking(config: Any) -> Iterator[Finding]:
     from pipelines.tracking import search
 
     if not config.tracking.enabled:
-        yield Finding("tracking", WARNING, "off: nothing will be compared", "leave tracking.enabled out")
+        yield Finding("tracking", WARNING, "off; results cannot be compared", "remove tracking.enabled")
         return
     uri = tracking.resolve_uri(config.tracking, Path(config.workspace))
     shown = without_credentials(uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        yield Finding("tracking", GOOD, f"{shown}, made by the first run")
+        yield Finding("tracking", GOOD, f"{shown}, which the first run creates")
         return
     yield Finding("tracking", GOOD, f"{shown} answers, {len(search.experiments(uri))} experiments")
 
 
 def _dataset(config: Any) -> Iterator[Finding]:
-    """That it lies where the config says; what is in it stage dataset looks at."""
+    """Checks that the dataset exists. Stage dataset checks its content."""
     import dataclasses
 
     from pipelines.data.sources.config import open_source
@@ -189,12 +189,12 @@ def _dataset(config: Any) -> Iterator[Finding]:
     dataset = dataclasses.replace(config.dataset, s3=config.s3_of(config.dataset.path, config.dataset.captions))
     open_source(dataset)
     if dataset.captions is not None and "://" not in dataset.captions and not Path(dataset.captions).is_file():
-        raise ValueError(f"dataset.captions names {dataset.captions}, which is no file; give a captions_*.json of COCO")
-    yield Finding("dataset", GOOD, f"{dataset.title}, {dataset.path or 'which scikit-learn brings'}")
+        raise ValueError(f"dataset.captions names {dataset.captions}, which is not a file; set it to a captions_*.json of COCO")
+    yield Finding("dataset", GOOD, f"{dataset.title}, {dataset.path or 'included in scikit-learn'}")
 
 
 def _weights(config: Any) -> Iterator[Finding]:
-    """Files that a config names; what is fetched from a hub or a bucket is only said."""
+    """Files that the config names. Weights in a hub or a bucket are only listed."""
     named = {
         "tokenizer.weights": config.tokenizer.weights,
         "train.weights": config.train.weights,
@@ -206,11 +206,11 @@ def _weights(config: Any) -> Iterator[Finding]:
         if place is None:
             continue
         if place.startswith(("s3://", "hf://", "sha256:")):
-            yield Finding("weights", GOOD, f"{key} is {place}, which is fetched when its stage runs")
+            yield Finding("weights", GOOD, f"{key} is {place}, which is downloaded when its stage runs")
         elif Path(place).exists():
             yield Finding("weights", GOOD, f"{key} is {place}")
         else:
-            yield Finding("weights", BAD, f"{key} names {place}, which is not there", _ADVICE["weights"])
+            yield Finding("weights", BAD, f"{key} is {place}, which does not exist", _ADVICE["weights"])
     if config.reference.extractor == "inception" and config.reference.weights is None:
-        advice = "without access to the internet, fetch the file and name it as reference.weights"
-        yield Finding("weights", WARNING, "Inception's published weights are fetched when stage reference runs", advice)
+        advice = "without internet access, download the file and set reference.weights to its path"
+        yield Finding("weights", WARNING, "Inception's published weights are downloaded when stage reference runs", advice)

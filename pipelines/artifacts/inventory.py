@@ -122,8 +122,6 @@ def phrase(manifest: Manifest, describe: Describe) -> str:
     return ", ".join(metrics[:_SHOWN_METRICS])
 
 
-
-
 # Listing -------------------------------------------------------------------------------------------------------------------
 
 

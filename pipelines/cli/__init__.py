@@ -1,6 +1,6 @@
-"""The `enat` command, one command or group a file.
+"""The `enat` command: each command or group has its own file.
 
-main       the command itself: exit codes, signals
-options    options that commands share
+main       the group of commands, exit codes, signals
+options    arguments, options and output that commands share
 run, plan, submit, jobs, sample, evaluate, compare, reevaluate, import_weights, artifacts, doctor
 """

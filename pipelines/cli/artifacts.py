@@ -1,4 +1,4 @@
-"""`enat artifacts`: what a store holds, where it came from, whether it is whole, and what of it can go."""
+"""`enat artifacts`: list, show, copy, verify and remove the artifacts of a store."""
 
 from __future__ import annotations
 
@@ -13,23 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.cli.options import JSON, STORE, console, s3_options
+from pipelines.cli.options import JSON, STORE, console, echo_json, s3_options, table_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rich.console import Console
-
     from pipelines.artifacts.store import ArtifactStore
     from pipelines.storage.s3_client import S3Config
 
-_WIDTH_OF_A_PIPE = 1000
 _FOLDER = click.Path(path_type=Path, file_okay=False)
-_SHORTEST_LIMIT = 3600.0  # of gc: what runs are at this moment is not for it to judge
+_SHORTEST_LIMIT = 3600.0  # of gc: younger files may belong to a run that is active
 
 
 class _Amount(click.ParamType):
-    """A size or an age as units.py reads it."""
+    """A size or an age, as formatting.py parses it."""
 
     def __init__(self, name: str, example: str) -> None:
         self.name, self.example = name, example
@@ -55,23 +52,23 @@ _SIZE, _AGE = _Amount("size", "SIZE"), _Amount("age", "AGE")
 
 @click.group()
 def artifacts() -> None:
-    """What a store holds: list, show, copy, check, and remove what is no longer needed."""
+    """List, show, copy, verify and remove the artifacts of a store."""
 
 
 @artifacts.command(name="ls")
-@click.option("--stage", "stages", multiple=True, help="Only of this stage. May be repeated, as --dataset.")
-@click.option("--dataset", "datasets", multiple=True, metavar="NAME", help="Only what was made from this dataset.")
-@click.option("--larger-than", type=_SIZE, help="Such as 500MB or 1.5GiB.")
+@click.option("--stage", "stages", multiple=True, help="Only artifacts of this stage. Repeatable.")
+@click.option("--dataset", "datasets", multiple=True, metavar="NAME", help="Only artifacts made from this dataset. Repeatable.")
+@click.option("--larger-than", type=_SIZE, help="For example 500MB or 1.5GiB.")
 @click.option("--smaller-than", type=_SIZE)
-@click.option("--older-than", type=_AGE, help="Such as 30d, 12h or 90m.")
+@click.option("--older-than", type=_AGE, help="For example 30d, 12h or 90m.")
 @click.option("--newer-than", type=_AGE)
 @click.option("--sort", type=click.Choice(["age", "size"]), default="age", show_default=True, help="Newest or largest first.")
-@click.option("--unfinished", is_flag=True, help="What runs left that did not come to an end, instead.")
+@click.option("--unfinished", is_flag=True, help="List the files of runs that did not finish instead.")
 @STORE
 @s3_options
 @JSON
 def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_json: bool, **query: Any) -> None:
-    """List artifacts: size, age, key, dataset, and what each is."""
+    """List artifacts with size, age, key, dataset and a description."""
     from pipelines.artifacts import inventory
     from pipelines.run import graph
 
@@ -81,14 +78,14 @@ def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_jso
         manifests = [*opened.manifests()]
     if unfinished:
         if len(query.pop("stages")) or any(query.values()):
-            raise click.UsageError("--unfinished lists all there is; leave the other filters out")
+            raise click.UsageError("--unfinished lists everything; remove the other filters")
         with console(stderr=True).status("listing files"):
             left = inventory.find_unfinished(opened.folders(), manifests)
         if as_json:
             rows = [inventory.unfinished_json(each, now) for each in left]
-            _echo({"store": opened.uri, "unfinished": rows})
+            echo_json({"store": opened.uri, "unfinished": rows})
         else:
-            inventory.show_unfinished(left, opened.uri, now, _table_console())
+            inventory.show_unfinished(left, opened.uri, now, table_console())
         return
     entries = inventory.list_artifacts(
         manifests,
@@ -99,22 +96,22 @@ def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_jso
         dataset_name=graph.dataset_name,
     )
     if as_json:
-        _echo({"store": opened.uri, "artifacts": [inventory.entry_json(entry) for entry in entries]})
+        echo_json({"store": opened.uri, "artifacts": [inventory.entry_json(entry) for entry in entries]})
     else:
-        inventory.show_list(entries, opened.uri, _table_console())
+        inventory.show_list(entries, opened.uri, table_console())
 
 
 @artifacts.command(name="show")
 @click.argument("artifact", metavar="[STAGE/]KEY")
 @STORE
 @s3_options
-@click.option("--lineage", "with_lineage", is_flag=True, help="Also what it was made from and what was made from it, as trees.")
+@click.option("--lineage", "with_lineage", is_flag=True, help="Also show its inputs and what was made from it, as trees.")
 @click.option(
     "--contact-sheet",
     type=click.Path(path_type=Path),
-    help="Of a token map: write a PNG, images beside what their codes decode to.",
+    help="For a token map: write a PNG with images beside their reconstructions.",
 )
-@click.option("--images", default=24, show_default=True, type=click.IntRange(1, 400), help="On the contact sheet.")
+@click.option("--images", default=24, show_default=True, type=click.IntRange(1, 400), help="Number of images on the contact sheet.")
 @JSON
 def show_artifact(
     artifact: str,
@@ -125,7 +122,7 @@ def show_artifact(
     images: int,
     as_json: bool,
 ) -> None:
-    """Show an artifact: what it was made from, by what, what is in it, and what it measured. The beginning of its key is enough."""
+    """Show an artifact: its inputs, code, content and metrics. A prefix of its key is enough."""
     from pipelines.artifacts import lineage
     from pipelines.data import inspection
     from pipelines.run import graph
@@ -151,14 +148,18 @@ def show_artifact(
 @artifacts.command(name="pull")
 @click.argument("artifact", metavar="[STAGE/]KEY")
 @STORE
-@click.option("--to", "target", default="runs/store", show_default=True, help="The store to copy into: a folder or s3://...")
-@click.option("--files", type=_FOLDER, help="Write its files and manifest into this folder, instead of into a store.")
-@click.option("--with-inputs", is_flag=True, help="Also everything it was made from, so that all of it is reused there.")
+@click.option(
+    "--to", "target", default="runs/store", show_default=True, help="The store to copy to: a folder or s3://bucket/prefix."
+)
+@click.option("--files", type=_FOLDER, help="Write the files and the manifest to this folder instead of a store.")
+@click.option("--with-inputs", is_flag=True, help="Also copy everything it was made from, so that runs there reuse all of it.")
 @s3_options
 @JSON
 def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs: bool, s3: S3Config, as_json: bool) -> None:
-    """Copy an artifact out of --store into another store, where it is reused, or into plain files. Every byte is checked; the
-    same command again goes on where it stopped."""
+    """Copy an artifact from --store to another store, where runs reuse it, or to plain files.
+
+    Every byte is verified. Run the same command again to continue a copy that was interrupted.
+    """
     from pipelines.artifacts import inventory, transfer
     from pipelines.artifacts import manifest as artifacts_manifest
     from pipelines.artifacts.open import open_store
@@ -166,7 +167,7 @@ def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs
 
     source = _open(store, s3)
     if files is not None and with_inputs:
-        raise click.UsageError("--files takes one artifact; leave --with-inputs out")
+        raise click.UsageError("--files copies one artifact; remove --with-inputs")
     opened = None if files is not None else open_store(target, s3)
     if opened is not None and opened.uri == source.uri:
         raise click.UsageError(f"--store and --to are the same store, {opened.uri}")
@@ -191,10 +192,10 @@ def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs
             }
             for each, place in zip(done, places, strict=True)
         ]
-        _echo({"pulled": rows})
+        echo_json({"pulled": rows})
         return
     for each, place in zip(done, places, strict=True):
-        how = "was there" if each.was_there else f"{each.num_fetched} files, {show_size(each.size_fetched)} fetched"
+        how = "already there" if each.was_there else f"{each.num_fetched} files, {show_size(each.size_fetched)} fetched"
         click.echo(f"{artifacts_manifest.short(artifacts_manifest.name_of(each.manifest))}  {how}  {place}")
 
 
@@ -205,8 +206,10 @@ def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs
 @s3_options
 @JSON
 def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, as_json: bool) -> None:
-    """Read every byte of artifacts where it lies and compare with what was written. Exit code 1 if any is not whole; nothing is
-    repaired."""
+    """Read every byte of artifacts in the store and compare it with the manifest.
+
+    The exit code is 1 if any artifact is damaged. Nothing is repaired.
+    """
     from pipelines import formatting
     from pipelines.artifacts import inventory, verification
     from pipelines.artifacts import manifest as artifacts_manifest
@@ -214,12 +217,12 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, a
     from pipelines.formatting import show_size
 
     if bool(keys) == all_of_them:
-        raise click.UsageError("name artifacts by the beginnings of their keys, or give --all")
+        raise click.UsageError("name artifacts by prefixes of their keys, or give --all")
     opened = _open(store, s3)
     with console(stderr=True).status("reading manifests"):
         found = [*verification.read_manifests(opened)] if all_of_them else inventory.look_up(opened, keys)
     if not found:
-        raise ValueError(f"there is no artifact in {opened.uri}, so nothing was checked; is that the store that is meant?")
+        raise ValueError(f"{opened.uri} contains no artifacts, so nothing was verified. Check that this is the right store.")
     rows, is_whole = [], True
     with _bar("verifying", sum(inventory.size_of(each) for each in found if isinstance(each, Manifest)), as_json) as advance:
         for verdict in verification.verify(opened, found, advance):
@@ -228,33 +231,35 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, a
             if not as_json:
                 name = artifacts_manifest.short((verdict.stage, verdict.key))
                 whole = f"{verdict.num_files} files, {show_size(verdict.size)}"
-                said = f"DAMAGED  {'; '.join(verdict.problems)}" if verdict.problems else f"whole    {whole}"
-                click.echo(f"{name:<26} {formatting.printable(said)}")
+                outcome = f"DAMAGED  {'; '.join(verdict.problems)}" if verdict.problems else f"whole    {whole}"
+                click.echo(f"{name:<26} {formatting.printable(outcome)}")
     if as_json:
-        _echo({"store": opened.uri, "is_whole": is_whole, "artifacts": rows})
+        echo_json({"store": opened.uri, "is_whole": is_whole, "artifacts": rows})
     elif is_whole:
         click.echo(f"\n{len(rows):,} artifacts are whole in {opened.uri}")
     else:
         damaged = [opened.place(row["stage"], row["key"]) for row in rows if not row["is_whole"]]
-        click.echo(f"\ndamaged: {len(damaged):,} of {len(rows):,} artifacts. Remove each, and a run that needs it makes it again:")
+        click.echo(
+            f"\ndamaged: {len(damaged):,} of {len(rows):,} artifacts. Remove each of them; a run that needs it computes it again:"
+        )
         click.echo("\n".join(damaged))
         if not all(row["is_readable"] for row in rows):
-            click.echo("What cannot be read may be whole: before you remove it, look after its disk or endpoint and verify again.")
+            click.echo(
+                "An artifact that cannot be read may be whole. Before you remove it, check its disk or endpoint and verify again."
+            )
     if not is_whole:
         sys.exit(1)
 
 
 @artifacts.command(name="gc")
+@click.option("--older-than", type=_AGE, default="30d", show_default=True, help="Keep what was used within this time, at least 1h.")
 @click.option(
-    "--older-than", type=_AGE, default="30d", show_default=True, help="What was used within this time stays; 1h at least."
+    "--keep", multiple=True, metavar="[STAGE/]KEY", help="Keep this artifact and everything it was made from. Repeatable."
 )
-@click.option("--keep", multiple=True, metavar="[STAGE/]KEY", help="Stays, with all it was made from. May be repeated.")
-@click.option("--delete", is_flag=True, help="Remove. Without it, only what would be removed is said.")
-@click.option(
-    "--tracking-uri", help="Of MLflow. Without it MLFLOW_TRACKING_URI, else the file in which runs of --workspace are tracked."
-)
+@click.option("--delete", is_flag=True, help="Remove. Without this option, only list what would be removed.")
+@click.option("--tracking-uri", help="MLflow's URI. [default: MLFLOW_TRACKING_URI, or the database in --workspace]")
 @click.option("--workspace", type=_FOLDER, default=Path("runs"), show_default=True)
-@click.option("--ignore-registry", is_flag=True, help="Do not ask MLflow which models are registered; they may be removed.")
+@click.option("--ignore-registry", is_flag=True, help="Do not ask MLflow which models are registered. They may be removed.")
 @STORE
 @s3_options
 @JSON
@@ -269,11 +274,11 @@ def collect(
     s3: S3Config,
     as_json: bool,
 ) -> None:
-    """Remove what was not used for a while, unless something that stays was made from it.
+    """Remove artifacts that were not used for a while.
 
-    What stays: artifacts used within --older-than, those given by --keep, models that MLflow's registry has with their last
-    evaluations, and everything any of these was made from. Of unfinished stages, and of files that no manifest names, only the
-    age counts.
+    These are kept: artifacts used within --older-than, artifacts named by --keep, models in MLflow's registry with their last
+    evaluations, and everything that any of these was made from. Files of unfinished stages, and files that no manifest names, are
+    removed by age alone.
     """
     from pipelines import formatting
     from pipelines.artifacts import garbage, inventory
@@ -281,22 +286,22 @@ def collect(
     from pipelines.run import graph
 
     if older_than < _SHORTEST_LIMIT:
-        raise click.UsageError("--older-than is at least 1h: what is younger may belong to a run that is under way")
+        raise click.UsageError("--older-than must be at least 1h: younger files may belong to an active run")
     opened = _open(store, s3)
     registered = set() if ignore_registry else _registered(tracking_uri, workspace, delete)
-    with console(stderr=True).status("looking at the store"):
+    with console(stderr=True).status("reading the store"):
         named = {artifacts_manifest.name_of(manifest) for manifest in inventory.find_all(opened, keep)}
         planned = garbage.plan(opened, limit=time.time() - older_than, named=named, registered=registered)
     for damaged in planned.damaged:
-        click.echo(f"enat: {formatting.printable(str(damaged))}; until then it is left alone", err=True)
+        click.echo(f"enat: {formatting.printable(str(damaged))}; until then it is kept", err=True)
     outcome = None
     if delete:
         with _bar("removing", sum(removal.size for removal in planned.removals), as_json) as advance:
             outcome = garbage.collect(opened, planned, lambda removal: advance(removal.size))
     if as_json:
-        _echo({"store": opened.uri, **garbage.to_json(planned, outcome)})
+        echo_json({"store": opened.uri, **garbage.to_json(planned, outcome)})
     else:
-        garbage.show(planned, outcome, opened.uri, time.time(), _table_console(), describe=graph.describe)
+        garbage.show(planned, outcome, opened.uri, time.time(), table_console(), describe=graph.describe)
 
 
 def _open(store: str, s3: S3Config) -> ArtifactStore:
@@ -306,7 +311,7 @@ def _open(store: str, s3: S3Config) -> ArtifactStore:
 
 
 def _registered(tracking_uri: str | None, workspace: Path, is_needed: bool) -> set[tuple[str, str]]:
-    """(stage, key) of all artifacts that registered versions name, whatever store they name: a store may have many addresses."""
+    """(stage, key) of the artifacts of all registered versions, in any store, because a store may have several addresses."""
     from pipelines.tracking import run as tracking
     from pipelines.tracking import search
 
@@ -314,7 +319,7 @@ def _registered(tracking_uri: str | None, workspace: Path, is_needed: bool) -> s
     try:
         artifacts = search.registered_artifacts(uri)
     except (search.TrackingError, ValueError) as error:
-        advice = "which models are registered is not known, so nothing is removed; name the server by --tracking-uri, or give"
+        advice = "the registered models are not known, so nothing is removed; set the server with --tracking-uri, or give"
         click.echo(f"enat: {' '.join(str(error).split())}; {advice} --ignore-registry", err=True)
         if is_needed:
             sys.exit(1)
@@ -324,7 +329,7 @@ def _registered(tracking_uri: str | None, workspace: Path, is_needed: bool) -> s
 
 @contextmanager
 def _bar(what: str, total: int, is_quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on stderr, where that is a terminal. What is given may be called by several threads."""
+    """A bar of bytes on stderr, if that is a terminal. Yields a function that advances it, which several threads may call."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -332,15 +337,3 @@ def _bar(what: str, total: int, is_quiet: bool) -> Iterator[Callable[[int], None
     with Progress(*columns, console=terminal, transient=True, disable=is_quiet or not terminal.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
-
-
-def _table_console() -> Console:
-    """Lines are whole for whoever reads them from a file."""
-    terminal = console()
-    if not terminal.is_terminal:
-        terminal.width = _WIDTH_OF_A_PIPE
-    return terminal
-
-
-def _echo(answer: dict[str, Any]) -> None:
-    click.echo(json.dumps(answer, indent=1))

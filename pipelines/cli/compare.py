@@ -1,36 +1,34 @@
-"""enat compare: evaluations of MLflow side by side."""
+"""`enat compare`: tracked evaluations side by side."""
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
-from pipelines.cli.options import JSON, console
+from pipelines.cli.options import JSON, console, echo_json, table_console
 from pipelines.comparison.published import DATASETS
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_WIDTH_OF_A_PIPE = 1000  # all columns, for whoever reads the table from a file
 
 
 @click.command()
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--experiment", "experiments", multiple=True, default=["enat"], show_default=True, help="Give it again for more.")
-@click.option("--filter", "filter_string", help="MLflow's filter, on runs of stage evaluate: 'metrics.fid < 10'.")
-@click.option("--tracking-uri", help="Without it MLFLOW_TRACKING_URI, else the file in which runs of --workspace are tracked.")
+@click.option("--experiment", "experiments", multiple=True, default=["enat"], show_default=True, help="Repeatable.")
+@click.option("--filter", "filter_string", help="A filter of MLflow on runs of stage evaluate, for example 'metrics.fid < 10'.")
+@click.option("--tracking-uri", help="MLflow's URI. [default: MLFLOW_TRACKING_URI, or the database in --workspace]")
 @click.option("--workspace", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
 @click.option(
     "--published",
     type=click.Choice(["auto", "none", *DATASETS]),
     default="auto",
     show_default=True,
-    help="Numbers that others published, beside runs of the same dataset.",
+    help="Show published numbers of this dataset. auto: of the datasets of the runs.",
 )
-@click.option("--csv", "csv_path", type=_FILE, metavar="FILE", help="Write the table.")
-@click.option("--png", "png_path", type=_FILE, metavar="FILE", help="Write the figures.")
-@click.option("--html", "html_path", type=_FILE, metavar="FILE", help="Write a page with all of it, samples included.")
+@click.option("--csv", "csv_path", type=_FILE, metavar="FILE", help="Write the table to this file.")
+@click.option("--png", "png_path", type=_FILE, metavar="FILE", help="Write the figures to this file.")
+@click.option("--html", "html_path", type=_FILE, metavar="FILE", help="Write a page with everything, including samples.")
 @click.option("--no-log", is_flag=True, help="Do not log the comparison to MLflow.")
 @JSON
 def compare(
@@ -46,10 +44,10 @@ def compare(
     no_log: bool,
     as_json: bool,
 ) -> None:
-    """Compare evaluations that were tracked: sizes, variants, samplers, and what others published.
+    """Compare tracked evaluations: sizes, variants, samplers, and published numbers.
 
-    RUN is the name of a config, or the id of an MLflow run (of a whole pipeline, or of stage evaluate); without any, all
-    evaluations of the experiment are compared. Numbers measured by different protocols stand in tables of their own.
+    RUN is the name of a config, or the id of an MLflow run of a pipeline or of stage evaluate. Without RUN, all evaluations of
+    the experiment are compared. Numbers that were measured by different protocols are in separate tables.
     """
     from pipelines.comparison import compare as comparison_compare
     from pipelines.comparison import table
@@ -67,7 +65,7 @@ def compare(
             comparison, title, comparison_compare.read_grids(comparison) if is_page_made else Grids()
         )
     if png_path is not None and files.figures is None:
-        raise ValueError(f"there is nothing to draw into {png_path}: no run has both a distance and gmacs_total, or a sweep")
+        raise ValueError(f"no figure can be drawn into {png_path}: no run has both a distance and gmacs_total, or a sweep")
     outputs = ((csv_path, files.table), (png_path, files.figures), (html_path, files.page))
     for path, content in outputs:
         if path is not None and content is not None:
@@ -76,12 +74,9 @@ def compare(
     if as_json:
         written = {kind: str(path) for kind, path in (("csv", csv_path), ("png", png_path), ("html", html_path)) if path}
         answer = {"name": title, "logged_run": logged, "files": written, **table.to_json(comparison)}
-        click.echo(json.dumps(answer, indent=1))
+        echo_json(answer)
         return
-    terminal = console()
-    if not terminal.is_terminal:
-        terminal.width = _WIDTH_OF_A_PIPE
-    table.show(comparison, terminal)
+    table.show(comparison, table_console())
     for path, _ in outputs:
         if path is not None:
             click.echo(f"written {path}")

@@ -19,9 +19,9 @@ _SIGNS = {"good": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @JSON
 def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Look at Python, packages, devices, disk, Ray, store, tracking, dataset and weights, as a run of CONFIG would meet them.
+    """Check Python, packages, devices, disk, Ray, store, tracking, dataset and weights for a run of CONFIG.
 
-    Exit code 1 where something stands in the way.
+    The exit code is 1 if something would prevent the run.
     """
     from rich.markup import escape
 
@@ -37,7 +37,7 @@ def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> No
     for finding in examining.examine(run):
         findings.append(finding)
         if not as_json:
-            terminal.print(f"{_SIGNS[finding.state]} {finding.what:<14}{escape(finding.said)}", highlight=False, soft_wrap=True)
+            terminal.print(f"{_SIGNS[finding.state]} {finding.what:<14}{escape(finding.detail)}", highlight=False, soft_wrap=True)
             if finding.advice:
                 terminal.print(f"  {'':<14}[dim]{escape(finding.advice)}[/]", highlight=False, soft_wrap=True)
     if as_json:

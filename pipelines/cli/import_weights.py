@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.group(name="import")
 def import_weights() -> None:
-    """Turn published weights (.safetensors, .pth, .ckpt; a path, s3:// or hf://owner/name/file) into artifacts of a store."""
+    """Import published weights (.safetensors, .pth or .ckpt; a path, s3:// or hf://owner/name/file) into a store."""
 
 
 _VQGAN = click.option("--preset", default="vqgan-256", show_default=True, help="The tokenizer's architecture.")
@@ -29,7 +29,7 @@ _VQGAN = click.option("--preset", default="vqgan-256", show_default=True, help="
 @s3_options
 @JSON
 def import_vqgan(weights: str, preset: str, overrides: tuple[str, ...], store: str, s3: S3Config, as_json: bool) -> None:
-    """Import a tokenizer. Prints the lines by which a config uses it. FIELD=VALUE replaces what the preset says."""
+    """Import a tokenizer and print the lines with which a config uses it. FIELD=VALUE replaces a value of the preset."""
     values = [f"tokenizer.preset={preset}", f"tokenizer.weights={weights}", *(f"tokenizer.{override}" for override in overrides)]
     _import("tokenizer", values, store, s3, as_json)
 
@@ -37,7 +37,7 @@ def import_vqgan(weights: str, preset: str, overrides: tuple[str, ...], store: s
 @import_weights.command(name="enat")
 @click.argument("weights")
 @click.option("--preset", required=True, help="enat-s, enat-b, enat-l or enat-xl.")
-@click.option("--vqgan", required=True, help="The weights of its tokenizer: a file, or the sha256:... of an imported one.")
+@click.option("--vqgan", required=True, help="Weights of its tokenizer: a file, or the sha256:... of an imported one.")
 @click.option("--vqgan-preset", default="vqgan-256", show_default=True)
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @STORE
@@ -53,8 +53,10 @@ def import_enat(
     s3: S3Config,
     as_json: bool,
 ) -> None:
-    """Import a generator. Prints the lines by which a config uses it. tokenizer.FIELD=VALUE or FIELD=VALUE (of the generator)
-    replaces what a preset says."""
+    """Import a generator and print the lines with which a config uses it.
+
+    tokenizer.FIELD=VALUE, or FIELD=VALUE for the generator, replaces a value of the preset.
+    """
     values = [f"tokenizer.preset={vqgan_preset}", f"tokenizer.weights={vqgan}"]
     values += [f"train.model.preset={preset}", f"train.weights={weights}"]
     values += [override if override.startswith("tokenizer.") else f"train.model.{override}" for override in overrides]
@@ -62,7 +64,7 @@ def import_enat(
 
 
 def _import(target: str, values: list[str], store: str, s3: S3Config, as_json: bool) -> None:
-    """Run the one stage that reads the weights, just as a pipeline with these values would: so it finds what is made here."""
+    """Run the stage that reads the weights exactly as a pipeline with these values does, so that the pipeline reuses the result."""
     from pipelines.artifacts.open import open_store
     from pipelines.run import config as run_config
     from pipelines.run import graph, summary

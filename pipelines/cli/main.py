@@ -1,7 +1,7 @@
 """The `enat` command.
 
-Exit codes: 0 done, 1 failed, 2 bad input, 3 drift (of reevaluate), 130 ended by Ctrl-C or SIGTERM. Errors are one line;
-tracebacks go to the run's log file.
+Exit codes: 0 done, 1 failed, 2 bad input, 3 drift (only reevaluate), 130 interrupted by Ctrl-C or SIGTERM. Errors are one line.
+Tracebacks are written to the log file of the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 from pipelines.cluster import connection
 
 _COMMANDS = ("artifacts", "compare", "doctor", "evaluate", "import", "jobs", "plan", "reevaluate", "run", "sample", "submit")
-_MODULES = {"import": "import_weights"}  # elsewhere the module is named like its command
+_MODULES = {"import": "import_weights"}  # all other modules have the names of their commands
 
 
 class _LazyGroup(click.Group):
@@ -33,7 +33,7 @@ class _LazyGroup(click.Group):
 
 
 def main() -> None:
-    """Run a command, turning expected errors into one line and an exit code."""
+    """Run a command, and turn its errors into one line and an exit code."""
     connection.prepare_environment()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -44,7 +44,7 @@ def main() -> None:
         usage = f"{error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else "enat --help"
         _fail(f"{error.format_message().rstrip('.')}; see {usage}", 2)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; the same command continues from what is committed", 130)
+        _fail("interrupted; run the same command to continue from what is committed", 130)
     except ValueError as error:
         logging.getLogger(__name__).info("bad input", exc_info=True)
         _fail(str(error), 2)
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _interrupt(*_: object) -> None:
-    """Who ends a job or a unit sends SIGTERM: it is to leave no more behind than Ctrl-C does."""
+    """Ray and systemd send SIGTERM to end a process. Clean up as for Ctrl-C."""
     raise KeyboardInterrupt
 
 

@@ -1,7 +1,8 @@
-"""Arguments and options that several commands have."""
+"""Arguments, options and output that several commands share."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -12,20 +13,23 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+_WIDTH_OF_A_PIPE = 1000
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 STORE = click.option("--store", default="runs/store", show_default=True, help="A folder or s3://bucket/prefix.")
 _S3 = (
-    click.option("--s3-endpoint", metavar="URL", help="Of an S3 service; without it the AWS variables decide, as of the region."),
+    click.option(
+        "--s3-endpoint", metavar="URL", help="Endpoint of an S3 service. [default: from the AWS variables, as is the region]"
+    ),
     click.option("--s3-region", metavar="NAME"),
-    click.option("--s3-anonymous", is_flag=True, help="Do not sign requests, for public buckets."),
-    click.option("--s3-path-style", is_flag=True, help="The bucket stands in the path, not in the host name."),
+    click.option("--s3-anonymous", is_flag=True, help="Do not sign requests. For public buckets."),
+    click.option("--s3-path-style", is_flag=True, help="Put the bucket into the path of URLs, not into the host name."),
 )
 
 
 def s3_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How buckets are reached, for a command that opens stores without a config. It gets them as `s3`, an S3Config."""
+    """Options for access to buckets, for commands that open stores without a config. The command gets an S3Config as `s3`."""
 
     @wraps(command)
     def with_s3(
@@ -36,7 +40,7 @@ def s3_options(command: Callable[..., None]) -> Callable[..., None]:
         s3 = S3Config(endpoint_url=s3_endpoint, region=s3_region, anonymous=s3_anonymous, path_style=s3_path_style)
         command(*arguments, s3=s3, **options)
 
-    for option in reversed(_S3):  # the last one that is applied comes first in --help
+    for option in reversed(_S3):  # the option applied last comes first in --help
         with_s3 = option(with_s3)
     return with_s3
 
@@ -45,3 +49,15 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr)
+
+
+def table_console() -> Console:
+    """For tables on stdout. Lines that go to a file or a pipe are not wrapped."""
+    terminal = console()
+    if not terminal.is_terminal:
+        terminal.width = _WIDTH_OF_A_PIPE
+    return terminal
+
+
+def echo_json(answer: Any) -> None:
+    click.echo(json.dumps(answer, indent=1))

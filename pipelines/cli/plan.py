@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 @click.command()
 @CONFIG
 @OVERRIDES
-@click.option("--address", help="Of a cluster, which is compared with what the stages need: http://HOST:8265, HOST:6379 or auto.")
+@click.option("--address", help="Also check whether this cluster has room: http://HOST:8265, HOST:6379 or auto.")
 @JSON
 def plan(config: Path, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
-    """Show the stages of CONFIG, their keys, and what a run would reuse or compute.
+    """Show the stages of CONFIG, their keys, and whether a run would reuse or compute each.
 
-    With --address also whether the cluster has now the CPUs and GPUs that what is to be computed needs.
+    With --address, also show whether the cluster currently has the CPUs and GPUs for the stages to compute.
     """
     from pipelines.artifacts.open import open_store
     from pipelines.cluster import capacity as cluster_capacity
@@ -34,7 +34,7 @@ def plan(config: Path, overrides: tuple[str, ...], address: str | None, as_json:
     run = run_config.load_run(config, overrides)
     store = open_store(run.store_uri, run.s3)
     capacity = _capacity(address) if address is not None else None
-    with console(stderr=True).status("looking at the dataset and the store"):
+    with console(stderr=True).status("reading the dataset and the store"):
         planned = driver.plan(graph.build(run), store)
     computed = [item.node for item in planned if not item.is_reused]
     needs = [cluster_capacity.need_of(node.id, node.stage.workers(node.config)) for node in computed]
@@ -58,11 +58,11 @@ def plan(config: Path, overrides: tuple[str, ...], address: str | None, as_json:
 
 
 def _capacity(address: str) -> Capacity:
-    """Through the Jobs API where that is what the address names, else by connecting."""
+    """Asks the Jobs API if the address is an HTTP URL; otherwise connects to the cluster."""
     from pipelines.cluster import connection
     from pipelines.jobs import client as jobs
 
-    with console(stderr=True).status("looking at the cluster"):
+    with console(stderr=True).status("reading the cluster"):
         if "://" in address and not address.startswith("ray://"):
             return jobs.Cluster(address).capacity()
         connection.connect(connection.ClusterConfig(address=address))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import Any
 
 import click
 
-from pipelines.cli.options import JSON, console
-
-_WIDTH_OF_A_PIPE = 1000
+from pipelines.cli.options import JSON, console, echo_json, table_console
 
 
 class _Age(click.ParamType):
@@ -29,19 +26,30 @@ class _Age(click.ParamType):
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[CONFIG] [KEY=VALUE]...")
-@click.option("--match", multiple=True, metavar="PATTERN", help="Of model names, such as 'enat-l-*'. [default: enat-* and nat-*]")
-@click.option("--alias", default="newest", show_default=True, help="The version of each model that is meant.")
-@click.option("--older-than", type=_Age(), help="Also what was evaluated longer ago, such as 30d or 12h: anew, and compared.")
-@click.option("--fresh", is_flag=True, help="Sample and score anew also what is there and not old, and compare.")
 @click.option(
-    "--tolerance", "tolerances", multiple=True, metavar="[METRIC=]REL", help="Relative change that is no drift. [default: 0.01]"
+    "--match",
+    multiple=True,
+    metavar="PATTERN",
+    help="Names of models, for example 'enat-l-*'. Repeatable. [default: enat-* and nat-*]",
+)
+@click.option("--alias", default="newest", show_default=True, help="Which version of each model to evaluate.")
+@click.option(
+    "--older-than", type=_Age(), help="Also evaluate models again whose evaluation is older, for example 30d or 12h, and compare."
+)
+@click.option("--fresh", is_flag=True, help="Sample and score again even if a recent evaluation exists, and compare.")
+@click.option(
+    "--tolerance",
+    "tolerances",
+    multiple=True,
+    metavar="[METRIC=]REL",
+    help="Largest relative change that does not count as drift. Repeatable. [default: 0.01]",
 )
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
-    help="Evaluate so many models, not counting failures: never evaluated first, then oldest.",
+    help="Evaluate at most this many models, not counting failures. Models never evaluated come first, then the oldest.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what is due, and why, and evaluate nothing.")
+@click.option("--dry-run", is_flag=True, help="Show which models are due and why, and evaluate nothing.")
 @JSON
 def reevaluate(
     arguments: tuple[str, ...],
@@ -54,20 +62,20 @@ def reevaluate(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Evaluate registered models whose evaluation is missing, older than --older-than, or not what would be measured now.
+    """Evaluate registered models whose evaluation is missing, older than --older-than, or measured by an outdated protocol.
 
-    How to evaluate is said by CONFIG; without it by each model's last evaluation, and for a model without one by the sampler of
-    its card and the dataset it was trained on. KEY=VALUE replaces values of any of these, and says store, workspace,
-    cluster.address and tracking.uri. Nothing is trained, and what is there is reused.
+    CONFIG defines the evaluation. Without CONFIG, each model is evaluated as in its last evaluation; a model without one is
+    evaluated with the sampler of its card on its training dataset. KEY=VALUE replaces values of any of these, and sets store,
+    workspace, cluster.address and tracking.uri. Nothing is trained, and existing artifacts are reused.
 
-    What is older than --older-than, with --fresh everything that is due and without --older-than every model, is sampled and scored
-    anew beside what is there, and compared with it. Exit codes: 0 done, 3 a score moved by more than its tolerance, 1 a model could
-    not be evaluated (the others were, and may have moved: --json counts both), 2 bad input.
+    Evaluations older than --older-than are sampled and scored again, and compared with the existing scores. With --fresh, this
+    applies to all models that are due, or to every model without --older-than. Exit codes: 0 done, 3 a score changed by more than
+    its tolerance, 1 a model could not be evaluated (the others were, and may have changed: --json counts both), 2 bad input.
     """
     configs = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     if len(configs) > 1:
-        raise click.UsageError(f"one CONFIG says how to evaluate, not {' and '.join(configs)}")
+        raise click.UsageError(f"give one CONFIG, not {' and '.join(configs)}")
     from pipelines.reevaluation import reevaluate as reevaluation_reevaluate
     from pipelines.reevaluation import report
     from pipelines.reevaluation.drift import Tolerances
@@ -90,11 +98,8 @@ def reevaluate(
         request, configs[0] if configs else "the command line", options, console(stderr=as_json)
     )
     if as_json:
-        click.echo(json.dumps(report.to_json(outcomes, request.config.prices), indent=1))
+        echo_json(report.to_json(outcomes, request.config.prices))
     else:
-        terminal = console()
-        if not terminal.is_terminal:
-            terminal.width = _WIDTH_OF_A_PIPE
-        report.show(outcomes, terminal)
+        report.show(outcomes, table_console())
     if code := reevaluation_reevaluate.exit_code(outcomes):
         sys.exit(code)

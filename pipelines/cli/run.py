@@ -15,7 +15,7 @@ from pipelines.cli.options import CONFIG, JSON, OVERRIDES, console
 @OVERRIDES
 @JSON
 def run(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Run the stages of CONFIG; what the store already has is reused, what was interrupted continues."""
+    """Run the stages of CONFIG. Artifacts in the store are reused, and interrupted stages continue."""
     from pipelines.run import config as run_config
     from pipelines.run import runner, summary
 

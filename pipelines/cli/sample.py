@@ -26,45 +26,53 @@ _DEFAULT_IMAGES = 16
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[MODEL] [FIELD=VALUE]...")
-@click.option("--labels", help='Classes, in turn: "207,360-362 x2,golden retriever x4". xN repeats the item before it.')
-@click.option("--caption", "--captions", "captions", multiple=True, metavar="TEXT", help="Of a model of captions; may be repeated.")
+@click.option("--labels", help='Classes, in order: "207,360-362 x2,golden retriever x4". xN repeats the item before it.')
+@click.option(
+    "--caption", "--captions", "captions", multiple=True, metavar="TEXT", help="A caption, for models of captions. Repeatable."
+)
 @click.option("--text-encoder", help="The CLIP text model of --caption: a folder, s3:// or hf://owner/name.")
-@click.option("-n", "--num-images", type=click.IntRange(1, 1_000_000), help="16, or as many as labels or captions are given.")
-@click.option("--seed", default=0, show_default=True, help="Sample i gets the seed that stage generate gives it.")
-@click.option("--inpaint", type=click.Path(path_type=Path), metavar="IMAGE", help="Make a part of this image anew.")
-@click.option("--box", metavar="LEFT,TOP,RIGHT,BOTTOM", help="Of --inpaint, in pixels of its centre crop to the model's size.")
-@click.option("--keep", type=click.Choice(["outside", "inside"]), default="outside", show_default=True, help="Of the box.")
+@click.option("-n", "--num-images", type=click.IntRange(1, 1_000_000), help="[default: the number of labels or captions, or 16]")
+@click.option("--seed", default=0, show_default=True, help="Sample i has the same seed as in stage generate.")
+@click.option("--inpaint", type=click.Path(path_type=Path), metavar="IMAGE", help="Generate a part of this image again.")
+@click.option(
+    "--box", metavar="LEFT,TOP,RIGHT,BOTTOM", help="The part for --inpaint, in pixels of the centre crop at the model's resolution."
+)
+@click.option(
+    "--keep", type=click.Choice(["outside", "inside"]), default="outside", show_default=True, help="Which side of the box to keep."
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1, 65536), help="Images computed at once.")
+@click.option(
+    "--batch-size", default=64, show_default=True, type=click.IntRange(1, 65536), help="Number of images computed at once."
+)
 @click.option(
     "--images-per-pass",
     default=32,
     show_default=True,
     type=click.IntRange(1, 65536),
-    help="As generate.images_per_pass: with the same, codes are those of stage generate. Few images on a CPU are quicker with 1.",
+    help="Same as generate.images_per_pass. Equal values give the codes of stage generate. 1 is faster for a few images on a CPU.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("samples"), show_default=True, help="A folder.")
-@click.option("--overwrite", is_flag=True, help="Write into a folder that holds earlier samples, in their place.")
+@click.option("--overwrite", is_flag=True, help="Replace earlier samples in the folder.")
 @click.option("--grid/--no-grid", default=True, help="grid.png")
 @click.option("--images/--no-images", default=True, help="images/000000.png and so on")
-@click.option("--steps/--no-steps", default=True, help="steps.png: the first eight, step by step")
+@click.option("--steps/--no-steps", default=True, help="steps.png: the first eight images, step by step")
 @click.option("--gif/--no-gif", default=True, help="progress.gif: the same as an animation")
-@click.option("--npz/--no-npz", default=True, help="samples.npz: uint8 (N, H, W, 3), as ADM's evaluator takes it")
+@click.option("--npz/--no-npz", default=True, help="samples.npz: uint8 (N, H, W, 3), the format of ADM's evaluator")
 @click.option("--store", help=f"A folder or s3://bucket/prefix. [default: {_DEFAULT_STORE}]")
-@click.option("--tracking-uri", help="MLflow's URI, for MODEL by name. [default: MLFLOW_TRACKING_URI, or runs/mlflow.db]")
-@click.option("--weights", metavar="FILE", help="In place of MODEL: weights of a generator, with --vqgan.")
-@click.option("--preset", help="Of published --weights: enat-s, enat-b, enat-l or enat-xl.")
+@click.option("--tracking-uri", help="MLflow's URI, for a MODEL given by name. [default: MLFLOW_TRACKING_URI, or runs/mlflow.db]")
+@click.option("--weights", metavar="FILE", help="Weights of a generator, instead of MODEL. Needs --vqgan.")
+@click.option("--preset", help="Architecture of published --weights: enat-s, enat-b, enat-l or enat-xl.")
 @click.option("--vqgan", metavar="FILE", help="Weights of its tokenizer.")
-@click.option("--vqgan-preset", help="Of published ones. [default: vqgan-256]")
+@click.option("--vqgan-preset", help="Architecture of a published --vqgan. [default: vqgan-256]")
 @s3_options
 @JSON
 def sample(arguments: tuple[str, ...], s3: S3Config, as_json: bool, **options: Any) -> None:
-    """Make images with one model, on this machine.
+    """Generate images with one model on this machine.
 
-    MODEL is the beginning of a model's key ([train/]KEY), or a registered one: name@alias. FIELD=VALUE replaces values of its
-    sampler, such as num_steps=12; a list of values a step takes the place of its scalar. Besides the images, samples.json says what
-    made them.
+    MODEL is a prefix of a model's key ([train/]KEY), or a registered model: name@alias. FIELD=VALUE replaces a value of its
+    sampler, for example num_steps=12. A list with a value for each step replaces the scalar. samples.json, beside the images,
+    records how they were made.
     """
     from rich.progress import Progress
 
@@ -112,10 +120,10 @@ def sample(arguments: tuple[str, ...], s3: S3Config, as_json: bool, **options: A
 
 
 def _split(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:
-    """The model, if one is named, and overrides of the sampler."""
+    """The model, if one is given, and the overrides of the sampler."""
     models = [argument for argument in arguments if "=" not in argument]
     if len(models) > 1:
-        raise click.UsageError(f"one MODEL is sampled at a time, not {' and '.join(models)}")
+        raise click.UsageError(f"give one MODEL, not {' and '.join(models)}")
     return (models[0] if models else None), [argument for argument in arguments if "=" in argument]
 
 
@@ -126,13 +134,13 @@ def _load(model: str | None, options: Mapping[str, Any], s3: S3Config) -> Genera
 
     if options["weights"] is not None:
         if model is not None or options["vqgan"] is None:
-            raise click.UsageError("--weights takes the place of MODEL and needs --vqgan, the weights of its tokenizer")
+            raise click.UsageError("--weights replaces MODEL and needs --vqgan, the weights of its tokenizer")
         presets = {name: options[name] for name in ("preset", "vqgan_preset")}
         return models.from_files(options["weights"], options["vqgan"], **presets, s3=s3)
     if stray := [f"--{name.replace('_', '-')}" for name in ("preset", "vqgan", "vqgan_preset") if options[name] is not None]:
-        raise click.UsageError(f"{stray[0]} belongs to --weights")
+        raise click.UsageError(f"{stray[0]} needs --weights")
     if model is None:
-        raise click.UsageError("name a MODEL, by the beginning of its key or as name@alias, or give --weights and --vqgan")
+        raise click.UsageError("name a MODEL by a prefix of its key or as name@alias, or give --weights and --vqgan")
     if models.is_registered(model):
         uri = tracking.resolve_uri(tracking.TrackingConfig(uri=options["tracking_uri"]), Path("runs"))
         return models.from_registry(uri, model, open_store(options["store"], s3) if options["store"] else None, s3)
@@ -155,7 +163,7 @@ def _load_encoder(generator: Generator, captions: tuple[str, ...], place: str | 
 
 
 def _sampler(generator: Generator, overrides: list[str]) -> SamplerConfig:
-    """The model's own, with what the command line replaces."""
+    """The sampler of the model, with the overrides of the command line."""
     from enat.sampler_config import SamplerConfig
     from pipelines.workflow import config as configuration
 
@@ -169,7 +177,7 @@ def _sampler(generator: Generator, overrides: list[str]) -> SamplerConfig:
 
 def _parse_box(image: Path | None, box: str | None) -> tuple[int, ...] | None:
     if (image is None) != (box is None):
-        raise click.UsageError("--inpaint and --box belong together: the image, and which part of it is meant")
+        raise click.UsageError("--inpaint and --box need each other: the image, and the part of it to generate")
     if box is None:
         return None
     if not re.fullmatch(r"\s*\d{1,5}\s*(,\s*\d{1,5}\s*){3}", box):
@@ -178,19 +186,19 @@ def _parse_box(image: Path | None, box: str | None) -> tuple[int, ...] | None:
 
 
 def _checked_output(folder: Path, overwrite: bool) -> Path:
-    """Raises ValueError for a place that is no folder, and for one that holds anything, so that no samples are mixed or lost."""
+    """The folder. Raises ValueError if it is not a folder, or if it is not empty: samples must not be mixed or lost."""
     try:
         holds = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     except OSError as error:
-        raise ValueError(f"--output {folder} is no folder that can be read ({error.strerror})") from error
+        raise ValueError(f"--output {folder} is not a readable folder ({error.strerror})") from error
     if holds and not (overwrite and "samples.json" in holds):
-        advice = "--overwrite replaces earlier samples" if "samples.json" in holds else "give another one"
-        raise ValueError(f"--output {folder} already holds {holds[0]}; {advice}")
+        advice = "use --overwrite to replace earlier samples" if "samples.json" in holds else "give another folder"
+        raise ValueError(f"--output {folder} already contains {holds[0]}; {advice}")
     return folder
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier call may have written, and nothing else."""
+    """Remove only the files that an earlier call may have written."""
     from pipelines.sampling import sample as sampling_sample
 
     names = (
@@ -226,7 +234,7 @@ def _show(record: Mapping[str, Any], folder: Path, terminal: Console) -> None:
 
 
 def _settings(sampler: Mapping[str, Any]) -> str:
-    """Steps, guidance, and whatever else is given as a list of values, one a step."""
+    """Steps, guidance, and all settings with a value for each step."""
     lists = {name: " ".join(f"{value:g}" for value in values) for name, values in sampler.items() if isinstance(values, list)}
     guidance = lists.pop("guidance_scales", None) or f"{sampler['guidance_scale']:g}"
     others = [f"{name.replace('_', ' ')} {values}" for name, values in lists.items()]

@@ -20,11 +20,17 @@ if TYPE_CHECKING:
 @CONFIG
 @OVERRIDES
 @ADDRESS
-@click.option("--image", metavar="NAME", help="A container image that holds the code; nothing of this checkout is sent.")
-@click.option("--follow", "is_followed", is_flag=True, help="Show the log to the end, and exit as the job does.")
-@click.option("--again", is_flag=True, help="Also where the same run has succeeded before.")
-@click.option("--wait-for-nodes", is_flag=True, help="Also where the cluster has too little now: more comes when it is asked for.")
-@click.option("--allow-local-store", is_flag=True, help="Keep a store that is a folder here: the cluster is this machine alone.")
+@click.option("--image", metavar="NAME", help="A container image with the code. Nothing from this checkout is sent.")
+@click.option("--follow", "is_followed", is_flag=True, help="Show the log until the job ends, and exit with its exit code.")
+@click.option("--again", is_flag=True, help="Run again even if this run has already succeeded.")
+@click.option(
+    "--wait-for-nodes",
+    is_flag=True,
+    help="Submit even if the cluster has too few nodes now. For clusters that add nodes on demand.",
+)
+@click.option(
+    "--allow-local-store", is_flag=True, help="Allow a store in a local folder. Only for a cluster that consists of this machine."
+)
 @JSON
 def submit(
     config: Path,
@@ -39,8 +45,8 @@ def submit(
 ) -> None:
     """Run CONFIG as a job of a Ray cluster.
 
-    The code of this checkout goes with it: what git tracks, with its changes. The same submission again is the same job while that
-    one is under way, and goes on where it stopped after it failed or was stopped.
+    The code of this checkout is sent along: the files that git tracks, with their changes. Submitting the same run again returns
+    the job while it is active, and continues the run if it failed or was stopped.
     """
     from pipelines.jobs import client as jobs
     from pipelines.jobs import submission
@@ -52,7 +58,7 @@ def submit(
         cluster = jobs.Cluster(address)
         done = submission.submit(cluster, prepared, again=again)
     if not as_json:
-        _say(done, prepared, cluster.address)
+        _show(done, prepared, cluster.address)
     job = follow(cluster, done.job.id, to_stderr=as_json) if is_followed else done.job
     if as_json:
         answer = {"address": cluster.address, "outcome": done.outcome, "image": image, **job.to_json()}
@@ -63,7 +69,7 @@ def submit(
         sys.exit(jobs.exit_code(job))
 
 
-def _say(done: Submitted, prepared: Submission, address: str) -> None:
+def _show(done: Submitted, prepared: Submission, address: str) -> None:
     if done.outcome == "submitted":
         size = (
             f"{len(prepared.package.content) / 1e6:.1f} MB of code {prepared.package.state.label}"
@@ -73,8 +79,8 @@ def _say(done: Submitted, prepared: Submission, address: str) -> None:
         attempt = f", attempt {done.job.attempt}" if done.job.attempt > 1 else ""
         click.echo(f"{done.job.id} submitted{attempt}: {size}")
     elif done.outcome == "active":
-        click.echo(f"{done.job.id} is under way already; nothing was started")
+        click.echo(f"{done.job.id} is already active; nothing was started")
     else:
-        click.echo(f"{done.job.id} has succeeded before; nothing was started, --again runs it once more")
+        click.echo(f"{done.job.id} has already succeeded; nothing was started. Use --again to run it again")
     click.echo(f"log   enat jobs logs {done.job.id} --follow --address {address}")
     click.echo(f"stop  enat jobs stop {done.job.id} --address {address}")

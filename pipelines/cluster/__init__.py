@@ -1,8 +1,8 @@
-"""Ray: connecting to a cluster, and what it has room for.
+"""Ray: connecting to a cluster, and checking its capacity.
 
-connection   starting Ray here or connecting to a cluster
-resources    how a stage is spread over workers
+connection   start Ray on this machine, or connect to a cluster
+resources    how a stage is distributed over workers
 capacity     whether a cluster has room for a run
-data_stream  Ray Data jobs with results in order
-device       names, precision and memory of devices
+data_stream  Ray Data jobs that survive lost workers
+device       names and memory of devices
 """

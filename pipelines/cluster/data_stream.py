@@ -1,4 +1,4 @@
-"""A Ray Data job over planned rows: records as soon as each is done, and lost workers made up for."""
+"""Ray Data jobs over planned rows: each record arrives as soon as it is done, and lost workers are replaced."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _MAX_FAILURES = 3
 
 
 def actor_pool(execution: Execution, num_rows: int) -> dict[str, Any]:
-    """Arguments of map_batches for a callable class: one row at a time, on a pool that is no larger than the work."""
+    """Arguments of map_batches for a callable class: one row at a time, on a pool that is not larger than the work."""
     import ray.data
 
     return {
         "batch_size": 1,
         "compute": ray.data.ActorPoolStrategy(size=min(execution.num_workers, num_rows), max_tasks_in_flight_per_actor=2),
-        "max_restarts": 0,  # stream_records starts anew with what is missing, which also covers lost objects and nodes
+        "max_restarts": 0,  # stream_records restarts the job with the missing rows, which also covers lost objects and nodes
         **execution.resources,
     }
 
 
 def feeding_tasks(execution: Execution, num_tasks: int | None = None) -> dict[str, Any]:
-    """Arguments of map_batches for tasks that prepare rows for an actor pool: a CPU each, num_tasks at once if given.
+    """Arguments of map_batches for tasks that prepare rows for an actor pool: one CPU each, and num_tasks at once if given.
 
-    Where the pool takes the whole cluster they share its CPUs, and are no more than its workers: a task that asked for a CPU that
-    no one will ever free would wait for ever, and the pool for it.
+    If the pool uses the whole cluster, the tasks share its CPUs, and there are at most as many tasks as workers. A task that
+    requested a CPU of its own would wait forever, and the pool would wait for the task.
     """
     import ray.data
 
@@ -42,7 +42,7 @@ def feeding_tasks(execution: Execution, num_tasks: int | None = None) -> dict[st
 
 
 def with_memory_limit(dataset: ray.data.Dataset, object_store_bytes: int) -> ray.data.Dataset:
-    """Ray Data lets no more than this wait between its operators; left to itself it fills half of the cluster's object store."""
+    """Limit the data that waits between operators. By default, Ray Data fills half of the object store of the cluster."""
     import ray.data
 
     dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=object_store_bytes)
@@ -52,10 +52,10 @@ def with_memory_limit(dataset: ray.data.Dataset, object_store_bytes: int) -> ray
 def stream_records(
     rows: Sequence[dict[str, Any]], job: Callable[[list[dict[str, Any]]], ray.data.Dataset], id: str = "part"
 ) -> Generator[Any]:
-    """Column "record" of the job's output, each as soon as it is done.
+    """Yield the column "record" of the job's output, each record as soon as it is done.
 
-    rows: the plan; each has a number under `id` that its record repeats.   job: makes the dataset for some of the rows.
-    Rows whose worker, node or object was lost are given to a new job, three times at most. Close the generator to end the job.
+    rows: the plan. Each row has a number under `id`, which its record repeats.   job: builds the dataset for some of the rows.
+    Rows whose worker, node or object was lost go to a new job, at most three times. Close the generator to end the job.
     """
     from ray import exceptions
 
@@ -81,4 +81,4 @@ def stream_records(
         except lost as error:
             if failures == _MAX_FAILURES:
                 raise
-            _log.warning("workers were lost (%s); going on with %d missing %ss", type(error).__name__, len(missing), id)
+            _log.warning("workers were lost (%s); continuing with %d missing %ss", type(error).__name__, len(missing), id)

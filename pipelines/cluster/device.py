@@ -1,4 +1,4 @@
-"""What a worker computes on: the device's name, and the most memory that its process has held."""
+"""The device of a worker: its name, and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import platform
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def device_name(device: str) -> str:
-    """Of a GPU its product name; of a CPU the model as Linux tells it, else the architecture."""
+    """The product name of a GPU. For a CPU, the model that Linux reports, or else the architecture."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -23,7 +27,7 @@ def device_name(device: str) -> str:
 
 
 def wait_for(device: str | torch.device) -> None:
-    """Until it has done what it was given: a GPU computes beside the program."""
+    """Wait until the device has finished its work. A GPU runs asynchronously."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -31,7 +35,7 @@ def wait_for(device: str | torch.device) -> None:
 
 
 def peak_memory_gb(device: str | torch.device) -> float:
-    """In 10**9 bytes: of a GPU what the allocator held at most, of a CPU the process's largest resident set."""
+    """Peak memory in 10**9 bytes: of the allocator on a GPU, of the resident set of the process on a CPU."""
     import torch
 
     if torch.device(device).type == "cuda":

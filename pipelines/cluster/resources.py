@@ -1,4 +1,4 @@
-"""How a stage is spread over the workers of a cluster."""
+"""How a stage is distributed over the workers of a cluster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """How a stage is spread over a cluster. Never part of a key: it must not change what comes out."""
+    """How a stage is distributed over a cluster. Never part of a key, because it must not change the result."""
 
     num_workers: int = 1
     cpus_per_worker: float = 1.0
@@ -15,9 +15,9 @@ class Workers:
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
-            raise ValueError(f"execution.num_workers is {self.num_workers}; at least 1 is needed")
+            raise ValueError(f"execution.num_workers is {self.num_workers}; it must be at least 1")
         if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
-            raise ValueError("execution.cpus_per_worker must be above 0 and gpus_per_worker at least 0")
+            raise ValueError("execution.cpus_per_worker must be above 0, and gpus_per_worker at least 0")
 
     @property
     def device(self) -> str:
@@ -25,16 +25,16 @@ class Workers:
 
     @property
     def num_threads(self) -> int:
-        """For torch, which would otherwise take every core of the machine in every worker."""
+        """For torch, which would otherwise use every core of the machine in every worker."""
         return max(1, int(self.cpus_per_worker))
 
     @property
     def resources(self) -> dict[str, float]:
-        """For ray.remote and Ray Data."""
+        """Options of ray.remote and Ray Data."""
         return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
 
     def device_seconds(self, worker_seconds: float) -> float:
-        """Seconds of accelerators that workers held for so long: a worker may hold several, or share one."""
+        """Seconds of accelerators for so many seconds of workers. A worker may hold several accelerators, or share one."""
         return worker_seconds * self.gpus_per_worker
 
 

@@ -265,9 +265,7 @@ def _open(address: str) -> Any:
     except AuthenticationError as error:
         raise ValueError(_refusal(address, str(error))) from error
     except (ConnectionError, requests.exceptions.Timeout) as error:
-        raise ValueError(
-            f"there is no Ray cluster with a Jobs API at {address} ({_reason(error)}); start it, or name another"
-        ) from error
+        raise ValueError(f"no Ray cluster with a Jobs API at {address} ({_reason(error)}); start it, or name another") from error
     except (RuntimeError, KeyError, ValueError, requests.exceptions.RequestException) as error:  # something else listens there
         raise ValueError(f"what answers at {address} is not Ray's Jobs API ({_first_line(error)}); name its address") from error
 

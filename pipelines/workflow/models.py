@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from enat.config import ENATConfig
-from enat.tokenizer import VQGANConfig
+from enat.config import ENATConfig, VQGANConfig
 from pipelines.workflow.summary import Summary
 
 

@@ -91,20 +91,17 @@ def test_a_damaged_manifest_is_named_and_the_others_are_listed(place: Place, cha
     assert f"train/{chain.train.key}/{MANIFEST} is not a manifest" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("ls", "--larger-than", "big"), "'big' is no size"),
-        (("ls", "--older-than", "30"), "'30' is no age"),
-        (("verify",), "give --all"),
-        (("gc", "--older-than", "5m"), "--older-than is at least 1h"),
-        (("pull", "train/", "--files", "x", "--with-inputs"), "leave --with-inputs out"),
-    ],
-)
-def test_bad_options_are_refused(place: Place, chain, arguments: tuple[str, ...], sentence: str) -> None:
+def test_bad_options_are_refused(place: Place, chain) -> None:
     before = place.contents()
-    answer = _ask(place, *arguments)
-    assert answer.exit_code == 2 and sentence in answer.output and place.contents() == before
+    for arguments, named in (
+        (("ls", "--larger-than", "big"), "'big' is not a size"),
+        (("ls", "--older-than", "30"), "'30' is not an age"),
+        (("verify",), "give --all"),
+        (("gc", "--older-than", "5m"), "--older-than must be at least 1h"),
+        (("pull", "train/", "--files", "x", "--with-inputs"), "remove --with-inputs"),
+    ):
+        answer = _ask(place, *arguments)
+        assert answer.exit_code == 2 and named in answer.output and place.contents() == before
 
 
 # show, pull, verify --------------------------------------------------------------------------------------------------------
@@ -127,7 +124,7 @@ def test_what_is_pulled_with_its_inputs_is_whole_in_a_store_of_its_own(place: Pl
     verified = _json(mine, "verify", "--all")
     assert verified["is_whole"] and len(verified["artifacts"]) == 3
     again = _ask(place, "pull", _key(chain.samples), "--to", tmp_path / "mine", "--with-inputs").stdout
-    assert again.count("was there") == 3
+    assert again.count("already there") == 3
     files = _ask(place, "pull", _key(chain.train), "--files", tmp_path / "files").stdout
     assert "1 files, 1.0 MB fetched" in files and (tmp_path / "files" / "model.bin").stat().st_size == 10**6
     assert _ask(place, "pull", _key(chain.train), "--to", place.store.uri).exit_code == 2
@@ -137,7 +134,7 @@ def test_verifying_names_what_is_wrong_what_to_do_and_fails(place: Place, chain)
     place.damage(f"train/{chain.train.key}/model.bin", bytes(999_999) + b"x")
     answer = _ask(place, "verify", "--all")
     assert answer.exit_code == 1 and "DAMAGED model.bin holds other bytes" in answer.stdout
-    assert "damaged: 1 of 3 artifacts. Remove each, and a run that needs it makes it again:" in answer.stdout
+    assert "damaged: 1 of 3 artifacts" in answer.stdout
     assert answer.stdout.endswith(f"{place.store.place(*name_of(chain.train))}\n")
     assert _ask(place, "verify", _key(chain.dataset), _key(chain.samples)).exit_code == 0
     place.damage(f"train/{chain.train.key}/{MANIFEST}", b"{")
@@ -156,7 +153,7 @@ def test_what_cannot_be_read_is_told_and_fails(place: Place, chain, monkeypatch:
     monkeypatch.setattr(type(place.store), "read_chunks", failing)
     answer = _ask(place, "verify", "--all")
     assert answer.exit_code == 1 and "DAMAGED file.bin cannot be read (Input/output error)" in answer.stdout
-    assert answer.stdout.count("whole 1 files") == 2 and "What cannot be read may be whole" in answer.stdout
+    assert answer.stdout.count("whole 1 files") == 2 and "cannot be read may be whole" in answer.stdout
 
 
 # A bucket that everybody may read -------------------------------------------------------------------------------------------
@@ -271,7 +268,7 @@ def test_nothing_is_deleted_while_the_registry_cannot_be_read(
     for uri in ("http://127.0.0.1:9", f"sqlite:///{tmp_path}/none.db"):
         answer = enat(*options, "--tracking-uri", uri, "--delete")
         assert answer.returncode == 1 and answer.stderr.count("\n") == 1 and place.contents() == before
-        assert "nothing is removed; name the server by --tracking-uri, or give --ignore-registry" in answer.stderr
+        assert "nothing is removed" in answer.stderr and "--ignore-registry" in answer.stderr
     assert enat("artifacts", "verify", "--all", "--store", place.store.uri).returncode == 0
     answer = enat(*options, "--ignore-registry", "--delete")
     assert answer.returncode == 0 and place.contents() == {}
@@ -281,29 +278,21 @@ def test_a_damaged_manifest_is_told_of_and_its_folder_stays(place: Place, chain)
     place.damage(f"train/{chain.train.key}/{MANIFEST}", b"<html>")
     place.age("", 2 * DAY)
     answer = _ask(place, "gc", "--older-than", "1d", "--ignore-registry", "--delete")
-    assert answer.exit_code == 0 and f"{MANIFEST} is not a manifest" in answer.stderr and "left alone" in answer.stderr
+    assert answer.exit_code == 0 and f"{MANIFEST} is not a manifest" in answer.stderr and "it is kept" in answer.stderr
     assert {name.split("/")[0] for name in place.contents()} == {"train"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["ls"], "does not exist; name another"),
-        (["verify", "--all"], "does not exist; name another"),
-        (["gc"], "does not exist; name another"),
-        (["show", "train/x"], "does not exist; name another"),
-    ],
-)
-def test_a_store_that_is_not_there_is_no_empty_one(tmp_path: Path, arguments: list[str], said: str) -> None:
-    answer = CliRunner().invoke(artifacts, [*arguments, "--store", str(tmp_path / "mistyped")])
-    assert isinstance(answer.exception, ValueError) and said in str(answer.exception)
+def test_a_store_that_does_not_exist_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    for arguments in (["ls"], ["verify", "--all"], ["gc"], ["show", "train/x"]):
+        answer = CliRunner().invoke(artifacts, [*arguments, "--store", str(tmp_path / "mistyped")])
+        assert isinstance(answer.exception, ValueError) and "does not exist; name another" in str(answer.exception)
     assert not (tmp_path / "mistyped").exists()
 
 
 def test_verifying_nothing_is_no_success(place: Place) -> None:
     place.store.check_writable()
     answer = _ask(place, "verify", "--all")
-    assert isinstance(answer.exception, ValueError) and "nothing was checked" in str(answer.exception)
+    assert isinstance(answer.exception, ValueError) and "nothing was verified" in str(answer.exception)
 
 
 def test_a_stage_that_there_is_not_is_told_with_the_closest_one(place: Place, chain: SimpleNamespace) -> None:

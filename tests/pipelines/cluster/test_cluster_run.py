@@ -193,7 +193,7 @@ def test_a_run_whose_head_was_lost_goes_on_on_another_cluster(runs: Runs, tmp_pa
         runs.wait_until_training(nodes, job["id"])
         nodes.kill(nodes.processes[0])
         lost = runs.enat(nodes, "jobs", "ls")
-        assert lost.returncode == 2 and "there is no Ray cluster with a Jobs API" in lost.stderr
+        assert lost.returncode == 2 and "no Ray cluster with a Jobs API" in lost.stderr
     with ray_nodes(2, **_variables(tmp_path / "second")) as nodes:
         again = runs.submit(nodes)
         assert (again["id"], again["attempt"], again["outcome"]) == (job["id"], 1, "submitted"), "the new head knows of no attempt"

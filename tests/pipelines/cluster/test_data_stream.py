@@ -69,7 +69,7 @@ def test_the_rows_of_a_worker_that_was_killed_are_given_to_another(tmp_path: Pat
     assert sorted(record["part"] for record in records) == list(range(5)), "no record twice, none missing"
     assert _times_given(tmp_path, 2) == 2
     assert _times_given(tmp_path, 0) == 1, "what was done before stays done"
-    assert "workers were lost (ActorDiedError); going on with " in caplog.text
+    assert "workers were lost (ActorDiedError)" in caplog.text
 
 
 def test_an_error_of_the_work_itself_ends_the_job_at_once(tmp_path: Path) -> None:

@@ -383,7 +383,7 @@ def test_an_unwritable_path_and_an_empty_figure_are_errors_of_one_sentence(
     result = ask("--no-log", "--csv", "{folder}/file/c.csv")
     assert isinstance(result.exception, ValueError) and "c.csv cannot be written" in str(result.exception)
     result = ask("--no-log", "--png", "{folder}/c.png")
-    assert isinstance(result.exception, ValueError) and "nothing to draw" in str(result.exception)
+    assert isinstance(result.exception, ValueError) and "no run has both a distance and gmacs_total" in str(result.exception)
 
 
 def test_no_result_is_exit_code_2_and_one_line(

@@ -664,6 +664,6 @@ def test_what_is_no_cluster_is_said_to_be_none(web_server: Callable[[bytes], str
     of_site, of_older, of_nothing, *of_malformed = _ask(site, older, "http://127.0.0.1:1/", *malformed)
     assert of_site.startswith(f"what answers at {site} is not Ray's Jobs API")
     assert of_older.startswith(f"the cluster at {older} runs Ray 2.44.0, and this code is written for 2.60")
-    assert of_nothing.startswith("there is no Ray cluster with a Jobs API at http://127.0.0.1:1 (nothing listens there)")
+    assert of_nothing.startswith("no Ray cluster with a Jobs API at http://127.0.0.1:1 (nothing listens there)")
     assert all("is no address of Ray's Jobs API; write http://HOST:8265" in said for said in of_malformed)
     assert not any("hunter2" in said for said in of_malformed)

@@ -823,8 +823,8 @@ def test_the_command_says_what_is_due_in_a_table(evaluated: tuple[Lab, Outcome])
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["a.yaml", "b.yaml"], "one CONFIG says how to evaluate, not a.yaml and b.yaml"),
-        (["--older-than", "long"], "'long' is no age"),
+        (["a.yaml", "b.yaml"], "give one CONFIG, not a.yaml and b.yaml"),
+        (["--older-than", "long"], "'long' is not an age"),
         (["--tolerance", "fid=much"], "--tolerance fid=much is not a number"),
         (["generate.num_sample=3"], "did you mean generate.num_samples?"),
         (["no-such.yaml"], "the config file no-such.yaml does not exist"),

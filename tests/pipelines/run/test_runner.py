@@ -118,7 +118,7 @@ def test_a_run_that_is_ended_by_a_signal_does_not_look_as_if_it_went_on(
     monkeypatch.setattr(main.commands, "main", lambda **_: _run(Stage("only", 1, run), uri, tmp_path))
     with pytest.raises(SystemExit) as ended:
         main.main()
-    assert ended.value.code == 130 and capsys.readouterr().err.startswith("enat: interrupted; the same command continues")
+    assert ended.value.code == 130 and capsys.readouterr().err.startswith("enat: interrupted; run the same command to continue")
     assert {name: run.info.status for name, run in _found(client).items()} == {"whole": "KILLED", "only": "KILLED"}
 
 
@@ -137,7 +137,7 @@ def test_sigterm_during_work_of_ray_ends_the_runs_of_mlflow(end_enat_when: Calla
         return False  # MLflow is just making them
 
     code, said = end_enat_when(is_training, "run", DIGITS, *overrides)
-    assert code == 130 and "interrupted; the same command continues" in said
+    assert code == 130 and "interrupted; run the same command to continue" in said
     found = _found(MlflowClient(f"sqlite:///{database}"))
     assert {name: run.info.status for name, run in found.items()} == {
         "digits": "KILLED",

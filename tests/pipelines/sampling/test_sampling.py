@@ -211,7 +211,7 @@ def test_earlier_samples_are_kept_unless_they_are_to_go_and_other_files_always(a
     assert ask("cc", "-n", 4)[0] == 0
     before = (tmp_path / "samples" / "grid.png").read_bytes()
     code, out, err = ask("cc", "-n", 2)
-    assert (code, out) == (2, "") and "--output samples already holds grid.png; --overwrite replaces earlier samples" in err
+    assert (code, out) == (2, "") and "--output samples already contains grid.png; use --overwrite" in err
     assert (tmp_path / "samples" / "grid.png").read_bytes() == before
     (tmp_path / "samples" / "images" / "mine.png").write_text("mine")
     assert ask("cc", "-n", 2, "--overwrite", "--no-gif")[0] == 0
@@ -220,7 +220,7 @@ def test_earlier_samples_are_kept_unless_they_are_to_go_and_other_files_always(a
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     code, _, err = ask("cc", "-o", "other", "--overwrite")
-    assert code == 2 and "--output other already holds thesis.txt; give another one" in err
+    assert code == 2 and "--output other already contains thesis.txt; give another folder" in err
 
 
 def test_it_runs_without_ray(world: World, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("xyz",), "has no artifact whose key begins with train/xyz"),
     (("tokenizer/aa",), f"tokenizer/{'a' * 12} is not a model; models are artifacts of stage train"),
     ((), "name a MODEL"),
-    (("cc", "dd"), "one MODEL is sampled at a time, not cc and dd"),
+    (("cc", "dd"), "give one MODEL, not cc and dd"),
     (("cc", "--labels", "5"), "--labels has 5, but this model knows the labels 0 to 4"),
     (("cc", "--labels", "3-7"), "--labels has 3-7, but this model knows the labels 0 to 4"),
     (("cc", "--labels", "goldfish"), "--labels has 'goldfish', which is not a class of this model"),
@@ -423,18 +423,18 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ),
     (("cc", "--device", "tpu7"), "--device tpu7"),
     (("cc", "--device", "cuda:99"), "--device cuda:99 does not exist"),
-    (("cc", "--inpaint", "{photo}"), "--inpaint and --box belong together"),
+    (("cc", "--inpaint", "{photo}"), "--inpaint and --box need each other"),
     (("cc", "--inpaint", "{photo}", "--box", "1,2,3"), "--box 1,2,3 is not left,top,right,bottom in pixels"),
     (("cc", "--inpaint", "{photo}", "--box", "0,0,17,4"), "is not left,top,right,bottom within 16 x 16 pixels"),
     (("cc", "--inpaint", "{photo}", "--box", "4,4,4,8"), "is not left,top,right,bottom within 16 x 16 pixels"),
     (("cc", "--inpaint", "{photo}", "--box", "0,0,16,16", "--keep", "inside"), "leaves nothing to generate"),
     (("cc", "--inpaint", "gone.png", "--box", "0,0,4,4"), "--inpaint gone.png cannot be read (No such file or directory)"),
     (("cc", "--inpaint", "{text}", "--box", "0,0,4,4"), "it is neither JPEG nor PNG"),
-    (("cc", "--weights", "x", "--vqgan", "y"), "--weights takes the place of MODEL"),
+    (("cc", "--weights", "x", "--vqgan", "y"), "--weights replaces MODEL"),
     (("--weights", "gone.pth", "--vqgan", "{vqgan}"), "--weights: gone.pth is not a file"),
     (("--weights", "{vqgan}", "--vqgan", "{vqgan}"), "holds vqgan, not the weights of enat"),
-    (("cc", "--preset", "enat-l"), "--preset belongs to --weights"),
-    (("cc", "-o", "{text}"), "is no folder that can be read"),
+    (("cc", "--preset", "enat-l"), "--preset needs --weights"),
+    (("cc", "-o", "{text}"), "is not a readable folder"),
 ]
 
 
