@@ -1,4 +1,4 @@
-"""Hostile image files: what lies between the photographs of a scraped dataset, each with what must become of it.
+"""Hostile image files as found among the photographs of a scraped dataset, each with its expected outcome.
 
 Photographs are those of scikit-image and scikit-learn, made small. PNGs are written here, byte by byte, and their pixels are
 worked out with integers; JPEGs are written by Pillow and patched, their pixels are what torchvision's decoder makes of them.
@@ -161,7 +161,7 @@ def segment(code: int, content: bytes) -> bytes:
 
 
 def with_segments(data: bytes, *segments: bytes) -> bytes:
-    """Behind the start of image, before all that is there."""
+    """After the start of image, before all other segments."""
     return data[:2] + b"".join(segments) + data[2:]
 
 
@@ -431,7 +431,7 @@ def _pillow(image_format: str, frames: int = 1) -> bytes:
 
 
 def _no_images() -> Iterator[Hostile]:
-    """Other formats, and what is no image at all."""
+    """Other formats, and files that are not images."""
     for image_format, suffix in (("GIF", "gif"), ("WebP", "webp"), ("BMP", "bmp"), ("TIFF", "tif"), ("AVIF", "avif")):
         yield Hostile(f"{suffix}.{suffix}", _pillow(image_format), reason=f"{image_format}, {UNSUPPORTED}")
     yield Hostile("gif_named_jpg.jpg", _pillow("GIF"), reason=f"GIF, {UNSUPPORTED}")

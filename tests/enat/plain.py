@@ -72,7 +72,7 @@ def normalize_heads(norm: nn.LayerNorm, x: Tensor, num_heads: int) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(D / heads)) v for query (S, D), key and value (C, D); zeros where there is no key."""
+    """softmax(q k^T / sqrt(D / heads)) v for query (S, D), key and value (C, D); zeros without keys."""
     width = query.shape[1] // num_heads
     gathered = torch.zeros_like(query)
     if len(key) == 0:

@@ -21,7 +21,7 @@ BOMBS = [file for file in FILES if "over the limit" in (file.reason or "")]
 
 
 def outcome(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | str:
-    """Pixels, or the reason why there are none; any other error fails the test."""
+    """Pixels, or the reason of the refusal; any other error fails the test."""
     try:
         image = decode_image(data, max_pixels)
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""Images in and out: whatever the bytes, 8-bit RGB pixels or an ImageError."""
+"""Images in and out: any bytes give 8-bit RGB pixels or an ImageError."""
 
 import io
 import struct
@@ -136,7 +136,7 @@ def test_what_is_not_one_jpeg_or_png_is_refused(data, message):
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
 def test_the_bytes_count_and_not_a_name(image_format):
-    """There is no name to be wrong: a PNG that was called .jpg is a PNG."""
+    """File names do not count: a PNG named .jpg is a PNG."""
     assert decode_image(encoded(smooth(), image_format)).size == (40, 32)
 
 

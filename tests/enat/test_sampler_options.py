@@ -155,10 +155,13 @@ class _NothingFromTheHost(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"reuse": False}, SEARCHED, HALTON, RANDOM, {"top_k": 5, "top_p": 0.9}], ids=str)
-@pytest.mark.parametrize("num_given", [0, 7])
+@pytest.mark.parametrize(
+    ("options", "num_given"),
+    [({}, 0), ({"reuse": False}, 7), (SEARCHED, 7), (HALTON, 0), (RANDOM, 7), ({"top_k": 5, "top_p": 0.9}, 0)],
+    ids=str,
+)
 def test_the_loop_never_looks_at_a_value(options, num_given):
-    """On tensors without values: whatever would wait for a device raises here."""
+    """On tensors without values: an operation that waits for a device raises here."""
     config = SamplerConfig(**options)
     with torch.device("meta"):
         model = ENAT(small_config()).eval()
@@ -234,7 +237,7 @@ def test_a_random_order_belongs_to_the_seed_and_is_uniform():
     assert len(revealed.unique(dim=0)) > 900  # of 1820 ways to choose 4 of 16
     assert (revealed.double().mean(dim=0) - 0.25).abs().max() < 4 * (0.25 * 0.75 / count) ** 0.5
     _, other = sample(MODEL, torch.tensor([4, 4]), config, seeds=[0, 1], return_trajectory=True)
-    assert torch.equal(other[1] != MASK_ID, revealed[:2])  # whatever the label
+    assert torch.equal(other[1] != MASK_ID, revealed[:2])  # for any label
 
 
 # What is given ---------------------------------------------------------------------------------------------------------------

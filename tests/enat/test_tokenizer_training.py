@@ -96,7 +96,7 @@ def test_quantized_training_starts_from_that_codebook_and_moves_dead_entries_unt
 
     assert not run_two_steps_after_killing(32)
     assert (entries > 900).all()
-    assert run_two_steps_after_killing(32)  # the codebook is made of latents, whatever it was
+    assert run_two_steps_after_killing(32)  # the codebook starts from latents, not from its initial values
     assert (entries < 100).all()
     assert run_two_steps_after_killing(10)
     assert (entries < 100).all()

@@ -97,7 +97,7 @@ def test_weights_of_another_network_are_refused():
 
 
 def test_published_weights_are_fetched_with_a_hash_and_without_unpickling(monkeypatch):
-    """Whatever the place answers with: what is asked of torch's own download says how it is opened."""
+    """The arguments of torch's own download decide how the file is opened."""
     asked = {}
 
     def fetch(url, **keywords):

@@ -115,8 +115,8 @@ def cubic_weight(distance):
 
 
 def plainly_resampled(grid, size, offset):
-    """grid: float64 (M, M, D) -> (size, size, D). Position p of the new grid lies at (p + 1/2) M / (size + offset) - 1/2 of the old
-    one; beyond the border it goes on as it ends."""
+    """grid: float64 (M, M, D) -> (size, size, D). Position p of the new grid is at (p + 1/2) M / (size + offset) - 1/2 of the old
+    one; beyond the border it is constant."""
     old = len(grid)
     weights = np.zeros((size, old))
     for new in range(size):
