@@ -1,6 +1,6 @@
-"""A config as a job of a Ray cluster.
+"""Run a config as a job of a Ray cluster.
 
-submission   what is sent, and what is refused before anything starts
-credentials  no secret leaves with a job
-client       jobs of a cluster: listing, following, stopping
+submission   what is sent, and checks before anything starts
+credentials  checks that no secret is sent with a job
+client       jobs of a cluster: list, follow, stop
 """

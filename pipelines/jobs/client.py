@@ -1,6 +1,6 @@
-"""Runs on a cluster, through Ray's Jobs API: its client with errors that people can act on, which jobs are ours, and their logs.
+"""Runs on a cluster through Ray's Jobs API: a client with helpful errors, our jobs, and their logs.
 
-A job belongs to us by its metadata. A run that failed or was stopped and is submitted again is a further attempt of the same run.
+Metadata marks a job as ours. A run that is submitted again after it failed or was stopped is a further attempt of the same run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from pipelines.cluster.capacity import Capacity
 from pipelines.storage.redaction import without_credentials
 
-RUN, ATTEMPT = "enat.run", "enat.attempt"  # metadata of a job: which run it is an attempt of, and which one
+RUN, ATTEMPT = "enat.run", "enat.attempt"  # metadata of a job: its run, and the number of the attempt
 _ACTIVE = ("PENDING", "RUNNING")
 _TIMEOUT = (10, 120)  # seconds to connect, and between two bytes of an answer
 _RECONNECTS = 5
@@ -28,12 +28,12 @@ _NOT_FOUND = re.compile(r"status code 404\b")
 
 
 class ClusterError(RuntimeError):
-    """A cluster that was reached and then did not answer as it should."""
+    """A cluster was reached, but then did not answer as expected."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """started, ended: seconds since 1970, None where it has not.   exit_code: of the driver, where it ended by itself."""
+    """started, ended: seconds since 1970, or None.   exit_code: of the driver, if it ended by itself."""
 
     id: str
     run: str
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of the run's config."""
+        """The name in the config of the run."""
         return self.metadata.get("enat.name", self.run)
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Job:
 
     @property
     def reason(self) -> str | None:
-        """Why it failed: the last line that it said."""
+        """Why it failed: the last line of its message."""
         if self.status != "FAILED":
             return None
         lines = [line.strip() for line in self.message.splitlines() if line.strip()]
@@ -71,25 +71,27 @@ class Job:
 class Cluster:
     """The Jobs API at an address such as http://127.0.0.1:8265.
 
-    Raises ValueError where nothing answers there, the token is refused, or another version of Ray runs; ClusterError later on.
+    Raises ValueError if nothing answers, the token is refused, or the Ray versions differ; ClusterError after that.
     The token comes from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
     """
 
     def __init__(self, address: str) -> None:
         if not re.fullmatch(r"https?://[^\s/@]+/?", address):
-            raise ValueError(f"--address {without_credentials(address)} is no address of Ray's Jobs API; write http://HOST:8265")
+            raise ValueError(
+                f"--address {without_credentials(address)} is not an address of Ray's Jobs API; write http://HOST:8265"
+            )
         self.address = address.rstrip("/")
         self._client = _open(self.address)
         self._check_version()
 
     def jobs(self) -> list[Job]:
-        """Ours, newest first."""
+        """Our jobs, newest first."""
         with self._asking():
             found = [_job(details) for details in self._client.list_jobs() if RUN in (details.metadata or {})]
         return sorted(found, key=lambda job: (job.started or 0, job.attempt), reverse=True)
 
     def job(self, id: str) -> Job | None:
-        """None where there is none of that id."""
+        """The job with this id, or None."""
         with self._asking():
             try:
                 return _job(self._client.get_job_info(id))
@@ -99,22 +101,22 @@ class Cluster:
                 raise
 
     def find(self, beginning: str | None) -> Job:
-        """Ours by the beginning of its id; the newest without one. Raises ValueError where there is none, or several."""
+        """Our job with this prefix of its id; without a prefix the newest. Raises ValueError if none or several match."""
         ours = self.jobs()
         if not ours:
-            raise ValueError(f"there is no job of enat at {self.address}")
+            raise ValueError(f"no jobs of enat at {self.address}")
         if beginning is None:
             return ours[0]
         found = [job for job in ours if job.id == beginning] or [job for job in ours if job.id.startswith(beginning)]
         if not found:
-            raise ValueError(f"there is no job {beginning} at {self.address}; `enat jobs ls` lists those there are")
+            raise ValueError(f"no job {beginning} at {self.address}; list the jobs with `enat jobs ls`")
         if len(found) > 1:
-            raise ValueError(f"{beginning} is the beginning of {len(found)} jobs: {', '.join(job.id for job in found[:4])}")
+            raise ValueError(f"{beginning} matches {len(found)} jobs: {', '.join(job.id for job in found[:4])}")
         return found[0]
 
     def start(self, id: str, entrypoint: str, environment: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-        """False where a job of that id is there already: another submission was first, or the answer to this one was lost and it
-        was sent again. Raises ClusterError."""
+        """Start a job. Returns False if a job with this id exists: another submission was first, or the answer was lost and the
+        request was repeated. Raises ClusterError."""
         try:
             with self._asking():
                 self._client.submit_job(
@@ -127,18 +129,18 @@ class Cluster:
         return True
 
     def stop(self, job: Job, patience: float) -> Job:
-        """Ask it to end, and wait for that. Stopping what has ended does nothing."""
+        """Ask the job to end, and wait. Stopping a job that has ended does nothing."""
         with self._asking():
             self._client.stop_job(job.id)
         return self.wait(job.id, patience)
 
     def wait(self, id: str, patience: float) -> Job:
-        """The job once it has ended, or as it is when patience (seconds) is over."""
+        """The job when it has ended, or its state after `patience` seconds."""
         deadline = time.monotonic() + patience
         while True:
             job = self.job(id)
             if job is None:
-                raise ClusterError(f"job {id} is gone from {self.address}: the cluster was started anew; submit the run again")
+                raise ClusterError(f"job {id} is gone from {self.address}: the cluster was restarted; submit the run again")
             if not job.is_active or time.monotonic() > deadline:
                 return job
             time.sleep(_POLL_SECONDS)
@@ -148,7 +150,7 @@ class Cluster:
             return str(self._client.get_job_logs(id))
 
     def follow(self, id: str, write: Callable[[str], object]) -> Job:
-        """Write the log from its beginning as it grows, to the job's end. A connection that breaks is made again."""
+        """Write the log from the beginning until the job ends. Broken connections are restored."""
         written, failures = 0, 0
         while True:
             received = 0
@@ -166,18 +168,18 @@ class Cluster:
                 job = self.wait(id, patience=0)
                 if not job.is_active:
                     return job
-            except TimeoutError:  # nothing was said for long: either there is nothing to say, or the connection is dead
+            except TimeoutError:  # no output for a long time: the job is silent, or the connection is dead
                 if not (job := self.wait(id, patience=0)).is_active:
                     write(self.log(id)[written:])
                     return job
             except (RuntimeError, OSError) as error:
                 failures += 1
                 if failures > _RECONNECTS:
-                    raise ClusterError(f"the log of {id} breaks off ({_first_line(error)}); the job itself goes on") from error
+                    raise ClusterError(f"the log of {id} breaks off ({_first_line(error)}); the job itself continues") from error
             time.sleep(_POLL_SECONDS * 2**failures)
 
     def capacity(self) -> Capacity:
-        """What its nodes have now."""
+        """The current capacity of its nodes."""
         with self._asking():
             answer = self._client._do_request("GET", "/api/v0/nodes?limit=10000&detail=0")
             if answer.status_code != 200:
@@ -191,13 +193,13 @@ class Cluster:
         running = str(self._client._server_ray_version)
         if running.split(".")[:2] != ray.__version__.split(".")[:2]:
             raise ValueError(
-                f"the cluster at {self.address} runs Ray {running}, and this code is written for {ray.__version__}; "
+                f"the cluster at {self.address} runs Ray {running}, but this code needs {ray.__version__}; "
                 "use a cluster, or an image, with that version"
             )
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Errors of the client as one sentence that names the cluster."""
+        """Turn errors of the client into one sentence that names the cluster."""
         import requests
         from ray.exceptions import AuthenticationError
 
@@ -206,26 +208,26 @@ class Cluster:
         except AuthenticationError as error:
             raise ValueError(_refusal(self.address, str(error))) from error
         except requests.exceptions.RequestException as error:
-            raise ClusterError(f"the cluster at {self.address} does not answer any more ({type(error).__name__})") from error
+            raise ClusterError(f"the cluster at {self.address} no longer answers ({type(error).__name__})") from error
         except RuntimeError as error:
             raise ClusterError(f"the cluster at {self.address} refuses: {_last_line(error)}") from error
 
 
 def ended(job: Job) -> str:
-    """How, for people."""
+    """How the job ended, as a sentence."""
     how = {"SUCCEEDED": "succeeded", "STOPPED": "was stopped", "FAILED": "failed"}.get(job.status, f"is {job.status.lower()}")
     return f"{job.id} {how}" + (f": {job.reason}" if job.reason else "")
 
 
 def exit_code(job: Job) -> int:
-    """Of a command that waited for the job: the driver's own, where it has one."""
+    """Exit code of a command that waited for the job: that of the driver, if known."""
     if job.status == "SUCCEEDED":
         return 0
     return job.exit_code if job.exit_code is not None and 0 < job.exit_code < 128 else 1
 
 
 def attempts(jobs: Sequence[Job], run: str) -> list[Job]:
-    """Of one run, first to last."""
+    """The attempts of a run, first to last."""
     return sorted((job for job in jobs if job.run == run), key=lambda job: job.attempt)
 
 
@@ -247,7 +249,7 @@ def _job(details: Any) -> Job:
 
 
 def _open(address: str) -> Any:
-    """Ray's client, with time limits that it does not have itself."""
+    """Ray's client, with timeouts added."""
     import requests
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -265,25 +267,27 @@ def _open(address: str) -> Any:
     except AuthenticationError as error:
         raise ValueError(_refusal(address, str(error))) from error
     except (ConnectionError, requests.exceptions.Timeout) as error:
-        raise ValueError(f"no Ray cluster with a Jobs API at {address} ({_reason(error)}); start it, or name another") from error
-    except (RuntimeError, KeyError, ValueError, requests.exceptions.RequestException) as error:  # something else listens there
-        raise ValueError(f"what answers at {address} is not Ray's Jobs API ({_first_line(error)}); name its address") from error
+        raise ValueError(
+            f"no Ray cluster with a Jobs API at {address} ({_reason(error)}); start it, or set another address"
+        ) from error
+    except (RuntimeError, KeyError, ValueError, requests.exceptions.RequestException) as error:  # another service listens there
+        raise ValueError(f"{address} is not Ray's Jobs API ({_first_line(error)}); set its address") from error
 
 
-def _refusal(address: str, said: str) -> str:
-    if "Authentication failed" in said:
+def _refusal(address: str, message: str) -> str:
+    if "Authentication failed" in message:
         return f"the cluster at {address} refuses the token (403); set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own"
-    if "RAY_AUTH_TOKEN_PATH" in said and "cannot be opened" in said:
-        return f"RAY_AUTH_TOKEN_PATH names no file that can be read; set it to a file with the token of the cluster at {address}"
+    if "RAY_AUTH_TOKEN_PATH" in message and "cannot be opened" in message:
+        return f"RAY_AUTH_TOKEN_PATH is not a readable file; set it to a file with the token of the cluster at {address}"
     return (
-        f"there is no token for the cluster at {address} (401); set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own "
-        "(or RAY_AUTH_MODE=disabled where it asks for none)"
+        f"no token for the cluster at {address} (401); set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own "
+        "(or RAY_AUTH_MODE=disabled if it needs none)"
     )
 
 
 @contextmanager
 def _only(address: str) -> Iterator[None]:
-    """RAY_ADDRESS and RAY_API_SERVER_ADDRESS would win over an address that is given."""
+    """Hide RAY_ADDRESS and RAY_API_SERVER_ADDRESS, which would override the given address."""
     names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -315,6 +319,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    """Ray answers with tracebacks."""
+    """The last line of the tracebacks that Ray answers with."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
     return without_credentials(lines[-1] if lines else type(error).__name__)[:300]

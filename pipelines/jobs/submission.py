@@ -179,8 +179,8 @@ def check_room(run: RunConfig, capacity: Capacity, grows: bool) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more stages do not fit: see enat plan --address)" if len(problems) > 1 else ""
         raise ValueError(
-            f"{problems[0]}{more}. That is what it has now ({capacity.describe()}); "
-            f"where nodes come when they are asked for, give --wait-for-nodes{not_seen}"
+            f"{problems[0]}{more}. This is its current size ({capacity.describe()}); "
+            f"if it adds nodes on demand, give --wait-for-nodes{not_seen}"
         )
 
 
@@ -231,7 +231,7 @@ def _code_metadata(package: CodePackage | None, image: str | None) -> dict[str, 
 
 
 def _runtime_environment(submission: Submission, folder: Path) -> dict[str, Any]:
-    """Nothing secret: jobs and their environments can be read by whoever may list jobs. The cluster has its own credentials."""
+    """Contains no secrets: jobs and their environments can be read by anyone who may list jobs. The cluster has its own credentials."""
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS), "ENAT_PROGRESS_SECONDS": "30"}
     variables |= {GROWS: "1"} if submission.grows else {}
     if submission.package is None:

@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(nodes: RayNodes, en
     said = [line for line in refused.err.splitlines() if "are not sent" not in line]  # of whoever is at work on this checkout
     assert refused.code == 2 and len(said) == 1
     assert "tokenizer.execution asks for 1 GPUs (1 workers), but the cluster has 0; lower num_workers" in refused.err
-    assert "That is what it has now (2 CPUs and 0 GPUs on 1 node); where nodes come when they are asked for" in refused.err
+    assert "(2 CPUs and 0 GPUs on 1 node)" in refused.err
 
 
 def test_a_plan_says_of_every_stage_whether_there_is_room_now(nodes: RayNodes, enat_shell: Shell, places) -> None:
@@ -241,9 +241,9 @@ def test_another_token_is_refused_in_one_sentence(nodes: RayNodes, make_shell: C
 def test_no_token_and_a_token_in_a_file(nodes: RayNodes, make_shell: Callable[..., Shell], tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     none = make_shell(RAY_AUTH_TOKEN=None, HOME=str(tmp_path))("jobs", "ls", "--address", nodes.url)
-    assert none.code == 2 and f"there is no token for the cluster at {nodes.url} (401)" in none.err
+    assert none.code == 2 and f"no token for the cluster at {nodes.url} (401)" in none.err
     gone = make_shell(RAY_AUTH_TOKEN=None, RAY_AUTH_TOKEN_PATH=str(tmp_path / "gone"))("jobs", "ls", "--address", nodes.url)
-    assert gone.code == 2 and "RAY_AUTH_TOKEN_PATH names no file that can be read" in gone.err
+    assert gone.code == 2 and "RAY_AUTH_TOKEN_PATH is not a readable file" in gone.err
     unset = make_shell(RAY_AUTH_TOKEN=None, RAY_AUTH_MODE="disabled")("jobs", "ls", "--address", nodes.url)
     assert unset.code == 2 and "(401)" in unset.err
     assert (
