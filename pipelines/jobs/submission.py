@@ -231,7 +231,7 @@ def _code_metadata(package: CodePackage | None, image: str | None) -> dict[str, 
 
 
 def _runtime_environment(submission: Submission, folder: Path) -> dict[str, Any]:
-    """Contains no secrets: jobs and their environments can be read by anyone who may list jobs. The cluster has its own credentials."""
+    """Contains no secrets: anyone who may list jobs can read their environments. The cluster has its own credentials."""
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS), "ENAT_PROGRESS_SECONDS": "30"}
     variables |= {GROWS: "1"} if submission.grows else {}
     if submission.package is None:
