@@ -2,5 +2,5 @@
 
 main       the group of commands, exit codes, signals
 options    arguments, options and output that commands share
-run, plan, submit, jobs, sample, evaluate, compare, reevaluate, import_weights, artifacts, doctor
+run, plan, submit, config, jobs, sample, evaluate, compare, reevaluate, import_weights, artifacts, doctor
 """

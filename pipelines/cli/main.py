@@ -15,7 +15,20 @@ import click
 
 from pipelines.cluster import connection
 
-_COMMANDS = ("artifacts", "compare", "doctor", "evaluate", "import", "jobs", "plan", "reevaluate", "run", "sample", "submit")
+_COMMANDS = (
+    "artifacts",
+    "compare",
+    "config",
+    "doctor",
+    "evaluate",
+    "import",
+    "jobs",
+    "plan",
+    "reevaluate",
+    "run",
+    "sample",
+    "submit",
+)
 _MODULES = {"import": "import_weights"}  # all other modules have the names of their commands
 
 

@@ -15,7 +15,10 @@ from pipelines.cli.options import CONFIG, JSON, OVERRIDES, console
 @OVERRIDES
 @JSON
 def run(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Run the stages of CONFIG. Artifacts in the store are reused, and interrupted stages continue."""
+    """Run the stages of CONFIG. Existing artifacts are reused, and interrupted stages resume.
+
+    `enat config` lists the keys of a CONFIG and describes them.
+    """
     from pipelines.run import config as run_config
     from pipelines.run import runner, summary
 

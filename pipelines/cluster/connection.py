@@ -48,13 +48,12 @@ _UNWATCHED = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """address: of a running cluster ("auto", "host:6379", "ray://..."). None: RAY_ADDRESS, or a new local cluster.
-
-    num_cpus: of a local cluster. None: all CPUs of the machine.
-    """
+    """The Ray cluster that stages run on."""
 
     address: str | None = None
+    """Address of a running cluster: "auto", "host:6379" or "ray://...". Null takes RAY_ADDRESS, or starts a local cluster."""
     num_cpus: int | None = None
+    """CPUs of a local cluster, at least 1. Null takes all CPUs of the machine."""
 
     def __post_init__(self) -> None:
         if self.num_cpus is not None and self.num_cpus < 1:

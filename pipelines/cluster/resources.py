@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """How a stage is distributed over a cluster. Never part of a key, because it must not change the result."""
+    """Workers of a stage. They do not change what the stage makes, so they are not part of its key."""
 
     num_workers: int = 1
+    """Workers that run side by side, at least 1."""
     cpus_per_worker: float = 1.0
+    """CPUs reserved for each worker, above 0. A fraction shares a CPU."""
     gpus_per_worker: float = 0.0
+    """GPUs reserved for each worker. 0 computes on CPUs, a fraction shares a GPU."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -40,9 +43,10 @@ class Workers:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution(Workers):
-    """batch_size: images that one worker computes at once."""
+    """Workers that compute images in batches."""
 
     batch_size: int = 64
+    """Images that one worker computes together. Unit: images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

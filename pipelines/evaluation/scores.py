@@ -39,21 +39,22 @@ AnyMoments: TypeAlias = "FeatureMoments | FeatureStatistics"
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """num_splits: of the Inception score, equal parts of the shuffled samples, as in torch-fidelity.
-    split_size: instead of num_splits, parts of this many samples in order, as in ADM's evaluation, which uses 5000.
-    kernel_subsets, kernel_subset_size: of the kernel distance.
-    precision_neighbours, density_neighbours: the distance to this neighbour is the radius of a ball.
-    seed: of splits and subsets. It is not the seed of the run, so all models are scored on the same draws.
-    With fewer samples than subsets or splits need, these get smaller.
-    """
+    """Settings of the metrics. If there are fewer samples than subsets or splits need, all of them are used."""
 
     num_splits: int = 10
+    """Equal parts of the shuffled samples for the Inception score, as in torch-fidelity."""
     split_size: int | None = None
+    """Parts of this many samples in order instead of num_splits, as in ADM's evaluation (5000). Unit: images."""
     kernel_subsets: int = 100
+    """Subsets of the kernel distance."""
     kernel_subset_size: int = 1000
+    """Images of one subset of the kernel distance, at least 2. Unit: images."""
     precision_neighbours: int = 3
+    """Nearest neighbour whose distance is the radius of a ball, for precision and recall."""
     density_neighbours: int = 5
+    """Nearest neighbour whose distance is the radius of a ball, for density and coverage."""
     seed: int = 2020
+    """Seed of splits and subsets, in [0, 2**32). It is not the run's seed, so all models are scored on the same draws."""
 
     def __post_init__(self) -> None:
         for name in ("num_splits", "kernel_subsets", "precision_neighbours", "density_neighbours"):

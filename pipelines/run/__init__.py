@@ -1,6 +1,7 @@
 """One YAML file, its stages, one run.
 
 config   the YAML file as dataclasses
+keys     every key of it, for `enat config` and the guide
 graph    the list of the stages, and their wiring
 runner   one run from its config to its answer
 summary  the closing summary

@@ -40,38 +40,52 @@ _SHARED_BY_VARIANTS = {"name", "workspace", "store", "targets", "report", "clust
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One YAML file. A stage's `dataset` and `seed` are the run's where the stage gives none.
-
-    workspace: folder for the store, tracking and logs.   store: of artifacts, a folder or s3://bucket/prefix; None takes
-    <workspace>/store.   s3: how buckets are accessed, if the usual AWS variables do not state it.
-    buckets: the same for single buckets that differ, by name, such as {public-images: {anonymous: true}}. The store uses s3.
-    targets: stages to make, with what they need; none means all, to the report.
-    reconstruction: how well the tokenizer keeps the images of the token map; left out where the section is.
-    prices: of hours, so that what a result took is told in money, too.
-    variants: name -> values that replace those of the run, such as {untrained: {train: {num_steps: 0}}}.
-    """
+    """One YAML file: what a run makes, from which data, and where."""
 
     name: str
+    """Name of the run, in its reports, logs and in MLflow. Letters, digits, '.', '_' and '-', starting with a letter or digit."""
     seed: int = 0
+    """Seed of every stage that does not give its own, in [0, 2**63)."""
     workspace: str = "runs"
+    """Folder for the store, the tracking database and logs."""
     store: str | None = None
+    """Where artifacts are kept: a folder or s3://bucket/prefix. Null takes <workspace>/store."""
     s3: S3Config = field(default_factory=S3Config)
+    """How buckets are accessed. Null values take the usual AWS variables and configuration files."""
     buckets: dict[str, S3Config] = field(default_factory=dict)
+    """Access to single buckets that differ from `s3`, by bucket name, such as {public-images: {anonymous: true}}. The store uses
+    `s3`."""
     targets: tuple[str, ...] = ()
+    """Stages to make, with the stages that they read from. Empty makes all of them, up to the report."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    """Images to train on, to compare with, and to take captions from."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The VQGAN that turns images into codes."""
     token_map: TokenMapConfig = field(default_factory=TokenMapConfig)
+    """Codes of every image of the dataset."""
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    """Features of captions, for models that are conditioned on text."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """Images and features that samples are compared with."""
     reconstruction: ReconstructionConfig | None = None
+    """How well the tokenizer keeps the images of the token map. Null leaves this stage out."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """The generator and its training."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """Samples of the generator."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Scores of the samples."""
     report: ReportConfig = field(default_factory=ReportConfig)
+    """The page on the run."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The Ray cluster."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
     prices: Prices | None = None
+    """Prices of hours, to report costs as money. Null reports hours only."""
     variants: dict[str, Any] = field(default_factory=dict)
+    """Name -> values that replace those of the run, such as {untrained: {train: {num_steps: 0}}}. A null variant drops one of the
+    base."""
 
     def __post_init__(self) -> None:
         kept = {name: values for name, values in self.variants.items() if values is not None}  # null drops a variant of the base

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def section(stage: Stage, run: RunConfig) -> Any:
-    """A stage's config: the run's section of its name, or its defaults, with the run's dataset, seed and s3.
+    """A stage's config: the run's section of its name, or its defaults, with the run's dataset, seed, sampler and s3.
 
     None if the run leaves the section out.
     """
@@ -52,7 +52,8 @@ def section(stage: Stage, run: RunConfig) -> Any:
     if (read := getattr(filled, "dataset", None)) is not None and read.s3 is None:
         filled = replace(filled, dataset=replace(read, s3=run.s3_of(*(getattr(read, name) for name in dataset.STAGE.external))))
     files = [getattr(filled, name) for name in stage.external]
-    return replace(filled, s3=run.s3_of(*files)) if getattr(filled, "s3", ...) is None else filled
+    rest = {"s3": run.s3_of(*files), "sampler": run.generate.sampler}
+    return replace(filled, **{name: value for name, value in rest.items() if getattr(filled, name, ...) is None})
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,18 @@ _ENCODER_KEY = "captions.encoder"
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionsConfig:
-    """encoder: a CLIP text model by folder (which all workers see), s3:// or hf://owner/name; None for no caption features.
-
-    captions_per_file: 1,024 of ViT-L/14 are 121 MB, which is also what a crash can lose.
-    """
+    """Features of every caption of a dataset, from a CLIP text model."""
 
     encoder: str | None = None
+    """CLIP text model: a folder that all workers see, s3:// or hf://owner/name. Null makes no features."""
     captions_per_file: int = 1024
+    """Captions per file, at least 1. 1,024 captions of ViT-L/14 take 121 MB. Unit: captions."""
     dataset: DatasetConfig | None = set_by("dataset")
+    """Dataset with the captions."""
     s3: S3Config | None = set_by("s3 or buckets")
+    """Access to the bucket of `encoder`."""
     execution: Execution = field(default_factory=Execution)
+    """The workers of this stage."""
 
     def __post_init__(self) -> None:
         if self.captions_per_file < 1:

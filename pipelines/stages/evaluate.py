@@ -58,20 +58,23 @@ _SAMPLING = (
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """metrics: of pipelines.scores.METRICS, and always the Frechet distance; None takes all that extractor and reference allow.
-
-    judge: "svc", a scikit-learn support vector machine fitted on the pixels of the real images; None for none.
-    rounding: of decoded samples before features are computed: "uint8", as of images in files, or "float", not rounded at all.
-    images: the samples of another generator, if these are scored.
-    """
+    """Scores of samples against the reference, and what a sample costs."""
 
     metrics: tuple[str, ...] | None = None
+    """Metrics to compute, in addition to "frechet_distance". Null computes all that the extractor and the reference allow."""
     settings: ScoreSettings = field(default_factory=ScoreSettings)
+    """Settings of the metrics."""
     judge: str | None = None
+    """Classifier that has nothing to do with the extractor: "svc", a support vector machine fitted on the pixels of real images.
+    Null uses none."""
     rounding: str = "uint8"
+    """Rounding of decoded samples before features are computed: "uint8", as in image files, or "float" for none."""
     dataset: DatasetConfig | None = set_by("dataset")
+    """Real images for the judge."""
     images: ImageSetConfig | None = set_by("enat evaluate --samples")
+    """Images of another generator."""
     execution: Execution = field(default_factory=Execution)
+    """The workers of this stage."""
 
     def __post_init__(self) -> None:
         if self.judge is not None and self.judge not in JUDGES:

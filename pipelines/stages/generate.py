@@ -60,38 +60,40 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateExecution(Execution):
-    """compile: torch.compile of every block: start-up time for speed. As everything here it changes codes by rounding at most."""
+    """Workers that generate samples."""
 
     compile: bool = False
+    """Compile every block with torch.compile: a slower start, faster steps. It changes codes by rounding at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """shard_size: samples per Parquet file, which is also what a crash can lose.
-
-    labels: asked for in turn; none means each class in turn.
-    caption_choice: of a model of captions. "drawn" by the seed: one caption each of as many different images as there are, then a
-    second one each, and so on; "in_order" as the dataset has them. If there are too few captions, they repeat with other seeds.
-    mask_ratio: begin with codes of the token map, this share of them masked, and the label of their row; rows and positions are
-    drawn by the seed. None begins with nothing.
-    dataset: whose captions a model of captions is given; None takes the run's.
-    precision: of the model's passes, "fp32", or "bf16" as autocast has it. It changes codes, so it is part of the key.
-    images_per_pass: images that the model always computes together, by index (see pipelines.passes), also where a file begins or
-    ends within a pass: a shard_size that it divides wastes nothing. It is part of the key, and execution.batch_size is how many a
-    worker computes at once, in passes side by side on the threads of a CPU.
-    """
+    """Samples of the model. Sample i depends on the seed and on i, not on workers or batches."""
 
     num_samples: int = 50_000
+    """Number of samples, at least 2. Unit: images."""
     shard_size: int = 1024
+    """Samples per Parquet file. An interrupted stage loses at most one file per worker. Unit: images."""
     labels: tuple[int, ...] = ()
+    """Classes to generate, in turn. Empty takes each class in turn."""
     caption_choice: str = "drawn"
+    """Captions of a text model. "drawn": by the seed, one caption each of different images, then a second one of each, and so on.
+    "in_order": as in the dataset. If captions run out, they start again with other seeds."""
     mask_ratio: float | None = None
+    """Start from codes of the token map with this share of them masked, in (0, 1], and with the label of their row. Rows and
+    positions are drawn by the seed. Null starts with all codes masked."""
     precision: str = "fp32"
+    """Number format of the model: "fp32", or "bf16" by autocast."""
     images_per_pass: int = IMAGES_PER_PASS
+    """Images that the model always computes together, by index. A shard_size that it divides wastes no work. Unit: images."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The sampler."""
     dataset: DatasetConfig | None = None
+    """Captions for a text model. Null takes the run's dataset. Other models do not use it."""
     seed: int | None = None
+    """Seed of the samples. Null takes the run's seed."""
     execution: GenerateExecution = field(default_factory=GenerateExecution)
+    """The workers of this stage. batch_size images are computed in passes side by side on the threads of a CPU."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 2 or self.shard_size < 1:

@@ -34,11 +34,14 @@ _MEASURES = ("psnr", "ssim")
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
-    """num_images: of the dataset, its first ones; None takes all."""
+    """Images of the dataset, encoded and decoded again, against the originals."""
 
     num_images: int | None = None
+    """Number of images, from the start of the dataset, at least 2. Null takes all. Unit: images."""
     dataset: DatasetConfig | None = set_by("dataset")
+    """Images that were encoded."""
     execution: Execution = field(default_factory=Execution)
+    """The workers of this stage."""
 
     def __post_init__(self) -> None:
         if self.num_images is not None and self.num_images < 2:

@@ -43,26 +43,33 @@ _KEPT_SEED = 0  # not the run's: runs of other seeds are to be compared with the
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """extractor: "classifier", trained for num_epochs on the dataset's labels; "inception"; "dinov2"; "clip"; or a registered one.
-
-    weights: of the extractor, a file, of dinov2 and clip a folder with config.json and safetensors; also s3:// or hf://. None
-    fetches the published ones of "inception".   npz: ADM's reference statistics in place of a dataset; also s3://.
-    num_kept: images whose features are kept for what moments do not tell (kernel distance, precision and recall), drawn evenly.
-    images_per_pass: images that the extractor computes together, here and of samples: sums of floats depend on it, in their last
-    digits.
-    """
+    """What samples are compared with: an extractor of features, and features of real images."""
 
     extractor: str = "classifier"
+    """Network whose features are compared: "classifier" (trained on the labels of the dataset), "inception", "dinov2", "clip", or a
+    registered one."""
     num_epochs: int = 20
+    """Epochs that the classifier is trained for. Unit: epochs."""
     weights: str | None = None
+    """Weights of the extractor: a file, or for dinov2 and clip a folder with config.json and safetensors. A path, s3:// or hf://.
+    Null downloads the published weights of inception."""
     npz: str | None = None
+    """ADM's reference statistics (.npz) instead of a dataset: a path or s3://."""
     num_kept: int = 50_000
+    """Images whose features are kept, drawn evenly. Kernel distance, precision and recall need them. Unit: images."""
     images_per_pass: int = 32
+    """Images that the extractor computes together, here and for samples. The last digits of sums of floats depend on it. Unit:
+    images."""
     resolution: int | None = None
+    """Height and width that real images are resized to. Null takes the tokenizer's. Unit: pixels."""
     dataset: DatasetConfig | None = None
+    """Real images. Null takes the run's dataset."""
     s3: S3Config | None = set_by("s3 or buckets")
+    """Access to the bucket of `weights` or `npz`."""
     seed: int | None = None
+    """Seed of the classifier's training. Null takes the run's seed."""
     execution: Execution = field(default_factory=Execution)
+    """The workers of this stage."""
 
     def __post_init__(self) -> None:
         if self.extractor not in extractor_kinds():

@@ -43,13 +43,18 @@ _COLUMNS = 10  # of the grid where samples are not of each class in turn
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """samples_per_class: rows of the grid.   num_progressions: samples shown step by step.   max_classes: columns of the grid."""
+    """The page on a run."""
 
     samples_per_class: int = 8
+    """Rows of the grid of samples."""
     num_progressions: int = 6
+    """Samples that are shown step by step."""
     max_classes: int = 20
+    """Columns of the grid of samples."""
     name: str | None = set_by("name")
+    """Name of the run."""
     variants: tuple[str, ...] = set_by("variants", ())
+    """Variants of the run."""
 
     def __post_init__(self) -> None:
         if min(self.samples_per_class, self.num_progressions, self.max_classes) < 1:

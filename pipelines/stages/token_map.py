@@ -50,14 +50,12 @@ _REASONS_COUNTED = 10
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMapExecution(Execution):
-    """num_workers encode; on CPUs each computes as many passes at once as it has CPUs.
-
-    batch_size: images that travel from decoding to encoding together, rounded to whole passes.   num_decoders: images are
-    decoded by as many tasks, a CPU each; None takes all CPUs that the encoders leave.
-    """
+    """Workers that encode. On CPUs each worker computes as many passes side by side as it has CPUs."""
 
     batch_size: int = 256
+    """Images that are sent from decoding to encoding together, rounded to whole passes. Unit: images."""
     num_decoders: int | None = None
+    """Tasks that decode images, one CPU each. Null takes all CPUs that the encoders leave."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,20 +65,21 @@ class TokenMapExecution(Execution):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMapConfig:
-    """shard_size: images per Parquet file, which is also what a crash can lose.
-
-    max_quarantine_share: of images that cannot be read, in [0, 1]; more fails the stage. A limit, so no part of the key.
-    dtype: of the encoder's convolutions, "float32" or "bfloat16".
-    images_per_pass: images that the encoder computes together; None as many as memory allows on this kind of device. It is part
-    of the key, because sums of floats depend on it, if only for codes that are nearly tied.
-    """
+    """Codes of every image of the run's dataset, and of its mirror image."""
 
     shard_size: int = 2048
+    """Images per Parquet file. An interrupted stage loses at most one file per worker. Unit: images."""
     max_quarantine_share: float = 0.01
+    """Share of images, in [0, 1], that may be unreadable before the stage fails."""
     dtype: str = "float32"
+    """Number format of the encoder's convolutions: "float32" or "bfloat16"."""
     images_per_pass: int | None = None
+    """Images that the encoder computes together. Sums of floats depend on it, which matters for codes that are nearly tied. Null
+    takes as many as memory allows on the kind of device. Unit: images."""
     dataset: DatasetConfig | None = set_by("dataset")
+    """Images to encode."""
     execution: TokenMapExecution = field(default_factory=TokenMapExecution)
+    """The workers of this stage."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:

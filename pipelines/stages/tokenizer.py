@@ -29,25 +29,36 @@ _MAX_IMAGES = 50_000  # of the dataset's start, held in memory: more is not for 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """weights: a published tokenizer's file (.safetensors, .pth, .ckpt) by path, s3:// or hf://, or the "sha256:..." under which
-    `enat import` keeps one; None trains one with `recipe`.
-
-    The architecture is a preset (see enat.tokenizer) with any of its fields replaced.
-    """
+    """A VQGAN, trained with `recipe` or imported from `weights`. Its architecture is a preset with any field replaced."""
 
     preset: str = "vqgan-small"
+    """Architecture: "vqgan-256", "vqgan-512" (published), or "vqgan-small" (16 px)."""
     resolution: int | None = None
+    """Height and width of images. Null takes the preset's. Unit: pixels."""
     base_channels: int | None = None
+    """Channels of the first level. Null takes the preset's."""
     channel_multipliers: tuple[int, ...] | None = None
+    """Channels of each level as multiples of base_channels. Each level but the first halves the resolution. Null takes the
+    preset's."""
     num_res_blocks: int | None = None
+    """Residual blocks per level. Null takes the preset's."""
     latent_dim: int | None = None
+    """Width of a code vector. Null takes the preset's."""
     codebook_size: int | None = None
+    """Number of different codes. Null takes the preset's."""
     weights: str | None = None
+    """Published weights (.safetensors, .pth, .ckpt): a path, s3://, hf://, or the "sha256:..." under which `enat import` keeps
+    them. Null trains a tokenizer."""
     recipe: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    """Training of the tokenizer. Not used with `weights`."""
     dataset: DatasetConfig | None = None
+    """Images to train the tokenizer on. Null takes the run's dataset."""
     s3: S3Config | None = set_by("s3 or buckets")
+    """Access to the bucket of `weights`."""
     seed: int | None = None
+    """Seed of the training. Null takes the run's seed."""
     execution: Workers = field(default_factory=Workers)
+    """The worker of this stage."""
 
     def __post_init__(self) -> None:
         self.architecture()

@@ -24,16 +24,16 @@ _NOT_THERE = {"NoSuchKey", "404"}
 
 @dataclass(frozen=True, kw_only=True)
 class S3Config:
-    """How to reach a bucket. None: AWS's usual environment variables and configuration files decide.
-
-    region: without it, AWS_REGION takes precedence over AWS_DEFAULT_REGION, as in AWS's other libraries; botocore knows only the
-    latter.   anonymous: do not sign requests, for public buckets.   path_style: put the bucket in the path, not in the host name.
-    """
+    """How a bucket is accessed. Null values take AWS's environment variables and configuration files."""
 
     endpoint_url: str | None = None
+    """URL of an S3 service, such as http://localhost:9000. It contains no credentials."""
     region: str | None = None
+    """Region of the bucket. Null takes AWS_REGION, then AWS_DEFAULT_REGION."""
     anonymous: bool = False
+    """Do not sign requests, for public buckets."""
     path_style: bool = False
+    """Put the bucket into the path of a URL instead of the host name. Some services need it."""
 
     def __post_init__(self) -> None:
         if self.endpoint_url is not None and "@" in self.endpoint_url:

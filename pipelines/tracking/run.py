@@ -51,16 +51,17 @@ OUT_OF_ORDER = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """uri: of the tracking store. None: MLFLOW_TRACKING_URI, or an sqlite file beside the artifact store.
-
-    model_alias: points to the version of a registered model that was trained last. None sets no alias. Aliases of other names
-    are never changed.
-    """
+    """Where runs, metrics and models are recorded."""
 
     uri: str | None = None
+    """Tracking store of MLflow: http://HOST:5000 or a database. Null takes MLFLOW_TRACKING_URI, or an SQLite file in the workspace.
+    """
     experiment: str = "enat"
+    """Experiment of MLflow."""
     enabled: bool = True
+    """Record runs in MLflow."""
     model_alias: str | None = "newest"
+    """Alias that moves to the newest version of a registered model. Null sets none. Other aliases are not changed."""
 
     def __post_init__(self) -> None:
         alias = self.model_alias

@@ -24,27 +24,40 @@ REMEDIES = ("stop", "rollback")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A preset with any field replaced, or all of a model's sizes. What is left out of grid_size, codebook_size and num_classes
-    is the token map's; what is given must equal it.
-
-    text: condition on captions in place of classes; widths are those of the caption features.
-    """
+    """A preset with any field replaced, or all sizes of a model."""
 
     preset: str | None = None
+    """Published size: "enat-s", "enat-b", "enat-l" or "enat-xl", or "nat-s" to "nat-xl" for the plain NAT of the same width and
+    depth. Null needs all sizes below."""
     text: bool = False
+    """Condition on captions instead of classes. `captions.encoder` must be given."""
     encoder_layers: int | None = None
+    """Blocks of the encoder. Null takes the preset's."""
     decoder_layers: int | None = None
+    """Blocks of the decoder, at least 1. Null takes the preset's."""
     embed_dim: int | None = None
+    """Width of the model, a multiple of num_heads. Null takes the preset's."""
     num_heads: int | None = None
+    """Attention heads. Null takes the preset's."""
     grid_size: int | None = None
+    """Codes per side of an image. Null takes the token map's; any other value is refused."""
     codebook_size: int | None = None
+    """Number of different codes. Null takes the token map's; any other value is refused."""
     num_classes: int | None = None
+    """Number of classes. Null takes the token map's; any other value is refused."""
     decoder_attention: str | None = None
+    """Attention of the decoder, [queries] <- [keys]: "self_cross" ([M] <- [M] and [V], the paper's), "cross" ([M] <- [V], CrossMAE
+    type) or "full" ([M] and [V] <- [M] and [V], MAE type). Null takes the preset's, or self_cross."""
     reuse: bool | None = None
+    """Whether features of the step before may be reused (paper sec. 4.2). Null takes the preset's, or true."""
     reused_features: str | None = None
+    """Which features are reused: "visible" (the paper's), "masked" or "all". Null takes visible."""
     qk_norm: bool | None = None
+    """LayerNorm of queries and keys in every head, for stability in half precision. Null takes false."""
     dropout: float | None = None
+    """Dropout of the embedded tokens, in [0, 1). Null takes 0.1."""
     mlp_ratio: int | None = None
+    """Width of the MLPs as a multiple of embed_dim. Null takes 4."""
 
     def architecture(self, token_map: TokenMapInfo, captions: CaptionFeaturesInfo | None = None) -> ENATConfig:
         """The architecture for a token map. Raises ValueError if the config does not fit the token map or the captions."""
@@ -79,39 +92,43 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainExecution(Workers):
-    """How training runs; what comes out of it does not depend on it but for rounding. Intervals are in steps.
-
-    min_workers: elastic from there to num_workers, by what the cluster has; None for always num_workers.
-    resize_seconds: how often Ray looks whether there is room for more of them. With each growth training goes on from the newest
-    checkpoint, so that up to checkpoint_every steps are computed again.
-    zero_stage: of DeepSpeed, 0 to 3: what of optimizer state (1), gradients (2) and weights (3) is shared out among workers; one
-    worker alone has all of it.
-    microbatches: passes that a group is computed in, for devices on which it does not fit in one.
-    activation_checkpointing, compile: memory for time, and start-up time for speed (torch.compile of every block).
-    keep_last, keep_every: checkpoints that are kept: the newest ones, and those whose step is a multiple, whose EMA weights also
-    stay in the artifact (None for none).
-    max_failures: how often lost workers are replaced before the stage fails.
-    on_divergence: "stop", or "rollback" to the newest checkpoint and past the batches that did it, at most max_rollbacks times.
-    divergence_factor: a mean loss this many times the lowest so far counts as diverged, as one that is not finite does.
-    peak_tflops: of one device, what its utilisation is stated against; None measures matrix products at the first row.
-    """
+    """How training runs on a cluster. Except for rounding, the weights do not depend on it."""
 
     min_workers: int | None = None
+    """Fewest workers of elastic training, which uses between min_workers and num_workers of them. Null always uses num_workers."""
     resize_seconds: float = 60.0
+    """How often Ray checks for room for more workers. After each growth training resumes from the newest checkpoint, so up to
+    checkpoint_every steps are computed again. Unit: seconds."""
     zero_stage: int = 1
+    """ZeRO stage of DeepSpeed, 0 to 3: the optimizer state (1), gradients (2) and weights (3) are sharded over workers."""
     microbatches: int = 1
+    """Passes that a group is computed in, for devices whose memory is too small for one pass."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
+    """Compile every block with torch.compile: a slower start, faster steps. Not available with zero_stage 3."""
     checkpoint_every: int = 1000
+    """Interval of checkpoints. Unit: steps."""
     keep_last: int = 2
+    """Number of newest checkpoints that are kept."""
     keep_every: int | None = None
+    """Checkpoints of these multiples are kept, and their EMA weights stay in the artifact. A multiple of checkpoint_every. Null
+    keeps none. Unit: steps."""
     log_every: int = 50
+    """Interval of logged metrics. Unit: steps."""
     sample_every: int = 5000
+    """Interval of preview samples. Unit: steps."""
     max_failures: int = 3
+    """How often lost workers are replaced before the stage fails."""
     on_divergence: str = "stop"
+    """What to do if the loss diverges: "stop", or "rollback" to the newest checkpoint and skip the batches that caused it."""
     max_rollbacks: int = 3
+    """Most rollbacks of one run."""
     divergence_factor: float = 2.0
+    """A mean loss of this many times the lowest so far counts as diverged, above 1. A loss that is not finite always does."""
     peak_tflops: float | None = None
+    """Peak of one device, to state its utilization against. Null measures matrix products at the first logged step. Unit: TFLOP/s.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,46 +156,60 @@ class TrainExecution(Workers):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Defaults are the published recipe at 256 px but for its fp16; num_steps 0 gives the untrained model.
-
-    masking: of a model without reuse, reuse_probability counts as 0.
-    batch_size: of the whole step, in num_groups equal groups (published: 16 devices of 128).
-    learning_rate_schedule: after the warm-up "constant" (published), or "cosine" down to final_learning_rate at num_steps.
-    gradient_clip: largest norm of the whole gradient; None does not clip (published).
-    precision: of matrix products, by autocast; weights, optimizer and EMA stay float32. Published: fp16.
-    weight_decay_on: "all" (published), or "matrices" for linear layers alone: no biases, norms, embeddings.
-    flip: whether half of the images are taken as their mirror image.
-    label_dropout: of labels or captions. 0.235 is what the published two drops, 0.15 in the data and 0.1 in the embedding,
-    amount to.
-    z_loss: weight of the squared log-partition, against drifting logits; published: none.
-    weights: published weights to take instead of training: a file by path, s3:// or hf://, or the "sha256:..." under which
-    `enat import` keeps one.
-    """
+    """Training of a generator. Defaults are the published recipe at 256 px, except for its fp16."""
 
     weights: str | None = None
+    """Published weights to import instead of training: a path, s3://, hf://, or the "sha256:..." under which `enat import` keeps
+    them. Null trains a model."""
     s3: S3Config | None = set_by("s3 or buckets")
+    """Access to the bucket of `weights`."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Architecture of the model."""
     masking: MaskingConfig = field(default_factory=MaskingConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Masks of training."""
+    sampler: SamplerConfig | None = None
+    """Sampler of the preview samples, and of the registered model. Null takes generate.sampler."""
     num_steps: int = 500_000
+    """Optimizer steps. 0 gives the untrained model. Unit: steps."""
     batch_size: int = 2048
+    """Images of one optimizer step, over all workers. Unit: images."""
     num_groups: int = 16
+    """Equal groups of a batch; each has its own mask ratio, and each worker takes whole groups (published: 16 devices of 128
+    images)."""
     learning_rate: float = 4e-4
+    """Learning rate of AdamW after the warm-up."""
     learning_rate_schedule: str = "constant"
+    """After the warm-up: "constant" (published), or "cosine" down to final_learning_rate at num_steps."""
     final_learning_rate: float = 0.0
+    """Learning rate at the end of the cosine schedule."""
     warm_up_steps: int = 5000
+    """Steps over which the learning rate rises linearly. Unit: steps."""
     betas: tuple[float, float] = (0.99, 0.99)
+    """Decay rates of AdamW's first and second moments."""
     weight_decay: float = 0.03
+    """Weight decay of AdamW."""
     weight_decay_on: str = "all"
+    """Parameters that decay: "all" (published), or "matrices" for linear layers without biases, norms and embeddings."""
     gradient_clip: float | None = None
+    """Largest norm of the whole gradient, above 0. Null does not clip (published)."""
     precision: str = "fp32"
+    """Number format of matrix products, by autocast: "fp32", "bf16" or "fp16" (published). Weights, optimizer and EMA stay float32.
+    """
     flip: bool = True
+    """Take each image or its mirror image, with equal probability."""
     label_dropout: float = 0.235
+    """Probability, in [0, 1), that a label or caption is replaced by the null one. 0.235 is the total of the published two drops,
+    0.15 in the data and 0.1 in the embedding."""
     label_smoothing: float = LABEL_SMOOTHING
+    """Label smoothing of the cross-entropy, in [0, 1)."""
     z_loss: float = 0.0
+    """Weight of the squared log-partition, against drifting logits (published: 0)."""
     ema_decay: float = 0.9999
+    """Decay of the moving average of weights per step, in [0, 1)."""
     seed: int | None = None
+    """Seed of initialization, order of batches, masks and dropout. Null takes the run's seed."""
     execution: TrainExecution = field(default_factory=TrainExecution)
+    """The workers of this stage."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 0 or self.batch_size < 1 or self.num_groups < 1 or self.warm_up_steps < 0:

@@ -76,6 +76,7 @@ class Trainer:
         self.update_ema = get_ema_multi_avg_fn(self.config.ema_decay)
         self.background = ThreadPoolExecutor(1, thread_name_prefix="tracking")  # a slow tracking server must not delay a step
         self.monitor = TrainMonitor(self.config, self.token_map, device, self.world_size)
+        assert self.config.sampler is not None
         self.previewer = Previewer(task.context.store, task.tokenizer, self.config.sampler, self.captions, self._tell)
         self.batches: Batches | None = None
         self.started, self.worker_seconds_before = time.monotonic(), 0.0

@@ -23,7 +23,7 @@ from yaml import YAMLError
 from pipelines.storage.redaction import without_credentials
 
 ConfigT = TypeVar("ConfigT")
-_SET_BY = "set_by"  # metadata of a field
+SET_BY = "set_by"  # metadata of a field
 BASE = "base"  # the key of a file that names the file it builds on
 
 
@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 def set_by(key: str, default: Any = None) -> Any:
     """A field that the pipeline sets from what the user gives elsewhere, under `key`. A configuration that sets it is refused."""
-    return dataclasses.field(default=default, metadata={_SET_BY: key})
+    return dataclasses.field(default=default, metadata={SET_BY: key})
 
 
 def load_config(schema: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
@@ -105,8 +105,8 @@ def _refuse_set_fields(schema: Any, source: str, values: Any, prefix: str = "") 
     types = _fields(schema)
     for field in dataclasses.fields(schema):
         value, key = values.get(field.name), f"{prefix}{field.name}"
-        if value is not None and _SET_BY in field.metadata:
-            origin = field.metadata[_SET_BY]
+        if value is not None and SET_BY in field.metadata:
+            origin = field.metadata[SET_BY]
             raise ConfigError(f"{source}: {key} would be ignored, because the pipeline sets it; use {origin} instead")
         _refuse_set_fields(types[field.name], source, value, f"{key}.")
 

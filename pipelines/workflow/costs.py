@@ -30,12 +30,14 @@ _SECONDS_PER_HOUR = 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """device_hour: of one accelerator.   worker_hour: of what a worker takes beside its accelerator (processors, memory).
-    currency: of both, three letters as in ISO 4217."""
+    """Prices of hours."""
 
     device_hour: float = 0.0
+    """Price of one accelerator. Unit: currency per hour."""
     worker_hour: float = 0.0
+    """Price of one worker without its accelerator (CPUs, memory). Unit: currency per hour."""
     currency: str = "USD"
+    """Three letters, as in ISO 4217."""
 
     def __post_init__(self) -> None:
         for name in ("device_hour", "worker_hour"):

@@ -231,10 +231,11 @@ def bare(place: Path, recipe: dict[str, Any]) -> float:
 
 
 def _config(recipe: dict[str, Any]) -> Any:
+    from enat import SamplerConfig
     from pipelines.training.config import ModelConfig, TrainConfig, TrainExecution
 
     execution = TrainExecution(**recipe["execution"])
-    return TrainConfig(**{**recipe, "model": ModelConfig(**recipe["model"]), "execution": execution})
+    return TrainConfig(**{**recipe, "model": ModelConfig(**recipe["model"]), "sampler": SamplerConfig(), "execution": execution})
 
 
 def _inputs(store: Any) -> dict[str, Any]:

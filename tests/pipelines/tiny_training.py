@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from summaries import summary_of
 
 from enat.checkpoint import save_weights
+from enat.sampler_config import SamplerConfig
 from enat.text import TextFeatures
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
@@ -132,6 +133,7 @@ CONFIG = TrainConfig(
     learning_rate=1e-3,
     warm_up_steps=4,
     ema_decay=0.9,
+    sampler=SamplerConfig(),
     seed=0,
     execution=TrainExecution(checkpoint_every=4, log_every=1, max_failures=0, peak_tflops=0.1),
 )

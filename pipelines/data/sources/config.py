@@ -16,23 +16,23 @@ KINDS = ("digits", "image_folder", "images", "tar", "parquet", "coco")
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """kind, and what lies at path (a folder or s3://bucket/prefix):
-
-    "digits": scikit-learn's, 1,797 images of 8 x 8, no path.   "image_folder": <class>/**/*.jpg, classes numbered by sorted name.
-    "images": images at any depth, without labels.   "tar": *.tar of <key>.jpg|jpeg|png and <key>.cls (WebDataset's naming).
-    "parquet": *.parquet with columns image (bytes, or a struct with bytes and path) and label.
-    "coco": images, with `captions` naming a captions_*.json.
-
-    name: stands in token maps and models made from it, so it is part of keys; the path is not, but the content is.
-    num_classes: of tar and Parquet, where the largest label plus one is not it.
-    """
+    """A dataset: its layout, its path and its name."""
 
     kind: str = "digits"
+    """Layout of the dataset. "digits": the 1,797 images of 8 x 8 px that scikit-learn brings, without a path. "image_folder":
+    <class>/**/*.jpg, with classes numbered by sorted name. "images": images at any depth, without labels. "tar": *.tar of
+    <key>.jpg|jpeg|png and <key>.cls (WebDataset). "parquet": *.parquet with columns image (bytes, or a struct with bytes and path)
+    and label. "coco": images with a captions_*.json."""
     name: str | None = None
+    """Name in token maps and models. Null takes the kind."""
     path: str | None = None
+    """A folder or s3://bucket/prefix. For tar and parquet also a single file."""
     captions: str | None = None
+    """The captions_*.json of kind "coco", by path or s3://."""
     num_classes: int | None = None
+    """Number of classes of tar and Parquet files, if it is not the largest label plus one."""
     s3: S3Config | None = field(default=None, metadata={"set_by": "s3 or buckets"})
+    """Access to the bucket."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -21,6 +21,7 @@ from enat.masking import mask_codes
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.run import config as run_config
 from pipelines.run import graph
+from pipelines.stages.reference import ReferenceConfig
 from pipelines.storage.base import digest_of
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow import config as configuration
@@ -98,13 +99,20 @@ def test_a_key_that_would_be_ignored_is_refused(load: Callable[..., Any]) -> Non
 
 def test_what_is_read_from_a_bucket_is_reached_as_the_run_states_for_it(load: Callable[..., Any]) -> None:
     run = load("digits", "s3.region=a", "buckets.public={region: b, anonymous: true}")
-    of = DatasetConfig(kind="images", path="s3://public/images")
-    there = run_config.completed(
-        dataclasses.replace(run.reference, extractor="inception", dataset=of, weights="s3://private/weights"), run
+    elsewhere = dataclasses.replace(
+        run,
+        reference=ReferenceConfig(
+            extractor="inception", dataset=DatasetConfig(kind="images", path="s3://public/images"), weights="s3://private/weights"
+        ),
+        train=dataclasses.replace(run.train, weights="s3://public/weights"),
     )
-    assert there.dataset.s3 == S3Config(region="b", anonymous=True) and there.s3 == S3Config(region="a")
-    assert run_config.completed(dataclasses.replace(run.train, weights="s3://public/weights"), run).s3.anonymous
-    assert run_config.completed(run.token_map, run).dataset.s3 == S3Config(region="a")
+    read = {
+        name: graph.section(stage, elsewhere)
+        for name, stage in graph.stages().items()
+        if name in ("reference", "train", "token_map")
+    }
+    assert read["reference"].dataset.s3 == S3Config(region="b", anonymous=True) == read["train"].s3
+    assert read["reference"].s3 == S3Config(region="a") == read["token_map"].dataset.s3
 
 
 def test_variants_of_a_base_are_inherited_unless_they_are_null(load: Callable[..., Any]) -> None:

@@ -42,6 +42,7 @@ RECIPE = TrainConfig(
     flip=False,
     label_dropout=0.1,
     ema_decay=0.98,
+    sampler=SamplerConfig(),
     seed=0,
 )
 
