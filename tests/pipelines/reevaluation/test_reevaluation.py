@@ -527,7 +527,7 @@ def test_equal_scores_never_drift_and_costs_are_none(scores: dict[str, float], t
     ("was", "now", "moves"),
     [
         (10.0, 10.1, False),
-        (10.0, 10.11, True),
+        (10.0, 10.1005, True),
         (10.0, 9.89, True),
         (-2.0, -2.01, False),
         (0.0, 0.0, False),
