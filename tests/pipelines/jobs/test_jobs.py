@@ -366,18 +366,15 @@ def test_a_store_that_the_cluster_would_not_see_is_refused(prepare: Callable[...
         prepare(store=store)
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
+def test_a_file_of_this_machine_is_refused_because_the_cluster_does_not_have_it(prepare: Callable[..., Any]) -> None:
+    for override, named in (
         ("dataset={kind: images, path: photographs}", "dataset.path is photographs, a path of this machine"),
         ("reference.dataset={kind: images, path: photographs}", "reference.dataset.path is photographs"),
         ("tokenizer.weights=weights/vqgan.ckpt", "tokenizer.weights is weights/vqgan.ckpt"),
         ("variants={other: {train: {weights: enat.safetensors}}}", "variants.other.train.weights is enat.safetensors"),
-    ],
-)
-def test_what_lies_beside_the_command_is_not_on_the_cluster(prepare: Callable[..., Any], override: str, said: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
-        prepare(override)
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(named)}"):
+            prepare(override)
 
 
 @pytest.mark.parametrize("place", ["/shared/photographs", "s3://datasets/photographs"])
@@ -402,15 +399,15 @@ def test_an_image_by_its_tag_is_warned_of_and_by_its_digest_is_not(prepare: Call
     assert "tag" not in (prepare().warning or "")
 
 
-@pytest.mark.parametrize("target", ["tran", "reconstruction", "captions"])
-def test_targets_that_the_run_does_not_have_are_refused_as_the_run_itself_would(prepare: Callable[..., Any], target: str) -> None:
-    with pytest.raises(ValueError, match=f"^targets names '{target}'; the stages of this run are") as refused:
-        prepare(f"targets=[dataset, {target}]")
-    with pytest.raises(ValueError, match=f"^targets names '{target}'") as by_run:
-        graph.build(run_config.load_run(DIGITS, [f"targets=[{target}]"]))
-    stages = [set(str(each.value).partition("are ")[2].split(", ")) for each in (refused, by_run)]
-    assert stages[0] == stages[1]
-    prepare(f"targets=[{target}]", "reconstruction={}", "captions.encoder=hf://a/b") if target != "tran" else None
+def test_targets_that_the_run_does_not_have_are_refused_as_by_the_run_itself(prepare: Callable[..., Any]) -> None:
+    for target in ("tran", "reconstruction", "captions"):
+        with pytest.raises(ValueError, match=f"^targets names '{target}'; the stages of this run are") as refused:
+            prepare(f"targets=[dataset, {target}]")
+        with pytest.raises(ValueError, match=f"^targets names '{target}'") as by_run:
+            graph.build(run_config.load_run(DIGITS, [f"targets=[{target}]"]))
+        stages = [set(str(each.value).partition("are ")[2].split(", ")) for each in (refused, by_run)]
+        assert stages[0] == stages[1]
+    prepare("targets=[reconstruction, captions]", "reconstruction={}", "captions.encoder=hf://a/b")
 
 
 def test_a_model_that_does_not_fit_is_refused_and_a_dataset_out_of_reach_is_not(prepare: Callable[..., Any]) -> None:
@@ -429,28 +426,31 @@ def test_the_address_of_another_cluster_is_refused(prepare: Callable[..., Any]) 
 # Credentials ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
+def test_a_credential_in_an_address_is_refused_and_not_repeated(prepare: Callable[..., Any]) -> None:
+    for override in (
         "tracking.uri=http://user:hunter2@mlflow:5000",
         "tracking.uri=postgresql://mlflow:hunter2/with/slash@db/mlflow",
         "dataset.path=https://bucket/images.tar?X-Amz-Credential=A&X-Amz-Signature=hunter2",
         "train.weights=s3://hunter2@bucket/model",
+    ):
+        with pytest.raises(ValueError, match=f"^{override.partition('=')[0]} holds a credential in its address") as refused:
+            prepare(override)
+        assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "overrides", "options"),
+    [
+        ("tracking: {uri: 'http://user:hunter2@mlflow:5000'}", ("tracking.uri=http://mlflow:5000",), {}),
+        ("tracking: {uri: 'http://user:hunter2@mlflow:5000'}", (), {"image": "enat:1"}),
+        ("# was http://user:hunter2@mlflow:5000", (), {}),
+        ("# was http://user:hunter2@mlflow:5000", ("tracking.uri=http://mlflow:5000",), {"image": "enat:1"}),
     ],
 )
-def test_a_credential_in_an_address_is_refused_and_not_repeated(prepare: Callable[..., Any], override: str) -> None:
-    with pytest.raises(ValueError, match=f"^{override.partition('=')[0]} holds a credential in its address") as refused:
-        prepare(override)
-    assert "hunter2" not in str(refused.value)
-
-
-@pytest.mark.parametrize("options", [{}, {"image": "enat:1"}])
-@pytest.mark.parametrize("overrides", [(), ("tracking.uri=http://mlflow:5000",)])
-@pytest.mark.parametrize("line", ["tracking: {uri: 'http://user:hunter2@mlflow:5000'}", "# was http://user:hunter2@mlflow:5000"])
-def test_a_credential_in_the_config_is_refused_also_where_nothing_reads_it(
+def test_a_credential_in_the_config_is_refused_even_if_nothing_reads_it(
     prepare: Callable[..., Any], tmp_path: Path, line: str, overrides: tuple[str, ...], options: dict[str, str]
 ) -> None:
-    """The file goes along as it is, whatever replaces its values."""
+    """The file is sent as it is, even if overrides replace its values."""
     config = tmp_path / "bad.yaml"
     config.write_text(f"{DIGITS.read_text()}{line}\n")
     number = len(config.read_text().splitlines())
