@@ -1,4 +1,4 @@
-"""For notebooks and scripts: what runs made, opened, sampled from, and shown. `guide/digits.ipynb` goes through all of it.
+"""For notebooks and scripts: open, sample from, and show what runs made. `guide/digits.ipynb` demonstrates everything.
 
     from pipelines import notebook as enat
 
@@ -6,8 +6,8 @@
     model = enat.open_model("train/3f2a")           # or name@alias of MLflow's registry
     enat.show(enat.sample(model, labels="0-9", num_images=40))  # a picture, shown where a cell ends with it
 
-A store is a folder or s3://bucket/prefix; an artifact is named by the beginning of its key, after its stage and a slash.
-What cannot be done raises ValueError or StoreError with one sentence.
+A store is a folder or s3://bucket/prefix. An artifact is named by its stage, a slash and a prefix of its key. Errors are a
+ValueError or StoreError with one sentence.
 
 Shape legend: B images, L codes, N steps, H x W pixels.
 """
@@ -56,7 +56,7 @@ Store = ArtifactStore | str | Path
 
 @dataclass(frozen=True)
 class Artifact(JupyterMixin):
-    """One artifact of a store. A cell that ends with it shows what it is made of."""
+    """One artifact of a store. A cell that ends with it shows its content."""
 
     store: ArtifactStore
     manifest: Manifest
@@ -65,17 +65,17 @@ class Artifact(JupyterMixin):
         return inspection.facts_table(self.store, self.manifest)
 
     def path(self, name: str) -> Path:
-        """One of its files, on this machine. Raises StoreError where it has none of that name."""
+        """One of its files, on this machine. Raises StoreError if it has no file of that name."""
         return self.store.fetch(self.manifest, name)
 
     def input(self, name: str) -> Artifact:
-        """What it was made from, by the name that the manifest gives it: "token_map", "tokenizer", ..."""
+        """One of its inputs, by the name in the manifest: "token_map", "tokenizer", ..."""
         if name not in self.manifest.inputs:
             raise ValueError(f"{self.manifest.stage} is made from {', '.join(self.manifest.inputs) or 'nothing'}, not from {name}")
         return Artifact(self.store, inspection.input_of(self.store, self.manifest, name))
 
     def lineage(self) -> Tree:
-        """Two branches: what it was made from, and what was made from it."""
+        """Two branches: its inputs, and what was made from it."""
         from pipelines.run import graph  # imports all stages, which takes seconds
 
         found, both = artifacts_lineage.Lineage(self.store.manifests(), graph.describe), Tree("", hide_root=True)
@@ -83,7 +83,7 @@ class Artifact(JupyterMixin):
         return both
 
     def contact_sheet(self, num_images: int = 32) -> Image.Image:
-        """Of a token map: source images, and to the right of each what its codes decode to."""
+        """For a token map: source images, each with its reconstruction to the right."""
         return inspection.contact_sheet(self.store, self.manifest, num_images)
 
 
@@ -97,11 +97,11 @@ class SampledImages:
     steps: Tensor
 
     def strip(self, num_images: int = 8) -> Image.Image:
-        """How the first of them came about: a row an image, a column a step."""
+        """How the first images were generated: a row per image, a column per step."""
         return pictures.strip(self.steps[:, :num_images], pictures.scale_for(self.images.shape[-1]))
 
     def animation(self, columns: int = 8) -> bytes:
-        """The same of all of them, as a GIF."""
+        """The same for all images, as a GIF."""
         return pictures.animation(self.steps, min(columns, len(self.images)), pictures.scale_for(self.images.shape[-1]))
 
 
@@ -128,7 +128,7 @@ def open_token_map(name: str | Artifact, store: Store = _STORE) -> TokenMap:
     """Codes, labels and captions of all rows, in memory. name: "3f2a", "token_map/3f2a", or the artifact."""
     found = name if isinstance(name, Artifact) else open_artifact(name if "/" in name else f"token_map/{name}", store)
     if found.manifest.stage != "token_map":
-        raise ValueError(f"{found.manifest.stage}/{found.manifest.key[:12]} is no token map; ls('token_map') lists them")
+        raise ValueError(f"{found.manifest.stage}/{found.manifest.key[:12]} is not a token map; list them with ls('token_map')")
     return TokenMap.open(found.store, found.manifest)
 
 
@@ -167,7 +167,7 @@ def sample(
         else tuple(labels)
     )
     if wrong := [label for label in numbers if not isinstance(label, Integral)]:
-        raise ValueError(f"labels holds {wrong[0]!r}, which is no class number")
+        raise ValueError(f"labels holds {wrong[0]!r}, which is not a class number")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**63")
     own = ("the model's sampler", generator.sampler.values_beside(sampler))

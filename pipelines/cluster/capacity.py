@@ -1,6 +1,6 @@
-"""Whether a cluster has what the stages of a run ask for: workers, each of which needs its CPUs and GPUs on one node.
+"""Whether a cluster has the resources for the stages of a run. Each worker needs its CPUs and GPUs on one node.
 
-Nodes are what a cluster has now. What an autoscaler could still add is not visible; GROWS says that there is one.
+Only current nodes count. Nodes that an autoscaler could add are not visible; the variable GROWS tells that one exists.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from pipelines.cluster.resources import Workers
 
-GROWS = "ENAT_CLUSTER_GROWS"  # set to 1: a stage waits for nodes that come when they are asked for
+GROWS = "ENAT_CLUSTER_GROWS"  # set to 1 if the cluster adds nodes on demand: stages then wait for nodes
 _TOLERANCE = 1e-9  # a third of a CPU, three times
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """nodes: resources of each that is alive, such as {"CPU": 8.0, "GPU": 1.0}, in use or not."""
+    """nodes: resources of each live node, for example {"CPU": 8.0, "GPU": 1.0}, in use or not."""
 
     nodes: tuple[Mapping[str, float], ...]
 
@@ -30,7 +30,7 @@ class Capacity:
         return math.fsum(node.get(resource, 0.0) for node in self.nodes)
 
     def room_for(self, workers: Workers) -> int:
-        """How many of them fit, each on one node."""
+        """How many of the workers fit, each on one node."""
         asked = {name: each for name, each in _each(workers).items() if each > 0}
         return sum(min(int(node.get(name, 0.0) / each + _TOLERANCE) for name, each in asked.items()) for node in self.nodes)
 
@@ -41,7 +41,7 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a stage asks for. node: its id, such as train@small.   least: how many workers will do."""
+    """The workers that a stage requests. node: its id, for example train@small.   least: the smallest sufficient number."""
 
     node: str
     workers: Workers
@@ -49,7 +49,7 @@ class Need:
 
     @property
     def section(self) -> str:
-        """Of the config."""
+        """The section of the config that sets it."""
         return f"{self.node.partition('@')[0]}.execution"
 
     def describe(self) -> str:
@@ -60,7 +60,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Verdict:
-    """room: workers that the cluster has now room for, where nothing else ran."""
+    """room: workers that fit into the cluster if nothing else runs."""
 
     need: Need
     room: int
@@ -79,7 +79,7 @@ def need_of(node: str, workers: Workers | None) -> Need | None:
 
 
 def judge(need: Need, capacity: Capacity) -> Verdict:
-    """Whether all workers fit, or the least that will do."""
+    """Whether the workers fit, or at least the smallest sufficient number."""
     room = capacity.room_for(need.workers)
     return Verdict(need, room, None if room >= need.least else _problem(need, capacity, room))
 
@@ -125,14 +125,14 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def show(verdicts: Sequence[Verdict], capacity: Capacity, console: Console) -> None:
-    """A line a stage."""
+    """Print one line per stage."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "workers", "the cluster has now room for"):
         table.add_column(column)
     for verdict in verdicts:
-        enough = "[green]enough[/]" if verdict.room >= verdict.need.workers.num_workers else "[yellow]enough to begin[/]"
+        enough = "[green]enough[/]" if verdict.room >= verdict.need.workers.num_workers else "[yellow]enough to start[/]"
         table.add_row(
             verdict.need.node, verdict.need.describe(), f"{verdict.room} {enough if verdict.fits else '[red]too little[/]'}"
         )

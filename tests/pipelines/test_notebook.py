@@ -106,11 +106,11 @@ def test_what_cannot_be_done_is_one_sentence(digits_run, trained: str) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             notebook.sample(model, **asked)
-    with pytest.raises(ValueError, match="is no token map"):
+    with pytest.raises(ValueError, match="is not a token map"):
         notebook.open_token_map(trained, digits_run.store)
     with pytest.raises(ValueError, match="a contact sheet of 0 images shows nothing"):
         notebook.open_artifact(trained, digits_run.store).input("token_map").contact_sheet(0)
-    with pytest.raises(ValueError, match="is no model"):
+    with pytest.raises(ValueError, match="is not a model"):
         notebook.open_model(
             f"token_map/{notebook.open_artifact(trained, digits_run.store).input('token_map').manifest.key}", digits_run.store
         )
