@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.cluster.resources import Workers
 
 GROWS = "ENAT_CLUSTER_GROWS"  # set to 1 if the cluster adds nodes on demand: stages then wait for nodes
-_TOLERANCE = 1e-9  # a third of a CPU, three times
+_TOLERANCE = 1e-9  # for sums such as three times a third of a CPU
 
 
 @dataclass(frozen=True)

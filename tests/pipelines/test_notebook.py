@@ -100,7 +100,7 @@ def test_what_cannot_be_done_is_one_sentence(digits_run, trained: str) -> None:
     for asked, sentence in (
         ({"num_images": 0}, "must be at least 1"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
-        ({"labels": [1.5]}, "labels holds 1.5, which is no class number"),
+        ({"labels": [1.5]}, "labels holds 1.5, which is not a class number"),
         ({"num_stepz": 4}, "unknown key num_stepz; did you mean num_steps"),
         ({"num_steps": "many"}, "num_steps: Value 'many'"),
     ):
