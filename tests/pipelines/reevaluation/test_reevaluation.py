@@ -247,7 +247,7 @@ def light(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Light:
         summary = replace(evaluation, protocol=protocol, protocol_digest=evaluation_protocol.protocol_digest(protocol))
         return StageResult(files=[], summary=summary, metrics=told.now)
 
-    replace_stage(monkeypatch, "generate", run=sample)
+    replace_stage(monkeypatch, "generate", run=sample, files=())
     replace_stage(monkeypatch, "evaluate", run=score, publish=None)
     return told
 
