@@ -21,6 +21,7 @@ from pipelines.cli.artifacts import artifacts
 from pipelines.cli.import_weights import import_weights
 from pipelines.cli.options import s3_options
 from pipelines.cli.sample import sample
+from pipelines.storage.base import StorageError
 from pipelines.storage.s3_client import S3Config
 from pipelines.tracking import run as tracking
 from pipelines.tracking import search
@@ -147,7 +148,7 @@ def test_what_cannot_be_read_is_told_and_fails(place: Place, chain, monkeypatch:
 
     def failing(self: Any, stage: str, *rest: str) -> Any:
         if stage == "dataset":
-            raise OSError(5, "Input/output error")
+            raise StorageError("file.bin cannot be read") from OSError(5, "Input/output error")
         return original(self, stage, *rest)
 
     monkeypatch.setattr(type(place.store), "read_chunks", failing)
