@@ -114,3 +114,15 @@ def test_it_is_evaluated_again(made: dict[str, Manifest], store: ArtifactStore) 
     assert plan.nodes[-1].id == "evaluate" and plan.given["model"] == made["train"]
     fresh = {node.id: node.stage.name for node in reevaluation_plan.afresh(plan, "token").nodes}
     assert fresh["histogram"] == "fresh-histogram" and fresh["reference"] == "reference"
+
+
+def test_an_evaluation_is_repeated_with_the_artifacts_that_it_read(made: dict[str, Manifest], store: ArtifactStore) -> None:
+    """Without the dataset, which may be gone: reference and judge read what the last evaluation did."""
+    every = _commit_inputs(graph.build(load_run(DIGITS, ["seed=7"])), store)
+    model = reevaluation_plan.Model(SimpleNamespace(), store, every["train"])  # type: ignore[arg-type]
+    plan = reevaluation_plan.make_plan(model, every["evaluate"], reevaluation_plan.Request.of(None, []))
+    assert [node.id for node in plan.nodes] == ["generate", "histogram", "evaluate"]
+    assert set(plan.given) == {"model", "tokenizer", "reference", "dataset"}
+    assert plan.given["reference"] == every["reference"]
+    again = reevaluation_plan.make_plan(model, every["evaluate"], reevaluation_plan.Request.of(None, ["reference.num_epochs=3"]))
+    assert "reference" not in again.given and {"reference", "dataset"} <= {node.id for node in again.nodes}
