@@ -1,0 +1,50 @@
+"""Summaries in manifests: those that an earlier version wrote are read; what cannot be read is refused with the field and a remedy.
+
+manifests/ has artifacts of stages as commit 9a09855 made them, before summaries had a version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+from summaries import summary_of
+
+from pipelines.artifacts.manifest import Manifest
+from pipelines.run import graph
+from pipelines.workflow.summary import SummaryError
+
+OLDER = {path.stem: path.read_bytes() for path in sorted((Path(__file__).parent / "manifests").glob("*.json"))}
+
+
+@pytest.mark.parametrize("stage", OLDER)
+def test_an_older_manifest_is_read_and_described(stage: str) -> None:
+    fields, known = json.loads(OLDER[stage]), graph.stages()[stage]
+    manifest = Manifest.read(OLDER[stage], stage, fields["stage"], fields["key"])
+    assert "summary_version" not in manifest.summary
+    summary = known.summary.read(manifest)
+    assert {name: value for name, value in summary.to_dict().items() if name in manifest.summary} == manifest.summary
+    assert known.summary.read(dataclasses.replace(manifest, summary=summary.to_dict())) == summary
+    assert graph.describe(manifest)
+    for file in (*manifest.files, *manifest.records):
+        assert any(fnmatchcase(file.name, pattern) for pattern in known.files), file.name
+
+
+def _manifest(stage: str, summary: dict[str, Any]) -> Manifest:
+    return Manifest(stage=stage, key="a" * 64, stage_version=1, config={}, inputs={}, files=(), summary=summary)
+
+
+def test_a_summary_with_other_fields_or_of_another_version_is_refused() -> None:
+    for stage, known in graph.stages().items():
+        complete = summary_of(stage)
+        assert known.summary.read(_manifest(stage, complete))
+        wrong = [({**complete, "summary_version": 2}, "version 2"), ({**complete, "colour": 1}, "colour")]
+        required = [field.name for field in dataclasses.fields(known.summary) if field.default is field.default_factory]  # MISSING
+        wrong += [({name: value for name, value in complete.items() if name != missing}, missing) for missing in required]
+        for summary, problem in wrong:
+            with pytest.raises(SummaryError, match=rf"{stage}/aaaaaaaaaaaa .*{problem}.* Remove this artifact"):
+                known.summary.read(_manifest(stage, summary))
