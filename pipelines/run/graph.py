@@ -243,7 +243,7 @@ def check_stages(names: Iterable[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {close[0]}?" if close else f"stages are {', '.join(known)}"
-            raise ValueError(f"{name} is not a stage; {hint}")
+            raise ValueError(f"there is no stage {name}; {hint}")
 
 
 def external_files(run: RunConfig) -> dict[str, str]:

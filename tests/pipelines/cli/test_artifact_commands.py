@@ -298,5 +298,5 @@ def test_verifying_nothing_is_no_success(place: Place) -> None:
 
 def test_a_stage_that_there_is_not_is_told_with_the_closest_one(place: Place, chain: SimpleNamespace) -> None:
     answer = _ask(place, "ls", "--stage", "tarin")
-    assert isinstance(answer.exception, ValueError) and "tarin is not a stage; did you mean train?" in str(answer.exception)
+    assert isinstance(answer.exception, ValueError) and "there is no stage tarin; did you mean train?" in str(answer.exception)
     assert [row["stage"] for row in _json(place, "ls", "--stage", "train")["artifacts"]] == ["train"]
