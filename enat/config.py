@@ -243,7 +243,7 @@ class TokenizerRecipe:
     """Images of a step."""
     learning_rate: float = 2e-3
     """Peak learning rate, reached after 20 steps."""
-    warm_up_share: float = 0.2
+    warmup_share: float = 0.2
     """Share of the steps, in [0, 1), that train a plain autoencoder before quantization starts."""
     commitment: float = 0.25
     """Weight of the commitment loss, which keeps latents near their codebook entries."""
@@ -254,5 +254,5 @@ class TokenizerRecipe:
         for name in ("num_steps", "batch_size", "revive_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.warm_up_share < 1:
-            raise ValueError(f"warm_up_share is {self.warm_up_share}; it must be in [0, 1)")
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"warmup_share is {self.warmup_share}; it must be in [0, 1)")

@@ -39,7 +39,7 @@ def train_tokenizer(vqgan: VQGAN, images: Tensor, recipe: TokenizerRecipe, gener
     """
     vqgan.train()
     optimizer = torch.optim.AdamW(vqgan.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    first_quantized = int(recipe.num_steps * recipe.warm_up_share)
+    first_quantized = int(recipe.num_steps * recipe.warmup_share)
     used = torch.zeros(vqgan.config.codebook_size, dtype=torch.bool, device=images.device)
     for step in range(recipe.num_steps):
         progress = step / recipe.num_steps

@@ -49,7 +49,7 @@ _DEFAULT_IMAGES = 16
     default=32,
     show_default=True,
     type=click.IntRange(1, 65536),
-    help="Same as generate.images_per_pass. Equal values give the codes of stage generate. 1 is faster for a few images on a CPU.",
+    help="Same as generate.forward_batch_size. Equal values give the codes of stage generate. 1 is faster for a few images on CPU.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("samples"), show_default=True, help="A folder.")

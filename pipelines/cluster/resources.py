@@ -45,10 +45,10 @@ class Workers:
 class Execution(Workers):
     """Workers that compute images in batches."""
 
-    batch_size: int = 64
+    worker_batch_size: int = 64
     """Images that one worker computes together. Unit: images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size < 1:
-            raise ValueError(f"execution.batch_size is {self.batch_size}; it must be at least 1")
+        if self.worker_batch_size < 1:
+            raise ValueError(f"execution.worker_batch_size is {self.worker_batch_size}; it must be at least 1")

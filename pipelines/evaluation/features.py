@@ -246,7 +246,7 @@ class _Extract:
         self.extractor = extractor.load().to(execution.device)
         self.decoder: Decoder = reader.decoder(execution.device)
         is_thread_safe = bool(getattr(self.extractor, "is_thread_safe", False))
-        sizes = {"batch_size": execution.batch_size, "images_per_pass": spec.images_per_pass}
+        sizes = {"batch_size": execution.worker_batch_size, "images_per_pass": spec.images_per_pass}
         num_at_once = passes_at_once(execution.device, **sizes, num_threads=execution.num_threads)
         self.pool = pass_pool(num_at_once if is_thread_safe else 1)
 

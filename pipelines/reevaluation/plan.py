@@ -138,7 +138,8 @@ def make_plan(model: Model, last: Manifest | None, request: Request) -> Plan:
 
 def _recorded_run(last: Manifest, samples: Manifest, compared_with: Manifest, request: Request) -> RunConfig:
     """The run of a recorded evaluation. It has the dataset once, so one key=value replaces it everywhere."""
-    sections = {"generate": dict(samples.config), "evaluate": dict(last.config), "reference": dict(compared_with.config)}
+    recorded = {"generate": samples.config, "evaluate": last.config, "reference": compared_with.config}
+    sections = run_config.with_new_names(recorded)
     shared = sections["reference"].get("dataset")
     for section in sections.values():
         section["dataset"] = None if section.get("dataset") == shared else section["dataset"]
@@ -216,7 +217,7 @@ def changes(last: Manifest, store: ArtifactStore, planned: Sequence[PlannedStage
         node = found[id].node
         if node.stage.version != manifest.stage_version:
             reasons.append(f"stage {id} is version {node.stage.version}, was {manifest.stage_version}")
-        reasons += _changed(id, manifest.config, configuration.redacted(node.config))
+        reasons += _changed(id, run_config.with_new_names({id: manifest.config})[id], configuration.redacted(node.config))
     was = last.inputs["reference"]["digest"]
     now = given["reference"] if "reference" in given else found["reference"].manifest
     if now is None or now.digest != was:
@@ -253,8 +254,9 @@ def is_comparable(last: Manifest, now: Manifest, store: ArtifactStore) -> bool:
 
 def _asked(samples: Manifest) -> Any:
     """What determines samples beside model and code. Defaults fill in what older configs lack; None if they cannot be read."""
+    named = run_config.with_new_names({"generate": samples.config})
     try:
-        config = configuration.merge(generate.GenerateConfig, [("samples", OmegaConf.create(dict(samples.config)))])
+        config = configuration.merge(generate.GenerateConfig, [("samples", OmegaConf.create(named["generate"]))])
     except configuration.ConfigError:
         return None
     given = {name: source["digest"] for name, source in samples.inputs.items() if name != "model"}

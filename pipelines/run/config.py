@@ -5,12 +5,13 @@ The stages read their configs from here: a section's `dataset` and `seed` are th
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipelines.cluster.connection import ClusterConfig
 from pipelines.data.captions import CaptionFeaturesInfo
@@ -38,9 +39,38 @@ _ANY_CAPTIONS = CaptionFeaturesInfo(num_captions=0, captions_per_file=1, num_pos
 _SHARED_BY_VARIANTS = {"name", "workspace", "store", "targets", "report", "cluster", "tracking", "prices", "variants"}
 
 
+_OF_BATCHES = ("token_map", "captions", "reference", "reconstruction", "generate", "evaluate")
+# Former names of keys -> their names today. Configs that use one are refused with the new name; configs of records are read by it.
+RENAMED = {
+    "train.warm_up_steps": "train.warmup_steps",
+    "train.gradient_clip": "train.max_grad_norm",
+    "train.label_dropout": "train.cond_drop_prob",
+    "tokenizer.recipe.warm_up_share": "tokenizer.recipe.warmup_share",
+    "token_map.dtype": "token_map.precision",
+    "captions.captions_per_file": "captions.shard_size",
+    **{f"{name}.images_per_pass": f"{name}.forward_batch_size" for name in ("token_map", "reference", "generate")},
+    **{f"{name}.execution.batch_size": f"{name}.execution.worker_batch_size" for name in _OF_BATCHES},
+}
+
+
+def with_new_names(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of a recorded config, by name, with the names that keys have today."""
+    renamed: dict[str, Any] = copy.deepcopy(dict(sections))
+    for old, new in RENAMED.items():
+        *parents, name = old.split(".")
+        place: Any = renamed
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None
+        if isinstance(place, dict) and name in place:
+            place[new.rpartition(".")[2]] = place.pop(name)
+    return renamed
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One YAML file: what a run makes, from which data, and where."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED
 
     name: str
     """Name of the run, in its reports, logs and in MLflow. Letters, digits, '.', '_' and '-', starting with a letter or digit."""
@@ -162,7 +192,7 @@ def _check(run: RunConfig, is_dataset_here: bool) -> None:
     if run.generate.dataset is not None and not run.train.model.text:
         raise ValueError("generate.dataset would be ignored, because only models of captions read it; set it to null")
     if run.train.model.text and run.captions.encoder is None:
-        raise ValueError("train.model.text needs the features of captions; give captions.encoder")
+        raise ValueError("train.model.text requires features of captions; set captions.encoder")
     run.train.model.architecture(info, _ANY_CAPTIONS)
     sampler = run.generate.sampler
     if sampler.reuse and run.train.model.reuse is False:

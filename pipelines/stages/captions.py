@@ -36,7 +36,7 @@ class CaptionsConfig:
 
     encoder: str | None = None
     """CLIP text model: a folder that all workers see, s3:// or hf://owner/name. Null makes no features."""
-    captions_per_file: int = 1024
+    shard_size: int = 1024
     """Captions per file, at least 1. 1,024 captions of ViT-L/14 take 121 MB. Unit: captions."""
     dataset: DatasetConfig | None = set_by("dataset")
     """Dataset with the captions."""
@@ -46,12 +46,12 @@ class CaptionsConfig:
     """The workers of this stage."""
 
     def __post_init__(self) -> None:
-        if self.captions_per_file < 1:
-            raise ValueError(f"captions.captions_per_file is {self.captions_per_file}; it must be at least 1")
+        if self.shard_size < 1:
+            raise ValueError(f"captions.shard_size is {self.shard_size}; it must be at least 1")
 
     def identity(self) -> dict[str, Any]:
         assert self.encoder is not None
-        return {"encoder": folder_digest(self.folder()), "captions_per_file": self.captions_per_file}
+        return {"encoder": folder_digest(self.folder()), "shard_size": self.shard_size}
 
     def folder(self) -> Path:
         assert self.encoder is not None
@@ -75,7 +75,7 @@ def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageCo
     encoder = load_text_encoder(config.folder())
     info = CaptionFeaturesInfo(
         num_captions=dataset.num_captions,
-        captions_per_file=config.captions_per_file,
+        captions_per_file=config.shard_size,
         num_positions=encoder.num_positions,
         width=encoder.width,
         encoder_digest=folder_digest(config.folder()),

@@ -84,7 +84,7 @@ class GenerateConfig:
     positions are drawn by the seed. Null starts with all codes masked."""
     precision: str = "fp32"
     """Number format of the model: "fp32", or "bf16" by autocast."""
-    images_per_pass: int = IMAGES_PER_PASS
+    forward_batch_size: int = IMAGES_PER_PASS
     """Images that the model always computes together, by index. A shard_size that it divides wastes no work. Unit: images."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """The sampler."""
@@ -93,7 +93,7 @@ class GenerateConfig:
     seed: int | None = None
     """Seed of the samples. Null takes the run's seed."""
     execution: GenerateExecution = field(default_factory=GenerateExecution)
-    """The workers of this stage. batch_size images are computed in passes side by side on the threads of a CPU."""
+    """The workers of this stage. worker_batch_size images are computed in passes side by side on the threads of a CPU."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 2 or self.shard_size < 1:
@@ -108,8 +108,8 @@ class GenerateConfig:
             raise ValueError(f"generate.mask_ratio is {self.mask_ratio}; it must be above 0 and at most 1, or null for no start")
         if self.mask_ratio is not None and self.labels:
             raise ValueError("generate.mask_ratio takes the labels of the token map's rows; give no generate.labels with it")
-        if self.images_per_pass < 1:
-            raise ValueError(f"generate.images_per_pass is {self.images_per_pass}; it must be at least 1")
+        if self.forward_batch_size < 1:
+            raise ValueError(f"generate.forward_batch_size is {self.forward_batch_size}; it must be at least 1")
 
 
 def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -157,7 +157,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
             mask_ratio=config.mask_ratio,
             sampler=config.sampler,
             precision=config.precision,
-            batch_size=config.images_per_pass,
+            batch_size=config.forward_batch_size,
             device=", ".join(sorted({record["device"] for record in records.values()})),
         ),
         metrics=_metrics(config, list(records.values())),
@@ -265,9 +265,9 @@ class _Sample:
 
         started = time.monotonic()
         self.config, self.context, self.num_workers = task.config, task.context, task.num_workers
-        execution, images_per_pass = self.config.execution, self.config.images_per_pass
+        execution, images_per_pass = self.config.execution, self.config.forward_batch_size
         fix_numerics(execution.device)
-        sizes = {"batch_size": execution.batch_size, "images_per_pass": images_per_pass}
+        sizes = {"batch_size": execution.worker_batch_size, "images_per_pass": images_per_pass}
         self.pool = pass_pool(passes_at_once(execution.device, **sizes, num_threads=execution.num_threads))
         self.plan: SamplePlan = ray.get(task.plan)
         self.model = _prepare(load_enat(task.context.store.fetch(task.model, "model.safetensors")), execution)
@@ -294,7 +294,7 @@ class _Sample:
         assert config.seed is not None
         start, stop = part * config.shard_size, min((part + 1) * config.shard_size, config.num_samples)
         index = np.arange(start, stop)
-        passes = split_into_passes(start, stop, config.images_per_pass)
+        passes = split_into_passes(start, stop, config.forward_batch_size)
         codes = list(self.pool.map(lambda each: self.sampler.states(each)[:, -1], passes))
         samples = Samples(
             index=index,

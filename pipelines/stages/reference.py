@@ -57,7 +57,7 @@ class ReferenceConfig:
     """ADM's reference statistics (.npz) instead of a dataset: a path or s3://."""
     num_kept: int = 50_000
     """Images whose features are kept, drawn evenly. Kernel distance, precision and recall need them. Unit: images."""
-    images_per_pass: int = 32
+    forward_batch_size: int = 32
     """Images that the extractor computes together, here and for samples. The last digits of sums of floats depend on it. Unit:
     images."""
     resolution: int | None = None
@@ -78,11 +78,11 @@ class ReferenceConfig:
             raise ValueError("extractor classifier is trained on a dataset's labels; it takes no reference.npz and no weights")
         if self.extractor in _FROM_FOLDERS and not self.weights:
             raise ValueError(f"extractor {self.extractor} needs reference.weights: a folder, or hf://owner/name of the hub")
-        if self.num_kept < 0 or self.images_per_pass < 1:
-            raise ValueError("reference.num_kept must be at least 0 and images_per_pass at least 1")
+        if self.num_kept < 0 or self.forward_batch_size < 1:
+            raise ValueError("reference.num_kept must be at least 0 and forward_batch_size at least 1")
 
     def identity(self) -> dict[str, Any]:
-        common = {name: getattr(self, name) for name in ("extractor", "resolution", "num_kept", "images_per_pass")}
+        common = {name: getattr(self, name) for name in ("extractor", "resolution", "num_kept", "forward_batch_size")}
         common["npz"] = content_digest(self.npz, adm_reference.KEY, self.s3) if self.npz else None
         if self.extractor == "classifier":
             return {**common, "num_epochs": self.num_epochs, "seed": self.seed}
@@ -139,7 +139,7 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
     features = None
     if real.reader is not None:
         kept = drawn_evenly(real.num_images, config.num_kept, _KEPT_SEED)
-        spec = FeatureSpec(num_images=real.num_images, images_per_pass=config.images_per_pass, kept=kept)
+        spec = FeatureSpec(num_images=real.num_images, images_per_pass=config.forward_batch_size, kept=kept)
         features = compute_features(real.reader, spec, source, config.execution, context)
     moments: dict[str, FeatureMoments | FeatureStatistics] = dict(features.moments) if features else {}
     count = features.count if features else None
@@ -157,7 +157,7 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
             extractor_digest=made.file.sha256,
             outputs=outputs,
             features_version=FEATURES_VERSION,
-            images_per_pass=config.images_per_pass,
+            images_per_pass=config.forward_batch_size,
             of=real.described,
             dataset=real.name,
             resolution=config.resolution,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 CODE_COUNTS = "code_counts.json"
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # by precision, as token maps record it
 _ENCODING_MEMORY = {"cpu": 1 << 30, "cuda": 16 << 30}  # what one pass of the encoder may take
 _MAX_BLOCK_BYTES = 64 << 20  # of pixels: Ray Data would cut larger blocks in two
 _LEAST_MEMORY = 32 << 20  # of pixels on their way
@@ -52,7 +52,7 @@ _REASONS_COUNTED = 10
 class TokenMapExecution(Execution):
     """Workers that encode. On CPUs each worker computes as many passes side by side as it has CPUs."""
 
-    batch_size: int = 256
+    worker_batch_size: int = 256
     """Images that are sent from decoding to encoding together, rounded to whole passes. Unit: images."""
     num_decoders: int | None = None
     """Tasks that decode images, one CPU each. Null takes all CPUs that the encoders leave."""
@@ -71,9 +71,9 @@ class TokenMapConfig:
     """Images per Parquet file. An interrupted stage loses at most one file per worker. Unit: images."""
     max_quarantine_share: float = 0.01
     """Share of images, in [0, 1], that may be unreadable before the stage fails."""
-    dtype: str = "float32"
-    """Number format of the encoder's convolutions: "float32" or "bfloat16"."""
-    images_per_pass: int | None = None
+    precision: str = "fp32"
+    """Number format of the encoder's convolutions: "fp32" or "bf16"."""
+    forward_batch_size: int | None = None
     """Images that the encoder computes together. Sums of floats depend on it, which matters for codes that are nearly tied. Null
     takes as many as memory allows on the kind of device. Unit: images."""
     dataset: DatasetConfig | None = set_by("dataset")
@@ -86,13 +86,13 @@ class TokenMapConfig:
             raise ValueError(f"token_map.shard_size is {self.shard_size}; it must be at least 1")
         if not 0 <= self.max_quarantine_share <= 1:
             raise ValueError(f"token_map.max_quarantine_share is {self.max_quarantine_share}; it must be in [0, 1]")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"token_map.dtype is {self.dtype!r}; choose one of {', '.join(_DTYPES)}")
-        if self.images_per_pass is not None and self.images_per_pass < 1:
-            raise ValueError(f"token_map.images_per_pass is {self.images_per_pass}; it must be at least 1")
+        if self.precision not in _DTYPES:
+            raise ValueError(f"token_map.precision is {self.precision!r}; choose one of {', '.join(_DTYPES)}")
+        if self.forward_batch_size is not None and self.forward_batch_size < 1:
+            raise ValueError(f"token_map.forward_batch_size is {self.forward_batch_size}; it must be at least 1")
 
     def identity(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("shard_size", "dtype", "images_per_pass")}
+        return {name: getattr(self, name) for name in ("shard_size", "precision", "forward_batch_size")}
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageCo
         num_classes=len(dataset.class_names),
         tokenizer_digest=tokenizer.digest,
         num_captions=dataset.num_captions,
-        dtype=config.dtype,
+        dtype=_DTYPES[config.precision],
     )
-    per_pass = config.images_per_pass or _images_per_pass(architecture, config.execution.device)
+    per_pass = config.forward_batch_size or _images_per_pass(architecture, config.execution.device)
     encoding = _Encoding(tokenizer, info, per_pass, config.execution)
     parts = range(-(-dataset.num_images // config.shard_size))
     done = context.store.read_parts(context.stage, context.key)
@@ -159,14 +159,14 @@ def _check_passes(images_per_pass: int, done: Iterable[Mapping[str, Any]]) -> No
             raise ValueError(
                 f"this token map was started with {record['images_per_pass']} images per pass on another kind of device, "
                 f"and here it would be {images_per_pass}. "
-                "Continue on that kind of device, or restart with token_map.images_per_pass"
+                "Continue on that kind of device, or restart with token_map.forward_batch_size"
             )
 
 
 def _block_size(encoding: _Encoding) -> int:
     """Images per block: whole passes."""
     fitting = _MAX_BLOCK_BYTES // (3 * encoding.info.resolution**2)
-    wanted = min(encoding.execution.batch_size, fitting)
+    wanted = min(encoding.execution.worker_batch_size, fitting)
     return encoding.images_per_pass * max(1, wanted // encoding.images_per_pass)
 
 

@@ -103,7 +103,7 @@ def draw_group(config: TrainConfig, token_map: TokenMap, captions: CaptionFeatur
     batch = token_map.batch_rows(config.seed, step, config.batch_size)
     rng = np.random.default_rng([config.seed, step, group])
     codes, labels = map(torch.from_numpy, token_map.take(batch.rows[own], batch.flipped[own] & config.flip))
-    is_dropped = torch.from_numpy(rng.random(size) < config.label_dropout)
+    is_dropped = torch.from_numpy(rng.random(size) < config.cond_drop_prob)
     masked = mask_codes(codes, token_map.info.codebook_size, config.masking, rng)
     condition: Tensor | TextCondition = labels
     if captions is not None:

@@ -182,7 +182,7 @@ class TrainConfig:
     """After the warm-up: "constant" (published), or "cosine" down to final_learning_rate at num_steps."""
     final_learning_rate: float = 0.0
     """Learning rate at the end of the cosine schedule."""
-    warm_up_steps: int = 5000
+    warmup_steps: int = 5000
     """Steps over which the learning rate rises linearly. Unit: steps."""
     betas: tuple[float, float] = (0.99, 0.99)
     """Decay rates of AdamW's first and second moments."""
@@ -190,14 +190,14 @@ class TrainConfig:
     """Weight decay of AdamW."""
     weight_decay_on: str = "all"
     """Parameters that decay: "all" (published), or "matrices" for linear layers without biases, norms and embeddings."""
-    gradient_clip: float | None = None
+    max_grad_norm: float | None = None
     """Largest norm of the whole gradient, above 0. Null does not clip (published)."""
     precision: str = "fp32"
     """Number format of matrix products, by autocast: "fp32", "bf16" or "fp16" (published). Weights, optimizer and EMA stay float32.
     """
     flip: bool = True
     """Take each image or its mirror image, with equal probability."""
-    label_dropout: float = 0.235
+    cond_drop_prob: float = 0.235
     """Probability, in [0, 1), that a label or caption is replaced by the null one. 0.235 is the total of the published two drops,
     0.15 in the data and 0.1 in the embedding."""
     label_smoothing: float = LABEL_SMOOTHING
@@ -212,8 +212,8 @@ class TrainConfig:
     """The workers of this stage."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 0 or self.batch_size < 1 or self.num_groups < 1 or self.warm_up_steps < 0:
-            raise ValueError("train.num_steps and warm_up_steps must be at least 0, batch_size and num_groups at least 1")
+        if self.num_steps < 0 or self.batch_size < 1 or self.num_groups < 1 or self.warmup_steps < 0:
+            raise ValueError("train.num_steps and warmup_steps must be at least 0, batch_size and num_groups at least 1")
         if self.batch_size % self.num_groups:
             raise ValueError(f"train.batch_size {self.batch_size} cannot be cut into {self.num_groups} equal groups")
         if self.group_size % self.execution.microbatches:
@@ -225,14 +225,14 @@ class TrainConfig:
                 f"train.num_groups {self.num_groups} cannot be shared by {self.execution.num_workers} workers; "
                 "each takes whole groups"
             )
-        for name in ("label_dropout", "ema_decay", "label_smoothing"):
+        for name in ("cond_drop_prob", "ema_decay", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be in [0, 1)")
         for name in ("learning_rate", "final_learning_rate", "weight_decay", "z_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be finite and at least 0")
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise ValueError(f"train.gradient_clip is {self.gradient_clip}; it must be above 0, or left out")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"train.max_grad_norm is {self.max_grad_norm}; it must be above 0, or left out")
         for name, known in (
             ("precision", PRECISIONS),
             ("learning_rate_schedule", LEARNING_RATE_SCHEDULES),
@@ -256,10 +256,10 @@ class TrainConfig:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step in 0..num_steps-1. It rises linearly over the warm-up, whose last step has the full rate."""
-        if step < self.warm_up_steps:
-            return self.learning_rate * (step + 1) / self.warm_up_steps
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
         if self.learning_rate_schedule == "constant":
             return self.learning_rate
-        progress = (step - self.warm_up_steps) / max(1, self.num_steps - self.warm_up_steps)
+        progress = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
         height = (self.learning_rate - self.final_learning_rate) / 2
         return self.final_learning_rate + height * (1 + math.cos(math.pi * progress))

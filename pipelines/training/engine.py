@@ -73,7 +73,7 @@ class Engine:
             for group in self.deepspeed.optimizer.param_groups:
                 group["lr"] = learning_rate
             if self.zero_stage == 0:
-                self._norm = self._clip() if self.measures_norm or self.config.gradient_clip is not None else None
+                self._norm = self._clip() if self.measures_norm or self.config.max_grad_norm is not None else None
         self.deepspeed.step()
         if self._passes_left == 0:
             self._passes_left = self._passes_per_step
@@ -187,8 +187,8 @@ class Engine:
     def _clip(self) -> Tensor:
         parameters = list(self.model.parameters())
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if self.config.gradient_clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, norm)
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
         return norm
 
     def _count_update(self) -> None:
@@ -269,7 +269,7 @@ def _initialize(model: ENAT, optimizer: torch.optim.Optimizer, config: TrainConf
         config={
             "train_micro_batch_size_per_gpu": 1,  # for bookkeeping: one "sample" is one pass
             "gradient_accumulation_steps": passes_per_step,
-            "gradient_clipping": config.gradient_clip if config.gradient_clip and zero_stage else 0.0,
+            "gradient_clipping": config.max_grad_norm if config.max_grad_norm and zero_stage else 0.0,
             "zero_optimization": {"stage": zero_stage},
             "zero_allow_untested_optimizer": True,
         },

@@ -128,7 +128,7 @@ class TrainMonitor:
         raise DivergedError(
             f"training diverged by step {step}: {reason} (batch {draws}, rows of the token map in {named}). Nothing was saved "
             "since the last checkpoint. train.execution.on_divergence=rollback resumes from there and skips such batches. A lower "
-            "train.learning_rate, longer train.warm_up_steps or train.gradient_clip define a new run, which begins at step 0",
+            "train.learning_rate, longer train.warmup_steps or train.max_grad_norm define a new run, which begins at step 0",
             draws,
         )
 

@@ -226,6 +226,9 @@ def _lists(value: Any) -> Any:
 
 def _unknown_key(schema: Any, key: str, source: str) -> str:
     """A sentence with the key and the closest known one, searched level by level."""
+    renamed = getattr(schema, "RENAMED", {})
+    if key in renamed:
+        return f"{source}: {key} was renamed to {renamed[key]}"
     here: Any = schema
     parts = key.split(".")
     for depth, part in enumerate(parts):

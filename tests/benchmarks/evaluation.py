@@ -93,7 +93,7 @@ def stages(store: Any, inputs: dict[str, Any], count: int, key: str) -> dict[str
     from pipelines.workflow.stage import StageContext
 
     cpus = os.cpu_count() or 1
-    execution = {"num_workers": 1, "cpus_per_worker": cpus, "batch_size": _IMAGES_PER_PASS * cpus}
+    execution = {"num_workers": 1, "cpus_per_worker": cpus, "worker_batch_size": _IMAGES_PER_PASS * cpus}
 
     def context(stage: str) -> StageContext:
         console = Console(stderr=True, quiet=True)
@@ -101,7 +101,7 @@ def stages(store: Any, inputs: dict[str, Any], count: int, key: str) -> dict[str
 
     sampled = generate.GenerateConfig(
         num_samples=count,
-        images_per_pass=_IMAGES_PER_PASS,
+        forward_batch_size=_IMAGES_PER_PASS,
         seed=0,
         execution=generate.GenerateExecution(**execution),
     )

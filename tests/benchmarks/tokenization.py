@@ -132,8 +132,8 @@ def _run_pipeline(place: Path, workload: Workload, count: int) -> dict[str, floa
         "tokenizer.preset=vqgan-256",
         *tokenizer,
         f"tokenizer.weights={_write_tokenizer(place, workload.config)}",
-        "token_map={shard_size: 512, images_per_pass: 8}",
-        f"token_map.execution={{num_workers: 1, batch_size: {workload.batch_size}}}",
+        "token_map={shard_size: 512, forward_batch_size: 8}",
+        f"token_map.execution={{num_workers: 1, worker_batch_size: {workload.batch_size}}}",
     ]
     return in_process(__file__, "_token_map", place / f"run-{count}", values, count)
 

@@ -61,7 +61,7 @@ class Machine:
             "num_steps": 2 * num_steps,
             "batch_size": 2 * (group_size or self.group_size),
             "num_groups": 2,
-            "warm_up_steps": 2,
+            "warmup_steps": 2,
             "seed": 0,
             "execution": {
                 "log_every": num_steps,

@@ -54,7 +54,7 @@ def test_training_learns_and_keeps_the_codebook_in_use():
 
 
 def test_the_same_seed_gives_the_same_weights():
-    images, recipe = tiles(32), TokenizerRecipe(num_steps=6, batch_size=4, revive_every=2, warm_up_share=0.4)
+    images, recipe = tiles(32), TokenizerRecipe(num_steps=6, batch_size=4, revive_every=2, warmup_share=0.4)
 
     def trained(seed):
         vqgan = new_vqgan()
@@ -85,7 +85,7 @@ def test_the_codebook_starts_at_centres_of_the_latents():
 def test_quantized_training_starts_from_that_codebook_and_moves_dead_entries_until_it_settles():
     vqgan, images = new_vqgan(), tiles(16)
     # Nearly no learning rate: only the codebook's own rules move anything.
-    recipe = TokenizerRecipe(num_steps=10, batch_size=8, warm_up_share=0.2, revive_every=2, learning_rate=1e-9)
+    recipe = TokenizerRecipe(num_steps=10, batch_size=8, warmup_share=0.2, revive_every=2, learning_rate=1e-9)
     entries = vqgan.codebook.weight.data
     steps = train_tokenizer(vqgan, images, recipe, torch.Generator().manual_seed(0))
 
@@ -130,7 +130,7 @@ def test_gradients_pass_the_quantizer():
     """Straight-through: the encoder learns from the first quantized step on."""
     vqgan = randomize(new_vqgan(), std=0.05)
     before = vqgan.encoder.conv_in.weight.detach().clone()
-    recipe = TokenizerRecipe(num_steps=1, batch_size=4, warm_up_share=0, commitment=0)
+    recipe = TokenizerRecipe(num_steps=1, batch_size=4, warmup_share=0, commitment=0)
     list(train_tokenizer(vqgan, tiles(8), recipe, torch.Generator().manual_seed(0)))
     # AdamW's first step has the size of the learning rate wherever there is a gradient; decay alone moves far less.
     assert (vqgan.encoder.conv_in.weight - before).abs().median() > 0.5 * recipe.learning_rate / 20
@@ -141,7 +141,7 @@ def test_gradients_pass_the_quantizer():
     [
         ({"num_steps": 0}, "num_steps is 0"),
         ({"revive_every": 0}, "revive_every is 0"),
-        ({"warm_up_share": 1.0}, "warm_up_share is 1.0"),
+        ({"warmup_share": 1.0}, "warmup_share is 1.0"),
     ],
 )
 def test_an_impossible_recipe_is_refused(overrides, message):

@@ -37,13 +37,13 @@ JOBS = ("imagenet256-token-map", "imagenet256-train", "imagenet256-evaluate")
 # Overrides that make configs/imagenet256.yaml small, without a GPU. Its model is registered like any other.
 LESS = {
     "tokenizer": {"preset": "vqgan-small", "codebook_size": 32},
-    "token_map": {"shard_size": 6, "execution": {"num_workers": 1, "gpus_per_worker": 0, "batch_size": 6}},
+    "token_map": {"shard_size": 6, "execution": {"num_workers": 1, "gpus_per_worker": 0, "worker_batch_size": 6}},
     "train": {
         "model": {"preset": "enat-s", "encoder_layers": 2, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2},
         "num_steps": 8,
         "batch_size": 16,
         "num_groups": 4,
-        "warm_up_steps": 2,
+        "warmup_steps": 2,
         "precision": "fp32",
         "execution": {"num_workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 1, "checkpoint_every": 4, "keep_every": 4},
     },

@@ -139,7 +139,7 @@ def tiny_config(image_folder: Path, tokenizer_weights: Path, tmp_path_factory: p
             "batch_size": 16,
             "num_groups": 4,
             "learning_rate": 1e-3,
-            "warm_up_steps": 4,
+            "warmup_steps": 4,
             "ema_decay": 0.9,
             "execution": {"checkpoint_every": 4, "log_every": 1, "max_failures": 0},
         },

@@ -53,7 +53,7 @@ def _train_plainly(material: Material, config: TrainConfig) -> Trained:
         for parameter in model.parameters():
             assert parameter.grad is not None
             parameter.grad /= scale
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
         for some in optimizer.param_groups:
             some["lr"] = config.learning_rate_at(step)
         optimizer.step()
@@ -90,7 +90,7 @@ def _group_loss(
     codes, condition = map(torch.from_numpy, token_map.take(batch.rows[own], batch.flipped[own] & config.flip))
     if captions is not None:
         condition = TextCondition(*map(torch.from_numpy, captions.take(batch.captions[own])))
-    condition = model.drop_condition(condition, torch.from_numpy(rng.random(size) < config.label_dropout))
+    condition = model.drop_condition(condition, torch.from_numpy(rng.random(size) < config.cond_drop_prob))
     masked = mask_codes(codes, model.config.mask_id, config.masking, rng)
     dropout = torch.Generator().manual_seed(int(rng.integers(2**63)))
     kept = draw_dropout_mask(model.config, size, dropout, torch.device("cpu"))

@@ -114,7 +114,7 @@ def computed(
     @functools.cache
     def run(num_workers: int, batch_size: int, is_late: bool = False) -> tuple[ArtifactStore, FeatureSet]:
         store, images = open_store(str(tmp_path_factory.mktemp("store"))), SourceImages(digits, 16)
-        execution = Execution(num_workers=num_workers, batch_size=batch_size, cpus_per_worker=CPUS[num_workers])
+        execution = Execution(num_workers=num_workers, worker_batch_size=batch_size, cpus_per_worker=CPUS[num_workers])
         spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=PASS)
         reader = PixelBlocks(LateImages(images) if is_late else images)
         return store, compute_features(reader, spec, network, execution, make_context(store, "evaluate", KEY))

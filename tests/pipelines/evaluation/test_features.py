@@ -148,7 +148,7 @@ def computed(
     @functools.cache
     def run(num_workers: int, batch_size: int, cpus: int = 1) -> tuple[ArtifactStore, FeatureSet]:
         store = open_store(str(tmp_path_factory.mktemp("store")))
-        execution = Execution(num_workers=num_workers, batch_size=batch_size, cpus_per_worker=cpus)
+        execution = Execution(num_workers=num_workers, worker_batch_size=batch_size, cpus_per_worker=cpus)
         spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=16)
         reader = PixelBlocks(SourceImages(digits, 16))
         return store, compute_features(reader, spec, small_classifier[1], execution, make_context(store, "evaluate", KEY))

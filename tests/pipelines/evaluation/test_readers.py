@@ -17,7 +17,7 @@ from pipelines.evaluation.features import FeatureSpec, _Extract, _Load
 from pipelines.evaluation.readers import Decoded, run_pass
 from pipelines.sampling.fixed_batches import pass_pool
 
-TWO_THREADS = Execution(num_workers=1, cpus_per_worker=2, batch_size=64)
+TWO_THREADS = Execution(num_workers=1, cpus_per_worker=2, worker_batch_size=64)
 
 
 def pixels(count: int, side: int) -> np.ndarray:

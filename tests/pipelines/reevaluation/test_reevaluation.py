@@ -409,7 +409,7 @@ def test_an_evaluation_by_other_settings_is_due_and_it_is_said_which(
 
 
 def test_how_it_is_computed_makes_nothing_due(evaluated: tuple[Lab, Outcome]) -> None:
-    overrides = ("generate.execution.batch_size=3", "evaluate.execution.num_workers=2", "generate.execution.num_workers=2")
+    overrides = ("generate.execution.worker_batch_size=3", "evaluate.execution.num_workers=2", "generate.execution.num_workers=2")
     for with_config in (True, False):
         assert evaluated[0].one(*overrides, with_config=with_config, is_dry_run=True).verdict == "fresh"
 

@@ -97,6 +97,18 @@ def test_a_key_that_would_be_ignored_is_refused(load: Callable[..., Any]) -> Non
         assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_former_name_of_a_key_is_refused_with_the_new_one_and_read_from_records(load: Callable[..., Any]) -> None:
+    for old, new in run_config.RENAMED.items():
+        with pytest.raises(ValueError, match=f"{re.escape(old)} was renamed to {re.escape(new)}$"):
+            load("digits", f"{old}=1")
+    recorded = {"generate": {"images_per_pass": 4, "execution": {"batch_size": 8, "num_workers": 2}}, "evaluate": {"judge": None}}
+    assert run_config.with_new_names(recorded) == {
+        "generate": {"forward_batch_size": 4, "execution": {"worker_batch_size": 8, "num_workers": 2}},
+        "evaluate": {"judge": None},
+    }
+    assert recorded["generate"]["execution"] == {"batch_size": 8, "num_workers": 2}
+
+
 def test_what_is_read_from_a_bucket_is_reached_as_the_run_states_for_it(load: Callable[..., Any]) -> None:
     run = load("digits", "s3.region=a", "buckets.public={region: b, anonymous: true}")
     elsewhere = dataclasses.replace(
@@ -131,17 +143,17 @@ def test_a_config_opens_with_its_command_hardware_duration_and_result(name: str)
 @pytest.mark.parametrize("name", IMAGENET256)
 def test_imagenet_at_256_px_is_trained_as_published(load: Callable[..., Any], name: str) -> None:
     train = load(name).train
-    assert (train.batch_size, train.num_groups, train.num_steps, train.warm_up_steps) == (2048, 16, 500_000, 5000)
+    assert (train.batch_size, train.num_groups, train.num_steps, train.warmup_steps) == (2048, 16, 500_000, 5000)
     assert (train.learning_rate, train.learning_rate_schedule, train.betas, train.weight_decay) == (
         4e-4,
         "constant",
         (0.99, 0.99),
         0.03,
     )
-    assert (train.weight_decay_on, train.gradient_clip, train.precision) == ("all", None, "fp16")
+    assert (train.weight_decay_on, train.max_grad_norm, train.precision) == ("all", None, "fp16")
     assert (train.ema_decay, train.label_smoothing, train.z_loss, train.flip) == (0.9999, 0.1, 0.0, True)
     assert (train.masking.alpha, train.masking.beta, train.masking.reuse_probability) == (12, 3, 0.5)
-    assert train.label_dropout == pytest.approx(1 - (1 - 0.15) * (1 - 0.1))
+    assert train.cond_drop_prob == pytest.approx(1 - (1 - 0.15) * (1 - 0.1))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "digits" not in name])
@@ -150,9 +162,9 @@ def test_what_is_scored_on_devices_is_computed_in_passes_that_are_worth_one(load
     such layers at once."""
     run = load(name)
     sections = [section for section in (run.reference, run.evaluate, run.reconstruction) if section is not None]
-    assert all(section.execution.gpus_per_worker and section.execution.batch_size == 64 for section in sections)
+    assert all(section.execution.gpus_per_worker and section.execution.worker_batch_size == 64 for section in sections)
     pixels = run.tokenizer.architecture().resolution ** 2
-    assert 2 * 10**6 <= run.reference.images_per_pass * pixels <= 128 * 256**2
+    assert 2 * 10**6 <= run.reference.forward_batch_size * pixels <= 128 * 256**2
 
 
 def test_what_differs_at_512_px_is_batch_and_learning_rate(load: Callable[..., Any]) -> None:

@@ -182,7 +182,7 @@ def test_the_record_describes_the_images(ask, world: World, tmp_path: Path) -> N
     assert record["model"]["artifact"] == f"train/{'c' * 64}" and record["model"]["model_digest"] == world.manifest.digest
     assert [sample["seed"] for sample in record["samples"]] == [sample_seed(0, 0), sample_seed(0, 1)]
     assert [(sample["label"], sample["class"]) for sample in record["samples"]] == [(0, "tench"), (1, "golden retriever")]
-    assert record["images_per_pass"] == GenerateConfig().images_per_pass, "so that codes are those of stage generate"
+    assert record["images_per_pass"] == GenerateConfig().forward_batch_size, "so that codes are those of stage generate"
     assert record["images_per_second"] > 0 and record["device"] and record["seed"] == 0
     assert set(record["files"]) == {path.name for path in (tmp_path / "here").iterdir() if path.is_file()}
     assert_same_images(

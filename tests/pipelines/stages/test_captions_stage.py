@@ -81,7 +81,7 @@ def plan_captions(nodes: Callable[..., list[Any]]) -> Callable[..., workflow_sta
 
 @pytest.fixture(scope="module")
 def one_worker(make_captions) -> tuple[ArtifactStore, Manifest]:
-    return make_captions("captions.captions_per_file=3")
+    return make_captions("captions.shard_size=3")
 
 
 def _assert_same_bytes(one: tuple[ArtifactStore, Manifest], other: tuple[ArtifactStore, Manifest]) -> None:
@@ -95,7 +95,7 @@ def test_features_are_what_the_encoder_gives_for_each_caption(
     make_captions, one_worker, clip: Path, captions_per_file: int
 ) -> None:
     """Bit for bit, whichever file a caption lies in."""
-    store, manifest = one_worker if captions_per_file == 3 else make_captions(f"captions.captions_per_file={captions_per_file}")
+    store, manifest = one_worker if captions_per_file == 3 else make_captions(f"captions.shard_size={captions_per_file}")
     num_files = -(-len(FLAT) // captions_per_file)
     assert [record.name for record in manifest.files] == [*(f"captions-{n:05d}.safetensors" for n in range(num_files)), EMPTY]
     features = CaptionFeatures.open(store, manifest)
@@ -125,14 +125,14 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_two_workers_write_w
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "stream_records", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            make_captions("captions.captions_per_file=3", store=local_store)
+            make_captions("captions.shard_size=3", store=local_store)
         (place,) = (Path(local_store.uri) / "captions").iterdir()
         recorded = local_store.read_parts("captions", place.name)
         before = {name: (place / name).stat().st_mtime_ns for name in recorded}
         assert not (place / "manifest.json").exists() and 1 <= len(recorded) <= 3
         patch.setattr(stage, "stream_records", counted)
-        execution = "captions.execution={num_workers: 2, batch_size: 2}"
-        made = make_captions("captions.captions_per_file=3", execution, store=local_store)
+        execution = "captions.execution={num_workers: 2, worker_batch_size: 2}"
+        made = make_captions("captions.shard_size=3", execution, store=local_store)
     # The job may have been at its next file when it was interrupted.
     assert len(planned) <= 2 and not {f"captions-{part:05d}.safetensors" for part in planned} & recorded.keys()
     assert before == {name: (place / name).stat().st_mtime_ns for name in recorded}
@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_two_workers_write_w
 
 def test_features_are_known_by_the_encoder_s_content_not_by_its_place(plan_captions, one_worker, tmp_path: Path) -> None:
     def key(encoder: Path) -> str:
-        return plan_captions(one_worker[0], "captions.captions_per_file=3", f"captions.encoder={encoder}").key
+        return plan_captions(one_worker[0], "captions.shard_size=3", f"captions.encoder={encoder}").key
 
     assert key(make_tiny_clip(tmp_path / "same")) == one_worker[1].key
     assert key(make_tiny_clip(tmp_path / "other", seed=1)) != one_worker[1].key

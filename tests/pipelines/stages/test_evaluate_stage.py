@@ -175,7 +175,7 @@ def _samples(store: ArtifactStore, folder: Path, codes: np.ndarray) -> StageResu
 
 def _reference(dataset: Manifest, context: Any, **given: Any) -> StageResult:
     config = reference.ReferenceConfig(
-        extractor="sums", num_kept=200, images_per_pass=16, resolution=16, dataset=DatasetConfig(), seed=0, **given
+        extractor="sums", num_kept=200, forward_batch_size=16, resolution=16, dataset=DatasetConfig(), seed=0, **given
     )
     return reference.run(config, {"dataset": dataset}, context)
 
@@ -188,7 +188,7 @@ def evaluated(
 
     @functools.cache
     def run(num_workers: int = 1, batch_size: int = 64, **given: Any) -> StageResult:
-        execution = Execution(num_workers=num_workers, batch_size=batch_size, cpus_per_worker=CPUS[num_workers])
+        execution = Execution(num_workers=num_workers, worker_batch_size=batch_size, cpus_per_worker=CPUS[num_workers])
         config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(), execution=execution, **given)
         key = hashlib.sha256(repr((num_workers, batch_size, given)).encode()).hexdigest()
         return evaluate.run(config, material.inputs, make_context(material.store, "evaluate", key))
@@ -369,7 +369,7 @@ def test_pixels_can_be_left_as_the_decoder_gave_them(
 ) -> None:
     real = material.inputs["reference"]
     inputs = {**material.inputs, "reference": replace(real, summary={**real.summary, "extractor": "unrounded"})}
-    config = evaluate.EvaluateConfig(settings=SETTINGS, metrics=(), rounding="float", execution=Execution(batch_size=64))
+    config = evaluate.EvaluateConfig(settings=SETTINGS, metrics=(), rounding="float", execution=Execution(worker_batch_size=64))
     context = make_context(material.store, "evaluate", "f" * 64)
     result = evaluate.run(config, inputs, context)
     pixels = vqgan.decode(torch.from_numpy(material.codes).view(-1, 4, 4)).clamp(0, 1) * 255
@@ -602,7 +602,7 @@ def test_how_it_is_computed_is_no_part_of_a_key(material: Material) -> None:
         stage = Stage("evaluate", 1, evaluate.run)
         return driver.stage_key(workflow_stage.Node("evaluate", stage, evaluate.EvaluateConfig(**given)), {})
 
-    assert key() == key(execution=Execution(num_workers=2, batch_size=1), dataset=DatasetConfig())
+    assert key() == key(execution=Execution(num_workers=2, worker_batch_size=1), dataset=DatasetConfig())
     assert key(metrics=()) == key(metrics=("frechet_distance",)) != key()
     assert key() == key(rounding="uint8")
     others = ({"judge": "svc"}, {"settings": SETTINGS}, {"metrics": ("inception_score",)}, {"rounding": "float"})
@@ -646,7 +646,7 @@ def test_scores_of_real_files_equal_those_of_torch_fidelity(
     samples = _commit(local_store, "images", "i", image_set.run(source, {}, make_context(local_store, "images", "i")))
     dataset = open_dataset(DatasetConfig(kind="images", path=str(tmp_path / "real")), local_store)
     config = reference.ReferenceConfig(
-        extractor="inception", weights=str(weights), resolution=64, images_per_pass=8, dataset=dataset.config, seed=0
+        extractor="inception", weights=str(weights), resolution=64, forward_batch_size=8, dataset=dataset.config, seed=0
     )
     made = reference.run(config, {"dataset": dataset.manifest}, make_context(local_store, "reference", "r"))
     inputs = {"samples": samples, "reference": _commit(local_store, "reference", "r", made)}

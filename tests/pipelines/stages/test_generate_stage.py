@@ -192,12 +192,12 @@ def test_the_codes_of_a_sample_are_the_sampler_s_for_its_seed_and_label_alone(sa
 
 
 def test_codes_and_files_do_not_depend_on_workers_or_batch(make, model: ENAT, samples: Made) -> None:
-    made = make(dataclasses.replace(CONFIG, execution=GenerateExecution(num_workers=2, batch_size=3)), model)
+    made = make(dataclasses.replace(CONFIG, execution=GenerateExecution(num_workers=2, worker_batch_size=3)), model)
     assert made.manifest.digest == samples.manifest.digest
 
 
 def test_codes_do_not_depend_on_how_many_are_computed_together(make_here, model: ENAT, samples: Made) -> None:
-    read, whole = make_here(dataclasses.replace(CONFIG, images_per_pass=1), model), read_samples(samples.store, samples.manifest)
+    read, whole = make_here(dataclasses.replace(CONFIG, forward_batch_size=1), model), read_samples(samples.store, samples.manifest)
     np.testing.assert_array_equal(read.codes, whole.codes)
 
 
@@ -212,7 +212,7 @@ def test_the_model_always_sees_as_many_rows_also_where_a_file_ends_within_a_pass
         return prepare(loaded, execution)
 
     monkeypatch.setattr(generate, "_prepare", watched)
-    read = make_here(dataclasses.replace(CONFIG, images_per_pass=6), model)
+    read = make_here(dataclasses.replace(CONFIG, forward_batch_size=6), model)
     assert seen == {6, 12}, "one pass and two, where guidance is on"
     np.testing.assert_array_equal(read.codes, read_samples(samples.store, samples.manifest).codes)
 
@@ -359,7 +359,7 @@ def test_a_small_share_masks_one_code_at_least(make_here, model: ENAT) -> None:
         ({"mask_ratio": 0.5, "labels": (1,)}, r"give no generate\.labels with it"),
         ({"precision": "fp8"}, r"generate\.precision is 'fp8'; choose one of fp32, bf16"),
         ({"caption_choice": "best"}, r"generate\.caption_choice is 'best'; choose one of drawn, in_order"),
-        ({"images_per_pass": 0}, r"generate\.images_per_pass is 0"),
+        ({"forward_batch_size": 0}, r"generate\.forward_batch_size is 0"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(wrong: dict[str, Any], sentence: str) -> None:

@@ -52,7 +52,7 @@ def made(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Made:
     store = open_store(str(tmp_path_factory.mktemp("reconstruction") / "store"))
-    overrides = (f"dataset.path={broken_image_folder}", "token_map.max_quarantine_share=0.5", "reference.images_per_pass=4")
+    overrides = (f"dataset.path={broken_image_folder}", "token_map.max_quarantine_share=0.5", "reference.forward_batch_size=4")
     nodes = {node.id: node for until in ("reference", "token_map") for node in tiny_nodes(*overrides, until=until)}
     ordered = [nodes[name] for name in ("dataset", "tokenizer", "token_map", "reference")]
     done = driver.execute(ordered, make_session(store))

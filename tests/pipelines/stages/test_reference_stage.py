@@ -44,7 +44,7 @@ def test_moments_of_inception_are_those_of_torch_fidelitys_network(
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     store = open_store(str(tmp_path / "store"))
-    overrides = ("reference.extractor=inception", f"reference.weights={inception_weights}", "reference.images_per_pass=4")
+    overrides = ("reference.extractor=inception", f"reference.weights={inception_weights}", "reference.forward_batch_size=4")
     done = driver.execute(tiny_nodes(*overrides, "reference.num_kept=5", until="reference"), make_session(store))[-1]
     moments = FeatureMoments.load(store.fetch(done.manifest, "moments.safetensors"))
 
@@ -77,8 +77,8 @@ def test_another_file_of_inception_weights_is_another_artifact(
 
     assert key(moved) == key(inception_weights)
     assert key(moved, "seed=7") == key(inception_weights)  # runs of other seeds have the same reference
-    assert key(moved, "reference.execution.batch_size=3") == key(inception_weights)
-    different = {key(other), key(moved, "reference.num_kept=7"), key(moved, "reference.images_per_pass=8"), key(moved)}
+    assert key(moved, "reference.execution.worker_batch_size=3") == key(inception_weights)
+    different = {key(other), key(moved, "reference.num_kept=7"), key(moved, "reference.forward_batch_size=8"), key(moved)}
     assert len(different) == 4
 
 
@@ -134,7 +134,7 @@ def test_images_of_a_published_file_are_those_of_precision_and_recall(
     from enat.metrics.extractors import load_extractor
 
     path = _write_npz(tmp_path / "with-images.npz", images=_images(5))
-    result = _run(_config(path, inception_weights, images_per_pass=5), make_context, local_store)
+    result = _run(_config(path, inception_weights, forward_batch_size=5), make_context, local_store)
     files = {file.name: local_store.fetch_file("reference", KEY, file) for file in result.files}
     np.testing.assert_array_equal(load_moments(files["moments.safetensors"]).mean, _statistics(2048, 0)[0])
     kept = read_rows(
@@ -196,7 +196,7 @@ def test_an_archive_without_images_and_statistics_is_refused(tmp_path: Path) -> 
         ({"extractor": "classifier", "weights": "a.pth"}, "and no weights"),
         ({"extractor": "dinov2"}, "needs reference.weights: a folder"),
         ({"num_kept": -1}, "num_kept must be at least 0"),
-        ({"images_per_pass": 0}, "images_per_pass at least 1"),
+        ({"forward_batch_size": 0}, "forward_batch_size at least 1"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(given: dict[str, Any], reason: str) -> None:

@@ -154,7 +154,7 @@ def test_the_measured_use_of_the_codebook_is_that_of_the_stored_codes(one_worker
 
 
 @pytest.mark.parametrize(
-    "execution", ["{num_workers: 2}", pytest.param("{num_workers: 1, batch_size: 1}", marks=pytest.mark.faults)]
+    "execution", ["{num_workers: 2}", pytest.param("{num_workers: 1, worker_batch_size: 1}", marks=pytest.mark.faults)]
 )
 @pytest.mark.faults
 def test_every_file_has_the_same_bytes_whatever_the_workers_and_the_batch(
@@ -240,7 +240,7 @@ def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile(hostile_folder: Path) -> tuple[str, ...]:
     """Overrides: the corpus as an unlabelled dataset at 32 px, four images a pass, ten to a dozen parts."""
     dataset = f"dataset={{kind: images, name: hostile, path: {hostile_folder}}}"
-    sizes = ("token_map.shard_size=16", "token_map.images_per_pass=4", "token_map.max_quarantine_share=0.6")
+    sizes = ("token_map.shard_size=16", "token_map.forward_batch_size=4", "token_map.max_quarantine_share=0.6")
     return ("targets=[token_map]", dataset, "tokenizer.resolution=32", *sizes)
 
 
@@ -293,7 +293,7 @@ def test_rows_of_an_unlabelled_dataset_have_no_class_and_training_gets_the_null_
     assert set(labels.tolist()) == {token_map.info.num_classes}
 
 
-EXECUTIONS = ["{num_workers: 2, batch_size: 16}", "{num_workers: 1, cpus_per_worker: 2, batch_size: 256}"]
+EXECUTIONS = ["{num_workers: 2, worker_batch_size: 16}", "{num_workers: 1, cpus_per_worker: 2, worker_batch_size: 256}"]
 EXECUTIONS += ["{num_workers: 1, batch_size: 1, num_decoders: 1}"]
 
 
@@ -319,7 +319,7 @@ def test_a_killed_worker_changes_no_byte(make_token_map, hostile: tuple[str, ...
     killer = threading.Thread(target=kill_one)
     killer.start()
     try:
-        made = make_token_map(*hostile, "token_map.execution={batch_size: 4}")
+        made = make_token_map(*hostile, "token_map.execution={worker_batch_size: 4}")
     finally:
         stop.set()
         killer.join()
@@ -356,19 +356,19 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_ends_with_the_same_
     def parts_done(*changed: str) -> int:
         return driver.plan(tiny_nodes(*hostile, *changed, until="token_map"), local_store)[-1].parts_done
 
-    assert parts_done() == parts_done("token_map.execution.batch_size=16") == 3
-    for changed in ("shard_size=15", "images_per_pass=3", "dtype=bfloat16"):
+    assert parts_done() == parts_done("token_map.execution.worker_batch_size=16") == 3
+    for changed in ("shard_size=15", "forward_batch_size=3", "precision=bf16"):
         assert parts_done(f"token_map.{changed}") == 0, "another config takes no part of this one"
     with pytest.MonkeyPatch.context() as patch:
         second = _WrittenParts(patch)
-        made = make_token_map(*hostile, "token_map.execution={num_workers: 2, batch_size: 16}", store=local_store)
+        made = make_token_map(*hostile, "token_map.execution={num_workers: 2, worker_batch_size: 16}", store=local_store)
     assert sorted(first.parts + second.parts) == list(range(len(made[1].files) - 1)), "each part is written once"
     _assert_same_bytes(made, hostile_map)
 
 
 @pytest.mark.faults
 def test_bfloat16_changes_few_codes_and_says_so_in_the_map(make_token_map, hostile: tuple[str, ...], hostile_map) -> None:
-    store, manifest = make_token_map(*hostile, "token_map.dtype=bfloat16")
+    store, manifest = make_token_map(*hostile, "token_map.precision=bfloat16")
     assert manifest.summary["info"]["dtype"] == "bfloat16" and hostile_map[1].summary["info"]["dtype"] == "float32"
     exact, rounded = TokenMap.open(*hostile_map), TokenMap.open(store, manifest)
     share = (exact.codes != rounded.codes).mean()

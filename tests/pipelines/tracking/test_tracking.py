@@ -120,7 +120,7 @@ def test_stages_are_runs_nested_in_the_run_of_the_pipeline_and_name_their_artifa
 def test_a_stage_s_run_has_its_config_its_metrics_by_step_and_its_images(client: MlflowClient, recorded) -> None:
     """The metrics of a reused stage are those of its artifact."""
     run = _stage_runs(client, reused=False)["curve"]
-    assert run.data.params["num_steps"] == "3" and run.data.params["execution.batch_size"] == "64"
+    assert run.data.params["num_steps"] == "3" and run.data.params["execution.worker_batch_size"] == "64"
     assert run.data.params["long"] == "x" * 6000, "as much of it as MLflow keeps"
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]

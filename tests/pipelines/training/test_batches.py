@@ -119,7 +119,7 @@ def test_images_are_flipped_only_if_configured(material: Material) -> None:
 
 def test_the_configured_share_of_labels_is_dropped(material: Material) -> None:
     for share in (0.0, 0.5):
-        config = changed(label_dropout=share)
+        config = changed(cond_drop_prob=share)
         dropped = torch.cat([draw_group(config, material.token_map, None, step, 0).is_dropped for step in range(200)])
         assert abs(dropped.float().mean().item() - share) < 0.06
 
@@ -145,7 +145,7 @@ def test_every_caption_of_an_image_is_drawn(material: Material) -> None:
 
 @pytest.mark.parametrize(("count", "is_text"), [(2, True), (4, False)])
 def test_microbatches_are_rows_of_the_group(material: Material, count: int, is_text: bool) -> None:
-    config = changed(WITH_DROPOUT, model={"text": is_text, "dropout": 0.2}, label_dropout=0.5)
+    config = changed(WITH_DROPOUT, model={"text": is_text, "dropout": 0.2}, cond_drop_prob=0.5)
     model = ENAT(material.architecture(config))
     drawn = [draw_group(config, material.token_map, material.captions if is_text else None, step, 1) for step in range(8)]
     assert {batch.is_reuse for batch in drawn} == {True, False}
@@ -164,7 +164,7 @@ def test_microbatches_are_rows_of_the_group(material: Material, count: int, is_t
 
 
 def test_dropped_conditions_are_the_null_condition(material: Material) -> None:
-    config = changed(label_dropout=0.5)
+    config = changed(cond_drop_prob=0.5)
     model, batch = ENAT(material.architecture(config)), draw_group(config, material.token_map, None, 0, 0)
     ((_, condition, _, _),) = batch.microbatches(1, model)
     assert 0 < batch.is_dropped.sum() < len(batch.codes)

@@ -61,7 +61,7 @@ def test_a_run_that_diverges_says_where_and_saves_nothing_poisoned(material: Mat
 def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material: Material, key: str, zero_stage: int) -> None:
     execution = {"checkpoint_every": 1, "zero_stage": zero_stage, "log_every": 12}
     with pytest.raises(DivergedError, match=r"training diverged by step \d+"):
-        train(material, changed(learning_rate=1e30, warm_up_steps=0, execution=execution), key, world_size=2)
+        train(material, changed(learning_rate=1e30, warmup_steps=0, execution=execution), key, world_size=2)
     for checkpoint in find_checkpoints(worker_context(material, key)):
         for record in checkpoint.tensors:
             saved = read_weights(material, key, record)

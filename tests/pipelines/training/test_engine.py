@@ -121,7 +121,7 @@ def test_state_of_two_ranks_is_resumed_by_other_ranks_at_another_stage(material:
     By one, two and four ranks, at the next and at the previous ZeRO stage, with weights that decay and others that do not, and with
     a clipped gradient.
     """
-    fields = {"weight_decay_on": "matrices", "weight_decay": 0.3, "gradient_clip": 0.2}
+    fields = {"weight_decay_on": "matrices", "weight_decay": 0.3, "max_grad_norm": 0.2}
     pairs = [(saved, (saved + offset) % 4) for offset in (1, 3) for saved in STAGES]
     halves = [Job(_stage(stage, **fields), last=HALF, saves={HALF - 1: tmp_path / str(stage)}) for stage in STAGES]
     seconds = [Job(_stage(resumed, **fields), first=HALF, load=tmp_path / str(saved)) for saved, resumed in pairs]
@@ -275,7 +275,7 @@ def test_the_scale_doubles_after_long_without_overflow_also_in_a_resumed_run(mat
 @pytest.mark.slow
 def test_stage_0_measures_the_gradient_where_it_is_asked_to(material: Material) -> None:
     """And where it clips: the norm is what it clips by."""
-    jobs = [Job(_stage(0), last=1), Job(_stage(0, gradient_clip=0.1), last=1)]
+    jobs = [Job(_stage(0), last=1), Job(_stage(0, max_grad_norm=0.1), last=1)]
     unmeasured, clipping = run_ranks(1, _run_jobs_without_norms, material, jobs)[0]
     (measured,) = run_ranks(1, run_jobs, material, jobs[:1])[0]
     assert unmeasured.norms == [None] and clipping.norms == measured.norms and measured.norms[0] > 0
@@ -304,7 +304,7 @@ def _run_jobs_that_double_soon(material: Material, jobs: list[Job]) -> list[Repo
 @pytest.mark.slow
 def test_weight_decay_on_matrices_decays_exactly_linear_weights(material: Material) -> None:
     """Two steps whose loss is multiplied by zero: only weight decay changes weights."""
-    fields = {"weight_decay_on": "matrices", "weight_decay": 0.5, "learning_rate": 0.1, "warm_up_steps": 0}
+    fields = {"weight_decay_on": "matrices", "weight_decay": 0.5, "learning_rate": 0.1, "warmup_steps": 0}
     jobs = [Job(_stage(stage, **fields), last=2, factors=dict.fromkeys(range(2), 0.0)) for stage in STAGES]
     initial = initial_model(material.architecture(CONFIG), 0)
     linear = {f"{name}.weight" for name, module in initial.named_modules() if isinstance(module, torch.nn.Linear)}

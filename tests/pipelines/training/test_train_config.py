@@ -33,7 +33,7 @@ def test_an_invalid_recipe_is_refused() -> None:
         ({"execution": {"microbatches": 3}}, r"a group of 4 images cannot be cut into train\.execution\.microbatches 3"),
         ({"num_steps": -1}, r"train\.num_steps"),
         ({"batch_size": 0}, r"batch_size and num_groups at least 1"),
-        ({"label_dropout": 1.0}, r"train\.label_dropout is 1\.0; it must be in \[0, 1\)"),
+        ({"cond_drop_prob": 1.0}, r"train\.cond_drop_prob is 1\.0; it must be in \[0, 1\)"),
         ({"label_smoothing": -0.5}, r"train\.label_smoothing is -0\.5; it must be in \[0, 1\)"),
         ({"ema_decay": -0.1}, r"train\.ema_decay is -0\.1"),
         ({"learning_rate": float("nan")}, r"train\.learning_rate is nan; it must be finite and at least 0"),
@@ -41,8 +41,8 @@ def test_an_invalid_recipe_is_refused() -> None:
         ({"final_learning_rate": -1.0}, r"train\.final_learning_rate is -1\.0"),
         ({"weight_decay": -1.0}, r"train\.weight_decay is -1\.0"),
         ({"z_loss": -1e-4}, r"train\.z_loss is -0\.0001"),
-        ({"gradient_clip": 0.0}, r"train\.gradient_clip is 0\.0; it must be above 0, or left out"),
-        ({"gradient_clip": float("nan")}, r"train\.gradient_clip is nan; it must be above 0"),
+        ({"max_grad_norm": 0.0}, r"train\.max_grad_norm is 0\.0; it must be above 0, or left out"),
+        ({"max_grad_norm": float("nan")}, r"train\.max_grad_norm is nan; it must be above 0"),
         ({"precision": "fp8"}, r"train\.precision is 'fp8'; choose one of fp32, bf16, fp16"),
         ({"learning_rate_schedule": "step"}, r"train\.learning_rate_schedule is 'step'; choose one of constant, cosine"),
         ({"weight_decay_on": "none"}, r"train\.weight_decay_on is 'none'; choose one of all, matrices"),
@@ -76,7 +76,7 @@ def test_the_identity_is_the_recipe_without_its_execution() -> None:
     ways = [{"num_workers": 4}, {"zero_stage": 3}, {"microbatches": 2}, {"compile": True}, {"keep_every": 8}]
     for execution in ways:
         assert changed(execution=execution).identity() == CONFIG.identity()
-    for fields in [{"precision": "bf16"}, {"z_loss": 1e-4}, {"gradient_clip": 1.0}, {"num_groups": 2}, {"seed": 1}]:
+    for fields in [{"precision": "bf16"}, {"z_loss": 1e-4}, {"max_grad_norm": 1.0}, {"num_groups": 2}, {"seed": 1}]:
         assert changed(**fields).identity() != CONFIG.identity()
 
 
@@ -84,13 +84,13 @@ def test_the_identity_is_the_recipe_without_its_execution() -> None:
 
 
 def test_the_learning_rate_rises_in_a_line_and_stays() -> None:
-    config = TrainConfig(learning_rate=1.0, warm_up_steps=4)
+    config = TrainConfig(learning_rate=1.0, warmup_steps=4)
     assert [config.learning_rate_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert dataclasses.replace(config, warm_up_steps=0).learning_rate_at(0) == 1.0
+    assert dataclasses.replace(config, warmup_steps=0).learning_rate_at(0) == 1.0
 
 
 def test_the_learning_rate_falls_by_half_a_cosine() -> None:
-    config = TrainConfig(learning_rate=1.0, final_learning_rate=0.2, learning_rate_schedule="cosine", warm_up_steps=4, num_steps=12)
+    config = TrainConfig(learning_rate=1.0, final_learning_rate=0.2, learning_rate_schedule="cosine", warmup_steps=4, num_steps=12)
     rates = [config.learning_rate_at(step) for step in range(13)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[8] == pytest.approx(0.6) and rates[12] == pytest.approx(0.2)
@@ -99,7 +99,7 @@ def test_the_learning_rate_falls_by_half_a_cosine() -> None:
 
 
 def test_a_run_of_nothing_but_warm_up_has_a_learning_rate() -> None:
-    config = TrainConfig(learning_rate=1.0, learning_rate_schedule="cosine", warm_up_steps=4, num_steps=4)
+    config = TrainConfig(learning_rate=1.0, learning_rate_schedule="cosine", warmup_steps=4, num_steps=4)
     assert config.learning_rate_at(3) == 1.0
 
 

@@ -45,7 +45,7 @@ from pipelines.training.task import initial_model
 OPTIONS = {
     "model": {"qk_norm": True, "dropout": 0.1},
     "learning_rate_schedule": "cosine",
-    "gradient_clip": 0.2,
+    "max_grad_norm": 0.2,
     "z_loss": 1e-2,
     "weight_decay_on": "matrices",
     "weight_decay": 0.3,
@@ -101,7 +101,7 @@ def test_all_options_at_once_train_what_a_plain_loop_trains(
 
 @pytest.mark.slow
 def test_a_text_model_trains_what_a_plain_loop_trains(material: Material, key: str, plainly: Plainly) -> None:
-    config = changed(model={"text": True}, label_dropout=0.5, execution={"zero_stage": 3})
+    config = changed(model={"text": True}, cond_drop_prob=0.5, execution={"zero_stage": 3})
     assert_close(train(material, config, key, world_size=2), plainly(config))
 
 

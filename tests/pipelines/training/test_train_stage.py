@@ -159,7 +159,7 @@ def test_an_elastic_run_begins_with_the_workers_that_the_cluster_has_room_for(fi
 def test_a_run_that_diverges_fails_at_once_and_is_not_tried_again(fit, material: Material, key: str, tmp_path: Path) -> None:
     """The same steps would diverge again; max_failures is for workers that are lost."""
     run = Deadly(notes=tmp_path / "notes")
-    config = changed(learning_rate=1e10, warm_up_steps=0, execution={"checkpoint_every": 1, "max_failures": 3})
+    config = changed(learning_rate=1e10, warmup_steps=0, execution={"checkpoint_every": 1, "max_failures": 3})
     with pytest.raises(DivergedError, match=r"training diverged by step (\d+).*on_divergence=rollback"):
         fit(config, run=run)
     (steps,) = run.lives()

@@ -445,8 +445,8 @@ AFTER_TRAIN = {"train", "generate", "evaluate", "report"}
         ("evaluate.judge=null", {"evaluate", "report"}),
         ("report.samples_per_class=2", {"report"}),
         ("name=other", {"report"}),
-        ("token_map.images_per_pass=8", AFTER_TOKENIZER - {"tokenizer"}),
-        ("token_map.dtype=bfloat16", AFTER_TOKENIZER - {"tokenizer"}),
+        ("token_map.forward_batch_size=8", AFTER_TOKENIZER - {"tokenizer"}),
+        ("token_map.precision=bfloat16", AFTER_TOKENIZER - {"tokenizer"}),
         ("dataset.name=other", AFTER_TOKENIZER | {"dataset", "reference"}),
         ("seed=1", AFTER_TOKENIZER | {"reference"}),
         ("tokenizer.resolution=32", AFTER_TOKENIZER | {"reference"}),
@@ -540,5 +540,5 @@ def test_device_seconds_count_every_device_that_a_worker_holds(gpus: float, seco
 
 
 def test_a_batch_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"execution\.batch_size is 0"):
-        Execution(batch_size=0)
+    with pytest.raises(ValueError, match=r"execution\.worker_batch_size is 0"):
+        Execution(worker_batch_size=0)
