@@ -231,7 +231,7 @@ def test_every_pass_has_the_same_number_of_images(
     digits: Dataset, local_store: ArtifactStore, make_context, tmp_path: Path
 ) -> None:
     spec = FeatureSpec(num_images=37, images_per_pass=16)
-    _sums(digits, make_context(local_store, "evaluate", KEY), spec, extractor=SumsExtractor(str(tmp_path)), batch_size=1)
+    _sums(digits, make_context(local_store, "evaluate", KEY), spec, extractor=SumsExtractor(str(tmp_path)), worker_batch_size=1)
     passes = [int(path.read_text()) for path in tmp_path.iterdir() if path.is_file()]
     assert passes == [16, 16, 16]
 

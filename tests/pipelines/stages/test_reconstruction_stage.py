@@ -119,7 +119,7 @@ def test_codes_are_as_evenly_used_as_the_token_map_says(result: StageResult, mad
 
 @pytest.mark.faults
 def test_it_does_not_depend_on_workers_or_batch(result: StageResult, reconstructed: Callable[..., StageResult]) -> None:
-    other = reconstructed("c" * 64, num_workers=2, batch_size=1)
+    other = reconstructed("c" * 64, num_workers=2, worker_batch_size=1)
     assert other.metrics == result.metrics
     assert [(file.name, file.sha256) for file in other.files] == [(file.name, file.sha256) for file in result.files]
 

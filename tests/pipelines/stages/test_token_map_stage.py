@@ -294,7 +294,7 @@ def test_rows_of_an_unlabelled_dataset_have_no_class_and_training_gets_the_null_
 
 
 EXECUTIONS = ["{num_workers: 2, worker_batch_size: 16}", "{num_workers: 1, cpus_per_worker: 2, worker_batch_size: 256}"]
-EXECUTIONS += ["{num_workers: 1, batch_size: 1, num_decoders: 1}"]
+EXECUTIONS += ["{num_workers: 1, worker_batch_size: 1, num_decoders: 1}"]
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
