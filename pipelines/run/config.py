@@ -1,6 +1,6 @@
 """One YAML file as dataclasses, checked as far as possible without computing anything.
 
-The stages read their configs from here: a section's `dataset` and `seed` are the run's where the section has none of its own.
+A section without `dataset` or `seed` takes those of the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipelines.workflow.config import ConfigError
 from pipelines.workflow.costs import Prices
 from pipelines.workflow.stage import MAIN
 
-# Stands for features that are not made yet, where only the rest of a model is looked at.
+# A placeholder for features that do not exist yet, to check the rest of a model.
 _ANY_CAPTIONS = CaptionFeaturesInfo(num_captions=0, captions_per_file=1, num_positions=1, width=1, encoder_digest="")
 _SHARED_BY_VARIANTS = {"name", "workspace", "store", "targets", "report", "cluster", "tracking", "prices", "variants"}
 
@@ -122,7 +122,7 @@ class RunConfig:
         object.__setattr__(self, "variants", kept)
         for name in (self.name, *self.variants):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(f"the name {name!r} must begin with a letter or digit and go on with those, '.', '_' or '-'")
+                raise ValueError(f"the name {name!r} must begin with a letter or digit and contain only those, '.', '_' and '-'")
         for name, values in self.variants.items():
             if not isinstance(values, Mapping):
                 raise ValueError(f"variant {name} is {values!r}; it must be a mapping of keys to the values that replace the run's")
@@ -135,7 +135,7 @@ class RunConfig:
 
     @cached_property
     def variant_runs(self) -> dict[str, RunConfig]:
-        """The runs that variants stand for, by name. Raises ConfigError."""
+        """The run of each variant, by name. Raises ConfigError."""
         for name, values in self.variants.items():
             if ignored := _SHARED_BY_VARIANTS.intersection(values):
                 key = min(ignored)
@@ -158,7 +158,7 @@ class RunConfig:
 def load_run(path: Path | None, overrides: Sequence[str] = (), *, is_dataset_here: bool = True) -> RunConfig:
     """A run from YAML, if any, and overrides, checked as far as can be without computing. Raises ValueError.
 
-    is_dataset_here: False where another machine reads it, and it need not be in reach of this one.
+    is_dataset_here: False if another machine reads the dataset, which this one may not be able to access.
     """
     run = configuration.load_config(RunConfig, path, overrides)
     for name, variant in [(MAIN, run), *run.variant_runs.items()]:
@@ -170,7 +170,7 @@ def load_run(path: Path | None, overrides: Sequence[str] = (), *, is_dataset_her
 
 
 def _check(run: RunConfig, is_dataset_here: bool) -> None:
-    """What would fail in a late stage and can be seen now: the model against the token map that the tokenizer will make."""
+    """Check now what would fail in a late stage: the model against the token map that the tokenizer will make."""
     architecture = run.tokenizer.architecture()
     for key, other in (("reference.dataset", "reference.npz"), ("tokenizer.dataset", "tokenizer.weights")):
         if _value_at(run, key) is not None and _value_at(run, other) is not None:
