@@ -4,6 +4,8 @@ BIN := .venv/bin
 UV_VERSION := 0.13.8
 
 .DEFAULT_GOAL := help
+# Without bytecode every process of the tests and every Ray worker would compile this code again.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup demo test test-all faults lint bench format lock
 
 help:

@@ -108,7 +108,7 @@ class Dataset:
     def index(self, start: int, stop: int) -> pa.Table:
         """Rows start..stop-1 of the index."""
         file = _open_index(self.store.fetch(self.manifest, INDEX))
-        stop = min(stop, self.num_images)
+        stop = min(stop, file.metadata.num_rows)
         groups = range(start // _ROWS_PER_GROUP, -(-stop // _ROWS_PER_GROUP))
         if start >= stop:
             return _SCHEMA.empty_table()

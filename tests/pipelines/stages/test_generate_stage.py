@@ -259,8 +259,8 @@ def test_a_range_of_samples_is_a_piece_of_the_whole(samples: Made, start: int, s
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 21), (-1, 5), (20, 20), (7, 3)])
-def test_samples_that_are_not_there_are_said(samples: Made, start: int, stop: int) -> None:
-    with pytest.raises(ValueError, match=rf"generate/k has no samples {start} to {stop - 1}: they are numbered 0 to 19"):
+def test_samples_that_do_not_exist_are_refused(samples: Made, start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match=rf"generate/k has no samples {start} to {stop - 1}; .*0 to 19"):
         read_samples(samples.store, samples.manifest, start, stop)
 
 
