@@ -417,9 +417,9 @@ def test_a_damaged_tokenizer_is_refused(own_folder: Path, name: str, content: st
         ({"model_type": "bert", "vocab_size": 5}, "a model of type bert, not CLIP"),
         ({"architecture": "vqgan"}, "describes no model, not CLIP"),
         ([1], "JSON object"),
-        ({"model_type": "clip_text_model", "hidden_size": "wide"}, "no CLIP text model that is known here"),
-        ({"model_type": "clip_text_model", "hidden_size": 33, "num_attention_heads": 4}, "no CLIP text model that is known here"),
-        ({"model_type": "clip_text_model", "hidden_act": "sine"}, "no CLIP text model that is known here"),
+        ({"model_type": "clip_text_model", "hidden_size": "wide"}, "known CLIP text model"),
+        ({"model_type": "clip_text_model", "hidden_size": 33, "num_attention_heads": 4}, "known CLIP text model"),
+        ({"model_type": "clip_text_model", "hidden_act": "sine"}, "known CLIP text model"),
         ({"model_type": "clip", "text_config": {"hidden_size": 16, "num_attention_heads": 4}}, "does not fit the configured"),
     ],
 )
