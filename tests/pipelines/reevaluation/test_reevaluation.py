@@ -50,7 +50,6 @@ from pipelines.reevaluation.reevaluate import LEASE, Options, Outcome, exit_code
 from pipelines.registry import evaluation_record, model_card
 from pipelines.registry.evaluation_record import EvaluationRecord, EvaluationSummary
 from pipelines.run import graph, runner
-from pipelines.stages import evaluate as stages_evaluate
 from pipelines.stages import generate
 from pipelines.tracking import run as tracking
 from pipelines.tracking import search
@@ -650,7 +649,7 @@ def test_what_was_never_evaluated_comes_first_then_the_oldest(lab: Lab, monkeypa
         seen.append(case.model.version.name)
         return Outcome(version=case.model.version, verdict=verdicts[case.model.version.name])
 
-    monkeypatch.setattr(reevaluate._Evaluator, "evaluate", stages_evaluate)
+    monkeypatch.setattr(reevaluate._Evaluator, "evaluate", evaluate)
     outcomes = lab.run(older_than=0.0, limit=2)
     assert seen == ["nat-new", "enat-b", "enat-a"], "one that fails takes no other's place"
     assert {outcome.version.name: outcome.verdict for outcome in outcomes}[NAME] == "due"
