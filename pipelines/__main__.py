@@ -1,4 +1,4 @@
-"""`python -m pipelines`: the command of the folder one is in, whatever version is installed. Jobs on a cluster start so."""
+"""`python -m pipelines`: the command of the current folder, even if another version is installed. Cluster jobs use it."""
 
 from pipelines.cli.main import main
 

@@ -45,12 +45,13 @@ _SOURCE_KINDS = {"folder": "images", "tar": "tar", "parquet": "parquet"}
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSetConfig:
-    """path: a folder or file, also s3://bucket/prefix.   name: of the generator, which stands in scores.
+    """Images that another generator made.
 
-    kind: "folder" of JPEG or PNG at any depth (labels are known where all lie in folders called by class numbers), "tar" and
-    "parquet" as datasets have them, "npz" as ADM's evaluator takes it: uint8 (N, H, W, 3) arr_0, labels in arr_1 if any.
-    "auto" tells them apart by what lies there.   labels: how those of images that come without were chosen, in the words of
-    label_schemes.STATED; None where it is not known.   s3: None takes the run's.
+    path: a folder or file, or s3://bucket/prefix.   name: the generator's name in scores.
+    kind: "folder" of JPEG or PNG files at any depth (labels are known if all images are in folders named by class numbers), "tar"
+    and "parquet" as for datasets, "npz" in the format of ADM's evaluator: uint8 (N, H, W, 3) `arr_0`, labels in `arr_1` if any.
+    "auto" finds out the kind.   labels: how the labels of images without labels were chosen, in the words of labels.STATED; None if
+    that is not known.   s3: None takes the run's.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""No secret leaves this machine with a job: what looks like one is refused, by name and by value."""
+"""Secrets are never sent with a job: a value that looks like a credential, or equals one of the environment, is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def refuse_credentials(key: str, value: str) -> None:
 
 
 def refuse_credentials_in_lines(lines: Iterable[tuple[str, str]]) -> None:
-    """As they are written: also what an override replaces is sent. lines: where each stands, and its text."""
+    """Check lines as they are written, because a value that an override replaces is sent too.
+
+    lines: the place of each line, and its text.
+    """
     for where, line in lines:
         if _IN_URI.search(line):
             raise ValueError(f"{where} holds a credential in an address, and would be sent to the cluster; {_INSTEAD}")
@@ -59,7 +62,7 @@ def refuse_credentials_in_lines(lines: Iterable[tuple[str, str]]) -> None:
 
 
 def _secret_in(text: str) -> str | None:
-    """The variable whose value it holds."""
+    """The environment variable whose value the text contains."""
     return next((name for name, secret in _secrets().items() if secret in text), None)
 
 
@@ -71,7 +74,7 @@ def refuse_credentials_in(package: CodePackage) -> None:
 
 
 def _lines_of_configs(package: CodePackage) -> Iterator[tuple[str, str]]:
-    """Of all configs that go along, as they are and as they were."""
+    """Lines of all configs in the package, with those that its changes removed."""
     for name, content in package.files.items():
         if name.endswith(_CONFIG_ENDINGS):
             for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):

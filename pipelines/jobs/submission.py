@@ -37,8 +37,11 @@ _DIGITS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What a cluster is asked to run. run: the id that its attempts share.   arguments: of `enat run`, after the config.
-    package: None where an image holds the code.   config: resolved.   grows: nodes come when they are asked for."""
+    """A run that is ready to be sent to a cluster.
+
+    run: the id that all attempts share.   arguments: of `enat run`, after the config.   package: None if an image has the code.
+    config: the resolved config.   grows: the cluster adds nodes on demand.
+    """
 
     run: str
     arguments: tuple[str, ...]
@@ -51,7 +54,7 @@ class Submission:
 
     @property
     def warning(self) -> str | None:
-        """What a person should know before it is sent."""
+        """A warning to show before the job is sent, if any."""
         if self.package is not None:
             return describe_left_behind(self.package.left_behind) if self.package.left_behind else None
         if _DIGEST_OF_IMAGE.search(self.image or ""):
@@ -63,7 +66,7 @@ class Submission:
 
     @property
     def entrypoint(self) -> str:
-        """For a shell. An image knows nothing of the config, and Ray sends no files along with one: the config is written first."""
+        """The job's shell command. Ray sends no files with an image, so the command writes the config first."""
         run = "python -m pipelines run"
         if self.package is not None:
             return f"{run} {shlex.join((self.package.config, *self.arguments))}"
@@ -73,7 +76,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Submitted:
-    """outcome: "submitted"; "active" where the same run is under way; "succeeded" where it has succeeded before."""
+    """outcome: "submitted"; "active" if the same run is still running; "succeeded" if it has already succeeded."""
 
     job: Job
     outcome: str
@@ -87,7 +90,7 @@ def prepare(
     allow_local_store: bool = False,
     grows: bool = False,
 ) -> Submission:
-    """Raises ValueError for what cannot run on a cluster: a bad config, a store that it would not see, credentials."""
+    """Check a config and package the code. Raises ValueError if the config cannot run on a cluster or has credentials."""
     for override in overrides:
         refuse_credentials(override.partition("=")[0], override.partition("=")[2])
     run = run_config.load_run(config, overrides, is_dataset_here=False)
@@ -125,8 +128,11 @@ def prepare(
 
 
 def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> Submitted:
-    """Start the run, unless it is under way or has succeeded (again: also then). One that failed or was stopped goes on as a
-    further attempt: what its earlier ones committed is in the store. Raises ValueError where the cluster has no room for it."""
+    """Start the run, unless it is running or has succeeded. `again` starts it even if it has succeeded.
+
+    A run that failed or was stopped continues as another attempt: the store has what earlier attempts committed. Raises ValueError
+    if the cluster has no room for it.
+    """
     earlier = jobs.attempts(cluster.jobs(), submission.run)
     last = earlier[-1] if earlier else None
     if last is not None and last.is_active:
@@ -147,7 +153,7 @@ def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> 
 
 
 def needs(run: RunConfig) -> list[Need]:
-    """What the stages of a run ask a cluster for, as far as its config tells, whether or not the store has what they make."""
+    """Resources that the stages of a run need, according to its config. The store is not looked at."""
     wanted = graph.needed_by(run.targets or graph.stages())
     found: dict[tuple[str, Any], Need] = {}
     for name, variant in {MAIN: run, **run.variant_runs}.items():
@@ -161,10 +167,10 @@ def needs(run: RunConfig) -> list[Need]:
 
 
 def check_room(run: RunConfig, capacity: Capacity, grows: bool) -> None:
-    """Raises ValueError for stages that the cluster has no room for now, unless more nodes are to come.
+    """Raises ValueError if a stage does not fit on the cluster, unless the cluster adds nodes.
 
-    Only where something does not fit are dataset and store looked at, which takes time and rights: what is in the store needs
-    no room.
+    Dataset and store are looked at only if a stage does not fit, because that takes time and permissions: a stage whose artifact
+    is in the store needs no room.
     """
     if grows or not (problems := _problems(needs(run), capacity)):
         return
@@ -172,7 +178,7 @@ def check_room(run: RunConfig, capacity: Capacity, grows: bool) -> None:
     try:
         planned = driver.plan(graph.build(run), open_store(run.store_uri, run.s3))
     except (ValueError, OSError, StorageError) as error:
-        not_seen = f"; what the store has already is not known here ({error})"
+        not_seen = f"; the store could not be checked for finished stages ({error})"
     else:
         missing = (need_of(item.node.id, item.node.stage.workers(item.node.config)) for item in planned if not item.is_reused)
         problems = _problems([need for need in missing if need is not None], capacity)
@@ -189,15 +195,15 @@ def _problems(asked: Sequence[Need], capacity: Capacity) -> list[str]:
 
 
 def _refuse_unknown_targets(run: RunConfig) -> None:
-    """Before anything is sent. Raises ConfigError."""
+    """Raises ConfigError, before anything is sent."""
     every = (run, *run.variant_runs.values())
     known = [part.stage.name for part in graph.GRAPH if any(part.config(each) is not None for each in every)]
     graph.check_targets(run.targets, known)
 
 
 def _refuse_files_of_this_machine(run: RunConfig) -> None:
-    """Raises ValueError for a relative path: on the cluster it would be looked for where the code is unpacked. An absolute one may
-    be a folder that all nodes share."""
+    """Raises ValueError for a relative path, which the cluster would resolve against the unpacked code. An absolute path may be a
+    folder that all nodes share."""
     for name, variant in {MAIN: run, **run.variant_runs}.items():
         for key, place in graph.external_files(variant).items():
             if place.startswith(_ELSEWHERE) or Path(place).is_absolute():
@@ -210,7 +216,7 @@ def _refuse_files_of_this_machine(run: RunConfig) -> None:
 
 
 def _places(run: RunConfig, allow_local_store: bool) -> dict[str, str]:
-    """Store and workspace where they have to be made absolute. Raises ValueError for a store that only this machine would see."""
+    """Absolute paths of store and workspace, if they are relative. Raises ValueError for a store that only this machine can see."""
     is_remote, is_absolute = "://" in run.store_uri, Path(run.store_uri).is_absolute()
     if is_remote or (run.store is not None and is_absolute):
         return {}

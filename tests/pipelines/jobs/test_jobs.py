@@ -581,7 +581,9 @@ def test_what_the_store_has_needs_no_room(prepare: Callable[..., Any], tmp_path:
 
 def test_where_the_dataset_is_out_of_reach_it_is_said_that_the_store_was_not_asked(prepare: Callable[..., Any]) -> None:
     run = prepare("dataset.kind=image_folder", "dataset.path=/only/on/the/cluster", "generate.execution.num_workers=9").config
-    with pytest.raises(ValueError, match=r"^generate\.execution asks .*what the store has already is not known here \(.*/only/on"):
+    with pytest.raises(
+        ValueError, match=r"^generate\.execution asks .*the store could not be checked for finished stages \(.*/only/on"
+    ):
         submission.check_room(run, Capacity(({"CPU": 4.0},)), grows=False)
 
 
