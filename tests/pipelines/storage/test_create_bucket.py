@@ -31,5 +31,5 @@ def test_a_bucket_is_made_in_the_region_that_the_store_reads_it_in(
         env=environment | {"AWS_ENDPOINT_URL": s3_endpoint.url} | variables,
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{name} is made\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{name} was created\n", "")
     assert s3_endpoint.boto.get_bucket_location(Bucket=name)["LocationConstraint"] == region
