@@ -123,8 +123,8 @@ def test_statistics_of_a_published_file_are_taken_as_they_are(
         assert isinstance(found, FeatureStatistics)
         np.testing.assert_array_equal(found.mean, mean)
         np.testing.assert_array_equal(found.covariance, covariance)
-    assert result.summary["of"] == "VIRTUAL_photographs16.npz, 16 px" and result.summary["is_imported"]
-    assert result.summary["num_images"] is None and result.summary["num_kept"] == 0  # the file does not say how many
+    assert result.summary.of == "VIRTUAL_photographs16.npz, 16 px" and result.summary.is_imported
+    assert result.summary.num_images is None and result.summary.num_kept == 0  # the file does not say how many
 
 
 @pytest.mark.faults
@@ -143,7 +143,7 @@ def test_images_of_a_published_file_are_those_of_precision_and_recall(
     network = load_extractor("inception", files["extractor.safetensors"])
     expected = network(torch.from_numpy(_images(5).transpose(0, 3, 1, 2)))["features"].numpy()
     np.testing.assert_allclose(kept, expected, rtol=1e-4, atol=1e-5)
-    assert result.summary["num_kept"] == 5
+    assert result.summary.num_kept == 5
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_statistics_of_other_features_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 half"])
 def test_what_is_no_npz_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "reference.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"reference\.npz: .* is no \.npz file"):
+    with pytest.raises(ValueError, match=r"reference\.npz: .* is not an \.npz file"):
         NpzReference.open(str(tmp_path / "reference.npz"), None)
 
 
@@ -228,7 +228,7 @@ def test_the_classifier_of_a_stopped_stage_is_not_trained_again(
     monkeypatch.setattr(reference, "compute_features", lambda *_: _nothing_computed())
     result = reference.run(config, inputs, context)
     assert result.files[0].sha256 == committed["file"]["sha256"] and result.metrics["held_out_accuracy"] > 0.1
-    assert result.summary["num_kept"] == 1790, "rows that are there, not those that were asked for"
+    assert result.summary.num_kept == 1790, "rows that are there, not those that were asked for"
 
 
 def _nothing_computed() -> Any:

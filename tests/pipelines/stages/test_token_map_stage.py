@@ -205,9 +205,7 @@ def test_a_map_that_was_begun_on_another_kind_of_device_is_not_mixed(
     record = {"images_per_pass": 256, "rows": 0, "quarantined": []}
     key = one_worker[1].key
     local_store.put_part("token_map", key, "part-00000.parquet", record)
-    with pytest.raises(
-        ValueError, match=r"begun with 256 images a pass, as fits another kind of device, and here it would be 64; "
-    ):
+    with pytest.raises(ValueError, match=r"256 images per pass on another kind of device, and here it would be 64\."):
         make_token_map(f"dataset.path={broken_image_folder}", "token_map.max_quarantine_share=0.2", store=local_store)
 
 
