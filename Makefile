@@ -45,7 +45,7 @@ test: setup
 test-all: setup
 	$(PYTEST) -m 'not faults' $(SIDE_BY_SIDE) --durations=10
 
-# SLICE='--slice 8 --seed TEXT' runs a random part of about eight minutes.
+# SLICE='--slice 5 --seed TEXT' runs a random part of about five minutes.
 faults: setup
 	$(PYTEST) -m faults --durations=5 $(SLICE)
 
