@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import json
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ variants:
 ```
 
 ```bash
-enat plan small.yaml train.num_steps=1000      # any key can be replaced; defaults < base < file < command line
+enat plan configs/digits.yaml train.num_steps=1000      # any key can be replaced; defaults < base < file < command line
 ```
 
 A base may have a base. Mappings are merged key by key, lists are replaced as a whole, and a null variant drops one of the base.
@@ -128,7 +129,9 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_shown, value))}]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, dict) else "{}"
+    if value is None or isinstance(value, bool | dict):
+        return json.dumps(value)  # as YAML writes it
+    return str(value)
 
 
 def _type(hint: Any) -> str:

@@ -38,8 +38,10 @@ def test_the_stages_are_those_of_the_run_and_nothing_is_trained(images: Path, tm
     assert nodes["evaluate"].inputs == {"samples": "images", "reference": "reference"} and nodes["evaluate"].config.judge is None
 
 
-def test_a_reference_of_adm_needs_no_dataset(images: Path) -> None:
-    run = run_config.load_run(None, ("name=it", "reference.npz=adm.npz", "reference.extractor=inception", "targets=[reference]"))
+def test_a_reference_of_adm_needs_no_dataset(images: Path, tmp_path: Path) -> None:
+    npz = tmp_path / "adm.npz"
+    npz.write_bytes(b"its digest is part of the key")
+    run = run_config.load_run(None, ("name=it", f"reference.npz={npz}", "reference.extractor=inception", "targets=[reference]"))
     source = ImageSetConfig(path=str(images), name="other")
     nodes = {node.id: node for node in graph.build_evaluation(run, source, find_resolution(source))}
     assert list(nodes) == ["images", "reference", "evaluate"] and nodes["reference"].inputs == {}

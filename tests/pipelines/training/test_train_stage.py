@@ -79,7 +79,7 @@ def test_ray_s_workers_train_what_a_plain_loop_trains(fit, plain: Trained, num_w
     assert_close(fitted, plain)
     assert fitted.made is not None
     assert [record.name for record in fitted.made.records] == ["history.json", "model-step-00000008.safetensors"]
-    assert fitted.made.summary["num_restarts"] == 0 and fitted.made.summary["skipped_draws"] == 0
+    assert fitted.made.summary.num_restarts == 0 and fitted.made.summary.skipped_draws == 0
     assert fitted.made.metrics["final/loss"] == fitted.history[-1]["loss"] and fitted.made.metrics["final/step"] == 12
     assert set(fitted.column("num_workers")) == {num_workers}
 
@@ -145,7 +145,7 @@ def test_a_worker_that_is_killed_is_replaced_and_training_resumes_from_the_check
     assert first == list(range(1, 7)) and second == list(range(second[0], 13))
     assert second[0] in (5, 9), "steps since the last checkpoint are lost, and no more"
     assert_close(fitted, plain)
-    assert fitted.made is not None and fitted.made.summary["num_restarts"] == 1
+    assert fitted.made is not None and fitted.made.summary.num_restarts == 1
 
 
 @pytest.mark.faults
