@@ -24,7 +24,7 @@ SECRETS = {"AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI-of-the-cluster", "MLFLOW_TRAC
 # The command line in one process: ray and torch are imported once. The token is read once a process, so others need their own.
 _COMMANDS = """
 import contextlib, io, json, sys
-from pipelines import cli
+from pipelines.cli import main as cli
 answers = sys.stdout
 for line in sys.stdin:
     sys.argv = ["enat", *json.loads(line)]

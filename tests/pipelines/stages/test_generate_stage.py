@@ -450,8 +450,8 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(uninterrupted: Made, inp
 
 _DRIVER = """
 import sys, pickle, ray
-from pipelines import cluster
-cluster.connect(cluster.ClusterConfig(address=sys.argv[1]))
+from pipelines.cluster import connection
+connection.connect(connection.ClusterConfig(address=sys.argv[1]))
 from pipelines.stages import generate
 from pathlib import Path
 config, inputs, context = pickle.loads(Path(sys.argv[2]).read_bytes())
