@@ -7,7 +7,7 @@
     enat.show(enat.sample(model, labels="0-9", num_images=40))  # a picture, shown where a cell ends with it
 
 A store is a folder or s3://bucket/prefix. An artifact is named by its stage, a slash and a prefix of its key. Errors are a
-ValueError or StoreError with one sentence.
+ValueError with one sentence.
 
 Shape legend: B images, L codes, N steps, H x W pixels.
 """
@@ -65,7 +65,7 @@ class Artifact(JupyterMixin):
         return inspection.facts_table(self.store, self.manifest)
 
     def path(self, name: str) -> Path:
-        """One of its files, on this machine. Raises StoreError if it has no file of that name."""
+        """One of its files, on this machine. Raises StorageError if it has no file of that name."""
         return self.store.fetch(self.manifest, name)
 
     def input(self, name: str) -> Artifact:

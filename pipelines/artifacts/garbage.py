@@ -32,7 +32,7 @@ from pipelines.artifacts.lineage import Lineage
 from pipelines.artifacts.manifest import MANIFEST, PARTS, USED, DamagedManifestError, Manifest, Name, name_of, short
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.formatting import one_line, show_age, show_size
-from pipelines.storage.base import StoredFile, StoreError
+from pipelines.storage.base import MissingFileError, StoredFile
 
 Kind: TypeAlias = Literal["artifact", "unfinished", "stray files"]
 Reason: TypeAlias = Literal["recent", "named", "registered", "damaged", "elsewhere", "needed"]
@@ -181,7 +181,7 @@ def _remove_artifact(store: ArtifactStore, removal: Removal, limit: float) -> st
 def _put_back(store: ArtifactStore, manifest: Manifest) -> None:
     try:
         store.commit(manifest)
-    except StoreError as error:
+    except (MissingFileError, DamagedManifestError) as error:
         _log.warning("%s was damaged; the run that asks for it now makes it again (%s)", short(name_of(manifest)), error)
 
 

@@ -26,7 +26,7 @@ from pipelines.artifacts.manifest import (
 )
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.formatting import one_line, show_age, show_number, show_size
-from pipelines.storage.base import StoredFile, StoreError
+from pipelines.storage.base import StorageError, StoredFile
 
 if TYPE_CHECKING:
     pass
@@ -42,7 +42,7 @@ _SHOWN_METRICS = 2  # of an artifact that its stage does not describe
 def find(store: ArtifactStore, name: str) -> Manifest:
     """Find the artifact whose key, or stage/key, begins with `name`.
 
-    Raises StoreError if none or several match, or if the artifact is damaged.
+    Raises StorageError if none or several match, or if the artifact is damaged.
     """
     return find_all(store, [name])[0]
 
@@ -69,10 +69,10 @@ def look_up(store: ArtifactStore, names: Sequence[str]) -> list[Manifest | Damag
         if not found:
             stages = ", ".join(sorted({stage for stage, _ in present}))
             holds = f"it has artifacts of {stages} (enat artifacts ls)" if stages else "it is empty"
-            raise StoreError(f"the store {store.uri} has no artifact whose key begins with {name}; {holds}")
+            raise StorageError(f"the store {store.uri} has no artifact whose key begins with {name}; {holds}")
         if len(found) > 1:
             several = ", ".join(short((each.stage, each.key)) for each in found[:_SHOWN_CHOICES])
-            raise StoreError(f"{name} may mean {several}; give more of the key")
+            raise StorageError(f"{name} may mean {several}; give more of the key")
         answers += found
     return answers
 

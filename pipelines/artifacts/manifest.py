@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage.base import StoreError, canonical_json, digest_of
+from pipelines.storage.base import StorageError, canonical_json, digest_of
 
 Name = tuple[str, str]  # stage, key
 
@@ -28,7 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 
 
-class DamagedManifestError(StoreError):
+class DamagedManifestError(StorageError):
     """A manifest cannot be used. inputs: (stage, key) of those inputs that can be made out."""
 
     def __init__(self, message: str, stage: str = "", key: str = "", inputs: tuple[Name, ...] = ()) -> None:
@@ -36,7 +36,7 @@ class DamagedManifestError(StoreError):
         self.stage, self.key, self.inputs = stage, key, inputs
 
 
-class DamagedFileError(StoreError):
+class DamagedFileError(StorageError):
     """A file is gone, or its bytes are not those that were stored. what: the finding, without advice.   place: of the artifact."""
 
     def __init__(self, what: str, place: str) -> None:
@@ -89,7 +89,7 @@ class Manifest:
             if record.name == name:
                 return record
         names = ", ".join(record.name for record in (*self.files, *self.records))
-        raise StoreError(f"artifact {self.stage}/{self.key[:12]} has no file {name!r}; it has {names}")
+        raise StorageError(f"artifact {self.stage}/{self.key[:12]} has no file {name!r}; it has {names}")
 
     def to_json(self) -> bytes:
         return json.dumps({**asdict(self), "digest": self.digest}, indent=1, sort_keys=True, allow_nan=False).encode()

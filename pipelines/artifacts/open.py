@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 from pipelines.storage.open import open_folder
 from pipelines.storage.redaction import without_credentials
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def open_store(uri: str, s3: S3Config | None = None) -> ArtifactStore:
     """Open the store at a path, which need not exist, or at s3://bucket/prefix.
 
-    s3: how to reach the bucket; None uses the settings of AWS. Raises StoreError for other kinds of place.
+    s3: how to reach the bucket; None uses the settings of AWS. Raises StorageError for other kinds of place.
     """
     if "://" in uri and not uri.startswith("s3://"):
         shown = without_credentials(uri)
-        raise StoreError(f"the store {shown} is neither a folder nor s3://bucket/prefix; choose one with store=...")
+        raise StorageError(f"the store {shown} is neither a folder nor s3://bucket/prefix; choose one with store=...")
     return ArtifactStore(open_folder(uri, s3, must_exist=False))
 
 

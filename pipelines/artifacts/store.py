@@ -41,7 +41,6 @@ from pipelines.storage.base import (
     MissingFileError,
     StorageError,
     StoredFile,
-    StoreError,
     WrongContentError,
     canonical_json,
     file_digest,
@@ -64,16 +63,16 @@ class ArtifactStore:
         return f"{self.uri}/{stage}/{key}"
 
     def check_writable(self) -> None:
-        """Raise StoreError, naming the place, if nothing can be written, or if a name that is taken can be written again."""
+        """Raise StorageError, naming the place, if nothing can be written, or if a name that is taken can be written again."""
         probe = f".probe-{uuid4().hex}"
         try:
             is_kept = self.folder.put_if_absent(probe, b"first") and not self.folder.put_if_absent(probe, b"second")
             self.folder.delete([probe])
         except (OSError, StorageError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise StoreError(f"the store {self.uri} cannot be written: {reason}; choose another with store=...") from error
+            raise StorageError(f"the store {self.uri} cannot be written: {reason}; choose another with store=...") from error
         if not is_kept:
-            raise StoreError(
+            raise StorageError(
                 f"the store {self.uri} overwrites existing files (it ignores If-None-Match); choose another with store=..."
             )
 
@@ -116,18 +115,18 @@ class ArtifactStore:
     def commit(self, manifest: Manifest) -> Manifest:
         """Make the artifact exist. Returns the manifest that counts: an earlier one if another run was first.
 
-        Raises StoreError if files of it are missing. A removal looks for a manifest after it removed files, and a commit looks for
-        the files after it wrote the manifest: if the two overlap, at least one of them detects the other.
+        Raises MissingFileError if files of it are missing. A removal looks for a manifest after it removed files, and a commit looks
+        for the files after it wrote the manifest: if the two overlap, at least one of them detects the other.
         """
         name = manifest.stage, manifest.key
         self._check_files(manifest)
         if not self._put_manifest(manifest):
             if (committed := self.read_manifest(*name)) is None:
-                raise StoreError(f"{self.place(*name)} was removed while it was being made; run again")
+                raise MissingFileError(f"{self.place(*name)} was removed while it was being made; run again")
             return committed
         try:
             self._check_files(manifest)
-        except StoreError:
+        except MissingFileError:
             with contextlib.suppress(ValueError, OSError):  # without the right to remove it, the message asks to have it removed
                 self.delete_manifest(*name)
             raise
@@ -139,7 +138,7 @@ class ArtifactStore:
     def _check_files(self, manifest: Manifest) -> None:
         place = self.place(manifest.stage, manifest.key)
         for record in self.missing_files(manifest):
-            raise StoreError(
+            raise MissingFileError(
                 f"{place}/{record.path} is gone, or cut off, before the artifact was made of it; remove {place} and run again"
             )
 
@@ -166,12 +165,12 @@ class ArtifactStore:
             if self.folder.put_if_absent(f"{stage}/{key}/{path}", source, sha256):
                 return FileRecord(name=name, path=path, size=size, sha256=sha256)
         place = f"{self.place(stage, key)}/{name}"
-        raise StoreError(f"{place} is damaged: its bytes differ from the digest in its name; remove it and run again")
+        raise StorageError(f"{place} is damaged: its bytes differ from the digest in its name; remove it and run again")
 
     def fetch_file(self, stage: str, key: str, record: FileRecord) -> Path:
         """Return a local path of a file after its bytes were checked against its record.
 
-        Raises DamagedFileError if they differ, and another StoreError or StorageError if they cannot be read.
+        Raises DamagedFileError if they differ, and another StorageError if they cannot be read.
         """
         name = f"{stage}/{key}/{record.path}"
         try:

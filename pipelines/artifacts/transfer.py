@@ -18,7 +18,7 @@ from pipelines.artifacts.lineage import Lineage
 from pipelines.artifacts.manifest import MANIFEST, FileRecord, Manifest, name_of, paths_of, short
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage import atomic
-from pipelines.storage.base import MissingFileError, StoreError, file_digest
+from pipelines.storage.base import MissingFileError, StorageError, file_digest
 
 _THREADS = 4  # files at once
 
@@ -34,7 +34,7 @@ class Transferred:
 
 
 def with_inputs(store: ArtifactStore, manifest: Manifest) -> list[Manifest]:
-    """An artifact and everything that it was made from, oldest first. Raises StoreError if some of it is gone."""
+    """An artifact and everything that it was made from, oldest first. Raises StorageError if some of it is gone."""
     found, waiting = {name_of(manifest): manifest}, [manifest]
     for each in waiting:  # grows
         sources = dict.fromkeys((source["stage"], source["key"]) for source in each.inputs.values())
@@ -44,7 +44,7 @@ def with_inputs(store: ArtifactStore, manifest: Manifest) -> list[Manifest]:
             source = read.get(name)
             if not isinstance(source, Manifest):
                 reason = "is damaged" if source is not None else "is gone"
-                raise StoreError(f"{short(name)}, which {short(name_of(each))} was made from, {reason} in the store {store.uri}")
+                raise StorageError(f"{short(name)}, which {short(name_of(each))} was made from, {reason} in the store {store.uri}")
             found[name] = source
             waiting.append(source)
     return [found[name] for name in Lineage(found.values()).oldest_first(found)]
@@ -58,12 +58,12 @@ def pull(
 ) -> list[Transferred]:
     """Copy artifacts, in this order. advance: called with the size of each file that the target has now.
 
-    Raises StoreError before anything is copied if the target has an artifact of the same key with other content.
+    Raises StorageError before anything is copied if the target has an artifact of the same key with other content.
     """
     committed = [target.read_manifest(manifest.stage, manifest.key) for manifest in manifests]
     for manifest, present in zip(manifests, committed, strict=True):
         if present is not None and present.digest != manifest.digest:
-            raise StoreError(
+            raise StorageError(
                 f"{target.uri} already has {short(name_of(manifest))} with other content, as it was made there; pull into another"
             )
     answers = []
@@ -126,7 +126,7 @@ def write_files(
         content = source.fetch_file(manifest.stage, manifest.key, record)
         atomic.replace(folder / record.name, atomic.chunks_of(content))
         if not _has(folder / record.name, record.size, record.sha256):
-            raise StoreError(f"{folder / record.name} does not hold what was written to it; check the disk")
+            raise StorageError(f"{folder / record.name} does not hold what was written to it; check the disk")
         advance(record.size)
     if not (folder / MANIFEST).exists():
         atomic.replace(folder / MANIFEST, [wanted])

@@ -24,7 +24,7 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.dataset import INDEX, Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import QUARANTINE, TokenMapSummary, read_codes
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 from pipelines.workflow import config as configuration
 
 __all__ = ["contact_sheet", "facts_table", "find", "input_of", "show", "write_contact_sheet"]
@@ -143,12 +143,12 @@ def _source_images(store: ArtifactStore, manifest: Manifest, keys: list[str], re
 
 
 def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
-    """The manifest of an input. Raises StoreError if the store no longer has it."""
+    """The manifest of an input. Raises StorageError if the store no longer has it."""
     source = manifest.inputs[name]
     found = store.read_manifest(source["stage"], source["key"])
     if found is None:
         artifact = f"{source['stage']}/{source['key'][:12]}"
-        raise StoreError(f"the store {store.uri} no longer has {artifact}, the {name} that this artifact was made from")
+        raise StorageError(f"the store {store.uri} no longer has {artifact}, the {name} that this artifact was made from")
     return found
 
 

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage import cache
-from pipelines.storage.base import StoreError, canonical_json, file_digest
+from pipelines.storage.base import StorageError, canonical_json, file_digest
 from pipelines.workflow.summary import Summary
 
 _log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class TokenMap:
         try:
             folder = cache.fetch_folder(name, size, fill, _is_whole)
             arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in shapes}
-        except (StoreError, OSError) as error:
+        except (StorageError, OSError) as error:
             _log.warning("the token map is loaded into the memory of each worker: %s", error)
             return cls.open(store, manifest)
         return cls(info, **arrays)

@@ -21,7 +21,7 @@ from pipelines.jobs.credentials import refuse_credentials, refuse_credentials_in
 from pipelines.run import config as run_config
 from pipelines.run import graph
 from pipelines.run.config import RunConfig
-from pipelines.storage.base import StorageError, digest_of
+from pipelines.storage.base import digest_of
 from pipelines.workflow import config as configuration
 from pipelines.workflow import driver
 from pipelines.workflow.provenance import CodePackage, describe_left_behind
@@ -177,7 +177,7 @@ def check_room(run: RunConfig, capacity: Capacity, grows: bool) -> None:
     not_seen = ""
     try:
         planned = driver.plan(graph.build(run), open_store(run.store_uri, run.s3))
-    except (ValueError, OSError, StorageError) as error:
+    except (ValueError, OSError) as error:
         not_seen = f"; the store could not be checked for finished stages ({error})"
     else:
         missing = (need_of(item.node.id, item.node.stage.workers(item.node.config)) for item in planned if not item.is_reused)

@@ -20,20 +20,16 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class StoreError(ValueError):
-    """The store cannot do what was asked: a place that cannot be written, a file whose content differs from its manifest."""
+class StorageError(ValueError):
+    """A place cannot be read or written, or its content is not what is expected. The message names the place and what to do."""
 
 
-class WrongContentError(StoreError):
+class WrongContentError(StorageError):
     """A file has another size or sha256 than expected."""
 
 
-class StorageError(ValueError):
-    """A place cannot be read or written. The message names the place and what to do."""
-
-
 class MissingFileError(StorageError):
-    """The file does not exist."""
+    """A file does not exist."""
 
 
 @dataclass(frozen=True)

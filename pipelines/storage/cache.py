@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from pipelines.storage.base import StoreError, WrongContentError, file_digest
+from pipelines.storage.base import StorageError, WrongContentError, file_digest
 
 _PARTIAL = ".partial-"
 _PARTIALS = (_PARTIAL, ".tmp-")  # .tmp-: of folders, in earlier versions
@@ -49,7 +49,7 @@ def size_limit() -> int:
     except (ValueError, OverflowError):  # not a number, or not a finite one
         limit = -1
     if limit < 0:
-        raise StoreError(f"ENAT_CACHE_GB={given} is not a size in GiB; set it to a number such as 50")
+        raise StorageError(f"ENAT_CACHE_GB={given} is not a size in GiB; set it to a number such as 50")
     return limit
 
 
@@ -70,7 +70,7 @@ def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
 def fetch(sha256: str, size: int, download: Callable[[Path], None], suffix: str = "") -> Path:
     """Return a local path of the file with this content. `download` writes the file if it is missing or damaged.
 
-    Raises WrongContentError if two downloads have other content, and StoreError if the cache cannot be written.
+    Raises WrongContentError if two downloads have other content, and StorageError if the cache cannot be written.
     """
     path = cache_root() / "files" / sha256[:2] / f"{sha256}{suffix}"
     with _explained():
@@ -98,7 +98,7 @@ def fetch_folder(
 ) -> Path:
     """Return a local path of the folder of this name. `download` fills it with `size` bytes of files if it is missing or not whole.
 
-    If several processes ask at once, one downloads and the others wait. Raises StoreError if the cache cannot be written.
+    If several processes ask at once, one downloads and the others wait. Raises StorageError if the cache cannot be written.
     """
     path = cache_root() / "downloads" / name
 
@@ -139,7 +139,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(
+        raise StorageError(
             f"the cache {cache_root()} cannot be used ({error.strerror}); free some space, or set ENAT_CACHE to another folder"
         ) from error
 

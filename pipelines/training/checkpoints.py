@@ -27,7 +27,7 @@ from enat.checkpoint import save_weights
 from enat.model import ENAT
 from pipelines.artifacts.manifest import PARTS, WORK, DamagedFileError, FileRecord
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 from pipelines.workflow.stage import WorkerContext
 
 _RECORD = re.compile(r"checkpoint-(\d{8,})-(\w+)-(\d{5})-of-(\d{5})")
@@ -82,7 +82,7 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(store: ArtifactStore, context: WorkerContext, checkpoint: Checkpoint) -> OpenedCheckpoint:
-    """Fetch and verify all files. Raises DamagedFileError if a file is missing or damaged, StoreError if it cannot be read."""
+    """Fetch and verify all files. Raises DamagedFileError if a file is missing or damaged, StorageError if it cannot be read."""
     assert checkpoint.state is not None
     paths = [store.fetch_file(context.stage, context.key, record) for record in checkpoint.tensors]
     state = store.fetch_file(context.stage, context.key, checkpoint.state)
@@ -119,7 +119,7 @@ def is_milestone(step: int, keep_every: int | None) -> bool:
     return keep_every is not None and step % keep_every == 0
 
 
-class NoReadableCheckpointError(StoreError):
+class NoReadableCheckpointError(StorageError):
     """All complete checkpoints are damaged."""
 
 

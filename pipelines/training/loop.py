@@ -26,7 +26,7 @@ from enat.model import ENAT
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.data.captions import EMPTY_INDEX, CaptionFeatures
 from pipelines.data.token_map import TokenMap
-from pipelines.storage.base import StorageError, StoreError
+from pipelines.storage.base import StorageError
 from pipelines.training.batches import Batches, GroupBatch
 from pipelines.training.checkpoints import (
     Checkpoint,
@@ -206,7 +206,7 @@ class Trainer:
         if self.rank == 0:
             try:
                 found = newest_checkpoint(self.task.context, self._tell)
-            except (StoreError, StorageError) as error:
+            except StorageError as error:
                 found = error
         found = _broadcast(found)
         if isinstance(found, Exception):

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.manifest import DamagedManifestError, Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StoreError
 from pipelines.workflow.summary import SummaryError
 
 if TYPE_CHECKING:
@@ -144,6 +143,6 @@ def _read(store: ArtifactStore, stage: str, key: str) -> Manifest | None:
     """A manifest; None also if it is damaged, because the scores of an evaluation do not depend on it."""
     try:
         return store.read_manifest(stage, key)
-    except StoreError as error:
+    except DamagedManifestError as error:
         _log.warning("the cost of an artifact is not known: %s", error)
         return None

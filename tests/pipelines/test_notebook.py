@@ -18,7 +18,7 @@ from rich.console import Console
 from enat.images import make_grid
 from pipelines import notebook
 from pipelines.data.samples import read_samples
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 
 EXAMPLE = Path(notebook.__file__).parent / "guide" / "digits.ipynb"
 
@@ -46,7 +46,7 @@ def test_artifacts_are_listed_opened_and_traced(digits_run, trained: str) -> Non
     assert artifact.input("token_map").contact_sheet(8).size == (16 * 98 + 2, 98 + 2)
     with pytest.raises(ValueError, match=r"train is made from .*token_map.*, not from captions"):
         artifact.input("captions")
-    with pytest.raises(StoreError, match=r"has no artifact whose key begins with train/xyz; it has artifacts of .*, train"):
+    with pytest.raises(StorageError, match=r"has no artifact whose key begins with train/xyz; it has artifacts of .*, train"):
         notebook.open_artifact("train/xyz", digits_run.store)
 
 

@@ -28,7 +28,7 @@ from places import Place, open_place
 from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import MissingFileError, StorageError, StoreError, canonical_json, digest_of
+from pipelines.storage.base import MissingFileError, StorageError, canonical_json, digest_of
 
 STAGE, KEY = "train", "ab" * 32
 
@@ -156,9 +156,9 @@ def test_a_manifest_is_not_committed_before_its_files(store: ArtifactStore, plac
     record, written = put(b"weights"), []
     monkeypatch.setattr(type(store), "_put_manifest", lambda self, manifest: written.append(manifest))
     advice = f"remove {store.place(STAGE, KEY)} and run again"
-    with pytest.raises(StoreError, match=f"more.bin is gone, or cut off, before the artifact was made of it; {advice}"):
+    with pytest.raises(StorageError, match=f"more.bin is gone, or cut off, before the artifact was made of it; {advice}"):
         store.commit(_manifest(record, FileRecord("more.bin", "more.bin", 3, "0" * 64)))
-    with pytest.raises(StoreError, match=f"{record.path} is gone, or cut off, .*; {advice}"):
+    with pytest.raises(StorageError, match=f"{record.path} is gone, or cut off, .*; {advice}"):
         store.commit(_manifest(replace(record, size=record.size + 1)))
     assert written == [] and store.read_manifest(STAGE, KEY) is None
 
@@ -181,7 +181,7 @@ def test_a_manifest_whose_files_go_while_it_is_committed_does_not_stay(
     monkeypatch.setattr(type(store), "_put_manifest", overtaken)
     if not may_remove:
         monkeypatch.setattr(type(store), "delete_manifest", refused)
-    with pytest.raises(StoreError, match=rf"{record.path} is gone.*; remove {store.place(STAGE, KEY)} and run again"):
+    with pytest.raises(StorageError, match=rf"{record.path} is gone.*; remove {store.place(STAGE, KEY)} and run again"):
         store.commit(_manifest(record))
     assert (store.read_manifest(STAGE, KEY) is None) == may_remove
 
@@ -198,7 +198,7 @@ def test_a_manifest_that_is_removed_while_another_is_committed_is_an_error(
         return is_written
 
     monkeypatch.setattr(type(store), "_put_manifest", overtaken)
-    with pytest.raises(StoreError, match="was removed while it was being made; run again"):
+    with pytest.raises(StorageError, match="was removed while it was being made; run again"):
         store.commit(_manifest(put(b"other weights")))
 
 
@@ -206,7 +206,7 @@ def test_a_damaged_manifest_is_an_error_and_not_a_missing_artifact(place: Place,
     place.store.commit(_manifest(put(b"weights")))
     for content in (b"", b'{"stage": "tr', b"{}", b"[]", b"5", b"\xff\xfe\x00"):
         place.damage(f"{STAGE}/{KEY}/{MANIFEST}", content)
-        with pytest.raises(StoreError, match=MANIFEST):
+        with pytest.raises(StorageError, match=MANIFEST):
             place.store.read_manifest(STAGE, KEY)
 
 
@@ -307,7 +307,7 @@ def test_a_changed_file_is_refused(place: Place, put) -> None:
     for content in (b"weightz", b"weight", b""):
         place.damage(f"{STAGE}/{KEY}/model.safetensors", content)
         advice = f"remove {place.store.place(STAGE, KEY)} to make the artifact again"
-        with pytest.raises(StoreError, match=rf"model\.safetensors was changed after it was made .*{advice}"):
+        with pytest.raises(StorageError, match=rf"model\.safetensors was changed after it was made .*{advice}"):
             place.store.fetch(manifest, "model.safetensors")
     place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weights")
     assert place.store.fetch(manifest, "model.safetensors").read_bytes() == b"weights"
@@ -318,14 +318,14 @@ def test_a_file_that_changes_after_it_was_read_is_refused_at_the_next_reading(pl
     manifest = place.store.commit(_manifest(put(b"weights")))
     place.store.fetch(manifest, "model.safetensors")
     place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weightz")
-    with pytest.raises(StoreError, match="was changed"):
+    with pytest.raises(StorageError, match="was changed"):
         place.store.fetch(manifest, "model.safetensors")
 
 
 def test_a_file_that_is_gone_is_named(place: Place, put) -> None:
     manifest = place.store.commit(_manifest(put(b"weights")))
     place.damage(f"{STAGE}/{KEY}/model.safetensors", None)
-    with pytest.raises(StoreError, match=r"model\.safetensors is gone"):
+    with pytest.raises(StorageError, match=r"model\.safetensors is gone"):
         place.store.fetch(manifest, "model.safetensors")
 
 
@@ -335,13 +335,13 @@ def test_a_name_whose_file_was_damaged_does_not_hide_the_right_bytes(place: Plac
     record = put(b"weights")
     assert place.store.fetch_file(STAGE, KEY, record).read_bytes() == b"weights"
     place.damage(f"{STAGE}/{KEY}/{record.path}", b"weighty")
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(StorageError, match="damaged"):
         put(b"weights")
 
 
 def test_asking_for_a_file_that_the_artifact_does_not_have_names_those_it_has(store: ArtifactStore, put) -> None:
     manifest = store.commit(_manifest(put(b"1", "a.bin"), records=(put(b"2", "b.json"),)))
-    with pytest.raises(StoreError, match=r"no file 'c\.bin'; it has a\.bin, b\.json"):
+    with pytest.raises(StorageError, match=r"no file 'c\.bin'; it has a\.bin, b\.json"):
         store.fetch(manifest, "c.bin")
 
 
@@ -395,7 +395,7 @@ def test_files_that_are_discarded_are_gone_and_no_others(place: Place, put) -> N
     for _ in range(2):  # again without an error
         place.store.discard_files(STAGE, KEY, discarded)
         for record in discarded:
-            with pytest.raises(StoreError, match="is gone"):
+            with pytest.raises(StorageError, match="is gone"):
                 place.store.fetch_file(STAGE, KEY, record)
     assert place.store.fetch_file(STAGE, KEY, other).read_bytes() == b"other 2"
     assert place.store.fetch_file(STAGE, KEY, kept).read_bytes() == b"3"
@@ -630,7 +630,7 @@ def test_a_store_below_a_file_is_named_as_not_writable(tmp_path: Path) -> None:
     """Root may write everywhere, but not below a file."""
     (tmp_path / "file").write_text("in the way")
     store = open_store(str(tmp_path / "file" / "store"))
-    with pytest.raises(StoreError, match=rf"the store {tmp_path}/file/store cannot be written"):
+    with pytest.raises(StorageError, match=rf"the store {tmp_path}/file/store cannot be written"):
         store.check_writable()
     assert store.read_manifest(STAGE, KEY) is None and list(store.manifests()) == []
     assert (tmp_path / "file").read_text() == "in the way"
@@ -645,13 +645,13 @@ def test_a_file_system_without_hard_links_is_refused_before_anything_is_made(tmp
     monkeypatch.setattr(os, "link", refused)
     store = open_store(str(tmp_path / "store"))
     sentence = rf"the store {tmp_path}/store .* without hard links \(Operation not permitted\).*store=\.\.\."
-    with pytest.raises(StoreError, match=sentence):
+    with pytest.raises(StorageError, match=sentence):
         store.check_writable()
     assert list((tmp_path / "store").iterdir()) == []
 
 
 def test_a_kind_of_place_without_a_store_is_refused() -> None:
-    with pytest.raises(StoreError, match="ftp://host/folder"):
+    with pytest.raises(StorageError, match="ftp://host/folder"):
         open_store("ftp://host/folder")
 
 

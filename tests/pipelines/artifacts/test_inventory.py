@@ -19,7 +19,7 @@ from pipelines.artifacts.inventory import Query
 from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest
 from pipelines.formatting import parse_age, parse_size, show_age, show_size
 from pipelines.run import graph
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
 
@@ -78,7 +78,7 @@ def test_damage_of_an_artifact_is_named_and_others_are_found(place: Place) -> No
     good, bad = make(place.store, "train/a"), make(place.store, "train/b")
     place.damage(f"train/{bad.key}/{MANIFEST}", b"no JSON")
     assert inventory.find(place.store, good.key[:8]) == good
-    with pytest.raises(StoreError, match=rf"train/{bad.key}/{MANIFEST} is not a manifest"):
+    with pytest.raises(StorageError, match=rf"train/{bad.key}/{MANIFEST} is not a manifest"):
         inventory.find(place.store, bad.key[:8])
     found, damaged = inventory.look_up(place.store, [good.key[:8], f"train/{bad.key[:8]}"])
     assert found == good and isinstance(damaged, DamagedManifestError)
@@ -86,7 +86,7 @@ def test_damage_of_an_artifact_is_named_and_others_are_found(place: Place) -> No
 
 def test_unfinished_artifacts_are_not_found(place: Place) -> None:
     place.store.put_part("train", key_of("a"), "part-0", {})
-    with pytest.raises(StoreError, match="no artifact whose key begins with train/"):
+    with pytest.raises(StorageError, match="no artifact whose key begins with train/"):
         inventory.find(place.store, f"train/{key_of('a')}")
 
 

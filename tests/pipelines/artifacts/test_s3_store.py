@@ -17,7 +17,7 @@ from pipelines.artifacts import transfer
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StorageError, StoreError
+from pipelines.storage.base import StorageError
 from pipelines.storage.s3 import S3Folder
 from pipelines.workflow import driver
 from pipelines.workflow.stage import Node, Stage, StageContext, StageResult
@@ -175,7 +175,7 @@ def test_artifacts_pulled_out_of_a_bucket_are_reused_without_it(
 
 def test_a_store_without_the_right_to_write_is_refused(store: ArtifactStore, s3_endpoint: S3Endpoint) -> None:
     fault = s3_endpoint.fault("PUT", "", status="403 Forbidden", code="AccessDenied", times=9)
-    with fault, pytest.raises(StoreError, match=f"the store {store.uri} cannot be written: .*no permission to write it"):
+    with fault, pytest.raises(StorageError, match=f"the store {store.uri} cannot be written: .*no permission to write it"):
         store.check_writable()
 
 
@@ -188,14 +188,14 @@ def test_a_store_that_overwrites_is_refused(store: ArtifactStore, s3_endpoint: S
 
     with s3_endpoint.fault("PUT", "") as fault:
         fault.matches = ignore_the_condition
-        with pytest.raises(StoreError, match="overwrites existing files"):
+        with pytest.raises(StorageError, match="overwrites existing files"):
             store.check_writable()
     assert list(store.folder.list()) == []
 
 
 def test_a_missing_bucket_is_not_an_empty_store(s3_endpoint: S3Endpoint) -> None:
     store = open_store("s3://no-such-bucket/store", s3_endpoint.config)
-    with pytest.raises(StoreError, match=r"the store s3://no-such-bucket/store cannot be written: .*no such bucket"):
+    with pytest.raises(StorageError, match=r"the store s3://no-such-bucket/store cannot be written: .*no such bucket"):
         store.check_writable()
     for act in (lambda: store.read_manifest(STAGE, KEY), lambda: list(store.manifests())):
         with pytest.raises(StorageError, match="no such bucket"):

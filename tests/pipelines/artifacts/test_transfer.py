@@ -14,7 +14,7 @@ from places import Place, bucket_place, folder_place, key_of, make
 from pipelines.artifacts import transfer
 from pipelines.artifacts.manifest import MANIFEST, Manifest, name_of
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StoreError, file_digest
+from pipelines.storage.base import StorageError, file_digest
 from pipelines.storage.s3 import S3Folder
 
 WEIGHTS = bytes(range(256)) * 3000
@@ -87,13 +87,13 @@ def test_an_interrupted_transfer_resumes_with_the_rest(places: tuple[Place, Plac
             deadline = time.monotonic() + 30
             while len(fetched) < 2 and time.monotonic() < deadline:  # the others are on their way by then
                 time.sleep(0.005)
-            raise StoreError("the network is gone")
+            raise StorageError("the network is gone")
         fetched.append(record.name)
         return original(self, stage, key, record)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(source), "fetch_file", cut_off)
-        with pytest.raises(StoreError, match="the network is gone"):
+        with pytest.raises(StorageError, match="the network is gone"):
             transfer.pull(source, target, [chain.train])
     assert target.read_manifest(*name_of(chain.train)) is None and sorted(fetched) == ["empty", "model.bin"]
     (done,) = transfer.pull(source, target, [chain.train])
@@ -116,7 +116,7 @@ def test_files_of_an_interrupted_transfer_are_kept_only_if_their_bytes_are_right
 
 def test_damage_in_the_source_is_found_and_no_artifact_is_made(places: tuple[Place, Place], chain) -> None:
     places[0].damage(f"train/{chain.train.key}/model.bin", WEIGHTS[:-1] + b"x")
-    with pytest.raises(StoreError, match=r"model\.bin was changed after it was made"):
+    with pytest.raises(StorageError, match=r"model\.bin was changed after it was made"):
         transfer.pull(places[0].store, places[1].store, [chain.train])
     assert list(places[1].store.manifests()) == []
 
@@ -126,7 +126,7 @@ def test_another_artifact_of_the_same_key_is_refused_before_anything_is_copied(p
     source, target = (place.store for place in places)
     make(target, "train/x", files={"model.bin": b"other weights"})
     before = places[1].contents()
-    with pytest.raises(StoreError, match=rf"{target.uri} already has train/{chain.train.key[:12]} with other content"):
+    with pytest.raises(StorageError, match=rf"{target.uri} already has train/{chain.train.key[:12]} with other content"):
         transfer.pull(source, target, transfer.with_inputs(source, chain.train))
     assert places[1].contents() == before
 
@@ -134,7 +134,7 @@ def test_another_artifact_of_the_same_key_is_refused_before_anything_is_copied(p
 def test_inputs_that_are_gone_or_damaged_are_named(places: tuple[Place, Place], chain) -> None:
     for content, what in ((b"{", "is damaged"), (None, "is gone")):
         places[0].damage(f"dataset/{chain.dataset.key}/{MANIFEST}", content)
-        with pytest.raises(StoreError, match=rf"dataset/{chain.dataset.key[:12]}, which .* was made from, {what}"):
+        with pytest.raises(StorageError, match=rf"dataset/{chain.dataset.key[:12]}, which .* was made from, {what}"):
             transfer.with_inputs(places[0].store, chain.train)
 
 

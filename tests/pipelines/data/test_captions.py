@@ -23,7 +23,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data import captions as data_captions
 from pipelines.data.captions import EMPTY, CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 
 INFO = CaptionFeaturesInfo(num_captions=23, captions_per_file=5, num_positions=4, width=6, encoder_digest="ab" * 32)
 
@@ -238,7 +238,7 @@ def test_a_flipped_bit_is_detected(local_store: ArtifactStore, commit: Callable[
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
     path.write_bytes(content)
-    with pytest.raises(StoreError, match="was changed after it was made"):
+    with pytest.raises(StorageError, match="was changed after it was made"):
         reader.take(np.array([11]))
 
 

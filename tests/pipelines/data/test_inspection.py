@@ -23,7 +23,7 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.data import inspection
 from pipelines.data.dataset import _opened
 from pipelines.data.token_map import QUARANTINE, write_quarantine
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 from pipelines.workflow import driver
 
 KEYS = ["abc1" + "0" * 60, "abc2" + "0" * 60, "def0" + "0" * 60]
@@ -64,10 +64,10 @@ def test_an_artifact_is_found_by_the_beginning_of_its_key(store: ArtifactStore) 
         manifest = inspection.find(store, name)
         assert (manifest.stage, manifest.key) == found
     for name in ("abcd", "train/def", "trai/abc1", "bc1"):
-        with pytest.raises(StoreError, match=rf"{store.uri} .*begins with {name}"):
+        with pytest.raises(StorageError, match=rf"{store.uri} .*begins with {name}"):
             inspection.find(store, name)
     for name, among in (("abc1", "generate/abc100000000, train/abc1"), ("train/abc", "train/abc1.*, train/abc2")):
-        with pytest.raises(StoreError, match=rf"{name} .*{among}"):
+        with pytest.raises(StorageError, match=rf"{name} .*{among}"):
             inspection.find(store, name)
 
 
@@ -207,7 +207,7 @@ def test_a_source_image_that_no_longer_exists_is_black(token_map, images: Path, 
 def test_a_contact_sheet_needs_a_token_map_and_its_tokenizer(token_map, local_store: ArtifactStore, tmp_path: Path) -> None:
     store, manifest = token_map
     gone = {**manifest.inputs, "tokenizer": {**manifest.inputs["tokenizer"], "key": KEYS[0]}}
-    with pytest.raises(StoreError, match=r"no longer has tokenizer/abc100000000, the tokenizer"):
+    with pytest.raises(StorageError, match=r"no longer has tokenizer/abc100000000, the tokenizer"):
         inspection.write_contact_sheet(store, dataclasses.replace(manifest, inputs=gone), tmp_path / "sheet.png", 6)
     other = _commit(local_store, "train", KEYS[0], tmp_path)
     with pytest.raises(ValueError, match=r"a contact sheet shows a token map; train/abc100000000"):

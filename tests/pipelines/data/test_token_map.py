@@ -31,7 +31,7 @@ from pipelines.data.token_map import (
     write_quarantine,
     write_shard,
 )
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 from pipelines.storage.s3 import S3Folder
 
 INFO = TokenMapInfo(dataset="photographs", resolution=16, grid_size=4, codebook_size=512, num_classes=3, tokenizer_digest="ab" * 32)
@@ -243,7 +243,7 @@ def test_a_damaged_page_is_refused_by_name(commit, local_store: ArtifactStore, t
     with pytest.raises(ValueError, match=r"part-00000\.parquet is damaged"):
         TokenMap.open(local_store, dataclasses.replace(manifest, key="damaged", files=(damaged,)))
     _damage_a_page(Path(local_store.uri) / "token_map" / "k" / part.name)
-    with pytest.raises(StoreError, match=r"part-00000\.parquet was changed after it was made"):
+    with pytest.raises(StorageError, match=r"part-00000\.parquet was changed after it was made"):
         TokenMap.open(local_store, manifest)
 
 
@@ -264,7 +264,7 @@ def test_a_map_in_a_bucket_is_opened_through_the_verified_cache(
     content[len(content) // 2] ^= 1
     s3_endpoint.fill(bucket, {name: bytes(content)})
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(StoreError, match=r"part-00000\.parquet was changed after it was made"):
+    with pytest.raises(StorageError, match=r"part-00000\.parquet was changed after it was made"):
         TokenMap.open(store, manifest)
 
 
@@ -331,7 +331,7 @@ def test_a_damaged_shard_is_refused_for_a_shared_map_and_leaves_nothing_in_the_c
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
     manifest = commit((INFO, _rows(300)))
     _damage_a_page(Path(local_store.uri) / "token_map" / "k" / "part-00000.parquet")
-    with pytest.raises(StoreError, match=r"part-00000\.parquet was changed after it was made"):
+    with pytest.raises(StorageError, match=r"part-00000\.parquet was changed after it was made"):
         TokenMap.open_shared(local_store, manifest)
     assert not list((tmp_path / "cache" / "downloads").iterdir())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.storage import cache
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 
 HOUR = 3600
 
@@ -91,7 +91,7 @@ def test_a_wrong_download_is_repeated_once(origin: Origin) -> None:
 
 
 def test_two_wrong_downloads_are_an_error_and_leave_nothing(root: Path, origin: Origin) -> None:
-    with pytest.raises(StoreError, match=f"expected content: 7 bytes with the sha256 {hashlib.sha256(b'weights').hexdigest()}"):
+    with pytest.raises(StorageError, match=f"expected content: 7 bytes with the sha256 {hashlib.sha256(b'weights').hexdigest()}"):
         origin.fetch(b"weights", b"weightz", b"weight")
     assert origin.downloads == 2 and _files(root) == []
 
@@ -276,12 +276,12 @@ def test_a_folder_that_is_not_whole_is_fetched_again(root: Path) -> None:
 def test_a_limit_that_is_not_a_size_is_named(origin: Origin, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in ("many", "-1", "nan", "inf"):
         monkeypatch.setenv("ENAT_CACHE_GB", limit)
-        with pytest.raises(StoreError, match=f"ENAT_CACHE_GB={limit} is not a size"):
+        with pytest.raises(StorageError, match=f"ENAT_CACHE_GB={limit} is not a size"):
             origin.fetch(b"weights")
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(StoreError, match=rf"the cache {tmp_path}/file/cache cannot be used .*ENAT_CACHE"):
+    with pytest.raises(StorageError, match=rf"the cache {tmp_path}/file/cache cannot be used .*ENAT_CACHE"):
         Origin().fetch(b"weights")

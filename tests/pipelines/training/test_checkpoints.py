@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from pipelines.artifacts.manifest import PARTS, DamagedFileError, FileRecord
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 from pipelines.storage.local import LocalFolder
 from pipelines.tracking.run import RunHandle
 from pipelines.training.checkpoints import (
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_is_not_kept_leaves_neither_records_nor_files(run: Run
     run.save(2, keep_last=1)
     assert list(run.context.store.read_parts("train", KEY)) == ["checkpoint-00000002-a-00000-of-00001"]
     for record in first.files:
-        with pytest.raises(StoreError, match="is gone"):
+        with pytest.raises(StorageError, match="is gone"):
             run.context.store.fetch_file("train", KEY, record)
 
 
@@ -266,7 +266,7 @@ def test_a_cache_that_is_full_is_not_taken_for_damage(run: Run, tmp_path: Path, 
     run.save(4)
     (tmp_path / "file").touch()
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(StoreError, match="cannot be used") as raised:
+    with pytest.raises(StorageError, match="cannot be used") as raised:
         run.newest()
     assert not isinstance(raised.value, (DamagedFileError, NoReadableCheckpointError)) and run.steps() == [4]
 
@@ -300,7 +300,7 @@ class SlowStore(ArtifactStore):
         self.begun.set()
         assert self.go.wait(30)
         if self.error:
-            raise StoreError(self.error)
+            raise StorageError(self.error)
         return super().put_file(stage, key, name, source)
 
 
@@ -337,7 +337,7 @@ def test_an_error_of_writing_is_raised_by_the_next_save_or_wait(slow: Run, is_sa
     store.error = "the store is full"  # type: ignore[attr-defined]
     store.go.set()  # type: ignore[attr-defined]
     writer.save(1, {"weight/w@0": torch.ones(4)}, {})
-    with pytest.raises(StoreError, match="the store is full"):
+    with pytest.raises(StorageError, match="the store is full"):
         writer.save(2, {"weight/w@0": torch.ones(4)}, {}) if is_saved_again else writer.wait()
     assert slow.newest() is None
     store.error = ""  # type: ignore[attr-defined]
@@ -415,5 +415,5 @@ def test_a_record_of_another_run_s_files_is_checked_by_its_digest(run: Run) -> N
     run.save(8)
     old, new = find_checkpoints(run.context)
     mixed = replace(new, tensors=(replace(old.tensors[0], sha256=new.tensors[0].sha256),))
-    with pytest.raises(StoreError, match="was changed"):
+    with pytest.raises(StorageError, match="was changed"):
         open_checkpoint(run.context.store, run.context, mixed)

@@ -36,7 +36,7 @@ from tiny_training import (
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StoreError
+from pipelines.storage.base import StorageError
 from pipelines.training.batches import GroupBatch
 from pipelines.training.checkpoints import NoReadableCheckpointError, find_checkpoints, read_resume_point
 from pipelines.training.loop import Trainer
@@ -341,12 +341,12 @@ class FullStore(ArtifactStore):
 
     def put_file(self, stage: str, key: str, name: str, source: Path) -> FileRecord:
         if name.startswith(".work/"):
-            raise StoreError("no space left")
+            raise StorageError("no space left")
         return super().put_file(stage, key, name, source)
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_training(material: Material, key: str) -> None:
-    with pytest.raises(StoreError, match="no space left"):
+    with pytest.raises(StorageError, match="no space left"):
         train(replace(material, store=FullStore(material.store.folder)), CONFIG, key)
 
 
