@@ -115,8 +115,8 @@ class ArtifactStore:
     def commit(self, manifest: Manifest) -> Manifest:
         """Make the artifact exist. Returns the manifest that counts: an earlier one if another run was first.
 
-        Raises MissingFileError if files of it are missing. A removal looks for a manifest after it removed files, and a commit looks
-        for the files after it wrote the manifest: if the two overlap, at least one of them detects the other.
+        Raises MissingFileError if files of it are missing. A removal looks for a manifest after it removed files, and a commit
+        looks for the files after it wrote the manifest: if the two overlap, at least one of them detects the other.
         """
         name = manifest.stage, manifest.key
         self._check_files(manifest)
