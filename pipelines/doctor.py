@@ -147,12 +147,12 @@ def _num_gpus() -> float:
 
 def _room(config: Any, capacity: Any) -> Iterator[Finding]:
     """Stages that need more than the cluster has. Stages whose artifact is in the store need nothing."""
-    from pipelines.cluster.capacity import cluster_grows, judge
-    from pipelines.jobs.submission import needs
+    from pipelines.cluster.capacity import has_autoscaler, judge
+    from pipelines.jobs.submission import resource_requests
 
-    problems = dict.fromkeys(verdict.problem for verdict in (judge(need, capacity) for need in needs(config)) if verdict.problem)
-    for problem in problems:
-        yield Finding("room", WARNING if cluster_grows() else BAD, str(problem), "or choose a larger cluster")
+    for problem in dict.fromkeys(judge(request, capacity).problem for request in resource_requests(config)):
+        if problem is not None:
+            yield Finding("room", WARNING if has_autoscaler() else BAD, problem, "or choose a larger cluster")
 
 
 def _store(config: Any) -> Iterator[Finding]:

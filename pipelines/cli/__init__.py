@@ -1,6 +1,8 @@
-"""The `enat` command: each command or group has its own file.
+"""The `enat` command.
 
-main       the group of commands, exit codes, signals
-options    arguments, options and output that commands share
-run, plan, submit, config, jobs, sample, evaluate, compare, reevaluate, import_weights, artifacts, doctor
+main            the group of commands, exit codes, signals
+options         arguments, options and output that commands share
+run             plan, run, evaluate
+jobs            submit, jobs
+sample, compare, reevaluate, import_weights, artifacts, config, doctor: a command of that name (import_weights: import)
 """

@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.cli.options import JSON, STORE, console, echo_json, s3_options, table_console
+from pipelines.cli.options import (
+    AGE,
+    FOLDER,
+    JSON,
+    SIZE,
+    STORE,
+    TRACKING_URI,
+    WORKSPACE,
+    complete_stage,
+    console,
+    echo_json,
+    s3_options,
+    table_console,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,33 +34,8 @@ if TYPE_CHECKING:
     from pipelines.artifacts.store import ArtifactStore
     from pipelines.storage.s3_client import S3Config
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)
+_ARTIFACT = click.argument("artifact", metavar="[STAGE/]KEY")
 _SHORTEST_LIMIT = 3600.0  # of gc: younger files may belong to a run that is active
-
-
-class _Amount(click.ParamType):
-    """A size or an age, as formatting.py parses it."""
-
-    def __init__(self, name: str, example: str) -> None:
-        self.name, self.example = name, example
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from pipelines import formatting
-
-        try:
-            return (
-                value
-                if not isinstance(value, str)
-                else (formatting.parse_size if self.name == "size" else formatting.parse_age)(value)
-            )
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return self.example
-
-
-_SIZE, _AGE = _Amount("size", "SIZE"), _Amount("age", "AGE")
 
 
 @click.group()
@@ -56,12 +44,12 @@ def artifacts() -> None:
 
 
 @artifacts.command(name="ls")
-@click.option("--stage", "stages", multiple=True, help="Only artifacts of this stage. Repeatable.")
+@click.option("--stage", "stages", multiple=True, shell_complete=complete_stage, help="Only artifacts of this stage. Repeatable.")
 @click.option("--dataset", "datasets", multiple=True, metavar="NAME", help="Only artifacts made from this dataset. Repeatable.")
-@click.option("--larger-than", type=_SIZE, help="For example 500MB or 1.5GiB.")
-@click.option("--smaller-than", type=_SIZE)
-@click.option("--older-than", type=_AGE, help="For example 30d, 12h or 90m.")
-@click.option("--newer-than", type=_AGE)
+@click.option("--larger-than", type=SIZE, help="For example 500MB or 1.5GiB.")
+@click.option("--smaller-than", type=SIZE)
+@click.option("--older-than", type=AGE, help="For example 30d, 12h or 90m.")
+@click.option("--newer-than", type=AGE)
 @click.option("--sort", type=click.Choice(["age", "size"]), default="age", show_default=True, help="Newest or largest first.")
 @click.option("--unfinished", is_flag=True, help="List the files of runs that did not finish instead.")
 @STORE
@@ -82,8 +70,7 @@ def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_jso
         with console(stderr=True).status("listing files"):
             left = inventory.find_unfinished(opened.folders(), manifests)
         if as_json:
-            rows = [inventory.unfinished_json(each, now) for each in left]
-            echo_json({"store": opened.uri, "unfinished": rows})
+            echo_json({"store": opened.uri, "unfinished": [inventory.unfinished_json(each, now) for each in left]})
         else:
             inventory.show_unfinished(left, opened.uri, now, table_console())
         return
@@ -102,7 +89,7 @@ def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_jso
 
 
 @artifacts.command(name="show")
-@click.argument("artifact", metavar="[STAGE/]KEY")
+@_ARTIFACT
 @STORE
 @s3_options
 @click.option("--lineage", "with_lineage", is_flag=True, help="Also show its inputs and what was made from it, as trees.")
@@ -134,7 +121,7 @@ def show_artifact(
         inspection.write_contact_sheet(opened, manifest, contact_sheet, images)
     if as_json:
         more = {"lineage": lineage.to_json(found, manifest)} if found else {}
-        click.echo(manifest.to_json().decode() if not more else json.dumps({**json.loads(manifest.to_json()), **more}, indent=1))
+        echo_json({**json.loads(manifest.to_json()), **more})
         return
     terminal = console()
     inspection.show(opened, manifest, terminal)
@@ -146,12 +133,12 @@ def show_artifact(
 
 
 @artifacts.command(name="pull")
-@click.argument("artifact", metavar="[STAGE/]KEY")
+@_ARTIFACT
 @STORE
 @click.option(
     "--to", "target", default="runs/store", show_default=True, help="The store to copy to: a folder or s3://bucket/prefix."
 )
-@click.option("--files", type=_FOLDER, help="Write the files and the manifest to this folder instead of a store.")
+@click.option("--files", type=FOLDER, help="Write the files and the manifest to this folder instead of a store.")
 @click.option("--with-inputs", is_flag=True, help="Also copy everything it was made from, so that runs there reuse all of it.")
 @s3_options
 @JSON
@@ -252,13 +239,13 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, a
 
 
 @artifacts.command(name="gc")
-@click.option("--older-than", type=_AGE, default="30d", show_default=True, help="Keep what was used within this time, at least 1h.")
+@click.option("--older-than", type=AGE, default="30d", show_default=True, help="Keep what was used within this time, at least 1h.")
 @click.option(
     "--keep", multiple=True, metavar="[STAGE/]KEY", help="Keep this artifact and everything it was made from. Repeatable."
 )
 @click.option("--delete", is_flag=True, help="Remove. Without this option, only list what would be removed.")
-@click.option("--tracking-uri", help="MLflow's URI. [default: MLFLOW_TRACKING_URI, or the database in --workspace]")
-@click.option("--workspace", type=_FOLDER, default=Path("runs"), show_default=True)
+@TRACKING_URI
+@WORKSPACE
 @click.option("--ignore-registry", is_flag=True, help="Do not ask MLflow which models are registered. They may be removed.")
 @STORE
 @s3_options

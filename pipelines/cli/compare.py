@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pipelines.cli.options import JSON, console, echo_json, table_console
+from pipelines.cli.options import JSON, TRACKING_URI, WORKSPACE, console, echo_json, table_console
 from pipelines.comparison.published import DATASETS
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -17,8 +17,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
 @click.option("--experiment", "experiments", multiple=True, default=["enat"], show_default=True, help="Repeatable.")
 @click.option("--filter", "filter_string", help="A filter of MLflow on runs of stage evaluate, for example 'metrics.fid < 10'.")
-@click.option("--tracking-uri", help="MLflow's URI. [default: MLFLOW_TRACKING_URI, or the database in --workspace]")
-@click.option("--workspace", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+@TRACKING_URI
+@WORKSPACE
 @click.option(
     "--published",
     type=click.Choice(["auto", "none", *DATASETS]),

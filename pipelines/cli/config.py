@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import click
 
-from pipelines.cli.options import JSON, console
+from pipelines.cli.options import JSON, console, echo_json
 
 
 @click.command()
@@ -22,7 +21,7 @@ def config(key: str, as_json: bool) -> None:
 
     found = keys.find(key)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(each) for each in found], indent=1))
+        echo_json([dataclasses.asdict(each) for each in found])
         return
     terminal = console()
     if key and len(found) == 1:

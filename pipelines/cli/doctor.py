@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from pipelines.cli.options import JSON, console
+from pipelines.cli.options import JSON, console, echo_json, split_overrides
 
 _SIGNS = {"good": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/]"}
 
 
 @click.command()
-@click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("arguments", nargs=-1, metavar="[CONFIG] [KEY=VALUE]...")
 @JSON
-def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def doctor(arguments: tuple[str, ...], as_json: bool) -> None:
     """Check Python, packages, devices, disk, Ray, store, tracking, dataset and weights for a run of CONFIG.
 
     The exit code is 1 if something would prevent the run.
@@ -29,10 +27,9 @@ def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> No
     from pipelines.run.config import RunConfig
     from pipelines.workflow import config as configuration
 
-    if config is not None and "=" in str(config):
-        config, overrides = None, (str(config), *overrides)
-    values = overrides if config else ("name=doctor", *overrides)
-    run = configuration.load_config(RunConfig, config, values)
+    config, overrides = split_overrides(arguments, "CONFIG")
+    values = overrides if config else ["name=doctor", *overrides]
+    run = configuration.load_config(RunConfig, Path(config) if config else None, values)
     terminal, findings = console(stderr=as_json), []
     for finding in examining.examine(run):
         findings.append(finding)
@@ -41,5 +38,5 @@ def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> No
             if finding.advice:
                 terminal.print(f"  {'':<14}[dim]{escape(finding.advice)}[/]", highlight=False, soft_wrap=True)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+        echo_json([dataclasses.asdict(finding) for finding in findings])
     sys.exit(1 if any(finding.state == examining.BAD for finding in findings) else 0)

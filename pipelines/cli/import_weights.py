@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.cli.options import JSON, STORE, console, s3_options
+from pipelines.cli.options import JSON, STORE, console, echo_json, s3_options
 
 if TYPE_CHECKING:
     from pipelines.storage.s3_client import S3Config
@@ -18,12 +17,9 @@ def import_weights() -> None:
     """Import published weights (.safetensors, .pth or .ckpt; a path, s3:// or hf://owner/name/file) into a store."""
 
 
-_VQGAN = click.option("--preset", default="vqgan-256", show_default=True, help="The tokenizer's architecture.")
-
-
 @import_weights.command(name="vqgan")
 @click.argument("weights")
-@_VQGAN
+@click.option("--preset", default="vqgan-256", show_default=True, help="The tokenizer's architecture.")
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @STORE
 @s3_options
@@ -90,7 +86,6 @@ def _import(target: str, values: list[str], store: str, s3: S3Config, as_json: b
     name = "sha256:" + content_digest(section.weights, f"{target}.weights", run.s3)
     place = opened.place(done.manifest.stage, done.manifest.key)
     if as_json:
-        answer = {"stage": target, "key": done.manifest.key, "reused": done.is_reused, "weights": name, "place": place}
-        click.echo(json.dumps(answer, indent=1))
+        echo_json({"stage": target, "key": done.manifest.key, "reused": done.is_reused, "weights": name, "place": place})
     else:
         summary.show_import(target, values, name, place, console())

@@ -1,27 +1,100 @@
-"""`enat jobs`: list, follow and stop runs that were submitted to a cluster."""
+"""`enat submit`, and `enat jobs`: list, follow and stop the runs that were submitted to a cluster."""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.cli.options import JSON, console, echo_json, table_console
+from pipelines.cli.options import CONFIG, JSON, OVERRIDES, console, echo_json, table_console
 
 if TYPE_CHECKING:
     from pipelines.jobs.client import Cluster, Job
+    from pipelines.jobs.submission import Submission, SubmissionResult
 
-ADDRESS = click.option(
+_ADDRESS = click.option(
     "--address",
     required=True,
     envvar="RAY_API_SERVER_ADDRESS",
     show_envvar=True,
     help="Ray's Jobs API, for example http://HOST:8265.",
 )
+_FOLLOW = click.option(
+    "--follow", "is_followed", is_flag=True, help="Show the log until the job ends, and exit with its exit code."
+)
 _ID = click.argument("id", required=False)
 _STOP_SECONDS = 90.0  # to wait for a job that saves before it ends
+
+
+@click.command()
+@CONFIG
+@OVERRIDES
+@_ADDRESS
+@click.option("--image", metavar="NAME", help="A container image with the code. Nothing from this checkout is sent.")
+@_FOLLOW
+@click.option("--again", is_flag=True, help="Run again even if this run has already succeeded.")
+@click.option(
+    "--wait-for-nodes",
+    is_flag=True,
+    help="Submit even if the cluster has too few nodes now. For clusters that add nodes on demand.",
+)
+@click.option(
+    "--allow-local-store", is_flag=True, help="Allow a store in a local folder. Only for a cluster that consists of this machine."
+)
+@JSON
+def submit(
+    config: Path,
+    overrides: tuple[str, ...],
+    address: str,
+    image: str | None,
+    is_followed: bool,
+    again: bool,
+    wait_for_nodes: bool,
+    allow_local_store: bool,
+    as_json: bool,
+) -> None:
+    """Run CONFIG as a job of a Ray cluster.
+
+    The code of this checkout is sent along: the files that git tracks, with their changes. Submitting the same run again returns
+    the job while it is active, and continues the run if it failed or was stopped.
+    """
+    from pipelines.jobs import submission
+    from pipelines.jobs.client import Cluster
+
+    prepared = submission.prepare(
+        config, overrides, image=image, allow_local_store=allow_local_store, has_autoscaler=wait_for_nodes
+    )
+    if prepared.warning is not None:
+        click.echo(f"enat: {prepared.warning}", err=True)
+    with console(stderr=True).status("submitting"):
+        cluster = Cluster(address)
+        done = submission.submit(cluster, prepared, again=again)
+    if not as_json:
+        _show_submitted(done, prepared, cluster.address)
+    job = _follow(cluster, done.job.id, to_stderr=as_json) if is_followed else done.job
+    if as_json:
+        echo_json({"address": cluster.address, "outcome": done.outcome, "image": image, **job.to_json()})
+    if is_followed:
+        if not as_json:
+            click.echo(job.describe_end())
+        sys.exit(job.command_exit_code)
+
+
+def _show_submitted(done: SubmissionResult, prepared: Submission, address: str) -> None:
+    id, package = done.job.id, prepared.package
+    if done.outcome == "submitted":
+        code = f"{len(package.content) / 1e6:.1f} MB of code {package.state.label}" if package else prepared.image
+        attempt = f", attempt {done.job.attempt}" if done.job.attempt > 1 else ""
+        click.echo(f"{id} submitted{attempt}: {code}")
+    elif done.outcome == "active":
+        click.echo(f"{id} is already active; nothing was started")
+    else:
+        click.echo(f"{id} has already succeeded; nothing was started. Use --again to run it again")
+    click.echo(f"log   enat jobs logs {id} --follow --address {address}")
+    click.echo(f"stop  enat jobs stop {id} --address {address}")
 
 
 @click.group()
@@ -30,7 +103,7 @@ def jobs() -> None:
 
 
 @jobs.command(name="ls")
-@ADDRESS
+@_ADDRESS
 @JSON
 def list_jobs(address: str, as_json: bool) -> None:
     """List submitted runs, newest first."""
@@ -48,12 +121,12 @@ def list_jobs(address: str, as_json: bool) -> None:
 
 @jobs.command(name="logs")
 @_ID
-@ADDRESS
-@click.option("--follow", "is_followed", is_flag=True, help="Show the log until the job ends, and exit with its exit code.")
+@_ADDRESS
+@_FOLLOW
 @JSON
 def logs(id: str | None, address: str, is_followed: bool, as_json: bool) -> None:
     """Show the log of a job. Without an id, of the newest job."""
-    from pipelines.jobs.client import Cluster, ended, exit_code
+    from pipelines.jobs.client import Cluster
 
     cluster = Cluster(address)
     job = cluster.find(id)
@@ -64,17 +137,17 @@ def logs(id: str | None, address: str, is_followed: bool, as_json: bool) -> None
         else:
             click.echo(text, nl=not text.endswith("\n"))
         return
-    job = follow(cluster, job.id, to_stderr=as_json)
+    job = _follow(cluster, job.id, to_stderr=as_json)
     if as_json:
         echo_json({"address": cluster.address, **job.to_json()})
     else:
-        click.echo(ended(job))
-    sys.exit(exit_code(job))
+        click.echo(job.describe_end())
+    sys.exit(job.command_exit_code)
 
 
 @jobs.command(name="stop")
 @_ID
-@ADDRESS
+@_ADDRESS
 @JSON
 def stop(id: str | None, address: str, as_json: bool) -> None:
     """Stop a job and wait until it has ended. What it committed is kept, and the same submission continues from there.
@@ -98,7 +171,7 @@ def stop(id: str | None, address: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-def follow(cluster: Cluster, id: str, *, to_stderr: bool) -> Job:
+def _follow(cluster: Cluster, id: str, *, to_stderr: bool) -> Job:
     """Show the log until the job ends. Ctrl-C leaves the job running."""
     try:
         return cluster.follow(id, lambda text: click.echo(text, nl=False, err=to_stderr))

@@ -9,40 +9,39 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from importlib import import_module
+from pkgutil import resolve_name
 
 import click
 
 from pipelines.cluster import connection
 
-_COMMANDS = (
-    "artifacts",
-    "compare",
-    "config",
-    "doctor",
-    "evaluate",
-    "import",
-    "jobs",
-    "plan",
-    "reevaluate",
-    "run",
-    "sample",
-    "submit",
-)
-_MODULES = {"import": "import_weights"}  # all other modules have the names of their commands
+_COMMANDS = {
+    "artifacts": "artifacts:artifacts",
+    "compare": "compare:compare",
+    "config": "config:config",
+    "doctor": "doctor:doctor",
+    "evaluate": "run:evaluate",
+    "import": "import_weights:import_weights",
+    "jobs": "jobs:jobs",
+    "plan": "run:plan",
+    "reevaluate": "reevaluate:reevaluate",
+    "run": "run:run",
+    "sample": "sample:sample",
+    "submit": "jobs:submit",
+}
 
 
 class _LazyGroup(click.Group):
     """Imports the module of a command when the command is used, so that each command pays only for its own imports."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*_COMMANDS, *self.commands})
+        return sorted(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in _COMMANDS and cmd_name not in self.commands:
-            name = _MODULES.get(cmd_name, cmd_name)
-            self.add_command(getattr(import_module(f"pipelines.cli.{name}"), name))
-        return super().get_command(ctx, cmd_name)
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = resolve_name(f"pipelines.cli.{_COMMANDS[cmd_name]}")
+        return command
 
 
 def main() -> None:

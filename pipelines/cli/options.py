@@ -10,14 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipelines.formatting import parse_age, parse_size
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 _WIDTH_OF_A_PIPE = 1000
+
+
+class _Parsed(click.ParamType):
+    """A text for a function that raises ValueError with a sentence if it cannot parse it."""
+
+    def __init__(self, name: str, parse: Callable[[str], float]) -> None:
+        self.name, self._parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE, AGE = _Parsed("size", parse_size), _Parsed("age", parse_age)
+FOLDER = click.Path(path_type=Path, file_okay=False)
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 STORE = click.option("--store", default="runs/store", show_default=True, help="A folder or s3://bucket/prefix.")
+TRACKING_URI = click.option("--tracking-uri", help="MLflow's URI. [default: MLFLOW_TRACKING_URI, or the database in --workspace]")
+WORKSPACE = click.option("--workspace", type=FOLDER, default=Path("runs"), show_default=True)
 _S3 = (
     click.option(
         "--s3-endpoint", metavar="URL", help="Endpoint of an S3 service. [default: from the AWS variables, as is the region]"
@@ -43,6 +64,21 @@ def s3_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(_S3):  # the option applied last comes first in --help
         with_s3 = option(with_s3)
     return with_s3
+
+
+def split_overrides(arguments: tuple[str, ...], name: str) -> tuple[str | None, list[str]]:
+    """The argument that is not KEY=VALUE, if there is one, and those that are. name: of that argument, in messages."""
+    others = [argument for argument in arguments if "=" not in argument]
+    if len(others) > 1:
+        raise click.UsageError(f"give one {name}, not {' and '.join(others)}")
+    return (others[0] if others else None), [argument for argument in arguments if "=" in argument]
+
+
+def complete_stage(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of stages, for completion by the shell."""
+    from pipelines.run import graph
+
+    return [name for name in graph.stages() if name.startswith(incomplete)]
 
 
 def console(stderr: bool = False) -> Console:

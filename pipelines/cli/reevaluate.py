@@ -5,23 +5,10 @@ from __future__ import annotations
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import click
 
-from pipelines.cli.options import JSON, console, echo_json, table_console
-
-
-class _Age(click.ParamType):
-    name = "age"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from pipelines.formatting import parse_age
-
-        try:
-            return parse_age(value) if isinstance(value, str) else value
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+from pipelines.cli.options import AGE, JSON, console, echo_json, split_overrides, table_console
 
 
 @click.command()
@@ -34,7 +21,7 @@ class _Age(click.ParamType):
 )
 @click.option("--alias", default="newest", show_default=True, help="Which version of each model to evaluate.")
 @click.option(
-    "--older-than", type=_Age(), help="Also evaluate models again whose evaluation is older, for example 30d or 12h, and compare."
+    "--older-than", type=AGE, help="Also evaluate models again whose evaluation is older, for example 30d or 12h, and compare."
 )
 @click.option("--fresh", is_flag=True, help="Sample and score again even if a recent evaluation exists, and compare.")
 @click.option(
@@ -72,16 +59,13 @@ def reevaluate(
     applies to all models that are due, or to every model without --older-than. Exit codes: 0 done, 3 a score changed by more than
     its tolerance, 1 a model could not be evaluated (the others were, and may have changed: --json counts both), 2 bad input.
     """
-    configs = [argument for argument in arguments if "=" not in argument]
-    overrides = [argument for argument in arguments if "=" in argument]
-    if len(configs) > 1:
-        raise click.UsageError(f"give one CONFIG, not {' and '.join(configs)}")
     from pipelines.reevaluation import reevaluate as reevaluation_reevaluate
     from pipelines.reevaluation import report
     from pipelines.reevaluation.drift import Tolerances
     from pipelines.reevaluation.plan import Request
     from pipelines.run import runner
 
+    config, overrides = split_overrides(arguments, "CONFIG")
     options = reevaluation_reevaluate.Options(
         match=match or reevaluation_reevaluate.MODELS,
         alias=alias,
@@ -91,12 +75,10 @@ def reevaluate(
         is_fresh=fresh,
         is_dry_run=dry_run,
     )
-    request = Request.of(Path(configs[0]) if configs else None, overrides)
+    request = Request.of(Path(config) if config else None, overrides)
     if not dry_run:
         runner.log_to(Path(request.config.workspace) / "logs" / f"reevaluate-{datetime.now():%Y%m%d-%H%M%S}.log")
-    outcomes = reevaluation_reevaluate.reevaluate(
-        request, configs[0] if configs else "the command line", options, console(stderr=as_json)
-    )
+    outcomes = reevaluation_reevaluate.reevaluate(request, config or "the command line", options, console(stderr=as_json))
     if as_json:
         echo_json(report.to_json(outcomes, request.config.prices))
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.cli.options import JSON, console, s3_options
+from pipelines.cli.options import JSON, console, echo_json, s3_options, split_overrides
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,7 +83,7 @@ def sample(arguments: tuple[str, ...], s3: S3Config, as_json: bool, **options: A
     device = sampling_request.choose_device(options["device"])
     box = _parse_box(options["inpaint"], options["box"])
     terminal = console(stderr=True)
-    model, overrides = _split(arguments)
+    model, overrides = split_overrides(arguments, "MODEL")
     with terminal.status("loading the model"):
         generator = _load(model, options, s3)
         encoder = _load_encoder(generator, options["captions"], options["text_encoder"], s3)
@@ -114,17 +113,9 @@ def sample(arguments: tuple[str, ...], s3: S3Config, as_json: bool, **options: A
         task = progress.add_task("sampling", total=request.num_images)
         record = sampling_sample.make_samples(generator, request, output, encoder, lambda count: progress.advance(task, count))
     if as_json:
-        click.echo(json.dumps({**record, "folder": str(output)}, indent=1))
+        echo_json({**record, "folder": str(output)})
     else:
         _show(record, output, console())
-
-
-def _split(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:
-    """The model, if one is given, and the overrides of the sampler."""
-    models = [argument for argument in arguments if "=" not in argument]
-    if len(models) > 1:
-        raise click.UsageError(f"give one MODEL, not {' and '.join(models)}")
-    return (models[0] if models else None), [argument for argument in arguments if "=" in argument]
 
 
 def _load(model: str | None, options: Mapping[str, Any], s3: S3Config) -> Generator:

@@ -1,6 +1,6 @@
 """Whether a cluster has the resources for the stages of a run. Each worker needs its CPUs and GPUs on one node.
 
-Only current nodes count. Nodes that an autoscaler could add are not visible; the variable GROWS tells that one exists.
+Only current nodes count. Nodes that an autoscaler could add are not visible; the variable AUTOSCALER states that there is one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pipelines.cluster.resources import Workers
 
-GROWS = "ENAT_CLUSTER_GROWS"  # set to 1 if the cluster adds nodes on demand: stages then wait for nodes
+AUTOSCALER = "ENAT_CLUSTER_GROWS"  # set to 1 if the cluster adds nodes on demand: stages then wait for nodes
 _TOLERANCE = 1e-9  # for sums such as three times a third of a CPU
 
 
@@ -40,12 +40,16 @@ class Capacity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
-    """The workers that a stage requests. node: its id, for example train@small.   least: the smallest sufficient number."""
+class ResourceRequest:
+    """The workers that a stage requests. node: its id, for example train@small."""
 
     node: str
     workers: Workers
-    least: int
+
+    @property
+    def min_workers(self) -> int:
+        """The smallest sufficient number. Only elastic training can start with fewer than num_workers."""
+        return getattr(self.workers, "min_workers", None) or self.workers.num_workers
 
     @property
     def section(self) -> str:
@@ -54,7 +58,7 @@ class Need:
 
     def describe(self) -> str:
         each = f"{self.workers.cpus_per_worker:g} CPU" + (f" + {self.workers.gpus_per_worker:g} GPU" if _gpus(self) else "")
-        count = f"{self.least} to " if self.least != self.workers.num_workers else ""
+        count = f"{self.min_workers} to " if self.min_workers != self.workers.num_workers else ""
         return f"{count}{self.workers.num_workers} x {each}"
 
 
@@ -62,7 +66,7 @@ class Need:
 class Verdict:
     """room: workers that fit into the cluster if nothing else runs."""
 
-    need: Need
+    request: ResourceRequest
     room: int
     problem: str | None
 
@@ -71,34 +75,27 @@ class Verdict:
         return self.problem is None
 
 
-def need_of(node: str, workers: Workers | None) -> Need | None:
-    """What a stage needs, by the workers that it asks for; None for a stage that asks for none."""
-    if workers is None:
-        return None
-    return Need(node=node, workers=workers, least=getattr(workers, "min_workers", None) or workers.num_workers)
-
-
-def judge(need: Need, capacity: Capacity) -> Verdict:
+def judge(request: ResourceRequest, capacity: Capacity) -> Verdict:
     """Whether the workers fit, or at least the smallest sufficient number."""
-    room = capacity.room_for(need.workers)
-    return Verdict(need, room, None if room >= need.least else _problem(need, capacity, room))
+    room = capacity.room_for(request.workers)
+    return Verdict(request, room, None if room >= request.min_workers else _problem(request, capacity, room))
 
 
-def cluster_grows() -> bool:
-    return os.environ.get(GROWS, "0") == "1"
+def has_autoscaler() -> bool:
+    return os.environ.get(AUTOSCALER, "0") == "1"
 
 
-def _problem(need: Need, capacity: Capacity, room: int) -> str:
-    for resource, each in _each(need.workers).items():
-        wanted, have = each * need.least, capacity.total(resource)
+def _problem(request: ResourceRequest, capacity: Capacity, room: int) -> str:
+    for resource, each in _each(request.workers).items():
+        wanted, have = each * request.min_workers, capacity.total(resource)
         if wanted > have + _TOLERANCE:
             return (
-                f"{need.section} asks for {wanted:g} {resource}s ({need.least} workers), but the cluster has {have:g}; "
+                f"{request.section} asks for {wanted:g} {resource}s ({request.min_workers} workers), but the cluster has {have:g}; "
                 f"lower num_workers or {resource.lower()}s_per_worker"
             )
-    own = f"{need.workers.cpus_per_worker:g} CPUs" + (f" and {need.workers.gpus_per_worker:g} GPUs" if _gpus(need) else "")
+    own = f"{request.workers.cpus_per_worker:g} CPUs" + (f" and {request.workers.gpus_per_worker:g} GPUs" if _gpus(request) else "")
     return (
-        f"{need.section} asks for {need.least} workers with {own} each, but the cluster's nodes have room for {room}; "
+        f"{request.section} asks for {request.min_workers} workers with {own} each, but the cluster's nodes have room for {room}; "
         "a worker needs all of its own on one node, so lower num_workers or what each takes"
     )
 
@@ -107,15 +104,15 @@ def _each(workers: Workers) -> dict[str, float]:
     return {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
 
 
-def _gpus(need: Need) -> bool:
-    return need.workers.gpus_per_worker > 0
+def _gpus(request: ResourceRequest) -> bool:
+    return request.workers.gpus_per_worker > 0
 
 
 def to_json(verdict: Verdict) -> dict[str, Any]:
-    workers = verdict.need.workers
+    workers = verdict.request.workers
     return {
         "num_workers": workers.num_workers,
-        "min_workers": verdict.need.least,
+        "min_workers": verdict.request.min_workers,
         "cpus_per_worker": workers.cpus_per_worker,
         "gpus_per_worker": workers.gpus_per_worker,
         "room_now": verdict.room,
@@ -132,9 +129,9 @@ def show(verdicts: Sequence[Verdict], capacity: Capacity, console: Console) -> N
     for column in ("stage", "workers", "the cluster has now room for"):
         table.add_column(column)
     for verdict in verdicts:
-        enough = "[green]enough[/]" if verdict.room >= verdict.need.workers.num_workers else "[yellow]enough to start[/]"
+        enough = "[green]enough[/]" if verdict.room >= verdict.request.workers.num_workers else "[yellow]enough to start[/]"
         table.add_row(
-            verdict.need.node, verdict.need.describe(), f"{verdict.room} {enough if verdict.fits else '[red]too little[/]'}"
+            verdict.request.node, verdict.request.describe(), f"{verdict.room} {enough if verdict.fits else '[red]too little[/]'}"
         )
     console.print(table)
     console.print(f"\nthe cluster has now {capacity.describe()}", highlight=False)

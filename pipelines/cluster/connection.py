@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.cluster.capacity import GROWS, Capacity, Need, cluster_grows, judge
+from pipelines.cluster.capacity import AUTOSCALER, Capacity, ResourceRequest, has_autoscaler, judge
 
 if TYPE_CHECKING:
     from pipelines.cluster.resources import Workers
@@ -131,15 +131,12 @@ def capacity() -> Capacity:
     return Capacity(tuple(node["Resources"] for node in ray.nodes() if node["Alive"]))
 
 
-def require(workers: Workers, stage: str, min_workers: int | None = None) -> None:
+def require(workers: Workers, stage: str) -> None:
     """Raises ValueError if the cluster does not have the resources that a stage requests, because Ray would wait forever. Clusters
-    that add nodes on demand (ENAT_CLUSTER_GROWS=1) are not checked.
-
-    min_workers: the smallest number of workers that is enough, if it is less than workers.num_workers.
-    """
-    verdict = judge(Need(node=stage, workers=workers, least=min_workers or workers.num_workers), capacity())
-    if verdict.problem is not None and not cluster_grows():
-        raise ValueError(f"{verdict.problem}. This is its current size. If it adds nodes on demand, set {GROWS}=1")
+    that add nodes on demand (ENAT_CLUSTER_GROWS=1) are not checked."""
+    verdict = judge(ResourceRequest(node=stage, workers=workers), capacity())
+    if verdict.problem is not None and not has_autoscaler():
+        raise ValueError(f"{verdict.problem}. This is its current size. If it adds nodes on demand, set {AUTOSCALER}=1")
 
 
 def _silence_ray_data() -> None:

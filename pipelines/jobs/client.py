@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +66,18 @@ class Job:
             return None
         lines = [line.strip() for line in self.message.splitlines() if line.strip()]
         return lines[-1][:500] if lines else None
+
+    def describe_end(self) -> str:
+        """How the job ended, as a sentence."""
+        how = {"SUCCEEDED": "succeeded", "STOPPED": "was stopped", "FAILED": "failed"}.get(self.status, f"is {self.status.lower()}")
+        return f"{self.id} {how}" + (f": {self.reason}" if self.reason else "")
+
+    @property
+    def command_exit_code(self) -> int:
+        """Exit code of a command that waited for the job: that of the driver, if known."""
+        if self.status == "SUCCEEDED":
+            return 0
+        return self.exit_code if self.exit_code is not None and 0 < self.exit_code < 128 else 1
 
 
 class Cluster:
@@ -211,24 +223,6 @@ class Cluster:
             raise ClusterError(f"the cluster at {self.address} no longer answers ({type(error).__name__})") from error
         except RuntimeError as error:
             raise ClusterError(f"the cluster at {self.address} refuses: {_last_line(error)}") from error
-
-
-def ended(job: Job) -> str:
-    """How the job ended, as a sentence."""
-    how = {"SUCCEEDED": "succeeded", "STOPPED": "was stopped", "FAILED": "failed"}.get(job.status, f"is {job.status.lower()}")
-    return f"{job.id} {how}" + (f": {job.reason}" if job.reason else "")
-
-
-def exit_code(job: Job) -> int:
-    """Exit code of a command that waited for the job: that of the driver, if known."""
-    if job.status == "SUCCEEDED":
-        return 0
-    return job.exit_code if job.exit_code is not None and 0 < job.exit_code < 128 else 1
-
-
-def attempts(jobs: Sequence[Job], run: str) -> list[Job]:
-    """The attempts of a run, first to last."""
-    return sorted((job for job in jobs if job.run == run), key=lambda job: job.attempt)
 
 
 def _job(details: Any) -> Job:

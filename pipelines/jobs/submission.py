@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts.open import open_store
-from pipelines.cluster.capacity import GROWS, Capacity, Need, judge, need_of
+from pipelines.cluster.capacity import AUTOSCALER, Capacity, ResourceRequest, judge
 from pipelines.jobs import client as jobs
 from pipelines.jobs.client import Cluster, Job
 from pipelines.jobs.credentials import refuse_credentials, refuse_credentials_in, refuse_credentials_in_lines, strings
@@ -26,7 +26,7 @@ from pipelines.workflow import config as configuration
 from pipelines.workflow import driver
 from pipelines.workflow.provenance import CodePackage, describe_left_behind
 from pipelines.workflow.provenance import pack as pack_code
-from pipelines.workflow.stage import MAIN
+from pipelines.workflow.stage import MAIN, PlannedStage
 
 _ELSEWHERE = ("s3://", "hf://", "sha256:")
 _DIGEST_OF_IMAGE = re.compile(r"@sha256:[0-9a-f]{64}$")
@@ -40,7 +40,7 @@ class Submission:
     """A run that is ready to be sent to a cluster.
 
     run: the id that all attempts share.   arguments: of `enat run`, after the config.   package: None if an image has the code.
-    config: the resolved config.   grows: the cluster adds nodes on demand.
+    config: the resolved config.   has_autoscaler: whether the cluster adds nodes on demand.
     """
 
     run: str
@@ -50,7 +50,7 @@ class Submission:
     package: CodePackage | None
     image: str | None
     config_text: str
-    grows: bool = False
+    has_autoscaler: bool = False
 
     @property
     def warning(self) -> str | None:
@@ -75,7 +75,7 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Submitted:
+class SubmissionResult:
     """outcome: "submitted"; "active" if the same run is still running; "succeeded" if it has already succeeded."""
 
     job: Job
@@ -88,7 +88,7 @@ def prepare(
     *,
     image: str | None = None,
     allow_local_store: bool = False,
-    grows: bool = False,
+    has_autoscaler: bool = False,
 ) -> Submission:
     """Check a config and package the code. Raises ValueError if the config cannot run on a cluster or has credentials."""
     for override in overrides:
@@ -123,23 +123,24 @@ def prepare(
         package=package,
         image=image,
         config_text=configuration.read_text(config),
-        grows=grows,
+        has_autoscaler=has_autoscaler,
     )
 
 
-def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> Submitted:
+def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> SubmissionResult:
     """Start the run, unless it is running or has succeeded. `again` starts it even if it has succeeded.
 
     A run that failed or was stopped continues as another attempt: the store has what earlier attempts committed. Raises ValueError
     if the cluster has no room for it.
     """
-    earlier = jobs.attempts(cluster.jobs(), submission.run)
-    last = earlier[-1] if earlier else None
+    attempts = [job for job in cluster.jobs() if job.run == submission.run]
+    last = max(attempts, key=lambda job: job.attempt, default=None)
     if last is not None and last.is_active:
-        return Submitted(last, "active")
+        return SubmissionResult(last, "active")
     if last is not None and last.status == "SUCCEEDED" and not again:
-        return Submitted(last, "succeeded")
-    check_room(submission.config, cluster.capacity(), submission.grows)
+        return SubmissionResult(last, "succeeded")
+    if not submission.has_autoscaler:
+        check_room(submission.config, cluster.capacity())
     number = last.attempt + 1 if last is not None else 1
     id = submission.run if number == 1 else f"{submission.run}-{number}"
     metadata = {**submission.metadata, jobs.ATTEMPT: str(number)}
@@ -149,30 +150,36 @@ def submit(cluster: Cluster, submission: Submission, *, again: bool = False) -> 
     job = cluster.job(id)
     if job is None:
         raise jobs.ClusterError(f"{id} was sent to {cluster.address}, which does not have it; submit it again")
-    return Submitted(job, "submitted" if is_ours else "active")
+    return SubmissionResult(job, "submitted" if is_ours else "active")
 
 
-def needs(run: RunConfig) -> list[Need]:
-    """Resources that the stages of a run need, according to its config. The store is not looked at."""
+def resource_requests(run: RunConfig) -> list[ResourceRequest]:
+    """The workers that the stages of a run request, according to its config. The store is not read."""
     wanted = graph.needed_by(run.targets or graph.stages())
-    found: dict[tuple[str, Any], Need] = {}
+    found: dict[tuple[str, Any], ResourceRequest] = {}
     for name, variant in {MAIN: run, **run.variant_runs}.items():
         for part in (part for part in graph.GRAPH if part.stage.name in wanted):
             stage, config = part.stage, part.config(variant)
-            workers = None if config is None else stage.workers(config)
-            need = need_of(stage.name if name == MAIN else f"{stage.name}@{name}", workers)
-            if need is not None and (stage.name, workers) not in found:
-                found[stage.name, workers] = need
+            if config is not None and (workers := stage.workers(config)) is not None:
+                node = stage.name if name == MAIN else f"{stage.name}@{name}"
+                found.setdefault((stage.name, workers), ResourceRequest(node=node, workers=workers))
     return list(found.values())
 
 
-def check_room(run: RunConfig, capacity: Capacity, grows: bool) -> None:
-    """Raises ValueError if a stage does not fit on the cluster, unless the cluster adds nodes.
+def requests_of(planned: Sequence[PlannedStage]) -> list[ResourceRequest]:
+    """The workers that the stages of a plan request which are not reused."""
+    computed = [item.node for item in planned if not item.is_reused]
+    workers = {node.id: node.stage.workers(node.config) for node in computed}
+    return [ResourceRequest(node=id, workers=each) for id, each in workers.items() if each is not None]
 
-    Dataset and store are looked at only if a stage does not fit, because that takes time and permissions: a stage whose artifact
+
+def check_room(run: RunConfig, capacity: Capacity) -> None:
+    """Raises ValueError if a stage does not fit on the cluster.
+
+    Dataset and store are read only if a stage does not fit, because that takes time and permissions: a stage whose artifact
     is in the store needs no room.
     """
-    if grows or not (problems := _problems(needs(run), capacity)):
+    if not (problems := _problems(resource_requests(run), capacity)):
         return
     not_seen = ""
     try:
@@ -180,8 +187,7 @@ def check_room(run: RunConfig, capacity: Capacity, grows: bool) -> None:
     except (ValueError, OSError) as error:
         not_seen = f"; the store could not be checked for finished stages ({error})"
     else:
-        missing = (need_of(item.node.id, item.node.stage.workers(item.node.config)) for item in planned if not item.is_reused)
-        problems = _problems([need for need in missing if need is not None], capacity)
+        problems = _problems(requests_of(planned), capacity)
     if problems:
         more = f" (and {len(problems) - 1} more stages do not fit: see enat plan --address)" if len(problems) > 1 else ""
         raise ValueError(
@@ -190,8 +196,8 @@ def check_room(run: RunConfig, capacity: Capacity, grows: bool) -> None:
         )
 
 
-def _problems(asked: Sequence[Need], capacity: Capacity) -> list[str]:
-    return [verdict.problem for verdict in (judge(need, capacity) for need in asked) if verdict.problem]
+def _problems(requests: Sequence[ResourceRequest], capacity: Capacity) -> list[str]:
+    return [problem for request in requests if (problem := judge(request, capacity).problem) is not None]
 
 
 def _refuse_unknown_targets(run: RunConfig) -> None:
@@ -239,7 +245,7 @@ def _code_metadata(package: CodePackage | None, image: str | None) -> dict[str, 
 def _runtime_environment(submission: Submission, folder: Path) -> dict[str, Any]:
     """Contains no secrets: anyone who may list jobs can read their environments. The cluster has its own credentials."""
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS), "ENAT_PROGRESS_SECONDS": "30"}
-    variables |= {GROWS: "1"} if submission.grows else {}
+    variables |= {AUTOSCALER: "1"} if submission.has_autoscaler else {}
     if submission.package is None:
         return {"image_uri": submission.image, "env_vars": variables}
     archive = folder / "code.zip"

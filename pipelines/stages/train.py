@@ -75,7 +75,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
         trained = TrainResult(_untrained(config, architecture, context), (), [], 0, 0, 0, 0)
     else:
         context.connect()
-        connection.require(config.execution, "train", config.execution.min_workers)
+        connection.require(config.execution, "train")
         with context.bar(config.num_steps, "steps") as bar, bar.reporter() as reporter:
             trained = _fit(config, architecture, inputs, context, reporter)
         if trained.error is not None:

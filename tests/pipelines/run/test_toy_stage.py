@@ -99,8 +99,8 @@ def test_it_is_listed(made: dict[str, Manifest], store: ArtifactStore) -> None:
 
 
 def test_it_is_submitted(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs = {need.node: need.workers.num_workers for need in submission.needs(run)}
-    assert needs["histogram"] == 3 and "train" in needs and "evaluate" not in needs and "reference" not in needs
+    requests = {each.node: each.workers.num_workers for each in submission.resource_requests(run)}
+    assert requests["histogram"] == 3 and "train" in requests and not {"evaluate", "reference"} & requests.keys()
     with_table = graph.Part(toy_stage.STAGE, lambda run, reader: toy_stage.HistogramConfig(table="table.csv"))
     monkeypatch.setattr(graph, "GRAPH", (*graph.GRAPH[:-1], with_table))
     with pytest.raises(ValueError, match=r"histogram\.table is table\.csv, a path of this machine"):
