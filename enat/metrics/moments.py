@@ -19,24 +19,6 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from enat.metrics.feature_arrays import CHUNK, Features, check_features, check_same_width, take_rows
-from enat.metrics.image_pairs import psnr, ssim
-from enat.metrics.neighbours import DensityCoverage, PrecisionRecall, density_coverage, precision_recall
-
-__all__ = [
-    "DensityCoverage",
-    "Estimate",
-    "FeatureMoments",
-    "FeatureStatistics",
-    "PrecisionRecall",
-    "density_coverage",
-    "frechet_distance",
-    "inception_score",
-    "kernel_distance",
-    "load_moments",
-    "precision_recall",
-    "psnr",
-    "ssim",
-]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pipelines.workflow.progress import Bar
 
 if TYPE_CHECKING:
     from enat.metrics.moments import FeatureMoments, FeatureStatistics
-    from enat.metrics.neighbours import ManifoldCounts
 
 
 METRIC_VERSION = 1  # raised whenever the definition of a score changes; part of every protocol
@@ -144,7 +143,7 @@ class TaskPool:
         self.execution, self.bar, self.seconds, self.cpu_seconds = execution, bar, 0.0, 0.0
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], bar: Bar) -> list[Any]:
-        """Results in the order of the arguments. Ray resolves object references among the arguments."""
+        """Results in the order of the arguments, to which the device is added. Ray resolves object references among them."""
         import ray
 
         remote = ray.remote(**self.execution.resources)(_timed)
@@ -154,7 +153,7 @@ class TaskPool:
         while len(results) < len(arguments):
             while len(running) < self.execution.num_workers and (following := next(remaining, None)) is not None:
                 number, given = following
-                running[remote.remote(task, self.execution.num_threads, *given)] = number
+                running[remote.remote(task, self.execution.num_threads, *given, device=self.execution.device)] = number
             for done in ray.wait(list(running))[0]:
                 results[running.pop(done)], seconds = ray.get(done)
                 self.seconds += seconds
@@ -202,62 +201,27 @@ def compute_scores(
     return scores
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A block of samples start..stop-1, and the device that computes with them."""
-
-    start: int
-    stop: int
-    device: str
-
-
-def _blocks(num_samples: int, execution: Execution) -> list[_Rows]:
-    starts = range(0, num_samples, _ROWS_PER_TASK)
-    stops = [min(start + _ROWS_PER_TASK, num_samples) for start in starts]
-    return [_Rows(start, stop, execution.device) for start, stop in zip(starts, stops, strict=True)]
-
-
 def _neighbour_scores(
     chosen: Sequence[str], stored: Sequence[Any], sizes: Sequence[int], settings: ScoreSettings, pool: TaskPool
 ) -> dict[str, float]:
     import ray
 
-    from enat.metrics.neighbours import merge_counts
+    from enat.metrics.neighbours import manifold_counts, scores_of_counts, squared_radii
 
     generated, reference = stored
-    wants_density = "density_coverage" in chosen
+    wants_precision, wants_density = "precision_recall" in chosen, "density_coverage" in chosen
     density = settings.density_neighbours if wants_density else settings.precision_neighbours
-    precision = settings.precision_neighbours if "precision_recall" in chosen else density
-    of_generated, of_reference = (_blocks(size, pool.execution) for size in sizes)
+    precision = settings.precision_neighbours if wants_precision else density
+    of_generated, of_reference = (
+        [slice(start, start + _ROWS_PER_TASK) for start in range(0, size, _ROWS_PER_TASK)] for size in sizes
+    )
     with pool.bar(2 * len(of_generated) + len(of_reference)) as bar:
         wanted: list[tuple[Any, ...]] = [(reference, (precision, density), rows) for rows in of_reference]
         wanted += [(generated, (precision,), rows) for rows in of_generated]
-        radii = pool.run(_radii, wanted, bar)
+        radii = pool.run(squared_radii, wanted, bar)
         reference_radii = ray.put(np.concatenate(radii[: len(of_reference)]))
-        own_radii = radii[len(of_reference) :]
-        arguments = [
-            (reference, reference_radii, generated, own[:, 0], rows) for rows, own in zip(of_generated, own_radii, strict=True)
-        ]
-        counts = merge_counts(pool.run(_counts, arguments, bar))
-    scores: dict[str, float] = {}
-    if "precision_recall" in chosen:
-        scores |= vars(counts.precision_recall())
-    if wants_density:
-        scores |= vars(counts.density_coverage(density))
-    return scores
-
-
-def _radii(features: np.ndarray, num_neighbours: Sequence[int], rows: _Rows) -> np.ndarray:
-    from enat.metrics.neighbours import squared_radii
-
-    return squared_radii(features, num_neighbours, start=rows.start, stop=rows.stop, device=rows.device)
-
-
-def _counts(
-    reference: np.ndarray, reference_radii: np.ndarray, generated: np.ndarray, generated_radii: np.ndarray, rows: _Rows
-) -> ManifoldCounts:
-    from enat.metrics.neighbours import manifold_counts
-
-    return manifold_counts(
-        reference, reference_radii, generated, generated_radii, start=rows.start, stop=rows.stop, device=rows.device
-    )
+        own_radii = zip(of_generated, radii[len(of_reference) :], strict=True)
+        arguments = [(reference, reference_radii, generated, own[:, 0], rows) for rows, own in own_radii]
+        scores = scores_of_counts(pool.run(manifold_counts, arguments, bar), density)
+    named = (["precision", "recall"] if wants_precision else []) + (["density", "coverage"] if wants_density else [])
+    return {name: getattr(scores, name) for name in named}

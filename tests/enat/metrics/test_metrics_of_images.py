@@ -10,7 +10,7 @@ from skimage import data
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from enat.metrics.moments import FeatureMoments, frechet_distance, inception_score, kernel_distance
-from enat.metrics.neighbours import precision_recall
+from enat.metrics.neighbours import manifold_scores
 
 NUM_IMAGES, SIDE = 32, 96
 LAYERS = ("64", "2048", "logits_unbiased")
@@ -106,7 +106,7 @@ def test_scores_equal_torch_fidelity(folders, weights, features):
     assert kernel.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert kernel.std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
 
-    manifold = precision_recall(reference["2048"], generated["2048"])
+    manifold = manifold_scores(reference["2048"], generated["2048"])
     assert 0 < manifold.precision < 1 and 0 < manifold.recall < 1
     assert manifold.precision == pytest.approx(theirs["precision"], abs=1e-4)
     assert manifold.recall == pytest.approx(theirs["recall"], abs=1e-4)
