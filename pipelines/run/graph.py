@@ -103,8 +103,8 @@ def _report(run: RunConfig, reader: Any) -> Any:
 
 
 GRAPH: tuple[Part, ...] = (
+    Part(tokenizer.STAGE),  # before the dataset, unless it is trained on it: weights that cannot be used are refused at once
     Part(dataset.STAGE, _dataset),
-    Part(tokenizer.STAGE),
     Part(token_map.STAGE),
     Part(captions.STAGE, _captions),
     Part(reference.STAGE, _reference),

@@ -408,7 +408,7 @@ def test_the_lines_that_an_import_prints_are_those_of_a_config(
         (("{folder}/code.safetensors",), "{folder}/code.safetensors is not a readable file of weights"),
         (("{folder}/enat.safetensors",), "{folder}/enat.safetensors holds enat, not the weights of vqgan"),
         (("{folder}/nowhere.pth",), "tokenizer.weights: {folder}/nowhere.pth is not a file"),
-        ((f"sha256:{'ab' * 32}",), "but the store has nothing made from it; import the file first: enat import --help"),
+        ((f"sha256:{'ab' * 32}",), "but the store has no artifact made from it; import the file first: enat import --help"),
         (("{folder}/right.pth", "--preset", "vqgan-big"), "no VQGAN preset is called 'vqgan-big'"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_run_that_is_ended_by_a_signal_does_not_look_as_if_it_went_on(
     client: MlflowClient, uri: str, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     def run(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)  # to this thread: sent to the process, another thread may get it, and this one sees it later
         return _write(config, inputs, context)
 
     monkeypatch.setattr(main.commands, "main", lambda **_: _run(Stage("only", 1, run), uri, tmp_path))

@@ -366,7 +366,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_ends_with_the_same_
 
 @pytest.mark.faults
 def test_bfloat16_changes_few_codes_and_says_so_in_the_map(make_token_map, hostile: tuple[str, ...], hostile_map) -> None:
-    store, manifest = make_token_map(*hostile, "token_map.precision=bfloat16")
+    store, manifest = make_token_map(*hostile, "token_map.precision=bf16")
     assert manifest.summary["info"]["dtype"] == "bfloat16" and hostile_map[1].summary["info"]["dtype"] == "float32"
     exact, rounded = TokenMap.open(*hostile_map), TokenMap.open(store, manifest)
     share = (exact.codes != rounded.codes).mean()
