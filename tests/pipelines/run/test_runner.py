@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import signal
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
