@@ -66,7 +66,7 @@ def _create_beside(target: Path) -> Any:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             return tempfile.NamedTemporaryFile(dir=target.parent, prefix=".tmp-", delete=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # mkdir: another process removed the existing directory meanwhile
             if attempt == _ATTEMPTS:
                 raise
     raise AssertionError("the last attempt returns or raises")

@@ -84,7 +84,12 @@ class Folder(ABC):
 
     @abstractmethod
     def chunks(self, name: str) -> Iterator[bytes]:
-        """Read a whole file in pieces, past every cache."""
+        """Read a whole file in pieces, past every cache. Raises StorageError if an object of a bucket changes meanwhile."""
+
+    def download(self, name: str, path: Path) -> None:
+        """Write a file to a local one, which is replaced, past every cache."""
+        with path.open("wb") as file:
+            file.writelines(self.chunks(name))
 
     @abstractmethod
     def fetch(self, name: str, size: int, sha256: str) -> Path:

@@ -1,13 +1,12 @@
 """What this machine keeps of other places: fetched files and folders, bounded in size by ENAT_CACHE_GB, and digests of local files.
 
-    <root>/files/<sha256[:2]>/<sha256><suffix>   files, under the sha256 of their content
-    <root>/downloads/<name>/                     folders, whose names identify their content
+    <root>/downloads/<name>/                     folders, whose names identify their content; a file is in a folder of its name
     <root>/locks/<name>                          held by the process that fills such a folder
     <root>/digests.sqlite                        sha256 of local files that were hashed before
 
-All processes of a machine share it. Files and folders appear in one step when they are complete, so processes that fetch the same
-at once do each other no harm. The time of the last fetch is a file's time of access and a folder's time of change: looking into
-a folder does not count as use.
+All processes of a machine share it. Folders appear in one step when they are complete, so processes that fetch the same at once do
+each other no harm. The time of change of a folder is the time of its last fetch. Earlier versions had folders of files in
+<root>/files, which are removed like the others.
 """
 
 from __future__ import annotations
@@ -21,14 +20,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 from pipelines.storage.base import StorageError, WrongContentError, file_digest
 
 _PARTIAL = ".partial-"
-_PARTIALS = (_PARTIAL, ".tmp-")  # .tmp-: of folders, in earlier versions
 _KEPT_SECONDS = 3600  # a process that was given a path may be about to open it
 _ABANDONED_SECONDS = 24 * 3600  # of a download whose process was killed
 _SETTLED_SECONDS = 2.0  # a file that changes twice within the clock's resolution keeps its time: younger digests are not remembered
@@ -72,25 +69,16 @@ def fetch(sha256: str, size: int, download: Callable[[Path], None], suffix: str 
 
     Raises WrongContentError if two downloads have other content, and StorageError if the cache cannot be written.
     """
-    path = cache_root() / "files" / sha256[:2] / f"{sha256}{suffix}"
-    with _explained():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            _record_use(path)
-            if holds(path, size, sha256):
-                return path
-        _make_room(size)
+    name = f"{sha256}{suffix}"
+
+    def fill(folder: Path) -> None:
         for _ in range(2):
-            partial = path.with_name(f"{_PARTIAL}{uuid4().hex}")
-            try:
-                download(partial)
-                if partial.stat().st_size == size and file_digest(partial) == sha256:
-                    os.utime(partial, ns=(time.time_ns(), partial.stat().st_mtime_ns))
-                    partial.replace(path)
-                    return path
-            finally:
-                partial.unlink(missing_ok=True)
-    raise WrongContentError(f"two downloads did not have the expected content: {size} bytes with the sha256 {sha256}")
+            download(folder / name)
+            if (folder / name).stat().st_size == size and file_digest(folder / name) == sha256:
+                return
+        raise WrongContentError(f"two downloads did not have the expected content: {size} bytes with the sha256 {sha256}")
+
+    return fetch_folder(name, size, fill, lambda folder: holds(folder / name, size, sha256)) / name
 
 
 def fetch_folder(
@@ -104,34 +92,29 @@ def fetch_folder(
 
     def exists() -> bool:
         with suppress(FileNotFoundError):  # it is missing, or another process made room
-            _record_use(path)
+            with _lock("lock", fcntl.LOCK_SH):
+                os.utime(path)  # from now on no process removes it for an hour
             return is_whole(path)
         return False
 
     with _explained():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if exists():  # without the lock: checking large files takes long, and processes may do it at the same time
+        if exists():  # without the lock of its name: checking large files takes long, and processes may do it at the same time
             return path
-    with _explained(), _in_turn(name):
-        if exists():
-            return path
-        if path.is_dir():
-            _Entry.of(path).remove()
-        _make_room(size)
-        partial = path.with_name(f"{_PARTIAL}{uuid4().hex}")
-        try:
-            partial.mkdir()
-            download(partial)
-            os.utime(partial)
+        with _lock(f"locks/{name}"):
+            if exists():
+                return path
+            if path.is_dir():
+                _remove(path)
+            _make_room(size)
+            partial = path.with_name(f"{_PARTIAL}{uuid4().hex}")
             try:
-                partial.rename(path)
-            except OSError:
-                if not path.is_dir():  # else another process was first, with the same bytes
-                    raise
-            _record_use(path)
-            return path
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                download(partial)
+                os.utime(partial)
+                return partial.rename(path)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -144,75 +127,42 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _record_use(path: Path) -> None:
-    """No process removes it for the next hour."""
-    with _lock(fcntl.LOCK_SH):
-        now = time.time_ns()
-        os.utime(path, ns=(now, now if path.is_dir() else path.stat().st_mtime_ns))
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A file or folder of the cache. used, changed: seconds since 1970."""
-
-    path: Path
-    size: int
-    used: float
-    changed: float
-
-    @classmethod
-    def of(cls, path: Path) -> _Entry:
-        status = path.stat()
-        if not path.is_dir():
-            return cls(path, status.st_size, status.st_atime, status.st_mtime)
-        inside = [(Path(folder) / name).stat() for folder, _, names in os.walk(path) for name in names]
-        changed = max([status.st_mtime, *(each.st_mtime for each in inside)])
-        return cls(path, sum(each.st_size for each in inside), status.st_mtime, changed)
-
-    @property
-    def is_partial(self) -> bool:
-        return self.path.name.startswith(_PARTIALS)
-
-    def remove(self) -> None:
-        if self.path.is_dir():
-            gone = self.path.with_name(f"{_PARTIAL}{uuid4().hex}")  # in one step, so that no half folder keeps the name
-            self.path.rename(gone)
-            shutil.rmtree(gone)
-        else:
-            self.path.unlink(missing_ok=True)
-
-
 def _make_room(size: int) -> None:
-    """Remove what was not used for longest, until `size` more bytes are within the limit or only recent entries are left."""
+    """Remove what was not used for longest, until `size` more bytes are within the limit or only recent folders are left."""
     limit, now = size_limit(), time.time()
-    with _lock(fcntl.LOCK_EX):
-        entries = []
-        for path in (*(cache_root() / "files").glob("*/*"), *(cache_root() / "downloads").glob("*")):
+    with _lock("lock"):
+        found = []
+        for path in (*(cache_root() / "downloads").glob("*"), *(cache_root() / "files").glob("*")):
             with suppress(FileNotFoundError):  # a download that ended
-                entries.append(_Entry.of(path))
-        total = size + sum(entry.size for entry in entries)
-        for entry in sorted(entries, key=lambda entry: entry.used):
-            is_abandoned = entry.is_partial and now - entry.changed > _ABANDONED_SECONDS
-            is_old = not entry.is_partial and now - entry.used > _KEPT_SECONDS
-            if is_abandoned or (is_old and total > limit):
-                entry.remove()
-                total -= entry.size
+                files = [(Path(folder) / name).stat() for folder, _, names in os.walk(path) for name in names]
+                used = path.stat().st_mtime
+                changed = max([used, *(file.st_mtime for file in files)])
+                found.append((used, changed, sum(file.st_size for file in files), path))
+        total = size + sum(own_size for _, _, own_size, _ in found)
+        for used, changed, own_size, path in sorted(found):
+            if path.name.startswith(_PARTIAL):
+                is_removed = now - changed > _ABANDONED_SECONDS
+            else:
+                is_removed = now - used > _KEPT_SECONDS and total > limit
+            if is_removed:
+                _remove(path)
+                total -= own_size
+
+
+def _remove(path: Path) -> None:
+    gone = path.rename(path.with_name(f"{_PARTIAL}{uuid4().hex}"))  # in one step, so that no half folder keeps the name
+    shutil.rmtree(gone)
 
 
 @contextmanager
-def _in_turn(name: str) -> Iterator[None]:
-    """One process at a time, by name. The lock ends with the process that holds it."""
-    folder = cache_root() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _lock(name: str, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold a lock that the processes of the machine share, by name. It ends with the process that holds it.
 
-
-@contextmanager
-def _lock(kind: int) -> Iterator[None]:
-    """Between using a file and removing it. Without it, a file that was just found could be removed."""
-    with (cache_root() / "lock").open("a") as file:
+    "lock" is held between using a folder and removing it: without it, a folder that was just found could be removed.
+    """
+    path = cache_root() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         fcntl.flock(file, kind)
         yield
 

@@ -14,6 +14,8 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
+from fsspec.spec import AbstractBufferedFile
+
 from pipelines.storage import cache
 from pipelines.storage.base import Folder, MissingFileError, StorageError, StoredFile, file_digest, in_parallel
 from pipelines.storage.s3_client import (
@@ -76,14 +78,17 @@ class S3Folder(Folder):
         else:
             units = chain(first, units)
 
-        def begin(unit: str | _Files) -> tuple[str, _Files, str | None]:
-            return (unit, *self._pages(unit, None)) if isinstance(unit, str) else ("", unit, None)
+        def begin(unit: str | _Files) -> tuple[_Files, Iterator[Any]]:
+            """The first files of a sub-folder, and its further pages."""
+            if not isinstance(unit, str):
+                return unit, iter(())
+            pages = self._pages(unit)
+            return [file for page in islice(pages, _PAGES_AHEAD) for file in self._files(page)], pages
 
-        for folder, files, token in in_parallel(begin, units):
+        for files, rest in in_parallel(begin, units):
             yield from files
-            while token is not None:
-                files_on, token = self._pages(folder, token)  # noqa: PLW2901
-                yield from files_on
+            for page in rest:
+                yield from self._files(page)
 
     def entries(self, prefix: str = "") -> builtins.list[str]:
         units = self._level(prefix)
@@ -92,39 +97,25 @@ class S3Folder(Folder):
 
     def _level(self, prefix: str) -> Iterator[str | _Files]:
         """The direct entries of a folder, in order: sub-folders, and runs of files between them."""
-        token = None
-        while True:
-            answer = self._list_page(prefix, token, Delimiter="/")
-            folders = [found["Prefix"][len(self._prefix) :] for found in answer.get("CommonPrefixes", ())]
-            entries: list[str | StoredFile] = [*folders, *self._files(answer)]
+        for page in self._pages(prefix, Delimiter="/"):
+            folders = [found["Prefix"][len(self._prefix) :] for found in page.get("CommonPrefixes", ())]
+            entries: list[str | StoredFile] = [*folders, *self._files(page)]
             entries.sort(key=lambda entry: (entry if isinstance(entry, str) else entry.name).encode())
             for are_folders, run in groupby(entries, key=lambda entry: isinstance(entry, str)):
                 if are_folders:
                     yield from (entry for entry in run if isinstance(entry, str))
                 else:
                     yield [entry for entry in run if isinstance(entry, StoredFile)]
-            if not (token := answer.get("NextContinuationToken")):
-                return
 
-    def _pages(self, prefix: str, token: str | None) -> tuple[_Files, str | None]:
-        """The next files below a prefix, at any depth, and the token to continue with (None at the end)."""
-        files: _Files = []
-        for _ in range(_PAGES_AHEAD):
-            answer = self._list_page(prefix, token)
-            files += self._files(answer)
-            if not (token := answer.get("NextContinuationToken")):
-                break
-        return files, token
-
-    def _list_page(self, prefix: str, token: str | None, **options: str) -> Any:
-        if token is not None:
-            options["ContinuationToken"] = token
+    def _pages(self, prefix: str, **options: str) -> Iterator[Any]:
+        """Answers of up to 1,000 names below a prefix, at any depth; with a Delimiter, of direct entries."""
         with self._explained("list", prefix):
-            return self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **options)
+            paginator = self._client.get_paginator("list_objects_v2")
+            yield from paginator.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix, **options)
 
-    def _files(self, answer: Any) -> _Files:
+    def _files(self, page: Any) -> _Files:
         """Without keys that end in /: consoles make them to show empty folders."""
-        start, found = len(self._prefix), answer.get("Contents", ())
+        start, found = len(self._prefix), page.get("Contents", ())
         return [
             StoredFile(entry["Key"][start:], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"].timestamp())
             for entry in found
@@ -144,15 +135,10 @@ class S3Folder(Folder):
 
     def open(self, name: str) -> BinaryIO:
         size, version = self._status(name)
-        return io.BufferedReader(_RangeReader(lambda start, stop: self._get(name, start, stop, version), size), _READ_AHEAD)
+        return _ObjectFile(lambda start, stop: self._get(name, start, stop, version), size)
 
     def fingerprints(self, files: Iterable[StoredFile]) -> Iterator[str]:
         return (file.version for file in files)
-
-    def download(self, name: str, path: Path) -> None:
-        """Write an object to a local file, which is replaced. Raises StorageError if the object changes meanwhile."""
-        with path.open("wb") as file:
-            file.writelines(self.chunks(name))
 
     def chunks(self, name: str) -> Iterator[bytes]:
         return self._ranges(name, *self._status(name))
@@ -290,15 +276,13 @@ class S3Folder(Folder):
     def delete(self, names: Iterable[str], *, follow_links: bool = True) -> None:
         remaining = iter(names)
         while some := [*islice(remaining, _DELETED_AT_ONCE)]:
-            self._delete([self._prefix + name for name in some], some[0])
-
-    def _delete(self, keys: builtins.list[str], place: str) -> None:
-        with self._explained("delete", place):
-            objects = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-            failed = self._client.delete_objects(Bucket=self._bucket, Delete=objects).get("Errors")
-        if failed:
-            code = failed[0].get("Code")
-            raise StorageError(f"{self.uri}/{place} cannot be deleted ({code}); check the permission to delete")
+            objects = {"Objects": [{"Key": self._prefix + name} for name in some], "Quiet": True}
+            with self._explained("delete", some[0]):
+                failed = self._client.delete_objects(Bucket=self._bucket, Delete=objects).get("Errors")
+            if failed:
+                raise StorageError(
+                    f"{self.uri}/{some[0]} cannot be deleted ({failed[0].get('Code')}); check the permission to delete"
+                )
 
     @property
     def _client(self) -> Any:
@@ -308,36 +292,12 @@ class S3Folder(Folder):
         return explained(self.config, action, f"{self.uri}/{name}".rstrip("/"))
 
 
-class _RangeReader(io.RawIOBase):
-    """A seekable file over reads of ranges. io.BufferedReader adds buffering and reading by lines."""
+class _ObjectFile(AbstractBufferedFile):  # type: ignore[misc]
+    """A seekable file over reads of ranges, which reads ahead."""
 
     def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
-        self._read_range, self._size, self._position = read_range, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence] + offset
-        if position < 0:
-            raise OSError(f"cannot seek before the first byte ({position})")
-        self._position = position
-        return position
-
-    def readinto(self, target: Any) -> int:
-        stop = min(self._position + len(target), self._size)
-        if stop <= self._position:
-            return 0
-        content = self._read_range(self._position, stop)
-        target[: len(content)] = content
-        self._position += len(content)
-        return len(content)
+        self._fetch_range = read_range
+        super().__init__(None, "", block_size=_READ_AHEAD, size=size)
 
 
 def _pause(attempt: int) -> None:

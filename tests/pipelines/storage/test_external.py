@@ -1,17 +1,24 @@
-"""Files that others made: from a path, a bucket or the hub to a local path, or one sentence why not."""
+"""Files that others made: from a path, a bucket or the hub to a local path, or one sentence why not.
+
+huggingface_hub itself fetches from a server on this machine.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
-from pipelines.storage import external
 from pipelines.storage.external import content_digest, folder_digest, local_file, local_folder
 from pipelines.storage.s3 import S3Folder
 
@@ -24,9 +31,6 @@ REST = {"model.bin": b"a pickle", "README.md": b"about"}
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "cache"
 
 
@@ -35,21 +39,55 @@ def _gets(endpoint) -> int:
     return sum(method == "GET" and "list-type" not in target for method, target, _ in endpoint.requests)
 
 
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 # A path --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_local_paths_are_used_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.pth").write_bytes(WEIGHTS)
-    assert local_file(str(tmp_path / "a.pth"), KEY) == tmp_path / "a.pth" and local_folder(str(tmp_path), KEY) == tmp_path
-    assert content_digest(str(tmp_path / "a.pth"), KEY) == hashlib.sha256(WEIGHTS).hexdigest()
+    assert local_file(str(tmp_path / "a.pth"), KEY) == local_file("~/a.pth", KEY) == tmp_path / "a.pth"
+    assert local_folder(str(tmp_path), KEY) == local_folder("~", KEY) == tmp_path
+    assert content_digest("~/a.pth", KEY) == hashlib.sha256(WEIGHTS).hexdigest()
 
 
-def test_a_missing_path_is_named_with_the_key_of_the_config(tmp_path: Path) -> None:
+def test_a_wrong_path_is_named_with_the_key_of_the_config(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
     for find in (local_file, content_digest):
-        with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {tmp_path}/no\.pth is not a file; correct the path"):
-            find(f"{tmp_path}/no.pth", KEY)
-    with pytest.raises(ValueError, match=rf"^captions\.encoder: {tmp_path}/no is not a directory; correct the path$"):
-        local_folder(f"{tmp_path}/no", "captions.encoder")
+        for path in (tmp_path / "no.pth", tmp_path):
+            with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {path} is not a file; correct the path"):
+                find(str(path), KEY)
+    for path in (tmp_path / "no", tmp_path / "file"):
+        with pytest.raises(ValueError, match=rf"^captions\.encoder: {path} is not a directory; correct the path$"):
+            local_folder(str(path), "captions.encoder")
+    with pytest.raises(ValueError, match=r"openai/clip is not a directory; a repository of the hub is written hf://openai/clip$"):
+        local_folder("openai/clip", KEY)
+
+
+def test_an_imported_file_is_named_by_its_digest_and_need_not_exist() -> None:
+    assert content_digest(f"sha256:{'ab' * 32}", KEY) == "ab" * 32
+    with pytest.raises(ValueError, match=r"^tokenizer\.weights is sha256:abab\w+, .* enat import"):
+        local_file(f"sha256:{'ab' * 32}", KEY)
+    for reference in ("sha256:ab", f"sha256:{'AB' * 32}"):
+        with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {reference} is not a file"):
+            local_file(reference, KEY)
+
+
+def test_a_folder_is_identified_by_weights_and_text_files(tmp_path: Path) -> None:
+    def write(root: Path, files: dict[str, bytes]) -> str:
+        for name, content in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+        return folder_digest(root)
+
+    digest = write(tmp_path / "a", FOLDER)
+    assert digest == write(tmp_path / "b", dict(reversed((FOLDER | REST).items()))) == folder_digest(tmp_path / "a")
+    moved = {name.replace("text/", ""): content for name, content in FOLDER.items()}
+    for name, other in (("c", {**FOLDER, "config.json": b"{ }"}), ("d", {**FOLDER, "more.txt": b""}), ("e", moved)):
+        assert write(tmp_path / name, other) != digest
 
 
 # A bucket ------------------------------------------------------------------------------------------------------------------
@@ -68,19 +106,16 @@ def test_an_object_is_fetched_once_as_long_as_it_does_not_change(make_bucket: Ca
     assert path.read_bytes() == WEIGHTS, "a reader of the older one is not disturbed"
 
 
-def test_of_a_folder_in_a_bucket_only_weights_without_pickle_and_text_are_fetched(
-    make_bucket: Callable[..., S3Folder], s3_endpoint
-) -> None:
+def test_weights_without_pickle_and_text_of_a_folder_are_fetched(make_bucket: Callable[..., S3Folder], s3_endpoint) -> None:
     bucket = make_bucket("clip")
     s3_endpoint.fill(bucket, FOLDER | REST)
     folder = local_folder(bucket.uri, KEY, bucket.config)
-    fetched = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert fetched == FOLDER
+    assert _contents(folder) == FOLDER
     before = _gets(s3_endpoint)
     assert local_folder(bucket.uri, KEY, bucket.config) == folder and _gets(s3_endpoint) == before
 
 
-def test_a_download_that_breaks_off_leaves_nothing_that_looks_whole(
+def test_an_interrupted_download_leaves_nothing(
     make_bucket: Callable[..., S3Folder], s3_endpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = make_bucket("clip")
@@ -100,35 +135,12 @@ def test_a_download_that_breaks_off_leaves_nothing_that_looks_whole(
     assert (local_folder(bucket.uri, KEY, bucket.config) / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_two_requests_for_one_file_at_once_share_one_download(
-    make_bucket: Callable[..., S3Folder], s3_endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bucket = make_bucket()
-    s3_endpoint.fill(bucket, {"a.pth": WEIGHTS})
-    chunks, has_begun, downloads = S3Folder.chunks, threading.Event(), []
-
-    def slow(self: S3Folder, name: str) -> Iterator[bytes]:
-        downloads.append(name)
-        has_begun.set()
-        time.sleep(0.3)  # time for the other one to ask
-        return chunks(self, name)
-
-    monkeypatch.setattr(S3Folder, "chunks", slow)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(local_file, f"{bucket.uri}/a.pth", KEY, bucket.config)
-        assert has_begun.wait(timeout=30)
-        second = pool.submit(local_file, f"{bucket.uri}/a.pth", KEY, bucket.config)
-        assert first.result(timeout=30) == second.result(timeout=30)
-    assert first.result().read_bytes() == WEIGHTS and downloads == ["a.pth"]
-
-
-def test_a_file_that_is_not_in_the_bucket_is_named_in_one_sentence(make_bucket: Callable[..., S3Folder], s3_endpoint) -> None:
+def test_a_file_that_the_bucket_lacks_is_named(make_bucket: Callable[..., S3Folder], s3_endpoint) -> None:
     bucket = make_bucket("weights")
     s3_endpoint.fill(bucket, {"a.pth": WEIGHTS})
-    with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {bucket.uri}/b\.pth does not exist; correct the URI$"):
-        local_file(f"{bucket.uri}/b.pth", KEY, bucket.config)
-    with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {bucket.uri}/a does not exist; correct the URI$"):
-        local_file(f"{bucket.uri}/a", KEY, bucket.config)
+    for name in ("b.pth", "a"):
+        with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {bucket.uri}/{name} does not exist; correct the URI$"):
+            local_file(f"{bucket.uri}/{name}", KEY, bucket.config)
     with pytest.raises(
         ValueError, match=rf"^captions\.encoder: {bucket.uri} has no files that end in \.safetensors, \.json, \.txt$"
     ):
@@ -137,41 +149,200 @@ def test_a_file_that_is_not_in_the_bucket_is_named_in_one_sentence(make_bucket: 
         local_file("s3://no-such-bucket/a.pth", KEY, bucket.config)
 
 
-# The hub, and digests ------------------------------------------------------------------------------------------------------
+# The hub -------------------------------------------------------------------------------------------------------------------
+
+REPOSITORY = "someone/tiny-clip"
+COMMITS = {"main": "a" * 40, "v1": "b" * 40, "refs/pr/1": "c" * 40}
+FILES = {
+    "config.json": b'{"model_type": "clip_text_model"}',
+    "merges.txt": b"#version: 0.2\n",
+    "model.safetensors": b"safe" * 1000,
+    "onnx/model.safetensors": b"deeper",
+    "pytorch_model.bin": b"a pickle",
+    "modeling.py": b"raise SystemExit",
+    "weights of v2.pth": b"with a space",
+}
 
 
-def test_a_file_that_cannot_be_fetched_from_the_hub_is_named_in_one_sentence() -> None:
-    sentence = r"^tokenizer\.weights: hf://owner/name/a\.pth cannot be fetched: the hub cannot be reached, and the local cache does"
-    with pytest.raises(ValueError, match=sentence):
-        local_file("hf://owner/name/a.pth", KEY)
-    with pytest.raises(ValueError, match=r"^tokenizer\.weights: hf://owner/name names a whole repository; a file is needed"):
-        local_file("hf://owner/name", KEY)
-    with pytest.raises(ValueError, match=r"^captions\.encoder: hf://owner/name cannot be fetched"):
-        local_folder("hf://owner/name", "captions.encoder")
+def content(name: str, commit: str) -> bytes:
+    """Every commit has other bytes."""
+    return FILES[name] + commit[:1].encode()
 
 
-def test_an_imported_file_is_named_by_its_digest_and_need_not_exist() -> None:
-    assert content_digest(f"sha256:{'ab' * 32}", KEY) == "ab" * 32
-    with pytest.raises(ValueError, match=r"^tokenizer\.weights is sha256:abab\w+, .* enat import"):
-        local_file(f"sha256:{'ab' * 32}", KEY)
+class Hub(ThreadingHTTPServer):
+    """What huggingface_hub asks for: which commit a revision is, the commit's files, and each by HEAD and GET."""
+
+    files = tuple(FILES)
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.asked: list[tuple[str, str]] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        assert isinstance(self.server, Hub)
+        self.server.asked.append((self.command, path))
+        if path.split("/", 2)[1] in ("gated", "api") and "/gated/" in path:
+            self.reply(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="Access to model is restricted")
+        elif "/broken/" in path:
+            self.reply(500, b"{}")
+        elif REPOSITORY not in path:
+            self.reply(404, b"{}", X_Error_Code="RepoNotFound")
+        elif match := re.fullmatch(f"/api/models/{REPOSITORY}/(revision|tree)/(.+)", path):
+            self.reply_about(match[1], match[2])
+        elif match := re.fullmatch(f"/{REPOSITORY}/resolve/({'|'.join([*COMMITS, *COMMITS.values()])})/(.+)", path):
+            self.reply_file(COMMITS.get(match[1], match[1]), match[2])
+        else:
+            self.reply(404, b"{}", X_Error_Code="RevisionNotFound")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def reply_about(self, kind: str, revision: str) -> None:
+        commit = COMMITS.get(revision, revision)
+        if commit not in COMMITS.values():
+            self.reply(404, b"{}", X_Error_Code="RevisionNotFound")
+            return
+        if kind == "tree":
+            answer: Any = [
+                {"type": "file", "path": name, "size": len(content(name, commit)), "oid": etag(name, commit)} for name in Hub.files
+            ]
+        else:
+            siblings = [{"rfilename": name} for name in Hub.files]
+            answer = {"id": REPOSITORY, "modelId": REPOSITORY, "sha": commit, "siblings": siblings}
+        self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
+
+    def reply_file(self, commit: str, name: str) -> None:
+        if name not in FILES:
+            self.reply(404, b"{}", X_Error_Code="EntryNotFound")
+            return
+        self.reply(200, content(name, commit), ETag=f'"{etag(name, commit)}"', X_Repo_Commit=commit)
+
+
+def etag(name: str, commit: str) -> str:
+    return hashlib.sha1(content(name, commit), usedforsecurity=False).hexdigest()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A server that huggingface_hub takes for the hub, and an empty cache. The library read its variables when it was imported."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        # Between attempts it would sleep, 22 seconds in all.
+        monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _: None}))
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Switches the network off as HF_HUB_OFFLINE=1 does."""
+    from huggingface_hub import constants
+
+    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def test_other_references_are_refused() -> None:
-    for reference in ("sha256:ab", f"sha256:{'AB' * 32}", "ftp://host/file", "http://host/a.pth"):
-        with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {reference} is"):
-            local_file(reference, KEY)
+    wrong = ("", "owner", "owner/", "owner/name/", "owner/name@", "owner/name@a@b", "/owner/name")
+    for reference in (*(f"hf://{place}" for place in wrong), "gs://bucket/name", "https://huggingface.co/openai/clip"):
+        for find in (local_folder, local_file):
+            with pytest.raises(ValueError, match=r"^tokenizer\.weights: .* is neither a local path nor a place on the hub, hf://"):
+                find(reference, KEY)
+    with pytest.raises(ValueError, match="names a file; a whole repository is needed: hf://owner/name"):
+        local_folder("hf://owner/name/model.safetensors", KEY)
+    with pytest.raises(ValueError, match="names a whole repository; a file is needed: hf://owner/name/path"):
+        local_file("hf://owner/name@main", KEY)
 
 
-def test_a_folder_is_named_by_the_files_that_count(tmp_path: Path) -> None:
-    def write(root: Path, files: dict[str, bytes]) -> str:
-        for name, content in files.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(content)
-        return external.folder_digest(root)
+def test_weights_and_text_of_a_revision_are_fetched_once(hub: Hub, offline: Callable[[], None]) -> None:
+    wanted = ("config.json", "merges.txt", "model.safetensors", "onnx/model.safetensors")
+    for suffix, commit in (("", "main"), ("@v1", "v1"), ("@refs/pr/1", "refs/pr/1"), ("@" + "b" * 40, "v1")):
+        folder = local_folder(f"hf://{REPOSITORY}{suffix}", KEY)
+        assert _contents(folder) == {name: content(name, COMMITS[commit]) for name in wanted}
+    assert not any(path.endswith((".bin", ".py")) for _, path in hub.asked)
+    hub.asked.clear()
+    assert local_folder(f"hf://{REPOSITORY}@v1", KEY) == folder
+    assert not any("/resolve/" in path for command, path in hub.asked if command == "GET")
+    offline()
+    hub.asked.clear()
+    assert local_folder(f"hf://{REPOSITORY}@v1", KEY) == folder and hub.asked == []
+    (folder / "merges.txt").unlink()
+    with pytest.raises(ValueError, match="the local cache does not hold it"):
+        local_folder(f"hf://{REPOSITORY}@v1", KEY)
 
-    digest = write(tmp_path / "a", FOLDER)
-    assert digest == write(tmp_path / "b", dict(reversed((FOLDER | REST).items()))) == folder_digest(tmp_path / "a")
-    assert digest != write(tmp_path / "c", {**FOLDER, "config.json": b"{ }"})
-    assert digest != write(tmp_path / "d", {**FOLDER, "more.txt": b""})
-    moved = {name.replace("text/", ""): content for name, content in FOLDER.items()}
-    assert digest != write(tmp_path / "e", moved)
+
+def test_a_file_of_a_revision_is_fetched(hub: Hub, offline: Callable[[], None]) -> None:
+    places = (
+        ("model.safetensors", "", "main"),
+        ("onnx/model.safetensors", "@v1", "v1"),
+        ("weights of v2.pth", "@refs/pr/1", "refs/pr/1"),
+    )
+    paths = [local_file(f"hf://{REPOSITORY}/{name}{suffix}", KEY) for name, suffix, _ in places]
+    assert [path.read_bytes() for path in paths] == [content(name, COMMITS[commit]) for name, _, commit in places]
+    offline()
+    assert [local_file(f"hf://{REPOSITORY}/{name}{suffix}", KEY) for name, suffix, _ in places] == paths
+
+
+def test_the_reason_of_a_failed_fetch_is_one_sentence(
+    hub: Hub, offline: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(reference: str, message: str) -> None:
+        of_file = re.sub(r"(@\w+)?$", r"/model.safetensors\1", reference, count=1)
+        for asked, find in ((reference, local_folder), (of_file, local_file)):
+            with pytest.raises(ValueError, match=message) as caught:
+                find(asked, KEY)
+            assert str(caught.value).startswith(f"{KEY}: {asked} cannot be fetched: ") and "\n" not in str(caught.value)
+
+    not_reached = "the hub cannot be reached, and the local cache does not hold it"
+    for reference, message in (
+        ("hf://someone/unknown", "the repository does not exist"),
+        (f"hf://{REPOSITORY}@v2", "the repository has no such revision"),
+        ("hf://gated/clip", "its owner grants access on request"),
+        ("hf://broken/clip", not_reached),
+        ("hf://-owner/name", "cannot be fetched: "),
+        (f"hf://{'o' * 100}/name", "cannot be fetched: "),
+    ):
+        check(reference, message)
+    with pytest.raises(ValueError, match="the repository has no such file"):
+        local_file(f"hf://{REPOSITORY}/missing.safetensors", KEY)
+    with monkeypatch.context() as patch:
+        patch.setattr(Hub, "files", ("modeling.py",))
+        with pytest.raises(ValueError, match=r"has no files that end in \.safetensors, \.json, \.txt"):
+            local_folder(f"hf://{REPOSITORY}@v1", KEY)
+    from huggingface_hub import constants
+
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+        check(f"hf://{REPOSITORY}", not_reached)
+    offline()
+    hub.asked.clear()
+    check(f"hf://{REPOSITORY}", not_reached)
+    assert hub.asked == []

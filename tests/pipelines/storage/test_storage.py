@@ -6,7 +6,6 @@ import hashlib
 import os
 import sqlite3
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +22,12 @@ from pipelines.storage.open import open_folder
 from pipelines.storage.s3 import S3Folder
 from pipelines.storage.s3_client import S3Config
 
-NAMES = ["a-b", "a.b", "a/1", "a/b/2", "a0", "b", "s p+a%20", "å/é", "\uffee", "𝒳", "A/1", "~", ".hidden/x", "a/-"]
+NAMES = [*["a-b", "a.b", "a/1", "a/b/2", "a0", "b", "å/é", "￮", "𝒳", "A/1", "~", ".hidden/x", "a/-"], "s p+a%20c&e<>'\"", "x\x01y"]
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    return LocalFolder(tmp_path / "new") if request.param == "folder" else request.getfixturevalue("make_bucket")("some/where")
 
 
 @pytest.fixture
@@ -40,9 +44,16 @@ def _names(folder: LocalFolder, prefix: str = "") -> list[str]:
 # Listing -------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_listing_is_complete_and_in_the_order_of_bytes(folder: LocalFolder) -> None:
-    assert _names(folder) == sorted(NAMES, key=str.encode)
-    assert [file.size for file in folder.list()] == [len(name.encode()) for name in sorted(NAMES, key=str.encode)]
+def test_a_listing_is_complete_and_in_the_order_of_bytes(place: Folder) -> None:
+    for name in NAMES:
+        assert place.put_if_absent(name, name.encode())
+    ordered = sorted(NAMES, key=str.encode)
+    assert [(file.name, file.size) for file in place.list()] == [(name, len(name.encode())) for name in ordered]
+    assert all(place.read(name) == name.encode() for name in NAMES)
+    assert place.folders() == [".hidden", "A", "a", "å"]
+    for prefix in ("a/", "a/b/", "å/"):
+        assert [file.name for file in place.list(prefix)] == [name for name in ordered if name.startswith(prefix)]
+    assert list(place.list("nowhere/")) == []
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -57,22 +68,6 @@ def test_names_of_any_kind_are_in_the_order_of_bytes(tmp_path_factory: pytest.Te
             write(path, b"")
             written.add("/".join(parts))
     assert _names(LocalFolder(root)) == sorted(written, key=str.encode)
-
-
-def test_a_bucket_and_a_folder_with_the_same_files_are_listed_alike(
-    folder: LocalFolder, make_bucket: Callable[..., S3Folder], s3_endpoint
-) -> None:
-    bucket = make_bucket("some/where")
-    s3_endpoint.fill(bucket, {name: name.encode() for name in NAMES})
-    assert [(f.name, f.size) for f in bucket.list()] == [(f.name, f.size) for f in folder.list()]
-    assert bucket.folders() == folder.folders() == [".hidden", "A", "a", "å"]
-    assert [f.name for f in bucket.list("a/")] == _names(folder, "a/") == ["a/-", "a/1", "a/b/2"]
-
-
-def test_a_listing_of_a_sub_folder_is_that_part_of_the_whole(folder: LocalFolder) -> None:
-    for prefix in ("a/", "a/b/", "å/"):
-        assert _names(folder, prefix) == [name for name in _names(folder) if name.startswith(prefix)]
-    assert _names(folder, "nowhere/") == []
 
 
 def test_the_version_changes_with_the_content(folder: LocalFolder) -> None:
@@ -101,7 +96,7 @@ def test_circles_of_links_end(folder: LocalFolder) -> None:
     assert _names(folder, "whole/") == []
 
 
-def test_a_link_that_leads_nowhere_is_named(folder: LocalFolder) -> None:
+def test_a_broken_link_is_named(folder: LocalFolder) -> None:
     for target in ("itself", "nowhere"):
         (folder.root / "itself").symlink_to(folder.root / target)
         with pytest.raises(StorageError, match=rf"{folder.root}/itself cannot be read \(.*\)"):
@@ -109,7 +104,7 @@ def test_a_link_that_leads_nowhere_is_named(folder: LocalFolder) -> None:
         (folder.root / "itself").unlink()
 
 
-def test_a_listing_without_links_leaves_out_what_is_behind_them(folder: LocalFolder, tmp_path: Path) -> None:
+def test_a_listing_without_links_leaves_out_their_files(folder: LocalFolder, tmp_path: Path) -> None:
     write(tmp_path / "elsewhere" / "x", b"12345")
     (folder.root / "c").symlink_to(tmp_path / "elsewhere")
     (folder.root / "d").symlink_to(tmp_path / "nowhere")
@@ -132,22 +127,22 @@ def test_a_name_that_is_not_utf_8_is_named(folder: LocalFolder) -> None:
 # Reading -------------------------------------------------------------------------------------------------------------------
 
 
-def test_ranges_are_read_exactly(folder: LocalFolder) -> None:
-    write(folder.root / "c", b"0123456789")
-    assert folder.read("c") == b"0123456789" and folder.read("c", 4) == b"456789"
-    assert folder.read("c", 2, 3) == b"234" and folder.read("c", 10, 0) == b""
-    with folder.open("c") as file:
-        file.seek(7)
-        assert file.read() == b"789"
-
-
-def test_a_missing_range_is_named(folder: LocalFolder) -> None:
-    with pytest.raises(StorageError, match=rf"{folder.root}/b ends after 1 bytes; 5 were expected"):
-        folder.read("b", 1, 4)
-    with pytest.raises(StorageError, match=rf"{folder.root}/gone cannot be read \(No such file or directory\)"):
-        folder.read("gone")
-    with pytest.raises(StorageError, match="gone cannot be read"):
-        folder.open("gone")
+def test_ranges_are_read_exactly(place: Folder) -> None:
+    content = bytes(range(256))
+    place.put("file", content)
+    place.put("empty", b"")
+    assert place.read("file") == content and place.read("empty") == b"" and place.read("file", 7) == content[7:]
+    assert place.read("file", 3, 5) == content[3:8] and place.read("file", 250, 6) == content[250:]
+    assert place.read("file", 3, 0) == b""
+    with place.open("file") as file:
+        file.seek(250)
+        assert file.read() == content[250:]
+    for start, length in ((250, 7), (256, 1), (999, 1)):
+        with pytest.raises(StorageError, match=rf"{place.uri}/file ends after .* {start + length} were expected"):
+            place.read("file", start, length)
+    for act in (place.read, place.open):
+        with pytest.raises(MissingFileError, match=f"{place.uri}/none (does not exist|cannot be read)"):
+            act("none")
 
 
 def test_places_are_opened_by_their_uri(folder: LocalFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,11 +158,6 @@ def test_places_are_opened_by_their_uri(folder: LocalFolder, tmp_path: Path, mon
 
 
 # Writing -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["folder", "bucket"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    return LocalFolder(tmp_path / "new") if request.param == "folder" else request.getfixturevalue("make_bucket")("some/where")
 
 
 def test_a_name_keeps_its_first_bytes_unless_it_is_replaced(place: Folder, tmp_path: Path) -> None:
@@ -254,7 +244,8 @@ def _fingerprints(folder: LocalFolder) -> list[str]:
 SHA256 = [hashlib.sha256(b"%d" % number).hexdigest() for number in range(5)]
 
 
-def test_a_file_is_hashed_once(settled: LocalFolder, cache: Path, hashed: list[str]) -> None:
+def test_a_file_is_hashed_once(settled: LocalFolder, cache: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_HASHED_AT_ONCE", 2)
     assert _fingerprints(settled) == SHA256 and sorted(hashed) == list("01234")
     assert _fingerprints(settled) == SHA256 and len(hashed) == 5
     assert cache.is_file()
@@ -274,20 +265,13 @@ def test_a_changed_file_is_hashed_again(settled: LocalFolder, cache: Path, hashe
         assert _fingerprints(settled)[3] == hashlib.sha256(content).hexdigest() and hashed == ["3"], change
 
 
-def test_a_digest_of_a_file_that_may_still_change_unseen_is_not_remembered(
-    settled: LocalFolder, cache: Path, hashed: list[str]
-) -> None:
+def test_the_digest_of_a_file_that_changed_just_now_is_not_cached(settled: LocalFolder, cache: Path, hashed: list[str]) -> None:
     """Twice within the clock's resolution, and with the same size."""
     path = write(settled.root / "3", b"x")
     now = path.stat().st_mtime_ns
     _fingerprints(settled)
     os.utime(write(path, b"y"), ns=(now, now))
     assert _fingerprints(settled)[3] == hashlib.sha256(b"y").hexdigest()
-
-
-def test_many_files_are_hashed_some_at_a_time(settled: LocalFolder, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_HASHED_AT_ONCE", 2)
-    assert _fingerprints(settled) == SHA256
 
 
 def test_a_cache_that_cannot_be_written_is_not_an_error(
@@ -297,33 +281,19 @@ def test_a_cache_that_cannot_be_written_is_not_an_error(
     assert _fingerprints(settled) == _fingerprints(settled) == SHA256 and len(hashed) == 10
 
 
-def _garbage(cache: Path) -> None:
-    write(cache, b"not a database" * 1000)
-
-
-def _cut(cache: Path) -> None:
+def test_a_damaged_cache_is_not_an_error(settled: LocalFolder, cache: Path, tmp_path: Path) -> None:
+    _fingerprints(settled)
     content = cache.read_bytes()
-    cache.write_bytes(content[: len(content) // 2])
-
-
-def _pages(cache: Path) -> None:
-    """The header is whole, so that it opens."""
-    content = cache.read_bytes()
-    cache.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
-
-
-def _other_columns(cache: Path) -> None:
-    cache.unlink()
-    with sqlite3.connect(cache) as database:
+    with sqlite3.connect(tmp_path / "other") as database:
         database.execute("CREATE TABLE digests (name TEXT)")
     database.close()
-
-
-def test_a_damaged_cache_is_not_an_error(settled: LocalFolder, cache: Path) -> None:
-    for damage in (_cut, _pages, _other_columns, _garbage):
-        cache.unlink(missing_ok=True)
-        _fingerprints(settled)
-        damage(cache)
+    for damaged in (
+        content[: len(content) // 2],
+        content[:4096] + b"\xff" * (len(content) - 4096),  # the header is whole, so it can be opened
+        (tmp_path / "other").read_bytes(),
+        b"not a database" * 1000,
+    ):
+        cache.write_bytes(damaged)
         assert _fingerprints(settled) == _fingerprints(settled) == SHA256
 
 
@@ -338,6 +308,6 @@ def test_processes_share_the_cache(settled: LocalFolder, cache: Path) -> None:
         assert list(pool.map(run, range(4))) == [SHA256] * 4
 
 
-def test_a_file_that_is_gone_before_it_is_hashed_is_named(settled: LocalFolder, cache: Path) -> None:
+def test_a_file_that_is_removed_before_it_is_hashed_is_named(settled: LocalFolder, cache: Path) -> None:
     with pytest.raises(StorageError, match=rf"{settled.root}/gone cannot be read \(No such file or directory\)"):
         list(settled.fingerprints([StoredFile("gone", 1, "1-1")]))
