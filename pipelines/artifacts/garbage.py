@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -32,7 +31,7 @@ from pipelines.artifacts.lineage import Lineage
 from pipelines.artifacts.manifest import MANIFEST, PARTS, USED, DamagedManifestError, Manifest, Name, name_of, short
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.formatting import one_line, show_age, show_size
-from pipelines.storage.base import MissingFileError, StoredFile
+from pipelines.storage.base import MissingFileError, StoredFile, in_parallel
 
 Kind: TypeAlias = Literal["artifact", "unfinished", "stray files"]
 Reason: TypeAlias = Literal["recent", "named", "registered", "damaged", "elsewhere", "needed"]
@@ -137,17 +136,16 @@ def collect(store: ArtifactStore, planned: Plan, advance: Callable[[Removal], No
     def remove(removal: Removal) -> str | None:
         if removal.kind == "artifact" and (removal.stage, removal.key) in needed:
             return "something made from it was used meanwhile"
-        return _REMOVE[removal.kind](store, removal, planned.limit)
+        return _remove(store, removal, planned.limit)
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="gc") as pool:
-        for some in _in_turn(planned.removals, graph):
-            for removal, reason in zip(some, pool.map(remove, some), strict=True):
-                if reason is None:
-                    outcome.removed.append(removal)
-                else:
-                    outcome.spared.append((removal, reason))
-                advance(removal)
-            needed.update(graph.ancestors([(spared.stage, spared.key) for spared, _ in outcome.spared]))
+    for some in _in_turn(planned.removals, graph):
+        for removal, reason in zip(some, in_parallel(remove, some, _THREADS), strict=True):
+            if reason is None:
+                outcome.removed.append(removal)
+            else:
+                outcome.spared.append((removal, reason))
+            advance(removal)
+        needed.update(graph.ancestors([(spared.stage, spared.key) for spared, _ in outcome.spared]))
     return outcome
 
 
@@ -164,18 +162,23 @@ def _in_turn(removals: Iterable[Removal], graph: Lineage) -> list[list[Removal]]
     return [some for _, some in sorted(groups.items())]
 
 
-def _remove_artifact(store: ArtifactStore, removal: Removal, limit: float) -> str | None:
+def _remove(store: ArtifactStore, removal: Removal, limit: float) -> str | None:
     """Returns None if it was removed, else the reason why not."""
     name, manifest = (removal.stage, removal.key), removal.manifest
-    assert manifest is not None
-    if _last_used(store.list_files(*name), manifest) >= limit:  # also if it was removed and made again
-        return "it was used meanwhile"
-    store.delete_manifest(*name)
-    after = store.list_files(*name)
-    if _last_used(after) >= limit:
-        _put_back(store, manifest)
-        return "it was used meanwhile"
-    return _remove_files(store, name, after, limit)
+    if removal.kind == "stray files":
+        return _remove_stray(store, removal, limit)
+    files = store.list_files(*name)
+    if _last_used(files, manifest) >= limit:  # also if it was removed and made again
+        return "work on it continues" if manifest is None else "it was used meanwhile"
+    if manifest is None and MANIFEST in {file.name for file in files}:
+        return "it was finished meanwhile"
+    if manifest is not None:
+        store.delete_manifest(*name)
+        files = store.list_files(*name)
+        if _last_used(files) >= limit:
+            _put_back(store, manifest)
+            return "it was used meanwhile"
+    return _remove_files(store, name, files, limit)
 
 
 def _put_back(store: ArtifactStore, manifest: Manifest) -> None:
@@ -183,16 +186,6 @@ def _put_back(store: ArtifactStore, manifest: Manifest) -> None:
         store.commit(manifest)
     except (MissingFileError, DamagedManifestError) as error:
         _log.warning("%s was damaged; the run that asks for it now makes it again (%s)", short(name_of(manifest)), error)
-
-
-def _remove_unfinished(store: ArtifactStore, removal: Removal, limit: float) -> str | None:
-    name = (removal.stage, removal.key)
-    files = store.list_files(*name)
-    if _last_used(files) >= limit:
-        return "work on it continues"
-    if MANIFEST in {file.name for file in files}:
-        return "it was finished meanwhile"
-    return _remove_files(store, name, files, limit)
 
 
 def _remove_files(store: ArtifactStore, name: Name, files: Iterable[StoredFile], limit: float) -> str | None:
@@ -234,12 +227,6 @@ def _remove_stray(store: ArtifactStore, removal: Removal, limit: float) -> str |
         store.delete_files(*name, paths)
     return None
 
-
-_REMOVE: Mapping[Kind, Callable[[ArtifactStore, Removal, float], str | None]] = {
-    "artifact": _remove_artifact,
-    "unfinished": _remove_unfinished,
-    "stray files": _remove_stray,
-}
 
 # Showing -------------------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,9 +27,6 @@ from pipelines.artifacts.manifest import (
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.formatting import one_line, show_age, show_number, show_size
 from pipelines.storage.base import StorageError, StoredFile
-
-if TYPE_CHECKING:
-    pass
 
 Describe = Callable[[Manifest], str]
 _SHOWN_CHOICES = 6
@@ -85,11 +82,6 @@ def _begins(place: Name, name: str) -> bool:
 # Describing ----------------------------------------------------------------------------------------------------------------
 
 
-def size_of(manifest: Manifest) -> int:
-    """Bytes of its files and records."""
-    return sum(file.size for file in (*manifest.files, *manifest.records))
-
-
 def created(manifest: Manifest) -> float | None:
     """Seconds since 1970; None if the manifest does not contain the time."""
     try:
@@ -139,12 +131,12 @@ class Query:
 
 @dataclass(frozen=True)
 class Entry:
-    """An artifact as it is listed. age: seconds since it was made; None where the manifest does not say."""
+    """An artifact as it is listed. age_seconds: since it was made; None where the manifest does not say."""
 
     stage: str
     key: str
     size: int
-    age: float | None
+    age_seconds: float | None
     dataset: str | None
     phrase: str
 
@@ -164,16 +156,16 @@ def list_artifacts(
     for manifest in every.values():
         made = created(manifest)
         age = None if made is None else now - made
-        size, dataset = size_of(manifest), dataset_of(manifest, every, dataset_name)
+        size, dataset = manifest.size, dataset_of(manifest, every, dataset_name)
         entries.append(Entry(manifest.stage, manifest.key, size, age, dataset, phrase(manifest, describe)))
     chosen = [entry for entry in entries if _is_asked_for(entry, query)]
     if by_size:
         return sorted(chosen, key=lambda entry: (-entry.size, entry.stage, entry.key))
-    return sorted(chosen, key=lambda entry: (math.inf if entry.age is None else entry.age, entry.stage, entry.key))
+    return sorted(chosen, key=lambda entry: (math.inf if entry.age_seconds is None else entry.age_seconds, entry.stage, entry.key))
 
 
 def _is_asked_for(entry: Entry, query: Query) -> bool:
-    age = math.nan if entry.age is None else entry.age  # what is not known is neither older nor newer
+    age = math.nan if entry.age_seconds is None else entry.age_seconds  # what is not known is neither older nor newer
     return all(
         [
             not query.stages or entry.stage in query.stages,
@@ -231,7 +223,7 @@ def find_unfinished(folders: Iterable[tuple[str, str, list[StoredFile]]], manife
 def list_table(entries: Sequence[Entry]) -> Table:
     table = _table("size", "age", "artifact", "dataset", "")
     for entry in entries:
-        age = "–" if entry.age is None else show_age(entry.age)
+        age = "–" if entry.age_seconds is None else show_age(entry.age_seconds)
         table.add_row(show_size(entry.size), age, short((entry.stage, entry.key)), _cell(entry.dataset), _cell(entry.phrase))
     return table
 
@@ -253,11 +245,6 @@ def show_unfinished(unfinished: Sequence[Unfinished], store: str, now: float, co
         console.print()
     total = show_size(sum(each.size for each in unfinished))
     console.print(f"{len(unfinished):,} unfinished, {total}, in {escape(store)}", highlight=False, soft_wrap=True)
-
-
-def entry_json(entry: Entry) -> dict[str, Any]:
-    values = {"stage": entry.stage, "key": entry.key, "size": entry.size, "age_seconds": entry.age}
-    return {**values, "dataset": entry.dataset, "phrase": entry.phrase}
 
 
 def unfinished_json(each: Unfinished, now: float) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.tree import Tree
 
-from pipelines.artifacts.inventory import Describe, phrase, size_of
-from pipelines.artifacts.manifest import Manifest, Name, inputs_of, name_of, short
+from pipelines.artifacts.inventory import Describe, phrase
+from pipelines.artifacts.manifest import DamagedManifestError, Manifest, Name, inputs_of, name_of, short
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.formatting import one_line, show_size
 
 
@@ -55,6 +56,21 @@ class Lineage:
         return [name for name in ordered if name in chosen]
 
 
+def read_lineage(store: ArtifactStore, manifest: Manifest) -> dict[Name, Manifest | DamagedManifestError | None]:
+    """The manifests of an artifact and of everything that it was made from, read from a store, nearest first.
+
+    A damaged manifest is replaced by its error, one that the store does not have by None. Their inputs are not known.
+    """
+    found: dict[Name, Manifest | DamagedManifestError | None] = {name_of(manifest): manifest}
+    level = [manifest]
+    while level:
+        missing = [name for name in dict.fromkeys(source for each in level for source in inputs_of(each)) if name not in found]
+        found |= dict.fromkeys(missing)
+        found |= {(each.stage, each.key): each for each in store.read_manifests(missing)}
+        level = [each for name in missing if isinstance(each := found[name], Manifest)]
+    return found
+
+
 def _reached(names: Iterable[Name], step: Callable[[Name], list[Name]]) -> list[Name]:
     waiting = [*names]
     reached: dict[Name, None] = {}
@@ -97,7 +113,7 @@ def _line(name: Name, other: Name, lineage: Lineage) -> str:
     reader, source = (lineage.manifests[name], manifest) if other in lineage.inputs(name) else (manifest, lineage.manifests[name])
     digests = {entry["digest"] for entry in reader.inputs.values() if (entry["stage"], entry["key"]) == name_of(source)}
     changed = "" if digests == {source.digest} else "  [yellow]made again since, with other content[/]"
-    return f"{short(other)}  [dim]{show_size(size_of(manifest))}  {one_line(phrase(manifest, lineage.describe))}[/]{changed}"
+    return f"{short(other)}  [dim]{show_size(manifest.size)}  {one_line(phrase(manifest, lineage.describe))}[/]{changed}"
 
 
 def to_json(lineage: Lineage, manifest: Manifest) -> dict[str, Any]:
@@ -108,7 +124,7 @@ def to_json(lineage: Lineage, manifest: Manifest) -> dict[str, Any]:
         values: dict[str, Any] = {"artifact": "/".join(name), "is_in_store": found is not None}
         if found is not None:
             inputs = {role: f"{source['stage']}/{source['key']}" for role, source in found.inputs.items()}
-            values |= {"digest": found.digest, "size": size_of(found), "phrase": phrase(found, lineage.describe), "inputs": inputs}
+            values |= {"digest": found.digest, "size": found.size, "phrase": phrase(found, lineage.describe), "inputs": inputs}
         return values
 
     name = [name_of(manifest)]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage.base import StorageError, canonical_json, digest_of
+from pipelines.storage.base import StorageError, digest_of
 
 Name = tuple[str, str]  # stage, key
 
@@ -84,6 +84,11 @@ class Manifest:
         files = [[record.name, record.size, record.sha256] for record in sorted(self.files, key=lambda record: record.name)]
         return digest_of({"stage": self.stage, "key": self.key, "files": files})
 
+    @property
+    def size(self) -> int:
+        """Bytes of its files and records."""
+        return sum(file.size for file in (*self.files, *self.records))
+
     def file(self, name: str) -> FileRecord:
         for record in (*self.files, *self.records):
             if record.name == name:
@@ -125,19 +130,6 @@ def part_record(content: bytes, place: object) -> dict[str, Any] | None:
         return record
     _log.warning("the record %s is damaged; its part is made again", place)
     return None
-
-
-def use_record(inputs: Iterable[Name]) -> bytes:
-    """The content of a record of use."""
-    return canonical_json({"inputs": sorted(set(inputs))})
-
-
-def read_use_record(content: bytes) -> list[Name]:
-    """Its inputs; none if its content is damaged."""
-    try:
-        return [(stage, key) for stage, key in json.loads(content)["inputs"] if is_artifact(stage, key)]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return []
 
 
 def paths_of(name: str, sha256: str) -> tuple[str, str]:

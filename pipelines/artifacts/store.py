@@ -10,10 +10,11 @@ The store knows nothing of the kind of folder that it is in (see storage/base.py
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,8 +34,6 @@ from pipelines.artifacts.manifest import (
     is_stage,
     part_record,
     paths_of,
-    read_use_record,
-    use_record,
 )
 from pipelines.storage.base import (
     Folder,
@@ -48,7 +47,6 @@ from pipelines.storage.base import (
 )
 
 _log = logging.getLogger(__name__)
-_MANIFESTS_AT_ONCE = 256
 
 
 class ArtifactStore:
@@ -91,18 +89,27 @@ class ArtifactStore:
             raise
         return Manifest.read(content, place, stage, key)
 
-    def read_manifests(self, names: Iterable[Name] | None = None) -> Iterator[Manifest | DamagedManifestError]:
-        """Read the manifests of these artifacts, or of all. A damaged manifest is replaced by its error."""
+    def read_manifests(
+        self, names: Iterable[Name] | None = None, *, is_complete: bool = True
+    ) -> Iterator[Manifest | DamagedManifestError]:
+        """Read the manifests of these artifacts, or of all. A damaged manifest is replaced by its error.
+
+        is_complete: if False, a manifest that cannot be read is replaced by an error, too, and does not end the reading.
+        """
 
         def read(name: Name) -> Manifest | DamagedManifestError | None:
             try:
                 return self.read_manifest(*name)
             except DamagedManifestError as error:
                 return error
+            except StorageError as error:
+                if is_complete:
+                    raise
+                damaged = DamagedManifestError(f"{MANIFEST} cannot be read ({error})", *name)
+                damaged.__cause__ = error
+                return damaged
 
-        remaining = iter(self.names() if names is None else names)
-        while some := [*islice(remaining, _MANIFESTS_AT_ONCE)]:  # read whole: a reader that stops leaves no thread waiting
-            yield from [found for found in in_parallel(read, some) if found is not None]
+        yield from (found for found in in_parallel(read, self.names() if names is None else names) if found is not None)
 
     def manifests(self) -> Iterator[Manifest]:
         """Read all committed artifacts, with a warning for each damaged manifest."""
@@ -236,12 +243,15 @@ class ArtifactStore:
 
         inputs: (stage, key) of the artifacts that it is made from.
         """
-        self.folder.put(f"{stage}/{key}/{USED}", use_record(inputs))
+        self.folder.put(f"{stage}/{key}/{USED}", canonical_json({"inputs": sorted(set(inputs))}))
 
     def recorded_inputs(self, stage: str, key: str) -> list[Name]:
-        """Inputs that the last use recorded; empty if nothing was recorded."""
-        content = self.folder.read_if_exists(f"{stage}/{key}/{USED}")
-        return [] if content is None else read_use_record(content)
+        """Inputs that the last use recorded; empty if nothing was recorded, or if the record is damaged."""
+        content = self.folder.read_if_exists(f"{stage}/{key}/{USED}") or b""
+        try:
+            return [(stage, key) for stage, key in json.loads(content)["inputs"] if is_artifact(stage, key)]
+        except (KeyError, TypeError, ValueError, RecursionError):
+            return []
 
     # Listing -------------------------------------------------------------------------------------------------------------------
 

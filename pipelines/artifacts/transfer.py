@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.artifacts.lineage import Lineage
-from pipelines.artifacts.manifest import MANIFEST, FileRecord, Manifest, name_of, paths_of, short
+from pipelines.artifacts.lineage import Lineage, read_lineage
+from pipelines.artifacts.manifest import MANIFEST, FileRecord, Manifest, inputs_of, name_of, paths_of, short
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage import atomic
-from pipelines.storage.base import MissingFileError, StorageError, file_digest
+from pipelines.storage.base import MissingFileError, StorageError, file_digest, in_parallel
 
 _THREADS = 4  # files at once
 
@@ -35,19 +34,14 @@ class Transferred:
 
 def with_inputs(store: ArtifactStore, manifest: Manifest) -> list[Manifest]:
     """An artifact and everything that it was made from, oldest first. Raises StorageError if some of it is gone."""
-    found, waiting = {name_of(manifest): manifest}, [manifest]
-    for each in waiting:  # grows
-        sources = dict.fromkeys((source["stage"], source["key"]) for source in each.inputs.values())
-        wanted = [name for name in sources if name not in found]
-        read = {(source.stage, source.key): source for source in store.read_manifests(wanted)}
-        for name in wanted:
-            source = read.get(name)
-            if not isinstance(source, Manifest):
-                reason = "is damaged" if source is not None else "is gone"
-                raise StorageError(f"{short(name)}, which {short(name_of(each))} was made from, {reason} in the store {store.uri}")
-            found[name] = source
-            waiting.append(source)
-    return [found[name] for name in Lineage(found.values()).oldest_first(found)]
+    found = read_lineage(store, manifest)
+    whole = {name: each for name, each in found.items() if isinstance(each, Manifest)}
+    for name, each in found.items():
+        if name not in whole:
+            maker = next(maker for maker, made in whole.items() if name in inputs_of(made))
+            reason = "is gone" if each is None else "is damaged"
+            raise StorageError(f"{short(name)}, which {short(maker)} was made from, {reason} in the store {store.uri}")
+    return [whole[name] for name in Lineage(whole.values()).oldest_first(whole)]
 
 
 def pull(
@@ -71,14 +65,14 @@ def pull(
         if present is None:
             answers.append(_pull_one(source, target, manifest, advance))
         else:
-            advance(sum(record.size for record in (*manifest.files, *manifest.records)))
+            advance(manifest.size)
             answers.append(Transferred(present, was_there=True))
     return answers
 
 
 def _pull_one(source: ArtifactStore, target: ArtifactStore, manifest: Manifest, advance: Callable[[int], None]) -> Transferred:
     stage, key = name_of(manifest)
-    target.record_use(stage, key, [(each["stage"], each["key"]) for each in manifest.inputs.values()])
+    target.record_use(stage, key, inputs_of(manifest))
 
     def copy(record: FileRecord) -> tuple[FileRecord, bool]:
         existing = _existing_record(target, stage, key, record)
@@ -86,8 +80,7 @@ def _pull_one(source: ArtifactStore, target: ArtifactStore, manifest: Manifest, 
         advance(record.size)
         return copied, existing is None
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="pull") as pool:
-        files, records = (list(pool.map(copy, some)) for some in (manifest.files, manifest.records))
+    files, records = ([*in_parallel(copy, some, _THREADS)] for some in (manifest.files, manifest.records))
     own = replace(manifest, files=tuple(record for record, _ in files), records=tuple(record for record, _ in records))
     assert own.digest == manifest.digest  # else fetch_file would have refused a file
     fetched = [record for record, is_fetched in (*files, *records) if is_fetched]

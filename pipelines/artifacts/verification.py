@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipelines.artifacts.inventory import size_of
-from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest
+from pipelines.artifacts.manifest import DamagedManifestError, FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import MissingFileError, StorageError
+from pipelines.storage.base import MissingFileError, StorageError, in_parallel
 
 _THREADS = 4  # sha256 lets other threads run; of a bucket each reads ahead by itself
-_MANIFEST_THREADS = 16  # small, and mostly waited for
 
 
 @dataclass(frozen=True)
@@ -39,38 +36,20 @@ class _Problem:
     is_readable: bool = True
 
 
-def read_manifests(store: ArtifactStore) -> Iterator[Manifest | DamagedManifestError]:
-    """Read all manifests of a store. One that cannot be read is replaced by its error and does not end the reading."""
-
-    def read(name: tuple[str, str]) -> Manifest | DamagedManifestError | None:
-        try:
-            return store.read_manifest(*name)
-        except DamagedManifestError as error:
-            return error
-        except StorageError as error:
-            damaged = DamagedManifestError(f"{MANIFEST} cannot be read ({error})", *name)
-            damaged.__cause__ = error
-            return damaged
-
-    with ThreadPoolExecutor(_MANIFEST_THREADS, thread_name_prefix="verify") as pool:
-        yield from (found for found in pool.map(read, store.names()) if found is not None)
-
-
 def verify(
     store: ArtifactStore, found: Iterable[Manifest | DamagedManifestError], advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[Verdict]:
     """Yield one verdict for each, in order. advance: called by several threads with the bytes that were read or need not be."""
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
-        for each in found:
-            if isinstance(each, DamagedManifestError):
-                yield Verdict(each.stage, each.key, 0, 0, (str(each),), not isinstance(each.__cause__, OSError | StorageError))
-                continue
-            records = [*each.files, *each.records]
-            problems = pool.map(lambda record, each=each: _problem(store, each, record, advance), records)
-            found_here = [problem for problem in problems if problem is not None]
-            sentences = tuple(problem.sentence for problem in found_here)
-            is_readable = all(problem.is_readable for problem in found_here)
-            yield Verdict(each.stage, each.key, len(records), size_of(each), sentences, is_readable)
+    for each in found:
+        if isinstance(each, DamagedManifestError):
+            yield Verdict(each.stage, each.key, 0, 0, (str(each),), not isinstance(each.__cause__, OSError | StorageError))
+            continue
+        records = [*each.files, *each.records]
+        checked = in_parallel(lambda record, each=each: _problem(store, each, record, advance), records, _THREADS)  # type: ignore[misc]
+        problems = [problem for problem in checked if problem is not None]
+        sentences = tuple(problem.sentence for problem in problems)
+        is_readable = all(problem.is_readable for problem in problems)
+        yield Verdict(each.stage, each.key, len(records), each.size, sentences, is_readable)
 
 
 def _problem(store: ArtifactStore, manifest: Manifest, record: FileRecord, advance: Callable[[int], None]) -> _Problem | None:

@@ -83,7 +83,7 @@ def list_artifacts(sort: str, unfinished: bool, store: str, s3: S3Config, as_jso
         dataset_name=graph.dataset_name,
     )
     if as_json:
-        echo_json({"store": opened.uri, "artifacts": [inventory.entry_json(entry) for entry in entries]})
+        echo_json({"store": opened.uri, "artifacts": [dataclasses.asdict(entry) for entry in entries]})
     else:
         inventory.show_list(entries, opened.uri, table_console())
 
@@ -160,7 +160,7 @@ def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs
         raise click.UsageError(f"--store and --to are the same store, {opened.uri}")
     manifest = inventory.find(source, artifact)
     manifests = transfer.with_inputs(source, manifest) if with_inputs else [manifest]
-    with _bar("pulling", sum(map(inventory.size_of, manifests)), as_json) as advance:
+    with _bar("pulling", sum(each.size for each in manifests), as_json) as advance:
         if opened is None:
             assert files is not None
             done = [transfer.write_files(source, manifest, files, advance)]
@@ -207,11 +207,11 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, a
         raise click.UsageError("name artifacts by prefixes of their keys, or give --all")
     opened = _open(store, s3)
     with console(stderr=True).status("reading manifests"):
-        found = [*verification.read_manifests(opened)] if all_of_them else inventory.look_up(opened, keys)
+        found = [*opened.read_manifests(is_complete=False)] if all_of_them else inventory.look_up(opened, keys)
     if not found:
         raise ValueError(f"{opened.uri} contains no artifacts, so nothing was verified. Check that this is the right store.")
     rows, is_whole = [], True
-    with _bar("verifying", sum(inventory.size_of(each) for each in found if isinstance(each, Manifest)), as_json) as advance:
+    with _bar("verifying", sum(each.size for each in found if isinstance(each, Manifest)), as_json) as advance:
         for verdict in verification.verify(opened, found, advance):
             is_whole = is_whole and not verdict.problems
             rows.append({**dataclasses.asdict(verdict), "is_whole": not verdict.problems})

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.artifacts.manifest import DamagedManifestError, Manifest
+from pipelines.artifacts.lineage import read_lineage
+from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.workflow.summary import SummaryError
 
@@ -71,10 +72,16 @@ def lineage_cost(store: ArtifactStore, manifest: Manifest, stages: Mapping[str, 
     worker_seconds = dict.fromkeys(KINDS, 0.0)
     device_seconds = dict.fromkeys(KINDS, 0.0)
     imported, missing = [], []
-    for place, found in _lineage(store, manifest):
-        stage = stages.get(found.stage) if found is not None else None
+    for name, found in read_lineage(store, manifest).items():
+        place = "/".join(name)
+        if not isinstance(found, Manifest):
+            if found is not None:
+                _log.warning("the cost of an artifact is not known: %s", found)
+            missing.append(place)
+            continue
+        stage = stages.get(found.stage)
         try:
-            is_imported = found is not None and stage is not None and stage.summary.read(found).is_from_outside
+            is_imported = stage is not None and stage.summary.read(found).is_from_outside
         except SummaryError as error:
             _log.warning("the cost of an ancestor is not known: %s", error)
             missing.append(place)
@@ -83,7 +90,7 @@ def lineage_cost(store: ArtifactStore, manifest: Manifest, stages: Mapping[str, 
             imported.append(place)
         if is_imported and stage is not None and not stage.is_counted_if_imported:
             continue
-        if found is None or (took := _seconds(found)) is None:
+        if (took := _seconds(found)) is None:
             missing.append(place)
         else:
             kind = (stage.kind if stage is not None else None) or OTHER
@@ -122,27 +129,3 @@ def _seconds(manifest: Manifest) -> tuple[float, float] | None:
     values = [manifest.provenance.get(name) for name in ("worker_seconds", "device_seconds")]
     numbers = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value) and value >= 0]
     return (numbers[0], numbers[1]) if len(numbers) == len(values) else None
-
-
-def _lineage(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, Manifest | None]]:
-    """The artifact and every ancestor once, as ("stage/key", manifest); None for a manifest that the store does not have."""
-    waiting: list[tuple[str, str]] = [(manifest.stage, manifest.key)]
-    seen = set(waiting)
-    while waiting:
-        stage, key = waiting.pop()
-        found = manifest if (stage, key) == (manifest.stage, manifest.key) else _read(store, stage, key)
-        yield f"{stage}/{key}", found
-        for source in found.inputs.values() if found is not None else ():
-            place = (source["stage"], source["key"])
-            if place not in seen:
-                seen.add(place)
-                waiting.append(place)
-
-
-def _read(store: ArtifactStore, stage: str, key: str) -> Manifest | None:
-    """A manifest; None also if it is damaged, because the scores of an evaluation do not depend on it."""
-    try:
-        return store.read_manifest(stage, key)
-    except DamagedManifestError as error:
-        _log.warning("the cost of an artifact is not known: %s", error)
-        return None

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from summaries import summary_of
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
@@ -64,6 +66,18 @@ def make(store: ArtifactStore, place: str, *inputs: Manifest, files: Mapping[str
         **fields,
     }
     return store.commit(Manifest(stage=stage, key=key_of(name), **values))
+
+
+def make_chain(store: ArtifactStore) -> SimpleNamespace:
+    """A dataset, a tokenizer and a map of it, two trainings on the map, and samples and scores of the first."""
+    made = SimpleNamespace()
+    made.dataset = make(store, "dataset/d", summary=summary_of("dataset", num_images=5, class_names=["[red]"]))
+    made.tokenizer = make(store, "tokenizer/t", made.dataset)
+    made.map = make(store, "token_map/m", made.dataset, made.tokenizer)
+    made.first, made.second = (make(store, f"train/{name}", made.map, made.tokenizer) for name in ("first", "second"))
+    made.samples = make(store, "generate/g", made.first)
+    made.scores = make(store, "evaluate/e", made.samples, made.first)
+    return made
 
 
 def folder_place(root: Path) -> Place:

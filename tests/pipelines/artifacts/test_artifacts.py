@@ -23,19 +23,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from places import Place, open_place
+from places import Place
 
-from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest
+from pipelines.artifacts.manifest import MANIFEST, DamagedFileError, DamagedManifestError, FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import MissingFileError, StorageError, canonical_json, digest_of
+from pipelines.storage.base import StorageError, canonical_json
 
 STAGE, KEY = "train", "ab" * 32
-
-
-@pytest.fixture(params=["folder", "bucket"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return open_place(request, tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -79,12 +74,6 @@ def _together(count: int, act: Callable[[int], Any]) -> list[Any]:
 # Manifests -----------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_manifest_there_is_no_artifact(store: ArtifactStore, put) -> None:
-    put(b"weights")
-    store.put_part(STAGE, KEY, "part-0", {"rows": 1})
-    assert store.read_manifest(STAGE, KEY) is None and list(store.manifests()) == []
-
-
 def test_a_committed_manifest_comes_back_whole(store: ArtifactStore, put) -> None:
     manifest = _manifest(
         put(b"weights"),
@@ -93,27 +82,19 @@ def test_a_committed_manifest_comes_back_whole(store: ArtifactStore, put) -> Non
         metrics={"loss": 0.1 + 0.2},
         provenance={"seconds": 1.5},
     )
+    store.put_part(STAGE, KEY, "part-0", {"rows": 1})
+    assert store.read_manifest(STAGE, KEY) is None and list(store.manifests()) == [], "no manifest, no artifact"
     assert store.commit(manifest) == manifest
     assert store.read_manifest(STAGE, KEY) == manifest
     assert list(store.manifests()) == [manifest]
     assert store.read_manifest(STAGE, "cd" * 32) is None
+    assert json.loads(manifest.to_json())["digest"] == manifest.digest
 
 
-def test_a_second_manifest_changes_nothing_and_is_answered_with_the_first(store: ArtifactStore, put) -> None:
+def test_a_second_manifest_changes_nothing_and_the_first_is_returned(store: ArtifactStore, put) -> None:
     first = store.commit(_manifest(put(b"weights"), provenance={"run": 1}))
     second = store.commit(_manifest(put(b"other weights"), provenance={"run": 2}))
     assert second == first == store.read_manifest(STAGE, KEY)
-
-
-def test_of_many_committers_at_once_one_wins_and_the_others_adopt_it(place: Place, put) -> None:
-    store, record = place.store, put(b"weights")
-    for attempt in range(place.rounds // 3):
-        key = digest_of(attempt)
-        assert put(b"weights", key=key) == record
-        offered = [_manifest(record, key=key, provenance={"run": number}) for number in range(8)]
-        adopted = _together(8, lambda number, offered=offered: store.commit(offered[number]))
-        assert adopted == [store.read_manifest(STAGE, key)] * 8
-        assert sum(manifest == adopted[0] for manifest in offered) == 1
 
 
 _COMMIT = """
@@ -133,10 +114,10 @@ for key in range(rounds):
 """
 
 
-def test_of_two_processes_that_commit_at_once_one_wins_and_the_other_adopts_it(place: Place, tmp_path: Path) -> None:
+def test_of_processes_that_commit_at_once_one_wins_and_the_others_adopt_it(place: Place, tmp_path: Path) -> None:
     """Each has files of its own, as two runs of a stage that is not deterministic."""
     store, go, processes = place.store, tmp_path / "go", []
-    for number in range(2):
+    for number in range(3):
         source = tmp_path / f"model-{number}.bin"
         source.write_bytes(bytes([number]) * 1000)
         command = [sys.executable, "-c", _COMMIT, store.uri, str(go), str(number), str(source), str(place.rounds)]
@@ -145,7 +126,7 @@ def test_of_two_processes_that_commit_at_once_one_wins_and_the_other_adopts_it(p
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     go.touch()
     answers = [process.communicate(timeout=60)[0].split() for process in processes]
-    assert answers[0] == answers[1] and len(answers[0]) == place.rounds
+    assert answers[0] == answers[1] == answers[2] and len(answers[0]) == place.rounds
     for manifest, winner in zip(store.manifests(), answers[0], strict=True):
         assert manifest.provenance["run"] == int(winner)
         assert store.fetch(manifest, "model.bin").read_bytes() == bytes([int(winner)]) * 1000
@@ -164,7 +145,7 @@ def test_a_manifest_is_not_committed_before_its_files(store: ArtifactStore, plac
 
 
 @pytest.mark.parametrize("may_remove", [True, False])
-def test_a_manifest_whose_files_go_while_it_is_committed_does_not_stay(
+def test_a_manifest_whose_files_are_removed_during_the_commit_does_not_stay(
     store: ArtifactStore, place: Place, put, monkeypatch: pytest.MonkeyPatch, may_remove: bool
 ) -> None:
     """The files are removed just before it is written. A driver may lack the right to remove a manifest from a bucket."""
@@ -202,18 +183,13 @@ def test_a_manifest_that_is_removed_while_another_is_committed_is_an_error(
         store.commit(_manifest(put(b"other weights")))
 
 
-def test_a_damaged_manifest_is_an_error_and_not_a_missing_artifact(place: Place, put) -> None:
-    place.store.commit(_manifest(put(b"weights")))
-    for content in (b"", b'{"stage": "tr', b"{}", b"[]", b"5", b"\xff\xfe\x00"):
-        place.damage(f"{STAGE}/{KEY}/{MANIFEST}", content)
-        with pytest.raises(StorageError, match=MANIFEST):
-            place.store.read_manifest(STAGE, KEY)
-
-
-def test_a_damaged_manifest_costs_a_warning_and_hides_no_other(place: Place, put, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_manifest_is_an_error_and_hides_no_other_artifact(place: Place, put, caplog: pytest.LogCaptureFixture) -> None:
     others = [place.store.commit(_manifest(put(b"weights", key=digit * 64), key=digit * 64)) for digit in "13"]
     place.store.commit(_manifest(put(b"weights", key="2" * 64), key="2" * 64))
-    place.damage(f"{STAGE}/{'2' * 64}/{MANIFEST}", b"{")
+    for content in (b"", b'{"stage": "tr', b"{}", b"[]", b"5", b"\xff\xfe\x00", b"[" * 100_000):
+        place.damage(f"{STAGE}/{'2' * 64}/{MANIFEST}", content)
+        with pytest.raises(DamagedManifestError, match=f"{'2' * 64}/{MANIFEST} is not a manifest"):
+            place.store.read_manifest(STAGE, "2" * 64)
     assert list(place.store.manifests()) == others
     assert f"{STAGE}/{'2' * 64}/{MANIFEST} is not a manifest" in caplog.text
     first, damaged, last = place.store.read_manifests()
@@ -232,7 +208,7 @@ def _refused(changes: dict[str, Any], reason: str) -> None:
         Manifest.read(text, "place", STAGE, KEY)
 
 
-def test_a_manifest_that_names_a_file_outside_its_folder_is_refused() -> None:
+def test_a_manifest_with_a_file_outside_its_folder_is_refused() -> None:
     paths = ("../a", "..", "a/../../b", "/etc/passwd", "", "a//b", "./a", "a\\b", "a\0", 5, None, "manifest.json")
     for path, field, kind in product(paths, ("name", "path"), ("files", "records")):
         _refused({kind: [{**_FILE, field: path}]}, r"place is not a manifest \(it lists a file called")
@@ -256,11 +232,6 @@ def test_a_manifest_with_wrong_fields_is_refused_with_the_reason() -> None:
         _refused(changes, reason)
 
 
-def test_a_manifest_that_is_nested_without_end_is_refused() -> None:
-    with pytest.raises(DamagedManifestError):
-        Manifest.read(b"[" * 100_000, "place", STAGE, KEY)
-
-
 def test_inputs_of_a_manifest_of_a_newer_format_are_known() -> None:
     fields = {**json.loads(_manifest().to_json()), "novelty": 1, "inputs": {"a": _INPUT, "b": {"stage": "..", "key": "x"}, "c": 1}}
     with pytest.raises(DamagedManifestError) as caught:
@@ -279,57 +250,45 @@ def test_a_file_comes_back_with_its_bytes(store: ArtifactStore, put) -> None:
     assert {name: store.fetch(manifest, name).read_bytes() for name in contents} == contents
 
 
-def test_the_same_bytes_again_are_the_same_file(place: Place, put) -> None:
-    first = put(b"weights")
-    before = place.contents()
-    assert put(b"weights") == first and place.contents() == before
-
-
-def test_other_bytes_under_a_taken_name_get_another_path_and_both_stay_readable(store: ArtifactStore, put) -> None:
+def test_other_bytes_under_a_taken_name_get_another_path_and_both_stay_readable(place: Place, put) -> None:
     contents = (b"first", b"second", b"third")
     for name in ("model.safetensors", "no-suffix", "two.dots.tar.gz"):
         records = [put(content, name) for content in contents]
         assert len({record.path for record in records}) == 3 and {record.name for record in records} == {name}
         assert all(Path(record.path).suffixes[-1:] == Path(name).suffixes[-1:] or "." not in name for record in records)
-        assert [store.fetch_file(STAGE, KEY, record).read_bytes() for record in records] == list(contents)
-        assert [put(content, name) for content in contents] == records
+        assert [place.store.fetch_file(STAGE, KEY, record).read_bytes() for record in records] == list(contents)
+        before = place.contents()
+        assert [put(content, name) for content in contents] == records and place.contents() == before
 
 
-def test_files_of_one_name_that_are_put_at_once_all_stay_readable(store: ArtifactStore, put) -> None:
+def test_files_of_one_name_that_are_stored_at_once_stay_readable(store: ArtifactStore, put) -> None:
     contents = [bytes([number % 4]) * 100_000 for number in range(12)]
     records = _together(12, lambda number: put(contents[number]))
     assert [store.fetch_file(STAGE, KEY, record).read_bytes() for record in records] == contents
     assert len({record.path for record in records}) == 4
 
 
-def test_a_changed_file_is_refused(place: Place, put) -> None:
+def test_a_changed_or_missing_file_is_refused(place: Place, put) -> None:
     manifest = place.store.commit(_manifest(put(b"weights")))
-    for content in (b"weightz", b"weight", b""):
+    advice = f"remove {place.store.place(STAGE, KEY)} to make the artifact again"
+    for content, finding in (
+        (b"weightz", "was changed after it was made"),
+        (b"weight", "was changed after it was made"),
+        (b"", "was changed after it was made"),
+        (None, "is gone, though its manifest lists it"),
+    ):
         place.damage(f"{STAGE}/{KEY}/model.safetensors", content)
-        advice = f"remove {place.store.place(STAGE, KEY)} to make the artifact again"
-        with pytest.raises(StorageError, match=rf"model\.safetensors was changed after it was made .*{advice}"):
+        with pytest.raises(DamagedFileError, match=rf"model\.safetensors {finding}.*{advice}"):
             place.store.fetch(manifest, "model.safetensors")
     place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weights")
     assert place.store.fetch(manifest, "model.safetensors").read_bytes() == b"weights"
+    if place.store.uri.startswith("/"):  # from a bucket, the checked copy is read again
+        place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weightz")
+        with pytest.raises(StorageError, match="was changed"):
+            place.store.fetch(manifest, "model.safetensors")
 
 
-@pytest.mark.parametrize("place", ["folder"], indirect=True)  # from a bucket, the checked copy is read again
-def test_a_file_that_changes_after_it_was_read_is_refused_at_the_next_reading(place: Place, put) -> None:
-    manifest = place.store.commit(_manifest(put(b"weights")))
-    place.store.fetch(manifest, "model.safetensors")
-    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weightz")
-    with pytest.raises(StorageError, match="was changed"):
-        place.store.fetch(manifest, "model.safetensors")
-
-
-def test_a_file_that_is_gone_is_named(place: Place, put) -> None:
-    manifest = place.store.commit(_manifest(put(b"weights")))
-    place.damage(f"{STAGE}/{KEY}/model.safetensors", None)
-    with pytest.raises(StorageError, match=r"model\.safetensors is gone"):
-        place.store.fetch(manifest, "model.safetensors")
-
-
-def test_a_name_whose_file_was_damaged_does_not_hide_the_right_bytes(place: Place, put) -> None:
+def test_a_damaged_file_does_not_hide_the_right_bytes(place: Place, put) -> None:
     put(b"weights")
     place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weightz")
     record = put(b"weights")
@@ -339,7 +298,7 @@ def test_a_name_whose_file_was_damaged_does_not_hide_the_right_bytes(place: Plac
         put(b"weights")
 
 
-def test_asking_for_a_file_that_the_artifact_does_not_have_names_those_it_has(store: ArtifactStore, put) -> None:
+def test_a_file_that_an_artifact_lacks_is_named_with_those_that_it_has(store: ArtifactStore, put) -> None:
     manifest = store.commit(_manifest(put(b"1", "a.bin"), records=(put(b"2", "b.json"),)))
     with pytest.raises(StorageError, match=r"no file 'c\.bin'; it has a\.bin, b\.json"):
         store.fetch(manifest, "c.bin")
@@ -348,22 +307,27 @@ def test_asking_for_a_file_that_the_artifact_does_not_have_names_those_it_has(st
 # Parts ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_part_records_come_back_sorted_by_name_and_belong_to_one_key(store: ArtifactStore) -> None:
-    assert store.read_parts(STAGE, KEY) == {}
-    for part in (10, 2, 1):
-        store.put_part(STAGE, KEY, f"part-{part:05d}.parquet", {"rows": part, "quarantined": [["å", "reason"]]})
-    store.put_part(STAGE, "cd" * 32, "part-00000.parquet", {"rows": 0})
-    parts = store.read_parts(STAGE, KEY)
-    assert list(parts) == ["part-00001.parquet", "part-00002.parquet", "part-00010.parquet"]
-    assert parts["part-00010.parquet"] == {"rows": 10, "quarantined": [["å", "reason"]]}
-
-
 def test_the_first_record_of_a_part_stays(store: ArtifactStore) -> None:
+    assert store.read_parts(STAGE, KEY) == {}
     records = [{"rows": number} for number in range(8)]
     _together(8, lambda number: store.put_part(STAGE, KEY, "part-0", records[number]))
     first = store.read_parts(STAGE, KEY)["part-0"]
     store.put_part(STAGE, KEY, "part-0", {"rows": 99})
     assert first in records and store.read_parts(STAGE, KEY) == {"part-0": first}
+
+
+def test_records_of_parts_are_sorted_and_can_be_replaced_after_they_are_discarded(store: ArtifactStore) -> None:
+    for part in (10, 2, 1):
+        store.put_part(STAGE, KEY, f"part-{part:05d}.parquet", {"rows": part, "quarantined": [["å", "reason"]]})
+    store.put_part(STAGE, "cd" * 32, "part-00000.parquet", {"rows": 0})
+    for _ in range(2):  # again without an error
+        store.discard_part(STAGE, KEY, "part-00002.parquet")
+        assert list(store.read_parts(STAGE, KEY)) == ["part-00001.parquet", "part-00010.parquet"]
+    store.put_part(STAGE, KEY, "part-00002.parquet", {"rows": 3})
+    parts = store.read_parts(STAGE, KEY)
+    assert list(parts) == ["part-00001.parquet", "part-00002.parquet", "part-00010.parquet"]
+    assert parts["part-00002.parquet"] == {"rows": 3}
+    assert parts["part-00010.parquet"] == {"rows": 10, "quarantined": [["å", "reason"]]}
 
 
 def test_discarding_work_removes_records_and_state_and_leaves_the_artifact(place: Place, put) -> None:
@@ -376,30 +340,20 @@ def test_discarding_work_removes_records_and_state_and_leaves_the_artifact(place
     assert {name for name in place.contents() if KEY in name} == committed
     assert store.read_parts(STAGE, KEY) == {} and store.fetch(manifest, "model.safetensors").read_bytes() == b"weights"
     assert store.read_parts(STAGE, "cd" * 32) == {"part-0": {"rows": 2}}
-    store.discard_work(STAGE, KEY)  # nothing left to remove is no error
+    store.discard_work(STAGE, KEY)  # again without an error
 
 
-def test_a_part_that_is_taken_back_can_be_recorded_again(store: ArtifactStore) -> None:
-    for part in ("part-0", "part-1"):
-        store.put_part(STAGE, KEY, part, {"rows": 1})
-    for _ in range(2):  # again without an error
-        store.discard_part(STAGE, KEY, "part-0")
-        assert store.read_parts(STAGE, KEY) == {"part-1": {"rows": 1}}
-    store.put_part(STAGE, KEY, "part-0", {"rows": 2})
-    assert store.read_parts(STAGE, KEY) == {"part-0": {"rows": 2}, "part-1": {"rows": 1}}
-
-
-def test_files_that_are_discarded_are_gone_and_no_others(place: Place, put) -> None:
-    discarded = [put(b"1", ".work/step-1/a.bin"), put(b"2", ".work/step-1/b.bin")]
-    other, kept = put(b"other 2", ".work/step-1/b.bin"), put(b"3", ".work/step-2/a.bin")
+def test_exactly_the_named_files_are_discarded(place: Place, put) -> None:
+    discarded = [put(b"1", ".work/step-1/a.bin"), put(b"2", ".work/step-1/b.bin"), put(b"3", "a")]
+    kept = [put(b"other 2", ".work/step-1/b.bin"), *(put(name.encode(), name) for name in ("a.bin", "a-b", "ab/c"))]
     for _ in range(2):  # again without an error
         place.store.discard_files(STAGE, KEY, discarded)
         for record in discarded:
             with pytest.raises(StorageError, match="is gone"):
                 place.store.fetch_file(STAGE, KEY, record)
-    assert place.store.fetch_file(STAGE, KEY, other).read_bytes() == b"other 2"
-    assert place.store.fetch_file(STAGE, KEY, kept).read_bytes() == b"3"
-    place.store.discard_files(STAGE, KEY, [other, kept])
+    assert set(place.contents()) == {f"{STAGE}/{KEY}/{record.path}" for record in kept}
+    assert place.store.fetch_file(STAGE, KEY, kept[0]).read_bytes() == b"other 2"
+    place.store.discard_files(STAGE, KEY, kept)
     assert place.contents() == {}
     assert put(b"again", ".work/step-1/a.bin").path == ".work/step-1/a.bin"
 
@@ -417,16 +371,10 @@ def test_a_damaged_record_of_a_part_is_dropped_and_the_part_can_be_recorded_agai
         assert place.store.read_parts(STAGE, KEY)["part-0"] == {"rows": 2}
 
 
-def test_discarding_a_file_leaves_those_whose_names_begin_alike(place: Place, put) -> None:
-    shortest, *others = [put(name.encode(), name) for name in ("a", "a.bin", "a-b", "ab/c")]
-    place.store.discard_files(STAGE, KEY, [shortest])
-    assert set(place.contents()) == {f"{STAGE}/{KEY}/{record.path}" for record in others}
-
-
 # Listing and deleting -----------------------------------------------------------------------------------------------------------
 
 
-def test_everything_named_like_an_artifact_is_listed_with_its_files_and_nothing_else(place: Place, put) -> None:
+def test_a_listing_has_everything_that_is_named_like_an_artifact_with_its_files(place: Place, put) -> None:
     before = time.time()
     place.store.commit(_manifest(put(b"weights", key="2" * 64), key="2" * 64))
     place.store.put_part("evaluate", "1" * 64, "part-0", {"rows": 1})
@@ -445,27 +393,7 @@ def test_everything_named_like_an_artifact_is_listed_with_its_files_and_nothing_
     assert place.store.list_files("train", "3" * 64) == []
 
 
-def test_without_its_manifest_an_artifact_does_not_exist_and_can_be_committed_again(place: Place, put) -> None:
-    manifest = place.store.commit(_manifest(put(b"weights")))
-    for _ in range(2):  # again without an error
-        place.store.delete_manifest(STAGE, KEY)
-        assert place.store.read_manifest(STAGE, KEY) is None
-    assert list(place.contents()) == [f"{STAGE}/{KEY}/model.safetensors"]
-    assert place.store.commit(manifest) == manifest == place.store.read_manifest(STAGE, KEY)
-
-
-def test_exactly_the_files_that_are_named_are_deleted(place: Place, put) -> None:
-    for name in ("a", "a.bin", "ab/c", "ab/d"):
-        put(b"x", name)
-    put(b"x", "a", key="cd" * 32)
-    for _ in range(2):
-        place.store.delete_files(STAGE, KEY, ["a", "ab/c", "nowhere"])
-        assert set(place.contents()) == {f"{STAGE}/{KEY}/a.bin", f"{STAGE}/{KEY}/ab/d", f"{STAGE}/{'cd' * 32}/a"}
-    place.store.delete_files(STAGE, KEY, iter(["a.bin", "ab/d"]))
-    assert list(place.store.names()) == [(STAGE, "cd" * 32)], "an empty folder does not stay"
-
-
-def test_no_name_leads_a_deletion_out_of_the_artifact(place: Place, put) -> None:
+def test_a_deletion_stays_inside_the_artifact(place: Place, put) -> None:
     put(b"x", "a")
     place.damage("outside", b"x")
     before = place.contents()
@@ -487,24 +415,9 @@ def test_a_record_of_use_has_the_time_and_the_inputs_of_the_last_use(place: Plac
     (new,) = store.list_files(STAGE, KEY)
     assert old.name == new.name == ".used" and 990 < new.modified - old.modified < 1010
     assert store.recorded_inputs(STAGE, KEY) == [] == store.recorded_inputs(STAGE, "cd" * 32)
-
-
-def test_a_damaged_record_of_use_names_no_inputs(place: Place) -> None:
-    for content in (b"", b"[]", b'{"inputs": [["..", "x"]]}', b'{"inputs": [1]}', b"\xff"):
-        place.damage(f"{STAGE}/{KEY}/.used", content)
-        assert place.store.recorded_inputs(STAGE, KEY) == []
-
-
-def test_chunks_are_the_present_bytes_whatever_was_read_before(place: Place, put) -> None:
-    content = bytes(range(256)) * 20_000
-    manifest = place.store.commit(_manifest(put(content)))
-    place.store.fetch(manifest, "model.safetensors")
-    assert b"".join(place.store.read_chunks(STAGE, KEY, "model.safetensors")) == content
-    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"other")
-    assert b"".join(place.store.read_chunks(STAGE, KEY, "model.safetensors")) == b"other"
-    place.damage(f"{STAGE}/{KEY}/model.safetensors", None)
-    with pytest.raises(MissingFileError):
-        list(place.store.read_chunks(STAGE, KEY, "model.safetensors"))
+    for damaged in (b"", b"[]", b'{"inputs": [["..", "x"]]}', b'{"inputs": [1]}', b"\xff"):
+        place.damage(f"{STAGE}/{KEY}/.used", damaged)
+        assert store.recorded_inputs(STAGE, KEY) == []
 
 
 def test_artifacts_behind_a_link_can_be_read_and_are_not_listed_for_removal(tmp_path: Path, local_store: ArtifactStore) -> None:
@@ -538,16 +451,13 @@ for number in range(100_000):
 """
 
 
-@pytest.mark.parametrize("milliseconds", [5, 45])
-def test_a_process_that_is_killed_while_it_writes_leaves_no_half_file_under_a_name(
-    place: Place, tmp_path: Path, milliseconds: int
-) -> None:
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_killed_process_leaves_no_half_file_under_a_name(place: Place, tmp_path: Path, parts: int) -> None:
     command = [sys.executable, "-c", _PUT, place.store.uri, str(tmp_path / "source")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        while not place.store.read_parts(STAGE, KEY):
-            time.sleep(0.001)
-        time.sleep(milliseconds / 1000)
+        while len(place.store.read_parts(STAGE, KEY)) < parts:
+            assert process.poll() is None
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     files = {name.rpartition("/")[2]: content for name, content in place.contents().items() if name.endswith(".bin")}
@@ -555,8 +465,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_half_file_under_a_na
     for name, content in files.items():
         number = int(name.removeprefix("file-").removesuffix(".bin"))
         assert content == number.to_bytes(4) * 200_000, name
-    parts = place.store.read_parts(STAGE, KEY)
-    assert set(parts) <= set(files), "a part is recorded after its file"
+    assert set(place.store.read_parts(STAGE, KEY)) <= set(files), "a part is recorded after its file"
     # What was cut off can be written by the next run under its own name.
     following = f"file-{len(files):06d}.bin"
     source = tmp_path / "again"
@@ -567,7 +476,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_half_file_under_a_na
 # Digests -------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_digest_names_the_content_and_not_how_it_came_about() -> None:
+def test_a_digest_identifies_the_content_and_not_how_it_was_made() -> None:
     files = (FileRecord("a.bin", "a.bin", 1, "1" * 64), FileRecord("b.bin", "b.bin", 2, "2" * 64))
     manifest = _manifest(*files, provenance={"seconds": 1.0})
     same = [
@@ -586,12 +495,6 @@ def test_a_digest_names_the_content_and_not_how_it_came_about() -> None:
     ]
     assert {each.digest for each in same} == {manifest.digest}
     assert len({each.digest for each in [manifest, *other]}) == len(other) + 1
-
-
-def test_a_manifest_comes_back_from_json_with_its_digest() -> None:
-    manifest = _manifest(FileRecord("a.bin", "a.bin", 1, "1" * 64), summary={"rows": 3}, metrics={"loss": 1 / 3})
-    assert Manifest.from_json(manifest.to_json()) == manifest
-    assert json.loads(manifest.to_json())["digest"] == manifest.digest
 
 
 _VALUES = st.recursive(
@@ -650,19 +553,19 @@ def test_a_file_system_without_hard_links_is_refused_before_anything_is_made(tmp
     assert list((tmp_path / "store").iterdir()) == []
 
 
-def test_a_kind_of_place_without_a_store_is_refused() -> None:
+def test_other_kinds_of_place_are_refused() -> None:
     with pytest.raises(StorageError, match="ftp://host/folder"):
         open_store("ftp://host/folder")
 
 
-def test_a_local_store_opens_relative_to_where_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_is_resolved_when_the_store_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     store = open_store("runs/store")
     monkeypatch.chdir("/")
     assert store.uri == str(tmp_path / "runs" / "store") and store.place(STAGE, KEY).startswith(store.uri)
 
 
-def test_what_a_local_store_publishes_can_be_read_by_others(tmp_path: Path, local_store: ArtifactStore) -> None:
+def test_other_users_can_read_a_local_store(tmp_path: Path, local_store: ArtifactStore) -> None:
     """Temporary files begin as private to their user; artifacts are shared."""
     source = tmp_path / "source"
     source.write_bytes(b"weights")

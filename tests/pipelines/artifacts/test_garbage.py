@@ -1,4 +1,4 @@
-"""What is removed and what stays, and that nothing is lost that somebody uses: in folders and in buckets."""
+"""What is removed and what is kept, and nothing that is in use is lost: in folders and in buckets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from places import Place, folder_place, key_of, make, open_place
+from places import Place, folder_place, key_of, make, make_chain
 
 from pipelines.artifacts import garbage
 from pipelines.artifacts.garbage import Outcome, Plan
@@ -20,23 +20,20 @@ from pipelines.artifacts.store import ArtifactStore
 DAY = 86400.0
 
 
-@pytest.fixture(params=["folder", "bucket"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return open_place(request, tmp_path, monkeypatch)
+@pytest.fixture
+def chain(place: Place) -> SimpleNamespace:
+    """Artifacts that are 40 days old."""
+    made = make_chain(place.store)
+    place.age("", 40 * DAY)
+    return made
 
 
 @pytest.fixture
-def chain(place: Place) -> SimpleNamespace:
-    """A dataset, a tokenizer and a map of it, two trainings on the map, and samples and scores of the first; all 40 days old."""
-    store, made = place.store, SimpleNamespace()
-    made.dataset = make(store, "dataset/d")
-    made.tokenizer = make(store, "tokenizer/t", made.dataset)
-    made.map = make(store, "token_map/m", made.dataset, made.tokenizer)
-    made.first, made.second = (make(store, f"train/{name}", made.map, made.tokenizer) for name in ("first", "second"))
-    made.samples = make(store, "generate/g", made.first)
-    made.scores = make(store, "evaluate/e", made.samples, made.first)
+def old(place: Place) -> Manifest:
+    """One artifact, 40 days old by its files."""
+    manifest = make(place.store, "train/a", provenance={})
     place.age("", 40 * DAY)
-    return made
+    return manifest
 
 
 def _plan(place: Place, days: float = 30, **roots: Any) -> Plan:
@@ -59,7 +56,12 @@ def _touch(place: Place, manifest: Manifest) -> None:
     place.store.record_use(*name_of(manifest))
 
 
-# What stays ----------------------------------------------------------------------------------------------------------------
+# What is kept --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_store_has_nothing_to_remove(place: Place) -> None:
+    planned = _plan(place)
+    assert planned.removals == [] and planned.kept == {} and garbage.collect(place.store, planned) == Outcome()
 
 
 def test_unused_artifacts_are_removed_before_those_that_they_were_made_from(place: Place, chain) -> None:
@@ -74,7 +76,7 @@ def test_unused_artifacts_are_removed_before_those_that_they_were_made_from(plac
     assert place.contents() == {} and list(place.store.names()) == []
 
 
-def test_artifacts_younger_than_the_limit_stay_with_all_they_were_made_from(place: Place, chain) -> None:
+def test_recent_artifacts_and_their_inputs_are_kept(place: Place, chain) -> None:
     assert _going(_plan(place, days=41)) == set()
     _touch(place, chain.second)
     planned = _plan(place)
@@ -89,24 +91,24 @@ def test_artifacts_younger_than_the_limit_stay_with_all_they_were_made_from(plac
     assert not any(key_of("first") in name for name in place.contents())
 
 
-def test_artifacts_that_are_named_or_registered_stay_with_all_they_were_made_from(place: Place, chain) -> None:
+def test_named_and_registered_artifacts_and_their_inputs_are_kept(place: Place, chain) -> None:
     for reason in ("named", "registered"):
         planned = _plan(place, **{reason: {name_of(chain.samples), ("train", "f" * 64)}})
         assert _going(planned) == _names([chain.second, chain.scores])
         assert planned.kept[name_of(chain.samples)] == reason and planned.kept[name_of(chain.dataset)] == "needed"
 
 
-def test_an_artifact_is_as_young_as_its_manifest_says_or_any_file_of_it(place: Place, chain) -> None:
+def test_the_age_of_an_artifact_is_that_of_its_newest_file_or_of_its_manifest(place: Place, chain) -> None:
     """Recent artifacts of a copied store stay, although the times of its files may be anything."""
     created = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     fresh = make(place.store, "train/fresh", provenance={"created": created})
     place.age("", 40 * DAY)
-    place.damage(f"train/{chain.second.key}/notes.txt", b"somebody looks at it")
+    place.damage(f"train/{chain.second.key}/notes.txt", b"of a reader")
     planned = _plan(place)
     assert planned.kept[name_of(fresh)] == planned.kept[name_of(chain.second)] == "recent"
 
 
-def test_inputs_of_a_stage_at_work_stay(place: Place, chain) -> None:
+def test_inputs_of_an_active_stage_are_kept(place: Place, chain) -> None:
     """Even if it takes longer than the limit: its checkpoints are young."""
     unfinished = ("train", key_of("third"))
     place.store.record_use(*unfinished, [name_of(chain.map), name_of(chain.tokenizer)])
@@ -123,7 +125,7 @@ def test_inputs_of_a_stage_at_work_stay(place: Place, chain) -> None:
 # Unfinished stages and stray files -----------------------------------------------------------------------------------------
 
 
-def test_abandoned_work_is_removed_and_work_that_continues_stays(place: Place, chain) -> None:
+def test_abandoned_work_is_removed_and_active_work_is_kept(place: Place, chain) -> None:
     for name in ("old", "new"):
         place.store.put_part("train", key_of(name), "checkpoint-1", {"step": 1})
         place.damage(f"train/{key_of(name)}/.work/step-1/a.bin", bytes(100))
@@ -136,7 +138,7 @@ def test_abandoned_work_is_removed_and_work_that_continues_stays(place: Place, c
     assert not any(key_of("old") in name for name in place.contents())
 
 
-def test_work_that_continues_during_a_removal_stays(place: Place) -> None:
+def test_work_that_resumes_after_the_plan_is_kept(place: Place) -> None:
     place.store.put_part("train", key_of("a"), "checkpoint-1", {"step": 1})
     place.age("", 40 * DAY)
     planned = _plan(place)
@@ -163,7 +165,7 @@ def test_old_files_that_no_manifest_names_are_removed(place: Place) -> None:
 # Runs at the same moment ------------------------------------------------------------------------------------------
 
 
-def test_artifacts_used_after_the_plan_stay_with_all_they_were_made_from(place: Place, chain) -> None:
+def test_artifacts_used_after_the_plan_and_their_inputs_are_kept(place: Place, chain) -> None:
     planned = _plan(place)
     _touch(place, chain.samples)
     outcome = garbage.collect(place.store, planned)
@@ -173,7 +175,9 @@ def test_artifacts_used_after_the_plan_stay_with_all_they_were_made_from(place: 
     assert reasons["generate"] == "it was used meanwhile" and "something made from it" in reasons["dataset"]
 
 
-def _when(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, method: str, act: Callable[[], object], *, after: bool) -> None:
+def _when(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, method: str, act: Callable[[], object], *, after: bool = False
+) -> None:
     """Act once, just before or after the first call of a method of the store."""
     original, waiting = getattr(type(store), method), [act]
 
@@ -186,56 +190,6 @@ def _when(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, method: str, ac
         return answer
 
     monkeypatch.setattr(type(store), method, replaced)
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["before its manifest goes", "after its manifest is gone"])
-def test_an_artifact_used_in_the_last_moment_is_put_back(
-    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: bool
-) -> None:
-    manifest = make(place.store, "train/a", provenance={})
-    place.age("", 40 * DAY)
-    planned = _plan(place)
-    _when(place.store, monkeypatch, "delete_manifest", lambda: _touch(place, manifest), after=after)
-    outcome = garbage.collect(place.store, planned)
-    assert [reason for _, reason in outcome.spared] == ["it was used meanwhile"]
-    assert place.store.read_manifest(*name_of(manifest)) == manifest
-    assert place.store.fetch(manifest, "file.bin").read_bytes() == b"train/a"
-
-
-def test_a_run_that_starts_while_files_are_removed_finds_no_artifact(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = make(place.store, "train/a", provenance={})
-    place.age("", 40 * DAY)
-    planned, seen = _plan(place), []
-
-    def run() -> None:
-        _touch(place, manifest)
-        seen.append(place.store.read_manifest(*name_of(manifest)))
-
-    # The first call of delete_files removes the manifest.
-    original, calls = type(place.store).delete_files, []
-
-    def delete_files(self: ArtifactStore, stage: str, key: str, paths: Any) -> None:
-        paths = [*paths]
-        calls.append(paths)
-        if paths != [MANIFEST] and not seen:
-            run()
-        original(self, stage, key, paths)
-
-    monkeypatch.setattr(type(place.store), "delete_files", delete_files)
-    garbage.collect(place.store, planned)
-    assert seen == [None] and calls[0] == [MANIFEST]
-    assert make(place.store, "train/a", provenance={}) == manifest, "it is made again"
-
-
-def test_a_damaged_artifact_used_in_the_last_moment_is_not_put_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = make(place.store, "train/a", provenance={})
-    place.damage(f"train/{manifest.key}/file.bin", b"shorter")
-    place.damage(f"train/{manifest.key}/file.bin", b"")
-    place.age("", 40 * DAY)
-    planned = _plan(place)
-    _when(place.store, monkeypatch, "delete_manifest", lambda: _touch(place, manifest), after=True)
-    garbage.collect(place.store, planned)
-    assert place.store.read_manifest(*name_of(manifest)) is None
 
 
 def _when_files_go(place: Place, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
@@ -251,8 +205,42 @@ def _when_files_go(place: Place, monkeypatch: pytest.MonkeyPatch, act: Callable[
     monkeypatch.setattr(type(place.store), "delete_files", delete_files)
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before its manifest is removed", "after that"])
+def test_an_artifact_used_at_the_last_moment_is_restored(
+    place: Place, old: Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: bool
+) -> None:
+    planned = _plan(place)
+    _when(place.store, monkeypatch, "delete_manifest", lambda: _touch(place, old), after=after)
+    outcome = garbage.collect(place.store, planned)
+    assert [reason for _, reason in outcome.spared] == ["it was used meanwhile"]
+    assert place.store.read_manifest(*name_of(old)) == old
+    assert place.store.fetch(old, "file.bin").read_bytes() == b"train/a"
+
+
+def test_a_run_that_starts_while_files_are_removed_finds_no_artifact(place: Place, old: Manifest, monkeypatch) -> None:
+    planned, seen = _plan(place), []
+
+    def run() -> None:
+        _touch(place, old)
+        seen.append(place.store.read_manifest(*name_of(old)))
+
+    _when_files_go(place, monkeypatch, run)
+    garbage.collect(place.store, planned)
+    assert seen == [None]
+    assert make(place.store, "train/a", provenance={}) == old, "it is made again"
+
+
+def test_a_damaged_artifact_used_at_the_last_moment_is_not_restored(place: Place, old: Manifest, monkeypatch) -> None:
+    place.damage(f"train/{old.key}/file.bin", b"")
+    place.age("", 40 * DAY)
+    planned = _plan(place)
+    _when(place.store, monkeypatch, "delete_manifest", lambda: _touch(place, old), after=True)
+    garbage.collect(place.store, planned)
+    assert place.store.read_manifest(*name_of(old)) is None
+
+
 @pytest.mark.parametrize("kind", ["artifact", "unfinished"])
-def test_a_run_that_reuses_files_during_their_removal_leaves_no_artifact_without_them(
+def test_a_run_that_reuses_files_during_their_removal_leaves_no_broken_artifact(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     manifest = make(place.store, "train/a", provenance={})
@@ -275,20 +263,18 @@ def test_a_run_that_reuses_files_during_their_removal_leaves_no_artifact_without
     assert make(place.store, "train/a", provenance={}) == manifest, "it is made again"
 
 
-def test_an_artifact_of_new_files_made_during_a_removal_stays(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = make(place.store, "train/a", provenance={})
-    place.age("", 40 * DAY)
+def test_an_artifact_made_during_a_removal_is_kept(place: Place, old: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     planned, made = _plan(place), []
     _when_files_go(
         place, monkeypatch, lambda: made.append(make(place.store, "train/a", files={"other.bin": b"other"}, provenance={}))
     )
     outcome = garbage.collect(place.store, planned)
     assert [reason for _, reason in outcome.spared] == ["it was made again meanwhile"]
-    assert place.store.read_manifest(*name_of(manifest)) == made[0]
+    assert place.store.read_manifest(*name_of(old)) == made[0]
     assert place.store.fetch(made[0], "other.bin").read_bytes() == b"other"
 
 
-def test_files_of_parts_stay_for_a_run_that_starts_meanwhile(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_parts_are_kept_for_a_run_that_starts_meanwhile(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have read the records, and relies on the files that they name."""
     name = ("train", key_of("a"))
     place.damage("/".join((*name, "part-0.bin")), b"part")
@@ -305,7 +291,7 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("calls", [1, 3, 4])
+@pytest.mark.parametrize("calls", [1, 4])
 def test_a_removal_that_is_killed_leaves_no_artifact_without_its_files(
     place: Place, chain, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
@@ -326,11 +312,8 @@ def test_a_removal_that_is_killed_leaves_no_artifact_without_its_files(
     assert left
     for manifest in left:
         assert place.store.fetch(manifest, "file.bin").read_bytes()
-    place.store.record_use("train", key_of("first"))  # so that a folder without manifest is seen as this program's
-    for name in ("evaluate", "train", "generate", "dataset", "token_map", "tokenizer"):
-        for stage, key in list(place.store.names()):
-            if stage == name:
-                place.store.record_use(stage, key)
+    for name in list(place.store.names()):  # so that a folder without a manifest is recognized as this program's
+        place.store.record_use(*name)
     place.age("", 40 * DAY)
     garbage.collect(place.store, _plan(place))
     assert place.contents() == {}
@@ -349,7 +332,7 @@ FOREIGN = {
 }
 
 
-def test_files_of_others_in_the_same_place_stay(place: Place, chain) -> None:
+def test_foreign_files_in_the_store_are_kept(place: Place, chain) -> None:
     for name, content in FOREIGN.items():
         place.damage(name, content)
     place.age("", 40 * DAY)
@@ -371,7 +354,7 @@ def test_a_damaged_manifest_is_named_and_keeps_its_folder_and_its_known_inputs(p
         assert {name for name in before if damaged.key in name} == {name for name in place.contents() if damaged.key in name}
 
 
-def test_a_manifest_that_names_files_elsewhere_removes_nothing_there(place: Place) -> None:
+def test_a_manifest_cannot_remove_files_outside_its_folder(place: Place) -> None:
     victim = make(place.store, "train/victim", provenance={})
     for number, path in enumerate(("../../outside.txt", f"../{victim.key}/file.bin", "/etc/hostname")):
         hostile = make(place.store, f"train/hostile-{number}", provenance={})
@@ -385,7 +368,7 @@ def test_a_manifest_that_names_files_elsewhere_removes_nothing_there(place: Plac
     assert set(place.contents()) == before and place.store.fetch(victim, "file.bin").read_bytes() == b"train/victim"
 
 
-def test_inputs_that_lead_in_a_circle_or_nowhere_end(place: Place) -> None:
+def test_circular_and_missing_inputs_are_handled(place: Place) -> None:
     first, second = (("train", key_of(name)) for name in "ab")
     for own, other in ((first, second), (second, first)):
         inputs = {"x": {"stage": other[0], "key": other[1], "digest": "d"}, "y": {"stage": "train", "key": "f" * 64, "digest": "d"}}
@@ -396,7 +379,7 @@ def test_inputs_that_lead_in_a_circle_or_nowhere_end(place: Place) -> None:
     assert place.contents() == {}
 
 
-def test_artifacts_behind_a_link_stay_with_all_they_were_made_from(tmp_path: Path) -> None:
+def test_artifacts_behind_a_link_and_their_inputs_are_kept(tmp_path: Path) -> None:
     place, elsewhere = folder_place(tmp_path / "store"), folder_place(tmp_path / "elsewhere")
     dataset = make(place.store, "dataset/d", provenance={})
     linked = make(elsewhere.store, "train/linked", dataset, provenance={})
@@ -415,8 +398,3 @@ def test_artifacts_behind_a_link_stay_with_all_they_were_made_from(tmp_path: Pat
     garbage.collect(place.store, planned)
     assert elsewhere.store.fetch(linked, "file.bin").read_bytes() and (secret / "file").read_text() == "kept"
     assert place.store.read_manifest(*name_of(unlinked)) is None
-
-
-def test_an_empty_store_has_nothing_to_remove(place: Place) -> None:
-    planned = _plan(place)
-    assert planned.removals == [] and planned.kept == {} and garbage.collect(place.store, planned) == Outcome()

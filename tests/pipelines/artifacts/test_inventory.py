@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from places import Place, key_of, make, open_place
+from places import Place, key_of, make
 from rich.console import Console
 from summaries import summary_of
 
@@ -22,11 +21,6 @@ from pipelines.run import graph
 from pipelines.storage.base import StorageError
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
-
-
-@pytest.fixture(params=["folder", "bucket"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return open_place(request, tmp_path, monkeypatch)
 
 
 def _made(created: str, **fields: Any) -> dict[str, Any]:
@@ -57,7 +51,7 @@ def test_other_sizes_and_ages_are_refused_with_an_example() -> None:
 
 
 @given(st.integers(0, 10**15))
-def test_a_size_that_is_shown_is_near_the_size(size: int) -> None:
+def test_a_shown_size_is_near_the_size(size: int) -> None:
     number, unit = show_size(size).replace(",", "").split()
     assert abs(parse_size(f"{number}{unit}") - size) <= max(0.06 * size if size < 1e15 else size, 0) and len(number) <= 6
 
@@ -74,20 +68,17 @@ def test_sizes_and_ages_as_they_are_shown() -> None:
 # Finding -------------------------------------------------------------------------------------------------------------------
 
 
-def test_damage_of_an_artifact_is_named_and_others_are_found(place: Place) -> None:
+def test_damaged_and_unfinished_artifacts_are_not_found_and_hide_no_others(place: Place) -> None:
     good, bad = make(place.store, "train/a"), make(place.store, "train/b")
-    place.damage(f"train/{bad.key}/{MANIFEST}", b"no JSON")
+    place.damage(f"train/{bad.key}/{MANIFEST}", b"not JSON")
+    place.store.put_part("train", key_of("c"), "part-0", {})
     assert inventory.find(place.store, good.key[:8]) == good
     with pytest.raises(StorageError, match=rf"train/{bad.key}/{MANIFEST} is not a manifest"):
         inventory.find(place.store, bad.key[:8])
     found, damaged = inventory.look_up(place.store, [good.key[:8], f"train/{bad.key[:8]}"])
     assert found == good and isinstance(damaged, DamagedManifestError)
-
-
-def test_unfinished_artifacts_are_not_found(place: Place) -> None:
-    place.store.put_part("train", key_of("a"), "part-0", {})
     with pytest.raises(StorageError, match="no artifact whose key begins with train/"):
-        inventory.find(place.store, f"train/{key_of('a')}")
+        inventory.find(place.store, f"train/{key_of('c')}")
 
 
 def test_only_manifests_that_may_match_are_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +96,7 @@ def test_only_manifests_that_may_match_are_read(place: Place, monkeypatch: pytes
 
 @pytest.fixture
 def manifests() -> list[Manifest]:
-    """A dataset of 10 bytes, what was made from it, and a train artifact of another dataset; the last says not when it was made."""
+    """A dataset of 10 bytes, what was made from it, and a train artifact of another dataset; the last does not contain its time."""
     digits = _manifest("dataset", "digits", 10, summary=summary_of("dataset"), **_made("2026-01-01T00:00:00+00:00"))
     source = {"stage": "dataset", "key": digits.key, "digest": digits.digest}
     tokenizer = _manifest("tokenizer", "t", 200, inputs={"dataset": source}, **_made("2026-02-01T12:00:00"))
@@ -131,6 +122,7 @@ def _listed(manifests: list[Manifest], *, by_size: bool = False, **query: Any) -
 def test_artifacts_are_listed_newest_or_largest_first(manifests: list[Manifest]) -> None:
     assert _listed(manifests) == ["generate", "tokenizer", "dataset", "train"]
     assert _listed(manifests, by_size=True) == ["tokenizer", "train", "dataset", "generate"]
+    assert _entries(manifests)[0] == inventory.Entry("generate", key_of("g"), 5, 3600.0, "digits", "")
 
 
 def test_filters_select_and_artifacts_of_unknown_age_are_neither_older_nor_newer(manifests: list[Manifest]) -> None:
@@ -148,12 +140,7 @@ def test_filters_select_and_artifacts_of_unknown_age_are_neither_older_nor_newer
         assert _listed(manifests, **query) == found, query
 
 
-def test_an_entry_has_the_facts_of_its_manifest(manifests: list[Manifest]) -> None:
-    first = _entries(manifests)[0]
-    assert (first.stage, first.key, first.size, first.age, first.dataset) == ("generate", key_of("g"), 5, 3600.0, "digits")
-
-
-def test_a_dataset_is_looked_for_through_inputs_that_are_gone_or_lead_in_a_circle() -> None:
+def test_missing_and_circular_inputs_name_no_dataset() -> None:
     one, other = ({"stage": "train", "key": key_of(name), "digest": ""} for name in "ab")
     gone = {**one, "key": "f" * 64}
     manifests = [_manifest("train", "a", inputs={"x": other}), _manifest("train", "b", inputs={"x": one, "y": gone})]
@@ -184,11 +171,11 @@ def test_a_dataset_is_looked_for_through_inputs_that_are_gone_or_lead_in_a_circl
         ("dataset", {"summary": {"num_images": "many", "class_names": 5}}, ""),
     ],
 )
-def test_a_phrase_says_what_an_artifact_is(stage: str, fields: dict[str, Any], phrase: str) -> None:
+def test_a_phrase_describes_an_artifact(stage: str, fields: dict[str, Any], phrase: str) -> None:
     assert inventory.phrase(_manifest(stage, "x", **fields), graph.describe) == phrase
 
 
-def test_a_list_shows_text_of_others_without_control_characters() -> None:
+def test_a_list_shows_foreign_text_without_control_characters() -> None:
     manifest = _manifest("report", "x", summary=summary_of("report", name="[red]\x1b[31m\na[/]"))
     text = io.StringIO()
     inventory.show_list(_entries([manifest]), "s3://b/[x]", Console(file=text, width=200))

@@ -11,9 +11,8 @@ import networkx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from places import key_of, make
+from places import key_of, make, make_chain
 from rich.console import Console
-from summaries import summary_of
 
 from pipelines.artifacts import lineage
 from pipelines.artifacts.lineage import Lineage
@@ -24,14 +23,7 @@ from pipelines.run import graph
 
 @pytest.fixture
 def chain(local_store: ArtifactStore) -> SimpleNamespace:
-    store, made = local_store, SimpleNamespace()
-    made.dataset = make(store, "dataset/d", summary=summary_of("dataset", num_images=5, class_names=["[red]"]))
-    made.tokenizer = make(store, "tokenizer/t", made.dataset)
-    made.map = make(store, "token_map/m", made.dataset, made.tokenizer)
-    made.train = make(store, "train/x", made.map, made.tokenizer)
-    made.samples = make(store, "generate/g", made.train)
-    make(store, "train/unrelated")
-    return made
+    return make_chain(local_store)
 
 
 def _shown(graph: Lineage, manifest: Manifest) -> list[str]:
@@ -45,22 +37,25 @@ def _short(manifest: Manifest) -> str:
     return f"{manifest.stage}/{manifest.key[:12]}"
 
 
-def test_a_tree_shows_both_ways_and_opens_what_stands_twice_once(local_store: ArtifactStore, chain) -> None:
-    lines = _shown(Lineage(local_store.manifests(), graph.describe), chain.train)
-    dataset, tokenizer, token_map = (_short(each) for each in (chain.dataset, chain.tokenizer, chain.map))
+def test_trees_show_both_directions_and_open_each_artifact_once(local_store: ArtifactStore, chain) -> None:
+    lines = _shown(Lineage(local_store.manifests(), graph.describe), chain.first)
+    dataset, tokenizer, token_map, scores = map(_short, (chain.dataset, chain.tokenizer, chain.map, chain.scores))
     assert lines == [
-        f"{_short(chain.train)} was made from",
+        f"{_short(chain.first)} was made from",
         f"├── {token_map} 11 B",
         f"│ ├── {dataset} 9 B 5 images, 1 classes",
         f"│ └── {tokenizer} 11 B",
         f"│ └── {dataset} 9 B 5 images, 1 classes",
         f"└── {tokenizer} (above)",
-        f"{_short(chain.train)} made",
+        f"{_short(chain.first)} made",
+        f"├── {scores} 10 B",
         f"└── {_short(chain.samples)} 10 B",
+        f"└── {scores} 10 B",
     ]
 
 
-def test_what_is_gone_and_what_was_made_again_is_said(local_store: ArtifactStore, chain) -> None:
+def test_a_tree_names_missing_and_recomputed_artifacts(local_store: ArtifactStore, chain) -> None:
+    unrelated = make(local_store, "train/unrelated")
     local_store.delete_manifest(*name_of(chain.dataset))
     again = dataclasses.replace(chain.tokenizer, files=())
     manifests = [again if name_of(found) == name_of(again) else found for found in local_store.manifests()]
@@ -68,18 +63,14 @@ def test_what_is_gone_and_what_was_made_again_is_said(local_store: ArtifactStore
     assert f"{_short(chain.dataset)} not in this store" in lines
     assert f"{_short(chain.tokenizer)} 0 B made again since, with other content" in lines
     assert "made again" not in "\n".join(_shown(Lineage(local_store.manifests(), graph.describe), chain.samples))
-    assert _shown(Lineage(manifests), next(m for m in manifests if m.key == key_of("unrelated")))[1:] == [
-        "└── nothing",
-        f"train/{key_of('unrelated')[:12]} made",
-        "└── nothing",
-    ]
+    assert _shown(Lineage(manifests), unrelated)[1:] == ["└── nothing", f"{_short(unrelated)} made", "└── nothing"]
 
 
-def test_json_names_every_artifact_once_nearest_first(local_store: ArtifactStore, chain) -> None:
-    answer = json.loads(json.dumps(lineage.to_json(Lineage(local_store.manifests(), graph.describe), chain.samples)))
+def test_json_has_every_artifact_once_nearest_first(local_store: ArtifactStore, chain) -> None:
+    answer = json.loads(json.dumps(lineage.to_json(Lineage(local_store.manifests(), graph.describe), chain.scores)))
     assert answer["descendants"] == []
     ancestors = [entry["artifact"] for entry in answer["ancestors"]]
-    assert ancestors[0] == f"train/{chain.train.key}" and len(ancestors) == 4 == len(set(ancestors))
+    assert ancestors[0] == f"generate/{chain.samples.key}" and len(ancestors) == 5 == len(set(ancestors))
     (dataset,) = (entry for entry in answer["ancestors"] if entry["artifact"].startswith("dataset/"))
     assert dataset == {
         "artifact": f"dataset/{chain.dataset.key}",
@@ -90,7 +81,7 @@ def test_json_names_every_artifact_once_nearest_first(local_store: ArtifactStore
         "inputs": {},
     }
     local_store.delete_manifest(*name_of(chain.dataset))
-    answer = lineage.to_json(Lineage(local_store.manifests(), graph.describe), chain.samples)
+    answer = lineage.to_json(Lineage(local_store.manifests(), graph.describe), chain.scores)
     assert {"artifact": f"dataset/{chain.dataset.key}", "is_in_store": False} in answer["ancestors"]
 
 

@@ -1,15 +1,15 @@
-"""Copying artifacts into another store and into plain files: whole or not at all, and resumed where a transfer stopped."""
+"""Copying artifacts into another store and into plain files: whole or not at all, and resumed after an interruption."""
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from places import Place, bucket_place, folder_place, key_of, make
+from places import Place, bucket_place, folder_place, key_of, make, make_chain
 
 from pipelines.artifacts import transfer
 from pipelines.artifacts.manifest import MANIFEST, Manifest, name_of
@@ -36,12 +36,9 @@ def places(
 
 @pytest.fixture
 def chain(places: tuple[Place, Place]) -> SimpleNamespace:
-    store, made = places[0].store, SimpleNamespace()
-    made.dataset = make(store, "dataset/d")
-    made.tokenizer = make(store, "tokenizer/t", made.dataset)
-    made.map = make(store, "token_map/m", made.dataset, made.tokenizer)
-    made.train = make(store, "train/x", made.map, made.tokenizer, files={"model.bin": WEIGHTS, "deep/b.bin": b"b", "empty": b""})
-    make(store, "train/unrelated")
+    made = make_chain(places[0].store)
+    files = {"model.bin": WEIGHTS, "deep/b.bin": b"b", "empty": b""}
+    made.train = make(places[0].store, "train/x", made.map, made.tokenizer, files=files)
     return made
 
 
@@ -49,7 +46,7 @@ def _names(manifests: list[Manifest]) -> list[tuple[str, str]]:
     return [name_of(manifest) for manifest in manifests]
 
 
-def test_an_artifact_comes_alone_or_after_all_it_was_made_from(places: tuple[Place, Place], chain) -> None:
+def test_an_artifact_is_copied_alone_or_after_its_inputs(places: tuple[Place, Place], chain) -> None:
     source, target = (place.store for place in places)
     (alone,) = transfer.pull(source, target, [chain.train])
     assert alone.manifest == chain.train == target.read_manifest(*name_of(chain.train)) and not alone.was_there
@@ -69,31 +66,28 @@ def test_a_repeated_transfer_fetches_nothing(places: tuple[Place, Place], chain,
     manifests = transfer.with_inputs(source, chain.train)
     transfer.pull(source, target, manifests)
     before = places[1].contents()
-    monkeypatch.setattr(type(source), "fetch_file", _forbidden)
+    monkeypatch.setattr(type(source), "fetch_file", lambda *_: pytest.fail("it is fetched again"))
     done = transfer.pull(source, target, manifests)
     assert all(each.was_there and each.num_fetched == 0 for each in done) and places[1].contents() == before
 
 
-def _forbidden(*_: Any) -> Path:
-    raise AssertionError("it is fetched again")
-
-
 def test_an_interrupted_transfer_resumes_with_the_rest(places: tuple[Place, Place], chain, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = (place.store for place in places)
-    original, fetched = type(source).fetch_file, []
+    original, fetched, others_are_fetched = type(source).fetch_file, [], threading.Event()
 
     def cut_off(self: Any, stage: str, key: str, record: Any) -> Path:
         if record.name == "deep/b.bin":
-            deadline = time.monotonic() + 30
-            while len(fetched) < 2 and time.monotonic() < deadline:  # the others are on their way by then
-                time.sleep(0.005)
-            raise StorageError("the network is gone")
+            assert others_are_fetched.wait(timeout=60)
+            raise StorageError("the bucket does not answer")
+        path = original(self, stage, key, record)
         fetched.append(record.name)
-        return original(self, stage, key, record)
+        if len(fetched) == 2:
+            others_are_fetched.set()
+        return path
 
     with monkeypatch.context() as patch:
         patch.setattr(type(source), "fetch_file", cut_off)
-        with pytest.raises(StorageError, match="the network is gone"):
+        with pytest.raises(StorageError, match="the bucket does not answer"):
             transfer.pull(source, target, [chain.train])
     assert target.read_manifest(*name_of(chain.train)) is None and sorted(fetched) == ["empty", "model.bin"]
     (done,) = transfer.pull(source, target, [chain.train])
@@ -114,7 +108,7 @@ def test_files_of_an_interrupted_transfer_are_kept_only_if_their_bytes_are_right
     assert resumed.num_fetched == 0 and resumed.manifest.files == done.manifest.files
 
 
-def test_damage_in_the_source_is_found_and_no_artifact_is_made(places: tuple[Place, Place], chain) -> None:
+def test_a_damaged_source_makes_no_artifact(places: tuple[Place, Place], chain) -> None:
     places[0].damage(f"train/{chain.train.key}/model.bin", WEIGHTS[:-1] + b"x")
     with pytest.raises(StorageError, match=r"model\.bin was changed after it was made"):
         transfer.pull(places[0].store, places[1].store, [chain.train])
@@ -131,14 +125,14 @@ def test_another_artifact_of_the_same_key_is_refused_before_anything_is_copied(p
     assert places[1].contents() == before
 
 
-def test_inputs_that_are_gone_or_damaged_are_named(places: tuple[Place, Place], chain) -> None:
+def test_missing_and_damaged_inputs_are_named(places: tuple[Place, Place], chain) -> None:
     for content, what in ((b"{", "is damaged"), (None, "is gone")):
         places[0].damage(f"dataset/{chain.dataset.key}/{MANIFEST}", content)
         with pytest.raises(StorageError, match=rf"dataset/{chain.dataset.key[:12]}, which .* was made from, {what}"):
             transfer.with_inputs(places[0].store, chain.train)
 
 
-def test_inputs_that_lead_in_a_circle_come_once(local_store: ArtifactStore) -> None:
+def test_circular_inputs_are_copied_once(local_store: ArtifactStore) -> None:
     sources = {name: {"stage": "train", "key": key_of(name), "digest": ""} for name in "ab"}
     for own, other in ("ab", "ba"):
         inputs = {"x": sources[other]}
