@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _HOW_TO_NAME = "--tracking-uri, tracking.uri or MLFLOW_TRACKING_URI"
 
 
-@dataclass(frozen=True, kw_only=True)
-class AccessProblem:
-    """reason: reads on after the server's address.   advice: what to do."""
+class AccessProblem(NamedTuple):
+    """reason: follows the server's address in a sentence.   advice: what to do."""
 
     reason: str
     advice: str
@@ -18,13 +17,13 @@ class AccessProblem:
 # By the error_code that MLflow derives from the status of an HTTP response.
 _REFUSALS = {
     "UNAUTHENTICATED": AccessProblem(
-        reason="does not know this user or password (401)",
-        advice="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+        "does not know this user or password (401)",
+        "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     ),
     "PERMISSION_DENIED": AccessProblem(
-        reason="does not allow this user (403)", advice="ask its administrator, or sign in with another MLFLOW_TRACKING_USERNAME"
+        "does not allow this user (403)", "ask its administrator, or sign in with another MLFLOW_TRACKING_USERNAME"
     ),
-    "ENDPOINT_NOT_FOUND": AccessProblem(reason="is not an MLflow server (404)", advice=f"set one with {_HOW_TO_NAME}"),
+    "ENDPOINT_NOT_FOUND": AccessProblem("is not an MLflow server (404)", f"set one with {_HOW_TO_NAME}"),
 }
 
 
@@ -39,7 +38,7 @@ def access_problem(error: BaseException) -> AccessProblem | None:
         each = each.__cause__ or each.__context__
     if any(isinstance(each, exceptions.SSLError) for each in chain):
         advice = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of its authority"
-        return AccessProblem(reason="has a certificate that is not trusted", advice=advice)
+        return AccessProblem("has a certificate that is not trusted", advice)
     if any(isinstance(each, exceptions.ConnectionError | exceptions.Timeout) for each in chain):
-        return AccessProblem(reason="does not answer", advice=f"start the server, or set another one with {_HOW_TO_NAME}")
+        return AccessProblem("does not answer", f"start the server, or set another one with {_HOW_TO_NAME}")
     return _REFUSALS.get(getattr(error, "error_code", ""))

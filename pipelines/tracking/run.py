@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -36,17 +36,13 @@ from pipelines.tracking.registry import (
 )
 
 _log = logging.getLogger(__name__)
-_METRICS_AT_ONCE = 1000  # the most that MLflow takes
+_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # the most that MLflow takes
 _PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
 _ILLEGAL = re.compile(r"[^\w\-. /]")
 _PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks|uc:")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
 _MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
-OUT_OF_ORDER = (
-    "INTERNAL_ERROR",
-    "TEMPORARILY_UNAVAILABLE",
-    "BAD_REQUEST",
-)  # no answer, or a broken database; others: a refusal
+OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; others: a refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +71,12 @@ class TrackingConfig:
             raise ValueError(f"tracking.model_alias is {alias!r}, which MLflow reserves; choose another one, such as newest")
 
 
-def _schemes_of_plugins() -> list[str]:
-    """URI schemes of further servers that installed packages register with MLflow, such as SageMaker's arn:."""
-    return [entry.name for entry in entry_points(group="mlflow.tracking_store")]
-
-
 def resolve_uri(config: TrackingConfig, beside: Path) -> str:
     """The tracking URI. Raises ValueError if MLflow could not use it as the address of a server or database."""
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(beside / 'mlflow.db').absolute()}"
-    if config.enabled and not _PLACE.match(uri) and not any(uri.startswith(f"{scheme}:") for scheme in _schemes_of_plugins()):
+    # Installed packages register the schemes of further servers with MLflow, such as SageMaker's arn:.
+    plugins = tuple(f"{entry.name}:" for entry in entry_points(group="mlflow.tracking_store"))
+    if config.enabled and not _PLACE.match(uri) and not uri.startswith(plugins):
         where = "the tracking URI" if config.uri else "MLFLOW_TRACKING_URI"
         raise ValueError(f"{where} is {without_credentials(uri)}; write http://HOST:5000, sqlite:///FILE or another database URL")
     return uri
@@ -100,48 +93,35 @@ class RunHandle:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log numbers at a step. Names are made legal, and values that are not finite are left out."""
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
-
-        now = get_current_time_millis()
-        entities = [
-            Metric(_ILLEGAL.sub("_", name), float(value), now, step)
-            for name, value in metrics.items()
-            if abs(float(value)) < float("inf")  # false for NaN, too
-        ]
-        if entities:
-            self._do(lambda client: client.log_batch(self.run_id, metrics=entities, synchronous=True))
+        self._log_values((name, value, step) for name, value in metrics.items())
 
     def log_history(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Log what an earlier run measured before this run continued from it. rows: each with its "step"."""
+        self._log_values((name, value, int(row["step"])) for row in rows for name, value in row.items() if name != "step")
+
+    def _log_values(self, values: Iterable[tuple[str, float, int]]) -> None:
         from mlflow.entities import Metric
         from mlflow.utils.time import get_current_time_millis
 
         now = get_current_time_millis()
-        entities = [
-            Metric(_ILLEGAL.sub("_", name), float(value), now, int(row["step"]))
-            for row in rows
-            for name, value in row.items()
-            if name != "step" and math.isfinite(value)
-        ]
-        for first in range(0, len(entities), _METRICS_AT_ONCE):
-            batch = entities[first : first + _METRICS_AT_ONCE]
-            self._do(lambda client, batch=batch: client.log_batch(self.run_id, metrics=batch, synchronous=True))  # type: ignore[misc]
+        finite = [(name, float(value), step) for name, value, step in values if math.isfinite(value)]
+        self._log("metrics", [Metric(_ILLEGAL.sub("_", name), value, now, step) for name, value, step in finite])
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Log a nested configuration as dotted parameters."""
         from mlflow.entities import Param
 
-        flat = [Param(_ILLEGAL.sub("_", name), str(value)[:_PARAMETER_LIMIT]) for name, value in _flatten(values)]
-        for first in range(0, len(flat), 100):  # the most that MLflow takes at once
-            batch = flat[first : first + 100]
-            self._do(lambda client, batch=batch: client.log_batch(self.run_id, params=batch))  # type: ignore[misc]
+        self._log("params", [Param(_ILLEGAL.sub("_", name), str(value)[:_PARAMETER_LIMIT]) for name, value in _flatten(values)])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        entities = [RunTag(name, value) for name, value in tags.items()]
-        self._do(lambda client: client.log_batch(self.run_id, tags=entities))
+        self._log("tags", [RunTag(name, value) for name, value in tags.items()])
+
+    def _log(self, kind: str, entities: Sequence[Any]) -> None:
+        size = _AT_ONCE[kind]
+        for batch in (entities[first : first + size] for first in range(0, len(entities), size)):
+            self._do(lambda client, batch=batch: client.log_batch(self.run_id, synchronous=True, **{kind: batch}))  # type: ignore[misc]
 
     def log_bytes(self, content: bytes, name: str) -> None:
         """Log bytes as a file, such as "samples/step-000100.png"."""
@@ -228,7 +208,7 @@ class RunHandle:
             with quiet():
                 return action(client_of(self.uri))
         except Exception as error:  # no failure of an observer may stop the work
-            self._give_up(access_problem(error) or AccessProblem(reason="does not answer", advice=first_line(error)))
+            self._give_up(access_problem(error) or AccessProblem("does not answer", first_line(error)))
             return None
 
     def _give_up(self, problem: AccessProblem) -> None:

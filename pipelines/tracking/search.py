@@ -50,18 +50,16 @@ def experiments(uri: str) -> dict[str, str]:
     Raises ValueError if no store exists at the URI, no server answers, or the server refuses the user; otherwise TrackingError.
     """
     with _reading(uri) as client:
-        return {found.name: found.experiment_id for found in _pages(lambda token: client.search_experiments(page_token=token))}
+        return {found.name: found.experiment_id for found in _pages(client.search_experiments)}
 
 
 def search_runs(uri: str, experiment_ids: Sequence[str], filter_string: str = "", *, limit: int | None = None) -> list[TrackedRun]:
     """Runs that are not deleted, newest first. Raises ValueError if MLflow cannot parse the filter."""
-    size = min(limit or 1000, 1000)
-
-    def page(token: str | None) -> Any:
-        return client.search_runs(list(experiment_ids), filter_string, max_results=size, page_token=token)
-
+    if not experiment_ids:
+        return []
+    query = {"experiment_ids": list(experiment_ids), "filter_string": filter_string, "max_results": min(limit or 1000, 1000)}
     with _reading(uri) as client:
-        return [_as_run(run) for run in islice(_pages(page), limit)] if experiment_ids else []
+        return [_as_run(run) for run in islice(_pages(client.search_runs, **query), limit)]
 
 
 def read_run(uri: str, run_id: str) -> TrackedRun | None:
@@ -111,13 +109,13 @@ def _reading(uri: str) -> Iterator[Any]:
         raise TrackingError(f"tracking at {shown} cannot be read ({first_line(error)})") from error
 
 
-def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
-    token = None
-    while True:
-        found = page(token)
+def _pages(search: Callable[..., Any], **query: Any) -> Iterator[Any]:
+    """The results of all pages of a search."""
+    found = search(**query)
+    yield from found
+    while found.token:
+        found = search(**query, page_token=found.token)
         yield from found
-        if not (token := found.token):
-            return
 
 
 def _as_run(run: Any) -> TrackedRun:
@@ -162,23 +160,17 @@ def registered_artifacts(uri: str) -> dict[str, str]:
 
     Raises the errors of experiments().
     """
-
-    def page(token: str | None) -> Any:
-        return client.search_model_versions(max_results=1000, page_token=token)
-
     with _reading(uri) as client:
-        tagged = [(version.tags.get(tag), version) for version in _pages(page) for tag in _ARTIFACT_TAGS]
+        versions = [*_pages(client.search_model_versions, max_results=1000)]
+    tagged = [(version.tags.get(tag), version) for version in versions for tag in _ARTIFACT_TAGS]
     return {str(artifact): f"{version.name} version {version.version}" for artifact, version in tagged if artifact}
 
 
 def versions_at(uri: str, alias: str) -> list[ModelVersion]:
     """The version that an alias points to, of every registered model, ordered by name. Raises the errors of experiments()."""
-
-    def page(token: str | None) -> Any:
-        return client.search_registered_models(max_results=100, page_token=token)
-
     with _reading(uri) as client:
-        chosen = [(model.name, model.aliases[alias]) for model in _pages(page) if alias in model.aliases]
+        models = _pages(client.search_registered_models, max_results=100)
+        chosen = [(model.name, model.aliases[alias]) for model in models if alias in model.aliases]
         return [as_model_version(client.get_model_version(*each)) for each in sorted(chosen)]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -264,15 +265,8 @@ def _has_resolver(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     # A colon inside ${...}, at any depth, is a resolver. A colon after it, as in ${host}:6379, is text.
-    depth = 0
-    for index, character in enumerate(value):
-        if value.startswith("${", index):
-            depth += 1
-        elif character == "}" and depth:
-            depth -= 1
-        elif character == ":" and depth:
-            return True
-    return False
+    without = re.sub(r"\$\{[^{}:]*\}", "", value)
+    return bool(re.search(r"\$\{[^{}]*:", value)) or (without != value and _has_resolver(without))
 
 
 def _one_line(error: BaseException) -> str:

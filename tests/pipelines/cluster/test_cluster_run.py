@@ -29,7 +29,7 @@ PATIENCE = 500
 PASSWORD = "hunter2-of-the-cluster"  # in reach of jobs, as the token and the key of the bucket are
 STEPS = 160
 # Long enough to be killed in the middle of, with a checkpoint every ten steps.
-DEMO_STEPS = 300  # with a node lost more than half a minute, after which a log says how far it is
+DEMO_STEPS = 300  # with a node lost more than half a minute, after which a log shows progress
 # The demo: fewer steps, images and samples, and a tokenizer that is trained on one CPU, since nodes here have no more.
 SHORTER = (
     "tokenizer.recipe.num_steps=60",
@@ -58,7 +58,7 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mlflow]:
 
 
 class Runs:
-    """A run on a cluster: submitted, looked at, and what came of it. config: the tiny run's, where a test says no other."""
+    """A run on a cluster: submitted, followed, and its results. config: of the tiny run by default."""
 
     def __init__(self, config: Path, bucket: Any, server: Mlflow, workspace: Path) -> None:
         self.config, self.bucket, self.server, self.mlflow, self.workspace = config, bucket, server, server.url, workspace
@@ -79,7 +79,7 @@ class Runs:
         return self.enat(nodes, "jobs", "logs", id, "--follow")
 
     def wait_until_training(self, nodes: RayNodes, id: str) -> None:
-        """Until a whole checkpoint is there that no earlier call has seen."""
+        """Until there is a complete checkpoint that no earlier call has seen."""
         seen = self.checkpoints()
         deadline = time.monotonic() + PATIENCE
         while not self.checkpoints() - seen:
@@ -103,8 +103,8 @@ class Runs:
     def steps(self, run: Any) -> list[int]:
         return [point.step for point in self._losses(run)]
 
-    def taken_over(self, run: Any) -> list[int]:
-        """Steps of the run that this one went on from: they are logged all at once."""
+    def continued_from(self, run: Any) -> list[int]:
+        """Steps of the run that this one continued: they are logged all at once."""
         points = self._losses(run)
         return [point.step for point in points if point.timestamp == points[0].timestamp]
 
@@ -114,7 +114,7 @@ class Runs:
 
 @pytest.fixture
 def runs(tiny_config: Path, make_bucket: Callable[..., Any], mlflow: Mlflow, tmp_path: Path) -> Runs:
-    """A bucket of its own for each test, and whatever experiment there was is out of sight."""
+    """A bucket of its own for each test. The experiment of an earlier test gets another name."""
     client = MlflowClient(mlflow.url)
     if (experiment := client.get_experiment_by_name("enat")) is not None:
         client.rename_experiment(experiment.experiment_id, f"enat-{tmp_path.name}-before")
@@ -126,21 +126,21 @@ def _variables(folder: Path) -> dict[str, str]:
 
 
 def _assert_no_secret(nodes: RayNodes, runs: Runs, *texts: str) -> None:
-    """Nothing that a job has in its environment: not in what is said and listed, in MLflow's database, files and log, in the
+    """Nothing that a job has in its environment: not in printed and listed texts, in MLflow's database, files and log, in the
     workspace, or in the store."""
     secrets = [TOKEN, PASSWORD, os.environ["AWS_SECRET_ACCESS_KEY"]]
     assert {*secrets} <= {*nodes.environment.values()}
     written = [path for folder in (runs.server.folder, runs.workspace) for path in folder.rglob("*") if path.is_file()]
     assert {"mlflow.db", "log", "samples.png", "changes.diff", "digits.html"} - {path.name for path in written} <= {"changes.diff"}
-    said = {
+    texts_and_files = {
         f"text {number}": text.encode() for number, text in enumerate((*texts, runs.enat(nodes, "jobs", "ls", "--json").stdout))
     }
-    said |= {str(path): path.read_bytes() for path in written}
-    said |= {file.name: runs.bucket.read(file.name) for file in runs.bucket.list()}
-    assert not [(place, secret) for place, content in said.items() for secret in secrets if secret.encode() in content]
+    texts_and_files |= {str(path): path.read_bytes() for path in written}
+    texts_and_files |= {file.name: runs.bucket.read(file.name) for file in runs.bucket.list()}
+    assert not [(place, secret) for place, content in texts_and_files.items() for secret in secrets if secret.encode() in content]
 
 
-def test_a_run_goes_on_where_a_node_is_lost_in_training_and_another_one_comes(runs: Runs, tmp_path: Path) -> None:
+def test_a_run_continues_after_a_node_is_lost_and_replaced(runs: Runs, tmp_path: Path) -> None:
     with ray_nodes(1, **_variables(tmp_path)) as nodes:
         other = nodes.add_node(1)
         runs.config = DIGITS
@@ -151,9 +151,7 @@ def test_a_run_goes_on_where_a_node_is_lost_in_training_and_another_one_comes(ru
         nodes.add_node(1)
         done = runs.follow(nodes, job["id"])
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-        assert re.search(rf"^  train \d+ of {DEMO_STEPS} steps", done.stdout, flags=re.MULTILINE), (
-            "whoever follows sees how far it is"
-        )
+        assert re.search(rf"^  train \d+ of {DEMO_STEPS} steps", done.stdout, flags=re.MULTILINE), "the followed log shows progress"
         made = {stage: len(runs.manifests(stage)) for stage in ("dataset", "token_map", "train", "evaluate", "report")}
         assert made == {"dataset": 1, "token_map": 1, "train": 2, "evaluate": 2, "report": 1}, "also of the untrained variant"
         (trained,) = (manifest for manifest in runs.manifests("train") if manifest.config["num_steps"])
@@ -169,7 +167,7 @@ def test_a_run_goes_on_where_a_node_is_lost_in_training_and_another_one_comes(ru
         _assert_no_secret(nodes, runs, done.stdout, done.stderr, json.dumps(job))
 
 
-def test_a_run_that_was_stopped_goes_on_when_it_is_submitted_again(runs: Runs, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_when_it_is_submitted_again(runs: Runs, tmp_path: Path) -> None:
     with ray_nodes(2, **_variables(tmp_path)) as nodes:
         job = runs.submit(nodes)
         runs.wait_until_training(nodes, job["id"])
@@ -182,12 +180,12 @@ def test_a_run_that_was_stopped_goes_on_when_it_is_submitted_again(runs: Runs, t
         reused = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("✓") and line.endswith("reused")}
         assert reused == {"dataset", "tokenizer", "token_map", "reference"}
         first, second = runs.tracked("train")
-        assert len(runs.taken_over(first)) == 1 and len(runs.taken_over(second)) >= 10, "it went on from a checkpoint"
+        assert len(runs.continued_from(first)) == 1 and len(runs.continued_from(second)) >= 10, "it resumed from a checkpoint"
         assert runs.steps(second) == [*range(1, STEPS + 1)]
         assert runs.submit(nodes)["outcome"] == "succeeded"
 
 
-def test_a_run_whose_head_was_lost_goes_on_on_another_cluster(runs: Runs, tmp_path: Path) -> None:
+def test_a_run_whose_head_was_lost_resumes_on_another_cluster(runs: Runs, tmp_path: Path) -> None:
     with ray_nodes(2, **_variables(tmp_path / "first")) as nodes:
         job = runs.submit(nodes)
         runs.wait_until_training(nodes, job["id"])
@@ -200,5 +198,5 @@ def test_a_run_whose_head_was_lost_goes_on_on_another_cluster(runs: Runs, tmp_pa
         done = runs.follow(nodes, again["id"])
         assert done.returncode == 0, done.stdout[-4000:]
         second = runs.tracked("train")[-1]
-        assert len(runs.taken_over(second)) >= 10, "it went on from a checkpoint"
+        assert len(runs.continued_from(second)) >= 10, "it resumed from a checkpoint"
         assert runs.steps(second) == [*range(1, STEPS + 1)]

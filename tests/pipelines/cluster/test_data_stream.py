@@ -1,4 +1,4 @@
-"""Jobs over planned rows: every row's record once, as soon as it is done, also where workers are lost."""
+"""Jobs over planned rows: every row's record once, as soon as it is done, even if workers are lost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _workers_need_no_test_modules() -> None:
 
 
 class Worker:
-    """Makes a record of a part, unless it is told what else to do with one. Notes every part that it is given."""
+    """Makes a record of a part, or fails on purpose. Records every part that it is given."""
 
     def __init__(self, folder: Path, deadly_part: int | None = None, lives: int = 1, broken_part: int | None = None) -> None:
         self.folder, self.deadly_part, self.lives, self.broken_part = folder, deadly_part, lives, broken_part
@@ -57,14 +57,14 @@ def _times_given(folder: Path, part: int) -> int:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_every_row_has_one_record_and_is_worked_on_once(tmp_path: Path, num_workers: int) -> None:
+def test_every_row_is_processed_once(tmp_path: Path, num_workers: int) -> None:
     records = _records(tmp_path, Execution(num_workers=num_workers))
     assert sorted(records, key=lambda record: record["part"]) == [{"part": part, "square": part**2} for part in range(5)]
     assert [_times_given(tmp_path, part) for part in range(5)] == [1] * 5
 
 
 @pytest.mark.faults
-def test_the_rows_of_a_worker_that_was_killed_are_given_to_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_rows_of_a_killed_worker_are_processed_by_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = _records(tmp_path, Execution(), deadly_part=2, lives=1)
     assert sorted(record["part"] for record in records) == list(range(5)), "no record twice, none missing"
     assert _times_given(tmp_path, 2) == 2
@@ -72,12 +72,12 @@ def test_the_rows_of_a_worker_that_was_killed_are_given_to_another(tmp_path: Pat
     assert "workers were lost (ActorDiedError)" in caplog.text
 
 
-def test_an_error_of_the_work_itself_ends_the_job_at_once(tmp_path: Path) -> None:
+def test_an_error_in_the_stage_ends_the_job_at_once(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="part 1 is broken"):
         _records(tmp_path, Execution(), broken_part=1)
     assert _times_given(tmp_path, 1) == 1, "it would break again"
 
 
-def test_a_pool_is_no_larger_than_its_work() -> None:
+def test_a_pool_is_not_larger_than_its_work() -> None:
     assert actor_pool(Execution(num_workers=8), 3)["compute"].min_size == 3
     assert actor_pool(Execution(num_workers=2), 3)["compute"].max_size == 2

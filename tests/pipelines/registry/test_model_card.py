@@ -1,4 +1,4 @@
-"""A trained model is registered under a name that says what it is, with all that is needed to find, load and judge it."""
+"""A trained model is registered under a name that describes it, with all that is needed to find, load and judge it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
+from places import key_of, make
 from summaries import summary_of
 
 from enat.checkpoint import save_weights
@@ -33,7 +34,7 @@ from pipelines.run.config import RunConfig
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import TrackingConfig
 from pipelines.workflow import driver
-from pipelines.workflow.config import load_config, with_overrides
+from pipelines.workflow.config import load_config, redacted, with_overrides
 from pipelines.workflow.stage import PublishContext
 
 PROVENANCE = {
@@ -80,45 +81,27 @@ class Trained:
         model_card.publish(self.manifest, self.inputs, context)
 
 
-def _commit(
-    store: ArtifactStore,
-    path: Path,
-    stage: str,
-    key: str,
-    module: torch.nn.Module | None,
-    inputs: dict[str, Manifest],
-    **fields: Any,
-) -> Manifest:
-    files = ()
-    if module is not None:
-        save_weights(path, module)
-        files = (store.put_file(stage, key, "vqgan.safetensors" if stage == "tokenizer" else "model.safetensors", path),)
-    sources = {name: {"stage": source.stage, "key": source.key, "digest": source.digest} for name, source in inputs.items()}
-    fields = {"config": {}, **fields}
-    return store.commit(
-        Manifest(stage=stage, key=key, stage_version=1, inputs=sources, files=files, provenance=PROVENANCE, **fields)
-    )
-
-
 @pytest.fixture(scope="module")
 def trained(vqgan: VQGAN, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A model with the weights it began with, in an artifact that says it was trained."""
+    """A model with its initial weights, in the artifact of a trained model."""
     folder = tmp_path_factory.mktemp("trained")
     store = open_store(str(folder / "store"))
-    path = folder / "weights"
-    tokenizer = _commit(store, path, "tokenizer", "2" * 64, vqgan, {}, summary=summary_of("tokenizer", config=vqgan.config))
-    token_map = _commit(store, path, "token_map", "3" * 64, None, {"tokenizer": tokenizer}, metrics={"rows": 1234.0})
-    inputs = {"token_map": token_map, "tokenizer": tokenizer}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = ENAT(SMALL).eval()
-    manifest = _commit(
+    weights = {}
+    for name, module in (("vqgan.safetensors", vqgan), ("model.safetensors", model)):
+        save_weights(folder / name, module)
+        weights[name] = {name: (folder / name).read_bytes()}
+    summary = summary_of("tokenizer", config=vqgan.config)
+    tokenizer = make(store, "tokenizer/t", files=weights["vqgan.safetensors"], summary=summary, provenance=PROVENANCE)
+    token_map = make(store, "token_map/m", tokenizer, metrics={"rows": 1234.0}, provenance=PROVENANCE)
+    manifest = make(
         store,
-        path,
-        "train",
-        "1" * 64,
-        model,
-        inputs,
+        "train/x",
+        token_map,
+        tokenizer,
+        files=weights["model.safetensors"],
         config={
             "weights": None,
             "s3": None,
@@ -130,17 +113,11 @@ def trained(vqgan: VQGAN, tmp_path_factory: pytest.TempPathFactory) -> Trained:
             "betas": [0.9, 0.99],
             "execution": {"num_workers": 7},
         },
-        summary={
-            "model": dataclasses.asdict(SMALL),
-            "parameters": sum(tensor.numel() for tensor in model.parameters()),
-            "tokenizer_digest": tokenizer.digest,
-            "num_steps": 1200,
-            "dataset": "digits",
-            "is_imported": False,
-        },
+        summary=summary_of("train", model=SMALL, parameters=sum(tensor.numel() for tensor in model.parameters()), num_steps=1200),
         metrics={"final/loss": 3.14159265, "images": 5.0},
+        provenance=PROVENANCE,
     )
-    return Trained(store, manifest, inputs)
+    return Trained(store, manifest, {"token_map": token_map, "tokenizer": tokenizer})
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +147,7 @@ def run(uri: str) -> tracking.RunHandle:
         ("enat-b", 1, "my/data: v2", "enat-b-my-data-v2"),
     ],
 )
-def test_a_model_is_called_by_its_size_and_its_dataset(
+def test_the_name_of_a_model_has_its_size_and_its_dataset(
     trained: Trained, preset: str | None, parameters: int, dataset: str, name: str
 ) -> None:
     assert trained.of(preset, parameters=parameters, dataset=dataset).name == name
@@ -194,7 +171,7 @@ def test_a_model_is_called_by_its_size_and_its_dataset(
 def test_an_ablation_has_a_name_of_its_own(
     trained: Trained, preset: str | None, changes: dict[str, Any], masking: dict[str, Any], name: str
 ) -> None:
-    """So it is no version of the model that it is compared with, and no alias moves between them."""
+    """So it is not a version of the model that it is compared with, and no alias moves between them."""
     changed = trained.of(preset, changes, parameters=1000, dataset="digits")
     assert changed.replaced(config={"masking": masking}).name == name
 
@@ -224,8 +201,9 @@ def test_the_code_on_a_card_loads_the_model_and_samples_from_it(trained: Trained
     assert names["images"].min() >= 0 and names["images"].max() <= 1
 
 
-def test_a_card_says_what_the_model_is_made_from_and_what_it_measured(trained: Trained) -> None:
+def test_a_card_has_the_inputs_the_recipe_the_metrics_and_the_cost(trained: Trained, vqgan: VQGAN) -> None:
     card = trained.card
+    cost = generation_cost(SMALL, SamplerConfig(num_steps=4, guidance_scale=2.0), vqgan.config)
     assert card.startswith(f"# enat-{model_card._short_count(trained.manifest.summary['parameters'])}-1e1d-digits\n")
     for source in trained.inputs.values():
         assert source.digest in card
@@ -241,40 +219,31 @@ def test_a_card_says_what_the_model_is_made_from_and_what_it_measured(trained: T
         "| masking | alpha 12.0, beta 3.0, reuse_probability 0.5 |",
         "| making it, worker-seconds | 7,200.5 |",
         "| making it, device-seconds | 3,600.0 |",
+        f"| one image, as published code computes it | {cost.total_macs / 1e9:,.4g} GMACs |",
+        f"| one image, as this code does | {cost.executed_total_macs / 1e9:,.4g} GMACs |",
     ]:
         assert row in card.splitlines(), row
     assert "trained on digits at 16 px for 1,200 steps" in card and "given one of 3 classes" in card
     assert "0.1.0+g0123456789ab" in card and "2026-01-02" in card
-    assert "num_workers" not in card, "how it was spread over a cluster changes nothing about it"
+    assert "num_workers" not in card, "execution settings do not change the model"
 
 
-def test_the_macs_on_a_card_are_those_of_the_cost_model(trained: Trained, vqgan: VQGAN) -> None:
-    cost = generation_cost(SMALL, SamplerConfig(num_steps=4, guidance_scale=2.0), vqgan.config)
-    assert f"| one image, as published code computes it | {cost.total_macs / 1e9:,.4g} GMACs |" in trained.card
-    assert f"| one image, as this code does | {cost.executed_total_macs / 1e9:,.4g} GMACs |" in trained.card
-
-
-def test_a_card_of_imported_weights_claims_no_training(trained: Trained) -> None:
+def test_a_card_of_imported_weights_describes_no_training(trained: Trained) -> None:
     inputs = {"tokenizer": trained.inputs["tokenizer"]}
     imported = dataclasses.replace(trained, inputs=inputs).replaced(is_imported=True, num_steps=0, dataset="imported")
     assert "imported and not trained here" in imported.card and "learning_rate" not in imported.card
 
 
-@pytest.mark.parametrize(
-    ("fields", "condition", "code"),
-    [
+def test_a_card_describes_the_condition_of_a_model_without_classes(trained: Trained) -> None:
+    for fields, condition, code in (
         ({"num_classes": 0}, "given nothing", "labels = torch.tensor([0])"),
         ({"num_classes": 0, "text_width": 64}, "given a caption", "labels = TextCondition(features.hidden, features.pooled)"),
-    ],
-)
-def test_a_card_says_what_a_model_without_classes_is_given(
-    trained: Trained, fields: dict[str, Any], condition: str, code: str
-) -> None:
-    other = trained.replaced(model=dataclasses.asdict(dataclasses.replace(SMALL, **fields)))
-    assert condition in other.card and code in other.card.splitlines()
+    ):
+        other = trained.replaced(model=dataclasses.asdict(dataclasses.replace(SMALL, **fields)))
+        assert condition in other.card and code in other.card.splitlines()
 
 
-def test_a_dataset_s_name_cannot_break_a_card(trained: Trained) -> None:
+def test_any_dataset_name_is_escaped_on_a_card(trained: Trained) -> None:
     card = trained.replaced(dataset="a|b\n\n# <img src=x> `c` [d](e)").card
     assert "| dataset | a\\|b # \\<img src=x\\> \\`c\\` \\[d\\](e) |" in card.splitlines()
     assert [line for line in card.splitlines() if line.startswith("# ")] == [card.splitlines()[0]]
@@ -282,12 +251,9 @@ def test_a_dataset_s_name_cannot_break_a_card(trained: Trained) -> None:
 
 def test_a_card_of_a_large_model_fits_a_description(trained: Trained) -> None:
     """Of a whole config, as a run writes it."""
-    from pipelines.run.config import RunConfig
-    from pipelines.workflow import config as configuration
-
     large = dataclasses.asdict(ENATConfig.preset("enat-xl"))
     train = dataclasses.replace(RunConfig(name="run").train, sampler=SamplerConfig())
-    assert len(trained.replaced(config=configuration.redacted(train), model=large).card) < 5000
+    assert len(trained.replaced(config=redacted(train), model=large).card) < 5000
 
 
 # Registering ---------------------------------------------------------------------------------------------------------------
@@ -297,35 +263,29 @@ def test_a_trained_model_is_registered_with_its_card_and_manifest(
     trained: Trained, run: tracking.RunHandle, tmp_path: Path
 ) -> None:
     named = trained.of("enat-s", dataset="first")
-    named.publish(run)
-    version = MlflowClient(run.uri).get_model_version_by_alias("enat-s-first", "newest")
+    named.publish(run, model_alias="candidate")
+    version = MlflowClient(run.uri).get_model_version_by_alias("enat-s-first", "candidate")
     assert version.run_id == run.run_id and version.description == named.card
     assert version.tags == {
         "enat.digest": named.manifest.digest,
         "enat.created": "2026-01-02T03:04:05+00:00",
-        "enat.key": "1" * 64,
-        "enat.artifact": f"train/{'1' * 64}",
+        "enat.key": key_of("x"),
+        "enat.artifact": f"train/{key_of('x')}",
         "enat.store": trained.store.uri,
         "enat.code": "0.1.0+g0123456789ab",
         "enat.dataset": "first",
         "enat.resolution": "16",
         "enat.num_steps": "1200",
-        "enat.input.token_map": f"token_map/{'3' * 64}",
+        "enat.input.token_map": f"token_map/{key_of('m')}",
         "enat.token_map_digest": trained.inputs["token_map"].digest,
-        "enat.input.tokenizer": f"tokenizer/{'2' * 64}",
+        "enat.input.tokenizer": f"tokenizer/{key_of('t')}",
         "enat.tokenizer_digest": trained.inputs["tokenizer"].digest,
     }
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         files = Path(download_artifacts(version.source, tracking_uri=run.uri, dst_path=str(tmp_path)))
     assert (files / "README.md").read_text() == named.card
     assert Manifest.from_json((files / "manifest.json").read_bytes()) == named.manifest
-
-
-def test_tags_lead_back_to_the_artifact(trained: Trained, run: tracking.RunHandle) -> None:
-    trained.replaced(dataset="back").publish(run)
-    (model,) = MlflowClient(run.uri).search_model_versions(f"tags.`enat.digest`='{trained.manifest.digest}' and name like '%-back'")
-    store = open_store(str(model.tags["enat.store"]))
-    assert store.read_manifest(*model.tags["enat.artifact"].split("/")) == trained.manifest
+    assert open_store(str(version.tags["enat.store"])).read_manifest(*version.tags["enat.artifact"].split("/")) == trained.manifest
 
 
 def test_an_untrained_model_is_not_registered_and_an_imported_one_is(trained: Trained, run: tracking.RunHandle) -> None:
@@ -336,17 +296,7 @@ def test_an_untrained_model_is_not_registered_and_an_imported_one_is(trained: Tr
     assert [name for name in names if name.endswith("-imported")]
 
 
-def test_the_alias_is_the_configured_one(trained: Trained, run: tracking.RunHandle) -> None:
-    named = trained.replaced(dataset="alias")
-    named.publish(run, model_alias=None)
-    name = named.name
-    client = MlflowClient(run.uri)
-    assert client.get_registered_model(name).aliases == {}
-    named.publish(run, model_alias="candidate")
-    assert list(client.get_registered_model(name).aliases) == ["candidate"]
-
-
-def test_what_is_registered_shows_no_password_of_the_store(trained: Trained) -> None:
+def test_registered_texts_have_no_password_of_the_store(trained: Trained) -> None:
     secret = "s3://someone:secret@bucket/store"
     tags = model_card.model_tags(trained.manifest, trained.inputs, secret)
     card = model_card.model_card(trained.manifest, trained.inputs, secret)
@@ -354,12 +304,7 @@ def test_what_is_registered_shows_no_password_of_the_store(trained: Trained) -> 
     assert "secret" not in card + str(tags)
 
 
-def test_without_tracking_nothing_is_registered(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
-    trained.publish(tracking.RunHandle("", None))
-    assert caplog.records == []
-
-
-def test_the_model_of_a_run_is_registered_when_it_is_made_and_again_with_another_server(
+def test_a_reused_model_is_registered_with_another_server(
     tiny_nodes: Callable[..., list[Any]], make_session: Callable[..., Any], tmp_path: Path, uri: str, vqgan: VQGAN
 ) -> None:
     """An imported model, so that nothing is trained; the second server learns of it though its artifact is only reused."""

@@ -12,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from pipelines.data.sources.config import DatasetConfig
+from pipelines.run.config import RunConfig, load_run
+from pipelines.stages.token_map import TokenMapConfig
 from pipelines.workflow.config import (
     ConfigError,
     identity,
@@ -54,27 +57,23 @@ class Experiment:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Experiment]:
-    def run(text: str | bytes, *overrides: str) -> Experiment:
-        path = tmp_path / "run.yaml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return load_config(Experiment, path, overrides)
+    """Write run.yaml, or several files by name, and load run.yaml."""
+
+    def run(files: str | bytes | Mapping[str, str], *overrides: str) -> Experiment:
+        for name, text in (files if isinstance(files, Mapping) else {"run.yaml": files}).items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_config(Experiment, tmp_path / "run.yaml", overrides)
 
     return run
 
 
-def test_defaults_lie_below_the_file_and_the_file_below_the_command_line(load) -> None:
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(load) -> None:
     assert load("name: a") == Experiment(name="a")
     assert load("{name: a, rate: 2, layer: {width: 3}}") == Experiment(name="a", rate=2.0, layer=Layer(width=3))
-    assert load("{name: a, rate: 2, layer: {width: 3, label: x}}", "layer.width=4", "name=b") == Experiment(
-        name="b", rate=2.0, layer=Layer(width=4, label="x")
+    assert load("{name: a, rate: 2, layer: {width: 3, label: x}}", "layer.width=4", "name=b", "name=c") == Experiment(
+        name="c", rate=2.0, layer=Layer(width=4, label="x")
     )
-
-
-def test_of_two_overrides_of_one_key_the_last_counts(load) -> None:
-    assert load("name: a", "rate=1", "rate=2").rate == 2.0
-
-
-def test_lists_become_the_tuples_of_the_schema(load) -> None:
     config = load("{name: a, sizes: [4, 5, 6]}", "betas=[0.1,0.2]")
     assert config.sizes == (4, 5, 6) and config.betas == (0.1, 0.2)
 
@@ -119,39 +118,29 @@ def test_an_unknown_key_of_the_file_names_the_file(load, tmp_path: Path) -> None
         ("betas=[0.9,0.99,0.999]", "betas"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_in_one_line_that_names_it(load, override: str, key: str) -> None:
+def test_a_value_of_the_wrong_type_is_named_in_one_line(load, override: str, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load("name: a", override)
     message = str(caught.value)
     assert key in message and "\n" not in message and "$" not in message and len(message) < 200
 
 
-def test_a_missing_value_without_default_is_named(load) -> None:
-    with pytest.raises(ConfigError, match="does not give name"):
-        load("rate: 1")
-    with pytest.raises(ConfigError, match="does not give name"):
-        load("")
-
-
-def test_the_sentence_of_a_config_s_own_check_comes_through(load) -> None:
-    with pytest.raises(ConfigError, match=r"rate is -1\.0; it must be at least 0"):
-        load("name: a", "rate=-1")
-
-
-@pytest.mark.parametrize("override", ["rate", "=3", "", "--rate 3"])
-def test_an_override_without_key_and_value_is_refused(load, override: str) -> None:
-    with pytest.raises(ConfigError, match="write key=value"):
-        load("name: a", override)
+def test_other_wrong_values_and_overrides_are_named(load) -> None:
+    for text, override, sentence in (
+        ("rate: 1", "rate=2", "does not give name"),
+        ("", "rate=2", "does not give name"),
+        ("name: a", "rate=-1", r"rate is -1\.0; it must be at least 0"),
+        *(("name: a", override, "write key=value") for override in ("rate", "=3", "", "--rate 3")),
+        ("name: ${nowhere}", "rate=2", "nowhere"),
+        ("name: a", "layer.label=${oc.env:HOME}", r"override layer\.label.*resolvers"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            load(text, override)
 
 
 def test_a_reference_to_another_key_is_resolved(load) -> None:
     assert load("{name: '${layer.label}-big', layer: {label: net}}").name == "net-big"
     assert load("{name: '${layer.label}:6379 ${layer.width}', layer: {label: host}}").name == "host:6379 8"
-
-
-def test_a_reference_to_a_key_that_is_not_there_is_refused(load) -> None:
-    with pytest.raises(ConfigError, match="nowhere"):
-        load("name: ${nowhere}")
 
 
 @pytest.mark.parametrize(
@@ -170,50 +159,26 @@ def test_resolvers_are_refused_so_that_no_secret_is_read_from_the_environment(lo
         load(text)
 
 
-def test_a_resolver_in_an_override_is_refused(load) -> None:
-    with pytest.raises(ConfigError, match=r"override layer\.label.*resolvers"):
-        load("name: a", "layer.label=${oc.env:HOME}")
-
-
-def test_a_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist; fix the path"):
-        load_config(Experiment, tmp_path / "nowhere.yaml")
-
-
-def test_a_config_path_below_a_file_is_named(load, tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_file_is_named(load, tmp_path: Path) -> None:
     load("name: a")
-    with pytest.raises(ConfigError, match=r"run\.yaml/run\.yaml"):
-        load_config(Experiment, tmp_path / "run.yaml" / "run.yaml")
+    for path, sentence in (
+        ("nowhere.yaml", r"nowhere\.yaml does not exist; did you mean|nowhere\.yaml does not exist; fix the path"),
+        ("run.yaml/run.yaml", r"run\.yaml/run\.yaml"),
+        (".", r"cannot be read \(Is a directory\)"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            load_config(Experiment, tmp_path / path)
 
 
-@pytest.mark.parametrize("text", ["name: [", "a: b: c", b"\xff\xfe\x00\x01", "\tname: a"])
-def test_a_file_that_is_not_yaml_is_named_in_one_line(load, tmp_path: Path, text: str | bytes) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load(text)
-    assert str(caught.value).startswith(f"{tmp_path / 'run.yaml'} cannot be read as YAML") and "\n" not in str(caught.value)
-
-
-def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
-        load_config(Experiment, tmp_path)
-
-
-@pytest.mark.parametrize("text", ["[1, 2]", "- name: a"])
-def test_a_file_that_holds_no_mapping_is_refused(load, text: str) -> None:
-    with pytest.raises(ConfigError, match="does not contain a mapping"):
-        load(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "just words",
-        "42",
-    ],
-)
-def test_a_file_that_holds_one_value_is_refused(load, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"run\.yaml"):
-        load(text)
+def test_a_file_without_a_mapping_in_yaml_is_named_in_one_line(load, tmp_path: Path) -> None:
+    for text, sentence in (
+        *((text, "cannot be read as YAML") for text in ("name: [", "a: b: c", b"\xff\xfe\x00\x01", "\tname: a")),
+        *((text, "does not contain a mapping") for text in ("[1, 2]", "- name: a")),
+        *((text, "") for text in ("just words", "42")),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{tmp_path}/run\.yaml.*{sentence}") as caught:
+            load(text)
+        assert "\n" not in str(caught.value)
 
 
 # Fields that the pipeline sets ----------------------------------------------------------------------------------------------
@@ -256,20 +221,7 @@ def test_an_unknown_key_below_a_free_name_is_named_with_the_closest_known_one() 
 # Bases --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def load_files(tmp_path: Path) -> Callable[..., Experiment]:
-    """Write files by name, and load the one called run.yaml."""
-
-    def load(files: Mapping[str, str], *overrides: str) -> Experiment:
-        for name, text in files.items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(text)
-        return load_config(Experiment, tmp_path / "run.yaml", overrides)
-
-    return load
-
-
-def test_a_config_builds_on_its_base_and_that_on_another(load_files) -> None:
+def test_a_config_builds_on_its_base_and_that_on_another(load) -> None:
     files = {
         "run.yaml": "{base: common/middle.yaml, name: top, layer: {execution: {num_workers: 8}}}",
         "common/middle.yaml": "{base: bottom.yaml, sizes: [7], layer: {label: middle}, extras: {a: 1}}",
@@ -277,13 +229,13 @@ def test_a_config_builds_on_its_base_and_that_on_another(load_files) -> None:
     }
     layer = Layer(width=3, label="middle", execution=Speed(num_workers=8))
     merged = Experiment(name="top", rate=2.0, sizes=(7,), layer=layer, extras={"a": 1, "b": 2})
-    assert load_files(files) == merged
-    assert load_files(files, "layer.width=9") == replace(merged, layer=replace(layer, width=9))
+    assert load(files) == merged
+    assert load(files, "layer.width=9") == replace(merged, layer=replace(layer, width=9))
 
 
-def test_a_reference_in_a_base_is_resolved_over_all_files_and_overrides(load_files) -> None:
+def test_a_reference_in_a_base_is_resolved_over_all_files_and_overrides(load) -> None:
     files = {"base.yaml": "name: ${layer.label}-${layer.width}", "run.yaml": "{base: base.yaml, layer: {label: net}}"}
-    assert load_files(files).name == "net-8" and load_files(files, "layer.width=2").name == "net-2"
+    assert load(files).name == "net-8" and load(files, "layer.width=2").name == "net-2"
 
 
 @pytest.mark.parametrize(
@@ -304,9 +256,9 @@ def test_a_reference_in_a_base_is_resolved_over_all_files_and_overrides(load_fil
         ({"run.yaml": "base: a.yaml", "a.yaml": "rate: 1"}, ["{0}/run.yaml does not give name"]),
     ],
 )
-def test_a_base_that_cannot_be_is_refused_in_a_line_that_names_the_files(load_files, tmp_path, files, named: list[str]) -> None:
+def test_a_wrong_base_is_refused_in_a_line_that_names_the_files(load, tmp_path, files, named: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_files(files)
+        load(files)
     message = str(caught.value)
     assert all(part.format(tmp_path) in message for part in named) and "\n" not in message
 
@@ -316,9 +268,9 @@ def test_an_override_cannot_name_a_base(load) -> None:
         load("name: a", "base=other.yaml")
 
 
-def test_the_text_of_a_config_with_a_base_needs_no_other_file(load_files, tmp_path: Path) -> None:
+def test_the_text_of_a_config_includes_its_base(load, tmp_path: Path) -> None:
     files = {"a.yaml": "{name: a, extras: {x: '${rate}'}}", "run.yaml": "{base: a.yaml, rate: 3}"}
-    config = load_files(files)
+    config = load(files)
     alone = tmp_path / "elsewhere" / "run.yaml"
     alone.parent.mkdir()
     alone.write_text(read_text(tmp_path / "run.yaml"))
@@ -341,7 +293,7 @@ def test_a_config_comes_back_from_its_plain_values(rate: float, width: int, labe
     assert merge(Experiment, [("values", OmegaConf.create(to_dict(config)))]) == config
 
 
-def test_overriding_a_config_leaves_it_and_checks_as_a_file_is_checked() -> None:
+def test_overrides_of_a_config_are_checked_and_do_not_change_it() -> None:
     config = Experiment(name="a", layer=Layer(width=3))
     changed = with_overrides(config, {"layer": {"label": "x"}}, "variant b")
     assert changed == replace(config, layer=Layer(width=3, label="x")) and config.layer.label is None
@@ -373,7 +325,7 @@ def test_overriding_a_config_leaves_it_and_checks_as_a_file_is_checked() -> None
         ("sqlite:////data/team@x/mlflow.db", "sqlite:////data/team@x/mlflow.db"),
     ],
 )
-def test_redacted_takes_user_and_password_out_of_uris_at_any_depth(uri: str, shown: str) -> None:
+def test_redacted_removes_credentials_from_uris_at_any_depth(uri: str, shown: str) -> None:
     config = Experiment(name=uri, layer=Layer(label=uri), extras={"deep": [uri, {"deeper": uri}], "number": 3})
     assert redacted(config) == {
         **to_dict(config),
@@ -391,32 +343,24 @@ def test_identity_leaves_out_execution_at_any_depth() -> None:
     assert identity(one) != identity(replace(one, layer=Layer(width=9)))
 
 
-def test_identity_leaves_out_the_dataset_which_enters_as_its_index(image_folder: Path) -> None:
-    from pipelines.data.sources.config import DatasetConfig
-    from pipelines.stages.token_map import TokenMapConfig
-
-    here, there = DatasetConfig(kind="image_folder", path=str(image_folder)), DatasetConfig(kind="images", path="/nowhere")
-    assert identity(TokenMapConfig(dataset=here)) == identity(TokenMapConfig(dataset=there))
-    assert "dataset" not in str(identity(TokenMapConfig(dataset=here)))
-
-
-def test_identity_of_what_lies_outside_is_its_content_and_not_its_path(
+def test_the_identity_of_a_dataset_is_its_content_and_not_its_path(
     image_folder: Path, make_image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from pipelines.data.sources.config import DatasetConfig
+    """A stage leaves it out: the index of the dataset is one of its inputs."""
 
     def of(root: Path) -> Any:
-        return identity({"dataset": DatasetConfig(kind="image_folder", path=str(root))})
+        return identity({"data": DatasetConfig(kind="image_folder", path=str(root))})
 
     copy = make_image_folder(tmp_path / "copy")
     assert of(copy) == of(image_folder)
     assert str(copy) not in str(of(copy))
     assert of(make_image_folder(tmp_path / "larger", per_class=7)) != of(copy)
+    here, there = DatasetConfig(kind="image_folder", path=str(image_folder)), DatasetConfig(kind="images", path="/nowhere")
+    assert identity(TokenMapConfig(dataset=here)) == identity(TokenMapConfig(dataset=there))
+    assert "dataset" not in str(identity(TokenMapConfig(dataset=here)))
 
 
-def test_the_run_of_the_demonstration_is_its_file_over_the_defaults() -> None:
-    from pipelines.run.config import RunConfig, load_run
-
+def test_the_config_of_the_demo_has_the_values_of_its_file() -> None:
     path = Path(__file__).parents[3] / "configs" / "digits.yaml"
     values = OmegaConf.to_container(OmegaConf.load(path))
 
