@@ -18,25 +18,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from enat.config import ENATConfig, VQGANConfig
-    from enat.cost import Cost, generation_cost
-    from enat.model import ENAT, ENATOutput, TextCondition
-    from enat.sampler import sample
-    from enat.sampler_config import SamplerConfig
-    from enat.tokenizer import VQGAN
-
-__all__ = [
-    "ENAT",
-    "VQGAN",
-    "Cost",
-    "ENATConfig",
-    "ENATOutput",
-    "SamplerConfig",
-    "TextCondition",
-    "VQGANConfig",
-    "generation_cost",
-    "sample",
-]
+    from enat.config import ENATConfig as ENATConfig
+    from enat.config import VQGANConfig as VQGANConfig
+    from enat.cost import Cost as Cost
+    from enat.cost import generation_cost as generation_cost
+    from enat.model import ENAT as ENAT
+    from enat.model import ENATOutput as ENATOutput
+    from enat.model import TextCondition as TextCondition
+    from enat.sampler import sample as sample
+    from enat.sampler_config import SamplerConfig as SamplerConfig
+    from enat.tokenizer import VQGAN as VQGAN
 
 _MODULES = {
     "config": ("ENATConfig", "VQGANConfig"),
@@ -47,13 +38,10 @@ _MODULES = {
     "tokenizer": ("VQGAN",),
 }
 _MODULE_OF = {name: f"enat.{module}" for module, names in _MODULES.items() for name in names}
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:  # PEP 562
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULE_OF[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from enat.blocks import MLP
 from enat.config import ENATConfig
 from enat.model import ENAT
 from enat.tokenizer import VQGAN, VQGANConfig
@@ -99,28 +100,23 @@ def _load(path: str | Path, architecture: str) -> Any:
 
 def open_vqgan(path: Path, config: VQGANConfig) -> VQGAN:
     """A tokenizer in eval mode, from a published file or one of save_weights. Raises ValueError if it does not match `config`."""
-    if _is_own(path):
-        return _checked(load_vqgan(path), config, path)
-    return load_published_vqgan(read_state_dict(path), config)
+    return _open(path, config, load_vqgan, load_published_vqgan)
 
 
 def open_enat(path: Path, config: ENATConfig) -> ENAT:
     """The same for a model."""
-    if _is_own(path):
-        return _checked(load_enat(path), config, path)
-    return load_published_enat(read_state_dict(path), config)
+    return _open(path, config, load_enat, load_published_enat)
 
 
-def _is_own(path: Path) -> bool:
-    """Whether save_weights wrote the file, whose header then contains the architecture."""
+def _open(path: Path, config: Any, load: Callable[[Path], OwnT], load_published: Callable[[Any, Any], OwnT]) -> OwnT:
     try:
         with safe_open(str(path), framework="pt") as file:
-            return "enat" in (file.metadata() or {})
+            is_own = "enat" in (file.metadata() or {})  # save_weights writes the architecture into the header
     except SafetensorError:
-        return False
-
-
-def _checked(module: OwnT, config: Any, path: Path) -> OwnT:
+        is_own = False
+    if not is_own:
+        return load_published(read_state_dict(path), config)
+    module = load(path)
     if module.config != config:
         raise ValueError(f"{path} contains {module.config}, but the config is {config}")
     return module
@@ -158,29 +154,22 @@ def load_published_enat(state_dict: Mapping[str, Tensor], config: ENATConfig) ->
     if config.text_width is not None or config.qk_norm or config.reused_features != "visible":
         raise ValueError("published ENAT weights have neither text_width nor qk_norm, and reused_features must be 'visible'")
     model = ENAT(config)
-    published_names = {_published_enat_name(name, config): name for name in model.state_dict()}
-    shapes = {published: tuple(model.state_dict()[own].shape) for published, own in published_names.items()}
+    names = {_published_enat_name(name, config): name for name in model.state_dict()}
+    unused = {f"prev_embedder.{name}": tensor for name, tensor in MLP(config.embed_dim, config.mlp_ratio).state_dict().items()}
+    shapes = _shapes({published: model.state_dict()[own] for published, own in names.items()} | unused)
     shapes["mlm_layer.bias"] = (1, 1, config.codebook_size + 1)
-    dim, hidden = config.embed_dim, config.embed_dim * config.mlp_ratio
-    shapes |= {
-        "prev_embedder.fc1.weight": (hidden, dim),
-        "prev_embedder.fc1.bias": (hidden,),
-        "prev_embedder.fc2.weight": (dim, hidden),
-        "prev_embedder.fc2.bias": (dim,),
-    }
-    _check_names(shapes, {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, "the published ENAT")
-    tensors = {own: state_dict[published] for published, own in published_names.items()}
-    tensors["head.bias"] = tensors["head.bias"].flatten()
-    return load_strictly(model, tensors).eval()
+    _check_names(shapes, _shapes(state_dict), "the published ENAT")
+    tensors = {own: state_dict[published] for published, own in names.items()}
+    return load_strictly(model, {**tensors, "head.bias": tensors["head.bias"].flatten()}).eval()
 
 
 def load_published_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> VQGAN:
     """A VQGAN from a published state dict (encoder.*, decoder.*, quantize.embedding.weight), in eval mode, strict."""
     vqgan = VQGAN(config)
-    published_names = {name.replace("codebook.", "quantize.embedding."): name for name in vqgan.state_dict()}
-    shapes = {published: tuple(vqgan.state_dict()[own].shape) for published, own in published_names.items()}
-    _check_names(shapes, {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, "the published VQGAN")
-    return load_strictly(vqgan, {own: state_dict[published] for published, own in published_names.items()}).eval()
+    names = {name.replace("codebook.", "quantize.embedding."): name for name in vqgan.state_dict()}
+    shapes = _shapes({published: vqgan.state_dict()[own] for published, own in names.items()})
+    _check_names(shapes, _shapes(state_dict), "the published VQGAN")
+    return load_strictly(vqgan, {own: state_dict[published] for published, own in names.items()}).eval()
 
 
 def _published_enat_name(name: str, config: ENATConfig) -> str:
@@ -196,29 +185,22 @@ def _published_enat_name(name: str, config: ENATConfig) -> str:
 
 def load_strictly(module: ModuleT, tensors: Mapping[str, Tensor], source: str = "the state dict") -> ModuleT:
     """Load tensors into a module as float32. A missing, surplus or wrong-shaped tensor raises ValueError with its name."""
-    _check_names(
-        {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()},
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        source,
-    )
+    _check_names(_shapes(module.state_dict()), _shapes(tensors), source)
     module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
     return module
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def _check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    surplus = sorted(found.keys() - expected.keys())
-    shaped = [
-        f"{name} is {found[name]}, expected {expected[name]}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    problems = []
-    if missing:
-        problems.append(f"missing: {', '.join(missing)}")
-    if surplus:
-        problems.append(f"surplus: {', '.join(surplus)}")
-    if shaped:
-        problems.append(f"wrong shape: {'; '.join(shaped)}")
-    if problems:
-        raise ValueError(f"{source} does not fit the configured architecture ({'. '.join(problems)})")
+    both = sorted(expected.keys() & found.keys())
+    problems = {
+        "missing": ", ".join(sorted(expected.keys() - found.keys())),
+        "surplus": ", ".join(sorted(found.keys() - expected.keys())),
+        "wrong shape": "; ".join(f"{n} is {found[n]}, expected {expected[n]}" for n in both if found[n] != expected[n]),
+    }
+    if any(problems.values()):
+        listed = ". ".join(f"{kind}: {names}" for kind, names in problems.items() if names)
+        raise ValueError(f"{source} does not fit the configured architecture ({listed})")

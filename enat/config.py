@@ -33,6 +33,20 @@ _PRESETS |= {
 }
 
 
+def check_at_least_1(config: Any, *names: str, key: str = "") -> None:
+    """Raises ValueError for a field below 1; None is allowed. `key`: prefix of the names in messages."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"{key}{name} is {value}; it must be at least 1")
+
+
+def check_choices(config: Any, key: str = "", **choices: tuple[str, ...]) -> None:
+    """Raises ValueError for a field whose value is not one of its choices."""
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{key}{name} is {getattr(config, name)!r}; choose one of {', '.join(known)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ENATConfig:
     """Architecture of an ENAT: everything that determines the shapes of its weights."""
@@ -72,12 +86,8 @@ class ENATConfig:
     both."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("decoder_attention", DECODER_ATTENTIONS), ("reused_features", REUSED_FEATURES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        for name in ("embed_dim", "num_heads", "grid_size", "codebook_size", "mlp_ratio", "num_text_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_choices(self, decoder_attention=DECODER_ATTENTIONS, reused_features=REUSED_FEATURES)
+        check_at_least_1(self, "embed_dim", "num_heads", "grid_size", "codebook_size", "mlp_ratio", "num_text_tokens")
         if self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}; it must be at least 0")
         if self.text_width is not None and self.text_width < 1:
@@ -175,9 +185,7 @@ class VQGANConfig:
             raise ValueError("channel_multipliers is empty; a VQGAN has at least one level")
         if self.base_channels % NUM_GROUPS or self.base_channels < 1:
             raise ValueError(f"base_channels is {self.base_channels}; GroupNorm({NUM_GROUPS}) needs a multiple of {NUM_GROUPS}")
-        for name in ("num_res_blocks", "latent_dim", "codebook_size", "resolution"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least_1(self, "num_res_blocks", "latent_dim", "codebook_size", "resolution")
         if min(self.channel_multipliers) < 1:
             raise ValueError(f"channel_multipliers {self.channel_multipliers} must all be at least 1")
         if self.resolution % self.downsampling:
@@ -251,8 +259,6 @@ class TokenizerRecipe:
     """Steps between two moves of unused codebook entries to latents of the batch."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "revive_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least_1(self, "num_steps", "batch_size", "revive_every")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"warmup_share is {self.warmup_share}; it must be in [0, 1)")

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from enat import schedule
-from enat.config import ENATConfig
+from enat.config import ENATConfig, check_choices
 
 _LOWEST_TEMPERATURE = 1e-3
 # A list of values, one a step -> the fields that it replaces. In values_beside the first of these replaces the list in turn.
@@ -107,8 +107,7 @@ class SamplerConfig:
             raise ValueError(f"guidance_power is {self.guidance_power}; it must be finite and above 0")
         if self.guidance_power != 1.0 and self.guidance_schedule != "power_cosine":
             raise ValueError(f"guidance_power is {self.guidance_power}, but only guidance_schedule 'power_cosine' has a power")
-        if self.reveal_order not in schedule.REVEAL_ORDERS:
-            raise ValueError(f"reveal_order is {self.reveal_order!r}; choose one of {', '.join(schedule.REVEAL_ORDERS)}")
+        check_choices(self, reveal_order=schedule.REVEAL_ORDERS)
         if self.reveal_order != "confidence":
             if any(self.remask_temperatures if self.remask_temperatures is not None else (self.remask_temperature,)):
                 raise ValueError(

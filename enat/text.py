@@ -114,7 +114,7 @@ class TextEncoder:
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids int64 (B, T), and the number of ids before the padding, int64 (B,)."""
         for caption in captions:
-            if not isinstance(caption, str) or not _is_unicode(caption):
+            if not isinstance(caption, str) or caption != caption.encode(errors="ignore").decode():  # half of a surrogate pair
                 raise ValueError(f"a caption must be text, not {caption!r}")
         encoded = self.tokenizer(
             list(captions), padding="max_length", max_length=self.num_positions, truncation=True, return_tensors="pt"
@@ -224,11 +224,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} does not contain a JSON object")
     return fields
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True

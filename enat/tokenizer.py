@@ -8,6 +8,7 @@ Shape legend: B images, H x W pixels, h x w codes with h = H / downsampling, C c
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -61,14 +62,8 @@ class Level(nn.Module):
         return x
 
 
-class Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResidualBlock(channels, channels)
-        self.block_2 = ResidualBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.block_1(x))
+def _middle(channels: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict((name, ResidualBlock(channels, channels)) for name in ("block_1", "block_2")))
 
 
 class Encoder(nn.Module):
@@ -78,7 +73,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1, bias=False)
         widths = [config.base_channels, *channels]
         self.down = nn.ModuleList([Level(a, b, config.num_res_blocks) for a, b in pairwise(widths)])
-        self.mid = Middle(channels[-1])
+        self.mid = _middle(channels[-1])
         self.norm_out = _norm(channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], config.latent_dim, 1)
 
@@ -94,7 +89,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = config.level_channels
         self.conv_in = nn.Conv2d(config.latent_dim, channels[-1], 3, padding=1)
-        self.mid = Middle(channels[-1])
+        self.mid = _middle(channels[-1])
         # up[i] works at the resolution of down[i], so it runs from the last to the first.
         widths = [*channels, channels[-1]]
         self.up = nn.ModuleList(
@@ -120,16 +115,9 @@ class VQGAN(nn.Module):
 
     def encode_latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B Z h w"]:
         """Latents before quantization, of images in [0, 1]. Raises ValueError for images of another shape."""
-        if (
-            images.ndim != 4
-            or images.shape[1] != 3
-            or images.shape[-1] % self.config.downsampling
-            or images.shape[-2] % self.config.downsampling
-        ):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}; "
-                f"(B, 3, H, W) with sides divisible by {self.config.downsampling} is needed"
-            )
+        factor = self.config.downsampling
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+            raise ValueError(f"images have shape {tuple(images.shape)}; (B, 3, H, W) with sides divisible by {factor} is needed")
         return self.encoder(images)
 
     def quantize(self, latents: Float[Tensor, "B Z h w"]) -> Int64[Tensor, "B h w"]:

@@ -4,12 +4,10 @@ moments         mean and covariance in float64, the Fréchet distance, Inception
 neighbours      precision, recall, density, coverage
 extractors      the interface of networks that turn images into features, and the list of them (imports no torch)
 inception       InceptionV3;  image_encoders: CLIP and DINOv2;  classifier: a network trained on a dataset's own labels
-feature_arrays  features on disk
 image_pairs     PSNR and SSIM of reconstructions
 adm             the .npz files of ADM's evaluation
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,8 +19,6 @@ __all__ = ["FeatureMoments", "frechet_distance"]
 def __getattr__(name: str) -> Any:  # loaded on first use, as the names of enat
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("enat.metrics.moments"), name)
+    from enat.metrics import moments
 
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return getattr(moments, name)

@@ -42,12 +42,12 @@ _MAX_HEADER_BYTES = 2**14  # of a .npy; numpy itself takes up to 10,000
 
 @dataclass(frozen=True)
 class AdmReference:
-    """Statistics of a reference batch. pool: F = 2048, for FID.   spatial: F = 2023, for sFID, None if the file has none.
+    """Statistics of a reference batch, None if it has none. pool: F = 2048, for FID.   spatial: F = 2023, for sFID.
 
     has_images: whether AdmSamples can read images from it, as precision and recall need them.
     """
 
-    pool: FeatureStatistics
+    pool: FeatureStatistics | None
     spatial: FeatureStatistics | None
     has_images: bool
 
@@ -68,19 +68,18 @@ class _Member:
 
 
 def read_reference(path: Path) -> AdmReference:
-    """The statistics of an .npz with float mu (F,), sigma (F, F) and perhaps mu_s, sigma_s.
+    """The statistics of an .npz: float mu (F,), sigma (F, F), and mu_s, sigma_s.
 
     Raises ValueError for any other file, a damaged one, and more than MAX_FEATURES features.
     """
     with _open(path) as archive:
-        names = set(archive.namelist())
-        pool = _read_statistics(archive, path, "mu", "sigma")
-        has_spatial = bool(names & {"mu_s.npy", "sigma_s.npy"})
-        spatial = _read_statistics(archive, path, "mu_s", "sigma_s") if has_spatial else None
-        return AdmReference(pool, spatial, has_images="arr_0.npy" in names)
+        pool, spatial = _read_statistics(archive, path, "mu", "sigma"), _read_statistics(archive, path, "mu_s", "sigma_s")
+        return AdmReference(pool, spatial, has_images="arr_0.npy" in archive.namelist())
 
 
-def _read_statistics(archive: zipfile.ZipFile, path: Path, mean_name: str, covariance_name: str) -> FeatureStatistics:
+def _read_statistics(archive: zipfile.ZipFile, path: Path, mean_name: str, covariance_name: str) -> FeatureStatistics | None:
+    if not {f"{mean_name}.npy", f"{covariance_name}.npy"} & set(archive.namelist()):
+        return None
     mean, covariance = _find_member(archive, path, mean_name), _find_member(archive, path, covariance_name)
     are_floats = all(member.dtype.kind == "f" and member.dtype.itemsize in (4, 8) for member in (mean, covariance))
     if not are_floats or len(mean.shape) != 1 or covariance.shape != mean.shape * 2:
@@ -122,7 +121,7 @@ class AdmSamples:
             raise ValueError(f"{self.path} has {self.num_images} images; images {start} to {stop} were requested")
         try:
             with _reading(self.path):
-                content = self._read_stored(start, stop) if self._offset is not None else self._read_stream(start, stop)
+                content = self._read_stream(start, stop) if self._offset is None else self._read_stored(self._offset, start, stop)
                 if len(content) != (stop - start) * self._image_bytes:
                     raise EOFError("arr_0 ends early")
         except ValueError:
@@ -135,10 +134,9 @@ class AdmSamples:
     def _image_bytes(self) -> int:
         return self.height * self.width * 3
 
-    def _read_stored(self, start: int, stop: int) -> bytes:
-        assert self._offset is not None
+    def _read_stored(self, offset: int, start: int, stop: int) -> bytes:
         with self.path.open("rb") as file:
-            file.seek(self._offset + start * self._image_bytes)
+            file.seek(offset + start * self._image_bytes)
             return file.read((stop - start) * self._image_bytes)
 
     def _read_stream(self, start: int, stop: int) -> bytes:
@@ -243,8 +241,9 @@ class AdmWriter:
             with self._file:
                 with self._archive:
                     self._stream.close()
-                    if kind is None:
-                        self._write_labels()
+                    if kind is None and self.labels is not None:
+                        with self._archive.open(zipfile.ZipInfo("arr_1.npy", _FIRST_DATE), "w") as stream:
+                            npy.write_array(stream, np.ascontiguousarray(self.labels, dtype=np.int64), allow_pickle=False)
                 self._file.flush()
                 os.fsync(self._file.fileno())
             if kind is None:
@@ -253,11 +252,6 @@ class AdmWriter:
                 self._part.replace(self.path)
         finally:
             self._part.unlink(missing_ok=True)
-
-    def _write_labels(self) -> None:
-        if self.labels is not None:
-            with self._archive.open(zipfile.ZipInfo("arr_1.npy", _FIRST_DATE), "w") as stream:
-                npy.write_array(stream, np.ascontiguousarray(self.labels, dtype=np.int64), allow_pickle=False)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,29 +40,15 @@ class FeatureExtractor(Protocol):
 ExtractorFactory = Callable[[Path], FeatureExtractor]
 
 
-def _load_classifier(path: Path) -> FeatureExtractor:
-    from enat.metrics.classifier import ClassifierExtractor
-
-    return ClassifierExtractor.load(path)
-
-
-def _load_inception(path: Path) -> FeatureExtractor:
-    from enat.metrics.inception import InceptionExtractor
-
-    return InceptionExtractor.load(path)
-
-
-def _load_image_encoder(path: Path) -> FeatureExtractor:
-    from enat.metrics.image_encoders import ImageEncoder
-
-    return ImageEncoder.load(path)
+def _built_in(module: str, name: str) -> ExtractorFactory:
+    return lambda path: getattr(import_module(f"enat.metrics.{module}"), name).load(path)
 
 
 _FACTORIES: dict[str, ExtractorFactory] = {
-    "classifier": _load_classifier,
-    "inception": _load_inception,
-    "dinov2": _load_image_encoder,
-    "clip": _load_image_encoder,
+    "classifier": _built_in("classifier", "ClassifierExtractor"),
+    "inception": _built_in("inception", "InceptionExtractor"),
+    "dinov2": _built_in("image_encoders", "ImageEncoder"),
+    "clip": _built_in("image_encoders", "ImageEncoder"),
 }
 BUILT_IN = tuple(_FACTORIES)
 

@@ -11,14 +11,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
-from enat.metrics.feature_arrays import CHUNK, Features, check_features, check_same_width, take_rows
+Features = Tensor | np.ndarray
+CHUNK = 4096  # rows that are converted to float64 at once
+
+
+def check_features(features: Features, name: str = "features") -> int:
+    """The number of samples N. Raises ValueError for anything but finite floats (N, F) with N and F above 0."""
+    is_float = features.is_floating_point() if isinstance(features, Tensor) else features.dtype.kind == "f"
+    if features.ndim != 2 or 0 in features.shape or not is_float:
+        raise ValueError(f"{name} are {features.dtype} {tuple(features.shape)}; floats of shape (N, F) are needed")
+    for start in range(0, len(features), CHUNK):
+        chunk = features[start : start + CHUNK]
+        is_finite = chunk.isfinite().all() if isinstance(chunk, Tensor) else np.isfinite(chunk).all()
+        if not is_finite:
+            raise ValueError(f"{name} hold values that are not finite; the extractor or its input is broken")
+    return len(features)
+
+
+def check_same_width(first: Features, second: Features) -> None:
+    """Raises ValueError for features of different widths."""
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"features of width {first.shape[1]} and {second.shape[1]} cannot be compared")
+
+
+def take_rows(features: Features, indices: np.ndarray) -> np.ndarray:
+    """The rows of these indices, float64 (B, F) on the CPU, contiguous."""
+    if isinstance(features, Tensor):
+        return features[torch.from_numpy(indices).to(features.device)].detach().double().cpu().contiguous().numpy()
+    return np.ascontiguousarray(features[indices], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -27,16 +54,6 @@ class Estimate:
 
     value: float
     std: float
-
-
-class Moments(Protocol):
-    """mean float64 (F,), covariance float64 (F, F)."""
-
-    @property
-    def mean(self) -> np.ndarray: ...
-
-    @property
-    def covariance(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +98,7 @@ class FeatureMoments:
         self._mean = np.zeros(num_features)
         self._scatter = np.zeros((num_features, num_features))  # sum of (x - mean)(x - mean)^T
 
-    def add(self, features: torch.Tensor | np.ndarray) -> FeatureMoments:
+    def add(self, features: Features) -> FeatureMoments:
         """features: float (B, F), any device and precision. Raises ValueError for another width or values that are not finite.
 
         Works on a chunk of rows at a time, so additional memory does not grow with the number of features.
@@ -137,14 +154,17 @@ class FeatureMoments:
         return moments
 
 
-def _doubles(features: torch.Tensor | np.ndarray) -> np.ndarray:
+Moments = FeatureMoments | FeatureStatistics
+
+
+def _doubles(features: Features) -> np.ndarray:
     """A copy, float64 on the CPU."""
-    if isinstance(features, torch.Tensor):
+    if isinstance(features, Tensor):
         features = features.detach().cpu().double().numpy()
     return np.array(features, dtype=np.float64)
 
 
-def load_moments(path: Path) -> FeatureMoments | FeatureStatistics:
+def load_moments(path: Path) -> Moments:
     """From a file that either class saved. Raises ValueError for any other safetensors file."""
     with safe_open(str(path), framework="np") as file:
         names = set(file.keys())

@@ -9,16 +9,16 @@ Shape legend: N samples, M reference samples, F features, R samples of a block, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from enat.metrics.feature_arrays import Features, check_features, check_same_width, take_rows
+from enat.metrics.moments import Features, check_features, check_same_width, take_rows
 
-TILE_ROWS, TILE_COLUMNS = 1024, 4096  # 32 MiB of float64 distances
+BLOCK_SIZE, TILE_COLUMNS = 4096, 1024  # 32 MiB of float64 distances
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,15 @@ def manifold_scores(reference: Features, generated: Features, num_neighbours: tu
 
     `reference`: float (M, F), `generated`: float (N, F). Raises ValueError as squared_radii and manifold_counts do.
     """
-    radii, own_radii = squared_radii(reference, num_neighbours), squared_radii(generated, num_neighbours[:1])[:, 0]
-    return scores_of_counts([manifold_counts(reference, radii, generated, own_radii)], num_neighbours[1])
+    radii = np.concatenate([squared_radii(reference, num_neighbours, block) for block in blocks_of(len(reference))])
+    own_radii = {block: squared_radii(generated, num_neighbours[:1], block)[:, 0] for block in blocks_of(len(generated))}
+    counts = [manifold_counts(reference, radii, generated, own, block) for block, own in own_radii.items()]
+    return scores_of_counts(counts, num_neighbours[1])
+
+
+def blocks_of(num_samples: int) -> list[range]:
+    """Samples that are computed at once."""
+    return [range(start, min(start + BLOCK_SIZE, num_samples)) for start in range(0, num_samples, BLOCK_SIZE)]
 
 
 def scores_of_counts(blocks: Sequence[ManifoldCounts], num_neighbours: int) -> ManifoldScores:
@@ -71,9 +78,7 @@ def scores_of_counts(blocks: Sequence[ManifoldCounts], num_neighbours: int) -> M
     )
 
 
-def squared_radii(
-    features: Features, num_neighbours: Sequence[int], block: slice = slice(None), *, device: str = "cpu"
-) -> np.ndarray:
+def squared_radii(features: Features, num_neighbours: Sequence[int], block: range, *, device: str = "cpu") -> np.ndarray:
     """Squared distances of the samples of a block to their k-th nearest other sample, for each k: float64 (R, K).
 
     `features`: float (N, F), the whole set. A sample with k copies has radius 0 up to rounding. Raises ValueError for k below 1,
@@ -83,16 +88,14 @@ def squared_radii(
     if min(num_neighbours) < 1 or num_kept > num_samples:
         asked = ", ".join(map(str, num_neighbours))
         raise ValueError(f"{asked} neighbours are requested; each of {num_samples} samples has 1 to {num_samples - 1}")
-    centre, radii = _centre(features), []
-    for rows in _split(np.arange(num_samples)[block], TILE_ROWS):
-        x = _tile(features, rows, centre, device)
-        nearest = x.new_empty(len(rows), 0)
-        for columns in _split(np.arange(num_samples), TILE_COLUMNS):
-            squared, _ = _distances(x, _tile(features, columns, centre, device))
-            nearest = torch.cat([nearest, squared], dim=1)
-            nearest = nearest.topk(min(num_kept, nearest.shape[1]), dim=1, largest=False).values
-        radii.append(nearest[:, list(num_neighbours)].cpu().numpy())
-    return np.concatenate(radii)
+    centre = _centre(features)
+    x = _tile(features, block, centre, device)
+    nearest = x.new_empty(len(block), 0)
+    for start in range(0, num_samples, TILE_COLUMNS):
+        squared, _ = _distances(x, _tile(features, range(start, min(start + TILE_COLUMNS, num_samples)), centre, device))
+        nearest = torch.cat([nearest, squared], dim=1)
+        nearest = nearest.topk(min(num_kept, nearest.shape[1]), dim=1, largest=False).values
+    return nearest[:, list(num_neighbours)].cpu().numpy()
 
 
 def manifold_counts(
@@ -100,7 +103,7 @@ def manifold_counts(
     reference_radii: np.ndarray,
     generated: Features,
     generated_radii: np.ndarray,
-    block: slice = slice(None),
+    block: range,
     *,
     device: str = "cpu",
 ) -> ManifoldCounts:
@@ -110,25 +113,20 @@ def manifold_counts(
     `generated`: float (N, F).   `generated_radii`: float64 (R,), from squared_radii for the same block.
     Raises ValueError for features of different widths and values that are not finite.
     """
-    rows = np.arange(check_features(generated, "generated features"))[block]
+    check_features(generated, "generated features")
     num_reference = check_features(reference, "reference features")
     check_same_width(reference, generated)
-    assert reference_radii.shape == (num_reference, 2) and generated_radii.shape == (len(rows),)
     centre = _centre(reference)
-    closed_counts, open_counts = np.zeros((2, len(rows)), dtype=np.int64)
-    is_recalled, is_covered = np.zeros((2, num_reference), dtype=bool)
-    for places in _split(np.arange(len(rows)), TILE_ROWS):
-        own = torch.from_numpy(generated_radii[places, None]).to(device)
-        for columns in _split(np.arange(num_reference), TILE_COLUMNS):
-            x, y = _tile(generated, rows[places], centre, device), _tile(reference, columns, centre, device)
-            squared, error = _distances(x, y)
-            closed, opened = torch.from_numpy(reference_radii[columns].T.copy()).to(device)
-            is_in_open = squared < opened - error
-            closed_counts[places] += (squared <= closed + error).sum(dim=1).cpu().numpy()
-            open_counts[places] += is_in_open.sum(dim=1).cpu().numpy()
-            is_recalled[columns] |= (squared <= own + error).any(dim=0).cpu().numpy()
-            is_covered[columns] |= is_in_open.any(dim=0).cpu().numpy()
-    return ManifoldCounts(closed_counts, open_counts, is_recalled, is_covered)
+    x, own = _tile(generated, block, centre, device), torch.from_numpy(generated_radii[:, None]).to(device)
+    counts, is_reached = np.zeros((2, len(block)), dtype=np.int64), np.zeros((2, num_reference), dtype=bool)
+    for start in range(0, num_reference, TILE_COLUMNS):
+        columns = range(start, min(start + TILE_COLUMNS, num_reference))
+        squared, error = _distances(x, _tile(reference, columns, centre, device))
+        closed, opened = torch.from_numpy(reference_radii[columns].T.copy()).to(device)
+        is_in_open = squared < opened - error
+        counts += torch.stack([(squared <= closed + error).sum(dim=1), is_in_open.sum(dim=1)]).cpu().numpy()
+        is_reached[:, columns] = torch.stack([(squared <= own + error).any(dim=0), is_in_open.any(dim=0)]).cpu().numpy()
+    return ManifoldCounts(*counts, *is_reached)
 
 
 def _distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,12 +142,8 @@ def _distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _centre(features: Features) -> np.ndarray:
     """float64 (F,), amid the samples: rounding errors grow with the distance to it."""
-    return take_rows(features, np.arange(len(features))[:TILE_COLUMNS]).mean(axis=0)
+    return take_rows(features, np.arange(len(features))[:BLOCK_SIZE]).mean(axis=0)
 
 
-def _tile(features: Features, indices: np.ndarray, centre: np.ndarray, device: str) -> Tensor:
-    return torch.from_numpy(take_rows(features, indices) - centre).to(device)
-
-
-def _split(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (indices[start : start + size] for start in range(0, len(indices), size))
+def _tile(features: Features, rows: range, centre: np.ndarray, device: str) -> Tensor:
+    return torch.from_numpy(take_rows(features, np.array(rows)) - centre).to(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,12 +42,7 @@ class NpzReference:
         """place: a path, s3:// or hf://. Raises ValueError if the file is damaged or has neither images nor statistics."""
         path = local_file(place, KEY, s3)
         try:
-            with zipfile.ZipFile(path) as archive:
-                names = set(archive.namelist())
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{KEY}: {place} is not an .npz file ({error})") from error
-        try:
-            return cls(place, *_read(path, names))
+            return cls(place, *_read(path))
         except ValueError as error:
             raise ValueError(f"{KEY}: {error}") from error
 
@@ -63,14 +57,13 @@ class NpzReference:
                 raise ValueError(f"{KEY} {self.name} has {len(found.mean)} {output}; Inception has {outputs[output]}")
 
 
-def _read(path: Path, names: set[str]) -> tuple[dict[str, FeatureStatistics], int, int | None]:
+def _read(path: Path) -> tuple[dict[str, FeatureStatistics], int, int | None]:
     from enat.metrics.adm import AdmSamples, read_reference
 
-    statistics: dict[str, FeatureStatistics] = {}
-    if names & {"mu.npy", "sigma.npy"}:
-        reference = read_reference(path)
-        statistics = {"features": reference.pool, **({"spatial": reference.spatial} if reference.spatial is not None else {})}
-    if "arr_0.npy" not in names:
+    reference = read_reference(path)
+    found = {"features": reference.pool, "spatial": reference.spatial}
+    statistics = {output: values for output, values in found.items() if values is not None}
+    if not reference.has_images:
         if not statistics:
             raise ValueError(f"{path} has neither images (arr_0) nor statistics (mu, sigma)")
         return statistics, 0, None

@@ -10,15 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from enat.config import check_at_least_1
 from pipelines.cluster.resources import Execution
 from pipelines.workflow.progress import Bar
 
 if TYPE_CHECKING:
-    from enat.metrics.moments import FeatureMoments, FeatureStatistics
+    from enat.metrics.moments import Moments
 
 
 METRIC_VERSION = 1  # raised whenever the definition of a score changes; part of every protocol
@@ -31,9 +32,6 @@ METRICS = (
     "density_coverage",
 )
 _OF_INCEPTION = {"frechet_distance": "fid", "spatial_frechet_distance": "sfid", "kernel_distance": "kid"}
-_ROWS_PER_TASK = 4096
-
-AnyMoments: TypeAlias = "FeatureMoments | FeatureStatistics"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +54,8 @@ class ScoreSettings:
     """Seed of splits and subsets, in [0, 2**32). It is not the run's seed, so all models are scored on the same draws."""
 
     def __post_init__(self) -> None:
-        for name in ("num_splits", "kernel_subsets", "precision_neighbours", "density_neighbours"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"evaluate.settings.{name} is {getattr(self, name)}; it must be at least 1")
+        counts = ("num_splits", "kernel_subsets", "precision_neighbours", "density_neighbours")
+        check_at_least_1(self, *counts, key="evaluate.settings.")
         if self.split_size is not None and (self.split_size < 1 or self.num_splits != 10):
             raise ValueError("evaluate.settings.split_size must be at least 1, and replaces num_splits: set only one of them")
         if self.kernel_subset_size < 2 or not 0 <= self.seed < 1 << 32:
@@ -78,7 +75,7 @@ class ImageStatistics:
     moments: of outputs "features" and "spatial".   features, logits: float32 (N, width) of kept images in order, None if not kept.
     """
 
-    moments: Mapping[str, AnyMoments]
+    moments: Mapping[str, Moments]
     features: np.ndarray | None = None
     logits: np.ndarray | None = None
 
@@ -206,15 +203,13 @@ def _neighbour_scores(
 ) -> dict[str, float]:
     import ray
 
-    from enat.metrics.neighbours import manifold_counts, scores_of_counts, squared_radii
+    from enat.metrics.neighbours import blocks_of, manifold_counts, scores_of_counts, squared_radii
 
     generated, reference = stored
     wants_precision, wants_density = "precision_recall" in chosen, "density_coverage" in chosen
     density = settings.density_neighbours if wants_density else settings.precision_neighbours
     precision = settings.precision_neighbours if wants_precision else density
-    of_generated, of_reference = (
-        [slice(start, start + _ROWS_PER_TASK) for start in range(0, size, _ROWS_PER_TASK)] for size in sizes
-    )
+    of_generated, of_reference = map(blocks_of, sizes)
     with pool.bar(2 * len(of_generated) + len(of_reference)) as bar:
         wanted: list[tuple[Any, ...]] = [(reference, (precision, density), rows) for rows in of_reference]
         wanted += [(generated, (precision,), rows) for rows in of_generated]

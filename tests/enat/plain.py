@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from enat.blocks import Block, PreviousProjection
 from enat.model import ENAT, TextCondition
-from enat.sampler_config import SamplerConfig
 
 
 @dataclass
@@ -180,68 +178,6 @@ def smoothed_cross_entropy(logits: Tensor, codes: Tensor, mask: Tensor, label_sm
     return sum(terms) / len(terms)
 
 
-def token_accuracy(logits: Tensor, codes: Tensor, mask: Tensor) -> float:
-    """Share of masked positions where no code is likelier than the true one: logits (B, L, V), codes and mask (B, L)."""
-    hits = [
-        logits[image, position].argmax() == codes[image, position]
-        for image in range(len(codes))
-        for position in range(codes.shape[1])
-        if mask[image, position]
-    ]
-    return sum(map(int, hits)) / len(hits)
-
-
-def sample(model: ENAT, labels: list[int] | list[Caption], config: SamplerConfig, seeds: list[int]) -> Tensor:
-    """int64 (B, L): one image after the other, both passes at every step, logits at every position."""
-    return torch.stack([_sample_image(model, label, config, seed) for label, seed in zip(labels, seeds, strict=True)])
-
-
-def _sample_image(model: ENAT, label: int | Caption, config: SamplerConfig, seed: int) -> Tensor:
-    num_tokens, mask_id = model.config.num_tokens, model.config.codebook_size
-    noise = torch.rand((config.num_steps, 2, num_tokens), generator=torch.Generator().manual_seed(seed))
-    noise = noise.clamp_min(2.0**-25)
-    tokens = torch.full((num_tokens,), mask_id)
-    null = model.config.num_classes if model.config.text_width is None else Caption(model.null_hidden, model.null_pooled)
-    cond = uncond = None
-    for step in range(config.num_steps):
-        ratio = (step + 1) / config.num_steps
-        cond = forward(model, tokens, label, cond if config.reuse and model.config.reuse else None)
-        uncond = forward(model, tokens, null, uncond if config.reuse and model.config.reuse else None)
-        # The published form: cond + s (cond - uncond) with s = w - 1, ramped with step / N.
-        strength = (config.guidance_scale - 1) * (step / config.num_steps if config.guidance_schedule == "linear" else 1)
-        logits = cond.logits + strength * (cond.logits - uncond.logits)
-
-        drawn, confidence = {}, {}
-        for position in range(num_tokens):
-            if tokens[position] != mask_id:
-                continue
-            log_probs = logits[position].double().log_softmax(dim=0)
-            temperature = max(config.sampling_temperature * (1 - ratio), 1e-3) if config.sampling_temperature else 0.0
-            code = _draw(log_probs, temperature, noise[step, 0, position].item())
-            gumbel = -math.log(-math.log(noise[step, 1, position].item()))
-            drawn[position] = code
-            confidence[position] = log_probs[code].item() + config.remask_temperature * (1 - ratio) * gumbel
-
-        num_left = 0 if step == config.num_steps - 1 else math.floor(num_tokens * math.cos(math.pi * ratio / 2))
-        by_confidence = sorted(drawn, key=lambda position: confidence[position])
-        for position in by_confidence[num_left:]:
-            tokens[position] = drawn[position]
-    return tokens
-
-
-def _draw(log_probs: Tensor, temperature: float, uniform: float) -> int:
-    """The first code at which the running sum of the tempered probabilities passes the uniform number."""
-    if temperature == 0:
-        return int(log_probs.argmax())
-    probs = (log_probs / temperature).softmax(dim=0).tolist()
-    total = 0.0
-    for code, prob in enumerate(probs):
-        total += prob
-        if total > uniform:
-            return code
-    return len(probs) - 1
-
-
 def quantize(latents: Tensor, codebook: Tensor) -> Tensor:
     """float (B, Z, h, w) -> int64 (B, h, w): every squared distance, position by position."""
     batch, _, height, width = latents.shape
@@ -260,18 +196,3 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     cov1, cov2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     root = scipy.linalg.sqrtm(cov1 @ cov2)
     return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * np.real(root)))
-
-
-def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
-    """ADM's crop as pixels uint8 (resolution, resolution, 3): halve with BOX, BICUBIC to the target, slice out the centre."""
-    width, height = image.size
-    while width >= 2 * resolution and height >= 2 * resolution:
-        width, height = width // 2, height // 2
-        image = image.resize((width, height), Image.Resampling.BOX)
-    if width <= height:
-        width, height = resolution, round(height * (resolution / width))
-    else:
-        width, height = round(width * (resolution / height)), resolution
-    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
-    top, left = (height - resolution) // 2, (width - resolution) // 2
-    return pixels[top : top + resolution, left : left + resolution]

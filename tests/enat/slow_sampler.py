@@ -92,7 +92,7 @@ def halton(grid_size):
 
 @torch.no_grad()
 def reference_sample(model, labels, config, seeds, start=None):
-    """All positions are predicted, drawn and ranked at every step, with both passes; what is visible is then put back."""
+    """All positions are predicted, drawn and ranked at every step, with both passes; visible tokens are then restored."""
     (num_images, num_tokens), mask_id = (len(labels), model.config.num_tokens), model.config.mask_id
     tokens = start.clone() if start is not None else torch.full((num_images, num_tokens), mask_id)
     num_made = int((tokens[0] == mask_id).sum())

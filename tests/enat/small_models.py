@@ -81,7 +81,7 @@ def small_vqgan(seed: int = 0, **overrides: Any) -> VQGAN:
 
 
 def nested_tokens(config: ENATConfig, num_masked: list[int], num_images: int = 3, seed: int = 0) -> list[Tensor]:
-    """Random codes with num_masked[k] mask ids a row at step k, other positions in every row; what is visible stays visible."""
+    """Random codes with num_masked[k] mask ids a row at step k, other positions in every row; visible tokens stay visible."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(config.codebook_size, (num_images, config.num_tokens), generator=generator)
     rank = torch.rand(codes.shape, generator=generator).argsort(dim=1)
@@ -104,7 +104,7 @@ def pairwise_cases(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
     return cases
 
 
-# What a model can have, as overrides of small_config: what attends, what is reused, the condition, and the stack.
+# Variants of a model, as overrides of small_config: attention, reuse, condition, layers.
 ARCHITECTURES: tuple[list[dict[str, Any]], ...] = (
     [{"decoder_attention": kind} for kind in DECODER_ATTENTIONS],
     [{}, {"reused_features": "masked"}, {"reused_features": "all"}, {"reuse": False}],

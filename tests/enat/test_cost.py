@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small_models import ARCHITECTURES, TEXT, conditions, nested_tokens, pairwise_cases, small_config
+from small_models import ARCHITECTURES, conditions, nested_tokens, pairwise_cases, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from enat.config import ENATConfig
-from enat.cost import decoder_macs, encoder_macs, generation_cost, head_macs, step_macs, training_macs
+from enat.config import DECODER_ATTENTIONS, ENATConfig
+from enat.cost import decoder_macs, encoder_macs, generation_cost, training_macs
 from enat.loss import objective
 from enat.masking import MaskedCodes
 from enat.model import ENAT
@@ -37,14 +37,6 @@ def test_published_costs_of_the_transformer(preset, overrides, sampler, expected
     assert gmacs(ENATConfig.preset(preset, **overrides), sampler) == pytest.approx(expected, rel=0.002)
 
 
-def test_decoder_attentions_differ_as_published():
-    self_cross, cross, full = (
-        gmacs(ENATConfig.preset("enat-s", decoder_attention=kind)) for kind in ("self_cross", "cross", "full")
-    )
-    assert full - self_cross == pytest.approx(1.9, abs=0.3)
-    assert cross - self_cross == pytest.approx(-1.2, abs=0.3)
-
-
 @pytest.mark.parametrize(("preset", "encoder", "decoder"), [("vqgan-256", 64.3, 93.3), ("vqgan-512", 257.3, 373.1)])
 def test_published_costs_of_the_tokenizer(preset, encoder, decoder):
     config = VQGANConfig.preset(preset)
@@ -52,25 +44,39 @@ def test_published_costs_of_the_tokenizer(preset, encoder, decoder):
     assert decoder_macs(config) / 1e9 == pytest.approx(decoder, abs=0.05)
 
 
-def test_guidance_doubles_and_the_tokenizer_adds():
+def test_variants_differ_as_published():
+    """By decoder attention; and reuse of visible tokens saves most, whereas the plain stack costs most."""
+    self_cross, cross, full, fresh, masked, both = (
+        gmacs(ENATConfig.preset("enat-s", **overrides))
+        for overrides in (
+            *({"decoder_attention": kind} for kind in ("self_cross", "cross", "full")),
+            {"reuse": False},
+            *({"reused_features": kind} for kind in ("masked", "all")),
+        )
+    )
+    assert (full - self_cross, cross - self_cross) == pytest.approx((1.9, -1.2), abs=0.3)
+    assert self_cross < both < fresh < masked < gmacs(ENATConfig.preset("nat-s"))
+
+
+def test_guidance_adds_as_many_macs_and_the_tokenizer_its_decoder():
+    """Executed: as many except for the first step, which the ramp leaves unguided."""
     config, tokenizer = ENATConfig.preset("enat-s"), VQGANConfig.preset("vqgan-256")
     one, guided = generation_cost(config, ONE_PASS), generation_cost(config, SamplerConfig(), tokenizer)
     assert guided.macs_per_step == tuple(2 * macs for macs in one.macs_per_step)
-    assert guided.decoder_macs == decoder_macs(tokenizer)
-    assert guided.total_macs == 2 * one.transformer_macs + decoder_macs(tokenizer)
-    assert guided.executed_total_macs == sum(guided.executed_macs_per_step) + decoder_macs(tokenizer)
-    assert one.decoder_macs == 0
-    assert guided.executed_transformer_macs < guided.transformer_macs
-
-
-def test_what_guidance_adds_is_told_apart():
-    """Published: as much again. Executed: as much again but for the first step, which the ramp leaves unguided."""
-    config = ENATConfig.preset("enat-s")
-    one, guided = generation_cost(config, ONE_PASS), generation_cost(config, SamplerConfig())
     assert guided.one_pass_macs == guided.guidance_macs == one.transformer_macs == one.one_pass_macs
     assert guided.executed_one_pass_macs == one.executed_transformer_macs
     assert guided.executed_guidance_macs == one.executed_transformer_macs - one.executed_macs_per_step[0] > 0
-    assert one.guidance_macs == one.executed_guidance_macs == 0
+    assert one.guidance_macs == one.executed_guidance_macs == one.decoder_macs == 0
+    assert guided.decoder_macs == decoder_macs(tokenizer)
+    assert guided.total_macs == 2 * one.transformer_macs + decoder_macs(tokenizer)
+    assert guided.executed_total_macs == sum(guided.executed_macs_per_step) + decoder_macs(tokenizer)
+    lists = {"num_steps": 3, "mask_ratios": (0.9, 0.5, 0.0)}
+    one, guided = (generation_cost(config, SamplerConfig(guidance_scales=s, **lists)) for s in ((1, 1, 1), (1, 1, 2)))
+    assert guided.macs_per_step == tuple(2 * macs for macs in one.macs_per_step)
+    unconditional = ENATConfig.preset("enat-s", num_classes=0)
+    assert generation_cost(unconditional, SamplerConfig()) == generation_cost(unconditional, ONE_PASS)
+    with pytest.raises(ValueError, match="num_given is 256; of 256 tokens 0 to 255 can be given"):
+        generation_cost(config, ONE_PASS, num_given=256)
 
 
 def counted_macs_per_call(model, run):
@@ -103,75 +109,39 @@ OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_
         ({**a, **b, **c, **d}, settings, given)
         for a, b, c, d, settings, given in pairwise_cases(*ARCHITECTURES, SETTINGS, [0, 1, 11, 15])
     ]
-    + [(OTHER_SIZES, {}, 0), (OTHER_SIZES, {}, 9)],
+    + [(OTHER_SIZES, {}, 0), (OTHER_SIZES, {}, 9)]
+    + [({"grid_size": 2, "decoder_attention": kind}, {}, 0) for kind in DECODER_ATTENTIONS],  # the last step finds nothing masked
     ids=str,
 )
 def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings, num_given):
     model = ENAT(small_config(**architecture)).eval().requires_grad_(False)
-    config = SamplerConfig(num_steps=6, **settings)
+    config = SamplerConfig(**{"num_steps": 8 if model.config.grid_size == 2 else 6, **settings})
     (start,) = nested_tokens(model.config, [model.config.num_tokens - num_given], num_images=1)
     counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0], start=start))
     assert counted == generation_cost(model.config, config, num_given=num_given).executed_macs_per_step
 
 
-def test_given_tokens_are_encoded_once():
-    config, fresh = ENATConfig.preset("enat-s"), SamplerConfig(guidance_scale=1.0, reuse=False)
-    for num_given in (64, 128, 255):
-        saved = [generation_cost(config, sampler, num_given=num_given).macs_per_step for sampler in (fresh, ONE_PASS)]
-        assert saved[0][0] == saved[1][0]
-        assert all(without > 1.5 * with_reuse for without, with_reuse in list(zip(*saved, strict=True))[1:])
-    with pytest.raises(ValueError, match="num_given is 256; of 256 tokens 0 to 255 can be given"):
-        generation_cost(config, ONE_PASS, num_given=256)
-
-
-def test_lists_of_guidance_scales_decide_on_published_passes():
-    config, lists = ENATConfig.preset("enat-s"), {"num_steps": 3, "mask_ratios": (0.9, 0.5, 0.0)}
-    one, guided = (generation_cost(config, SamplerConfig(guidance_scales=s, **lists)) for s in ((1, 1, 1), (1, 1, 2)))
-    assert guided.macs_per_step == tuple(2 * macs for macs in one.macs_per_step)
-    assert guided.executed_macs_per_step[0] == one.executed_macs_per_step[0]
-
-
-@pytest.mark.parametrize("decoder_attention", ["self_cross", "cross", "full"])
-@pytest.mark.parametrize("extension", [{}, {"reused_features": "all", **TEXT}], ids=str)
-def test_executed_macs_of_steps_that_find_nothing_masked(decoder_attention, extension):
-    model = ENAT(small_config(grid_size=2, decoder_attention=decoder_attention, **extension)).eval().requires_grad_(False)
-    config = SamplerConfig(num_steps=8)
-    assert config.num_masked_at(7, 4) == 0
-    counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0]))
-    assert counted == generation_cost(model.config, config).executed_macs_per_step
-
-
-def published_run(model, tokens_per_step, reuse, num_masked_per_step):
-    labels = torch.zeros(len(tokens_per_step[0]), dtype=torch.int64, device=tokens_per_step[0].device)
-    previous = None
-    for tokens, num_masked in zip(tokens_per_step, num_masked_per_step, strict=True):
-        previous = model(tokens, labels, previous if reuse else None, num_masked=num_masked)
-
-
 @pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("decoder_attention", ["self_cross", "full", "cross"])
-def test_published_macs_are_those_of_one_forward_pass_a_step(decoder_attention, reuse):
-    model = ENAT(small_config(decoder_attention=decoder_attention)).eval().requires_grad_(False)
-    config = SamplerConfig(guidance_scale=1.0, reuse=reuse, num_steps=5)
-    counts = [config.num_masked_at(step, 16) for step in range(5)]
-    tokens = nested_tokens(model.config, counts, num_images=1)
-    counted = counted_macs_per_call(model, lambda: published_run(model, tokens, reuse, counts))
-    mask_column = 16 * model.config.embed_dim  # the published head also scores the mask id, and cuts it off
-    assert tuple(macs + mask_column for macs in counted) == generation_cost(model.config, config).macs_per_step
+@pytest.mark.parametrize(
+    "config",
+    [*(small_config(decoder_attention=kind) for kind in DECODER_ATTENTIONS), *map(ENATConfig.preset, ("enat-s", "enat-l"))],
+    ids=str,
+)
+def test_published_macs_are_those_of_one_forward_pass_a_step(config, reuse):
+    """On tensors without values, where a full-sized model costs nothing to count."""
+    sampler = SamplerConfig(guidance_scale=1.0, reuse=reuse)
+    counts = [sampler.num_masked_at(step, config.num_tokens) for step in range(8)]
+    with torch.device("meta"):
+        model = ENAT(config).eval().requires_grad_(False)
+        tokens, labels = torch.zeros(1, config.num_tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
 
+    def run(previous=None):
+        for num_masked in counts:
+            previous = model(tokens, labels, previous if reuse else None, num_masked=num_masked)
 
-def test_reusing_visible_tokens_saves_and_the_plain_stack_costs_most():
-    enat, nat = gmacs(ENATConfig.preset("enat-s")), gmacs(ENATConfig.preset("nat-s"))
-    fresh, masked, both = (
-        gmacs(ENATConfig.preset("enat-s", **overrides))
-        for overrides in ({"reuse": False}, {"reused_features": "masked"}, {"reused_features": "all"})
-    )
-    assert enat < both < fresh < masked < nat
-
-
-def test_an_unconditional_model_is_never_guided():
-    config = ENATConfig.preset("enat-s", num_classes=0)
-    assert generation_cost(config, SamplerConfig()) == generation_cost(config, ONE_PASS)
+    mask_column = config.num_tokens * config.embed_dim  # the published head also scores the mask id, and cuts it off
+    expected = generation_cost(config, sampler).macs_per_step
+    assert tuple(macs + mask_column for macs in counted_macs_per_call(model, run)) == expected
 
 
 MASKS = [(12, None), (7, 13), (7, 16), (7, 7), (1, 1), (15, 16)]
@@ -196,24 +166,6 @@ def test_training_macs_are_those_of_a_step_of_the_objective(architecture, masks)
     assert counter.get_total_flops() == 2 * training_macs(model.config, num_masked, previous_num_masked)
 
 
-@pytest.mark.parametrize("preset", ["enat-s", "enat-l", "nat-s"])
-def test_a_training_step_is_nearly_three_forward_passes(preset):
-    config = ENATConfig.preset(preset)
-    forward = step_macs(config, 205) + head_macs(config, 205, config.codebook_size)
-    assert training_macs(config, 205) / forward == pytest.approx(3, abs=0.05)
-
-
-@pytest.mark.parametrize("preset", ["enat-s", "enat-l"])
-def test_published_macs_of_a_published_size(preset):
-    """On tensors without values: a full-sized model costs nothing to count."""
-    with torch.device("meta"):
-        model = ENAT(ENATConfig.preset(preset)).eval().requires_grad_(False)
-        tokens = [torch.zeros(1, 256, dtype=torch.int64)] * 8
-    counts = [ONE_PASS.num_masked_at(step, 256) for step in range(8)]
-    counted = counted_macs_per_call(model, lambda: published_run(model, tokens, True, counts))
-    assert sum(counted) + 8 * 256 * model.config.embed_dim == generation_cost(model.config, ONE_PASS).transformer_macs
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -224,7 +176,7 @@ def test_published_macs_of_a_published_size(preset):
     ],
     ids=str,
 )
-def test_tokenizer_macs_are_those_that_run(config):
+def test_tokenizer_macs_equal_the_counted_ones(config):
     with torch.device("meta"):
         vqgan, images = VQGAN(config), torch.zeros(1, 3, config.resolution, config.resolution)
     with FlopCounterMode(display=False) as counter:

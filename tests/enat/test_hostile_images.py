@@ -31,7 +31,7 @@ def outcome(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | str:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_a_file_gives_its_pixels_or_its_reason(file: Hostile) -> None:
+def test_file_gives_its_pixels_or_its_reason(file: Hostile) -> None:
     tracemalloc.start()
     start = time.process_time()
     seen = outcome(file.data)
@@ -49,7 +49,7 @@ def test_a_file_gives_its_pixels_or_its_reason(file: Hostile) -> None:
 
 
 @pytest.mark.parametrize("file", BOMBS, ids=lambda file: file.name)
-def test_a_bomb_is_refused_before_there_is_memory_for_its_pixels(file: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bomb_is_refused_before_its_pixels_are_allocated(file: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(image: ImageFile.ImageFile) -> None:
         raise AssertionError(f"{image.size} pixels are allocated")
 
@@ -74,7 +74,7 @@ def _kilobytes(status: Path, name: str) -> int:
     return int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1])
 
 
-def test_the_corpus_is_what_it_says() -> None:
+def test_corpus_has_enough_files_and_is_deterministic() -> None:
     assert len(FILES) >= 36 and len(BOMBS) >= 4
     assert sum(file.pixels is None for file in FILES) > 40 and sum(file.pixels is not None for file in FILES) > 40
     again = corpus.__wrapped__()
@@ -87,7 +87,7 @@ def test_the_corpus_is_what_it_says() -> None:
     share=st.sampled_from([1.0, 1.0, 0.9, 0.3]),
 )
 @settings(max_examples=300)
-def test_a_file_damaged_anywhere_gives_pixels_or_a_reason(file: Hostile, damage: list[tuple[float, int]], share: float) -> None:
+def test_file_damaged_anywhere_gives_pixels_or_a_reason(file: Hostile, damage: list[tuple[float, int]], share: float) -> None:
     damaged = bytearray(file.data[: int(len(file.data) * share)])
     for place, value in damage:
         if damaged:
@@ -162,7 +162,7 @@ def adm_crop(pixels: np.ndarray, resolution: int) -> np.ndarray:
 @example(width=500, height=375, resolution=256, seed=0)
 @example(width=640, height=427, resolution=256, seed=0)
 @example(width=1023, height=1025, resolution=512, seed=0)
-def test_the_crop_is_adms_to_the_bit(width: int, height: int, resolution: int, seed: int) -> None:
+def test_crop_equals_adm_bit_for_bit(width: int, height: int, resolution: int, seed: int) -> None:
     height = min(height, max(1, 3 * width // 2))  # taller ones are below
     if resolution * resolution * width / height > 2e7:  # only to be quick
         resolution = 16
@@ -175,7 +175,7 @@ def test_the_crop_is_adms_to_the_bit(width: int, height: int, resolution: int, s
     ("width", "height", "resolution"),
     [(2, 4000, 16), (33, 4000, 16), (2, 600, 256), (17, 43, 16), (50, 149, 16), (295, 697, 256), (346, 696, 256), (400, 1000, 512)],
 )
-def test_the_crop_of_a_tall_photograph_is_adms_up_to_rounding(width: int, height: int, resolution: int) -> None:
+def test_crop_of_a_tall_photograph_equals_adm_up_to_rounding(width: int, height: int, resolution: int) -> None:
     """Pillow 13 resamples the rows of a tall image first, where earlier ones took the columns first; that rounds differently."""
     pixels = photo("chelsea", width, height)
     cropped = np.asarray(center_crop(Image.fromarray(pixels), resolution)).astype(int)

@@ -32,50 +32,21 @@ def test_losses_equal_the_published_code():
         assert loss.item() == pytest.approx(arrays[f"step{step}/reuse_loss"].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.7, 0.0), (0.0, 1e-3), (0.1, 0.5)])
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.7, 0.0), (0.0, 1e-3), (0.1, 0.5)])
 @pytest.mark.parametrize("logits", ["all", "masked"])
-def test_the_loss_equals_the_plain_one(label_smoothing, z_loss, logits):
-    model = small_enat()
-    codes = drawn_codes(model)
-    masked = drawn_masks(model, codes, 0)
-    loss = masked_cross_entropy(model(masked.tokens, LABELS, logits=logits), codes, label_smoothing, z_loss)
-    everywhere = model(masked.tokens, LABELS)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(
-        plain.smoothed_cross_entropy(everywhere.logits, codes, everywhere.mask, label_smoothing, z_loss), rel=1e-5
-    )
-
-
-def test_only_masked_positions_count():
-    model = small_enat()
-    codes = drawn_codes(model)
-    output = model(drawn_masks(model, codes, 0).tokens, LABELS)
-    others = (codes + 1) % model.config.codebook_size
-    truth = masked_cross_entropy(output, codes)
-    assert masked_cross_entropy(output, torch.where(output.mask, codes, others)) == truth
-    assert masked_cross_entropy(output, torch.where(output.mask, others, codes)) != truth
-
-
-@pytest.mark.parametrize("logits", ["all", "masked"])
-def test_accuracy_equals_the_plain_one(logits):
+def test_loss_and_accuracy_equal_the_plain_ones(label_smoothing, z_loss, logits):
     model = small_enat()
     masked = drawn_masks(model, drawn_codes(model), 0)
-    everywhere = model(masked.tokens, LABELS)
-    # The most likely codes themselves, but for every third position.
+    output, everywhere = model(masked.tokens, LABELS, logits=logits), model(masked.tokens, LABELS)
+    # The most likely codes themselves, except for every third position.
     codes = everywhere.logits.argmax(dim=-1)
     codes[:, ::3] = (codes[:, ::3] + 1) % model.config.codebook_size
-    accuracy = token_accuracy(model(masked.tokens, LABELS, logits=logits), codes)
-    assert accuracy.dtype == torch.float32
-    assert not accuracy.requires_grad
-    assert 0.5 < accuracy.item() < 1
-    assert accuracy.item() == pytest.approx(plain.token_accuracy(everywhere.logits, codes, everywhere.mask))
-
-
-def test_half_precision_logits_give_a_float32_loss():
-    model = small_enat().to(torch.bfloat16)
-    codes = drawn_codes(model)
-    loss = masked_cross_entropy(model(drawn_masks(model, codes, 0).tokens, LABELS, logits="masked"), codes)
-    assert loss.dtype == torch.float32
+    loss, accuracy = masked_cross_entropy(output, codes, label_smoothing, z_loss), token_accuracy(output, codes)
+    assert loss.dtype == accuracy.dtype == torch.float32 and not accuracy.requires_grad
+    expected = plain.smoothed_cross_entropy(everywhere.logits, codes, everywhere.mask, label_smoothing, z_loss)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    hits = everywhere.logits.argmax(dim=-1)[everywhere.mask] == codes[everywhere.mask]
+    assert 0.5 < accuracy.item() < 1 and accuracy.item() == pytest.approx(hits.double().mean().item())
 
 
 MASKS = [(9, None), (7, 13), (7, 7), (7, 16), (15, 16), (1, 1)]
@@ -99,6 +70,10 @@ def test_every_weight_gets_a_gradient_and_the_teacher_none(architecture, masks):
     assert [name for name, gradient in gradients.items() if gradient is None or not gradient.isfinite().all()] == []
     assert [name for name, weight in teacher.named_parameters() if weight.grad is not None] == []
     assert output.logits.shape == (len(LABELS), num_masked, model.config.codebook_size)
+    assert (previous_features(teacher, masked, conditions(model)) is None) == (previous_num_masked is None)
+    if previous_num_masked is not None:
+        with pytest.raises(AssertionError):
+            previous_features(teacher.train(), masked, conditions(model))
 
 
 @pytest.mark.parametrize("reused_features", ["visible", "masked", "all"])
@@ -119,29 +94,13 @@ def test_reuse_trains_the_projection_on_the_features_of_the_teacher(reused_featu
 
 
 @pytest.mark.parametrize("reused_features", ["visible", "masked", "all"])
-def test_a_half_precision_model_learns_from_a_float32_teacher(reused_features):
+def test_half_precision_model_learns_from_a_float32_teacher(reused_features):
     model = small_enat(reused_features=reused_features, qk_norm=True).to(torch.bfloat16).train()
     teacher = small_enat(seed=1, reused_features=reused_features, qk_norm=True)
     codes = drawn_codes(model)
     loss, output = objective(model, teacher, codes, LABELS, drawn_masks(model, codes, 1))
     loss.backward()
     assert (loss.dtype, output.features.dtype) == (torch.float32, torch.bfloat16)
-
-
-def test_fresh_mode_needs_no_teacher_and_reuse_mode_one_without_dropout():
-    model, teacher = small_enat(), small_enat(seed=1).train()
-    codes = drawn_codes(model)
-    assert previous_features(teacher, drawn_masks(model, codes, 0), LABELS) is None
-    with pytest.raises(AssertionError):
-        previous_features(teacher, drawn_masks(model, codes, 1), LABELS)
-
-
-def test_the_head_gives_the_embedding_no_gradient():
-    model = small_enat()
-    features = torch.randn(2, 16, model.config.embed_dim, generator=torch.Generator().manual_seed(0))
-    model.head(features, model.token_embedding.weight).square().sum().backward()
-    assert model.token_embedding.weight.grad is None
-    assert all(weight.grad is not None for weight in model.head.parameters())
 
 
 def test_codes_that_no_visible_token_holds_get_no_gradient():
@@ -152,16 +111,8 @@ def test_codes_that_no_visible_token_holds_get_no_gradient():
     loss.backward()
     rows = model.token_embedding.weight.grad.abs().sum(dim=1)
     assert (rows[8 : model.config.codebook_size] == 0).all()
+    assert all(weight.grad is not None for weight in model.head.parameters())
     assert rows[model.config.mask_id] > 0
-
-
-def test_dropout_of_the_objective_is_its_masks():
-    model, teacher = small_enat().train(), small_enat(seed=1)
-    codes = drawn_codes(model)
-    masked = drawn_masks(model, codes, 1)
-    masks = [draw_dropout_mask(model.config, 3, torch.Generator().manual_seed(seed), "cpu") for seed in (0, 0, 1)]
-    losses = [objective(model, teacher, codes, LABELS, masked, dropout_mask=mask)[0].item() for mask in masks]
-    assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +120,7 @@ def test_dropout_of_the_objective_is_its_masks():
     [({}, 0), ({}, 1), ({"qk_norm": True}, 1), ({"reused_features": "all", **TEXT}, 1), ({"num_classes": 0}, 0)],
     ids=str,
 )
-def test_a_group_in_several_passes_has_the_loss_and_gradients_of_one(extension, reuse_probability):
+def test_group_in_several_passes_has_the_loss_and_gradients_of_one(extension, reuse_probability):
     model, teacher = small_enat(**extension).train(), small_enat(seed=1, **extension)
     codes, condition = drawn_codes(model), conditions(model)
     masked = drawn_masks(model, codes, reuse_probability)
@@ -186,6 +137,8 @@ def test_a_group_in_several_passes_has_the_loss_and_gradients_of_one(extension, 
         return total, [weight.grad.clone() for weight in model.parameters()]
 
     loss, gradients = computed([slice(0, 3)])
+    other = draw_dropout_mask(model.config, 3, torch.Generator().manual_seed(1), "cpu")
+    assert objective(model, teacher, codes, condition, masked, dropout_mask=other, z_loss=1e-3)[0].item() != loss
     loss_of_passes, gradients_of_passes = computed([slice(0, 1), slice(1, 3)])
     assert loss_of_passes == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(gradients_of_passes, gradients, atol=1e-5, rtol=1e-4)

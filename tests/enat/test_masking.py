@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
 
-from enat.masking import MaskingConfig, mask_codes
+from enat.masking import MaskingConfig, box_mask, mask_codes
 
 MASK_ID = 99
 
@@ -24,7 +24,7 @@ def codes_of(num_images, num_tokens):
     beta=st.floats(0.05, 50),
     seed=st.integers(0, 2**32),
 )
-def test_masks_of_any_draw(num_images, num_tokens, alpha, beta, seed):
+def test_masks_of_any_draw_are_valid(num_images, num_tokens, alpha, beta, seed):
     codes = codes_of(num_images, num_tokens)
     masked = mask_codes(codes, MASK_ID, MaskingConfig(alpha=alpha, beta=beta), np.random.default_rng(seed))
 
@@ -34,7 +34,7 @@ def test_masks_of_any_draw(num_images, num_tokens, alpha, beta, seed):
     assert (mask.sum(dim=1) == masked.num_masked).all()
     assert torch.equal(masked.tokens[~mask], codes[~mask])
 
-    # What was masked earlier contains what is masked now.
+    # The earlier step masks all tokens that are masked now, and more.
     if masked.previous_tokens is not None:
         previous_mask = masked.previous_tokens == MASK_ID
         assert masked.num_masked <= masked.previous_num_masked <= num_tokens
@@ -44,28 +44,10 @@ def test_masks_of_any_draw(num_images, num_tokens, alpha, beta, seed):
 
 
 @pytest.mark.parametrize(("alpha", "beta", "num_masked"), [(1e6, 1e-3, 15), (1e-3, 1e6, 1)])
-def test_the_number_of_masked_tokens_is_clamped(alpha, beta, num_masked):
+def test_number_of_masked_tokens_is_clamped(alpha, beta, num_masked):
     rng = np.random.default_rng(0)
     config = MaskingConfig(alpha=alpha, beta=beta)
     assert {mask_codes(codes_of(1, 16), MASK_ID, config, rng).num_masked for _ in range(20)} == {num_masked}
-
-
-def test_numbers_of_masked_tokens_are_rounded_and_follow_the_beta_distribution():
-    rng, num_tokens, num_draws = np.random.default_rng(0), 16, 5000
-    counts = [mask_codes(codes_of(1, num_tokens), MASK_ID, MaskingConfig(), rng).num_masked for _ in range(num_draws)]
-    # Each number takes the ratios that round to it, the first and the last also what is beyond.
-    below = beta_distribution(12, 3).cdf((np.arange(1, num_tokens - 1) + 0.5) / num_tokens)
-    probs = np.diff(below, prepend=0, append=1)
-    deviation = np.bincount(counts, minlength=num_tokens)[1:] - num_draws * probs
-    assert (np.abs(deviation) < 4.5 * np.sqrt(num_draws * probs) + 1).all()
-
-
-def test_mask_ratios_follow_the_beta_distribution():
-    rng = np.random.default_rng(0)
-    ratios = np.array([mask_codes(codes_of(1, 256), MASK_ID, MaskingConfig(), rng).num_masked / 256 for _ in range(3000)])
-    # Beta(12, 3): mean 12 / 15, variance 12 * 3 / (15^2 * 16). Tolerances are four standard errors.
-    assert ratios.mean() == pytest.approx(0.8, abs=4 * 0.1 / 3000**0.5)
-    assert ratios.std() == pytest.approx(0.1, abs=4 * 0.1 / (2 * 3000) ** 0.5)
 
 
 def test_positions_are_uniform_and_rows_independent():
@@ -85,7 +67,7 @@ def test_positions_are_uniform_and_rows_independent():
     assert len(torch.unique(masked.tokens == MASK_ID, dim=0)) > 100
 
 
-def test_the_earlier_step_hides_a_uniform_share_of_the_visible_tokens():
+def test_earlier_step_hides_a_uniform_share_of_the_visible_tokens():
     rng = np.random.default_rng(0)
     config = MaskingConfig(alpha=1, beta=1, reuse_probability=1)
     shares = []
@@ -105,7 +87,7 @@ def test_reuse_happens_with_its_probability(probability, low, high):
     assert all(masked.previous_num_masked == 0 for masked in draws if masked.previous_tokens is None)
 
 
-def test_the_same_generator_state_gives_the_same_masks():
+def test_same_generator_state_gives_the_same_masks():
     first, second = (mask_codes(codes_of(4, 16), MASK_ID, MaskingConfig(), np.random.default_rng(5)) for _ in range(2))
     assert torch.equal(first.tokens, second.tokens)
     assert first.num_masked == second.num_masked
@@ -116,7 +98,7 @@ def test_the_same_generator_state_gives_the_same_masks():
     ("overrides", "message"),
     [({"alpha": 0}, "Beta"), ({"beta": float("nan")}, "Beta"), ({"reuse_probability": 1.5}, "reuse_probability is 1.5")],
 )
-def test_an_impossible_distribution_is_refused(overrides, message):
+def test_impossible_distribution_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         MaskingConfig(**overrides)
 
@@ -132,3 +114,32 @@ def test_rows_are_the_same_masked_codes_of_some_images(reuse_probability):
         assert torch.equal(torch.cat([part.previous_tokens for part in parts]), masked.previous_tokens)
     else:
         assert [part.previous_tokens for part in parts] == [None, None]
+
+
+def test_box_mask_is_true_inside_the_box():
+    mask = box_mask(4, top=1, left=2, height=2, width=1)
+    assert mask.view(4, 4).tolist() == [[False] * 4, [False, False, True, False], [False, False, True, False], [False] * 4]
+    assert box_mask(3, top=0, left=0, height=3, width=3).all()
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ({"top": 0, "left": 0, "height": 0, "width": 2}, "the box is 0 x 2 tokens"),
+        ({"top": 3, "left": 0, "height": 2, "width": 2}, "rows 3 to 4 and columns 0 to 1; the grid has 0 to 3"),
+        ({"top": 0, "left": -1, "height": 2, "width": 2}, "columns -1 to 0"),
+    ],
+)
+def test_empty_box_or_box_beyond_the_grid_is_refused(box, message):
+    with pytest.raises(ValueError, match=message):
+        box_mask(4, **box)
+
+
+def test_numbers_of_masked_tokens_are_rounded_and_follow_the_beta_distribution():
+    rng, num_tokens, num_draws = np.random.default_rng(0), 16, 5000
+    counts = [mask_codes(codes_of(1, num_tokens), MASK_ID, MaskingConfig(), rng).num_masked for _ in range(num_draws)]
+    # Each number takes the ratios that round to it, the first and the last also what is beyond.
+    below = beta_distribution(12, 3).cdf((np.arange(1, num_tokens - 1) + 0.5) / num_tokens)
+    probs = np.diff(below, prepend=0, append=1)
+    deviation = np.bincount(counts, minlength=num_tokens)[1:] - num_draws * probs
+    assert (np.abs(deviation) < 4.5 * np.sqrt(num_draws * probs) + 1).all()

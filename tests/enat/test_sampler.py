@@ -1,17 +1,35 @@
-"""Sampling: equal to the published run and to the plain loop, and what holds for every run."""
+"""Sampling: equal to the published run and to a slow sampler, and what holds for every setting and every start.
 
-import plain
+Which settings are refused: test_sampler_config.py.
+"""
+
 import pytest
 import torch
-from small_models import TEXT, captions, conditions, golden, golden_enat, small_enat
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slow_sampler import HALTON, RANDOM, SEARCHED, halton, reference_sample, some_start
+from small_models import TEXT, captions, conditions, golden, golden_enat, small_config, small_enat
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from enat.sampler import sample
+from enat.masking import box_mask
+from enat.model import ENAT
+from enat.sampler import decode_steps, sample
 from enat.sampler_config import SamplerConfig
+from enat.schedule import GUIDANCE_SCHEDULES, MASK_SCHEDULES, TEMPERATURE_SCHEDULES
 
 GREEDY = {"sampling_temperature": 0.0, "remask_temperature": 0.0}
+MODEL = small_enat()
+MASK_ID = MODEL.config.mask_id
 
 
-def test_a_greedy_run_equals_the_published_code():
+def sampled(model=MODEL, labels=None, seeds=range(4), start=None, **options):
+    """Codes of labels 0 to 3, unless others are given."""
+    labels = torch.arange(4) if labels is None else labels
+    return sample(model, labels, SamplerConfig(**options), seeds=seeds, start=start)
+
+
+def test_greedy_run_equals_the_published_code():
     arrays = golden("enat_tiny")
     model, meta = golden_enat(arrays), arrays["meta"]
     # The published guidance strength s is w = 1 + s here.
@@ -21,280 +39,332 @@ def test_a_greedy_run_equals_the_published_code():
     assert torch.equal(codes, arrays["sample/final_tokens"].flatten(1))
 
 
+OPTIONS = [
+    *({"mask_schedule": name} for name in MASK_SCHEDULES),
+    *({"guidance_schedule": name} for name in GUIDANCE_SCHEDULES),
+    {"guidance_schedule": "power_cosine", "guidance_power": 2.5, "guidance_scale": 6.0},
+    {"guidance_scale": 1.0},
+    {"guidance_scale": 0.5},
+    {"sampling_temperature_schedule": "constant", "sampling_temperature": 0.8},
+    {"sampling_temperature": 0.0},
+    {"remask_temperature_schedule": "constant"},
+    {"remask_temperature": 0.0},
+    {"reuse": False},
+    {"num_steps": 1},
+    {"num_steps": 30},  # more steps than tokens: some reveal none, the last find nothing masked
+    HALTON,
+    RANDOM,
+    {"top_k": 3},
+    {"top_k": 24},  # all codes
+    {"top_p": 0.7, "sampling_temperature": 1.0},
+    {"top_k": 9, "top_p": 0.6},
+    {"guidance_scales": (1.0, 1.0, 3.0, 1.0, 1.0), "num_steps": 5},  # guidance in an interval
+    {"guidance_scales": (1.0, 1.0, 3.0, 1.0, 1.0), "num_steps": 5, "reuse": False},
+    {**SEARCHED, "reuse": False, "top_p": 0.8},
+]
+ARCHITECTURES = [
+    TEXT,
+    {"num_classes": 0},
+    {"reuse": False},
+    {"decoder_attention": "cross"},
+    {"decoder_attention": "full", **TEXT},
+    {"encoder_layers": 0, "decoder_attention": "full", "reuse": False},
+    {"reused_features": "masked"},
+    {"num_classes": 0, "reused_features": "masked"},
+    {"reused_features": "all", "qk_norm": True, **TEXT},
+]
+
+
+@pytest.mark.parametrize("num_given", [0, 7])
 @pytest.mark.parametrize(
-    ("architecture", "settings"),
+    ("architecture", "options"),
+    [({}, options) for options in OPTIONS]
+    + [(architecture, options) for architecture in ARCHITECTURES for options in ({}, SEARCHED, {**HALTON, "guidance_scale": 1.0})],
+    ids=str,
+)
+def test_sampler_equals_the_slow_one(architecture, options, num_given):
+    model, config, seeds = small_enat(**architecture), SamplerConfig(**options), [5, 6, 2**40]
+    labels, start = conditions(model), some_start(model.config, num_given)
+    expected = reference_sample(model, labels, config, seeds, start)
+    assert torch.equal(sample(model, labels, config, seeds=seeds, start=start), expected)
+    if not num_given:
+        assert torch.equal(sample(model, labels, config, seeds=seeds), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
     [
-        ({}, {}),
-        ({}, {"reuse": False}),
-        ({"reuse": False}, {}),
-        ({"decoder_attention": "cross"}, {}),
-        ({"decoder_attention": "full"}, {}),
-        ({}, {"guidance_scale": 1.0}),
-        ({}, {"guidance_scale": 0.5}),
-        ({}, {"guidance_schedule": "constant", "guidance_scale": 2.0}),
-        ({}, {"sampling_temperature": 0.0}),
-        ({}, {"sampling_temperature": 1.0, "remask_temperature": 0.0}),
-        ({}, {"num_steps": 1}),
-        ({"grid_size": 2}, {"num_steps": 11}),  # more steps than tokens: some reveal none, the last find nothing masked
+        {"guidance_scale": 1.0},
+        {"reuse": False},
+        {"sampling_temperature": 1.0},
+        {"remask_temperature": 30.0},
+        {"seeds": range(4, 8)},
+        {"labels": torch.tensor([3, 3, 3, 5])},
     ],
     ids=str,
 )
-def test_the_sampler_equals_the_plain_one(architecture, settings):
-    model = small_enat(**architecture)
-    labels, seeds = [3, 0, 4, 3], [11, 12, 13, 14]
-    config = SamplerConfig(**settings)
-    assert torch.equal(sample(model, torch.tensor(labels), config, seeds=seeds), plain.sample(model, labels, config, seeds))
+def test_every_setting_has_an_effect(options):
+    """Otherwise the comparison above could not tell whether a setting is ignored."""
+    assert not torch.equal(sampled(**options), sampled())
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"guidance_scale": 1.0}, {"guidance_schedule": "constant", "guidance_scale": 2.0}, {"reuse": False}], ids=str
-)
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        TEXT,
-        {"decoder_attention": "cross", **TEXT},
-        {"decoder_attention": "full", "encoder_layers": 0, "reuse": False, **TEXT},
-        {"reused_features": "masked"},
-        {"reused_features": "all"},
-        {"reused_features": "all", "qk_norm": True, **TEXT},
-        {"num_classes": 0},
-        {"num_classes": 0, "reused_features": "masked"},
-    ],
-    ids=str,
-)
-def test_the_sampler_of_other_architectures_equals_the_plain_one(architecture, settings):
-    model, seeds = small_enat(**architecture), [11, 12, 13]
-    labels, config = conditions(model), SamplerConfig(**settings)
-    assert torch.equal(sample(model, labels, config, seeds=seeds), plain.sample(model, plain.rows(labels), config, seeds))
+@st.composite
+def configs(draw):
+    num_steps = draw(st.integers(1, 9))
+    numbers = st.floats(0, 8, allow_nan=False)
+    options = {
+        "num_steps": num_steps,
+        "reuse": draw(st.booleans()),
+        "top_k": draw(st.none() | st.integers(1, 30)),
+        "top_p": draw(st.just(1.0) | st.floats(0.01, 1)),
+    }
+    falling = sorted(draw(st.sets(st.floats(0.001, 0.999), min_size=num_steps - 1, max_size=num_steps - 1)), reverse=True)
+    options |= draw(st.sampled_from([{"mask_ratios": (*falling, 0.0)}, *({"mask_schedule": name} for name in MASK_SCHEDULES)]))
+    for scalar, schedule, names in (
+        ("guidance_scale", "guidance_schedule", GUIDANCE_SCHEDULES),
+        ("sampling_temperature", "sampling_temperature_schedule", TEMPERATURE_SCHEDULES),
+    ):
+        if draw(st.booleans()):
+            options[f"{scalar}s"] = tuple(draw(numbers) for _ in range(num_steps))
+        else:
+            options |= {scalar: draw(numbers), schedule: draw(st.sampled_from(names))}
+    if not any(options.get("sampling_temperatures", (options.get("sampling_temperature"),))):
+        options |= {"top_k": None, "top_p": 1.0}  # which would be refused
+    options["reveal_order"] = draw(st.sampled_from(["confidence", "random", "halton"]))
+    options["remask_temperature"] = draw(numbers) if options["reveal_order"] == "confidence" else 0.0
+    return SamplerConfig(**options)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"guidance_scale": 1.0}, {"reuse": False}, {"sampling_temperature": 1.0}, {"remask_temperature": 30.0}], ids=str
-)
-def test_every_setting_matters(settings):
-    """Otherwise the comparisons above would not see it being ignored."""
-    model, labels = small_enat(), torch.arange(4)
-    changed = sample(model, labels, SamplerConfig(**settings), seeds=range(4))
-    assert not torch.equal(changed, sample(model, labels, SamplerConfig(), seeds=range(4)))
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 8, 30])
-def test_codes_are_revealed_once_and_completely(num_steps):
-    model = small_enat()
-    config = SamplerConfig(num_steps=num_steps)
-    codes, trajectory = sample(model, torch.tensor([0, 1, 5]), config, seeds=[1, 2, 3], return_trajectory=True)
-    assert codes.shape == (3, 16)
-    assert codes.dtype == torch.int64
-    assert 0 <= codes.min() <= codes.max() < model.config.codebook_size
-    assert len(trajectory) == num_steps
-    assert (trajectory[0] == model.config.mask_id).all()
+@settings(max_examples=60, deadline=None)
+@given(config=configs(), num_given=st.integers(0, 15), seed=st.integers(0, 2**40))
+def test_every_token_is_revealed_once_and_given_ones_stay(config, num_given, seed):
+    start = some_start(MODEL.config, num_given, seed=seed)
+    before = start.clone()
+    codes, trajectory = sample(MODEL, torch.tensor([0, 3, 5]), config, seeds=[seed, 1, 2], start=start, return_trajectory=True)
+    assert torch.equal(trajectory[0], start) and torch.equal(start, before)
+    assert len(trajectory) == config.num_steps
+    assert codes.dtype == torch.int64 and 0 <= codes.min() <= codes.max() < MASK_ID
     for step, (tokens, following) in enumerate(zip(trajectory, [*trajectory[1:], codes], strict=True)):
-        visible = tokens != model.config.mask_id
+        visible = tokens != MASK_ID
         assert torch.equal(following[visible], tokens[visible])
-        assert ((~visible).sum(dim=1) == config.num_masked_at(step, 16)).all()
+        assert ((~visible).sum(dim=1) == config.num_masked_at(step, 16, num_given)).all()
 
 
-def test_the_published_numbers_of_masked_tokens():
-    model = small_enat(grid_size=16, encoder_layers=1, decoder_layers=1)
-    codes, trajectory = sample(model, torch.tensor([0]), SamplerConfig(), seeds=[0], return_trajectory=True)
-    counts = [int((tokens == model.config.mask_id).sum()) for tokens in [*trajectory, codes]]
-    assert counts == [256, 251, 236, 212, 181, 142, 97, 49, 0]
+@settings(max_examples=15, deadline=None)
+@given(config=configs(), num_given=st.integers(0, 15))
+def test_image_depends_on_its_own_seed_label_and_start_only(config, num_given):
+    labels, seeds, start = torch.tensor([0, 3, 5, 3]), [3, 9, -1, 4], some_start(MODEL.config, num_given, num_images=4)
+    together = sample(MODEL, labels, config, seeds=seeds, start=start)
+    order = [2, 0, 3]
+    assert torch.equal(sample(MODEL, labels[order], config, seeds=[-1, 3, 4], start=start[order]), together[order])
+    assert torch.equal(sample(MODEL, labels[1:2], config, seeds=[9], start=start[1:2])[0], together[1])
 
 
-def test_an_image_depends_on_its_seed_and_label_only():
-    model = small_enat()
-    labels, seeds = torch.tensor([0, 1, 2, 3, 4, 5, 0]), [7, 2**40, 0, 3, -5, 2, 8]
-    together = sample(model, labels, SamplerConfig(), seeds=seeds)
-    alone = [sample(model, labels[i : i + 1], SamplerConfig(), seeds=[seeds[i]])[0] for i in range(7)]
-    assert torch.equal(together, torch.stack(alone))
-    order = [4, 2, 6, 0, 1, 5, 3]
-    assert torch.equal(sample(model, labels[order], SamplerConfig(), seeds=[seeds[i] for i in order]), together[order])
-    assert not torch.equal(together[0], together[6])  # one label, two seeds
-    assert not torch.equal(together[0], sample(model, torch.tensor([1]), SamplerConfig(), seeds=[7])[0])
-
-
-def test_the_global_generator_is_neither_read_nor_moved():
-    model, labels = small_enat(), torch.tensor([0, 1])
+def test_global_generator_is_neither_read_nor_changed():
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = sample(model, labels, SamplerConfig(), seeds=[1, 2])
+    first = sampled()
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    assert torch.equal(sample(model, labels, SamplerConfig(), seeds=[1, 2]), first)
+    assert torch.equal(sampled(), first)
+
+
+class _NothingFromTheHost(TorchFunctionMode):
+    """Within it no tensor is made from values of Python, which would be copied to the device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy), function
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    ("settings", "batches"),
+    ("options", "num_given"),
+    [({}, 0), ({"reuse": False}, 7), (SEARCHED, 7), (HALTON, 0), (RANDOM, 7), ({"top_k": 5, "top_p": 0.9}, 0)],
+    ids=str,
+)
+def test_loop_never_reads_a_value_from_the_device(options, num_given):
+    """On tensors without values, where an operation that waits for a device raises an error."""
+    config = SamplerConfig(**options)
+    with torch.device("meta"):
+        model = ENAT(small_config()).eval()
+        labels, tokens = torch.zeros(6, dtype=torch.int64), torch.zeros((3, 16), dtype=torch.int64)
+        uniforms = torch.zeros(3, config.num_steps, 2, 16)
+        rank = torch.zeros(16, dtype=torch.int64) if config.reveal_order == "halton" else None
+    with _NothingFromTheHost():
+        states = decode_steps(model, labels, tokens, uniforms, config, num_given=num_given, halton_rank=rank)
+    assert [state.shape for state in states] == [(3, 16)] * (config.num_steps + 1)
+
+
+# Guidance and reuse ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_given", [0, 7])
+@pytest.mark.parametrize(
+    ("options", "passes", "passes_with_given"),
     [
-        ({"guidance_scale": 1.0}, [3, 3, 3, 3]),
-        ({"guidance_scale": 3.5}, [3, 6, 6, 6]),  # the ramp starts unguided, where an unconditional pass leaves nothing to reuse
-        ({"guidance_scale": 3.5, "guidance_schedule": "constant"}, [6, 6, 6, 6]),
+        ({"num_steps": 4}, [1, 2, 2, 2], [2, 2, 2, 2]),  # unguided, but the features of given tokens are reused
+        ({"num_steps": 4, "reuse": False}, [1, 2, 2, 2], [1, 2, 2, 2]),
+        ({"num_steps": 4, "guidance_scale": 1.0}, [1, 1, 1, 1], [1, 1, 1, 1]),
+        ({"num_steps": 4, "guidance_scales": (1.0, 1.0, 2.0, 1.0)}, [1, 2, 2, 1], [2, 2, 2, 1]),
+        ({"num_steps": 4, "guidance_scales": (1.0, 1.0, 2.0, 1.0), "reuse": False}, [1, 1, 2, 1], [1, 1, 2, 1]),
+        ({"num_steps": 4, "guidance_scales": (3.0, 1.0, 1.0, 1.0)}, [2, 1, 1, 1], [2, 1, 1, 1]),
     ],
     ids=str,
 )
-def test_unconditional_passes_run_where_they_count(settings, batches):
-    model = small_enat()
+def test_unconditional_passes_run_only_where_they_matter(options, passes, passes_with_given, num_given):
+    model, config = small_enat(), SamplerConfig(**options)
     seen = []
-    model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
-    sample(model, torch.arange(3), SamplerConfig(num_steps=4, **settings), seeds=range(3))
-    assert seen == batches
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0]) // 3))
+    start = some_start(model.config, num_given) if num_given else None
+    sample(model, torch.arange(3), config, seeds=range(3), start=start)
+    assert seen == (passes_with_given if num_given else passes)
+    assert seen == [config.num_passes_at(step, model.config, num_given) for step in range(4)]
 
 
-def test_features_of_masked_tokens_need_both_passes_from_the_first_step():
-    model = small_enat(reused_features="masked")
-    seen = []
-    model.register_forward_pre_hook(lambda module, arguments: seen.append((len(arguments[0]), arguments[2] is not None)))
-    sample(model, torch.arange(3), SamplerConfig(num_steps=3), seeds=range(3))
-    sample(model, torch.arange(3), SamplerConfig(num_steps=3, reuse=False), seeds=range(3))
-    assert seen == [(6, False), (6, True), (6, True), (3, False), (6, False), (6, False)]
+def test_reused_features_of_masked_tokens_need_both_passes_from_the_first_step():
+    model, seen = small_enat(reused_features="masked"), []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append((len(arguments[0]), arguments[2] is not None)))
+    sampled(model, num_steps=3)
+    sampled(model, num_steps=3, reuse=False)
+    assert seen == [(8, False), (8, True), (8, True), (4, False), (8, False), (8, False)]
 
 
-def test_an_unconditional_model_has_nothing_to_be_guided_away_from():
-    model = small_enat(num_classes=0)
-    seen = []
-    model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
-    guided, unguided = (
-        sample(model, torch.zeros(3, dtype=torch.int64), SamplerConfig(guidance_scale=scale), seeds=range(3))
-        for scale in (3.5, 1.0)
-    )
-    assert torch.equal(guided, unguided)
-    assert set(seen) == {3}
+def test_unconditional_model_runs_one_pass_and_ignores_guidance():
+    model, seen = small_enat(num_classes=0), []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    labels = torch.zeros(4, dtype=torch.int64)
+    assert torch.equal(sampled(model, labels, guidance_scale=3.5), sampled(model, labels, guidance_scale=1.0))
+    assert set(seen) == {4}
 
 
-def test_an_image_depends_on_its_seed_and_caption_only():
-    model, seeds = small_enat(**TEXT), [7, 1, 0, 3]
-    text = captions(model.config, 4)
-    together = sample(model, text, SamplerConfig(), seeds=seeds)
-    alone = [sample(model, text[i : i + 1], SamplerConfig(), seeds=[seeds[i]])[0] for i in range(4)]
-    assert torch.equal(together, torch.stack(alone))
-    assert not torch.equal(together[0], sample(model, text[1:2], SamplerConfig(), seeds=seeds[:1])[0])
+@pytest.mark.parametrize("is_text", [False, True])
+def test_guidance_leads_away_from_the_null_condition_and_scale_1_ignores_it(is_text):
+    model = small_enat(**(TEXT if is_text else {}))
+    condition = captions(model.config, 4) if is_text else torch.arange(4)
+    unguided, guided = sampled(model, condition, guidance_scale=1.0), sampled(model, condition)
+    if is_text:
+        model.set_null_caption(torch.zeros(3, 12), torch.ones(12))
+    else:
+        model.label_embedding.weight.data[model.config.null_label] += 3.0
+    assert torch.equal(sampled(model, condition, guidance_scale=1.0), unguided)
+    assert not torch.equal(sampled(model, condition), guided)
 
 
-def test_captions_are_guided_away_from_the_empty_one():
-    model = small_enat(**TEXT)
-    text, config = captions(model.config, 4), SamplerConfig(guidance_scale=1.0)
-    codes, guided = (sample(model, text, c, seeds=range(4)) for c in (config, SamplerConfig()))
-    model.set_null_caption(torch.zeros(3, 12), torch.ones(12))
-    assert torch.equal(sample(model, text, config, seeds=range(4)), codes)
-    assert not torch.equal(sample(model, text, SamplerConfig(), seeds=range(4)), guided)
-
-
-def test_guidance_scale_1_is_the_conditional_model():
-    model, labels = small_enat(), torch.arange(4)
-    config = SamplerConfig(guidance_scale=1.0)
-    codes, guided = (sample(model, labels, c, seeds=range(4)) for c in (config, SamplerConfig()))
-    with torch.no_grad():
-        model.label_embedding.weight[model.config.null_label] += 3.0
-    assert torch.equal(sample(model, labels, config, seeds=range(4)), codes)
-    assert not torch.equal(sample(model, labels, SamplerConfig(), seeds=range(4)), guided)
-
-
-def test_temperature_0_takes_the_most_likely_code():
-    model, labels = small_enat(), torch.arange(5)
-    config = SamplerConfig(sampling_temperature=0.0)
-    _, trajectory = sample(model, labels, config, seeds=range(5), return_trajectory=True)
-    with torch.no_grad():
-        best = model(trajectory[0], labels).logits.argmax(dim=-1)  # the first step is unguided
-    revealed = trajectory[1] != model.config.mask_id
-    assert torch.equal(trajectory[1][revealed], best[revealed])
-
-
-def test_temperature_0_is_an_argmax_and_no_low_temperature():
-    """One code is a little more likely than all others, by less than any temperature could tell."""
-    model = small_enat()
-    with torch.no_grad():
-        model.head.norm_out.weight.zero_()
-        model.head.norm_out.bias.zero_()
-        model.head.bias.zero_()
-        model.head.bias[17] = 1e-5
-    assert (sample(model, torch.arange(4), SamplerConfig(sampling_temperature=0.0), seeds=range(4)) == 17).all()
-
-
-def test_without_any_temperature_seeds_do_not_matter():
-    model, labels = small_enat(), torch.arange(4)
-    config = SamplerConfig(**GREEDY)
-    assert torch.equal(sample(model, labels, config, seeds=range(4)), sample(model, labels, config, seeds=range(4, 8)))
-
-
-def test_codes_and_positions_are_drawn_from_their_distributions():
-    """Noise beyond all confidence makes the choice of positions uniform and independent of the codes drawn there."""
-    model, count = small_enat(), 4000
-    config = SamplerConfig(num_steps=2, sampling_temperature=3.0, remask_temperature=1e6)
-    _, trajectory = sample(model, torch.zeros(count, dtype=torch.int64), config, seeds=range(count), return_trajectory=True)
-    revealed = trajectory[1] != model.config.mask_id
-    share = (16 - 11) / 16  # floor(16 cos(pi / 4)) = 11 stay masked
-    assert (revealed.double().mean(dim=0) - share).abs().max() < 4 * (share * (1 - share) / count) ** 0.5
-
-    probs = (plain.forward(model, trajectory[0][0], 0).logits.double() / 1.5).softmax(dim=-1)  # half way: 3.0 / 2
-    drawn = torch.zeros_like(probs)
-    for position in range(16):
-        drawn[position] = torch.bincount(trajectory[1][revealed[:, position], position], minlength=24)
-    num_drawn = drawn.sum(dim=1, keepdim=True)
-    deviation = (drawn - num_drawn * probs) / (num_drawn * probs * (1 - probs)).sqrt()
-    assert deviation.abs().max() < 5
-    assert deviation.std().item() == pytest.approx(1, abs=0.15)
-
-
-def test_reuse_starts_to_act_at_the_third_step():
-    """Nothing is visible in the first step, so the second has nothing to reuse: its result is still the same."""
-    model, labels = small_enat(), torch.arange(4)
+def test_reuse_takes_effect_from_the_third_step():
+    """Nothing is visible in the first step, so the second has nothing to reuse and gives the same result."""
     (codes, trajectory), (fresh_codes, fresh) = (
-        sample(model, labels, SamplerConfig(reuse=reuse), seeds=range(4), return_trajectory=True) for reuse in (True, False)
+        sample(MODEL, torch.arange(4), SamplerConfig(reuse=reuse), seeds=range(4), return_trajectory=True)
+        for reuse in (True, False)
     )
     assert all(torch.equal(trajectory[step], fresh[step]) for step in range(3))
     assert not torch.equal(codes, fresh_codes)
 
 
-def test_a_model_without_reuse_ignores_the_setting():
-    model, labels = small_enat(reuse=False), torch.arange(4)
-    with_reuse, without = (sample(model, labels, SamplerConfig(reuse=reuse), seeds=range(4)) for reuse in (True, False))
-    assert torch.equal(with_reuse, without)
+def test_given_codes_are_encoded_once_and_then_reused():
+    model, start, encoded = small_enat(), some_start(MODEL.config, 7), []
+    model.encoder[0].register_forward_pre_hook(lambda _, arguments: encoded.append(tuple(arguments[0].shape[:2])))
+    sampled(model, torch.arange(3), range(3), start, num_steps=4, guidance_scale=2.0)
+    config = SamplerConfig(num_steps=4)
+    assert [config.num_masked_at(step, 16, num_given=7) for step in range(5)] == [9, 8, 6, 3, 0]
+    assert encoded == [(6, 7), (6, 1), (6, 2), (6, 3)]
+
+
+def test_given_codes_and_label_both_determine_the_result():
+    codes = sampled()
+    inside = box_mask(4, top=1, left=0, height=2, width=3)
+    start = codes.masked_fill(inside, MASK_ID)
+    again, edited = sampled(start=start), sampled(labels=torch.arange(2, 6), start=start)
+    assert torch.equal(again[:, ~inside], codes[:, ~inside])
+    assert not torch.equal(edited[:, inside], again[:, inside])
+    assert not torch.equal(sampled(start=start.flip(0))[:, inside], again[:, inside])
+
+
+# Drawing ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_with_bias(codes, value):
+    """All codes are equally likely but for these."""
+    model = small_enat()
+    for parameter in (model.head.norm_out.weight, model.head.norm_out.bias, model.head.bias):
+        parameter.data.zero_()
+    model.head.bias.data[codes] = value
+    return model
+
+
+def test_temperature_0_takes_the_most_likely_code_whatever_the_seed():
+    """One code is a little more likely than all others, by less than a low temperature could tell."""
+    assert (sampled(model_with_bias(17, 1e-5), sampling_temperature=0.0) == 17).all()
+    assert torch.equal(sampled(**GREEDY), sampled(seeds=range(4, 8), **GREEDY))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"top_k": 1, "top_p": 0.5}], ids=str)
+def test_filter_that_leaves_one_code_takes_the_most_likely(options):
+    assert torch.equal(sampled(**options), sampled(sampling_temperature=0.0))
+
+
+def test_top_k_keeps_the_lowest_of_equally_likely_codes():
+    model = model_with_bias(slice(20, None), -1.0)
+    assert sampled(model, torch.zeros(50, dtype=torch.int64), range(50), top_k=3).unique().tolist() == [0, 1, 2]
+    assert (sampled(model, top_k=1) == 0).all()
+
+
+def test_halton_order_is_the_same_for_all_images():
+    config = SamplerConfig(num_steps=16, **{**HALTON, "mask_schedule": "linear"})  # one token a step
+    codes, trajectory = sample(MODEL, torch.arange(4), config, seeds=range(4), return_trajectory=True)
+    for step, (tokens, following) in enumerate(zip(trajectory, [*trajectory[1:], codes], strict=True)):
+        assert (tokens != following).nonzero()[:, 1].tolist() == [halton(4)[step]] * 4
+
+
+def test_random_order_depends_on_the_seed_alone_and_is_uniform():
+    count, config = 2000, SamplerConfig(num_steps=4, mask_schedule="linear", **RANDOM)
+    _, trajectory = sample(MODEL, torch.zeros(count, dtype=torch.int64), config, seeds=range(count), return_trajectory=True)
+    revealed = trajectory[1] != MASK_ID
+    assert len(revealed.unique(dim=0)) > 900  # of 1820 ways to choose 4 of 16
+    assert (revealed.double().mean(dim=0) - 0.25).abs().max() < 4 * (0.25 * 0.75 / count) ** 0.5
+    _, other = sample(MODEL, torch.tensor([4, 4]), config, seeds=[0, 1], return_trajectory=True)
+    assert torch.equal(other[1] != MASK_ID, revealed[:2])
+
+
+# Refusals --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("labels", "seeds", "message"),
+    ("architecture", "labels", "seeds", "message"),
     [
-        ([0, 1], [1], "1 seeds for 2 labels"),
-        ([], [], "labels is empty"),
-        ([0, 6], [1, 2], "labels range from 0 to 6; .* 0 to 5"),
-        ([-1, 0], [1, 2], "labels range from -1 to 0"),
+        ({}, [0, 1], [1], "1 seeds for 2 labels"),
+        ({}, [], [], "labels is empty"),
+        ({}, [0.0, 1.0], [1, 2], "labels have dtype torch.float32; integers are needed"),
+        ({}, [0, 6], [1, 2], "labels range from 0 to 6; .* 0 to 5"),
+        ({}, [-1, 0], [1, 2], "labels range from -1 to 0"),
+        ({"num_classes": 0}, [1], [1], "labels range from 1 to 1"),
+        (TEXT, [0, 0], [1, 2], "takes a TextCondition, not labels"),
+        (TEXT, captions(small_config(**TEXT), 2), [1, 2, 3], "3 seeds for 2 labels"),
+        ({}, captions(small_config(**TEXT), 2), [1, 2], "takes labels, not a TextCondition"),
     ],
 )
-def test_wrong_requests_are_refused(labels, seeds, message):
+def test_labels_and_seeds_that_do_not_fit_are_refused(architecture, labels, seeds, message):
     with pytest.raises(ValueError, match=message):
-        sample(small_enat(), torch.tensor(labels), SamplerConfig(), seeds=seeds)
+        sampled(small_enat(**architecture), torch.tensor(labels) if isinstance(labels, list) else labels, seeds)
 
 
-def test_conditions_that_do_not_fit_the_model_are_refused():
-    model = small_enat(**TEXT)
-    text = captions(model.config, 2)
-    with pytest.raises(ValueError, match="takes a TextCondition, not labels"):
-        sample(model, torch.tensor([0, 0]), SamplerConfig(), seeds=[1, 2])
-    with pytest.raises(ValueError, match="takes labels, not a TextCondition"):
-        sample(small_enat(), text, SamplerConfig(), seeds=[1, 2])
-    with pytest.raises(ValueError, match="3 seeds for 2 labels"):
-        sample(model, text, SamplerConfig(), seeds=[1, 2, 3])
-    with pytest.raises(ValueError, match="labels range from 1 to 1"):
-        sample(small_enat(num_classes=0), torch.tensor([1]), SamplerConfig(), seeds=[1])
-
-
-def test_a_model_in_training_mode_is_refused():
+def test_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match="training mode"):
-        sample(small_enat().train(), torch.tensor([0]), SamplerConfig(), seeds=[0])
+        sampled(small_enat().train())
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("start", "message"),
     [
-        ({"num_steps": 0}, "num_steps is 0"),
-        ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
-        ({"sampling_temperature": float("nan")}, "sampling_temperature is nan"),
-        ({"remask_temperature": float("inf")}, "remask_temperature is inf"),
-        ({"mask_schedule": "sine"}, "choose one of cosine"),
-        ({"guidance_schedule": "cosine"}, "choose one of linear, constant"),
+        (torch.full((2, 16), 24, dtype=torch.int32), "start has dtype torch.int32; torch.int64 is needed"),
+        (torch.full((2, 4, 4), 24), r"start has shape \(2, 4, 4\); \(2, 16\) is needed"),
+        (torch.full((3, 16), 24), r"start has shape \(3, 16\); \(2, 16\) is needed"),
+        (torch.full((2, 16), 25), "start ranges from 25 to 25; codes are 0 to 23, the mask id is 24"),
+        (F.pad(torch.full((2, 15), 24), (0, 1), value=-1), "start ranges from -1 to 24"),
+        (torch.tensor([[24] * 16, [24] * 15 + [3]]), "have 15 to 16 masked tokens; all images of a call must have the same"),
+        (torch.zeros((2, 16), dtype=torch.int64), "start .* mask id, 24"),
     ],
+    ids=str,
 )
-def test_impossible_settings_are_refused(settings, message):
+def test_start_that_cannot_be_continued_is_refused(start, message):
     with pytest.raises(ValueError, match=message):
-        SamplerConfig(**settings)
+        sampled(labels=torch.tensor([0, 1]), seeds=[1, 2], start=start)

@@ -1,4 +1,4 @@
-"""Settings of the sampler: what they say of each step, and what is refused."""
+"""Settings of the sampler: their values at each step, and which are refused."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ def test_settings_come_back_from_json_where_tuples_are_lists():
     assert hash(again) == hash(config)
 
 
-def test_new_settings_leave_the_published_ones_as_they_are():
+def test_default_settings_are_the_published_ones():
     config = SamplerConfig()
     assert [config.num_masked_at(step, 256) for step in range(9)] == [256, 251, 236, 212, 181, 142, 97, 49, 0]
     assert [config.guidance_at(step) for step in range(8)] == [1 + 2.5 * step / 8 for step in range(8)]
@@ -29,7 +29,7 @@ def test_new_settings_leave_the_published_ones_as_they_are():
 
 
 @given(num_steps=st.integers(1, 64), num_tokens=st.integers(1, 1024), mask_schedule=st.sampled_from(MASK_SCHEDULES))
-def test_fewer_and_fewer_tokens_are_masked_and_none_at_the_end(num_steps, num_tokens, mask_schedule):
+def test_number_of_masked_tokens_falls_to_zero(num_steps, num_tokens, mask_schedule):
     config = SamplerConfig(num_steps=num_steps, mask_schedule=mask_schedule)
     counts = [config.num_masked_at(step, num_tokens) for step in range(num_steps + 1)]
     assert counts == sorted(counts, reverse=True)
@@ -47,12 +47,12 @@ def test_fewer_and_fewer_tokens_are_masked_and_none_at_the_end(num_steps, num_to
         (128, [128, 126, 118, 106, 91, 71, 49, 25, 0]),
     ],
 )
-def test_few_tokens_beside_given_ones_are_not_drawn_at_once_and_the_last_one_last(num_made, counts):
+def test_few_tokens_beside_given_ones_are_drawn_over_several_steps(num_made, counts):
     config = SamplerConfig()
     assert [config.num_masked_at(step, 256, 256 - num_made) for step in range(9)] == counts
 
 
-def test_the_last_token_beside_given_ones_waits_whatever_the_ratios():
+def test_last_token_beside_given_ones_is_drawn_in_the_last_step():
     config = SamplerConfig(num_steps=3, mask_ratios=(0.2, 0.01, 0.0))
     assert [config.num_masked_at(step, 16, 14) for step in range(4)] == [2, 1, 1, 0]
     assert [config.num_masked_at(step, 16) for step in range(4)] == [16, 3, 0, 0]
@@ -81,7 +81,7 @@ OWN = SamplerConfig(num_steps=2, guidance_scale=6.0, guidance_schedule="power_co
     ],
     ids=str,
 )
-def test_values_take_the_place_of_their_counterparts_and_are_checked_together(own, given, expected):
+def test_given_values_replace_their_counterparts_and_are_checked_together(own, given, expected):
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=re.escape(expected)):
             own.replaced(**given)
@@ -92,6 +92,12 @@ def test_values_take_the_place_of_their_counterparts_and_are_checked_together(ow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
+        ({"sampling_temperature": float("nan")}, "sampling_temperature is nan"),
+        ({"remask_temperature": float("inf")}, "remask_temperature is inf"),
+        ({"mask_schedule": "sine"}, "choose one of cosine"),
+        ({"guidance_schedule": "cosine"}, "choose one of linear, constant"),
         ({"num_steps": 3, "mask_ratios": (0.5, 0.0)}, "mask_ratios has 2 values for 3 steps; give one value a step"),
         ({"guidance_scales": ()}, "guidance_scales has 0 values for 8 steps"),
         ({"num_steps": 2, "mask_ratios": (0.5, 0.1)}, "mask_ratios ends with 0.1"),
@@ -133,17 +139,17 @@ def test_values_take_the_place_of_their_counterparts_and_are_checked_together(ow
     ],
     ids=str,
 )
-def test_settings_that_cannot_be_or_would_be_ignored_are_refused(options, message):
+def test_impossible_and_ignored_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**options)
 
 
-def test_lists_of_zeros_are_no_noise():
+def test_lists_of_zeros_count_as_no_noise():
     config = SamplerConfig(reveal_order="halton", num_steps=2, remask_temperatures=(0, 0))
     assert config.remask_temperatures == (0, 0)
 
 
-def test_codes_may_be_left_out_where_some_steps_draw():
+def test_top_k_is_allowed_if_some_steps_draw():
     assert SamplerConfig(num_steps=2, sampling_temperatures=(1, 0), top_k=5).top_k == 5
 
 

@@ -12,12 +12,6 @@ from scipy.stats import qmc
 from enat.schedule import GUIDANCE_SCHEDULES, MASK_SCHEDULES, guidance_weight, halton_order, mask_ratio, temperature
 
 
-def test_the_mask_ratio_goes_from_all_to_none_along_a_cosine():
-    assert mask_ratio(0) == 1
-    assert mask_ratio(1 / 3) == pytest.approx(3**0.5 / 2)
-    assert mask_ratio(1) == pytest.approx(0, abs=1e-12)
-
-
 @pytest.mark.parametrize("schedule", MASK_SCHEDULES)
 def test_every_mask_ratio_falls_from_all_to_none(schedule):
     ratios = [mask_ratio(step / 100, schedule) for step in range(101)]
@@ -34,14 +28,14 @@ def test_mask_ratios_half_way():
 
 @pytest.mark.parametrize("schedule", GUIDANCE_SCHEDULES)
 @given(progress=st.floats(0, 1), scale=st.floats(0, 20))
-def test_guidance_lies_between_off_and_its_scale(schedule, progress, scale):
+def test_guidance_is_between_1_and_its_scale(schedule, progress, scale):
     low, high = sorted((1.0, scale))
     assert low - 1e-12 <= guidance_weight(progress, scale, schedule, 2.0) <= high + 1e-12
     assert guidance_weight(progress, 1.0, schedule, 2.0) == 1.0
     assert guidance_weight(1.0, scale, schedule, 2.0) == pytest.approx(scale)
 
 
-def test_power_cosine_guidance_sets_in_the_later_the_higher_its_power():
+def test_higher_power_delays_power_cosine_guidance():
     """MDT's form at its time t = 1 - progress."""
     for power in (0.5, 1.0, 4.0):
         for progress in (0.0, 0.2, 0.5, 0.9):
@@ -66,18 +60,18 @@ def test_temperatures_fall_linearly_to_exactly_zero():
 
 
 @given(grid_size=st.integers(1, 24))
-def test_the_halton_order_covers_each_position_once(grid_size):
+def test_halton_order_covers_each_position_once(grid_size):
     assert sorted(halton_order(grid_size)) == list(range(grid_size**2))
 
 
 @pytest.mark.parametrize("grid_size", [4, 7, 16, 32])
-def test_the_halton_order_is_that_of_the_sequence(grid_size):
+def test_halton_order_is_that_of_the_sequence(grid_size):
     points = qmc.Halton(2, scramble=False).random(60 * grid_size**2)[1:]  # point 0 is the corner
     cells = (points * grid_size + 1e-9).astype(int)
     assert halton_order(grid_size) == list(dict.fromkeys((cells[:, 0] * grid_size + cells[:, 1]).tolist()))
 
 
-def test_the_halton_order_spreads_evenly_at_any_length():
+def test_halton_order_spreads_evenly_at_any_length():
     """By the star discrepancy, against orders at random."""
     rng = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_clip import END, START, make_tiny_clip, randomized, write_tokenizer
+from tiny_clip import END, START, make_tiny_clip, write_tokenizer
 from torch import Tensor
 
 from enat.text import CAPTIONS_PER_PASS, TextEncoder, TextFeatures, load_text_encoder
@@ -53,16 +53,6 @@ def own_folder(tmp_path: Path) -> Path:
     return make_tiny_clip(tmp_path / "clip")
 
 
-@pytest.fixture
-def quiet_transformers() -> Iterator[Any]:
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(verbosity)
-
-
 def edit_config(folder: Path, **fields: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -74,19 +64,6 @@ def assert_equal(features: TextFeatures, others: TextFeatures) -> None:
 
 
 # Values --------------------------------------------------------------------------------------------------------------------
-
-
-def test_features_are_those_of_transformers_as_u_vit_calls_it(encoder: TextEncoder, folder: Path, quiet_transformers: Any) -> None:
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    tokenizer, model = CLIPTokenizer.from_pretrained(folder), CLIPTextModel.from_pretrained(folder, use_safetensors=True)
-    tokens = tokenizer(CAPTIONS, truncation=True, max_length=77, padding="max_length", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        output = model(input_ids=tokens)
-    features = encoder.encode(CAPTIONS)
-    # One rounding to float16 apart: the batch has another size.
-    torch.testing.assert_close(features.hidden.float(), output.last_hidden_state, rtol=2**-10, atol=1e-5)
-    torch.testing.assert_close(features.pooled.float(), output.pooler_output, rtol=2**-10, atol=1e-5)
 
 
 def plain_hidden(weights: dict[str, Tensor], tokens: Tensor, num_heads: int) -> Tensor:
@@ -140,89 +117,10 @@ def test_features_are_those_of_clip_written_down_plainly(encoder: TextEncoder, f
     assert torch.equal(features.pooled, features.hidden[torch.arange(len(ends)), ends])
 
 
-def test_shapes_and_dtypes(encoder: TextEncoder) -> None:
-    features = encoder.encode(CAPTIONS)
-    assert (encoder.num_positions, encoder.width, encoder.device) == (77, 32, torch.device("cpu"))
-    assert (features.hidden.shape, features.hidden.dtype) == ((11, 77, 32), torch.float16)
-    assert (features.pooled.shape, features.pooled.dtype) == ((11, 32), torch.float16)
-    assert (features.num_tokens.shape, features.num_tokens.dtype) == ((11,), torch.int64)
-    assert not any(tensor.requires_grad or tensor.is_inference() for tensor in (features.hidden, features.pooled))
-
-
-def test_no_captions_give_no_features(encoder: TextEncoder) -> None:
-    features = encoder.encode([])
-    assert (features.hidden.shape, features.pooled.shape, features.num_tokens.shape) == ((0, 77, 32), (0, 32), (0,))
-
-
-def test_captions_that_agree_up_to_a_token_agree_up_to_that_position(encoder: TextEncoder) -> None:
-    first, second = encoder.encode(["the cat on the dog", "the cat on a dog"]).hidden
-    assert torch.equal(first[:4], second[:4])  # start, the, cat, on
-    assert not torch.isclose(first[4:], second[4:]).all(dim=1).any()
-
-
-def test_spaces_and_case_do_not_count(encoder: TextEncoder) -> None:
-    plain, spaced = encoder.encode(["the cat on the dog", CAPTIONS[3]]).hidden
-    assert torch.equal(plain, spaced)
-
-
-def test_composed_and_decomposed_letters_are_the_same_caption(encoder: TextEncoder) -> None:
-    composed, decomposed = encoder.encode(["café", "cafe\u0301"]).hidden
-    assert torch.equal(composed, decomposed)
-
-
-def test_what_is_cut_off_does_not_count(encoder: TextEncoder) -> None:
-    features = encoder.encode(["cat " * 75, "cat " * 75 + "dog " * 20, "cat " * 74])
-    assert features.num_tokens.tolist() == [77, 77, 76]
-    assert torch.equal(features.hidden[0], features.hidden[1])
-    assert torch.equal(features.pooled[:2], features.hidden[:2, 76])
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_caption_is_encoded_alike_in_any_company(encoder: TextEncoder, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        whole = encoder.encode(CAPTIONS)
-        alone = [encoder.encode([caption]) for caption in CAPTIONS]
-        backwards = encoder.encode(CAPTIONS[::-1])
-        assert_equal(whole, TextFeatures(*(torch.cat([getattr(part, name) for part in alone]) for name in vars(whole))))
-        assert_equal(whole, TextFeatures(*(tensor.flip(0) for tensor in vars(backwards).values())))
-    finally:
-        torch.set_num_threads(before)
-
-
-@settings(max_examples=30)
-@given(captions=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=120), max_size=2 * CAPTIONS_PER_PASS + 1))
-def test_any_text_is_a_caption(encoder: TextEncoder, captions: list[str]) -> None:
-    features = encoder.encode(captions)
-    assert features.hidden.isfinite().all()
-    assert ((features.num_tokens >= 2) & (features.num_tokens <= 77)).all()
-    if not any(END in caption.lower() for caption in captions):
-        assert torch.equal(features.pooled, features.hidden[torch.arange(len(captions)), features.num_tokens - 1])
-
-
-@pytest.mark.parametrize("caption", [None, 3, b"cat", "\ud83d"])
-def test_what_is_no_text_is_refused(encoder: TextEncoder, caption: Any) -> None:
-    with pytest.raises(ValueError, match="a caption must be text"):
-        encoder.encode(["a cat", caption])
-
-
-def test_values_beyond_float16_are_refused(folder: Path) -> None:
-    encoder = load_text_encoder(folder)
-    encoder.model.final_layer_norm.bias.fill_(7e4)
-    with pytest.raises(ValueError, match="float16 cannot hold"):
-        encoder.encode(["a cat"])
-
-
 # Where the caption ends ----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_of_before_transformers_4_31_pools_at_the_highest_id(own_folder: Path, encoder: TextEncoder) -> None:
-    edit_config(own_folder, eos_token_id=2)
-    assert_equal(load_text_encoder(own_folder).encode(CAPTIONS), encoder.encode(CAPTIONS))
-
-
-def test_a_tokenizer_with_padding_of_its_own_pads_with_it(own_folder: Path, encoder: TextEncoder) -> None:
+def test_tokenizer_uses_its_own_padding_token(own_folder: Path, encoder: TextEncoder) -> None:
     edit = own_folder / "tokenizer_config.json"
     edit.write_text(json.dumps({**json.loads(edit.read_text()), "pad_token": "!"}))
     padded, features = load_text_encoder(own_folder).encode(["the cat"]), encoder.encode(["the cat"])
@@ -231,59 +129,10 @@ def test_a_tokenizer_with_padding_of_its_own_pads_with_it(own_folder: Path, enco
     assert not torch.isclose(padded.hidden[:, 4:], features.hidden[:, 4:]).all(dim=2).any()
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"), [({"eos_token_id": 7}, "pools at id 7"), ({"eos_token_id": None}, "pools at id None")]
-)
-def test_a_model_that_pools_where_no_caption_ends_is_refused(own_folder: Path, fields: dict[str, Any], message: str) -> None:
-    edit_config(own_folder, **fields)
-    with pytest.raises(ValueError, match=message):
-        load_text_encoder(own_folder)
-
-
-def test_a_tokenizer_that_pads_on_the_left_is_refused(own_folder: Path) -> None:
-    (own_folder / "tokenizer_config.json").write_text('{"padding_side": "left"}')
-    with pytest.raises(ValueError, match="pads captions on the left"):
-        load_text_encoder(own_folder)
-
-
-def test_a_tokenizer_of_a_larger_vocabulary_is_refused(own_folder: Path) -> None:
-    weights = load_file(own_folder / "model.safetensors")
-    weights["embeddings.token_embedding.weight"] = weights["embeddings.token_embedding.weight"][:500].clone()
-    save_file(weights, own_folder / "model.safetensors")
-    edit_config(own_folder, vocab_size=500, eos_token_id=499)
-    with pytest.raises(ValueError, match="ids up to 520, but the text model embeds 500"):
-        load_text_encoder(own_folder)
-
-
 # Folders -------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_text_part_of_a_whole_clip_is_loaded_without_a_word(tmp_path: Path, folder: Path) -> None:
-    full = make_tiny_clip(tmp_path / "full", kind="full")
-    code = """
-import sys, torch
-from enat.text import load_text_encoder
-state = torch.random.get_rng_state()
-encoder = load_text_encoder(sys.argv[1])
-assert torch.equal(torch.random.get_rng_state(), state)
-features = encoder.encode(["the cat", ""])
-assert not any("vision" in name or "projection" in name for name, _ in encoder.model.named_parameters())
-torch.save([features.hidden, features.pooled], sys.argv[2])
-"""
-    command = [sys.executable, "-c", code, str(full), str(tmp_path / "features")]
-    root, environment = Path(__file__).parents[2], {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
-    hidden, pooled = torch.load(tmp_path / "features")
-    # randomized() goes by sorted names, so this text part has other weights than the fixture's.
-    weights = {name.removeprefix("text_model."): value for name, value in load_file(full / "model.safetensors").items()}
-    tokens = torch.tensor([plain_tokens([515, 513], 519, 520), plain_tokens([], 519, 520)])
-    expected = plain_hidden(weights, tokens, num_heads=4)
-    torch.testing.assert_close(hidden.double(), expected, rtol=2**-10, atol=1e-4)
-    assert torch.equal(pooled, hidden[[0, 1], [3, 1]])
-
-
-def test_a_config_as_openai_published_it(tmp_path: Path) -> None:
+def test_config_as_openai_published_it(tmp_path: Path) -> None:
     """What openai/clip-vit-large-patch14 has beside the sizes: settings of generation, token ids that are not the tokenizer's, a
     text_config_dict that is null, and buffers of positions among the weights."""
     full = make_tiny_clip(tmp_path / "clip", kind="full")
@@ -319,22 +168,6 @@ def test_a_config_as_openai_published_it(tmp_path: Path) -> None:
     assert_equal(load_text_encoder(full).encode(CAPTIONS), expected)
 
 
-def test_a_tokenizer_in_one_file(own_folder: Path, encoder: TextEncoder) -> None:
-    encoder.tokenizer.save_pretrained(own_folder)
-    assert (own_folder / "tokenizer.json").is_file()
-    for name in ("vocab.json", "merges.txt"):
-        (own_folder / name).unlink()
-    assert_equal(load_text_encoder(own_folder).encode(CAPTIONS), encoder.encode(CAPTIONS))
-
-
-def test_weights_in_float16_are_computed_with_in_float32(own_folder: Path, encoder: TextEncoder) -> None:
-    weights = {name: value.half() for name, value in load_file(own_folder / "model.safetensors").items()}
-    save_file(weights, own_folder / "model.safetensors")
-    loaded = load_text_encoder(own_folder)
-    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
-    torch.testing.assert_close(loaded.encode(CAPTIONS).hidden, encoder.encode(CAPTIONS).hidden, rtol=0.05, atol=0.05)
-
-
 @pytest.mark.parametrize("kind", ["text", "full"])
 def test_weights_in_shards(tmp_path: Path, kind: str) -> None:
     """Of a full CLIP, the last shard has nothing of the text part."""
@@ -349,19 +182,135 @@ def test_weights_in_shards(tmp_path: Path, kind: str) -> None:
     assert_equal(load_text_encoder(clip).encode(CAPTIONS), expected)
 
 
-def test_a_config_cannot_ask_for_code(own_folder: Path, encoder: TextEncoder) -> None:
+def test_tiny_tokenizer_has_the_layout_of_clip(tmp_path: Path) -> None:
+    assert write_tokenizer(tmp_path) == 521
+    assert list(json.loads((tmp_path / "vocab.json").read_text()).items())[-2:] == [(START, 519), (END, 520)]
+
+
+# Features of captions --------------------------------------------------------------------------------------------------------
+
+
+def test_padding_truncation_case_and_spaces_do_not_change_a_caption(encoder: TextEncoder) -> None:
+    equal = [("the cat on the dog", CAPTIONS[3]), ("café", "cafe\u0301"), ("cat " * 75, "cat " * 75 + "dog " * 20)]
+    for pair in equal:
+        assert torch.equal(*encoder.encode(pair).hidden)
+    features = encoder.encode(["cat " * 75, "cat " * 74, "the cat on the dog", "the cat on a dog"])
+    assert features.num_tokens.tolist() == [77, 76, 7, 7]
+    assert torch.equal(features.pooled[0], features.hidden[0, 76])
+    first, second = features.hidden[2:]
+    assert torch.equal(first[:4], second[:4])  # start, the, cat, on
+    assert not torch.isclose(first[4:], second[4:]).all(dim=1).any()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_features_of_a_caption_do_not_depend_on_the_others(encoder: TextEncoder, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole, backwards = encoder.encode(CAPTIONS), encoder.encode(CAPTIONS[::-1])
+        alone = [encoder.encode([caption]) for caption in CAPTIONS]
+        assert_equal(whole, TextFeatures(*(torch.cat([getattr(part, name) for part in alone]) for name in vars(whole))))
+        assert_equal(whole, TextFeatures(*(tensor.flip(0) for tensor in vars(backwards).values())))
+    finally:
+        torch.set_num_threads(before)
+    dtypes = [tensor.dtype for tensor in vars(whole).values()]
+    assert dtypes == [torch.float16, torch.float16, torch.int64] and not whole.hidden.is_inference()
+
+
+@settings(max_examples=30)
+@given(captions=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=120), max_size=2 * CAPTIONS_PER_PASS + 1))
+def test_any_text_can_be_a_caption(encoder: TextEncoder, captions: list[str]) -> None:
+    features = encoder.encode(captions)
+    assert (features.hidden.shape, features.pooled.shape) == ((len(captions), 77, 32), (len(captions), 32))
+    assert features.hidden.isfinite().all()
+    assert ((features.num_tokens >= 2) & (features.num_tokens <= 77)).all()
+    if not any(END in caption.lower() for caption in captions):
+        assert torch.equal(features.pooled, features.hidden[torch.arange(len(captions)), features.num_tokens - 1])
+
+
+def test_other_captions_and_values_beyond_float16_are_refused(folder: Path) -> None:
+    encoder = load_text_encoder(folder)
+    for caption in (None, 3, b"cat", "\ud83d"):
+        with pytest.raises(ValueError, match="a caption must be text"):
+            encoder.encode(["a cat", caption])  # type: ignore[list-item]
+    encoder.model.final_layer_norm.bias.fill_(7e4)
+    with pytest.raises(ValueError, match="float16 cannot hold"):
+        encoder.encode(["a cat"])
+
+
+# Folders that can be loaded ----------------------------------------------------------------------------------------------------
+
+
+def _edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def _save_tokenizer_as_one_file(folder: Path) -> None:
+    load_text_encoder(folder).tokenizer.save_pretrained(folder)
+    assert (folder / "tokenizer.json").is_file()
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+
+
+def _ask_for_code(folder: Path) -> None:
     remote = {"auto_map": {"AutoModel": "evil.Model"}, "attn_implementation": "kernels-community/flash-attn"}
-    edit_config(own_folder, **remote, quantization_config={"quant_method": "bitsandbytes"})
-    (own_folder / "evil.py").write_text("raise SystemExit('run')")
+    edit_config(folder, **remote, quantization_config={"quant_method": "bitsandbytes"})
+    (folder / "evil.py").write_text("raise SystemExit('run')")
     tokenizer = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}
-    (own_folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: edit_config(folder, eos_token_id=2),  # before transformers 4.31; the model pools at the highest id
+        _save_tokenizer_as_one_file,
+        _ask_for_code,
+    ],
+    ids=["old id", "one file", "code"],
+)
+def test_folder_of_another_layout_gives_the_same_features(own_folder: Path, encoder: TextEncoder, change: Callable) -> None:
+    change(own_folder)
     loaded = load_text_encoder(own_folder)
     assert loaded.model.config._attn_implementation == "sdpa"
     assert_equal(loaded.encode(CAPTIONS), encoder.encode(CAPTIONS))
 
 
+def test_weights_in_float16_are_computed_with_in_float32(own_folder: Path, encoder: TextEncoder) -> None:
+    _edit_weights(own_folder, lambda weights: {name: value.half() for name, value in weights.items()})
+    loaded = load_text_encoder(own_folder)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    torch.testing.assert_close(loaded.encode(CAPTIONS).hidden, encoder.encode(CAPTIONS).hidden, rtol=0.05, atol=0.05)
+
+
+def test_text_part_of_a_whole_clip_is_loaded_alone_and_without_output(tmp_path: Path) -> None:
+    full = make_tiny_clip(tmp_path / "full", kind="full")
+    code = """
+import sys, torch
+from enat.text import load_text_encoder
+state = torch.random.get_rng_state()
+encoder = load_text_encoder(sys.argv[1])
+assert torch.equal(torch.random.get_rng_state(), state)
+features = encoder.encode(["the cat", ""])
+assert not any("vision" in name or "projection" in name for name, _ in encoder.model.named_parameters())
+torch.save([features.hidden, features.pooled], sys.argv[2])
+"""
+    command = [sys.executable, "-c", code, str(full), str(tmp_path / "features")]
+    root, environment = Path(__file__).parents[2], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+    hidden, pooled = torch.load(tmp_path / "features")
+    weights = {name.removeprefix("text_model."): value for name, value in load_file(full / "model.safetensors").items()}
+    tokens = torch.tensor([plain_tokens([515, 513], 519, 520), plain_tokens([], 519, 520)])
+    torch.testing.assert_close(hidden.double(), plain_hidden(weights, tokens, num_heads=4), rtol=2**-10, atol=1e-4)
+    assert torch.equal(pooled, hidden[[0, 1], [3, 1]])
+
+
+# Folders that are refused ------------------------------------------------------------------------------------------------------
+
+
 class Trap:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -379,76 +328,66 @@ def test_pickled_weights_are_refused_unopened(own_folder: Path, tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("shard", ["pytorch_model.bin", "../model.safetensors", "missing.safetensors"])
-def test_an_index_cannot_name_other_files(own_folder: Path, shard: str) -> None:
-    (own_folder / "model.safetensors").rename(own_folder.parent / "model.safetensors")
-    (own_folder / "pytorch_model.bin").write_bytes(b"")
-    (own_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
-    with pytest.raises(ValueError, match=f"has no {shard}"):
-        load_text_encoder(own_folder)
+def _index(folder: Path, shard: str) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
 
 
-def test_a_missing_tensor_is_an_error_and_not_made_up(own_folder: Path) -> None:
-    weights = load_file(own_folder / "model.safetensors")
-    del weights["encoder.layers.1.mlp.fc2.bias"]
-    save_file(weights, own_folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"missing: encoder\.layers\.1\.mlp\.fc2\.bias"):
-        load_text_encoder(own_folder)
+def _shrink_vocabulary(folder: Path) -> None:
+    name = "embeddings.token_embedding.weight"
+    _edit_weights(folder, lambda weights: {**weights, name: weights[name][:500].clone()})
+    edit_config(folder, vocab_size=500, eos_token_id=499)
 
 
-@pytest.mark.parametrize("kept", [[], ["vocab.json"], ["merges.txt"]])
-def test_a_folder_without_tokenizer_is_refused(own_folder: Path, kept: list[str]) -> None:
-    for name in {"vocab.json", "merges.txt"} - set(kept):
-        (own_folder / name).unlink()
-    with pytest.raises(ValueError, match=r"neither tokenizer\.json nor vocab\.json with merges\.txt"):
-        load_text_encoder(own_folder)
+def _drop_bias(folder: Path) -> None:
+    name = "encoder.layers.1.mlp.fc2.bias"
+    _edit_weights(folder, lambda weights: {key: value for key, value in weights.items() if key != name})
 
 
-@pytest.mark.parametrize(("name", "content"), [("vocab.json", "{"), ("merges.txt", "xyz\n"), ("tokenizer.json", "{}")])
-def test_a_damaged_tokenizer_is_refused(own_folder: Path, name: str, content: str) -> None:
-    (own_folder / name).write_text(content)
-    with pytest.raises(ValueError, match=r"no readable CLIP tokenizer|tokenizer has ids|pools at id"):
-        load_text_encoder(own_folder)
+CLIP: dict[str, Any] = {"model_type": "clip_text_model"}
+TOKENIZER = r"neither tokenizer\.json nor vocab\.json with merges\.txt"
+DAMAGED = r"no readable CLIP tokenizer|tokenizer has ids|pools at id"
+REFUSED: list[tuple[Any, str]] = [
+    *(
+        (lambda folder, shard=shard: _index(folder, shard), f"has no {shard}")
+        for shard in ("pytorch_model.bin", "../model.safetensors")
+    ),
+    (lambda folder: _index(folder, "missing.safetensors"), r"has no missing\.safetensors"),
+    (_drop_bias, r"missing: encoder\.layers\.1\.mlp\.fc2\.bias"),
+    (_shrink_vocabulary, "ids up to 520, but the text model embeds 500"),
+    (lambda folder: edit_config(folder, eos_token_id=7), "pools at id 7"),
+    (lambda folder: edit_config(folder, eos_token_id=None), "pools at id None"),
+    ({"tokenizer_config.json": '{"padding_side": "left"}'}, "pads captions on the left"),
+    ({"vocab.json": None}, TOKENIZER),
+    ({"merges.txt": None}, TOKENIZER),
+    ({"vocab.json": "{"}, DAMAGED),
+    ({"merges.txt": "xyz\n"}, DAMAGED),
+    ({"tokenizer.json": "{}"}, DAMAGED),
+    ({"config.json": None}, r"holds no text encoder: it has no config\.json"),
+    ({"config.json": "{"}, "JSON"),
+    ({"config.json": "[1]"}, "JSON object"),
+    ({"config.json": json.dumps({"model_type": "bert", "vocab_size": 5})}, "a model of type bert, not CLIP"),
+    ({"config.json": json.dumps({"architecture": "vqgan"})}, "describes no model, not CLIP"),
+    ({"config.json": json.dumps({**CLIP, "hidden_size": "wide"})}, "known CLIP text model"),
+    ({"config.json": json.dumps({**CLIP, "hidden_size": 33, "num_attention_heads": 4})}, "known CLIP text model"),
+    ({"config.json": json.dumps({**CLIP, "hidden_act": "sine"})}, "known CLIP text model"),
+    (
+        {"config.json": json.dumps({"model_type": "clip", "text_config": {"hidden_size": 16, "num_attention_heads": 4}})},
+        "does not fit",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"model_type": "bert", "vocab_size": 5}, "a model of type bert, not CLIP"),
-        ({"architecture": "vqgan"}, "describes no model, not CLIP"),
-        ([1], "JSON object"),
-        ({"model_type": "clip_text_model", "hidden_size": "wide"}, "known CLIP text model"),
-        ({"model_type": "clip_text_model", "hidden_size": 33, "num_attention_heads": 4}, "known CLIP text model"),
-        ({"model_type": "clip_text_model", "hidden_act": "sine"}, "known CLIP text model"),
-        ({"model_type": "clip", "text_config": {"hidden_size": 16, "num_attention_heads": 4}}, "does not fit the configured"),
-    ],
-)
-def test_what_is_no_clip_is_refused(own_folder: Path, config: Any, message: str) -> None:
-    (own_folder / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_other_folders_are_refused_in_one_line(own_folder: Path, change: Any, message: str) -> None:
+    if callable(change):
+        change(own_folder)
+    else:
+        for name, content in change.items():
+            (own_folder / name).unlink(missing_ok=True) if content is None else (own_folder / name).write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
         load_text_encoder(own_folder)
     assert "\n" not in str(caught.value)
-
-
-def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no text encoder: it has no config\.json"):
-        load_text_encoder(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="JSON"):
-        load_text_encoder(tmp_path)
     with pytest.raises(ValueError, match="is not a directory"):
-        load_text_encoder(tmp_path / "config.json")
-
-
-def test_an_encoder_made_of_parts(folder: Path, encoder: TextEncoder) -> None:
-    from tiny_clip import tiny_text_config
-    from transformers import CLIPTextModel
-
-    with torch.random.fork_rng(devices=[]):
-        model = randomized(CLIPTextModel(tiny_text_config(521)))
-    assert_equal(TextEncoder(model, encoder.tokenizer).to("cpu").encode(CAPTIONS), encoder.encode(CAPTIONS))
-
-
-def test_the_tiny_tokenizer_has_clips_layout(tmp_path: Path) -> None:
-    assert write_tokenizer(tmp_path) == 521
-    assert list(json.loads((tmp_path / "vocab.json").read_text()).items())[-2:] == [(START, 519), (END, 520)]
+        load_text_encoder(own_folder / "config.json")

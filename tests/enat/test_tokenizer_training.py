@@ -53,7 +53,7 @@ def test_training_learns_and_keeps_the_codebook_in_use():
     assert perplexity > 16
 
 
-def test_the_same_seed_gives_the_same_weights():
+def test_same_seed_gives_the_same_weights():
     images, recipe = tiles(32), TokenizerRecipe(num_steps=6, batch_size=4, revive_every=2, warmup_share=0.4)
 
     def trained(seed):
@@ -66,23 +66,7 @@ def test_the_same_seed_gives_the_same_weights():
     assert not torch.equal(first, other)
 
 
-def test_the_codebook_starts_at_centres_of_the_latents():
-    images, vqgan = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)), small_vqgan()
-    with torch.no_grad():
-        latents = vqgan.encode_latents(images).permute(0, 2, 3, 1).flatten(0, 2)
-
-    def error():
-        return torch.cdist(latents, vqgan.codebook.weight).min(dim=1).values.square().mean().item()
-
-    # Entries that were latents at random are a fair start; k-means is better still.
-    vqgan.codebook.weight.data.copy_(latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(1))[:24]])
-    drawn = error()
-    initialize_codebook(vqgan, images, torch.Generator().manual_seed(0))
-    assert error() < 0.9 * drawn
-    assert code_usage(vqgan.encode(images), 24)[0] > 0.9
-
-
-def test_quantized_training_starts_from_that_codebook_and_moves_dead_entries_until_it_settles():
+def test_quantized_training_initialises_the_codebook_and_moves_unused_entries():
     vqgan, images = new_vqgan(), tiles(16)
     # Nearly no learning rate: only the codebook's own rules move anything.
     recipe = TokenizerRecipe(num_steps=10, batch_size=8, warmup_share=0.2, revive_every=2, learning_rate=1e-9)
@@ -144,6 +128,22 @@ def test_gradients_pass_the_quantizer():
         ({"warmup_share": 1.0}, "warmup_share is 1.0"),
     ],
 )
-def test_an_impossible_recipe_is_refused(overrides, message):
+def test_impossible_recipe_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         TokenizerRecipe(**overrides)
+
+
+def test_codebook_starts_at_centres_of_the_latents():
+    images, vqgan = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)), small_vqgan()
+    with torch.no_grad():
+        latents = vqgan.encode_latents(images).permute(0, 2, 3, 1).flatten(0, 2)
+
+    def error():
+        return torch.cdist(latents, vqgan.codebook.weight).min(dim=1).values.square().mean().item()
+
+    # Entries that were latents at random are a fair start; k-means is better still.
+    vqgan.codebook.weight.data.copy_(latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(1))[:24]])
+    drawn = error()
+    initialize_codebook(vqgan, images, torch.Generator().manual_seed(0))
+    assert error() < 0.9 * drawn
+    assert code_usage(vqgan.encode(images), 24)[0] > 0.9

@@ -38,7 +38,14 @@ def test_inception_features_are_those_of_torch_fidelity(inception, inception_wei
     }
     assert inception.outputs == {"features": 2048, "spatial": 2023, "logits": 1008}
     assert torch.equal(outputs["features"], features) and torch.equal(outputs["logits"], logits)
-    assert features.std() > 0.01 and logits.std() > 0.01  # or equality would say little
+    assert features.std() > 0.01 and logits.std() > 0.01, "equality must mean something"
+    for name, values in outputs.items():  # batch norm uses its stored moments
+        torch.testing.assert_close(values[1:], inception(images[1:])[name], rtol=1e-4, atol=1e-5)
+    inception.save(tmp_path / "inception.safetensors")
+    loaded = load_extractor("inception", tmp_path / "inception.safetensors")
+    assert all(torch.equal(values, outputs[name]) for name, values in loaded(images).items())
+    with pytest.raises(ValueError, match="the weights are not those of torch-fidelity's InceptionV3"):
+        InceptionExtractor({"fc.weight": torch.zeros(2, 2)})
 
 
 def test_spatial_features_are_the_first_seven_channels_of_the_1x1_branch_of_mixed_6d_by_position(inception):
@@ -64,7 +71,7 @@ def test_spatial_features_are_the_first_seven_channels_of_the_1x1_branch_of_mixe
 
 
 @pytest.mark.slow
-def test_images_that_were_not_rounded_go_the_same_way(inception, monkeypatch):
+def test_unrounded_images_are_processed_as_by_torch_fidelity(inception, monkeypatch):
     """torch-fidelity's network computes with floats, too, where it is not kept from it."""
     rounded = uint8_images(2, 40, seed=5)
     for name, values in inception(rounded).items():
@@ -76,24 +83,6 @@ def test_images_that_were_not_rounded_go_the_same_way(inception, monkeypatch):
     features, logits = inception.network(unrounded)
     assert torch.equal(outputs["features"], features) and torch.equal(outputs["logits"], logits)
     assert not torch.equal(features, inception(rounded)["features"])
-
-
-def test_inception_sees_each_image_alone(inception):
-    """Batch norm uses its stored moments, also when the extractor was never told to evaluate."""
-    images = uint8_images(2, 48)
-    for name, values in inception(images).items():
-        torch.testing.assert_close(values[1:], inception(images[1:])[name], rtol=1e-4, atol=1e-5)
-
-
-def test_inception_is_loaded_from_its_kept_weights(inception, tmp_path):
-    inception.save(tmp_path / "inception.safetensors")
-    loaded, images = load_extractor("inception", tmp_path / "inception.safetensors"), uint8_images(1, 32)
-    assert all(torch.equal(values, inception(images)[name]) for name, values in loaded(images).items())
-
-
-def test_weights_of_another_network_are_refused():
-    with pytest.raises(ValueError, match="the weights are not those of torch-fidelity's InceptionV3"):
-        InceptionExtractor({"fc.weight": torch.zeros(2, 2)})
 
 
 def test_published_weights_are_fetched_with_a_hash_and_without_unpickling(monkeypatch):
@@ -131,41 +120,26 @@ def trained_classifier(seed=0, num_epochs=2):
     return extractor, epochs
 
 
-def test_a_classifier_learns_its_classes():
+def test_classifier_learns_its_classes_and_round_trips(tmp_path):
     extractor, epochs = trained_classifier(num_epochs=30)
     images, labels = shades(128)
     assert [epoch.epoch for epoch in epochs] == list(range(1, 31))
     assert epochs[-1].loss < 0.5 * epochs[0].loss
     assert (extractor.logits(images).argmax(dim=1) == labels).double().mean() > 0.9
     assert not extractor.training
+    extractor.save(tmp_path / "classifier.safetensors")
+    loaded = load_extractor("classifier", tmp_path / "classifier.safetensors")
+    for side in (16, 20, 64):
+        features = loaded(uint8_images(3, side))["features"]
+        assert torch.equal(features, extractor(uint8_images(3, side))["features"])
+        assert (features.shape, features.dtype) == ((3, loaded.outputs["features"]), torch.float32) == ((3, 16), torch.float32)
+        torch.testing.assert_close(loaded.logits(uint8_images(3, side)), loaded.classify(features))
+    assert loaded.num_classes == 4 and not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
-def test_a_classifier_is_its_seeds():
+def test_seed_determines_the_weights_of_a_classifier():
     first, again, other = (trained_classifier(seed)[0].classify.weight for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-@pytest.mark.parametrize("side", [16, 20, 64])
-def test_a_classifier_has_features_of_any_size_of_image(side):
-    extractor = ClassifierExtractor(num_classes=4, num_features=16, width=8)
-    images = uint8_images(3, side)
-    outputs = extractor(images)
-    features = outputs["features"]
-    assert list(outputs) == list(extractor.outputs)
-    assert features.shape == (3, extractor.outputs["features"]) == (3, 16)
-    assert features.dtype == torch.float32
-    torch.testing.assert_close(extractor.logits(images), extractor.classify(features))
-
-
-def test_a_classifier_round_trips(tmp_path):
-    extractor, path = trained_classifier()[0], tmp_path / "classifier.safetensors"
-    extractor.save(path)
-    loaded = load_extractor("classifier", path)
-    images = uint8_images(3, 16)
-    assert torch.equal(loaded(images)["features"], extractor(images)["features"])
-    assert (loaded.num_classes, loaded.num_features) == (4, 16)
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_other_files_and_kinds_are_refused(tmp_path):
@@ -196,15 +170,12 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(extractors, "_FACTORIES", dict(extractors._FACTORIES))
 
 
-def test_a_registered_extractor_is_opened_like_the_others(own_registry, tmp_path):
+def test_registered_extractor_is_opened_like_the_others(own_registry, tmp_path):
     register_extractor("brightness", BrightnessExtractor)
     save_file({"scale": torch.tensor([2.0])}, tmp_path / "weights.safetensors")
     loaded = load_extractor("brightness", tmp_path / "weights.safetensors")
     assert "brightness" in extractor_kinds()
     assert loaded(torch.full((1, 3, 4, 4), 5, dtype=torch.uint8))["features"].tolist() == [[10.0, 10.0, 10.0]]
-
-
-@pytest.mark.parametrize(("kind", "reason"), [("inception", "already"), ("Two words", "lower-case letters")])
-def test_a_name_that_is_taken_or_odd_is_refused(own_registry, kind, reason):
-    with pytest.raises(ValueError, match=reason):
-        register_extractor(kind, BrightnessExtractor)
+    for kind, reason in (("inception", "already"), ("brightness", "already"), ("Two words", "lower-case letters")):
+        with pytest.raises(ValueError, match=reason):
+            register_extractor(kind, BrightnessExtractor)

@@ -44,13 +44,13 @@ def test_ssim_equals_scikit_image(pairs):
     np.testing.assert_allclose(similarities, expected, rtol=1e-9)
 
 
-def test_equal_images(pairs):
+def test_equal_images_have_infinite_psnr_and_ssim_1(pairs):
     images = tensor(pairs[0])
     assert (psnr(images, images) == torch.inf).all()
     assert torch.equal(ssim(images, images), torch.ones(len(images), dtype=torch.float64))
 
 
-def test_a_ratio_by_hand():
+def test_psnr_equals_the_formula():
     """All values 5 apart: 10 log10(255^2 / 25)."""
     images = torch.full((2, 3, 11, 11), 100, dtype=torch.uint8)
     np.testing.assert_allclose(psnr(images, images + 5), 20 * np.log10(51), rtol=1e-14)

@@ -14,8 +14,15 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-from enat.metrics.feature_arrays import CHUNK
-from enat.metrics.moments import FeatureMoments, FeatureStatistics, frechet_distance, inception_score, kernel_distance, load_moments
+from enat.metrics.moments import (
+    CHUNK,
+    FeatureMoments,
+    FeatureStatistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    load_moments,
+)
 
 
 def drawn_features(count, num_features, seed=0):
@@ -36,37 +43,50 @@ def assert_moments_equal_numpy(moments, features, tolerance=1e-12):
     np.testing.assert_allclose(moments.covariance, covariance, rtol=tolerance, atol=tolerance * np.abs(covariance).max())
 
 
-@given(count=st.integers(2, 60), cuts=st.lists(st.integers(0, 60), max_size=6), seed=st.integers(0, 1000))
-def test_moments_of_any_pieces_equal_numpy_on_all(count, cuts, seed):
-    features = drawn_features(count, 5, seed)
-    pieces = np.split(features, sorted(min(cut, count) for cut in cuts))  # some of them empty
-
-    added = FeatureMoments(5)
+@given(
+    count=st.integers(2, 60),
+    cuts=st.lists(st.integers(0, 60), max_size=6),
+    seed=st.integers(0, 1000),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_moments_of_any_pieces_equal_those_of_numpy(count, cuts, seed, dtype):
+    """In any order and precision; and adding or merging changes neither features nor other moments."""
+    features = torch.from_numpy(drawn_features(count, 5, seed)).to(dtype)
+    values, pieces = features.double().numpy(), features.tensor_split(sorted(min(cut, count) for cut in cuts))  # some are empty
+    added, merged, backwards = FeatureMoments(5), FeatureMoments(5), FeatureMoments(5)
     for piece in pieces:
         added.add(piece)
-    assert_moments_equal_numpy(added, features)
-
-    merged = FeatureMoments(5)
-    for piece in pieces:
         merged.merge(moments_of(piece))
-    assert_moments_equal_numpy(merged, features)
-
-    backwards = FeatureMoments(5)
-    for piece in pieces[::-1]:
-        backwards = moments_of(piece).merge(backwards)
-    assert_moments_equal_numpy(backwards, features)
-
-
-def test_merging_leaves_the_other_one_as_it_was():
-    first, second = (moments_of(drawn_features(20, 4, seed)) for seed in (0, 1))
-    count, mean, covariance = second.count, second.mean.copy(), second.covariance.copy()
-    first.merge(second)
-    assert second.count == count
-    assert np.array_equal(second.mean, mean)
-    assert np.array_equal(second.covariance, covariance)
+    for other in map(moments_of, pieces[::-1]):
+        count_before, mean = backwards.count, backwards.mean.copy()
+        before, backwards = backwards, other.merge(backwards)
+        assert before.count == count_before and np.array_equal(before.mean, mean)
+    for moments in (added, merged, backwards):
+        assert_moments_equal_numpy(moments, values)
+    assert np.array_equal(features.double().numpy(), values)
 
 
-def test_a_large_mean_costs_no_precision():
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused_and_change_nothing(value):
+    moments, features = moments_of(drawn_features(20, 4)), drawn_features(3, 4)
+    features[1, 2] = value
+    with pytest.raises(ValueError, match="not finite"):
+        moments.add(features)
+    assert_moments_equal_numpy(moments, drawn_features(20, 4))
+
+
+def test_memory_does_not_grow_with_the_number_of_samples():
+    """A copy in float64 of these features would be 24 MB; one chunk is 1 MB."""
+    features = np.random.default_rng(0).normal(size=(24 * CHUNK + 5, 32)).astype(np.float32) + 3
+    tracemalloc.start()
+    moments = moments_of(features)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4e6
+    assert_moments_equal_numpy(moments, features.astype(np.float64))
+
+
+def test_large_mean_costs_no_precision():
     """A sum of squares would keep four digits of this covariance."""
     features = drawn_features(1000, 6) + 1e6
     moments = FeatureMoments(6)
@@ -75,52 +95,8 @@ def test_a_large_mean_costs_no_precision():
     np.testing.assert_allclose(moments.covariance, np.cov(features, rowvar=False), rtol=0, atol=1e-8)
 
 
-def test_float32_features_are_summed_in_float64():
-    features = torch.from_numpy(drawn_features(500, 4)).float()
-    moments = FeatureMoments(4)
-    for piece in features.split(7):
-        moments.add(piece)
-    assert_moments_equal_numpy(moments, features.double().numpy())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_features_of_half_precision_are_taken(dtype):
-    features = torch.from_numpy(drawn_features(50, 4)).to(dtype)
-    assert_moments_equal_numpy(FeatureMoments(4).add(features), features.double().numpy())
-
-
-def test_moments_round_trip_exactly(tmp_path):
-    moments = moments_of(drawn_features(20, 4))
-    moments.save(tmp_path / "moments.safetensors")
-    loaded = FeatureMoments.load(tmp_path / "moments.safetensors")
-    assert loaded.count == moments.count
-    assert np.array_equal(loaded.mean, moments.mean)
-    assert np.array_equal(loaded.covariance, moments.covariance)
-
-
-@pytest.mark.parametrize("shape", [(4,), (4, 3), (2, 5, 1)])
-def test_features_of_another_width_are_refused(shape):
-    with pytest.raises(ValueError, match=r"\(B, 5\) is needed"):
-        FeatureMoments(5).add(np.zeros(shape))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_features_that_are_not_finite_are_refused_and_leave_no_trace(value):
-    moments = moments_of(drawn_features(20, 4))
-    features = drawn_features(3, 4)
-    features[1, 2] = value
-    with pytest.raises(ValueError, match="not finite"):
-        moments.add(features)
-    assert_moments_equal_numpy(moments, drawn_features(20, 4))
-
-
-def test_one_sample_has_no_covariance():
-    with pytest.raises(ValueError, match="at least 2 samples; there are 1"):
-        _ = moments_of(np.zeros((1, 3))).covariance
-
-
 @pytest.mark.parametrize(("num_features", "counts"), [(1, (50, 60)), (8, (100, 70)), (64, (500, 300))])
-def test_the_distance_equals_the_matrix_square_root(num_features, counts):
+def test_distance_equals_the_matrix_square_root(num_features, counts):
     if num_features == 1:  # closed form: (mu1 - mu2)^2 + (sigma1 - sigma2)^2
         first, second = (drawn_features(count, 1, seed) for seed, count in enumerate(counts))
         expected = (first.mean() - second.mean()) ** 2 + (first.std(ddof=1) - second.std(ddof=1)) ** 2
@@ -130,32 +106,26 @@ def test_the_distance_equals_the_matrix_square_root(num_features, counts):
     assert frechet_distance(moments_of(first), moments_of(second)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_distance_equals_torch_fidelity():
+def test_distance_equals_torch_fidelity():
     """Which takes the mean in the features' own float32, hence the tolerance."""
     first, second = (torch.from_numpy(drawn_features(400, 32, seed)).float() for seed in (0, 1))
     theirs = fid_statistics_to_metric(fid_features_to_statistics(first), fid_features_to_statistics(second), verbose=False)
     assert frechet_distance(moments_of(first), moments_of(second)) == pytest.approx(theirs[KEY_METRIC_FID], rel=1e-5)
 
 
+def test_distance_to_40_digits():
+    first, second = (drawn_features(130, 12, seed).astype(np.float32) for seed in (3, 4))
+    expected = precise_distance(first, second)
+    assert frechet_distance(moments_of(first), moments_of(second)) == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("count", [200, 10, 2])
-def test_a_set_has_no_distance_to_itself(count):
+def test_distance_of_a_shifted_set_is_its_shift(count):
     """Also with fewer samples than features, where covariances are singular."""
-    moments = moments_of(drawn_features(count, 32))
-    assert frechet_distance(moments, moments) == pytest.approx(0, abs=1e-10 * np.trace(moments.covariance))
-
-
-@pytest.mark.parametrize("count", [200, 10])
-def test_a_shifted_set_is_as_far_as_its_shift(count):
     features, shift = drawn_features(count, 32), np.linspace(-1, 1, 32)
-    assert frechet_distance(moments_of(features), moments_of(features + shift)) == pytest.approx((shift**2).sum(), rel=1e-9)
-
-
-def test_singular_covariances_change_nothing():
-    """Features of 6 dimensions laid into 40 span a subspace; distances within it are those of the 6 dimensions."""
-    first, second = (drawn_features(count, 6, seed) for seed, count in enumerate((80, 90)))
-    basis, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(40, 6)))
-    expected = frechet_distance(moments_of(first), moments_of(second))
-    assert frechet_distance(moments_of(first @ basis.T), moments_of(second @ basis.T)) == pytest.approx(expected, rel=1e-9)
+    moments, scale = moments_of(features), np.trace(moments_of(features).covariance)
+    assert frechet_distance(moments, moments_of(features + shift)) == pytest.approx((shift**2).sum(), rel=1e-9)
+    assert frechet_distance(moments, moments) == pytest.approx(0, abs=1e-10 * scale)
 
 
 @pytest.mark.parametrize("is_turned", [False, True])
@@ -172,7 +142,7 @@ def test_subspaces_without_overlap(is_turned):
 
 
 @given(seeds=st.tuples(st.integers(0, 1000), st.integers(0, 1000)), counts=st.tuples(st.integers(2, 40), st.integers(2, 40)))
-def test_the_distance_is_symmetric_and_not_negative(seeds, counts):
+def test_distance_is_symmetric_and_not_negative(seeds, counts):
     first, second = (moments_of(drawn_features(count, 6, seed)) for seed, count in zip(seeds, counts, strict=True))
     distance = frechet_distance(first, second)
     assert distance >= 0
@@ -180,89 +150,25 @@ def test_the_distance_is_symmetric_and_not_negative(seeds, counts):
     assert distance == pytest.approx(frechet_distance(second, first), rel=1e-9, abs=1e-9 * scale)
 
 
-def test_features_of_two_widths_cannot_be_compared():
-    with pytest.raises(ValueError, match="width 3 and 4"):
-        frechet_distance(moments_of(np.eye(3)), moments_of(np.eye(4)))
-
-
-@pytest.fixture(scope="module")
-def two_sets():
-    """Two sets of 130 features float32 (B, 12), and their distance in 40 digits."""
-    first, second = (drawn_features(130, 12, seed).astype(np.float32) for seed in (3, 4))
-    return first, second, precise_distance(first, second)
-
-
-@pytest.mark.parametrize("size", [1, 8, 64, 130])
-def test_pieces_of_any_size_give_the_distance_of_all_at_once(two_sets, size):
-    """What workers, batches and the order of arrival make of it is tested where they are, in test_feature_spread.py."""
-    *sets, expected = two_sets
-    added, merged = ([FeatureMoments(12), FeatureMoments(12)] for _ in range(2))
-    for features, one, other in zip(sets, added, merged, strict=True):
-        for start in range(0, len(features), size):
-            one.add(features[start : start + size])
-            other.merge(moments_of(features[start : start + size]))
-    assert frechet_distance(*added) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(*merged) == pytest.approx(expected, rel=1e-9)
-
-
-def test_what_is_held_while_adding_does_not_grow_with_the_number_of_samples():
-    """A copy in float64 of these features would be 24 MB; one chunk is 1 MB."""
-    features = np.random.default_rng(0).normal(size=(24 * CHUNK + 5, 32)).astype(np.float32) + 3
-    tracemalloc.start()
-    moments = moments_of(features)
-    _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert most < 4e6
-    assert_moments_equal_numpy(moments, features.astype(np.float64))
-
-
-def test_adding_leaves_features_as_they_were():
-    features = drawn_features(CHUNK + 3, 4)
-    before = features.copy()
-    moments_of(features)
-    assert np.array_equal(features, before)
-
-
-def test_statistics_of_others_stand_in_for_moments(tmp_path):
+def test_published_statistics_replace_moments(tmp_path):
     features, others = drawn_features(50, 6), drawn_features(40, 6, 1)
     expected = frechet_distance(moments_of(features), moments_of(others))
     statistics = FeatureStatistics(others.mean(axis=0), np.cov(others, rowvar=False))
-    assert statistics.count is None
     assert frechet_distance(moments_of(features), statistics) == pytest.approx(expected, rel=1e-12)
-
+    path = tmp_path / "moments.safetensors"
     for kept in (statistics, FeatureStatistics(statistics.mean, statistics.covariance, 40), moments_of(others)):
-        kept.save(tmp_path / "moments.safetensors")
-        loaded = load_moments(tmp_path / "moments.safetensors")
-        assert type(loaded) is type(kept)
-        assert loaded.count == kept.count
+        kept.save(path)
+        loaded = load_moments(path)
+        assert (type(loaded), loaded.count) == (type(kept), kept.count)
         assert np.array_equal(loaded.mean, kept.mean)
         assert np.array_equal(loaded.covariance, kept.covariance)
-
-
-def test_other_files_hold_no_moments(tmp_path):
-    save_file({"weight": np.zeros(3)}, tmp_path / "other.safetensors")
+    save_file({"weight": np.zeros(3)}, path)
     with pytest.raises(ValueError, match="moments of features, but weight"):
-        load_moments(tmp_path / "other.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("mean", "covariance", "message"),
-    [
-        (np.zeros(3), np.eye(4), r"\(F,\) and \(F, F\) are needed"),
-        (np.zeros((3, 1)), np.eye(3), r"\(F,\) and \(F, F\) are needed"),
-        (np.zeros(0), np.zeros((0, 0)), r"\(F,\) and \(F, F\) are needed"),
-        (np.zeros(3), np.full((3, 3), np.nan), "not finite"),
-        (np.zeros(3), np.tri(3), "not symmetric"),
-        (np.zeros(3), -np.eye(3), "negative variances"),
-    ],
-)
-def test_numbers_that_are_no_statistics_are_refused(mean, covariance, message):
-    with pytest.raises(ValueError, match=message):
-        FeatureStatistics(mean, covariance)
+        load_moments(path)
 
 
 @pytest.mark.parametrize(("count", "num_splits"), [(100, 10), (103, 7), (10, 10), (2 * CHUNK + 5, 1)])
-def test_the_inception_score_equals_torch_fidelity(count, num_splits):
+def test_inception_score_equals_torch_fidelity(count, num_splits):
     logits = 3 * torch.from_numpy(drawn_features(count, 20)).float()
     theirs = isc_features_to_metric(logits, splits=num_splits, shuffle=True, rng_seed=2020)
     score = inception_score(logits, num_splits)
@@ -272,21 +178,17 @@ def test_the_inception_score_equals_torch_fidelity(count, num_splits):
     assert inception_score(logits.numpy(), num_splits, seed=None).value == pytest.approx(ordered[KEY_METRIC_ISC_MEAN], rel=1e-9)
 
 
-def test_adms_splits_are_of_one_size_but_the_last():
+def test_adm_splits_have_one_size_except_the_last():
     logits = drawn_features(23, 6)
     parts = [inception_score(logits[start : start + 10], 1, seed=None).value for start in (0, 10, 20)]
     assert inception_score(logits, split_size=10, seed=None).value == pytest.approx(np.mean(parts), rel=1e-12)
     assert inception_score(logits, split_size=23, seed=None) == inception_score(logits, 1, seed=None)
-
-
-def test_bounds_of_the_inception_score():
-    """1 where all images look alike, the number of classes where each is sure and all are as frequent."""
-    assert inception_score(np.ones((50, 7)), 5).value == pytest.approx(1, rel=1e-12)
+    assert inception_score(np.ones((50, 7)), 5).value == pytest.approx(1, rel=1e-12), "all images are alike"
     assert inception_score(np.tile(2000 * np.eye(7), (5, 1)), 5, seed=None).value == pytest.approx(7, rel=1e-12)
 
 
 @pytest.mark.parametrize("counts", [(80, 80), (120, 75)])
-def test_the_kernel_distance_equals_torch_fidelity(counts):
+def test_kernel_distance_equals_torch_fidelity(counts):
     generated, reference = (torch.from_numpy(drawn_features(count, 16, seed)) for seed, count in enumerate(counts))
     options = {"kid_subsets": 7, "kid_subset_size": 50, "rng_seed": 11, "verbose": False}
     theirs = kid_features_to_metric(generated, reference, **options)
@@ -295,7 +197,7 @@ def test_the_kernel_distance_equals_torch_fidelity(counts):
     assert distance.std == pytest.approx(theirs[KEY_METRIC_KID_STD], rel=1e-9)
 
 
-def test_the_kernel_distance_is_unbiased():
+def test_kernel_distance_is_unbiased():
     """Of two sets of one distribution it scatters around zero; the biased estimate is positive."""
     sets = np.random.default_rng(0).normal(size=(2, 2000, 8))
     distance = kernel_distance(*sets, num_subsets=200, subset_size=50)
@@ -303,17 +205,28 @@ def test_the_kernel_distance_is_unbiased():
 
 
 @pytest.mark.parametrize(
-    ("score", "message"),
+    ("act", "message"),
     [
-        (lambda features: inception_score(features, 11), "10 samples cannot be cut into 11 splits"),
-        (lambda features: inception_score(features[:, 0]), r"shape \(N, F\) are needed"),
-        (lambda features: inception_score(np.full((10, 4), np.nan)), "logits hold values that are not finite"),
-        (lambda features: kernel_distance(features, features[:, :2], 5, 5), "width 4 and 2"),
-        (lambda features: kernel_distance(features, features[:6], 5, 7), "subsets of 7 cannot be drawn from 10 generated and 6"),
-        (lambda features: kernel_distance(features, torch.full((10, 4), torch.inf), 5, 5), "reference features hold values"),
-        (lambda features: kernel_distance(features.astype(int), features, 5, 5), "floats of shape"),
+        (lambda x: FeatureMoments(5).add(x), r"\(B, 5\) is needed"),
+        (lambda x: FeatureMoments(4).add(x[0]), r"\(B, 4\) is needed"),
+        (lambda x: moments_of(x[:1]).covariance, "at least 2 samples; there are 1"),
+        (lambda x: moments_of(x).merge(FeatureMoments(3)), "3 features cannot be merged"),
+        (lambda x: frechet_distance(moments_of(x), moments_of(x[:, :3])), "width 4 and 3"),
+        (lambda x: FeatureStatistics(np.zeros(3), np.eye(4)), r"\(F,\) and \(F, F\) are needed"),
+        (lambda x: FeatureStatistics(np.zeros((3, 1)), np.eye(3)), r"\(F,\) and \(F, F\) are needed"),
+        (lambda x: FeatureStatistics(np.zeros(0), np.zeros((0, 0))), r"\(F,\) and \(F, F\) are needed"),
+        (lambda x: FeatureStatistics(np.zeros(3), np.full((3, 3), np.nan)), "not finite"),
+        (lambda x: FeatureStatistics(np.zeros(3), np.tri(3)), "not symmetric"),
+        (lambda x: FeatureStatistics(np.zeros(3), -np.eye(3)), "negative variances"),
+        (lambda x: inception_score(x, 11), "10 samples cannot be cut into 11 splits"),
+        (lambda x: inception_score(x[:, 0]), r"shape \(N, F\) are needed"),
+        (lambda x: inception_score(np.full((10, 4), np.nan)), "logits hold values that are not finite"),
+        (lambda x: kernel_distance(x, x[:, :2], 5, 5), "width 4 and 2"),
+        (lambda x: kernel_distance(x, x[:6], 5, 7), "subsets of 7 cannot be drawn from 10 generated and 6"),
+        (lambda x: kernel_distance(x, torch.full((10, 4), torch.inf), 5, 5), "reference features hold values"),
+        (lambda x: kernel_distance(x.astype(int), x, 5, 5), "floats of shape"),
     ],
 )
-def test_features_that_cannot_be_scored_are_refused(score, message):
+def test_unsuitable_features_and_statistics_are_refused(act, message):
     with pytest.raises(ValueError, match=message):
-        score(drawn_features(10, 4))
+        act(drawn_features(10, 4))

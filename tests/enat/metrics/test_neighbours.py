@@ -1,5 +1,7 @@
 """Neighbour scores equal brute force, in any blocks and tiles, and what others say they should be."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def cluttered(count, seed):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """So small that little data has many tiles."""
-    monkeypatch.setattr(neighbours, "TILE_ROWS", 7)
+    monkeypatch.setattr(neighbours, "BLOCK_SIZE", 7)
     monkeypatch.setattr(neighbours, "TILE_COLUMNS", 11)
 
 
@@ -56,7 +58,7 @@ def plain_scores(reference, generated, num_neighbours):
 @pytest.mark.usefixtures("small_tiles")
 def test_scores_equal_brute_force(make, num_neighbours):
     reference, generated = make(60, seed=0), make(50, seed=1)
-    radii = squared_radii(reference, num_neighbours)
+    radii = squared_radii(reference, num_neighbours, range(60))
     for column, count in enumerate(num_neighbours):
         np.testing.assert_allclose(radii[:, column], plain_radii(reference, count), rtol=1e-12, atol=1e-12)
     assert manifold_scores(reference, generated, num_neighbours) == plain_scores(reference, generated, num_neighbours)
@@ -81,9 +83,11 @@ def test_blocks_give_the_same_counts_as_all_samples_at_once(cuts, dtype):
     reference, generated = cloud(140, 37, seed=0).astype(dtype), cloud(130, 37, seed=1, scale=0.9).astype(dtype)
     generated[100:110] = generated[3]
     reference[:4] = generated[3]
-    blocks = [slice(start, stop) for start, stop in zip([0, *cuts], [*cuts, None], strict=True)]
-    reference_radii = np.concatenate([squared_radii(reference, (3, 5), block) for block in blocks])
-    whole = manifold_counts(reference, squared_radii(reference, (3, 5)), generated, squared_radii(generated, (3,))[:, 0])
+    blocks = [range(start, stop) for start, stop in pairwise([0, *cuts, 130])]
+    reference_radii = np.concatenate([squared_radii(reference, (3, 5), block) for block in (*blocks, range(130, 140))])
+    everything = range(130)
+    own_radii = squared_radii(generated, (3,), everything)[:, 0]
+    whole = manifold_counts(reference, squared_radii(reference, (3, 5), range(140)), generated, own_radii, everything)
     radii = [squared_radii(generated, (3,), block)[:, 0] for block in blocks]
     pieces = [manifold_counts(reference, reference_radii, generated, *of_block) for of_block in zip(radii, blocks, strict=True)]
     for name in ("num_closed_balls", "num_open_balls"):
@@ -94,7 +98,7 @@ def test_blocks_give_the_same_counts_as_all_samples_at_once(cuts, dtype):
 def test_radii_equal_scikit_learn():
     features = cloud(300, 20)
     distances, _ = NearestNeighbors(n_neighbors=6, algorithm="brute").fit(features).kneighbors(features)
-    np.testing.assert_allclose(squared_radii(features, (3, 5)), distances[:, [3, 5]] ** 2, rtol=1e-9)
+    np.testing.assert_allclose(squared_radii(features, (3, 5), range(300)), distances[:, [3, 5]] ** 2, rtol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
@@ -119,7 +123,7 @@ def test_density_and_coverage_of_one_distribution_have_their_expectations(num_re
         assert abs(np.mean(values) - expected) < 4 * np.std(values) / len(values) ** 0.5
 
 
-def test_an_outlier_spoils_precision_but_not_density():
+def test_outlier_spoils_precision_but_not_density():
     """Naeem et al. 2020, fig. 2: one reference sample far away spans a ball that holds all generated samples around it."""
     reference = np.concatenate([cloud(100, 2), [[40.0, 0.0]]])
     scores = manifold_scores(reference, np.array([20.0, 0.0]) + cloud(50, 2, seed=1, scale=0.1), (5, 5))
@@ -135,27 +139,27 @@ def test_sets_far_apart_score_0_and_equal_sets_score_1():
 def test_copies_are_neighbours_at_distance_0():
     features = np.array([[0.0], [0.0], [0.0], [1.0], [3.0], [-0.0]])
     expected = [[0, 0, 1, 9]] * 3 + [[1, 1, 1, 4]] + [[4, 9, 9, 9]] + [[0, 0, 1, 9]]
-    np.testing.assert_allclose(squared_radii(features, (1, 3, 4, 5)), expected, atol=1e-14)
+    np.testing.assert_allclose(squared_radii(features, (1, 3, 4, 5), range(6)), expected, atol=1e-14)
     copies = np.repeat(cloud(1), 3000, axis=0)  # a generator that makes one image only
     reference = np.concatenate([copies[:1], copies[:20] + 100])
-    counts = manifold_counts(reference, np.ones((21, 2)), copies, squared_radii(copies, (2999,))[:, 0])
+    counts = manifold_counts(reference, np.ones((21, 2)), copies, squared_radii(copies, (2999,), range(3000))[:, 0], range(3000))
     assert (counts.num_closed_balls == 1).all() and (counts.num_open_balls == 1).all()
     assert counts.is_recalled.tolist() == counts.is_covered.tolist() == [True] + 20 * [False]
 
 
 def test_features_may_be_tensors_or_memory_mapped_and_of_half_precision(tmp_path):
     features = cloud(40).astype(np.float16)
-    expected = squared_radii(features.astype(np.float64), (3,))
+    expected = squared_radii(features.astype(np.float64), (3,), range(40))
     np.save(tmp_path / "features.npy", features)
     for same in (features, torch.from_numpy(features), np.load(tmp_path / "features.npy", mmap_mode="r")):
-        assert np.array_equal(squared_radii(same, (3,)), expected)
+        assert np.array_equal(squared_radii(same, (3,), range(40)), expected)
 
 
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        (lambda x: squared_radii(x, (3, 10)), "3, 10 neighbours .* 10 samples has 1 to 9"),
-        (lambda x: squared_radii(x, (0,)), "^0 neighbours"),
+        (lambda x: squared_radii(x, (3, 10), range(10)), "3, 10 neighbours .* 10 samples has 1 to 9"),
+        (lambda x: squared_radii(x, (0,), range(10)), "^0 neighbours"),
         (lambda x: manifold_scores(x, x[:, :4]), "width 8 and 4"),
         (lambda x: manifold_scores(x, np.full((10, 8), np.nan)), "not finite"),
         (lambda x: manifold_scores(x[:5], x), "3, 5 neighbours .* 5 samples"),

@@ -175,7 +175,7 @@ def test_statistics_of_other_features_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 half"])
 def test_what_is_no_npz_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "reference.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"reference\.npz: .* is not an \.npz file"):
+    with pytest.raises(ValueError, match=r"reference\.npz: .* cannot be read as an \.npz"):
         NpzReference.open(str(tmp_path / "reference.npz"), None)
 
 
