@@ -8,25 +8,25 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 GOOD, WARNING, BAD = "good", "warning", "bad"
-_NEEDED_PYTHON = (3, 11)
 _FREE_GB = 5.0  # on the disk of the workspace, for spilled objects of Ray and for caches
 _SHARED_GB = 1.0  # in /dev/shm, for Ray's object store
 
 
 @dataclass(frozen=True)
 class Finding:
-    """what: the thing that was checked.   state: GOOD, WARNING (affects some runs) or BAD.   advice: what to do, unless GOOD."""
+    """what: the thing that was checked.   state: GOOD, WARNING (affects some runs) or BAD.   advice: what to do, unless GOOD; None
+    takes that of the check."""
 
     what: str
     state: str
     detail: str
-    advice: str = ""
+    advice: str | None = None
 
 
 def examine(config: Any) -> Iterator[Finding]:
@@ -35,7 +35,7 @@ def examine(config: Any) -> Iterator[Finding]:
     A check that raises is a finding, too. The remaining checks still run.
     """
     checks: Mapping[str, Callable[[], Iterator[Finding]]] = {
-        "Python": _python,
+        "Python": lambda: iter([Finding("Python", GOOD, f"{platform.python_version()} at {sys.executable}")]),
         "packages": _packages,
         "devices": _devices,
         "disk": lambda: _disk(Path(config.workspace)),
@@ -47,14 +47,15 @@ def examine(config: Any) -> Iterator[Finding]:
     }
     for what, check in checks.items():
         try:
-            yield from check()
+            for finding in check():
+                usual = "" if finding.state == GOOD else _ADVICE[what]
+                yield finding if finding.advice is not None else replace(finding, advice=usual)
         except Exception as error:  # noqa: BLE001 (any failure is a finding)
             reason = " ".join(str(error).split()) or type(error).__name__
             yield Finding(what, BAD, reason[:300], _ADVICE[what])
 
 
 _ADVICE = {
-    "Python": "install Python 3.11 or newer and run make setup again",
     "packages": "run make setup again",
     "devices": "check that the driver is loaded (nvidia-smi) and matches the installed torch",
     "disk": "choose another workspace",
@@ -64,12 +65,6 @@ _ADVICE = {
     "dataset": "check that it exists and is readable, or set another path",
     "weights": "download the file, or set another path",
 }
-
-
-def _python() -> Iterator[Finding]:
-    detail = f"{platform.python_version()} at {sys.executable}"
-    state = GOOD if sys.version_info >= _NEEDED_PYTHON else BAD
-    yield Finding("Python", state, detail, "" if state == GOOD else _ADVICE["Python"])
 
 
 def _packages() -> Iterator[Finding]:
@@ -91,18 +86,18 @@ def _packages() -> Iterator[Finding]:
     for name in ("torch", "torchvision", "pyarrow"):  # deepspeed would log its accelerator on import
         importlib.import_module(name)
     detail = "; ".join(wrong) or ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "deepspeed", "mlflow", "pyarrow"))
-    yield Finding("packages", BAD if wrong else GOOD, detail, _ADVICE["packages"] if wrong else "")
+    yield Finding("packages", BAD if wrong else GOOD, detail)
 
 
 def _devices() -> Iterator[Finding]:
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _num_gpus()
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
     if count:
         yield Finding("devices", GOOD, f"{count} x {names}, CUDA {torch.version.cuda}")
     elif shutil.which("nvidia-smi"):
-        yield Finding("devices", WARNING, "a GPU driver is installed, but torch finds no GPU", _ADVICE["devices"])
+        yield Finding("devices", WARNING, "a GPU driver is installed, but torch finds no GPU")
     else:
         yield Finding("devices", GOOD, f"no GPU, {os.cpu_count()} CPUs; stages with gpus_per_worker need a cluster")
 
@@ -110,8 +105,7 @@ def _devices() -> Iterator[Finding]:
 def _disk(workspace: Path) -> Iterator[Finding]:
     existing = next(folder for folder in (workspace.absolute(), *workspace.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free / 1e9
-    enough = free >= _FREE_GB
-    yield Finding("disk", GOOD if enough else WARNING, f"{free:,.0f} GB free for {workspace}", "" if enough else _ADVICE["disk"])
+    yield Finding("disk", GOOD if free >= _FREE_GB else WARNING, f"{free:,.0f} GB free for {workspace}")
     shared = Path("/dev/shm")  # noqa: S108 (the place of Ray's object store)
     if shared.exists() and (size := shutil.disk_usage(shared).total / 1e9) < _SHARED_GB:
         advice = "in a container, start it with --shm-size=4g; otherwise Ray uses the disk, which is slow"
@@ -125,7 +119,8 @@ def _ray(config: Any) -> Iterator[Finding]:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
         yield Finding("Ray", GOOD, f"{version('ray')}, a local cluster for each run")
-        yield from _room(config, Capacity(({"CPU": float(config.cluster.num_cpus or os.cpu_count() or 1), "GPU": _num_gpus()},)))
+        num_cpus = float(config.cluster.num_cpus or os.cpu_count() or 1)
+        yield from _room(config, Capacity(({"CPU": num_cpus, "GPU": float(_num_gpus())},)))
         return
     connection.check_listening(address)
     import ray
@@ -139,10 +134,10 @@ def _ray(config: Any) -> Iterator[Finding]:
     yield from _room(config, capacity)
 
 
-def _num_gpus() -> float:
+def _num_gpus() -> int:
     import torch
 
-    return float(torch.cuda.device_count()) if torch.cuda.is_available() else 0.0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _room(config: Any, capacity: Any) -> Iterator[Finding]:
@@ -194,23 +189,18 @@ def _dataset(config: Any) -> Iterator[Finding]:
 
 
 def _weights(config: Any) -> Iterator[Finding]:
-    """Files that the config names. Weights in a hub or a bucket are only listed."""
-    named = {
-        "tokenizer.weights": config.tokenizer.weights,
-        "train.weights": config.train.weights,
-        "reference.weights": config.reference.weights,
-        "reference.npz": config.reference.npz,
-        "captions.encoder": config.captions.encoder,
-    }
-    for key, place in named.items():
-        if place is None:
+    """Files that the config names, apart from datasets. Weights in a hub or a bucket are only listed."""
+    from pipelines.run import graph
+
+    for key, place in graph.external_files(config).items():
+        if "dataset." in key:
             continue
         if place.startswith(("s3://", "hf://", "sha256:")):
             yield Finding("weights", GOOD, f"{key} is {place}, which is downloaded when its stage runs")
         elif Path(place).exists():
             yield Finding("weights", GOOD, f"{key} is {place}")
         else:
-            yield Finding("weights", BAD, f"{key} is {place}, which does not exist", _ADVICE["weights"])
+            yield Finding("weights", BAD, f"{key} is {place}, which does not exist")
     if config.reference.extractor == "inception" and config.reference.weights is None:
         advice = "without internet access, download the file and set reference.weights to its path"
         yield Finding("weights", WARNING, "Inception's published weights are downloaded when stage reference runs", advice)

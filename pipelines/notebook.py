@@ -1,10 +1,10 @@
-"""For notebooks and scripts: open, sample from, and show what runs made. `guide/digits.ipynb` demonstrates everything.
+"""For notebooks and scripts: open and show artifacts, and sample from models. `guide/digits.ipynb` demonstrates everything.
 
     from pipelines import notebook as enat
 
-    enat.ls("train")                                # a table: size, age, key, dataset, what it is
+    enat.ls("train")                                # a table: size, age, key, dataset, description
     model = enat.open_model("train/3f2a")           # or name@alias of MLflow's registry
-    enat.show(enat.sample(model, labels="0-9", num_images=40))  # a picture, shown where a cell ends with it
+    enat.show(enat.sample(model, labels="0-9", num_images=40))  # a picture, which is shown if a cell ends with it
 
 A store is a folder or s3://bucket/prefix. An artifact is named by its stage, a slash and a prefix of its key. Errors are a
 ValueError with one sentence.
@@ -89,7 +89,7 @@ class Artifact(JupyterMixin):
 
 @dataclass(frozen=True)
 class SampledImages:
-    """images: uint8 (B, 3, H, W).   codes: int64 (B, L).   steps: uint8 (N + 1, B, 3, H, W), what is known after each step."""
+    """images: uint8 (B, 3, H, W).   codes: int64 (B, L).   steps: uint8 (N + 1, B, 3, H, W), the known codes after each step."""
 
     request: sampling_request.SampleRequest
     images: Tensor
@@ -106,7 +106,7 @@ class SampledImages:
 
 
 def ls(*stages: str, dataset: str | None = None, store: Store = _STORE) -> Table:
-    """What the store holds, of some stages or of all, newest first. Raises ValueError for a stage that there is not."""
+    """List the artifacts of some or all stages, newest first. Raises ValueError for an unknown stage."""
     from pipelines.run import graph  # imports all stages, which takes seconds
 
     graph.check_stages(stages)
@@ -133,9 +133,10 @@ def open_token_map(name: str | Artifact, store: Store = _STORE) -> TokenMap:
 
 
 def open_model(name: str, store: Store | None = None, tracking_uri: str | None = None) -> Generator:
-    """A model with its tokenizer: "train/3f2a", or a registered one: name@alias, models:/name/version.
+    """A model with its tokenizer: "train/3f2a", or a registered model: name@alias, models:/name/version.
 
-    store: runs/store; of a registered model where its version says.   tracking_uri: MLFLOW_TRACKING_URI, else runs/mlflow.db.
+    store: the default is runs/store, or the store that the registered version names.   tracking_uri: the default is
+    MLFLOW_TRACKING_URI, or runs/mlflow.db.
     """
     if not models.is_registered(name):
         return models.from_artifact(_open(store or _STORE), name)
@@ -154,11 +155,11 @@ def sample(
     device: str = "auto",
     **sampler: Any,
 ) -> SampledImages:
-    """Images of a model, the same as `enat sample` and stage generate make with that seed.
+    """Images of a model. `enat sample` and stage generate make the same images with the same seed.
 
-    labels: as of `enat sample`, "207,360-362 x2", or numbers.   captions, encoder: of a model of captions.   num_images: as many as
-    are asked for, 16 where nothing is.   sampler: values of its SamplerConfig to replace, such as num_steps=12; a list takes the
-    place of the model's own scalar.
+    labels: as for `enat sample`, such as "207,360-362 x2", or numbers.   captions, encoder: for a model of captions.
+    num_images: the default is the number of labels or captions, or 16.   sampler: values that replace those of the model's
+    SamplerConfig, such as num_steps=12; a list replaces the scalar.
     """
     config = generator.model.config
     numbers = (
@@ -186,7 +187,7 @@ def sample(
 
 
 def show(images: SampledImages | Tensor) -> Image.Image:
-    """A grid of samples, a row for each time that all labels were asked for; or of uint8 (B, 3, H, W)."""
+    """A grid of samples, with one column per requested label or caption; or of uint8 (B, 3, H, W)."""
     if isinstance(images, Tensor):
         return pictures.grid_of(images)
     return pictures.grid_of(images.images, images.request.num_asked)

@@ -89,6 +89,11 @@ class ArtifactStore:
             raise
         return Manifest.read(content, place, stage, key)
 
+    def read_input(self, manifest: Manifest, name: str) -> Manifest | None:
+        """Return the manifest of an input, or None if there is no such input or the store no longer has it."""
+        source = manifest.inputs.get(name)
+        return None if source is None else self.read_manifest(source["stage"], source["key"])
+
     def read_manifests(
         self, names: Iterable[Name] | None = None, *, is_complete: bool = True
     ) -> Iterator[Manifest | DamagedManifestError]:

@@ -192,16 +192,8 @@ def _clear(folder: Path) -> None:
     """Remove only the files that an earlier call may have written."""
     from pipelines.sampling import sample as sampling_sample
 
-    names = (
-        sampling_sample.GRID,
-        sampling_sample.STEPS,
-        sampling_sample.ANIMATION,
-        sampling_sample.NPZ,
-        sampling_sample.RECORD,
-        sampling_sample.SOURCE,
-    )
     numbered = (path for path in (folder / sampling_sample.FOLDER).glob("*.png") if re.fullmatch(r"\d{6,}", path.stem))
-    for path in (*(folder / name for name in names), *numbered):
+    for path in (*(folder / name for name in sampling_sample.FILES), *numbered):
         path.unlink(missing_ok=True)
 
 

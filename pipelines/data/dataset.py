@@ -147,7 +147,7 @@ class IndexSummary:
 
 
 def write_index(path: Path, entries: Iterable[Entry]) -> IndexSummary:
-    """Write the index of a dataset, a row group at a time."""
+    """Write the index of a dataset, a row group at a time. Raises ValueError if keys are not unique."""
     remaining = iter(entries)
     num_images, num_captions, per_label = 0, 0, dict[int, int]()
     with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
@@ -161,10 +161,11 @@ def write_index(path: Path, entries: Iterable[Entry]) -> IndexSummary:
             num_images, num_captions = num_images + len(some), num_captions + sum(counts)
             for entry in some:
                 per_label[entry.label] = per_label.get(entry.label, 0) + 1
+    _check_unique(path)
     return IndexSummary(num_images, num_captions, per_label)
 
 
-def check_unique(index: Path) -> None:
+def _check_unique(index: Path) -> None:
     """Raise ValueError if a key occurs more than once, naming such keys and their files."""
     keys = pq.read_table(index, columns=["key"])
     counts = keys.group_by("key").aggregate([([], "count_all")])

@@ -144,10 +144,9 @@ def _source_images(store: ArtifactStore, manifest: Manifest, keys: list[str], re
 
 def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
     """The manifest of an input. Raises StorageError if the store no longer has it."""
-    source = manifest.inputs[name]
-    found = store.read_manifest(source["stage"], source["key"])
+    found = store.read_input(manifest, name)
     if found is None:
-        artifact = f"{source['stage']}/{source['key'][:12]}"
+        artifact = f"{manifest.inputs[name]['stage']}/{manifest.inputs[name]['key'][:12]}"
         raise StorageError(f"the store {store.uri} no longer has {artifact}, the {name} that this artifact was made from")
     return found
 

@@ -79,10 +79,6 @@ class TokenMapSummary(Summary):
     quarantined: int = 0
     quarantine_reasons: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def dataset_name(self) -> str:
-        return self.info.dataset
-
 
 @dataclass(kw_only=True)
 class TokenRows:

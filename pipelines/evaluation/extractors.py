@@ -38,14 +38,6 @@ class ReferenceSummary(Summary):
     is_imported: bool = False
     features_version: int = 1
 
-    @property
-    def dataset_name(self) -> str:
-        return self.dataset
-
-    @property
-    def is_from_outside(self) -> bool:
-        return self.is_imported
-
 
 class ExtractorSource(Protocol):
     """Where workers get an extractor from."""

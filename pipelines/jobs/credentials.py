@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipelines.storage.redaction import without_credentials
 from pipelines.workflow.provenance import CHANGES, CodePackage
 
 _CREDENTIALS = (
@@ -38,39 +37,21 @@ def _secrets() -> dict[str, str]:
     return {name: os.environ[name] for name in _CREDENTIALS if len(os.environ.get(name, "")) >= _SHORTEST_CREDENTIAL}
 
 
-def refuse_credentials(key: str, value: str) -> None:
-    if _IN_URI.search(value):
-        shown = without_credentials(value.partition("?")[0])
-        raise ValueError(
-            f"{key} holds a credential in its address ({shown}), and a job's arguments can be read by all who see the cluster; "
-            f"{_INSTEAD}"
-        )
-    if name := _secret_in(value):
-        raise ValueError(f"{key} holds the value of {name}; {_INSTEAD}")
-
-
-def refuse_credentials_in_lines(lines: Iterable[tuple[str, str]]) -> None:
-    """Check lines as they are written, because a value that an override replaces is sent too.
-
-    lines: the place of each line, and its text.
-    """
-    for where, line in lines:
-        if _IN_URI.search(line):
-            raise ValueError(f"{where} holds a credential in an address, and would be sent to the cluster; {_INSTEAD}")
-        if name := _secret_in(line):
-            raise ValueError(f"{where} holds the value of {name}, and would be sent to the cluster; {_INSTEAD}")
-
-
-def _secret_in(text: str) -> str | None:
-    """The environment variable whose value the text contains."""
-    return next((name for name, secret in _secrets().items() if secret in text), None)
+def refuse_credentials(place: str, text: str) -> None:
+    """Raises ValueError if a text has an address with a credential, or the value of a secret. place: of the text."""
+    if _IN_URI.search(text):
+        raise ValueError(f"{place} holds a credential in an address, which all users of the cluster could read; {_INSTEAD}")
+    if name := next((name for name, secret in _secrets().items() if secret in text), None):
+        raise ValueError(f"{place} holds the value of {name}, which all users of the cluster could read; {_INSTEAD}")
 
 
 def refuse_credentials_in(package: CodePackage) -> None:
+    """Raises ValueError. Configs are checked as they are written, because a value that an override replaces is sent too."""
     for name, secret in _secrets().items():
         if found := next((file for file, content in package.files.items() if secret.encode() in content), None):
             raise ValueError(f"{found} holds the value of {name}, and would be sent to the cluster with the code; take it out")
-    refuse_credentials_in_lines(_lines_of_configs(package))
+    for place, line in _lines_of_configs(package):
+        refuse_credentials(place, line)
 
 
 def _lines_of_configs(package: CodePackage) -> Iterator[tuple[str, str]]:

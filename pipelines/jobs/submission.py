@@ -17,7 +17,7 @@ from pipelines.artifacts.open import open_store
 from pipelines.cluster.capacity import AUTOSCALER, Capacity, ResourceRequest, judge
 from pipelines.jobs import client as jobs
 from pipelines.jobs.client import Cluster, Job
-from pipelines.jobs.credentials import refuse_credentials, refuse_credentials_in, refuse_credentials_in_lines, strings
+from pipelines.jobs.credentials import refuse_credentials, refuse_credentials_in, strings
 from pipelines.run import config as run_config
 from pipelines.run import graph
 from pipelines.run.config import RunConfig
@@ -96,8 +96,8 @@ def prepare(
     run = run_config.load_run(config, overrides, is_dataset_here=False)
     _refuse_unknown_targets(run)
     for file, _ in configuration.read_files(config):
-        lines = file.read_text().splitlines()
-        refuse_credentials_in_lines((f"{file}, line {number},", line) for number, line in enumerate(lines, start=1))
+        for number, line in enumerate(file.read_text().splitlines(), start=1):
+            refuse_credentials(f"{file}, line {number},", line)
     if run.cluster.address not in (None, "auto"):
         raise ValueError(f"cluster.address is {run.cluster.address}, but a job runs on the cluster it is sent to; leave it out")
     for key, value in strings(configuration.to_dict(run)):

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.manifest import Manifest, name_of, short
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.evaluation import protocol as evaluation_protocol
@@ -26,7 +26,7 @@ from pipelines.tracking.registry import DIGEST_TAG, ModelVersion
 from pipelines.workflow import config as configuration
 from pipelines.workflow import driver
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
-from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, PublishContext, Session, Stage
+from pipelines.workflow.stage import Node, PlannedStage, PublishContext, Stage
 
 _METRIC_VERSION = "metric_version"
 _SHOWN_CHANGES = 3
@@ -87,6 +87,10 @@ class Plan:
     nodes: tuple[Node, ...]
     given: Mapping[str, Manifest]
 
+    def with_evaluation(self, **changes: Any) -> Plan:
+        """The same plan with other fields of the node of the evaluation."""
+        return replace(self, nodes=(*self.nodes[:-1], replace(self.nodes[-1], **changes)))
+
 
 def open_model(version: ModelVersion, config: RunConfig) -> Model:
     """The artifact of a version, from the store of the config, or else from the store that the version names.
@@ -111,11 +115,11 @@ def open_model(version: ModelVersion, config: RunConfig) -> Model:
 
 def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
     """An input of an artifact. Raises ValueError if it has no such input, or the store no longer has it."""
-    source = manifest.inputs.get(name)
-    if source is None:
-        raise ValueError(f"{manifest.stage}/{manifest.key[:12]} was made without {name}, which is needed here")
-    found = store.read_manifest(source["stage"], source["key"])
+    if name not in manifest.inputs:
+        raise ValueError(f"{short(name_of(manifest))} was made without {name}, which is needed here")
+    found = store.read_input(manifest, name)
     if found is None:
+        source = manifest.inputs[name]
         raise ValueError(f"the store {store.uri} no longer has {source['stage']}/{source['key'][:12]}, its {name}; give a CONFIG")
     return found
 
@@ -191,7 +195,8 @@ def _wire(model: Model, run: RunConfig, request: Request, recorded: Mapping[str,
 
 def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
     """An evaluation is not reused if the definition of its scores has changed since. The key of the stage does not contain it."""
-    found = {item.node.id: item.manifest for item in look_up(planned, store)} | dict(planned.given)
+    looked_up = driver.plan(planned.nodes, store, planned.given)
+    found = {item.node.id: item.manifest for item in looked_up} | dict(planned.given)
     samples, compared_with, evaluation = (found[name] for name in ("generate", "reference", "evaluate"))
     if samples is None or compared_with is None or evaluation is None:
         return planned
@@ -199,18 +204,17 @@ def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
     protocol = evaluation_protocol.protocol_of(compared_with, samples, node.config.settings, node.config.rounding)
     if evaluation_protocol.protocol_digest(protocol) == EvaluationSummary.read(evaluation).protocol_digest:
         return planned
-    identity = {**configuration.identity(node.config), _METRIC_VERSION: protocol["metric_version"]}
-    return replace(planned, nodes=(*planned.nodes[:-1], replace(node, identity=identity)))
+    return planned.with_evaluation(identity={**configuration.identity(node.config), _METRIC_VERSION: protocol["metric_version"]})
 
 
-# What changed ---------------------------------------------------------------------------------------------------------------
+# What changed --------------------------------------------------------------------------------------------------------------
 
 
 def changes(last: Manifest, store: ArtifactStore, planned: Sequence[PlannedStage], given: Mapping[str, Manifest]) -> str:
     """Why an evaluation by this plan differs from the last one, in a few words."""
     found = {item.node.id: item for item in planned}
     before = {"evaluate": last}
-    if (samples := read_input(store, last, "samples")) is not None:
+    if (samples := store.read_input(last, "samples")) is not None:
         before["generate"] = samples
     reasons = []
     for id, manifest in before.items():
@@ -228,12 +232,6 @@ def changes(last: Manifest, store: ArtifactStore, planned: Sequence[PlannedStage
     return "; ".join([*reasons[:_SHOWN_CHANGES], *more]) or "other inputs"
 
 
-def read_input(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest | None:
-    """An input of an artifact; None if it has no such input, or the store no longer has it."""
-    source = manifest.inputs.get(name)
-    return None if source is None else store.read_manifest(source["stage"], source["key"])
-
-
 def _changed(prefix: str, was: Any, now: Any) -> list[str]:
     if isinstance(was, Mapping) and isinstance(now, Mapping):
         names = [name for name in now if name not in ("execution", "dataset", "images")]
@@ -245,7 +243,7 @@ def is_comparable(last: Manifest, now: Manifest, store: ArtifactStore) -> bool:
     """Whether two evaluations of a model are comparable: by the same protocol, of samples with the same config."""
     if EvaluationSummary.read(last).protocol_digest != EvaluationSummary.read(now).protocol_digest:
         return False
-    before, after = read_input(store, last, "samples"), read_input(store, now, "samples")
+    before, after = store.read_input(last, "samples"), store.read_input(now, "samples")
     if before is None or after is None:
         return False
     asked = [_asked(samples) for samples in (before, after)]
@@ -263,15 +261,10 @@ def _asked(samples: Manifest) -> Any:
     return configuration.identity(replace(config, shard_size=1)), given
 
 
-# Running --------------------------------------------------------------------------------------------------------------------
+# Running -------------------------------------------------------------------------------------------------------------------
 
 
-def look_up(planned: Plan, store: ArtifactStore) -> list[PlannedStage]:
-    """What the evaluation would reuse and compute."""
-    return driver.plan(planned.nodes, store, planned.given)
-
-
-def afresh(planned: Plan, token: str) -> Plan:
+def recomputed(planned: Plan, token: str) -> Plan:
     """The same plan with the measured stages computed again, as stages of other names. Existing artifacts are not touched.
 
     token: a later call with the same token resumes the work of an earlier one. Only the caller publishes the result.
@@ -289,17 +282,12 @@ def afresh(planned: Plan, token: str) -> Plan:
 
 def publishing(planned: Plan, also: Callable[[Manifest, PublishContext], None]) -> Plan:
     """The same plan, with `also` called for the evaluation and its tracking run."""
-    node = planned.nodes[-1]
-    usual = node.stage.publish
+    stage = planned.nodes[-1].stage
+    usual = stage.publish
 
     def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
         if usual is not None:
             usual(manifest, inputs, context)
         also(manifest, context)
 
-    return replace(planned, nodes=(*planned.nodes[:-1], replace(node, stage=replace(node.stage, publish=publish))))
-
-
-def execute(planned: Plan, session: Session) -> list[FinishedStage]:
-    """Run a plan. Raises as driver.execute does."""
-    return driver.execute(planned.nodes, session, planned.given)
+    return planned.with_evaluation(stage=replace(stage, publish=publish))

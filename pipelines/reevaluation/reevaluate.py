@@ -24,8 +24,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from pipelines.artifacts.manifest import Manifest
-from pipelines.cluster import connection
+from pipelines.artifacts.manifest import Manifest, inputs_of
 from pipelines.evaluation.protocol import SCORES
 from pipelines.formatting import show_age
 from pipelines.reevaluation import plan as reevaluation_plan
@@ -33,16 +32,16 @@ from pipelines.reevaluation.drift import ScoreChange, Tolerances, find_drift, wo
 from pipelines.reevaluation.plan import Model, Plan, Request
 from pipelines.registry import evaluation_record
 from pipelines.registry.evaluation_record import EvaluationRecord
-from pipelines.run import graph, runner
+from pipelines.run import runner
 from pipelines.storage.base import digest_of
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
 from pipelines.tracking import search
 from pipelines.tracking.registry import ModelVersion
 from pipelines.tracking.run import RunHandle
-from pipelines.workflow import provenance
+from pipelines.workflow import driver, provenance
 from pipelines.workflow import stage as workflow_stage
-from pipelines.workflow.stage import FinishedStage, PlannedStage, PublishContext, Session
+from pipelines.workflow.stage import FinishedStage, PlannedStage, PublishContext
 
 _log = logging.getLogger(__name__)
 MODELS = ("enat-*", "nat-*")
@@ -157,7 +156,7 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
     return 1 if "failed" in verdicts else 3 if "drift" in verdicts else 0
 
 
-# What is due ----------------------------------------------------------------------------------------------------------------
+# What is due ---------------------------------------------------------------------------------------------------------------
 
 
 def _examined(version: ModelVersion, request: Request, options: Options) -> _Case | Outcome:
@@ -170,8 +169,7 @@ def _examined(version: ModelVersion, request: Request, options: Options) -> _Cas
         return case
     assert case.recorded is not None and case.last is not None
     if not options.is_dry_run:  # a removal of unused artifacts must keep it until it is due
-        sources = [(source["stage"], source["key"]) for source in case.last.inputs.values()]
-        case.model.store.record_use(case.last.stage, case.last.key, sources)
+        case.model.store.record_use(case.last.stage, case.last.key, inputs_of(case.last))
     note = f"evaluated {_ago(case.recorded.evaluated)} ago" + (f"; {case.recorded.drift}" if case.recorded.drift else "")
     return Outcome(version=version, verdict="fresh", note=note, was=case.was, now=case.was, evaluation=case.recorded.evaluation)
 
@@ -188,7 +186,7 @@ def _examine(version: ModelVersion, request: Request, options: Options) -> _Case
                 f"its evaluation {stage}/{key[:12]} is not in {model.store.uri} anymore; give a CONFIG to evaluate it again"
             )
     plan = reevaluation_plan.make_plan(model, last, request)
-    planned = reevaluation_plan.look_up(plan, model.store)
+    planned = driver.plan(plan.nodes, model.store, plan.given)
     reason, is_old = None, False
     if recorded is None:
         reason = "never evaluated"
@@ -219,7 +217,7 @@ def _failed(version: ModelVersion, error: Exception, **fields: Any) -> Outcome:
     )
 
 
-# Evaluating -----------------------------------------------------------------------------------------------------------------
+# Evaluating ----------------------------------------------------------------------------------------------------------------
 
 
 class _Evaluator:
@@ -235,7 +233,7 @@ class _Evaluator:
         try:
             with self._lease(version) as (held_by, tags):
                 if held_by is not None:
-                    return Outcome(version=version, verdict="busy", note=f"{held_by} is at it", was=case.was)
+                    return Outcome(version=version, verdict="busy", note=f"{held_by} evaluates it", was=case.was)
                 again = self._meanwhile(case, tags)
                 return again if isinstance(again, Outcome) else self._evaluate(again, started)
         except Exception as error:  # noqa: BLE001 (one model must not stop the others)
@@ -258,13 +256,17 @@ class _Evaluator:
         model, version = case.model, case.model.version
         model.store.check_writable()
         is_check = case.is_check
-        plan = reevaluation_plan.afresh(case.plan, self._token(case)) if is_check else case.plan
+        plan = reevaluation_plan.recomputed(case.plan, self._token(case)) if is_check else case.plan
         before = case.current if is_check else case.last
         baseline = before.metrics if before is not None else case.was
 
         def moved_in(result: Manifest) -> list[ScoreChange] | None:
             """None if the two are not comparable."""
-            is_comparable = _is_comparable(case, before, result)
+            if before is not None:
+                is_comparable = reevaluation_plan.is_comparable(before, result, model.store)
+            else:  # the artifact of the recorded evaluation no longer exists
+                samples = reevaluation_plan.input_of(model.store, result, "samples")
+                is_comparable = case.recorded is not None and case.recorded.is_comparable(result, samples)
             return find_drift(baseline, result.metrics, self.options.tolerances) if is_comparable else None
 
         def publish(result: Manifest, context: PublishContext) -> None:
@@ -324,22 +326,9 @@ class _Evaluator:
             "enat.reason": case.reason or "",
         }
         name = f"{model.version.name}-v{model.version.version}"
-
-        def connect() -> None:
-            with self.console.status("connecting to Ray"):
-                connection.connect(config.cluster)
-
         with tracking.ending(tracking.start_run(self.uri, config.tracking, name, named, self.parent)) as run:
-            session = Session(
-                store=model.store,
-                run=run,
-                tracking=config.tracking,
-                console=self.console,
-                connect=connect,
-                prices=config.prices,
-                stages=graph.stages(),
-            )
-            done = reevaluation_plan.execute(plan, session)
+            session = runner.open_session(config, model.store, run, self.console)
+            done = driver.execute(plan.nodes, session, plan.given)
             run.finish()
         return done
 
@@ -393,14 +382,6 @@ class _Evaluator:
                 verdicts = [outcome.verdict for outcome in outcomes.values()]
                 self.parent.log_metrics({f"models/{verdict}": verdicts.count(verdict) for verdict in sorted(set(verdicts))})
                 self.parent.finish(status)
-
-
-def _is_comparable(case: _Case, before: Manifest | None, result: Manifest) -> bool:
-    """before: None if the artifact of the recorded evaluation no longer exists."""
-    store = case.model.store
-    if before is not None:
-        return reevaluation_plan.is_comparable(before, result, store)
-    return case.recorded is not None and case.recorded.is_comparable(result, reevaluation_plan.input_of(store, result, "samples"))
 
 
 def _holder_of(lease: str | None) -> str | None:

@@ -94,10 +94,6 @@ def _reconstruction(run: RunConfig, reader: Any) -> Any:
     return None if config is None else replace(config, dataset=section(token_map.STAGE, run).dataset)
 
 
-def _images(run: RunConfig, reader: Any) -> Any:
-    return run.evaluate.images
-
-
 def _report(run: RunConfig, reader: Any) -> Any:
     return replace(run.report, name=run.name, variants=tuple(run.variants))
 
@@ -111,7 +107,7 @@ GRAPH: tuple[Part, ...] = (
     Part(reconstruction.STAGE, _reconstruction),
     Part(train.STAGE),
     Part(generate.STAGE),
-    Part(image_set.STAGE, _images),
+    Part(image_set.STAGE, lambda run, reader: run.evaluate.images),
     Part(evaluate.STAGE),
     Part(report.STAGE, _report),
 )
@@ -207,7 +203,7 @@ def build_evaluation(run: RunConfig, images: ImageSetConfig, resolution: int | N
     return [*wiring.nodes.values()]
 
 
-# What is known of the stages ------------------------------------------------------------------------------------------------
+# What is known of the stages -----------------------------------------------------------------------------------------------
 
 
 def stages() -> dict[str, Stage]:
@@ -243,7 +239,7 @@ def check_stages(names: Iterable[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {close[0]}?" if close else f"stages are {', '.join(known)}"
-            raise ValueError(f"there is no stage {name}; {hint}")
+            raise ValueError(f"unknown stage {name}; {hint}")
 
 
 def external_files(run: RunConfig) -> dict[str, str]:

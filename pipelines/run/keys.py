@@ -18,13 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pipelines.run import graph
 from pipelines.run.config import RunConfig
 from pipelines.workflow.config import SET_BY
 
-STAGES = ("dataset", "tokenizer", "token_map", "captions", "reference", "reconstruction", "train", "generate", "evaluate", "report")
-# Keys of stages that are not part of the stage's key, or only by the content of what they name. `execution` never is.
+# Keys of stages that are not part of the stage's key. `execution` never is.
 _NOT_IN_KEY = ("token_map.max_quarantine_share", "train.sampler", "train.s3")
-_BY_CONTENT = ("path", "captions", "weights", "npz", "encoder")
 _UNIT = " Unit: "
 
 PAGE = Path(__file__).parents[1] / "guide" / "configuration.md"
@@ -150,11 +149,13 @@ def _in_key(path: str) -> str:
     section, _, rest = path.partition(".")
     if section == "seed":
         return "yes"
-    if section not in STAGES or not rest or "execution" in path.split("."):
+    stages = graph.stages()
+    if section not in stages or not rest or "execution" in path.split("."):
         return "no"
     if any(path == name or path.startswith(f"{name}.") for name in _NOT_IN_KEY):
         return "no"
-    return "content" if path.rpartition(".")[2] in _BY_CONTENT else "yes"
+    is_file = any(path.rpartition(".")[2] in stage.external for stage in stages.values())
+    return "content" if is_file else "yes"
 
 
 def reference_page() -> str:
@@ -167,11 +168,11 @@ def reference_page() -> str:
         if not rows:
             continue
         lines += ["", f"## `{section}`\n\n{text}" if section else f"## {text}", ""]
-        told = [(key.path.removeprefix(f"{section}."), key.type, key.default, key.text) for key in rows]
-        if earlier := next((name for name, keys in listed.items() if keys == told), None):
+        shown = [(key.path.removeprefix(f"{section}."), key.type, key.default, key.text) for key in rows]
+        if earlier := next((name for name, keys in listed.items() if keys == shown), None):
             lines.append(f"The keys are those of [`{earlier}`](#{earlier.replace('.', '')}).")
             continue
-        listed[section] = told
+        listed[section] = shown
         lines += ["| key | type | default | in key | meaning |", "|---|---|---|---|---|"]
         for key in rows:
             unit = f" ({key.unit})" if key.unit else ""

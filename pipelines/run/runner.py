@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
@@ -23,8 +22,8 @@ from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import RunHandle
 from pipelines.workflow import config as configuration
-from pipelines.workflow import driver, provenance, stage
-from pipelines.workflow.stage import Node
+from pipelines.workflow import driver, provenance
+from pipelines.workflow.stage import Node, Session
 
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a job's driver
 
@@ -43,32 +42,41 @@ def run(config: RunConfig, source: str, console: Console, build: Callable[[RunCo
     uri = tracking_uri(config)
     tags = {"enat.config": source, "enat.code": provenance.code_version(), "enat.store": without_credentials(store.uri)}
 
-    def connect() -> None:
-        with console.status("connecting to Ray"):
-            connection.connect(config.cluster)
-
     with tracking.ending(tracking.start_run(uri, config.tracking, config.name, tags)) as parent:
         parent.log_params(configuration.redacted(config))
         pin_code(parent)
-        session = stage.Session(
-            store=store,
-            run=parent,
-            tracking=config.tracking,
-            console=console,
-            connect=connect,
-            prices=config.prices,
-            stages=graph.stages(),
-        )
+        session = open_session(config, store, parent, console)
         done = driver.execute(nodes, session)
         seconds = time.monotonic() - started
         by_id = {item.node.id: item.manifest for item in done}
-        report = _copy_report(by_id["report"], store, workspace / f"{config.name}.html") if "report" in by_id else None
+        report = None
+        if "report" in by_id:
+            report = workspace / f"{config.name}.html"
+            shutil.copyfile(store.fetch(by_id["report"], "report.html"), report)
         scores = by_id["evaluate"].metrics if "evaluate" in by_id else {}
         parent.log_metrics({**scores, "cost/run_seconds": seconds})
         if report is not None:
             parent.log_file(report)
         parent.finish()
     return summary.summarize(config.name, done, session, seconds, report)
+
+
+def open_session(config: RunConfig, store: ArtifactStore, run: RunHandle, console: Console) -> Session:
+    """What the stages of a run share: all that the config states apart from the stages themselves."""
+
+    def connect() -> None:
+        with console.status("connecting to Ray"):
+            connection.connect(config.cluster)
+
+    return Session(
+        store=store,
+        run=run,
+        tracking=config.tracking,
+        console=console,
+        connect=connect,
+        prices=config.prices,
+        stages=graph.stages(),
+    )
 
 
 def pin_code(run: RunHandle) -> None:
@@ -93,12 +101,6 @@ def tracking_uri(config: RunConfig) -> str:
             "folder that stays, or tracking.enabled=false"
         )
     return uri
-
-
-def _copy_report(manifest: Manifest, store: ArtifactStore, target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(store.fetch(manifest, "report.html"), target)
-    return target
 
 
 def log_to(path: Path) -> None:

@@ -76,11 +76,11 @@ def from_artifact(store: ArtifactStore, name: str) -> Generator:
 
 def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:
     record_read(store, manifest)
-    tokenizer = _input(store, manifest, "tokenizer")
+    tokenizer = store.read_input(manifest, "tokenizer")
     if tokenizer is None:
         source = manifest.inputs["tokenizer"]
         raise ValueError(f"the store {store.uri} has no {source['stage']}/{source['key'][:12]}, the tokenizer of this model")
-    token_map, captions = (_input(store, manifest, name) for name in ("token_map", "captions"))
+    token_map, captions = (store.read_input(manifest, name) for name in ("token_map", "captions"))
     return Generator(
         model=load_enat(store.fetch(manifest, "model.safetensors")),
         vqgan=load_vqgan(store.fetch(tokenizer, "vqgan.safetensors")),
@@ -96,12 +96,6 @@ def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:
         if captions is None
         else {"encoder": captions.config["encoder"], "encoder_digest": CaptionsSummary.read(captions).info.encoder_digest},
     )
-
-
-def _input(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest | None:
-    """The manifest of an input, or None if the model has no such input or the store no longer has it."""
-    source = manifest.inputs.get(name)
-    return None if source is None else store.read_manifest(source["stage"], source["key"])
 
 
 def from_files(weights: str, vqgan: str, *, preset: str | None, vqgan_preset: str | None, s3: S3Config) -> Generator:

@@ -109,7 +109,7 @@ def _label(wanted: str, num_classes: int, class_names: Sequence[str]) -> int:
 
 def _check_label(label: int, num_classes: int, item: str) -> None:
     if not 0 <= label < max(1, num_classes):
-        raise ValueError(f"--labels has {item}, but this model knows the labels 0 to {max(1, num_classes) - 1}")
+        raise ValueError(f"--labels has {item}, but the classes of this model are 0 to {max(1, num_classes) - 1}")
 
 
 def read_region(place: Path, box: Sequence[int], keep: str, generator: Generator) -> Region:

@@ -42,6 +42,7 @@ from pipelines.sampling.request import SampleRequest, check_request
 from pipelines.storage.base import canonical_json
 
 GRID, STEPS, ANIMATION, NPZ, RECORD, SOURCE = "grid.png", "steps.png", "progress.gif", "samples.npz", "samples.json", "source.png"
+FILES = (GRID, STEPS, ANIMATION, NPZ, RECORD, SOURCE)  # beside those in FOLDER
 FOLDER = "images"
 _SHOWN_IN_GRID = 100
 _SHOWN_BY_STEPS = 8

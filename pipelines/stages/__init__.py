@@ -1,11 +1,11 @@
-"""One stage per file, with everything that is known of it. Stages never import each other; they exchange artifacts.
+"""One stage per file, with everything that is specific to it. Stages never import each other; they exchange artifacts.
 
 dataset         an index of a dataset
 tokenizer       a VQGAN, trained or imported
 token_map       codes of every image
 captions        features of captions
-reference       what samples are compared with
-reconstruction  how well the tokenizer keeps images
+reference       features of real images, with which samples are compared
+reconstruction  how well the tokenizer reproduces images
 train           a generator
 generate        samples of it
 image_set       images of other generators

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipelines.artifacts.manifest import FileRecord, Manifest
-from pipelines.cluster import connection
 from pipelines.cluster.data_stream import actor_pool, stream_records
 from pipelines.cluster.resources import Execution
 from pipelines.data.captions import EMPTY, CaptionFeaturesInfo, CaptionsSummary, captions_name, write_captions, write_empty
@@ -25,9 +24,6 @@ from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, Wo
 
 if TYPE_CHECKING:
     import ray.data
-
-
-_ENCODER_KEY = "captions.encoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ class CaptionsConfig:
 
     def folder(self) -> Path:
         assert self.encoder is not None
-        return local_folder(self.encoder, _ENCODER_KEY, self.s3)
+        return local_folder(self.encoder, "captions.encoder", self.s3)
 
 
 def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -84,8 +80,7 @@ def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageCo
     done = context.store.read_parts(context.stage, context.key)
     todo = [row for row in _plan(dataset, info) if captions_name(row["part"]) not in done]
     if todo:
-        context.connect()
-        connection.require(config.execution, "captions")
+        context.connect_for(config.execution, "captions")
 
         def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
             arguments = (config, dataset, info, context.for_workers())
@@ -110,20 +105,20 @@ def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageCo
 
 
 def _plan(dataset: Dataset, info: CaptionFeaturesInfo) -> list[dict[str, int]]:
-    """Files, each with its captions start.. and the rows of the index that hold them."""
+    """One row per file, with its first caption and the rows of the index that contain its captions."""
     firsts = pq.read_table(dataset.store.fetch(dataset.manifest, INDEX), columns=["first_caption"])["first_caption"].to_numpy()
     rows = []
     for part in range(info.num_files):
         start = part * info.captions_per_file
         stop = start + info.captions_from(start)
-        # Rows without captions share their number with the next row; starting with them is harmless.
+        # Rows without captions have the number of the next row; starting with them is harmless.
         first_row = int(np.searchsorted(firsts, start, side="right")) - 1
         rows.append({"part": part, "start": start, "first_row": first_row, "last_row": int(np.searchsorted(firsts, stop))})
     return rows
 
 
 class _Encode:
-    """File -> its captions' features in the store. One actor holds one text encoder."""
+    """File -> the features of its captions in the store. One actor holds one text encoder."""
 
     def __init__(self, config: CaptionsConfig, dataset: Dataset, info: CaptionFeaturesInfo, context: WorkerContext) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""Stage dataset: an index of a dataset, one row per image in the order that all later stages use, and what is odd about it."""
+"""Stage dataset: an index of a dataset, one row per image in the order that all later stages use, and findings about it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 
 from pipelines.artifacts.manifest import FileRecord, Manifest
-from pipelines.data.dataset import INDEX, DatasetSummary, IndexSummary, check_unique, write_index
+from pipelines.data.dataset import INDEX, DatasetSummary, IndexSummary, write_index
 from pipelines.data.sources.base import Entry, Findings, Source
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
@@ -23,10 +23,10 @@ _SHOWN_AT_MOST = 3
 
 
 def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
-    """Reads the listing of a dataset, or its files if only their content tells the images (tar, Parquet).
+    """Reads the listing of a dataset, or its files if they contain several images (tar, Parquet).
 
-    Writes the index, one row per image, and what is odd about the dataset. Measures the numbers of images, classes and captions.
-    Raises ValueError for a dataset without images, with a key twice, or with labels that have no class.
+    Writes the index, one row per image, and findings about the dataset. Measures the numbers of images, classes and captions.
+    Raises ValueError for a dataset without images, with duplicate keys, or with labels that have no class.
     """
     source, findings = open_source(config), Findings()
     started = time.monotonic()
@@ -35,7 +35,6 @@ def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageCon
 
     def write(path: Path) -> None:
         made.append(write_index(path, scanned))
-        check_unique(path)
         if not made[0].num_images:
             raise ValueError(f"dataset {config.title} has no images at {config.path}")
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from enat.images import png_bytes
 from pipelines.artifacts.manifest import Manifest
-from pipelines.cluster import connection
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.image_sets import ImageSetConfig
@@ -114,8 +113,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         num_reference=real_images.num_kept,
         settings=settings,
     ).chosen(config.metrics)
-    context.connect()
-    connection.require(config.execution, "evaluate")
+    context.connect_for(config.execution, "evaluate")
     reader = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)  # for the judge, and for people
     measured = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, config.rounding)
     job = _features(measured, chosen, inputs, config.execution, context)
@@ -155,7 +153,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
 
 
 def _check_resolution(samples: Manifest, inputs: Mapping[str, Manifest]) -> None:
-    """Extractors resize images, so a wrong size would go unnoticed."""
+    """Check this here, because extractors resize images of any size."""
     made, real = evaluation_protocol.resolution_of(samples, inputs), ReferenceSummary.read(inputs["reference"]).resolution
     if real is not None and made != real:
         raise ValueError(f"the samples have {made} px and the reference {real} px; scores of two sizes are not comparable")
@@ -189,12 +187,9 @@ def _counted(inputs: Mapping[str, Manifest]) -> dict[str, float]:
     if inputs["samples"].stage == "images":
         return {}
     cost = image_cost(inputs["samples"], inputs["model"], inputs["tokenizer"])
+    parts = ("one_pass", "guidance", "transformer", "decoder", "total")
     return {
-        "gmacs_one_pass": cost.one_pass_macs / 1e9,
-        "gmacs_guidance": cost.guidance_macs / 1e9,
-        "gmacs_transformer": cost.transformer_macs / 1e9,
-        "gmacs_decoder": cost.decoder_macs / 1e9,
-        "gmacs_total": cost.total_macs / 1e9,
+        **{f"gmacs_{part}": getattr(cost, f"{part}_macs") / 1e9 for part in parts},
         "gmacs_executed": cost.executed_total_macs / 1e9,
         "gflops_total": 2 * cost.total_macs / 1e9,
         "gflops_executed": 2 * cost.executed_total_macs / 1e9,
@@ -202,9 +197,9 @@ def _counted(inputs: Mapping[str, Manifest]) -> dict[str, float]:
 
 
 def _measured(samples: Manifest, job: FeatureSet, execution: Execution) -> dict[str, float]:
-    """Of one image: making its codes, as stage generate measured it, decoding them, as measured here, and both together.
+    """Times of one image: making its codes, as measured by stage generate, decoding them, as measured here, and their sum.
 
-    images_per_second: by all workers of either stage, one stage after the other.
+    images_per_second: by all workers of both stages, one stage after the other.
     """
     if samples.stage == "images":
         return {}
@@ -226,7 +221,7 @@ def _measured(samples: Manifest, job: FeatureSet, execution: Execution) -> dict[
 def _judged(
     config: EvaluateConfig, reader: BlockReader, images_per_pass: int, inputs: Mapping[str, Manifest], context: StageContext
 ) -> tuple[dict[str, float], float]:
-    """The scores of the judge, and the CPU seconds that it took."""
+    """The scores of the judge, and its CPU seconds."""
     import ray
 
     samples = inputs["samples"]
@@ -240,10 +235,10 @@ def _judged(
     return judged
 
 
-def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, asked: np.ndarray) -> tuple[dict[str, float], float]:
-    """Agreement of a support vector machine with the labels asked for; its own accuracy on real images it did not see. Seconds.
+def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, requested: np.ndarray) -> tuple[dict[str, float], float]:
+    """Agreement of a support vector machine with the requested labels, and its accuracy on held-out real images. Seconds.
 
-    asked: int64 (N,), of the first N samples.
+    requested: int64 (N,), labels of the first N samples.
     """
     import torch
     from sklearn.model_selection import cross_val_score
@@ -256,8 +251,8 @@ def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, asked:
     machine = SVC(C=10.0)
     accuracy = cross_val_score(machine, pixels, labels, cv=5).mean()
     machine.fit(pixels, labels)
-    predicted = machine.predict(_gray(read_images(reader, 0, len(asked), images_per_pass)))
-    scores = {"class_agreement": float((predicted == asked).mean()), "judge_accuracy": float(accuracy)}
+    predicted = machine.predict(_gray(read_images(reader, 0, len(requested), images_per_pass)))
+    scores = {"class_agreement": float((predicted == requested).mean()), "judge_accuracy": float(accuracy)}
     return scores, time.monotonic() - started
 
 

@@ -18,7 +18,6 @@ from enat.config import ENATConfig
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.cluster import connection
 from pipelines.cluster.data_stream import actor_pool, stream_records
 from pipelines.cluster.device import device_name, peak_memory_gb
 from pipelines.cluster.resources import Execution
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     import ray.data
     import torch
 
-    from enat.model import ENAT, TextCondition
+    from enat.model import TextCondition
 
 
 CAPTION_CHOICES = ("drawn", "in_order")
@@ -98,11 +97,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.num_samples < 2 or self.shard_size < 1:
             raise ValueError("generate.num_samples must be at least 2 and shard_size at least 1")
-        for name, value, known in (
-            ("caption_choice", self.caption_choice, CAPTION_CHOICES),
-            ("precision", self.precision, PRECISIONS),
-        ):
-            if value not in known:
+        for name, known in (("caption_choice", CAPTION_CHOICES), ("precision", PRECISIONS)):
+            if (value := getattr(self, name)) not in known:
                 raise ValueError(f"generate.{name} is {value!r}; choose one of {', '.join(known)}")
         if self.mask_ratio is not None and not 0 < self.mask_ratio <= 1:
             raise ValueError(f"generate.mask_ratio is {self.mask_ratio}; it must be above 0 and at most 1, or null for no start")
@@ -128,8 +124,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     done = context.store.read_parts(context.stage, context.key)
     todo = [{"part": part} for part, name in enumerate(names) if name not in done]
     if todo:
-        context.connect()
-        connection.require(config.execution, "generate")
+        context.connect_for(config.execution, "generate")
         plan = ray.put(_plan(config, architecture, inputs, context.store))
 
         def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
@@ -167,9 +162,9 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
 
 
 def _metrics(config: GenerateConfig, records: list[dict[str, Any]]) -> dict[str, float]:
-    """Of making codes; decoding these is measured by stage evaluate. Seconds of an image are without loading the model.
+    """Of making codes; stage evaluate measures decoding. Seconds per image do not include loading the model.
 
-    sampling_images_per_second: of all workers together.   peak_memory_gb: of the worker that held most.
+    sampling_images_per_second: of all workers together.   peak_memory_gb: of the worker with the highest peak.
     """
     per_image = sum(record["seconds"] for record in records) / config.num_samples
     return {
@@ -192,7 +187,7 @@ def _check(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manif
             raise ValueError("this model is conditioned on captions, so generate needs their features; give captions.encoder")
         return "captions"
     if wrong := [label for label in config.labels if not 0 <= label < max(1, model.num_classes)]:
-        raise ValueError(f"generate.labels has {wrong[0]}, but this model knows 0 to {max(1, model.num_classes) - 1}")
+        raise ValueError(f"generate.labels has {wrong[0]}, but the classes of this model are 0 to {max(1, model.num_classes) - 1}")
     if config.mask_ratio is not None:
         if "token_map" not in inputs:
             raise ValueError("generate.mask_ratio begins with codes of a token map, and this run has none")
@@ -221,7 +216,7 @@ def _plan(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manife
         raise ValueError(f"the token map of {token_map.info.dataset} has no rows to begin with")
     rows = drawn_rows(len(token_map), config.num_samples, config.seed)
     codes, row_labels = token_map.take(rows, np.zeros(len(rows), bool))
-    # A row without a label has the map's null label; the model's own is another number where it has no classes.
+    # A row without a label has the null label of the map, which differs from the model's if the model has no classes.
     row_labels = np.where(row_labels < model.num_classes, row_labels, model.null_label)
     return SamplePlan(row_labels, np.full_like(rows, NONE), rows, codes.astype(np.uint16))
 
@@ -230,12 +225,10 @@ def _caption_order(config: GenerateConfig, captions: Manifest, store: ArtifactSt
     num_captions = CaptionsSummary.read(captions).info.num_captions
     if config.caption_choice == "in_order":
         return np.arange(num_captions)
-    source = captions.inputs["dataset"]
-    index = store.read_manifest(source["stage"], source["key"])
+    index = store.read_input(captions, "dataset")
     if index is None:
-        raise ValueError(
-            f"{source['stage']}/{source['key'][:12]}, the index of these captions, is not in {store.uri} anymore; make it again"
-        )
+        place = f"dataset/{captions.inputs['dataset']['key'][:12]}"
+        raise ValueError(f"{place}, the index of these captions, is not in {store.uri} anymore; make it again")
     first = pq.read_table(store.fetch(index, INDEX), columns=["first_caption"])["first_caption"].to_numpy()
     assert config.seed is not None
     return caption_order(first, num_captions, config.seed)
@@ -243,7 +236,7 @@ def _caption_order(config: GenerateConfig, captions: Manifest, store: ArtifactSt
 
 @dataclass(frozen=True)
 class _Task:
-    """The input of a worker. plan: reference to a SamplePlan in Ray's object store.   num_workers: that share the work."""
+    """The input of a worker. plan: reference to a SamplePlan in Ray's object store.   num_workers: of the stage."""
 
     config: GenerateConfig
     model: Manifest
@@ -270,7 +263,9 @@ class _Sample:
         sizes = {"batch_size": execution.worker_batch_size, "images_per_pass": images_per_pass}
         self.pool = pass_pool(passes_at_once(execution.device, **sizes, num_threads=execution.num_threads))
         self.plan: SamplePlan = ray.get(task.plan)
-        self.model = _prepare(load_enat(task.context.store.fetch(task.model, "model.safetensors")), execution)
+        self.model = load_enat(task.context.store.fetch(task.model, "model.safetensors")).to(execution.device)
+        if execution.compile:
+            self.model.compile_blocks()
         self.captions = None if task.captions is None else CaptionFeatures.open(task.context.store, task.captions)
         assert self.config.seed is not None
         self.sampler = PassSampler(
@@ -330,7 +325,7 @@ class _Sample:
         return TextCondition(*map(torch.from_numpy, self.captions.take(self.plan.captions[samples])))
 
     def _start(self, samples: np.ndarray) -> torch.Tensor | None:
-        """int64 (P, L): codes of token map rows, as many masked in each; None where samples begin with nothing."""
+        """int64 (P, L): codes of rows of the token map, equally many masked in each; None if all codes begin masked."""
         import torch
 
         if self.plan.start is None:
@@ -342,14 +337,6 @@ class _Sample:
         for row, sample in zip(tokens, samples.tolist(), strict=True):
             row[masked_positions(sample_seed(self.config.seed, sample), num_tokens, num_masked)] = self.model.config.mask_id
         return torch.from_numpy(tokens)
-
-
-def _prepare(model: ENAT, execution: GenerateExecution) -> ENAT:
-    """Moves a model to the worker's device, and compiles it if execution.compile is set."""
-    model = model.to(execution.device)
-    if execution.compile:
-        model.compile_blocks()
-    return model
 
 
 def _describe(manifest: Manifest) -> str:

@@ -1,16 +1,15 @@
-"""Stage images: an index of images that another generator made. Every image is read; all must be complete and of one size."""
+"""Stage images: an index of images that another generator made. Every image is read. All must be complete and of one size."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from rich.markup import escape
 
 from pipelines.artifacts.manifest import Manifest
-from pipelines.data.dataset import INDEX, check_unique, write_index
+from pipelines.data.dataset import INDEX, write_index
 from pipelines.data.image_sets import ImageSetConfig, ImageSetSummary, check_images, label_scheme, resolution_of, scan
 from pipelines.data.labels import UNKNOWN
 from pipelines.data.sources.base import Entry, Findings
@@ -37,13 +36,9 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
     else:
         _check_by_workers(config, entries, resolution, context)
 
-    def write(path: Path) -> None:
-        write_index(path, entries)
-        check_unique(path)
-
     labels = {entry.label for entry in entries}
     return StageResult(
-        files=[context.write(INDEX, write)],
+        files=[context.write(INDEX, lambda path: write_index(path, entries))],
         summary=ImageSetSummary(
             name=config.name,
             kind=config.kind,
@@ -60,8 +55,8 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
 
 
 def _check_by_workers(config: ImageSetConfig, entries: list[Entry], resolution: int, context: StageContext) -> None:
-    """A task per so many images, waited for in order: of several odd images the first is named. Tasks after it are left to end by
-    themselves, as they are short: in Ray 2.60 ray.cancel races with their answers, which can end the driver."""
+    """Runs a task for each few images and waits for them in order, so that the error names the first wrong image. The tasks after
+    it are short and not cancelled: in Ray 2.60, ray.cancel races with their answers, which can end the driver."""
     import ray
 
     context.connect()
@@ -85,7 +80,7 @@ STAGE = Stage(
     run,
     config=ImageSetConfig,
     summary=ImageSetSummary,
-    kind="evaluation",  # the images are read in order to be scored; what generating them took is not known
+    kind="evaluation",  # they are read to be scored; the cost of generating them is not known
     files=(INDEX,),
     external=("path",),
     describe=_describe,

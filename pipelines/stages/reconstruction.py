@@ -1,7 +1,7 @@
-"""Stage reconstruction: how well the tokenizer keeps real images, an upper bound for every generator of its codes.
+"""Stage reconstruction: how well the tokenizer reproduces real images, an upper bound for every generator of its codes.
 
-Images are decoded from their codes in the token map: distance of their features to the reference, and PSNR and SSIM against the
-originals, read again from the dataset; and how evenly the codes are used.
+Images are decoded from their codes in the token map. The stage measures the distance of their features to the reference, PSNR and
+SSIM against the originals, which are read again from the dataset, and how evenly the codes are used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.cluster import connection
 from pipelines.cluster.resources import Execution
 from pipelines.data import token_map as data_token_map
 from pipelines.data.dataset import Dataset
@@ -28,7 +27,7 @@ from pipelines.workflow.models import TokenizerSummary
 from pipelines.workflow.stage import Input, PublishContext, Stage, StageContext, StageResult
 from pipelines.workflow.summary import Summary
 
-_MOST_PSNR = 100.0  # decibels; of an image that came back as it was, where the ratio is infinite
+_MOST_PSNR = 100.0  # decibels, for an exact reproduction, whose ratio is infinite
 _MEASURES = ("psnr", "ssim")
 
 
@@ -50,7 +49,7 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionSummary(Summary):
-    """reference, reference_digest: what the decoded images are compared with.   num_images: how many were measured."""
+    """reference, reference_digest: of the real images in the comparison.   num_images: number of measured images."""
 
     extractor: str
     extractor_digest: str
@@ -62,9 +61,9 @@ class ReconstructionSummary(Summary):
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Images of a dataset decoded from their codes, each measured against its original. Those in quarantine are left out.
+    """Images of a dataset decoded from their codes, each measured against its original. Images in quarantine are skipped.
 
-    quarantined: indices in the dataset of those that the token map leaves out, ascending.
+    quarantined: their indices in the dataset, ascending.
     """
 
     dataset: Dataset
@@ -129,8 +128,7 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
     if real.resolution != info.resolution:
         raise ValueError(f"the token map has {info.resolution} px and the reference {real.resolution} px")
     num_images = min(config.num_images or dataset.num_images, dataset.num_images)
-    context.connect()
-    connection.require(config.execution, "reconstruction")
+    context.connect_for(config.execution, "reconstruction")
     spec = FeatureSpec(num_images=num_images, images_per_pass=real.images_per_pass, kept=drawn_evenly(num_images, 0, 0))
     reader = Reconstructions(dataset, tokens, tokenizer, _quarantined(dataset, tokens, context))
     job = compute_features(reader, spec, ExtractorFile.of_reference(context.store, reference), config.execution, context)
@@ -163,7 +161,7 @@ def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publis
 
 
 def _quarantined(dataset: Dataset, tokens: Manifest, context: StageContext) -> tuple[int, ...]:
-    """As Reconstructions needs them."""
+    """Indices of the images that the token map does not have, ascending."""
     left_out = set(pq.read_table(context.store.fetch(tokens, data_token_map.QUARANTINE))["key"].to_pylist())
     if not left_out:
         return ()

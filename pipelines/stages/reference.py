@@ -1,7 +1,7 @@
 """Stage reference: the feature extractor, the moments of its features of real images, and the features of some of these.
 
-The images are those of a dataset, cropped as the token map crops them, or ADM's reference statistics (an .npz file). Extractor
-"classifier" is trained here on the dataset's labels, with a share held out to say how good it is; the others are given weights.
+The images are those of a dataset, cropped as in the token map, or those of ADM's reference statistics (an .npz file). Extractor
+"classifier" is trained here on the labels of the dataset, and tested on a part that is held out. The others have given weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from enat.metrics.extractors import BUILT_IN, FeatureExtractor, extractor_kinds, load_extractor
 from pipelines.artifacts.manifest import FileRecord, Manifest
-from pipelines.cluster import connection
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
@@ -34,11 +33,11 @@ if TYPE_CHECKING:
 
 
 _WEIGHTS_KEY = "reference.weights"
-CROP = "adm-center"  # of datasets, as their token maps have it
+CROP = "adm-center"  # of datasets, as in their token maps
 _FROM_FOLDERS = ("dinov2", "clip")
 _HOLD_OUT_EVERY = 5  # every fifth image tests the classifier and never trains it
 _MAX_TRAINING_IMAGES = 50_000
-_KEPT_SEED = 0  # not the run's: runs of other seeds are to be compared with the same reference
+_KEPT_SEED = 0  # not the run's: runs of all seeds are compared with the same reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +106,10 @@ class _Made:
 
 @dataclass(frozen=True)
 class _RealImages:
-    """What the reference is of.
+    """The real images of a reference.
 
-    reader, num_images: images to compute features of; None and 0 where npz has statistics alone.   npz: its statistics are of all
-    images that the file was made from, of which it may hold some.
+    reader, num_images: images to compute features of; None and 0 if npz has statistics only.   npz: its statistics are of all
+    images that the file was made from, of which it may contain some.
     """
 
     name: str
@@ -128,8 +127,7 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
     trained classifier its accuracy on images that it did not see.
     """
     real = _real_images(config, inputs, context)
-    context.connect()
-    connection.require(config.execution, "reference")
+    context.connect_for(config.execution, "reference")
     made = _make_extractor(config, real.dataset, context)
     source = ExtractorFile.of(context.store, config.extractor, context.stage, context.key, made.file)
     outputs = dict(source.load().outputs)
@@ -185,7 +183,7 @@ def _real_images(config: ReferenceConfig, inputs: Mapping[str, Manifest], contex
 
 
 def _make_extractor(config: ReferenceConfig, dataset: Dataset | None, context: StageContext) -> _Made:
-    """Made once: committed features belong to this extractor, also if the stage resumes after a crash."""
+    """Make the extractor once: if the stage resumes after a crash, committed features belong to this extractor."""
     import ray
 
     committed = context.store.read_parts(context.stage, context.key).get(EXTRACTOR_FILE)
@@ -214,7 +212,7 @@ def _train_classifier(config: ReferenceConfig, dataset: Dataset, context: Worker
     if not len(labels) or int(labels.min()) < 0:
         raise ValueError(f"dataset {dataset.name} has no labelled images to train a classifier on; use extractor: inception")
     is_held_out = torch.arange(len(labels)) % _HOLD_OUT_EVERY == 0
-    with torch.random.fork_rng(devices=[]):  # torch's initialisers of layers know no generator
+    with torch.random.fork_rng(devices=[]):  # torch initializes layers by the global generator
         torch.manual_seed(config.seed)
         extractor = ClassifierExtractor(len(dataset.class_names))
     generator = torch.Generator().manual_seed(config.seed)
@@ -229,7 +227,7 @@ def _train_classifier(config: ReferenceConfig, dataset: Dataset, context: Worker
 
 
 def _keep_extractor(config: ReferenceConfig, context: StageContext) -> _Made:
-    """The weights that the config names, written in this store's own format. The file is opened here once, so a wrong one fails."""
+    """The weights that the config names, in the format of the store. Opening them here refuses wrong files."""
     from safetensors.torch import save_file
 
     from enat.checkpoint import read_state_dict

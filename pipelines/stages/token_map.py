@@ -1,9 +1,9 @@
 """Stage token_map: every image of a dataset as codes, in Parquet.
 
 The driver plans one part per output file, and blocks of images within a part. Ray Data streams the blocks through decoding
-(tasks on CPUs) and encoding (a pool of actors); the driver puts the codes of a part together and writes its file. Pixels never
-reach the driver, and only as many blocks are on their way as memory allows. Which images the encoder computes together is
-planned too: so a file's bytes do not depend on how many workers there are, how they batch, or where a crash interrupted them.
+(tasks on CPUs) and encoding (a pool of actors). The driver joins the codes of a part and writes its file. Pixels never reach the
+driver, and a memory limit bounds the number of blocks in transit. The plan also fixes which images the encoder computes together:
+the bytes of a file do not depend on the number of workers, their batches, or crashes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 from enat.config import VQGANConfig
 from enat.images import ImageError, to_float
 from pipelines.artifacts.manifest import FileRecord, Manifest
-from pipelines.cluster import connection
 from pipelines.cluster.data_stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
 from pipelines.cluster.resources import Execution
 from pipelines.data import token_map
@@ -40,9 +39,9 @@ if TYPE_CHECKING:
 
 CODE_COUNTS = "code_counts.json"
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # by precision, as token maps record it
-_ENCODING_MEMORY = {"cpu": 1 << 30, "cuda": 16 << 30}  # what one pass of the encoder may take
+_ENCODING_MEMORY = {"cpu": 1 << 30, "cuda": 16 << 30}  # limit of one pass of the encoder
 _MAX_BLOCK_BYTES = 64 << 20  # of pixels: Ray Data would cut larger blocks in two
-_LEAST_MEMORY = 32 << 20  # of pixels on their way
+_LEAST_MEMORY = 32 << 20  # of pixels in transit
 _WRITERS = 4  # parts that are written at once; a bucket answers slowly
 _WRITES_WAITING = 16
 _REASONS_COUNTED = 10
@@ -97,7 +96,7 @@ class TokenMapConfig:
 
 @dataclass(frozen=True)
 class _Encoding:
-    """What an encoder needs to know."""
+    """The settings of an encoder."""
 
     tokenizer: Manifest
     info: TokenMapInfo
@@ -132,8 +131,7 @@ def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageCo
     _check_passes(per_pass, done.values())
     todo = [part for part in parts if _part_name(part) not in done]
     if todo:
-        context.connect()
-        connection.require(config.execution, "token_map")
+        context.connect_for(config.execution, "token_map")
         with context.bar(dataset.num_images, "images") as bar:
             bar.update(sum(record["rows"] + len(record["quarantined"]) for record in done.values()))
             quarantined = sum(len(record["quarantined"]) for record in done.values())
@@ -153,7 +151,7 @@ def _images_per_pass(architecture: VQGANConfig, device: str) -> int:
 
 
 def _check_passes(images_per_pass: int, done: Iterable[Mapping[str, Any]]) -> None:
-    """Refuses to continue parts of another kind of device: codes that are nearly tied may differ."""
+    """Refuse to continue parts of another kind of device: codes that are nearly tied may differ."""
     for record in done:
         if record["images_per_pass"] != images_per_pass:
             raise ValueError(
@@ -183,7 +181,7 @@ def _plan(parts: Sequence[int], shard_size: int, num_images: int, block_size: in
 def _encode_parts(
     blocks: list[dict[str, int]], dataset: Dataset, encoding: _Encoding, context: StageContext
 ) -> Generator[dict[str, Any]]:
-    """Blocks as they are done. A part is written once all of its blocks are there, while others are still computed."""
+    """Yields blocks in the order in which they finish. A part is written when all of its blocks have finished."""
     import ray.data
 
     def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
@@ -193,7 +191,7 @@ def _encode_parts(
             .map_batches(_Decode(dataset, encoding.info.resolution), **feeding_tasks(execution, execution.num_decoders))
             .map_batches(_Encode, fn_constructor_args=arguments, **actor_pool(execution, len(rows)))
         )
-        return with_memory_limit(encoded, _pixels_on_their_way(encoding))
+        return with_memory_limit(encoded, _pixels_in_transit(encoding))
 
     num_blocks = Counter(row["part"] for row in blocks)
     arrived: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -212,8 +210,8 @@ def _encode_parts(
             future.result()
 
 
-def _pixels_on_their_way(encoding: _Encoding) -> int:
-    """Bytes of decoded blocks that may wait for encoders: enough that none of these ever waits."""
+def _pixels_in_transit(encoding: _Encoding) -> int:
+    """Bytes of decoded blocks that may wait for encoders: enough that encoders never wait for blocks."""
     import ray.data
 
     execution = encoding.execution
@@ -241,9 +239,9 @@ def _write_part(part: int, blocks: Sequence[dict[str, Any]], encoding: _Encoding
 
 @dataclass(frozen=True)
 class _Decoded:
-    """What is known of a block's images. A class of its own, because Ray makes arrays of lists of plain values, empty ones too.
+    """Metadata of the images of a block. A class, because Ray turns lists of plain values into arrays.
 
-    images: slot, key, label, sha256, captions, number of the first one; of the readable ones.   quarantined: key, reason.
+    images: slot, key, label, sha256, captions, number of the first caption; of readable images.   quarantined: key, reason.
     """
 
     block: dict[str, int]
@@ -253,7 +251,7 @@ class _Decoded:
 
 
 class _Decode:
-    """Block -> the same with pixels uint8 (R, 3, H, W), zeros where an image cannot be read, and what is known of each image."""
+    """Block -> pixels uint8 (R, 3, H, W), zeros for unreadable images, and the metadata of each image."""
 
     def __init__(self, dataset: Dataset, resolution: int) -> None:
         self.dataset, self.resolution = dataset, resolution
@@ -349,7 +347,7 @@ def _check_quarantine(quarantined: int, num_images: int, max_share: float, examp
 
 
 def _accept(config: TokenMapConfig, manifest: Manifest) -> None:
-    """An existing map may have been made under another limit."""
+    """Check an existing map, which may have been made with another limit."""
     summary = TokenMapSummary.read(manifest)
     examples = [[f"see {token_map.QUARANTINE} of {manifest.key[:12]}", ", ".join(summary.quarantine_reasons)]]
     _check_quarantine(summary.quarantined, summary.rows + summary.quarantined, config.max_quarantine_share, examples)

@@ -11,7 +11,6 @@ from typing import Any
 from enat.config import TokenizerRecipe, VQGANConfig
 from enat.images import make_grid, png_bytes, to_float, to_uint8
 from pipelines.artifacts.manifest import Manifest
-from pipelines.cluster import connection
 from pipelines.cluster.resources import Workers
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
@@ -24,7 +23,7 @@ from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, Wo
 
 WEIGHTS = "vqgan.safetensors"
 PICTURE = "reconstructions.png"
-_MAX_IMAGES = 50_000  # of the dataset's start, held in memory: more is not for a tokenizer trained here
+_MAX_IMAGES = 50_000  # the first ones of the dataset, which are held in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +91,7 @@ def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageC
 
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
-    context.connect()
-    connection.require(config.execution, "tokenizer")
+    context.connect_for(config.execution, "tokenizer")
     with context.bar(config.recipe.num_steps, "steps") as bar, bar.reporter() as reporter:
         task = ray.remote(**config.execution.resources)(_train)
         trained = ray.get(task.remote(config, dataset, context.for_workers(), reporter))
@@ -120,7 +118,7 @@ def _train(config: TokenizerConfig, dataset: Dataset, context: WorkerContext, re
     torch.set_num_threads(config.execution.num_threads)
     architecture, device = config.architecture(), config.execution.device
     images = torch.from_numpy(dataset.load_images(architecture.resolution, 0, _MAX_IMAGES)[0])
-    with torch.random.fork_rng(devices=[]):  # torch's initialisers of convolutions know no generator
+    with torch.random.fork_rng(devices=[]):  # torch initializes convolutions by the global generator
         torch.manual_seed(config.seed)
         vqgan = VQGAN(architecture).to(device)
     floats = to_float(images).to(device)

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from enat.config import ENATConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
-from pipelines.cluster import connection
 from pipelines.data.captions import CaptionsSummary
 from pipelines.data.token_map import TokenMapInfo, TokenMapSummary
 from pipelines.formatting import show_size
@@ -74,8 +71,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
     if config.num_steps == 0:
         trained = TrainResult(_untrained(config, architecture, context), (), [], 0, 0, 0, 0)
     else:
-        context.connect()
-        connection.require(config.execution, "train")
+        context.connect_for(config.execution, "train")
         with context.bar(config.num_steps, "steps") as bar, bar.reporter() as reporter:
             trained = _fit(config, architecture, inputs, context, reporter)
         if trained.error is not None:
@@ -169,7 +165,8 @@ def _fit(
         captions=inputs.get("captions"),
         reporter=reporter,
     )
-    with _storage() as storage:
+    # A new folder: in a used one Ray Train would resume from a record of its own.
+    with tempfile.TemporaryDirectory(prefix="enat-ray-train-", ignore_cleanup_errors=True) as storage:
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"task": task},
@@ -190,16 +187,6 @@ def _fit(
         )
         result: TrainResult = _wait_for(trainer, reporter, context.console)
     return result
-
-
-@contextmanager
-def _storage() -> Iterator[str]:
-    """A new folder for Ray Train. In a used one it would resume from a record of its own."""
-    folder = tempfile.mkdtemp(prefix="enat-ray-train-")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for(trainer: TorchTrainer, reporter: Reporter, console: Console) -> Any:

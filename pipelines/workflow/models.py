@@ -15,10 +15,6 @@ class TokenizerSummary(Summary):
     config: VQGANConfig
     is_imported: bool
 
-    @property
-    def is_from_outside(self) -> bool:
-        return self.is_imported
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSummary(Summary):
@@ -36,11 +32,3 @@ class ModelSummary(Summary):
     skipped_draws: int = 0
     num_restarts: int = 0
     num_rollbacks: int = 0
-
-    @property
-    def dataset_name(self) -> str:
-        return self.dataset
-
-    @property
-    def is_from_outside(self) -> bool:
-        return self.is_imported

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster import connection
 from pipelines.cluster.resources import Workers
 from pipelines.tracking.run import RunHandle, TrackingConfig
 from pipelines.workflow.costs import Prices
@@ -129,10 +130,19 @@ class WorkerContext:
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext(WorkerContext):
-    """What the driver of a stage may use: also the terminal. `connect` connects to Ray; a stage that needs Ray calls it first."""
+    """What the driver of a stage may use: also the terminal. `connect` connects to Ray; a stage that needs Ray calls it or
+    connect_for first."""
 
     console: Console
     connect: Callable[[], None]
+
+    def connect_for(self, workers: Workers, section: str) -> None:
+        """Connect to Ray. Raises ValueError if the cluster does not have the resources that these workers request.
+
+        section: of the config that sets them.
+        """
+        self.connect()
+        connection.require(workers, section)
 
     def bar(self, total: int, unit: str) -> Bar:
         return Bar(self.console, self.stage, total, unit)

@@ -30,13 +30,13 @@ class Summary:
 
     @property
     def dataset_name(self) -> str | None:
-        """The dataset that the artifact was made from, if the summary names it."""
-        return None
+        """The dataset that the artifact was made from, if a field `dataset` of the summary or of its `info` names it."""
+        return getattr(getattr(self, "info", self), "dataset", None)
 
     @property
     def is_from_outside(self) -> bool:
-        """Whether the artifact was imported, so that what making it took is not known."""
-        return False
+        """Whether a field `is_imported` states that the artifact was imported, so that the cost of making it is not known."""
+        return getattr(self, "is_imported", False)
 
     def to_dict(self) -> dict[str, Any]:
         return {_VERSION: self.version, **configuration.to_dict(self)}

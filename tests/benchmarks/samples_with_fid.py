@@ -27,7 +27,6 @@ from enat.tokenizer import VQGAN, VQGANConfig
 from pipelines.cluster.device import wait_for
 from pipelines.evaluation.readers import run_pass
 from pipelines.sampling.fixed_batches import PassSampler, fixed_numerics
-from pipelines.stages import generate
 
 NUM_SAMPLES = 50_000
 PARTS = ("sampling", "decoding", "features")
@@ -55,9 +54,10 @@ def fastest_seconds(call: Callable[[], Any], device: str, num_rounds: int) -> fl
 def sampling(preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int, compiled: bool) -> float:
     """Images per second of stage generate's passes of batch_size."""
     model = make_model(ENATConfig.preset(preset), device).eval().requires_grad_(False)
-    execution = generate.GenerateExecution(gpus_per_worker=float(device != "cpu"), compile=compiled)
+    if compiled:
+        model.compile_blocks()
     sampler = PassSampler(
-        model=generate._prepare(model, execution),
+        model=model,
         sampler=SamplerConfig(),
         run_seed=0,
         images_per_pass=batch_size,

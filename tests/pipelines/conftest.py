@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,35 +218,43 @@ def enat() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@contextlib.contextmanager
+def _enat_until(condition: Callable[[], bool], arguments: Sequence[object]) -> Iterator[subprocess.Popen[str]]:
+    """Start the `enat` command in a process group of its own and yield when a condition holds. Afterwards the group is killed."""
+    import psutil
+
+    with subprocess.Popen(
+        [str(ENAT), *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=fresh_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        try:
+            while not condition():
+                assert process.poll() is None, f"it ended too early:\n{process.communicate()[0]}"
+                assert time.monotonic() < deadline, "the condition never held"
+                time.sleep(0.002)
+            yield process
+        finally:
+            children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            # Ray's daemons have their own groups and end without their driver. Those that do not end are killed here.
+            for child in psutil.wait_procs(children, timeout=15)[1]:
+                child.kill()
+
+
 @pytest.fixture(scope="session")
 def kill_enat_when() -> Callable[..., None]:
     """Start the `enat` command and kill its process group with SIGKILL as soon as a condition holds."""
-    import psutil
 
     def run(condition: Callable[[], bool], *arguments: object) -> None:
-        command = [str(ENAT), *map(str, arguments)]
-        with subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=fresh_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            deadline = time.monotonic() + 120
-            try:
-                while not condition():
-                    assert process.poll() is None, f"it ended before it could be killed:\n{process.communicate()[0]}"
-                    assert time.monotonic() < deadline, "the condition never held"
-                    time.sleep(0.002)
-            finally:
-                children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                # Ray's daemons have their own groups and end without their driver. Those that do not end are killed here.
-                for child in psutil.wait_procs(children, timeout=15)[1]:
-                    child.kill()
+        with _enat_until(condition, arguments) as process:
+            pass
         assert process.returncode == -signal.SIGKILL
 
     return run
@@ -254,22 +262,11 @@ def kill_enat_when() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def end_enat_when() -> Callable[..., tuple[int, str]]:
-    """Start the `enat` command, send it SIGTERM as soon as a condition holds, and wait for its end: exit code and output."""
+    """Start the `enat` command, send it SIGTERM as soon as a condition holds, and return its exit code and output."""
 
     def run(condition: Callable[[], bool], *arguments: object) -> tuple[int, str]:
-        command = [str(ENAT), *map(str, arguments)]
-        with subprocess.Popen(
-            command, cwd=REPOSITORY, env=fresh_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            deadline = time.monotonic() + 120
-            try:
-                while not condition():
-                    assert process.poll() is None, f"it ended before it could be sent a signal:\n{process.communicate()[0]}"
-                    assert time.monotonic() < deadline, "the condition never held"
-                    time.sleep(0.01)
-                process.send_signal(signal.SIGTERM)
-                return process.wait(120), process.communicate()[0]
-            finally:
-                process.kill()
+        with _enat_until(condition, arguments) as process:
+            process.send_signal(signal.SIGTERM)
+            return process.wait(120), process.communicate()[0]
 
     return run

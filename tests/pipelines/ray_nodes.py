@@ -71,8 +71,8 @@ class RayNodes:
         assert callable(condition)
         deadline = time.monotonic() + timeout
         while not condition():
-            said = "\n".join(path.read_text()[-2000:] for path in self.folder.glob("*.log"))
-            assert self.processes[-1].poll() is None and time.monotonic() < deadline, said
+            logs = "\n".join(path.read_text()[-2000:] for path in self.folder.glob("*.log"))
+            assert self.processes[-1].poll() is None and time.monotonic() < deadline, logs
             time.sleep(0.2)
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""What the doctor says of good and bad surroundings."""
+"""Findings of `enat doctor` in good and bad environments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.workflow import config as configuration
 
 
 @pytest.fixture(autouse=True)
-def _without_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
 
@@ -33,14 +33,14 @@ def examine(tmp_path: Path) -> Callable[..., dict[str, doctor.Finding]]:
     return examine
 
 
-def test_on_a_good_machine_all_findings_are_good(examine: Callable[..., Any]) -> None:
+def test_all_findings_of_a_good_machine_are_good(examine: Callable[..., Any]) -> None:
     found = examine()
     assert list(found) == ["Python", "packages", "devices", "disk", "Ray", "store", "tracking", "dataset"]
     assert {finding.state for finding in found.values()} == {doctor.GOOD}
     assert "torch 2.13" in found["packages"].detail and "local cluster" in found["Ray"].detail
 
 
-def test_an_obstacle_is_named_with_advice_and_the_other_checks_still_run(examine: Callable[..., Any]) -> None:
+def test_a_problem_is_reported_with_advice_and_other_checks_still_run(examine: Callable[..., Any]) -> None:
     for override, what, named in (
         ("store=/proc/nothing/store", "store", "/proc/nothing"),
         ("cluster.address=127.0.0.1:1", "Ray", "127.0.0.1:1"),
@@ -55,14 +55,14 @@ def test_an_obstacle_is_named_with_advice_and_the_other_checks_still_run(examine
         assert all(finding.state != doctor.BAD for name, finding in found.items() if name != what)
 
 
-def test_what_affects_some_runs_is_a_warning(examine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_of_some_runs_are_warnings(examine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1e9, "total": 1e8}))
     found = examine("tracking.enabled=false", "reference.extractor=inception")
     for what in ("disk", "shared memory", "tracking", "weights"):
         assert found[what].state == doctor.WARNING and found[what].advice
 
 
-def test_a_package_of_another_version_is_named(examine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_of_another_version_is_reported(examine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "1.0.0" if name == "pyarrow" else genuine(name))
     found = examine()["packages"]

@@ -17,7 +17,7 @@ def _python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_contracts_of_pyproject_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_contracts_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """Not through importlinter.cli, which would switch off the loggers of this process."""
     importlinter.configuration.configure()
     is_kept = use_cases.lint_imports(config_filename=str(REPOSITORY / "pyproject.toml"), cache_dir=None)
@@ -58,12 +58,12 @@ LIBRARIES = (*HEAVY, "numpy", "pyarrow", "omegaconf", "PIL", "safetensors", "jin
         ("import enat.config, enat.cost, enat.sampler_config", HEAVY),
     ],
 )
-def test_light_code_imports_nothing_heavy(code: str, unwanted: tuple[str, ...], tmp_path: Path) -> None:
+def test_light_modules_import_nothing_heavy(code: str, unwanted: tuple[str, ...], tmp_path: Path) -> None:
     process = _python(f"{code}; import sys; print([name for name in {unwanted!r} if name in sys.modules])", tmp_path)
     assert process.stdout.splitlines()[-1:] == ["[]"], (process.stdout, process.stderr)
 
 
-def test_importing_every_module_says_and_starts_and_writes_nothing(tmp_path: Path) -> None:
+def test_imports_have_no_side_effects(tmp_path: Path) -> None:
     code = """
 import importlib, os, pkgutil, threading
 from pipelines.cluster import connection

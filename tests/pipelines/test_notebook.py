@@ -23,7 +23,7 @@ from pipelines.storage.base import StorageError
 EXAMPLE = Path(notebook.__file__).parent / "guide" / "digits.ipynb"
 
 
-def _said(renderable: object) -> str:
+def _text(renderable: object) -> str:
     console = Console(file=io.StringIO(), width=200)
     console.print(renderable)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -35,13 +35,13 @@ def trained(digits_run) -> str:
 
 
 def test_artifacts_are_listed_opened_and_traced(digits_run, trained: str) -> None:
-    listed = _said(notebook.ls("train", "token_map", store=digits_run.store))
+    listed = _text(notebook.ls("train", "token_map", store=digits_run.store))
     assert trained[:18] in listed and "token_map/" in listed and "evaluate/" not in listed
-    assert "0 images" not in listed and _said(notebook.ls(dataset="flowers", store=digits_run.store)).count("\n") == 1, "a header"
+    assert "0 images" not in listed and _text(notebook.ls(dataset="flowers", store=digits_run.store)).count("\n") == 1, "a header"
     artifact = notebook.open_artifact(trained, digits_run.store.uri)
-    assert artifact.manifest.key in _said(artifact) and "text/html" in artifact._repr_mimebundle_([], [])
+    assert artifact.manifest.key in _text(artifact) and "text/html" in artifact._repr_mimebundle_([], [])
     assert [row["step"] for row in json.loads(artifact.path("history.json").read_text())] == [5, 10, 15, 20]
-    assert "token_map/" in _said(artifact.lineage()) and "evaluate/" in _said(artifact.lineage())
+    assert "token_map/" in _text(artifact.lineage()) and "evaluate/" in _text(artifact.lineage())
     assert artifact.input("token_map").manifest.stage == "token_map"
     assert artifact.input("token_map").contact_sheet(8).size == (16 * 98 + 2, 98 + 2)
     with pytest.raises(ValueError, match=r"train is made from .*token_map.*, not from captions"):
@@ -50,17 +50,17 @@ def test_artifacts_are_listed_opened_and_traced(digits_run, trained: str) -> Non
         notebook.open_artifact("train/xyz", digits_run.store)
 
 
-def test_what_is_mistyped_does_not_look_as_if_nothing_had_been_made(digits_run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no stage no-such-stage; stages are dataset, tokenizer, token_map,"):
+def test_mistyped_names_are_errors_not_empty_lists(digits_run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown stage no-such-stage; stages are tokenizer, dataset, token_map,"):
         notebook.ls("train", "no-such-stage", store=digits_run.store)
-    with pytest.raises(ValueError, match="there is no stage tarin; did you mean train"):
+    with pytest.raises(ValueError, match="unknown stage tarin; did you mean train"):
         notebook.ls("tarin", store=digits_run.store)
     for look in (notebook.ls, lambda store: notebook.open_model("train/3f2a", store)):
         with pytest.raises(ValueError, match=r"stroe does not exist; name another, or make one with enat run"):
             look(store=tmp_path / "stroe")
 
 
-def test_a_token_map_is_opened_by_its_key_or_from_what_was_made_of_it(digits_run, trained: str) -> None:
+def test_token_map_is_opened_by_key_or_as_an_input(digits_run, trained: str) -> None:
     source = notebook.open_artifact(trained, digits_run.store).input("token_map")
     opened = [notebook.open_token_map(source), notebook.open_token_map(source.manifest.key[:10], digits_run.store)]
     for token_map in opened:
@@ -69,7 +69,7 @@ def test_a_token_map_is_opened_by_its_key_or_from_what_was_made_of_it(digits_run
         assert codes.shape == (3, 16) and labels.tolist() == [0, 1, 2]
 
 
-def test_images_are_those_of_stage_generate(digits_run, trained: str) -> None:
+def test_samples_equal_those_of_stage_generate(digits_run, trained: str) -> None:
     model = notebook.open_model(trained, digits_run.store)
     generated = digits_run.planned()["generate"].manifest
     sampler = generated.summary["sampler"]
@@ -86,18 +86,15 @@ def test_images_are_those_of_stage_generate(digits_run, trained: str) -> None:
         assert gif.n_frames == sampler["num_steps"] + 1
     assert notebook.show(samples.images[:1]).size == (98 + 2, 98 + 2)
     several = notebook.sample(model, labels=(3, 5), num_images=6, num_steps=2)
-    assert notebook.show(several).size == (2 * 98 + 2, 3 * 98 + 2), "a column a label"
+    assert notebook.show(several).size == (2 * 98 + 2, 3 * 98 + 2), "one column per label"
 
 
-def test_what_cannot_be_done_is_one_sentence(digits_run, trained: str) -> None:
+def test_wrong_requests_are_errors_of_one_sentence(digits_run, trained: str) -> None:
     model = notebook.open_model(trained, digits_run.store)
-    with pytest.raises(ValueError, match="this model knows the labels 0 to 9"):
-        notebook.sample(model, labels="11")
-    with pytest.raises(ValueError, match="this model knows the labels 0 to 9"):
-        notebook.sample(model, labels=[11])
-    with pytest.raises(ValueError, match="--caption is for text-conditional models"):
-        notebook.sample(model, captions=["a three"])
     for asked, sentence in (
+        ({"labels": "11"}, "the classes of this model are 0 to 9"),
+        ({"labels": [11]}, "the classes of this model are 0 to 9"),
+        ({"captions": ["a three"]}, "--caption is for text-conditional models"),
         ({"num_images": 0}, "must be at least 1"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"labels": [1.5]}, "labels holds 1.5, which is not a class number"),
@@ -106,22 +103,21 @@ def test_what_cannot_be_done_is_one_sentence(digits_run, trained: str) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             notebook.sample(model, **asked)
+    token_map = notebook.open_artifact(trained, digits_run.store).input("token_map")
     with pytest.raises(ValueError, match="is not a token map"):
         notebook.open_token_map(trained, digits_run.store)
     with pytest.raises(ValueError, match="a contact sheet of 0 images"):
-        notebook.open_artifact(trained, digits_run.store).input("token_map").contact_sheet(0)
+        token_map.contact_sheet(0)
     with pytest.raises(ValueError, match="is not a model"):
-        notebook.open_model(
-            f"token_map/{notebook.open_artifact(trained, digits_run.store).input('token_map').manifest.key}", digits_run.store
-        )
+        notebook.open_model(f"token_map/{token_map.manifest.key}", digits_run.store)
 
 
-def test_the_example_runs_and_was_run(digits_run, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_runs_and_was_committed_with_its_outputs(
+    digits_run, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     example = nbformat.read(EXAMPLE, as_version=4)
     cells = [cell for cell in example.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), (
-        "committed as it was executed, from top to end"
-    )
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "executed from top to bottom"
     assert not [each for cell in cells for each in cell.outputs if each.output_type == "error"]
     assert sum("image/png" in each.get("data", {}) for cell in cells for each in cell.outputs) >= 5
     (parameters,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]

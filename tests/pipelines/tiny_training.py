@@ -94,11 +94,11 @@ def _answers(ranks: Sequence[tuple[Any, Any]], timeout: float) -> list[Any]:
         for receiving in ready:
             rank = waiting.pop(receiving)  # type: ignore[index]
             try:
-                value, error, told = pickle.loads(receiving.recv_bytes())  # type: ignore[union-attr]
+                value, error, trace = pickle.loads(receiving.recv_bytes())  # type: ignore[union-attr]
             except EOFError as lost:
                 raise RankLostError(f"rank {rank}") from lost
             if error is not None:
-                error.add_note(f"on rank {rank}:\n{told}")
+                error.add_note(f"on rank {rank}:\n{trace}")
                 raise error
             answers[rank] = value
     return [answers[rank] for rank in range(len(ranks))]

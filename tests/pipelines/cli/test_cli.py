@@ -1,4 +1,4 @@
-"""The command line: what a program or a person gets to see, and that bad input costs nothing and leaves nothing."""
+"""The command line: its output, errors and exit codes. Bad input leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DIGITS = REPOSITORY / "configs" / "digits.yaml"
 
 
 class Code:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -46,70 +46,45 @@ class Code:
 
 @dataclass(frozen=True)
 class Case:
-    """One command that must fail. sentence: what its only line holds; {folder} is the test's own folder."""
+    """A command that fails. error: part of its only line; {folder} is the folder of the test."""
 
     name: str
-    sentence: str
+    error: str
     overrides: tuple[str, ...] = ()
     command: str = "run"
     config: str = str(DIGITS)
     code: int = 2
 
 
+def _weights(name: str, file: str, error: str) -> Case:
+    return Case(f"weights {name}", error, (f"tokenizer.weights={{folder}}/{file}",))
+
+
+_NOWHERE = "{folder}/nowhere"
 CASES = [
     Case("unknown key", "unknown key train.num_stepz; did you mean train.num_steps?", ("train.num_stepz=3",)),
-    Case(
-        "ill-typed value",
-        "train.num_steps: Value 'many' of type 'str' could not be converted to Integer",
-        ("train.num_steps=many",),
-    ),
-    Case(
-        "resolution",
-        "resolution 18 is not divisible by the tokenizer's downsampling factor 4 (3 levels)",
-        ("tokenizer.resolution=18",),
-    ),
+    Case("wrong type", "train.num_steps: Value 'many' of type 'str' could not be converted to Integer", ("train.num_steps=many",)),
+    Case("resolution", "resolution 18 is not divisible by the tokenizer's downsampling factor 4", ("tokenizer.resolution=18",)),
     Case("grid", "train.model.grid_size is 16, but the token map of digits (16 px) has 4", ("train.model.grid_size=16",)),
     Case("codebook", "train.model.codebook_size is 1024, but the token map of digits", ("train.model.codebook_size=1024",)),
-    Case(
-        "no dataset",
-        "dataset.path: {folder}/nowhere is not a directory",
-        ("dataset.kind=image_folder", "dataset.path={folder}/nowhere"),
-    ),
-    Case("no config", "the config file {folder}/nowhere.yaml does not exist", config="{folder}/nowhere.yaml"),
-    Case(
-        "config mistyped",
-        "the config file {folder}/digit.yaml does not exist; did you mean {folder}/digits.yaml?",
-        config="{folder}/digit.yaml",
-    ),
-    Case(
-        "config a folder",
-        "the config {folder}/blocked cannot be read (Is a directory); name a readable YAML file",
-        config="{folder}/blocked",
-    ),
+    Case("no dataset", f"dataset.path: {_NOWHERE} is not a directory", ("dataset.kind=image_folder", f"dataset.path={_NOWHERE}")),
+    Case("no config", f"the config file {_NOWHERE}.yaml does not exist", config=f"{_NOWHERE}.yaml"),
+    Case("no config to plan", f"the config file {_NOWHERE}.yaml does not exist", config=f"{_NOWHERE}.yaml", command="plan"),
+    Case("mistyped config", "digit.yaml does not exist; did you mean {folder}/digits.yaml?", config="{folder}/digit.yaml"),
+    Case("directory", "{folder}/blocked cannot be read (Is a directory); name a readable YAML file", config="{folder}/blocked"),
     Case("seed", "seed is -1; it must be at least 0 and below 2**63", ("seed=-1",), command="plan"),
     Case("seed of a stage", "train.seed is -1; it must be at least 0", ("train.seed=-1",)),
     Case("no CPUs", "cluster.num_cpus is 0; it must be at least 1", ("cluster.num_cpus=0",)),
-    Case(
-        "no config to plan", "the config file {folder}/nowhere.yaml does not exist", config="{folder}/nowhere.yaml", command="plan"
-    ),
     Case("store below a file", "the store {folder}/file/store cannot be written", ("store={folder}/file/store",)),
     Case("workspace below a file", "{folder}/file", ("workspace={folder}/file/runs", "store={folder}/elsewhere")),
-    Case("no weights", "tokenizer.weights: {folder}/nowhere.pth is not a file", ("tokenizer.weights={folder}/nowhere.pth",)),
+    _weights("nowhere", "nowhere.pth", f"tokenizer.weights: {_NOWHERE}.pth is not a file"),
+    _weights("of an ENAT", "enat.safetensors", "enat.safetensors holds enat, not the weights of vqgan"),
+    _weights("of another size", "other.pth", "wrong shape: quantize.embedding.weight is (64, 16)"),
+    _weights("as a pickle", "code.pth", "{folder}/code.pth is not opened"),
+    _weights("with a pickle inside", "inside.ckpt", "{folder}/inside.ckpt is not opened"),
+    _weights("called safe", "code.safetensors", "{folder}/code.safetensors is not a readable file"),
     Case(
-        "weights of an ENAT",
-        "enat.safetensors holds enat, not the weights of vqgan",
-        ("tokenizer.weights={folder}/enat.safetensors",),
-    ),
-    Case(
-        "weights of another size", "wrong shape: quantize.embedding.weight is (64, 16)", ("tokenizer.weights={folder}/other.pth",)
-    ),
-    Case("weights that are a pickle", "{folder}/code.pth is not opened", ("tokenizer.weights={folder}/code.pth",)),
-    Case("weights with a pickle inside", "{folder}/inside.ckpt is not opened", ("tokenizer.weights={folder}/inside.ckpt",)),
-    Case(
-        "weights called safe", "{folder}/code.safetensors is not a readable file", ("tokenizer.weights={folder}/code.safetensors",)
-    ),
-    Case(
-        "a stage that breaks",
+        "error in a stage",
         "stage tokenizer failed: NotADirectoryError",
         ("tokenizer.weights={folder}/right.pth", "store={folder}/blocked"),
         code=1,
@@ -119,7 +94,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files to give as weights, good and bad, and places that are in the way."""
+    """Good and bad files of weights, and files in place of folders."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "file").write_text("in the way")
     (folder / "digits.yaml").write_text("name: digits")
@@ -195,26 +170,8 @@ def answers(ask: Callable[..., Any], folder: Path) -> dict[str, subprocess.Compl
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_what_is_wrong_is_said_in_one_line_with_its_exit_code(answers: dict[str, Any], folder: Path, case: Case) -> None:
-    _assert_said(case, folder, answers[case.name])
-
-
-def test_a_command_of_a_fresh_shell_says_the_same(enat: Callable[..., Any], folder: Path) -> None:
-    case = CASES[-1]
-    _assert_said(case, folder, enat(*_arguments(case, folder)))
-
-
-def _assert_said(case: Case, folder: Path, answer: subprocess.CompletedProcess[str]) -> None:
-    assert answer.returncode == case.code, answer.stderr
-    assert answer.stdout == ""
-    assert answer.stderr.startswith("enat: ") and answer.stderr.count("\n") == 1 and answer.stderr.endswith("\n")
-    assert case.sentence.format(folder=folder) in answer.stderr
-
-
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_what_is_wrong_leaves_no_artifact_and_bad_configuration_nothing_at_all(
-    answers: dict[str, Any], folder: Path, case: Case
-) -> None:
+def test_errors_are_one_line_with_an_exit_code_and_leave_no_artifact(answers: dict[str, Any], folder: Path, case: Case) -> None:
+    _assert_error(case, folder, answers[case.name])
     workspace = folder / "runs" / case.name
     if "weights" in case.name or case.code == 1:  # these are read when their stage runs
         assert not list(workspace.glob("store/*/*/[!.]*"))
@@ -224,21 +181,33 @@ def test_what_is_wrong_leaves_no_artifact_and_bad_configuration_nothing_at_all(
     assert list((folder / "blocked").iterdir()) == [folder / "blocked" / "tokenizer"]
 
 
-def test_code_in_a_file_of_weights_is_never_executed(answers: dict[str, Any], folder: Path) -> None:
+def test_errors_of_a_new_process_are_the_same(enat: Callable[..., Any], folder: Path) -> None:
+    case = CASES[-1]
+    _assert_error(case, folder, enat(*_arguments(case, folder)))
+
+
+def _assert_error(case: Case, folder: Path, answer: subprocess.CompletedProcess[str]) -> None:
+    assert answer.returncode == case.code, answer.stderr
+    assert answer.stdout == ""
+    assert answer.stderr.startswith("enat: ") and answer.stderr.count("\n") == 1 and answer.stderr.endswith("\n")
+    assert case.error.format(folder=folder) in answer.stderr
+
+
+def test_code_in_files_of_weights_is_never_executed(answers: dict[str, Any], folder: Path) -> None:
     assert answers and not (folder / "executed").exists()
     pickle.loads((folder / "code.pth").read_bytes())
-    assert (folder / "executed").exists(), "it would have been seen"
+    assert (folder / "executed").exists(), "the test would notice it"
     (folder / "executed").unlink()
 
 
-def test_the_traceback_of_a_stage_that_broke_is_in_the_log_that_is_named(answers: dict[str, Any]) -> None:
-    line = answers["a stage that breaks"].stderr
+def test_error_names_the_log_with_the_traceback(answers: dict[str, Any]) -> None:
+    line = answers["error in a stage"].stderr
     log = Path(line.partition("(traceback in ")[2].rstrip(")\n"))
     assert "Traceback" in log.read_text() and "NotADirectoryError" in log.read_text()
 
 
-def test_what_is_not_there_is_told_with_what_to_do() -> None:
-    """A sentence continues after its fact: "X is not a directory; correct the path"."""
+def test_messages_about_missing_files_give_advice() -> None:
+    """A message continues after its fact: "X is not a directory; fix the path"."""
     facts = r"is not a file|is not a directory|does not exist|no such (?:file|revision|repository)|holds no state dict"
     bare = {
         f"{path.name}: {match[0]}"
@@ -248,10 +217,10 @@ def test_what_is_not_there_is_told_with_what_to_do() -> None:
     assert not bare
 
 
-# Answers -------------------------------------------------------------------------------------------------------------------
+# Commands ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_as_json_names_stages_keys_and_what_is_done(ask: Callable[..., Any], tmp_path: Path) -> None:
+def test_plan_as_json(ask: Callable[..., Any], tmp_path: Path) -> None:
     process = ask("plan", DIGITS, f"workspace={tmp_path / 'runs'}", "--json")
     assert (process.returncode, process.stderr) == (0, "")
     answer = json.loads(process.stdout)
@@ -263,43 +232,43 @@ def test_a_plan_as_json_names_stages_keys_and_what_is_done(ask: Callable[..., An
     assert not (tmp_path / "runs").exists(), "a plan writes nothing"
 
 
-def test_a_plan_for_people_says_what_is_reused_and_what_is_not_known_yet(digits_run, ask: Callable[..., Any]) -> None:
-    overrides = (*digits_run.overrides, "train.seed=1")
-    process = ask("plan", DIGITS, f"workspace={digits_run.workspace}", *overrides)
+def test_plan_as_a_table(digits_run, ask: Callable[..., Any]) -> None:
+    process = ask("plan", DIGITS, f"workspace={digits_run.workspace}", *digits_run.overrides, "train.seed=1")
     assert (process.returncode, process.stderr) == (0, "")
-    lines = {line.split()[0]: line for line in process.stdout.splitlines() if line[:1].strip()}  # not those that go on
+    lines = {line.split()[0]: line for line in process.stdout.splitlines() if line[:1].strip()}  # without continued lines
     assert all("reuse" in lines[stage] for stage in ("dataset", "tokenizer", "token_map", "reference"))
     assert "compute" in lines["train"] and "known after train" in lines["generate"] and "compute" in lines["generate"]
     assert "4 of 11 stages are reused" in process.stdout
 
 
-def test_help_is_there_for_every_command(enat: Callable[..., Any]) -> None:
-    process = enat("--help")
-    assert process.returncode == 0 and process.stderr == ""
-    for command in ("artifacts", "import", "plan", "run"):
-        assert command in process.stdout
+def test_help_and_wrong_usage(ask: Callable[..., Any]) -> None:
+    for command, words in (
+        ((), ("artifacts", "import", "plan", "run")),
+        (("plan",), ("KEY=VALUE",)),
+        (("run",), ("KEY=VALUE",)),
+        (("import", "vqgan"), ("FIELD=VALUE",)),
+        (("import", "enat"), ("--vqgan",)),
+        (("artifacts", "show"), ("--contact-sheet",)),
+    ):
+        process = ask(*command, "--help")
+        assert (process.returncode, process.stderr) == (0, "") and all(word in process.stdout for word in words), command
+    for arguments in (("run",), ("run", "a.yaml", "--jsn"), ("rnu", "a.yaml")):
+        process = ask(*arguments)
+        assert process.returncode == 2 and process.stdout == ""
+        assert process.stderr.startswith("enat: ") and process.stderr.count("\n") == 1 and "--help" in process.stderr
 
 
-@pytest.mark.parametrize(
-    ("command", "word"),
-    [
-        (("plan",), "KEY=VALUE"),
-        (("run",), "KEY=VALUE"),
-        (("import", "vqgan"), "FIELD=VALUE"),
-        (("import", "enat"), "--vqgan"),
-        (("artifacts", "show"), "--contact-sheet"),
-    ],
-)
-def test_help_says_what_a_command_takes(ask: Callable[..., Any], command: tuple[str, ...], word: str) -> None:
-    process = ask(*command, "--help")
-    assert (process.returncode, process.stderr) == (0, "") and word in process.stdout
-
-
-@pytest.mark.parametrize("arguments", [("run",), ("run", "a.yaml", "--jsn"), ("rnu", "a.yaml")])
-def test_a_command_that_is_used_wrongly_says_so_in_one_line(enat: Callable[..., Any], arguments: tuple[str, ...]) -> None:
-    process = enat(*arguments)
-    assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr.startswith("enat: ") and process.stderr.count("\n") == 1 and "--help" in process.stderr
+def test_shell_completes_commands_and_stages() -> None:
+    """As the line of the README asks the program."""
+    for words, offered in (
+        ("enat art", {"artifacts"}),
+        ("enat jobs ", {"ls", "logs", "stop"}),
+        ("enat artifacts ls --stage t", {"train", "token_map", "tokenizer"}),
+    ):
+        variables = {"_ENAT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+        command = [Path(sys.executable).parent / "enat"]
+        done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60, check=True)
+        assert {line.partition(",")[2] for line in done.stdout.splitlines()} == offered
 
 
 # Importing weights, and looking at artifacts -------------------------------------------------------------------------------
@@ -351,7 +320,7 @@ def import_vqgan(ask: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     "kind", ["ckpt", "own", *(pytest.param(kind, marks=pytest.mark.faults) for kind in ("pth", "safetensors"))]
 )
-def test_a_tokenizer_is_imported_from_each_kind_of_file(import_vqgan, weights: dict[str, Path], kind: str) -> None:
+def test_tokenizer_is_imported_from_each_kind_of_file(import_vqgan, weights: dict[str, Path], kind: str) -> None:
     imported = import_vqgan(weights[kind])
     expected = torch.load(weights["pth"], weights_only=True)
     vqgan = load_vqgan(imported.file)
@@ -364,15 +333,13 @@ def test_a_tokenizer_is_imported_from_each_kind_of_file(import_vqgan, weights: d
 
 
 @pytest.mark.faults
-def test_what_was_imported_before_is_reused(import_vqgan, weights: dict[str, Path]) -> None:
+def test_an_earlier_import_is_reused(import_vqgan, weights: dict[str, Path]) -> None:
     first, second = (import_vqgan(weights["pth"]).answer for _ in range(2))
     assert second == {**first, "reused": True}
 
 
-def test_a_config_finds_what_was_imported_by_its_digest_alone(
-    ask: Callable[..., Any], import_vqgan, weights: dict[str, Path]
-) -> None:
-    """The file itself may be gone."""
+def test_a_config_names_imported_weights_by_their_digest(ask: Callable[..., Any], import_vqgan, weights: dict[str, Path]) -> None:
+    """The file itself may no longer exist."""
     imported = import_vqgan(weights["pth"])
     values = ["tokenizer.preset=vqgan-small", f"tokenizer.weights={imported.answer['weights']}", "targets=[tokenizer]"]
     process = ask("plan", DIGITS, f"store={imported.store}", *values, "--json")
@@ -383,9 +350,7 @@ def test_a_config_finds_what_was_imported_by_its_digest_alone(
 
 
 @pytest.mark.faults
-def test_the_lines_that_an_import_prints_are_those_of_a_config(
-    ask: Callable[..., Any], import_vqgan, weights: dict[str, Path], tmp_path: Path
-) -> None:
+def test_import_prints_lines_for_a_config(ask: Callable[..., Any], import_vqgan, weights: dict[str, Path], tmp_path: Path) -> None:
     imported = import_vqgan(weights["pth"])
     process = ask("import", "vqgan", weights["pth"], "--preset", "vqgan-small", "--store", imported.store)
     assert process.returncode == 0 and imported.answer["place"] in process.stdout
@@ -397,36 +362,33 @@ def test_the_lines_that_an_import_prints_are_those_of_a_config(
     assert OmegaConf.load(path).tokenizer.weights == imported.answer["weights"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("{folder}/other.pth",), "wrong shape: quantize.embedding.weight is (64, 16), expected (128, 16)"),
-        (("{folder}/right.pth", "codebook_size=64"), "wrong shape: quantize.embedding.weight is (128, 16), expected (64, 16)"),
-        (("{folder}/right.pth", "codebook_sise=64"), "unknown key tokenizer.codebook_sise; did you mean tokenizer.codebook_size?"),
-        (("{folder}/code.pth",), "{folder}/code.pth is not opened: it is not a torch file, or contains more than tensors"),
-        (("{folder}/inside.ckpt",), "{folder}/inside.ckpt is not opened: it is not a torch file, or contains more than tensors"),
-        (("{folder}/code.safetensors",), "{folder}/code.safetensors is not a readable file of weights"),
-        (("{folder}/enat.safetensors",), "{folder}/enat.safetensors holds enat, not the weights of vqgan"),
-        (("{folder}/nowhere.pth",), "tokenizer.weights: {folder}/nowhere.pth is not a file"),
+def test_wrong_weights_are_not_imported(ask: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    opened = "is not opened: it is not a torch file, or contains more than tensors"
+    shape = "wrong shape: quantize.embedding.weight is"
+    for arguments, error in (
+        (("other.pth",), f"{shape} (64, 16), expected (128, 16)"),
+        (("right.pth", "codebook_size=64"), f"{shape} (128, 16), expected (64, 16)"),
+        (("right.pth", "codebook_sise=64"), "unknown key tokenizer.codebook_sise; did you mean tokenizer.codebook_size?"),
+        (("code.pth",), f"{folder}/code.pth {opened}"),
+        (("inside.ckpt",), f"{folder}/inside.ckpt {opened}"),
+        (("code.safetensors",), f"{folder}/code.safetensors is not a readable file of weights"),
+        (("enat.safetensors",), f"{folder}/enat.safetensors holds enat, not the weights of vqgan"),
+        (("nowhere.pth",), f"tokenizer.weights: {folder}/nowhere.pth is not a file"),
         ((f"sha256:{'ab' * 32}",), "but the store has no artifact made from it; import the file first: enat import --help"),
-        (("{folder}/right.pth", "--preset", "vqgan-big"), "no VQGAN preset is called 'vqgan-big'"),
-    ],
-)
-def test_weights_that_cannot_be_imported_are_refused_in_one_line(
-    ask: Callable[..., Any], folder: Path, tmp_path: Path, arguments: tuple[str, ...], sentence: str
-) -> None:
-    given = [argument.format(folder=folder) for argument in arguments]
-    process = ask("import", "vqgan", "--preset", "vqgan-small", *given, "--store", tmp_path / "store")
-    assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1
-    assert process.stderr.startswith("enat: ") and sentence.format(folder=folder) in process.stderr
-    assert not (folder / "executed").exists(), "nothing that a file brings is run"
+        (("right.pth", "--preset", "vqgan-big"), "no VQGAN preset is called 'vqgan-big'"),
+    ):
+        path = arguments[0] if ":" in arguments[0] else folder / arguments[0]
+        process = ask("import", "vqgan", "--preset", "vqgan-small", path, *arguments[1:], "--store", tmp_path / "store")
+        assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1, arguments
+        assert process.stderr.startswith("enat: ") and error in process.stderr
+    assert not (folder / "executed").exists(), "code in files is not run"
     assert not any(open_store(str(tmp_path / "store")).manifests())
 
 
-def test_a_generator_is_imported_with_the_tokenizer_that_it_was_made_for(
+def test_generator_is_imported_with_its_tokenizer(
     ask: Callable[..., Any], import_vqgan, weights: dict[str, Path], folder: Path
 ) -> None:
-    """From a state dict of the published layout, as big as a test can have it."""
+    """From a small state dict of the published layout."""
     imported = import_vqgan(weights["pth"])
     sizes = {"encoder_layers": 2, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
     model = ENAT(ENATConfig(**sizes, grid_size=4, codebook_size=128))
@@ -449,7 +411,7 @@ def test_a_generator_is_imported_with_the_tokenizer_that_it_was_made_for(
 
 
 def _published_enat(model: ENAT) -> dict[str, torch.Tensor]:
-    """A state dict of ours under the names of the published ones, with the embedder that they have and never use."""
+    """Our state dict under published names, with the embedder that the published models have and never use."""
     from enat import checkpoint
 
     own = model.state_dict()
@@ -461,7 +423,7 @@ def _published_enat(model: ENAT) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_an_artifact_is_shown_by_the_beginning_of_its_key(ask: Callable[..., Any], import_vqgan, weights: dict[str, Path]) -> None:
+def test_artifact_is_shown_by_a_prefix_of_its_key(ask: Callable[..., Any], import_vqgan, weights: dict[str, Path]) -> None:
     imported = import_vqgan(weights["pth"])
     key = imported.answer["key"]
     process = ask("artifacts", "show", f"tokenizer/{key[:16]}", "--store", imported.store, "--json")
@@ -470,13 +432,13 @@ def test_an_artifact_is_shown_by_the_beginning_of_its_key(ask: Callable[..., Any
     for_people = ask("artifacts", "show", key[:16], "--store", imported.store)
     assert for_people.returncode == 0 and key in "".join(for_people.stdout.split()) and "vqgan.safetensors" in for_people.stdout
     wrong = ask("artifacts", "show", "xyz", "--store", imported.store)
-    said = f"enat: the store {imported.store} has no artifact whose key begins with xyz; it has artifacts of "
-    assert wrong.returncode == 2 and wrong.stderr.startswith(said) and wrong.stderr.endswith(" (enat artifacts ls)\n")
+    error = f"enat: the store {imported.store} has no artifact whose key begins with xyz; it has artifacts of "
+    assert wrong.returncode == 2 and wrong.stderr.startswith(error) and wrong.stderr.endswith(" (enat artifacts ls)\n")
     refused = ask("artifacts", "show", key[:16], "--store", imported.store, "--contact-sheet", imported.store / "sheet.png")
     assert refused.returncode == 2 and "a contact sheet shows a token map" in refused.stderr
 
 
-def test_a_contact_sheet_of_a_run_s_token_map_is_written(digits_run, ask: Callable[..., Any], tmp_path: Path) -> None:
+def test_contact_sheet_of_a_token_map(digits_run, ask: Callable[..., Any], tmp_path: Path) -> None:
     key = digits_run.planned()["token_map"].key
     store, sheet = digits_run.workspace / "store", tmp_path / "sheet.png"
     process = ask("artifacts", "show", key[:12], "--store", store, "--contact-sheet", sheet, "--images", "20")
@@ -484,13 +446,3 @@ def test_a_contact_sheet_of_a_run_s_token_map_is_written(digits_run, ask: Callab
     assert f"contact sheet {sheet}" in process.stdout and "perplexity" in process.stdout
     with Image.open(sheet) as picture:
         assert picture.size == (16 * 98 + 2, 3 * 98 + 2)
-
-
-@pytest.mark.parametrize(("words", "offered"), [("enat art", {"artifacts"}), ("enat jobs ", {"ls", "logs", "stop"})])
-def test_the_shell_completes_commands(words: str, offered: set[str]) -> None:
-    """What README's line of completion asks the program at every press of the key."""
-    asked = {"_ENAT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
-    done = subprocess.run(
-        [Path(sys.executable).parent / "enat"], env={**os.environ, **asked}, capture_output=True, text=True, timeout=60, check=True
-    )
-    assert {line.partition(",")[2] for line in done.stdout.splitlines()} >= offered

@@ -1,5 +1,4 @@
-"""`enat submit`, `enat jobs` and `enat plan --address` against a real head with its Jobs API and token, by a job that makes the
-index of the digits and nothing else."""
+"""`enat submit`, `enat jobs` and `enat plan --address` on a real Ray head with its Jobs API and token, with a short job."""
 
 from __future__ import annotations
 
@@ -96,7 +95,7 @@ def make_shell(nodes: RayNodes) -> Iterator[Callable[..., Shell]]:
 
 @pytest.fixture(scope="module")
 def enat_shell(make_shell: Callable[..., Shell]) -> Shell:
-    return make_shell(RAY_ADDRESS="http://127.0.0.1:1")  # which would win over --address, were it left to Ray
+    return make_shell(RAY_ADDRESS="http://127.0.0.1:1")  # Ray itself would use it instead of --address
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def twice(nodes: RayNodes, enat_shell: Shell, make_shell: Callable[..., Shell], places: tuple[str, ...]) -> list[Answer]:
-    """Enter, pressed twice: the same submission by two processes at the same time."""
+    """The same submission by two processes at the same time."""
     command = ("submit", DIGITS, "targets=[dataset]", *places, "--address", nodes.url, "--json")
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda shell: shell(*command), (enat_shell, make_shell())))
@@ -115,13 +114,13 @@ def twice(nodes: RayNodes, enat_shell: Shell, make_shell: Callable[..., Shell], 
 
 @pytest.fixture(scope="module")
 def followed(nodes: RayNodes, enat_shell: Shell, twice: list[Answer]) -> Answer:
-    """The log of that job to its end."""
+    """Follow the log of that job to its end."""
     return enat_shell("jobs", "logs", twice[0].json["id"], "--follow", "--address", nodes.url)
 
 
 @pytest.fixture(scope="module")
 def failed(nodes: RayNodes, enat_shell: Shell, places: tuple[str, ...], followed: Answer) -> list[Answer]:
-    """A job that cannot succeed, followed to its end; sent again and stopped at once; stopped once more."""
+    """A job that fails, followed to its end; submitted again and stopped at once; stopped a second time."""
     bad = ("submit", DIGITS, "targets=[dataset]", "dataset.kind=image_folder", "dataset.path=/nowhere", *places)
     first = enat_shell(*bad, "--follow", "--json", "--address", nodes.url)
     second = enat_shell(*bad, "--json", "--address", nodes.url)
@@ -129,60 +128,55 @@ def failed(nodes: RayNodes, enat_shell: Shell, places: tuple[str, ...], followed
     return [first, second, enat_shell(*stop), enat_shell(*stop)]
 
 
-def test_the_same_submission_at_the_same_time_is_one_job(twice: list[Answer]) -> None:
+def test_simultaneous_equal_submissions_are_one_job(twice: list[Answer]) -> None:
     first, second = (answer.json for answer in twice)
     assert first["id"] == second["id"] and {first["attempt"], second["attempt"]} == {1}
     assert sorted([first["outcome"], second["outcome"]]) == ["active", "submitted"]
 
 
-def test_the_log_is_shown_to_the_end_and_the_exit_code_is_the_job_s(followed: Answer, twice: list[Answer], places) -> None:
+def test_followed_log_ends_with_the_exit_code_of_the_job(followed: Answer, twice: list[Answer], places) -> None:
     assert followed.code == 0, followed.err
     assert "✓ dataset" in followed.out and "images 1,797" in followed.out
     assert followed.out.endswith(f"{twice[0].json['id']} succeeded\n")
     assert len([*Path(places[0].removeprefix("store=")).glob("dataset/*/manifest.json")]) == 1
 
 
-@pytest.mark.faults
-def test_what_has_succeeded_is_run_once_more_only_where_that_is_asked_for(
+def test_a_succeeded_run_is_repeated_only_with_again(
     nodes: RayNodes, enat_shell: Shell, followed: Answer, twice: list[Answer], places
 ) -> None:
     command = ("submit", DIGITS, "targets=[dataset]", *places, "--address", nodes.url)
-    said = enat_shell(*command)
-    assert said.code == 0 and "nothing was started" in said.out and "--again" in said.out
+    refused = enat_shell(*command)
+    assert refused.code == 0 and "nothing was started" in refused.out and "--again" in refused.out
     again = enat_shell(*command, "--again", "--json")
     assert (again.json["id"], again.json["outcome"]) == (f"{twice[0].json['id']}-2", "submitted")
     enat_shell("jobs", "stop", again.json["id"], "--address", nodes.url)
 
 
-@pytest.mark.faults
-def test_a_failed_job_ends_the_command_with_its_own_exit_code_and_sentence(failed: list[Answer]) -> None:
+def test_a_failed_job_gives_the_command_its_exit_code_and_reason(failed: list[Answer]) -> None:
     first = failed[0]
-    assert first.code == 2, "bad input, by the driver's exit code"
+    assert first.code == 2, "the exit code of the driver for bad input"
     assert first.json["status"] == "FAILED" and first.json["reason"].startswith("enat: ") and "/nowhere" in first.json["reason"]
-    assert first.json["reason"] in first.err, "the log went to stderr, so that the answer is JSON alone"
+    assert first.json["reason"] in first.err, "the log is on stderr and the JSON on stdout"
 
 
-def test_a_job_without_a_place_to_track_its_runs_refuses(nodes: RayNodes, enat_shell: Shell, places: tuple[str, ...]) -> None:
-    """Its workspace would be in the folder of the job, which Ray removes."""
+def test_a_job_without_a_tracking_server_fails(nodes: RayNodes, enat_shell: Shell, places: tuple[str, ...]) -> None:
+    """Its workspace is in the folder of the job, which Ray removes."""
     refused = enat_shell("submit", DIGITS, "targets=[dataset]", places[0], "--follow", "--json", "--address", nodes.url)
     assert refused.code == 2 and refused.json["status"] == "FAILED"
     assert "would be tracked under runs, in a folder that is removed with the job; give tracking.uri=" in refused.json["reason"]
 
 
-@pytest.mark.faults
-def test_a_run_that_failed_is_gone_on_with_as_a_further_attempt(failed: list[Answer]) -> None:
+def test_a_failed_run_continues_as_another_attempt(failed: list[Answer]) -> None:
     first, second = failed[0].json, failed[1].json
     assert (second["id"], second["attempt"], second["run"]) == (f"{first['id']}-2", 2, first["run"])
 
 
-@pytest.mark.faults
-def test_stopping_waits_for_the_end_and_does_nothing_the_second_time(failed: list[Answer]) -> None:
+def test_stop_waits_for_the_end_and_can_be_repeated(failed: list[Answer]) -> None:
     stopped, repeated = failed[2], failed[3]
     assert (stopped.code, stopped.json["stopped"]) == (0, True) and stopped.json["status"] in ("STOPPED", "FAILED")
     assert (repeated.code, repeated.json["stopped"], repeated.json["status"]) == (0, False, stopped.json["status"])
 
 
-@pytest.mark.faults
 def test_jobs_are_listed_newest_first(nodes: RayNodes, enat_shell: Shell, failed: list[Answer], twice: list[Answer]) -> None:
     listed = enat_shell("jobs", "ls", "--json", "--address", nodes.url).json["jobs"]
     ids = [job["id"] for job in listed]
@@ -195,30 +189,29 @@ def test_jobs_are_listed_newest_first(nodes: RayNodes, enat_shell: Shell, failed
     assert "failed" in row and "/nowhere" in row
 
 
-@pytest.mark.faults
-def test_no_credential_is_in_what_the_cluster_tells_of_jobs(nodes: RayNodes, enat_shell: Shell, failed: list[Answer]) -> None:
-    """Of the token and of the cluster's own variables, which jobs inherit."""
-    told = [enat_shell("jobs", "ls", "--json", "--address", nodes.url).out]
-    told += [enat_shell("jobs", "logs", job["id"], "--address", nodes.url).out for job in json.loads(told[0])["jobs"]]
+def test_jobs_and_logs_contain_no_credentials(nodes: RayNodes, enat_shell: Shell, failed: list[Answer]) -> None:
+    """Neither the token nor the variables of the cluster, which jobs inherit."""
+    texts = [enat_shell("jobs", "ls", "--json", "--address", nodes.url).out]
+    texts += [enat_shell("jobs", "logs", job["id"], "--address", nodes.url).out for job in json.loads(texts[0])["jobs"]]
     script = "import sys, ray.job_submission as j; print([job.json() for job in j.JobSubmissionClient(sys.argv[1]).list_jobs()])"
     raw = subprocess.run(
         [sys.executable, "-c", script, nodes.url], env=nodes.environment, capture_output=True, text=True, check=True
     )
     assert "enat.commit" in raw.stdout and "runtime_env" in raw.stdout
     for secret in (TOKEN, *SECRETS.values()):
-        assert not [text for text in (*told, raw.stdout) if secret in text]
+        assert not [text for text in (*texts, raw.stdout) if secret in text]
 
 
-def test_what_does_not_fit_is_refused_before_anything_starts(nodes: RayNodes, enat_shell: Shell, places) -> None:
+def test_a_run_that_does_not_fit_is_refused_before_it_starts(nodes: RayNodes, enat_shell: Shell, places) -> None:
     command = ("submit", DIGITS, *places, "tokenizer.execution.gpus_per_worker=1", "generate.execution.num_workers=8")
     refused = enat_shell(*command, "--address", nodes.url)
-    said = [line for line in refused.err.splitlines() if "are not sent" not in line]  # of whoever is at work on this checkout
-    assert refused.code == 2 and len(said) == 1
+    errors = [line for line in refused.err.splitlines() if "are not sent" not in line]
+    assert refused.code == 2 and len(errors) == 1
     assert "tokenizer.execution asks for 1 GPUs (1 workers), but the cluster has 0; lower num_workers" in refused.err
     assert "(2 CPUs and 0 GPUs on 1 node)" in refused.err
 
 
-def test_a_plan_says_of_every_stage_whether_there_is_room_now(nodes: RayNodes, enat_shell: Shell, places) -> None:
+def test_plan_states_whether_each_stage_fits(nodes: RayNodes, enat_shell: Shell, places) -> None:
     command = ("plan", DIGITS, *places, "generate.execution.num_workers=8", "--address", nodes.url)
     answer = enat_shell(*command, "--json").json
     needs = {stage["stage"]: stage["needs"] for stage in answer["stages"]}
@@ -226,26 +219,21 @@ def test_a_plan_says_of_every_stage_whether_there_is_room_now(nodes: RayNodes, e
     assert needs["train"]["fits"] and needs["train"]["room_now"] == 2
     assert not needs["generate"]["fits"] and answer["fits"] is False
     assert [node["CPU"] for node in answer["cluster"]["nodes"]] == [2.0]
-    said = enat_shell(*command).out
-    assert "the cluster has now 2 CPUs and 0 GPUs on 1 node" in said and "8 x 1 CPU" in said and "too little" in said
+    table = enat_shell(*command).out
+    assert "the cluster has now 2 CPUs and 0 GPUs on 1 node" in table and "8 x 1 CPU" in table and "too little" in table
 
 
-def test_another_token_is_refused_in_one_sentence(nodes: RayNodes, make_shell: Callable[..., Shell]) -> None:
+def test_wrong_and_missing_tokens_are_refused(nodes: RayNodes, make_shell: Callable[..., Shell], tmp_path: Path) -> None:
     refused = make_shell(RAY_AUTH_TOKEN="another-token-" + "1" * 20)("jobs", "ls", "--address", nodes.url)
     assert refused.code == 2
     advice = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own"
     assert refused.err == f"enat: the cluster at {nodes.url} refuses the token (403); {advice}\n"
-
-
-@pytest.mark.faults
-def test_no_token_and_a_token_in_a_file(nodes: RayNodes, make_shell: Callable[..., Shell], tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
-    none = make_shell(RAY_AUTH_TOKEN=None, HOME=str(tmp_path))("jobs", "ls", "--address", nodes.url)
-    assert none.code == 2 and f"no token for the cluster at {nodes.url} (401)" in none.err
-    gone = make_shell(RAY_AUTH_TOKEN=None, RAY_AUTH_TOKEN_PATH=str(tmp_path / "gone"))("jobs", "ls", "--address", nodes.url)
-    assert gone.code == 2 and "RAY_AUTH_TOKEN_PATH is not a readable file" in gone.err
-    unset = make_shell(RAY_AUTH_TOKEN=None, RAY_AUTH_MODE="disabled")("jobs", "ls", "--address", nodes.url)
-    assert unset.code == 2 and "(401)" in unset.err
-    assert (
-        make_shell(RAY_AUTH_TOKEN=None, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))("jobs", "ls", "--address", nodes.url).code == 0
-    )
+    for variables, error in (
+        ({"HOME": str(tmp_path)}, f"no token for the cluster at {nodes.url} (401)"),
+        ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "gone")}, "RAY_AUTH_TOKEN_PATH is not a readable file"),
+        ({"RAY_AUTH_MODE": "disabled"}, "(401)"),
+        ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}, None),
+    ):
+        answer = make_shell(RAY_AUTH_TOKEN=None, **variables)("jobs", "ls", "--address", nodes.url)
+        assert answer.code == (0 if error is None else 2) and (error or "") in answer.err

@@ -1,4 +1,4 @@
-"""The runnable configs: each is a run that can be planned, and says what is published."""
+"""The runnable configs: each can be planned, and those of published models have the published settings."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., run_config.R
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_has_the_stages_and_keys_that_it_had(load: Callable[..., Any], name: str) -> None:
-    """keys.json holds a key of every stage, with external files replaced and without the content of datasets. If keys change, every
-    user computes artifacts again, so a change has to be intended: ENAT_WRITE_KEYS=1 writes the file again."""
+def test_keys_of_stages_have_not_changed(load: Callable[..., Any], name: str) -> None:
+    """keys.json has a key of every stage, with external files replaced and without the content of datasets. If keys change, every
+    user computes artifacts again. After an intended change, ENAT_WRITE_KEYS=1 writes the file."""
     keys: dict[str, str] = {}
     for node in graph.build(load(name)):
         identity = node.identity if node.identity is not None else configuration.identity(node.config)
@@ -97,7 +97,7 @@ def test_a_key_that_would_be_ignored_is_refused(load: Callable[..., Any]) -> Non
         assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_former_name_of_a_key_is_refused_with_the_new_one_and_read_from_records(load: Callable[..., Any]) -> None:
+def test_former_names_of_keys_are_refused_in_configs_and_read_from_records(load: Callable[..., Any]) -> None:
     for old, new in run_config.RENAMED.items():
         with pytest.raises(ValueError, match=f"{re.escape(old)} was renamed to {re.escape(new)}$"):
             load("digits", f"{old}=1")
@@ -109,7 +109,7 @@ def test_a_former_name_of_a_key_is_refused_with_the_new_one_and_read_from_record
     assert recorded["generate"]["execution"] == {"batch_size": 8, "num_workers": 2}
 
 
-def test_what_is_read_from_a_bucket_is_reached_as_the_run_states_for_it(load: Callable[..., Any]) -> None:
+def test_buckets_are_accessed_as_the_run_states(load: Callable[..., Any]) -> None:
     run = load("digits", "s3.region=a", "buckets.public={region: b, anonymous: true}")
     elsewhere = dataclasses.replace(
         run,
@@ -127,54 +127,47 @@ def test_what_is_read_from_a_bucket_is_reached_as_the_run_states_for_it(load: Ca
     assert read["reference"].s3 == S3Config(region="a") == read["token_map"].dataset.s3
 
 
-def test_variants_of_a_base_are_inherited_unless_they_are_null(load: Callable[..., Any]) -> None:
+def test_null_variants_of_a_base_are_dropped(load: Callable[..., Any]) -> None:
     assert set(load("digits").variants) == {"untrained"}
     assert "untrained" not in load("digits-sweeps").variants
     assert load("digits", "variants.untrained=null").variants == {}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_config_opens_with_its_command_hardware_duration_and_result(name: str) -> None:
-    head = (CONFIGS / f"{name}.yaml").read_text().split("\nname:")[0]
-    assert head.startswith("# ") and all(f"#   {word} " in head for word in ("command", "hardware", "duration", "expected"))
-    assert f"configs/{name}.yaml" in head
+def test_configs_open_with_command_hardware_duration_and_result() -> None:
+    for name in NAMES:
+        head = (CONFIGS / f"{name}.yaml").read_text().split("\nname:")[0]
+        assert head.startswith("# ") and all(f"#   {word} " in head for word in ("command", "hardware", "duration", "expected"))
+        assert f"configs/{name}.yaml" in head
 
 
-@pytest.mark.parametrize("name", IMAGENET256)
-def test_imagenet_at_256_px_is_trained_as_published(load: Callable[..., Any], name: str) -> None:
-    train = load(name).train
-    assert (train.batch_size, train.num_groups, train.num_steps, train.warmup_steps) == (2048, 16, 500_000, 5000)
-    assert (train.learning_rate, train.learning_rate_schedule, train.betas, train.weight_decay) == (
-        4e-4,
-        "constant",
-        (0.99, 0.99),
-        0.03,
-    )
-    assert (train.weight_decay_on, train.max_grad_norm, train.precision) == ("all", None, "fp16")
-    assert (train.ema_decay, train.label_smoothing, train.z_loss, train.flip) == (0.9999, 0.1, 0.0, True)
-    assert (train.masking.alpha, train.masking.beta, train.masking.reuse_probability) == (12, 3, 0.5)
-    assert train.cond_drop_prob == pytest.approx(1 - (1 - 0.15) * (1 - 0.1))
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if "digits" not in name])
-def test_what_is_scored_on_devices_is_computed_in_passes_that_are_worth_one(load: Callable[..., Any], name: str) -> None:
-    """A device takes a pass at a time, whatever the batch, and decodes what it looks at: 128 x H x W numbers an image, and a few of
-    such layers at once."""
-    run = load(name)
-    sections = [section for section in (run.reference, run.evaluate, run.reconstruction) if section is not None]
-    assert all(section.execution.gpus_per_worker and section.execution.worker_batch_size == 64 for section in sections)
-    pixels = run.tokenizer.architecture().resolution ** 2
-    assert 2 * 10**6 <= run.reference.forward_batch_size * pixels <= 128 * 256**2
-
-
-def test_what_differs_at_512_px_is_batch_and_learning_rate(load: Callable[..., Any]) -> None:
-    small, large = load("imagenet256").train, load("imagenet512").train
+def test_imagenet_is_trained_as_published(load: Callable[..., Any]) -> None:
+    small = load("imagenet256").train
+    for name in IMAGENET256:
+        train = load(name).train
+        assert (train.batch_size, train.num_groups, train.num_steps, train.warmup_steps) == (2048, 16, 500_000, 5000)
+        assert (train.learning_rate, train.learning_rate_schedule) == (4e-4, "constant")
+        assert (train.betas, train.weight_decay) == ((0.99, 0.99), 0.03)
+        assert (train.weight_decay_on, train.max_grad_norm, train.precision) == ("all", None, "fp16")
+        assert (train.ema_decay, train.label_smoothing, train.z_loss, train.flip) == (0.9999, 0.1, 0.0, True)
+        assert (train.masking.alpha, train.masking.beta, train.masking.reuse_probability) == (12, 3, 0.5)
+        assert train.cond_drop_prob == pytest.approx(1 - (1 - 0.15) * (1 - 0.1))
+    large = load("imagenet512").train
     assert (large.batch_size, large.learning_rate) == (512, 1e-4)
     same = {"batch_size": small.batch_size, "learning_rate": small.learning_rate, "sampler": small.sampler}
     assert dataclasses.replace(large, **same) == small
 
 
-def test_sizes_are_trained_on_one_token_map_by_one_recipe(load: Callable[..., Any]) -> None:
+def test_scoring_on_devices_has_large_passes(load: Callable[..., Any]) -> None:
+    """A device computes one pass at a time. Decoding takes 128 x H x W numbers per image in each of a few layers at once."""
+    for name in (name for name in NAMES if "digits" not in name):
+        run = load(name)
+        sections = [section for section in (run.reference, run.evaluate, run.reconstruction) if section is not None]
+        assert all(section.execution.gpus_per_worker and section.execution.worker_batch_size == 64 for section in sections)
+        pixels = run.tokenizer.architecture().resolution ** 2
+        assert 2 * 10**6 <= run.reference.forward_batch_size * pixels <= 128 * 256**2
+
+
+def test_sizes_share_token_map_and_recipe(load: Callable[..., Any]) -> None:
     nodes = graph.build(load("imagenet256-sizes"))
     trained = [node for node in nodes if node.stage.name == "train"]
     assert [node.config.model.preset for node in trained] == ["enat-s", "enat-b", "enat-l", "enat-xl"]
@@ -209,39 +202,39 @@ def test_ablations_change_one_thing_each(load: Callable[..., Any]) -> None:
     assert models["trained-fresh"][1].reuse_probability == 0 and models["trained-reusing"][1].reuse_probability == 1
 
 
-def test_a_model_of_captions_reads_their_features(load: Callable[..., Any]) -> None:
+def test_coco_has_a_model_of_captions(load: Callable[..., Any]) -> None:
+    """Trained on captions of the training images, scored with those of the validation images, without mirror images."""
     nodes = {node.id: node for node in graph.build(load("coco256"))}
-    assert nodes["train"].inputs["captions"] == "captions"
-    assert nodes["train"].config.model == dataclasses.replace(nodes["train"].config.model, preset="enat-b", text=True)
+    train, generate = nodes["train"], nodes["generate"]
+    assert train.inputs["captions"] == "captions" and train.config.flip is False and load("imagenet256").train.flip is True
+    assert train.config.model == dataclasses.replace(train.config.model, preset="enat-b", text=True)
+    requested = nodes[generate.inputs["captions"]]
+    assert generate.config.num_samples == 30_000
+    assert requested.id != "captions" and requested.inputs["dataset"] == nodes["reference"].inputs["dataset"]
+    assert nodes[requested.inputs["dataset"]].config.name == "coco2014-val"
+    for override, sentence in (
+        ("captions.encoder=null", r"train\.model\.text requires .*captions\.encoder"),
+        ("train.model.num_classes=10", r"train\.model\.num_classes is 10, but a text model has no classes"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load("coco256", override)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (("captions.encoder=null",), r"train\.model\.text requires .*captions\.encoder"),
-        (("train.model.num_classes=10",), r"train\.model\.num_classes is 10, but a text model has no classes"),
-    ],
-)
-def test_a_model_of_captions_that_cannot_be_is_refused(load: Callable[..., Any], overrides: tuple[str, ...], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        load("coco256", *overrides)
-
-
-@pytest.mark.parametrize(("name", "guidance", "temperature"), [*((n, 3.5, 6) for n in IMAGENET256[:3]), ("imagenet512", 4.5, 4)])
-def test_imagenet_is_evaluated_as_published(load: Callable[..., Any], name: str, guidance: float, temperature: float) -> None:
+def test_imagenet_is_evaluated_as_published(load: Callable[..., Any]) -> None:
     """50 images of each class in 8 steps, FID by Inception's features of the training set."""
-    nodes = {node.id: node for node in graph.build(load(name))}
-    made, scored = nodes["generate"].config, nodes["evaluate"]
-    sampler = made.sampler
-    assert (made.num_samples, made.labels, sampler.num_steps) == (50_000, (), 8)
-    assert (sampler.guidance_scale, sampler.sampling_temperature, sampler.remask_temperature) == (guidance, temperature, 1.5)
-    assert nodes["reference"].config.extractor == "inception"
-    assert nodes["reference"].inputs["dataset"] == nodes["token_map"].inputs["dataset"] == "dataset"
-    assert scored.inputs == {"samples": "generate", "tokenizer": "tokenizer", "reference": "reference", "model": "train"}
+    for name, guidance, temperature in (*((name, 3.5, 6) for name in IMAGENET256[:3]), ("imagenet512", 4.5, 4)):
+        nodes = {node.id: node for node in graph.build(load(name))}
+        made, scored = nodes["generate"].config, nodes["evaluate"]
+        sampler = made.sampler
+        assert (made.num_samples, made.labels, sampler.num_steps) == (50_000, (), 8)
+        assert (sampler.guidance_scale, sampler.sampling_temperature, sampler.remask_temperature) == (guidance, temperature, 1.5)
+        assert nodes["reference"].config.extractor == "inception"
+        assert nodes["reference"].inputs["dataset"] == nodes["token_map"].inputs["dataset"] == "dataset"
+        assert scored.inputs == {"samples": "generate", "tokenizer": "tokenizer", "reference": "reference", "model": "train"}
 
 
-def test_one_step_decoding_begins_with_the_codes_of_the_token_map(load: Callable[..., Any]) -> None:
-    """By ENAT-L and by a plain NAT of its depth and width, each trained once."""
+def test_one_step_decoding_starts_from_the_token_map(load: Callable[..., Any]) -> None:
+    """ENAT-L and a plain NAT of its depth and width are trained once each."""
     nodes = {node.id: node for node in graph.build(load("imagenet256-one-step"))}
     made = [node for node in nodes.values() if node.stage.name == "generate"]
     models = {node.inputs["model"]: nodes[node.inputs["model"]].config.model.preset for node in made}
@@ -255,8 +248,8 @@ def test_one_step_decoding_begins_with_the_codes_of_the_token_map(load: Callable
         assert node.config.sampler.reuse is (models[node.inputs["model"]] == "enat-l")
 
 
-def test_what_a_step_of_imagenet_costs_is_what_its_config_says(load: Callable[..., Any]) -> None:
-    """Over the masks of the recipe."""
+def test_config_states_the_cost_of_training(load: Callable[..., Any]) -> None:
+    """Averages over the masks of the recipe."""
     train, rng = load("imagenet256").train, np.random.default_rng(0)
     model = ENATConfig.preset(train.model.preset)
     macs = []
@@ -264,24 +257,12 @@ def test_what_a_step_of_imagenet_costs_is_what_its_config_says(load: Callable[..
         drawn = mask_codes(torch.zeros(1, model.num_tokens, dtype=torch.int64), model.mask_id, train.masking, rng)
         previous = None if drawn.previous_tokens is None else drawn.previous_num_masked
         macs.append(training_macs(model, drawn.num_masked, previous))
-    (said,) = re.findall(r"at ([\d.]+) GMACs an image", (CONFIGS / "imagenet256.yaml").read_text())
-    assert np.mean(macs) / 1e9 == pytest.approx(float(said), rel=0.01)
+    (stated,) = re.findall(r"at ([\d.]+) GMACs an image", (CONFIGS / "imagenet256.yaml").read_text())
+    assert np.mean(macs) / 1e9 == pytest.approx(float(stated), rel=0.01)
 
 
-def test_images_with_captions_are_not_mirrored(load: Callable[..., Any]) -> None:
-    assert load("coco256").train.flip is False and load("imagenet256").train.flip is True
-
-
-def test_captions_of_the_validation_images_are_what_coco_is_scored_by(load: Callable[..., Any]) -> None:
-    nodes = {node.id: node for node in graph.build(load("coco256"))}
-    asked_for = nodes[nodes["generate"].inputs["captions"]]
-    assert nodes["generate"].config.num_samples == 30_000
-    assert asked_for.id != nodes["train"].inputs["captions"] and asked_for.inputs["dataset"] == nodes["reference"].inputs["dataset"]
-    assert nodes[asked_for.inputs["dataset"]].config.name == "coco2014-val"
-
-
-def test_digits_are_compared_on_one_token_map_by_one_evaluation(load: Callable[..., Any]) -> None:
-    """Four sizes, and the four attentions: ENAT's, the plain stack, MAE's and CrossMAE's. What digits.yaml made is reused."""
+def test_digits_compare_shares_token_map_and_evaluation(load: Callable[..., Any]) -> None:
+    """Four sizes and four attentions: ENAT's, the plain stack, MAE's and CrossMAE's. Artifacts of digits.yaml are reused."""
     nodes = graph.build(load("digits-compare"))
     demo = {node.id: node for node in graph.build(load("digits"))}
     trained = [node for node in nodes if node.stage.name == "train"]
@@ -294,7 +275,7 @@ def test_digits_are_compared_on_one_token_map_by_one_evaluation(load: Callable[.
             assert node.identity == demo[node.id].identity
 
 
-def test_a_sweep_trains_nothing_that_the_demo_has_not(load: Callable[..., Any]) -> None:
+def test_sweep_reuses_the_model_of_the_demo(load: Callable[..., Any]) -> None:
     swept, demo = (graph.build(load(name)) for name in ("digits-sweeps", "digits"))
     (model,) = [node for node in swept if node.stage.name == "train"]
     assert model.identity == next(node for node in demo if node.id == "train").identity

@@ -26,11 +26,8 @@ STAGES += ["train@untrained", "generate@untrained", "evaluate@untrained", "repor
 # The whole run -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_run_succeeds(digits_run) -> None:
+def test_run_succeeds_and_prints_only_its_own_lines(digits_run) -> None:
     assert digits_run.process.returncode == 0, digits_run.process.stderr
-
-
-def test_nothing_but_our_own_lines_is_said(digits_run) -> None:
     assert digits_run.process.stderr == ""
     lines = digits_run.process.stdout.splitlines()
     made = [re.fullmatch(r"✓ (\S+) +[0-9a-f]{12}  made in [0-9.]+ s", line) for line in lines[: len(STAGES)]]
@@ -41,7 +38,7 @@ def test_nothing_but_our_own_lines_is_said(digits_run) -> None:
         assert expected in rest
 
 
-def test_every_stage_left_an_artifact_whose_files_are_what_its_manifest_says(digits_run) -> None:
+def test_every_stage_commits_the_files_of_its_manifest(digits_run) -> None:
     planned = digits_run.planned()
     assert list(planned) == STAGES and all(item.is_reused for item in planned.values())
     store = digits_run.store
@@ -50,13 +47,11 @@ def test_every_stage_left_an_artifact_whose_files_are_what_its_manifest_says(dig
             store.fetch(manifest, record.name)
         folder = Path(store.place(manifest.stage, manifest.key))
         files = {record.path for record in (*manifest.files, *manifest.records)}
-        assert {path.name for path in folder.iterdir()} == files | {"manifest.json", ".used"}, (
-            "no part records, work or temporary files"
-        )
+        assert {path.name for path in folder.iterdir()} == files | {"manifest.json", ".used"}, "no temporary files"
     assert len(list(store.manifests())) == len(STAGES)
 
 
-def test_the_real_digits_went_through_all_stages(digits_run) -> None:
+def test_artifacts_describe_the_digits(digits_run) -> None:
     manifests = {id: item.manifest for id, item in digits_run.planned().items()}
     assert manifests["token_map"].summary["rows"] == 1797 and manifests["token_map"].summary["quarantined"] == 0
     assert manifests["reference"].metrics["images"] == 1797 and manifests["reference"].metrics["held_out_accuracy"] > 0.5
@@ -68,7 +63,7 @@ def test_the_real_digits_went_through_all_stages(digits_run) -> None:
         assert manifests[id].metrics["gmacs_total"] > manifests[id].metrics["gmacs_decoder"] > 0
 
 
-def test_a_second_run_reuses_everything_and_says_so_in_json(digits_run, enat: Callable[..., Any]) -> None:
+def test_a_second_run_reuses_everything(digits_run, enat: Callable[..., Any]) -> None:
     def listing() -> dict[str, int]:
         files = (path for path in (digits_run.workspace / "store").rglob("*") if path.is_file() and path.name != ".used")
         return {str(path): path.stat().st_mtime_ns for path in files}
@@ -88,19 +83,19 @@ def test_a_second_run_reuses_everything_and_says_so_in_json(digits_run, enat: Ca
     assert Path(answer["report"]).read_bytes() == digits_run.store.fetch(planned["report"].manifest, "report.html").read_bytes()
 
 
-# What tracking saw ---------------------------------------------------------------------------------------------------------
+# Tracking ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tracked(digits_run) -> tuple[MlflowClient, dict[str, Any]]:
-    """MLflow's runs by name: those of the first run of the command, which made everything."""
+    """The runs in MLflow by name, of the first command, which computed everything."""
     client = MlflowClient(f"sqlite:///{digits_run.workspace}/mlflow.db")
     experiment = client.get_experiment_by_name("enat")
     runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
     return client, {run.info.run_name: run for run in runs}
 
 
-def test_the_run_and_its_stages_are_in_mlflow(tracked, digits_run) -> None:
+def test_run_and_stages_are_in_mlflow(tracked, digits_run) -> None:
     client, runs = tracked
     assert set(runs) == {"digits", *STAGES} and {run.info.status for run in runs.values()} == {"FINISHED"}
     planned = digits_run.planned()
@@ -118,7 +113,7 @@ def test_the_run_and_its_stages_are_in_mlflow(tracked, digits_run) -> None:
     assert [file.path for file in client.list_artifacts(runs["digits"].info.run_id)] == ["digits.html"]
 
 
-def test_training_is_logged_by_steps_with_pictures_of_samples(tracked, digits_run, tmp_path: Path) -> None:
+def test_training_logs_steps_and_pictures(tracked, digits_run, tmp_path: Path) -> None:
     client, runs = tracked
     run = runs["train"]
     history = json.loads(digits_run.store.fetch(digits_run.planned()["train"].manifest, "history.json").read_text())
@@ -139,7 +134,7 @@ def test_training_is_logged_by_steps_with_pictures_of_samples(tracked, digits_ru
 
 
 @pytest.mark.faults
-def test_a_token_map_in_a_bucket_of_a_dataset_in_a_bucket_is_reused_from_everywhere(
+def test_token_map_in_a_bucket_is_reused(
     enat: Callable[..., Any],
     make_bucket: Callable[..., Any],
     s3_endpoint: Any,
@@ -148,7 +143,7 @@ def test_a_token_map_in_a_bucket_of_a_dataset_in_a_bucket_is_reused_from_everywh
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second run begins elsewhere, with an empty cache. Credentials and endpoint are in the environment alone."""
+    """The second run has an empty workspace and cache. Credentials and endpoint are only in the environment."""
     images, store = make_bucket("team/photographs"), make_bucket("team/store")
     files = {path.relative_to(image_folder).as_posix(): path for path in image_folder.rglob("*") if path.is_file()}
     s3_endpoint.fill(images, {name: path.read_bytes() for name, path in files.items()})
@@ -171,17 +166,15 @@ def test_a_token_map_in_a_bucket_of_a_dataset_in_a_bucket_is_reused_from_everywh
         return json.loads(process.stdout)
 
     first = run("first")
-    assert [(stage["stage"], stage["reused"]) for stage in first["stages"]] == [
-        ("tokenizer", False),
-        ("dataset", False),
-        ("token_map", False),
-    ]
+    assert {stage["stage"]: stage["reused"] for stage in first["stages"]} == dict.fromkeys(
+        ("dataset", "tokenizer", "token_map"), False
+    )
     assert first["stages"][-1]["metrics"]["rows"] == len(files) == 12 and first["store"] == store.uri
     objects = {file.name: file.version for file in store.list()}
     second = run("second")
     assert all(stage["reused"] for stage in second["stages"])
     assert [stage["key"] for stage in second["stages"]] == [stage["key"] for stage in first["stages"]]
-    assert {file.name: file.version for file in store.list()} == objects, "nothing is written twice, nothing is left behind"
+    assert {file.name: file.version for file in store.list()} == objects, "every object is written once"
     assert not any("/.parts/" in name or "/.work/" in name for name in objects)
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "third" / "cache"))
     opened = open_store(store.uri)
@@ -197,9 +190,9 @@ def test_a_token_map_in_a_bucket_of_a_dataset_in_a_bucket_is_reused_from_everywh
 def killed_twice(
     digits_run, enat: Callable[..., Any], kill_enat_when: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """The same run in another store, killed while it made the token map, killed again while it trained, then left to end.
+    """The same run in another store, killed during stages token_map and train, then completed.
 
-    It begins with the index, the tokenizer and the reference of the first store, copied: what comes after them is looked at.
+    The index, the tokenizer and the reference are copied from the first store.
     """
     folder = tmp_path_factory.mktemp("killed")
     store = folder / "runs" / "store"
@@ -233,25 +226,30 @@ def killed_twice(
 
 
 @pytest.mark.faults
-def test_a_run_that_was_killed_twice_is_completed_by_the_same_command(killed_twice: dict[str, Any]) -> None:
+def test_a_killed_run_is_completed_by_the_same_command(killed_twice: dict[str, Any], digits_run) -> None:
     assert killed_twice["token map was unfinished"] and killed_twice["model was unfinished"], "both kills came in time"
-    process = killed_twice["process"]
-    assert process.returncode == 0, process.stderr
+    process, store = killed_twice["process"], killed_twice["store"]
+    assert process.returncode == 0 and process.stderr == "", process.stderr
     reused = [line.split()[1] for line in process.stdout.splitlines() if line.startswith("✓") and line.endswith("reused")]
     assert reused == ["dataset", "tokenizer", "token_map", "reference"]
-    assert process.stderr == ""
-
-
-@pytest.mark.faults
-def test_parts_of_the_token_map_that_were_done_before_the_kill_are_not_made_again(killed_twice: dict[str, Any]) -> None:
     assert 1 <= len(killed_twice["parts"]) < 29
     for name, before in killed_twice["parts"].items():
         now = killed_twice["part files"][name].stat()
         assert (now.st_mtime_ns, now.st_ino, now.st_size) == (before.st_mtime_ns, before.st_ino, before.st_size)
+    for stage in ("token_map", "train", "generate", "evaluate"):
+        uninterrupted = digits_run.planned()[stage].manifest
+        manifest = store.read_manifest(stage, uninterrupted.key)
+        assert manifest is not None and manifest.digest == uninterrupted.digest
+        for record in manifest.files:
+            assert (
+                store.fetch(manifest, record.name).read_bytes() == digits_run.store.fetch(uninterrupted, record.name).read_bytes()
+            )
+    assert not [path for path in Path(store.uri).rglob("*") if path.name in (".parts", ".work")]
+    assert len(list(store.manifests())) == len(STAGES) - 3
 
 
 @pytest.mark.faults
-def test_training_went_on_from_a_checkpoint_after_the_kill(killed_twice: dict[str, Any]) -> None:
+def test_training_resumes_from_a_checkpoint_after_the_kill(killed_twice: dict[str, Any]) -> None:
     assert killed_twice["checkpoints"][0].startswith("step-0000")
     client = killed_twice["tracking"]
     experiment = client.get_experiment_by_name("enat")
@@ -261,24 +259,3 @@ def test_training_went_on_from_a_checkpoint_after_the_kill(killed_twice: dict[st
     assert killed[0].step == 5 and taken_over[0] == 5
     assert [point.step for point in resumed] == [5, 10, 15, 20] and taken_over[-1] < 20
     assert len({point.timestamp for point in killed} & {point.timestamp for point in resumed}) == 0
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("stage", ["token_map", "train", "generate", "evaluate"])
-def test_what_a_killed_run_makes_is_what_an_uninterrupted_one_makes(killed_twice: dict[str, Any], digits_run, stage: str) -> None:
-    """Bit for bit, in another store: weights, codes and moments."""
-    uninterrupted = digits_run.planned()[stage].manifest
-    manifest = killed_twice["store"].read_manifest(stage, uninterrupted.key)
-    assert manifest is not None and manifest.digest == uninterrupted.digest
-    for record in manifest.files:
-        mine, other = (
-            store.fetch(m, record.name) for store, m in ((killed_twice["store"], manifest), (digits_run.store, uninterrupted))
-        )
-        assert mine.read_bytes() == other.read_bytes()
-
-
-@pytest.mark.faults
-def test_nothing_of_the_interruptions_stays_behind(killed_twice: dict[str, Any]) -> None:
-    store = killed_twice["store"]
-    assert not [path for path in Path(store.uri).rglob("*") if path.name in (".parts", ".work")]
-    assert len(list(store.manifests())) == len(STAGES) - 3

@@ -1,4 +1,4 @@
-"""A run from its beginning to whatever end: what MLflow and the log know of it, and where a job may track its runs."""
+"""What MLflow and the log record of a run, however it ends, and where a job may track its runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def client(uri: str, tmp_path: Path) -> MlflowClient:
-    """Runs of earlier tests are out of sight."""
+    """A client that does not find the runs of earlier tests."""
     client = MlflowClient(uri)
     if (experiment := client.get_experiment_by_name("enat")) is not None:
         client.rename_experiment(experiment.experiment_id, f"before-{tmp_path.name}")
@@ -49,7 +49,7 @@ def client(uri: str, tmp_path: Path) -> MlflowClient:
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """A run says where it logs, a command how it is ended."""
+    """Restore what a run changes: logging, and the handler of SIGTERM."""
     loggers = [logging.getLogger(), logging.getLogger("pipelines")]
     before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -75,7 +75,7 @@ def _found(client: MlflowClient) -> dict[str, Any]:
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
-def test_a_run_of_packaged_code_says_which_code_it_is_and_what_was_changed(
+def test_a_run_of_packaged_code_records_its_commit_and_changes(
     client: MlflowClient, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(provenance, "code_version", lambda: STATE.label)
@@ -90,25 +90,21 @@ def test_a_run_of_packaged_code_says_which_code_it_is_and_what_was_changed(
     assert Path(client.download_artifacts(run.info.run_id, changes.path, str(tmp_path))).read_bytes() == b"--- a/enat/model.py\n"
 
 
-def test_a_run_of_a_checkout_has_its_label_alone(client: MlflowClient, uri: str, tmp_path: Path) -> None:
-    _run(Stage("only", 1, _write), uri, tmp_path)
-    run = _found(client)["whole"]
-    assert "enat.commit" not in run.data.tags and not client.list_artifacts(run.info.run_id)
-
-
-def test_why_something_was_not_published_is_in_the_log(client: MlflowClient, uri: str, tmp_path: Path) -> None:
+def test_errors_of_publishing_are_logged(client: MlflowClient, uri: str, tmp_path: Path) -> None:
     def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
         raise RuntimeError("nobody listens")
 
     _run(Stage("only", 1, _write, publish=publish), uri, tmp_path)
+    whole = _found(client)["whole"]
+    assert "enat.commit" not in whole.data.tags and not client.list_artifacts(whole.info.run_id), "a checkout has no record"
     (log,) = (tmp_path / "runs" / "logs").glob("whole-*.log")
-    said = log.read_text()
-    assert "only is made, but not published" in said and "Traceback" in said and 'raise RuntimeError("nobody listens")' in said
+    text = log.read_text()
+    assert "only is made, but not published" in text and "Traceback" in text and 'raise RuntimeError("nobody listens")' in text
     assert {run.info.status for run in _found(client).values()} == {"FINISHED"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_ended_by_a_signal_does_not_look_as_if_it_went_on(
+def test_a_run_that_a_signal_ends_is_killed_in_mlflow(
     client: MlflowClient, uri: str, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     def run(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -123,8 +119,8 @@ def test_a_run_that_is_ended_by_a_signal_does_not_look_as_if_it_went_on(
 
 
 @pytest.mark.faults
-def test_sigterm_during_work_of_ray_ends_the_runs_of_mlflow(end_enat_when: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    """Ray puts a handler of its own in place, which would end the process at once. Sent once a worker has logged a loss."""
+def test_sigterm_while_ray_works_ends_the_runs_of_mlflow(end_enat_when: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """Ray installs its own handler, which would end the process at once. SIGTERM is sent after a worker has logged a loss."""
     overrides = ("targets=[tokenizer]", "tokenizer.recipe.num_steps=100000", f"workspace={tmp_path}")
     database = tmp_path / "mlflow.db"
 
@@ -136,8 +132,8 @@ def test_sigterm_during_work_of_ray_ends_the_runs_of_mlflow(end_enat_when: Calla
             return tables.execute("select count(*) from metrics where key = 'loss'").fetchone()[0] > 0
         return False  # MLflow is just making them
 
-    code, said = end_enat_when(is_training, "run", DIGITS, *overrides)
-    assert code == 130 and "interrupted; run the same command to continue" in said
+    code, output = end_enat_when(is_training, "run", DIGITS, *overrides)
+    assert code == 130 and "interrupted; run the same command to continue" in output
     found = _found(MlflowClient(f"sqlite:///{database}"))
     assert {name: run.info.status for name, run in found.items()} == {
         "digits": "KILLED",
@@ -161,16 +157,18 @@ def test_sigterm_during_work_of_ray_ends_the_runs_of_mlflow(end_enat_when: Calla
         ("/shared/runs", {}, None, None),
     ],
 )
-def test_a_job_does_not_track_its_runs_where_they_would_be_lost(
+def test_a_job_does_not_track_runs_in_its_own_folder(
     workspace: str, tracked: dict[str, Any], environment: str | None, lost: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job's folder is removed with it, and models that are registered there are gone."""
+    """The folder of a job is removed with it."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if environment is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
     config = RunConfig(name="it", workspace=workspace, tracking=TrackingConfig(**tracked))
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    assert runner.tracking_uri(config) == tracking.resolve_uri(config.tracking, Path(workspace)), "a person's own folder stays"
+    assert runner.tracking_uri(config) == tracking.resolve_uri(config.tracking, Path(workspace)), (
+        "outside of jobs any folder is allowed"
+    )
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     if lost is None:
         runner.tracking_uri(config)

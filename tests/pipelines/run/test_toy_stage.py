@@ -1,4 +1,4 @@
-"""A stage that is one file and one line of the graph is planned, run, costed, listed, submitted and re-evaluated."""
+"""A new stage is one file and one line of the graph: it is planned, run, costed, listed, submitted and evaluated again."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def made(run: RunConfig, store: ArtifactStore, make_session: Callable[..., Any])
     return {item.node.id: item.manifest for item in driver.execute(nodes, make_session(store))}
 
 
-def test_it_is_planned_with_what_it_reads(run: RunConfig) -> None:
+def test_stage_is_planned_with_its_inputs(run: RunConfig) -> None:
     nodes = {node.id: node for node in graph.build(run)}
     assert nodes["histogram"].inputs == {"samples": "generate"} and "evaluate" not in nodes
-    assert nodes["histogram"].config.seed == 7, "of the run, as its own has none"
+    assert nodes["histogram"].config.seed == 7, "the seed of the run"
     assert "histogram@untrained" in nodes
 
 
-def test_it_is_run_and_costed(made: dict[str, Manifest], store: ArtifactStore) -> None:
+def test_stage_runs_and_is_costed(made: dict[str, Manifest], store: ArtifactStore) -> None:
     summary = toy_stage.HistogramSummary.read(made["histogram"])
     assert (summary.num_labels, summary.seed) == (10, 7)
     metrics = cost_metrics(store, made["histogram"], graph.stages())
@@ -93,12 +93,12 @@ def test_it_is_run_and_costed(made: dict[str, Manifest], store: ArtifactStore) -
     assert metrics["cost/training_worker_hours"] == 1 and metrics["cost/tokenizing_worker_hours"] == 3
 
 
-def test_it_is_listed(made: dict[str, Manifest], store: ArtifactStore) -> None:
+def test_stage_is_listed(made: dict[str, Manifest], store: ArtifactStore) -> None:
     answer = CliRunner().invoke(artifacts, ["ls", "--store", store.uri, "--stage", "histogram"], catch_exceptions=False)
     assert "10 labels counted" in answer.stdout and "digits" in answer.stdout and "2 artifacts" in answer.stdout
 
 
-def test_it_is_submitted(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_is_submitted(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = {each.node: each.workers.num_workers for each in submission.resource_requests(run)}
     assert requests["histogram"] == 3 and "train" in requests and not {"evaluate", "reference"} & requests.keys()
     with_table = graph.Part(toy_stage.STAGE, lambda run, reader: toy_stage.HistogramConfig(table="table.csv"))
@@ -107,17 +107,17 @@ def test_it_is_submitted(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Non
         submission.prepare(DIGITS, ["targets=[histogram]"], allow_local_store=True)
 
 
-def test_it_is_evaluated_again(made: dict[str, Manifest], store: ArtifactStore) -> None:
+def test_stage_is_evaluated_again(made: dict[str, Manifest], store: ArtifactStore) -> None:
     model = reevaluation_plan.Model(SimpleNamespace(), store, made["train"])  # type: ignore[arg-type]
     plan = reevaluation_plan.make_plan(model, None, reevaluation_plan.Request.of(None, []))
     assert {node.id: node.inputs for node in plan.nodes}["histogram"] == {"samples": "generate"}
     assert plan.nodes[-1].id == "evaluate" and plan.given["model"] == made["train"]
-    fresh = {node.id: node.stage.name for node in reevaluation_plan.afresh(plan, "token").nodes}
+    fresh = {node.id: node.stage.name for node in reevaluation_plan.recomputed(plan, "token").nodes}
     assert fresh["histogram"] == "fresh-histogram" and fresh["reference"] == "reference"
 
 
-def test_an_evaluation_is_repeated_with_the_artifacts_that_it_read(made: dict[str, Manifest], store: ArtifactStore) -> None:
-    """Without the dataset, which may be gone: reference and judge read what the last evaluation did."""
+def test_an_evaluation_is_repeated_with_its_inputs(made: dict[str, Manifest], store: ArtifactStore) -> None:
+    """Not with the dataset, which may no longer exist: reference and judge have the inputs of the last evaluation."""
     every = _commit_inputs(graph.build(load_run(DIGITS, ["seed=7"])), store)
     model = reevaluation_plan.Model(SimpleNamespace(), store, every["train"])  # type: ignore[arg-type]
     plan = reevaluation_plan.make_plan(model, every["evaluate"], reevaluation_plan.Request.of(None, []))

@@ -1,4 +1,4 @@
-"""Stage captions on Ray: the features of every caption, as the text encoder itself gives them, and none lost or moved."""
+"""Stage captions on Ray: the features of every caption, equal to those of the text encoder, each in its place."""
 
 from __future__ import annotations
 
@@ -91,10 +91,8 @@ def _assert_same_bytes(one: tuple[ArtifactStore, Manifest], other: tuple[Artifac
 
 
 @pytest.mark.parametrize("captions_per_file", [3, pytest.param(1024, marks=pytest.mark.faults)])
-def test_features_are_what_the_encoder_gives_for_each_caption(
-    make_captions, one_worker, clip: Path, captions_per_file: int
-) -> None:
-    """Bit for bit, whichever file a caption lies in."""
+def test_features_equal_those_of_the_encoder(make_captions, one_worker, clip: Path, captions_per_file: int) -> None:
+    """Bit for bit, in files of any size."""
     store, manifest = one_worker if captions_per_file == 3 else make_captions(f"captions.shard_size={captions_per_file}")
     num_files = -(-len(FLAT) // captions_per_file)
     assert [record.name for record in manifest.files] == [*(f"captions-{n:05d}.safetensors" for n in range(num_files)), EMPTY]
@@ -103,15 +101,13 @@ def test_features_are_what_the_encoder_gives_for_each_caption(
     hidden, pooled = features.take(np.array([*range(len(FLAT)), -1]))
     np.testing.assert_array_equal(hidden, expected.hidden.numpy())
     np.testing.assert_array_equal(pooled, expected.pooled.numpy())
-    assert len({row.tobytes() for row in pooled}) == len({*FLAT, ""}), "the encoder under test tells captions apart"
+    assert len({row.tobytes() for row in pooled}) == len({*FLAT, ""}), "the encoder distinguishes captions"
     assert manifest.metrics["captions"] == len(FLAT) == 8
     assert manifest.metrics["mean_tokens"] == expected.num_tokens[:-1].double().mean().item()
 
 
 @pytest.mark.faults
-def test_an_interrupted_run_goes_on_with_what_is_missing_and_two_workers_write_what_one_writes(
-    make_captions, one_worker, local_store: ArtifactStore
-) -> None:
+def test_interrupted_run_resumes_and_files_do_not_depend_on_workers(make_captions, one_worker, local_store: ArtifactStore) -> None:
     stream, planned = stage.stream_records, list[int]()
 
     def interrupted(*arguments: Any) -> Any:
@@ -140,7 +136,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_two_workers_write_w
     _assert_same_bytes(made, one_worker)
 
 
-def test_features_are_known_by_the_encoder_s_content_not_by_its_place(plan_captions, one_worker, tmp_path: Path) -> None:
+def test_key_depends_on_the_content_of_the_encoder(plan_captions, one_worker, tmp_path: Path) -> None:
     def key(encoder: Path) -> str:
         return plan_captions(one_worker[0], "captions.shard_size=3", f"captions.encoder={encoder}").key
 
@@ -148,13 +144,16 @@ def test_features_are_known_by_the_encoder_s_content_not_by_its_place(plan_capti
     assert key(make_tiny_clip(tmp_path / "other", seed=1)) != one_worker[1].key
 
 
-def test_a_dataset_without_captions_is_refused(make_captions, image_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"dataset photos has no captions; leave captions\.encoder out, or use kind coco"):
-        make_captions(f"dataset={{kind: image_folder, name: photos, path: {image_folder}, captions: null}}")
-
-
-def test_a_folder_without_an_encoder_is_refused(make_captions, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"captions\.encoder.*{tmp_path / 'nowhere'} is not a directory"):
-        make_captions(f"captions.encoder={tmp_path / 'nowhere'}")
-    with pytest.raises(ValueError, match=r"holds no text encoder: it has no config\.json"):
-        make_captions(f"captions.encoder={tmp_path}")
+def test_a_dataset_without_captions_and_a_folder_without_an_encoder_are_refused(
+    make_captions, image_folder: Path, tmp_path: Path
+) -> None:
+    for override, sentence in (
+        (
+            f"dataset={{kind: image_folder, name: photos, path: {image_folder}, captions: null}}",
+            r"dataset photos has no captions; leave captions\.encoder out, or use kind coco",
+        ),
+        (f"captions.encoder={tmp_path / 'nowhere'}", rf"captions\.encoder.*{tmp_path / 'nowhere'} is not a directory"),
+        (f"captions.encoder={tmp_path}", r"holds no text encoder: it has no config\.json"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            make_captions(override)

@@ -1,4 +1,4 @@
-"""Stage dataset: the index of what lies there, scanned here or by workers, and what is odd about it."""
+"""Stage dataset: the index of a dataset, scanned by the driver or by workers, and findings about it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipelines.workflow.stage import Node
 
 @pytest.fixture
 def make(make_session: Callable[..., Any], tmp_path: Path) -> Callable[..., Manifest]:
-    """The stage's artifact of a dataset as it lies there now."""
+    """Index a dataset as it is now."""
 
     def run(config: DatasetConfig, store: ArtifactStore | None = None, **replaced: Any) -> Manifest:
         open_source(config)
@@ -40,11 +40,11 @@ def _no_ray() -> None:
     raise AssertionError("listing needs no cluster")
 
 
-# Scanned here --------------------------------------------------------------------------------------------------------------
+# Scanned by the driver -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["digits", "image_folder", "images", "coco"])
-def test_what_is_only_listed_needs_no_cluster(layouts: Layouts, make, local_store: ArtifactStore, kind: str) -> None:
+def test_listed_datasets_need_no_cluster(layouts: Layouts, make, local_store: ArtifactStore, kind: str) -> None:
     config = DatasetConfig() if kind == "digits" else layouts.config(kind)
     manifest, expected = make(config, connect=_no_ray), open_dataset(config, local_store)
     assert manifest.file(INDEX).sha256 == expected.manifest.file(INDEX).sha256
@@ -56,9 +56,7 @@ def test_what_is_only_listed_needs_no_cluster(layouts: Layouts, make, local_stor
     }
 
 
-def test_a_bucket_is_listed_by_many_threads_in_the_order_of_one(
-    layouts: Layouts, make, make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint
-) -> None:
+def test_bucket_is_listed_in_order(layouts: Layouts, make, make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint) -> None:
     bucket = make_bucket()
     s3_endpoint.fill(bucket, layouts.contents())
     manifest = make(layouts.config("image_folder", bucket.uri, s3=bucket.config), connect=_no_ray)
@@ -76,7 +74,7 @@ def test_many_class_folders_keep_their_order(make, tmp_path: Path) -> None:
     assert found == {"other files": [f"{number:02d}/about.txt" for number in range(40)]}
 
 
-def test_findings_are_counted_named_and_shown(tmp_path: Path, make) -> None:
+def test_findings_are_recorded_and_shown(tmp_path: Path, make) -> None:
     root, store = make_layouts(tmp_path / "sets", num_images=4).root / "image_folder", open_store(str(tmp_path / "store"))
     (root / "empty").mkdir()
     for name in ("[/]", "[bold]", "c", "d", "é"):
@@ -102,7 +100,7 @@ def test_a_dataset_without_images_is_refused(make, tmp_path: Path) -> None:
             make(DatasetConfig(kind=kind, path=str(tmp_path / "set")))
 
 
-def test_the_same_content_is_the_same_artifact_wherever_it_lies(make, tmp_path: Path) -> None:
+def test_key_depends_on_content_and_name_not_on_the_path(make, tmp_path: Path) -> None:
     keys = set()
     for place in ("here", "there"):
         config = make_layouts(tmp_path / place, num_images=4).config("image_folder")
@@ -119,7 +117,7 @@ def test_the_same_content_is_the_same_artifact_wherever_it_lies(make, tmp_path: 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 @pytest.mark.usefixtures("ray_cluster")
-def test_workers_find_what_is_found_here(layouts: Layouts, make, local_store: ArtifactStore, kind: str) -> None:
+def test_workers_make_the_same_index(layouts: Layouts, make, local_store: ArtifactStore, kind: str) -> None:
     manifest, expected = make(layouts.config(kind)), open_dataset(layouts.config(kind), local_store)
     assert manifest.file(INDEX).sha256 == expected.manifest.file(INDEX).sha256
     assert manifest.summary["num_images"] == 20 and manifest.summary["findings"] == {}
@@ -127,7 +125,7 @@ def test_workers_find_what_is_found_here(layouts: Layouts, make, local_store: Ar
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_findings_of_workers_are_gathered_in_order(make, tmp_path: Path) -> None:
+def test_findings_of_workers_are_in_order(make, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     for number in range(3):
         members = [(f"{number}.jpg", b"1"), (f"{number}.json", b"{}"), (f"x{number}.cls", b"1"), (f"k{number}.png", b"2")]
@@ -156,7 +154,7 @@ def test_keys_that_are_repeated_across_files_are_refused(make, tmp_path: Path, k
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_sentence_of_a_worker_comes_through(make, tmp_path: Path) -> None:
+def test_errors_of_workers_are_one_sentence(make, tmp_path: Path) -> None:
     write(tmp_path / "shards" / "a.tar", b"no tar" * 1000)
     with pytest.raises(ValueError, match=r"^a\.tar in .*/shards is not a complete tar file \(.*\)"):
         make(DatasetConfig(kind="tar", path=str(tmp_path / "shards")))
@@ -176,8 +174,8 @@ def test_labels_must_be_among_the_classes(make, tmp_path: Path, layouts: Layouts
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_interrupted_scan_goes_on_from_its_parts(layouts: Layouts, make, tmp_path: Path, monkeypatch) -> None:
-    """A shard that was scanned is not opened again: its part says what is in it."""
+def test_interrupted_scan_resumes_from_its_parts(layouts: Layouts, make, tmp_path: Path, monkeypatch) -> None:
+    """A shard with a committed part is not opened again."""
     config, whole = layouts.config("tar"), make(layouts.config("tar"))
     store, original = open_store(str(tmp_path / "interrupted")), stage._scan_file
 

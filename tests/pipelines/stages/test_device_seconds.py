@@ -1,7 +1,6 @@
-"""Stages that work on devices tell how long they held them, all that a worker holds. What workers left is written here: no GPU is
-needed.
+"""Stages count the seconds of every device that their workers hold. Records of workers are given, so the tests need no GPU.
 
-The same of stages generate, evaluate and train, and of features, stands in their own tests.
+Stages generate, evaluate and train, and features, have such tests in their own files.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from enat.metrics.moments import FeatureMoments
 from enat.text import TextFeatures
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.open import open_store
+from pipelines.cluster import connection
 from pipelines.cluster.resources import Execution, Workers
 from pipelines.data.captions import CaptionFeaturesInfo, captions_name
 from pipelines.data.sources.config import DatasetConfig
@@ -28,14 +28,14 @@ from pipelines.evaluation.features import FeatureSet
 from pipelines.stages import captions, reference, token_map, tokenizer
 from pipelines.workflow.stage import StageContext, StageResult
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")  # bars live there
+pytestmark = pytest.mark.usefixtures("ray_cluster")  # for the actors of progress bars
 
 FILE = {"name": "file", "path": "file", "size": 1, "sha256": "0" * 64}
 TOOK = 10.0  # seconds of workers that hold devices
 
 
 def of_token_map(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -> StageResult:
-    """Decoding the pictures took 5 s more, on CPUs."""
+    """Decoding took 5 s more, on CPUs."""
     info = TokenMapInfo(dataset="drawn", resolution=16, grid_size=4, codebook_size=4, num_classes=2, tokenizer_digest="0" * 64)
     record = {"rows": 3, "file": FILE, "quarantined": [], "code_counts": [1, 2, 0, 3], "seconds": TOOK, "decoding_seconds": 5.0}
     context.store.put_part(context.stage, context.key, "part-00000.parquet", record)
@@ -68,13 +68,12 @@ def of_tokenizer(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) 
     patch.setattr(ray, "remote", lambda **given: (lambda _: remote) if "num_gpus" in given else make(**given))
     patch.setattr(ray, "get", lambda given: given if given is trained else get(given))
     patch.setattr(tokenizer, "Dataset", lambda *_: None)
-    patch.setattr(tokenizer.connection, "require", lambda *_: None)
     config = tokenizer.TokenizerConfig(dataset=DatasetConfig(), seed=0, execution=Workers(gpus_per_worker=gpus))
     return tokenizer.run(config, {"dataset": None}, context)  # type: ignore[dict-item]
 
 
 def of_reference(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -> StageResult:
-    """Training the extractor took all of it; what features take is in test_feature_job.py."""
+    """Training the extractor took all of it. tests/pipelines/evaluation has the seconds of features."""
     features = FeatureSet(
         count=3,
         num_kept=3,
@@ -90,7 +89,6 @@ def of_reference(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) 
     patch.setattr(reference, "_make_extractor", lambda *_: reference._Made(FileRecord(**FILE), {}, TOOK))
     patch.setattr(reference.ExtractorFile, "load", lambda _: extractor)
     patch.setattr(reference, "compute_features", lambda *_: features)
-    patch.setattr(reference.connection, "require", lambda *_: None)
     config = reference.ReferenceConfig(resolution=16, dataset=DatasetConfig(), seed=0, execution=Execution(gpus_per_worker=gpus))
     return reference.run(config, {}, context)
 
@@ -104,6 +102,7 @@ def test_device_seconds_count_every_device_that_a_worker_holds(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(connection, "require", lambda *_: None)
     context = make_context(open_store(str(tmp_path / "store")), stage.__name__.removeprefix("of_"), connect=lambda: None)
     result = stage(gpus, context, monkeypatch)
     assert result.worker_seconds == (TOOK + 5 if stage is of_token_map else TOOK)

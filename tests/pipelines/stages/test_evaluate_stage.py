@@ -1,4 +1,4 @@
-"""Stage evaluate: scores equal those of torch-fidelity and scipy on the same features, whoever computes them, and say how."""
+"""Stage evaluate: scores equal those of torch-fidelity and scipy on the same features, and record how they were measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,27 @@ import torch
 from layouts import open_dataset
 from PIL import Image
 from random_weights import inception_state
+from summaries import summary_of
 
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
 from enat.cost import generation_cost
 from enat.images import to_uint8
 from enat.metrics import extractors
-from enat.metrics.moments import FeatureMoments, inception_score, load_moments
+from enat.metrics.moments import load_moments
 from enat.sampler_config import SamplerConfig
-from enat.tokenizer import VQGANConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster import connection
 from pipelines.cluster.resources import Execution
 from pipelines.data.image_sets import ImageSetConfig
 from pipelines.data.samples import SamplePlan, Samples, SamplesSummary, image_cost, shard_name, write_samples
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import protocol as evaluation_protocol
-from pipelines.evaluation.extractors import ExtractorFile
 from pipelines.evaluation.features import drawn_evenly
 from pipelines.evaluation.readers import sample_reader
-from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, TaskPool, compute_scores, published_name
+from pipelines.evaluation.scores import METRICS, ScoreSettings
 from pipelines.registry.model_card import registered_name
 from pipelines.run import graph
 from pipelines.stages import evaluate, image_set, reference
@@ -66,7 +66,7 @@ _PROJECTION = np.random.default_rng(0).integers(-3, 4, (3 * 16 * 16, 12)).astype
 
 
 class SumsExtractor:
-    """Sums of products of small integers: float32 holds them exactly, so that every way of computing them gives the same."""
+    """Sums of products of small integers, which float32 holds exactly: the result does not depend on the order of summation."""
 
     is_thread_safe = True
     outputs = {"features": 8, "spatial": 4, "logits": 6}  # noqa: RUF012
@@ -151,26 +151,13 @@ def _samples(store: ArtifactStore, folder: Path, codes: np.ndarray) -> StageResu
     plan = SamplePlan.of_labels(np.arange(NUM_SAMPLES) % 10)
     for part, start in enumerate(range(0, NUM_SAMPLES, SHARD)):
         index = np.arange(start, min(start + SHARD, NUM_SAMPLES))
-        rows = Samples(
-            index=index,
-            labels=plan.labels[index],
-            codes=codes[index],
-            seeds=index,
-            captions=plan.captions[index],
-            rows=plan.rows[index],
-        )
-        write_samples(folder / shard_name(part), rows)
+        conditions = {name: getattr(plan, name)[index] for name in ("labels", "captions", "rows")}
+        write_samples(folder / shard_name(part), Samples(index=index, codes=codes[index], seeds=index, **conditions))
         files.append(store.put_file("generate", "g", shard_name(part), folder / shard_name(part)))
-    summary = SamplesSummary(
-        num_samples=NUM_SAMPLES,
-        shard_size=SHARD,
-        num_classes=10,
-        sampler=SAMPLER,
-        labels="each class in turn",
-        device="a CPU",
-        batch_size=32,
+    known = summary_of("generate", num_samples=NUM_SAMPLES, shard_size=SHARD, batch_size=32, sampler=SAMPLER)
+    return StageResult(
+        files=files, summary=SamplesSummary(**{**known, "sampler": SAMPLER}), metrics={**SAMPLING, "samples": NUM_SAMPLES}
     )
-    return StageResult(files=files, summary=summary, metrics={**SAMPLING, "samples": NUM_SAMPLES})
 
 
 def _reference(dataset: Manifest, context: Any, **given: Any) -> StageResult:
@@ -180,25 +167,31 @@ def _reference(dataset: Manifest, context: Any, **given: Any) -> StageResult:
     return reference.run(config, {"dataset": dataset}, context)
 
 
+def _key(num_workers: int = 1, batch_size: int = 64, **given: Any) -> str:
+    """The key under which `evaluated` runs the stage."""
+    return hashlib.sha256(repr((num_workers, batch_size, given)).encode()).hexdigest()
+
+
 @pytest.fixture(scope="module")
 def evaluated(
     material: Material, make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., StageResult]:
-    """The stage at a number of workers and a batch size, run once, each into a store of its own."""
+    """The result for a number of workers and a batch size, computed once."""
 
     @functools.cache
     def run(num_workers: int = 1, batch_size: int = 64, **given: Any) -> StageResult:
         execution = Execution(num_workers=num_workers, worker_batch_size=batch_size, cpus_per_worker=CPUS[num_workers])
         config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(), execution=execution, **given)
-        key = hashlib.sha256(repr((num_workers, batch_size, given)).encode()).hexdigest()
-        return evaluate.run(config, material.inputs, make_context(material.store, "evaluate", key))
+        return evaluate.run(
+            config, material.inputs, make_context(material.store, "evaluate", _key(num_workers, batch_size, **given))
+        )
 
     return run
 
 
 @pytest.fixture(scope="module")
 def outputs(material: Material, vqgan) -> dict[str, dict[str, np.ndarray]]:
-    """What the extractor makes of all samples, and of all real images, without the pipeline."""
+    """Outputs of the extractor for all samples and all real images, without the pipeline."""
     made = to_uint8(vqgan.decode(torch.from_numpy(material.codes).view(-1, 4, 4)))
     dataset = open_dataset(DatasetConfig(), material.store)
     real = torch.from_numpy(dataset.load_images(16, 0, NUM_REAL)[0])
@@ -211,7 +204,7 @@ def outputs(material: Material, vqgan) -> dict[str, dict[str, np.ndarray]]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("num_workers", "batch_size"), [(1, 1), (1, 8), (2, 8), (2, 64), (4, 1), (4, 64)])
-def test_files_and_scores_are_the_same_bits_whatever_the_workers_and_batches(
+def test_files_and_scores_do_not_depend_on_workers_and_batches(
     evaluated: Callable[..., StageResult], num_workers: int, batch_size: int
 ) -> None:
     found, expected = evaluated(num_workers, batch_size), evaluated()
@@ -220,7 +213,7 @@ def test_files_and_scores_are_the_same_bits_whatever_the_workers_and_batches(
     assert found.records[0].sha256 == expected.records[0].sha256
 
 
-def test_scores_are_those_of_torch_fidelity_and_scipy(evaluated: Callable[..., StageResult], outputs, material: Material) -> None:
+def test_scores_equal_those_of_torch_fidelity_and_scipy(evaluated: Callable[..., StageResult], outputs, material: Material) -> None:
     from scipy.linalg import sqrtm
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -254,7 +247,7 @@ def test_scores_are_those_of_torch_fidelity_and_scipy(evaluated: Callable[..., S
     holds = torch.cdist(generated.double(), kept.double()) < distances
     assert metrics["density"] == pytest.approx(holds.double().sum(dim=1).mean().item() / 5)
     assert metrics["coverage"] == pytest.approx(holds.any(dim=0).double().mean().item())
-    assert 0 < metrics["coverage"] < 1 and metrics["inception_score"] > 1, "or equality would say little"
+    assert 0 < metrics["coverage"] < 1 and metrics["inception_score"] > 1, "both are in a range where equality is meaningful"
 
 
 def _not_timed(result: StageResult) -> dict[str, float]:
@@ -262,9 +255,9 @@ def _not_timed(result: StageResult) -> dict[str, float]:
     return {name: value for name, value in result.metrics.items() if "second" not in name}
 
 
-def test_costs_are_counted_from_the_architecture(evaluated: Callable[..., StageResult], vqgan) -> None:
+def test_costs_are_counted_from_the_architecture(evaluated: Callable[..., StageResult], material: Material, vqgan) -> None:
     metrics = evaluated().metrics
-    cost = generation_cost(MODEL, SAMPLER, VQGANConfig(**asdict(vqgan.config)))
+    cost = generation_cost(MODEL, SAMPLER, vqgan.config)
     assert metrics["gmacs_total"] == pytest.approx(cost.total_macs / 1e9)
     assert metrics["gflops_total"] == pytest.approx(2 * metrics["gmacs_total"])
     assert metrics["gmacs_transformer"] + metrics["gmacs_decoder"] == pytest.approx(metrics["gmacs_total"])
@@ -272,9 +265,13 @@ def test_costs_are_counted_from_the_architecture(evaluated: Callable[..., StageR
     assert metrics["gmacs_one_pass"] == metrics["gmacs_guidance"] == pytest.approx(cost.one_pass_macs / 1e9)
     assert metrics["gflops_executed"] == pytest.approx(2 * metrics["gmacs_executed"]) and "samples" not in metrics
     assert metrics["gmacs_executed"] == pytest.approx(cost.executed_total_macs / 1e9)
+    samples = material.inputs["samples"]
+    begun = replace(samples, summary={**samples.summary, "mask_ratio": 0.2})  # which masks 3 of 16 codes
+    shorter = image_cost(begun, material.inputs["model"], material.inputs["tokenizer"])
+    assert shorter.total_macs == generation_cost(MODEL, SAMPLER, vqgan.config, num_given=13).total_macs != cost.total_macs
 
 
-def test_the_time_of_an_image_is_that_of_its_codes_and_of_decoding_them(evaluated: Callable[..., StageResult]) -> None:
+def test_time_of_an_image_is_the_sum_of_sampling_and_decoding(evaluated: Callable[..., StageResult]) -> None:
     found = evaluated()
     metrics = found.metrics
     assert {name: metrics[name] for name in SAMPLING} == SAMPLING, "as stage generate measured it"
@@ -286,31 +283,12 @@ def test_the_time_of_an_image_is_that_of_its_codes_and_of_decoding_them(evaluate
     assert metrics["images_per_second"] == pytest.approx(1 / (1 / 7.0 + decoding)), "one after the other"
 
 
-def test_samples_that_began_with_codes_are_counted_with_them(material: Material) -> None:
-    samples = material.inputs["samples"]
-    costs = []
-    for mask_ratio in (None, 0.2):
-        begun = replace(samples, summary={**samples.summary, "mask_ratio": mask_ratio})
-        costs.append(image_cost(begun, material.inputs["model"], material.inputs["tokenizer"]).total_macs)
-    tokenizer = VQGANConfig(**material.inputs["tokenizer"].summary["config"])
-    assert costs[1] == generation_cost(MODEL, SAMPLER, tokenizer, num_given=13).total_macs != costs[0], "3 of 16 are masked"
-
-
-def test_scores_on_a_cpu_take_no_seconds_of_a_device(outputs: dict[str, dict[str, np.ndarray]]) -> None:
-    """Whatever the workers hold: the Inception score and the kernel distance are tasks of one CPU."""
-    moments = {"features": FeatureMoments(8).add(outputs["made"]["features"])}
-    sides = [ImageStatistics(moments=moments, **{name: side[name] for name in ("features", "logits")}) for side in outputs.values()]
-    pool = TaskPool(Execution(gpus_per_worker=2), lambda _: pytest.fail("nothing is spread"))
-    compute_scores(("frechet_distance", "inception_score", "kernel_distance"), *sides, SETTINGS, pool)
-    assert pool.cpu_seconds > 0 == pool.seconds
-
-
 @pytest.mark.parametrize("gpus", [0.5, 2])
-def test_device_seconds_of_an_evaluation_are_those_of_decoding_features_and_neighbours(
+def test_device_seconds_include_decoding_features_and_neighbours(
     evaluated: Callable[..., StageResult], material: Material, make_context, monkeypatch: pytest.MonkeyPatch, gpus: float
 ) -> None:
-    """All parts are there already, so that no worker, and no GPU, is needed. Neighbours are said to have taken 10 s, other scores
-    7 s, the judge 100 s: the last two on CPUs alone."""
+    """All parts are committed, so the test needs no GPU. Neighbours take 10 s, other scores 7 s, the judge 100 s; the last two take
+    CPUs alone."""
     evaluated()
 
     def scores(*given: Any) -> dict[str, float]:
@@ -319,10 +297,9 @@ def test_device_seconds_of_an_evaluation_are_those_of_decoding_features_and_neig
 
     monkeypatch.setattr(evaluate, "compute_scores", scores)
     monkeypatch.setattr(evaluate, "_judged", lambda *_: ({"class_agreement": 1.0}, 100.0))
-    monkeypatch.setattr(evaluate.connection, "require", lambda *_: None)
+    monkeypatch.setattr(connection, "require", lambda *_: None)
     config = evaluate.EvaluateConfig(settings=SETTINGS, judge="svc", execution=Execution(gpus_per_worker=gpus))
-    key = hashlib.sha256(repr((1, 64, {})).encode()).hexdigest()
-    found = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", key))
+    found = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", _key()))
     decoding = found.metrics["decoding_worker_seconds_per_image"]
     assert found.metrics["decoding_device_seconds_per_image"] == pytest.approx(gpus * decoding)
     assert found.metrics["device_seconds_per_image"] == pytest.approx(0.1 + gpus * decoding)
@@ -331,7 +308,7 @@ def test_device_seconds_of_an_evaluation_are_those_of_decoding_features_and_neig
 
 
 @pytest.mark.faults
-def test_the_judge_tells_how_often_it_sees_the_class_that_was_asked_for(evaluated: Callable[..., StageResult]) -> None:
+def test_judge_measures_how_often_it_sees_the_requested_class(evaluated: Callable[..., StageResult]) -> None:
     metrics = evaluated(judge="svc", metrics=()).metrics
     assert metrics["judge_accuracy"] > 0.9
     assert 0 < metrics["class_agreement"] < 0.3  # of drawn codes
@@ -339,13 +316,13 @@ def test_the_judge_tells_how_often_it_sees_the_class_that_was_asked_for(evaluate
     assert metrics["frechet_distance"] == evaluated().metrics["frechet_distance"]
 
 
-def test_only_what_scores_need_is_kept_of_single_samples(evaluated: Callable[..., StageResult]) -> None:
+def test_features_of_samples_are_kept_only_if_scores_need_them(evaluated: Callable[..., StageResult]) -> None:
     names = [file.name for file in evaluated(judge="svc", metrics=()).files]
     assert names == ["moments.safetensors", "spatial_moments.safetensors"]
     assert "features-00000.safetensors" in [file.name for file in evaluated().files]
 
 
-def test_the_protocol_says_how_it_was_measured(evaluated: Callable[..., StageResult], material: Material) -> None:
+def test_protocol_records_how_scores_were_measured(evaluated: Callable[..., StageResult], material: Material) -> None:
     summary, real = evaluated().summary.to_dict(), material.inputs["reference"]
     assert summary["protocol"] == {
         "extractor": "sums",
@@ -364,7 +341,7 @@ def test_the_protocol_says_how_it_was_measured(evaluated: Callable[..., StageRes
     assert summary["num_reference"] == NUM_REAL and summary["metrics"] == list(METRICS)
 
 
-def test_pixels_can_be_left_as_the_decoder_gave_them(
+def test_rounding_float_scores_the_decoded_pixels(
     evaluated: Callable[..., StageResult], material: Material, vqgan, make_context
 ) -> None:
     real = material.inputs["reference"]
@@ -379,32 +356,21 @@ def test_pixels_can_be_left_as_the_decoder_gave_them(
     np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-5)
     assert result.metrics["frechet_distance"] == pytest.approx(evaluated().metrics["frechet_distance"], rel=0.05)
     assert result.metrics["frechet_distance"] != evaluated().metrics["frechet_distance"]
-    assert result.summary.to_dict()["rounding"] == result.summary.to_dict()["protocol"]["rounding"] == "float"
-    assert result.summary.to_dict()["protocol_digest"] != evaluated().summary.to_dict()["protocol_digest"]
+    assert result.summary.rounding == result.summary.protocol["rounding"] == "float"
+    assert result.summary.protocol_digest != evaluated().summary.protocol_digest
 
 
-def test_pixels_that_are_not_rounded_are_refused_where_there_are_none_or_nobody_takes_them(
-    material: Material, make_context
-) -> None:
+def test_rounding_float_needs_codes_and_an_extractor_that_takes_floats(material: Material, make_context) -> None:
     config = evaluate.EvaluateConfig(settings=SETTINGS, metrics=(), rounding="float")
-    with pytest.raises(
-        (ValueError, ray.exceptions.RayTaskError),
-        match=r"SumsExtractor .*evaluate\.rounding",
-    ):
+    with pytest.raises((ValueError, ray.exceptions.RayTaskError), match=r"SumsExtractor .*evaluate\.rounding"):
         evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "e" * 64))
     elsewhere = replace(material.inputs["samples"], stage="images")
     with pytest.raises(ValueError, match=r"8 bits.*evaluate\.rounding"):
         sample_reader(material.store, elsewhere, None, ImageSetConfig(path="images", name="other"), "float")
 
 
-def test_the_usual_settings_need_no_words_in_a_protocol(material: Material) -> None:
-    protocol = evaluation_protocol.protocol_of(material.inputs["reference"], material.inputs["samples"], ScoreSettings())
-    assert protocol["metric_version"] == "1"
-
-
-def test_the_picture_has_a_column_for_every_class(evaluated: Callable[..., StageResult], material: Material, vqgan) -> None:
-    key = hashlib.sha256(repr((1, 64, {})).encode()).hexdigest()
-    picture = Image.open(material.store.fetch_file("evaluate", key, evaluated().records[0]))
+def test_picture_has_a_column_for_every_class(evaluated: Callable[..., StageResult], material: Material, vqgan) -> None:
+    picture = Image.open(material.store.fetch_file("evaluate", _key(), evaluated().records[0]))
     made = to_uint8(vqgan.decode(torch.from_numpy(material.codes[10:11]).view(-1, 4, 4)))[0]
     tile, gap, scale = 16 * 4, 2, 4
     assert picture.width == 10 * (tile + gap) + gap
@@ -412,13 +378,10 @@ def test_the_picture_has_a_column_for_every_class(evaluated: Callable[..., Stage
     np.testing.assert_array_equal(below_the_first, made.permute(1, 2, 0).numpy())
 
 
-def test_tags_and_the_picture_are_published_of_reused_evaluations_too(
-    evaluated: Callable[..., StageResult], material: Material, tmp_path: Path
-) -> None:
+def test_tags_and_picture_are_published(evaluated: Callable[..., StageResult], material: Material, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    key = hashlib.sha256(repr((1, 64, {})).encode()).hexdigest()
-    manifest = _commit(material.store, "evaluate", key, evaluated())
+    manifest = _commit(material.store, "evaluate", _key(), evaluated())
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     for node, variant, prices in (
         ("evaluate", "main", Prices(device_hour=2.0, currency="EUR")),
@@ -454,14 +417,14 @@ def test_tags_and_the_picture_are_published_of_reused_evaluations_too(
         assert Image.open(logged).format == "PNG"
 
 
-# Samples made elsewhere -------------------------------------------------------------------------------------------------------
+# Samples of other generators -----------------------------------------------------------------------------------------------
 
 
-def test_images_of_another_generator_get_the_same_scores_as_the_codes_they_were_decoded_from(
+def test_images_of_another_generator_get_the_scores_of_equal_codes(
     evaluated: Callable[..., StageResult], material: Material, make_context, vqgan, tmp_path: Path
 ) -> None:
     images = to_uint8(vqgan.decode(torch.from_numpy(material.codes).view(-1, 4, 4)))
-    shuffled = np.random.default_rng(0).permutation(NUM_SAMPLES) % 10  # in whatever order, as many of each
+    shuffled = np.random.default_rng(0).permutation(NUM_SAMPLES) % 10  # in any order, equally many of each
     np.savez(tmp_path / "others.npz", images.permute(0, 2, 3, 1).numpy(), shuffled)
     config = ImageSetConfig(path=str(tmp_path / "others.npz"), name="other-model")
     indexed = image_set.run(config, {}, make_context(material.store, "images", "i"))
@@ -472,13 +435,8 @@ def test_images_of_another_generator_get_the_same_scores_as_the_codes_they_were_
     ours = evaluated()
     assert result.metrics == {name: ours.metrics[name] for name in result.metrics} == _not_timed(result)
     assert {"frechet_distance", "recall", "inception_score"} <= set(result.metrics) and "gmacs_total" not in result.metrics
-    assert (
-        result.summary.to_dict()["protocol"] == ours.summary.to_dict()["protocol"]
-        and result.summary.to_dict()["num_samples"] == NUM_SAMPLES
-    )
-    assert result.summary.to_dict()["protocol_digest"] == ours.summary.to_dict()["protocol_digest"], (
-        "so that both stand in one table"
-    )
+    assert result.summary.protocol == ours.summary.protocol and result.summary.num_samples == NUM_SAMPLES
+    assert result.summary.protocol_digest == ours.summary.protocol_digest, "both are in one table of a comparison"
     manifest = _commit(material.store, "evaluate", "o" * 64, result)
     tags = evaluation_protocol.tags_of(manifest, inputs, "evaluate")
     assert tags["enat.model"] == "other-model" and tags["enat.dataset"] == "digits" and tags["enat.samples"] == "images/i"
@@ -487,117 +445,30 @@ def test_images_of_another_generator_get_the_same_scores_as_the_codes_they_were_
         evaluate.run(replace(given, judge="svc"), inputs, make_context(material.store, "evaluate", "o" * 64))
 
 
-# What cannot be -------------------------------------------------------------------------------------------------------------
+# Configs and inputs that are refused ---------------------------------------------------------------------------------------
 
 
-def _available(**given: Any) -> Available:
-    known = {"extractor": "inception", "outputs": ("features", "spatial", "logits"), "has_spatial": True}
-    return Available(**{**known, "num_generated": 100, "num_reference": 100, **given})
-
-
-def test_all_metrics_are_chosen_that_can_be_computed() -> None:
-    assert _available().chosen(None) == METRICS
-    assert _available(outputs=("features",), has_spatial=False).chosen(None) == (
-        "frechet_distance",
-        "kernel_distance",
-        "precision_recall",
-        "density_coverage",
-    )
-    assert _available(num_reference=0).chosen(None) == ("frechet_distance", "spatial_frechet_distance", "inception_score")
-    assert "density_coverage" not in _available(num_generated=5).chosen(None)
-    assert _available().chosen(("precision_recall",)) == ("frechet_distance", "precision_recall")
-
-
-@pytest.mark.parametrize(
-    ("metric", "given", "reason"),
-    [
-        ("inception_score", {"outputs": ("features",)}, "no logits"),
-        ("spatial_frechet_distance", {"outputs": ("features",)}, "no spatial features"),
-        ("spatial_frechet_distance", {"has_spatial": False}, "the reference has no moments of spatial features"),
-        ("kernel_distance", {"num_reference": 0}, "features of single images"),
-        ("density_coverage", {"num_generated": 5}, "needs 6 .*5"),
-    ],
-)
-def test_a_metric_that_cannot_be_computed_is_refused_by_name(metric: str, given: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=f"evaluate.metrics names {metric}, .*{reason}"):
-        _available(**given).chosen((metric,))
-
-
-def test_scores_of_inception_have_their_published_names() -> None:
-    assert [published_name(metric, "inception") for metric in METRICS[:4]] == ["fid", "sfid", "inception_score", "kid"]
-    assert [published_name(metric, "dinov2") for metric in METRICS] == list(METRICS)
-    assert evaluate._named({"kernel_distance": 1.0, "kernel_distance_std": 2.0, "recall": 3.0}, "inception") == {
-        "kid": 1.0,
-        "kid_std": 2.0,
-        "recall": 3.0,
-    }
-
-
-def test_the_inception_score_can_be_taken_as_adm_takes_it() -> None:
-    """Of parts of a size, in order. Samples of one class follow each other here, so that shuffling them makes a difference."""
-    rng = np.random.default_rng(0)
-    logits = (rng.normal(size=(20, 6)) + 3 * np.eye(6)[np.arange(20) // 4]).astype(np.float32)
-    moments = {"features": FeatureMoments(3).add(rng.normal(size=(20, 3)))}
-    side, pool = ImageStatistics(moments=moments, logits=logits), TaskPool(Execution(), lambda _: None)
-    settings = ScoreSettings(split_size=8).fitted(20, 0)
-    found = compute_scores(("frechet_distance", "inception_score"), side, side, settings, pool)
-    expected = inception_score(logits, seed=None, split_size=8)
-    assert (found["inception_score"], found["inception_score_std"]) == (expected.value, expected.std)
-    assert expected.value != pytest.approx(inception_score(logits, 3).value, rel=1e-2)
-
-
-def test_settings_shrink_to_the_samples_there_are() -> None:
-    assert ScoreSettings().fitted(30, 20).kernel_subset_size == 20
-    assert ScoreSettings().fitted(4, 0).num_splits == 4
-    assert ScoreSettings(split_size=5000).fitted(4, 0).split_size == 5000  # the last part may be smaller
-    assert ScoreSettings().fitted(50_000, 50_000) == ScoreSettings()
-
-
-@pytest.mark.parametrize(
-    ("given", "reason"),
-    [
+def test_wrong_configs_and_inputs_that_do_not_fit_are_refused(material: Material, make_context) -> None:
+    for wrong, reason in (
         ({"judge": "forest"}, "evaluate.judge is 'forest'; choose one of svc"),
         ({"metrics": ("fid",)}, "names 'fid'; choose from frechet_distance"),
         ({"rounding": "int8"}, "evaluate.rounding is 'int8'; choose one of uint8, float"),
-    ],
-)
-def test_a_config_that_makes_no_sense_is_refused(given: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        evaluate.EvaluateConfig(**given)
-
-
-@pytest.mark.parametrize(
-    "name", ["num_splits", "split_size", "kernel_subsets", "precision_neighbours", "kernel_subset_size", "seed"]
-)
-def test_settings_that_make_no_sense_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"evaluate\.settings\..*{name}"):
-        ScoreSettings(**{name: -1})
-
-
-def test_splits_of_a_number_and_of_a_size_are_not_both_taken() -> None:
-    with pytest.raises(ValueError, match=r"split_size must be at least 1.*num_splits"):
-        ScoreSettings(num_splits=5, split_size=5000)
-    assert (
-        ScoreSettings(split_size=1) and evaluation_protocol._metric_version(ScoreSettings(split_size=5000)) == "1, split_size 5000"
-    )
-
-
-def test_samples_of_another_size_are_refused(material: Material, make_context) -> None:
+    ):
+        with pytest.raises(ValueError, match=reason):
+            evaluate.EvaluateConfig(**wrong)
     real = material.inputs["reference"]
-    larger = {**material.inputs, "reference": replace(real, summary={**real.summary, "resolution": 32})}
-    with pytest.raises(ValueError, match="the samples have 16 px and the reference 32 px"):
-        evaluate.run(evaluate.EvaluateConfig(), larger, make_context(material.store, "evaluate", "s" * 64))
+    version_1 = {name: value for name, value in real.summary.items() if name != "features_version"}
+    for summary, reason in (
+        ({**real.summary, "resolution": 32}, "the samples have 16 px and the reference 32 px"),
+        (version_1, "reference/r has features of version 1"),
+        ({**real.summary, "extractor": "unheard-of"}, "feature extractor 'unheard-of'"),
+    ):
+        inputs = {**material.inputs, "reference": replace(real, summary=summary)}
+        with pytest.raises(ValueError, match=reason):
+            evaluate.run(evaluate.EvaluateConfig(), inputs, make_context(material.store, "evaluate", "s" * 64))
 
 
-def test_a_reference_whose_features_would_come_out_otherwise_now_is_refused(material: Material, make_context) -> None:
-    real = material.inputs["reference"]
-    before = {name: value for name, value in real.summary.items() if name != "features_version"}
-    older = {**material.inputs, "reference": replace(real, summary=before)}
-    with pytest.raises(ValueError, match=r"reference/r has features of version 1"):
-        evaluate.run(evaluate.EvaluateConfig(), older, make_context(material.store, "evaluate", "s" * 64))
-
-
-def test_how_it_is_computed_is_no_part_of_a_key(material: Material) -> None:
+def test_key_does_not_depend_on_execution(material: Material) -> None:
     def key(**given: Any) -> str:
         stage = Stage("evaluate", 1, evaluate.run)
         return driver.stage_key(workflow_stage.Node("evaluate", stage, evaluate.EvaluateConfig(**given)), {})
@@ -609,14 +480,7 @@ def test_how_it_is_computed_is_no_part_of_a_key(material: Material) -> None:
     assert len({key(), *(key(**given) for given in others)}) == 5
 
 
-def test_a_reference_of_an_extractor_that_is_not_registered_here_is_refused(material: Material) -> None:
-    real = material.inputs["reference"]
-    unknown = replace(real, summary={**real.summary, "extractor": "unheard-of"})
-    with pytest.raises(ValueError, match="feature extractor 'unheard-of'"):
-        ExtractorFile.of_reference(material.store, unknown)
-
-
-# The gate ---------------------------------------------------------------------------------------------------------------------
+# The gate ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.faults
@@ -629,7 +493,8 @@ def test_scores_of_real_files_equal_those_of_torch_fidelity(
     """
     from torch_fidelity import calculate_metrics
 
-    weights = _inception_weights(tmp_path / "inception.pth")
+    weights = tmp_path / "inception.pth"
+    torch.save(inception_state(), weights)
     for folder, name, seed in (("made", "china", 0), ("real", "flower", 1)):
         (tmp_path / folder).mkdir()
         rng = np.random.default_rng(seed)
@@ -665,8 +530,3 @@ def test_scores_of_real_files_equal_those_of_torch_fidelity(
     ):
         assert ours[name] == pytest.approx(theirs[theirs_name], rel=tolerance, abs=tolerance), name
     assert ours["sfid"] > 0
-
-
-def _inception_weights(path: Path) -> Path:
-    torch.save(inception_state(), path)
-    return path

@@ -1,16 +1,15 @@
-"""Stage generate on Ray: every sample once, and the same codes whoever makes them, whatever is killed on the way."""
+"""Stage generate on Ray: every sample once, with codes that do not depend on workers, batches or killed processes."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from random_weights import randomized
 from summaries import summary_of
 from workers import kill_a_worker
 
+from enat import checkpoint
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
 from enat.model import ENAT, TextCondition
@@ -35,7 +35,7 @@ from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import EMPTY, CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
 from pipelines.data.dataset import INDEX, write_index
-from pipelines.data.samples import Samples, read_samples, sample_seed
+from pipelines.data.samples import Samples, read_samples, sample_seed, shard_name
 from pipelines.data.sources.base import Entry
 from pipelines.data.token_map import TokenMapInfo, TokenRows, write_shard
 from pipelines.sampling.models import Generator
@@ -127,26 +127,33 @@ def keep_token_map(store: ArtifactStore, folder: Path, tokenizer_digest: str = "
     return store.commit(Manifest(stage="token_map", key="t", files=(record,), summary=summary, **FIELDS))
 
 
+Keep = Callable[[ArtifactStore, Path], Manifest]
+
+
+def keep_inputs(store: ArtifactStore, folder: Path, model: ENAT, others: Sequence[Keep]) -> dict[str, Manifest]:
+    made = [keep(store, folder) for keep in others]
+    return {"model": keep_model(store, folder, model), **{manifest.stage: manifest for manifest in made}}
+
+
 @pytest.fixture(scope="module")
 def make(make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
-    def run(config: GenerateConfig, model: ENAT, *others: Callable[[ArtifactStore, Path], Manifest]) -> Made:
+    """Run the stage on Ray."""
+
+    def run(config: GenerateConfig, model: ENAT, *others: Keep) -> Made:
         folder = tmp_path_factory.mktemp("generate")
         store = open_store(str(folder / "store"))
-        inputs = {"model": keep_model(store, folder, model)} | {
-            made.stage: made for made in (keep(store, folder) for keep in others)
-        }
-        return finish(config, store, inputs, make_context)
+        return finish(config, store, keep_inputs(store, folder, model, others), make_context)
 
     return run
 
 
 @pytest.fixture
 def make_here(make_context: Callable[..., Any], tmp_path: Path) -> Callable[..., Samples]:
-    """The same by one worker in this process, without the actors, and read back."""
+    """Run one worker in this process, without Ray's actors, and read the samples."""
 
-    def run(config: GenerateConfig, model: ENAT, *others: Callable[[ArtifactStore, Path], Manifest]) -> Samples:
-        store = open_store(str(tmp_path / "here"))
-        inputs = {"model": keep_model(store, tmp_path, model)} | {made.stage: made for made in (k(store, tmp_path) for k in others)}
+    def run(config: GenerateConfig, model: ENAT, *others: Keep) -> Samples:
+        store = open_store(tempfile.mkdtemp(dir=tmp_path))
+        inputs = keep_inputs(store, tmp_path, model, others)
         context = make_context(store, "generate", "k").for_workers()
         plan = ray.put(generate._plan(config, model.config, inputs, store))
         worker = generate._Sample(generate._Task(config, inputs["model"], inputs.get("captions"), plan, 1, context))
@@ -173,7 +180,7 @@ def samples(make: Callable[..., Made], model: ENAT) -> Made:
 # Classes -------------------------------------------------------------------------------------------------------------------
 
 
-def test_there_are_exactly_num_samples_rows_with_classes_in_turn(samples: Made) -> None:
+def test_num_samples_rows_have_classes_in_turn(samples: Made) -> None:
     assert [record.name for record in samples.manifest.files] == [f"part-{part:05d}.parquet" for part in range(3)]
     read = read_samples(samples.store, samples.manifest)
     assert read.index.tolist() == list(range(20)) and read.labels.tolist() == [index % 3 for index in range(20)]
@@ -183,7 +190,7 @@ def test_there_are_exactly_num_samples_rows_with_classes_in_turn(samples: Made) 
     assert pq.read_schema(samples.store.fetch(samples.manifest, "part-00000.parquet")).names == ["index", "label", "seed", "codes"]
 
 
-def test_the_codes_of_a_sample_are_the_sampler_s_for_its_seed_and_label_alone(samples: Made, model: ENAT) -> None:
+def test_codes_depend_only_on_seed_and_label(samples: Made, model: ENAT) -> None:
     read = read_samples(samples.store, samples.manifest)
     for index in (0, 7, 8, 19):
         alone = sample(model, torch.tensor([index % 3]), SAMPLER, seeds=[sample_seed(3, index)])
@@ -196,28 +203,28 @@ def test_codes_and_files_do_not_depend_on_workers_or_batch(make, model: ENAT, sa
     assert made.manifest.digest == samples.manifest.digest
 
 
-def test_codes_do_not_depend_on_how_many_are_computed_together(make_here, model: ENAT, samples: Made) -> None:
+def test_codes_do_not_depend_on_forward_batch_size(make_here, model: ENAT, samples: Made) -> None:
     read, whole = make_here(dataclasses.replace(CONFIG, forward_batch_size=1), model), read_samples(samples.store, samples.manifest)
     np.testing.assert_array_equal(read.codes, whole.codes)
 
 
-def test_the_model_always_sees_as_many_rows_also_where_a_file_ends_within_a_pass(
-    make_here, model: ENAT, samples: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_always_sees_equally_many_rows(make_here, model: ENAT, samples: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a file ends within a pass."""
     seen: set[int] = set()
-    prepare = generate._prepare
+    load = checkpoint.load_enat
 
-    def watched(loaded: ENAT, execution: GenerateExecution) -> ENAT:
+    def watched(path: Path) -> ENAT:
+        loaded = load(path)
         loaded.register_forward_pre_hook(lambda _, arguments: seen.add(len(arguments[0])))
-        return prepare(loaded, execution)
+        return loaded
 
-    monkeypatch.setattr(generate, "_prepare", watched)
+    monkeypatch.setattr(checkpoint, "load_enat", watched)
     read = make_here(dataclasses.replace(CONFIG, forward_batch_size=6), model)
-    assert seen == {6, 12}, "one pass and two, where guidance is on"
+    assert seen == {6, 12}, "one pass, and two with guidance"
     np.testing.assert_array_equal(read.codes, read_samples(samples.store, samples.manifest).codes)
 
 
-def test_codes_are_those_of_enat_sample_whatever_its_batch(samples: Made, model: ENAT, vqgan: VQGAN) -> None:
+def test_codes_equal_those_of_enat_sample(samples: Made, model: ENAT, vqgan: VQGAN) -> None:
     made = read_samples(samples.store, samples.manifest)
     generator = Generator(model, vqgan, origin={}, sampler=SAMPLER)
     for batch_size in (1, 7, 64):
@@ -226,10 +233,10 @@ def test_codes_are_those_of_enat_sample_whatever_its_batch(samples: Made, model:
         np.testing.assert_array_equal(codes.numpy(), made.codes)
 
 
-def test_what_was_measured_is_told(samples: Made) -> None:
+def test_summary_and_metrics_record_what_was_measured(samples: Made) -> None:
     summary, metrics = samples.manifest.summary, samples.metrics
     assert summary["labels"] == "each class in turn" and summary["batch_size"] == 32 and summary["num_classes"] == 3
-    assert summary["device"] and "," not in summary["device"], "all parts were made on one kind of CPU"
+    assert summary["device"] and "," not in summary["device"], "one kind of CPU"
     assert SamplerConfig(**summary["sampler"]) == SAMPLER
     assert metrics["samples"] == 20 and metrics["sampling_device_seconds_per_image"] == 0
     per_image = metrics["sampling_worker_seconds_per_image"]
@@ -238,59 +245,56 @@ def test_what_was_measured_is_told(samples: Made) -> None:
     assert 0.05 < metrics["peak_memory_gb"] < 20
 
 
-@pytest.mark.parametrize("gpus", [0.5, 1, 2])
-def test_device_seconds_are_those_of_all_devices_that_workers_hold(samples: Made, make_context, gpus: float) -> None:
-    """All parts are there already, so that no GPU is needed."""
-    config = dataclasses.replace(CONFIG, execution=GenerateExecution(gpus_per_worker=gpus))
-    result = generate.run(config, samples.inputs, make_context(samples.store, "generate", "k"))
-    assert result.worker_seconds == samples.worker_seconds > 0
-    assert result.device_seconds == pytest.approx(gpus * samples.worker_seconds)
+def test_device_seconds_count_every_device_of_a_worker(samples: Made, make_context) -> None:
+    """All parts are committed, so the test needs no GPU."""
     per_image = samples.metrics["sampling_worker_seconds_per_image"]
-    assert result.metrics["sampling_device_seconds_per_image"] == pytest.approx(gpus * per_image)
+    for gpus in (0.5, 2):
+        config = dataclasses.replace(CONFIG, execution=GenerateExecution(gpus_per_worker=gpus))
+        result = generate.run(config, samples.inputs, make_context(samples.store, "generate", "k"))
+        assert result.worker_seconds == samples.worker_seconds > 0
+        assert result.device_seconds == pytest.approx(gpus * samples.worker_seconds)
+        assert result.metrics["sampling_device_seconds_per_image"] == pytest.approx(gpus * per_image)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 20), (0, 8), (8, 16), (5, 11), (15, 20), (19, 20)])
-def test_a_range_of_samples_is_a_piece_of_the_whole(samples: Made, start: int, stop: int) -> None:
-    whole, piece = read_samples(samples.store, samples.manifest), read_samples(samples.store, samples.manifest, start, stop)
-    assert piece.index.tolist() == list(range(start, stop))
-    np.testing.assert_array_equal(piece.codes, whole.codes[start:stop])
-    np.testing.assert_array_equal(piece.labels, whole.labels[start:stop])
-    np.testing.assert_array_equal(piece.seeds, whole.seeds[start:stop])
+def test_a_range_of_samples_can_be_read(samples: Made) -> None:
+    whole = read_samples(samples.store, samples.manifest)
+    for start, stop in ((0, 20), (0, 8), (8, 16), (5, 11), (15, 20), (19, 20)):
+        piece = read_samples(samples.store, samples.manifest, start, stop)
+        assert piece.index.tolist() == list(range(start, stop))
+        for name, values in vars(piece).items():
+            np.testing.assert_array_equal(values, vars(whole)[name][start:stop])
+    for start, stop in ((0, 21), (-1, 5), (20, 20), (7, 3)):
+        with pytest.raises(ValueError, match=rf"generate/k has no samples {start} to {stop - 1}; .*0 to 19"):
+            read_samples(samples.store, samples.manifest, start, stop)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 21), (-1, 5), (20, 20), (7, 3)])
-def test_samples_that_do_not_exist_are_refused(samples: Made, start: int, stop: int) -> None:
-    with pytest.raises(ValueError, match=rf"generate/k has no samples {start} to {stop - 1}; .*0 to 19"):
-        read_samples(samples.store, samples.manifest, start, stop)
-
-
-def test_given_labels_come_in_turn(make_here, model: ENAT, samples: Made) -> None:
+def test_given_labels_are_used_in_turn(make_here, model: ENAT, samples: Made) -> None:
     read = make_here(dataclasses.replace(CONFIG, labels=(2, 2, 0), num_samples=8), model)
     others = read_samples(samples.store, samples.manifest)
     assert read.labels.tolist() == [2, 2, 0, 2, 2, 0, 2, 2]
     for index, label in enumerate(read.labels):
         is_same = np.array_equal(read.codes[index], others.codes[index])
-        assert is_same == (label == index % 3), "the same seed and label make the same codes, another label others"
+        assert is_same == (label == index % 3), "codes are equal if seed and label are"
 
 
-def test_bfloat16_is_autocast_around_the_same_sampler(make_here, model: ENAT, samples: Made) -> None:
+def test_bf16_is_autocast_around_the_same_sampler(make_here, model: ENAT, samples: Made) -> None:
     read = make_here(dataclasses.replace(CONFIG, num_samples=8, precision="bf16"), model)
     seeds = [sample_seed(3, index) for index in range(8)]
     with torch.autocast("cpu", torch.bfloat16):
         expected = sample(model, torch.arange(8) % 3, SAMPLER, seeds=seeds)
     np.testing.assert_array_equal(read.codes, expected.numpy())
     share = (read.codes == read_samples(samples.store, samples.manifest, 0, 8).codes).mean()
-    assert 0.2 < share < 1, "it is rounding that differs"
+    assert 0.2 < share < 1, "rounding changes some codes"
 
 
-def test_an_unconditional_model_has_no_labels_to_tell(make_here) -> None:
+def test_unconditional_model_has_label_0(make_here) -> None:
     model = random_model(num_classes=0)
     assert make_here(dataclasses.replace(CONFIG, num_samples=4), model).labels.tolist() == [0] * 4
     assert generate._check(CONFIG, model.config, {}) == "none"
 
 
 @pytest.mark.faults
-def test_a_compiled_model_makes_the_same_codes(make_here, model: ENAT, samples: Made) -> None:
+def test_compiled_model_makes_the_same_codes(make_here, model: ENAT, samples: Made) -> None:
     read = make_here(dataclasses.replace(CONFIG, num_samples=8, execution=GenerateExecution(compile=True)), model)
     np.testing.assert_array_equal(read.codes, read_samples(samples.store, samples.manifest, 0, 8).codes)
 
@@ -298,7 +302,7 @@ def test_a_compiled_model_makes_the_same_codes(make_here, model: ENAT, samples: 
 # Captions ------------------------------------------------------------------------------------------------------------------
 
 
-def test_codes_are_those_of_the_recorded_captions(make, text_model: ENAT) -> None:
+def test_codes_depend_only_on_seed_and_caption(make, text_model: ENAT) -> None:
     made = make(dataclasses.replace(CONFIG, num_samples=12, shard_size=5), text_model, keep_captions)
     read = read_samples(made.store, made.manifest)
     assert set(read.labels) == {-1} and made.manifest.summary["labels"] == "captions"
@@ -311,48 +315,44 @@ def test_codes_are_those_of_the_recorded_captions(make, text_model: ENAT) -> Non
         np.testing.assert_array_equal(alone[0].numpy(), read.codes[index])
 
 
-def test_captions_can_be_taken_as_the_dataset_has_them(make_here, text_model: ENAT) -> None:
-    read = make_here(dataclasses.replace(CONFIG, num_samples=12, caption_choice="in_order"), text_model, keep_captions)
-    assert read.captions.tolist() == [*range(NUM_CAPTIONS), *range(12 - NUM_CAPTIONS)]
+def test_choice_of_captions(make_here, text_model: ENAT) -> None:
+    in_order = make_here(dataclasses.replace(CONFIG, num_samples=12, caption_choice="in_order"), text_model, keep_captions)
+    assert in_order.captions.tolist() == [*range(NUM_CAPTIONS), *range(12 - NUM_CAPTIONS)]
+    few = make_here(dataclasses.replace(CONFIG, num_samples=5), text_model, keep_captions)
+    images = np.repeat(np.arange(6), CAPTIONS_PER_IMAGE)[few.captions]
+    assert sorted(images) == [0, 2, 3, 4, 5], "one caption of each image that has any"
 
 
-def test_fewer_samples_than_images_take_one_caption_of_different_images(make_here, text_model: ENAT) -> None:
-    read = make_here(dataclasses.replace(CONFIG, num_samples=5), text_model, keep_captions)
-    image_of = np.repeat(np.arange(6), CAPTIONS_PER_IMAGE)
-    assert sorted(image_of[read.captions]) == [0, 2, 3, 4, 5]
+# Samples that begin with codes ---------------------------------------------------------------------------------------------
 
 
-# Codes to begin with -------------------------------------------------------------------------------------------------------
-
-
-def test_masked_codes_of_the_token_map_are_filled_in_and_the_others_stay(make, model: ENAT) -> None:
+def test_only_masked_codes_of_the_token_map_change(make, model: ENAT) -> None:
     config = dataclasses.replace(CONFIG, mask_ratio=0.5, sampler=SamplerConfig(num_steps=1, guidance_scale=1.0))
     made = make(config, model, keep_token_map)
     read = read_samples(made.store, made.manifest)
     truth = np.random.default_rng(0).integers(0, 32, (30, 16))[read.rows]
-    assert len(set(read.rows.tolist())) == 20, "no row twice before all were there"
+    assert len(set(read.rows.tolist())) == 20, "each row once before any comes twice"
     row_labels = np.array([*(row % 3 for row in range(29)), 3])  # the null label of the row that has none
     assert read.labels.tolist() == row_labels[read.rows].tolist()
     kept = (read.codes == truth).sum(axis=1)
-    assert kept.min() >= 8 and kept.mean() < 10, "half of the 16 codes stay; of the others few are guessed right"
+    assert kept.min() >= 8 and kept.mean() < 10, "half of the 16 codes do not change; few of the others equal the original"
     masks = {tuple(row) for row in read.codes == truth}
     assert len(masks) > 15, "every sample has its own positions"
     assert made.manifest.summary["labels"] == "token map rows" and made.manifest.summary["mask_ratio"] == 0.5
 
 
-def test_a_small_share_masks_one_code_at_least(make_here, model: ENAT) -> None:
+def test_a_small_mask_ratio_masks_at_least_one_code(make_here, model: ENAT) -> None:
     config = dataclasses.replace(CONFIG, mask_ratio=0.01, sampler=SamplerConfig(num_steps=1, guidance_scale=1.0))
     read = make_here(config, model, keep_token_map)
     truth = np.random.default_rng(0).integers(0, 32, (30, 16))[read.rows]
     assert ((read.codes != truth).sum(axis=1) <= 1).all() and (read.codes != truth).any()
 
 
-# What cannot be ------------------------------------------------------------------------------------------------------------
+# Configs and inputs that are refused ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
+def test_wrong_values_are_refused() -> None:
+    for wrong, sentence in (
         ({"num_samples": 1}, r"generate\.num_samples must be at least 2 and shard_size at least 1"),
         ({"shard_size": 0}, r"generate\.num_samples must be at least 2 and shard_size at least 1"),
         ({"mask_ratio": 0.0}, r"generate\.mask_ratio is 0\.0; it must be above 0 and at most 1"),
@@ -360,34 +360,23 @@ def test_a_small_share_masks_one_code_at_least(make_here, model: ENAT) -> None:
         ({"precision": "fp8"}, r"generate\.precision is 'fp8'; choose one of fp32, bf16"),
         ({"caption_choice": "best"}, r"generate\.caption_choice is 'best'; choose one of drawn, in_order"),
         ({"forward_batch_size": 0}, r"generate\.forward_batch_size is 0"),
-    ],
-)
-def test_values_that_make_no_sense_are_refused(wrong: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        GenerateConfig(**wrong)
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            GenerateConfig(**wrong)
 
 
-@pytest.mark.parametrize(
-    ("given", "is_text", "sentence"),
-    [
-        ({"labels": (1, 3)}, False, r"generate\.labels has 3, but this model knows 0 to 2"),
-        ({"mask_ratio": 0.5}, False, "begins with codes of a token map, and this run has none"),
-        ({}, True, r"needs their features; give captions\.encoder"),
-        ({"labels": (1,)}, True, r"generate\.labels is for models of classes"),
-        ({"mask_ratio": 0.5}, True, r"generate\.mask_ratio is for models of classes"),
-    ],
-)
-def test_what_the_model_cannot_do_is_said(make, model: ENAT, text_model: ENAT, given, is_text: bool, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        make(dataclasses.replace(CONFIG, **given), text_model if is_text else model)
-
-
-def test_a_codebook_that_files_of_samples_cannot_hold_is_refused_before_sampling(make) -> None:
-    with pytest.raises(ValueError, match="16 bits per code: at most 65,536 codes, but the codebook has 65,537"):
-        make(CONFIG, random_model(num_classes=3, codebook_size=65_537))
-
-
-def test_a_token_map_of_another_tokenizer_is_refused(make, model: ENAT) -> None:
+def test_requests_that_the_model_cannot_fulfil_are_refused_before_sampling(make, model: ENAT, text_model: ENAT) -> None:
+    large = random_model(num_classes=3, codebook_size=65_537)
+    for given, requested, sentence in (
+        ({"labels": (1, 3)}, model, r"generate\.labels has 3, but the classes of this model are 0 to 2"),
+        ({"mask_ratio": 0.5}, model, "begins with codes of a token map, and this run has none"),
+        ({}, text_model, r"needs their features; give captions\.encoder"),
+        ({"labels": (1,)}, text_model, r"generate\.labels is for models of classes"),
+        ({"mask_ratio": 0.5}, text_model, r"generate\.mask_ratio is for models of classes"),
+        ({}, large, "16 bits per code: at most 65,536 codes, but the codebook has 65,537"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            make(dataclasses.replace(CONFIG, **given), requested)
     config = dataclasses.replace(CONFIG, mask_ratio=0.5)
     with pytest.raises(ValueError, match="has tokenizer other, but the model expects tokenizer t"):
         make(config, model, lambda store, folder: keep_token_map(store, folder, "other"))
@@ -410,28 +399,23 @@ def inputs(model: ENAT, tmp_path: Path) -> tuple[ArtifactStore, dict[str, Manife
 
 
 class _UnhurriedStore(ArtifactStore):
-    """Leaves time to be killed between two parts, whatever else the machine does."""
+    """Leaves time for a kill between two parts."""
 
     def put_part(self, stage: str, key: str, name: str, record: Any) -> None:
         super().put_part(stage, key, name, record)
         time.sleep(0.1)
 
 
-def wait_for_parts(store: ArtifactStore, count: int, is_alive: Callable[[], bool] = lambda: True) -> None:
-    deadline = time.monotonic() + 60
-    while len(store.read_parts("generate", "k")) < count:
-        assert is_alive() and time.monotonic() < deadline, f"only {len(store.read_parts('generate', 'k'))} parts were made"
-        time.sleep(0.005)
-
-
 @pytest.mark.faults
-def test_a_worker_that_is_killed_costs_nothing_but_time(uninterrupted: Made, inputs, make_context: Callable[..., Any]) -> None:
+def test_a_killed_worker_does_not_change_the_artifact(uninterrupted: Made, inputs, make_context: Callable[..., Any]) -> None:
     store, given = inputs
     killed: list[int] = []
     stop = threading.Event()
 
     def kill_one() -> None:
-        wait_for_parts(store, 2)
+        deadline = time.monotonic() + 60
+        while len(store.read_parts("generate", "k")) < 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
         if kill_a_worker("MapWorker(MapBatches(_Sample)", stop.is_set):
             killed.append(len(store.read_parts("generate", "k")))
 
@@ -448,56 +432,30 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(uninterrupted: Made, inp
     assert made.manifest.digest == uninterrupted.manifest.digest
 
 
-_DRIVER = """
-import sys, pickle, ray
-from pipelines.cluster import connection
-connection.connect(connection.ClusterConfig(address=sys.argv[1]))
-from pipelines.stages import generate
-from pathlib import Path
-config, inputs, context = pickle.loads(Path(sys.argv[2]).read_bytes())
-ray.cloudpickle.register_pickle_by_value(sys.modules[type(context).__module__])  # which workers cannot import
-generate.run(config, inputs, context())
-"""
-
-
-@dataclass(frozen=True)
-class _Context:
-    """Makes a stage's context in another process."""
-
-    store: ArtifactStore
-
-    def __call__(self) -> Any:
-        import io
-
-        from rich.console import Console
-
-        from pipelines.tracking.run import RunHandle
-        from pipelines.workflow.stage import StageContext
-
-        console = Console(file=io.StringIO())
-        return StageContext(
-            stage="generate", key="k", store=self.store, run=RunHandle("", None), console=console, connect=lambda: None
-        )
-
-
 @pytest.mark.faults
-def test_a_driver_that_is_killed_is_gone_on_from(
-    uninterrupted: Made, inputs, tmp_path: Path, make_context: Callable[..., Any]
-) -> None:
+def test_interrupted_stage_resumes_with_the_missing_parts(uninterrupted: Made, inputs, make_context: Callable[..., Any]) -> None:
     store, given = inputs
-    task = tmp_path / "task"
-    task.write_bytes(ray.cloudpickle.dumps((LONG, given, _Context(_UnhurriedStore(store.folder)))))
-    command = [sys.executable, "-c", _DRIVER, ray.get_runtime_context().gcs_address, str(task)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as driver:
-        wait_for_parts(store, 2, lambda: driver.poll() is None)
-        driver.send_signal(signal.SIGKILL)
-    parts = {name: (Path(store.place("generate", "k")) / name).stat() for name in store.read_parts("generate", "k")}
-    assert 2 <= len(parts) < 15, "it was killed in time"
-    made = finish(LONG, store, given, make_context)
+    stream, planned, place = generate.stream_records, list[int](), Path(store.place("generate", "k"))
+
+    def interrupted(*arguments: Any) -> Iterator[Any]:
+        yield from islice(stream(*arguments), 2)
+        raise KeyboardInterrupt
+
+    def counted(rows: Any, job: Any) -> Iterator[Any]:
+        planned.extend(row["part"] for row in rows)
+        return stream(rows, job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "stream_records", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish(LONG, store, given, make_context)
+        parts = {name: (place / name).stat() for name in store.read_parts("generate", "k")}
+        assert 2 <= len(parts) < 15
+        patch.setattr(generate, "stream_records", counted)
+        made = finish(LONG, store, given, make_context)
     assert made.manifest.digest == uninterrupted.manifest.digest
+    assert planned and not {shard_name(part) for part in planned} & parts.keys()
     for name, before in parts.items():
-        now = (Path(store.place("generate", "k")) / name).stat()
-        assert (now.st_mtime_ns, now.st_ino) == (before.st_mtime_ns, before.st_ino), "what was done stays"
-    read = read_samples(made.store, made.manifest)
-    assert read.index.tolist() == list(range(90)), "no padding, nothing twice"
+        now = (place / name).stat()
+        assert (now.st_mtime_ns, now.st_ino) == (before.st_mtime_ns, before.st_ino), "committed parts do not change"
+    assert read_samples(made.store, made.manifest).index.tolist() == list(range(90))

@@ -1,6 +1,6 @@
-"""Summaries in manifests: those that an earlier version wrote are read; what cannot be read is refused with the field and a remedy.
+"""Summaries in manifests: those of an earlier version can be read; others are refused with the field and a remedy.
 
-manifests/ has artifacts of stages as commit 9a09855 made them, before summaries had a version.
+manifests/ holds artifacts of commit 9a09855, when summaries had no version.
 """
 
 from __future__ import annotations

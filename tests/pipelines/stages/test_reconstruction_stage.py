@@ -1,4 +1,4 @@
-"""Stage reconstruction: images decoded from the token map against their originals, as scikit-image and numpy measure them."""
+"""Stage reconstruction: images decoded from the token map, compared with their originals as by scikit-image and numpy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KEY = "d" * 64
 
 @dataclass(frozen=True)
 class Made:
-    """Stages up to reference and token map, of twelve photographs and two files that are none."""
+    """Stages up to reference and token map, of twelve photographs and two unreadable files."""
 
     store: ArtifactStore
     manifests: dict[str, Manifest]
@@ -76,14 +76,14 @@ def result(reconstructed: Callable[..., StageResult]) -> StageResult:
 
 @pytest.fixture(scope="module")
 def pairs(made: Made, vqgan) -> tuple[torch.Tensor, torch.Tensor]:
-    """The originals that can be read, and what their codes decode to: uint8 (12, 3, 16, 16)."""
+    """The readable originals, and their codes decoded: uint8 (12, 3, 16, 16)."""
     dataset = Dataset(made.nodes["dataset"].config, made.store, made.manifests["dataset"])
     originals = torch.from_numpy(dataset.load_images(16, 0, 14)[0])
     _, codes = token_map.read_codes(made.store, made.manifests["token_map"], range(12))
     return originals, to_uint8(vqgan.decode(torch.from_numpy(codes.astype(np.int64)).view(-1, 4, 4)))
 
 
-def test_pairs_are_measured_as_scikit_image_does(result: StageResult, pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_psnr_and_ssim_equal_those_of_scikit_image(result: StageResult, pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     arrays = [tensor.permute(0, 2, 3, 1).numpy() for tensor in pairs]
@@ -99,7 +99,7 @@ def test_pairs_are_measured_as_scikit_image_does(result: StageResult, pairs: tup
     assert result.summary.num_images == 12
 
 
-def test_the_distance_is_that_of_the_decoded_images_to_the_reference(
+def test_distance_is_that_of_decoded_images_to_the_reference(
     result: StageResult, made: Made, pairs: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     extractor = ExtractorFile.of_reference(made.store, made.manifests["reference"]).load()
@@ -109,46 +109,31 @@ def test_the_distance_is_that_of_the_decoded_images_to_the_reference(
     expected = frechet_distance(FeatureMoments(64).add(features), real)
     assert result.metrics["reconstruction_frechet_distance"] == pytest.approx(expected, rel=1e-2) and expected > 0
     assert "reconstruction_fid" not in result.metrics  # which is of Inception's features
-
-
-def test_codes_are_as_evenly_used_as_the_token_map_says(result: StageResult, made: Made) -> None:
-    metrics = made.manifests["token_map"].metrics
-    assert result.metrics["code_usage"] == metrics["code_usage"] > 0
-    assert result.metrics["code_perplexity"] == metrics["code_perplexity"] > 1
+    for name in ("code_usage", "code_perplexity"):
+        assert result.metrics[name] == made.manifests["token_map"].metrics[name] > 0
 
 
 @pytest.mark.faults
-def test_it_does_not_depend_on_workers_or_batch(result: StageResult, reconstructed: Callable[..., StageResult]) -> None:
+def test_result_does_not_depend_on_workers_and_batches(result: StageResult, reconstructed: Callable[..., StageResult]) -> None:
     other = reconstructed("c" * 64, num_workers=2, worker_batch_size=1)
     assert other.metrics == result.metrics
     assert [(file.name, file.sha256) for file in other.files] == [(file.name, file.sha256) for file in result.files]
-
-
-@pytest.mark.faults
-def test_the_first_images_alone(reconstructed: Callable[..., StageResult]) -> None:
     assert reconstructed("b" * 64, num_images=5).summary.num_images == 5
 
 
-def test_a_token_map_of_another_tokenizer_is_refused(made: Made, make_context: Callable[..., Any]) -> None:
-    other = replace(made.manifests["tokenizer"], key="0" * 64)
+def test_wrong_inputs_are_refused(made: Made, make_context: Callable[..., Any]) -> None:
     config = reconstruction.ReconstructionConfig(dataset=made.nodes["dataset"].config)
-    with pytest.raises(ValueError, match="the tokenizer expects tokenizer"):
-        reconstruction.run(config, {**made.inputs, "tokenizer": other}, make_context(made.store, "reconstruction", KEY))
-
-
-def test_a_reference_of_another_size_is_refused(made: Made, make_context: Callable[..., Any]) -> None:
-    real = made.manifests["reference"]
-    other = replace(real, summary={**real.summary, "resolution": 8})
-    config = reconstruction.ReconstructionConfig(dataset=made.nodes["dataset"].config)
-    with pytest.raises(ValueError, match="the token map has 16 px and the reference 8 px"):
-        reconstruction.run(config, {**made.inputs, "reference": other}, make_context(made.store, "reconstruction", KEY))
-
-
-def test_fewer_than_two_images_are_refused() -> None:
+    real, tokenizer = made.manifests["reference"], made.manifests["tokenizer"]
+    for changed, sentence in (
+        ({"tokenizer": replace(tokenizer, key="0" * 64)}, "the tokenizer expects tokenizer"),
+        (
+            {"reference": replace(real, summary={**real.summary, "resolution": 8})},
+            "the token map has 16 px and the reference 8 px",
+        ),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            reconstruction.run(config, {**made.inputs, **changed}, make_context(made.store, "reconstruction", KEY))
     with pytest.raises(ValueError, match=r"reconstruction\.num_images is 1; it must be at least 2"):
         reconstruction.ReconstructionConfig(num_images=1)
-
-
-def test_the_stage_and_the_reference_stage_speak_of_the_same_images(made: Made) -> None:
-    assert made.manifests["reference"].summary["of"] == f"photographs, 16 px, {reference_stage.CROP}"
+    assert real.summary["of"] == f"photographs, 16 px, {reference_stage.CROP}"
     assert token_map.TokenMapInfo(**made.manifests["token_map"].summary["info"]).crop == reference_stage.CROP

@@ -1,4 +1,4 @@
-"""Stage reference: what real images are like, of a dataset or of ADM's reference file, with any extractor."""
+"""Stage reference: features of real images, of a dataset or of ADM's reference file, by any extractor."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.faults
-def test_moments_of_inception_are_those_of_torch_fidelitys_network(
+def test_moments_of_inception_equal_those_of_torch_fidelity(
     tiny_nodes: Callable[..., Any], make_session: Callable[..., Any], inception_weights: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -64,9 +64,7 @@ def test_moments_of_inception_are_those_of_torch_fidelitys_network(
     assert summary["outputs"] == {"features": 2048, "spatial": 2023, "logits": 1008} and not summary["is_imported"]
 
 
-def test_another_file_of_inception_weights_is_another_artifact(
-    tiny_nodes: Callable[..., Any], inception_weights: Path, tmp_path: Path
-) -> None:
+def test_key_depends_on_the_content_of_the_weights(tiny_nodes: Callable[..., Any], inception_weights: Path, tmp_path: Path) -> None:
     other, moved = tmp_path / "other.pth", tmp_path / "moved.pth"
     other.write_bytes(inception_weights.read_bytes() + b"x")
     moved.write_bytes(inception_weights.read_bytes())
@@ -82,7 +80,7 @@ def test_another_file_of_inception_weights_is_another_artifact(
     assert len(different) == 4
 
 
-# ADM's reference files --------------------------------------------------------------------------------------------------------
+# ADM's reference files -----------------------------------------------------------------------------------------------------
 
 
 def _statistics(width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +109,7 @@ def _config(path: Path, weights: Path, **given: Any) -> reference.ReferenceConfi
     return reference.ReferenceConfig(**{**common, **given})
 
 
-def test_statistics_of_a_published_file_are_taken_as_they_are(
+def test_statistics_of_a_published_file_are_used_unchanged(
     inception_weights: Path, make_context, local_store: ArtifactStore, tmp_path: Path
 ) -> None:
     path = _write_npz(tmp_path / "VIRTUAL_photographs16.npz")
@@ -124,11 +122,11 @@ def test_statistics_of_a_published_file_are_taken_as_they_are(
         np.testing.assert_array_equal(found.mean, mean)
         np.testing.assert_array_equal(found.covariance, covariance)
     assert result.summary.of == "VIRTUAL_photographs16.npz, 16 px" and result.summary.is_imported
-    assert result.summary.num_images is None and result.summary.num_kept == 0  # the file does not say how many
+    assert result.summary.num_images is None and result.summary.num_kept == 0  # the file does not state it
 
 
 @pytest.mark.faults
-def test_images_of_a_published_file_are_those_of_precision_and_recall(
+def test_features_of_images_in_a_published_file_are_kept(
     inception_weights: Path, make_context, local_store: ArtifactStore, tmp_path: Path
 ) -> None:
     from enat.metrics.extractors import load_extractor
@@ -146,68 +144,54 @@ def test_images_of_a_published_file_are_those_of_precision_and_recall(
     assert result.summary.num_kept == 5
 
 
-@pytest.mark.parametrize(
-    ("arrays", "reason"),
-    [
+def test_reference_files_that_do_not_fit_are_refused(
+    inception_weights: Path, make_context, local_store: ArtifactStore, tmp_path: Path
+) -> None:
+    path = tmp_path / "reference.npz"
+    for arrays, reason in (
         ({"mu": np.zeros(2047)}, "mu"),
         ({"mu": np.full(2048, np.nan)}, "not finite"),
         ({"mu": np.array([{}], object)}, "mu"),
         ({"arr_0": _images(2, side=8)}, "has images of 8 px, but this run makes 16 px"),
         ({"arr_0": _images(2).astype(np.float32)}, "arr_0"),
-    ],
-)
-def test_reference_files_that_do_not_fit_are_refused(
-    arrays: dict[str, Any], reason: str, inception_weights: Path, make_context, local_store: ArtifactStore, tmp_path: Path
-) -> None:
-    path = _write_npz(tmp_path / "reference.npz", **arrays)
-    with pytest.raises(ValueError, match=rf"reference\.npz.*{reason}"):
-        _run(_config(path, inception_weights), make_context, local_store)
-
-
-def test_statistics_of_other_features_are_refused(tmp_path: Path) -> None:
+    ):
+        _write_npz(path, **arrays)
+        with pytest.raises(ValueError, match=rf"reference\.npz.*{reason}"):
+            _run(_config(path, inception_weights), make_context, local_store)
     found = NpzReference.open(str(_write_npz(tmp_path / "narrow.npz", width=64)), None)
     with pytest.raises(ValueError, match=r"has 64 features; Inception has 2048"):
         found.check("inception", {"features": 2048, "spatial": 2023}, 16)
     with pytest.raises(ValueError, match="no images; set extractor: inception"):
         found.check("dinov2", {"features": 384}, 16)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 half"])
-def test_what_is_no_npz_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "reference.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"reference\.npz: .* cannot be read as an \.npz"):
-        NpzReference.open(str(tmp_path / "reference.npz"), None)
-
-
-def test_an_archive_without_images_and_statistics_is_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "other.npz", values=np.zeros(3))
+    for content in (b"", b"not a zip", b"PK\x03\x04 half"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"reference\.npz: .* cannot be read as an \.npz"):
+            NpzReference.open(str(path), None)
+    np.savez(path, values=np.zeros(3))
     with pytest.raises(ValueError, match=r"neither images .* nor statistics"):
-        NpzReference.open(str(tmp_path / "other.npz"), None)
+        NpzReference.open(str(path), None)
 
 
-# What a config may say --------------------------------------------------------------------------------------------------------
+# Configs that are refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("given", "reason"),
-    [
+def test_wrong_configs_are_refused() -> None:
+    for wrong, reason in (
         ({"extractor": "resnet"}, "'resnet'; choose one of classifier, inception, dinov2, clip"),
         ({"extractor": "classifier", "npz": "a.npz"}, "takes no reference.npz"),
         ({"extractor": "classifier", "weights": "a.pth"}, "and no weights"),
         ({"extractor": "dinov2"}, "needs reference.weights: a folder"),
         ({"num_kept": -1}, "num_kept must be at least 0"),
         ({"forward_batch_size": 0}, "forward_batch_size at least 1"),
-    ],
-)
-def test_a_config_that_makes_no_sense_is_refused(given: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        reference.ReferenceConfig(**given)
+    ):
+        with pytest.raises(ValueError, match=reason):
+            reference.ReferenceConfig(**wrong)
 
 
-def test_the_classifier_of_a_stopped_stage_is_not_trained_again(
+def test_stage_resumes_with_the_trained_classifier(
     make_context, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Features that were committed are of that classifier."""
+    """Committed features are those of this classifier."""
     dataset = open_dataset(DatasetConfig(), local_store)
     config = reference.ReferenceConfig(
         num_epochs=1, resolution=16, seed=0, dataset=DatasetConfig(), execution=Execution(num_workers=1)
@@ -222,13 +206,13 @@ def test_the_classifier_of_a_stopped_stage_is_not_trained_again(
         with pytest.raises(KeyboardInterrupt):
             reference.run(config, inputs, context)
     committed = local_store.read_parts("reference", KEY)["extractor.safetensors"]
-    monkeypatch.setattr(ClassifierExtractor, "__init__", stop)  # of this process, which makes none when it is loaded, either
+    monkeypatch.setattr(ClassifierExtractor, "__init__", stop)  # loading does not create one in this process either
     monkeypatch.setattr(reference, "_train_classifier", stop)
     monkeypatch.setattr(reference.ExtractorFile, "load", lambda self: type("Known", (), {"outputs": {"features": 64}}))
     monkeypatch.setattr(reference, "compute_features", lambda *_: _nothing_computed())
     result = reference.run(config, inputs, context)
     assert result.files[0].sha256 == committed["file"]["sha256"] and result.metrics["held_out_accuracy"] > 0.1
-    assert result.summary.num_kept == 1790, "rows that are there, not those that were asked for"
+    assert result.summary.num_kept == 1790, "the number of committed rows"
 
 
 def _nothing_computed() -> Any:

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, shows what the run made, and lets no name out of its text."""
+"""Stage report: one self-contained page that shows the results of a run. Names are text, never markup."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 
 @pytest.fixture(scope="module")
 def inputs(digits_run) -> dict[str, Manifest]:
-    """What the report of the real run reads, by the report's names for it."""
+    """The inputs of the report of the real run, by name."""
     planned = digits_run.planned()
     return {name: planned[id].manifest for name, id in planned["report"].node.inputs.items()}
 
@@ -43,7 +43,7 @@ def config(digits_run) -> report.ReportConfig:
 def render(
     store: ArtifactStore, make_context: Callable[..., Any], request: pytest.FixtureRequest
 ) -> Callable[[report.ReportConfig, dict[str, Manifest]], Page]:
-    """A report under a key that nothing else reads."""
+    """Render a report under a key of its own."""
 
     def render(config: report.ReportConfig, inputs: dict[str, Manifest]) -> Page:
         result = report.run(config, inputs, make_context(store, "test-report", request.node.name))
@@ -65,7 +65,7 @@ def page(html: str) -> Page:
 # Self-contained ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_refers_to_nothing_outside_of_itself(html: str, page: Page) -> None:
+def test_page_is_self_contained(html: str, page: Page) -> None:
     assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & page.tags.keys()
     loading = ("src", "srcset", "href", "data", "action", "poster", "background", "xlink:href")
     for tag, name, value in page.attributes:
@@ -76,14 +76,14 @@ def test_the_page_refers_to_nothing_outside_of_itself(html: str, page: Page) -> 
     assert page.open == [], "every tag is closed"
 
 
-def test_every_picture_is_whole(page: Page) -> None:
+def test_pictures_can_be_decoded(page: Page) -> None:
     assert set(page.images) == {"samples, one column per class", "progressive decoding", "loss curve", "reconstructions"}
     for picture in page.images.values():
         picture.load()
         assert np.asarray(picture.convert("L")).std() > 1, "a picture of one colour shows nothing"
 
 
-# What it shows -------------------------------------------------------------------------------------------------------------
+# Content -------------------------------------------------------------------------------------------------------------------
 
 
 def _tile(grid: Image.Image, row: int, column: int, size: int) -> np.ndarray:
@@ -100,7 +100,7 @@ def decoded(store: ArtifactStore, inputs: dict[str, Manifest]) -> np.ndarray:
     return to_uint8(vqgan.decode(codes)).permute(0, 2, 3, 1).numpy()
 
 
-def test_the_grid_has_a_column_for_every_class(page: Page, decoded: np.ndarray) -> None:
+def test_grid_has_a_column_for_every_class(page: Page, decoded: np.ndarray) -> None:
     grid = page.images["samples, one column per class"]
     assert grid.size == (10 * 50 + 2, 4 * 50 + 2)
     for index in range(40):
@@ -108,7 +108,7 @@ def test_the_grid_has_a_column_for_every_class(page: Page, decoded: np.ndarray) 
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in page.text
 
 
-def test_the_progression_ends_with_the_sample_and_begins_almost_all_gray(page: Page, decoded: np.ndarray) -> None:
+def test_progression_starts_gray_and_ends_with_the_sample(page: Page, decoded: np.ndarray) -> None:
     grid = page.images["progressive decoding"]
     assert grid.size == (8 * 66 + 2, 6 * 66 + 2)
     for sample in range(6):
@@ -117,7 +117,7 @@ def test_the_progression_ends_with_the_sample_and_begins_almost_all_gray(page: P
         assert gray == sorted(gray, reverse=True) and gray[0] > 0.8 and gray[-1] < 0.2
 
 
-def test_the_cost_table_reveals_every_token_once_and_adds_up(page: Page, inputs: dict[str, Manifest]) -> None:
+def test_cost_table_adds_up(page: Page, inputs: dict[str, Manifest]) -> None:
     start = next(number for number, row in enumerate(page.rows) if row[:2] == ["step", "masked before"])
     steps, (decoder, total) = page.rows[start + 1 : start + 9], page.rows[start + 9 : start + 11]
     assert [row[0] for row in steps] == [str(step) for step in range(1, 9)]
@@ -125,21 +125,16 @@ def test_the_cost_table_reveals_every_token_once_and_adds_up(page: Page, inputs:
     assert decoder[0] == "tokenizer's decoder" and total[0] == "total"
     for column in (3, 4):
         assert sum(float(row[column]) for row in [*steps, decoder]) == pytest.approx(float(total[column]), abs=0.05)
-    assert float(total[3]) == pytest.approx(1e3 * inputs["evaluation"].metrics["gmacs_total"], abs=0.01)
-
-
-def test_the_cost_table_tells_guidance_and_decoding_apart(page: Page, inputs: dict[str, Manifest]) -> None:
     metrics, rows = inputs["evaluation"].metrics, {row[0]: row for row in page.rows}
+    assert float(total[3]) == pytest.approx(1e3 * metrics["gmacs_total"], abs=0.01)
     assert float(rows["of it, what guidance adds"][3]) == pytest.approx(1e3 * metrics["gmacs_guidance"], abs=0.01)
     for what, part in (("codes", "sampling"), ("pixels", "decoding")):
         assert float(rows[f"{what} of one image"][2]) == pytest.approx(metrics[f"{part}_worker_seconds_per_image"], rel=1e-3)
     assert "worker time per image, decoding included" in page.text
 
 
-def test_samples_that_began_with_codes_cost_what_the_evaluation_says(
-    render, config: report.ReportConfig, inputs: dict[str, Manifest]
-) -> None:
-    """3 of 16 codes are masked: the table begins there, and its total is that of stage evaluate for such samples."""
+def test_cost_of_samples_that_begin_with_codes(render, config: report.ReportConfig, inputs: dict[str, Manifest]) -> None:
+    """With 3 of 16 codes masked, the table starts there, and its total is that of stage evaluate."""
     samples = replace(inputs["samples"], summary={**inputs["samples"].summary, "mask_ratio": 0.2})
     counted = evaluate._counted({"samples": samples, **{name: inputs[name] for name in ("model", "tokenizer")}})
     page = render(config, {**inputs, "samples": samples})
@@ -150,24 +145,23 @@ def test_samples_that_began_with_codes_cost_what_the_evaluation_says(
     assert counted["gmacs_total"] != inputs["evaluation"].metrics["gmacs_total"]
 
 
-def test_both_models_stand_in_the_scores(page: Page, inputs: dict[str, Manifest]) -> None:
+def test_scores_of_all_variants_and_places_of_all_artifacts_are_shown(
+    page: Page, store: ArtifactStore, inputs: dict[str, Manifest]
+) -> None:
     rows = {row[0]: row for row in page.rows}
     for variant, name in (("main", "evaluation"), ("untrained", "evaluation@untrained")):
         assert f"{inputs[name].metrics['frechet_distance']:.4g}" in rows[variant]
         assert f"{100 * inputs[name].metrics['class_agreement']:.1f} %" in rows[variant]
-
-
-def test_every_artifact_stands_there_with_its_key_and_place(page: Page, store: ArtifactStore, inputs: dict[str, Manifest]) -> None:
     assert len(inputs) == 9
     for name, manifest in inputs.items():
         row = next(row for row in page.rows if row[0] == name and manifest.key in row[-1])
         assert store.place(manifest.stage, manifest.key) in row[-1]
 
 
-# Odd runs ------------------------------------------------------------------------------------------------------------------
+# Other runs ----------------------------------------------------------------------------------------------------------------
 
 
-def test_names_are_text_whatever_they_hold(render, config: report.ReportConfig, inputs: dict[str, Manifest], page: Page) -> None:
+def test_names_are_never_markup(render, config: report.ReportConfig, inputs: dict[str, Manifest], page: Page) -> None:
     summary = inputs["token_map"].summary
     hostile_map = replace(
         inputs["token_map"],
@@ -181,12 +175,12 @@ def test_names_are_text_whatever_they_hold(render, config: report.ReportConfig, 
     assert hostile.text.count(HOSTILE) >= 1 + 1 + 10 + 1
 
 
-def test_a_model_without_training_has_no_loss_curve(render, config: report.ReportConfig, inputs: dict[str, Manifest]) -> None:
+def test_untrained_model_has_no_loss_curve(render, config: report.ReportConfig, inputs: dict[str, Manifest]) -> None:
     swapped = {**inputs, **{name: inputs[f"{name}@untrained"] for name in ("model", "samples", "evaluation")}}
     assert set(render(config, swapped).images) == {"samples, one column per class", "progressive decoding", "reconstructions"}
 
 
-def test_what_was_not_made_is_not_shown(render, config: report.ReportConfig, inputs: dict[str, Manifest]) -> None:
+def test_missing_results_are_not_shown(render, config: report.ReportConfig, inputs: dict[str, Manifest]) -> None:
     """An imported tokenizer has no reconstructions, a run without a judge no agreement."""
 
     def judgeless(manifest: Manifest) -> Manifest:
@@ -201,9 +195,7 @@ def test_what_was_not_made_is_not_shown(render, config: report.ReportConfig, inp
     assert "class agreement" not in titles and len(own) == len(titles)
 
 
-def test_more_classes_than_columns_show_the_first(
-    render, config: report.ReportConfig, inputs: dict[str, Manifest], decoded
-) -> None:
+def test_only_the_first_classes_are_shown(render, config: report.ReportConfig, inputs: dict[str, Manifest], decoded) -> None:
     grid = render(replace(config, max_classes=3, samples_per_class=2), inputs).images["samples, one column per class"]
     assert grid.size == (3 * 50 + 2, 2 * 50 + 2)
     for row, first in enumerate((0, 10)):
@@ -212,6 +204,6 @@ def test_more_classes_than_columns_show_the_first(
 
 
 @pytest.mark.parametrize("wrong", ["samples_per_class", "num_progressions", "max_classes"])
-def test_a_report_of_nothing_is_refused(wrong: str) -> None:
+def test_an_empty_report_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"report\.samples_per_class, num_progressions and max_classes must be at least 1"):
         report.ReportConfig(**{wrong: 0})

@@ -1,4 +1,4 @@
-"""Stage token_map on Ray: real images to codes, the same bytes whatever the workers, and no image lost without a reason."""
+"""Stage token_map on Ray: codes of real images in files that do not depend on workers; no image is lost without a reason."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def one_worker(make_token_map, broken: tuple[str, ...]) -> tuple[ArtifactStore, 
 
 @pytest.fixture
 def decoding_at_once() -> Iterator[list[int]]:
-    """How many of this session's processes decode images, seen every moment while the test runs."""
+    """Number of processes of this session that decode images, sampled while the test runs."""
     stop, seen = threading.Event(), [0]
 
     def watch() -> None:
@@ -98,54 +98,41 @@ def _assert_same_bytes(one: tuple[ArtifactStore, Manifest], other: tuple[Artifac
         assert one[0].fetch(one[1], record.name).read_bytes() == other[0].fetch(other[1], record.name).read_bytes()
 
 
-def test_every_image_is_a_row_or_stands_in_quarantine_with_a_reason(one_worker, broken_image_folder: Path) -> None:
+def test_every_image_is_a_row_or_in_quarantine_with_a_reason(one_worker, broken_image_folder: Path) -> None:
     store, manifest = one_worker
-    keys = [row["key"] for row in _rows(store, manifest)]
+    rows = _rows(store, manifest)
+    keys = [row["key"] for row in rows]
     quarantined = pq.read_table(store.fetch(manifest, "quarantine.parquet")).to_pylist()
     files = sorted(path.relative_to(broken_image_folder).as_posix() for path in broken_image_folder.rglob("*") if path.is_file())
     assert sorted(keys + [row["key"] for row in quarantined]) == files and len(files) == 14
     reasons = {row["key"]: row["reason"] for row in quarantined}
     assert reasons.keys() == {"china/half.jpg", "flower/text.jpg"}
-    assert (
-        reasons["china/half.jpg"].startswith("it cannot be decoded: ")
-        and reasons["flower/text.jpg"] == "it is neither JPEG nor PNG"
-    )
+    assert reasons["china/half.jpg"].startswith("it cannot be decoded: ")
+    assert reasons["flower/text.jpg"] == "it is neither JPEG nor PNG"
     assert manifest.summary["rows"] == 12 and manifest.summary["quarantined"] == 2
     assert keys == sorted(keys), "rows keep the order of the dataset"
-
-
-@pytest.mark.parametrize("resolution", [16, 32])
-def test_codes_are_those_of_the_cropped_image_and_of_its_mirror_image(
-    make_token_map, one_worker, broken: tuple[str, ...], broken_image_folder: Path, vqgan, resolution: int
-) -> None:
-    store, manifest = one_worker if resolution == 16 else make_token_map(*broken, f"tokenizer.resolution={resolution}")
-    rows = _rows(store, manifest)
-    images = [Image.open(broken_image_folder / row["key"]).convert("RGB") for row in rows]
-    codes, flipped = _codes(vqgan, images, resolution)
-    np.testing.assert_array_equal([row["codes"] for row in rows], codes)
-    np.testing.assert_array_equal([row["codes_flipped"] for row in rows], flipped)
-    assert codes.shape == (12, (resolution // 4) ** 2) and manifest.summary["info"]["resolution"] == resolution
-    assert len(np.unique(codes)) > 8 and (codes != flipped).any(), "the tokenizer under test tells images apart"
-
-
-def test_rows_carry_the_label_and_the_digest_of_the_image_s_file(one_worker, broken_image_folder: Path) -> None:
-    store, manifest = one_worker
-    for row in _rows(store, manifest):
+    for row in rows:
         assert row["label"] == ("china", "flower").index(row["key"].split("/")[0])
         assert row["source_sha256"] == hashlib.sha256((broken_image_folder / row["key"]).read_bytes()).digest()
     assert manifest.summary["class_names"] == ["china", "flower"]
 
 
-def test_the_map_states_its_tokenizer(one_worker) -> None:
+def test_codes_are_those_of_the_cropped_image_and_of_its_mirror_image(one_worker, broken_image_folder: Path, vqgan) -> None:
+    rows = _rows(*one_worker)
+    images = [Image.open(broken_image_folder / row["key"]).convert("RGB") for row in rows]
+    codes, flipped = _codes(vqgan, images, 16)
+    np.testing.assert_array_equal([row["codes"] for row in rows], codes)
+    np.testing.assert_array_equal([row["codes_flipped"] for row in rows], flipped)
+    assert codes.shape == (12, 16) and one_worker[1].summary["info"]["resolution"] == 16
+    assert len(np.unique(codes)) > 8 and (codes != flipped).any(), "the tokenizer distinguishes the images"
+
+
+def test_summary_names_the_tokenizer_and_metrics_measure_the_use_of_the_codebook(one_worker) -> None:
     store, manifest = one_worker
-    tokenizer = store.read_manifest("tokenizer", manifest.inputs["tokenizer"]["key"])
+    tokenizer = store.read_input(manifest, "tokenizer")
     assert tokenizer is not None and tokenizer.summary["is_imported"]
     assert manifest.summary["info"]["tokenizer_digest"] == tokenizer.digest == manifest.inputs["tokenizer"]["digest"]
     assert manifest.summary["info"]["dataset"] == "photographs" and manifest.summary["info"]["grid_size"] == 4
-
-
-def test_the_measured_use_of_the_codebook_is_that_of_the_stored_codes(one_worker) -> None:
-    store, manifest = one_worker
     codes = np.array([[row["codes"], row["codes_flipped"]] for row in _rows(store, manifest)])
     probs = np.bincount(codes.ravel(), minlength=32) / codes.size
     entropy = -sum(p * np.log(p) for p in probs if p)
@@ -153,43 +140,22 @@ def test_the_measured_use_of_the_codebook_is_that_of_the_stored_codes(one_worker
     assert manifest.metrics["code_perplexity"] == pytest.approx(np.exp(entropy), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "execution", ["{num_workers: 2}", pytest.param("{num_workers: 1, worker_batch_size: 1}", marks=pytest.mark.faults)]
-)
 @pytest.mark.faults
-def test_every_file_has_the_same_bytes_whatever_the_workers_and_the_batch(
-    make_token_map, broken: tuple[str, ...], one_worker, decoding_at_once: list[int], execution: str
-) -> None:
-    made = make_token_map(*broken, f"token_map.execution={execution}")
-    assert len(made[1].files) == 5
-    _assert_same_bytes(made, one_worker)
-    assert max(decoding_at_once) <= 2, "tasks that decode are no crowd, also where the workers take all CPUs of the cluster"
-
-
-@pytest.mark.faults
-def test_too_many_unreadable_images_fail_with_a_sentence_and_leave_no_map(
-    make_token_map, broken_image_folder: Path, local_store: ArtifactStore
-) -> None:
+def test_too_many_unreadable_images_are_an_error(make_token_map, broken_image_folder: Path, local_store: ArtifactStore) -> None:
     sentence = (
         r"2 of 14 images cannot be read, more than token_map\.max_quarantine_share 0\.1 allows; "
         r"one is (china/half\.jpg: it cannot be decoded|flower/text\.jpg: it is neither JPEG nor PNG)"
     )
+    dataset = f"dataset.path={broken_image_folder}"
     with pytest.raises(ValueError, match=sentence):
-        make_token_map(f"dataset.path={broken_image_folder}", "token_map.max_quarantine_share=0.1", store=local_store)
+        make_token_map(dataset, "token_map.max_quarantine_share=0.1", store=local_store)
     assert {manifest.stage for manifest in local_store.manifests()} == {"dataset", "tokenizer"}
+    _, manifest = make_token_map(dataset, f"token_map.max_quarantine_share={2 / 14}")
+    assert manifest.summary["quarantined"] == 2, "exactly as many as allowed"
 
 
-@pytest.mark.faults
-def test_a_quarantine_as_large_as_is_allowed_is_no_failure(make_token_map, broken_image_folder: Path) -> None:
-    """Two of fourteen, and not one more."""
-    _, manifest = make_token_map(f"dataset.path={broken_image_folder}", f"token_map.max_quarantine_share={2 / 14}")
-    assert manifest.summary["quarantined"] == 2
-
-
-def test_the_limit_is_no_part_of_the_key_and_holds_for_a_map_that_is_there_already(
-    make_token_map, broken_image_folder: Path, one_worker
-) -> None:
-    """Raising it after a failure goes on with what was made; lowering it refuses what is there."""
+def test_limit_of_unreadable_images_also_applies_to_an_existing_map(make_token_map, broken_image_folder: Path, one_worker) -> None:
+    """It is not part of the key: raising it after a failure reuses what was computed."""
     store, manifest = one_worker
     dataset = f"dataset.path={broken_image_folder}"
     assert make_token_map(dataset, "token_map.max_quarantine_share=1", store=store)[1].key == manifest.key
@@ -198,35 +164,32 @@ def test_the_limit_is_no_part_of_the_key_and_holds_for_a_map_that_is_there_alrea
         make_token_map(dataset, "token_map.max_quarantine_share=0.1", store=store)
 
 
-def test_a_map_that_was_begun_on_another_kind_of_device_is_not_mixed(
-    make_token_map, broken_image_folder: Path, one_worker, local_store: ArtifactStore
+def test_a_map_cannot_be_continued_on_another_kind_of_device(
+    make_token_map, broken: tuple[str, ...], one_worker, local_store: ArtifactStore
 ) -> None:
-    """By itself the number of images a pass is what fits the device."""
+    """By default, the number of images per pass depends on the device."""
     record = {"images_per_pass": 256, "rows": 0, "quarantined": []}
-    key = one_worker[1].key
-    local_store.put_part("token_map", key, "part-00000.parquet", record)
+    local_store.put_part("token_map", one_worker[1].key, "part-00000.parquet", record)
     with pytest.raises(ValueError, match=r"256 images per pass on another kind of device, and here it would be 64\."):
-        make_token_map(f"dataset.path={broken_image_folder}", "token_map.max_quarantine_share=0.2", store=local_store)
+        make_token_map(*broken, store=local_store)
 
 
-def test_asking_for_more_than_the_cluster_has_fails_at_once(make_token_map) -> None:
-    """Ray itself would wait for ever."""
-    with pytest.raises(
-        ValueError, match=r"token_map\.execution asks for 3 CPUs \(3 workers\), but the cluster has 2; lower num_workers"
+def test_requests_that_exceed_the_cluster_fail_at_once(make_token_map) -> None:
+    """Ray would wait forever."""
+    for override, sentence in (
+        ("num_workers=3", r"token_map\.execution asks for 3 CPUs \(3 workers\), but the cluster has 2; lower num_workers"),
+        ("gpus_per_worker=1", r"asks for 1 GPUs \(1 workers\), but the cluster has 0; lower num_workers or gpus_per_worker"),
     ):
-        make_token_map("token_map.execution.num_workers=3")
-    with pytest.raises(
-        ValueError, match=r"asks for 1 GPUs \(1 workers\), but the cluster has 0; lower num_workers or gpus_per_worker"
-    ):
-        make_token_map("token_map.execution.gpus_per_worker=1")
+        with pytest.raises(ValueError, match=sentence):
+            make_token_map(f"token_map.execution.{override}")
 
 
-# Many small passes, lost workers --------------------------------------------------------------------------------------------
+# Many small passes, lost workers -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every file of the hostile corpus whose name is that of an image."""
+    """The files of the hostile corpus."""
     root = tmp_path_factory.mktemp("hostile") / "images"
     root.mkdir()
     for file in corpus():
@@ -244,7 +207,7 @@ def hostile(hostile_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def hostile_records() -> list[dict[str, Any]]:
-    """What the workers sent back to the driver when it made the next fixture."""
+    """Records that the workers sent to the driver for the next fixture."""
     return []
 
 
@@ -263,11 +226,11 @@ def hostile_map(make_token_map, hostile: tuple[str, ...], hostile_records: list[
 
 
 def _hostile_inputs() -> dict[str, Any]:
-    """jpeg_2000.jp2 is no image by its name, and a finding of the dataset."""
+    """By its name, jpeg_2000.jp2 is not an image but a finding of the dataset."""
     return {file.name: file for file in corpus() if not file.name.endswith((".jp2", ".avif"))}
 
 
-def test_each_hostile_file_is_a_row_with_the_codes_of_its_pixels_or_quarantined_with_its_reason(hostile_map, vqgan) -> None:
+def test_hostile_files_are_encoded_or_quarantined(hostile_map, vqgan) -> None:
     store, manifest = hostile_map
     rows = _rows(store, manifest)
     reasons = {row["key"]: row["reason"] for row in pq.read_table(store.fetch(manifest, "quarantine.parquet")).to_pylist()}
@@ -281,14 +244,10 @@ def test_each_hostile_file_is_a_row_with_the_codes_of_its_pixels_or_quarantined_
     np.testing.assert_array_equal([row["codes"] for row in rows], codes)
     np.testing.assert_array_equal([row["codes_flipped"] for row in rows], flipped)
     assert sum(manifest.summary["quarantine_reasons"].values()) <= len(reasons) == manifest.metrics["quarantined"]
-
-
-def test_rows_of_an_unlabelled_dataset_have_no_class_and_training_gets_the_null_label(hostile_map) -> None:
-    store, manifest = hostile_map
-    assert {row["label"] for row in _rows(store, manifest)} == {-1} and manifest.summary["class_names"] == []
+    assert {row["label"] for row in rows} == {-1} and manifest.summary["class_names"] == [], "the dataset has no labels"
     token_map = TokenMap.open(store, manifest)
     labels = token_map.take(np.arange(len(token_map)), np.zeros(len(token_map), bool))[1]
-    assert set(labels.tolist()) == {token_map.info.num_classes}
+    assert set(labels.tolist()) == {token_map.info.num_classes}, "training gets the null label"
 
 
 EXECUTIONS = ["{num_workers: 2, worker_batch_size: 16}", "{num_workers: 1, cpus_per_worker: 2, worker_batch_size: 256}"]
@@ -297,17 +256,18 @@ EXECUTIONS += ["{num_workers: 1, worker_batch_size: 1, num_decoders: 1}"]
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.faults
-def test_many_passes_give_the_same_bytes_however_they_are_spread(
-    make_token_map, hostile: tuple[str, ...], hostile_map, execution: str
+def test_files_do_not_depend_on_workers_and_batches(
+    make_token_map, hostile: tuple[str, ...], hostile_map, decoding_at_once: list[int], execution: str
 ) -> None:
-    """Two CPUs a worker compute two passes at once."""
+    """A worker with two CPUs computes two passes at once."""
     _assert_same_bytes(make_token_map(*hostile, f"token_map.execution={execution}"), hostile_map)
+    assert max(decoding_at_once) <= 2, "decoding has few tasks even if the workers take all CPUs of the cluster"
 
 
 @pytest.mark.parametrize("task", ["_Decode", "_Encode"])
 @pytest.mark.faults
-def test_a_killed_worker_changes_no_byte(make_token_map, hostile: tuple[str, ...], hostile_map, task: str) -> None:
-    """A process of this session's own cluster, killed while Ray's title of it says that it decodes or encodes."""
+def test_files_do_not_depend_on_killed_workers(make_token_map, hostile: tuple[str, ...], hostile_map, task: str) -> None:
+    """Kills a process of this session's cluster whose title from Ray names the task."""
     killed: list[str | None] = []
     stop = threading.Event()
 
@@ -342,7 +302,7 @@ class _WrittenParts:
 
 
 @pytest.mark.faults
-def test_an_interrupted_run_goes_on_with_what_is_missing_and_ends_with_the_same_bytes(
+def test_interrupted_run_resumes_with_the_missing_parts(
     make_token_map, tiny_nodes, hostile: tuple[str, ...], hostile_map, local_store: ArtifactStore
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -356,7 +316,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_ends_with_the_same_
 
     assert parts_done() == parts_done("token_map.execution.worker_batch_size=16") == 3
     for changed in ("shard_size=15", "forward_batch_size=3", "precision=bf16"):
-        assert parts_done(f"token_map.{changed}") == 0, "another config takes no part of this one"
+        assert parts_done(f"token_map.{changed}") == 0, "another config does not reuse these parts"
     with pytest.MonkeyPatch.context() as patch:
         second = _WrittenParts(patch)
         made = make_token_map(*hostile, "token_map.execution={num_workers: 2, worker_batch_size: 16}", store=local_store)
@@ -365,7 +325,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_ends_with_the_same_
 
 
 @pytest.mark.faults
-def test_bfloat16_changes_few_codes_and_says_so_in_the_map(make_token_map, hostile: tuple[str, ...], hostile_map) -> None:
+def test_bf16_changes_few_codes_and_is_recorded_in_the_map(make_token_map, hostile: tuple[str, ...], hostile_map) -> None:
     store, manifest = make_token_map(*hostile, "token_map.precision=bf16")
     assert manifest.summary["info"]["dtype"] == "bfloat16" and hostile_map[1].summary["info"]["dtype"] == "float32"
     exact, rounded = TokenMap.open(*hostile_map), TokenMap.open(store, manifest)
@@ -374,7 +334,7 @@ def test_bfloat16_changes_few_codes_and_says_so_in_the_map(make_token_map, hosti
     assert 0 < share < 0.1
 
 
-def test_what_comes_back_to_the_driver_holds_no_pixels(hostile_map, hostile_records: list[dict[str, Any]]) -> None:
+def test_records_sent_to_the_driver_contain_no_pixels(hostile_map, hostile_records: list[dict[str, Any]]) -> None:
     """Neither as an array nor as bytes: a record is much smaller than its images, 3,072 bytes each."""
     assert sum(record["images"] for record in hostile_records) == len(_hostile_inputs())
     for record in hostile_records:
@@ -387,7 +347,7 @@ def test_what_comes_back_to_the_driver_holds_no_pixels(hostile_map, hostile_reco
 # Captions ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_dataset_with_captions_has_them_in_its_map(make_token_map, tmp_path: Path) -> None:
+def test_map_of_a_dataset_with_captions_has_them(make_token_map, tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     written = {
@@ -416,7 +376,7 @@ def test_a_dataset_with_captions_has_them_in_its_map(make_token_map, tmp_path: P
     assert [(row["key"], row["captions"], row["first_caption"]) for row in rows] == [
         ("000.jpg", ["a cat", "the cat"], 0),
         ("001.jpg", [], 2),
-        ("003.jpg", [], 3),  # that of 002.jpg, which is broken, is number 2
+        ("003.jpg", [], 3),  # number 2 belongs to 002.jpg, which is broken
         ("004.jpg", ["one", "two", "six"], 3),
     ]
     assert manifest.summary["info"]["num_captions"] == 6

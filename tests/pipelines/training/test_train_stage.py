@@ -23,6 +23,7 @@ from tiny_training import CONFIG, Material, Trained, assert_close, changed, read
 from enat.checkpoint import load_enat
 from enat.model import ENAT
 from pipelines.artifacts.manifest import FileRecord
+from pipelines.cluster import connection
 from pipelines.stages import train
 from pipelines.tracking.run import RunHandle
 from pipelines.training import checkpoints
@@ -96,7 +97,7 @@ def test_hours_are_those_of_this_command_and_of_the_ones_it_goes_on_from(
 
     monkeypatch.setattr(checkpoints, "read_resume_point", lambda _: ResumePoint(4, 100.0))
     monkeypatch.setattr(train, "_fit", fit)
-    monkeypatch.setattr(train.connection, "require", lambda *_: None)
+    monkeypatch.setattr(connection, "require", lambda *_: None)
     inputs = {name: material.inputs[name] for name in ("tokenizer", "token_map")}
     started = time.monotonic()
     config = changed(execution={"num_workers": 2, "gpus_per_worker": 2})

@@ -1,0 +1,81 @@
+"""The metrics of an evaluation: which of them can be computed, under which names and settings, and what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from enat.metrics.moments import FeatureMoments, inception_score
+from pipelines.cluster.resources import Execution
+from pipelines.evaluation import protocol
+from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, TaskPool, compute_scores, published_name
+from pipelines.stages import evaluate
+
+
+def _available(**given: Any) -> Available:
+    known = {"extractor": "inception", "outputs": ("features", "spatial", "logits"), "has_spatial": True}
+    return Available(**{**known, "num_generated": 100, "num_reference": 100, **given})
+
+
+def test_all_metrics_that_can_be_computed_are_chosen() -> None:
+    assert _available().chosen(None) == METRICS
+    assert _available(outputs=("features",), has_spatial=False).chosen(None) == (
+        "frechet_distance",
+        "kernel_distance",
+        "precision_recall",
+        "density_coverage",
+    )
+    assert _available(num_reference=0).chosen(None) == ("frechet_distance", "spatial_frechet_distance", "inception_score")
+    assert "density_coverage" not in _available(num_generated=5).chosen(None)
+    assert _available().chosen(("precision_recall",)) == ("frechet_distance", "precision_recall")
+    refused: tuple[tuple[str, Mapping[str, Any], str], ...] = (
+        ("inception_score", {"outputs": ("features",)}, "no logits"),
+        ("spatial_frechet_distance", {"outputs": ("features",)}, "no spatial features"),
+        ("spatial_frechet_distance", {"has_spatial": False}, "the reference has no moments of spatial features"),
+        ("kernel_distance", {"num_reference": 0}, "features of single images"),
+        ("density_coverage", {"num_generated": 5}, "needs 6 .*5"),
+    )
+    for metric, given, reason in refused:
+        with pytest.raises(ValueError, match=f"evaluate.metrics names {metric}, .*{reason}"):
+            _available(**given).chosen((metric,))
+
+
+def test_scores_of_inception_have_their_published_names() -> None:
+    assert [published_name(metric, "inception") for metric in METRICS[:4]] == ["fid", "sfid", "inception_score", "kid"]
+    assert [published_name(metric, "dinov2") for metric in METRICS] == list(METRICS)
+    scores = {"kernel_distance": 1.0, "kernel_distance_std": 2.0, "recall": 3.0}
+    assert evaluate._named(scores, "inception") == {"kid": 1.0, "kid_std": 2.0, "recall": 3.0}
+
+
+def test_inception_score_of_parts_of_a_size_in_order() -> None:
+    """As ADM's evaluator computes it. Samples of one class follow each other, so that shuffling makes a difference. It takes one
+    CPU, whatever the workers hold."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(20, 6)) + 3 * np.eye(6)[np.arange(20) // 4]).astype(np.float32)
+    features = rng.normal(size=(20, 3))
+    side = ImageStatistics(moments={"features": FeatureMoments(3).add(features)}, features=features, logits=logits)
+    pool = TaskPool(Execution(gpus_per_worker=2), lambda _: pytest.fail("the tasks are not spread over workers"))
+    settings = ScoreSettings(split_size=8).fitted(20, 20)
+    found = compute_scores(("frechet_distance", "inception_score", "kernel_distance"), side, side, settings, pool)
+    expected = inception_score(logits, seed=None, split_size=8)
+    assert (found["inception_score"], found["inception_score_std"]) == (expected.value, expected.std)
+    assert expected.value != pytest.approx(inception_score(logits, 3).value, rel=1e-2)
+    assert pool.cpu_seconds > 0 == pool.seconds
+
+
+def test_settings_are_checked_and_fitted_to_the_number_of_samples() -> None:
+    assert ScoreSettings().fitted(30, 20).kernel_subset_size == 20
+    assert ScoreSettings().fitted(4, 0).num_splits == 4
+    assert ScoreSettings(split_size=5000).fitted(4, 0).split_size == 5000  # the last part may be smaller
+    assert ScoreSettings().fitted(50_000, 50_000) == ScoreSettings()
+    for name in ("num_splits", "split_size", "kernel_subsets", "precision_neighbours", "kernel_subset_size", "seed"):
+        with pytest.raises(ValueError, match=rf"evaluate\.settings\..*{name}"):
+            ScoreSettings(**{name: -1})
+    with pytest.raises(ValueError, match=r"split_size must be at least 1.*num_splits"):
+        ScoreSettings(num_splits=5, split_size=5000)
+    assert ScoreSettings(split_size=1).split_size == 1
+    assert protocol._metric_version(ScoreSettings()) == "1"
+    assert protocol._metric_version(ScoreSettings(split_size=5000)) == "1, split_size 5000"
