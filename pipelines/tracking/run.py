@@ -36,7 +36,6 @@ from pipelines.tracking.registry import (
 )
 
 _log = logging.getLogger(__name__)
-_AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # the most that MLflow takes
 _PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
 _ILLEGAL = re.compile(r"[^\w\-. /]")
 _PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks|uc:")
@@ -105,23 +104,22 @@ class RunHandle:
 
         now = get_current_time_millis()
         finite = [(name, float(value), step) for name, value, step in values if math.isfinite(value)]
-        self._log("metrics", [Metric(_ILLEGAL.sub("_", name), value, now, step) for name, value, step in finite])
+        self._log(metrics=[Metric(_ILLEGAL.sub("_", name), value, now, step) for name, value, step in finite])
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Log a nested configuration as dotted parameters."""
         from mlflow.entities import Param
 
-        self._log("params", [Param(_ILLEGAL.sub("_", name), str(value)[:_PARAMETER_LIMIT]) for name, value in _flatten(values)])
+        self._log(params=[Param(_ILLEGAL.sub("_", name), str(value)[:_PARAMETER_LIMIT]) for name, value in _flatten(values)])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self._log("tags", [RunTag(name, value) for name, value in tags.items()])
+        self._log(tags=[RunTag(name, value) for name, value in tags.items()])
 
-    def _log(self, kind: str, entities: Sequence[Any]) -> None:
-        size = _AT_ONCE[kind]
-        for batch in (entities[first : first + size] for first in range(0, len(entities), size)):
-            self._do(lambda client, batch=batch: client.log_batch(self.run_id, synchronous=True, **{kind: batch}))  # type: ignore[misc]
+    def _log(self, **entities: Sequence[Any]) -> None:
+        """Log any number of metrics, params or tags, which MLflow's client splits into requests."""
+        self._do(lambda client: client.log_batch(self.run_id, synchronous=True, **entities))
 
     def log_bytes(self, content: bytes, name: str) -> None:
         """Log bytes as a file, such as "samples/step-000100.png"."""

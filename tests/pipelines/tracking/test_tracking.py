@@ -293,13 +293,15 @@ def test_a_registered_version_is_found_by_its_alias_and_registered_once(registry
     assert registry.versions() == {"1": "a" * 64, "2": "b"}
 
 
-def test_the_alias_points_to_the_version_created_last_in_any_order_of_registration(registry: Registry) -> None:
-    registry.register("b", created="2026-02-02T00:00:00+00:00")
+def test_the_alias_points_to_the_version_created_last_and_other_aliases_do_not_move(registry: Registry) -> None:
+    registry.register("b", created="2026-02-02T00:00:00+00:00", alias=None)
+    assert registry.client.get_registered_model(registry.name).aliases == {}
+    registry.client.set_registered_model_alias(registry.name, "chosen", "1")
     registry.register("a", created="2026-01-01T00:00:00+00:00")
     assert registry.at() == "b"
     registry.register("c", created="2026-03-03T00:00:00+00:00")
     registry.register("b", created="2026-02-02T00:00:00+00:00")
-    assert registry.at() == "c"
+    assert registry.at() == "c" and registry.at("chosen") == "b"
 
 
 def test_the_alias_moves_to_a_newer_version_registered_meanwhile(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,15 +315,6 @@ def test_the_alias_moves_to_a_newer_version_registered_meanwhile(registry: Regis
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", interrupted)
     registry.register("a")
     assert registry.at() == "b"
-
-
-def test_a_missing_alias_is_set_and_other_aliases_do_not_move(registry: Registry) -> None:
-    registry.register("a", alias=None)
-    assert registry.client.get_registered_model(registry.name).aliases == {}
-    registry.client.set_registered_model_alias(registry.name, "chosen", "1")
-    registry.register("b", created="2026-02-02T00:00:00+00:00")
-    registry.register("a")
-    assert registry.at() == "b" and registry.at("chosen") == "a"
 
 
 def test_foreign_versions_are_not_changed(registry: Registry) -> None:
