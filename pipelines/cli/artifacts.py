@@ -124,7 +124,7 @@ def show_artifact(
         echo_json({**json.loads(manifest.to_json()), **more})
         return
     terminal = console()
-    inspection.show(opened, manifest, terminal)
+    terminal.print(inspection.facts_table(opened, manifest), highlight=False)
     for tree in lineage.trees(found, manifest) if found else ():
         terminal.print()
         terminal.print(tree, highlight=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.workflow.summary import Summary
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from enat.text import TextFeatures
 
 
@@ -73,23 +76,17 @@ def captions_name(number: int) -> str:
 def write_captions(path: Path, info: CaptionFeaturesInfo, start: int, features: TextFeatures) -> None:
     """Write the file whose first caption is start. `features`: of all its captions, R = info.captions_from(start)."""
     assert start in range(0, info.num_captions, info.captions_per_file), (start, info)
-    _write(path, info, start, _arrays(features))
+    _write(path, info, start, {"hidden": features.hidden, "pooled": features.pooled, "num_tokens": features.num_tokens.short()})
 
 
 def write_empty(path: Path, info: CaptionFeaturesInfo, features: TextFeatures) -> None:
     """Write the file of the empty caption. `features`: of that one caption."""
-    arrays = _arrays(features)
-    assert len(arrays["hidden"]) == 1
-    _write(path, info, EMPTY_INDEX, {name: arrays[name][0] for name in ("hidden", "pooled")})
+    (hidden,), (pooled,) = features.hidden, features.pooled
+    _write(path, info, EMPTY_INDEX, {"hidden": hidden, "pooled": pooled})
 
 
-def _arrays(features: TextFeatures) -> dict[str, np.ndarray]:
-    values = {"hidden": features.hidden, "pooled": features.pooled, "num_tokens": features.num_tokens.short()}
-    return {name: tensor.cpu().contiguous().numpy() for name, tensor in values.items()}
-
-
-def _write(path: Path, info: CaptionFeaturesInfo, start: int, arrays: dict[str, np.ndarray]) -> None:
-    shapes = _shapes(info, start)
+def _write(path: Path, info: CaptionFeaturesInfo, start: int, tensors: Mapping[str, Tensor]) -> None:
+    arrays, shapes = {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}, _shapes(info, start)
     assert {name: array.shape for name, array in arrays.items()} == shapes, shapes
     assert arrays["hidden"].dtype == arrays["pooled"].dtype == np.float16
     # One entry only: safetensors writes several entries in an order that varies, and equal features must give equal bytes.
@@ -186,8 +183,7 @@ def _open_checked(path: Path, info: CaptionFeaturesInfo, start: int) -> Any:
         header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable file of caption features: {error}") from error
-    if header != _header(info, start):
-        expected = _header(info, start)
+    if header != (expected := _header(info, start)):
         raise ValueError(f"{path} does not belong to these caption features: its header is {header}, expected {expected}")
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
     found = {name: (tensor.get_dtype(), *tensor.get_shape()) for name, tensor in slices.items()}

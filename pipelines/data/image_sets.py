@@ -116,7 +116,7 @@ def scan(config: ImageSetConfig, findings: Findings) -> list[Entry]:
     """List all images in order. Raises ValueError if the set is empty or a file is not valid."""
     kind = config.found_kind()
     if kind == "npz":
-        return list(_npz_entries(config))
+        return _npz_entries(config)
     with _named_in_errors(config):
         source = open_source(config.as_dataset())
         entries = [entry for unit in source.units() for entry in source.scan(unit, findings)]
@@ -274,12 +274,11 @@ def _npz(config: ImageSetConfig) -> AdmSamples:
     return images
 
 
-def _npz_entries(config: ImageSetConfig) -> Iterator[Entry]:
-    images = _npz(config)
+def _npz_entries(config: ImageSetConfig) -> list[Entry]:
+    images, file = _npz(config), PurePosixPath(config.path).name
     labels = np.full(images.num_images, -1) if images.labels is None else images.labels
     if labels.min() < -1 or labels.max() > MAX_LABEL:
         raise ValueError(
             f"images {config.name} have labels from {labels.min()} to {labels.max()}; class numbers are 0 to {MAX_LABEL:,}"
         )
-    for number, label in enumerate(labels.tolist()):
-        yield Entry(f"{number:08d}", PurePosixPath(config.path).name, number, 0, label)
+    return [Entry(f"{number:08d}", file, number, 0, label) for number, label in enumerate(labels.tolist())]

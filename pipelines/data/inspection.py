@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,16 +26,12 @@ from pipelines.data.token_map import QUARANTINE, TokenMapSummary, read_codes
 from pipelines.storage.base import StorageError
 from pipelines.workflow import config as configuration
 
-__all__ = ["contact_sheet", "facts_table", "find", "input_of", "show", "write_contact_sheet"]
+__all__ = ["contact_sheet", "facts_table", "find", "input_of", "write_contact_sheet"]
 
 _SHOWN_QUARANTINED = 5
 _SHOWN_FILES = 6
 _COLUMNS = 8  # pairs of a source image and its decoded codes in a row of a contact sheet
 _MIN_PIXELS = 96  # smaller images are enlarged on a contact sheet
-
-
-def show(store: ArtifactStore, manifest: Manifest, console: Console) -> None:
-    console.print(facts_table(store, manifest), highlight=False)
 
 
 def facts_table(store: ArtifactStore, manifest: Manifest) -> Table:
@@ -75,13 +70,8 @@ def _token_map_facts(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple
     info, rows = summary.info, summary.rows
     size = sum(file.size for file in manifest.files)
     yield "classes", str(len(summary.class_names))
-    yield (
-        "codebook",
-        (
-            f"{manifest.metrics['code_usage']:.1%} of {info.codebook_size} codes in use, "
-            f"perplexity {manifest.metrics['code_perplexity']:.1f}"
-        ),
-    )
+    usage, perplexity = manifest.metrics["code_usage"], manifest.metrics["code_perplexity"]
+    yield "codebook", f"{usage:.1%} of {info.codebook_size} codes in use, perplexity {perplexity:.1f}"
     yield "bytes per row", f"{size / rows:,.1f}" if rows else "-"
     quarantined = pq.read_table(store.fetch(manifest, QUARANTINE)).to_pylist()
     for row in quarantined[:_SHOWN_QUARANTINED]:
@@ -129,8 +119,11 @@ def contact_sheet(store: ArtifactStore, manifest: Manifest, num_images: int) -> 
 
 def _source_images(store: ArtifactStore, manifest: Manifest, keys: list[str], resolution: int) -> np.ndarray:
     """uint8 (R, 3, H, W)"""
+    from omegaconf import OmegaConf
+
     index = input_of(store, manifest, "dataset")
-    dataset = Dataset(configuration.merge(DatasetConfig, [("the artifact's config", _as_config(index.config))]), store, index)
+    config = configuration.merge(DatasetConfig, [("the artifact's config", OmegaConf.create(dict(index.config)))])
+    dataset = Dataset(config, store, index)
     all_keys = pq.read_table(store.fetch(index, INDEX), columns=["key"])["key"]
     images = np.zeros((len(keys), 3, resolution, resolution), np.uint8)
     for slot, key in enumerate(keys):
@@ -149,9 +142,3 @@ def input_of(store: ArtifactStore, manifest: Manifest, name: str) -> Manifest:
         artifact = f"{manifest.inputs[name]['stage']}/{manifest.inputs[name]['key'][:12]}"
         raise StorageError(f"the store {store.uri} no longer has {artifact}, the {name} that this artifact was made from")
     return found
-
-
-def _as_config(values: Mapping[str, Any]) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.create(dict(values))

@@ -30,14 +30,14 @@ from pipelines.cluster.data_stream import actor_pool, feeding_tasks, stream_reco
 from pipelines.cluster.device import wait_for
 from pipelines.cluster.resources import Execution
 from pipelines.evaluation.extractors import ExtractorSource
-from pipelines.evaluation.readers import BlockReader, Decoder, run_pass
+from pipelines.evaluation.readers import BlockReader, Decoder, passes_of, run_pass
 from pipelines.workflow.stage import StageContext
 
 if TYPE_CHECKING:
     import ray.data
     import torch
 
-    from enat.metrics.moments import FeatureMoments, FeatureStatistics
+    from enat.metrics.moments import FeatureMoments, Moments
 
 
 BLOCK_SIZE = 256  # images that travel together
@@ -102,7 +102,7 @@ def read_rows(store: ArtifactStore, stage: str, key: str, files: Sequence[FileRe
     return np.concatenate(found)
 
 
-def stored_moments(store: ArtifactStore, manifest: Manifest) -> dict[str, FeatureMoments | FeatureStatistics]:
+def stored_moments(store: ArtifactStore, manifest: Manifest) -> dict[str, Moments]:
     """Moments of a committed artifact, by output."""
     from enat.metrics.moments import load_moments
 
@@ -177,7 +177,7 @@ def _computed(
         num_loading = len(rows) if len(rows) < execution.num_workers else None  # Ray Data warns if there are more tasks than blocks
         computed = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(_Load(reader), **feeding_tasks(execution, num_loading))
+            .map_batches(_load, fn_args=(reader,), **feeding_tasks(execution, num_loading))
             .map_batches(_Extract, fn_constructor_args=(reader, spec, extractor, execution), **actor_pool(execution, len(rows)))
         )
         return with_memory_limit(computed, _OBJECT_STORE_BYTES)
@@ -216,23 +216,12 @@ class _Pass:
     decoding_seconds: float
 
 
-def _decoding_share(passes: Sequence[_Pass]) -> float:
-    """Share of decoding in the time of passes, which may have run in parallel."""
-    whole = sum(each.seconds for each in passes)
-    return sum(each.decoding_seconds for each in passes) / whole if whole else 0.0
-
-
-class _Load:
+def _load(batch: dict[str, np.ndarray], reader: BlockReader) -> dict[str, list[_Loaded]]:
     """Load the rows of a block, on a CPU."""
-
-    def __init__(self, reader: BlockReader) -> None:
-        self.reader = reader
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[_Loaded]]:
-        started = time.monotonic()
-        block = {name: int(values[0]) for name, values in batch.items()}
-        rows = self.reader.load(block["start"], block["stop"])
-        return {"block": [_Loaded(block, rows, time.monotonic() - started)]}
+    started = time.monotonic()
+    block = {name: int(values[0]) for name, values in batch.items()}
+    rows = reader.load(block["start"], block["stop"])
+    return {"block": [_Loaded(block, rows, time.monotonic() - started)]}
 
 
 class _Extract:
@@ -254,21 +243,21 @@ class _Extract:
         started = time.monotonic()
         loaded: _Loaded = batch["block"][0]
         num_rows = len(next(iter(loaded.rows.values())))
-        size = self.spec.images_per_pass
-        passes = [{name: rows[first : first + size] for name, rows in loaded.rows.items()} for first in range(0, num_rows, size)]
-        results = list(self.pool.map(self._pass, passes))
+        results = list(self.pool.map(self._pass, passes_of(loaded.rows, self.spec.images_per_pass)))
         outputs = {
             name: np.concatenate([result.outputs[name] for result in results]) for name in (results[0].outputs if results else ())
         }
         self._check(outputs, loaded.block)
         selected = self._selected(outputs, num_rows, loaded.block)
         seconds = time.monotonic() - started
+        in_passes = sum(result.seconds for result in results)  # more than `seconds` if passes ran in parallel
+        decoding_share = sum(result.decoding_seconds for result in results) / in_passes if in_passes else 0.0
         record = {
             **{name: loaded.block[name] for name in ("block", "part", "start")},
             "images": loaded.block["stop"] - loaded.block["start"],
             "outputs": selected,
             "seconds": seconds,
-            "decoding_seconds": seconds * _decoding_share(results),
+            "decoding_seconds": seconds * decoding_share,
             "loading_seconds": loaded.seconds,
         }
         return {"record": [record]}

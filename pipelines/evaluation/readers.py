@@ -136,15 +136,18 @@ def read_images(reader: BlockReader, start: int, stop: int, images_per_pass: int
     """Read a few images in this process, in passes from `start` on: uint8 (R, 3, H, W) on the CPU."""
     import torch
 
-    rows = reader.load(start, stop)
     decoder = reader.decoder("cpu")
-    num_rows = len(next(iter(rows.values())))
     images = [
-        run_pass(lambda padded: {"images": decoder(padded).images}, part, images_per_pass, "cpu")["images"]
-        for first in range(0, num_rows, images_per_pass)
-        for part in [{name: values[first : first + images_per_pass] for name, values in rows.items()}]
+        run_pass(lambda padded: {"images": decoder(padded).images}, rows, images_per_pass, "cpu")["images"]
+        for rows in passes_of(reader.load(start, stop), images_per_pass)
     ]
     return torch.from_numpy(np.concatenate(images)) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+
+
+def passes_of(rows: Mapping[str, np.ndarray], images_per_pass: int) -> list[dict[str, np.ndarray]]:
+    num_rows = len(next(iter(rows.values())))
+    starts = range(0, num_rows, images_per_pass)
+    return [{name: values[start : start + images_per_pass] for name, values in rows.items()} for start in starts]
 
 
 def run_pass(

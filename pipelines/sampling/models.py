@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from enat.checkpoint import load_enat, load_vqgan, open_enat, open_vqgan
@@ -81,6 +80,9 @@ def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:
         source = manifest.inputs["tokenizer"]
         raise ValueError(f"the store {store.uri} has no {source['stage']}/{source['key'][:12]}, the tokenizer of this model")
     token_map, captions = (store.read_input(manifest, name) for name in ("token_map", "captions"))
+    known = {}
+    if captions is not None:
+        known = {"encoder": captions.config["encoder"], "encoder_digest": CaptionsSummary.read(captions).info.encoder_digest}
     return Generator(
         model=load_enat(store.fetch(manifest, "model.safetensors")),
         vqgan=load_vqgan(store.fetch(tokenizer, "vqgan.safetensors")),
@@ -92,9 +94,7 @@ def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:
         },
         sampler=SamplerConfig(**manifest.config["sampler"]),
         class_names=() if token_map is None else TokenMapSummary.read(token_map).class_names,
-        captions={}
-        if captions is None
-        else {"encoder": captions.config["encoder"], "encoder_digest": CaptionsSummary.read(captions).info.encoder_digest},
+        captions=known,
     )
 
 
@@ -104,7 +104,12 @@ def from_files(weights: str, vqgan: str, *, preset: str | None, vqgan_preset: st
     Raises ValueError if a file does not hold such weights.
     """
     paths = {name: local_file(place, f"--{name}", s3) for name, place in (("weights", weights), ("vqgan", vqgan))}
-    tokenizer = _open_vqgan(paths["vqgan"], vqgan_preset)
+    try:
+        tokenizer = open_vqgan(paths["vqgan"], VQGANConfig.preset(vqgan_preset)) if vqgan_preset else load_vqgan(paths["vqgan"])
+    except ValueError:
+        if vqgan_preset:
+            raise
+        tokenizer = open_vqgan(paths["vqgan"], VQGANConfig.preset(_PUBLISHED_VQGAN))  # published files do not describe themselves
     if preset is None:
         try:
             model = load_enat(paths["weights"])
@@ -124,12 +129,3 @@ def from_files(weights: str, vqgan: str, *, preset: str | None, vqgan_preset: st
         },
         sampler=SamplerConfig(),
     )
-
-
-def _open_vqgan(path: Path, preset: str | None) -> VQGAN:
-    if preset is None:
-        try:
-            return load_vqgan(path)
-        except ValueError:
-            preset = _PUBLISHED_VQGAN  # published files do not describe themselves
-    return open_vqgan(path, VQGANConfig.preset(preset))

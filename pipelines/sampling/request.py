@@ -96,12 +96,10 @@ def _label(wanted: str, num_classes: int, class_names: Sequence[str]) -> int:
         _check_label(int(wanted), num_classes, wanted)
         return int(wanted)
     found = [label for label, name in enumerate(class_names) if name.casefold() == wanted.casefold()]
-    if not found and class_names:
-        raise ValueError(
-            f"--labels has {wanted!r}, which is not a class of this model; an example of a class is {class_names[0]!r}"
-        )
-    if not found:
+    if not class_names:
         raise ValueError(f"--labels has {wanted!r}, but the class names of this model are unknown; give numbers")
+    if not found:
+        raise ValueError(f"--labels has {wanted!r}, which is not a class of this model, unlike {class_names[0]!r}, for example")
     if len(found) > 1:
         raise ValueError(f"--labels has {wanted!r}, the name of several classes: {', '.join(map(str, found))}; give a number")
     return found[0]
@@ -132,10 +130,8 @@ def read_region(place: Path, box: Sequence[int], keep: str, generator: Generator
         side = config.resolution
         raise ValueError(f"--box {left},{top},{right},{bottom} is not left,top,right,bottom within {side} x {side} pixels")
     size = config.downsampling
-    first_row, first_column, last_row, last_column = top // size, left // size, -(-bottom // size), -(-right // size)
-    inside = box_mask(
-        config.grid_size, top=first_row, left=first_column, height=last_row - first_row, width=last_column - first_column
-    )
+    row, column, end_row, end_column = top // size, left // size, -(-bottom // size), -(-right // size)
+    inside = box_mask(config.grid_size, top=row, left=column, height=end_row - row, width=end_column - column)
     is_masked = inside if keep == "outside" else ~inside
     if not is_masked.any():
         raise ValueError(f"--box {left},{top},{right},{bottom} with --keep {keep} leaves nothing to generate")

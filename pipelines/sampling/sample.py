@@ -96,8 +96,8 @@ def make_samples(
             sampling_seconds += seconds
             if writer is not None:
                 writer.write(batch.images)
-            if "images" in request.outputs:
-                files += _write_images(folder, batch)
+            for index, pixels in zip(batch.index, batch.images.numpy(), strict=True) if "images" in request.outputs else ():
+                _write(folder, _image_name(index), png_bytes(Image.fromarray(pixels.transpose(1, 2, 0))))
             if batch.index.start < _SHOWN_IN_GRID:
                 shown.append(batch.images)
             if batch.index.start < _SHOWN_BY_STEPS:
@@ -105,11 +105,13 @@ def make_samples(
             advance(len(batch.index))
     files += _write_steps(generator, request, torch.cat(first)[:_SHOWN_BY_STEPS], folder)
     if "grid" in request.outputs:
-        files.append(_write(folder / GRID, png_bytes(pictures.grid_of(torch.cat(shown)[:_SHOWN_IN_GRID], request.num_asked))))
-    record = _record(generator, request, [*files, RECORD])
-    record["seconds"] = time.monotonic() - started
-    record["images_per_second"] = request.num_images / sampling_seconds
-    record["peak_memory_gb"] = peak_memory_gb(request.device)
+        files.append(_write(folder, GRID, png_bytes(pictures.grid_of(torch.cat(shown)[:_SHOWN_IN_GRID], request.num_asked))))
+    record = {
+        **_record(generator, request, [*files, RECORD]),
+        "seconds": time.monotonic() - started,
+        "images_per_second": request.num_images / sampling_seconds,
+        "peak_memory_gb": peak_memory_gb(request.device),
+    }
     (folder / RECORD).write_text(json.dumps(record, indent=1))
     return record
 
@@ -197,20 +199,14 @@ def _start(generator: Generator, request: SampleRequest) -> Tensor:
 # Writing ---------------------------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, content: bytes) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path.name
+def _write(folder: Path, name: str, content: bytes) -> str:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    return name
 
 
 def _image_name(index: int) -> str:
     return f"{FOLDER}/{index:06d}.png"
-
-
-def _write_images(folder: Path, batch: Batch) -> list[str]:
-    for index, pixels in zip(batch.index, batch.images.numpy(), strict=True):
-        _write(folder / _image_name(index), png_bytes(Image.fromarray(pixels.transpose(1, 2, 0))))
-    return [_image_name(index) for index in batch.index]
 
 
 def _write_steps(generator: Generator, request: SampleRequest, states: Tensor, folder: Path) -> list[str]:
@@ -221,30 +217,28 @@ def _write_steps(generator: Generator, request: SampleRequest, states: Tensor, f
         *trajectory, codes = states.unbind(dim=1)
         frames = pictures.step_images(generator.vqgan, trajectory, codes, generator.model.config.mask_id)
         if "steps" in request.outputs:
-            files.append(_write(folder / STEPS, png_bytes(pictures.strip(frames, scale, with_start=is_given))))
+            files.append(_write(folder, STEPS, png_bytes(pictures.strip(frames, scale, with_start=is_given))))
         if "gif" in request.outputs:
-            files.append(_write(folder / ANIMATION, pictures.animation(frames, pictures.columns_of(frames.shape[1]), scale)))
+            files.append(_write(folder, ANIMATION, pictures.animation(frames, pictures.columns_of(frames.shape[1]), scale)))
         if request.region is not None:
             beside = torch.stack([request.region.pixels, frames[0, 0]])
-            files.append(_write(folder / SOURCE, png_bytes(make_grid(beside, 2, scale=scale))))
+            files.append(_write(folder, SOURCE, png_bytes(make_grid(beside, 2, scale=scale))))
     return files
 
 
 def _record(generator: Generator, request: SampleRequest, files: Sequence[str]) -> dict[str, Any]:
     """The content of samples.json."""
-    labels = _labels(request, generator, range(request.num_images)).tolist()
     samples = []
-    for index in range(request.num_images):
-        asked: dict[str, Any] = {"label": labels[index]}
+    for index, label in enumerate(_labels(request, generator, range(request.num_images)).tolist()):
+        sample: dict[str, Any] = {"index": index, "seed": sample_seed(request.seed, index)}
         if request.captions:
-            asked = {"caption": request.captions[index % len(request.captions)]}
-        elif generator.class_names:
-            asked["class"] = generator.class_names[labels[index]]
-        named = {"file": _image_name(index)} if "images" in request.outputs else {}
-        samples.append({"index": index, "seed": sample_seed(request.seed, index), **asked, **named})
-    region = {}
-    if request.region is not None:
-        region = {"regenerated_codes": request.region.is_masked.nonzero().flatten().tolist()}
+            sample["caption"] = request.captions[index % len(request.captions)]
+        else:
+            sample |= {"label": label, **({"class": generator.class_names[label]} if generator.class_names else {})}
+        if "images" in request.outputs:
+            sample["file"] = _image_name(index)
+        samples.append(sample)
+    region = {} if request.region is None else {"regenerated_codes": request.region.is_masked.nonzero().flatten().tolist()}
     return {
         "model": dict(generator.origin),
         "parameters": sum(tensor.numel() for tensor in generator.model.parameters()),
@@ -256,6 +250,6 @@ def _record(generator: Generator, request: SampleRequest, files: Sequence[str]) 
         "batch_size": request.batch_size,
         "resolution": generator.vqgan.config.resolution,
         **region,
-        "files": [name for name in files if not name.startswith(f"{FOLDER}/")],
+        "files": list(files),
         "samples": samples,
     }

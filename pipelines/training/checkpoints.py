@@ -72,13 +72,10 @@ def find_checkpoints(context: WorkerContext) -> list[Checkpoint]:
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint with local copies of its files, verified by their sha256."""
+    """A checkpoint whose files were verified by their sha256."""
 
     state: Mapping[str, Any]
-    files: tuple[Path, ...]
-
-    def tensors(self) -> Fragments:
-        return Fragments(self.files)
+    tensors: Fragments
 
 
 def open_checkpoint(store: ArtifactStore, context: WorkerContext, checkpoint: Checkpoint) -> OpenedCheckpoint:
@@ -86,7 +83,7 @@ def open_checkpoint(store: ArtifactStore, context: WorkerContext, checkpoint: Ch
     assert checkpoint.state is not None
     paths = [store.fetch_file(context.stage, context.key, record) for record in checkpoint.tensors]
     state = store.fetch_file(context.stage, context.key, checkpoint.state)
-    return OpenedCheckpoint(json.loads(state.read_bytes()), tuple(paths))
+    return OpenedCheckpoint(json.loads(state.read_bytes()), Fragments(tuple(paths)))
 
 
 @dataclass(frozen=True)
@@ -105,13 +102,8 @@ def read_resume_point(context: WorkerContext) -> ResumePoint:
             state = json.loads(context.store.fetch_file(context.stage, context.key, checkpoint.state).read_bytes())
         except DamagedFileError:
             continue
-        return ResumePoint(state["step"], worker_seconds_of(state))
+        return ResumePoint(state["step"], state.get("worker_seconds", 0.0))  # checkpoints of older versions have none
     return ResumePoint()
-
-
-def worker_seconds_of(state: Mapping[str, Any]) -> float:
-    seconds: float = state.get("worker_seconds", 0.0)  # checkpoints of older versions have none
-    return seconds
 
 
 def is_milestone(step: int, keep_every: int | None) -> bool:
@@ -167,7 +159,7 @@ def milestone_weights(
     kept = {found.step: found for found in find_checkpoints(context) if found.is_whole and is_milestone(found.step, keep_every)}
     for step, checkpoint in sorted(kept.items()):
         try:
-            fragments = open_checkpoint(context.store, context, checkpoint).tensors()
+            fragments = open_checkpoint(context.store, context, checkpoint).tensors
         except DamagedFileError as error:
             tell(f"the weights of step {step} are not kept: {error.what}")
             continue

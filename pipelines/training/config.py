@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from enat.config import LABEL_SMOOTHING, ENATConfig, MaskingConfig
+from enat.config import LABEL_SMOOTHING, ENATConfig, MaskingConfig, check_at_least_1, check_choices
 from enat.sampler_config import SamplerConfig
 from pipelines.cluster.resources import Workers
 from pipelines.data.captions import CaptionFeaturesInfo
@@ -61,8 +61,8 @@ class ModelConfig:
 
     def architecture(self, token_map: TokenMapInfo, captions: CaptionFeaturesInfo | None = None) -> ENATConfig:
         """The architecture for a token map. Raises ValueError if the config does not fit the token map or the captions."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        given = {name: value for name, value in values.items() if name not in ("preset", "text")}
+        values = dataclasses.asdict(self)
+        given = {name: value for name, value in values.items() if value is not None and name not in ("preset", "text")}
         known = {name: getattr(token_map, name) for name in ("grid_size", "codebook_size")}
         known["num_classes"] = 0 if self.text else token_map.num_classes
         for name, value in known.items():
@@ -132,10 +132,8 @@ class TrainExecution(Workers):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("checkpoint_every", "log_every", "sample_every", "keep_last", "keep_every", "microbatches", "min_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"train.execution.{name} is {value}; it must be at least 1")
+        counts = ("checkpoint_every", "log_every", "sample_every", "keep_last", "keep_every", "microbatches", "min_workers")
+        check_at_least_1(self, *counts, key="train.execution.")
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
                 f"train.execution.min_workers is {self.min_workers}, more than num_workers, which is {self.num_workers}"
@@ -148,8 +146,7 @@ class TrainExecution(Workers):
             raise ValueError(f"train.execution.zero_stage is {self.zero_stage}; DeepSpeed has 0, 1, 2 and 3")
         if self.zero_stage == 3 and self.compile:
             raise ValueError("train.execution.compile does not go with zero_stage 3, which swaps weights under the compiled code")
-        if self.on_divergence not in REMEDIES:
-            raise ValueError(f"train.execution.on_divergence is {self.on_divergence!r}; choose one of {', '.join(REMEDIES)}")
+        check_choices(self, key="train.execution.", on_divergence=REMEDIES)
         if self.divergence_factor <= 1:
             raise ValueError(f"train.execution.divergence_factor is {self.divergence_factor}; it must be above 1")
 
@@ -233,13 +230,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be finite and at least 0")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"train.max_grad_norm is {self.max_grad_norm}; it must be above 0, or left out")
-        for name, known in (
-            ("precision", PRECISIONS),
-            ("learning_rate_schedule", LEARNING_RATE_SCHEDULES),
-            ("weight_decay_on", WEIGHT_DECAYS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"train.{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        schedules = {"learning_rate_schedule": LEARNING_RATE_SCHEDULES, "weight_decay_on": WEIGHT_DECAYS}
+        check_choices(self, key="train.", precision=PRECISIONS, **schedules)
         if self.precision == "fp16" and self.execution.zero_stage == 0:
             raise ValueError("train.precision fp16 needs train.execution.zero_stage 1, 2 or 3, which scale the loss")
 

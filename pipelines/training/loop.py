@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -36,7 +36,6 @@ from pipelines.training.checkpoints import (
     newest_checkpoint,
     open_checkpoint,
     own_share,
-    worker_seconds_of,
 )
 from pipelines.training.engine import Engine, prepare_forward
 from pipelines.training.monitor import DivergedError, TrainMonitor
@@ -57,7 +56,7 @@ def train_loop(task: Mapping[str, TrainTask]) -> TrainResult | None:
         try:
             return trainer.run()
         except (DivergedError, NoReadableCheckpointError) as error:
-            return trainer.result((), error=error)  # Ray Train would take an exception for a lost worker and retry
+            return trainer.result(error=error)  # Ray Train would take an exception for a lost worker and retry
 
 
 class Trainer:
@@ -104,7 +103,7 @@ class Trainer:
                 self.preview()
             if signal == STOP and self.step < last:
                 self.checkpoints.wait()
-                return self.result(()) if self.rank == 0 else None
+                return self.result() if self.rank == 0 else None
             signal = CONTINUE
         self.checkpoints.wait()
         return self.store_result()
@@ -139,23 +138,25 @@ class Trainer:
             model.set_null_caption(hidden[0], pooled[0])
         self.ema = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
         prepare_forward(self.ema, config, self.device)
-        fragments = opened.tensors() if opened else None
-        if fragments is not None:
-            fragments.fill("weight", model)
-            fragments.fill("ema", self.ema)
+        if opened is not None:
+            opened.tensors.fill("weight", model)
+            opened.tensors.fill("ema", self.ema)
         num_passes = -(-config.num_groups // self.world_size) * config.execution.microbatches
         self.engine = Engine(model, config, self.device, num_passes)
-        if opened is not None and fragments is not None:
+        if opened is not None:
             state = opened.state
-            self.engine.load(fragments, state)
+            self.engine.load(opened.tensors, state)
             self.step, self.skipped_draws, history = state["step"], state["skipped_draws"], state["history"]
             self.history_run = state.get("run_id")  # checkpoints of older versions have none
             self.num_restarts, self.num_rollbacks = state["num_restarts"] + 1, state["num_rollbacks"]
             if diverged is None:  # a rollback discards steps, but their time counts
-                self.worker_seconds_before = worker_seconds_of(state)
+                self.worker_seconds_before = state.get("worker_seconds", 0.0)
         if diverged is not None:
             self.skipped_draws = diverged.draws + 1 - self.step
-        self._begin_batches()
+        if self.batches is not None:
+            self.batches.close()
+        first, place = self.step + self.skipped_draws, {"rank": self.rank, "world_size": self.world_size}
+        self.batches = Batches(config, self.token_map, self.captions, step=first, **place, pin=self.device.type == "cuda")
         self.monitor.begin(self.step, history)
 
     def roll_back(self, error: DivergedError) -> None:
@@ -175,30 +176,13 @@ class Trainer:
         context, weights = self.task.context, self.engine.weights()
         if self.rank:
             return None
-        files = (
-            context.write(WEIGHTS, lambda path: save_weights(path, self.ema)),
-            context.write(RAW_WEIGHTS, lambda path: save_weights(path, self.engine.model, weights)),
-        )
-        milestones = milestone_weights(context, self.ema, self.config.execution.keep_every, self._tell)
-        return self.result(files, milestones=tuple(milestones))
+        ema = context.write(WEIGHTS, lambda path: save_weights(path, self.ema))
+        raw = context.write(RAW_WEIGHTS, lambda path: save_weights(path, self.engine.model, weights))
+        return self.result(ema, raw, milestones=milestone_weights(context, self.ema, self.config.execution.keep_every, self._tell))
 
-    def result(
-        self,
-        files: tuple[FileRecord, ...],
-        *,
-        milestones: tuple[FileRecord, ...] = (),
-        error: Exception | None = None,
-    ) -> TrainResult:
-        return TrainResult(
-            files=files,
-            milestones=milestones,
-            history=self.monitor.history,
-            step=self.step,
-            skipped_draws=self.skipped_draws,
-            num_restarts=self.num_restarts,
-            num_rollbacks=self.num_rollbacks,
-            error=error,
-        )
+    def result(self, *files: FileRecord, milestones: Iterable[FileRecord] = (), error: Exception | None = None) -> TrainResult:
+        counts = (self.step, self.skipped_draws, self.num_restarts, self.num_rollbacks)
+        return TrainResult(files, tuple(milestones), self.monitor.history, *counts, error)
 
     def _newest(self) -> Checkpoint | None:
         """The newest undamaged checkpoint, found by rank 0 for all ranks. If rank 0 fails, all ranks raise its error."""
@@ -212,20 +196,6 @@ class Trainer:
         if isinstance(found, Exception):
             raise found
         return found
-
-    def _begin_batches(self) -> None:
-        if self.batches is not None:
-            self.batches.close()
-        first = self.step + self.skipped_draws
-        self.batches = Batches(
-            self.config,
-            self.token_map,
-            self.captions,
-            step=first,
-            rank=self.rank,
-            world_size=self.world_size,
-            pin=self.device.type == "cuda",
-        )
 
     # A step ----------------------------------------------------------------------------------------------------------------------
 
@@ -308,9 +278,7 @@ class Trainer:
 
     def preview(self) -> None:
         """Log a grid of samples from rank 0."""
-        if self.rank:
-            return
-        if (grid := self.previewer.grid(self.ema)) is not None:
+        if self.rank == 0 and (grid := self.previewer.grid(self.ema)) is not None:
             self._track(lambda run, name=f"samples/step-{self.step:08d}.png": run.log_bytes(grid, name))
 
     def _is_due(self, interval: int, step: int | None = None) -> bool:

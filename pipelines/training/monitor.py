@@ -70,7 +70,11 @@ class TrainMonitor:
             return None
         values = self.record.collect(interval.first_step, num_steps, self._device)
         seconds = time.perf_counter() - interval.started  # without the time for the row itself
-        difference, weights = self._distance(engine, ema)
+        averaged, sums = dict(ema.named_parameters()), torch.zeros(2, dtype=torch.float64, device=self._device)
+        for names, parameters in engine.pieces():
+            with torch.no_grad(), engine.gathered(parameters):
+                sums += squared_distance([averaged[name] for name in names], parameters)
+        difference, weights = sums.tolist()  # not finite if a weight is not finite or exceeds 1e19
         if self._peak is None:  # measured here, where all ranks have started, and in no interval
             self._peak = matmul_peak(self._device, _DTYPES[self._config.precision])
         self._interval = _Interval(step, batches.seconds_waited, checkpoints.seconds_waited, time.perf_counter())
@@ -95,16 +99,6 @@ class TrainMonitor:
             row["loss_scale"] = engine.loss_scale
         self.history.append({name: value for name, value in row.items() if math.isfinite(value)})
         return row
-
-    def _distance(self, engine: Engine, ema: ENAT) -> tuple[float, float]:
-        """Squared norms of EMA - weights and of the weights. Not finite if a weight is not finite or exceeds 1e19."""
-        averaged = dict(ema.named_parameters())
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for names, parameters in engine.pieces():
-            with torch.no_grad(), engine.gathered(parameters):
-                sums += squared_distance([averaged[name] for name in names], parameters)
-        difference, weights = sums.tolist()
-        return difference, weights
 
     def _check(self, step: int, skipped_draws: int, values: np.ndarray, row: Mapping[str, float], *, may_overflow: bool) -> None:
         """Raise DivergedError if training has diverged, before such a model is saved."""

@@ -43,7 +43,7 @@ class Previewer:
             if self._vqgan is None:
                 path = self._store.fetch(self._tokenizer, "vqgan.safetensors")
                 self._vqgan = load_vqgan(path).to(model.token_embedding.weight.device)
-            return preview(model, self._vqgan, self._sampler, self._captions)
+            return self._draw(model, self._vqgan)
         except Exception as error:  # noqa: BLE001 (an unavailable store, no memory for samples)
             _log.warning("a preview failed", exc_info=True)
             if not self._has_reported:
@@ -51,20 +51,13 @@ class Previewer:
                 self._tell(f"a preview failed; training continues ({type(error).__name__}: {error})")
             return None
 
-
-def preview(model: ENAT, vqgan: VQGAN, sampler: SamplerConfig, captions: CaptionFeatures | None) -> bytes:
-    """Draw a PNG of two images for each of the first ten classes, or of evenly spaced captions. The model must be in eval mode."""
-    condition = _condition(model, captions)
-    count = len(condition)
-    codes = sample(model, condition, sampler, seeds=range(count))
-    side = model.config.grid_size
-    images = to_uint8(vqgan.decode(codes.view(-1, side, side)))
-    return png_bytes(make_grid(images, columns=count // 2, scale=max(1, 64 // images.shape[-1])))
-
-
-def _condition(model: ENAT, captions: CaptionFeatures | None) -> torch.Tensor | TextCondition:
-    if captions is None:
-        return torch.arange(min(_IMAGES // 2, max(1, model.config.num_classes))).repeat(2)
-    numbers = np.arange(_IMAGES) * len(captions) // _IMAGES
-    device = model.token_embedding.weight.device
-    return TextCondition(*(torch.from_numpy(array).to(device) for array in captions.take(numbers)))
+    def _draw(self, model: ENAT, vqgan: VQGAN) -> bytes:
+        """Two images for each of the first ten classes, or of evenly spaced captions."""
+        condition: torch.Tensor | TextCondition = torch.arange(min(_IMAGES // 2, max(1, model.config.num_classes))).repeat(2)
+        if self._captions is not None:
+            features = self._captions.take(np.arange(_IMAGES) * len(self._captions) // _IMAGES)
+            condition = TextCondition(*map(torch.from_numpy, features))
+        codes = sample(model, condition, self._sampler, seeds=range(len(condition)))
+        side = model.config.grid_size
+        images = to_uint8(vqgan.decode(codes.view(-1, side, side)))
+        return png_bytes(make_grid(images, columns=len(condition) // 2, scale=max(1, 64 // images.shape[-1])))

@@ -5,7 +5,7 @@ fixes the order of the dataset; `dataset.Dataset` reads a dataset through its in
 
 base     the interface of a source, its entries and findings
 config   DatasetConfig, and opening its source
-folders  image folders; tar: WebDataset shards; parquet: tables of images; coco: MS-COCO; digits: scikit-learn's digits
+folders  folders of classes; tar: WebDataset shards; parquet: tables of images; coco: MS-COCO; digits: scikit-learn's digits
 """
 
 from pipelines.data.sources.base import Entry, Findings, Source

@@ -59,9 +59,9 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """sha256 over content and order. Equal fingerprints mean equal datasets."""
 
-    @abstractmethod
     def units(self) -> Sequence[str]:
         """Pieces that can be scanned independently, in the dataset's order."""
+        return ("",)
 
     @abstractmethod
     def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
@@ -73,14 +73,24 @@ class Source(ABC):
 
     def known_classes(self) -> Sequence[str] | None:
         """Names of the classes by number, or None if only a full scan determines the classes."""
-        return None
+        return ()
 
 
 class RangeSource(Source):
-    """A source whose images are byte ranges of files in a folder."""
+    """A source whose images are byte ranges of files in a folder: by default the images at any depth, without labels."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
+
+    def fingerprint(self) -> str:
+        return content_digest(self.folder, (file for file in self.folder.list() if is_image(file.name)))
+
+    def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
+        for file in self.folder.list(unit):
+            if is_image(file.name):
+                yield Entry(file.name, file.name, 0, file.size)
+            else:
+                findings.add("other files", file.name)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[bytes]:
         with ThreadPoolExecutor(_READING_THREADS) as pool:

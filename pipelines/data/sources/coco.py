@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
-from pipelines.data.sources.base import Entry, Findings, RangeSource, content_digest, is_image
+from pipelines.data.sources.base import Entry, Findings, RangeSource
 from pipelines.storage.base import Folder, StorageError, digest_of
 from pipelines.storage.open import open_folder
 from pipelines.storage.s3_client import S3Config
@@ -47,24 +48,14 @@ class CocoSource(RangeSource):
         return captions
 
     def fingerprint(self) -> str:
-        images = content_digest(self.folder, (file for file in self.folder.list() if is_image(file.name)))
-        return digest_of([images, hashlib.sha256(self._content).hexdigest()])
-
-    def known_classes(self) -> Sequence[str]:
-        return ()
-
-    def units(self) -> Sequence[str]:
-        return ("",)
+        return digest_of([super().fingerprint(), hashlib.sha256(self._content).hexdigest()])
 
     def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
         captions = dict(self._captions)
-        for file in self.folder.list():
-            if not is_image(file.name):
-                findings.add("other files", file.name)
-                continue
-            own = captions.pop(file.name, [])
+        for entry in super().scan(unit, findings):
+            own = captions.pop(entry.key, [])
             if not own:
-                findings.add("images without captions", file.name)
-            yield Entry(file.name, file.name, 0, file.size, captions=tuple(own))
+                findings.add("images without captions", entry.key)
+            yield replace(entry, captions=tuple(own))
         for name in sorted(captions):
             findings.add("captions of absent images", name)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.sources.base import MAX_LABEL, Source
+from enat.config import check_choices
+from pipelines.data.sources.base import MAX_LABEL, RangeSource, Source
 from pipelines.storage.base import StorageError
 from pipelines.storage.open import open_folder
 from pipelines.storage.s3_client import S3Config
@@ -35,8 +36,7 @@ class DatasetConfig:
     """Access to the bucket."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"dataset.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        check_choices(self, key="dataset.", kind=KINDS)
         if self.kind != "digits" and not self.path:
             raise ValueError(f"dataset.kind is {self.kind}, so dataset.path must name the folder or bucket of the images")
         if (self.kind == "coco") != (self.captions is not None):
@@ -74,7 +74,7 @@ def open_source(config: DatasetConfig) -> Source:
     if config.kind == "image_folder":
         return folders.ClassFolderSource(folder)
     if config.kind == "images":
-        return folders.PlainSource(folder)
+        return RangeSource(folder)
     if config.kind == "tar":
         return tar.TarSource(folder, file_name)
     if config.kind == "parquet":

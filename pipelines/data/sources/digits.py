@@ -35,9 +35,6 @@ class DigitsSource(Source):
     def known_classes(self) -> Sequence[str]:
         return tuple(map(str, range(10)))
 
-    def units(self) -> Sequence[str]:
-        return ("",)
-
     def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
         for index, label in enumerate(self._digits[1]):
             yield Entry(f"digit-{index:04d}", "", index, 0, int(label))

@@ -1,8 +1,9 @@
-"""Folders of image files: one folder per class (as ImageNet is unpacked), or without classes."""
+"""Folders of image files, one per class, as ImageNet is unpacked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from pipelines.data.sources.base import Entry, Findings, RangeSource, content_digest, is_image
@@ -46,29 +47,5 @@ class ClassFolderSource(RangeSource):
                 if name.rstrip("/") not in self.class_names:
                     findings.add("other files", name)
             return
-        label = self.class_names.index(unit)
-        for file in self.folder.list(f"{unit}/"):
-            if is_image(file.name):
-                yield Entry(file.name, file.name, 0, file.size, label)
-            else:
-                findings.add("other files", file.name)
-
-
-class PlainSource(RangeSource):
-    """Images at any depth, without labels."""
-
-    def fingerprint(self) -> str:
-        return content_digest(self.folder, (file for file in self.folder.list() if is_image(file.name)))
-
-    def known_classes(self) -> Sequence[str]:
-        return ()
-
-    def units(self) -> Sequence[str]:
-        return ("",)
-
-    def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
-        for file in self.folder.list():
-            if is_image(file.name):
-                yield Entry(file.name, file.name, 0, file.size)
-            else:
-                findings.add("other files", file.name)
+        for entry in super().scan(f"{unit}/", findings):
+            yield replace(entry, label=self.class_names.index(unit))

@@ -5,7 +5,6 @@ Scanning reads the headers and records where each image begins, so that single i
 
 from __future__ import annotations
 
-import io
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -43,6 +42,9 @@ class TarSource(RangeSource):
                         f"{file.name} in {self.folder.uri} is compressed, so single images cannot be read from it; decompress it"
                     )
                 yield file
+
+    def known_classes(self) -> None:
+        return None
 
     def fingerprint(self) -> str:
         return content_digest(self.folder, self._shards())
@@ -94,12 +96,12 @@ class TarSource(RangeSource):
 def _members(file: BinaryIO, place: str) -> Iterator[tarfile.TarInfo]:
     """All members of a tar file. Raises ValueError if the file is damaged, truncated or hostile."""
     try:
-        with tarfile.open(fileobj=_Limited(file), mode="r:") as archive:
+        with tarfile.open(fileobj=_Limited(file), mode="r:") as archive:  # type: ignore[call-overload]
             while (member := archive.next()) is not None:
                 if member.size < 0:  # would lead back to an earlier header and loop forever
                     raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
                 member.name.encode()
-                archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+                archive.members.clear()  # tarfile would keep them all
                 yield member
             # tarfile takes a damaged header for the end of the file and silently drops the members after it.
             file.seek(archive.offset)
@@ -114,25 +116,13 @@ def _members(file: BinaryIO, place: str) -> Iterator[tarfile.TarInfo]:
         raise ValueError(f"{place} is not a complete tar file ({error}); create it again") from error
 
 
-class _Limited(io.BufferedIOBase):
+class _Limited:
     """A file that limits each read to the size of a header. tarfile seeks over the data between headers."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        self._file, self.seek, self.tell = file, file.seek, file.tell
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= _MAX_HEADER:
             raise tarfile.ReadError(f"a header asks for {size} bytes")
         return self._file.read(size)
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(position, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True

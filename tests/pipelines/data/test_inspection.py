@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,42 +38,17 @@ def _commit(store: ArtifactStore, stage: str, key: str, folder: Path, **fields: 
 
 def _shown(store: ArtifactStore, manifest: Manifest) -> str:
     text = io.StringIO()
-    inspection.show(store, manifest, Console(file=text, width=1000))
+    Console(file=text, width=1000).print(inspection.facts_table(store, manifest), highlight=False)
     return text.getvalue()
 
 
 # Finding -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def store(local_store: ArtifactStore, tmp_path: Path) -> ArtifactStore:
-    for stage, key in (("train", KEYS[0]), ("train", KEYS[1]), ("generate", KEYS[0]), ("report", KEYS[2])):
-        _commit(local_store, stage, key, tmp_path)
-    return local_store
-
-
-def test_an_artifact_is_found_by_the_beginning_of_its_key(store: ArtifactStore) -> None:
-    for name, found in (
-        ("def", ("report", KEYS[2])),
-        ("abc2", ("train", KEYS[1])),
-        ("generate/abc", ("generate", KEYS[0])),
-        ("generate/", ("generate", KEYS[0])),
-        (f"train/{KEYS[0]}", ("train", KEYS[0])),
-    ):
-        manifest = inspection.find(store, name)
-        assert (manifest.stage, manifest.key) == found
-    for name in ("abcd", "train/def", "trai/abc1", "bc1"):
-        with pytest.raises(StorageError, match=rf"{store.uri} .*begins with {name}"):
-            inspection.find(store, name)
-    for name, among in (("abc1", "generate/abc100000000, train/abc1"), ("train/abc", "train/abc1.*, train/abc2")):
-        with pytest.raises(StorageError, match=rf"{name} .*{among}"):
-            inspection.find(store, name)
-
-
 # Showing -------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_facts_of_a_manifest_are_shown(local_store: ArtifactStore, tmp_path: Path) -> None:
+def test_facts_of_a_manifest_are_shown(local_store, tmp_path):
     source = {"stage": "train", "key": KEYS[0], "digest": "d" * 64}
     manifest = _commit(
         local_store,
@@ -101,7 +75,7 @@ def test_the_facts_of_a_manifest_are_shown(local_store: ArtifactStore, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def images(make_image_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(make_image_folder, tmp_path_factory):
     """Six photographs, and two files that are none."""
     root = make_image_folder(tmp_path_factory.mktemp("inspected") / "images", per_class=3)
     (root / "china" / "[bold]text.jpg").write_text("no image")
@@ -110,15 +84,13 @@ def images(make_image_folder: Callable[..., Path], tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="module")
-def token_map(
-    ray_cluster, tiny_nodes, make_session, images: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ArtifactStore, Manifest]:
+def token_map(ray_cluster, tiny_nodes, make_session, images, tmp_path_factory):
     store = open_store(str(tmp_path_factory.mktemp("store")))
     overrides = (f"dataset.path={images}", "token_map.max_quarantine_share=0.5", "token_map.shard_size=3")
     return store, driver.execute(tiny_nodes(*overrides, until="token_map"), make_session(store))[-1].manifest
 
 
-def test_a_token_map_is_shown_with_its_codebook_and_what_is_quarantined(token_map) -> None:
+def test_token_map_is_shown_with_its_codebook_and_what_is_quarantined(token_map):
     store, manifest = token_map
     text = _shown(store, manifest)
     assert f"{manifest.metrics['code_usage']:.1%} of 32 codes in use, perplexity {manifest.metrics['code_perplexity']:.1f}" in text
@@ -127,7 +99,7 @@ def test_a_token_map_is_shown_with_its_codebook_and_what_is_quarantined(token_ma
     assert f"{size / 6:,.1f}" in text and manifest.inputs["tokenizer"]["key"][:12] in text
 
 
-def test_many_quarantined_images_are_shown_in_part(local_store: ArtifactStore, tmp_path: Path) -> None:
+def test_many_quarantined_images_are_shown_in_part(local_store, tmp_path):
     write_quarantine(tmp_path / QUARANTINE, [(f"{number:02d}.jpg", "it is empty") for number in range(12)])
     file = local_store.put_file("token_map", KEYS[0], QUARANTINE, tmp_path / QUARANTINE)
     summary = summary_of("token_map", info={"codebook_size": 32}, rows=0)
@@ -164,7 +136,7 @@ def _expected(root: Path, vqgan: Any) -> tuple[np.ndarray, np.ndarray]:
     return crops, to_uint8(vqgan.decode(codes)).permute(0, 2, 3, 1).numpy()
 
 
-def test_a_contact_sheet_shows_each_image_beside_what_its_codes_decode_to(token_map, images: Path, vqgan, tmp_path: Path) -> None:
+def test_contact_sheet_shows_each_image_beside_what_its_codes_decode_to(token_map, images, vqgan, tmp_path):
     inspection.write_contact_sheet(*token_map, tmp_path / "deep" / "sheet.png", 24)
     assert (tmp_path / "deep" / "sheet.png").read_bytes().startswith(b"\x89PNG")
     assert Image.open(tmp_path / "deep" / "sheet.png").size[1] == 96 + 4
@@ -175,14 +147,12 @@ def test_a_contact_sheet_shows_each_image_beside_what_its_codes_decode_to(token_
     assert (tiles[0::2] != tiles[1::2]).any()
 
 
-def test_fewer_images_are_evenly_spaced_and_the_first_and_last_are_among_them(
-    token_map, images: Path, vqgan, tmp_path: Path
-) -> None:
+def test_fewer_images_are_evenly_spaced_and_the_first_and_last_are_among_them(token_map, images, vqgan, tmp_path):
     inspection.write_contact_sheet(*token_map, tmp_path / "sheet.png", 3)
     np.testing.assert_array_equal(_tiles(tmp_path / "sheet.png", 6)[0::2], _enlarged(_expected(images, vqgan)[0][[0, 2, 5]]))
 
 
-def test_a_source_image_that_no_longer_exists_is_black(token_map, images: Path, vqgan, tmp_path: Path) -> None:
+def test_source_image_that_no_longer_exists_is_black(token_map, images, vqgan, tmp_path):
     """If the folder was moved, and if a single image was removed."""
     decoded = _enlarged(_expected(images, vqgan)[1])
     moved = shutil.move(images, tmp_path / "elsewhere")
@@ -204,7 +174,7 @@ def test_a_source_image_that_no_longer_exists_is_black(token_map, images: Path, 
     assert not tiles[0].any() and all(tile.any() for tile in tiles[2::2])
 
 
-def test_a_contact_sheet_needs_a_token_map_and_its_tokenizer(token_map, local_store: ArtifactStore, tmp_path: Path) -> None:
+def test_contact_sheet_needs_a_token_map_and_its_tokenizer(token_map, local_store, tmp_path):
     store, manifest = token_map
     gone = {**manifest.inputs, "tokenizer": {**manifest.inputs["tokenizer"], "key": KEYS[0]}}
     with pytest.raises(StorageError, match=r"no longer has tokenizer/abc100000000, the tokenizer"):
@@ -213,3 +183,18 @@ def test_a_contact_sheet_needs_a_token_map_and_its_tokenizer(token_map, local_st
     with pytest.raises(ValueError, match=r"a contact sheet shows a token map; train/abc100000000"):
         inspection.write_contact_sheet(local_store, other, tmp_path / "sheet.png", 6)
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_artifact_is_found_by_the_beginning_of_its_key(local_store, tmp_path):
+    for stage, key in (("train", KEYS[0]), ("train", KEYS[1]), ("generate", KEYS[0]), ("report", KEYS[2])):
+        _commit(local_store, stage, key, tmp_path)
+    names = {"def": "report/def0", "abc2": "train/abc2", "generate/": "generate/abc1", f"train/{KEYS[0]}": "train/abc1"}
+    for name, found in names.items():
+        manifest = inspection.find(local_store, name)
+        assert f"{manifest.stage}/{manifest.key[:4]}" == found
+    for name in ("abcd", "train/def", "trai/abc1", "bc1"):
+        with pytest.raises(StorageError, match=rf"{local_store.uri} .*begins with {name}"):
+            inspection.find(local_store, name)
+    for name, among in (("abc1", "generate/abc100000000, train/abc1"), ("train/abc", "train/abc1.*, train/abc2")):
+        with pytest.raises(StorageError, match=rf"{name} .*{among}"):
+            inspection.find(local_store, name)

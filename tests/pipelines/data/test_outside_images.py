@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-from digits_run import DIGITS, TINY_DIGITS, CommandLineRun
+from digits_run import DIGITS, TINY_DIGITS
 from PIL import Image
 
 from pipelines.data.image_sets import ImageSetConfig, find_resolution
@@ -18,7 +15,7 @@ from pipelines.run import graph
 
 
 @pytest.fixture(scope="module")
-def images(digits_run: CommandLineRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(digits_run, tmp_path_factory):
     """Samples of the real run as somebody else would hand them on: PNG files."""
     planned = digits_run.planned()
     samples, tokenizer, reference = (planned[name].manifest for name in ("generate", "tokenizer", "reference"))
@@ -29,7 +26,7 @@ def images(digits_run: CommandLineRun, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def test_the_stages_are_those_of_the_run_and_nothing_is_trained(images: Path, tmp_path: Path) -> None:
+def test_stages_are_those_of_the_run_and_nothing_is_trained(images, tmp_path):
     run = run_config.load_run(DIGITS, (*TINY_DIGITS, f"workspace={tmp_path}", "targets=[reference]"))
     nodes = {node.id: node for node in graph.build_evaluation(run, ImageSetConfig(path=str(images), name="other"))}
     own = {node.id: node for node in graph.build(run)}
@@ -38,7 +35,7 @@ def test_the_stages_are_those_of_the_run_and_nothing_is_trained(images: Path, tm
     assert nodes["evaluate"].inputs == {"samples": "images", "reference": "reference"} and nodes["evaluate"].config.judge is None
 
 
-def test_a_reference_of_adm_needs_no_dataset(images: Path, tmp_path: Path) -> None:
+def test_reference_of_adm_needs_no_dataset(images, tmp_path):
     npz = tmp_path / "adm.npz"
     npz.write_bytes(b"its digest is part of the key")
     run = run_config.load_run(None, ("name=it", f"reference.npz={npz}", "reference.extractor=inception", "targets=[reference]"))
@@ -49,7 +46,7 @@ def test_a_reference_of_adm_needs_no_dataset(images: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.faults  # two commands with Ray
-def test_the_same_pixels_get_the_same_scores(digits_run: CommandLineRun, images: Path, enat: Callable[..., Any]) -> None:
+def test_same_pixels_get_the_same_scores(digits_run, images, enat):
     arguments = ("--samples", images, "--name", "somebody's", "--config", DIGITS, "--json", f"workspace={digits_run.workspace}")
     answer = enat("evaluate", *arguments, *TINY_DIGITS)
     assert answer.returncode == 0, answer.stderr
@@ -65,7 +62,7 @@ def test_the_same_pixels_get_the_same_scores(digits_run: CommandLineRun, images:
 
 
 @pytest.mark.faults
-def test_images_that_are_not_there_are_bad_input(enat: Callable[..., Any], tmp_path: Path) -> None:
+def test_missing_images_are_bad_input(enat, tmp_path):
     values = (f"workspace={tmp_path / 'runs'}", "tracking.enabled=false", *TINY_DIGITS)
     answer = enat("evaluate", "--samples", tmp_path / "nothing", "--name", "none", "--config", DIGITS, *values)
     assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "nothing" in answer.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 from summaries import summary_of
 
 from pipelines.artifacts.manifest import FileRecord, Manifest
-from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.samples import (
     NONE,
     Samples,
@@ -27,14 +24,14 @@ from pipelines.data.samples import (
 )
 
 
-def test_seeds_of_neighbouring_samples_and_runs_share_nothing() -> None:
+def test_seeds_of_neighbouring_samples_and_runs_share_nothing():
     seeds = [sample_seed(run, index) for run in range(20) for index in range(500)]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
     bits = np.array([[seed >> bit & 1 for bit in range(63)] for seed in seeds])
     assert abs(bits.mean(axis=0) - 0.5).max() < 0.03  # six standard deviations
 
 
-def test_labels_are_all_classes_in_turn_or_the_given_ones() -> None:
+def test_labels_are_all_classes_in_turn_or_the_given_ones():
     labels = [sample_label(index, 1000) for index in range(50_000)]
     assert np.bincount(labels).tolist() == [50] * 1000 and labels[:3] == [0, 1, 2]
     assert [sample_label(index, 10, (7, 7, 1)) for index in range(7)] == [7, 7, 1, 7, 7, 1, 7]
@@ -56,7 +53,7 @@ def plain_rounds(counts: list[int], order: np.ndarray) -> list[list[int]]:
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(0, 2**63 - 1))
-def test_captions_come_one_of_each_image_before_a_second_of_any(counts: list[int], seed: int) -> None:
+def test_captions_come_one_of_each_image_before_a_second_of_any(counts, seed):
     first = np.cumsum([0, *counts[:-1]])
     order = caption_order(first, sum(counts), seed)
     assert sorted(order.tolist()) == list(range(sum(counts))), "each caption once"
@@ -68,7 +65,7 @@ def test_captions_come_one_of_each_image_before_a_second_of_any(counts: list[int
     np.testing.assert_array_equal(order, caption_order(first, sum(counts), seed))
 
 
-def test_which_caption_of_an_image_comes_first_is_drawn_evenly_and_by_the_seed() -> None:
+def test_which_caption_of_an_image_comes_first_is_drawn_evenly_and_by_the_seed():
     first = np.arange(0, 5000, 5)
     chosen = caption_order(first, 5000, seed=1)[:1000]
     counts = np.bincount(chosen % 5)
@@ -80,7 +77,7 @@ def test_which_caption_of_an_image_comes_first_is_drawn_evenly_and_by_the_seed()
 # Rows and masks ------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_drawn_without_one_coming_twice_before_all_were_there() -> None:
+def test_every_row_is_drawn_once_before_any_is_drawn_twice():
     rows = drawn_rows(10, 25, seed=4)
     assert sorted(rows[:10]) == list(range(10)) and rows[10:20].tolist() == rows[:10].tolist() and len(rows) == 25
     assert (
@@ -89,7 +86,7 @@ def test_rows_are_drawn_without_one_coming_twice_before_all_were_there() -> None
     )
 
 
-def test_masked_positions_are_even_and_each_sample_s_own() -> None:
+def test_masked_positions_are_even_and_each_sample_own():
     positions = [masked_positions(seed, 16, 4) for seed in range(4000)]
     assert all(len(set(some.tolist())) == 4 for some in positions)
     counts = np.bincount(np.concatenate(positions), minlength=16)
@@ -113,7 +110,7 @@ def make_samples(start: int, count: int, captions: bool = False) -> Samples:
     )
 
 
-def test_codes_beyond_16_bits_are_refused_and_not_wrapped(tmp_path: Path) -> None:
+def test_codes_beyond_16_bits_are_refused_and_not_wrapped(tmp_path):
     part = make_samples(0, 3)
     part.codes[1, 2] = 65_536
     with pytest.raises(ValueError, match="16 bits per code"):
@@ -122,7 +119,7 @@ def test_codes_beyond_16_bits_are_refused_and_not_wrapped(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("captions", [False, True])
-def test_samples_are_read_as_they_were_written(local_store: ArtifactStore, tmp_path: Path, captions: bool) -> None:
+def test_samples_are_read_as_they_were_written(local_store, tmp_path, captions):
     parts = [make_samples(0, 8, captions), make_samples(8, 8, captions), make_samples(16, 3, captions)]
     records: list[FileRecord] = []
     for number, part in enumerate(parts):

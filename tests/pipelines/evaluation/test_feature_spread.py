@@ -6,9 +6,8 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from enat.metrics.moments import FeatureMoments, frechet_distance
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
-from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import features as evaluation_features
 from pipelines.evaluation.extractors import ExtractorFile
@@ -36,12 +34,12 @@ CPUS = {1: 2, 2: 1, 4: 0.5}  # of each worker; the cluster has two. With one wor
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _workers_need_no_test_modules() -> None:
+def _workers_need_no_test_modules():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _small_blocks_and_parts() -> Iterator[None]:
+def _small_blocks_and_parts():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation_features, "BLOCK_SIZE", BLOCK)
         patch.setattr(evaluation_features, "_BLOCKS_PER_PART", 2)
@@ -61,12 +59,12 @@ class LateImages:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+def digits(tmp_path_factory):
     return open_dataset(DatasetConfig(), open_store(str(tmp_path_factory.mktemp("digits"))))
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> ExtractorFile:
+def network(tmp_path_factory):
     """A stored network with random weights. The last bits of its features depend on the rest of the batch."""
     store, folder = open_store(str(tmp_path_factory.mktemp("extractor"))), tmp_path_factory.mktemp("file")
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +84,7 @@ class Expected:
 
 
 @pytest.fixture(scope="module")
-def expected(digits: Dataset, network: ExtractorFile) -> Expected:
+def expected(digits, network):
     extractor, num_threads = network.load(), torch.get_num_threads()
     torch.set_num_threads(1)
     sets = []
@@ -103,12 +101,12 @@ def expected(digits: Dataset, network: ExtractorFile) -> Expected:
 
 @pytest.fixture(scope="module")
 def computed(
-    digits: Dataset,
-    network: ExtractorFile,
-    ray_cluster: None,
-    make_context: Callable[..., Any],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[..., tuple[ArtifactStore, FeatureSet]]:
+    digits,
+    network,
+    ray_cluster,
+    make_context,
+    tmp_path_factory,
+):
     """Run the job once for each distribution of the work."""
 
     @functools.cache
@@ -136,7 +134,7 @@ def _bits(store: ArtifactStore, found: FeatureSet) -> tuple[Any, ...]:
     return moments.mean.tobytes(), moments.covariance.tobytes(), tuple(file.sha256 for file in found.files)
 
 
-def test_the_distance_is_that_of_all_features_at_once(computed, expected: Expected) -> None:
+def test_distance_is_that_of_all_features_at_once(computed, expected):
     """On one worker with two threads. The fault tests distribute it otherwise."""
     store, found = computed(1, 64)
     check(store, found, expected)
@@ -146,13 +144,13 @@ def test_the_distance_is_that_of_all_features_at_once(computed, expected: Expect
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("num_workers", "batch_size"), [(1, 1), (2, 8), (4, 1), (4, 64)])
-def test_the_distribution_of_the_work_changes_no_bit(computed, expected: Expected, num_workers: int, batch_size: int) -> None:
+def test_distribution_of_the_work_changes_no_bit(computed, expected, num_workers, batch_size):
     check(*computed(num_workers, batch_size), expected)
     assert _bits(*computed(num_workers, batch_size)) == _bits(*computed(1, 64))
 
 
 @pytest.mark.faults
-def test_blocks_that_return_in_another_order_change_no_bit(computed, expected: Expected) -> None:
+def test_blocks_that_return_in_another_order_change_no_bit(computed, expected):
     check(*computed(4, 8, is_late=True), expected)
     assert _bits(*computed(4, 8, is_late=True)) == _bits(*computed(1, 64))
 
@@ -180,7 +178,7 @@ def _written(records: list[dict[str, Any]], store: ArtifactStore, make_context: 
 
 
 @pytest.mark.parametrize("order", ["backwards", "shuffled"])
-def test_moments_do_not_depend_on_the_order_of_arrival(expected: Expected, order: str, make_context, tmp_path: Path) -> None:
+def test_moments_do_not_depend_on_the_order_of_arrival(expected, order, make_context, tmp_path):
     records = _records(expected.features)
     arrived = records[::-1]
     if order == "shuffled":
@@ -198,7 +196,7 @@ def _files(store: ArtifactStore) -> list[Any]:
     return [evaluation_features.FileRecord(**record["file"]) for record in store.read_parts("evaluate", KEY).values()]
 
 
-def test_the_driver_adds_a_few_blocks_at_once(expected: Expected, make_context, local_store, monkeypatch) -> None:
+def test_driver_adds_a_few_blocks_at_once(expected, make_context, local_store, monkeypatch):
     """It holds no float64 copy of a whole part."""
     sizes, add = [], FeatureMoments.add
     monkeypatch.setattr(FeatureMoments, "add", lambda self, rows: (sizes.append(len(rows)), add(self, rows))[1])
@@ -206,7 +204,7 @@ def test_the_driver_adds_a_few_blocks_at_once(expected: Expected, make_context, 
     assert sizes == [32, 32, 32, 32, 22]
 
 
-def test_parts_are_of_bounded_size(monkeypatch) -> None:
+def test_parts_are_of_bounded_size(monkeypatch):
     monkeypatch.setattr(evaluation_features, "BLOCK_SIZE", 256)
     monkeypatch.setattr(evaluation_features, "_BLOCKS_PER_PART", 4)
     for num_images in (1, 1024, 50_000, 262_144, 1_281_167):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +19,6 @@ from hypothesis import strategies as st
 from layouts import open_dataset
 from safetensors.numpy import load_file
 
-from enat.metrics.classifier import ClassifierExtractor
 from pipelines.artifacts.manifest import WORK
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -29,9 +26,8 @@ from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import features
-from pipelines.evaluation.extractors import ExtractorFile
 from pipelines.evaluation.features import BLOCK_SIZE, FeatureSet, FeatureSpec, compute_features, drawn_evenly, read_rows
-from pipelines.evaluation.readers import Decoded, PixelBlocks, SourceImages, read_images
+from pipelines.evaluation.readers import Decoded, PixelBlocks, SourceImages
 from pipelines.storage.local import LocalFolder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -108,12 +104,12 @@ class StoppingStore(ArtifactStore):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _workers_need_no_test_modules() -> None:
+def _workers_need_no_test_modules():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _a_part_is_a_block() -> Iterator[None]:
+def _a_part_is_a_block():
     """A few images make several parts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "_BLOCKS_PER_PART", 1)
@@ -121,53 +117,21 @@ def _a_part_is_a_block() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+def digits(tmp_path_factory):
     return open_dataset(DatasetConfig(), open_store(str(tmp_path_factory.mktemp("digits"))))
 
 
 NUM_IMAGES = 600  # two whole blocks and a piece of a third
 
 
-@pytest.fixture(scope="module")
-def small_classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArtifactStore, ExtractorFile]:
-    """A stored network with random weights. The last bits of its features depend on the batch."""
-    store, folder = open_store(str(tmp_path_factory.mktemp("extractor"))), tmp_path_factory.mktemp("file")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ClassifierExtractor(10).eval().save(folder / "extractor.safetensors")
-    record = store.put_file("reference", "k", "extractor.safetensors", folder / "extractor.safetensors")
-    return store, ExtractorFile.of(store, "classifier", "reference", "k", record)
-
-
-@pytest.fixture(scope="module")
-def computed(
-    digits: Dataset, small_classifier: Any, make_context: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[ArtifactStore, FeatureSet]]:
-    """Run the job once for each number of workers, batch size and CPUs of a worker."""
-
-    @functools.cache
-    def run(num_workers: int, batch_size: int, cpus: int = 1) -> tuple[ArtifactStore, FeatureSet]:
-        store = open_store(str(tmp_path_factory.mktemp("store")))
-        execution = Execution(num_workers=num_workers, worker_batch_size=batch_size, cpus_per_worker=cpus)
-        spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=16)
-        reader = PixelBlocks(SourceImages(digits, 16))
-        return store, compute_features(reader, spec, small_classifier[1], execution, make_context(store, "evaluate", KEY))
-
-    return run
-
-
-def test_device_seconds_are_those_of_all_devices_that_workers_hold(
-    digits: Dataset, small_classifier, computed, make_context
-) -> None:
+def test_device_seconds_count_all_devices_that_workers_hold(digits, local_store, make_context):
     """All parts are committed, so the test needs no GPU. Loading images uses none."""
-    store, found = computed(2, 8)
-    spec, reader = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=16), PixelBlocks(SourceImages(digits, 16))
-    one, other = (
-        compute_features(reader, spec, small_classifier[1], Execution(gpus_per_worker=count), make_context(store, "evaluate", KEY))
-        for count in (1, 0.5)
-    )
-    assert one.worker_seconds == other.worker_seconds == found.worker_seconds
-    assert other.device_seconds == pytest.approx(0.5 * one.device_seconds) and 0 < one.device_seconds < found.worker_seconds
+    context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64)
+    found, one, half = (_sums(digits, context, spec, gpus_per_worker=count) for count in (0, 1, 0.5))
+    assert one.worker_seconds == half.worker_seconds == found.worker_seconds
+    assert half.device_seconds == pytest.approx(0.5 * one.device_seconds) and 0 < one.device_seconds < found.worker_seconds
+    with pytest.raises(ValueError, match="num_images is 0"):
+        FeatureSpec(num_images=0, images_per_pass=1)
 
 
 class SlowPixels(PixelBlocks):
@@ -187,7 +151,7 @@ class SlowExtractor(SumsExtractor):
         return super().__call__(images)
 
 
-def test_decoding_time_is_measured_separately(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
+def test_decoding_time_is_measured_separately(digits, local_store, make_context):
     spec = FeatureSpec(num_images=64, images_per_pass=32)
     context, reader = make_context(local_store, "evaluate", KEY), SlowPixels(SourceImages(digits, 16))
     found = compute_features(reader, spec, SlowExtractor(), Execution(), context)
@@ -202,9 +166,7 @@ def _sums(
 
 
 @pytest.mark.faults
-def test_the_requested_rows_are_kept_and_moments_are_of_all_images(
-    digits: Dataset, local_store: ArtifactStore, make_context
-) -> None:
+def test_requested_rows_are_kept_and_moments_are_of_all_images(digits, local_store, make_context):
     kept = drawn_evenly(NUM_IMAGES, 50, seed=1)
     spec = FeatureSpec(num_images=NUM_IMAGES, images_per_pass=32, kept=kept)
     found = _sums(digits, make_context(local_store, "reference", KEY), spec)
@@ -217,26 +179,20 @@ def test_the_requested_rows_are_kept_and_moments_are_of_all_images(
         np.testing.assert_allclose(found.moments[name].mean, values.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(found.moments[name].covariance, np.cov(values.T), rtol=1e-9)
     assert set(found.moments) == {"features", "spatial"}
-
-
-@pytest.mark.faults
-def test_no_rows_are_kept_if_none_are_requested(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
-    spec = FeatureSpec(num_images=20, images_per_pass=32, kept=np.empty(0, np.int64))
-    found = _sums(digits, make_context(local_store, "reference", KEY), spec)
+    none = FeatureSpec(num_images=20, images_per_pass=32, kept=np.empty(0, np.int64))
+    found = _sums(digits, make_context(local_store, "reference", "e" * 64), none)
     assert found.files == () and found.moments["features"].count == 20
 
 
 @pytest.mark.faults
-def test_every_pass_has_the_same_number_of_images(
-    digits: Dataset, local_store: ArtifactStore, make_context, tmp_path: Path
-) -> None:
+def test_every_pass_has_the_same_number_of_images(digits, local_store, make_context, tmp_path):
     spec = FeatureSpec(num_images=37, images_per_pass=16)
     _sums(digits, make_context(local_store, "evaluate", KEY), spec, extractor=SumsExtractor(str(tmp_path)), worker_batch_size=1)
     passes = [int(path.read_text()) for path in tmp_path.iterdir() if path.is_file()]
     assert passes == [16, 16, 16]
 
 
-def test_unreadable_images_are_left_out(broken_image_folder: Path, local_store: ArtifactStore, make_context) -> None:
+def test_unreadable_images_are_left_out(broken_image_folder, local_store, make_context):
     """The token map leaves out the same images."""
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(broken_image_folder)), local_store)
     images, _ = dataset.load_images(16, 0, 14)
@@ -248,7 +204,7 @@ def test_unreadable_images_are_left_out(broken_image_folder: Path, local_store: 
 
 
 @pytest.mark.faults
-def test_a_set_without_a_readable_image_is_an_error(tmp_path: Path, local_store: ArtifactStore, make_context) -> None:
+def test_set_without_a_readable_image_is_an_error(tmp_path, local_store, make_context):
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "text.jpg").write_text("this is not an image")
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(tmp_path / "images")), local_store)
@@ -256,7 +212,7 @@ def test_a_set_without_a_readable_image_is_an_error(tmp_path: Path, local_store:
         _sums(dataset, make_context(local_store, "reference", KEY), FeatureSpec(num_images=1, images_per_pass=4))
 
 
-def test_features_that_are_not_finite_are_an_error(digits: Dataset, local_store: ArtifactStore, make_context) -> None:
+def test_features_that_are_not_finite_are_an_error(digits, local_store, make_context):
     context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=20, images_per_pass=32)
     with pytest.raises((ValueError, ray.exceptions.RayTaskError), match=r"logits of images 0 to 19 .*not finite") as caught:
         _sums(digits, context, spec, extractor=WrongExtractor(wrong="nan"))
@@ -266,10 +222,10 @@ def test_features_that_are_not_finite_are_an_error(digits: Dataset, local_store:
 @pytest.mark.parametrize(
     ("wrong", "reason"), [("width", r"width 5 for spatial.* \(20, 4\)"), ("nothing", "width 24 for features.*nothing")]
 )
-def test_an_extractor_with_other_outputs_than_declared_is_an_error(digits: Dataset, wrong: str, reason: str) -> None:
+def test_extractor_with_other_outputs_than_declared_is_an_error(digits, wrong, reason):
     reader, spec = PixelBlocks(SourceImages(digits, 16)), FeatureSpec(num_images=20, images_per_pass=32)
     block = {name: np.array([value]) for name, value in {"block": 0, "part": 0, "start": 0, "stop": 20}.items()}
-    loaded = np.array(features._Load(reader)(block)["block"], object)
+    loaded = np.array(features._load(block, reader)["block"], object)
     with pytest.raises(ValueError, match=f"{reason}.* images 0 to 19"):
         features._Extract(reader, spec, WrongExtractor(wrong=wrong), Execution())({"block": loaded})
 
@@ -280,7 +236,7 @@ MANY = 400  # a whole part and a piece of a second one, of one block each
 
 
 @pytest.fixture(scope="module")
-def undisturbed(digits: Dataset, make_context: Callable[..., Any], tmp_path_factory) -> FeatureSet:
+def undisturbed(digits, make_context, tmp_path_factory):
     store = open_store(str(tmp_path_factory.mktemp("undisturbed")))
     return _sums(digits, make_context(store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64))
 
@@ -293,9 +249,7 @@ def _same(found: FeatureSet, expected: FeatureSet) -> None:
 
 
 @pytest.mark.faults
-def test_features_survive_a_killed_worker(
-    digits: Dataset, local_store, make_context, undisturbed: FeatureSet, tmp_path: Path
-) -> None:
+def test_features_survive_a_killed_worker(digits, local_store, make_context, undisturbed, tmp_path):
     reader = DyingImages(SourceImages(digits, 16), BLOCK_SIZE, str(tmp_path / "killed"))
     context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64)
     _same(_sums(digits, context, spec, reader=reader), undisturbed)
@@ -303,9 +257,7 @@ def test_features_survive_a_killed_worker(
 
 
 @pytest.mark.faults
-def test_a_stopped_job_resumes_after_its_committed_parts(
-    digits: Dataset, local_store, make_context, undisturbed: FeatureSet, tmp_path: Path
-) -> None:
+def test_stopped_job_resumes_after_its_committed_parts(digits, local_store, make_context, undisturbed, tmp_path):
     context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64)
     with pytest.raises(KeyboardInterrupt):
         _sums(digits, make_context(StoppingStore(local_store.folder), "evaluate", KEY), spec)
@@ -328,7 +280,7 @@ class FailingStore(ArtifactStore):
         raise OSError("no space left")
 
 
-def test_no_part_is_written_after_one_that_failed(tmp_path: Path, make_context) -> None:
+def test_no_part_is_written_after_one_that_failed(tmp_path, make_context):
     parts = [range(0, BLOCK_SIZE), range(BLOCK_SIZE, MANY)]
     blocks = [
         {"part": number, "start": part.start, "images": len(part), "outputs": features._Outputs(len(part))}
@@ -343,7 +295,7 @@ def test_no_part_is_written_after_one_that_failed(tmp_path: Path, make_context) 
 
 
 @pytest.mark.faults
-def test_intermediate_moments_are_not_part_of_the_artifact(undisturbed: FeatureSet) -> None:
+def test_intermediate_moments_are_not_part_of_the_artifact(undisturbed):
     assert [file.name for file in undisturbed.files] == ["features-00000.safetensors", "features-00001.safetensors"]
     assert not any(file.path.startswith(WORK) for file in undisturbed.files)
 
@@ -352,20 +304,10 @@ def test_intermediate_moments_are_not_part_of_the_artifact(undisturbed: FeatureS
 
 
 @given(num_images=st.integers(1, 400), count=st.integers(0, 500), seed=st.integers(0, 9))
-def test_one_index_is_drawn_from_each_interval(num_images: int, count: int, seed: int) -> None:
+def test_one_index_is_drawn_from_each_interval(num_images, count, seed):
     drawn = drawn_evenly(num_images, count, seed)
     assert len(drawn) == min(count, num_images) and (np.diff(drawn) > 0).all()
     if 0 < count < num_images:
         edges = np.arange(count + 1) * num_images // count
         assert ((edges[:-1] <= drawn) & (drawn < edges[1:])).all()
     np.testing.assert_array_equal(drawn, drawn_evenly(num_images, count, seed))
-
-
-def test_read_images_gives_the_images_of_the_reader(digits: Dataset) -> None:
-    images = read_images(PixelBlocks(SourceImages(digits, 16)), 3, 40, images_per_pass=16)
-    np.testing.assert_array_equal(images.numpy(), digits.load_images(16, 3, 40)[0])
-
-
-def test_no_images_are_an_error() -> None:
-    with pytest.raises(ValueError, match="num_images is 0"):
-        FeatureSpec(num_images=0, images_per_pass=1)

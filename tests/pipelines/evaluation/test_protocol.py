@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ def protocol(samples: Manifest, **given: Any) -> dict[str, Any]:
     return evaluation_protocol.protocol_of(reference, samples, ScoreSettings())
 
 
-def test_an_npz_with_equal_counts_of_labels_shares_a_table_with_our_samples(tmp_path: Path) -> None:
+def test_npz_with_equal_counts_of_labels_shares_a_table_with_our_samples(tmp_path):
     """Samples without labels, fewer samples, and samples of one class do not. Samples from real codes with different mask ratios
     share a table with a column for the ratio."""
     balanced = outside(scheme_of_labels(np.random.default_rng(0).permutation(50_000) % 1000))
@@ -90,7 +89,7 @@ def test_an_npz_with_equal_counts_of_labels_shares_a_table_with_our_samples(tmp_
     assert measured["a fifth"] != measured["two fifths"]
 
 
-def test_the_number_of_stored_reference_features_is_part_of_a_protocol() -> None:
+def test_number_of_stored_reference_features_is_part_of_a_protocol():
     assert protocol(ours(), num_kept=49_999) != protocol(ours())
     assert protocol(ours())["num_kept"] == 50_000
 
@@ -123,9 +122,7 @@ class CountingReader:
         (16, 10, 7, 64, 7, [7]),
     ],
 )
-def test_the_picture_decodes_only_what_it_shows(
-    side: int, num_classes: int, num_samples: int, images_per_pass: int, shown: int, passes: list[int]
-) -> None:
+def test_picture_decodes_only_what_it_shows(side, num_classes, num_samples, images_per_pass, shown, passes):
     reader = CountingReader(side)
     summary = summary_of("images", num_classes=num_classes, num_images=num_samples, resolution=side)
     samples = Manifest(stage="images", key="c" * 64, config={}, summary=summary, **FIELDS)

@@ -13,7 +13,7 @@ from random_weights import inception_state
 
 from enat.metrics.inception import InceptionExtractor
 from pipelines.cluster.resources import Execution
-from pipelines.evaluation.features import FeatureSpec, _Extract, _Load
+from pipelines.evaluation.features import FeatureSpec, _Extract, _load
 from pipelines.evaluation.readers import Decoded, run_pass
 from pipelines.sampling.fixed_batches import pass_pool
 
@@ -47,7 +47,7 @@ class Here:
         return self.extractor
 
 
-def test_inception_gives_every_image_its_own_spatial_features_in_parallel_passes() -> None:
+def test_inception_gives_every_image_its_own_spatial_features_in_parallel_passes():
     """The two passes wait for each other between the layer of these features and the end of the network."""
     extractor, images = InceptionExtractor(inception_state()), pixels(2, 32)
 
@@ -98,9 +98,9 @@ class ThreadSafeExtractor(CountingExtractor):
 
 
 @pytest.mark.parametrize(("extractor", "most"), [(CountingExtractor(), 1), (ThreadSafeExtractor(), 2)])
-def test_only_a_thread_safe_extractor_is_called_by_several_threads(extractor: CountingExtractor, most: int) -> None:
+def test_only_a_thread_safe_extractor_is_called_by_several_threads(extractor, most):
     reader, spec = Pixels(pixels(4, 2)), FeatureSpec(num_images=4, images_per_pass=2)
-    load, extract = _Load(reader), _Extract(reader, spec, Here(extractor), TWO_THREADS)
+    extract = _Extract(reader, spec, Here(extractor), TWO_THREADS)
     block = {name: np.array([value]) for name, value in {"block": 0, "part": 0, "start": 0, "stop": 4}.items()}
-    (record,) = extract({"block": np.array(load(block)["block"], object)})["record"]
+    (record,) = extract({"block": np.array(_load(block, reader)["block"], object)})["record"]
     assert record["images"] == 4 and extractor.most == most

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,7 +16,6 @@ from enat.config import ENATConfig
 from enat.images import to_uint8
 from enat.model import ENAT
 from enat.sampler_config import SamplerConfig
-from enat.tokenizer import VQGAN
 from pipelines.sampling import sample
 from pipelines.sampling.fixed_batches import fixed_numerics, in_a_pass, passes_at_once, split_into_passes
 from pipelines.sampling.models import Generator
@@ -27,7 +26,7 @@ SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 32, "num_heads":
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[Callable[[int], None]]:
+def threads():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield torch.set_num_threads
@@ -35,12 +34,12 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
-def generator(vqgan: VQGAN) -> Generator:
+def generator(vqgan):
     return Generator(randomized(ENAT(ENATConfig(**SIZES, num_classes=5))), vqgan, origin={}, sampler=SamplerConfig(num_steps=4))
 
 
 @given(start=st.integers(0, 100), count=st.integers(1, 100), images_per_pass=st.integers(1, 40))
-def test_a_sample_s_pass_and_row_are_its_index_s(start: int, count: int, images_per_pass: int) -> None:
+def test_sample_pass_and_row_are_its_index_s(start, count, images_per_pass):
     passes = split_into_passes(start, start + count, images_per_pass)
     assert [index for each in passes for index in each] == list(range(start, start + count))
     assert len({each.start // images_per_pass for each in passes}) == len(passes), "none in two parts"
@@ -52,7 +51,7 @@ def test_a_sample_s_pass_and_row_are_its_index_s(start: int, count: int, images_
         assert set(seen[0]) == set(index), "nothing that nobody wants"
 
 
-def test_passes_run_side_by_side_on_the_threads_of_a_cpu_alone() -> None:
+def test_passes_run_side_by_side_on_the_threads_of_a_cpu_alone():
     sizes = {"batch_size": 100, "images_per_pass": 32}
     assert [passes_at_once(device, **sizes, num_threads=8) for device in ("cpu", "cuda", "cuda:1")] == [3, 1, 1]
     assert passes_at_once("cpu", **sizes, num_threads=2) == 2
@@ -60,9 +59,7 @@ def test_passes_run_side_by_side_on_the_threads_of_a_cpu_alone() -> None:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_the_model_and_the_decoder_always_see_as_many_rows(
-    generator: Generator, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None], guidance_scale: float
-) -> None:
+def test_model_and_the_decoder_always_see_as_many_rows(generator, monkeypatch, threads, guidance_scale):
     labels: set[tuple[int, ...]] = set()
     decoded: list[int] = []
     generator.model.register_forward_pre_hook(lambda _, arguments: labels.add(tuple(arguments[1].tolist())))
@@ -84,9 +81,9 @@ def test_the_model_and_the_decoder_always_see_as_many_rows(
     assert {each[:8] for each in labels} == filled
 
 
-def test_float32_is_float32_while_samples_are_made(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_made_in_full_float32(generator, monkeypatch):
     backends = (torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")
-    with fixed_numerics("cpu"):  # which puts back what is changed here
+    with fixed_numerics("cpu"):  # restores the settings that are changed here
         for backend, name in backends:
             setattr(backend, name, True)
         with fixed_numerics("cuda:0"):

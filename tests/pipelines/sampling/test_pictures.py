@@ -15,13 +15,12 @@ from enat.images import to_uint8
 from enat.model import ENAT
 from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
-from enat.tokenizer import VQGAN
 from pipelines.sampling.pictures import MASKED_GRAY, animation, step_images, strip
 
 SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2, "grid_size": 4, "codebook_size": 32}
 
 
-def test_steps_show_what_is_known_after_each_and_gray_where_nothing_is(vqgan: VQGAN) -> None:
+def test_steps_show_what_is_known_after_each_and_gray_where_nothing_is(vqgan):
     model = randomized(ENAT(ENATConfig(**SIZES)))
     codes, trajectory = sample(model, torch.arange(3), SamplerConfig(num_steps=4), seeds=range(3), return_trajectory=True)
     frames = step_images(vqgan, trajectory, codes, mask_id=32)
@@ -46,7 +45,7 @@ def test_steps_show_what_is_known_after_each_and_gray_where_nothing_is(vqgan: VQ
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 0, 0), (158, 162, 160), (160, 160, 160)], ids=str)
-def test_an_animation_shows_masked_tokens_gray_whatever_the_result(colour: tuple[int, int, int]) -> None:
+def test_animation_shows_masked_tokens_gray_whatever_the_result(colour):
     result = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(1, 3, 16, 16)
     result = torch.where(
         torch.arange(16) < 8, result, torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def random_model(**sizes: Any) -> ENAT:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread():
     """Models this small are slower on several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -90,12 +90,12 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip(tmp_path_factory):
     return make_tiny_clip(tmp_path_factory.mktemp("clip"), max_position_embeddings=16)
 
 
 @pytest.fixture(scope="module")
-def world(vqgan: VQGAN, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(vqgan, clip, tmp_path_factory):
     root = tmp_path_factory.mktemp("sampling")
     store = open_store(str(root / "store"))
     model, text_model = random_model(num_classes=5), random_model(num_classes=0, text_width=32, num_text_tokens=16)
@@ -126,9 +126,7 @@ def world(vqgan: VQGAN, clip: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def ask(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def ask(world, tmp_path, monkeypatch, capsys):
     """Run `enat sample`, in a folder of its own: exit code, output, errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -160,7 +158,7 @@ def opened(path: Path) -> np.ndarray:
 # What is made --------------------------------------------------------------------------------------------------------------
 
 
-def test_images_depend_on_seed_and_label_and_not_on_the_batch(ask, world: World, tmp_path: Path) -> None:
+def test_images_depend_on_seed_and_label_and_not_on_the_batch(ask, world, tmp_path):
     code, out, err = ask("cc", "--labels", "1,3 x2", "-n", 7, "--seed", 5, "--images-per-pass", 3)
     assert (code, err) == (0, "")
     expected = world.images([1, 3, 3, 1, 3, 3, 1], seed=5)
@@ -173,7 +171,7 @@ def test_images_depend_on_seed_and_label_and_not_on_the_batch(ask, world: World,
     assert "7 images of 16 x 16 pixels" in out and f"train/{'c' * 64}" in out and "golden retriever, crane" in out
 
 
-def test_the_record_describes_the_images(ask, world: World, tmp_path: Path) -> None:
+def test_record_describes_the_images(ask, world, tmp_path):
     code, out, _ = ask("train/ccc", "num_steps=6", "-n", 2, "--json", "-o", "here")
     assert code == 0
     record = json.loads(out)
@@ -191,12 +189,12 @@ def test_the_record_describes_the_images(ask, world: World, tmp_path: Path) -> N
     )
 
 
-def test_only_requested_outputs_are_written(ask, tmp_path: Path) -> None:
+def test_only_requested_outputs_are_written(ask, tmp_path):
     assert ask("cc", "-n", 2, "--no-images", "--no-steps", "--no-gif", "--no-npz")[0] == 0
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["grid.png", "samples.json"]
 
 
-def test_a_grid_has_a_row_for_each_time_that_the_labels_come(ask, world: World, tmp_path: Path) -> None:
+def test_grid_has_a_row_for_each_time_that_the_labels_come(ask, world, tmp_path):
     assert ask("cc", "--labels", "0-2", "-n", 6, "--no-images", "--no-npz")[0] == 0
     tile, gap = 16 * 6, 2
     grid = opened(tmp_path / "samples" / "grid.png")
@@ -207,7 +205,7 @@ def test_a_grid_has_a_row_for_each_time_that_the_labels_come(ask, world: World, 
         assert_same_images(grid[top : top + tile : 6, left : left + tile : 6], expected[index])
 
 
-def test_earlier_samples_are_kept_unless_they_are_to_go_and_other_files_always(ask, tmp_path: Path) -> None:
+def test_earlier_samples_are_kept_without_overwrite_and_other_files_always(ask, tmp_path):
     assert ask("cc", "-n", 4)[0] == 0
     before = (tmp_path / "samples" / "grid.png").read_bytes()
     code, out, err = ask("cc", "-n", 2)
@@ -223,7 +221,7 @@ def test_earlier_samples_are_kept_unless_they_are_to_go_and_other_files_always(a
     assert code == 2 and "--output other already contains thesis.txt; give another folder" in err
 
 
-def test_it_runs_without_ray(world: World, tmp_path: Path) -> None:
+def test_it_runs_without_ray(world, tmp_path):
     script = (
         "import sys; from pipelines.cli.sample import sample; sample.main(sys.argv[1:], standalone_mode=False); "
         "assert not {'ray', 'mlflow', 'deepspeed'} & set(sys.modules)"
@@ -236,7 +234,7 @@ def test_it_runs_without_ray(world: World, tmp_path: Path) -> None:
 # Steps ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_eight_are_shown_step_by_step_at_any_size_of_a_pass(ask, tmp_path: Path) -> None:
+def test_first_eight_are_shown_step_by_step_at_any_size_of_a_pass(ask, tmp_path):
     tile, gap = 16 * 6, 2
     for images_per_pass in (3, 32):
         size = ("--images-per-pass", images_per_pass, "--batch-size", 1, "--no-images", "--no-npz", "--overwrite")
@@ -251,7 +249,7 @@ TWELVE = SamplerConfig(num_steps=12, guidance_scale=2.0, remask_temperature=0.0)
 TWELFTHS = tuple(round(1 - step / 12, 3) for step in range(1, 13))
 
 
-def test_overrides_replace_the_model_s_own_values_and_are_checked_together(world: World) -> None:
+def test_overrides_replace_the_model_own_values_and_are_checked_together(world):
     generator = Generator(world.model, world.vqgan, origin={}, sampler=TWELVE)
     for overrides, expected in (
         ([], TWELVE),
@@ -263,7 +261,7 @@ def test_overrides_replace_the_model_s_own_values_and_are_checked_together(world
         assert _sampler(generator, overrides) == expected
 
 
-def test_the_settings_in_use_are_shown(ask) -> None:
+def test_settings_in_use_are_shown(ask):
     assert "4 steps, guidance 2, fp32" in ask("cc", "-n", 1, "-o", "a")[1]
     lists = ("guidance_scales=[1,1.5,3]", "mask_ratios=[0.8,0.3,0]", "num_steps=3")
     assert "3 steps, guidance 1 1.5 3, mask ratios 0.8 0.3 0, fp32" in ask("cc", "-n", 1, "-o", "b", *lists)[1]
@@ -273,16 +271,14 @@ def test_the_settings_in_use_are_shown(ask) -> None:
 
 
 @pytest.fixture
-def photograph(photographs: dict[str, Image.Image], tmp_path: Path) -> Path:
+def photograph(photographs, tmp_path):
     path = tmp_path / "photograph.png"
     photographs["flower"].crop((100, 100, 300, 260)).save(path)
     return path
 
 
 @pytest.mark.parametrize(("keep", "is_inside_made"), [("outside", True), ("inside", False)])
-def test_only_the_region_is_regenerated(
-    ask, world: World, photograph: Path, tmp_path: Path, keep: str, is_inside_made: bool
-) -> None:
+def test_only_the_region_is_regenerated(ask, world, photograph, tmp_path, keep, is_inside_made):
     """Box 5..9 by 0..4 in pixels touches the codes of columns 1 and 2 in row 0."""
     assert ask("cc", "--inpaint", photograph, "--box", "5,0,9,4", "--keep", keep, "--labels", "4", "-n", 5)[0] == 0
     record = json.loads((tmp_path / "samples" / "samples.json").read_text())
@@ -305,7 +301,7 @@ def test_only_the_region_is_regenerated(
 # Captions ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_conditional_model_samples_captions(ask, world: World, clip: Path, tmp_path: Path) -> None:
+def test_text_conditional_model_samples_captions(ask, world, clip, tmp_path):
     captions = ["the cat", "a dog on the cat"]
     code, out, err = ask("dd", "--caption", captions[0], "--caption", captions[1], "--text-encoder", clip, "-n", 3)
     assert (code, err) == (0, "") and "the cat, a dog on the cat" in out
@@ -323,7 +319,7 @@ def test_a_text_conditional_model_samples_captions(ask, world: World, clip: Path
 # Where models come from ----------------------------------------------------------------------------------------------------
 
 
-def test_a_registered_model_is_found_by_name_and_alias(ask, world: World, tmp_path: Path) -> None:
+def test_registered_model_is_found_by_name_and_alias(ask, world, tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     run = tracking.start_run(uri, tracking.TrackingConfig(), "train", {})
     tags = {"enat.digest": "d", "enat.created": "2026", "enat.artifact": f"train/{world.key}", "enat.store": world.store.uri}
@@ -363,9 +359,7 @@ def _sample(world: World, ask: Callable[..., tuple[int, str, str]]) -> None:
 
 
 @pytest.mark.parametrize("use", [_sample, _load_in_a_notebook, _open_in_a_notebook])
-def test_a_model_that_is_sampled_counts_as_used_together_with_its_inputs(
-    world: World, ask, monkeypatch: pytest.MonkeyPatch, use: Callable[..., None]
-) -> None:
+def test_model_that_is_sampled_counts_as_used_together_with_its_inputs(world, ask, monkeypatch, use):
     """Garbage collection keeps it. A store that refuses to note the use is sampled from all the same."""
     for path in (path for path in Path(world.store.uri).rglob("*") if path.is_file()):
         os.utime(path, (0, 0))
@@ -385,7 +379,7 @@ def test_a_model_that_is_sampled_counts_as_used_together_with_its_inputs(
         assert len(errors) == remaining, "it was tried"
 
 
-def test_files_of_weights_make_what_the_artifact_makes(ask, world: World, tmp_path: Path) -> None:
+def test_files_of_weights_make_what_the_artifact_makes(ask, world, tmp_path):
     weights = ("--weights", world.root / "enat.safetensors", "--vqgan", world.root / "vqgan.safetensors")
     code, out, err = ask(*weights, "--labels", "3", "num_steps=4", "guidance_scale=2", store=None)
     assert (code, err) == (0, "") and "enat.safetensors" in out
@@ -438,9 +432,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
 ]
 
 
-def test_an_error_is_one_line_and_nothing_is_written(
-    ask, world: World, photograph: Path, tmp_path: Path, tmp_path_factory, capsys
-) -> None:
+def test_error_is_one_line_and_nothing_is_written(ask, world, photograph, tmp_path, tmp_path_factory, capsys):
     (tmp_path / "text.png").write_text("this is not an image")
     places = {"photo": photograph, "text": tmp_path / "text.png", "vqgan": world.root / "vqgan.safetensors"}
     places["other_clip"] = make_tiny_clip(tmp_path_factory.mktemp("other"), seed=1, max_position_embeddings=16)
@@ -452,7 +444,7 @@ def test_an_error_is_one_line_and_nothing_is_written(
         assert not (tmp_path / "samples").exists(), arguments
 
 
-def test_labels_are_parsed_as_people_write_them() -> None:
+def test_labels_are_parsed_as_people_write_them():
     for text, labels in (
         ("207,360 x4", (207, 360, 360, 360, 360)),
         ("207x2, 3-5", (207, 207, 3, 4, 5)),

@@ -34,7 +34,7 @@ def _taken(material: Material, config: TrainConfig, *, steps: int, step: int = 0
     return taken
 
 
-def test_a_group_depends_on_seed_step_and_group_alone(material: Material) -> None:
+def test_group_depends_on_seed_step_and_group_alone(material):
     spread = changed(execution={"num_workers": 4, "zero_stage": 3, "microbatches": 2})
     first, again, other = (draw_group(config, material.token_map, None, 3, 2) for config in (CONFIG, CONFIG, spread))
     assert _flat(first) == _flat(again) == _flat(other) and (first.step, first.group, first.weight) == (3, 2, 1.0)
@@ -44,7 +44,7 @@ def test_a_group_depends_on_seed_step_and_group_alone(material: Material) -> Non
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_the_groups_of_all_ranks_are_the_global_batch_once(material: Material, world_size: int) -> None:
+def test_groups_of_all_ranks_are_the_global_batch_once(material, world_size):
     ranks = [_taken(material, CONFIG, steps=3, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(3):
         groups = [batch for rank in ranks for batch in rank[step]]
@@ -57,7 +57,7 @@ def test_the_groups_of_all_ranks_are_the_global_batch_once(material: Material, w
         assert len({len(rank[step]) for rank in ranks}) == 1, "every rank takes part in every reduction"
 
 
-def test_a_rank_with_fewer_groups_repeats_its_last_one_without_weight(material: Material) -> None:
+def test_rank_with_fewer_groups_repeats_its_last_one_without_weight(material):
     ranks = [_taken(material, CONFIG, steps=1, rank=rank, world_size=3)[0] for rank in range(3)]
     assert [[(batch.group, batch.weight) for batch in rank] for rank in ranks] == [
         [(0, 1.0), (1, 1.0)],
@@ -66,13 +66,13 @@ def test_a_rank_with_fewer_groups_repeats_its_last_one_without_weight(material: 
     ]
 
 
-def test_batches_from_a_step_on_are_those_of_an_uninterrupted_run(material: Material) -> None:
+def test_batches_from_a_step_on_are_those_of_an_uninterrupted_run(material):
     whole = _taken(material, CONFIG, steps=6, rank=0, world_size=2)
     later = _taken(material, CONFIG, steps=2, step=4, rank=0, world_size=2)
     assert [[_flat(batch) for batch in step] for step in later] == [[_flat(batch) for batch in step] for step in whole[4:]]
 
 
-def test_an_error_of_drawing_is_raised_where_the_batch_is_taken(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_drawing_is_raised_where_the_batch_is_taken(material, monkeypatch):
     token_map = material.token_map
     monkeypatch.setattr(token_map, "take", lambda *_: (_ for _ in ()).throw(OSError("the map is gone")))
     batches = Batches(CONFIG, token_map, None, step=0, rank=0, world_size=1)
@@ -81,7 +81,7 @@ def test_an_error_of_drawing_is_raised_where_the_batch_is_taken(material: Materi
     batches.close()
 
 
-def test_time_waited_for_batches_is_counted(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_waited_for_batches_is_counted(material, monkeypatch):
     import threading
 
     token_map, go = material.token_map, threading.Event()
@@ -94,7 +94,7 @@ def test_time_waited_for_batches_is_counted(material: Material, monkeypatch: pyt
     assert 0.1 < batches.seconds_waited < 10
 
 
-def test_rows_of_a_group_are_those_it_is_drawn_from(material: Material) -> None:
+def test_rows_of_a_group_are_those_it_is_drawn_from(material):
     rows = rows_of(CONFIG, material.token_map, 3, 2)
     batch = draw_group(changed(flip=False), material.token_map, None, 3, 2)
     np.testing.assert_array_equal(batch.codes, material.token_map.codes[rows, 0])
@@ -103,7 +103,7 @@ def test_rows_of_a_group_are_those_it_is_drawn_from(material: Material) -> None:
     assert len(set(every.tolist())) == CONFIG.batch_size, "no image twice in an epoch"
 
 
-def test_images_are_flipped_only_if_configured(material: Material) -> None:
+def test_images_are_flipped_only_if_configured(material):
     def is_flipped(flip: bool) -> list[bool]:
         flipped = []
         for group in range(4):
@@ -117,14 +117,14 @@ def test_images_are_flipped_only_if_configured(material: Material) -> None:
     assert not any(is_flipped(False)) and 0 < sum(is_flipped(True)) < CONFIG.batch_size
 
 
-def test_the_configured_share_of_labels_is_dropped(material: Material) -> None:
+def test_configured_share_of_labels_is_dropped(material):
     for share in (0.0, 0.5):
         config = changed(cond_drop_prob=share)
         dropped = torch.cat([draw_group(config, material.token_map, None, step, 0).is_dropped for step in range(200)])
         assert abs(dropped.float().mean().item() - share) < 0.06
 
 
-def test_captions_are_those_of_the_rows_that_are_drawn(material: Material) -> None:
+def test_captions_are_those_of_the_rows_that_are_drawn(material):
     for group in range(4):
         rows, batch = (
             rows_of(CONFIG, material.token_map, 1, group),
@@ -138,13 +138,13 @@ def test_captions_are_those_of_the_rows_that_are_drawn(material: Material) -> No
         assert batch.codes.tolist() == codes.codes.tolist() and batch.dropout_seed == codes.dropout_seed
 
 
-def test_every_caption_of_an_image_is_drawn(material: Material) -> None:
+def test_every_caption_of_an_image_is_drawn(material):
     drawn = np.concatenate([material.token_map.batch_rows(0, step, 16).captions for step in range(40)])
     assert set(drawn.tolist()) == set(range(40))
 
 
 @pytest.mark.parametrize(("count", "is_text"), [(2, True), (4, False)])
-def test_microbatches_are_rows_of_the_group(material: Material, count: int, is_text: bool) -> None:
+def test_microbatches_are_rows_of_the_group(material, count, is_text):
     config = changed(WITH_DROPOUT, model={"text": is_text, "dropout": 0.2}, cond_drop_prob=0.5)
     model = ENAT(material.architecture(config))
     drawn = [draw_group(config, material.token_map, material.captions if is_text else None, step, 1) for step in range(8)]
@@ -163,7 +163,7 @@ def test_microbatches_are_rows_of_the_group(material: Material, count: int, is_t
             assert torch.equal(torch.cat([getattr(part[1], name) for part in parts]), getattr(condition, name))
 
 
-def test_dropped_conditions_are_the_null_condition(material: Material) -> None:
+def test_dropped_conditions_are_the_null_condition(material):
     config = changed(cond_drop_prob=0.5)
     model, batch = ENAT(material.architecture(config)), draw_group(config, material.token_map, None, 0, 0)
     ((_, condition, _, _),) = batch.microbatches(1, model)
@@ -172,7 +172,7 @@ def test_dropped_conditions_are_the_null_condition(material: Material) -> None:
     assert torch.equal(condition[~batch.is_dropped], batch.condition[~batch.is_dropped])
 
 
-def test_moving_to_a_device_changes_no_value(material: Material) -> None:
+def test_moving_to_a_device_changes_no_value(material):
     for captions in (None, material.captions):
         batch = draw_group(CONFIG, material.token_map, captions, 2, 1)
         moved = batch.to(torch.device("cpu"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Run:
 
     context: WorkerContext
     damage: Callable[[str, Callable[[bytes], bytes | None]], None]
-    told: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     def writer(self, rank: int = 0, world_size: int = 1, attempt: str = "a", **policy: Any) -> CheckpointWriter:
         kept = {"keep_last": 99, "keep_every": None, **policy}
@@ -65,19 +65,19 @@ class Run:
         return [checkpoint.step for checkpoint in find_checkpoints(self.context) if checkpoint.is_whole]
 
     def newest(self) -> Checkpoint | None:
-        return newest_checkpoint(self.context, self.told.append)
+        return newest_checkpoint(self.context, self.messages.append)
 
     def opened(self, checkpoint: Checkpoint | None) -> tuple[dict[str, Any], torch.Tensor]:
         assert checkpoint is not None
         opened = open_checkpoint(self.context.store, self.context, checkpoint)
-        return dict(opened.state), opened.tensors().read("weight", "w", 0, 4 * checkpoint.world_size)
+        return dict(opened.state), opened.tensors.read("weight", "w", 0, 4 * checkpoint.world_size)
 
 
 in_folder_and_bucket = pytest.mark.parametrize("run", ["folder", "bucket"], indirect=True)
 
 
 @pytest.fixture
-def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(request, tmp_path, monkeypatch):
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
     if getattr(request, "param", "folder") == "folder":
         store = open_store(str(tmp_path / "store"))
@@ -103,8 +103,8 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @in_folder_and_bucket
-def test_what_all_ranks_wrote_comes_back(run: Run) -> None:
-    assert run.newest() is None and run.told == []
+def test_tensors_and_state_of_all_ranks_round_trip(run):
+    assert run.newest() is None and run.messages == []
     for step, world_size in ((7, 1), (8, 3)):
         run.save(step, world_size)
         state, values = run.opened(run.newest())
@@ -112,7 +112,7 @@ def test_what_all_ranks_wrote_comes_back(run: Run) -> None:
         assert torch.equal(values, torch.tensor([step + rank / 10 for rank in range(world_size) for _ in range(4)]))
 
 
-def test_a_checkpoint_is_complete_once_every_rank_of_an_attempt_has_written(run: Run) -> None:
+def test_checkpoint_is_complete_once_every_rank_of_an_attempt_has_written(run):
     for rank in (2, 0, 1):
         assert run.newest() is None
         run.write(5, rank, 3)
@@ -130,7 +130,7 @@ def test_a_checkpoint_is_complete_once_every_rank_of_an_attempt_has_written(run:
         assert [checkpoint.state is None for checkpoint in found] == {6: [True], 7: [False, True], 8: [False]}[step]
 
 
-def test_a_second_attempt_at_a_step_replaces_the_first_once_it_is_complete(run: Run) -> None:
+def test_second_attempt_at_a_step_replaces_the_first_once_it_is_complete(run):
     """The first may be damaged, or from before a rollback. Files of attempts are separate: they may differ in rounding."""
     run.save(5, 2, "zz")
     for rank, expected in ((1, ["aa", "zz"]), (0, ["aa"])):
@@ -140,7 +140,7 @@ def test_a_second_attempt_at_a_step_replaces_the_first_once_it_is_complete(run: 
         assert newest is not None and newest.attempt == run.opened(newest)[0]["attempt"] == expected[-1]
 
 
-def test_the_newest_is_that_of_the_last_step(run: Run) -> None:
+def test_newest_is_that_of_the_last_step(run):
     for step in (9, 10, 99_999_999, 100_000_000):  # in the order of numbers, where a name grows by a digit, too
         run.save(step)
         newest = run.newest()
@@ -151,7 +151,7 @@ def test_the_newest_is_that_of_the_last_step(run: Run) -> None:
 
 
 @in_folder_and_bucket
-def test_the_last_ones_and_milestones_are_kept(run: Run) -> None:
+def test_last_ones_and_milestones_are_kept(run):
     for step in range(1, 9):
         run.save(step, 2, keep_last=2, keep_every=3)
     assert run.steps() == [3, 6, 7, 8]
@@ -159,7 +159,7 @@ def test_the_last_ones_and_milestones_are_kept(run: Run) -> None:
         assert run.opened(checkpoint)[0]["step"] == checkpoint.step
 
 
-def test_a_checkpoint_that_is_not_kept_leaves_neither_records_nor_files(run: Run) -> None:
+def test_checkpoint_that_is_not_kept_leaves_neither_records_nor_files(run):
     run.save(1)
     (first,) = find_checkpoints(run.context)
     run.save(2, keep_last=1)
@@ -169,7 +169,7 @@ def test_a_checkpoint_that_is_not_kept_leaves_neither_records_nor_files(run: Run
             run.context.store.fetch_file("train", KEY, record)
 
 
-def test_the_last_complete_one_stays_while_the_next_is_written_and_incomplete_ones_go_after(run: Run) -> None:
+def test_last_complete_one_stays_while_the_next_is_written_and_incomplete_ones_go_after(run):
     run.save(1)
     run.write(2, 0, 2, "lost", keep_last=1)
     assert len(find_checkpoints(run.context)) == 2 and run.steps() == [1], "the incomplete one may yet become complete"
@@ -177,7 +177,7 @@ def test_the_last_complete_one_stays_while_the_next_is_written_and_incomplete_on
     assert [checkpoint.step for checkpoint in find_checkpoints(run.context)] == [3]
 
 
-def test_nothing_else_of_the_stage_is_removed(run: Run, tmp_path: Path) -> None:
+def test_nothing_else_of_the_stage_is_removed(run, tmp_path):
     store = run.context.store
     store.put_part("train", KEY, "part-00001", {"rows": 1})
     store.put_part("train", "cd" * 32, "checkpoint-00000001-a-00000-of-00001", {"rows": 2})
@@ -209,20 +209,20 @@ def _flip(content: bytes) -> bytes:
     ],
     ids=["flipped", "cut", "gone", "state"],
 )
-def test_a_damaged_one_is_reported_and_removed_and_the_one_before_is_used(
-    run: Run, name: str, change: Callable[[bytes], bytes | None], reason: str
-) -> None:
+def test_damaged_one_is_reported_and_removed_and_the_one_before_is_used(run, name, change, reason):
     for step in (4, 8):
         run.save(step, 2)
     run.damage(f".work/step-00000008-a/{name}", change)
     assert run.opened(run.newest())[0]["step"] == 4
-    (told,) = run.told
-    assert told.startswith("removed the damaged checkpoint of step 8; training resumes from step 4 (")
-    assert name in told and reason in told and "to make the artifact again" not in told, "that would remove the others, too"
-    assert run.newest() is not None and len(run.told) == 1 and run.steps() == [4], "nothing of it remains"
+    (message,) = run.messages
+    assert message.startswith("removed the damaged checkpoint of step 8; training resumes from step 4 (")
+    assert name in message and reason in message and "to make the artifact again" not in message, (
+        "that would remove the others, too"
+    )
+    assert run.newest() is not None and len(run.messages) == 1 and run.steps() == [4], "nothing of it remains"
 
 
-def test_if_all_are_damaged_nothing_is_removed(run: Run) -> None:
+def test_nothing_is_removed_if_all_are_damaged(run):
     for step in (4, 8):
         run.save(step)
         run.damage(f".work/step-{step:08d}-a/state.json", lambda _: b"")
@@ -230,11 +230,11 @@ def test_if_all_are_damaged_nothing_is_removed(run: Run) -> None:
     for _ in range(2):
         with pytest.raises(NoReadableCheckpointError, match=sentence):
             run.newest()
-    assert run.steps() == [4, 8] and run.told == []
+    assert run.steps() == [4, 8] and run.messages == []
 
 
 @pytest.mark.parametrize(("keep_last", "num_damaged"), [(1, 1), (2, 2)])
-def test_after_damage_the_next_ones_are_kept_and_the_good_one_goes_in_its_turn(run: Run, keep_last: int, num_damaged: int) -> None:
+def test_after_damage_the_next_ones_are_kept_and_the_good_one_goes_in_its_turn(run, keep_last, num_damaged):
     """Also those below the steps of the damaged ones: nothing is lost if training stops before it gets there."""
     damaged = [8, 12][:num_damaged]
     for step in (4, *damaged):
@@ -249,8 +249,8 @@ def test_after_damage_the_next_ones_are_kept_and_the_good_one_goes_in_its_turn(r
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])
-def test_later_steps_of_another_attempt_do_not_count_until_they_are_reached(run: Run, keep_last: int) -> None:
-    """They may be damaged: what is written now is kept as if it were alone."""
+def test_later_steps_of_another_attempt_do_not_count_until_they_are_reached(run, keep_last):
+    """They may be damaged: checkpoints written now are kept as if there were no others."""
     for step in (8, 12):
         run.save(step, attempt="a")
     for step, expected in ((2, [2]), (3, [2, 3]), (5, [3, 5])):
@@ -261,8 +261,8 @@ def test_later_steps_of_another_attempt_do_not_count_until_they_are_reached(run:
 
 
 @pytest.mark.parametrize("run", ["bucket"], indirect=True)
-def test_a_cache_that_is_full_is_not_taken_for_damage(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is known of the files then. Training that began at step 0 would replace what is as good as ever."""
+def test_full_cache_is_not_reported_as_damage(run, tmp_path, monkeypatch):
+    """The files may be intact then: training from step 0 would replace good checkpoints."""
     run.save(4)
     (tmp_path / "file").touch()
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file" / "cache"))
@@ -272,7 +272,7 @@ def test_a_cache_that_is_full_is_not_taken_for_damage(run: Run, tmp_path: Path, 
 
 
 @in_folder_and_bucket
-def test_a_torn_record_is_not_a_checkpoint_and_can_be_written_again(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_torn_record_is_not_a_checkpoint_and_can_be_written_again(run, caplog):
     for step in (4, 8):
         run.save(step)
     for content in (b"", b'{"tensors": {"na', b"[]"):
@@ -305,54 +305,47 @@ class SlowStore(ArtifactStore):
 
 
 @pytest.fixture
-def slow(tmp_path: Path) -> Iterator[Run]:
+def slow(tmp_path):
     store = SlowStore(tmp_path / "store")
     yield Run(WorkerContext(stage="train", key=KEY, store=store, run=RunHandle("", None)), lambda *_: None)
     store.go.set()
 
 
-def test_training_continues_while_a_checkpoint_is_written(slow: Run) -> None:
-    writer = slow.writer()
+def test_training_continues_while_a_checkpoint_is_written_and_the_next_save_waits(slow):
+    writer, store = slow.writer(), slow.context.store
     writer.save(1, {"weight/w@0": torch.ones(4)}, {"step": 1})
-    assert slow.context.store.begun.wait(30) and slow.steps() == []  # type: ignore[attr-defined]
-    slow.context.store.go.set()  # type: ignore[attr-defined]
+    assert store.begun.wait(30) and slow.steps() == []
+    threading.Timer(0.2, store.go.set).start()
+    writer.save(2, {"weight/w@0": torch.ones(4)}, {})
+    assert slow.steps()[:1] == [1] and writer.seconds_waited > 0.1
     writer.wait()
-    assert slow.steps() == [1]
+    assert slow.steps() == [1, 2]
 
 
-def test_changes_after_save_are_not_stored(slow: Run) -> None:
+def test_changes_after_save_are_not_stored(slow):
     weights, history, writer = torch.ones(4), [{"loss": 1.0}], slow.writer()
     writer.save(1, {"weight/w@0": weights}, {"history": history})
     weights.zero_()
     history.append({"loss": 2.0})
-    slow.context.store.go.set()  # type: ignore[attr-defined]
+    slow.context.store.go.set()
     writer.wait()
     state, values = slow.opened(slow.newest())
     assert state == {"history": [{"loss": 1.0}]} and torch.equal(values, torch.ones(4))
 
 
 @pytest.mark.parametrize("is_saved_again", [True, False])
-def test_an_error_of_writing_is_raised_by_the_next_save_or_wait(slow: Run, is_saved_again: bool) -> None:
+def test_error_of_writing_is_raised_by_the_next_save_or_wait(slow, is_saved_again):
     writer, store = slow.writer(), slow.context.store
-    store.error = "the store is full"  # type: ignore[attr-defined]
-    store.go.set()  # type: ignore[attr-defined]
+    store.error = "the store is full"
+    store.go.set()
     writer.save(1, {"weight/w@0": torch.ones(4)}, {})
     with pytest.raises(StorageError, match="the store is full"):
         writer.save(2, {"weight/w@0": torch.ones(4)}, {}) if is_saved_again else writer.wait()
     assert slow.newest() is None
-    store.error = ""  # type: ignore[attr-defined]
+    store.error = ""
     writer.save(3, {"weight/w@0": torch.ones(4)}, {})
     writer.wait()
     assert slow.steps() == [3]
-
-
-def test_a_save_waits_for_the_previous_one_and_counts_the_time(slow: Run) -> None:
-    writer = slow.writer()
-    writer.save(1, {"weight/w@0": torch.ones(4)}, {})
-    threading.Timer(0.2, slow.context.store.go.set).start()  # type: ignore[attr-defined]
-    writer.save(2, {"weight/w@0": torch.ones(4)}, {})
-    assert slow.steps()[:1] == [1] and writer.seconds_waited > 0.1
-    writer.wait()
 
 
 # Fragments -----------------------------------------------------------------------------------------------------------------
@@ -369,7 +362,7 @@ def _cut(values: torch.Tensor, folder: Path, borders: list[int], kind: str = "we
 
 
 @given(st.data())
-def test_values_come_back_however_they_were_cut(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_values_come_back_however_they_were_cut(tmp_path_factory, data):
     values = torch.randn(data.draw(st.integers(1, 40)), generator=torch.Generator().manual_seed(0))
     borders = sorted(data.draw(st.sets(st.integers(0, len(values)), max_size=5)))
     fragments = Fragments(_cut(values, tmp_path_factory.mktemp("cut"), borders))
@@ -378,7 +371,7 @@ def test_values_come_back_however_they_were_cut(tmp_path_factory: pytest.TempPat
     assert torch.equal(fragments.read("weight", "block.weight", start, stop - start), values[start:stop])
 
 
-def test_values_that_are_missing_are_named(tmp_path: Path) -> None:
+def test_values_that_are_missing_are_named(tmp_path):
     first, _, last = _cut(torch.arange(12.0), tmp_path, [4, 8])
     fragments = Fragments((first, last))
     assert torch.equal(fragments.read("weight", "block.weight", 9, 3), torch.tensor([9.0, 10.0, 11.0]))
@@ -394,7 +387,7 @@ def _module() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 2))
 
 
-def test_the_shares_of_all_ranks_are_every_value_once(tmp_path: Path) -> None:
+def test_shares_of_all_ranks_are_every_value_once(tmp_path):
     module = _module()
     for world_size in (1, 2, 3, 8):
         paths = [tmp_path / f"{world_size}-{rank}" for rank in range(world_size)]
@@ -407,13 +400,3 @@ def test_the_shares_of_all_ranks_are_every_value_once(tmp_path: Path) -> None:
         assert fragments.kinds() == {"ema"}
         fragments.fill("ema", filled)
         assert all(torch.equal(mine, value) for mine, value in zip(filled.parameters(), module.parameters(), strict=True))
-
-
-def test_a_record_of_another_run_s_files_is_checked_by_its_digest(run: Run) -> None:
-    """Sizes alone would not tell two checkpoints of one model apart."""
-    run.save(4)
-    run.save(8)
-    old, new = find_checkpoints(run.context)
-    mixed = replace(new, tensors=(replace(old.tensors[0], sha256=new.tensors[0].sha256),))
-    with pytest.raises(StorageError, match="was changed"):
-        open_checkpoint(run.context.store, run.context, mixed)

@@ -63,9 +63,7 @@ def numbers_of_workers(rows: list[dict[str, float]]) -> list[int]:
     return [number for place, number in enumerate(numbers) if place == 0 or numbers[place - 1] != number]
 
 
-def test_an_elastic_run_grows_with_a_node_that_comes_and_shrinks_with_one_that_is_lost(
-    material: Material, key: str, tmp_path: Path
-) -> None:
+def test_elastic_run_grows_with_a_node_that_comes_and_shrinks_with_one_that_is_lost(material, key, tmp_path):
     execution = {"num_workers": 2, "min_workers": 1, "resize_seconds": 1.0, "checkpoint_every": 4, "max_failures": 3}
 
     def has_seen(*numbers: int) -> Callable[[], bool]:
@@ -85,7 +83,7 @@ def test_an_elastic_run_grows_with_a_node_that_comes_and_shrinks_with_one_that_i
     np.testing.assert_allclose([row["loss"] for row in rows], plain.column("loss"), rtol=1e-5)
 
 
-def test_training_saves_before_a_node_goes(material: Material, key: str, tmp_path: Path) -> None:
+def test_training_saves_before_a_node_goes(material, key, tmp_path):
     """`ray drain-node` announces the node's end, as a cloud does that reclaims its machine. No checkpoint is due."""
     execution = {"num_workers": 2, "checkpoint_every": 100_000, "max_failures": 1}
     with ray_nodes(1) as nodes:

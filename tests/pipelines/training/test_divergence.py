@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from tiny_training import (
-    Material,
     assert_same_bits,
     changed,
     checkpoint_steps,
@@ -44,7 +43,7 @@ class Spiked(Poisoned):
     poison = (9, 4.0)
 
 
-def test_a_run_that_diverges_says_where_and_saves_nothing_poisoned(material: Material, key: str) -> None:
+def test_run_that_diverges_says_where_and_saves_nothing_poisoned(material, key):
     config = changed(execution={"checkpoint_every": 1, "keep_last": 9})
     sentence = (
         r"training diverged by step 7: the loss of step 7 is not finite \(batch 6, rows of the token map in "
@@ -58,7 +57,7 @@ def test_a_run_that_diverges_says_where_and_saves_nothing_poisoned(material: Mat
 
 
 @pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.slow)])
-def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material: Material, key: str, zero_stage: int) -> None:
+def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material, key, zero_stage):
     execution = {"checkpoint_every": 1, "zero_stage": zero_stage, "log_every": 12}
     with pytest.raises(DivergedError, match=r"training diverged by step \d+"):
         train(material, changed(learning_rate=1e30, warmup_steps=0, execution=execution), key, world_size=2)
@@ -76,7 +75,7 @@ class Overflowing(Trainer):
 
 
 @pytest.mark.slow
-def test_fp16_whose_gradient_overflows_at_any_scale_has_diverged(material: Material, key: str) -> None:
+def test_fp16_whose_gradient_overflows_at_any_scale_has_diverged(material, key):
     """It would continue forever without changing a weight. A few overflows in a row are normal: they find the scale."""
     config = changed(precision="fp16", num_steps=30, execution={"log_every": 3, "checkpoint_every": 9})
     sentence = "training diverged by step 18: the gradient of step 18 is not finite at any loss scale"
@@ -85,12 +84,14 @@ def test_fp16_whose_gradient_overflows_at_any_scale_has_diverged(material: Mater
     assert checkpoint_steps(material, key) == [9]
 
 
-@pytest.mark.parametrize("trainer_class", [Poisoned, pytest.param(Spiked, marks=pytest.mark.slow)])
-def test_after_a_rollback_training_skips_the_batches_that_diverged(
-    material: Material, key: str, trainer_class: type[Poisoned]
-) -> None:
-    draw, last_checkpoint = trainer_class.poison[0], trainer_class.poison[0] // 4 * 4
-    config = changed(execution={"on_divergence": "rollback"})
+@pytest.mark.parametrize(
+    ("trainer_class", "interval"),
+    [(Poisoned, 4), pytest.param(Spiked, 4, marks=pytest.mark.slow), pytest.param(Poisoned, 8, marks=pytest.mark.slow)],
+)
+def test_after_a_rollback_training_skips_the_batches_that_diverged(material, key, trainer_class, interval):
+    """Also if no checkpoint was written yet."""
+    draw, last_checkpoint = trainer_class.poison[0], trainer_class.poison[0] // interval * interval
+    config = changed(execution={"on_divergence": "rollback", "checkpoint_every": interval})
     trained = train(material, config, key, world_size=2, trainer_class=trainer_class)
     assert trained.result is not None and trained.result.skipped_draws == draw + 1 - last_checkpoint
     assert trained.column("step") == list(range(1, 13)) and np.isfinite(trained.column("loss")).all()
@@ -100,13 +101,7 @@ def test_after_a_rollback_training_skips_the_batches_that_diverged(
 
 
 @pytest.mark.slow
-def test_a_rollback_before_the_first_checkpoint_starts_again(material: Material, key: str) -> None:
-    trained = train(material, changed(execution={"on_divergence": "rollback", "checkpoint_every": 8}), key, trainer_class=Poisoned)
-    assert trained.result is not None and trained.result.skipped_draws == 7 and trained.column("step") == list(range(1, 13))
-
-
-@pytest.mark.slow
-def test_a_signal_in_the_step_of_a_rollback_is_handled_after_the_next_step(material: Material, key: str) -> None:
+def test_signal_in_the_step_of_a_rollback_is_handled_after_the_next_step(material, key):
     """Steps 5 and 6 are discarded with step 7; the signal of step 7 is handled after the step that follows."""
     config = changed(execution={"on_divergence": "rollback", "keep_last": 9})
     trained = train(material, config, key, trainer_class=Poisoned, preempt_at=6)  # raised in step 6, known to all in step 7
@@ -127,7 +122,7 @@ class DamagedBeforeRollback(Poisoned):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(material: Material, key: str) -> None:
+def test_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(material, key):
     """Training goes back to the one before, and leaves a checkpoint of that step that can be read."""
     config = changed(execution={"on_divergence": "rollback"})
     train(material, config, key, trainer_class=DamagedBeforeRollback, stop_at=14)  # 10 steps, and 4 once more
@@ -149,7 +144,7 @@ class SlowStore(ArtifactStore):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_in_progress_is_completed_before_divergence_is_reported(material: Material, key: str) -> None:
+def test_checkpoint_in_progress_is_completed_before_divergence_is_reported(material, key):
     """Ray ends a worker soon after its result, and would interrupt the writing."""
     slow = replace(material, store=SlowStore(material.store.folder))
     config = changed(execution={"checkpoint_every": 6})
@@ -168,7 +163,7 @@ class AlwaysPoisoned(Trainer):
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_again_and_again_fails(material: Material, key: str) -> None:
+def test_run_that_diverges_repeatedly_fails(material, key):
     config = changed(execution={"on_divergence": "rollback", "max_rollbacks": 2})
     with pytest.raises(DivergedError, match="training diverged by step 7") as raised:
         train(material, config, key, trainer_class=AlwaysPoisoned)
@@ -176,7 +171,7 @@ def test_a_run_that_diverges_again_and_again_fails(material: Material, key: str)
 
 
 @pytest.mark.faults
-def test_draws_that_were_skipped_stay_skipped_after_a_restart(material: Material, key: str) -> None:
+def test_draws_that_were_skipped_stay_skipped_after_a_restart(material, key):
     config = changed(execution={"on_divergence": "rollback"})
     whole = train(material, config, f"{key}-whole", trainer_class=Poisoned)
     train(material, config, key, trainer_class=Poisoned, stop_at=11)  # three of them before the rollback

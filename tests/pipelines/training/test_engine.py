@@ -115,7 +115,7 @@ def _assert_same_weights(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, 
 
 
 @pytest.mark.faults
-def test_state_of_two_ranks_is_resumed_by_other_ranks_at_another_stage(material: Material, tmp_path: Path) -> None:
+def test_state_of_two_ranks_is_resumed_by_other_ranks_at_another_stage(material, tmp_path):
     """As if there had been no interruption: losses to a relative 1e-5, weights to 1e-5.
 
     By one, two and four ranks, at the next and at the previous ZeRO stage, with weights that decay and others that do not, and with
@@ -157,7 +157,7 @@ def _shares_of_rank(material: Material) -> list[dict[str, int]]:
     return shares
 
 
-def test_ranks_write_every_value_once_and_about_equally_many(material: Material) -> None:
+def test_ranks_write_every_value_once_and_about_equally_many(material):
     shares = run_ranks(2, _shares_of_rank, material)
     values = {name: parameter.numel() for name, parameter in ENAT(material.architecture(CONFIG)).named_parameters()}
     for zero_stage in STAGES:
@@ -196,7 +196,7 @@ class Overflowed:
 
 
 @pytest.fixture(scope="module")
-def overflowed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Overflowed:
+def overflowed(material, tmp_path_factory):
     folder = tmp_path_factory.mktemp("state")
     jobs = [
         Job(
@@ -211,9 +211,7 @@ def overflowed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> 
     return Overflowed({stage: [rank[index] for rank in reports] for index, stage in enumerate((1, 2, 3))}, folder)
 
 
-def test_a_step_that_overflows_on_one_rank_is_skipped_on_all_and_changes_nothing(
-    overflowed: Overflowed, material: Material
-) -> None:
+def test_step_that_overflows_on_one_rank_is_skipped_on_all_and_changes_nothing(overflowed, material):
     parameters = dict(ENAT(material.architecture(CONFIG)).named_parameters())
     for zero_stage in (1, 2, 3):
         for report in overflowed.reports[zero_stage]:
@@ -232,7 +230,7 @@ def test_a_step_that_overflows_on_one_rank_is_skipped_on_all_and_changes_nothing
 
 
 @pytest.mark.slow
-def test_overflows_at_any_scale_are_divergence(material: Material) -> None:
+def test_overflows_at_any_scale_are_divergence(material):
     """At a scale of one, or after several overflows in a row. A successful step resets the count."""
     config, at_step_4 = _stage(1, precision="fp16"), {4: 1.0}
     to_one = Job(config, last=18, factors=dict.fromkeys(range(18), math.inf))
@@ -252,7 +250,7 @@ def _run_one_job_and_one_that_gives_up_soon(material: Material, jobs: list[Job])
 
 
 @pytest.mark.slow
-def test_state_before_the_first_update_has_weights_and_no_moments(material: Material, tmp_path: Path) -> None:
+def test_state_before_the_first_update_has_weights_and_no_moments(material, tmp_path):
     """Every step overflowed so far. A resumed run starts with these weights at the lowered scale."""
     jobs = []
     for stage in (1, 3):
@@ -264,7 +262,7 @@ def test_state_before_the_first_update_has_weights_and_no_moments(material: Mate
         assert resumed.num_updates == 2 and resumed.scales == [2.0**14] * 2
 
 
-def test_the_scale_doubles_after_long_without_overflow_also_in_a_resumed_run(material: Material, tmp_path: Path) -> None:
+def test_scale_doubles_after_long_without_overflow_also_in_a_resumed_run(material, tmp_path):
     config = _stage(1, precision="fp16")
     jobs = [Job(config, last=7), Job(config, last=5, saves={4: tmp_path}), Job(config, first=5, last=7, load=tmp_path)]
     whole, _, resumed = run_ranks(1, _run_jobs_that_double_soon, material, jobs)[0]
@@ -273,7 +271,7 @@ def test_the_scale_doubles_after_long_without_overflow_also_in_a_resumed_run(mat
 
 
 @pytest.mark.slow
-def test_stage_0_measures_the_gradient_where_it_is_asked_to(material: Material) -> None:
+def test_stage_0_measures_the_gradient_where_it_is_asked_to(material):
     """And where it clips: the norm is what it clips by."""
     jobs = [Job(_stage(0), last=1), Job(_stage(0, max_grad_norm=0.1), last=1)]
     unmeasured, clipping = run_ranks(1, _run_jobs_without_norms, material, jobs)[0]
@@ -302,7 +300,7 @@ def _run_jobs_that_double_soon(material: Material, jobs: list[Job]) -> list[Repo
 
 
 @pytest.mark.slow
-def test_weight_decay_on_matrices_decays_exactly_linear_weights(material: Material) -> None:
+def test_weight_decay_on_matrices_decays_exactly_linear_weights(material):
     """Two steps whose loss is multiplied by zero: only weight decay changes weights."""
     fields = {"weight_decay_on": "matrices", "weight_decay": 0.5, "learning_rate": 0.1, "warmup_steps": 0}
     jobs = [Job(_stage(stage, **fields), last=2, factors=dict.fromkeys(range(2), 0.0)) for stage in STAGES]

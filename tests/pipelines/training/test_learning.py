@@ -8,7 +8,7 @@ loop trains is tested elsewhere (test_train_loop.py).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +63,7 @@ class Digits:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread():
     """Matrices this small are slower with two, and much slower where others want the cores, too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def digits() -> Digits:
+def digits():
     from sklearn.cluster import KMeans
     from sklearn.datasets import load_digits
 
@@ -111,13 +111,13 @@ class Captions:
 
 
 @pytest.fixture(scope="module")
-def captions(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Captions:
+def captions(digits, tmp_path_factory):
     encoder = load_text_encoder(make_tiny_clip(tmp_path_factory.mktemp("clip"), max_position_embeddings=32))
     return Captions(encoder, digits.labels.tolist())
 
 
 @pytest.fixture(scope="module")
-def learn(digits: Digits) -> Callable[..., tuple[ENAT, list[float]]]:
+def learn(digits):
     """The EMA after NUM_STEPS steps, and the loss of each."""
 
     def learn(config: ENATConfig, recipe: TrainConfig = RECIPE, captions: Captions | None = None) -> tuple[ENAT, list[float]]:
@@ -183,7 +183,7 @@ def _loss_of_frequencies(digits: Digits) -> float:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "enat" else pytest.mark.faults) for name in VARIANTS]
 )
-def test_a_model_learns_more_than_the_frequencies_of_codes(digits: Digits, learn: Callable[..., Any], name: str) -> None:
+def test_model_learns_more_than_the_frequencies_of_codes(digits, learn, name):
     config = ENATConfig(**{**SIZES, "codebook_size": NUM_CODES, "num_classes": 10, **VARIANTS[name]})
     masking = MaskingConfig(reuse_probability=0.5 if config.reuse else 0.0)
     _, losses = learn(config, replace(RECIPE, masking=masking))
@@ -191,7 +191,7 @@ def test_a_model_learns_more_than_the_frequencies_of_codes(digits: Digits, learn
 
 
 @pytest.mark.faults
-def test_samples_agree_with_their_captions(digits: Digits, captions: Captions, learn: Callable[..., Any]) -> None:
+def test_samples_agree_with_their_captions(digits, captions, learn):
     hidden = captions.hidden
     config = ENATConfig(
         **SIZES, codebook_size=NUM_CODES, num_classes=0, text_width=hidden.shape[2], num_text_tokens=hidden.shape[1]

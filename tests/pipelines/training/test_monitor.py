@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ def _values(*groups: tuple[float, float, float, bool, float]) -> np.ndarray:
     return np.array([groups], dtype=float)
 
 
-def test_a_row_is_means_over_groups_and_over_kinds_of_groups() -> None:
+def test_row_is_means_over_groups_and_over_kinds_of_groups():
     row = summarize(_values((1.0, 0.1, 0.5, False, 7), (2.0, 0.2, 0.65, True, 7), (6.0, 0.6, 0.69, True, 7)))
     assert row == pytest.approx(
         {
@@ -37,19 +36,19 @@ def test_a_row_is_means_over_groups_and_over_kinds_of_groups() -> None:
     )
 
 
-def test_every_mask_ratio_has_one_bucket() -> None:
+def test_every_mask_ratio_has_one_bucket():
     buckets = {0.0: "0.0-0.6", 0.5999: "0.0-0.6", 0.6: "0.6-0.7", 0.7: "0.7-0.8", 0.85: "0.8-0.9", 0.9: "0.9-1.0", 1.0: "0.9-1.0"}
     for ratio, bucket in buckets.items():
         row = summarize(_values((2.5, 0.0, ratio, False, 0)))
         assert {name: value for name, value in row.items() if "ratio" in name} == {f"loss_by_mask_ratio/{bucket}": 2.5}
 
 
-def test_steps_of_an_interval_count_alike() -> None:
+def test_steps_of_an_interval_count_alike():
     values = np.concatenate([_values((1.0, 0.0, 0.8, False, 1)), _values((3.0, 1.0, 0.8, False, 2))])
     assert summarize(values)["loss"] == 2.0 and summarize(values)["token_accuracy"] == 0.5 and total_macs(values) == 3.0
 
 
-def test_a_loss_that_is_not_finite_is_found_with_its_groups() -> None:
+def test_loss_that_is_not_finite_is_found_with_its_groups():
     values = np.ones((4, 3, 5))
     assert first_not_finite(values) is None
     values[3, 0, 0] = math.nan
@@ -59,40 +58,26 @@ def test_a_loss_that_is_not_finite_is_found_with_its_groups() -> None:
     assert first_not_finite(values) == (2, [1, 2])
 
 
-@pytest.fixture
-def _alone(tmp_path: Path):
-    """A process group of this process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_alone")
-def test_a_record_gives_what_was_added_and_is_empty_then() -> None:
-    record = GroupRecord(2)
-    for step, group in ((11, 1), (10, 0), (11, 0), (10, 1)):
-        record.add(step, group, torch.tensor([step, group / 10]), mask_ratio=0.75, is_reuse=group == 1, macs=1e12 + step)
-    values = record.collect(10, 2, CPU)
-    assert values.shape == (2, 2, 5) and values.dtype == np.float64
-    np.testing.assert_allclose(values[1, 1], [11, 0.1, 0.75, 1, 1e12 + 11], rtol=1e-7)
-    np.testing.assert_allclose(values[0, 0], [10, 0.0, 0.75, 0, 1e12 + 10], rtol=1e-7)
-    assert not record.collect(12, 1, CPU).any() and record.places == []
-
-
-def _collect_of_rank() -> np.ndarray:
+def _collect_of_rank():
+    """Groups of steps 10 and 11, in any order; the second collection is empty."""
     record, rank = GroupRecord(3), dist.get_rank()
-    for group in ((0, 1), (2,))[rank]:
-        record.add(5, group, torch.tensor([group + 1.0, 0.5]), mask_ratio=0.8, is_reuse=False, macs=2.0)
-    return record.collect(5, 1, CPU)
+    for step in (11, 10):
+        for group in ((1, 0), (2,))[rank]:
+            measured = torch.tensor([step, group / 10])
+            record.add(step, group, measured, mask_ratio=0.75, is_reuse=group == 1, macs=1e12 + step)
+    return record.collect(10, 2, CPU), record.collect(12, 1, CPU)
 
 
-def test_every_rank_sees_the_groups_of_all() -> None:
-    first, second = run_ranks(2, _collect_of_rank)
+def test_record_of_every_rank_has_the_groups_of_all():
+    (first, empty), (second, _) = run_ranks(2, _collect_of_rank)
     np.testing.assert_array_equal(first, second)
-    assert first[0, :, 0].tolist() == [1.0, 2.0, 3.0] and total_macs(first) == 6.0
+    assert first.shape == (2, 3, 5) and first.dtype == np.float64 and not empty.any()
+    for step, group in ((0, 0), (1, 1), (1, 2)):
+        expected = [10 + step, group / 10, 0.75, group == 1, 1e12 + 10 + step]
+        np.testing.assert_allclose(first[step, group], expected, rtol=1e-7)
 
 
-def test_the_squared_distance_sums_over_pieces() -> None:
+def test_squared_distance_sums_over_pieces():
     weights = [torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])]
     averaged = [weight * 1.1 for weight in weights]
     whole = squared_distance(averaged, weights)
@@ -102,12 +87,12 @@ def test_the_squared_distance_sums_over_pieces() -> None:
     assert whole[1].item() == pytest.approx(169.0) and math.sqrt(whole[0] / whole[1]) == pytest.approx(0.1, rel=1e-5)
 
 
-def test_a_device_s_peak_is_plausible() -> None:
+def test_device_peak_is_plausible():
     for dtype in (torch.float32, torch.bfloat16):
         assert 1e8 < matmul_peak(CPU, dtype) < 1e15
 
 
-def test_memory_of_a_cpu_is_the_peak_of_the_process() -> None:
+def test_memory_of_a_cpu_is_the_peak_of_the_process():
     """In a new process, whose peak is still low."""
     program = """if True:
         import torch

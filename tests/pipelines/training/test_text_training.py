@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from layouts import Layouts
 from tiny_clip import make_tiny_clip
 from transformers import Dinov2Config, Dinov2Model
 
@@ -39,9 +36,7 @@ def _make_tiny_dinov2(folder: Path) -> Path:
     return folder
 
 
-def test_captions_become_a_model_samples_scores_and_a_report(
-    tiny_nodes: Callable[..., Any], make_session: Callable[..., Any], layouts: Layouts, tmp_path: Path
-) -> None:
+def test_captions_become_a_model_samples_scores_and_a_report(tiny_nodes, make_session, layouts, tmp_path):
     dataset = layouts.config("coco")
     overrides = [
         f"dataset={{kind: coco, name: photographs, path: {dataset.path}, captions: {dataset.captions}}}",
@@ -82,6 +77,6 @@ def test_captions_become_a_model_samples_scores_and_a_report(
     assert "caption" in card and Path(store.uri).name in card
 
 
-def test_a_text_model_without_features_of_its_captions_is_refused(tiny_nodes: Callable[..., Any], layouts: Layouts) -> None:
+def test_text_model_without_features_of_its_captions_is_refused(tiny_nodes, layouts):
     with pytest.raises(ValueError, match=r"train\.model\.text requires .*captions\.encoder"):
         tiny_nodes("train.model.text=true", "targets=[train]")

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from tiny_training import CONFIG, Material, changed
+from tiny_training import CONFIG, changed
 
 from pipelines.data.captions import CaptionFeaturesInfo
 from pipelines.data.token_map import TokenMapInfo
@@ -14,19 +14,19 @@ from pipelines.training.config import ModelConfig, TrainConfig, TrainExecution
 
 
 @pytest.fixture
-def info(material: Material) -> TokenMapInfo:
+def info(material):
     return TokenMapInfo(**material.inputs["token_map"].summary["info"])
 
 
 @pytest.fixture
-def captions(material: Material) -> CaptionFeaturesInfo:
+def captions(material):
     return CaptionFeaturesInfo(**material.inputs["captions"].summary["info"])
 
 
 # Recipes and how they run --------------------------------------------------------------------------------------------------
 
 
-def test_an_invalid_recipe_is_refused() -> None:
+def test_invalid_recipe_is_refused():
     invalid: list[tuple[dict[str, Any], str]] = [
         ({"num_groups": 5}, r"train\.batch_size 16 cannot be cut into 5 equal groups"),
         ({"num_groups": 1, "execution": {"num_workers": 2}}, r"train\.num_groups 1 cannot be shared by 2 workers"),
@@ -56,7 +56,7 @@ def test_an_invalid_recipe_is_refused() -> None:
             changed(**fields)
 
 
-def test_an_invalid_execution_is_refused() -> None:
+def test_invalid_execution_is_refused():
     invalid: list[tuple[dict[str, Any], str]] = [
         ({"min_workers": 3, "num_workers": 2}, r"min_workers is 3, more than num_workers, which is 2"),
         ({"zero_stage": 4}, r"zero_stage is 4; DeepSpeed has 0, 1, 2 and 3"),
@@ -72,7 +72,7 @@ def test_an_invalid_execution_is_refused() -> None:
             TrainExecution(**fields)
 
 
-def test_the_identity_is_the_recipe_without_its_execution() -> None:
+def test_identity_is_the_recipe_without_its_execution():
     ways = [{"num_workers": 4}, {"zero_stage": 3}, {"microbatches": 2}, {"compile": True}, {"keep_every": 8}]
     for execution in ways:
         assert changed(execution=execution).identity() == CONFIG.identity()
@@ -83,13 +83,13 @@ def test_the_identity_is_the_recipe_without_its_execution() -> None:
 # Schedules -----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_learning_rate_rises_in_a_line_and_stays() -> None:
+def test_learning_rate_rises_in_a_line_and_stays():
     config = TrainConfig(learning_rate=1.0, warmup_steps=4)
     assert [config.learning_rate_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert dataclasses.replace(config, warmup_steps=0).learning_rate_at(0) == 1.0
 
 
-def test_the_learning_rate_falls_by_half_a_cosine() -> None:
+def test_learning_rate_falls_by_half_a_cosine():
     config = TrainConfig(learning_rate=1.0, final_learning_rate=0.2, learning_rate_schedule="cosine", warmup_steps=4, num_steps=12)
     rates = [config.learning_rate_at(step) for step in range(13)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -98,7 +98,7 @@ def test_the_learning_rate_falls_by_half_a_cosine() -> None:
     assert rates[6] + rates[10] == pytest.approx(1.2), "symmetric about its middle"
 
 
-def test_a_run_of_nothing_but_warm_up_has_a_learning_rate() -> None:
+def test_run_of_nothing_but_warm_up_has_a_learning_rate():
     config = TrainConfig(learning_rate=1.0, learning_rate_schedule="cosine", warmup_steps=4, num_steps=4)
     assert config.learning_rate_at(3) == 1.0
 
@@ -115,28 +115,28 @@ def test_a_run_of_nothing_but_warm_up_has_a_learning_rate() -> None:
         ("num_heads", 3, r"embed_dim 32 is not divisible by num_heads 3"),
     ],
 )
-def test_a_model_that_does_not_fit_the_token_map_is_refused(info: TokenMapInfo, field: str, value: int, sentence: str) -> None:
+def test_model_that_does_not_fit_the_token_map_is_refused(info, field, value, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(CONFIG.model, **{field: value}).architecture(info)
 
 
-def test_a_model_without_preset_must_give_its_sizes(info: TokenMapInfo) -> None:
+def test_model_without_preset_must_give_its_sizes(info):
     with pytest.raises(ValueError, match=r"no preset.* decoder_layers, num_heads"):
         ModelConfig(encoder_layers=1, embed_dim=32).architecture(info)
 
 
-def test_a_preset_takes_the_sizes_of_the_token_map_and_every_replaced_field(info: TokenMapInfo) -> None:
+def test_preset_takes_the_sizes_of_the_token_map_and_every_replaced_field(info):
     made = ModelConfig(preset="enat-s", encoder_layers=3, reuse=False).architecture(info)
     assert (made.embed_dim, made.encoder_layers, made.reuse) == (512, 3, False)
     assert (made.grid_size, made.codebook_size, made.num_classes) == (4, 32, 2)
 
 
-def test_a_text_model_takes_its_widths_from_the_captions(info: TokenMapInfo, captions: CaptionFeaturesInfo) -> None:
+def test_text_model_takes_its_widths_from_the_captions(info, captions):
     made = dataclasses.replace(CONFIG.model, text=True).architecture(info, captions)
     assert (made.text_width, made.num_text_tokens, made.num_classes) == (8, 3, 0)
 
 
-def test_a_text_model_that_does_not_fit_its_captions_is_refused(info: TokenMapInfo, captions: CaptionFeaturesInfo) -> None:
+def test_text_model_that_does_not_fit_its_captions_is_refused(info, captions):
     model = dataclasses.replace(CONFIG.model, text=True)
     with pytest.raises(ValueError, match=r"train\.model\.text requires .*captions\.encoder"):
         model.architecture(info)

@@ -17,12 +17,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from plain_training import Plainly
 from tiny_training import (
     CONFIG,
-    Material,
     RankLostError,
-    Trained,
     assert_close,
     assert_same_bits,
     changed,
@@ -55,26 +52,44 @@ OPTIONS = {
 # What is trained -----------------------------------------------------------------------------------------------------------
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+def fault(*case):
+    return pytest.param(*case, marks=pytest.mark.faults)
+
+
 @pytest.mark.parametrize(
-    ("world_size", "zero_stage"),
+    ("world_size", "zero_stage", "options"),
     [
-        pytest.param(1, 0, marks=pytest.mark.slow),
-        (2, 1),
-        pytest.param(2, 3, marks=pytest.mark.slow),
-        pytest.param(2, 0, marks=pytest.mark.faults),
+        (2, 1, {}),
+        slow(1, 0, {}),
+        slow(2, 3, {}),
+        fault(2, 0, {}),
+        slow(3, 1, {}),  # four groups: two ranks take part in a second pass without weight
+        slow(2, 2, OPTIONS),
+        fault(1, 0, OPTIONS),
+        fault(2, 3, OPTIONS),
+        slow(2, 3, {"model": {"text": True}, "cond_drop_prob": 0.5}),
     ],
+    ids=str,
 )
-def test_workers_train_what_a_plain_loop_trains(
-    material: Material, plain: Trained, key: str, world_size: int, zero_stage: int
-) -> None:
-    """On gloo: losses to a relative 1e-5, raw and EMA weights to 1e-5. Stage 2 is in the test of all options."""
-    trained = train(material, changed(execution={"zero_stage": zero_stage}), key, world_size=world_size)
-    assert_close(trained, plain)
+def test_workers_train_what_a_plain_loop_trains(material, plainly, key, world_size, zero_stage, options):
+    """On gloo: losses to a relative 1e-5, raw and EMA weights to 1e-5.
+
+    Microbatches and activation checkpointing are ways to compute the same; the other options are in the plain loop, too.
+    """
+    execution = {"microbatches": 2, "activation_checkpointing": True} if options is OPTIONS else {}
+    config = changed(execution={"zero_stage": zero_stage, **execution}, **options)
+    trained, plain = train(material, config, key, world_size=world_size), plainly(config)
+    assert_close(trained, plain, atol=3e-5 if options is OPTIONS else 1e-5)
     np.testing.assert_allclose(trained.column("gradient_norm"), plain.column("gradient_norm"), rtol=1e-4)
     np.testing.assert_allclose(trained.column("token_accuracy"), plain.column("token_accuracy"), atol=1e-6)
+    assert options is not OPTIONS or min(plain.column("gradient_norm")) > 0.2, "every step is clipped"
 
 
-def test_the_comparison_could_fail(material: Material, plain: Trained) -> None:
+def test_comparison_could_fail(material, plain):
     """Twelve steps move the weights by far more than the tolerance, and the EMA stays apart from them."""
     name = "token_embedding.weight"
     initial = initial_model(material.architecture(CONFIG), 0).state_dict()
@@ -82,37 +97,8 @@ def test_the_comparison_could_fail(material: Material, plain: Trained) -> None:
     assert plain.history[0]["loss"] - plain.history[-1]["loss"] > 0.01
 
 
-@pytest.mark.parametrize(
-    ("world_size", "zero_stage"), [(2, 2), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 0), (2, 3)))]
-)
 @pytest.mark.slow
-def test_all_options_at_once_train_what_a_plain_loop_trains(
-    material: Material, key: str, world_size: int, zero_stage: int, plainly: Plainly
-) -> None:
-    """Microbatches and activation checkpointing are ways to compute the same; the others are in the plain loop, too."""
-    execution = {"zero_stage": zero_stage, "microbatches": 2, "activation_checkpointing": True}
-    config = changed(execution=execution, **OPTIONS)
-    other = plainly(config)
-    assert min(other.column("gradient_norm")) > 0.2, "every step is clipped"
-    trained = train(material, config, key, world_size=world_size)
-    assert_close(trained, other, atol=3e-5)
-    np.testing.assert_allclose(trained.column("gradient_norm"), other.column("gradient_norm"), rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_a_text_model_trains_what_a_plain_loop_trains(material: Material, key: str, plainly: Plainly) -> None:
-    config = changed(model={"text": True}, cond_drop_prob=0.5, execution={"zero_stage": 3})
-    assert_close(train(material, config, key, world_size=2), plainly(config))
-
-
-@pytest.mark.slow
-def test_groups_that_ranks_cannot_share_equally_train_the_same(material: Material, plain: Trained, key: str) -> None:
-    """Four groups, three ranks: two of them take part in a second pass without weight."""
-    assert_close(train(material, CONFIG, key, world_size=3), plain)
-
-
-@pytest.mark.slow
-def test_a_model_without_reuse_trains_fresh_whatever_the_recipe_says(material: Material, key: str) -> None:
+def test_model_without_reuse_trains_fresh_whatever_the_recipe_says(material, key):
     nat = {"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False}
     trained = train(material, changed(model=nat), key, world_size=2)
     assert np.isfinite(trained.column("loss")).all() and trained.column("fresh_loss") == trained.column("loss")
@@ -150,9 +136,7 @@ class EmaWatcher(Trainer):
     ],
 )
 @pytest.mark.slow
-def test_in_half_precision_weights_stay_float32_and_the_ema_is_theirs(
-    material: Material, key: str, precision: str, zero_stage: int, plainly: Plainly
-) -> None:
+def test_in_half_precision_weights_stay_float32_and_the_ema_is_theirs(material, key, precision, zero_stage, plainly):
     """Losses follow the plain loop under torch's autocast as closely as rounding lets them."""
     config = changed(precision=precision, num_steps=6, execution={"zero_stage": zero_stage})
     trained = train(material, config, key, world_size=2, trainer_class=EmaWatcher)
@@ -167,7 +151,7 @@ def test_in_half_precision_weights_stay_float32_and_the_ema_is_theirs(
 # Resuming ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_bit(material: Material, key: str) -> None:
+def test_run_that_was_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_bit(material, key):
     """A signal to one rank reaches all with the next step; the step at which they stop is not a multiple of any interval."""
     whole = train(material, CONFIG, f"{key}-whole", world_size=2)
     stopped = train(material, CONFIG, key, world_size=2, stop_at=6)
@@ -190,9 +174,7 @@ class Recorder(Trainer):
 
 
 @pytest.mark.slow
-def test_from_two_workers_to_one_and_back_nothing_changes(
-    material: Material, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_two_workers_to_one_and_back_nothing_changes(material, key, tmp_path, monkeypatch):
     """The same groups, each once, and losses to a relative 1e-5 in every step."""
     config = changed(num_steps=24, execution={"zero_stage": 2})
     noted = {}
@@ -226,9 +208,7 @@ class Killed(Trainer):
 
 
 @pytest.fixture
-def place(
-    request: pytest.FixtureRequest, material: Material, vqgan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Material:
+def place(request, material, vqgan, tmp_path, monkeypatch):
     monkeypatch.setenv("NOTES", str(tmp_path))
     if request.param == "folder":
         return material
@@ -240,9 +220,7 @@ def place(
 @pytest.mark.parametrize(
     ("place", "zero_stage"), [("folder", 1), pytest.param("bucket", 3, marks=pytest.mark.faults)], indirect=["place"]
 )
-def test_a_run_whose_worker_was_killed_resumes_from_the_last_checkpoint(
-    place: Material, plain: Trained, key: str, zero_stage: int
-) -> None:
+def test_run_whose_worker_was_killed_resumes_from_the_last_checkpoint(place, plain, key, zero_stage):
     config = changed(execution={"zero_stage": zero_stage})
     with pytest.raises((RankLostError, RuntimeError)):
         train(place, config, key, world_size=2, trainer_class=Killed)
@@ -252,58 +230,34 @@ def test_a_run_whose_worker_was_killed_resumes_from_the_last_checkpoint(
     assert resumed.result is not None and resumed.result.num_restarts == 1 and checkpoint_steps(place, key) == [4, 8]
 
 
-class Slow(Trainer):
-    """Every step takes a tenth of a second at least."""
+class SlowPoisoned(Trainer):
+    """Every step takes a tenth of a second at least. Step 7 diverges the first time."""
 
-    def train_step(self) -> None:
+    def train_step(self):
         time.sleep(0.1)
-        super().train_step()
-
-
-@pytest.mark.slow
-def test_the_time_before_a_stop_is_kept_and_added_to(material: Material, key: str) -> None:
-    """The second life has one worker fewer."""
-    config = changed(execution={"keep_last": 9})
-    train(material, config, key, world_size=2, trainer_class=Slow, stop_at=5)
-    first = read_resume_point(worker_context(material, key))
-    assert first.step == 6 and first.worker_seconds >= 6 * 0.1 * 2
-    train(material, config, key, trainer_class=Slow, stop_at=2)
-    second = read_resume_point(worker_context(material, key))
-    assert second.step > 6 and second.worker_seconds >= first.worker_seconds + (second.step - 6) * 0.1
-    newest = find_checkpoints(worker_context(material, key))[-1].state
-    assert newest is not None
-    (Path(material.store.uri) / "train" / key / newest.path).write_text("{}")
-    assert 0 < read_resume_point(worker_context(material, key)).step < second.step, "training resumes from there, too"
-
-
-class SlowPoisoned(Slow):
-    """Diverges in step 7 the first time."""
-
-    def train_step(self) -> None:
         super().train_step()
         if self.step == 7 and not self.num_rollbacks:
             self.monitor.record.measured[-1] = self.monitor.record.measured[-1] * math.nan
 
 
 @pytest.mark.slow
-def test_the_time_of_discarded_steps_counts(material: Material, key: str) -> None:
-    train(material, changed(execution={"on_divergence": "rollback"}), key, trainer_class=SlowPoisoned, stop_at=11)
-    kept = read_resume_point(worker_context(material, key))
-    assert kept.step == 9 and kept.worker_seconds >= (7 + 5) * 0.1, "four steps, three for nothing, and five more"
+def test_time_of_discarded_steps_and_of_stopped_runs_counts(material, key):
+    """The second life has one worker fewer."""
+    config, context = changed(execution={"keep_last": 9, "on_divergence": "rollback"}), worker_context(material, key)
+    train(material, config, key, world_size=2, trainer_class=SlowPoisoned, stop_at=11)
+    first = read_resume_point(context)
+    assert first.step == 9 and first.worker_seconds >= (7 + 5) * 0.1 * 2, "four steps, three for nothing, and five more"
+    train(material, config, key, trainer_class=SlowPoisoned, stop_at=2)
+    second = read_resume_point(context)
+    assert second.step > 9 and second.worker_seconds >= first.worker_seconds + (second.step - 9) * 0.1
+    newest = find_checkpoints(context)[-1].state
+    assert newest is not None
+    (Path(material.store.uri) / "train" / key / newest.path).write_text("{}")
+    assert 0 < read_resume_point(context).step < second.step, "training resumes from there, too"
 
 
 @pytest.mark.slow
-def test_if_all_checkpoints_are_damaged_training_does_not_start_again(material: Material, key: str) -> None:
-    """On any rank: people may be able to restore the files."""
-    train(material, changed(execution={"checkpoint_every": 100}), key, world_size=2, stop_at=5)
-    path = damage_newest_checkpoint(material.store, worker_context(material, key))
-    with pytest.raises(NoReadableCheckpointError, match=f"steps 6; step 6: .*{path} was changed"):
-        train(material, CONFIG, key, world_size=2)
-    assert checkpoint_steps(material, key) == [6]
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(material: Material, plain: Trained, key: str) -> None:
+def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(material, plain, key):
     train(material, CONFIG, key, world_size=2, stop_at=8)
     assert checkpoint_steps(material, key)[-2:] == [8, 9], "an older one is removed when rank 0 is the last to write"
     path = damage_newest_checkpoint(material.store, worker_context(material, key))
@@ -311,6 +265,16 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(material: M
     (message,) = resumed.messages
     assert message.startswith("removed the damaged checkpoint of step 9") and path in message
     assert_close(resumed, plain)
+
+
+@pytest.mark.slow
+def test_training_does_not_start_again_if_all_checkpoints_are_damaged(material, key):
+    """On any rank: people may be able to restore the files."""
+    train(material, changed(execution={"checkpoint_every": 100}), key, world_size=2, stop_at=5)
+    path = damage_newest_checkpoint(material.store, worker_context(material, key))
+    with pytest.raises(NoReadableCheckpointError, match=f"steps 6; step 6: .*{path} was changed"):
+        train(material, CONFIG, key, world_size=2)
+    assert checkpoint_steps(material, key) == [6]
 
 
 class PreemptedRank(Trainer):
@@ -323,7 +287,7 @@ class PreemptedRank(Trainer):
 
 
 @pytest.mark.slow
-def test_all_ranks_save_once_when_the_node_of_one_is_about_to_go(material: Material, plain: Trained, key: str) -> None:
+def test_all_ranks_save_once_when_the_node_of_one_is_about_to_go(material, plain, key):
     """Ray's watcher repeats the signal from step 5 on. Training continues until Ray ends it."""
     execution = {"keep_last": 9}
     trained = train(material, changed(execution=execution), key, world_size=2, preempt_at=5, trainer_class=PreemptedRank)
@@ -332,7 +296,7 @@ def test_all_ranks_save_once_when_the_node_of_one_is_about_to_go(material: Mater
 
 
 @pytest.mark.slow
-def test_a_stop_in_the_last_step_completes_the_run(material: Material, plain: Trained, key: str) -> None:
+def test_stop_in_the_last_step_completes_the_run(material, plain, key):
     assert_close(train(material, CONFIG, key, stop_at=12), plain)
 
 
@@ -345,7 +309,7 @@ class FullStore(ArtifactStore):
         return super().put_file(stage, key, name, source)
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_training(material: Material, key: str) -> None:
+def test_checkpoint_that_cannot_be_written_ends_training(material, key):
     with pytest.raises(StorageError, match="no space left"):
         train(replace(material, store=FullStore(material.store.folder)), CONFIG, key)
 
@@ -354,7 +318,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_training(material: Material, k
 
 
 @pytest.mark.faults  # a minute of compiling
-def test_a_compiled_model_trains_the_same(material: Material, key: str, plainly: Plainly) -> None:
+def test_compiled_model_trains_the_same(material, key, plainly):
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 import ray
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_training import CONFIG, Material, Trained, assert_close, changed, read_history
+from tiny_training import CONFIG, Trained, assert_close, changed, read_history
 
 from enat.checkpoint import load_enat
 from enat.model import ENAT
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _workers_need_no_test_modules() -> None:
+def _workers_need_no_test_modules():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
@@ -50,7 +50,7 @@ class Fitted(Trained):
 
 
 @pytest.fixture
-def fit(material: Material, make_context: Callable[..., Any], key: str) -> Callable[..., Fitted]:
+def fit(material, make_context, key):
     """Train by the stage, under a key that the test has for itself."""
 
     def fit(
@@ -74,7 +74,7 @@ def fit(material: Material, make_context: Callable[..., Any], key: str) -> Calla
 
 
 @pytest.mark.parametrize(("num_workers", "zero_stage"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.faults)])
-def test_ray_s_workers_train_what_a_plain_loop_trains(fit, plain: Trained, num_workers: int, zero_stage: int) -> None:
+def test_ray_workers_train_what_a_plain_loop_trains(fit, plain, num_workers, zero_stage):
     """More of their combinations without Ray: test_train_loop.py."""
     fitted = fit(changed(execution={"num_workers": num_workers, "zero_stage": zero_stage, "keep_every": 8}))
     assert_close(fitted, plain)
@@ -85,9 +85,7 @@ def test_ray_s_workers_train_what_a_plain_loop_trains(fit, plain: Trained, num_w
     assert set(fitted.column("num_workers")) == {num_workers}
 
 
-def test_hours_are_those_of_this_command_and_of_the_ones_it_goes_on_from(
-    material: Material, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_time_includes_that_of_resumed_commands(material, make_context, monkeypatch):
     """100 worker-seconds were kept with step 4. From there it is two workers with two devices each."""
     history = [{"step": step, "num_workers": 1 if step <= 4 else 2} for step in range(1, 13)]
 
@@ -136,9 +134,7 @@ class Deadly(RunHandle):
 
 
 @pytest.mark.faults
-def test_a_worker_that_is_killed_is_replaced_and_training_resumes_from_the_checkpoint(
-    fit, plain: Trained, material: Material, key: str, tmp_path: Path
-) -> None:
+def test_worker_that_is_killed_is_replaced_and_training_resumes_from_the_checkpoint(fit, plain, material, key, tmp_path):
     context = WorkerContext(stage="train", key=key, store=material.store, run=RunHandle("", None))
     run = Deadly(notes=tmp_path / "notes", context=context)
     fitted = fit(changed(execution={"num_workers": 2, "max_failures": 1}), run=run)
@@ -150,14 +146,14 @@ def test_a_worker_that_is_killed_is_replaced_and_training_resumes_from_the_check
 
 
 @pytest.mark.faults
-def test_an_elastic_run_begins_with_the_workers_that_the_cluster_has_room_for(fit, plain: Trained) -> None:
+def test_elastic_run_begins_with_the_workers_that_the_cluster_has_room_for(fit, plain):
     fitted = fit(changed(execution={"num_workers": 4, "min_workers": 1}))
     assert set(fitted.column("num_workers")) == {2}
     assert_close(fitted, plain)
 
 
 @pytest.mark.faults
-def test_a_run_that_diverges_fails_at_once_and_is_not_tried_again(fit, material: Material, key: str, tmp_path: Path) -> None:
+def test_run_that_diverges_fails_at_once_and_is_not_tried_again(fit, material, key, tmp_path):
     """The same steps would diverge again; max_failures is for workers that are lost."""
     run = Deadly(notes=tmp_path / "notes")
     config = changed(learning_rate=1e10, warmup_steps=0, execution={"checkpoint_every": 1, "max_failures": 3})
@@ -172,9 +168,7 @@ def _ray_train_folders() -> set[Path]:
 
 
 @pytest.mark.faults
-def test_sigterm_saves_a_checkpoint_and_the_same_command_resumes(
-    enat: Callable[..., Any], end_enat_when: Callable[..., tuple[int, str]], tiny_config: Path, tmp_path: Path
-) -> None:
+def test_sigterm_saves_a_checkpoint_and_the_same_command_resumes(enat, end_enat_when, tiny_config, tmp_path):
     """The checkpoint is there because of the signal: no other is due before the end. It is sent once Ray Train has begun."""
     values = json.loads(tiny_config.read_text())
     values["train"] |= {"num_steps": 100, "execution": {"checkpoint_every": 1000, "log_every": 1}}
@@ -195,7 +189,7 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_resumes(
 # Without training ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_steps_give_the_initial_weights_of_the_seed(fit, material: Material, key: str) -> None:
+def test_no_steps_give_the_initial_weights_of_the_seed(fit, material, key):
     untrained = fit(changed(num_steps=0))
     initial = initial_model(material.architecture(CONFIG), 0).state_dict()
     for weights in (untrained.raw, untrained.ema):
@@ -205,14 +199,14 @@ def test_no_steps_give_the_initial_weights_of_the_seed(fit, material: Material, 
     assert isinstance(model, ENAT) and model.config == material.architecture(CONFIG)
 
 
-def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(fit) -> None:
+def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once(fit):
     with pytest.raises(ValueError, match=r"train\.execution asks for 4 CPUs \(4 workers\), but the cluster has 2"):
         fit(changed(execution={"num_workers": 4}))
     with pytest.raises(ValueError, match=r"train\.execution asks for 3 CPUs \(3 workers\)"):
         fit(changed(execution={"num_workers": 4, "min_workers": 3}))
 
 
-def test_a_token_map_of_another_tokenizer_is_refused(material: Material, make_context: Callable[..., Any]) -> None:
+def test_token_map_of_another_tokenizer_is_refused(material, make_context):
     other = dataclasses.replace(material.inputs["tokenizer"], key="cd" * 32)
     with pytest.raises(
         ValueError, match=r"the token map of drawn \(16 px\) has tokenizer \w{12}, but the model expects tokenizer \w{12}"

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain_training import Plainly
-from tiny_training import CONFIG, Material, Trained, changed, checkpoint_steps, read_weights, train
+from tiny_training import CONFIG, Trained, changed, checkpoint_steps, read_weights, train
 
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.store import ArtifactStore
@@ -23,9 +22,7 @@ from pipelines.tracking.run import RunHandle
 
 
 @pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.faults)])
-def test_milestones_are_the_ema_at_their_steps_also_after_a_restart(
-    material: Material, key: str, zero_stage: int, plainly: Plainly
-) -> None:
+def test_milestones_are_the_ema_at_their_steps_also_after_a_restart(material, key, zero_stage, plainly):
     config = changed(execution={"keep_every": 4, "keep_last": 1, "zero_stage": zero_stage})
     train(material, config, key, world_size=2, stop_at=5)
     trained = train(material, config, key, world_size=2)
@@ -73,13 +70,13 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+def watched(material, tmp_path_factory):
     run = Notebook(notes=str(tmp_path_factory.mktemp("notes") / "lines"))
     config = changed(num_steps=20, execution={"sample_every": 8, "peak_tflops": None, "checkpoint_every": 6})
     return Watched(train(material, config, "watched", world_size=2, run=run), run.read())
 
 
-def test_metrics_are_complete_and_plausible(watched: Watched, material: Material) -> None:
+def test_metrics_are_complete_and_plausible(watched, material):
     history = watched.trained.history
     assert [row["step"] for row in history] == list(range(1, 21))
     buckets = {f"loss_by_mask_ratio/{bounds}" for bounds in ("0.0-0.6", "0.6-0.7", "0.7-0.8", "0.8-0.9", "0.9-1.0")}
@@ -96,7 +93,7 @@ def test_metrics_are_complete_and_plausible(watched: Watched, material: Material
         assert 0.05 < row["memory_gb"] < 20 and 0 < row["ema_distance"] < 1 and row["num_workers"] == 2
 
 
-def test_the_share_of_reusing_groups_is_in_the_means(watched: Watched, material: Material, plainly: Plainly) -> None:
+def test_share_of_reusing_groups_is_in_the_means(watched, material, plainly):
     """fresh_loss and reuse_loss average to the loss, weighted by their numbers of groups."""
     plain = plainly(changed(num_steps=20))
     for row, expected in zip(watched.trained.history, plain.history, strict=True):
@@ -105,7 +102,7 @@ def test_the_share_of_reusing_groups_is_in_the_means(watched: Watched, material:
         assert row["loss"] == pytest.approx(share * row.get("reuse_loss", 0) + (1 - share) * row.get("fresh_loss", 0))
 
 
-def test_one_rank_alone_tracks_every_row_and_every_preview(watched: Watched) -> None:
+def test_one_rank_alone_tracks_every_row_and_every_preview(watched):
     assert len({process for process, *_ in watched.noted}) == 1
     rows = {step: metrics for _, _, step, metrics in watched.noted if isinstance(step, int)}
     assert list(rows) == list(range(1, 21))
@@ -116,7 +113,7 @@ def test_one_rank_alone_tracks_every_row_and_every_preview(watched: Watched) -> 
 
 
 @pytest.mark.slow
-def test_an_interval_of_several_steps_is_their_mean(material: Material, plainly: Plainly, key: str) -> None:
+def test_interval_of_several_steps_is_their_mean(material, plainly, key):
     trained = train(material, changed(execution={"log_every": 5, "checkpoint_every": 6}), key, world_size=2)
     assert trained.column("step") == [5, 6, 10, 12], "a checkpoint's figures are complete"
     losses = plainly(CONFIG).column("loss")
@@ -125,7 +122,7 @@ def test_an_interval_of_several_steps_is_their_mean(material: Material, plainly:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_the_rows_of_the_runs_before(material: Material, key: str, tmp_path: Path) -> None:
+def test_resumed_run_has_the_rows_of_the_runs_before(material, key, tmp_path):
     """A command is a run of its own in MLflow. Workers that Ray replaces are part of the same run, which has its rows."""
     noted = {}
     for run_id, stop_at in (("first", 3), ("first", 6), ("second", None)):
@@ -152,9 +149,7 @@ class CountingStore(ArtifactStore):
 
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.slow
-def test_previews_load_the_tokenizer_once_and_report_an_error_once(
-    material: Material, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
-) -> None:
+def test_previews_load_the_tokenizer_once_and_report_an_error_once(material, key, tmp_path, monkeypatch, is_there):
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     if not is_there:
         monkeypatch.setenv("NO_TOKENIZER", "1")
@@ -181,14 +176,14 @@ class Broken(RunHandle):
 
 
 @pytest.mark.slow
-def test_an_unexpected_error_of_tracking_is_reported_once(material: Material, key: str) -> None:
+def test_unexpected_error_of_tracking_is_reported_once(material, key):
     trained = train(material, CONFIG, key, run=Broken())
     (message,) = trained.messages
     assert message.endswith("training continues (KeyError: 'unforeseen')") and trained.ema
 
 
 @pytest.mark.faults
-def test_a_hanging_tracking_server_does_not_delay_steps(material: Material, key: str, tmp_path: Path) -> None:
+def test_hanging_tracking_server_does_not_delay_steps(material, key, tmp_path):
     """Each call takes as long as many steps. Remaining calls are made when training ends."""
     run = Notebook(notes=str(tmp_path / "lines"), hang=0.5)
     trained = train(material, CONFIG, key, run=run)
