@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from pipelines.cluster import connection
 
-pytest_plugins = ["digits_run", "slices"]
+pytest_plugins = ["chromium", "digits_run", "slices"]
 
 # Set before torch is imported. Its threads only get in each other's way on tensors as small as those of the tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

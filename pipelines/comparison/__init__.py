@@ -3,7 +3,8 @@
 query      evaluations from MLflow
 sections   rows that were measured in the same way
 published  published numbers, from published.yaml
-columns    the columns of a table; sentences: the words around it; table: the table for a terminal
-page       the HTML page; canvas, labels, cost_plot, sweep_plot: its figures
+columns    the columns of a table and its cells; sentences: the words around it
+charts     score against cost, and sweeps
+table      the tables for a terminal, CSV and JSON; page: the HTML page
 compare    one comparison from the command to its answer
 """

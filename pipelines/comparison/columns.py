@@ -1,4 +1,4 @@
-"""Columns of a comparison: which of them a section needs, and the best value of each."""
+"""Tables of a comparison: which columns a section needs, their values, and the best value of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pipelines.comparison.sections import Row, Section
 
 MISSING = "–"
 MEASURED = "measured here"
-MAIN_RANK = 5  # the page shows columns up to this rank, and the others on request
+_MAIN_RANK = 5  # the page shows columns up to this rank, and the others on request
+_NAMES = ("name", "num_steps", "guidance_scale", "mask_ratio")  # columns that identify a row
 _GMACS_PER_TERA = 1000.0
 _MONEY = "cost/total_money"
 Record = Mapping[str, Any]
@@ -34,6 +35,47 @@ class Column:
     std: str = ""
     alike: str = ""
     by_device: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        return self.shown is str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """value: for sorting, None if it is not known."""
+
+    text: str
+    value: Any
+    is_best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """alike: values that all rows share, as text by column: "steps 8", "guidance 3.5"."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    alike: Mapping[str, str]
+
+    @property
+    def main(self) -> Table:
+        return self.only(lambda column: column.rank <= _MAIN_RANK)
+
+    @property
+    def more(self) -> Table:
+        """The less common columns, with those that identify a row."""
+        return self.only(lambda column: column.key in _NAMES or column.rank > _MAIN_RANK)
+
+    @property
+    def more_titles(self) -> str:
+        return ", ".join(column.title for column in self.columns if column.rank > _MAIN_RANK)
+
+    def only(self, keep: Callable[[Column], bool]) -> Table:
+        """The table with some of its columns."""
+        kept = [index for index, column in enumerate(self.columns) if keep(column)]
+        rows = tuple(tuple(row[index] for index in kept) for row in self.rows)
+        return Table(tuple(self.columns[index] for index in kept), rows, self.alike)
 
 
 def _count(value: float) -> str:
@@ -69,8 +111,7 @@ def short_count(value: float) -> str:
 
 
 COLUMNS = (
-    Column("model", "model", str),
-    Column("variant", "variant", str, alike="variant {}"),
+    Column("name", "model", str),
     Column("parameters", "params", short_count, rank=1),
     Column("num_steps", "steps", _count, alike="steps {}"),
     Column("guidance_scale", "guidance", short, alike="guidance {}"),
@@ -118,7 +159,10 @@ QUOTED_COLUMNS = (
     Column("source", "source", str),
     Column("note", "note", str, rank=1),
 )
-
+_FIELDS = (  # of a row, with the same key in its record
+    "model", "variant", "config_run", "dataset", "resolution", "parameters", "train_steps", "num_steps", "guidance_scale",
+    "mask_ratio", "num_samples", "device", "images_per_pass", "samples",
+)  # fmt: skip
 
 # Records -------------------------------------------------------------------------------------------------------------------
 
@@ -132,27 +176,18 @@ def record(row: Row) -> dict[str, Any]:
     gmacs = row.metrics.get("gmacs_total")
     values = {
         **{name: value for name, value in row.metrics.items() if name != _MONEY},
+        **{name: getattr(row, name) for name in _FIELDS},
         _money_key(row.currency): row.metrics.get(_MONEY),
-        "model": row.model,
-        "variant": row.variant,
-        "config_run": row.config_run,
-        "dataset": row.dataset,
-        "resolution": row.resolution,
-        "parameters": row.parameters,
-        "train_steps": row.train_steps,
-        "num_steps": row.num_steps,
-        "guidance_scale": row.guidance_scale,
-        "mask_ratio": row.mask_ratio,
-        "num_samples": row.num_samples,
-        "device": row.device,
-        "images_per_pass": row.images_per_pass,
         "arithmetic": row.precision,
         "tmacs_total": None if gmacs is None else gmacs / _GMACS_PER_TERA,
         "date": f"{row.measured:%Y-%m-%d}",
         "source": MEASURED,
-        "samples": row.samples,
         "run_id": row.run_ids[0],
     }
+    return _known(values)
+
+
+def _known(values: Record) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -174,52 +209,52 @@ def quoted_record(result: PublishedResult) -> dict[str, Any]:
         "source": result.source,
         "note": result.note or None,
     }
-    return {name: value for name, value in values.items() if value is not None}
+    return _known(values)
 
 
-def by_score(results: Sequence[PublishedResult]) -> list[PublishedResult]:
-    """Sort by score, best first, unknown last. One-step decoding is sorted by mask ratio first."""
-    return sorted(results, key=lambda found: (found.mask_ratio or 0.0, found.fid is None, found.fid or 0.0, found.name))
+# Tables --------------------------------------------------------------------------------------------------------------------
 
 
-# Choosing ------------------------------------------------------------------------------------------------------------------
+def measured_table(section: Section) -> Table:
+    """Columns with at least one value. Values that all rows share are in `alike` if their column allows it."""
+    records = [{**record(row), "name": row.name} for row in section.rows]
+    columns, alike = [], {}
+    for column in _present(section, records):
+        found = {values.get(column.key) for values in records}
+        if column.alike and len(found) == 1 and None not in found:
+            alike[column.key] = column.alike.format(column.shown(found.pop()))
+        else:
+            columns.append(column)
+    return _table(records, columns, _best_values(section, records, columns), alike)
 
 
-def columns_of(section: Section) -> list[Column]:
-    """Columns with at least one value in the measured rows, without those whose common value is in the heading."""
-    records = [record(row) for row in section.rows]
-    told = {column.key for column, _ in _alike(records)}
-    return [column for column in _present(section, records) if column.key not in told]
-
-
-def quoted_columns(results: Sequence[PublishedResult]) -> list[Column]:
+def quoted_table(results: Sequence[PublishedResult]) -> Table:
+    """Sorted by score, best first, unknown last. One-step decoding is sorted by mask ratio first."""
     is_one_step = any(result.mask_ratio is not None for result in results)
     left_out = {"parameters", "tmacs_total", "note"} if is_one_step else {"mask_ratio"}
-    return [column for column in QUOTED_COLUMNS if column.key not in left_out]
+    ordered = sorted(results, key=lambda found: (found.mask_ratio or 0.0, found.fid is None, found.fid or 0.0, found.name))
+    return _table([quoted_record(result) for result in ordered], [c for c in QUOTED_COLUMNS if c.key not in left_out], {})
 
 
-def alike(section: Section) -> dict[str, str]:
-    """Values that all rows share, as text by column: "steps 8", "guidance 3.5"."""
-    records = [record(row) for row in section.rows]
-    present = {column.key for column in _present(section, records)}
-    told = [(column, value) for column, value in _alike(records) if column.key in present]
-    return {column.key: column.alike.format(column.shown(value)) for column, value in told}
+def _table(
+    records: Sequence[Record], columns: Sequence[Column], best: Mapping[str, float], alike: Mapping[str, str] | None = None
+) -> Table:
+    rows = tuple(tuple(_cell(values, column, best) for column in columns) for values in records)
+    return Table(tuple(columns), rows, alike or {})
 
 
-def _alike(records: Sequence[Record]) -> list[tuple[Column, Any]]:
-    """Columns whose common value can be in the heading, with the value."""
-    found = []
-    for column in COLUMNS:
-        values = [values.get(column.key) for values in records]
-        if column.alike and values[0] is not None and len(set(values)) == 1:
-            found.append((column, values[0]))
-    return found
+def _cell(values: Record, column: Column, best: Mapping[str, float]) -> Cell:
+    if column.key not in values:
+        return Cell(MISSING, None)
+    value = values[column.key]
+    text = column.shown(value)
+    if column.std in values:
+        text += f" ± {column.shown(values[column.std])}"
+    return Cell(text, value, column.key in best and value == best[column.key])
 
 
 def _present(section: Section, records: Sequence[Record]) -> list[Column]:
     keys = {name for values in records for name in values}
-    if all(row.variant == "main" for row in section.rows):
-        keys.discard("variant")
     if {row.dataset for row in section.rows if row.dataset} == {section.dataset}:
         keys.discard("dataset")  # it is in the heading
     if all(row.num_samples == section.protocol.get("num_samples") for row in section.rows):
@@ -243,14 +278,7 @@ def _money_column(column: Column, key: str) -> Column:
     return Column(key, f"{column.title} ({currency})", column.shown, rank=column.rank)
 
 
-def cell(values: Record, column: Column) -> str:
-    if column.key not in values:
-        return MISSING
-    text = column.shown(values[column.key])
-    return f"{text} ± {column.shown(values[column.std])}" if column.std in values else text
-
-
-def best_values(section: Section, columns: Sequence[Column]) -> dict[str, float]:
+def _best_values(section: Section, records: Sequence[Record], columns: Sequence[Column]) -> dict[str, float]:
     """The best measured value by column, if values differ. Rows with different mask ratios solve different tasks: none is best."""
     best: dict[str, float] = {}
     if len({row.mask_ratio for row in section.rows}) > 1:
@@ -258,7 +286,7 @@ def best_values(section: Section, columns: Sequence[Column]) -> dict[str, float]
     devices = {row.device for row in section.rows}
     is_one_device = len(devices) == 1 and None not in devices
     for column in columns:
-        values = [found[column.key] for found in map(record, section.rows) if column.key in found]
+        values = [found[column.key] for found in records if column.key in found]
         if column.better and len(set(values)) > 1 and (is_one_device or not column.by_device):
             best[column.key] = (min if column.better == "lower" else max)(values)
     return best

@@ -11,15 +11,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from enat.images import ImageError, decode_image, png_bytes
+from enat.images import ImageError, decode_image
 from pipelines.comparison import page as comparison_page
 from pipelines.comparison import table as comparison_table
-from pipelines.comparison.canvas import stack
-from pipelines.comparison.cost_plot import cost_figure
-from pipelines.comparison.page import Figures, Grids
+from pipelines.comparison.charts import cost_chart, sweep_charts
+from pipelines.comparison.page import Grids
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Row
-from pipelines.comparison.sweep_plot import sweep_figure
+from pipelines.pages.chart import png_of
 from pipelines.tracking import run as tracking
 from pipelines.tracking import search
 from pipelines.tracking.run import TrackingConfig
@@ -43,11 +42,12 @@ class Files:
 
 
 def make_files(comparison: Comparison, title: str, grids: Grids) -> Files:
-    figures = [Figures(cost_figure(section), sweep_figure(section)) for section in comparison.sections]
-    drawn = [image for both in figures for image in (both.cost, both.sweep) if image is not None]
+    charts = [
+        chart for section in comparison.sections for chart in (cost_chart(section), *sweep_charts(section)) if chart is not None
+    ]
     return Files(
-        page=comparison_page.render(comparison, figures, grids, title=title, created=datetime.now(UTC)),
-        figures=png_bytes(stack(drawn)) if drawn else None,
+        page=comparison_page.render(comparison, grids, title=title, created=datetime.now(UTC)),
+        figures=png_of(charts) if charts else None,
         table=comparison_table.to_csv(comparison),
     )
 

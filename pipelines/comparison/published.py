@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,6 @@ SETS: Mapping[str, PublishedSet] = {
     "imagenet256-one-step": PublishedSet(resolution=256, is_one_step=True),
 }
 DATASETS = tuple(SETS)
-_FILE = "published.yaml"
 # Names of complete datasets only: scores on subsets (imagenet100, tiny-imagenet, imagenette) differ.
 _TITLES = {
     "imagenet": re.compile(r"(ilsvrc(2012)?[-_ ]?)?(imagenet([-_ ]?1k)?|ilsvrc(2012)?)([-_ ]?(256|512))?([-_ ]?train)?"),
@@ -66,7 +67,10 @@ REFERENCE_FILES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+
+
+@pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class PublishedResult:
     """One published system. None: unknown.
 
@@ -78,29 +82,21 @@ class PublishedResult:
     dataset: str
     source: str
     note: str = ""
-    params_millions: float | None = None
-    steps: int | None = None
-    tflops: float | None = None
-    fid: float | None = None
-    mask_ratio: float | None = None
-    has_decoder: bool = True
-    is_unconditional: bool = False
+    params_millions: _Positive | None = None
+    steps: Annotated[int, Field(gt=0, strict=True)] | None = None
+    tflops: _Positive | None = None
+    fid: _Positive | None = None
+    mask_ratio: _Positive | None = None
+    has_decoder: StrictBool = True
+    is_unconditional: StrictBool = False
 
-    def __post_init__(self) -> None:
-        if self.dataset not in DATASETS:
+    @model_validator(mode="after")
+    def _check(self) -> PublishedResult:
+        if self.dataset not in SETS:
             raise ValueError(f"{self.name} has dataset {self.dataset!r}; choose one of {', '.join(DATASETS)}")
-        for name in ("params_millions", "steps", "tflops", "fid", "mask_ratio"):
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (is_number and math.isfinite(value) and value > 0):
-                raise ValueError(f"{self.name} has {name} {value!r}; give a number above 0, or leave it empty")
         if (self.mask_ratio is not None) != SETS[self.dataset].is_one_step:
-            raise ValueError(
-                f"{self.name} of {self.dataset}: mask_ratio is required for one-step decoding and not allowed otherwise"
-            )
-        for name in ("has_decoder", "is_unconditional"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{self.name} has {name} {getattr(self, name)!r}; give true or false")
+            raise ValueError(f"{self.name}: mask_ratio is required for one-step decoding and not allowed otherwise")
+        return self
 
     @property
     def label(self) -> str:
@@ -111,29 +107,14 @@ class PublishedResult:
 @cache
 def load_published() -> tuple[PublishedResult, ...]:
     """All rows of published.yaml, in order."""
-    return read_published((resources.files("pipelines.comparison") / _FILE).read_text(encoding="utf-8"))
+    return read_published((resources.files("pipelines.comparison") / "published.yaml").read_text(encoding="utf-8"))
 
 
 def read_published(text: str) -> tuple[PublishedResult, ...]:
-    """Parse the text of such a file. Raises ValueError, naming the row, if it is not valid."""
+    """Parse the text of such a file. Raises ValueError, with the number of the row from 0, if it is not valid."""
     import yaml
 
-    rows = yaml.safe_load(text)
-    if not isinstance(rows, list):
-        raise ValueError(f"{_FILE} must contain a list of rows")
-    return tuple(_result(row, number) for number, row in enumerate(rows, start=1))
-
-
-def _result(row: Any, number: int) -> PublishedResult:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"row {number} of {_FILE} is not a mapping")
-    known = {field.name for field in fields(PublishedResult)}
-    if odd := sorted(map(str, row.keys() - known)):
-        raise ValueError(f"row {number} of {_FILE} has unknown keys {', '.join(odd)}; the keys are {', '.join(sorted(known))}")
-    try:
-        return PublishedResult(**row)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"row {number} of {_FILE}: {error}") from error
+    return tuple(TypeAdapter(list[PublishedResult]).validate_python(yaml.safe_load(text)))
 
 
 def published_for(dataset: str) -> tuple[PublishedResult, ...]:

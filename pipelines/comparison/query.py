@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.comparison.sections import REAL_CODES, Notes, Row, Section, make_sections
+from pipelines.comparison.sections import REAL_CODES, Row, Section, make_sections
 from pipelines.formatting import printable
 from pipelines.storage.base import digest_of
 from pipelines.storage.redaction import without_credentials
@@ -21,6 +21,7 @@ from pipelines.workflow.stage import MAIN
 
 _EVALUATIONS = "tags.`enat.stage` = 'evaluate'"
 _FINISHED = "attributes.status = 'FINISHED'"
+_COUNTS = ("resolution", "parameters", "train_steps", "num_steps", "num_samples", "images_per_pass")  # tags
 _MAX_DEPTH = 8  # of nested runs; also ends a cycle of parents
 _IDS_PER_QUERY = 100
 _IMPORTED = "imported"  # instead of a dataset: weights with unknown training
@@ -80,12 +81,12 @@ def compare(uri: str, query: Query, published: str = "auto") -> Comparison:
     """
     known = search.experiments(uri)
     found, parents = _find(uri, query, known)
-    notes = Notes()
+    notes: list[str] = []
     rows = _fold([_row(run, parents, notes) for run in found])
     rows = _with_generation(uri, rows, found, notes)
     sections = make_sections(rows, published, notes)
     experiment = next(name for name, id in known.items() if id == found[0].experiment_id)
-    return Comparison(uri=uri, query=query, experiment=experiment, sections=sections, notes=tuple(notes.sentences))
+    return Comparison(uri=uri, query=query, experiment=experiment, sections=sections, notes=tuple(dict.fromkeys(notes)))
 
 
 # Finding -------------------------------------------------------------------------------------------------------------------
@@ -173,25 +174,25 @@ def _listed(names: Iterable[str]) -> str:
 # Rows ----------------------------------------------------------------------------------------------------------------------
 
 
-def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: Notes) -> Row:
+def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: list[str]) -> Row:
     tags = run.tags
     line = _line(run, parents)
     variant = tags.get("enat.variant") or tags.get("enat.node", "").partition("@")[2] or MAIN
     trained = tags.get("enat.input.model")
     protocol, mask_ratio = _without_mask_ratio(_protocol(run, notes))
     is_imported = tags.get("enat.dataset") == _IMPORTED
+    counts = {name: _number(run, f"enat.{name}", notes) for name in _COUNTS}
+    integers: dict[str, Any] = {name: None if value is None else int(value) for name, value in counts.items()}
+    if is_imported:
+        integers["train_steps"] = None
     return Row(
+        **integers,
         run_ids=(run.run_id,),
         config_run=printable(line[-1].name) if line else None,
         model=printable(tags.get("enat.model") or (trained or run.name)[:18]),
         variant=printable(variant),
         dataset=None if is_imported else _text(tags.get("enat.dataset")),
-        resolution=_integer(run, "enat.resolution", notes),
-        parameters=_integer(run, "enat.parameters", notes),
-        train_steps=None if is_imported else _integer(run, "enat.train_steps", notes),
-        num_steps=_integer(run, "enat.num_steps", notes),
         guidance_scale=_number(run, "enat.guidance_scale", notes),
-        num_samples=_integer(run, "enat.num_samples", notes),
         samples=_text(tags.get("enat.samples") or tags.get("enat.input.samples")),
         trained=trained,
         evaluation=tags.get(registry.DIGEST_TAG),
@@ -200,7 +201,6 @@ def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: Notes) -> Ro
         measured=run.started,
         metrics={name: value for name, value in run.metrics.items() if math.isfinite(value)},
         device=_text(tags.get("enat.device")),
-        images_per_pass=_integer(run, "enat.images_per_pass", notes),
         mask_ratio=_parsed(mask_ratio, f"The mask ratio in enat.protocol of run {run.run_id}", notes),
         precision=_text(tags.get("enat.precision")),
         currency=_text(tags.get("enat.currency")),
@@ -211,17 +211,12 @@ def _text(value: str | None) -> str | None:
     return printable(value) if value else None
 
 
-def _integer(run: TrackedRun, tag: str, notes: Notes) -> int | None:
-    number = _number(run, tag, notes)
-    return None if number is None else int(number)
-
-
-def _number(run: TrackedRun, tag: str, notes: Notes) -> float | None:
+def _number(run: TrackedRun, tag: str, notes: list[str]) -> float | None:
     """Value of a tag. None if it is missing or, with a note, not a number: tags can be edited by hand."""
     return _parsed(run.tags.get(tag), f"The tag {tag} of run {run.run_id}", notes)
 
 
-def _parsed(text: str | None, what: str, notes: Notes) -> float | None:
+def _parsed(text: str | None, what: str, notes: list[str]) -> float | None:
     if not text:
         return None
     try:
@@ -230,14 +225,14 @@ def _parsed(text: str | None, what: str, notes: Notes) -> float | None:
         value = math.nan
     if math.isfinite(value):
         return value
-    notes.add(f"{what} is {printable(text)[:40]!r}, which is not a number. It is shown as missing.")
+    notes.append(f"{what} is {printable(text)[:40]!r}, which is not a number. It is shown as missing.")
     return None
 
 
-def _protocol(run: TrackedRun, notes: Notes) -> dict[str, Any]:
+def _protocol(run: TrackedRun, notes: list[str]) -> dict[str, Any]:
     text = run.tags.get("enat.protocol")
     if not text:
-        notes.add("The protocol of some runs is unknown. Their numbers may not be comparable, not even with each other.")
+        notes.append("The protocol of some runs is unknown. Their numbers may not be comparable, not even with each other.")
         return {}
     try:
         protocol = json.loads(text)
@@ -245,7 +240,7 @@ def _protocol(run: TrackedRun, notes: Notes) -> dict[str, Any]:
         protocol = None
     if isinstance(protocol, dict):
         return {printable(str(name)): printable(v) if isinstance(v, str) else v for name, v in protocol.items()}
-    notes.add(f"The tag enat.protocol of run {run.run_id} cannot be read. Its protocol counts as unknown.")
+    notes.append(f"The tag enat.protocol of run {run.run_id} cannot be read. Its protocol counts as unknown.")
     return {}
 
 
@@ -270,28 +265,25 @@ def _folded(same: Sequence[Row]) -> Row:
     return replace(newest, run_ids=tuple(id for row in same for id in row.run_ids), measured=first)
 
 
-def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], notes: Notes) -> list[Row]:
+def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], notes: list[str]) -> list[Row]:
     """Add the parameters of stage generate, which show how samplers differ otherwise.
 
     One query reads all runs of the stage: a query per set of samples is far slower, and MLflow cannot filter a tag by a list of
     values. One run per set is enough because its parameters are part of the key.
     """
     wanted = {row.samples for row in rows if (row.samples or "").startswith("generate/")}
-    found: dict[str, Mapping[str, str]] = {}
+    found: dict[str | None, dict[str, str]] = {}
     if wanted:
         experiments = sorted({run.experiment_id for run in runs})
         for run in search.search_runs(uri, experiments, "tags.`enat.stage` = 'generate'"):
             samples = f"generate/{run.tags.get('enat.key')}"
-            if samples in wanted:
-                found.setdefault(samples, _without_execution(run.params))
-    return [_generated(row, found.get(row.samples or ""), notes) for row in rows]
-
-
-def _generated(row: Row, params: Mapping[str, str] | None, notes: Notes) -> Row:
-    ratio = (params or {}).get("mask_ratio", "None")  # parameters are text: "None" if samples start from nothing
-    what = f"The parameter mask_ratio of {row.samples}"
-    return replace(row, generated=params, mask_ratio=row.mask_ratio if ratio == "None" else _parsed(ratio, what, notes))
-
-
-def _without_execution(params: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in params.items() if not name.startswith("execution.")}
+            if samples in wanted and samples not in found:
+                found[samples] = {name: value for name, value in run.params.items() if not name.startswith("execution.")}
+    completed = []
+    for row in rows:
+        generated, mask_ratio = found.get(row.samples), row.mask_ratio
+        ratio = (generated or {}).get("mask_ratio", "None")  # parameters are text: "None" if samples start from nothing
+        if ratio != "None":
+            mask_ratio = _parsed(ratio, f"The parameter mask_ratio of {row.samples}", notes)
+        completed.append(replace(row, generated=generated, mask_ratio=mask_ratio))
+    return completed

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,8 @@ class Row:
     """One set of samples, scored by one protocol. Unknown values are None, unknown metrics are absent.
 
     run_ids: runs that logged these numbers, newest first; the newest counts.   measured: start of the first of them.
+    model, variant: as tagged.   name: how tables, charts and samples name the row.   model_name: of its trained model, unique in
+    the comparison.
     dataset: training data of the model; for outside samples, of the reference.
     mask_ratio: masked share of the codes, for samples that start from codes of real images.
     device, images_per_pass, precision: used to generate the samples.   currency: of the metric cost/total_money.
@@ -59,6 +61,8 @@ class Row:
     precision: str | None = None
     currency: str | None = None
     generated: Mapping[str, str] | None = None
+    name: str = ""
+    model_name: str = ""
 
     @property
     def label(self) -> str:
@@ -97,24 +101,13 @@ class Section:
         return self.rows[0].begins_with_codes
 
 
-@dataclass
-class Notes:
-    sentences: list[str] = field(default_factory=list)
-
-    def add(self, sentence: str) -> None:
-        if sentence not in self.sentences:
-            self.sentences.append(sentence)
-
-
-def make_sections(rows: Sequence[Row], published: str, notes: Notes) -> tuple[Section, ...]:
-    """Group rows. published: "none", "auto" (by dataset and resolution) or one of published.DATASETS. Sections with the same
-    published numbers are adjacent."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_key(row), []).append(row)
+def make_sections(rows: Sequence[Row], published: str, notes: list[str]) -> tuple[Section, ...]:
+    """Name and group rows. published: "none", "auto" (by dataset and resolution) or one of published.DATASETS. Sections with the
+    same published numbers are adjacent."""
+    groups = group_rows(_named(rows), _key)
     found = [_with_published(_section(group), published) for group in groups.values()]
     if published in DATASETS and not any(section.published for section in found):
-        notes.add(f"No row has an FID at the resolution and of the kind of {published}, so no published numbers are shown.")
+        notes.append(f"No row has an FID at the resolution and of the kind of {published}, so no published numbers are shown.")
     return tuple(replace(section, name=_letters(number)) for number, section in enumerate(sorted(found, key=_place)))
 
 
@@ -191,18 +184,25 @@ def _with_published(section: Section, published: str) -> Section:
     return replace(section, published=published_for(dataset), published_dataset=dataset)
 
 
-def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of each trained model by label. Different models with equal names get their run's name as well."""
-    groups: dict[str, list[Row]] = {}
+def _named(rows: Sequence[Row]) -> list[Row]:
+    """Rows with their names. Different models with equal names get the name of their run as well."""
+    named: dict[tuple[str, ...], Row] = {}
+    taken: set[str] = set()
+    for group in group_rows(rows, lambda row: row.trained or row.label).values():
+        first, labels = group[0], {row.label for row in group}
+        model = first.label if len(labels) == 1 else first.model
+        names, suffix = {model, *labels}, ""
+        if names & taken:
+            suffix = f", {first.config_run or first.trained}"
+        while {f"{name}{suffix}" for name in names} & taken:
+            suffix += "'"
+        taken |= {f"{name}{suffix}" for name in names}
+        named |= {row.run_ids: replace(row, name=f"{row.label}{suffix}", model_name=f"{model}{suffix}") for row in group}
+    return [named[row.run_ids] for row in rows]
+
+
+def group_rows(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.trained or row.label, []).append(row)
-    named: dict[str, list[Row]] = {}
-    for group in groups.values():
-        first = group[0]
-        name = first.label if len({row.label for row in group}) == 1 else first.model
-        if name in named:
-            name = f"{name}, {first.config_run or first.trained}"
-        while name in named:
-            name += "'"
-        named[name] = group
-    return named
+        groups.setdefault(key(row), []).append(row)
+    return groups

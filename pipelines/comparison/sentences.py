@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.comparison.columns import MISSING, alike
+from pipelines.comparison.columns import MISSING, Table
 from pipelines.comparison.published import REFERENCE_FILES, SETS
 from pipelines.comparison.query import Comparison
-from pipelines.comparison.sections import Section
+from pipelines.comparison.sections import Row, Section
 
 _PROTOCOL_KEYS = (  # in the order of sentences
     "extractor",
@@ -21,6 +21,7 @@ _PROTOCOL_KEYS = (  # in the order of sentences
     "extractor_digest",
     "reference_digest",
 )
+DISTANCE_TITLES = {"fid": "FID", "frechet_distance": "Fréchet distance"}
 _DIGEST_SHOWN = 12
 CONVENTION = (
     "GMACs and TFLOPs are multiply-accumulates per image, counted once as in the ENAT paper: all steps, both passes of guidance, "
@@ -35,12 +36,20 @@ def heading(section: Section) -> str:
     return ", ".join(parts)
 
 
-def alike_sentence(section: Section) -> str:
-    """Values that all rows of a section share and that need no column."""
-    told = alike(section)
+def alike_sentence(table: Table) -> str:
+    """Values that all rows share and that need no column."""
+    told = dict(table.alike)
     sentence = f"Measured here {told.pop('date', '')}".rstrip()
-    joint = ", all with " if len(section.rows) > 1 else " with "
+    joint = ", all with " if len(table.rows) > 1 else " with "
     return f"{sentence}{joint}{', '.join(told.values())}" if told else sentence
+
+
+def details(row: Row) -> list[str]:
+    """The settings of the sampler and the score: "8 steps", "guidance 3.5", "FID 2.79"."""
+    parts = [f"{row.num_steps} step{'s' if row.num_steps > 1 else ''}"] if row.num_steps else []
+    parts += [f"guidance {row.guidance_scale:g}"] if row.guidance_scale is not None else []
+    parts += [f"mask ratio {row.mask_ratio:g}"] if row.mask_ratio is not None else []
+    return parts + [f"{DISTANCE_TITLES[name]} {row.metrics[name]:.4g}" for name in DISTANCE_TITLES if name in row.metrics]
 
 
 def protocol_sentence(protocol: Mapping[str, Any]) -> str:

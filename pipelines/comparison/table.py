@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Table as Drawn
 
-from pipelines.comparison.columns import (
-    COLUMNS,
-    Column,
-    Record,
-    best_values,
-    by_score,
-    cell,
-    columns_of,
-    quoted_columns,
-    quoted_record,
-    record,
-)
+from pipelines.comparison.columns import COLUMNS, Cell, Table, measured_table, quoted_record, quoted_table, record
 from pipelines.comparison.published import PublishedResult
 from pipelines.comparison.query import Comparison
-from pipelines.comparison.sections import Section
 from pipelines.comparison.sentences import (
     CONVENTION,
     alike_sentence,
@@ -50,58 +37,50 @@ def show(comparison: Comparison, console: Console) -> None:
         name = f"{section.name}  " if len(comparison.sections) > 1 else ""
         console.print(f"[bold]{name}{escape(heading(section))}[/]", highlight=False)
         console.print(f"[dim]{escape(protocol_sentence(section.protocol))}[/]", highlight=False)
-        console.print(f"[dim]{escape(alike_sentence(section))}[/]", highlight=False)
-        columns = columns_of(section)
-        best = best_values(section, columns)
-        _show_rows([record(row) for row in section.rows], columns, best, "", console)
+        table = measured_table(section)
+        console.print(f"[dim]{escape(alike_sentence(table))}[/]", highlight=False)
+        _show_table(table, "", console)
         console.print()
         if section.name in quoted:
-            _show_quoted(quoted[section.name], console)
+            _show_table(quoted_table(section.published), "dim italic", console)
+            console.print(f"[dim]{escape(published_sentence(quoted[section.name]))}[/]\n", highlight=False)
     _show_differences(comparison, console)
     console.print(f"[dim]{CONVENTION}[/]", highlight=False)
     for note in comparison.notes:
         console.print(f"[yellow]{escape(note)}[/]", highlight=False)
 
 
-def _show_quoted(sections: Sequence[Section], console: Console) -> None:
-    published = sections[0].published
-    _show_rows(list(map(quoted_record, by_score(published))), quoted_columns(published), {}, "dim italic", console)
-    console.print(f"[dim]{escape(published_sentence(sections))}[/]", highlight=False)
-    console.print()
-
-
-def _show_rows(
-    records: Sequence[Record], columns: Sequence[Column], best: Mapping[str, float], style: str, console: Console
-) -> None:
+def _show_table(table: Table, style: str, console: Console) -> None:
     left_out: list[str] = []
-    while _width(table := _table(records, columns, best, style), console) > console.width and any(c.rank for c in columns):
-        highest = max(column.rank for column in columns)
-        left_out = [column.title for column in columns if column.rank == highest] + left_out
-        columns = [column for column in columns if column.rank != highest]
-    console.print(table)
+    while _width(drawn := _drawn(table, style), console) > console.width and any(column.rank for column in table.columns):
+        highest = max(column.rank for column in table.columns)
+        left_out = [column.title for column in table.columns if column.rank == highest] + left_out
+        table = table.only(lambda column, highest=highest: column.rank < highest)  # type: ignore[misc]
+    console.print(drawn)
     if left_out:
         console.print(f"[dim]no room for {escape(', '.join(left_out))}; use --csv or --html[/]", highlight=False)
 
 
-def _table(records: Sequence[Record], columns: Sequence[Column], best: Mapping[str, float], style: str) -> Table:
-    table = Table(box=None, pad_edge=False, row_styles=[style])
-    for column in columns:
-        is_text = column.shown is str
-        table.add_column(
+def _drawn(table: Table, style: str) -> Drawn:
+    drawn = Drawn(box=None, pad_edge=False, row_styles=[style])
+    for column in table.columns:
+        drawn.add_column(
             escape(column.title),  # a currency is arbitrary text
-            justify="left" if is_text else "right",
+            justify="left" if column.is_text else "right",
             overflow="fold",
-            no_wrap=not is_text,
-            max_width=_TEXT_WIDTH if is_text else None,
+            no_wrap=not column.is_text,
+            max_width=_TEXT_WIDTH if column.is_text else None,
         )
-    for values in records:
-        cells = (escape(cell(values, column)) for column in columns)
-        is_best = (column.key in best and values.get(column.key) == best[column.key] for column in columns)
-        table.add_row(*(f"[bold green]{text}[/]" if good else text for text, good in zip(cells, is_best, strict=True)))
-    return table
+    for row in table.rows:
+        drawn.add_row(*map(_marked, row))
+    return drawn
 
 
-def _width(table: Table, console: Console) -> int:
+def _marked(cell: Cell) -> str:
+    return f"[bold green]{escape(cell.text)}[/]" if cell.is_best else escape(cell.text)
+
+
+def _width(table: Drawn, console: Console) -> int:
     """Width of the table without a limit."""
     return Measurement.get(console, console.options.update(max_width=_ANY_WIDTH), table).maximum
 
@@ -111,7 +90,7 @@ def _show_differences(comparison: Comparison, console: Console) -> None:
     if not different:
         return
     console.print(f"[bold]{differences_sentence(letters)}[/]", highlight=False)
-    table = Table(box=None, pad_edge=False)
+    table = Drawn(box=None, pad_edge=False)
     for column in ("", *letters):
         table.add_column(column, overflow="fold")
     for key, values in different:
@@ -137,7 +116,7 @@ def to_csv(comparison: Comparison) -> str:
         if section.name in quoted:
             letters = " ".join(beside.name for beside in quoted[section.name])
             records += [{"section": letters, **quoted_record(result)} for result in section.published]
-    first = ["section", "source", *(column.key for column in COLUMNS)]
+    first = ["section", "source", "model", "variant", *(column.key for column in COLUMNS)]
     seen = {name for values in records for name in values}
     names = [name for name in first if name in seen] + sorted(seen - set(first))
     buffer = io.StringIO()

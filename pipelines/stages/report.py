@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ from pipelines.data.dataset import INDEX
 from pipelines.data.samples import NONE, Samples, SamplesSummary, image_cost, num_given_of, read_samples
 from pipelines.data.token_map import TokenMapSummary
 from pipelines.evaluation.protocol import SCORES
+from pipelines.pages import page
+from pipelines.pages.chart import Chart, Point, Series, png_of
 from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.workflow.config import set_by
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
@@ -28,7 +28,6 @@ from pipelines.workflow.stage import MAIN, Input, Stage, StageContext, StageResu
 from pipelines.workflow.summary import Summary
 
 if TYPE_CHECKING:
-    import jinja2
     import torch
 
     from enat.model import TextCondition
@@ -37,8 +36,8 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 PICTURE = "samples.png"
-_KINDS = ("worker", "device")  # whose seconds per image are shown
 _COLUMNS = 10  # of the grid where samples are not of each class in turn
+_RECONSTRUCTION_PIXELS = 48  # to which stage tokenizer enlarges small images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,61 +71,56 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
     """Reads the artifacts of a run: tokenizer, token map, reference, model, samples and evaluation, the last three of every variant
     too; reconstruction and captions if the run has them.
 
-    Writes report.html and a picture of the samples, both as records. Measures nothing.
+    Writes report.html and a picture of the samples, both as records. Logs the page and the loss curves as a PNG. Measures nothing.
     """
     import torch
 
     from enat.checkpoint import load_vqgan
-    from pipelines.sampling.pictures import decode_codes
+    from pipelines.sampling.pictures import decode_codes, scale_for
 
     vqgan = load_vqgan(context.store.fetch(inputs["tokenizer"], "vqgan.safetensors"))
     model, samples, store = inputs["model"], inputs["samples"], context.store
     shown = _shown_samples(config, samples, store)
     made, tokens = SamplesSummary.read(samples), TokenMapSummary.read(inputs["token_map"])
     columns = min(made.num_classes, config.max_classes) if made.has_each_class_in_turn else _COLUMNS
-    grid = make_grid(decode_codes(vqgan, torch.from_numpy(shown.codes)), columns=columns, scale=_scale(vqgan, 48))
+    scale = scale_for(vqgan.config.resolution)
+    grid = make_grid(decode_codes(vqgan, torch.from_numpy(shown.codes)), columns=columns, scale=scale)
     progression = _progressions(config, inputs, vqgan, store)
     history = json.loads(store.fetch(model, "history.json").read_text())
-    page = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            name=config.name,
-            dataset=tokens.info.dataset,
-            model=ModelSummary.read(model),
-            evaluation=inputs["evaluation"],
-            measured=EvaluationSummary.read(inputs["evaluation"]),
-            headline=[(name, title) for name, title in SCORES.items() if name in inputs["evaluation"].metrics][:2],
-            reconstruction=inputs["reconstruction"].metrics if "reconstruction" in inputs else None,
-            grid=_data_uri(grid),
-            grid_classes=tokens.class_names[:columns] if made.has_each_class_in_turn else None,
-            captions=_captions(shown, inputs, store),
-            progression=_data_uri(progression) if progression is not None else None,
-            num_steps=made.sampler.num_steps,
-            loss_curve=_data_uri(_loss_curve(history)) if history else None,
-            reconstructions=_reconstructions(inputs["tokenizer"], context),
-            titles=_titles(config, inputs),
-            scores=_scores(config, inputs),
-            cost=_cost(inputs),
-            artifacts=[
-                {"name": name, "manifest": manifest, "place": store.place(manifest.stage, manifest.key)}
-                for name, manifest in inputs.items()
-            ],
-        )
+    charts = {"loss": _loss_chart(history)} if history else {}
+    html = page.render(
+        "pipelines.stages",
+        "report.html.j2",
+        charts,
+        title=f"{config.name}: {tokens.info.dataset}",
+        name=config.name,
+        dataset=tokens.info.dataset,
+        model=ModelSummary.read(model),
+        evaluation=inputs["evaluation"],
+        measured=EvaluationSummary.read(inputs["evaluation"]),
+        headline=[(name, title) for name, title in SCORES.items() if name in inputs["evaluation"].metrics][:2],
+        reconstruction=inputs["reconstruction"].metrics if "reconstruction" in inputs else None,
+        grid=page.picture(grid),
+        grid_classes=tokens.class_names[:columns] if made.has_each_class_in_turn else None,
+        captions=_captions(shown, inputs, store),
+        progression=page.picture(progression) if progression is not None else None,
+        num_steps=made.sampler.num_steps,
+        reconstructions=_reconstructions(inputs["tokenizer"], store, scale),
+        scores=_scores(config, inputs),
+        cost=_cost(inputs),
+        artifacts=[
+            {"name": name, "manifest": manifest, "place": store.place(manifest.stage, manifest.key)}
+            for name, manifest in inputs.items()
+        ],
     )
     files = [
-        context.write(PAGE, lambda path: path.write_text(page, encoding="utf-8")),
+        context.write(PAGE, lambda path: path.write_text(html, encoding="utf-8")),
         context.write(PICTURE, lambda path: path.write_bytes(png_bytes(grid))),
     ]
     context.run.log_file(context.store.fetch_file(context.stage, context.key, files[0]))
+    if charts:
+        context.run.log_bytes(png_of(list(charts.values())), "loss.png")
     return StageResult(files=[], records=files, summary=ReportSummary(name=config.name))
-
-
-def _environment() -> jinja2.Environment:
-    import jinja2
-
-    loader = jinja2.PackageLoader("pipelines.stages", "templates")
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
 
 
 def _shown_samples(config: ReportConfig, samples: Manifest, store: ArtifactStore) -> Samples:
@@ -159,7 +153,7 @@ def _progressions(config: ReportConfig, inputs: Mapping[str, Manifest], vqgan: V
     from enat.checkpoint import load_enat
     from enat.model import TextCondition
     from enat.sampler import sample
-    from pipelines.sampling.pictures import step_images, strip
+    from pipelines.sampling.pictures import scale_for, step_images, strip
 
     model, samples = inputs["model"], inputs["samples"]
     made = SamplesSummary.read(samples)
@@ -172,89 +166,85 @@ def _progressions(config: ReportConfig, inputs: Mapping[str, Manifest], vqgan: V
         features = CaptionFeatures.open(store, inputs["captions"]).take(shown.captions)
         condition = TextCondition(*map(torch.from_numpy, features))
     codes, trajectory = sample(enat, condition, made.sampler, seeds=shown.seeds.tolist(), return_trajectory=True)
-    return strip(step_images(vqgan, trajectory, codes, enat.config.mask_id), _scale(vqgan, 64))
+    return strip(step_images(vqgan, trajectory, codes, enat.config.mask_id), scale_for(vqgan.config.resolution))
 
 
-def _scale(vqgan: VQGAN, pixels: int) -> int:
-    return max(1, pixels // vqgan.config.resolution)
+def _loss_chart(history: Sequence[Mapping[str, float]]) -> Chart:
+    series = []
+    for key, name in (("loss", "all"), ("fresh_loss", "fresh"), ("reuse_loss", "with reused features")):
+        points = tuple(Point(row["step"], row[key]) for row in history if key in row)
+        series.append(Series(name=name, points=points, line="solid", has_markers=False))
+    return Chart(x_title="step", y_title="cross-entropy (nats)", series=tuple(series))
 
 
-def _loss_curve(history: Sequence[Mapping[str, float]]) -> Image.Image:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 3.0), dpi=130, layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("loss", "all"), ("fresh_loss", "fresh"), ("reuse_loss", "with reused features")):
-        points = [(row["step"], row[name]) for row in history if name in row]
-        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.8 if name == "loss" else 0.9)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats)")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return Image.open(buffer)
-
-
-def _reconstructions(tokenizer: Manifest, context: StageContext) -> str | None:
-    if TokenizerSummary.read(tokenizer).is_imported:
+def _reconstructions(tokenizer: Manifest, store: ArtifactStore, scale: int) -> page.Picture | None:
+    """scale: of images of this resolution on the page."""
+    summary = TokenizerSummary.read(tokenizer)
+    if summary.is_imported:
         return None
-    return _data_uri(Image.open(context.store.fetch(tokenizer, "reconstructions.png")))
+    made_scale = max(1, _RECONSTRUCTION_PIXELS // summary.config.resolution)
+    return page.picture(Image.open(store.fetch(tokenizer, "reconstructions.png")), scale / made_scale)
 
 
-def _titles(config: ReportConfig, inputs: Mapping[str, Manifest]) -> dict[str, str]:
-    """Metric -> title, of those that any variant has."""
-    suffixes = ["", *(f"@{variant}" for variant in config.variants)]
-    found = {name for suffix in suffixes for name in inputs[f"evaluation{suffix}"].metrics}
-    return {name: title for name, title in SCORES.items() if name in found}
-
-
-def _scores(config: ReportConfig, inputs: Mapping[str, Manifest]) -> list[dict[str, Any]]:
-    """A row per variant, the run's own model first."""
+def _scores(config: ReportConfig, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
+    """A row per variant, the run's own model first, with a column for each score that any of them has."""
+    suffixes = {variant: "" if variant == MAIN else f"@{variant}" for variant in (MAIN, *config.variants)}
+    metrics = {variant: inputs[f"evaluation{suffix}"].metrics for variant, suffix in suffixes.items()}
+    columns = {name: title for name, title in SCORES.items() if any(name in found for found in metrics.values())}
+    columns |= {"gmacs_total": "GMACs/image", "worker_seconds_per_image": "worker ms/image"}
     rows = []
-    for variant in (MAIN, *config.variants):
-        suffix = "" if variant == MAIN else f"@{variant}"
-        evaluation, model = inputs[f"evaluation{suffix}"], ModelSummary.read(inputs[f"model{suffix}"])
-        rows.append(
-            {
-                "variant": variant,
-                "parameters": model.parameters,
-                "train_steps": model.num_steps,
-                "metrics": evaluation.metrics,
-                "num_samples": EvaluationSummary.read(evaluation).num_samples,
-            }
-        )
-    return rows
+    for variant, suffix in suffixes.items():
+        model = ModelSummary.read(inputs[f"model{suffix}"])
+        num_samples = EvaluationSummary.read(inputs[f"evaluation{suffix}"]).num_samples
+        first = [(variant, variant), (model.parameters, f"{model.parameters / 1e6:.2f} M")]
+        counts = [(count, f"{count:,}") for count in (model.num_steps, num_samples)]
+        rows.append([*first, *counts, *(_score(name, metrics[variant].get(name)) for name in columns)])
+    return {"titles": ["model", "parameters", "train steps", "samples", *columns.values()], "rows": rows}
+
+
+def _score(name: str, value: float | None) -> tuple[float | str, str]:
+    """A value to sort by, and its text."""
+    if value is None:
+        return "", "–"
+    if name == "class_agreement":
+        return value, f"{100 * value:.1f} %"
+    if name == "worker_seconds_per_image":
+        return value, f"{1000 * value:.3g}"
+    return value, f"{value:.3g}" if name == "gmacs_total" else f"{value:.4g}"
 
 
 def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     """Analytic cost of an image, and what the run's own stages took."""
     model, samples, tokenizer = (inputs[name] for name in ("model", "samples", "tokenizer"))
     architecture, made = ModelSummary.read(model).model, SamplesSummary.read(samples)
-    sampler = made.sampler
+    sampler, cost = made.sampler, image_cost(samples, model, tokenizer)
     num_made = architecture.num_tokens - num_given_of(made, architecture)
-    masked = [sampler.num_masked_at(step, num_made) for step in range(sampler.num_steps)]
-    times = ("seconds", "worker_seconds", "device_seconds")
-    evaluation = inputs["evaluation"].metrics
+    masked = [*(sampler.num_masked_at(step, num_made) for step in range(sampler.num_steps)), 0]
+    macs = zip(cost.macs_per_step, cost.executed_macs_per_step, strict=True)
+    rows = [
+        (step + 1, f"{masked[step]} of {architecture.num_tokens}", masked[step] - masked[step + 1], *both)
+        for step, both in enumerate(macs)
+    ]
+    totals = [
+        ("tokenizer's decoder", "", "", cost.decoder_macs, cost.decoder_macs),
+        ("total", "", "", cost.total_macs, cost.executed_total_macs),
+        ("of it, what guidance adds", "", "", cost.guidance_macs, cost.executed_guidance_macs),
+    ]
+    metrics = inputs["evaluation"].metrics
     per_image = [
-        {"what": f"{what} of one image", **{f"{kind}_seconds": evaluation[f"{part}_{kind}_seconds_per_image"] for kind in _KINDS}}
+        (f"{what} of one image", None, *(metrics[f"{part}_{kind}_seconds_per_image"] for kind in ("worker", "device")))
         for what, part in (("codes", "sampling"), ("pixels", "decoding"))
     ]
-    stages = ("tokenizer", "token_map", "reference", "model", "samples", "evaluation")
+    times = ("seconds", "worker_seconds", "device_seconds")
+    stages = [
+        (name, *(inputs[name].provenance[time] for time in times))
+        for name in ("tokenizer", "token_map", "reference", "model", "samples", "evaluation")
+    ]
     return {
-        "cost": image_cost(samples, model, tokenizer),
-        "masked": masked,
-        "num_tokens": architecture.num_tokens,
+        "rows": [*rows, *totals],
         "guidance": "given per step" if sampler.guidance_scales else f"scale {sampler.guidance_scale:g}",
-        "measured": [
-            *per_image,
-            *({"what": name, **{time: inputs[name].provenance[time] for time in times}} for name in stages),
-        ],
+        "measured": [*per_image, *stages],
     }
-
-
-def _data_uri(image: Image.Image) -> str:
-    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
 
 
 STAGE = Stage(

@@ -11,7 +11,6 @@ from itertools import count
 from typing import Any
 
 import pytest
-from html_page import Page
 from rich.console import Console
 
 from pipelines.comparison import query, table
@@ -130,16 +129,3 @@ def text_of(comparison: Comparison, width: int = 1000) -> str:
     with closing(console.file) as file:
         assert isinstance(file, io.StringIO)
         return file.getvalue()
-
-
-def assert_self_contained(html: str) -> Page:
-    """Check that a page runs and loads nothing."""
-    page = Page.parse(html)
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "svg"} & page.tags.keys() and page.open == []
-    for tag, name, value in page.attributes:
-        assert not name.startswith("on"), f"{tag} runs {name}"
-        loads = name in ("src", "srcset", "href", "data", "action", "poster", "background")
-        assert not loads or value.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")), f"{tag} loads {value[:40]}"
-    style = html.partition("<style>")[2].partition("</style>")[0]
-    assert "url(" not in style and "@import" not in style and html.count("<style>") == 1
-    return page

@@ -35,6 +35,7 @@ HEAVY = (
     "scipy",
     "pandas",
     "matplotlib",
+    "plotly",
     "deepspeed",
     "boto3",
     "transformers",

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from compare_lab import PROTOCOL, Lab, assert_self_contained, key_of, text_of
-from html_page import Page
+from compare_lab import PROTOCOL, Lab, key_of, text_of
+from html_page import Page, assert_self_contained
 from PIL import Image
 
 from pipelines.cli import main
@@ -28,7 +28,7 @@ from pipelines.comparison import columns, compare, table
 from pipelines.comparison import query as comparison_query
 from pipelines.comparison.page import Grids, grids_sentence
 from pipelines.comparison.query import Query
-from pipelines.comparison.sections import Row, Section
+from pipelines.comparison.sections import Row
 from pipelines.tracking import search
 from pipelines.tracking.search import TrackingError
 
@@ -48,7 +48,7 @@ def test_a_row_has_the_values_of_tags_and_metrics(lab: Lab) -> None:
     assert values["tmacs_total"] == pytest.approx(0.347) and values["source"] == "measured here"
 
 
-def test_a_reused_evaluation_is_one_row_of_the_newest_run(lab: Lab) -> None:
+def test_evaluations_of_the_same_samples_are_one_row_of_the_newest_run(lab: Lab) -> None:
     first = lab.evaluate({"fid": 2.79})
     other = lab.evaluate({"fid": 3.0}, samples=key_of(2), num_steps=16)
     newest = lab.evaluate({"fid": 2.79}, variant="again")
@@ -56,38 +56,24 @@ def test_a_reused_evaluation_is_one_row_of_the_newest_run(lab: Lab) -> None:
     assert rows[8].run_ids == (newest, first) and rows[8].variant == "again" and rows[16].run_ids == (other,)
     started = lab.client.get_run(first).info.start_time / 1000
     assert rows[8].measured.timestamp() == pytest.approx(started), "the time of the measurement, not of the reuse"
+    measured_again = lab.evaluate({"recall": 0.5}, digest="other")
+    row = next(row for row in lab.rows() if row.num_steps == 8)
+    assert row.metrics == {"recall": 0.5} and row.run_ids == (measured_again, newest, first)
+    assert row.measured.timestamp() == pytest.approx(lab.client.get_run(measured_again).info.start_time / 1000)
 
 
-def test_the_newest_scores_of_the_same_samples_count(lab: Lab) -> None:
-    lab.evaluate({"fid": 9.0, "recall": 0.1})
-    newest = lab.evaluate({"fid": 2.0}, digest="other")
-    (row,) = lab.rows()
-    assert row.metrics == {"fid": 2.0} and row.run_ids[0] == newest
-    assert row.measured.timestamp() == pytest.approx(lab.client.get_run(newest).info.start_time / 1000)
-
-
-def test_runs_without_samples_are_never_merged(lab: Lab) -> None:
-    lab.evaluate(samples=None)
-    lab.evaluate(samples=None)
-    assert len(lab.rows()) == 2
-
-
-def test_unfinished_deleted_and_other_runs_are_left_out(lab: Lab) -> None:
-    kept = lab.evaluate(samples=key_of(1))
+def test_only_finished_evaluations_of_the_given_experiments_are_rows(lab: Lab) -> None:
+    """Runs without samples are never merged."""
+    kept = {lab.evaluate(samples=key_of(1)), lab.evaluate(samples=None), lab.evaluate(samples=None)}
     for number, status in enumerate(("FAILED", "KILLED", "RUNNING")):
         lab.evaluate(samples=key_of(10 + number), status=status)
     lab.client.delete_run(lab.evaluate(samples=key_of(2)))
     lab.start("train", {"enat.stage": "train"}).finish()
-    replace(lab, experiment=f"{lab.experiment}-other").evaluate(samples=key_of(3))
-    assert [row.run_ids for row in lab.rows()] == [(kept,)]
-
-
-def test_several_experiments_can_be_compared(lab: Lab) -> None:
     other = replace(lab, experiment=f"{lab.experiment}-other")
-    lab.evaluate(samples=key_of(1))
-    other.evaluate(samples=key_of(2))
-    found = comparison_query.compare(lab.uri, Query(experiments=(lab.experiment, other.experiment)), "none")
-    assert len(found.rows) == 2
+    elsewhere = other.evaluate(samples=key_of(3))
+    assert {row.run_ids for row in lab.rows()} == {(id,) for id in kept}
+    both = comparison_query.compare(lab.uri, Query(experiments=(lab.experiment, other.experiment)), "none")
+    assert {row.run_ids for row in both.rows} == {(id,) for id in {*kept, elsewhere}}
 
 
 def test_a_missing_value_is_not_zero(lab: Lab) -> None:
@@ -148,17 +134,13 @@ def test_runs_are_found_by_name_or_id_at_any_depth(lab: Lab, nested: dict[str, s
     assert _found(lab.rows("second", nested["other/evaluate"])) == {3.0, 8.0}
     assert _found(lab.rows(filter="metrics.fid < 5")) == {2.0, 3.0}
     assert _found(lab.rows("first", filter="metrics.fid < 5")) == {2.0}
-
-
-def test_a_run_is_found_by_id_in_any_experiment(lab: Lab, nested: dict[str, str]) -> None:
-    elsewhere = replace(lab, experiment=f"{lab.experiment}-empty")
-    elsewhere.start("nothing")
-    assert _found(elsewhere.rows(nested["sweep"])) == {2.0, 3.0}
     by_id = comparison_query.compare(lab.uri, Query(experiments=("nowhere",), runs=(nested["sweep"],)), "none")
-    assert len(by_id.rows) == 2 and by_id.experiment == lab.experiment, "an id needs no experiment"
+    assert _found(by_id.rows) == {2.0, 3.0} and by_id.experiment == lab.experiment, "an id needs no experiment"
 
 
-def test_the_error_without_results_names_what_was_searched_and_what_exists(lab: Lab, nested: dict[str, str]) -> None:
+def test_the_error_without_results_names_what_was_searched_and_what_exists(
+    lab: Lab, nested: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lab.evaluate(samples=key_of(4), status="FAILED", parent=lab.start("broken"))
     with pytest.raises(ValueError, match="no finished evaluation") as caught:
         lab.compare("third", "fourth")
@@ -169,9 +151,6 @@ def test_the_error_without_results_names_what_was_searched_and_what_exists(lab: 
         lab.compare("first", "third")
     with pytest.raises(ValueError, match=r"filter 'metrics.fid > 100'.* 9 runs"):
         lab.compare(filter="metrics.fid > 100")
-
-
-def test_existing_runs_are_counted_up_to_a_limit(lab: Lab, nested: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison_query, "_RUNS_COUNTED", 3)
     with pytest.raises(ValueError, match=r"at least 3 runs; the newest are 3 runs, \d of them evaluations"):
         lab.compare("third")
@@ -286,40 +265,31 @@ def test_the_page_shows_one_grid_per_set_of_samples(lab: Lab) -> None:
     assert "equal seeds" in page.text and "run seed 0" in page.text
 
 
-def test_a_removed_grid_is_read_from_the_previous_run(lab: Lab) -> None:
-    lab.evaluate(grid=_png(7))
-    lab.evaluate()
-    ((_, image),) = compare.read_grids(lab.compare()).shown
-    assert np.asarray(image)[0, 0].tolist() == [7, 10, 20]
-
-
-def test_files_that_are_not_images_or_too_large_are_left_out(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_are_not_images_or_too_large_are_left_out(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A removed file is read from the previous run of the same samples."""
     ids = [
         lab.evaluate(samples=key_of(number), grid=content)
         for number, content in enumerate((b"", b"text", _png(1)[:60], _png(1, (9000, 9000))))
     ]
     lab.evaluate(samples=key_of(20), grid=_png(8), num_steps=16)
+    lab.evaluate(samples=key_of(20), num_steps=16)
     with caplog.at_level(logging.WARNING, "pipelines"):
-        grids = compare.read_grids(lab.compare())
-    assert [row.num_steps for row, _ in grids.shown] == [16]
+        ((row, image),) = compare.read_grids(lab.compare()).shown
+    assert row.num_steps == 16 and np.asarray(image)[0, 0].tolist() == [8, 10, 20]
     assert all(f"samples.png of run {id} is left out" in caplog.text for id in ids)
-
-
-def test_a_file_over_the_limit_is_not_fetched(lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    lab.evaluate(grid=_png(8))
     monkeypatch.setattr(compare, "_MAX_GRID_BYTES", 10)
     assert compare.read_grids(lab.compare()) == Grids() and "at most 10 are read" in caplog.text
 
 
 def test_grids_beyond_the_limit_are_counted(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_MAX_GRIDS", 2)
-    for number in range(2):
-        lab.evaluate(samples=key_of(number), num_steps=number + 1, grid=_png(number))
-    assert compare.read_grids(lab.compare()).num_left_out == 0
-    for number in range(2, 5):
-        lab.evaluate(samples=key_of(number), num_steps=number + 1, grid=_png(number))
-    grids = compare.read_grids(lab.compare())
-    assert len(grids.shown) == 2 and grids.num_left_out == 3
+    for count, left_out in ((2, 0), (5, 3)):
+        for number in range(count):
+            lab.evaluate(samples=key_of(number), num_steps=number + 1, grid=_png(number))
+        grids = compare.read_grids(lab.compare())
+        assert len(grids.shown) == 2 and grids.num_left_out == left_out
     assert "3 more sets of samples are not shown" in grids_sentence(grids)
 
 
@@ -354,7 +324,11 @@ def test_a_comparison_is_written_and_logged(lab: Lab, ask: Callable[..., Result]
     with Image.open(tmp_path / "c.png") as image:
         assert image.width > 1000
     page = assert_self_contained((tmp_path / "c.html").read_text(encoding="utf-8"))
-    assert "Quoted from publications, not measured here" in page.text and page.tags["img"] == 2 + 2
+    assert (
+        "Quoted from publications, not measured here" in page.text
+        and len(page.images) == 2
+        and page.charts.keys() == {"A cost", "A sweep 0"}
+    )
     experiment = lab.client.get_experiment_by_name(lab.experiment)
     (logged,) = lab.client.search_runs([experiment.experiment_id], "tags.`enat.stage` = 'compare'")
     assert logged.info.run_name.startswith("compare-") and logged.info.status == "FINISHED"
@@ -384,6 +358,8 @@ def test_an_unwritable_path_and_an_empty_figure_are_errors_of_one_sentence(
     assert isinstance(result.exception, ValueError) and "c.csv cannot be written" in str(result.exception)
     result = ask("--no-log", "--png", "{folder}/c.png")
     assert isinstance(result.exception, ValueError) and "no run has both a distance and gmacs_total" in str(result.exception)
+    (section,) = lab.compare(published="auto").sections
+    assert section.distance is None and not section.published
 
 
 def test_no_result_is_exit_code_2_and_one_line(
@@ -400,10 +376,3 @@ def test_ids_beyond_the_limit_of_a_tag_are_cut_between_two_ids(lab: Lab) -> None
     ids = [f"{number:032x}" for number in range(400)]
     joined = compare._joined(ids)
     assert len(joined) <= 5000 and joined.split(",") == ids[: len(joined.split(","))] and len(joined.split(",")) == 151
-
-
-def test_a_section_may_have_no_scores(lab: Lab) -> None:
-    lab.evaluate({})
-    (section,) = lab.compare(published="auto").sections
-    assert isinstance(section, Section) and section.distance is None and not section.published
-    assert "enat-l-imagenet" in text_of(lab.compare())

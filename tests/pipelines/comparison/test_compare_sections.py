@@ -36,16 +36,12 @@ def test_different_protocols_have_different_sections(lab: Lab) -> None:
     assert "Numbers with different letters are not comparable" in text and "dinov2 features, 50,000 samples" in text
 
 
-def test_a_single_protocol_needs_no_letters(lab: Lab) -> None:
-    lab.evaluate(samples=key_of(1))
+def test_equal_protocols_need_no_letters_and_a_wrong_digest_joins_nothing(lab: Lab) -> None:
+    lab.evaluate(samples=key_of(1), protocol_digest="same")
     lab.evaluate(samples=key_of(2), protocol=dict(reversed(PROTOCOL.items())))
     text = text_of(lab.compare())
     assert "comparable" not in text and text.startswith("imagenet, 256 px\ninception features, 50,000 samples")
-
-
-def test_a_wrong_digest_tag_does_not_join_protocols(lab: Lab) -> None:
-    lab.evaluate(samples=key_of(1), protocol_digest="same")
-    lab.evaluate(samples=key_of(2), protocol={**PROTOCOL, "num_samples": 10}, protocol_digest="same")
+    lab.evaluate(samples=key_of(3), protocol={**PROTOCOL, "num_samples": 10}, protocol_digest="same")
     assert len(lab.compare().sections) == 2
 
 
@@ -55,6 +51,9 @@ def test_a_protocol_that_cannot_be_read_counts_as_unknown(lab: Lab) -> None:
         lab.evaluate(samples=key_of(10 + number), protocol=text, protocol_digest=None)
     found = lab.compare()
     assert sorted(len(section.rows) for section in found.sections) == [1, 4] and len(found.notes) == 4
+    lab.evaluate(samples=key_of(20), protocol=None, dataset="digits")
+    datasets = [section.dataset for section in lab.compare().sections]
+    assert sorted(map(str, datasets)) == ["digits", "imagenet", "imagenet"], "those of unknown protocols are told apart by dataset"
 
 
 def test_sections_of_other_references_and_resolutions_are_apart(lab: Lab) -> None:
@@ -77,13 +76,7 @@ def test_the_reference_defines_a_section_and_not_the_training_data(lab: Lab) -> 
     rows = {row.model: comparison_columns.record(row) for row in section.rows}
     assert rows["learned-elsewhere"]["dataset"] == "my-photographs"
     assert not {"dataset", "train_steps"} & rows["enat-l-imported"].keys(), "the training of imported weights is unknown"
-    assert "trained on" in [column.title for column in comparison_columns.columns_of(section)]
-
-
-def test_runs_of_unknown_protocols_are_told_apart_by_their_dataset(lab: Lab) -> None:
-    lab.evaluate(samples=key_of(1), protocol=None)
-    lab.evaluate(samples=key_of(2), protocol=None, dataset="digits")
-    assert [section.dataset for section in lab.compare().sections] == ["digits", "imagenet"]
+    assert "trained on" in [column.title for column in comparison_columns.measured_table(section).columns]
 
 
 def test_sections_that_share_a_protocol_are_comparable(lab: Lab) -> None:
@@ -112,14 +105,12 @@ def test_published_numbers_are_shown_for_their_dataset_only(lab: Lab) -> None:
     assert len(sections["imagenet, 256 px"].published) == 26 and not sections["digits, 16 px"].published
     assert not [s for s in lab.compare(published="auto").sections if s.distance != "fid" and s.published]
     assert not [s for s in lab.compare(published="none").sections if s.published]
-
-
-def test_published_numbers_can_be_chosen_by_name(lab: Lab) -> None:
+    chosen = lab.compare(published="imagenet512")
+    assert not [s for s in chosen.sections if s.published] and "imagenet512" in chosen.notes[0]
     lab.evaluate(protocol={**PROTOCOL, "reference": "my-folder, 256 px, adm-center"})
-    assert not lab.compare(published="auto").sections[0].published
-    assert lab.compare(published="imagenet256").sections[0].published_dataset == "imagenet256"
-    other = lab.compare(published="imagenet512")
-    assert not other.sections[0].published and "imagenet512" in other.notes[0]
+    for published, count in (("auto", 0), ("imagenet256", 26)):
+        (own,) = (s for s in lab.compare(published=published).sections if s.dataset == "my-folder")
+        assert len(own.published) == count
 
 
 def test_published_rows_show_their_source_and_caveats(lab: Lab) -> None:
@@ -179,8 +170,9 @@ def test_one_step_decoding_has_its_own_published_numbers(lab: Lab) -> None:
     one_step, whole = lab.compare(published="auto").sections[::-1]
     assert whole.published_dataset == "imagenet256" and one_step.published_dataset == "imagenet256-one-step"
     assert [row.mask_ratio for row in one_step.rows] == [0.2, 0.8]
-    columns = comparison_columns.columns_of(one_step)
-    assert "mask ratio" in [column.title for column in columns] and comparison_columns.best_values(one_step, columns) == {}
+    table = comparison_columns.measured_table(one_step)
+    assert "mask ratio" in [column.title for column in table.columns]
+    assert not [cell for row in table.rows for cell in row if cell.is_best], "other ratios are other tasks"
     text = text_of(lab.compare(published="auto"))
     assert "imagenet, 256 px, completed from real codes" in text
     assert [line.split()[1:4] for line in text.splitlines() if line.startswith("ENAT  ")] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from pipelines.comparison.published import (
     DATASETS,
@@ -130,20 +131,23 @@ def test_published_numbers_match_whole_datasets_only() -> None:
         assert matching_dataset(title, resolution) == expected, (title, resolution)
 
 
-def test_a_table_with_a_mistake_is_refused_by_row() -> None:
-    for text, sentence in (
-        ("{}", "published.yaml .*list"),
-        ("- 3", "row 1 of published.yaml is not a mapping"),
-        ("- {name: a, dataset: imagenet256, source: s, fids: 2}", "row 1 of published.yaml has unknown keys fids"),
-        ("- {name: a, dataset: imagenet256, source: s}\n- {name: b, dataset: mnist, source: s}", "row 2 .* b has dataset 'mnist'"),
-        ("- {name: a, dataset: imagenet256, source: s, fid: -1}", "a has fid -1"),
-        ("- {name: a, dataset: imagenet256, source: s, fid: .nan}", "a has fid nan"),
-        ("- {name: a, dataset: imagenet256, source: s, tflops: low}", "a has tflops 'low'"),
-        ("- {name: a, dataset: imagenet256, source: s, steps: true}", "a has steps True"),
-        ("- {name: a, dataset: imagenet256, source: s, mask_ratio: 0.2}", "mask_ratio .*one-step decoding"),
-        ("- {name: a, dataset: imagenet256-one-step, source: s}", "mask_ratio .*one-step decoding"),
-        ("- {name: a, dataset: imagenet256, source: s, has_decoder: 1}", "a has has_decoder 1; give true or false"),
-        ("- {name: a, dataset: imagenet256}", "row 1 of published.yaml: .*source"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
+def test_a_row_with_a_mistake_is_refused_with_its_number() -> None:
+    row = {"name": "a", "dataset": "imagenet256", "source": "s"}
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"fids": 2}, "fids"),
+        ({"dataset": "mnist"}, "a has dataset 'mnist'"),
+        ({"fid": -1}, "fid"),
+        ({"fid": float("nan")}, "fid"),
+        ({"tflops": "low"}, "tflops"),
+        ({"steps": True}, "steps"),
+        ({"mask_ratio": 0.2}, "mask_ratio is required for one-step decoding"),
+        ({"dataset": "imagenet256-one-step"}, "mask_ratio is required for one-step decoding"),
+        ({"has_decoder": 1}, "has_decoder"),
+        ({"source": None}, "source"),
+    ]
+    for change, sentence in wrong:
+        with pytest.raises(ValueError, match=rf"(?s)\n1\b.*{sentence}"):
+            read_published(yaml.safe_dump([row, {**row, **change}]))
+    for text in ("{}", "- 3"):
+        with pytest.raises(ValueError, match=r"list|dictionary"):
             read_published(text)

@@ -111,6 +111,7 @@ def test_run_and_stages_are_in_mlflow(tracked, digits_run) -> None:
         planned["evaluate"].manifest.metrics["frechet_distance"]
     )
     assert [file.path for file in client.list_artifacts(runs["digits"].info.run_id)] == ["digits.html"]
+    assert {file.path for file in client.list_artifacts(runs["report"].info.run_id)} == {"report.html", "loss.png"}
 
 
 def test_training_logs_steps_and_pictures(tracked, digits_run, tmp_path: Path) -> None:
