@@ -19,7 +19,6 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +66,6 @@ def _answers(url: str) -> bool:
         return False
 
 
-def packages_of_the_sign_in(target: Path) -> Path | None:
-    """Install the packages of `mlflow[auth]` that the lock of the tests lacks, as infra/mlflow.lock pins them.
-
-    Returns None if they are installed. Raises subprocess.CalledProcessError if they cannot be installed.
-    """
-    if find_spec("flask_wtf") is not None:
-        return None
-    lock, names = (INFRA / "mlflow.lock").read_text(), ("flask-wtf", "wtforms")
-    pinned = [re.search(rf"^{name}==.*?(?=^\S|\Z)", lock, flags=re.MULTILINE | re.DOTALL) for name in names]
-    target.mkdir()
-    (target / "lock").write_text("".join(match[0] for match in pinned if match))
-    command = [str(_BIN / "uv"), "pip", "install", "--quiet", "--python", sys.executable, "--no-deps", "--require-hashes"]
-    subprocess.run([*command, "--target", str(target), "-r", str(target / "lock")], check=True, capture_output=True, timeout=120)
-    return target
-
-
 @dataclass
 class Workstation:
     """`url`: the Jobs API. `mlflow`: the tracking server. `folder`: volumes. `agents`: ports of nodes by service.
@@ -91,7 +74,6 @@ class Workstation:
     s3: str
     folder: Path
     logs: Path
-    sign_in: Path | None
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     agents: dict[str, int] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -157,8 +139,7 @@ class Workstation:
     def variables(self, service: str) -> dict[str, str]:
         image = ("mlflow",) if service in {"mlflow", "bucket"} else ("base-cpu",)
         given = {name: self.here(value) for name, value in compose()["services"][service]["environment"].items()}
-        more = {"PYTHONPATH": str(self.sign_in)} if self.sign_in and service == "mlflow" else {}
-        return self.of_image(*image) | given | more
+        return self.of_image(*image) | given
 
     @property
     def submitter(self) -> dict[str, str]:
@@ -232,7 +213,7 @@ def workstation(logs: Path) -> Iterator[Workstation]:
     """Start the bucket, the tracking server, the head and a worker, in the order of compose."""
     folder = Path(tempfile.mkdtemp(prefix="enat-"))  # names of sockets are limited in length
     with s3_process() as s3:
-        started = Workstation(s3, folder, logs, packages_of_the_sign_in(folder / "sign-in"))
+        started = Workstation(s3, folder, logs)
         try:
             made = started.run("compose bucket", started.variables("bucket"))
             assert made.returncode == 0, made.stderr
