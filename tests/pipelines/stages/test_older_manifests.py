@@ -48,3 +48,12 @@ def test_a_summary_with_other_fields_or_of_another_version_is_refused() -> None:
         for summary, problem in wrong:
             with pytest.raises(SummaryError, match=rf"{stage}/aaaaaaaaaaaa .*{problem}.* Remove this artifact"):
                 known.summary.read(_manifest(stage, summary))
+
+
+def test_summaries_name_their_dataset_and_state_whether_they_are_imported() -> None:
+    names = {stage: graph.dataset_name(_manifest(stage, summary_of(stage))) for stage in graph.stages()}
+    assert {stage for stage, name in names.items() if name == "digits"} == {"dataset", "token_map", "reference", "train"}
+    for stage in ("tokenizer", "reference", "train"):
+        for is_imported in (True, False):
+            manifest = _manifest(stage, summary_of(stage, is_imported=is_imported))
+            assert graph.stages()[stage].summary.read(manifest).is_from_outside is is_imported
