@@ -100,7 +100,9 @@ def plan(store: ArtifactStore, *, limit: float, named: Collection[Name] = (), re
     kept = dict(roots)
     graph = Lineage(manifests.values())
     needed = [name for each in damaged for name in each.inputs]
-    needed += [name for each in unfinished if each.used >= limit for name in store.recorded_inputs(each.stage, each.key)]
+    at_work = [store.recorded_inputs(each.stage, each.key) for each in unfinished if each.used >= limit]
+    # What a stage at work needs is not known if its record is damaged: everything stays until the stage records it again.
+    needed += [*manifests] if None in at_work else [name for inputs in at_work for name in inputs or ()]
     for name in (*needed, *graph.ancestors([*roots, *needed])):
         if name in manifests:
             kept.setdefault(name, "needed")

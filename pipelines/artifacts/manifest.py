@@ -1,20 +1,20 @@
 """The small files that a store keeps beside the files of artifacts: manifests, records of parts, records of use.
 
-Stores are shared, so somebody else may have written a manifest. It is checked before it is used: no name in it leads out of its
-artifact's folder, and it describes the artifact that it is stored with.
+Each of them is sealed: it holds the sha256 of the rest of its content, so that a flipped bit is found when it is read. Stores are
+shared, so somebody else may have written a manifest. It is checked before it is used: no name in it leads out of its artifact's
+folder, and it describes the artifact that it is stored with.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage.base import StorageError, digest_of
+from pipelines.storage.base import StorageError, canonical_json, digest_of
 
 Name = tuple[str, str]  # stage, key
 
@@ -22,10 +22,11 @@ MANIFEST = "manifest.json"
 PARTS = ".parts"  # one small record per committed shard of an unfinished artifact
 WORK = ".work"  # checkpoints and other state of an unfinished artifact
 USED = ".used"  # when a run last used the artifact, and the inputs of the artifact
+_FORMAT = 2  # 2: sealed. Format 1 is read, and only the digest of its files is compared
+_CHECKSUM = "checksum"
 _RESERVED = frozenset({MANIFEST, PARTS, WORK, USED})
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_log = logging.getLogger(__name__)
 
 
 class DamagedManifestError(StorageError):
@@ -76,7 +77,6 @@ class Manifest:
     summary: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    format: int = 1
 
     @property
     def digest(self) -> str:
@@ -97,15 +97,25 @@ class Manifest:
         raise StorageError(f"artifact {self.stage}/{self.key[:12]} has no file {name!r}; it has {names}")
 
     def to_json(self) -> bytes:
-        return json.dumps({**asdict(self), "digest": self.digest}, indent=1, sort_keys=True, allow_nan=False).encode()
+        fields = {**asdict(self), "digest": self.digest, "format": _FORMAT}
+        return json.dumps({**fields, _CHECKSUM: digest_of(fields)}, indent=1, sort_keys=True, allow_nan=False).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> Manifest:
+        """Raises ValueError if the text is not the one that to_json made."""
         fields = json.loads(text)
-        fields.pop("digest")
+        format = fields["format"]
+        if format not in (1, _FORMAT):
+            raise ValueError(f"its format {format!r} is not known to this version of the code")
+        fields = _unsealed(fields) if format == _FORMAT else fields
+        digest = fields.pop("digest")
+        del fields["format"]
         for name in ("files", "records"):
             fields[name] = tuple(FileRecord(**record) for record in fields[name])
-        return cls(**fields)
+        manifest = cls(**fields)
+        if manifest.digest != digest:
+            raise ValueError("its digest is not that of the files that it lists")
+        return manifest
 
     @classmethod
     def read(cls, text: bytes, place: object, stage: str, key: str) -> Manifest:
@@ -120,16 +130,25 @@ class Manifest:
             raise DamagedManifestError(reason, stage, key, tuple(_inputs_of(fields))) from error
 
 
-def part_record(content: bytes, place: object) -> dict[str, Any] | None:
-    """Parse what put_part wrote. Returns None, with a warning, for what a power failure may leave: the part is made again."""
+def sealed(fields: Mapping[str, Any]) -> bytes:
+    """The JSON text of a small record, with its checksum."""
+    return canonical_json({**fields, _CHECKSUM: digest_of(fields)})
+
+
+def read_sealed(content: bytes) -> dict[str, Any] | None:
+    """Parse what sealed() made; None if it is damaged."""
     try:
-        record = json.loads(content)
-    except ValueError:
-        record = None
-    if isinstance(record, dict):
-        return record
-    _log.warning("the record %s is damaged; its part is made again", place)
-    return None
+        return _unsealed(json.loads(content))
+    except (TypeError, AttributeError, ValueError, RecursionError):
+        return None
+
+
+def _unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without their checksum. Raises ValueError if they are not those that were sealed."""
+    own = {name: value for name, value in fields.items() if name != _CHECKSUM}
+    if digest_of(own) != fields.get(_CHECKSUM):
+        raise ValueError("its checksum differs")
+    return own
 
 
 def paths_of(name: str, sha256: str) -> tuple[str, str]:
@@ -188,6 +207,9 @@ def _check(fields: Any, stage: str, key: str) -> None:
     for name in ("config", "summary", "metrics", "provenance"):
         if not isinstance(fields[name], Mapping):
             raise ValueError(f"its {name} is not a JSON object")
+    for name, value in fields["metrics"].items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"its metric {name} is not a number")
 
 
 def _inputs_of(fields: Any) -> Iterator[Name]:

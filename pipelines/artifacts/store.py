@@ -10,7 +10,6 @@ The store knows nothing of the kind of folder that it is in (see storage/base.py
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -32,8 +31,9 @@ from pipelines.artifacts.manifest import (
     is_artifact,
     is_inside,
     is_stage,
-    part_record,
     paths_of,
+    read_sealed,
+    sealed,
 )
 from pipelines.storage.base import (
     Folder,
@@ -41,7 +41,6 @@ from pipelines.storage.base import (
     StorageError,
     StoredFile,
     WrongContentError,
-    canonical_json,
     file_digest,
     in_parallel,
 )
@@ -212,20 +211,44 @@ class ArtifactStore:
 
     def put_part(self, stage: str, key: str, name: str, record: Mapping[str, Any]) -> None:
         """Record that a part of an unfinished artifact is done. Its files must have been put before."""
-        self.folder.put_if_absent(f"{stage}/{key}/{PARTS}/{name}.json", canonical_json(record))
+        self.folder.put_if_absent(f"{stage}/{key}/{PARTS}/{name}.json", sealed(record))
 
     def read_parts(self, stage: str, key: str) -> dict[str, dict[str, Any]]:
-        """Read the records of the parts that are done, by name, sorted."""
+        """Read the records of the parts that are done, by name, sorted. A damaged record is removed, with a warning."""
         folder = f"{stage}/{key}/{PARTS}/"
         names = [file.name for file in self.folder.list(folder) if file.name.endswith(".json")]
         records = {}
         for name, content in zip(names, in_parallel(self.folder.read_if_exists, names), strict=True):
             if content is None:
                 continue  # discarded since it was listed
-            if (record := part_record(content, f"{self.uri}/{name}")) is None:
+            if (record := read_sealed(content)) is None:
+                _log.warning("the record %s/%s is damaged; its part is made again", self.uri, name)
                 self.folder.delete([name])  # else the part could not be recorded again
             else:
                 records[name.removeprefix(folder).removesuffix(".json")] = record
+        return records
+
+    def resume_parts(self, stage: str, key: str) -> dict[str, dict[str, Any]]:
+        """The same for a run that resumes: the bytes of the file of each part are compared with its sha256.
+
+        A part whose file is damaged or gone is discarded, with a warning, and is made again.
+        """
+        records = self.read_parts(stage, key)
+        files = {name: FileRecord(**record["file"]) for name, record in records.items() if record.get("file")}
+
+        def damage(file: FileRecord) -> DamagedFileError | None:
+            try:
+                self.fetch_file(stage, key, file)
+            except DamagedFileError as error:
+                return error
+            return None
+
+        for name, error in zip(files, in_parallel(damage, files.values()), strict=True):
+            if error is not None:
+                _log.warning("%s; its part is made again", error.what)
+                self.discard_part(stage, key, name)
+                self.discard_files(stage, key, [files[name]])
+                del records[name]
         return records
 
     def discard_part(self, stage: str, key: str, name: str) -> None:
@@ -248,15 +271,17 @@ class ArtifactStore:
 
         inputs: (stage, key) of the artifacts that it is made from.
         """
-        self.folder.put(f"{stage}/{key}/{USED}", canonical_json({"inputs": sorted(set(inputs))}))
+        self.folder.put(f"{stage}/{key}/{USED}", sealed({"inputs": sorted(set(inputs))}))
 
-    def recorded_inputs(self, stage: str, key: str) -> list[Name]:
-        """Inputs that the last use recorded; empty if nothing was recorded, or if the record is damaged."""
-        content = self.folder.read_if_exists(f"{stage}/{key}/{USED}") or b""
-        try:
-            return [(stage, key) for stage, key in json.loads(content)["inputs"] if is_artifact(stage, key)]
-        except (KeyError, TypeError, ValueError, RecursionError):
+    def recorded_inputs(self, stage: str, key: str) -> list[Name] | None:
+        """Inputs that the last use recorded; empty if nothing was recorded, None if the record is damaged."""
+        if (content := self.folder.read_if_exists(f"{stage}/{key}/{USED}")) is None:
             return []
+        record = read_sealed(content)
+        try:
+            return None if record is None else [(stage, key) for stage, key in record["inputs"] if is_artifact(stage, key)]
+        except (KeyError, TypeError, ValueError):
+            return None
 
     # Listing -------------------------------------------------------------------------------------------------------------------
 

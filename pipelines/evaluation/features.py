@@ -11,6 +11,7 @@ Shape legend: R images of a block, P images of a pass, F features.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections import Counter
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from pipelines.artifacts.manifest import WORK, FileRecord, Manifest
+from pipelines.artifacts.manifest import WORK, DamagedFileError, FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.data_stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
 from pipelines.cluster.device import wait_for
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from enat.metrics.moments import FeatureMoments, Moments
 
-
+_log = logging.getLogger(__name__)
 BLOCK_SIZE = 256  # images that travel together
 _BLOCKS_PER_PART = 4  # at least; a crash loses up to one part
 _MAX_BLOCKS_PER_PART = 32  # 8,192 images or 170 MB of Inception's outputs; the driver holds a few parts at once
@@ -125,11 +126,11 @@ def compute_features(
     """
     size = _part_size(spec.num_images)
     parts = [range(start, min(start + size, spec.num_images)) for start in range(0, spec.num_images, size)]
-    committed = context.store.read_parts(context.stage, context.key)
+    committed = context.store.resume_parts(context.stage, context.key)
     records: list[dict[str, Any]] = []  # only parts without a gap before them: a part's moments include all earlier parts
     while len(records) < len(parts) and _part_name(len(records)) in committed:
         records.append(committed[_part_name(len(records))])
-    moments = _load_moments(records[-1], context) if records else {}
+    records, moments = _resume_moments(records, context)
     with context.bar(spec.num_images, "images") as bar:
         bar.update(sum(len(part) for part in parts[: len(records)]))
         if len(records) < len(parts):
@@ -374,6 +375,18 @@ class _PartWriter:
             path = Path(folder) / "file.safetensors"
             write(path)
             return self.context.store.put_file(self.context.stage, self.context.key, name, path)
+
+
+def _resume_moments(records: list[dict[str, Any]], context: StageContext) -> tuple[list[dict[str, Any]], dict[str, FeatureMoments]]:
+    """The parts up to the newest one whose moments can be read, and these. Parts after it are discarded and computed again."""
+    while records:
+        try:
+            return records, _load_moments(records[-1], context)
+        except DamagedFileError as error:
+            _log.warning("%s; its part is computed again", error.what)
+            records = records[:-1]
+            context.store.discard_part(context.stage, context.key, _part_name(len(records)))
+    return [], {}
 
 
 def _load_moments(record: Mapping[str, Any], context: StageContext) -> dict[str, FeatureMoments]:

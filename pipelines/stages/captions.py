@@ -77,7 +77,7 @@ def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageCo
         encoder_digest=folder_digest(config.folder()),
     )
     empty = context.write(EMPTY, lambda path: write_empty(path, info, encoder.encode([""])))
-    done = context.store.read_parts(context.stage, context.key)
+    done = context.store.resume_parts(context.stage, context.key)
     todo = [row for row in _plan(dataset, info) if captions_name(row["part"]) not in done]
     if todo:
         context.connect_for(config.execution, "captions")

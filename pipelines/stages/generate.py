@@ -121,7 +121,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     architecture = ModelSummary.read(model).model
     scheme = _check(config, architecture, inputs)
     names = [shard_name(part) for part in range(-(-config.num_samples // config.shard_size))]
-    done = context.store.read_parts(context.stage, context.key)
+    done = context.store.resume_parts(context.stage, context.key)
     todo = [{"part": part} for part, name in enumerate(names) if name not in done]
     if todo:
         context.connect_for(config.execution, "generate")

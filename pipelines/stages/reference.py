@@ -186,9 +186,11 @@ def _make_extractor(config: ReferenceConfig, dataset: Dataset | None, context: S
     """Make the extractor once: if the stage resumes after a crash, committed features belong to this extractor."""
     import ray
 
-    committed = context.store.read_parts(context.stage, context.key).get(EXTRACTOR_FILE)
+    committed = context.store.resume_parts(context.stage, context.key).get(EXTRACTOR_FILE)
     if committed is not None:
         return _Made(FileRecord(**committed["file"]), committed["metrics"], committed["seconds"])
+    for part in context.store.read_parts(context.stage, context.key):  # features of an extractor that was damaged
+        context.store.discard_part(context.stage, context.key, part)
     if config.extractor == "classifier":
         with context.bar(config.num_epochs, "epochs") as bar, bar.reporter() as reporter:
             task = ray.remote(**config.execution.resources)(_train_classifier)

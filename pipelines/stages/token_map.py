@@ -127,7 +127,7 @@ def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageCo
     per_pass = config.forward_batch_size or _images_per_pass(architecture, config.execution.device)
     encoding = _Encoding(tokenizer, info, per_pass, config.execution)
     parts = range(-(-dataset.num_images // config.shard_size))
-    done = context.store.read_parts(context.stage, context.key)
+    done = context.store.resume_parts(context.stage, context.key)
     _check_passes(per_pass, done.values())
     todo = [part for part in parts if _part_name(part) not in done]
     if todo:

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pipelines.storage.base import StorageError, WrongContentError, file_digest
+from pipelines.storage.base import StorageError, WrongContentError, digest_of, file_digest
 
 _PARTIAL = ".partial-"
 _KEPT_SECONDS = 3600  # a process that was given a path may be about to open it
@@ -51,14 +51,19 @@ def size_limit() -> int:
 
 
 def holds(path: Path, size: int, sha256: str) -> bool:
-    """Whether a file has this content. It is hashed once per process for the same path, size and time of change."""
+    """Whether a file has this content. It is hashed once per process for the same path, size and version."""
     status = path.stat()
-    return status.st_size == size and _digest_once(path, size, status.st_mtime_ns) == sha256
+    return status.st_size == size and _digest_once(path, size, version_of(status)) == sha256
 
 
 @functools.cache
-def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
+def _digest_once(path: Path, size: int, version: str) -> str:
     return file_digest(path)
+
+
+def version_of(status: os.stat_result) -> str:
+    """Changes when a file is written or replaced. Programs can set the time of a file (mtime), not that of its inode (ctime)."""
+    return f"{max(status.st_mtime_ns, status.st_ctime_ns)}-{status.st_mtime_ns}-{status.st_dev}-{status.st_ino}"
 
 
 # Fetching ------------------------------------------------------------------------------------------------------------------
@@ -192,24 +197,27 @@ class DigestCache:
         missing = [path for path, _, _ in files if path not in known]
         computed = dict(zip(missing, pool.map(file_digest, missing), strict=True))
         settled = [
-            (str(path), size, version, computed[path])
+            (str(path), size, version, computed[path], digest_of([str(path), size, version, computed[path]]))
             for path, size, version in files
             if path in computed and now - int(version.partition("-")[0]) > _SETTLED_SECONDS * 1e9
         ]
         with suppress(sqlite3.Error), self._database:  # another process holds it, or the disk is full: hashed again next time
-            self._database.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", settled)
+            self._database.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?)", settled)
         return [known.get(path) or computed[path] for path, _, _ in files]
 
     def _remembered(self, path: Path, size: int, version: str) -> str | None:
-        query = "SELECT sha256 FROM digests WHERE path = ? AND size = ? AND version = ?"
+        query = "SELECT sha256, checksum FROM checked WHERE path = ? AND size = ? AND version = ?"
         try:
             found = self._database.execute(query, [str(path), size, version]).fetchone()
         except sqlite3.Error:
             return None  # the database is damaged, or another process holds it
-        return found[0] if found else None
+        return found[0] if found and found[1] == digest_of([str(path), size, version, found[0]]) else None
 
 
 def _open(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=30)
-    database.execute("CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER, version TEXT, sha256 TEXT)")
+    database.execute(
+        "CREATE TABLE IF NOT EXISTS checked (path TEXT PRIMARY KEY, size INTEGER, version TEXT, sha256 TEXT, checksum TEXT)"
+    )
+    database.execute("DROP TABLE IF EXISTS digests")  # of earlier versions, without a checksum
     return database

@@ -6,6 +6,8 @@ Hugging Face hub are kept by huggingface_hub.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.storage import cache
-from pipelines.storage.base import Folder, StorageError, StoredFile, digest_of
+from pipelines.storage.base import Folder, StorageError, StoredFile, canonical_json, digest_of, file_digest
 from pipelines.storage.local import LocalFolder
 from pipelines.storage.open import open_folder
 
 if TYPE_CHECKING:
     from pipelines.storage.s3_client import S3Config
 
+_FILES, _DIGESTS = "files", "sha256.json"  # a folder of fetched files, and their digests beside it
 _WEIGHTS_AND_TEXT = ("*.safetensors", "*.json", "*.txt")  # no pickles: a file that is not fetched cannot be opened by mistake
 _SUFFIXES = tuple(pattern.removeprefix("*") for pattern in _WEIGHTS_AND_TEXT)
 _BY_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -113,15 +116,45 @@ def _digests(folder: LocalFolder, names: list[str]) -> list[str]:
 
 
 def _download(folder: Folder, files: list[StoredFile]) -> Path:
-    """A local folder with these files. It exists only when it is complete."""
+    """A local folder with these files. It exists only when it is complete, and is fetched again if its bytes have changed.
+
+    The digests of what was fetched are beside it. What arrives over the network is read twice, because a bucket has no sha256 of
+    files that others wrote.
+    """
     versions = [[file.name, file.size, file.version] for file in files]
 
     def download(target: Path) -> None:
+        digests = {}
         for file in files:
-            (target / file.name).parent.mkdir(parents=True, exist_ok=True)
-            folder.download(file.name, target / file.name)
+            path = target / _FILES / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.download(file.name, path)
+            digests[file.name] = file_digest(path)
+            _check_arrived(folder, file, digests[file.name])
+        (target / _DIGESTS).write_bytes(canonical_json({"files": digests, "sha256": digest_of(digests)}))
 
-    return cache.fetch_folder(digest_of([folder.uri, versions])[:32], sum(file.size for file in files), download)
+    def is_whole(target: Path) -> bool:
+        try:
+            kept = json.loads((target / _DIGESTS).read_bytes())
+            digests = kept["files"]
+            is_record_whole = digest_of(digests) == kept["sha256"] and {*digests} == {file.name for file in files}
+            return is_record_whole and all(
+                cache.holds(target / _FILES / file.name, file.size, digests[file.name]) for file in files
+            )
+        except (OSError, KeyError, TypeError, ValueError):
+            return False
+
+    name, size = digest_of([folder.uri, versions])[:32], sum(file.size for file in files)
+    return cache.fetch_folder(name, size, download, is_whole) / _FILES
+
+
+def _check_arrived(folder: Folder, file: StoredFile, sha256: str) -> None:
+    """Raise StorageError if the file has other bytes when it is read a second time: one of the two was damaged on its way."""
+    digest = hashlib.sha256()
+    for chunk in folder.chunks(file.name):
+        digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise StorageError(f"{folder.uri}/{file.name} was damaged on its way; run again, and check the network")
 
 
 def _place_on_the_hub(reference: str) -> tuple[str, str | None, str | None]:

@@ -11,7 +11,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.storage import atomic
+from pipelines.storage import atomic, cache
 from pipelines.storage.base import Folder, MissingFileError, StorageError, StoredFile, WrongContentError, file_digest
 from pipelines.storage.cache import DigestCache, holds
 
@@ -108,7 +108,7 @@ class LocalFolder(Folder):
 
 
 def _stored(name: str, status: os.stat_result) -> StoredFile:
-    return StoredFile(name, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}", status.st_mtime)
+    return StoredFile(name, status.st_size, cache.version_of(status), status.st_mtime)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

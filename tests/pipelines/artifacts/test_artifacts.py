@@ -9,13 +9,14 @@ import errno
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from places import Place
 from pipelines.artifacts.manifest import MANIFEST, DamagedFileError, DamagedManifestError, FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StorageError, canonical_json
+from pipelines.storage.base import StorageError, canonical_json, digest_of
 
 STAGE, KEY = "train", "ab" * 32
 
@@ -203,9 +204,11 @@ _INPUT = {"stage": "dataset", "key": "d" * 64, "digest": "e" * 64}
 
 
 def _refused(changes: dict[str, Any], reason: str) -> None:
-    text = json.dumps({**json.loads(_manifest().to_json()), **changes}).encode()
+    """Of somebody who seals what they write."""
+    fields = {**json.loads(_manifest().to_json()), **changes}
+    fields["checksum"] = digest_of({name: value for name, value in fields.items() if name != "checksum"})
     with pytest.raises(DamagedManifestError, match=reason):
-        Manifest.read(text, "place", STAGE, KEY)
+        Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
 
 
 def test_a_manifest_with_a_file_outside_its_folder_is_refused() -> None:
@@ -228,8 +231,76 @@ def test_a_manifest_with_wrong_fields_is_refused_with_the_reason() -> None:
         ({"files": None}, "not iterable|after"),
         ({"summary": []}, "summary is not a JSON object"),
         ({"surplus": 1}, "surplus"),
+        ({"metrics": {"fid": None}}, "its metric fid is not a number"),
+        ({"digest": "e" * 64}, "its digest is not that of the files"),
+        ({"format": 3}, "its format 3 is not known to this version"),
+        ({"format": 1}, "checksum"),
     ):
         _refused(changes, reason)
+
+
+def _flips(content: bytes, count: int) -> Iterator[bytes]:
+    """The content with one bit flipped, at random places."""
+    generator = random.Random(0)
+    for _ in range(count):
+        flipped = bytearray(content)
+        flipped[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        yield bytes(flipped)
+
+
+def test_no_flipped_bit_of_a_manifest_is_believed() -> None:
+    inputs = {"samples": {"stage": "generate", "key": "c" * 64, "digest": "d" * 64}}
+    manifest = replace(_manifest(FileRecord(**_FILE)), inputs=inputs, metrics={"frechet_distance": 38.01, "samples": 500})
+    refused = 0
+    for flipped in _flips(manifest.to_json(), 2000):
+        try:
+            assert Manifest.read(flipped, "place", STAGE, KEY) == manifest  # in white space
+        except DamagedManifestError:
+            refused += 1
+    assert refused > 1500
+    cut = [manifest.to_json()[:length] for length in range(0, len(manifest.to_json()) - 1, 7)]
+    for text in cut:
+        with pytest.raises(DamagedManifestError):
+            Manifest.read(text, "place", STAGE, KEY)
+
+
+def test_a_manifest_of_format_1_is_read_and_its_files_are_compared_with_its_digest() -> None:
+    fields = json.loads(_manifest(FileRecord(**_FILE)).to_json())
+    del fields["checksum"]
+    fields["format"] = 1
+    assert Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY) == _manifest(FileRecord(**_FILE))
+    fields["files"][0]["size"] += 1
+    with pytest.raises(DamagedManifestError, match="digest is not that"):
+        Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
+
+
+def test_no_flipped_bit_of_a_record_is_believed(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    record = {"rows": 5, "code_counts": [1, 2, 3], "seconds": 0.25}
+    used = [("dataset", "1" * 64)]
+    place.store.put_part(STAGE, KEY, "part", record)
+    place.store.record_use(STAGE, KEY, used)
+    content = place.contents()
+    part, use = f"{STAGE}/{KEY}/.parts/part.json", f"{STAGE}/{KEY}/.used"
+    for flipped in _flips(content[part], 40 if place.rounds < 50 else 400):
+        place.damage(part, flipped)
+        assert place.store.read_parts(STAGE, KEY) in ({}, {"part": record})
+    assert "is damaged; its part is made again" in caplog.text
+    for flipped in _flips(content[use], 40 if place.rounds < 50 else 400):
+        place.damage(use, flipped)
+        assert place.store.recorded_inputs(STAGE, KEY) in (None, used)
+
+
+def test_a_run_resumes_only_with_parts_whose_bytes_are_right(place: Place, put, caplog: pytest.LogCaptureFixture) -> None:
+    records = {name: {"file": asdict(put(name.encode() * 9, name)), "rows": 1} for name in ("a", "b", "c", "d")}
+    records["e"] = {"file": None, "rows": 0}
+    for name, record in records.items():
+        place.store.put_part(STAGE, KEY, name, record)
+    place.damage(f"{STAGE}/{KEY}/b", b"x" * 9)
+    place.damage(f"{STAGE}/{KEY}/c", None)
+    whole = {name: records[name] for name in ("a", "d", "e")}
+    assert place.store.resume_parts(STAGE, KEY) == whole == place.store.read_parts(STAGE, KEY)
+    assert caplog.text.count("its part is made again") == 2
+    assert put(b"b" * 9, "b") == FileRecord(**records["b"]["file"])  # its name is free
 
 
 def test_inputs_of_a_manifest_of_a_newer_format_are_known() -> None:
@@ -417,7 +488,7 @@ def test_a_record_of_use_has_the_time_and_the_inputs_of_the_last_use(place: Plac
     assert store.recorded_inputs(STAGE, KEY) == [] == store.recorded_inputs(STAGE, "cd" * 32)
     for damaged in (b"", b"[]", b'{"inputs": [["..", "x"]]}', b'{"inputs": [1]}', b"\xff"):
         place.damage(f"{STAGE}/{KEY}/.used", damaged)
-        assert store.recorded_inputs(STAGE, KEY) == []
+        assert store.recorded_inputs(STAGE, KEY) is None
 
 
 def test_artifacts_behind_a_link_can_be_read_and_are_not_listed_for_removal(tmp_path: Path, local_store: ArtifactStore) -> None:

@@ -14,7 +14,7 @@ from places import Place, folder_place, key_of, make, make_chain
 
 from pipelines.artifacts import garbage
 from pipelines.artifacts.garbage import Outcome, Plan
-from pipelines.artifacts.manifest import MANIFEST, USED, Manifest, name_of
+from pipelines.artifacts.manifest import MANIFEST, USED, Manifest, name_of, sealed
 from pipelines.artifacts.store import ArtifactStore
 
 DAY = 86400.0
@@ -132,7 +132,7 @@ def test_abandoned_work_is_removed_and_active_work_is_kept(place: Place, chain) 
     place.age(f"train/{key_of('old')}", 40 * DAY)
     planned = _plan(place, named=_names([*vars(chain).values()]))
     (removal,) = planned.removals
-    assert (removal.kind, removal.key, removal.size) == ("unfinished", key_of("old"), 100 + len(b'{"step":1}'))
+    assert (removal.kind, removal.key, removal.size) == ("unfinished", key_of("old"), 100 + len(sealed({"step": 1})))
     garbage.collect(place.store, planned)
     assert place.store.read_parts("train", key_of("old")) == {} and place.store.read_parts("train", key_of("new"))
     assert not any(key_of("old") in name for name in place.contents())

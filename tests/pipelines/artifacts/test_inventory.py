@@ -15,7 +15,7 @@ from summaries import summary_of
 
 from pipelines.artifacts import inventory
 from pipelines.artifacts.inventory import Query
-from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest
+from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest, sealed
 from pipelines.formatting import parse_age, parse_size, show_age, show_size
 from pipelines.run import graph
 from pipelines.storage.base import StorageError
@@ -205,4 +205,4 @@ def test_unfinished_artifacts_are_listed_last_used_first(place: Place) -> None:
         ("token_map", key_of("old"), 3),
         ("token_map", key_of("bare"), 0),
     ]
-    assert found[1].size == 1000 + 3 * len(b'{"rows":1}') and 7190 < found[0].used - found[1].used < 7210
+    assert found[1].size == 1000 + 3 * len(sealed({"rows": 1})) and 7190 < found[0].used - found[1].used < 7210

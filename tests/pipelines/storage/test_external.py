@@ -115,6 +115,31 @@ def test_weights_without_pickle_and_text_of_a_folder_are_fetched(make_bucket: Ca
     assert local_folder(bucket.uri, KEY, bucket.config) == folder and _gets(s3_endpoint) == before
 
 
+def test_damaged_copies_of_fetched_weights_are_fetched_again(make_bucket: Callable[..., S3Folder], s3_endpoint, cache) -> None:
+    bucket = make_bucket("weights")
+    s3_endpoint.fill(bucket, {"a.pth": WEIGHTS})
+    path = local_file(f"{bucket.uri}/a.pth", KEY, bucket.config)
+    record = path.parent.parent / "sha256.json"
+    for damage in (path, record):
+        content = bytearray(damage.read_bytes())
+        content[len(content) // 2] ^= 4
+        damage.write_bytes(content)
+        assert local_file(f"{bucket.uri}/a.pth", KEY, bucket.config).read_bytes() == WEIGHTS
+        assert content_digest(f"{bucket.uri}/a.pth", KEY, bucket.config) == hashlib.sha256(WEIGHTS).hexdigest()
+
+
+def test_weights_that_are_damaged_on_their_way_are_not_kept(
+    make_bucket: Callable[..., S3Folder], s3_endpoint, cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = make_bucket("weights")
+    s3_endpoint.fill(bucket, {"a.pth": WEIGHTS})
+    with monkeypatch.context() as patch:
+        patch.setattr(S3Folder, "download", lambda self, name, path: path.write_bytes(b"x" + WEIGHTS[1:]))
+        with pytest.raises(ValueError, match=r"a\.pth was damaged on its way; run again"):
+            local_file(f"{bucket.uri}/a.pth", KEY, bucket.config)
+    assert local_file(f"{bucket.uri}/a.pth", KEY, bucket.config).read_bytes() == WEIGHTS
+
+
 def test_an_interrupted_download_leaves_nothing(
     make_bucket: Callable[..., S3Folder], s3_endpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -230,8 +231,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def settled(tmp_path: Path) -> LocalFolder:
-    """Files that were last changed long ago."""
+def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalFolder:
+    """Files that were last changed long ago, as far as their digests are concerned."""
+    monkeypatch.setattr(storage_cache, "_SETTLED_SECONDS", 0.0)
     for number in range(5):
         os.utime(write(tmp_path / "settled" / f"{number}", b"%d" % number), (1e9, 1e9))
     return LocalFolder(tmp_path / "settled")
@@ -253,20 +255,26 @@ def test_a_file_is_hashed_once(settled: LocalFolder, cache: Path, hashed: list[s
 
 def test_a_changed_file_is_hashed_again(settled: LocalFolder, cache: Path, hashed: list[str]) -> None:
     path = settled.root / "3"
-    for change, content in {"content": b"x", "size": b"longer", "time": b"3", "replaced": b"y"}.items():
+    for change, content in {"content": b"x", "size": b"longer", "time": b"3", "replaced": b"y", "times set back": b"z"}.items():
         os.utime(write(path, b"3"), (1e9, 1e9))
         _fingerprints(settled)
         hashed.clear()
+        before = path.stat()
         if change == "replaced":
             write(settled.root.parent / "new", content).replace(path)
         else:
             path.write_bytes(content)
-        os.utime(path, (1e9, 1e9) if change in ("size", "replaced") else (2e9, 1.1e9))
+        os.utime(path, (1e9, 1e9) if change in ("size", "replaced", "times set back") else (2e9, 1.1e9))
+        while path.stat().st_ctime_ns == before.st_ctime_ns:  # within the clock's resolution
+            os.utime(path, (1e9, 1e9))
         assert _fingerprints(settled)[3] == hashlib.sha256(content).hexdigest() and hashed == ["3"], change
 
 
-def test_the_digest_of_a_file_that_changed_just_now_is_not_cached(settled: LocalFolder, cache: Path, hashed: list[str]) -> None:
+def test_the_digest_of_a_file_that_changed_just_now_is_not_cached(
+    settled: LocalFolder, cache: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Twice within the clock's resolution, and with the same size."""
+    monkeypatch.setattr(storage_cache, "_SETTLED_SECONDS", 60.0)
     path = write(settled.root / "3", b"x")
     now = path.stat().st_mtime_ns
     _fingerprints(settled)
@@ -285,7 +293,7 @@ def test_a_damaged_cache_is_not_an_error(settled: LocalFolder, cache: Path, tmp_
     _fingerprints(settled)
     content = cache.read_bytes()
     with sqlite3.connect(tmp_path / "other") as database:
-        database.execute("CREATE TABLE digests (name TEXT)")
+        database.execute("CREATE TABLE checked (name TEXT)")
     database.close()
     for damaged in (
         content[: len(content) // 2],
@@ -295,6 +303,16 @@ def test_a_damaged_cache_is_not_an_error(settled: LocalFolder, cache: Path, tmp_
     ):
         cache.write_bytes(damaged)
         assert _fingerprints(settled) == _fingerprints(settled) == SHA256
+
+
+def test_no_flipped_bit_of_the_cache_is_believed(settled: LocalFolder, cache: Path) -> None:
+    _fingerprints(settled)
+    whole, generator = cache.read_bytes(), random.Random(0)
+    for _ in range(300):
+        flipped = bytearray(whole)
+        flipped[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        cache.write_bytes(flipped)
+        assert _fingerprints(settled) == SHA256
 
 
 def test_processes_share_the_cache(settled: LocalFolder, cache: Path) -> None:
