@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from enat.images import ImageError, center_crop, decode_image, to_array
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.data.sources.base import Entry, Source
+from pipelines.data.sources.base import Entry, Source, row_key
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.workflow.summary import Summary
 
@@ -141,13 +141,19 @@ class Dataset:
 
 @dataclass(frozen=True)
 class IndexSummary:
+    """renamed: keys that several rows of files had, which are now known by file and row."""
+
     num_images: int
     num_captions: int
     images_per_label: dict[int, int]
+    renamed: tuple[str, ...] = ()
 
 
-def write_index(path: Path, entries: Iterable[Entry]) -> IndexSummary:
-    """Write the index of a dataset, a row group at a time. Raises ValueError if keys are not unique."""
+def write_index(path: Path, entries: Iterable[Entry], *, keys_may_repeat: bool = False) -> IndexSummary:
+    """Write the index of a dataset, a row group at a time. Raises ValueError if keys are not unique.
+
+    keys_may_repeat: rows of files whose key is not unique get the key of file and row.
+    """
     remaining = iter(entries)
     num_images, num_captions, per_label = 0, 0, dict[int, int]()
     with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
@@ -161,22 +167,43 @@ def write_index(path: Path, entries: Iterable[Entry]) -> IndexSummary:
             num_images, num_captions = num_images + len(some), num_captions + sum(counts)
             for entry in some:
                 per_label[entry.label] = per_label.get(entry.label, 0) + 1
+    renamed = _rename_repeated(path) if keys_may_repeat else []
     _check_unique(path)
-    return IndexSummary(num_images, num_captions, per_label)
+    return IndexSummary(num_images, num_captions, per_label, tuple(renamed))
+
+
+def _repeated_keys(index: Path) -> list[str]:
+    """Keys that occur more than once, sorted."""
+    keys = pq.read_table(index, columns=["key"])
+    counts = keys.group_by("key").aggregate([([], "count_all")])
+    return sorted(counts.filter(pc.greater(counts["count_all"], 1))["key"].to_pylist())
+
+
+def _rename_repeated(index: Path) -> list[str]:
+    """Returns the keys that were repeated."""
+    if repeated := _repeated_keys(index):
+        table, names = pq.read_table(index), set(repeated)
+        rows = zip(*(table[name].to_pylist() for name in ("key", "file", "position")), strict=True)
+        keys = [row_key(file, position) if key in names else key for key, file, position in rows]
+        table = table.set_column(0, _SCHEMA.field("key"), pa.array(keys, pa.string()))
+        pq.write_table(table, index, row_group_size=_ROWS_PER_GROUP, compression="zstd", write_page_checksum=True)
+    return repeated
 
 
 def _check_unique(index: Path) -> None:
-    """Raise ValueError if a key occurs more than once, naming such keys and their files."""
-    keys = pq.read_table(index, columns=["key"])
-    counts = keys.group_by("key").aggregate([([], "count_all")])
-    repeated = counts.filter(pc.greater(counts["count_all"], 1))["key"]
-    if not len(repeated):
+    """Raise ValueError if a key occurs more than once, naming some of these keys and files."""
+    if not (repeated := _repeated_keys(index)):
         return
-    named = sorted(repeated.to_pylist())[:_NAMED_AT_MOST]
+    named = repeated[:_NAMED_AT_MOST]
     places = pq.read_table(index, columns=["key", "file"], filters=[("key", "in", named)]).to_pylist()
-    found = "; ".join(f"{key} in {' and '.join(place['file'] for place in places if place['key'] == key)}" for key in named)
-    more = f" and {len(repeated) - len(named)} more" if len(repeated) > len(named) else ""
-    raise ValueError(f"{len(repeated)} keys of the dataset are not unique: {found}{more}. Rename or remove the repeated images")
+    found = "; ".join(f"{key} in {_listed([place['file'] for place in places if place['key'] == key])}" for key in named)
+    more = f" and {len(repeated) - len(named):,} more" if len(repeated) > len(named) else ""
+    raise ValueError(f"{len(repeated):,} keys of the dataset are not unique: {found}{more}. Rename or remove the repeated images")
+
+
+def _listed(files: list[str]) -> str:
+    rest = len(files) - _NAMED_AT_MOST
+    return " and ".join(files[:_NAMED_AT_MOST]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 @lru_cache(maxsize=4)  # workers read one block after the other

@@ -25,8 +25,9 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.dataset import MAX_FILE_BYTES, Dataset
 from pipelines.data.labels import UNKNOWN, check_stated, scheme_of_labels, stated_scheme
-from pipelines.data.sources.base import MAX_LABEL, Entry, Findings, is_image
+from pipelines.data.sources.base import MAX_LABEL, Entry, Findings
 from pipelines.data.sources.config import DatasetConfig, open_source
+from pipelines.data.sources.names import is_foreign, is_image
 from pipelines.storage.base import StorageError, StoredFile, digest_of
 from pipelines.storage.external import content_digest, local_file
 from pipelines.storage.open import open_folder
@@ -108,7 +109,7 @@ class ImageSetConfig:
 def _kind_of(file: StoredFile) -> str:
     if is_image(file.name):
         return "folder"
-    suffix = PurePosixPath(file.name).suffix.lower()
+    suffix = "" if is_foreign(file.name) else PurePosixPath(file.name).suffix.lower()
     return suffix.removeprefix(".") if suffix in (".tar", ".parquet") else ""
 
 

@@ -26,7 +26,8 @@ def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageCon
     """Reads the listing of a dataset, or its files if they contain several images (tar, Parquet).
 
     Writes the index, one row per image, and findings about the dataset. Measures the numbers of images, classes and captions.
-    Raises ValueError for a dataset without images, with duplicate keys, or with labels that have no class.
+    Raises ValueError for a dataset without images, with duplicate keys, with labels that have no class, or with
+    captions of other images only.
     """
     source, findings = open_source(config), Findings()
     started = time.monotonic()
@@ -34,12 +35,16 @@ def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageCon
     made: list[IndexSummary] = []
 
     def write(path: Path) -> None:
-        made.append(write_index(path, scanned))
+        made.append(write_index(path, scanned, keys_may_repeat=source.keys_may_repeat))
         if not made[0].num_images:
             raise ValueError(f"dataset {config.title} has no images at {config.path}")
+        if config.captions is not None and not made[0].num_captions:
+            of = f"none of the {made[0].num_images:,} images at {config.path} has captions"
+            raise ValueError(f"{of} in {config.captions}; set dataset.captions to the file of their split")
 
     file: FileRecord = context.write(INDEX, write)
     index = made[0]
+    findings.merge({"repeated paths": [*index.renamed]} if index.renamed else {})
     class_names = _class_names(source, config, index)
     for label, name in enumerate(class_names):
         if label not in index.images_per_label:
@@ -94,14 +99,15 @@ def _scan_by_workers(source: Source, config: DatasetConfig, findings: Findings, 
         for number, unit in enumerate(units):
             part: dict[str, Any] = ray.get(running.pop(unit)) if unit in running else done.pop(_part_name(number))
             findings.merge(part["findings"])
-            for key, position, size, label in part["entries"]:
-                yield Entry(key, unit, position, size, label)
+            for key, position, size, label, captions in part["entries"]:
+                yield Entry(key, unit, position, size, label, tuple(captions))
             bar.advance(1)
 
 
 def _scan_file(config: DatasetConfig, unit: str, name: str, context: WorkerContext) -> dict[str, Any]:
     findings = Findings()
-    entries = [[entry.key, entry.position, entry.size, entry.label] for entry in open_source(config).scan(unit, findings)]
+    scanned = open_source(config).scan(unit, findings)
+    entries = [[entry.key, entry.position, entry.size, entry.label, entry.captions] for entry in scanned]
     part = {"entries": entries, "findings": findings.names}
     context.store.put_part(context.stage, context.key, name, part)
     return part
@@ -133,7 +139,7 @@ def _describe(manifest: Manifest) -> str:
 
 STAGE = Stage(
     "dataset",
-    1,
+    2,  # 2: hidden files are not part of it, captions of tar and Parquet files are
     run,
     config=DatasetConfig,
     summary=DatasetSummary,

@@ -38,7 +38,7 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
 
     labels = {entry.label for entry in entries}
     return StageResult(
-        files=[context.write(INDEX, lambda path: write_index(path, entries))],
+        files=[context.write(INDEX, lambda path: write_index(path, entries, keys_may_repeat=config.kind == "parquet"))],
         summary=ImageSetSummary(
             name=config.name,
             kind=config.kind,

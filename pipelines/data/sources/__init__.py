@@ -4,6 +4,7 @@ A source lists its images (`scan`) and reads their bytes (`read`). The list is s
 fixes the order of the dataset; `dataset.Dataset` reads a dataset through its index.
 
 base     the interface of a source, its entries and findings
+names    which files belong to a dataset, and to which split
 config   DatasetConfig, and opening its source
 folders  folders of classes; tar: WebDataset shards; parquet: tables of images; coco: MS-COCO; digits: scikit-learn's digits
 """

@@ -8,12 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import tee
-from pathlib import PurePosixPath
 
+from pipelines.data.sources.names import FOREIGN, is_foreign, is_image
 from pipelines.storage.base import Folder, StoredFile
 
-# Names of images. Only JPEG and PNG can be decoded; images of other formats belong to the dataset and end in quarantine.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_LABEL = 999_999  # a larger label is taken for a mistake: every class up to the largest label has a name in the index
 _READING_THREADS = 16  # a bucket answers in tens of milliseconds, many times longer than decoding takes
 _READ_AT_ONCE = 64
@@ -51,9 +49,13 @@ class Findings:
 
 
 class Source(ABC):
-    """reads_to_scan: whether scanning reads the contents of files, in which case workers of the cluster scan."""
+    """reads_to_scan: whether scanning reads the contents of files, in which case workers of the cluster scan.
+
+    keys_may_repeat: whether keys come from inside of files, so that two images may have the same one.
+    """
 
     reads_to_scan = False
+    keys_may_repeat = False
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -90,7 +92,7 @@ class RangeSource(Source):
             if is_image(file.name):
                 yield Entry(file.name, file.name, 0, file.size)
             else:
-                findings.add("other files", file.name)
+                findings.add(FOREIGN if is_foreign(file.name) else "other files", file.name)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[bytes]:
         with ThreadPoolExecutor(_READING_THREADS) as pool:
@@ -110,8 +112,9 @@ def _pieces(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
         yield piece
 
 
-def is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+def row_key(file: str, row: int) -> str:
+    """The key of an image that has no name of its own in a file."""
+    return f"{file}/{row:08d}"
 
 
 def content_digest(folder: Folder, files: Iterable[StoredFile]) -> str:

@@ -31,13 +31,14 @@ class CocoSource(RangeSource):
 
     @cached_property
     def _captions(self) -> dict[str, list[str]]:
-        """Image file -> captions; an image without captions has []."""
+        """Image file -> captions; an image without captions has []. Captions that are null are left out."""
         try:
             parsed = json.loads(self._content)
             names = {int(image["id"]): str(image["file_name"]) for image in parsed["images"]}
             captions: dict[str, list[str]] = {name: [] for name in names.values()}
             for annotation in sorted(parsed["annotations"], key=lambda annotation: int(annotation["id"])):
-                captions[names[int(annotation["image_id"])]].append(" ".join(str(annotation["caption"]).split()))
+                if (caption := annotation["caption"]) is not None:
+                    captions[names[int(annotation["image_id"])]].append(" ".join(str(caption).split()))
             for name, own in captions.items():
                 "".join([name, *own]).encode()  # JSON can hold unpaired surrogates, which UTF-8 cannot encode
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from enat.config import check_choices
-from pipelines.data.sources.base import MAX_LABEL, RangeSource, Source
+from pipelines.data.sources.base import MAX_LABEL, Source
+from pipelines.data.sources.names import check_split, folder_of_split, pattern_of
 from pipelines.storage.base import StorageError
 from pipelines.storage.open import open_folder
 from pipelines.storage.s3_client import S3Config
@@ -22,16 +22,24 @@ class DatasetConfig:
     kind: str = "digits"
     """Layout of the dataset. "digits": the 1,797 images of 8 x 8 px that scikit-learn brings, without a path. "image_folder":
     <class>/**/*.jpg, with classes numbered by sorted name. "images": images at any depth, without labels. "tar": *.tar of
-    <key>.jpg|jpeg|png and <key>.cls (WebDataset). "parquet": *.parquet with columns image (bytes, or a struct with bytes and path)
-    and label. "coco": images with a captions_*.json."""
+    <key>.jpg|jpeg|png, <key>.cls and captions in <key>.txt or <key>.json (WebDataset, img2dataset). "parquet": *.parquet with
+    columns image (bytes, or a struct with bytes and path), label and caption. "coco": images with a captions_*.json."""
     name: str | None = None
     """Name in token maps and models. Null takes the kind."""
     path: str | None = None
-    """A folder or s3://bucket/prefix. For tar and parquet also a single file."""
+    """A folder or s3://bucket/prefix. For tar and parquet also a file, or a pattern of files: data/train-*.parquet,
+    {0000..1023}.tar."""
+    split: str | None = None
+    """The split to read where path holds several: train, validation or test. Files of tar and parquet belong to a split by their
+    names, such as train-00000.parquet; images and folders of classes by the folder."""
     captions: str | None = None
     """The captions_*.json of kind "coco", by path or s3://."""
     num_classes: int | None = None
     """Number of classes of tar and Parquet files, if it is not the largest label plus one."""
+    label_column: str = "label"
+    """Column of Parquet files with the class number."""
+    caption_column: str | None = None
+    """Column of Parquet files with a caption or a list of captions. Null takes the first of caption, captions and text."""
     s3: S3Config | None = field(default=None, metadata={"set_by": "s3 or buckets"})
     """Access to the bucket."""
 
@@ -46,13 +54,23 @@ class DatasetConfig:
                 f"dataset.num_classes applies to kinds tar and parquet and must be 1 to {MAX_LABEL + 1:,}; "
                 "other kinds determine it from the dataset"
             )
+        if self.split is not None:
+            check_split(self.split)
+            if self.kind in ("digits", "coco"):
+                raise ValueError(f"dataset.split does not apply to kind {self.kind}; remove it")
+        if self.kind != "parquet" and (self.label_column, self.caption_column) != ("label", None):
+            raise ValueError("dataset.label_column and dataset.caption_column apply to kind parquet; remove them")
 
     @property
     def title(self) -> str:
         return self.name or self.kind
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": self.kind, "name": self.title, "num_classes": self.num_classes, "content": open_source(self).fingerprint()}
+        """path and split enter by the content that they choose."""
+        columns = {"label_column": self.label_column} if self.label_column != "label" else {}
+        columns |= {"caption_column": self.caption_column} if self.caption_column is not None else {}
+        content = open_source(self).fingerprint()
+        return {"kind": self.kind, "name": self.title, "num_classes": self.num_classes, "content": content} | columns
 
 
 def open_source(config: DatasetConfig) -> Source:
@@ -62,22 +80,22 @@ def open_source(config: DatasetConfig) -> Source:
     if config.kind == "digits":
         return digits.DigitsSource()
     assert config.path is not None
-    path, file_name, s3 = config.path, None, config.s3 or S3Config()
-    # Spark names folders like this. In a bucket, a / at the end marks a folder.
-    if config.kind in ("tar", "parquet") and path.endswith(f".{config.kind}") and not Path(path).is_dir():
-        parent, slash, file_name = path.rpartition("/")
-        path = parent + slash or "."
+    path, pattern, s3 = config.path, None, config.s3 or S3Config()
+    if config.kind in ("tar", "parquet"):
+        path, pattern = pattern_of(path, f".{config.kind}")  # Spark names folders like files. A / at the end marks a folder
     try:
         folder = open_folder(path, s3)
+        if config.split is not None and config.kind in ("image_folder", "images"):
+            folder = open_folder(f"{path.rstrip('/')}/{folder_of_split(folder, config.split)}", s3)
     except StorageError as error:
         raise ValueError(f"dataset.path: {error}") from error
     if config.kind == "image_folder":
         return folders.ClassFolderSource(folder)
     if config.kind == "images":
-        return RangeSource(folder)
+        return folders.ImageFolderSource(folder)
     if config.kind == "tar":
-        return tar.TarSource(folder, file_name)
+        return tar.TarSource(folder, pattern, config.split)
     if config.kind == "parquet":
-        return parquet.ParquetSource(folder, file_name)
+        return parquet.ParquetSource(folder, pattern, config.split, config.label_column, config.caption_column)
     assert config.captions is not None
     return coco.CocoSource(folder, config.captions, s3)

@@ -82,7 +82,7 @@ def test_folders_in_a_shard_are_passed_over_and_links_named(tmp_path):
 def test_files_that_macos_adds_are_not_images(tmp_path):
     config = _tar(tmp_path, [("x/._a.jpg", b"1"), ("x/a.jpg", b"2"), ("x/._b.jpg", b"3"), ("x/._a.cls", b"4")])
     assert read(config) == [Row("x/a", b"2")]
-    assert len(found_in(config)["other files"]) == 3
+    assert len(found_in(config)["hidden or foreign files"]) == 3
 
 
 def test_long_names_are_whole(tmp_path):
