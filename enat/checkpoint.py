@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ from enat.tokenizer import VQGAN, VQGANConfig
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 OwnT = TypeVar("OwnT", ENAT, VQGAN)
 
+_log = logging.getLogger(__name__)
+_NAMED_AT_MOST = 6  # names of tensors in a message
 _ARCHITECTURES: dict[str, tuple[type[Any], type[Any]]] = {"enat": (ENAT, ENATConfig), "vqgan": (VQGAN, VQGANConfig)}
 
 _PUBLISHED_IN_BLOCK = {
@@ -125,8 +128,11 @@ def _open(path: Path, config: Any, load: Callable[[Path], OwnT], load_published:
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Tensors by name from a .safetensors file, or from a torch file of which only tensors are unpickled.
 
-    A torch file may contain the state dict under "state_dict". Raises ValueError for any other file.
+    A torch file may hold the state dict under a name, such as "state_dict" (Lightning), "model" or "ema", beside other values.
+    Raises ValueError for any other file, and if several state dicts are in it.
     """
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; download or copy it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about a pickle's protocol before it refuses the pickle
@@ -135,11 +141,49 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} is not opened: it is not a torch file, or contains more than tensors; save a plain state dict, or safetensors"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable file of weights: {str(error).splitlines()[0]}") from error
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} holds no state dict; save model.state_dict()")
+    except Exception as error:  # torch raises many kinds for a file that is cut or damaged
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a readable file of weights: {reason}") from error
+    found = _state_dicts(content)
+    if len(found) != 1:
+        advice = f"holds several state dicts ({', '.join(found)}); save the one that is meant" if found else "holds no state dict"
+        raise ValueError(f"{path} {advice}: torch.save(model.state_dict(), ...)")
+    (name, tensors), *_ = found.items()
+    if name:
+        _log.warning("%s: the weights are read from its entry %r", path, name)
+    return tensors
+
+
+def _state_dicts(content: Any, name: str = "") -> dict[str, dict[str, Tensor]]:
+    """The dicts of tensors in a file by their names, such as "ema"; "" is the file itself. Optimizers hold no dict of tensors."""
+    if not isinstance(content, dict) or not content:
+        return {}
+    if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+        return {name: content}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in content.items():
+        if isinstance(key, str) and "optim" not in key.lower():
+            found |= _state_dicts(value, f"{name}.{key}".lstrip("."))
+    return found
+
+
+def _unwrapped(state_dict: Mapping[str, Tensor], expected: Collection[str], source: str) -> Mapping[str, Tensor]:
+    """Without what training adds to names: a prefix of all of them (module., _orig_mod., model.), and tensors of a loss (loss.).
+
+    Only if the names that are left are those expected.
+    """
+    tensors, removed = {name: tensor for name, tensor in state_dict.items() if not name.startswith("loss.")}, []
+    if len(tensors) < len(state_dict):
+        removed.append("loss.*")
+    while tensors and not tensors.keys() & {*expected}:
+        prefix = next(iter(tensors)).partition(".")[0] + "."
+        if not all(name.startswith(prefix) for name in tensors):
+            return state_dict
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        removed.append(prefix)
+    if not removed or tensors.keys() != {*expected}:
+        return state_dict
+    _log.warning("%s: %s is removed from the names of its tensors", source, " and ".join(removed))
     return tensors
 
 
@@ -158,6 +202,7 @@ def load_published_enat(state_dict: Mapping[str, Tensor], config: ENATConfig) ->
     unused = {f"prev_embedder.{name}": tensor for name, tensor in MLP(config.embed_dim, config.mlp_ratio).state_dict().items()}
     shapes = _shapes({published: model.state_dict()[own] for published, own in names.items()} | unused)
     shapes["mlm_layer.bias"] = (1, 1, config.codebook_size + 1)
+    state_dict = _unwrapped(state_dict, shapes, "the published ENAT")
     _check_names(shapes, _shapes(state_dict), "the published ENAT")
     tensors = {own: state_dict[published] for published, own in names.items()}
     return load_strictly(model, {**tensors, "head.bias": tensors["head.bias"].flatten()}).eval()
@@ -168,6 +213,7 @@ def load_published_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) 
     vqgan = VQGAN(config)
     names = {name.replace("codebook.", "quantize.embedding."): name for name in vqgan.state_dict()}
     shapes = _shapes({published: vqgan.state_dict()[own] for published, own in names.items()})
+    state_dict = _unwrapped(state_dict, shapes, "the published VQGAN")
     _check_names(shapes, _shapes(state_dict), "the published VQGAN")
     return load_strictly(vqgan, {own: state_dict[published] for published, own in names.items()}).eval()
 
@@ -184,10 +230,32 @@ def _published_enat_name(name: str, config: ENATConfig) -> str:
 
 
 def load_strictly(module: ModuleT, tensors: Mapping[str, Tensor], source: str = "the state dict") -> ModuleT:
-    """Load tensors into a module as float32. A missing, surplus or wrong-shaped tensor raises ValueError with its name."""
+    """Load tensors into a module as float32. A missing, surplus or wrong-shaped tensor raises ValueError with its name.
+
+    So does one of integers, or with a value that is not finite as float32.
+    """
     _check_names(_shapes(module.state_dict()), _shapes(tensors), source)
+    check_finite(tensors, source)
     module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
     return module
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError, naming the tensor, if one does not hold floating-point numbers that are finite as float32.
+
+    Except for the counters of batch normalization.
+    """
+    for name, tensor in tensors.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{source}: tensor {name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point weights"
+            )
+        if not torch.isfinite(tensor.to(torch.float32)).all():
+            raise ValueError(
+                f"{source}: tensor {name} holds values that are NaN or infinite; the file is damaged or training failed"
+            )
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -197,10 +265,17 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str) -> None:
     both = sorted(expected.keys() & found.keys())
     problems = {
-        "missing": ", ".join(sorted(expected.keys() - found.keys())),
-        "surplus": ", ".join(sorted(found.keys() - expected.keys())),
-        "wrong shape": "; ".join(f"{n} is {found[n]}, expected {expected[n]}" for n in both if found[n] != expected[n]),
+        "missing": sorted(expected.keys() - found.keys()),
+        "surplus": sorted(found.keys() - expected.keys()),
+        "wrong shape": [f"{n} is {found[n]}, expected {expected[n]}" for n in both if found[n] != expected[n]],
     }
     if any(problems.values()):
-        listed = ". ".join(f"{kind}: {names}" for kind, names in problems.items() if names)
-        raise ValueError(f"{source} does not fit the configured architecture ({listed})")
+        listed = ". ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items() if names)
+        first = {name.partition(".")[0] for name in found}
+        pattern = f"all names begin with {first.pop()}.; " if len(first) == 1 and not both and len(found) > 1 else ""
+        raise ValueError(f"{source} does not fit the configured architecture ({pattern}{listed})")
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {rest:,} more" if rest > 0 else "")

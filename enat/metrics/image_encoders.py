@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from enat.checkpoint import check_finite
+
 # Mean and standard deviation of RGB in [0, 1] that each was trained with.
 _NORMALIZATION = {
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -122,6 +124,7 @@ def read_image_encoder(kind: str, folder: Path) -> ImageEncoder:
     if missing or report["mismatched_keys"]:  # transformers would initialise them at random
         named = ", ".join(missing[:3] or sorted(str(key[0]) for key in report["mismatched_keys"])[:3])
         raise ValueError(f"{folder} does not hold all weights of {kind}: {named} missing or of another shape")
+    check_finite(model.state_dict(), str(folder))
     return ImageEncoder(kind, model)
 
 

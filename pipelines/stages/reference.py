@@ -232,7 +232,7 @@ def _keep_extractor(config: ReferenceConfig, context: StageContext) -> _Made:
     """The weights that the config names, in the format of the store. Opening them here refuses wrong files."""
     from safetensors.torch import save_file
 
-    from enat.checkpoint import read_state_dict
+    from enat.checkpoint import check_finite, read_state_dict
     from enat.metrics.image_encoders import read_image_encoder
     from enat.metrics.inception import InceptionExtractor, published_inception_weights
 
@@ -244,6 +244,7 @@ def _keep_extractor(config: ReferenceConfig, context: StageContext) -> _Made:
         )
     weights = read_state_dict(local_file(place, _WEIGHTS_KEY, config.s3)) if place else None
     if config.extractor == "inception":
+        check_finite(weights or {}, f"{_WEIGHTS_KEY} {place}")
         return _Made(context.write(EXTRACTOR_FILE, InceptionExtractor(weights or published_inception_weights()).save))
     assert config.extractor not in BUILT_IN
     tensors = {name: tensor.contiguous() for name, tensor in (weights or {}).items()}

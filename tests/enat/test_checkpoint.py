@@ -22,7 +22,7 @@ from small_models import (
     small_vqgan,
 )
 
-from enat.checkpoint import load_enat, load_published_enat, load_published_vqgan, load_vqgan, save_weights
+from enat.checkpoint import load_enat, load_published_enat, load_published_vqgan, load_vqgan, read_state_dict, save_weights
 
 
 def published(name):
@@ -141,3 +141,75 @@ def test_damaged_file_is_refused_by_name(tmp_path):
     save_weights(path, model, {name: tensor for name, tensor in model.state_dict().items() if name != "head.bias"})
     with pytest.raises(ValueError, match=r"model\.safetensors does not fit .*missing: head\.bias"):
         load_enat(path)
+
+
+@pytest.mark.parametrize("name", ["enat", "vqgan"])
+def test_weights_that_are_not_finite_floating_point_numbers_are_refused(name):
+    load, weights = published(name)
+    first = next(key for key in weights if not key.startswith("prev_embedder"))
+    poisoned = {"nan": torch.nan, "infinity": torch.inf, "beyond float32": 1e300}
+    for value in poisoned.values():
+        tensor = weights[first].double()
+        tensor.view(-1)[-1] = value
+        with pytest.raises(ValueError, match=r"tensor .* holds values that are NaN or infinite"):
+            load({**weights, first: tensor})
+    with pytest.raises(ValueError, match=r"tensor .* holds int64, not floating-point weights"):
+        load({**weights, first: weights[first].long()})
+
+
+@pytest.mark.parametrize("name", ["enat", "vqgan"])
+def test_what_training_adds_to_names_is_removed(name, caplog):
+    load, weights = published(name)
+    expected = load(weights).state_dict()
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "model."):
+        loaded = load({prefix + key: tensor for key, tensor in weights.items()}).state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
+        assert f"{prefix.split('.')[0]}. " in caplog.messages[-1] and "removed from the names" in caplog.messages[-1]
+    with_loss = {**weights, "loss.discriminator.main.0.weight": torch.zeros(1), "loss.logvar": torch.zeros(1)}
+    assert all(torch.equal(load(with_loss).state_dict()[key], tensor) for key, tensor in expected.items())
+    incomplete = {f"module.{key}": tensor for key, tensor in [*weights.items()][1:]}
+    with pytest.raises(ValueError, match=r"all names begin with module\.; missing: ") as refused:
+        load(incomplete)
+    assert len(str(refused.value)) < 1500
+
+
+def test_state_dict_is_found_in_a_training_file(tmp_path, caplog):
+    weights = {"a.weight": torch.ones(2), "b": torch.zeros(1)}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+    for content, entry in (
+        (weights, None),
+        ({"state_dict": weights, "epoch": 3, "optimizer_states": [optimizer]}, "state_dict"),
+        ({"model": weights, "optimizer": optimizer}, "model"),
+        ({"ema": weights}, "ema"),
+        ({"nnet_ema": weights, "step": 5}, "nnet_ema"),
+        ({"checkpoint": {"model_state": weights}}, "checkpoint.model_state"),
+    ):
+        caplog.clear()
+        torch.save(content, tmp_path / "file.pth")
+        assert read_state_dict(tmp_path / "file.pth").keys() == weights.keys()
+        assert caplog.messages == ([] if entry is None else [f"{tmp_path}/file.pth: the weights are read from its entry {entry!r}"])
+    for content, sentence in (
+        ({"model": weights, "ema": weights}, r"holds several state dicts \(model, ema\); save the one that is meant"),
+        ({"epoch": 3}, "holds no state dict"),
+        ([torch.ones(1)], "holds no state dict"),
+        ({}, "holds no state dict"),
+    ):
+        torch.save(content, tmp_path / "file.pth")
+        with pytest.raises(ValueError, match=sentence):
+            read_state_dict(tmp_path / "file.pth")
+
+
+def test_empty_cut_and_damaged_files_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "file.pth"
+    torch.save({"a": torch.ones(100)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"^{path} is empty; download or copy it again$"):
+        read_state_dict(path)
+    for content in (whole[:10], whole[: len(whole) // 2], whole[:-1], b"\x80", b"\x80\x02.", b"text" * 99, whole[:40] + b"x" * 99):
+        for suffix in (".pth", ".safetensors"):
+            damaged = path.with_suffix(suffix)
+            damaged.write_bytes(content)
+            with pytest.raises(ValueError, match=re.escape(str(damaged))) as refused:
+                read_state_dict(damaged)
+            assert "\n" not in str(refused.value)
