@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ class LocalFolder(Folder):
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
         try:
+            _check_file(self.root / name, (self.root / name).stat())
             yield
         except OSError as error:
             kind = MissingFileError if isinstance(error, FileNotFoundError | NotADirectoryError) else StorageError
@@ -109,6 +111,12 @@ class LocalFolder(Folder):
 
 def _stored(name: str, status: os.stat_result) -> StoredFile:
     return StoredFile(name, status.st_size, cache.version_of(status), status.st_mtime)
+
+
+def _check_file(path: Path, status: os.stat_result) -> None:
+    """Raises StorageError for what may never end, such as /dev/zero, or for a pipe, which waits for a writer."""
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise StorageError(f"{path} is a device, pipe or socket, not a file; remove it or its link")
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -139,6 +147,8 @@ def _walk(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...], fol
                 continue  # removed since it was listed
             raise StorageError(f"{folder / entry.name} cannot be read ({error.strerror})") from error
         if not is_folder:
+            if follow_links:
+                _check_file(folder / entry.name, status)
             yield _stored(prefix + name, status)
         elif _identity(status) not in ancestors:
             yield from _walk(folder / entry.name, prefix + name, (*ancestors, _identity(status)), follow_links)

@@ -19,6 +19,7 @@ from pipelines.tracking.errors import access_problem
 from pipelines.tracking.registry import ModelVersion, as_model_version, set_version_tags
 from pipelines.tracking.run import OUT_OF_ORDER, client_of, first_line, quiet
 
+_FILTER_AT_MOST = 10_000  # characters
 _ARTIFACT_TAGS = ("enat.artifact", "enat.evaluation")  # tags of a version that name an artifact as stage/key
 
 
@@ -57,6 +58,8 @@ def search_runs(uri: str, experiment_ids: Sequence[str], filter_string: str = ""
     """Runs that are not deleted, newest first. Raises ValueError if MLflow cannot parse the filter."""
     if not experiment_ids:
         return []
+    if len(filter_string) > _FILTER_AT_MOST:  # MLflow's parser takes a minute for 100,000 letters
+        raise ValueError(f"the filter has {len(filter_string):,} characters; at most {_FILTER_AT_MOST:,} are allowed")
     query = {"experiment_ids": list(experiment_ids), "filter_string": filter_string, "max_results": min(limit or 1000, 1000)}
     with _reading(uri) as client:
         return [_as_run(run) for run in islice(_pages(client.search_runs, **query), limit)]

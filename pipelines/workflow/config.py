@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from pipelines.storage.redaction import without_credentials
 
 ConfigT = TypeVar("ConfigT")
 SET_BY = "set_by"  # metadata of a field
+_MOST_BYTES, _MOST_LEVELS, _MOST_ALIASES = 1 << 20, 50, 20  # aliases of aliases multiply what they stand for
 BASE = "base"  # the key of a file that names the file it builds on
 
 
@@ -84,6 +89,7 @@ def read_overrides(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
     layers = []
     for override in overrides:
         source = f"override {override}"
+        _check_shape(f"override {override[:40]}", override.partition("=")[2])
         try:
             layers.append((source, OmegaConf.from_dotlist([override])))
         except (YAMLError, OmegaConfBaseException) as error:
@@ -116,6 +122,7 @@ def _read(path: Path, named_by: Sequence[Path]) -> DictConfig:
     """named_by: the files that led here, empty for the file of the command."""
     by = f" (the base of {named_by[-1]})" if named_by else ""
     try:
+        _check_shape(f"{path}{by}", path.read_bytes())
         values = OmegaConf.load(path)
     except FileNotFoundError as error:
         raise ConfigError(f"the config file {path}{by} does not exist; {_closest_file(path)}") from error
@@ -126,6 +133,23 @@ def _read(path: Path, named_by: Sequence[Path]) -> DictConfig:
     if not isinstance(values, DictConfig):
         raise ConfigError(f"{path}{by} does not contain a mapping of keys to values")
     return values
+
+
+def _check_shape(source: str, text: str | bytes) -> None:
+    """Raises ConfigError for text that would crash the YAML library or fill the memory: nested deeply, or with many aliases.
+
+    Looks at the events of the parser, which does not recurse. Other mistakes are named by whoever loads the text.
+    """
+    if len(text) > _MOST_BYTES:
+        raise ConfigError(f"{source} has {len(text):,} bytes; a config has at most {_MOST_BYTES:,}")
+    depth = num_aliases = 0
+    with suppress(YAMLError, UnicodeDecodeError):
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            num_aliases += isinstance(event, AliasEvent)
+            if depth > _MOST_LEVELS or num_aliases > _MOST_ALIASES:
+                what = f"more than {_MOST_LEVELS} levels" if depth > _MOST_LEVELS else f"more than {_MOST_ALIASES} aliases (*name)"
+                raise ConfigError(f"{source} has {what}, which no config needs")
 
 
 def _closest_file(path: Path) -> str:
@@ -151,6 +175,7 @@ def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]], whole: str |
         except OmegaConfBaseException as error:
             where = f"{error.full_key}: " if error.full_key else ""
             raise ConfigError(f"{source}: {where}{_one_line(error)}") from error
+    _refuse_non_finite(whole, OmegaConf.to_container(merged))
     try:
         config: Any = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
@@ -160,6 +185,16 @@ def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]], whole: str |
     except ValueError as error:  # __post_init__ of a config: its sentence names the field
         raise ConfigError(f"{whole}: {error}") from error
     return config
+
+
+def _refuse_non_finite(source: str, values: Any, key: str = "") -> None:
+    """Raises ConfigError for NaN and infinity, which pass every comparison or none and would fail after hours."""
+    if isinstance(values, float) and not math.isfinite(values):
+        raise ConfigError(f"{source}: {key} is {values}; it must be a finite number")
+    for name, value in (
+        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list | tuple) else ()
+    ):
+        _refuse_non_finite(source, value, f"{key}.{name}".lstrip("."))
 
 
 @cache

@@ -105,6 +105,19 @@ def test_a_broken_link_is_named(folder: LocalFolder) -> None:
         (folder.root / "itself").unlink()
 
 
+def test_what_is_not_a_file_is_refused_before_it_is_read(folder: LocalFolder, tmp_path: Path) -> None:
+    """A device may never end, and a pipe waits for a writer."""
+    root = folder.root
+    write(root / "b.jpg", b"1")
+    for name, make in {"zero.jpg": lambda path: path.symlink_to("/dev/zero"), "pipe.jpg": os.mkfifo}.items():
+        make(root / name)
+        sentence = rf"{root / name} is a device, pipe or socket, not a file; remove it"
+        for act in (lambda: list(folder.list()), lambda name=name: folder.read(name), lambda name=name: folder.open(name)):
+            with pytest.raises(StorageError, match=sentence):
+                act()
+        (root / name).unlink()
+
+
 def test_a_listing_without_links_leaves_out_their_files(folder: LocalFolder, tmp_path: Path) -> None:
     write(tmp_path / "elsewhere" / "x", b"12345")
     (folder.root / "c").symlink_to(tmp_path / "elsewhere")

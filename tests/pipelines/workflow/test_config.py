@@ -126,6 +126,13 @@ def test_other_wrong_values_and_overrides_are_named(load) -> None:
         *(("name: a", override, "write key=value") for override in ("rate", "=3", "", "--rate 3")),
         ("name: ${nowhere}", "rate=2", "nowhere"),
         ("name: a", "layer.label=${oc.env:HOME}", r"override layer\.label.*resolvers"),
+        *(
+            ("name: a", f"rate={value}", r"run\.yaml: rate is (nan|inf|-inf); it must be a finite")
+            for value in ("nan", ".inf", "-inf")
+        ),
+        ("{name: a, betas: [0.9, .nan]}", "rate=2", r"betas\.1 is nan"),
+        ("{name: a, extras: {x: {y: .inf}}}", "rate=2", r"extras\.x\.y is inf"),
+        ("name: a", "sizes=" + "[" * 5000, r"override sizes=\[+ has more than 50 levels, which no config needs"),
         ("name: a", "base=other.yaml", r"override base=other\.yaml: only a config file can name a base"),
         (
             "{name: a, layer: {execution: {num_workrs: 2}}}",
@@ -172,6 +179,9 @@ def test_a_missing_or_unreadable_file_is_named(load, tmp_path: Path) -> None:
 def test_a_file_without_a_mapping_in_yaml_is_named_in_one_line(load, tmp_path: Path) -> None:
     for text, sentence in (
         *((text, "cannot be read as YAML") for text in ("name: [", "a: b: c", b"\xff\xfe\x00\x01", "\tname: a")),
+        ("name: " + "[" * 50_000, "has more than 50 levels"),
+        ("a: &a [1]\n" + "".join(f"b{n}: &b{n} [*{(n and f'b{n - 1}') or 'a'}, *a]\n" for n in range(30)), "more than 20 aliases"),
+        ("name: a\n" + "#" * (1 << 20), "a config has at most 1,048,576"),
         *((text, "does not contain a mapping") for text in ("[1, 2]", "- name: a")),
         *((text, "") for text in ("just words", "42")),
     ):
