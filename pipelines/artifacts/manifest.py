@@ -26,6 +26,7 @@ _FORMAT = 2  # 2: sealed. Format 1 is read, and only the digest of its files is 
 _CHECKSUM = "checksum"
 _RESERVED = frozenset({MANIFEST, PARTS, WORK, USED})
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_DIGEST_IN_NAME = re.compile(r"\.[0-9a-f]{12}(?=(\.[^/.]+)*$)")  # see paths_of
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -155,6 +156,11 @@ def paths_of(name: str, sha256: str) -> tuple[str, str]:
     """The paths that a file may have: its name, and if other bytes have that, its name with its digest."""
     suffixes = "".join(Path(name).suffixes)
     return name, f"{name.removesuffix(suffixes)}.{sha256[:12]}{suffixes}"
+
+
+def name_of_path(path: str) -> str:
+    """The name of a file that has one of these paths."""
+    return _DIGEST_IN_NAME.sub("", path, count=1)
 
 
 def name_of(manifest: Manifest) -> Name:

@@ -31,6 +31,7 @@ from pipelines.artifacts.manifest import (
     is_artifact,
     is_inside,
     is_stage,
+    name_of_path,
     paths_of,
     read_sealed,
     sealed,
@@ -259,10 +260,17 @@ class ArtifactStore:
         """Remove files of an unfinished artifact that no record names any more."""
         self.folder.delete([f"{stage}/{key}/{record.path}" for record in files])
 
-    def discard_work(self, stage: str, key: str) -> None:
-        """Remove part records and working state once the artifact is committed."""
-        for name in (PARTS, WORK):
-            self.folder.delete(file.name for file in self.folder.list(f"{stage}/{key}/{name}/"))
+    def discard_work(self, committed: Manifest) -> None:
+        """Remove part records, working state, and files of other runs that made the same, once the artifact is committed."""
+        own, folder = (*committed.files, *committed.records), f"{committed.stage}/{committed.key}/"
+        named, paths = {record.name for record in own}, {record.path for record in own}
+
+        def is_left(path: str) -> bool:
+            return path.startswith((f"{PARTS}/", f"{WORK}/")) or (path not in paths and name_of_path(path) in named)
+
+        left = [path for file in self.folder.list(folder) if is_left(path := file.name.removeprefix(folder))]
+        left.sort(key=lambda path: not path.startswith(f"{PARTS}/"))  # records before the files that they name
+        self.folder.delete([folder + path for path in left])
 
     # Use -----------------------------------------------------------------------------------------------------------------------
 

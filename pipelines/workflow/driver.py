@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pipelines.artifacts.last_used import UseRecorder
 from pipelines.artifacts.manifest import Manifest, inputs_of, name_of
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import digest_of
+from pipelines.storage.base import StorageError, digest_of
 from pipelines.tracking import run as tracking_run
 from pipelines.workflow import config as configuration
 from pipelines.workflow.provenance import code_version
@@ -79,8 +79,10 @@ def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifes
                 is_reused = made is not None
                 if made is None:
                     made = _compute(node, key, inputs, run, session)
-                elif node.stage.accept is not None:
-                    node.stage.accept(node.config, made)
+                else:
+                    _clean_up(session.store, made)  # what a run before could not remove
+                    if node.stage.accept is not None:
+                        node.stage.accept(node.config, made)
                 seconds = time.monotonic() - started
                 _publish(node, made, inputs, run, session)
                 _finish_stage_run(run, made, is_reused)
@@ -92,13 +94,36 @@ def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifes
 
 
 def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> Manifest:
+    """Make the artifact. If an identical run was faster, its artifact is adopted, also if its cleaning up made this one fail."""
+    store = session.store
+    try:
+        committed = store.commit(_made(node, key, inputs, run, session))
+    except Exception as error:
+        if (found := store.read_manifest(node.stage.name, key)) is None:
+            raise
+        committed = found
+        _log.info("%s was made by another run meanwhile; this run ended with %s", node.id, error, exc_info=True)
+    _clean_up(store, committed)
+    return committed
+
+
+def _clean_up(store: ArtifactStore, committed: Manifest) -> None:
+    """Remove what is left of the work on an artifact. A failure costs a warning: the next run that uses the artifact repeats it."""
+    try:
+        store.discard_work(committed)
+    except (OSError, StorageError) as error:
+        place = f"{committed.stage}/{committed.key[:12]}"
+        _log.warning("files of the work on %s are left (%s); a later run or `enat artifacts gc` removes them", place, error)
+
+
+def _made(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> Manifest:
+    """Run the stage. Raises ValueError for bad input, StageError otherwise."""
     from ray.exceptions import RayTaskError
 
-    store = session.store
     started = time.monotonic()
     try:
         context = StageContext(
-            stage=node.stage.name, key=key, store=store, run=run, console=session.console, connect=session.connect
+            stage=node.stage.name, key=key, store=session.store, run=run, console=session.console, connect=session.connect
         )
         result = node.stage.run(node.config, inputs, context)
     except RayTaskError as error:
@@ -113,7 +138,7 @@ def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking
         raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
     for name in (file.name for file in (*result.files, *result.records) if node.stage.files):
         assert any(fnmatchcase(name, pattern) for pattern in node.stage.files), f"{name} is not a file of stage {node.id}"
-    manifest = Manifest(
+    return Manifest(
         stage=node.stage.name,
         key=key,
         stage_version=node.stage.version,
@@ -132,9 +157,6 @@ def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking
             "device_seconds": result.device_seconds,
         },
     )
-    committed = store.commit(manifest)
-    store.discard_work(node.stage.name, key)
-    return committed
 
 
 def _publish(node: Node, manifest: Manifest, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> None:

@@ -158,7 +158,7 @@ def _work_of_a_driver(recorded: Recorded) -> Manifest:
     store.put_part("token_map", TOKEN_MAP, "00000", {"rows": 1})
     committed = store.commit(manifest)
     assert store.commit(manifest) == committed
-    store.discard_work("token_map", TOKEN_MAP)
+    store.discard_work(committed)
     return committed
 
 

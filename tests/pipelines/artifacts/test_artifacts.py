@@ -407,11 +407,13 @@ def test_discarding_work_removes_records_and_state_and_leaves_the_artifact(place
     store.put_part(STAGE, KEY, "part-0", {"rows": 1})
     store.put_part(STAGE, "cd" * 32, "part-0", {"rows": 2})
     committed = {name for name in place.contents() if KEY in name and "part" not in name}
-    store.discard_work(STAGE, KEY)
+    put(b"of a run that lost", "model.safetensors")  # gets a path of its own
+    committed.add(f"{STAGE}/{KEY}/{put(b'notes', 'notes.abcdef.txt').path}")
+    store.discard_work(manifest)
     assert {name for name in place.contents() if KEY in name} == committed
     assert store.read_parts(STAGE, KEY) == {} and store.fetch(manifest, "model.safetensors").read_bytes() == b"weights"
     assert store.read_parts(STAGE, "cd" * 32) == {"part-0": {"rows": 2}}
-    store.discard_work(STAGE, KEY)  # again without an error
+    store.discard_work(manifest)  # again without an error
 
 
 def test_exactly_the_named_files_are_discarded(place: Place, put) -> None:

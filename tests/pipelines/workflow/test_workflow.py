@@ -17,11 +17,12 @@ import pytest
 from rich.console import Console
 
 from pipelines.artifacts import last_used
-from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.manifest import Manifest, name_of
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution, Workers
 from pipelines.run import config as run_config
 from pipelines.run import graph
+from pipelines.storage.base import StorageError
 from pipelines.workflow import driver, stage
 from pipelines.workflow.config import ConfigError
 from pipelines.workflow.stage import Node, Stage, StageContext, StageError, StageResult
@@ -304,6 +305,49 @@ def test_a_run_adopts_an_artifact_that_another_run_has_just_made(local_store: Ar
 
 
 # Planning ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_parts_an_identical_run_cleaned_up_adopts_its_artifact(
+    counted: Counted, session: stage.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run commits and removes the parts that this one is about to count."""
+    store = session.store
+
+    def run(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        store.put_part(context.stage, context.key, "part", {"rows": 1})
+        if not is_other:
+            is_other.append(True)
+            driver.execute([*counted.nodes(), _third(run)], session)
+            assert store.read_parts(context.stage, context.key), "a planned part has no record"
+        return counted.write(config, inputs, context)
+
+    is_other: list[bool] = []
+    done = driver.execute([*counted.nodes(), _third(run)], session)
+    stage_name, key = name_of(done[-1].manifest)
+    assert is_other and store.read_manifest(stage_name, key) == done[-1].manifest
+    assert {file.name for file in store.list_files(stage_name, key)} == {
+        "manifest.json", ".used", *(file.path for file in (*done[-1].manifest.files, *done[-1].manifest.records)),
+    }  # fmt: skip
+
+
+def test_cleaning_up_that_fails_is_one_warning_and_is_repeated(
+    counted: Counted, session: stage.Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
+        context.store.put_part(context.stage, context.key, "part", {"rows": 1})
+        return counted.write(config, inputs, context)
+
+    def refuse(self: ArtifactStore, committed: Manifest) -> None:
+        raise StorageError("s3://bucket cannot be deleted (AccessDenied)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactStore, "discard_work", refuse)
+        done = driver.execute([*counted.nodes(), _third(run)], session)
+    assert "are left (s3://bucket cannot be deleted (AccessDenied)); a later run" in caplog.text
+    name = name_of(done[-1].manifest)
+    assert session.store.read_parts(*name)
+    assert driver.execute([*counted.nodes(), _third(run)], session)[-1].is_reused
+    assert session.store.read_parts(*name) == {}
 
 
 def test_a_plan_knows_the_keys_whose_inputs_exist_and_writes_nothing(counted: Counted, session: stage.Session) -> None:
