@@ -7,11 +7,13 @@ hold a `RunHandle` (rank 0 of training logs through one), which opens its own cl
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import math
 import os
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +42,7 @@ _PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
 _ILLEGAL = re.compile(r"[^\w\-. /]")
 _PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks|uc:")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
+_LOCK_ATTEMPTS = 600
 _MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
 OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; others: a refusal
 
@@ -261,9 +264,30 @@ def client_of(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # of single small files
     from mlflow import MlflowClient
 
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri)
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(tracking_uri=uri)
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _held(path.with_name(f"{path.name}.lock")):
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)  # makes the tables, or migrates them: processes that do so at once collide
+        client.search_registered_models(max_results=1)
+    return client
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold a lock among the processes of this machine, if one can be written. A process that hangs holds up others for a minute."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a reader without the right to write needs no tables
+            file = stack.enter_context(path.open("a"))
+            for _ in range(_LOCK_ATTEMPTS):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
+        yield
 
 
 @contextlib.contextmanager

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -230,6 +233,39 @@ def test_runs_that_start_at_once_share_a_new_experiment(server: str) -> None:
     client = MlflowClient(server)
     found = client.search_runs([client.get_experiment_by_name("new").experiment_id])
     assert {handle.run_id for handle in handles} == {run.info.run_id for run in found} and len(found) == 6
+
+
+_START = """
+import sys, time
+from pathlib import Path
+import mlflow
+from pipelines.tracking import run as tracking
+folder, name = Path(sys.argv[1]), sys.argv[2]
+(folder / f"ready-{name}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.001)
+handle = tracking.start_run(f"sqlite:///{folder / 'new' / 'mlflow.db'}", tracking.TrackingConfig(experiment="new"), name, {})
+handle.log_metrics({"loss": 1.0})
+handle.finish()
+print(handle.run_id, handle._given_up)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _START, str(tmp_path), str(number)], stdout=subprocess.PIPE, text=True)
+        for number in range(4)
+    ]
+    while not all((tmp_path / f"ready-{number}").exists() for number in range(4)):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    answers = [process.communicate(timeout=120)[0].split() for process in processes]
+    client = MlflowClient(f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("new").experiment_id])
+    assert {run.info.run_id for run in runs} == {run_id for run_id, _ in answers} and len(runs) == 4
+    assert {given_up for _, given_up in answers} == {"False"} and all(run.data.metrics == {"loss": 1.0} for run in runs)
 
 
 # Registered models ---------------------------------------------------------------------------------------------------------
