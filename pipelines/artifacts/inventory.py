@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pipelines.artifacts.manifest import (
@@ -233,7 +232,7 @@ def show_list(entries: Sequence[Entry], store: str, console: Console) -> None:
         console.print(list_table(entries), highlight=False)
         console.print()
     total = show_size(sum(entry.size for entry in entries))
-    console.print(f"{len(entries):,} artifacts, {total}, in {escape(store)}", highlight=False, soft_wrap=True)
+    console.print(f"{len(entries):,} artifacts, {total}, in {one_line(store)}", highlight=False, soft_wrap=True)
 
 
 def show_unfinished(unfinished: Sequence[Unfinished], store: str, now: float, console: Console) -> None:
@@ -244,7 +243,7 @@ def show_unfinished(unfinished: Sequence[Unfinished], store: str, now: float, co
         console.print(table, highlight=False)
         console.print()
     total = show_size(sum(each.size for each in unfinished))
-    console.print(f"{len(unfinished):,} unfinished, {total}, in {escape(store)}", highlight=False, soft_wrap=True)
+    console.print(f"{len(unfinished):,} unfinished, {total}, in {one_line(store)}", highlight=False, soft_wrap=True)
 
 
 def unfinished_json(each: Unfinished, now: float) -> dict[str, Any]:

@@ -21,9 +21,8 @@ def doctor(arguments: tuple[str, ...], as_json: bool) -> None:
 
     The exit code is 1 if something would prevent the run.
     """
-    from rich.markup import escape
-
     from pipelines import doctor as examining
+    from pipelines.formatting import one_line
     from pipelines.run.config import RunConfig
     from pipelines.workflow import config as configuration
 
@@ -34,9 +33,9 @@ def doctor(arguments: tuple[str, ...], as_json: bool) -> None:
     for finding in examining.examine(run):
         findings.append(finding)
         if not as_json:
-            terminal.print(f"{_SIGNS[finding.state]} {finding.what:<14}{escape(finding.detail)}", highlight=False, soft_wrap=True)
+            terminal.print(f"{_SIGNS[finding.state]} {finding.what:<14}{one_line(finding.detail)}", highlight=False, soft_wrap=True)
             if finding.advice:
-                terminal.print(f"  {'':<14}[dim]{escape(finding.advice)}[/]", highlight=False, soft_wrap=True)
+                terminal.print(f"  {'':<14}[dim]{one_line(finding.advice)}[/]", highlight=False, soft_wrap=True)
     if as_json:
         echo_json([dataclasses.asdict(finding) for finding in findings])
     sys.exit(1 if any(finding.state == examining.BAD for finding in findings) else 0)

@@ -14,6 +14,8 @@ from pkgutil import resolve_name
 import click
 
 from pipelines.cluster import connection
+from pipelines.formatting import printable
+from pipelines.storage.redaction import without_credentials
 
 _COMMANDS = {
     "artifacts": "artifacts:artifacts",
@@ -72,7 +74,8 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"enat: {' '.join(message.split())}", err=True)
+    """message: may hold names of files and answers of servers, with characters that a terminal obeys, and URIs with a password."""
+    click.echo(f"enat: {printable(without_credentials(message))}", err=True)
     sys.exit(code)
 
 

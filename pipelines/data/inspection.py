@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from rich.markup import escape
 from rich.table import Table
 
 from enat.checkpoint import load_vqgan
@@ -23,6 +22,7 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.dataset import INDEX, Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import QUARANTINE, TokenMapSummary, read_codes
+from pipelines.formatting import one_line
 from pipelines.storage.base import StorageError
 from pipelines.workflow import config as configuration
 
@@ -39,7 +39,7 @@ def facts_table(store: ArtifactStore, manifest: Manifest) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _facts(store, manifest):
-        table.add_row(escape(name), escape(value))
+        table.add_row(one_line(name), one_line(value))
     return table
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
+from pipelines.formatting import printable
 from pipelines.run import graph, summary
 from pipelines.run.config import RunConfig
 from pipelines.storage.redaction import without_credentials
@@ -105,7 +106,7 @@ def tracking_uri(config: RunConfig) -> str:
 
 def log_to(path: Path) -> None:
     """Log to a file: warnings of all code and information of this package, such as tracebacks of failures that a run survived.
-    Warnings of this package also go to the terminal."""
+    Warnings of this code also go to the terminal."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -114,7 +115,15 @@ def log_to(path: Path) -> None:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().handlers = [to_file]
     to_terminal = logging.StreamHandler()
-    to_terminal.setFormatter(logging.Formatter("enat: %(message)s"))
+    to_terminal.setFormatter(_OneLine("enat: %(message)s"))
     to_terminal.addFilter(lambda record: record.levelno == logging.WARNING)
-    logging.getLogger("pipelines").addHandler(to_terminal)
-    logging.getLogger("pipelines").setLevel(logging.INFO)
+    for package in ("pipelines", "enat"):
+        logging.getLogger(package).handlers = [to_terminal]
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+class _OneLine(logging.Formatter):
+    """Names of files and answers of servers may hold characters that a terminal obeys, and URIs a password."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(without_credentials(super().format(record)))

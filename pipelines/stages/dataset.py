@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.data.dataset import INDEX, DatasetSummary, IndexSummary, write_index
 from pipelines.data.sources.base import Entry, Findings, Source
 from pipelines.data.sources.config import DatasetConfig, open_source
+from pipelines.formatting import one_line
 from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
 
 FINDINGS = "findings.json"
@@ -51,7 +50,7 @@ def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageCon
             findings.add("classes without images", name)
     record = context.write(FINDINGS, lambda path: path.write_text(json.dumps(findings.names, indent=1)))
     for kind, names in findings.names.items():
-        shown = escape(", ".join(names[:_SHOWN_AT_MOST]) + (", ..." if len(names) > _SHOWN_AT_MOST else ""))
+        shown = one_line(", ".join(names[:_SHOWN_AT_MOST]) + (", ..." if len(names) > _SHOWN_AT_MOST else ""))
         context.console.print(f"[yellow]![/] {len(names):,} {kind}: [dim]{shown}[/]", highlight=False)
     counts = {kind.replace(" ", "_"): len(names) for kind, names in findings.names.items()}
     return StageResult(

@@ -6,13 +6,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rich.markup import escape
-
 from pipelines.artifacts.manifest import Manifest
 from pipelines.data.dataset import INDEX, write_index
 from pipelines.data.image_sets import ImageSetConfig, ImageSetSummary, check_images, label_scheme, resolution_of, scan
 from pipelines.data.labels import UNKNOWN
 from pipelines.data.sources.base import Entry, Findings
+from pipelines.formatting import one_line
 from pipelines.workflow.stage import Stage, StageContext, StageResult
 
 _IMAGES_PER_TASK = 512
@@ -29,7 +28,7 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
     entries = scan(config, findings)
     resolution, scheme = resolution_of(config, entries), label_scheme(config, entries)
     if scheme == UNKNOWN:
-        note = f"how labels of {escape(config.name)} were chosen is not known: a table of its own, unless --labels says it"
+        note = f"how labels of {one_line(config.name)} were chosen is not known: a table of its own, unless --labels says it"
         context.console.print(f"[yellow]![/] {note}", highlight=False)
     if config.kind == "npz":
         check_images(config, entries, resolution)

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,6 +26,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from pipelines.formatting import one_line
 
 _POLL_SECONDS = 0.3
 LINE_SECONDS = "ENAT_PROGRESS_SECONDS"
@@ -178,7 +179,7 @@ class Bar:
                     return  # the bar is optional: if its actor is lost, the work continues without it
                 self.update(done, note)
                 for message in messages:
-                    self._console.print(f"[yellow]![/] {escape(message)}", highlight=False)
+                    self._console.print(f"[yellow]![/] {one_line(message)}", highlight=False)
 
         thread = threading.Thread(target=follow, name="progress", daemon=True)
         thread.start()

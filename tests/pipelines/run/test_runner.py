@@ -50,7 +50,7 @@ def client(uri: str, tmp_path: Path) -> MlflowClient:
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
     """Restore what a run changes: logging, and the handler of SIGTERM."""
-    loggers = [logging.getLogger(), logging.getLogger("pipelines")]
+    loggers = [logging.getLogger(name) for name in (None, "pipelines", "enat")]
     before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
     on_sigterm = signal.getsignal(signal.SIGTERM)
     yield
@@ -175,3 +175,21 @@ def test_a_job_does_not_track_runs_in_its_own_folder(
         return
     with pytest.raises(ValueError, match=f"would be tracked under {lost}, in a folder that is removed with the job; give tracking"):
         runner.tracking_uri(config)
+
+
+def test_no_control_character_and_no_password_reaches_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = "a\x1b[31m.jpg \x9b of http://user:hunter2@host/x\r\nnext"
+
+    def run(**_: Any) -> None:
+        runner.log_to(tmp_path / "logs" / "run.log")
+        for package in ("pipelines.stages", "enat.checkpoint"):
+            logging.getLogger(package).warning("%s", foreign)
+        raise ValueError(foreign)
+
+    monkeypatch.setattr(main.commands, "main", run)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and lines == ["enat: a [31m.jpg of http://host/x next"] * 3

@@ -77,7 +77,7 @@ def test_many_class_folders_keep_their_order(make, tmp_path: Path) -> None:
 def test_findings_are_recorded_and_shown(tmp_path: Path, make) -> None:
     root, store = make_layouts(tmp_path / "sets", num_images=4).root / "image_folder", open_store(str(tmp_path / "store"))
     (root / "empty").mkdir()
-    for name in ("[/]", "[bold]", "c", "d", "é"):
+    for name in ("[/]", "[bold]", "\x1b]0;c\x07", "d", "é"):
         write(root / "coffee" / name, b"")
     console = Console(file=io.StringIO(), width=200)
     manifest = make(DatasetConfig(kind="image_folder", path=str(root)), store, console=console)
@@ -85,12 +85,16 @@ def test_findings_are_recorded_and_shown(tmp_path: Path, make) -> None:
     assert manifest.summary["findings"] == {"other_files": 5, "classes_without_images": 1}
     assert manifest.metrics["other_files"] == 5 and manifest.metrics["classes_without_images"] == 1
     assert json.loads(store.fetch(manifest, "findings.json").read_bytes()) == {
-        "other files": ["coffee/[/]", "coffee/[bold]", "coffee/c", "coffee/d", "coffee/é"],
+        "other files": ["coffee/\x1b]0;c\x07", "coffee/[/]", "coffee/[bold]", "coffee/d", "coffee/é"],
         "classes without images": ["empty"],
     }
     assert [record.name for record in manifest.records] == ["findings.json"]
     shown = console.file.getvalue()
-    assert "5 other files: coffee/[/], coffee/[bold], coffee/c, ..." in shown and "1 classes without images: empty" in shown
+    assert (
+        "5 other files: coffee/ ]0;c , coffee/[/], coffee/[bold], ..." in shown
+        and "\x1b" not in shown
+        and "1 classes without images: empty" in shown
+    )
 
 
 def test_a_dataset_without_images_is_refused(make, tmp_path: Path) -> None:
