@@ -49,14 +49,15 @@ def client(uri: str, tmp_path: Path) -> MlflowClient:
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """Restore what a run changes: logging, and the handler of SIGTERM."""
+    """Restore what a run changes: logging, and the handlers of signals."""
     loggers = [logging.getLogger(name) for name in (None, "pipelines", "enat")]
     before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, on_sigterm)
-    for logger, handlers, level in before:
-        logger.handlers = handlers
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for logger, before_run, level in before:
+        logger.handlers = before_run
         logger.setLevel(level)
 
 
@@ -107,6 +108,8 @@ def test_errors_of_publishing_are_logged(client: MlflowClient, uri: str, tmp_pat
 def test_a_run_that_a_signal_ends_is_killed_in_mlflow(
     client: MlflowClient, uri: str, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for what it starts in the background
+
     def run(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
         signal.raise_signal(number)  # to this thread: sent to the process, another thread may get it, and this one sees it later
         return _write(config, inputs, context)

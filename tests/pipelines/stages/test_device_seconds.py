@@ -6,6 +6,7 @@ Stages generate, evaluate and train, and features, have such tests in their own 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +56,8 @@ def of_captions(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -
     patch.setattr(captions, "Dataset", lambda *_: SimpleNamespace(num_captions=4, name="drawn"))
     patch.setattr(captions, "_plan", lambda _, info: [{"part": 0}] if isinstance(info, CaptionFeaturesInfo) else [])
     patch.setattr(captions.CaptionsConfig, "folder", lambda _: Path())
-    record = {"part": 0, "captions": 4, "tokens": 9, "file": FILE, "seconds": TOOK}
+    file = asdict(context.write(captions_name(0), lambda path: path.write_bytes(b"features")))
+    record = {"part": 0, "captions": 4, "tokens": 9, "file": file, "seconds": TOOK}
     context.store.put_part(context.stage, context.key, captions_name(0), record)
     config = captions.CaptionsConfig(encoder="e", dataset=DatasetConfig(), execution=Execution(gpus_per_worker=gpus))
     return captions.run(config, {"dataset": SimpleNamespace(digest="d")}, context)  # type: ignore[dict-item]
