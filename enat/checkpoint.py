@@ -149,7 +149,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         advice = f"holds several state dicts ({', '.join(found)}); save the one that is meant" if found else "holds no state dict"
         raise ValueError(f"{path} {advice}: torch.save(model.state_dict(), ...)")
     (name, tensors), *_ = found.items()
-    if name:
+    if name not in ("", "state_dict"):  # the usual name
         _log.warning("%s: the weights are read from its entry %r", path, name)
     return tensors
 

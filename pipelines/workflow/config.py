@@ -138,7 +138,7 @@ def _read(path: Path, named_by: Sequence[Path]) -> DictConfig:
 def _check_shape(source: str, text: str | bytes) -> None:
     """Raises ConfigError for text that would crash the YAML library or fill the memory: nested deeply, or with many aliases.
 
-    Looks at the events of the parser, which does not recurse. Other mistakes are named by whoever loads the text.
+    Looks at the events of the parser, which does not recurse. Other mistakes are named when the text is loaded.
     """
     if len(text) > _MOST_BYTES:
         raise ConfigError(f"{source} has {len(text):,} bytes; a config has at most {_MOST_BYTES:,}")
