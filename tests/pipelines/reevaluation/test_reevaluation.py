@@ -181,7 +181,7 @@ def test_first_evaluation_without_a_config_uses_the_card_and_the_dataset(registe
     model = reevaluation_plan.open_model(version, request.config)
     plan = reevaluation_plan.make_plan(model, None, request)
     by_id = {node.id: node for node in plan.nodes}
-    assert [node.id for node in plan.nodes] == ["dataset", "reference", "generate", "evaluate"]
+    assert sorted(node.id for node in plan.nodes[:-1]) == ["dataset", "generate", "reference"] and plan.nodes[-1].id == "evaluate"
     assert by_id["generate"].config.sampler == CARD_SAMPLER and by_id["generate"].config.num_samples == 30
     assert by_id["dataset"].config.name == "photographs" and by_id["reference"].config.resolution == 16
 
