@@ -160,6 +160,8 @@ def _state_dicts(content: Any, name: str = "") -> dict[str, dict[str, Tensor]]:
         return {}
     if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         return {name: content}
+    if "state_dict" in content:  # Lightning keeps tensors of callbacks beside it
+        content = {"state_dict": content["state_dict"]}
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in content.items():
         if isinstance(key, str) and "optim" not in key.lower():

@@ -179,6 +179,7 @@ def test_state_dict_is_found_in_a_training_file(tmp_path, caplog):
     for content, entry in (
         (weights, None),
         ({"state_dict": weights, "epoch": 3, "optimizer_states": [optimizer]}, "state_dict"),
+        ({"state_dict": weights, "callbacks": {"best_k_models": {"a.ckpt": torch.ones(())}}}, "state_dict"),
         ({"model": weights, "optimizer": optimizer}, "model"),
         ({"ema": weights}, "ema"),
         ({"nnet_ema": weights, "step": 5}, "nnet_ema"),
