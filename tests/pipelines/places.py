@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 from summaries import summary_of
 
-from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.s3 import S3Folder
+
+STAGE, KEY = "train", "ab" * 32  # of artifacts of which only one is needed
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ def open_place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
 
 def key_of(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
+
+
+def manifest_of(*files: FileRecord, key: str = KEY, **fields: Any) -> Manifest:
+    return Manifest(stage=STAGE, key=key, stage_version=1, config={"width": 8}, inputs={}, files=files, **fields)
 
 
 def make(store: ArtifactStore, place: str, *inputs: Manifest, files: Mapping[str, bytes] | None = None, **fields: Any) -> Manifest:

@@ -9,48 +9,25 @@ import errno
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from itertools import product
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from places import Place
+from places import KEY, STAGE, Place, manifest_of
 
-from pipelines.artifacts.manifest import MANIFEST, DamagedFileError, DamagedManifestError, FileRecord, Manifest
+from pipelines.artifacts.manifest import MANIFEST, FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StorageError, canonical_json, digest_of
-
-STAGE, KEY = "train", "ab" * 32
-
-
-@pytest.fixture
-def store(place: Place) -> ArtifactStore:
-    return place.store
-
-
-@pytest.fixture
-def put(store: ArtifactStore, tmp_path: Path) -> Callable[..., FileRecord]:
-    def put(content: bytes, name: str = "model.safetensors", key: str = KEY) -> FileRecord:
-        source = tmp_path / f"source-{threading.get_ident()}"
-        source.write_bytes(content)
-        return store.put_file(STAGE, key, name, source)
-
-    return put
-
-
-def _manifest(*files: FileRecord, key: str = KEY, **fields: Any) -> Manifest:
-    return Manifest(stage=STAGE, key=key, stage_version=1, config={"width": 8}, inputs={}, files=files, **fields)
+from pipelines.storage.base import StorageError, canonical_json
 
 
 def _together(count: int, act: Callable[[int], Any]) -> list[Any]:
@@ -76,7 +53,7 @@ def _together(count: int, act: Callable[[int], Any]) -> list[Any]:
 
 
 def test_a_committed_manifest_comes_back_whole(store: ArtifactStore, put) -> None:
-    manifest = _manifest(
+    manifest = manifest_of(
         put(b"weights"),
         records=(put(b"{}", "history.json"),),
         summary={"rows": 3, "names": ["å", "b"]},
@@ -93,8 +70,8 @@ def test_a_committed_manifest_comes_back_whole(store: ArtifactStore, put) -> Non
 
 
 def test_a_second_manifest_changes_nothing_and_the_first_is_returned(store: ArtifactStore, put) -> None:
-    first = store.commit(_manifest(put(b"weights"), provenance={"run": 1}))
-    second = store.commit(_manifest(put(b"other weights"), provenance={"run": 2}))
+    first = store.commit(manifest_of(put(b"weights"), provenance={"run": 1}))
+    second = store.commit(manifest_of(put(b"other weights"), provenance={"run": 2}))
     assert second == first == store.read_manifest(STAGE, KEY)
 
 
@@ -139,9 +116,9 @@ def test_a_manifest_is_not_committed_before_its_files(store: ArtifactStore, plac
     monkeypatch.setattr(type(store), "_put_manifest", lambda self, manifest: written.append(manifest))
     advice = f"remove {store.place(STAGE, KEY)} and run again"
     with pytest.raises(StorageError, match=f"more.bin is gone, or cut off, before the artifact was made of it; {advice}"):
-        store.commit(_manifest(record, FileRecord("more.bin", "more.bin", 3, "0" * 64)))
+        store.commit(manifest_of(record, FileRecord("more.bin", "more.bin", 3, "0" * 64)))
     with pytest.raises(StorageError, match=f"{record.path} is gone, or cut off, .*; {advice}"):
-        store.commit(_manifest(replace(record, size=record.size + 1)))
+        store.commit(manifest_of(replace(record, size=record.size + 1)))
     assert written == [] and store.read_manifest(STAGE, KEY) is None
 
 
@@ -164,14 +141,14 @@ def test_a_manifest_whose_files_are_removed_during_the_commit_does_not_stay(
     if not may_remove:
         monkeypatch.setattr(type(store), "delete_manifest", refused)
     with pytest.raises(StorageError, match=rf"{record.path} is gone.*; remove {store.place(STAGE, KEY)} and run again"):
-        store.commit(_manifest(record))
+        store.commit(manifest_of(record))
     assert (store.read_manifest(STAGE, KEY) is None) == may_remove
 
 
 def test_a_manifest_that_is_removed_while_another_is_committed_is_an_error(
     store: ArtifactStore, place: Place, put, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.commit(_manifest(put(b"weights")))
+    store.commit(manifest_of(put(b"weights")))
     write = type(store)._put_manifest
 
     def overtaken(self: ArtifactStore, manifest: Manifest) -> bool:
@@ -181,133 +158,7 @@ def test_a_manifest_that_is_removed_while_another_is_committed_is_an_error(
 
     monkeypatch.setattr(type(store), "_put_manifest", overtaken)
     with pytest.raises(StorageError, match="was removed while it was being made; run again"):
-        store.commit(_manifest(put(b"other weights")))
-
-
-def test_a_damaged_manifest_is_an_error_and_hides_no_other_artifact(place: Place, put, caplog: pytest.LogCaptureFixture) -> None:
-    others = [place.store.commit(_manifest(put(b"weights", key=digit * 64), key=digit * 64)) for digit in "13"]
-    place.store.commit(_manifest(put(b"weights", key="2" * 64), key="2" * 64))
-    for content in (b"", b'{"stage": "tr', b"{}", b"[]", b"5", b"\xff\xfe\x00", b"[" * 100_000):
-        place.damage(f"{STAGE}/{'2' * 64}/{MANIFEST}", content)
-        with pytest.raises(DamagedManifestError, match=f"{'2' * 64}/{MANIFEST} is not a manifest"):
-            place.store.read_manifest(STAGE, "2" * 64)
-    assert list(place.store.manifests()) == others
-    assert f"{STAGE}/{'2' * 64}/{MANIFEST} is not a manifest" in caplog.text
-    first, damaged, last = place.store.read_manifests()
-    assert [first, last] == others and isinstance(damaged, DamagedManifestError)
-    assert (damaged.stage, damaged.key, damaged.inputs) == (STAGE, "2" * 64, ())
-    assert list(place.store.read_manifests([(STAGE, "3" * 64), (STAGE, "4" * 64)])) == [others[1]]
-
-
-_FILE = {"name": "a.bin", "path": "a.bin", "size": 1, "sha256": "1" * 64}
-_INPUT = {"stage": "dataset", "key": "d" * 64, "digest": "e" * 64}
-
-
-def _refused(changes: dict[str, Any], reason: str) -> None:
-    """Of somebody who seals what they write."""
-    fields = {**json.loads(_manifest().to_json()), **changes}
-    fields["checksum"] = digest_of({name: value for name, value in fields.items() if name != "checksum"})
-    with pytest.raises(DamagedManifestError, match=reason):
-        Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
-
-
-def test_a_manifest_with_a_file_outside_its_folder_is_refused() -> None:
-    paths = ("../a", "..", "a/../../b", "/etc/passwd", "", "a//b", "./a", "a\\b", "a\0", 5, None, "manifest.json")
-    for path, field, kind in product(paths, ("name", "path"), ("files", "records")):
-        _refused({kind: [{**_FILE, field: path}]}, r"place is not a manifest \(it lists a file called")
-
-
-def test_a_manifest_with_wrong_fields_is_refused_with_the_reason() -> None:
-    for changes, reason in (
-        ({"stage": "generate"}, "describes generate/abab"),
-        ({"key": "cd" * 32}, "describes train/cdcd"),
-        ({"inputs": {"dataset": {**_INPUT, "key": "../" + "d" * 61}}}, "input dataset is not an artifact"),
-        ({"inputs": {"dataset": {**_INPUT, "stage": "../.."}}}, "input dataset is not an artifact"),
-        ({"inputs": {"dataset": {**_INPUT, "digest": 5}}}, "input dataset is not an artifact"),
-        ({"inputs": {"dataset": {}}}, "stage"),
-        ({"inputs": []}, "items"),
-        ({"files": [{**_FILE, "size": -1}]}, "size or sha256 of a.bin"),
-        ({"files": [{**_FILE, "sha256": "../" * 10}]}, "size or sha256 of a.bin"),
-        ({"files": None}, "not iterable|after"),
-        ({"summary": []}, "summary is not a JSON object"),
-        ({"surplus": 1}, "surplus"),
-        ({"metrics": {"fid": None}}, "its metric fid is not a number"),
-        ({"digest": "e" * 64}, "its digest is not that of the files"),
-        ({"format": 3}, "its format 3 is not known to this version"),
-        ({"format": 1}, "checksum"),
-    ):
-        _refused(changes, reason)
-
-
-def _flips(content: bytes, count: int) -> Iterator[bytes]:
-    """The content with one bit flipped, at random places."""
-    generator = random.Random(0)
-    for _ in range(count):
-        flipped = bytearray(content)
-        flipped[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-        yield bytes(flipped)
-
-
-def test_no_flipped_bit_of_a_manifest_is_believed() -> None:
-    inputs = {"samples": {"stage": "generate", "key": "c" * 64, "digest": "d" * 64}}
-    manifest = replace(_manifest(FileRecord(**_FILE)), inputs=inputs, metrics={"frechet_distance": 38.01, "samples": 500})
-    refused = 0
-    for flipped in _flips(manifest.to_json(), 2000):
-        try:
-            assert Manifest.read(flipped, "place", STAGE, KEY) == manifest  # in white space
-        except DamagedManifestError:
-            refused += 1
-    assert refused > 1500
-    cut = [manifest.to_json()[:length] for length in range(0, len(manifest.to_json()) - 1, 7)]
-    for text in cut:
-        with pytest.raises(DamagedManifestError):
-            Manifest.read(text, "place", STAGE, KEY)
-
-
-def test_a_manifest_of_format_1_is_read_and_its_files_are_compared_with_its_digest() -> None:
-    fields = json.loads(_manifest(FileRecord(**_FILE)).to_json())
-    del fields["checksum"]
-    fields["format"] = 1
-    assert Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY) == _manifest(FileRecord(**_FILE))
-    fields["files"][0]["size"] += 1
-    with pytest.raises(DamagedManifestError, match="digest is not that"):
-        Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
-
-
-def test_no_flipped_bit_of_a_record_is_believed(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    record = {"rows": 5, "code_counts": [1, 2, 3], "seconds": 0.25}
-    used = [("dataset", "1" * 64)]
-    place.store.put_part(STAGE, KEY, "part", record)
-    place.store.record_use(STAGE, KEY, used)
-    content = place.contents()
-    part, use = f"{STAGE}/{KEY}/.parts/part.json", f"{STAGE}/{KEY}/.used"
-    for flipped in _flips(content[part], 40 if place.rounds < 50 else 400):
-        place.damage(part, flipped)
-        assert place.store.read_parts(STAGE, KEY) in ({}, {"part": record})
-    assert "is damaged; its part is made again" in caplog.text
-    for flipped in _flips(content[use], 40 if place.rounds < 50 else 400):
-        place.damage(use, flipped)
-        assert place.store.recorded_inputs(STAGE, KEY) in (None, used)
-
-
-def test_a_run_resumes_only_with_parts_whose_bytes_are_right(place: Place, put, caplog: pytest.LogCaptureFixture) -> None:
-    records = {name: {"file": asdict(put(name.encode() * 9, name)), "rows": 1} for name in ("a", "b", "c", "d")}
-    records["e"] = {"file": None, "rows": 0}
-    for name, record in records.items():
-        place.store.put_part(STAGE, KEY, name, record)
-    place.damage(f"{STAGE}/{KEY}/b", b"x" * 9)
-    place.damage(f"{STAGE}/{KEY}/c", None)
-    whole = {name: records[name] for name in ("a", "d", "e")}
-    assert place.store.resume_parts(STAGE, KEY) == whole == place.store.read_parts(STAGE, KEY)
-    assert caplog.text.count("its part is made again") == 2
-    assert put(b"b" * 9, "b") == FileRecord(**records["b"]["file"])  # its name is free
-
-
-def test_inputs_of_a_manifest_of_a_newer_format_are_known() -> None:
-    fields = {**json.loads(_manifest().to_json()), "novelty": 1, "inputs": {"a": _INPUT, "b": {"stage": "..", "key": "x"}, "c": 1}}
-    with pytest.raises(DamagedManifestError) as caught:
-        Manifest.read(json.dumps(fields).encode(), "place", STAGE, KEY)
-    assert caught.value.inputs == (("dataset", "d" * 64),)
+        store.commit(manifest_of(put(b"other weights")))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +168,7 @@ def test_a_file_comes_back_with_its_bytes(store: ArtifactStore, put) -> None:
     contents = {"model.safetensors": b"weights", "no-suffix": b"", "two.dots.tar.gz": bytes(range(256)) * 9000, "a/b.parquet": b"1"}
     records = [put(content, name) for name, content in contents.items()]
     assert [(record.name, record.path, record.size) for record in records] == [(n, n, len(c)) for n, c in contents.items()]
-    manifest = store.commit(_manifest(*records))
+    manifest = store.commit(manifest_of(*records))
     assert {name: store.fetch(manifest, name).read_bytes() for name in contents} == contents
 
 
@@ -339,38 +190,8 @@ def test_files_of_one_name_that_are_stored_at_once_stay_readable(store: Artifact
     assert len({record.path for record in records}) == 4
 
 
-def test_a_changed_or_missing_file_is_refused(place: Place, put) -> None:
-    manifest = place.store.commit(_manifest(put(b"weights")))
-    advice = f"remove {place.store.place(STAGE, KEY)} to make the artifact again"
-    for content, finding in (
-        (b"weightz", "was changed after it was made"),
-        (b"weight", "was changed after it was made"),
-        (b"", "was changed after it was made"),
-        (None, "is gone, though its manifest lists it"),
-    ):
-        place.damage(f"{STAGE}/{KEY}/model.safetensors", content)
-        with pytest.raises(DamagedFileError, match=rf"model\.safetensors {finding}.*{advice}"):
-            place.store.fetch(manifest, "model.safetensors")
-    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weights")
-    assert place.store.fetch(manifest, "model.safetensors").read_bytes() == b"weights"
-    if place.store.uri.startswith("/"):  # from a bucket, the checked copy is read again
-        place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weightz")
-        with pytest.raises(StorageError, match="was changed"):
-            place.store.fetch(manifest, "model.safetensors")
-
-
-def test_a_damaged_file_does_not_hide_the_right_bytes(place: Place, put) -> None:
-    put(b"weights")
-    place.damage(f"{STAGE}/{KEY}/model.safetensors", b"weightz")
-    record = put(b"weights")
-    assert place.store.fetch_file(STAGE, KEY, record).read_bytes() == b"weights"
-    place.damage(f"{STAGE}/{KEY}/{record.path}", b"weighty")
-    with pytest.raises(StorageError, match="damaged"):
-        put(b"weights")
-
-
 def test_a_file_that_an_artifact_lacks_is_named_with_those_that_it_has(store: ArtifactStore, put) -> None:
-    manifest = store.commit(_manifest(put(b"1", "a.bin"), records=(put(b"2", "b.json"),)))
+    manifest = store.commit(manifest_of(put(b"1", "a.bin"), records=(put(b"2", "b.json"),)))
     with pytest.raises(StorageError, match=r"no file 'c\.bin'; it has a\.bin, b\.json"):
         store.fetch(manifest, "c.bin")
 
@@ -403,7 +224,7 @@ def test_records_of_parts_are_sorted_and_can_be_replaced_after_they_are_discarde
 
 def test_discarding_work_removes_records_and_state_and_leaves_the_artifact(place: Place, put) -> None:
     store = place.store
-    manifest = store.commit(_manifest(put(b"weights")))
+    manifest = store.commit(manifest_of(put(b"weights")))
     store.put_part(STAGE, KEY, "part-0", {"rows": 1})
     store.put_part(STAGE, "cd" * 32, "part-0", {"rows": 2})
     committed = {name for name in place.contents() if KEY in name and "part" not in name}
@@ -431,25 +252,12 @@ def test_exactly_the_named_files_are_discarded(place: Place, put) -> None:
     assert put(b"again", ".work/step-1/a.bin").path == ".work/step-1/a.bin"
 
 
-def test_a_damaged_record_of_a_part_is_dropped_and_the_part_can_be_recorded_again(
-    place: Place, caplog: pytest.LogCaptureFixture
-) -> None:
-    place.store.put_part(STAGE, KEY, "part-1", {"rows": 1})
-    for content in (b"", b'{"rows"', b"\xff\xfe", b"[1]", b"null"):
-        caplog.clear()
-        place.damage(f"{STAGE}/{KEY}/.parts/part-0.json", content)
-        assert place.store.read_parts(STAGE, KEY) == {"part-1": {"rows": 1}}
-        assert "part-0.json is damaged; its part is made again" in caplog.text
-        place.store.put_part(STAGE, KEY, "part-0", {"rows": 2})
-        assert place.store.read_parts(STAGE, KEY)["part-0"] == {"rows": 2}
-
-
 # Listing and deleting -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_listing_has_everything_that_is_named_like_an_artifact_with_its_files(place: Place, put) -> None:
     before = time.time()
-    place.store.commit(_manifest(put(b"weights", key="2" * 64), key="2" * 64))
+    place.store.commit(manifest_of(put(b"weights", key="2" * 64), key="2" * 64))
     place.store.put_part("evaluate", "1" * 64, "part-0", {"rows": 1})
     foreign = ["notes.txt", "train/notes.txt", "train/short/file", f"Train/{KEY}/file", f"a.b/{KEY}/file", f"train/{'2' * 65}/file"]
     for name in [*foreign, f"train/{'G' * 64}/file"]:
@@ -498,7 +306,7 @@ def test_artifacts_behind_a_link_can_be_read_and_are_not_listed_for_removal(tmp_
     source.write_bytes(b"weights")
     elsewhere = open_store(str(tmp_path / "elsewhere"))
     for key in ("1" * 64, "2" * 64):
-        elsewhere.commit(_manifest(elsewhere.put_file(STAGE, key, "a", source), key=key))
+        elsewhere.commit(manifest_of(elsewhere.put_file(STAGE, key, "a", source), key=key))
     (Path(local_store.uri) / STAGE).mkdir(parents=True)
     (Path(local_store.uri) / STAGE / ("1" * 64)).symlink_to(Path(elsewhere.uri) / STAGE / ("1" * 64))
     (Path(local_store.uri) / "linked").symlink_to(Path(elsewhere.uri) / STAGE)
@@ -551,7 +359,7 @@ def test_a_killed_process_leaves_no_half_file_under_a_name(place: Place, tmp_pat
 
 def test_a_digest_identifies_the_content_and_not_how_it_was_made() -> None:
     files = (FileRecord("a.bin", "a.bin", 1, "1" * 64), FileRecord("b.bin", "b.bin", 2, "2" * 64))
-    manifest = _manifest(*files, provenance={"seconds": 1.0})
+    manifest = manifest_of(*files, provenance={"seconds": 1.0})
     same = [
         replace(manifest, provenance={"seconds": 2.0, "code": "other"}),
         replace(manifest, records=(FileRecord("history.json", "history.json", 5, "3" * 64),)),
@@ -642,15 +450,6 @@ def test_other_users_can_read_a_local_store(tmp_path: Path, local_store: Artifac
     """Temporary files begin as private to their user; artifacts are shared."""
     source = tmp_path / "source"
     source.write_bytes(b"weights")
-    local_store.commit(_manifest(local_store.put_file(STAGE, KEY, "model.bin", source)))
+    local_store.commit(manifest_of(local_store.put_file(STAGE, KEY, "model.bin", source)))
     folder = Path(local_store.uri) / STAGE / KEY
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"model.bin": "0o644", MANIFEST: "0o644"}
-
-
-def test_a_record_of_use_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    """Otherwise the inputs that it names would be removed."""
-    local_store = open_store(str(tmp_path / "store"))
-    assert local_store.recorded_inputs("train", "k") == []
-    (Path(local_store.uri) / "train" / "k" / ".used").mkdir(parents=True)
-    with pytest.raises(StorageError, match="Is a directory"):
-        local_store.recorded_inputs("train", "k")

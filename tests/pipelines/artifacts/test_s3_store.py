@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import KEY, STAGE, manifest_of
 from s3_server import S3Endpoint
 
 from pipelines.artifacts import transfer
@@ -20,8 +21,6 @@ from pipelines.storage.base import StorageError
 from pipelines.storage.s3 import S3Folder
 from pipelines.workflow import driver
 from pipelines.workflow.stage import Node, Stage, StageContext, StageResult
-
-STAGE, KEY = "train", "ab" * 32
 
 
 @pytest.fixture
@@ -38,10 +37,6 @@ def record(store: ArtifactStore, tmp_path: Path) -> FileRecord:
     return store.put_file(STAGE, KEY, "model.bin", tmp_path / "source")
 
 
-def _manifest(*files: FileRecord, **fields: Any) -> Manifest:
-    return Manifest(stage=STAGE, key=KEY, stage_version=1, config={}, inputs={}, files=files, **fields)
-
-
 def test_a_file_is_downloaded_once_and_then_read_from_the_cache(
     store: ArtifactStore, record, s3_endpoint: S3Endpoint, tmp_path
 ) -> None:
@@ -54,8 +49,8 @@ def test_a_file_is_downloaded_once_and_then_read_from_the_cache(
 
 
 def test_a_commit_whose_answer_is_lost_succeeds_or_adopts_an_earlier_one(store: ArtifactStore, record, s3_endpoint) -> None:
-    manifest = _manifest(record, provenance={"run": 1})
-    for offered in (manifest, _manifest(record, provenance={"run": 2})):
+    manifest = manifest_of(record, provenance={"run": 1})
+    for offered in (manifest, manifest_of(record, provenance={"run": 2})):
         with s3_endpoint.fault("PUT", "manifest.json", lose=True) as fault:
             assert store.commit(offered) == manifest == store.read_manifest(STAGE, KEY)
         assert fault.times == 0
@@ -81,7 +76,7 @@ def test_objects_with_names_that_files_cannot_have_are_ignored(store: ArtifactSt
 
 
 def test_manifests_are_read_many_at_once_and_in_order(store: ArtifactStore, s3_endpoint: S3Endpoint, monkeypatch) -> None:
-    manifests = [replace(_manifest(), stage=stage, key=f"{key:064x}") for stage in ("evaluate", "train") for key in range(48)]
+    manifests = [replace(manifest_of(), stage=stage, key=f"{key:064x}") for stage in ("evaluate", "train") for key in range(48)]
     s3_endpoint.fill(store.folder, {f"{each.stage}/{each.key}/manifest.json": each.to_json() for each in manifests})
     read, twelve = S3Folder.read, threading.Barrier(12)
 
