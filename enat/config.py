@@ -7,6 +7,8 @@ Shape legend: L = grid_size**2 tokens, T text tokens, W width of caption feature
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,18 +35,27 @@ _PRESETS |= {
 }
 
 
-def check_at_least_1(config: Any, *names: str, key: str = "") -> None:
-    """Raises ValueError for a field below 1; None is allowed. `key`: prefix of the names in messages."""
+def check_in(config: Any, interval: str, *names: str) -> None:
+    """Raises ValueError for a field outside an interval such as "[0, 1)" or "(0, inf)". None is allowed, NaN is not."""
+    low, high = map(float, interval[1:-1].split(","))
+    allowed = f"in {interval}" if high < math.inf else f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
     for name in names:
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"{key}{name} is {value}; it must be at least 1")
+        if (value := getattr(config, name)) is None:
+            continue
+        is_in = low <= value <= high and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")
+        if not is_in:
+            raise ValueError(f"{name} is {value}; it must be {'' if math.isfinite(value) else 'finite and '}{allowed}")
 
 
-def check_choices(config: Any, key: str = "", **choices: tuple[str, ...]) -> None:
+def check_choices(config: Any, **choices: tuple[str, ...]) -> None:
     """Raises ValueError for a field whose value is not one of its choices."""
     for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise ValueError(f"{key}{name} is {getattr(config, name)!r}; choose one of {', '.join(known)}")
+        check_choice(name, getattr(config, name), known)
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,21 +98,16 @@ class ENATConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, decoder_attention=DECODER_ATTENTIONS, reused_features=REUSED_FEATURES)
-        check_at_least_1(self, "embed_dim", "num_heads", "grid_size", "codebook_size", "mlp_ratio", "num_text_tokens")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes is {self.num_classes}; it must be at least 0")
-        if self.text_width is not None and self.text_width < 1:
-            raise ValueError(f"text_width is {self.text_width}; it must be at least 1, or null for a model without text")
+        counts = ("decoder_layers", "embed_dim", "num_heads", "grid_size", "codebook_size", "mlp_ratio")
+        check_in(self, "[1, inf)", *counts, "num_text_tokens", "text_width")
+        check_in(self, "[0, inf)", "encoder_layers", "num_classes")
+        check_in(self, "[0, 1)", "dropout")
         if self.text_width is not None and self.num_classes:
             raise ValueError(f"num_classes is {self.num_classes} with text_width; a text-conditional model needs num_classes 0")
         if not self.reuse and self.reused_features != "visible":
             raise ValueError(f"reused_features is {self.reused_features!r} with reuse=False, which reuses nothing")
-        if self.encoder_layers < 0 or self.decoder_layers < 1:
-            raise ValueError(f"{self.encoder_layers} encoder and {self.decoder_layers} decoder layers; at least 0 and 1 are needed")
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+            raise ValueError(f"embed_dim is {self.embed_dim}; it must be a multiple of num_heads, which is {self.num_heads}")
 
     @classmethod
     def preset(cls, name: str, grid_size: int = 16, **overrides: Any) -> ENATConfig:
@@ -109,8 +115,7 @@ class ENATConfig:
 
         Raises ValueError for any other name.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"no ENAT preset is called {name!r}; choose one of {', '.join(_PRESETS)}")
+        check_choice("preset", name, _PRESETS)
         return cls(**{**_PRESETS[name], "grid_size": grid_size, **overrides})
 
     @property
@@ -185,20 +190,19 @@ class VQGANConfig:
             raise ValueError("channel_multipliers is empty; a VQGAN has at least one level")
         if self.base_channels % NUM_GROUPS or self.base_channels < 1:
             raise ValueError(f"base_channels is {self.base_channels}; GroupNorm({NUM_GROUPS}) needs a multiple of {NUM_GROUPS}")
-        check_at_least_1(self, "num_res_blocks", "latent_dim", "codebook_size", "resolution")
+        check_in(self, "[1, inf)", "num_res_blocks", "latent_dim", "codebook_size", "resolution")
         if min(self.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers {self.channel_multipliers} must all be at least 1")
+            raise ValueError(f"channel_multipliers is {self.channel_multipliers}; all must be at least 1")
         if self.resolution % self.downsampling:
             raise ValueError(
-                f"resolution {self.resolution} is not divisible by the tokenizer's downsampling factor {self.downsampling} "
-                f"({len(self.channel_multipliers)} levels)"
+                f"resolution is {self.resolution}; it must be a multiple of the downsampling factor {self.downsampling} of a "
+                f"tokenizer with {len(self.channel_multipliers)} levels"
             )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> VQGANConfig:
         """ "vqgan-256", "vqgan-512" (published) or "vqgan-small". Raises ValueError for any other name."""
-        if name not in _VQGAN_PRESETS:
-            raise ValueError(f"no VQGAN preset is called {name!r}; choose one of {', '.join(_VQGAN_PRESETS)}")
+        check_choice("preset", name, _VQGAN_PRESETS)
         return cls(**{**_VQGAN_PRESETS[name], **overrides})
 
     @property
@@ -235,10 +239,8 @@ class MaskingConfig:
     """Probability that a group of images trains with features of an earlier step, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        if not (self.alpha > 0 and self.beta > 0):
-            raise ValueError(f"Beta({self.alpha}, {self.beta}) does not exist: alpha and beta must be above 0")
-        if not 0 <= self.reuse_probability <= 1:
-            raise ValueError(f"reuse_probability is {self.reuse_probability}; it must be in [0, 1]")
+        check_in(self, "(0, inf)", "alpha", "beta")
+        check_in(self, "[0, 1]", "reuse_probability")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +261,6 @@ class TokenizerRecipe:
     """Steps between two moves of unused codebook entries to latents of the batch."""
 
     def __post_init__(self) -> None:
-        check_at_least_1(self, "num_steps", "batch_size", "revive_every")
-        if not 0 <= self.warmup_share < 1:
-            raise ValueError(f"warmup_share is {self.warmup_share}; it must be in [0, 1)")
+        check_in(self, "[1, inf)", "num_steps", "batch_size", "revive_every")
+        check_in(self, "[0, inf)", "learning_rate", "commitment")
+        check_in(self, "[0, 1)", "warmup_share")

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from enat import schedule
-from enat.config import ENATConfig, check_choices
+from enat.config import ENATConfig, check_choices, check_in
 
 _LOWEST_TEMPERATURE = 1e-3
 # A list of values, one a step -> the fields that it replaces. In values_beside the first of these replaces the list in turn.
@@ -72,14 +72,14 @@ class SamplerConfig:
     """remask_temperature of each step. Replaces remask_temperature and its schedule."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}; at least 1 is needed")
-        for name in ("guidance_scale", "sampling_temperature", "remask_temperature"):
-            _check_value(name, getattr(self, name))
-        schedule.mask_ratio(0.0, self.mask_schedule)
-        schedule.guidance_weight(0.0, 1.0, self.guidance_schedule)
+        check_in(self, "[1, inf)", "num_steps", "top_k")
+        check_in(self, "[0, inf)", "guidance_scale", "sampling_temperature", "remask_temperature")
+        check_in(self, "(0, inf)", "guidance_power")
+        check_in(self, "(0, 1]", "top_p")
+        check_choices(self, mask_schedule=schedule.MASK_SCHEDULES, guidance_schedule=schedule.GUIDANCE_SCHEDULES)
+        check_choices(self, reveal_order=schedule.REVEAL_ORDERS)
         for name in ("sampling_temperature_schedule", "remask_temperature_schedule"):
-            schedule.temperature(0.0, 0.0, getattr(self, name))
+            check_choices(self, **{name: schedule.TEMPERATURE_SCHEDULES})
         for name in _REPLACED_BY_LIST:
             if getattr(self, name) is not None:  # YAML and JSON have lists only
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -94,7 +94,8 @@ class SamplerConfig:
         if len(values) != self.num_steps:
             raise ValueError(f"{name} has {len(values)} values for {self.num_steps} steps; give one value a step")
         for step, value in enumerate(values):
-            _check_value(f"{name}[{step}]", value)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}[{step}] is {value}; it must be finite and at least 0")
         if name == "mask_ratios":
             if values[-1] != 0:
                 raise ValueError(f"mask_ratios ends with {values[-1]}; the last step leaves nothing masked, so it must end with 0")
@@ -103,11 +104,8 @@ class SamplerConfig:
                     raise ValueError(f"mask_ratios[{step}] is {after} after {before}; the ratios must fall from below 1 to 0")
 
     def _check_drawing(self) -> None:
-        if not 0 < self.guidance_power < float("inf"):
-            raise ValueError(f"guidance_power is {self.guidance_power}; it must be finite and above 0")
         if self.guidance_power != 1.0 and self.guidance_schedule != "power_cosine":
             raise ValueError(f"guidance_power is {self.guidance_power}, but only guidance_schedule 'power_cosine' has a power")
-        check_choices(self, reveal_order=schedule.REVEAL_ORDERS)
         if self.reveal_order != "confidence":
             if any(self.remask_temperatures if self.remask_temperatures is not None else (self.remask_temperature,)):
                 raise ValueError(
@@ -115,10 +113,6 @@ class SamplerConfig:
                 )
             if self.remask_temperature_schedule != "linear":
                 raise ValueError(f"reveal_order {self.reveal_order!r} does not use remask_temperature_schedule; leave it out")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or null for all codes")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1, which leaves all codes")
         if not any(self.sampling_temperatures or (self.sampling_temperature,)):
             for name in ("top_k", "top_p"):
                 if getattr(self, name) != _DEFAULTS[name]:
@@ -206,8 +200,3 @@ class SamplerConfig:
 
 
 _DEFAULTS = {field.name: field.default for field in fields(SamplerConfig)}
-
-
-def _check_value(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} is {value}; it must be finite and at least 0")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from enat.config import check_choice
+
 # Share of tokens still masked, by progress. Concave ones reveal few tokens first. All but arccos: MaskGIT (Chang et al. 2022,
 # arXiv 2202.04200, sec. 3.3); arccos: Halton-MaskGIT (Besnier et al. 2025, arXiv 2503.17076).
 _MASK_RATIOS: dict[str, Callable[[float], float]] = {
@@ -26,7 +28,7 @@ REVEAL_ORDERS = ("confidence", "random", "halton")
 
 def mask_ratio(progress: float, schedule: str = "cosine") -> float:
     """Share of tokens still masked once `progress` of the steps is done: 1 at 0, 0 at 1."""
-    return _MASK_RATIOS[_known(schedule, MASK_SCHEDULES, "mask schedule")](progress)
+    return _MASK_RATIOS[_known(schedule, MASK_SCHEDULES, "mask_schedule")](progress)
 
 
 def guidance_weight(progress: float, guidance_scale: float, schedule: str = "linear", power: float = 1.0) -> float:
@@ -38,14 +40,14 @@ def guidance_weight(progress: float, guidance_scale: float, schedule: str = "lin
     """
     if schedule == "power_cosine":
         return 1.0 + (guidance_scale - 1.0) * (1.0 - math.cos(math.pi * progress**power)) / 2
-    if _known(schedule, GUIDANCE_SCHEDULES, "guidance schedule") == "linear":
+    if _known(schedule, GUIDANCE_SCHEDULES, "guidance_schedule") == "linear":
         return 1.0 + (guidance_scale - 1.0) * progress
     return guidance_scale
 
 
 def temperature(progress: float, start: float, schedule: str = "linear") -> float:
     """ "linear" falls from `start` at progress 0 to 0 at progress 1 (published); "constant" stays."""
-    if _known(schedule, TEMPERATURE_SCHEDULES, "temperature schedule") == "linear":
+    if _known(schedule, TEMPERATURE_SCHEDULES, "temperature_schedule") == "linear":
         return start * (1.0 - progress)
     return start
 
@@ -77,7 +79,6 @@ def _radical_inverse_cell(index: int, base: int, num_cells: int) -> int:
     return num_cells * numerator // denominator
 
 
-def _known(name: str, choices: tuple[str, ...], kind: str) -> str:
-    if name not in choices:
-        raise ValueError(f"no {kind} is called {name!r}; choose one of {', '.join(choices)}")
+def _known(name: str, choices: tuple[str, ...], field: str) -> str:
+    check_choice(field, name, choices)
     return name

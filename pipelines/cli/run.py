@@ -33,7 +33,7 @@ def plan(config: Path, overrides: tuple[str, ...], address: str | None, as_json:
     from pipelines.cluster import capacity as cluster_capacity
     from pipelines.jobs import submission
     from pipelines.run import config as run_config
-    from pipelines.run import graph, summary
+    from pipelines.run import graph, runner, summary
     from pipelines.workflow import config as configuration
     from pipelines.workflow import driver
 
@@ -42,6 +42,9 @@ def plan(config: Path, overrides: tuple[str, ...], address: str | None, as_json:
     with console(stderr=True).status("reading the dataset, the store and the cluster"):
         capacity = _capacity(address) if address is not None else None
         planned = driver.plan(graph.build(run), store)
+        for each in planned:
+            if each.manifest is not None:
+                runner.check_made(run, each.node, each.manifest)
     verdicts = [cluster_capacity.judge(each, capacity) for each in submission.requests_of(planned)] if capacity else []
     if as_json:
         rows: list[dict[str, Any]] = [

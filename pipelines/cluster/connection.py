@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from enat.config import check_in
 from pipelines.cluster.capacity import AUTOSCALER, Capacity, ResourceRequest, has_autoscaler, judge
 
 if TYPE_CHECKING:
@@ -59,10 +60,7 @@ class ClusterConfig:
     """CPUs of a local cluster, at least 1. Null takes all CPUs of the machine."""
 
     def __post_init__(self) -> None:
-        if self.num_cpus is not None and self.num_cpus < 1:
-            raise ValueError(
-                f"cluster.num_cpus is {self.num_cpus}; it must be at least 1. Remove it to use all CPUs of this machine"
-            )
+        check_in(self, "[1, inf)", "num_cpus")
 
 
 def prepare_environment() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from enat.config import check_in
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
@@ -17,10 +19,12 @@ class Workers:
     """GPUs reserved for each worker. 0 computes on CPUs, a fraction shares a GPU."""
 
     def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise ValueError(f"execution.num_workers is {self.num_workers}; it must be at least 1")
-        if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
-            raise ValueError("execution.cpus_per_worker must be above 0, and gpus_per_worker at least 0")
+        check_in(self, "[1, inf)", "num_workers")
+        check_in(self, "(0, inf)", "cpus_per_worker")
+        check_in(self, "[0, inf)", "gpus_per_worker")
+        for name in ("cpus_per_worker", "gpus_per_worker"):
+            if (value := getattr(self, name)) > 1 and value % 1:
+                raise ValueError(f"{name} is {value}; above 1 it must be a whole number, because Ray divides single devices only")
 
     @property
     def device(self) -> str:
@@ -50,5 +54,4 @@ class Execution(Workers):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.worker_batch_size < 1:
-            raise ValueError(f"execution.worker_batch_size is {self.worker_batch_size}; it must be at least 1")
+        check_in(self, "[1, inf)", "worker_batch_size")

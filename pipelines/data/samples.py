@@ -144,11 +144,9 @@ def shard_name(shard: int) -> str:
 
 
 def check_codebook(codebook_size: int) -> None:
-    """Raise ValueError if samples cannot store the codes of such a codebook."""
+    """Raise ValueError if token maps and samples cannot store the codes of such a codebook."""
     if codebook_size > _MAX_CODES:
-        raise ValueError(
-            f"samples are stored with 16 bits per code: at most {_MAX_CODES:,} codes, but the codebook has {codebook_size:,}"
-        )
+        raise ValueError(f"codebook_size is {codebook_size}; it must be at most {_MAX_CODES}, because a code is stored in 16 bits")
 
 
 def write_samples(path: Path, samples: Samples) -> None:

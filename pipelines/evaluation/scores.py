@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from enat.config import check_at_least_1
+from enat.config import check_in
 from pipelines.cluster.resources import Execution
 from pipelines.workflow.progress import Bar
 
@@ -55,11 +55,11 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         counts = ("num_splits", "kernel_subsets", "precision_neighbours", "density_neighbours")
-        check_at_least_1(self, *counts, key="evaluate.settings.")
-        if self.split_size is not None and (self.split_size < 1 or self.num_splits != 10):
-            raise ValueError("evaluate.settings.split_size must be at least 1, and replaces num_splits: set only one of them")
-        if self.kernel_subset_size < 2 or not 0 <= self.seed < 1 << 32:
-            raise ValueError("evaluate.settings.kernel_subset_size must be at least 2, and seed in [0, 2**32)")
+        check_in(self, "[1, inf)", *counts, "split_size")
+        check_in(self, "[2, inf)", "kernel_subset_size")
+        check_in(self, "[0, 4294967295]", "seed")  # numpy's
+        if self.split_size is not None and self.num_splits != 10:
+            raise ValueError(f"split_size replaces num_splits, which is {self.num_splits}; set only one of them")
 
     def fitted(self, num_generated: int, num_reference: int) -> ScoreSettings:
         """The settings for these numbers of samples. num_reference: reference images with stored features, 0 if none are stored."""

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from enat.config import ENATConfig
+from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.connection import ClusterConfig
 from pipelines.data.captions import CaptionFeaturesInfo
+from pipelines.data.dataset import DatasetSummary
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.data.token_map import TokenMapInfo
 from pipelines.run import graph
+from pipelines.stages import evaluate, generate
 from pipelines.stages.captions import CaptionsConfig
 from pipelines.stages.evaluate import EvaluateConfig
 from pipelines.stages.generate import GenerateConfig
@@ -155,6 +159,14 @@ class RunConfig:
         return self.store or str(Path(self.workspace) / "store")
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """What a dataset is known to have. None: only a scan tells."""
+
+    num_classes: int | None = None
+    num_captions: int | None = None
+
+
 def load_run(path: Path | None, overrides: Sequence[str] = (), *, is_dataset_here: bool = True) -> RunConfig:
     """A run from YAML, if any, and overrides, checked as far as can be without computing. Raises ValueError.
 
@@ -169,34 +181,81 @@ def load_run(path: Path | None, overrides: Sequence[str] = (), *, is_dataset_her
     return run
 
 
+def check_scanned(run: RunConfig, found: Mapping[DatasetConfig, Manifest]) -> None:
+    """Check a run against datasets that were scanned, by their configs, before anything is trained on them. Raises ConfigError."""
+    read = {config: DatasetSummary.read(manifest) for config, manifest in found.items()}
+    counts = {config: _Counts(len(summary.class_names), summary.num_captions) for config, summary in read.items()}
+    for name, variant in [(MAIN, run), *run.variant_runs.items()]:
+        try:
+            _check_counts(variant, lambda dataset: counts.get(dataset, _Counts()))
+        except ValueError as error:
+            raise ConfigError(str(error) if name == MAIN else f"variant {name}: {error}") from error
+
+
+def _unscanned(dataset: DatasetConfig) -> _Counts:
+    classes = open_source(dataset).known_classes()
+    return _Counts(
+        num_classes=dataset.num_classes if classes is None else len(classes),
+        num_captions=0 if dataset.kind in ("digits", "image_folder", "images") else None,
+    )
+
+
+def _check_counts(run: RunConfig, counts_of: Callable[[DatasetConfig], _Counts]) -> None:
+    """Raises ValueError for labels, classes and captions that the datasets of a run do not have."""
+    needed = graph.needed_by(run.targets or graph.stages())
+    given = graph.section(graph.stages()["token_map"], run).dataset
+    counts, tokenizer, is_text = counts_of(given), run.tokenizer.architecture(), run.train.model.text
+    if run.captions.encoder is not None and "captions" in needed and counts.num_captions == 0:
+        raise ValueError(
+            f"captions.encoder is given, but dataset {given.title} has no captions; leave it out, or use another dataset"
+        )
+    real = graph.section(graph.stages()["reference"], run)
+    if "reference" in needed and real.extractor == "classifier" and counts_of(real.dataset).num_classes == 0:
+        raise ValueError(
+            f"reference.extractor classifier is trained on labels, and dataset {real.dataset.title} has none; choose another one"
+        )
+    if "evaluate" in needed and run.evaluate.judge is not None and (is_text or counts.num_classes == 0):
+        raise ValueError("evaluate.judge needs samples of classes, and this model has none; leave it out")
+    if "train" not in needed:
+        return
+    num_classes = counts.num_classes if run.train.weights is None else run.train.model.num_classes or ENATConfig.num_classes
+    if num_classes is None and not is_text:
+        num_classes = run.train.model.num_classes
+    info = TokenMapInfo(
+        dataset=run.dataset.title,
+        resolution=tokenizer.resolution,
+        grid_size=tokenizer.grid_size,
+        codebook_size=tokenizer.codebook_size,
+        num_classes=1 if num_classes is None else num_classes,
+        tokenizer_digest="",
+    )
+    model = run.train.model.architecture(info, _ANY_CAPTIONS)
+    if "generate" in needed and (is_text or num_classes is not None):
+        generate.label_scheme(run.generate, model)
+
+
 def _check(run: RunConfig, is_dataset_here: bool) -> None:
-    """Check now what would fail in a late stage: the model against the token map that the tokenizer will make."""
-    architecture = run.tokenizer.architecture()
+    """Check now what would fail in a late stage, such as a model that does not fit the token map that the tokenizer will make."""
+    needed = graph.needed_by(run.targets or graph.stages())
     for key, other in (("reference.dataset", "reference.npz"), ("tokenizer.dataset", "tokenizer.weights")):
         if _value_at(run, key) is not None and _value_at(run, other) is not None:
             raise ValueError(f"{key} would be ignored, because {other} is given; set one of them to null")
-    given = graph.section(graph.stages()["token_map"], run).dataset
-    classes = open_source(given).known_classes() if is_dataset_here else None
-    num_classes = len(classes) if classes is not None else given.num_classes
-    info = TokenMapInfo(
-        dataset=run.dataset.title,
-        resolution=architecture.resolution,
-        grid_size=architecture.grid_size,
-        codebook_size=architecture.codebook_size,
-        num_classes=num_classes if num_classes is not None else run.train.model.num_classes or 1,
-        tokenizer_digest="",
-    )
-    is_trained = run.train.weights is None and "train" in graph.needed_by(run.targets or ["train"])
-    if not is_trained:
-        return
-    if run.generate.dataset is not None and not run.train.model.text:
+    is_trained = run.train.weights is None and "train" in needed
+    if is_trained and run.generate.dataset is not None and not run.train.model.text:
         raise ValueError("generate.dataset would be ignored, because only models of captions read it; set it to null")
-    if run.train.model.text and run.captions.encoder is None:
+    if is_trained and run.train.model.text and run.captions.encoder is None:
         raise ValueError("train.model.text requires features of captions; set captions.encoder")
-    run.train.model.architecture(info, _ANY_CAPTIONS)
-    sampler = run.generate.sampler
-    if sampler.reuse and run.train.model.reuse is False:
+    _check_counts(run, cache(_unscanned) if is_dataset_here else lambda dataset: _Counts(dataset.num_classes))
+    if is_trained and run.generate.sampler.reuse and run.train.model.reuse is False:
         raise ValueError("generate.sampler.reuse needs a model with train.model.reuse; set one of them to match the other")
+    if "evaluate" in needed:
+        resolution = run.tokenizer.architecture().resolution
+        if run.reference.resolution not in (None, resolution):
+            raise ValueError(
+                f"reference.resolution is {run.reference.resolution}; it must be that of the samples, {resolution}, because scores "
+                "of two sizes are not comparable"
+            )
+        evaluate.check_metrics(run.evaluate, run.reference.extractor, run.generate.num_samples, run.reference.num_kept)
 
 
 def _value_at(run: RunConfig, key: str) -> Any:

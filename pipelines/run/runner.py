@@ -8,17 +8,19 @@ import shutil
 import time
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
 from pipelines.formatting import printable
 from pipelines.run import graph, summary
-from pipelines.run.config import RunConfig
+from pipelines.run.config import RunConfig, check_scanned
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import RunHandle
@@ -47,7 +49,7 @@ def run(config: RunConfig, source: str, console: Console, build: Callable[[RunCo
         parent.log_params(configuration.redacted(config))
         pin_code(parent)
         session = open_session(config, store, parent, console)
-        done = driver.execute(nodes, session)
+        done = driver.execute(nodes, session, check=partial(check_made, config))
         seconds = time.monotonic() - started
         by_id = {item.node.id: item.manifest for item in done}
         report = None
@@ -60,6 +62,12 @@ def run(config: RunConfig, source: str, console: Console, build: Callable[[RunCo
             parent.log_file(report)
         parent.finish()
     return summary.summarize(config.name, done, session, seconds, report)
+
+
+def check_made(config: RunConfig, node: Node, made: Manifest) -> None:
+    """Raises ValueError if a dataset does not have what the config asks of it."""
+    if node.stage.name == "dataset":
+        check_scanned(config, {node.config: made})
 
 
 def open_session(config: RunConfig, store: ArtifactStore, run: RunHandle, console: Console) -> Session:

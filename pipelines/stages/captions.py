@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from enat.config import check_in
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster.data_stream import actor_pool, stream_records
 from pipelines.cluster.resources import Execution
@@ -42,8 +43,7 @@ class CaptionsConfig:
     """The workers of this stage."""
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ValueError(f"captions.shard_size is {self.shard_size}; it must be at least 1")
+        check_in(self, "[1, inf)", "shard_size")
 
     def identity(self) -> dict[str, Any]:
         assert self.encoder is not None

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from enat.config import check_choices
 from enat.images import png_bytes
+from enat.metrics.extractors import BUILT_IN
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
@@ -77,17 +79,30 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.judge is not None and self.judge not in JUDGES:
-            raise ValueError(f"evaluate.judge is {self.judge!r}; choose one of {', '.join(JUDGES)}, or leave it out")
+            raise ValueError(f"judge is {self.judge!r}; choose one of {', '.join(JUDGES)}, or leave it out")
         for metric in self.metrics or ():
             if metric not in METRICS:
-                raise ValueError(f"evaluate.metrics names {metric!r}; choose from {', '.join(METRICS)}")
-        if self.rounding not in ROUNDINGS:
-            raise ValueError(f"evaluate.rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+                raise ValueError(f"metrics names {metric!r}; choose from {', '.join(METRICS)}")
+        check_choices(self, rounding=ROUNDINGS)
 
     def identity(self) -> dict[str, Any]:
         metrics = None if self.metrics is None else sorted({*self.metrics, "frechet_distance"})
         found = {"metrics": metrics, "settings": asdict(self.settings), "judge": self.judge}
         return found if self.rounding == "uint8" else {**found, "rounding": self.rounding}  # earlier evaluations keep their keys
+
+
+def check_metrics(config: EvaluateConfig, extractor: str, num_samples: int, num_kept: int) -> None:
+    """Raises ValueError for metrics that a built-in extractor and these numbers of images rule out, before anything is computed."""
+    if config.metrics is not None and extractor in BUILT_IN:
+        outputs = ("features", "spatial", "logits") if extractor == "inception" else ("features",)
+        Available(
+            extractor=extractor,
+            outputs=outputs,
+            has_spatial="spatial" in outputs,
+            num_generated=num_samples,
+            num_reference=num_kept,
+            settings=config.settings,
+        ).chosen(config.metrics)
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:

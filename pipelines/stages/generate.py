@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from enat.config import ENATConfig
+from enat.config import ENATConfig, check_choices, check_in
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -31,7 +31,6 @@ from pipelines.data.samples import (
     Samples,
     SamplesSummary,
     caption_order,
-    check_codebook,
     drawn_rows,
     masked_positions,
     num_masked_of,
@@ -95,17 +94,12 @@ class GenerateConfig:
     """The workers of this stage. worker_batch_size images are computed in passes side by side on the threads of a CPU."""
 
     def __post_init__(self) -> None:
-        if self.num_samples < 2 or self.shard_size < 1:
-            raise ValueError("generate.num_samples must be at least 2 and shard_size at least 1")
-        for name, known in (("caption_choice", CAPTION_CHOICES), ("precision", PRECISIONS)):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"generate.{name} is {value!r}; choose one of {', '.join(known)}")
-        if self.mask_ratio is not None and not 0 < self.mask_ratio <= 1:
-            raise ValueError(f"generate.mask_ratio is {self.mask_ratio}; it must be above 0 and at most 1, or null for no start")
+        check_in(self, "[2, inf)", "num_samples")
+        check_in(self, "[1, inf)", "shard_size", "forward_batch_size")
+        check_in(self, "(0, 1]", "mask_ratio")
+        check_choices(self, caption_choice=CAPTION_CHOICES, precision=PRECISIONS)
         if self.mask_ratio is not None and self.labels:
             raise ValueError("generate.mask_ratio takes the labels of the token map's rows; give no generate.labels with it")
-        if self.forward_batch_size < 1:
-            raise ValueError(f"generate.forward_batch_size is {self.forward_batch_size}; it must be at least 1")
 
 
 def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -119,7 +113,9 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
 
     model = inputs["model"]
     architecture = ModelSummary.read(model).model
-    scheme = _check(config, architecture, inputs)
+    scheme = label_scheme(config, architecture)
+    if scheme == "captions" and "captions" not in inputs:
+        raise ValueError("this model is conditioned on captions, so generate needs their features; give captions.encoder")
     names = [shard_name(part) for part in range(-(-config.num_samples // config.shard_size))]
     done = context.store.resume_parts(context.stage, context.key)
     todo = [{"part": part} for part, name in enumerate(names) if name not in done]
@@ -176,21 +172,16 @@ def _metrics(config: GenerateConfig, records: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def _check(config: GenerateConfig, model: ENATConfig, inputs: Mapping[str, Manifest]) -> str:
+def label_scheme(config: GenerateConfig, model: ENATConfig) -> str:
     """How labels are chosen, in words. Raises ValueError if the model cannot do what the config asks for."""
-    check_codebook(model.codebook_size)
     if model.text_width is not None:
         for name, given in (("labels", config.labels), ("mask_ratio", config.mask_ratio)):
             if given:
                 raise ValueError(f"generate.{name} is for models of classes, and this model is conditioned on captions")
-        if "captions" not in inputs:
-            raise ValueError("this model is conditioned on captions, so generate needs their features; give captions.encoder")
         return "captions"
     if wrong := [label for label in config.labels if not 0 <= label < max(1, model.num_classes)]:
         raise ValueError(f"generate.labels has {wrong[0]}, but the classes of this model are 0 to {max(1, model.num_classes) - 1}")
     if config.mask_ratio is not None:
-        if "token_map" not in inputs:
-            raise ValueError("generate.mask_ratio begins with codes of a token map, and this run has none")
         return "token map rows"
     if config.labels:
         return "given"

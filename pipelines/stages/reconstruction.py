@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow.parquet as pq
 
+from enat.config import check_in
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
@@ -43,8 +44,7 @@ class ReconstructionConfig:
     """The workers of this stage."""
 
     def __post_init__(self) -> None:
-        if self.num_images is not None and self.num_images < 2:
-            raise ValueError(f"reconstruction.num_images is {self.num_images}; it must be at least 2, or null for all")
+        check_in(self, "[2, inf)", "num_images")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from enat.config import check_choices, check_in
 from enat.metrics.extractors import BUILT_IN, FeatureExtractor, extractor_kinds, load_extractor
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster.resources import Execution
@@ -71,14 +72,13 @@ class ReferenceConfig:
     """The workers of this stage."""
 
     def __post_init__(self) -> None:
-        if self.extractor not in extractor_kinds():
-            raise ValueError(f"reference.extractor is {self.extractor!r}; choose one of {', '.join(extractor_kinds())}")
+        check_choices(self, extractor=extractor_kinds())
         if self.extractor == "classifier" and (self.npz or self.weights):
-            raise ValueError("extractor classifier is trained on a dataset's labels; it takes no reference.npz and no weights")
+            raise ValueError("reference.extractor classifier is trained on labels; leave reference.npz and reference.weights out")
         if self.extractor in _FROM_FOLDERS and not self.weights:
-            raise ValueError(f"extractor {self.extractor} needs reference.weights: a folder, or hf://owner/name of the hub")
-        if self.num_kept < 0 or self.forward_batch_size < 1:
-            raise ValueError("reference.num_kept must be at least 0 and forward_batch_size at least 1")
+            raise ValueError(f"reference.extractor {self.extractor} needs reference.weights: a folder, or hf://owner/name")
+        check_in(self, "[0, inf)", "num_epochs", "num_kept")
+        check_in(self, "[1, inf)", "forward_batch_size", "resolution")
 
     def identity(self) -> dict[str, Any]:
         common = {name: getattr(self, name) for name in ("extractor", "resolution", "num_kept", "forward_batch_size")}

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from enat.config import check_in
 from enat.images import make_grid, png_bytes
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -56,8 +57,7 @@ class ReportConfig:
     """Variants of the run."""
 
     def __post_init__(self) -> None:
-        if min(self.samples_per_class, self.num_progressions, self.max_classes) < 1:
-            raise ValueError("report.samples_per_class, num_progressions and max_classes must be at least 1")
+        check_in(self, "[1, inf)", "samples_per_class", "num_progressions", "max_classes")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from enat.config import VQGANConfig
+from enat.config import VQGANConfig, check_choices, check_in
 from enat.images import ImageError, to_float
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster.data_stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
@@ -58,8 +58,7 @@ class TokenMapExecution(Execution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_decoders is not None and self.num_decoders < 1:
-            raise ValueError(f"execution.num_decoders is {self.num_decoders}; it must be at least 1")
+        check_in(self, "[1, inf)", "num_decoders")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +80,9 @@ class TokenMapConfig:
     """The workers of this stage."""
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ValueError(f"token_map.shard_size is {self.shard_size}; it must be at least 1")
-        if not 0 <= self.max_quarantine_share <= 1:
-            raise ValueError(f"token_map.max_quarantine_share is {self.max_quarantine_share}; it must be in [0, 1]")
-        if self.precision not in _DTYPES:
-            raise ValueError(f"token_map.precision is {self.precision!r}; choose one of {', '.join(_DTYPES)}")
-        if self.forward_batch_size is not None and self.forward_batch_size < 1:
-            raise ValueError(f"token_map.forward_batch_size is {self.forward_batch_size}; it must be at least 1")
+        check_in(self, "[1, inf)", "shard_size", "forward_batch_size")
+        check_in(self, "[0, 1]", "max_quarantine_share")
+        check_choices(self, precision=tuple(_DTYPES))
 
     def identity(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("shard_size", "precision", "forward_batch_size")}

@@ -13,6 +13,7 @@ from enat.images import make_grid, png_bytes, to_float, to_uint8
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.resources import Workers
 from pipelines.data.dataset import Dataset
+from pipelines.data.samples import check_codebook
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.storage.external import content_digest, local_file
 from pipelines.storage.s3_client import S3Config
@@ -60,7 +61,7 @@ class TokenizerConfig:
     """The worker of this stage."""
 
     def __post_init__(self) -> None:
-        self.architecture()
+        check_codebook(self.architecture().codebook_size)
 
     def architecture(self) -> VQGANConfig:
         given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(VQGANConfig)}

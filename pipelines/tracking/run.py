@@ -66,11 +66,9 @@ class TrackingConfig:
         if alias is None:
             return
         if not re.fullmatch(r"[\w-]{1,255}", alias):
-            raise ValueError(
-                f"tracking.model_alias is {alias!r}; it must be 1 to 255 letters, digits, '_' and '-', or null for no alias"
-            )
+            raise ValueError(f"model_alias is {alias!r}; it must be 1 to 255 letters, digits, '_' and '-', or null for no alias")
         if _RESERVED_ALIAS.fullmatch(alias):
-            raise ValueError(f"tracking.model_alias is {alias!r}, which MLflow reserves; choose another one, such as newest")
+            raise ValueError(f"model_alias is {alias!r}, which MLflow reserves; choose another one, such as newest")
 
 
 def resolve_uri(config: TrackingConfig, beside: Path) -> str:

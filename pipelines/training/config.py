@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from enat.config import LABEL_SMOOTHING, ENATConfig, MaskingConfig, check_at_least_1, check_choices
+from enat.config import LABEL_SMOOTHING, ENATConfig, MaskingConfig, check_choices, check_in
 from enat.sampler_config import SamplerConfig
 from pipelines.cluster.resources import Workers
 from pipelines.data.captions import CaptionFeaturesInfo
 from pipelines.data.token_map import TokenMapInfo
 from pipelines.storage.external import content_digest
 from pipelines.storage.s3_client import S3Config
-from pipelines.workflow.config import set_by
+from pipelines.workflow.config import set_by, with_key
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
@@ -72,12 +72,13 @@ class ModelConfig:
                 raise ValueError(f"train.model.{name} is {given[name]}, but {has}")
         if self.text:
             given |= self._text_sizes(token_map, captions)
-        if self.preset is not None:
-            return ENATConfig.preset(self.preset, **given)
         missing = [name for name in ("encoder_layers", "decoder_layers", "embed_dim", "num_heads") if name not in given]
-        if missing:
+        if missing and self.preset is None:
             raise ValueError(f"train.model has no preset, so it must contain {', '.join(missing)}")
-        return ENATConfig(**given)
+        try:
+            return ENATConfig(**given) if self.preset is None else ENATConfig.preset(self.preset, **given)
+        except ValueError as error:
+            raise ValueError(with_key("train.model", ModelConfig, str(error))) from error
 
     def _text_sizes(self, token_map: TokenMapInfo, captions: CaptionFeaturesInfo | None) -> dict[str, int]:
         if captions is None:
@@ -133,22 +134,20 @@ class TrainExecution(Workers):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = ("checkpoint_every", "log_every", "sample_every", "keep_last", "keep_every", "microbatches", "min_workers")
-        check_at_least_1(self, *counts, key="train.execution.")
+        check_in(self, "[1, inf)", *counts)
+        check_in(self, "[0, inf)", "resize_seconds", "max_failures", "max_rollbacks")
+        check_in(self, "[0, 3]", "zero_stage")
+        check_in(self, "(1, inf)", "divergence_factor")
+        check_in(self, "(0, inf)", "peak_tflops")
+        check_choices(self, on_divergence=REMEDIES)
         if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(
-                f"train.execution.min_workers is {self.min_workers}, more than num_workers, which is {self.num_workers}"
-            )
-        if not 0 <= self.resize_seconds < math.inf:
-            raise ValueError(f"train.execution.resize_seconds is {self.resize_seconds}; it must be finite and at least 0")
+            raise ValueError(f"min_workers is {self.min_workers}; it must be at most num_workers, which is {self.num_workers}")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            raise ValueError(f"train.execution.keep_every is {self.keep_every}; it must be a multiple of checkpoint_every")
-        if self.zero_stage not in range(4):
-            raise ValueError(f"train.execution.zero_stage is {self.zero_stage}; DeepSpeed has 0, 1, 2 and 3")
+            raise ValueError(
+                f"keep_every is {self.keep_every}; it must be a multiple of checkpoint_every, which is {self.checkpoint_every}"
+            )
         if self.zero_stage == 3 and self.compile:
-            raise ValueError("train.execution.compile does not go with zero_stage 3, which swaps weights under the compiled code")
-        check_choices(self, key="train.execution.", on_divergence=REMEDIES)
-        if self.divergence_factor <= 1:
-            raise ValueError(f"train.execution.divergence_factor is {self.divergence_factor}; it must be above 1")
+            raise ValueError("compile does not work with zero_stage 3, which swaps weights under the compiled code; choose one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,31 +208,26 @@ class TrainConfig:
     """The workers of this stage."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 0 or self.batch_size < 1 or self.num_groups < 1 or self.warmup_steps < 0:
-            raise ValueError("train.num_steps and warmup_steps must be at least 0, batch_size and num_groups at least 1")
-        if self.batch_size % self.num_groups:
-            raise ValueError(f"train.batch_size {self.batch_size} cannot be cut into {self.num_groups} equal groups")
-        if self.group_size % self.execution.microbatches:
-            raise ValueError(
-                f"a group of {self.group_size} images cannot be cut into train.execution.microbatches {self.execution.microbatches}"
-            )
-        if self.num_groups < self.execution.num_workers:
-            raise ValueError(
-                f"train.num_groups {self.num_groups} cannot be shared by {self.execution.num_workers} workers; "
-                "each takes whole groups"
-            )
-        for name in ("cond_drop_prob", "ema_decay", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("learning_rate", "final_learning_rate", "weight_decay", "z_loss"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be finite and at least 0")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"train.max_grad_norm is {self.max_grad_norm}; it must be above 0, or left out")
+        check_in(self, "[1, inf)", "batch_size", "num_groups")
+        check_in(self, "[0, inf)", "num_steps", "warmup_steps", "learning_rate", "final_learning_rate", "weight_decay", "z_loss")
+        check_in(self, "[0, 1)", "cond_drop_prob", "ema_decay", "label_smoothing")
+        check_in(self, "(0, inf)", "max_grad_norm")
         schedules = {"learning_rate_schedule": LEARNING_RATE_SCHEDULES, "weight_decay_on": WEIGHT_DECAYS}
-        check_choices(self, key="train.", precision=PRECISIONS, **schedules)
+        check_choices(self, precision=PRECISIONS, **schedules)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}; both must be in [0, 1)")
+        if self.batch_size % self.num_groups:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be a multiple of num_groups, which is {self.num_groups}")
+        microbatches, num_workers = self.execution.microbatches, self.execution.num_workers
+        if self.group_size % microbatches:
+            raise ValueError(f"execution.microbatches is {microbatches}; it must divide a group of {self.group_size} images")
+        if self.num_groups < num_workers:
+            raise ValueError(
+                f"num_groups is {self.num_groups}; it must be at least execution.num_workers, which is {num_workers}, because each "
+                "worker takes whole groups"
+            )
         if self.precision == "fp16" and self.execution.zero_stage == 0:
-            raise ValueError("train.precision fp16 needs train.execution.zero_stage 1, 2 or 3, which scale the loss")
+            raise ValueError("precision fp16 needs execution.zero_stage 1, 2 or 3, which scale the loss")
 
     @property
     def group_size(self) -> int:

@@ -30,6 +30,7 @@ from pipelines.storage.redaction import without_credentials
 ConfigT = TypeVar("ConfigT")
 SET_BY = "set_by"  # metadata of a field
 _MOST_BYTES, _MOST_LEVELS, _MOST_ALIASES = 1 << 20, 50, 20  # aliases of aliases multiply what they stand for
+_LARGEST = 2**31 - 1  # of numbers, other than seeds
 BASE = "base"  # the key of a file that names the file it builds on
 
 
@@ -175,7 +176,7 @@ def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]], whole: str |
         except OmegaConfBaseException as error:
             where = f"{error.full_key}: " if error.full_key else ""
             raise ConfigError(f"{source}: {where}{_one_line(error)}") from error
-    _refuse_non_finite(whole, OmegaConf.to_container(merged))
+    _refuse_senseless(whole, OmegaConf.to_container(merged))
     try:
         config: Any = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
@@ -183,18 +184,44 @@ def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]], whole: str |
     except OmegaConfBaseException as error:
         raise ConfigError(f"{whole}: {_one_line(error)}") from error
     except ValueError as error:  # __post_init__ of a config: its sentence names the field
-        raise ConfigError(f"{whole}: {error}") from error
+        raise ConfigError(f"{whole}: {_with_whole_key(merged, error)}") from error
     return config
 
 
-def _refuse_non_finite(source: str, values: Any, key: str = "") -> None:
-    """Raises ConfigError for NaN and infinity, which pass every comparison or none and would fail after hours."""
+def _with_whole_key(values: Any, error: ValueError) -> str:
+    """The sentence of the first section that cannot be made, with the key of the section: sections name only their own fields."""
+    for name in values:
+        inner = OmegaConf.create({}) if OmegaConf.is_missing(values, name) else values._get_node(name)
+        if not isinstance(inner, DictConfig) or inner._is_none() or not dataclasses.is_dataclass(OmegaConf.get_type(inner)):
+            continue
+        try:
+            OmegaConf.to_object(inner)
+        except ValueError as found:
+            return with_key(name, OmegaConf.get_type(inner), _with_whole_key(inner, found))
+    return str(error)
+
+
+def with_key(key: str, schema: Any, sentence: str) -> str:
+    """A sentence on a section that begins with one of its fields, or with a key inside it, under the section's own key."""
+    if f"{key}." in sentence:
+        return sentence
+    begins_with_field = re.split(r"\W", sentence)[0] in _fields(schema)
+    return f"{key}.{sentence}" if begins_with_field else f"{key}: {sentence}"
+
+
+def _refuse_senseless(source: str, values: Any, key: str = "") -> None:
+    """Raises ConfigError for NaN and infinity, which pass every comparison or none and would fail after hours, for numbers with
+    zeros too many, and for empty texts, such as an unset variable of the shell leaves."""
     if isinstance(values, float) and not math.isfinite(values):
         raise ConfigError(f"{source}: {key} is {values}; it must be a finite number")
+    if isinstance(values, int | float) and abs(values) > _LARGEST and not key.endswith("seed"):
+        raise ConfigError(f"{source}: {key} is {values}; it must be at most {_LARGEST:,}")
+    if values == "":
+        raise ConfigError(f"{source}: {key} is empty; give a value, or null for the default")
     for name, value in (
         values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list | tuple) else ()
     ):
-        _refuse_non_finite(source, value, f"{key}.{name}".lstrip("."))
+        _refuse_senseless(source, value, f"{key}.{name}".lstrip("."))
 
 
 @cache

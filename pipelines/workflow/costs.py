@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from enat.config import check_in
 from pipelines.artifacts.lineage import read_lineage
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -40,14 +41,11 @@ class Prices:
     """Three letters, as in ISO 4217."""
 
     def __post_init__(self) -> None:
-        for name in ("device_hour", "worker_hour"):
-            price = getattr(self, name)
-            if not (math.isfinite(price) and price >= 0):
-                raise ValueError(f"prices.{name} is {price}; it must be a finite number of at least 0")
+        check_in(self, "[0, inf)", "device_hour", "worker_hour")
         if not re.fullmatch(r"[A-Z]{3}", self.currency):
-            raise ValueError(f"prices.currency is {self.currency!r}; give three capital letters, such as USD or EUR")
+            raise ValueError(f"currency is {self.currency!r}; give three capital letters, such as USD or EUR")
         if not self.device_hour and not self.worker_hour:
-            raise ValueError("prices has neither device_hour nor worker_hour; give at least one, or leave prices out")
+            raise ValueError("neither device_hour nor worker_hour is given; give at least one, or leave prices out")
 
     def of(self, worker_hours: float, device_hours: float) -> float:
         return worker_hours * self.worker_hour + device_hours * self.device_hour

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -58,10 +58,16 @@ def plan(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manife
     return planned
 
 
-def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifest] | None = None) -> list[FinishedStage]:
+def execute(
+    nodes: Sequence[Node],
+    session: Session,
+    given: Mapping[str, Manifest] | None = None,
+    check: Callable[[Node, Manifest], None] = lambda node, made: None,
+) -> list[FinishedStage]:
     """Run the nodes in order: reuse what the store has, compute the rest. given: as for plan.
 
-    Raises ValueError for bad input, StageError otherwise.
+    check: raises ValueError if an artifact shows that a later stage cannot work. Raises ValueError for bad input, StageError
+    otherwise.
     """
     found: dict[str, Manifest] = dict(given or {})
     done = []
@@ -90,6 +96,7 @@ def execute(nodes: Sequence[Node], session: Session, given: Mapping[str, Manifes
             done.append(FinishedStage(node, made, is_reused, seconds))
             verb = "reused" if is_reused else f"made in {seconds:.1f} s"
             session.console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
+            check(node, made)
     return done
 
 

@@ -96,7 +96,11 @@ def test_same_generator_state_gives_the_same_masks():
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [({"alpha": 0}, "Beta"), ({"beta": float("nan")}, "Beta"), ({"reuse_probability": 1.5}, "reuse_probability is 1.5")],
+    [
+        ({"alpha": 0}, "alpha is 0"),
+        ({"beta": float("nan")}, "beta is nan"),
+        ({"reuse_probability": 1.5}, "reuse_probability is 1.5"),
+    ],
 )
 def test_impossible_distribution_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):

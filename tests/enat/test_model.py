@@ -260,10 +260,10 @@ def test_tokens_that_cannot_be_a_step_are_refused(architecture, previous, now, m
     ("overrides", "message"),
     [
         ({"decoder_attention": "sideways"}, "self_cross, cross, full"),
-        ({"num_heads": 5}, "not divisible by num_heads 5"),
+        ({"num_heads": 5}, "must be a multiple of num_heads, which is 5"),
         ({"codebook_size": 0}, "codebook_size is 0"),
-        ({"encoder_layers": -1}, "-1 encoder"),
-        ({"decoder_layers": 0}, "0 decoder"),
+        ({"encoder_layers": -1}, "encoder_layers is -1"),
+        ({"decoder_layers": 0}, "decoder_layers is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"num_classes": -1}, "num_classes is -1"),
         ({"text_width": 12}, "num_classes is 5 .*text_width"),

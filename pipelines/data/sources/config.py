@@ -44,22 +44,24 @@ class DatasetConfig:
     """Access to the bucket."""
 
     def __post_init__(self) -> None:
-        check_choices(self, key="dataset.", kind=KINDS)
+        check_choices(self, kind=KINDS)
         if self.kind != "digits" and not self.path:
-            raise ValueError(f"dataset.kind is {self.kind}, so dataset.path must name the folder or bucket of the images")
+            raise ValueError(f"path is missing; for kind {self.kind} it must name the folder or bucket of the images")
+        if self.kind == "digits" and self.path:
+            raise ValueError(f"path is {self.path}, but kind digits has no path; set kind to the layout of the files")
         if (self.kind == "coco") != (self.captions is not None):
-            raise ValueError("dataset.captions (a captions_*.json) requires dataset.kind coco and vice versa; give both or neither")
+            raise ValueError("captions (a captions_*.json) requires kind coco and vice versa; give both or neither")
         if self.num_classes is not None and (self.kind not in ("tar", "parquet") or not 0 < self.num_classes <= MAX_LABEL + 1):
             raise ValueError(
-                f"dataset.num_classes applies to kinds tar and parquet and must be 1 to {MAX_LABEL + 1:,}; "
-                "other kinds determine it from the dataset"
+                f"num_classes is {self.num_classes}; it must be 1 to {MAX_LABEL + 1:,}, and applies to kinds tar and parquet only. "
+                "Other kinds determine it from the dataset"
             )
         if self.split is not None:
             check_split(self.split)
             if self.kind in ("digits", "coco"):
-                raise ValueError(f"dataset.split does not apply to kind {self.kind}; remove it")
+                raise ValueError(f"split does not apply to kind {self.kind}; remove it")
         if self.kind != "parquet" and (self.label_column, self.caption_column) != ("label", None):
-            raise ValueError("dataset.label_column and dataset.caption_column apply to kind parquet; remove them")
+            raise ValueError("label_column and caption_column apply to kind parquet only; remove them")
 
     @property
     def title(self) -> str:

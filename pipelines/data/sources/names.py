@@ -63,7 +63,7 @@ def are_several(folders: Iterable[str]) -> bool:
 def check_split(split: str) -> str:
     """The name of a split without its variants: "validation" for "val". Raises ValueError for another word."""
     if split not in _SPLITS:
-        raise ValueError(f"dataset.split is {split!r}; choose one of {', '.join(SPLITS)}, or give a pattern in dataset.path")
+        raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}, or give a pattern in path")
     return _SPLITS[split]
 
 

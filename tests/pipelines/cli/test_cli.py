@@ -64,7 +64,9 @@ _NOWHERE = "{folder}/nowhere"
 CASES = [
     Case("unknown key", "unknown key train.num_stepz; did you mean train.num_steps?", ("train.num_stepz=3",)),
     Case("wrong type", "train.num_steps: Value 'many' of type 'str' could not be converted to Integer", ("train.num_steps=many",)),
-    Case("resolution", "resolution 18 is not divisible by the tokenizer's downsampling factor 4", ("tokenizer.resolution=18",)),
+    Case(
+        "resolution", "tokenizer.resolution is 18; it must be a multiple of the downsampling factor 4", ("tokenizer.resolution=18",)
+    ),
     Case("grid", "train.model.grid_size is 16, but the token map of digits (16 px) has 4", ("train.model.grid_size=16",)),
     Case("codebook", "train.model.codebook_size is 1024, but the token map of digits", ("train.model.codebook_size=1024",)),
     Case("no dataset", f"dataset.path: {_NOWHERE} is not a directory", ("dataset.kind=image_folder", f"dataset.path={_NOWHERE}")),

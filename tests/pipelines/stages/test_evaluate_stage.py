@@ -450,9 +450,9 @@ def test_images_of_another_generator_get_the_scores_of_equal_codes(
 
 def test_wrong_configs_and_inputs_that_do_not_fit_are_refused(material: Material, make_context) -> None:
     for wrong, reason in (
-        ({"judge": "forest"}, "evaluate.judge is 'forest'; choose one of svc"),
+        ({"judge": "forest"}, "judge is 'forest'; choose one of svc"),
         ({"metrics": ("fid",)}, "names 'fid'; choose from frechet_distance"),
-        ({"rounding": "int8"}, "evaluate.rounding is 'int8'; choose one of uint8, float"),
+        ({"rounding": "int8"}, "rounding is 'int8'; choose one of uint8, float"),
     ):
         with pytest.raises(ValueError, match=reason):
             evaluate.EvaluateConfig(**wrong)

@@ -353,27 +353,24 @@ def test_a_small_mask_ratio_masks_at_least_one_code(make_here, model: ENAT) -> N
 
 def test_wrong_values_are_refused() -> None:
     for wrong, sentence in (
-        ({"num_samples": 1}, r"generate\.num_samples must be at least 2 and shard_size at least 1"),
-        ({"shard_size": 0}, r"generate\.num_samples must be at least 2 and shard_size at least 1"),
-        ({"mask_ratio": 0.0}, r"generate\.mask_ratio is 0\.0; it must be above 0 and at most 1"),
+        ({"num_samples": 1}, "num_samples is 1; it must be at least 2"),
+        ({"shard_size": 0}, "shard_size is 0; it must be at least 1"),
+        ({"mask_ratio": 0.0}, r"mask_ratio is 0\.0; it must be in \(0, 1\]"),
         ({"mask_ratio": 0.5, "labels": (1,)}, r"give no generate\.labels with it"),
-        ({"precision": "fp8"}, r"generate\.precision is 'fp8'; choose one of fp32, bf16"),
-        ({"caption_choice": "best"}, r"generate\.caption_choice is 'best'; choose one of drawn, in_order"),
-        ({"forward_batch_size": 0}, r"generate\.forward_batch_size is 0"),
+        ({"precision": "fp8"}, r"precision is 'fp8'; choose one of fp32, bf16"),
+        ({"caption_choice": "best"}, r"caption_choice is 'best'; choose one of drawn, in_order"),
+        ({"forward_batch_size": 0}, "forward_batch_size is 0"),
     ):
         with pytest.raises(ValueError, match=sentence):
             GenerateConfig(**wrong)
 
 
 def test_requests_that_the_model_cannot_fulfil_are_refused_before_sampling(make, model: ENAT, text_model: ENAT) -> None:
-    large = random_model(num_classes=3, codebook_size=65_537)
     for given, requested, sentence in (
         ({"labels": (1, 3)}, model, r"generate\.labels has 3, but the classes of this model are 0 to 2"),
-        ({"mask_ratio": 0.5}, model, "begins with codes of a token map, and this run has none"),
         ({}, text_model, r"needs their features; give captions\.encoder"),
         ({"labels": (1,)}, text_model, r"generate\.labels is for models of classes"),
         ({"mask_ratio": 0.5}, text_model, r"generate\.mask_ratio is for models of classes"),
-        ({}, large, "16 bits per code: at most 65,536 codes, but the codebook has 65,537"),
     ):
         with pytest.raises(ValueError, match=sentence):
             make(dataclasses.replace(CONFIG, **given), requested)

@@ -178,11 +178,11 @@ def test_reference_files_that_do_not_fit_are_refused(
 def test_wrong_configs_are_refused() -> None:
     for wrong, reason in (
         ({"extractor": "resnet"}, "'resnet'; choose one of classifier, inception, dinov2, clip"),
-        ({"extractor": "classifier", "npz": "a.npz"}, "takes no reference.npz"),
-        ({"extractor": "classifier", "weights": "a.pth"}, "and no weights"),
+        ({"extractor": "classifier", "npz": "a.npz"}, "leave reference.npz and reference.weights out"),
+        ({"extractor": "classifier", "weights": "a.pth"}, "reference.weights out"),
         ({"extractor": "dinov2"}, "needs reference.weights: a folder"),
-        ({"num_kept": -1}, "num_kept must be at least 0"),
-        ({"forward_batch_size": 0}, "forward_batch_size at least 1"),
+        ({"num_kept": -1}, "num_kept is -1; it must be at least 0"),
+        ({"forward_batch_size": 0}, "forward_batch_size is 0; it must be at least 1"),
     ):
         with pytest.raises(ValueError, match=reason):
             reference.ReferenceConfig(**wrong)

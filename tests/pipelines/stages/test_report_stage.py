@@ -205,5 +205,5 @@ def test_only_the_first_classes_are_shown(render, config: report.ReportConfig, i
 
 @pytest.mark.parametrize("wrong", ["samples_per_class", "num_progressions", "max_classes"])
 def test_an_empty_report_is_refused(wrong: str) -> None:
-    with pytest.raises(ValueError, match=r"report\.samples_per_class, num_progressions and max_classes must be at least 1"):
+    with pytest.raises(ValueError, match="it must be at least 1"):
         report.ReportConfig(**{wrong: 0})

@@ -28,27 +28,30 @@ def captions(material):
 
 def test_invalid_recipe_is_refused():
     invalid: list[tuple[dict[str, Any], str]] = [
-        ({"num_groups": 5}, r"train\.batch_size 16 cannot be cut into 5 equal groups"),
-        ({"num_groups": 1, "execution": {"num_workers": 2}}, r"train\.num_groups 1 cannot be shared by 2 workers"),
-        ({"execution": {"microbatches": 3}}, r"a group of 4 images cannot be cut into train\.execution\.microbatches 3"),
-        ({"num_steps": -1}, r"train\.num_steps"),
-        ({"batch_size": 0}, r"batch_size and num_groups at least 1"),
-        ({"cond_drop_prob": 1.0}, r"train\.cond_drop_prob is 1\.0; it must be in \[0, 1\)"),
-        ({"label_smoothing": -0.5}, r"train\.label_smoothing is -0\.5; it must be in \[0, 1\)"),
-        ({"ema_decay": -0.1}, r"train\.ema_decay is -0\.1"),
-        ({"learning_rate": float("nan")}, r"train\.learning_rate is nan; it must be finite and at least 0"),
-        ({"learning_rate": float("inf")}, r"train\.learning_rate is inf"),
-        ({"final_learning_rate": -1.0}, r"train\.final_learning_rate is -1\.0"),
-        ({"weight_decay": -1.0}, r"train\.weight_decay is -1\.0"),
-        ({"z_loss": -1e-4}, r"train\.z_loss is -0\.0001"),
-        ({"max_grad_norm": 0.0}, r"train\.max_grad_norm is 0\.0; it must be above 0, or left out"),
-        ({"max_grad_norm": float("nan")}, r"train\.max_grad_norm is nan; it must be above 0"),
-        ({"precision": "fp8"}, r"train\.precision is 'fp8'; choose one of fp32, bf16, fp16"),
-        ({"learning_rate_schedule": "step"}, r"train\.learning_rate_schedule is 'step'; choose one of constant, cosine"),
-        ({"weight_decay_on": "none"}, r"train\.weight_decay_on is 'none'; choose one of all, matrices"),
+        ({"num_groups": 5}, r"batch_size is 16; it must be a multiple of num_groups, which is 5"),
+        (
+            {"num_groups": 1, "execution": {"num_workers": 2}},
+            r"num_groups is 1; it must be at least execution\.num_workers, which is 2",
+        ),
+        ({"execution": {"microbatches": 3}}, r"execution\.microbatches is 3; it must divide a group of 4 images"),
+        ({"num_steps": -1}, r"num_steps is -1"),
+        ({"batch_size": 0}, r"batch_size is 0; it must be at least 1"),
+        ({"cond_drop_prob": 1.0}, r"cond_drop_prob is 1\.0; it must be in \[0, 1\)"),
+        ({"label_smoothing": -0.5}, r"label_smoothing is -0\.5; it must be in \[0, 1\)"),
+        ({"ema_decay": -0.1}, r"ema_decay is -0\.1"),
+        ({"learning_rate": float("nan")}, r"learning_rate is nan; it must be finite and at least 0"),
+        ({"learning_rate": float("inf")}, r"learning_rate is inf"),
+        ({"final_learning_rate": -1.0}, r"final_learning_rate is -1\.0"),
+        ({"weight_decay": -1.0}, r"weight_decay is -1\.0"),
+        ({"z_loss": -1e-4}, r"z_loss is -0\.0001"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0; it must be above 0"),
+        ({"max_grad_norm": float("nan")}, r"max_grad_norm is nan; it must be finite and above 0"),
+        ({"precision": "fp8"}, r"precision is 'fp8'; choose one of fp32, bf16, fp16"),
+        ({"learning_rate_schedule": "step"}, r"learning_rate_schedule is 'step'; choose one of constant, cosine"),
+        ({"weight_decay_on": "none"}, r"weight_decay_on is 'none'; choose one of all, matrices"),
         (
             {"precision": "fp16", "execution": {"zero_stage": 0}},
-            r"train\.precision fp16 needs train\.execution\.zero_stage 1, 2 or 3",
+            r"precision fp16 needs execution\.zero_stage 1, 2 or 3",
         ),
     ]
     for fields, sentence in invalid:
@@ -58,16 +61,16 @@ def test_invalid_recipe_is_refused():
 
 def test_invalid_execution_is_refused():
     invalid: list[tuple[dict[str, Any], str]] = [
-        ({"min_workers": 3, "num_workers": 2}, r"min_workers is 3, more than num_workers, which is 2"),
-        ({"zero_stage": 4}, r"zero_stage is 4; DeepSpeed has 0, 1, 2 and 3"),
-        ({"zero_stage": 3, "compile": True}, r"compile does not go with zero_stage 3"),
+        ({"min_workers": 3, "num_workers": 2}, r"min_workers is 3; it must be at most num_workers, which is 2"),
+        ({"zero_stage": 4}, r"zero_stage is 4; it must be in \[0, 3\]"),
+        ({"zero_stage": 3, "compile": True}, r"compile does not work with zero_stage 3"),
         ({"on_divergence": "ignore"}, r"on_divergence is 'ignore'; choose one of stop, rollback"),
-        ({"resize_seconds": -1.0}, r"resize_seconds is -1\.0; it must be finite and at least 0"),
+        ({"resize_seconds": -1.0}, r"resize_seconds is -1\.0; it must be at least 0"),
         ({"divergence_factor": 1.0}, r"divergence_factor is 1\.0; it must be above 1"),
         ({"num_workers": 0}, r"num_workers is 0"),
     ]
     counts = ("checkpoint_every", "log_every", "sample_every", "keep_last", "keep_every", "microbatches", "min_workers")
-    for fields, sentence in [*invalid, *(({name: 0}, rf"train\.execution\.{name} is 0; it must be at least 1") for name in counts)]:
+    for fields, sentence in [*invalid, *(({name: 0}, rf"{name} is 0; it must be at least 1") for name in counts)]:
         with pytest.raises(ValueError, match=sentence):
             TrainExecution(**fields)
 
@@ -112,7 +115,7 @@ def test_run_of_nothing_but_warm_up_has_a_learning_rate():
         ("grid_size", 16, r"train\.model\.grid_size is 16, but the token map of drawn \(16 px\) has 4"),
         ("codebook_size", 1024, r"train\.model\.codebook_size is 1024, but the token map of drawn \(16 px\) has 32"),
         ("num_classes", 1000, r"train\.model\.num_classes is 1000, but the token map of drawn \(16 px\) has 2"),
-        ("num_heads", 3, r"embed_dim 32 is not divisible by num_heads 3"),
+        ("num_heads", 3, r"train\.model\.embed_dim is 32; it must be a multiple of num_heads, which is 3"),
     ],
 )
 def test_model_that_does_not_fit_the_token_map_is_refused(info, field, value, sentence):

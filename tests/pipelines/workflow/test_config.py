@@ -288,8 +288,8 @@ def test_the_text_of_a_config_includes_its_base(load, tmp_path: Path) -> None:
 
 @given(
     rate=st.floats(0, 1e9, allow_nan=False),
-    width=st.integers(-(2**62), 2**62),
-    label=st.none() | st.text("abc é.-", max_size=8),
+    width=st.integers(-(2**31) + 1, 2**31 - 1),
+    label=st.none() | st.text("abc é.-", min_size=1, max_size=8),
     sizes=st.lists(st.integers(-1000, 1000), max_size=4),
 )
 def test_a_config_comes_back_from_its_plain_values(rate: float, width: int, label: str | None, sizes: list[int]) -> None:
