@@ -176,16 +176,17 @@ def _tracking(config: Any) -> Iterator[Finding]:
 
 
 def _dataset(config: Any) -> Iterator[Finding]:
-    """Checks that the dataset exists. Stage dataset checks its content."""
+    """Checks that the dataset exists and that one split is chosen. Stage dataset checks its content."""
     import dataclasses
 
-    from pipelines.data.sources.config import open_source
+    from pipelines.data.sources.config import describe_splits
 
     dataset = dataclasses.replace(config.dataset, s3=config.s3_of(config.dataset.path, config.dataset.captions))
-    open_source(dataset)
+    splits = describe_splits(dataset)
     if dataset.captions is not None and "://" not in dataset.captions and not Path(dataset.captions).is_file():
         raise ValueError(f"dataset.captions names {dataset.captions}, which is not a file; set it to a captions_*.json of COCO")
-    yield Finding("dataset", GOOD, f"{dataset.title}, {dataset.path or 'included in scikit-learn'}")
+    place = dataset.path or "included in scikit-learn"
+    yield Finding("dataset", GOOD, f"{dataset.title}, {place}{f': {splits}' if splits else ''}")
 
 
 def _weights(config: Any) -> Iterator[Finding]:

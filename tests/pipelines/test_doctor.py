@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from layouts import write
 
 from pipelines import doctor
 from pipelines.cli.main import commands
@@ -53,6 +54,30 @@ def test_a_problem_is_reported_with_advice_and_other_checks_still_run(examine: C
         found = examine(override)
         assert found[what].state == doctor.BAD and named in found[what].detail and found[what].advice
         assert all(finding.state != doctor.BAD for name, finding in found.items() if name != what)
+
+
+def test_splits_are_listed_and_one_must_be_chosen(examine: Callable[..., Any], tmp_path: Path) -> None:
+    for name in (
+        "tar/train-0.tar",
+        "tar/train-1.tar",
+        "tar/val-0.tar",
+        "plain/a.tar",
+        "images/train/c/a.jpg",
+        "images/val/c/a.jpg",
+    ):
+        write(tmp_path / name, b"")
+
+    def of(kind: str, folder: str, **values: str) -> doctor.Finding:
+        return examine(f"dataset={json.dumps({'kind': kind, 'path': str(tmp_path / folder), **values})}")["dataset"]
+
+    both = "train (2 files), validation (1 file)"
+    assert f"{both}, of which train (2 files) is read" in of("tar", "tar", split="train").detail
+    assert f"{both}, of which validation (1 file) is read" in of("tar", "tar/val-*.tar").detail
+    assert "train, val, of which val is read" in of("image_folder", "images", split="validation").detail
+    assert of("tar", "plain").detail == f"tar, {tmp_path / 'plain'}"
+    for kind, folder, named in (("tar", "tar", both), ("image_folder", "images", "train, val"), ("images", "images", "train, val")):
+        finding = of(kind, folder)
+        assert finding.state == doctor.BAD and named in finding.detail and "dataset.split" in finding.detail
 
 
 def test_problems_of_some_runs_are_warnings(examine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from enat.config import check_choices
-from pipelines.data.sources.base import MAX_LABEL, Source
+from pipelines.data.sources import names
+from pipelines.data.sources.base import MAX_LABEL, RangeSource, Source
 from pipelines.data.sources.names import check_split, folder_of_split, pattern_of
 from pipelines.storage.base import StorageError
 from pipelines.storage.open import open_folder
@@ -73,6 +74,30 @@ class DatasetConfig:
         columns |= {"caption_column": self.caption_column} if self.caption_column is not None else {}
         content = open_source(self).fingerprint()
         return {"kind": self.kind, "name": self.title, "num_classes": self.num_classes, "content": content} | columns
+
+
+def describe_splits(config: DatasetConfig) -> str:
+    """The splits that the path of a dataset holds, and which of them is read; "" if its files and folders name no split.
+
+    Raises ValueError if there are several and none is chosen.
+    """
+    from pipelines.data.sources import tar
+
+    source = open_source(config)
+    if config.kind in ("tar", "parquet"):
+        assert isinstance(source, RangeSource) and config.path is not None
+        suffixes = tar.SUFFIXES if config.kind == "tar" else (".parquet",)
+        pattern = pattern_of(config.path, f".{config.kind}")[1]
+        held = names.describe_splits(names.own_files(source.folder, suffixes))
+        read = names.describe_splits(names.select(source.folder, suffixes, pattern, config.split))
+    elif config.split is not None and config.path is not None:
+        folder = open_folder(config.path, config.s3 or S3Config())
+        held = ", ".join(name for name in folder.folders() if names.split_of_folder(name) is not None)
+        read = folder_of_split(folder, config.split)
+    else:
+        return ""
+    one = "" if held.startswith(names.NO_SPLIT) and "," not in held else held
+    return one if read == held else f"{held}, of which {read} is read"
 
 
 def open_source(config: DatasetConfig) -> Source:

@@ -19,6 +19,7 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 SPLITS = tuple(dict.fromkeys(_SPLITS.values()))
+NO_SPLIT = "no split"  # what messages call files that name none
 _FOREIGN = re.compile(
     r"(^|/)(\.|(__MACOSX|lost\+found|@eaDir|@Recycle|@Recently-Snapshot|#recycle|#snapshot|\$RECYCLE\.BIN|RECYCLER"
     r"|System Volume Information|Thumbs\.db|desktop\.ini)(/|$))",
@@ -94,7 +95,7 @@ def select(folder: Folder, suffixes: Sequence[str], pattern: str | None, split: 
     Raises ValueError if there are none, if a file that the pattern names does not exist, or if files of several splits are found
     and neither a split nor a pattern chooses among them.
     """
-    found = [file for file in folder.list() if file.name.endswith(tuple(suffixes)) and not is_foreign(file.name)]
+    found = own_files(folder, suffixes)
     if pattern is not None:
         found = _matching(folder, found, pattern)
     if split is not None:
@@ -112,9 +113,14 @@ def select(folder: Folder, suffixes: Sequence[str], pattern: str | None, split: 
     return found
 
 
+def own_files(folder: Folder, suffixes: Sequence[str]) -> list[StoredFile]:
+    """The files of a dataset in a folder, of all splits."""
+    return [file for file in folder.list() if file.name.endswith(tuple(suffixes)) and not is_foreign(file.name)]
+
+
 def describe_splits(files: Iterable[StoredFile]) -> str:
     """Such as "train (5 files), validation (1 file)"."""
-    counts = Counter(split_of(file.name) or "no split" for file in files)
+    counts = Counter(split_of(file.name) or NO_SPLIT for file in files)
     return ", ".join(f"{split} ({count:,} file{'s' if count > 1 else ''})" for split, count in counts.items())
 
 

@@ -20,7 +20,7 @@ from pipelines.storage.base import Folder, StorageError, StoredFile
 _MAX_HEADER = 1 << 20  # bytes that one header may request; a hostile header could exhaust the memory
 _MAX_LABEL_SIZE = 32
 _MAX_CAPTION_SIZE = 1 << 20  # bytes of a .txt or .json
-_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class TarSource(RangeSource):
         self._pattern, self._split = pattern, split
 
     def _shards(self) -> list[StoredFile]:
-        shards = select(self.folder, _SUFFIXES, self._pattern, self._split)
+        shards = select(self.folder, SUFFIXES, self._pattern, self._split)
         for file in shards:
             if not file.name.endswith(".tar"):
                 raise ValueError(
