@@ -400,7 +400,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("cc", "--labels", "crane"), "the name of several classes: 2, 3"),
     (("cc", "--labels", ","), "--labels is empty"),
     (("cc", "num_stepz=3"), "unknown key num_stepz; did you mean num_steps?"),
-    (("cc", "num_steps=0"), "the model's sampler with num_steps=0: num_steps is 0; at least 1 is needed"),
+    (("cc", "num_steps=0"), "the model's sampler with num_steps=0: num_steps is 0; it must be at least 1"),
     (("cc", "num_steps=few"), "override num_steps=few: num_steps: Value 'few'"),
     (("cc", "num_steps=2", "mask_ratios=[0.5,0.2,0]"), "mask_ratios has 3 values for 2 steps; give one value a step"),
     (("cc", "guidance_scale=3.5", "guidance_scales=[1,2,3,4]"), "leave out guidance_scale"),

@@ -501,5 +501,5 @@ def test_an_invalid_run_is_refused_before_it_starts(override: str, sentence: str
 def test_invalid_workers_are_refused() -> None:
     for wrong in ({"num_workers": 0}, {"cpus_per_worker": 0}, {"gpus_per_worker": -1}, {"worker_batch_size": 0}):
         (name,) = wrong
-        with pytest.raises(ValueError, match=rf"execution\..*{name}"):
+        with pytest.raises(ValueError, match=f"{name} is "):
             Execution(**wrong)
