@@ -51,7 +51,7 @@ def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageCon
     record = context.write(FINDINGS, lambda path: path.write_text(json.dumps(findings.names, indent=1)))
     for kind, names in findings.names.items():
         shown = one_line(", ".join(names[:_SHOWN_AT_MOST]) + (", ..." if len(names) > _SHOWN_AT_MOST else ""))
-        context.console.print(f"[yellow]![/] {len(names):,} {kind}: [dim]{shown}[/]", highlight=False)
+        context.console.print(f"[yellow]![/] {kind} ({len(names):,}): [dim]{shown}[/]", highlight=False)
     counts = {kind.replace(" ", "_"): len(names) for kind, names in findings.names.items()}
     return StageResult(
         files=[file],

@@ -5,11 +5,21 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import shlex
+import subprocess
 import typing
 from pathlib import Path
 
+import numpy as np
+import pytest
 import yaml
+from click.testing import CliRunner
+from digits_run import ENAT, fresh_environment
+from layouts import write
+from PIL import Image
 
+from enat.images import png_bytes
+from pipelines.cli.main import commands
 from pipelines.run.config import RunConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -94,6 +104,38 @@ def test_the_readme_of_infra_gives_the_times_of_the_schedules_and_images_receive
     services = yaml.safe_load((infra / "compose.yaml").read_text())["services"].values()
     built = [service["build"] for service in services if service.get("build", {}).get("target") == "enat"]
     assert built and all(build["args"]["REVISION"] == "${REVISION:-unknown}" for build in built)
+
+
+def _own_dataset(folder: Path) -> list[list[str]]:
+    """The folder and the config of the page on datasets, and the commands of its example, without `enat`."""
+    page = (GUIDE / "own-dataset.md").read_text().partition("## Larger images")[0]
+    (folder / "configs").symlink_to(REPOSITORY / "configs")
+    (folder / "flowers.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
+    for name, count in {"daisy": 24, "rose": 20, "tulip": 17}.items():
+        for number in range(count):
+            pixels = np.random.default_rng([count, number]).integers(0, 256, (20, 24, 3), np.uint8)
+            write(folder / "flowers" / name / f"{number}.png", png_bytes(Image.fromarray(pixels)))
+    write(folder / "flowers" / "daisy" / "notes.txt", b"")
+    (folder / "flowers" / "empty").mkdir()
+    return [shlex.split(line)[1:] for line in re.findall(r"^\$ (enat .*)", page, re.MULTILINE)]
+
+
+def test_the_dataset_of_the_guide_is_indexed_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doctor, run = _own_dataset(tmp_path)[:2]
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(commands, doctor).output
+    assert "✓ dataset       image_folder, flowers" in shown and "✗" not in shown
+    ended = subprocess.run([str(ENAT), *run], env=fresh_environment(), check=True, capture_output=True, text=True, timeout=120)
+    assert "images 61, classes 4, captions 0, other_files 1, classes_without_images 1" in " ".join(ended.stdout.split())
+
+
+@pytest.mark.slow
+def test_the_dataset_of_the_guide_becomes_a_scored_model(tmp_path: Path) -> None:
+    later = _own_dataset(tmp_path)[2:]
+    (tmp_path / "flowers" / "empty").rmdir()
+    for arguments in later:
+        subprocess.run([str(ENAT), *arguments], cwd=tmp_path, env=fresh_environment(), check=True, timeout=240)
+    assert (tmp_path / "runs" / "flowers.html").exists() and len(later) == 2
 
 
 # Names, commands and words of the most frequent problems; the wording of the messages may change.

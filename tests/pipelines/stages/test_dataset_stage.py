@@ -91,9 +91,9 @@ def test_findings_are_recorded_and_shown(tmp_path: Path, make) -> None:
     assert [record.name for record in manifest.records] == ["findings.json"]
     shown = console.file.getvalue()
     assert (
-        "5 other files: coffee/ ]0;c , coffee/[/], coffee/[bold], ..." in shown
+        "other files (5): coffee/ ]0;c , coffee/[/], coffee/[bold], ..." in shown
         and "\x1b" not in shown
-        and "1 classes without images: empty" in shown
+        and "classes without images (1): empty" in shown
     )
 
 
