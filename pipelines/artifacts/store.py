@@ -151,7 +151,7 @@ class ArtifactStore:
         place = self.place(manifest.stage, manifest.key)
         for record in self.missing_files(manifest):
             raise MissingFileError(
-                f"{place}/{record.path} is gone, or cut off, before the artifact was made of it; remove {place} and run again"
+                f"{place}/{record.path} was removed or truncated before the artifact was complete; remove {place} and run again"
             )
 
     def missing_files(self, manifest: Manifest) -> Iterator[FileRecord]:

@@ -57,9 +57,7 @@ def pull(
     committed = [target.read_manifest(manifest.stage, manifest.key) for manifest in manifests]
     for manifest, present in zip(manifests, committed, strict=True):
         if present is not None and present.digest != manifest.digest:
-            raise StorageError(
-                f"{target.uri} already has {short(name_of(manifest))} with other content, as it was made there; pull into another"
-            )
+            raise StorageError(f"{target.uri} already has {short(name_of(manifest))} with other content; pull into another store")
     answers = []
     for manifest, present in zip(manifests, committed, strict=True):
         if present is None:

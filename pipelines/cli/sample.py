@@ -168,7 +168,7 @@ def _sampler(generator: Generator, overrides: list[str]) -> SamplerConfig:
 
 def _parse_box(image: Path | None, box: str | None) -> tuple[int, ...] | None:
     if (image is None) != (box is None):
-        raise click.UsageError("--inpaint and --box need each other: the image, and the part of it to generate")
+        raise click.UsageError("--inpaint and --box must be given together: the image, and the part of it to generate")
     if box is None:
         return None
     if not re.fullmatch(r"\s*\d{1,5}\s*(,\s*\d{1,5}\s*){3}", box):

@@ -126,7 +126,7 @@ def show(verdicts: Sequence[Verdict], capacity: Capacity, console: Console) -> N
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("stage", "workers", "the cluster has now room for"):
+    for column in ("stage", "workers", "the cluster now has room for"):
         table.add_column(column)
     for verdict in verdicts:
         enough = "[green]enough[/]" if verdict.room >= verdict.request.workers.num_workers else "[yellow]enough to start[/]"
@@ -134,6 +134,6 @@ def show(verdicts: Sequence[Verdict], capacity: Capacity, console: Console) -> N
             verdict.request.node, verdict.request.describe(), f"{verdict.room} {enough if verdict.fits else '[red]too little[/]'}"
         )
     console.print(table)
-    console.print(f"\nthe cluster has now {capacity.describe()}", highlight=False)
+    console.print(f"\nthe cluster now has {capacity.describe()}", highlight=False)
     for problem in dict.fromkeys(verdict.problem for verdict in verdicts if verdict.problem):
         console.print(f"[red]![/] {problem}", highlight=False)

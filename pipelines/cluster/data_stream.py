@@ -81,4 +81,4 @@ def stream_records(
         except lost as error:
             if failures == _MAX_FAILURES:
                 raise
-            _log.warning("workers were lost (%s); continuing with %d missing %ss", type(error).__name__, len(missing), id)
+            _log.warning("workers were lost (%s); computing the %d missing %ss again", type(error).__name__, len(missing), id)

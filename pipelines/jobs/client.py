@@ -187,7 +187,7 @@ class Cluster:
             except (RuntimeError, OSError) as error:
                 failures += 1
                 if failures > _RECONNECTS:
-                    raise ClusterError(f"the log of {id} breaks off ({_first_line(error)}); the job itself continues") from error
+                    raise ClusterError(f"the log of {id} was interrupted ({_first_line(error)}); the job continues") from error
             time.sleep(_POLL_SECONDS * 2**failures)
 
     def capacity(self) -> Capacity:

@@ -49,7 +49,7 @@ def refuse_credentials_in(package: CodePackage) -> None:
     """Raises ValueError. Configs are checked as they are written, because a value that an override replaces is sent too."""
     for name, secret in _secrets().items():
         if found := next((file for file, content in package.files.items() if secret.encode() in content), None):
-            raise ValueError(f"{found} holds the value of {name}, and would be sent to the cluster with the code; take it out")
+            raise ValueError(f"{found} holds the value of {name}, and would be sent to the cluster with the code; remove it")
     for place, line in _lines_of_configs(package):
         refuse_credentials(place, line)
 

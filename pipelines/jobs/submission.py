@@ -230,7 +230,7 @@ def _places(run: RunConfig, allow_local_store: bool) -> dict[str, str]:
         raise ValueError(
             f"the store {run.store_uri} is a folder of this machine, which the cluster would not see; "
             "give store=s3://bucket/prefix or the absolute path of a folder that all nodes share, "
-            "or --allow-local-store where the cluster is this machine alone"
+            "or --allow-local-store if the cluster is only this machine"
         )
     return {"workspace": str(Path(run.workspace).absolute()), "store": str(Path(run.store_uri).absolute())}
 

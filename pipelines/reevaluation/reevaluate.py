@@ -183,7 +183,7 @@ def _examine(version: ModelVersion, request: Request, options: Options) -> _Case
         last = model.store.read_manifest(stage, key)
         if last is None and not request.has_config:
             raise ValueError(
-                f"its evaluation {stage}/{key[:12]} is not in {model.store.uri} anymore; give a CONFIG to evaluate it again"
+                f"its evaluation {stage}/{key[:12]} is no longer in {model.store.uri}; give a CONFIG to evaluate it again"
             )
     plan = reevaluation_plan.make_plan(model, last, request)
     planned = driver.plan(plan.nodes, model.store, plan.given)

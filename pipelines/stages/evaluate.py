@@ -241,7 +241,7 @@ def _judged(
 
     samples = inputs["samples"]
     if samples.stage == "images" or SamplesSummary.read(samples).labels == "captions":
-        raise ValueError("evaluate.judge needs samples that were generated here, one class each; leave it out for others")
+        raise ValueError("evaluate.judge needs samples of classes from a model of this project; leave it out for other images")
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
     real = SourceImages(dataset, evaluation_protocol.resolution_of(samples, inputs))

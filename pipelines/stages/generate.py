@@ -219,7 +219,7 @@ def _caption_order(config: GenerateConfig, captions: Manifest, store: ArtifactSt
     index = store.read_input(captions, "dataset")
     if index is None:
         place = f"dataset/{captions.inputs['dataset']['key'][:12]}"
-        raise ValueError(f"{place}, the index of these captions, is not in {store.uri} anymore; make it again")
+        raise ValueError(f"{place}, the index of these captions, is no longer in {store.uri}; make it again")
     first = pq.read_table(store.fetch(index, INDEX), columns=["first_caption"])["first_caption"].to_numpy()
     assert config.seed is not None
     return caption_order(first, num_captions, config.seed)

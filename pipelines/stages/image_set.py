@@ -28,7 +28,7 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
     entries = scan(config, findings)
     resolution, scheme = resolution_of(config, entries), label_scheme(config, entries)
     if scheme == UNKNOWN:
-        note = f"how labels of {one_line(config.name)} were chosen is not known: a table of its own, unless --labels says it"
+        note = f"how {one_line(config.name)} chose labels is not known, so its scores are in a separate table; see --labels"
         context.console.print(f"[yellow]![/] {note}", highlight=False)
     if config.kind == "npz":
         check_images(config, entries, resolution)

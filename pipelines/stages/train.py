@@ -210,7 +210,7 @@ def _wait_for(trainer: TorchTrainer, reporter: Reporter, console: Console) -> An
         num_signals += 1
         if num_signals > 1:
             raise KeyboardInterrupt
-        console.print("saving a checkpoint, then stopping (once more to stop at once)")
+        console.print("saving a checkpoint, then stopping (interrupt again to stop immediately)")
         reporter.request_stop()
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)

@@ -26,7 +26,7 @@ def write_if_absent(target: Path, chunks: Iterable[bytes]) -> bool:
         if error.errno not in _WITHOUT_HARD_LINKS:
             raise
         raise StorageError(
-            f"{target} is on a file system without hard links ({error.strerror}), which give files their names in one step"
+            f"{target} is on a file system without hard links ({error.strerror}), which are needed to write files in one step"
         ) from error
     finally:
         written.unlink()

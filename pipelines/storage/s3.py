@@ -187,7 +187,7 @@ class S3Folder(Folder):
                     if attempt == ATTEMPTS:
                         raise
                 _pause(attempt)
-        raise StorageError(f"{self.uri}/{name} is answered in part only, {ATTEMPTS} times; check the endpoint")
+        raise StorageError(f"{self.uri}/{name} was answered only in part, {ATTEMPTS} times; check the endpoint")
 
     # Writing -----------------------------------------------------------------------------------------------------------------
 

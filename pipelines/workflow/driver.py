@@ -120,7 +120,7 @@ def _clean_up(store: ArtifactStore, committed: Manifest) -> None:
         store.discard_work(committed)
     except (OSError, StorageError) as error:
         place = f"{committed.stage}/{committed.key[:12]}"
-        _log.warning("files of the work on %s are left (%s); a later run or `enat artifacts gc` removes them", place, error)
+        _log.warning("temporary files of %s could not be removed (%s); the next run or `enat artifacts gc` does it", place, error)
 
 
 def _made(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> Manifest:
@@ -180,7 +180,7 @@ def _publish(node: Node, manifest: Manifest, inputs: Mapping[str, Manifest], run
         )
         node.stage.publish(manifest, inputs, context)
     except Exception as error:  # noqa: BLE001 (the artifact exists, which is the purpose of the run)
-        _log.warning("%s is made, but not published (%s)", node.id, _root_cause(error))
+        _log.warning("%s was made, but not published (%s)", node.id, _root_cause(error))
         _log.info("publishing %s failed", node.id, exc_info=True)
 
 

@@ -48,8 +48,6 @@ class DatasetConfig:
         check_choices(self, kind=KINDS)
         if self.kind != "digits" and not self.path:
             raise ValueError(f"path is missing; for kind {self.kind} it must name the folder or bucket of the images")
-        if self.kind == "digits" and self.path:
-            raise ValueError(f"path is {self.path}, but kind digits has no path; set kind to the layout of the files")
         if (self.kind == "coco") != (self.captions is not None):
             raise ValueError("captions (a captions_*.json) requires kind coco and vice versa; give both or neither")
         if self.num_classes is not None and (self.kind not in ("tar", "parquet") or not 0 < self.num_classes <= MAX_LABEL + 1):
@@ -61,6 +59,8 @@ class DatasetConfig:
             check_split(self.split)
             if self.kind in ("digits", "coco"):
                 raise ValueError(f"split does not apply to kind {self.kind}; remove it")
+        if self.kind == "digits" and self.path:
+            raise ValueError(f"path is {self.path}, but kind digits has no path; set kind to the layout of the files")
         if self.kind != "parquet" and (self.label_column, self.caption_column) != ("label", None):
             raise ValueError("label_column and caption_column apply to kind parquet only; remove them")
 

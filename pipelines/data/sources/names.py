@@ -74,7 +74,7 @@ def folder_of_split(folder: Folder, split: str) -> str:
     if len(found) != 1:
         names = ", ".join(found or folder.folders()[:_NAMED]) or "no folders"
         raise ValueError(
-            f"dataset.split is {split}, but {folder.uri} has {len(found)} folders of it ({names}); correct dataset.path"
+            f"dataset.split is {split}, but {folder.uri} has {len(found)} folders of this split ({names}); correct dataset.path"
         )
     return found[0]
 

@@ -115,9 +115,9 @@ def test_a_manifest_is_not_committed_before_its_files(store: ArtifactStore, plac
     record, written = put(b"weights"), []
     monkeypatch.setattr(type(store), "_put_manifest", lambda self, manifest: written.append(manifest))
     advice = f"remove {store.place(STAGE, KEY)} and run again"
-    with pytest.raises(StorageError, match=f"more.bin is gone, or cut off, before the artifact was made of it; {advice}"):
+    with pytest.raises(StorageError, match=f"more.bin was removed or truncated before the artifact was complete; {advice}"):
         store.commit(manifest_of(record, FileRecord("more.bin", "more.bin", 3, "0" * 64)))
-    with pytest.raises(StorageError, match=f"{record.path} is gone, or cut off, .*; {advice}"):
+    with pytest.raises(StorageError, match=f"{record.path} was removed or truncated .*; {advice}"):
         store.commit(manifest_of(replace(record, size=record.size + 1)))
     assert written == [] and store.read_manifest(STAGE, KEY) is None
 
@@ -140,7 +140,7 @@ def test_a_manifest_whose_files_are_removed_during_the_commit_does_not_stay(
     monkeypatch.setattr(type(store), "_put_manifest", overtaken)
     if not may_remove:
         monkeypatch.setattr(type(store), "delete_manifest", refused)
-    with pytest.raises(StorageError, match=rf"{record.path} is gone.*; remove {store.place(STAGE, KEY)} and run again"):
+    with pytest.raises(StorageError, match=rf"{record.path} was removed or truncated.*; remove {store.place(STAGE, KEY)} and run again"):
         store.commit(manifest_of(record))
     assert (store.read_manifest(STAGE, KEY) is None) == may_remove
 

@@ -377,7 +377,7 @@ def test_wrong_weights_are_not_imported(ask: Callable[..., Any], folder: Path, t
         (("enat.safetensors",), f"{folder}/enat.safetensors holds enat, not the weights of vqgan"),
         (("nowhere.pth",), f"tokenizer.weights: {folder}/nowhere.pth is not a file"),
         ((f"sha256:{'ab' * 32}",), "but the store has no artifact made from it; import the file first: enat import --help"),
-        (("right.pth", "--preset", "vqgan-big"), "no VQGAN preset is called 'vqgan-big'"),
+        (("right.pth", "--preset", "vqgan-big"), "preset is 'vqgan-big'; choose one of"),
     ):
         path = arguments[0] if ":" in arguments[0] else folder / arguments[0]
         process = ask("import", "vqgan", "--preset", "vqgan-small", path, *arguments[1:], "--store", tmp_path / "store")

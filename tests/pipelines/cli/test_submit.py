@@ -220,7 +220,7 @@ def test_plan_states_whether_each_stage_fits(nodes: RayNodes, enat_shell: Shell,
     assert not needs["generate"]["fits"] and answer["fits"] is False
     assert [node["CPU"] for node in answer["cluster"]["nodes"]] == [2.0]
     table = enat_shell(*command).out
-    assert "the cluster has now 2 CPUs and 0 GPUs on 1 node" in table and "8 x 1 CPU" in table and "too little" in table
+    assert "the cluster now has 2 CPUs and 0 GPUs on 1 node" in table and "8 x 1 CPU" in table and "too little" in table
 
 
 def test_wrong_and_missing_tokens_are_refused(nodes: RayNodes, make_shell: Callable[..., Shell], tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_files_of_several_splits_are_refused_until_one_is_chosen(kind: str, name
     assert scan(by_pattern) == chosen and by_pattern.identity() == _config(kind, name, split="train").identity()
     assert len(scan(_config(kind, f"{name}/*"))) > 8  # a pattern may ask for all
     absent = "unknown" if kind == "parquet" else "test"
-    with pytest.raises(ValueError, match=rf"dataset\.split is '?{absent}'?"):
+    with pytest.raises(ValueError, match=rf"split is '?{absent}'?"):
         scan(_config(kind, name, split=absent))
 
 
@@ -88,7 +88,7 @@ def test_folder_of_splits_is_not_one_of_classes(tmp_path) -> None:
     chosen = _config("image_folder", "02_folder_root_with_splits", split="val")
     assert scan(chosen) == scan(_config("image_folder", "02_folder_root_with_splits/val")) and len(scan(chosen)) == 2
     assert chosen.identity() == _config("image_folder", "02_folder_root_with_splits/val").identity()
-    with pytest.raises(ValueError, match=r"has 0 folders of it \(ILSVRC2012_devkit_t12, train, val\)"):
+    with pytest.raises(ValueError, match=r"has 0 folders of this split \(ILSVRC2012_devkit_t12, train, val\)"):
         open_source(_config("image_folder", "02_folder_root_with_splits", split="test"))
     write(tmp_path / "one" / "train" / "n1" / "a.jpg", b"1")  # one split beside another folder
     write(tmp_path / "one" / "devkit" / "readme.txt", b"")
@@ -101,7 +101,7 @@ def test_folder_of_splits_is_not_one_of_classes(tmp_path) -> None:
 
 def test_split_that_cannot_apply_is_refused() -> None:
     for kind in ("coco", "digits"):
-        with pytest.raises(ValueError, match=rf"dataset\.split does not apply to kind {kind}"):
+        with pytest.raises(ValueError, match=rf"split does not apply to kind {kind}"):
             DatasetConfig(kind=kind, path="x", captions="x" if kind == "coco" else None, split="train")
 
 

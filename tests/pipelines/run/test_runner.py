@@ -100,7 +100,7 @@ def test_errors_of_publishing_are_logged(client: MlflowClient, uri: str, tmp_pat
     assert "enat.commit" not in whole.data.tags and not client.list_artifacts(whole.info.run_id), "a checkout has no record"
     (log,) = (tmp_path / "runs" / "logs").glob("whole-*.log")
     text = log.read_text()
-    assert "only is made, but not published" in text and "Traceback" in text and 'raise RuntimeError("nobody listens")' in text
+    assert "only was made, but not published" in text and "Traceback" in text and 'raise RuntimeError("nobody listens")' in text
     assert {run.info.status for run in _found(client).values()} == {"FINISHED"}
 
 

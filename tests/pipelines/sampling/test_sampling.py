@@ -417,7 +417,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ),
     (("cc", "--device", "tpu7"), "--device tpu7"),
     (("cc", "--device", "cuda:99"), "--device cuda:99 does not exist"),
-    (("cc", "--inpaint", "{photo}"), "--inpaint and --box need each other"),
+    (("cc", "--inpaint", "{photo}"), "--inpaint and --box must be given together"),
     (("cc", "--inpaint", "{photo}", "--box", "1,2,3"), "--box 1,2,3 is not left,top,right,bottom in pixels"),
     (("cc", "--inpaint", "{photo}", "--box", "0,0,17,4"), "is not left,top,right,bottom within 16 x 16 pixels"),
     (("cc", "--inpaint", "{photo}", "--box", "4,4,4,8"), "is not left,top,right,bottom within 16 x 16 pixels"),

@@ -441,7 +441,7 @@ def test_images_of_another_generator_get_the_scores_of_equal_codes(
     tags = evaluation_protocol.tags_of(manifest, inputs, "evaluate")
     assert tags["enat.model"] == "other-model" and tags["enat.dataset"] == "digits" and tags["enat.samples"] == "images/i"
     assert tags["enat.resolution"] == "16" and not {"enat.parameters", "enat.num_steps", "enat.train_steps"} & set(tags)
-    with pytest.raises(ValueError, match="judge needs samples that were generated here"):
+    with pytest.raises(ValueError, match="judge needs samples of classes"):
         evaluate.run(replace(given, judge="svc"), inputs, make_context(material.store, "evaluate", "o" * 64))
 
 

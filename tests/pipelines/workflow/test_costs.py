@@ -168,10 +168,10 @@ def test_the_guide_names_every_metric_of_cost(digits_run) -> None:
 
 def test_prices_are_checked_and_read_from_a_config() -> None:
     for values, sentence in (
-        ({"device_hour": -1.0}, "prices.device_hour is -1"),
-        ({"worker_hour": math.inf}, "prices.worker_hour is inf"),
-        ({"device_hour": math.nan}, "prices.device_hour is nan"),
-        ({"device_hour": 1.0, "currency": "dollars"}, "prices.currency is 'dollars'"),
+        ({"device_hour": -1.0}, "device_hour is -1"),
+        ({"worker_hour": math.inf}, "worker_hour is inf"),
+        ({"device_hour": math.nan}, "device_hour is nan"),
+        ({"device_hour": 1.0, "currency": "dollars"}, "currency is 'dollars'"),
         ({}, "neither device_hour nor worker_hour"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -227,7 +227,7 @@ def test_publishing_that_fails_is_one_warning_and_the_run_continues(
     nodes = [*_published(counted, publish), Node("third", Stage("append", 1, counted.write), WordConfig(word="c"))]
     with caplog.at_level("WARNING", "pipelines"):
         assert len(driver.execute(nodes, session)) == 3
-    assert [record.getMessage() for record in caplog.records] == ["second is made, but not published (KeyError: 'license')"]
+    assert [record.getMessage() for record in caplog.records] == ["second was made, but not published (KeyError: 'license')"]
 
 
 # Failing -------------------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_cleaning_up_that_fails_is_one_warning_and_is_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(ArtifactStore, "discard_work", refuse)
         done = driver.execute([*counted.nodes(), _third(run)], session)
-    assert "are left (s3://bucket cannot be deleted (AccessDenied)); a later run" in caplog.text
+    assert "could not be removed (s3://bucket cannot be deleted (AccessDenied)); the next run" in caplog.text
     name = name_of(done[-1].manifest)
     assert session.store.read_parts(*name)
     assert driver.execute([*counted.nodes(), _third(run)], session)[-1].is_reused
