@@ -140,7 +140,7 @@ def test_a_manifest_whose_files_are_removed_during_the_commit_does_not_stay(
     monkeypatch.setattr(type(store), "_put_manifest", overtaken)
     if not may_remove:
         monkeypatch.setattr(type(store), "delete_manifest", refused)
-    with pytest.raises(StorageError, match=rf"{record.path} was removed or truncated.*; remove {store.place(STAGE, KEY)} and run again"):
+    with pytest.raises(StorageError, match=rf"{record.path} was removed.*; remove {store.place(STAGE, KEY)} and run again"):
         store.commit(manifest_of(record))
     assert (store.read_manifest(STAGE, KEY) is None) == may_remove
 
