@@ -12,8 +12,10 @@ import logging
 import math
 import os
 import re
+import socket
 import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking.errors import AccessProblem, access_problem
@@ -43,7 +47,9 @@ _ILLEGAL = re.compile(r"[^\w\-. /]")
 _PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks|uc:")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
 _LOCK_ATTEMPTS = 600
+_CLOCK_SECONDS = 10
 _MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
+HOST_TAG, PROCESS_TAG = "enat.host", "enat.process"  # where a run's command runs
 OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; others: a refusal
 
 
@@ -221,7 +227,10 @@ class RunHandle:
 
 
 def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, str], parent: RunHandle | None = None) -> RunHandle:
-    """Start a run, nested if a parent is given. If tracking is off or down, the handle does nothing."""
+    """Start a run, nested if a parent is given. If tracking is off or down, the handle does nothing.
+
+    A run without a parent first marks as FAILED what killed commands of this host left RUNNING in the experiment.
+    """
     is_off = not config.enabled or (parent is not None and (parent.run_id is None or parent._given_up))
     handle = RunHandle(uri, None if is_off else "pending", parent)
 
@@ -230,12 +239,40 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
         if experiment is None:
             create_once(lambda: client.create_experiment(config.experiment, _artifact_location(uri)))
             experiment = client.get_experiment_by_name(config.experiment)
+        if parent is None:
+            _fail_runs_of_killed_commands(client, experiment.experiment_id)
+        own = {HOST_TAG: _this_host(), PROCESS_TAG: _this_process()}
         parents = {"mlflow.parentRunId": parent.run_id} if parent else {}
-        run_id: str = client.create_run(experiment.experiment_id, run_name=name, tags={**tags, **parents}).info.run_id
+        run_id: str = client.create_run(experiment.experiment_id, run_name=name, tags={**tags, **own, **parents}).info.run_id
         return run_id
 
     handle.run_id = handle._do(start)
     return handle
+
+
+def _fail_runs_of_killed_commands(client: Any, experiment: str) -> None:
+    for run in client.search_runs([experiment], f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{_this_host()}'"):
+        if not _is_alive(run.data.tags[PROCESS_TAG]):
+            client.set_terminated(run.info.run_id, "FAILED")
+
+
+def _this_host() -> str:
+    """Machines may share a name, and containers of a machine have processes of their own."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {uuid.getnode():012x} {namespace.readlink() if namespace.is_symlink() else ''}"
+
+
+def _this_process() -> str:
+    return f"{os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def _is_alive(process: str) -> bool:
+    """A later process with the same id was created at another time, which the system's clock tells within seconds."""
+    pid, created = map(int, process.split())
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found = psutil.Process(pid)
+        return abs(found.create_time() - created) < _CLOCK_SECONDS and found.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @contextlib.contextmanager

@@ -161,6 +161,45 @@ def test_the_run_of_a_failed_stage_is_marked_as_failed(
 # Odd values ----------------------------------------------------------------------------------------------------------------
 
 
+_COMMAND = """
+import os, signal, sys
+from pipelines.tracking import run
+config = run.TrackingConfig(experiment="killed")
+parent = run.start_run(sys.argv[1], config, sys.argv[2], {})
+run.start_run(sys.argv[1], config, f"{sys.argv[2]} stage", {}, parent)
+print("started", flush=True)
+sys.stdin.read()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_runs_of_a_killed_command_are_marked_as_failed_by_the_next_one(uri: str, client: MlflowClient) -> None:
+    """Those of commands that are alive, of other hosts and of other programs are not changed."""
+
+    def begin(name: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, "-c", _COMMAND, uri, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"started\n"
+        return process
+
+    killed, alive = begin("killed"), begin("alive")
+    killed.communicate()
+    experiment = client.get_experiment_by_name("killed").experiment_id
+    (theirs,) = client.search_runs([experiment], "run_name = 'killed'")
+    away = {tracking.HOST_TAG: "another host", tracking.PROCESS_TAG: theirs.data.tags[tracking.PROCESS_TAG]}
+    client.create_run(experiment, run_name="another host", tags=away)
+    client.create_run(experiment, run_name="another program")
+    try:
+        tracking.start_run(uri, TrackingConfig(experiment="killed"), "next", {}).finish()
+        statuses = {run.info.run_name: run.info.status for run in client.search_runs([experiment])}
+    finally:
+        alive.communicate()
+    assert statuses == {
+        **dict.fromkeys(("killed", "killed stage"), "FAILED"),
+        **dict.fromkeys(("alive", "alive stage", "another host", "another program"), "RUNNING"),
+        "next": "FINISHED",
+    }
+
+
 def test_any_name_and_value_is_recorded_except_numbers_that_are_not_finite(client: MlflowClient, handle: RunHandle) -> None:
     """MLflow refuses some characters in names, and more than 100 parameters at once. Another process may use the handle."""
     names = ["gradient@norm[0]", "α/β", "50%", "a:b", "with space", "final/class_agreement"]
