@@ -31,7 +31,13 @@ _DEFAULT_IMAGES = 16
 )
 @click.option("--text-encoder", help="The CLIP text model of --caption: a folder, s3:// or hf://owner/name.")
 @click.option("-n", "--num-images", type=click.IntRange(1, 1_000_000), help="[default: the number of labels or captions, or 16]")
-@click.option("--seed", default=0, show_default=True, help="Sample i has the same seed as in stage generate.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**63 - 1),
+    help="Sample i has the same seed as in stage generate.",
+)
 @click.option("--inpaint", type=click.Path(path_type=Path), metavar="IMAGE", help="Generate a part of this image again.")
 @click.option(
     "--box", metavar="LEFT,TOP,RIGHT,BOTTOM", help="The part for --inpaint, in pixels of the centre crop at the model's resolution."

@@ -79,7 +79,9 @@ def parse_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) -
         several = re.fullmatch(r"(\d{1,9})\s*-\s*(\d{1,9})", wanted)
         if several:
             first, last = int(several[1]), int(several[2])
-            _check_label(last if first <= last else -1, num_classes, item)
+            if first > last:
+                raise ValueError(f"--labels has {item}, a range that ends before it begins; write {last}-{first}")
+            _check_label(last, num_classes, item)
             found = list(range(first, last + 1))
         else:
             found = [_label(wanted, num_classes, class_names)]

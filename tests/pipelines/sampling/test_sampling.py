@@ -396,6 +396,8 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("cc", "dd"), "give one MODEL, not cc and dd"),
     (("cc", "--labels", "5"), "--labels has 5, but the classes of this model are 0 to 4"),
     (("cc", "--labels", "3-7"), "--labels has 3-7, but the classes of this model are 0 to 4"),
+    (("cc", "--labels", "4-3"), "--labels has 4-3, a range that ends before it begins; write 3-4"),
+    (("cc", "--seed", "-1"), "-1 is not in the range"),
     (("cc", "--labels", "goldfish"), "--labels has 'goldfish', which is not a class of this model"),
     (("cc", "--labels", "crane"), "the name of several classes: 2, 3"),
     (("cc", "--labels", ","), "--labels is empty"),
