@@ -113,7 +113,7 @@ def make_samples(start: int, count: int, captions: bool = False) -> Samples:
 def test_codes_beyond_16_bits_are_refused_and_not_wrapped(tmp_path):
     part = make_samples(0, 3)
     part.codes[1, 2] = 65_536
-    with pytest.raises(ValueError, match="16 bits per code"):
+    with pytest.raises(ValueError, match="a code is stored in 16 bits"):
         write_samples(tmp_path / "part", part)
     assert not (tmp_path / "part").exists()
 

@@ -262,7 +262,8 @@ def test_workers_fit_node_by_node_with_all_their_resources() -> None:
 
 @given(st.lists(st.integers(0, 12), max_size=5), st.integers(1, 4), st.integers(1, 5))
 def test_room_is_what_placing_one_worker_after_another_finds(nodes: list[int], each: int, parts: int) -> None:
-    """cpus_per_worker is a fraction, each / parts."""
+    """cpus_per_worker is a fraction, each / parts, or a whole number."""
+    parts = parts if each < parts else 1
     placed, free = 0, [node * parts for node in nodes]
     while any(room >= each for room in free):
         free[next(index for index, room in enumerate(free) if room >= each)] -= each
