@@ -16,7 +16,7 @@ from pipelines.storage.s3 import S3Folder
 from pipelines.storage.s3_client import S3Config
 
 # A test must not reach a real bucket or find other credentials.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test-key",
     "AWS_SECRET_ACCESS_KEY": "test-secret",
     "AWS_DEFAULT_REGION": "us-east-1",
@@ -116,9 +116,9 @@ class _Application:
             return [*self.moto(environ, start_response)]
 
 
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[S3Endpoint]:
-    """The environment names the endpoint, too: open_store("s3://...") finds it, here and in started processes."""
+@contextmanager
+def serve() -> Iterator[S3Endpoint]:
+    """An endpoint in threads of this process."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
@@ -132,14 +132,20 @@ def s3_endpoint() -> Iterator[S3Endpoint]:
     endpoint.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in _FORBIDDEN:
-            patch.delenv(name, raising=False)
-        for name, value in {**_ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint.url}.items():
-            patch.setenv(name, value)
-        yield endpoint
+    yield endpoint
     server.shutdown()
     thread.join()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[S3Endpoint]:
+    """The environment names the endpoint, too: open_store("s3://...") finds it, here and in started processes."""
+    with serve() as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name in _FORBIDDEN:
+            patch.delenv(name, raising=False)
+        for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint.url}.items():
+            patch.setenv(name, value)
+        yield endpoint
 
 
 _numbers = count()
