@@ -136,6 +136,19 @@ def sealed(fields: Mapping[str, Any]) -> bytes:
     return canonical_json({**fields, _CHECKSUM: digest_of(fields)})
 
 
+def read_part(content: bytes) -> dict[str, Any] | None:
+    """Parse the record of a part; None if it is damaged, or names a file that is not one of its artifact's folder."""
+    record = read_sealed(content)
+    try:
+        for file in (record or {}).get("file"), (record or {}).get("tensors"), (record or {}).get("state"):
+            if file is not None:
+                _check_file(file)
+                FileRecord(**file)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return record
+
+
 def read_sealed(content: bytes) -> dict[str, Any] | None:
     """Parse what sealed() made; None if it is damaged."""
     try:
@@ -201,12 +214,10 @@ def _check(fields: Any, stage: str, key: str) -> None:
     if described != (stage, key):
         raise ValueError(f"it describes {described[0]}/{described[1]}")
     for file in (*fields["files"], *fields["records"]):
+        _check_file(file)
         for place in (file["name"], file["path"]):
-            if not is_inside(place) or place.split("/")[0] in _RESERVED:
+            if place.split("/")[0] in _RESERVED:
                 raise ValueError(f"it lists a file called {place!r}")
-        size = file["size"]
-        if not isinstance(size, int) or size < 0 or not isinstance(file["sha256"], str) or not _SHA256.fullmatch(file["sha256"]):
-            raise ValueError(f"size or sha256 of {file['name']} is not valid")
     for name, source in fields["inputs"].items():
         if not is_artifact(source["stage"], source["key"]) or not isinstance(source["digest"], str):
             raise ValueError(f"its input {name} is not an artifact")
@@ -216,6 +227,16 @@ def _check(fields: Any, stage: str, key: str) -> None:
     for name, value in fields["metrics"].items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"its metric {name} is not a number")
+
+
+def _check_file(file: Any) -> None:
+    """Raise ValueError if the fields of a FileRecord are not valid, or lead out of the artifact's folder."""
+    for place in (file["name"], file["path"]):
+        if not is_inside(place):
+            raise ValueError(f"it lists a file called {place!r}")
+    size = file["size"]
+    if not isinstance(size, int) or size < 0 or not isinstance(file["sha256"], str) or not _SHA256.fullmatch(file["sha256"]):
+        raise ValueError(f"size or sha256 of {file['name']} is not valid")
 
 
 def _inputs_of(fields: Any) -> Iterator[Name]:

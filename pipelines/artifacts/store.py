@@ -33,6 +33,7 @@ from pipelines.artifacts.manifest import (
     is_stage,
     name_of_path,
     paths_of,
+    read_part,
     read_sealed,
     sealed,
 )
@@ -222,7 +223,7 @@ class ArtifactStore:
         for name, content in zip(names, in_parallel(self.folder.read_if_exists, names), strict=True):
             if content is None:
                 continue  # discarded since it was listed
-            if (record := read_sealed(content)) is None:
+            if (record := read_part(content)) is None:
                 _log.warning("the record %s/%s is damaged; its part is made again", self.uri, name)
                 self.folder.delete([name])  # else the part could not be recorded again
             else:

@@ -43,6 +43,8 @@ class LocalFolder(Folder):
             return sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in os.scandir(self.root / prefix))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise StorageError(f"{self.root / prefix} cannot be read ({error.strerror})") from error
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         with self._explained(name), (self.root / name).open("rb") as file:

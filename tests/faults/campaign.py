@@ -9,7 +9,6 @@ fault is a function `(laboratory, random generator) -> outcomes` and a line in K
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -91,9 +90,13 @@ class Journal:
 @click.option("--inputs", "num_inputs", default=0, help="Hostile inputs.")
 @click.option("--minutes", default=float("inf"), help="No case begins later.")
 @click.option("--only", multiple=True, type=click.Choice([*KINDS]), help="Only this kind. Repeatable.")
-@click.option("--folder", default="runs/faults", type=click.Path(path_type=Path), help="Laboratory and journal. Cases in it are not repeated.")
+@click.option(
+    "--folder", default="runs/faults", type=click.Path(path_type=Path), help="Laboratory and journal. Cases in it are not repeated."
+)
 @click.option("--table", type=click.Path(path_type=Path), help="Also write the table to this file, as Markdown.")
-def main(seed: str, faults: int, flips: int, num_inputs: int, minutes: float, only: tuple[str, ...], folder: Path, table: Path | None) -> None:
+def main(
+    seed: str, faults: int, flips: int, num_inputs: int, minutes: float, only: tuple[str, ...], folder: Path, table: Path | None
+) -> None:
     """Exit code 1 if a result was silently wrong, or if something was lost, done twice, hung, or ended in a traceback."""
     folder, deadline = folder.absolute(), time.monotonic() + 60 * minutes
     lab = Laboratory(folder)
@@ -117,7 +120,9 @@ def main(seed: str, faults: int, flips: int, num_inputs: int, minutes: float, on
                     for each in outcomes:
                         if each.verdict in BAD or each.is_rough:
                             name = each.verdict if each.verdict in BAD else "traceback"
-                            progress.console.print(f"{name}: {kind} {number}, {each.what}: {each.note} {each.log}", markup=False, highlight=False)
+                            progress.console.print(
+                                f"{name}: {kind} {number}, {each.what}: {each.note} {each.log}", markup=False, highlight=False
+                            )
     finally:
         lab.close()
     rows = {kind: row for kind in KINDS if (row := summary(journal.of(kind)))}
@@ -136,15 +141,19 @@ def summary(outcomes: list[Outcome]) -> dict[str, str]:
     counts = Counter(each.verdict for each in outcomes)
     seconds = sorted(each.seconds for each in outcomes if each.seconds is not None)
     spread = quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else [*seconds] * 19
-    return {} if not outcomes else {
-        "tried": str(len(outcomes)),
-        "detected": str(counts["detected"] + counts["refused"]),
-        "harmless": str(counts["harmless"] + counts["accepted"]),
-        **{name: str(counts[name]) for name in BAD},
-        "traceback": str(sum(each.is_rough for each in outcomes)),
-        "p50": f"{spread[9]:.1f} s" if seconds else "",
-        "p95": f"{spread[18]:.1f} s" if seconds else "",
-    }
+    return (
+        {}
+        if not outcomes
+        else {
+            "tried": str(len(outcomes)),
+            "detected": str(counts["detected"] + counts["refused"]),
+            "harmless": str(counts["harmless"] + counts["accepted"]),
+            **{name: str(counts[name]) for name in BAD},
+            "traceback": str(sum(each.is_rough for each in outcomes)),
+            "p50": f"{spread[9]:.1f} s" if seconds else "",
+            "p95": f"{spread[18]:.1f} s" if seconds else "",
+        }
+    )
 
 
 def show(rows: dict[str, dict[str, str]]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from oracle import Laboratory, Outcome
 
-from pipelines.artifacts.manifest import DamagedFileError, DamagedManifestError
+from pipelines.artifacts.manifest import DamagedFileError, DamagedManifestError, read_sealed
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.artifacts.verification import verify
@@ -73,10 +73,10 @@ def finished(lab: Laboratory) -> dict[str, Callable[[], Opened]]:
         for record in (*manifest.files, *manifest.records):
             kind = f"{manifest.stage}/{record.name.partition('-0')[0]}"
             found[kind] = _reader(folder / record.path, lambda path, before, m=manifest, r=record: _read_file(store, m, r))
-        found[f"{manifest.stage}/manifest"] = _reader(folder / "manifest.json", lambda path, before, m=manifest: _read_manifest(store, m))
-        found[f"{manifest.stage}/.used"] = _reader(
-            folder / ".used", lambda path, before, m=manifest, now=store.recorded_inputs(manifest.stage, manifest.key): _read_use(store, m, now)
+        found[f"{manifest.stage}/manifest"] = _reader(
+            folder / "manifest.json", lambda path, before, m=manifest: _read_manifest(store, m)
         )
+        found[f"{manifest.stage}/.used"] = _reader(folder / ".used", lambda path, before, m=manifest: _read_use(store, m, before))
     return found
 
 
@@ -106,9 +106,10 @@ def _read_manifest(store: ArtifactStore, manifest: Any) -> tuple[str]:
         return ("detected",)
 
 
-def _read_use(store: ArtifactStore, manifest: Any, before: Any) -> tuple[str]:
-    now = store.recorded_inputs(manifest.stage, manifest.key)
-    return ("detected" if now is None else "harmless" if now == before else "silent",)
+def _read_use(store: ArtifactStore, manifest: Any, before: bytes) -> tuple[str]:
+    now, expected = store.recorded_inputs(manifest.stage, manifest.key), read_sealed(before)
+    assert expected is not None
+    return ("detected" if now is None else "harmless" if [*map(list, now)] == expected["inputs"] else "silent",)
 
 
 # Unfinished stages ---------------------------------------------------------------------------------------------------------
@@ -120,9 +121,13 @@ def unfinished(lab: Laboratory) -> dict[str, Callable[[], Opened]]:
     for stage, store in lab.unfinished.items():
         files = [path for path in (store / stage).rglob("*") if path.is_file() and path.name != ".used"]
         for kind, is_of in {"record": ".parts", "state": "state.json", "tensors": ".work", "part": "part-"}.items():
-            names = [path.relative_to(store) for path in files if is_of in str(path.relative_to(store / stage)) and _kind(path) == kind]
+            names = [
+                path.relative_to(store) for path in files if is_of in str(path.relative_to(store / stage)) and _kind(path) == kind
+            ]
             if names:
-                found[f"unfinished {stage}/{kind}"] = lambda stage=stage, store=store, names=names: _unfinished(lab, stage, store, names)
+                found[f"unfinished {stage}/{kind}"] = lambda stage=stage, store=store, names=names: _unfinished(
+                    lab, stage, store, names
+                )
     return found
 
 
@@ -155,7 +160,11 @@ def _unfinished(lab: Laboratory, stage: str, store: Path, names: list[Path]) -> 
                 if any(parts[name] != recorded[name] for name in parts):
                     return ("silent",)
                 files = [record["file"]["path"] for record in parts.values() if record.get("file")]
-        originals = {path.relative_to(store / stage / key).as_posix(): file_digest(path) for path in (store / stage / key).rglob("*") if path.is_file()}
+        originals = {
+            path.relative_to(store / stage / key).as_posix(): file_digest(path)
+            for path in (store / stage / key).rglob("*")
+            if path.is_file()
+        }
         if any(file_digest(folder / stage / key / each) != originals[each] for each in files):
             return ("silent",)
         return ("detected" if told else "harmless",)

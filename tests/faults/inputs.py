@@ -44,10 +44,47 @@ from pipelines.storage.base import digest_of
 Act = Callable[[], object]
 _SECONDS = 30
 _LONGEST = 1500  # characters of a clear sentence
-_OUT = (*("../" * depth + "outside/x" for depth in range(2, 7)), "/tmp/../{outside}/x", "{outside}/x", "..", "a/../../../outside/x", "..\\..\\outside\\x", "x\0y", ".")
+_OUT = (
+    *("../" * depth + "outside/x" for depth in range(2, 7)),
+    "/tmp/../{outside}/x",
+    "{outside}/x",
+    "..",
+    "a/../../../outside/x",
+    "..\\..\\outside\\x",
+    "x\0y",
+    ".",
+)
 _VALUES: tuple[Any, ...] = (*_OUT, "$(touch {canary})", "`touch {canary}`", "${{oc.env:HOME}}", "${{oc.env:AWS_SECRET_ACCESS_KEY}}")
-_VALUES += ("\x1b[2J\x1b]0;x\a", "<script>x</script>", "é" * 300, "", " ", None, True, -1, 0, 2**63, 2**200, 1e308, float("nan"), float("inf"), [], {}, [[]])
-_VALUES += ({"a": {"b": 1}}, [None] * 50, "1e5", "nan", "s3://", "s3://u:p@b/k", "hf://../x", "file:///etc/passwd", "http://127.0.0.1:1/")
+_VALUES += (
+    "\x1b[2J\x1b]0;x\a",
+    "<script>x</script>",
+    "é" * 300,
+    "",
+    " ",
+    None,
+    True,
+    -1,
+    0,
+    2**63,
+    2**200,
+    1e308,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    [[]],
+)
+_VALUES += (
+    {"a": {"b": 1}},
+    [None] * 50,
+    "1e5",
+    "nan",
+    "s3://",
+    "s3://u:p@b/k",
+    "hf://../x",
+    "file:///etc/passwd",
+    "http://127.0.0.1:1/",
+)
 
 
 def inputs(lab: Laboratory, rng: random.Random) -> list[Outcome]:
@@ -170,14 +207,20 @@ def _payload(given: _Filled) -> tuple[str, Any]:
 
 def _config(given: _Filled, folder: Path) -> tuple[str, Act]:
     values = {
-        "name": "x", "seed": 1, "workspace": str(folder / "runs"), "store": str(folder / "store"), "targets": ["token_map"],
-        "s3": {"endpoint_url": "http://127.0.0.1:1", "region": "r"}, "dataset": {"kind": "digits", "name": "d", "path": None},
-        "tokenizer": {"preset": "vqgan-small", "codebook_size": 32, "weights": None, "channel_multipliers": [1, 2], "recipe": {"num_steps": 3}},
-        "token_map": {"shard_size": 4, "execution": {"num_workers": 1}}, "reference": {"num_epochs": 1}, "reconstruction": {"num_images": 4},
-        "train": {"model": {"embed_dim": 32, "num_heads": 2}, "num_steps": 2, "batch_size": 4, "execution": {"checkpoint_every": 1}},
-        "generate": {"num_samples": 8, "labels": [1], "sampler": {"num_steps": 2}}, "evaluate": {}, "variants": {"v": {"train": {"num_steps": 0}}},
-        "tracking": {"uri": "http://127.0.0.1:1", "model_alias": "newest"}, "buckets": {"b": {"anonymous": True}}, "base": "other.yaml",
-    }  # fmt: skip
+        **{"name": "x", "seed": 1, "workspace": str(folder / "runs"), "store": str(folder / "store"), "targets": ["token_map"]},
+        "s3": {"endpoint_url": "http://127.0.0.1:1", "region": "r"},
+        "buckets": {"b": {"anonymous": True}},
+        "dataset": {"kind": "digits", "name": "d", "path": None},
+        "tokenizer": {"codebook_size": 32, "weights": None, "channel_multipliers": [1, 2], "recipe": {"num_steps": 3}},
+        "token_map": {"shard_size": 4, "execution": {"num_workers": 1}},
+        "reference": {"num_epochs": 1},
+        "reconstruction": {"num_images": 4},
+        "train": {"model": {"embed_dim": 32, "num_heads": 2}, "num_steps": 2, "execution": {"checkpoint_every": 1}},
+        "generate": {"num_samples": 8, "labels": [1], "sampler": {"num_steps": 2}},
+        "variants": {"v": {"train": {"num_steps": 0}}},
+        "tracking": {"uri": "http://127.0.0.1:1", "model_alias": "newest"},
+        "base": "other.yaml",
+    }
     (folder / "other.yaml").write_text("{}")
     what, tree = given.put(values)
     path = folder / "c.yaml"
@@ -192,7 +235,8 @@ def _yaml(given: _Filled, folder: Path) -> tuple[str, Act]:
             f"name: !!python/object/apply:os.system ['touch {canary}']",
             f"name: !!python/object/new:os.system ['touch {canary}']",
             "name: !!python/name:os.system",
-            "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}' if i else '*a'] * 8)}]\n" for i in range(8)),
+            "a: &a [x,x,x,x,x,x,x,x]\n"
+            + "".join(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}' if i else '*a'] * 8)}]\n" for i in range(8)),
             "name: [" * 5000,
             "{" * 3000,
             "name: x\nname: y",
@@ -217,7 +261,21 @@ def _yaml(given: _Filled, folder: Path) -> tuple[str, Act]:
 
 
 def _override(given: _Filled, folder: Path) -> tuple[str, Act]:
-    key = given.rng.choice(("name", "dataset.path", "train.model", "store", "tokenizer.weights", "variants.v", "seed", "train..x", "", "__class__", "train.execution"))
+    key = given.rng.choice(
+        (
+            "name",
+            "dataset.path",
+            "train.model",
+            "store",
+            "tokenizer.weights",
+            "variants.v",
+            "seed",
+            "train..x",
+            "",
+            "__class__",
+            "train.execution",
+        )
+    )
     text = f"{key}={given.value()}"
     return text[:60], lambda: graph.build(run_config.load_run(None, ["name=x", f"workspace={folder}", text]))
 
@@ -260,7 +318,11 @@ def _record(given: _Filled, folder: Path) -> tuple[str, Act]:
     store, fields = _stored(given, folder)
     key, kind = fields["key"], given.rng.choice(("part", "use", "checkpoint"))
     file = {"name": "part-0.parquet", "path": "part-0.parquet", "size": 3, "sha256": "0" * 64}
-    records: dict[str, dict[str, Any]] = {"part": {"file": file, "rows": 3, "part": 0}, "use": {"inputs": [["train", key]]}, "checkpoint": {"tensors": file, "state": file}}
+    records: dict[str, dict[str, Any]] = {
+        "part": {"file": file, "rows": 3, "part": 0},
+        "use": {"inputs": [["train", key]]},
+        "checkpoint": {"tensors": file, "state": file},
+    }
     what, tree = given.put(records[kind])
     names = {"part": ".parts/part-0.json", "use": ".used", "checkpoint": ".parts/checkpoint-00000002-abc-00000-of-00001.json"}
     path = Path(store.place("train", key)) / names[kind]
@@ -291,7 +353,10 @@ def _image(given: _Filled, folder: Path) -> tuple[str, Act]:
 
 def _weights(given: _Filled, folder: Path) -> tuple[str, Act]:
     what, payload = _payload(given)
-    path, content = folder / given.rng.choice(("x.ckpt", "x.pth", "x.safetensors", "x.bin")), given.rng.choice((payload, {"state_dict": payload}, [payload], {"a": 1, "model": {"w": payload}}))
+    path, content = (
+        folder / given.rng.choice(("x.ckpt", "x.pth", "x.safetensors", "x.bin")),
+        given.rng.choice((payload, {"state_dict": payload}, [payload], {"a": 1, "model": {"w": payload}})),
+    )
     buffer = io.BytesIO()
     if given.rng.random() < 0.5:
         pickle.dump(content, buffer, protocol=given.rng.choice((0, 2, 4)))
@@ -312,7 +377,12 @@ def _tensors(given: _Filled, folder: Path, lab: Laboratory | None = None) -> tup
 
     path = folder / "x.safetensors"
     torch.manual_seed(0)
-    save_weights(path, ENAT(ENATConfig(encoder_layers=1, decoder_layers=1, embed_dim=16, num_heads=2, grid_size=2, codebook_size=8, num_classes=2)))
+    save_weights(
+        path,
+        ENAT(
+            ENATConfig(encoder_layers=1, decoder_layers=1, embed_dim=16, num_heads=2, grid_size=2, codebook_size=8, num_classes=2)
+        ),
+    )
     data = path.read_bytes()
     if given.rng.random() < 0.5:
         what, data = given.damage(data[: given.rng.choice((400, len(data)))])
@@ -382,11 +452,26 @@ def _parquet(given: _Filled, folder: Path) -> tuple[str, Act]:
     import pyarrow.parquet as pq
 
     good, rng = corpus()[0].data, given.rng
-    images: Any = rng.choice(([{"bytes": good, "path": str(given.value(_OUT))}], [{"bytes": None, "path": "/etc/passwd"}], [good], [1], ["x"], [[good]], [None]))
+    images: Any = rng.choice(
+        (
+            [{"bytes": good, "path": str(given.value(_OUT))}],
+            [{"bytes": None, "path": "/etc/passwd"}],
+            [good],
+            [1],
+            ["x"],
+            [[good]],
+            [None],
+        )
+    )
     labels = rng.choice(([0], [-1], [2**40], ["a"], [None], [1.5]))
-    features = {"image": {"_type": "Image"}, "label": {"names": rng.choice((["a"], None, 3, [given.value()])), "_type": "ClassLabel"}}
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": rng.choice((["a"], None, 3, [given.value()])), "_type": "ClassLabel"},
+    }
     table = pa.table({rng.choice(("image", "img", "")): images, "label": labels})
-    table = table.replace_schema_metadata({"huggingface": rng.choice((json.dumps({"info": {"features": features}}), "{", "[]", "null"))})
+    table = table.replace_schema_metadata(
+        {"huggingface": rng.choice((json.dumps({"info": {"features": features}}), "{", "[]", "null"))}
+    )
     path = folder / "x.parquet"
     pq.write_table(table, path)
     what = "whole"
@@ -399,7 +484,11 @@ def _parquet(given: _Filled, folder: Path) -> tuple[str, Act]:
 def _coco(given: _Filled, folder: Path) -> tuple[str, Act]:
     (folder / "images").mkdir()
     (folder / "images" / "a.jpg").write_bytes(corpus()[0].data)
-    tree = {"info": {}, "images": [{"id": 1, "file_name": "a.jpg", "height": 1}], "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]}
+    tree = {
+        "info": {},
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 1}],
+        "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}],
+    }
     what, tree = given.put(tree)
     text = json.dumps(tree)
     if given.rng.random() < 0.2:

@@ -34,7 +34,11 @@ def network(lab: Laboratory, rng: random.Random) -> list[Outcome]:
         store = open_store(f"s3://bucket-{next(_numbers)}/store", S3Config(endpoint_url=endpoint.url, path_style=True))
         fill(endpoint, lab, store, stage)
         shutil.rmtree(lab.folder / "cache", ignore_errors=True)
-        arguments = [*lab.run_of(lab.folder / "work", stage), f"store={store.uri}", f"s3={{endpoint_url: '{faults.url}', path_style: true}}"]
+        arguments = [
+            *lab.run_of(lab.folder / "work", stage),
+            f"store={store.uri}",
+            f"s3={{endpoint_url: '{faults.url}', path_style: true}}",
+        ]
         faults.left, texts, code = rng.randint(3, 8), "", None
         for _ in range(_ATTEMPTS):
             command = lab.start(*arguments, cluster=lab.cluster)
@@ -63,7 +67,12 @@ def fill(endpoint: S3Endpoint, lab: Laboratory, store: Any, stage: str) -> None:
     """All that comes before a stage, without HTTP."""
     endpoint.boto.create_bucket(Bucket=store.uri.split("/")[2])
     before = STAGES[: STAGES.index(stage)]
-    contents = {p.relative_to(lab.oracle).as_posix(): p.read_bytes() for name in before for p in (lab.oracle / name).rglob("*") if p.is_file()}
+    contents = {
+        p.relative_to(lab.oracle).as_posix(): p.read_bytes()
+        for name in before
+        for p in (lab.oracle / name).rglob("*")
+        if p.is_file()
+    }
     endpoint.fill(store.folder, contents)
 
 
@@ -113,7 +122,7 @@ def proxy(endpoint: S3Endpoint, rng: random.Random) -> Iterator[Faults]:
                     body[len(body) // 2] ^= 1
                 self.forward(bytes(body), fault)
 
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer  # noqa: N815 (named by http.server)
 
         def is_checked(self) -> bool:
             return any(name.lower().startswith(("x-amz-checksum", "x-amz-trailer", "content-md5")) for name in self.headers)
@@ -126,7 +135,10 @@ def proxy(endpoint: S3Endpoint, rng: random.Random) -> Iterator[Faults]:
             connection = http.client.HTTPConnection(endpoint.url.removeprefix("http://"), timeout=60)
             connection.request(self.command, self.path, body, dict(self.headers))
             given = connection.getresponse()
-            content, headers = bytearray(given.read()), {k: v for k, v in given.getheaders() if k.lower() not in ("transfer-encoding", "connection")}
+            content, headers = (
+                bytearray(given.read()),
+                {k: v for k, v in given.getheaders() if k.lower() not in ("transfer-encoding", "connection")},
+            )
             connection.close()
             headers["Content-Length"] = headers.get("Content-Length", str(len(content)))
             if fault == "flip" and content:

@@ -33,7 +33,14 @@ TIMES = ("seconds", "per_second", "memory", "num_workers", "num_restarts", "devi
 STAGES = ("dataset", "tokenizer", "token_map", "reference", "reconstruction", "train", "generate", "evaluate", "report")
 HUNG_SECONDS = 240.0  # the longest stage takes 15 on two idle cores
 _FORKS = multiprocessing.get_context("forkserver")
-_IMPORTED = ["pipelines.cli.main", "pipelines.cli.run", "pipelines.run.runner", "pipelines.training.loop", "ray.train.torch", "ray.data"]
+_IMPORTED = [
+    "pipelines.cli.main",
+    "pipelines.cli.run",
+    "pipelines.run.runner",
+    "pipelines.training.loop",
+    "ray.train.torch",
+    "ray.data",
+]
 
 
 @dataclass
@@ -131,7 +138,7 @@ class Laboratory:
 
     @property
     def cluster(self) -> str:
-        """Address of a Ray of this laboratory, for commands whose faults do not touch Ray. It is started when it is first needed."""
+        """Address of a Ray of this laboratory, for commands whose faults do not touch Ray. It starts when it is needed."""
         if self._cluster is not None and self._cluster.exitcode is None:
             with contextlib.suppress(psutil.Error, FileNotFoundError):
                 alive = {child.name() for child in psutil.Process(self._cluster.pid).children(recursive=True)}
@@ -170,7 +177,10 @@ class Laboratory:
             assert command.wait() == 0, command.text
             lines = [tuple(json.loads(line)) for line in seen.read_text().splitlines()]
             own = Counter(line for line in lines if line[2].partition("/")[0] == stage)
-            found[stage] = {"seconds": time.monotonic() - started, "points": [[*point, count] for point, count in sorted(own.items())]}
+            found[stage] = {
+                "seconds": time.monotonic() - started,
+                "points": [[*point, count] for point, count in sorted(own.items())],
+            }
         self.fault.unlink()
         for stage in STAGES:
             if records := [point[1:3] for point in found[stage]["points"] if "/.parts/" in point[2] and point[1] == "link"]:
@@ -251,7 +261,7 @@ def environment(lab: Laboratory) -> dict[str, str]:
 
 def _enat(arguments: list[str], log: str, variables: dict[str, str]) -> None:
     """The command, as its script runs it."""
-    with open(log, "w") as file:
+    with Path(log).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.setsid()
@@ -331,7 +341,9 @@ def differences(store: Any, oracle: Path, stages: Iterable[str]) -> list[str]:
             continue
         for key, manifest in expected.items():
             if manifest is not None and manifest is not True:
-                found += [f"{stage}: {name}" for name, value in facts(manifest, theirs).items() if facts(got[key], mine)[name] != value]
+                found += [
+                    f"{stage}: {name}" for name, value in facts(manifest, theirs).items() if facts(got[key], mine)[name] != value
+                ]
     for verdict in verify(mine, mine.read_manifests()):
         found += [f"{verdict.stage}: {problem}" for problem in verdict.problems]
     return found
@@ -339,7 +351,9 @@ def differences(store: Any, oracle: Path, stages: Iterable[str]) -> list[str]:
 
 def facts(manifest: Any, store: Any) -> dict[str, Any]:
     """All that a manifest states but times."""
-    history = [json.loads(store.fetch(manifest, record.name).read_text()) for record in manifest.records if record.name == "history.json"]
+    history = [
+        json.loads(store.fetch(manifest, record.name).read_text()) for record in manifest.records if record.name == "history.json"
+    ]
     return {
         "digest": manifest.digest,
         "inputs": {name: source["digest"] for name, source in manifest.inputs.items()},

@@ -59,7 +59,7 @@ def signals(lab: Laboratory, rng: random.Random) -> list[Outcome]:
 
 def ray(lab: Laboratory, rng: random.Random) -> list[Outcome]:
     """The raylet, the GCS and the agents of a Ray that the command itself started."""
-    stage = rng.choice(_LONG + ("reference", "evaluate"))
+    stage = rng.choice((*_LONG, "reference", "evaluate"))
     return chain(lab, stage, [at_moment(lab, rng, stage, rng.choice([*_RAY])) for _ in range(rng.randint(1, 2))], lambda: None)
 
 
@@ -225,4 +225,3 @@ def _lost_rows(store: Path, rows: list[dict[str, Any]]) -> str:
     (history,) = (store / "train").rglob("history.json")
     made = json.loads(history.read_text())[: len(rows)]
     return "" if made == rows else f"{len(rows)} rows of a checkpoint were trained again"
-

@@ -1,10 +1,13 @@
 """Faults at the commit points of a process: Python imports this module at its start if this folder is on PYTHONPATH.
 
-A commit point is a call that makes or removes a name in the file system, or puts a file on the disk. The file that ENAT_FAULT names asks for what happens
-there, as JSON: {"call": "link", "target": "train/manifest.json", "when": "before", "skip": 0, "act": "KILL"}. `act`: a signal that
-this process sends itself, or an error of the disk that the call raises. It happens once; afterwards <file>.struck holds the process
-id. With {"record": true} every point is appended to <file>.seen instead, as [process, call, target].
+A commit point is a call that makes or removes a name in the file system, or puts a file on the disk. The file that ENAT_FAULT names
+asks for what happens there, as JSON: {"call": "link", "target": "train/manifest.json", "when": "before", "skip": 0, "act": "KILL"}.
+`act`: a signal that this process sends itself, or an error of the disk that the call raises. It happens once; afterwards
+<file>.struck holds the process id. With {"record": true} every point is appended to <file>.seen, as [process, call, target].
 """
+
+# Every process of Python begins with this file, which therefore imports little.
+# ruff: noqa: PTH110, PTH115, PTH123
 
 from __future__ import annotations
 

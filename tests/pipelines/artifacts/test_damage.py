@@ -54,6 +54,24 @@ def test_a_manifest_with_a_file_outside_its_folder_is_refused() -> None:
         _refused({kind: [{**_FILE, field: path}]}, r"place is not a manifest \(it lists a file called")
 
 
+def test_the_record_of_a_part_with_a_file_outside_its_folder_is_removed_and_the_file_stays(tmp_path: Path) -> None:
+    """The part's own file would be removed with its record."""
+    store, outside = open_store(str(tmp_path / "store")), tmp_path / "of somebody else"
+    outside.write_bytes(b"")
+    for name, file in (
+        ("file", {**_FILE, "path": "../../../of somebody else"}),
+        ("file", {**_FILE, "name": "../a"}),
+        ("tensors", {**_FILE, "path": "/etc/passwd"}),
+        ("state", {**_FILE, "size": "1"}),
+        ("file", {**_FILE, "other": 1}),
+        ("file", "a.bin"),
+        ("file", {}),
+    ):
+        store.put_part(STAGE, KEY, "part-0", {name: file})
+        assert store.resume_parts(STAGE, KEY) == {} and outside.exists()
+        assert not [*store.folder.list()]
+
+
 def test_a_manifest_with_wrong_fields_is_refused_with_the_reason() -> None:
     for changes, reason in (
         ({"stage": "generate"}, "describes generate/abab"),
