@@ -29,7 +29,7 @@ from pipelines.training.config import TrainConfig
 from pipelines.training.task import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.progress import Reporter
-from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
+from pipelines.workflow.stage import Input, PublishContext, Stage, StageContext, StageResult
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -224,6 +224,13 @@ def _wait_for(trainer: TorchTrainer, reporter: Reporter, console: Console) -> An
             signal.signal(number, handler)
 
 
+def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
+    """Its history, as far as a tracking server that was away missed it, and its model card."""
+    rows = json.loads(context.store.fetch(manifest, HISTORY).read_bytes())
+    context.run.log_missing_history(rows, manifest.key)
+    model_card.publish(manifest, inputs, context)
+
+
 def _describe(manifest: Manifest) -> str:
     summary, preset = ModelSummary.read(manifest), manifest.config.get("model", {}).get("preset")
     parameters = f"{show_size(summary.parameters).removesuffix('B').replace('k', 'K').strip()} parameters"
@@ -248,5 +255,5 @@ STAGE = Stage(
     external=("weights",),
     workers=lambda config: config.execution if config.weights is None and config.num_steps > 0 else None,
     describe=_describe,
-    publish=model_card.publish,
+    publish=_publish,
 )

@@ -27,6 +27,14 @@ _REFUSALS = {
 }
 
 
+NO_ANSWER = AccessProblem("does not answer", f"start the server, or set another one with {_HOW_TO_NAME}")
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the server, or one before it, may answer later."""
+    return access_problem(error) is NO_ANSWER or getattr(error, "error_code", "") == "TEMPORARILY_UNAVAILABLE"
+
+
 def access_problem(error: BaseException) -> AccessProblem | None:
     """None if the server was reached and accepted the user, and something else failed."""
     from requests import exceptions
@@ -40,5 +48,5 @@ def access_problem(error: BaseException) -> AccessProblem | None:
         advice = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of its authority"
         return AccessProblem("has a certificate that is not trusted", advice)
     if any(isinstance(each, exceptions.ConnectionError | exceptions.Timeout) for each in chain):
-        return AccessProblem("does not answer", f"start the server, or set another one with {_HOW_TO_NAME}")
+        return NO_ANSWER
     return _REFUSALS.get(getattr(error, "error_code", ""))

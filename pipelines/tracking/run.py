@@ -1,6 +1,7 @@
 """Write runs, metrics, images and registered models to MLflow. search.py reads them.
 
-Tracking is an observer. If its server is down, slow, or refuses a value, one warning is shown and the work continues. Workers
+Tracking is an observer. If its server is down, slow, or refuses a value, one warning is shown and the work continues. What a server
+that is down misses is sent when it answers, or by the next command that uses the same artifacts. Workers
 hold a `RunHandle` (rank 0 of training logs through one), which opens its own client in the process that uses it.
 """
 
@@ -17,6 +18,7 @@ import tempfile
 import time
 import uuid
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,7 +29,7 @@ from typing import Any
 import psutil
 
 from pipelines.storage.redaction import without_credentials
-from pipelines.tracking.errors import AccessProblem, access_problem
+from pipelines.tracking.errors import NO_ANSWER, AccessProblem, access_problem, is_away
 from pipelines.tracking.registry import (
     DIGEST_TAG,
     TAG_LIMIT,
@@ -46,6 +48,8 @@ _PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
 _ILLEGAL = re.compile(r"[^\w\-. /]")
 _PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks|uc:")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
+_RETRY_SECONDS = 60.0  # between attempts to reach a server that does not answer; each may take 20
+_START_TAG = "enat.start"  # identifies a run before its server has named it
 _LOCK_ATTEMPTS = 600
 _CLOCK_SECONDS = 10
 _MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
@@ -89,29 +93,60 @@ def resolve_uri(config: TrackingConfig, beside: Path) -> str:
 
 
 @dataclass
+class _Outbox:
+    """What one process has not sent yet, in order: of all runs that it records, because parents are made before their stages.
+
+    is_refused: the server answers, and does not accept what is sent.
+    """
+
+    waiting: deque[Callable[[Any], Any]] = field(default_factory=deque)
+    tried: float = 0.0
+    is_refused: bool = False
+
+
+@dataclass
 class RunHandle:
-    """One MLflow run. If run_id is None, every method does nothing."""
+    """One MLflow run. If it has no run_id and is not to be made yet, every method does nothing.
+
+    While the server does not answer, what is logged waits in memory and is sent in order once it answers: MLflow keeps one of
+    equal metrics, parameters and tags, so that what arrived although its answer was lost is not recorded twice.
+    """
 
     uri: str
     run_id: str | None
     parent: RunHandle | None = field(default=None, repr=False)
-    _given_up: bool = field(default=False, repr=False)
+    _is_planned: bool = field(default=False, repr=False)
+    _outbox: _Outbox = field(default_factory=_Outbox, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers: what waits here is sent from here. A run that is not made yet has its metrics logged by the driver."""
+        return {**self.__dict__, "parent": None, "_is_planned": False, "_outbox": _Outbox(is_refused=self._outbox.is_refused)}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log numbers at a step. Names are made legal, and values that are not finite are left out."""
-        self._log_values((name, value, step) for name, value in metrics.items())
+        self._log(metrics=_metrics((name, value, step) for name, value in metrics.items()))
 
     def log_history(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Log what an earlier run measured before this run continued from it. rows: each with its "step"."""
-        self._log_values((name, value, int(row["step"])) for row in rows for name, value in row.items() if name != "step")
+        self._log(metrics=_metrics(_values_of(rows)))
 
-    def _log_values(self, values: Iterable[tuple[str, float, int]]) -> None:
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
+    def log_missing_history(self, rows: Sequence[Mapping[str, float]], key: str) -> None:
+        """Log those rows that this run misses, unless another run with this enat.key has all: the server may have been away."""
 
-        now = get_current_time_millis()
-        finite = [(name, float(value), step) for name, value, step in values if math.isfinite(value)]
-        self._log(metrics=[Metric(_ILLEGAL.sub("_", name), value, now, step) for name, value, step in finite])
+        def log(client: Any) -> None:
+            experiment = client.get_run(self.run_id).info.experiment_id
+            runs = client.search_runs([experiment], f"tags.`enat.key` = '{key}'", order_by=["attributes.start_time ASC"])
+            own, *others = sorted(runs, key=lambda run: run.info.run_id != self.run_id)
+            missing = rows
+            for run in (own, *others):
+                logged = {point.step for point in client.get_metric_history(run.info.run_id, "loss")}
+                if all(row["step"] in logged for row in rows):
+                    return
+                missing = [row for row in rows if row["step"] not in logged] if run is own else missing
+            client.log_batch(self.run_id, metrics=_metrics(_values_of(missing)), synchronous=True)
+
+        if rows:
+            self._do(log)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Log a nested configuration as dotted parameters."""
@@ -130,13 +165,18 @@ class RunHandle:
 
     def log_bytes(self, content: bytes, name: str) -> None:
         """Log bytes as a file, such as "samples/step-000100.png"."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / Path(name).name
-            path.write_bytes(content)
-            self.log_file(path, str(Path(name).parent))
+        place = Path(name)
 
-    def log_file(self, path: Path, folder: str = ".") -> None:
-        self._do(lambda client: client.log_artifact(self.run_id, str(path), None if folder == "." else folder))
+        def log(client: Any) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / place.name
+                path.write_bytes(content)
+                client.log_artifact(self.run_id, str(path), None if place.parent == Path() else str(place.parent))
+
+        self._do(log)
+
+    def log_file(self, path: Path) -> None:
+        self.log_bytes(path.read_bytes(), path.name)
 
     def register_model(
         self, name: str, files: Mapping[str, bytes], tags: Mapping[str, str], description: str, alias: str | None
@@ -204,49 +244,82 @@ class RunHandle:
         self._do(tag)
 
     def finish(self, status: str = "FINISHED") -> None:
-        self._do(lambda client: client.set_terminated(self.run_id, status))
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        self._do(lambda client: client.set_terminated(self.run_id, status, now))
+        if self.parent is None and status != "KILLED" and not self.flush():
+            _log.warning(
+                "tracking at %s still does not answer; the same command records what is missing once it does", self._shown_uri
+            )
+
+    def flush(self) -> bool:
+        """Try to send what waits. Returns whether nothing waits any more."""
+        if self._outbox.waiting:
+            self._send()
+        return not self._outbox.waiting
 
     def _do(self, action: Callable[[Any], Any]) -> Any:
-        if self.run_id is None or self._given_up:
+        """The result of the action, or None if it has to wait."""
+        outbox = self._outbox
+        if (self.run_id is None and not self._is_planned) or outbox.is_refused:
             return None
-        try:
-            with quiet():
-                return action(client_of(self.uri))
-        except Exception as error:  # no failure of an observer may stop the work
-            self._give_up(access_problem(error) or AccessProblem("does not answer", first_line(error)))
+        outbox.waiting.append(action)
+        if len(outbox.waiting) > 1 and time.monotonic() < outbox.tried + _RETRY_SECONDS:
             return None
+        return self._send()
 
-    def _give_up(self, problem: AccessProblem) -> None:
-        """Stop tracking, for the parent run as well: one warning is enough, and no later stage needs to try."""
-        self._given_up = True
-        if self.parent is None or not self.parent._given_up:
-            shown = without_credentials(self.uri)
-            _log.warning("tracking at %s %s; this run continues without it (%s)", shown, problem.reason, problem.advice)
-        if self.parent is not None:
-            self.parent._given_up = True
+    def _send(self) -> Any:
+        """Send what waits, in order, as far as the server answers. Returns the result of the last action if all were sent."""
+        outbox, result, is_first = self._outbox, None, len(self._outbox.waiting) == 1
+        while outbox.waiting:
+            try:
+                with quiet():
+                    result = outbox.waiting[0](client_of(self.uri))
+            except Exception as error:  # no failure of an observer may stop the work
+                outbox.tried, problem = time.monotonic(), access_problem(error)
+                if is_away(error):
+                    if is_first:
+                        later = "what it misses is sent once it answers"
+                        _log.warning("tracking at %s does not answer; %s (%s)", self._shown_uri, later, NO_ANSWER.advice)
+                    return None
+                outbox.is_refused = True
+                outbox.waiting.clear()
+                problem = problem or AccessProblem("fails", first_line(error))
+                _log.warning("tracking at %s %s; this run continues without it (%s)", self._shown_uri, *problem)
+                return None
+            outbox.waiting.popleft()
+        return result
+
+    @property
+    def _shown_uri(self) -> str:
+        return without_credentials(self.uri)
 
 
 def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, str], parent: RunHandle | None = None) -> RunHandle:
-    """Start a run, nested if a parent is given. If tracking is off or down, the handle does nothing.
+    """Start a run, nested if a parent is given. If tracking is off, the handle does nothing; if it is down, the run is made later.
 
     A run without a parent first marks as FAILED what killed commands of this host left RUNNING in the experiment.
     """
-    is_off = not config.enabled or (parent is not None and (parent.run_id is None or parent._given_up))
-    handle = RunHandle(uri, None if is_off else "pending", parent)
+    is_off = not config.enabled or (parent is not None and parent.run_id is None and not parent._is_planned)
+    handle = RunHandle(uri, None, parent, not is_off, parent._outbox if parent is not None else _Outbox())
+    token, now = uuid.uuid4().hex, int(time.time() * 1000)
 
-    def start(client: Any) -> str:
+    def start(client: Any) -> None:
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is None:
             create_once(lambda: client.create_experiment(config.experiment, _artifact_location(uri)))
             experiment = client.get_experiment_by_name(config.experiment)
         if parent is None:
             _fail_runs_of_killed_commands(client, experiment.experiment_id)
-        own = {HOST_TAG: _this_host(), PROCESS_TAG: _this_process()}
-        parents = {"mlflow.parentRunId": parent.run_id} if parent else {}
-        run_id: str = client.create_run(experiment.experiment_id, run_name=name, tags={**tags, **own, **parents}).info.run_id
-        return run_id
+        made = client.search_runs([experiment.experiment_id], f"tags.`{_START_TAG}` = '{token}'") if handle._outbox.tried else ()
+        if not made:  # else it was made, and the answer was lost
+            parents = {"mlflow.parentRunId": parent.run_id} if parent else {}
+            own = {HOST_TAG: _this_host(), PROCESS_TAG: _this_process(), _START_TAG: token}
+            made = [client.create_run(experiment.experiment_id, now, {**tags, **own, **parents}, name)]
+        handle.run_id = made[0].info.run_id
 
-    handle.run_id = handle._do(start)
+    handle._do(start)
     return handle
 
 
@@ -333,6 +406,20 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _values_of(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, float, int]]:
+    return ((name, value, int(row["step"])) for row in rows for name, value in row.items() if name != "step")
+
+
+def _metrics(values: Iterable[tuple[str, float, int]]) -> list[Any]:
+    """Metrics of this moment from (name, value, step), with legal names and without values that are not finite."""
+    from mlflow.entities import Metric
+    from mlflow.utils.time import get_current_time_millis
+
+    now = get_current_time_millis()
+    finite = [(name, float(value), step) for name, value, step in values if math.isfinite(value)]
+    return [Metric(_ILLEGAL.sub("_", name), value, now, step) for name, value, step in finite]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -113,6 +113,7 @@ class Trainer:
         if self.batches is not None:
             self.batches.close()
         self.background.shutdown()
+        self.task.context.run.flush()
 
     # Start and end ---------------------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ from free_ports import free_ports
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """Yields its URL. folder: gets the database, the files of runs and a log."""
-    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+def mlflow_server(folder: Path, url: str | None = None) -> Iterator[str]:
+    """Yields its URL, which may be that of one that was stopped. folder: gets the database, the files of runs and a log."""
+    url = url or f"http://127.0.0.1:{free_ports(1)[0]}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from free_ports import free_ports
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -31,7 +34,7 @@ from pipelines.cluster.resources import Execution
 from pipelines.run import config as run_config
 from pipelines.tracking import registry as tracking_registry
 from pipelines.tracking import run as tracking
-from pipelines.tracking.run import RunHandle, TrackingConfig
+from pipelines.tracking.run import RunHandle, TrackingConfig, start_run
 from pipelines.workflow import config as configuration
 from pipelines.workflow import driver, stage
 from pipelines.workflow.stage import Node, Session, Stage, StageContext, StageResult
@@ -139,7 +142,7 @@ def test_a_history_is_logged_in_batches_that_mlflow_accepts(handle: RunHandle, c
     """More than the 1,000 values that it accepts at once. Values that are not finite are left out."""
     rows = [{"step": step, "loss": 1 / step, "group@norm": math.inf if step == 2 else 1.0} for step in range(1, 601)]
     handle.log_history(rows)
-    assert handle.run_id is not None and not handle._given_up
+    assert handle.run_id is not None and not handle._outbox.is_refused
     loss, norm = (client.get_metric_history(handle.run_id, name) for name in ("loss", "group_norm"))
     assert [(point.step, point.value) for point in loss] == [(step, 1 / step) for step in range(1, 601)]
     assert len(norm) == 599 and "step" not in client.get_run(handle.run_id).data.metrics
@@ -217,16 +220,78 @@ def test_any_name_and_value_is_recorded_except_numbers_that_are_not_finite(clien
 # Failures ------------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_server_a_run_completes_and_warns_once(
+def test_without_a_server_a_run_completes_and_warns_at_its_start_and_end(
     make_session: Callable[..., Session], local_store: ArtifactStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "pipelines"):
         session, done = _run(make_session, local_store, CLOSED.replace("http://", "http://writer:secret@"))
         assert session.run.register_model("enat", {}, {tracking_registry.DIGEST_TAG: "a"}, "", "newest") is None
     assert [item.is_reused for item in done] == [False, False]
-    (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("pipelines")]
+    warning, at_end = [record.getMessage() for record in caplog.records if record.name.startswith("pipelines")]
     assert warning.startswith(f"tracking at {CLOSED} does not answer") and "MLFLOW_TRACKING_URI" in warning
-    assert "secret" not in warning
+    assert at_end.startswith(f"tracking at {CLOSED} still does not answer; the same command")
+    assert "secret" not in warning + at_end
+
+
+@pytest.mark.parametrize("stops", ["before", "between"])
+def test_what_a_server_missed_is_recorded_once_when_it_answers(
+    stops: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the answer to a request was lost, whose work was done."""
+    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.0)
+    config, lost = TrackingConfig(experiment=stops), []
+    place = f"http://127.0.0.1:{free_ports(1)[0]}"
+
+    def log(parent: RunHandle, child: RunHandle, step: int) -> None:
+        parent.set_tags({"step": str(step)})
+        child.log_metrics({"loss": 1 / step}, step)
+        child.log_bytes(b"%d" % step, f"pictures/{step}.txt")
+
+    with mlflow_server(tmp_path, place) if stops == "between" else nullcontext():
+        parent = start_run(place, config, "parent", {})
+        child = start_run(place, config, "child", {}, parent)
+        log(parent, child, 1)
+        if stops == "between":  # the request arrives, and its answer does not
+            original = MlflowClient.log_batch
+
+            def unanswered(*arguments: Any, **options: Any) -> None:
+                original(*arguments, **options)
+                lost.append(options)
+                raise requests.exceptions.ConnectionError
+
+            with monkeypatch.context() as patch:
+                patch.setattr(MlflowClient, "log_batch", unanswered)
+                log(parent, child, 2)
+    log(parent, child, 3)
+    assert caplog.text.count("does not answer; what it misses is sent once it answers") == 1
+    with mlflow_server(tmp_path, place):
+        log(parent, child, 4)
+        child.finish()
+        parent.finish()
+        client = MlflowClient(place)
+        runs = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name(stops).experiment_id])}
+        assert len(runs) == 2 and {run.info.status for run in runs.values()} == {"FINISHED"}
+        assert runs["child"].data.tags["mlflow.parentRunId"] == runs["parent"].info.run_id == parent.run_id
+        assert runs["parent"].data.tags["step"] == "4"
+        steps = [1, *([2] if lost else []), 3, 4]
+        assert [point.step for point in client.get_metric_history(child.run_id, "loss")] == steps
+        names = [file.path for file in client.list_artifacts(child.run_id, "pictures")]
+        assert names == [f"pictures/{step}.txt" for step in steps]
+
+
+def test_a_history_that_no_run_of_the_artifact_has_is_logged_once(uri: str, client: MlflowClient) -> None:
+    rows, tags = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)], {"enat.key": "k"}
+    made, reused, again = (start_run(uri, TrackingConfig(), name, tags) for name in ("made", "reused", "again"))
+    made.log_metrics({"loss": 1.0}, 1)
+    reused.log_missing_history(rows, "k")
+    again.log_missing_history(rows, "k")
+
+    def steps(run: RunHandle) -> list[int]:
+        return [point.step for point in client.get_metric_history(run.run_id, "loss")]
+
+    assert (steps(made), steps(reused), steps(again)) == ([1], [1, 2, 3], [])
+    made.log_missing_history(rows, "k")
+    assert steps(made) == [1], "another run has all"
 
 
 def test_a_server_lost_during_a_run_causes_one_warning(
@@ -286,7 +351,7 @@ while not (folder / "go").exists():
 handle = tracking.start_run(f"sqlite:///{folder / 'new' / 'mlflow.db'}", tracking.TrackingConfig(experiment="new"), name, {})
 handle.log_metrics({"loss": 1.0})
 handle.finish()
-print(handle.run_id, handle._given_up)
+print(handle.run_id, handle._outbox.is_refused)
 """
 
 
