@@ -13,7 +13,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -32,7 +32,11 @@ import identical  # noqa: E402
 import inputs  # noqa: E402
 import network  # noqa: E402
 import processes  # noqa: E402
+import tracking  # noqa: E402
 from oracle import Laboratory, Outcome  # noqa: E402
+
+from pipelines.storage.base import digest_of  # noqa: E402
+from pipelines.workflow.provenance import code_version  # noqa: E402
 
 BAD = ("silent", "lost", "doubled", "hung", "executed", "outside", "unclear")
 FAULTS, FLIPS, INPUTS = "faults", "flips", "inputs"
@@ -46,6 +50,7 @@ KINDS: dict[str, tuple[Callable[[Laboratory, random.Random], list[Outcome]], str
     "garbage": (processes.garbage, FAULTS, 1),
     "network": (network.network, FAULTS, 3),
     "identical": (identical.identical, FAULTS, 2),
+    "tracking": (tracking.tracking, FAULTS, 1),
 }
 
 
@@ -59,23 +64,23 @@ def schedule(seed: str, group: str, only: tuple[str, ...]) -> Iterator[tuple[str
 
 
 class Journal:
-    """What was done, one JSON line for each case. The first line holds the seed."""
+    """What was done, one JSON line for each case. The first line holds the seed and the code."""
 
-    def __init__(self, path: Path, seed: str) -> None:
+    def __init__(self, path: Path, head: dict[str, str]) -> None:
         self.path, self.outcomes = path, dict[tuple[str, int], list[Outcome]]()
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-        if lines and lines[0]["seed"] != seed:
-            raise click.UsageError(f"{path} belongs to the seed {lines[0]['seed']}; choose another --folder")
+        if lines and lines[0] != head:
+            raise click.UsageError(f"{path} belongs to {lines[0]}, not to {head}; choose another --folder")
         for line in lines[1:]:
             self.outcomes[line["kind"], line["number"]] = [Outcome(**each) for each in line["outcomes"]]
         if not lines:
-            self._append({"seed": seed})
+            self._append(head)
 
     def add(self, kind: str, number: int, outcomes: list[Outcome]) -> None:
         self.outcomes[kind, number] = outcomes
         self._append({"kind": kind, "number": number, "outcomes": [asdict(outcome) for outcome in outcomes]})
 
-    def _append(self, line: dict[str, object]) -> None:
+    def _append(self, line: Mapping[str, object]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -88,7 +93,9 @@ class Journal:
 @click.option("--faults", default=0, help="Faults that strike commands.")
 @click.option("--flips", default=0, help="Changes of files.")
 @click.option("--inputs", "num_inputs", default=0, help="Hostile inputs.")
-@click.option("--minutes", default=float("inf"), help="No case begins later.")
+@click.option(
+    "--minutes", "--slice", "minutes", default=float("inf"), help="A part of about this duration, after the laboratory is made."
+)
 @click.option("--only", multiple=True, type=click.Choice([*KINDS]), help="Only this kind. Repeatable.")
 @click.option(
     "--folder", default="runs/faults", type=click.Path(path_type=Path), help="Laboratory and journal. Cases in it are not repeated."
@@ -98,19 +105,19 @@ def main(
     seed: str, faults: int, flips: int, num_inputs: int, minutes: float, only: tuple[str, ...], folder: Path, table: Path | None
 ) -> None:
     """Exit code 1 if a result was silently wrong, or if something was lost, done twice, hung, or ended in a traceback."""
-    folder, deadline = folder.absolute(), time.monotonic() + 60 * minutes
-    lab = Laboratory(folder)
-    journal = Journal(folder / "journal.jsonl", seed)
+    lab = Laboratory(folder.absolute())
+    journal = Journal(lab.folder / f"journal-{digest_of(seed)[:12]}.jsonl", {"seed": seed, "code": code_version()})
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             if flips or faults:
                 lab.prepare()
-            for group, wanted in {INPUTS: num_inputs, FLIPS: flips, FAULTS: faults}.items():
+            started = time.monotonic()
+            for group, wanted, share in ((INPUTS, num_inputs, 0.1), (FLIPS, flips, 0.3), (FAULTS, faults, 1.0)):
                 task = progress.add_task(group, total=wanted, visible=wanted > 0)
                 done = 0
                 for kind, number in schedule(seed, group, only):
-                    if done >= wanted or time.monotonic() > deadline:
+                    if done >= wanted or time.monotonic() > started + share * 60 * minutes:
                         break
                     if (kind, number) not in journal.outcomes:
                         journal.add(kind, number, KINDS[kind][0](lab, random.Random(f"{seed}/{kind}/{number}")))
@@ -125,6 +132,7 @@ def main(
                             )
     finally:
         lab.close()
+        lab.stack.close()
     rows = {kind: row for kind in KINDS if (row := summary(journal.of(kind)))}
     show(rows)
     if table is not None:

@@ -30,7 +30,7 @@ _numbers = count()
 def network(lab: Laboratory, rng: random.Random) -> list[Outcome]:
     """Up to eight faults of requests while one command runs; the command is repeated until it succeeds."""
     stage = rng.choice(("token_map", "train", "generate", "reference", "evaluate"))
-    with serve() as endpoint, proxy(endpoint, rng) as faults:
+    with serve() as endpoint, proxy(endpoint.url, rng) as faults:
         store = open_store(f"s3://bucket-{next(_numbers)}/store", S3Config(endpoint_url=endpoint.url, path_style=True))
         fill(endpoint, lab, store, stage)
         shutil.rmtree(lab.folder / "cache", ignore_errors=True)
@@ -78,27 +78,32 @@ def fill(endpoint: S3Endpoint, lab: Laboratory, store: Any, stage: str) -> None:
 
 @dataclass
 class Faults:
-    """url: of the proxy.   left: faults still to come.   done: what was done to which request."""
+    """url: of the proxy.   left: faults still to come.   done: what was done to which request.   is_away: nothing is answered."""
 
     url: str
     rng: random.Random
+    kinds: tuple[str, ...]
+    is_away: bool = False
     left: int = 0
     done: list[str] = field(default_factory=list)
     lock: Any = field(default_factory=threading.Lock)
 
     def draw(self, request: str) -> str | None:
         with self.lock:
+            if self.is_away:
+                return "reset"
             if self.left == 0 or self.rng.random() > 0.15:
                 return None
             self.left -= 1
-            kind = self.rng.choice(KINDS)
+            kind = self.rng.choice(self.kinds)
             self.done.append(f"{kind} of {request}")
             return kind
 
 
 @contextmanager
-def proxy(endpoint: S3Endpoint, rng: random.Random) -> Iterator[Faults]:
-    faults = Faults("", rng)
+def proxy(url: str, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Iterator[Faults]:
+    """Before the server at a URL."""
+    faults = Faults("", rng, kinds)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -132,7 +137,7 @@ def proxy(endpoint: S3Endpoint, rng: random.Random) -> Iterator[Faults]:
             self.send(int(status), {"Content-Type": "application/xml", "Content-Length": str(len(content))}, content)
 
         def forward(self, body: bytes, fault: str | None) -> None:
-            connection = http.client.HTTPConnection(endpoint.url.removeprefix("http://"), timeout=60)
+            connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
             connection.request(self.command, self.path, body, dict(self.headers))
             given = connection.getresponse()
             content, headers = (

@@ -29,7 +29,7 @@ from pipelines.cluster import connection
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-TIMES = ("seconds", "per_second", "memory", "num_workers", "num_restarts", "device", "code", "created", "share_of")
+TIMES = ("seconds", "per_second", "memory", "utilization", "wait_share", "num_workers", "num_restarts", "device")
 STAGES = ("dataset", "tokenizer", "token_map", "reference", "reconstruction", "train", "generate", "evaluate", "report")
 HUNG_SECONDS = 240.0  # the longest stage takes 15 on two idle cores
 _FORKS = multiprocessing.get_context("forkserver")
@@ -93,10 +93,16 @@ class Command:
 
 @dataclass(eq=False)
 class Laboratory:
-    """A folder of a campaign. num_runs numbers the commands, whose output is kept in logs/."""
+    """A folder of a campaign.
+
+    num_runs: numbers the commands, whose output is kept in logs/.   tracking: URL of its MLflow, once it is needed.
+    stack: what ends with the campaign.
+    """
 
     folder: Path
     num_runs: int = 0
+    tracking: str | None = None
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _cluster: Any = None
 
     def __post_init__(self) -> None:
@@ -357,7 +363,6 @@ def facts(manifest: Any, store: Any) -> dict[str, Any]:
     return {
         "digest": manifest.digest,
         "inputs": {name: source["digest"] for name, source in manifest.inputs.items()},
-        "config": without_times(manifest.config),
         "summary": without_times(manifest.summary),
         "metrics": without_times(manifest.metrics),
         "history": without_times(history),
