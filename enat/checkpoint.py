@@ -95,10 +95,10 @@ def _load(path: str | Path, architecture: str) -> Any:
     if found != architecture:
         raise ValueError(f"{path} holds {found or 'no known architecture'}, not the weights of {architecture}")
     try:
-        config = config_class(**header["config"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} describes its {architecture} with unknown fields ({error})") from error
-    return load_strictly(module_class(config), tensors, source=str(path)).eval()
+        module = module_class(config_class(**header["config"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of a field that is unknown, or of a value that fits none
+        raise ValueError(f"{path} describes its {architecture} with fields that cannot be used ({error})") from error
+    return load_strictly(module, tensors, source=str(path)).eval()
 
 
 def open_vqgan(path: Path, config: VQGANConfig) -> VQGAN:

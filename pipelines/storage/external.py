@@ -91,6 +91,8 @@ def local_folder(reference: str, key: str, s3: S3Config | None = None) -> Path:
 def _naming(key: str) -> Iterator[None]:
     try:
         yield
+    except OSError as error:  # of a path, such as one that is too long
+        raise ValueError(f"{key}: {error.filename} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
 

@@ -173,6 +173,8 @@ def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]], whole: str |
             merged = OmegaConf.merge(merged, values)
         except ConfigKeyError as error:
             raise ConfigError(_unknown_key(schema, str(error.full_key), source)) from error
+        except TypeError as error:  # a list where a mapping is expected
+            raise ConfigError(f"{source}: {_one_line(error)}; give each key a value of its own kind") from error
         except OmegaConfBaseException as error:
             where = f"{error.full_key}: " if error.full_key else ""
             raise ConfigError(f"{source}: {where}{_one_line(error)}") from error

@@ -123,6 +123,9 @@ def test_average_and_vqgan_round_trip(tmp_path):
         load_enat(path)
 
 
+_NO_LAYERS = {"architecture": "enat", "config": {"encoder_layers": None}}
+
+
 def test_damaged_file_is_refused_by_name(tmp_path):
     model, path = small_enat(), tmp_path / "model.safetensors"
     save_weights(path, model)
@@ -131,7 +134,7 @@ def test_damaged_file_is_refused_by_name(tmp_path):
         path.write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
             load_enat(path)
-    for header in ({"architecture": "enat"}, {"architecture": "enat", "config": {"num_wheels": 4}}, "not JSON"):
+    for header in ({"architecture": "enat"}, {"architecture": "enat", "config": {"num_wheels": 4}}, _NO_LAYERS, "not JSON"):
         save_file({"weight": torch.zeros(1)}, path, metadata={"enat": header if isinstance(header, str) else json.dumps(header)})
         with pytest.raises(ValueError, match=r"model\.safetensors"):
             load_enat(path)

@@ -120,7 +120,7 @@ def main(
                     if done >= wanted or time.monotonic() > started + share * 60 * minutes:
                         break
                     if (kind, number) not in journal.outcomes:
-                        journal.add(kind, number, KINDS[kind][0](lab, random.Random(f"{seed}/{kind}/{number}")))
+                        journal.add(kind, number, outcomes_of(lab, seed, kind, number))
                     outcomes = journal.outcomes[kind, number]
                     done += len(outcomes)
                     progress.update(task, completed=done)
@@ -139,6 +139,17 @@ def main(
         table.write_text(markdown(rows))
     if any(each.verdict in BAD or each.is_rough for kind in KINDS for each in journal.of(kind)):
         sys.exit(1)
+
+
+def outcomes_of(lab: Laboratory, seed: str, kind: str, number: int) -> list[Outcome]:
+    """After a case that went wrong the next one gets a new Ray."""
+    try:
+        outcomes = KINDS[kind][0](lab, random.Random(f"{seed}/{kind}/{number}"))
+    except Exception as error:
+        outcomes = [Outcome("the case ended early", "hung", note=f"{type(error).__name__}: {error}"[-500:])]
+    if any(each.verdict in BAD for each in outcomes):
+        lab.close()
+    return outcomes
 
 
 # The table -----------------------------------------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ def test_a_wrong_path_is_named_with_the_key_of_the_config(tmp_path: Path) -> Non
         for path in (tmp_path / "no.pth", tmp_path):
             with pytest.raises(ValueError, match=rf"^tokenizer\.weights: {path} is not a file; correct the path"):
                 find(str(path), KEY)
+        with pytest.raises(ValueError, match=r"^tokenizer\.weights: .* cannot be read \(File name too long\)$"):
+            find("x" * 300, KEY)
     for path in (tmp_path / "no", tmp_path / "file"):
         with pytest.raises(ValueError, match=rf"^captions\.encoder: {path} is not a directory; correct the path$"):
             local_folder(str(path), "captions.encoder")
