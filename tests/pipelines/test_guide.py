@@ -130,11 +130,12 @@ def test_the_dataset_of_the_guide_is_indexed_without_weights(tmp_path: Path, mon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_dataset_of_the_guide_becomes_a_scored_model(tmp_path: Path) -> None:
     later = _own_dataset(tmp_path)[2:]
     (tmp_path / "flowers" / "empty").rmdir()
     for arguments in later:
-        subprocess.run([str(ENAT), *arguments], cwd=tmp_path, env=fresh_environment(), check=True, timeout=240)
+        subprocess.run([str(ENAT), *arguments], cwd=tmp_path, env=fresh_environment(), check=True)
     assert (tmp_path / "runs" / "flowers.html").exists() and len(later) == 2
 
 
