@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from listeners import Listeners
 
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = REPOSITORY / "configs" / "digits.yaml"
@@ -48,6 +49,8 @@ class CommandLineRun:
     workspace: Path
     process: subprocess.CompletedProcess[str]
     seconds: float
+    listeners: frozenset[tuple[str, str, str]]
+    """(stage, process, address) of every socket on which the run listened."""
 
     @property
     def store(self) -> Any:
@@ -81,16 +84,25 @@ def _start(folder: Path) -> None:
 def _run(folder: Path) -> None:
     """Run the command to its end. The file `ended` appears last."""
     started = time.monotonic()
-    with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+    cache = str(folder / "cache")
+
+    def stage() -> str:
+        """The last stage that was done."""
+        done = [line.split()[1] for line in (folder / "out").read_text().splitlines() if line.startswith("✓")]
+        return done[-1] if done else ""
+
+    listeners = Listeners(f"ENAT_CACHE={cache}", stage)
+    with (folder / "out").open("w") as out, (folder / "err").open("w") as err, listeners.watch():
         ended = subprocess.run(
             [str(ENAT), "run", str(DIGITS), *TINY_DIGITS, f"workspace={folder / 'runs'}"],
             cwd=REPOSITORY,
-            env={**os.environ, "ENAT_CACHE": str(folder / "cache")},
+            env={**os.environ, "ENAT_CACHE": cache},
             stdout=out,
             stderr=err,
             check=False,
         )
     values = {"arguments": ended.args, "exit_code": ended.returncode, "seconds": time.monotonic() - started}
+    values |= {"listeners": sorted(listeners.found)}
     (folder / "ending").write_text(json.dumps(values))
     (folder / "ending").rename(folder / "ended")
 
@@ -131,7 +143,8 @@ def digits_run(pytestconfig: pytest.Config) -> CommandLineRun:
     ending = json.loads((folder / "ended").read_text())
     texts = ((folder / name).read_text() for name in ("out", "err"))
     process = subprocess.CompletedProcess(ending["arguments"], ending["exit_code"], *texts)
-    return CommandLineRun(TINY_DIGITS, folder / "runs", process, ending["seconds"])
+    listeners = frozenset(map(tuple, ending["listeners"]))
+    return CommandLineRun(TINY_DIGITS, folder / "runs", process, ending["seconds"], listeners)
 
 
 if __name__ == "__main__":

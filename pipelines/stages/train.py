@@ -150,10 +150,11 @@ def _fit(
     config: TrainConfig, architecture: ENATConfig, inputs: Mapping[str, Manifest], context: StageContext, reporter: Reporter
 ) -> TrainResult:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
     from pipelines.training.loop import train_loop
+    from pipelines.training.rendezvous import Rendezvous
 
     execution = config.execution
     task = TrainTask(
@@ -170,7 +171,7 @@ def _fit(
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"task": task},
-            torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker else "gloo"),
+            torch_config=Rendezvous(backend="nccl" if execution.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=(execution.min_workers, execution.num_workers) if execution.min_workers else execution.num_workers,
                 elastic_resize_monitor_interval_s=execution.resize_seconds,

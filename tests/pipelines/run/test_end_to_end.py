@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import ipaddress
 import json
 import re
 import shutil
@@ -81,6 +82,14 @@ def test_a_second_run_reuses_everything(digits_run, enat: Callable[..., Any]) ->
     scores = {"main": "evaluate", "untrained": "evaluate@untrained"}
     assert answer["scores"] == {variant: dict(planned[id].manifest.metrics) for variant, id in scores.items()}
     assert Path(answer["report"]).read_bytes() == digits_run.store.fetch(planned["report"].manifest, "report.html").read_bytes()
+
+
+def test_a_local_run_listens_on_the_loopback_interface_only(digits_run) -> None:
+    outside = {found for found in digits_run.listeners if not ipaddress.ip_address(found[2]).is_loopback}
+    assert not outside
+    assert {done for done, *_ in digits_run.listeners} >= {*STAGES[:-1]} - {"train@untrained"}, "seen in the stage after each"
+    during_training = {process for done, process, _ in digits_run.listeners if done == "reference"}
+    assert {"gcs_server", "raylet", "ray::RayTrainWo"} <= during_training
 
 
 # Tracking ------------------------------------------------------------------------------------------------------------------

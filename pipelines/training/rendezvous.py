@@ -1,0 +1,63 @@
+"""How the ranks of a training meet. Ray Train's own way lets everyone who reaches the node read and write
+its keys; this one listens on the address that Ray uses, which is 127.0.0.1 in a local cluster.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import ray
+import torch.distributed as dist
+from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _TorchBackend
+
+if TYPE_CHECKING:
+    from ray.train._internal.base_worker_group import BaseWorkerGroup
+
+_listening: list[socket.socket] = []  # of rank 0, between listening and joining
+
+
+class Rendezvous(TorchConfig):  # type: ignore[misc]
+    """The torch_config of a trainer."""
+
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: Rendezvous) -> None:
+        address = worker_group.execute_single(0, _listen)
+        worker_group.execute(_set_torch_distributed_env_vars)
+        size = len(worker_group)
+        ray.get([worker_group.execute_single_async(rank, _join, rank, size, address, backend_config) for rank in range(size)])
+
+
+def _listen() -> tuple[str, int]:
+    address = ray.util.get_node_ip_address()
+    # An address that other nodes translate (NAT) belongs to no interface.
+    host = address if _interface(address) else ""
+    _listening[:] = [socket.create_server((host, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)]
+    return address, _listening[0].getsockname()[1]
+
+
+def _join(rank: int, world_size: int, address: tuple[str, int], config: Rendezvous) -> None:
+    own_address = ray.util.get_node_ip_address()
+    if interface := _interface(own_address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if ipaddress.ip_address(own_address).is_loopback:  # between nodes NCCL chooses the fastest interfaces
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    own: dict[str, Any] = {"is_master": True, "master_listen_fd": _listening.pop().detach()} if rank == 0 else {}
+    timeout = timedelta(seconds=config.timeout_s)
+    store = dist.TCPStore(*address, world_size, timeout=timeout, wait_for_workers=False, **own)  # type: ignore[attr-defined]
+    dist.init_process_group(config.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _interface(address: str) -> str | None:
+    """The name of this node's interface that has the address."""
+    found = (name for name, own in psutil.net_if_addrs().items() if address in {each.address for each in own})
+    return next(found, None)
