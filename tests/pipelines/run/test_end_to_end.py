@@ -87,9 +87,10 @@ def test_a_second_run_reuses_everything(digits_run, enat: Callable[..., Any]) ->
 def test_a_local_run_listens_on_the_loopback_interface_only(digits_run) -> None:
     outside = {found for found in digits_run.listeners if not ipaddress.ip_address(found[2]).is_loopback}
     assert not outside
-    assert {done for done, *_ in digits_run.listeners} >= {*STAGES[:-1]} - {"train@untrained"}, "seen in the stage after each"
-    during_training = {process for done, process, _ in digits_run.listeners if done == "reference"}
-    assert {"gcs_server", "raylet", "ray::RayTrainWo"} <= during_training
+    in_training = {process for done, process, _ in digits_run.listeners if done == "reference"}
+    assert any(process.startswith(("ray::execute", "ray::RayTrain")) for process in in_training), "the rendezvous"
+    in_stages_after = {done for done, *_ in digits_run.listeners}
+    assert in_stages_after >= {*STAGES[:-1]} - {"evaluate"}, "train@untrained, which follows it, may be too short to be seen"
 
 
 # Tracking ------------------------------------------------------------------------------------------------------------------
