@@ -15,6 +15,7 @@ import click
 
 from pipelines.cluster import connection
 from pipelines.formatting import printable
+from pipelines.storage.base import AccessError
 from pipelines.storage.redaction import without_credentials
 
 _COMMANDS = {
@@ -59,13 +60,18 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see {usage}", 2)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; run the same command to continue from what is committed", 130)
-    except ValueError as error:
-        logging.getLogger(__name__).info("bad input", exc_info=True)
-        _fail(str(error), 2)
     except Exception as error:
+        if isinstance(error, ValueError) and not _is_failure(error):
+            logging.getLogger(__name__).info("bad input", exc_info=True)
+            _fail(str(error), 2)
         if logging.getLogger().handlers:  # a log file; without one Python would print the traceback
             logging.getLogger(__name__).error("failed", exc_info=True)
         _fail(f"{error}{_log_hint()}", 1)
+
+
+def _is_failure(error: BaseException | None) -> bool:
+    """Whether a place refused or failed, whatever names the error was given on its way."""
+    return error is not None and (isinstance(error, AccessError) or _is_failure(error.__cause__))
 
 
 def _interrupt(*_: object) -> None:

@@ -103,7 +103,7 @@ def connect(config: ClusterConfig) -> None:
         # In the main thread, Ray installs its own handler, which exits at once.
         if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
-    _silence_ray_data()
+    _silence_ray()
 
 
 def _end_local_cluster() -> None:
@@ -163,7 +163,8 @@ def require(workers: Workers, stage: str) -> None:
         raise ValueError(f"{verdict.problem}. This is its current size. If it adds nodes on demand, set {AUTOSCALER}=1")
 
 
-def _silence_ray_data() -> None:
+def _silence_ray() -> None:
+    """Tracebacks of tasks, which Ray prints besides raising them, go to the log file of the run, if there is one."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -174,4 +175,6 @@ def _silence_ray_data() -> None:
     context.log_internal_stack_trace_to_stdout = False
     context.raise_original_map_exception = True
     for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        logger.handlers, logger.propagate = [logging.NullHandler()], True

@@ -124,18 +124,28 @@ class Dataset:
             content = next(contents) if row["size"] <= MAX_FILE_BYTES else b""
             yield ImageRow(row["key"], content, row["label"], tuple(row["captions"]), row["first_caption"], row["size"])
 
+    def decode(self, resolution: int, start: int, stop: int) -> Iterator[tuple[ImageRow, np.ndarray | ImageError]]:
+        """The same with the pixels of each image, or the reason why it cannot be decoded although it was read again."""
+        for number, row in enumerate(self.read(start, stop), start):
+            try:
+                yield row, row.pixels(resolution)
+            except ImageError:
+                (again,) = self.read(number, number + 1)
+                try:
+                    yield again, again.pixels(resolution)
+                except ImageError as error:
+                    yield again, error
+
     def load_images(self, resolution: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Load and crop the readable images of rows start..stop-1: uint8 (R, 3, H, W), labels int64 (R,).
 
         Unreadable images are skipped; the token map's quarantine lists them.
         """
         arrays, labels = [], []
-        for row in self.read(start, stop):
-            try:
-                arrays.append(row.pixels(resolution))
-            except ImageError:
-                continue
-            labels.append(row.label)
+        for row, pixels in self.decode(resolution, start, stop):
+            if not isinstance(pixels, ImageError):
+                arrays.append(pixels)
+                labels.append(row.label)
         return np.stack(arrays) if arrays else np.empty((0, 3, resolution, resolution), np.uint8), np.array(labels, np.int64)
 
 

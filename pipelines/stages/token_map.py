@@ -257,12 +257,11 @@ class _Decode:
         pixels = np.zeros(shape, np.uint8)
         images: list[Any] = []
         quarantined: list[list[str]] = []
-        for slot, row in enumerate(self.dataset.read(block["start"], block["stop"])):
-            try:
-                pixels[slot] = row.pixels(self.resolution)
-            except ImageError as error:
-                quarantined.append([row.key, str(error)])
+        for slot, (row, decoded) in enumerate(self.dataset.decode(self.resolution, block["start"], block["stop"])):
+            if isinstance(decoded, ImageError):
+                quarantined.append([row.key, str(decoded)])
                 continue
+            pixels[slot] = decoded
             digest = hashlib.sha256(row.data).digest()
             images.append((slot, row.key, row.label, digest, row.captions, row.first_caption))
         return {"pixels": pixels[None], "block": [_Decoded(block, images, quarantined, time.monotonic() - started)]}

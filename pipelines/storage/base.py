@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import io
 import json
 from abc import ABC, abstractmethod
 from collections import deque
@@ -22,6 +23,10 @@ _Result = TypeVar("_Result")
 
 class StorageError(ValueError):
     """A place cannot be read or written, or its content is not what is expected. The message names the place and what to do."""
+
+
+class AccessError(StorageError):
+    """A place refuses, fails or does not answer, though nothing is wrong with its name: a failure, not bad input."""
 
 
 class WrongContentError(StorageError):
@@ -78,6 +83,11 @@ class Folder(ABC):
         except MissingFileError:
             return None
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether parts of a file are read in a way that detects bytes that were damaged on their way."""
+        return True
+
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading and seeking. Only the bytes that are read are transferred."""
@@ -127,12 +137,10 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def file_digest(source: Path | bytes) -> str:
-    """sha256 of a file, or of bytes."""
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(source: Path | bytes, algorithm: str = "sha256") -> str:
+    """Digest of a file, or of bytes."""
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 def in_parallel(act: Callable[[_Item], _Result], items: Iterable[_Item], threads: int = _THREADS) -> Iterator[_Result]:

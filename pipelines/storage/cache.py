@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pipelines.storage.base import StorageError, WrongContentError, digest_of, file_digest
+from pipelines.storage.base import AccessError, StorageError, WrongContentError, digest_of, file_digest
 
 _PARTIAL = ".partial-"
 _KEPT_SECONDS = 3600  # a process that was given a path may be about to open it
@@ -127,7 +127,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(
+        raise AccessError(
             f"the cache {cache_root()} cannot be used ({error.strerror}); free some space, or set ENAT_CACHE to another folder"
         ) from error
 

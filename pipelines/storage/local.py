@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.storage import atomic, cache
-from pipelines.storage.base import Folder, MissingFileError, StorageError, StoredFile, WrongContentError, file_digest
+from pipelines.storage.base import AccessError, Folder, MissingFileError, StorageError, StoredFile, WrongContentError, file_digest
 from pipelines.storage.cache import DigestCache, holds
 
 _HASHING_THREADS = 8  # sha256 lets other threads run, and most of the time is spent waiting for a disk
@@ -76,7 +76,7 @@ class LocalFolder(Folder):
                 try:
                     found = digests.sha256([(self.root / file.name, file.size, file.version) for file in some], pool)
                 except OSError as error:
-                    raise StorageError(f"{error.filename or self.root} cannot be read ({error.strerror})") from error
+                    raise AccessError(f"{error.filename or self.root} cannot be read ({error.strerror})") from error
                 yield from found
 
     def put_if_absent(self, name: str, source: Path | bytes, sha256: str | None = None) -> bool:
@@ -107,7 +107,7 @@ class LocalFolder(Folder):
             _check_file(self.root / name, (self.root / name).stat())
             yield
         except OSError as error:
-            kind = MissingFileError if isinstance(error, FileNotFoundError | NotADirectoryError) else StorageError
+            kind = MissingFileError if isinstance(error, FileNotFoundError | NotADirectoryError) else AccessError
             raise kind(f"{self.root / name} cannot be read ({error.strerror})") from error
 
 
@@ -132,7 +132,7 @@ def _walk(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...], fol
     except OSError as error:
         if not follow_links:
             return
-        raise StorageError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
+        raise AccessError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
     for name, entry in sorted(entries, key=lambda pair: os.fsencode(pair[0])):
         is_folder = name.endswith("/")
         if is_folder and entry.is_symlink() and not follow_links:
@@ -147,7 +147,7 @@ def _walk(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...], fol
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not entry.is_symlink():
                 continue  # removed since it was listed
-            raise StorageError(f"{folder / entry.name} cannot be read ({error.strerror})") from error
+            raise AccessError(f"{folder / entry.name} cannot be read ({error.strerror})") from error
         if not is_folder:
             if follow_links:
                 _check_file(folder / entry.name, status)

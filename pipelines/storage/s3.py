@@ -6,27 +6,34 @@ import base64
 import builtins
 import hashlib
 import io
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, suppress
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
+from uuid import uuid4
 
 from fsspec.spec import AbstractBufferedFile
 
 from pipelines.storage import cache
-from pipelines.storage.base import Folder, MissingFileError, StorageError, StoredFile, file_digest, in_parallel
+from pipelines.storage.base import AccessError, Folder, MissingFileError, StorageError, StoredFile, file_digest, in_parallel
 from pipelines.storage.s3_client import (
     ATTEMPTS,
+    NO_CHECKSUMS,
+    WITHOUT_CHECKSUMS,
     S3Config,
     broken_transfers,
     client_of,
     error_code,
     explained,
+    is_checked,
     is_conflict,
+    is_unknown,
+    knows_checksums,
     may_have_happened,
+    pause_before,
+    refusal,
 )
 
 MIB = 1 << 20
@@ -128,14 +135,19 @@ class S3Folder(Folder):
         if length == 0:
             return b""
         stop = None if length is None else start + length
-        content = self._get(name, start, stop)
+        content = self._get(name, start, stop, None if start else stop)
         if stop is not None and len(content) != length:
             raise StorageError(f"{self.uri}/{name} ends after {start + len(content)} bytes; {stop} were expected")
         return content
 
     def open(self, name: str) -> BinaryIO:
         size, version = self._status(name)
-        return _ObjectFile(lambda start, stop: self._get(name, start, stop, version), size)
+        return _ObjectFile(lambda start, stop: self._get(name, start, stop, size, version), size)
+
+    @property
+    def is_compared(self) -> bool:
+        """Parts of an object have no checksum. Over http they are read twice; what comes over https cannot change on its way."""
+        return not self._client.meta.endpoint_url.startswith("https:")
 
     def fingerprints(self, files: Iterable[StoredFile]) -> Iterator[str]:
         return (file.version for file in files)
@@ -153,14 +165,32 @@ class S3Folder(Folder):
 
     def _ranges(self, name: str, size: int, version: str) -> Iterator[bytes]:
         def read(start: int) -> bytes:
-            return self._get(name, start, min(start + _RANGE, size), version)
+            return self._transfer(name, start, min(start + _RANGE, size), size, version)[0]
 
         return in_parallel(read, range(0, size, _RANGE), _DOWNLOADS)
 
-    def _get(self, name: str, start: int, stop: int | None, version: str | None = None) -> bytes:
-        """Bytes start..stop-1 (None: to the end), fewer if the object ends before. version: StorageError for any other."""
+    def _get(self, name: str, start: int, stop: int | None, size: int | None = None, version: str | None = None) -> bytes:
+        """The same bytes as _transfer, which are believed if a checksum or a second read confirms them.
+
+        The second read also confirms whole objects without a checksum whose ETag is not an MD5.
+        """
+        read: builtins.list[bytes] = []
+        for _ in range(ATTEMPTS):
+            content, is_confirmed = self._transfer(name, start, stop, size, version)
+            if is_confirmed or content in read:
+                return content
+            read.append(content)
+        raise AccessError(f"{self.uri}/{name} arrives with other bytes each time; check the endpoint and the network")
+
+    def _transfer(
+        self, name: str, start: int, stop: int | None, size: int | None = None, version: str | None = None
+    ) -> tuple[bytes, bool]:
+        """Bytes start..stop-1 (None: to the end), fewer if the object ends before, and whether they are known to be the object's.
+
+        size: of the object, if it is known or assumed.   version: StorageError for any other.
+        """
         request = {"Bucket": self._bucket, "Key": self._prefix + name}
-        if start or stop is not None:
+        if start or stop not in (None, size):
             request["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         if version is not None:
             request["IfMatch"] = f'"{version}"'
@@ -170,30 +200,36 @@ class S3Folder(Folder):
                     answer = self._client.get_object(**request)
                 except Exception as error:
                     if error_code(error) == "InvalidRange":
-                        return b""
+                        return b"", True
                     raise
-                expected = answer["ContentLength"]
+                expected = total = answer["ContentLength"]
                 if "Range" in request:
                     if "ContentRange" not in answer:
                         raise StorageError(f"{self.uri}/{name}: the endpoint does not answer requests for a range of bytes")
                     total = int(answer["ContentRange"].rpartition("/")[2])
                     expected = (total if stop is None else min(stop, total)) - start
+                elif stop is not None and total > stop:  # the object is larger than assumed
+                    answer["Body"].close()
+                    request["Range"] = f"bytes={start}-{stop - 1}"
+                    continue
                 try:
                     with closing(answer["Body"]) as body:
                         content: bytes = body.read()
                     if len(content) == expected:
-                        return content
+                        is_whole = len(content) == total
+                        is_known = _is_md5(answer["ETag"], content) if is_whole else not self.is_compared
+                        return content, is_known or is_checked(answer)
                 except broken_transfers():
                     if attempt == ATTEMPTS:
                         raise
                 _pause(attempt)
-        raise StorageError(f"{self.uri}/{name} was answered only in part, {ATTEMPTS} times; check the endpoint")
+        raise AccessError(f"{self.uri}/{name} was answered only in part, {ATTEMPTS} times; check the endpoint")
 
     # Writing -----------------------------------------------------------------------------------------------------------------
 
     def put(self, name: str, content: bytes) -> None:
         with self._explained("write", name):
-            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=content)
+            self._put(name, content, file_digest(content))
 
     def put_if_absent(self, name: str, source: Path | bytes, sha256: str | None = None, *, part_size: int = _PART) -> bool:
         """Write an object unless its name is taken. Returns whether the name now holds exactly these bytes.
@@ -212,9 +248,11 @@ class S3Folder(Folder):
                     if isinstance(source, Path) and is_large:
                         self._put_parts(name, source, sha256, max(part_size, -(-size // _PARTS_AT_MOST)))
                     else:
-                        self._put(name, source, sha256)
+                        self._put(name, source, sha256, IfNoneMatch="*")
                     return True
                 except Exception as error:
+                    if is_unknown(error_code(error)) and knows_checksums(self.config) and self._writes_without_checksums():
+                        raise AccessError(refusal(NO_CHECKSUMS, "write", f"{self.uri}/{name}", self.config)) from error
                     if not may_have_happened(error):
                         raise
                     if (holds := self._holds(name, size, sha256)) is not None:
@@ -224,14 +262,32 @@ class S3Folder(Folder):
                 _pause(attempt)
         raise AssertionError("the last attempt returns or raises")
 
-    def _put(self, name: str, source: Path | bytes, sha256: str) -> None:
-        checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": _base64(bytes.fromhex(sha256))}
+    def _put(self, name: str, source: Path | bytes, sha256: str, **condition: str) -> None:
+        checksum = self._checksum(source, sha256)
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as body:
-            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=body, IfNoneMatch="*", **checksum)
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=body, **condition, **checksum)
+
+    def _checksum(self, source: Path | bytes, sha256: str) -> dict[str, str]:
+        """With which the service compares what it receives."""
+        if knows_checksums(self.config):
+            return {"ChecksumSHA256": _base64(sha256)}
+        return {"ContentMD5": _base64(file_digest(source, "md5"))}
+
+    def _writes_without_checksums(self) -> bool:
+        """Find out by writing, which leaves nothing: a refusal need not name what it refuses."""
+        client = client_of(self.config, WITHOUT_CHECKSUMS)
+        probe = {"Bucket": self._bucket, "Key": f"{self._prefix}.probe-{uuid4().hex}"}
+        try:
+            client.put_object(**probe, IfNoneMatch="*")
+            client.delete_object(**probe)
+        except Exception as error:  # noqa: BLE001 (the first refusal is the one to explain)
+            return not is_unknown(error_code(error))
+        return True
 
     def _put_parts(self, name: str, source: Path, sha256: str, part_size: int) -> None:
         client, target = self._client, {"Bucket": self._bucket, "Key": self._prefix + name}
-        upload = client.create_multipart_upload(**target, ChecksumAlgorithm="SHA256")["UploadId"]
+        algorithm = {"ChecksumAlgorithm": "SHA256"} if knows_checksums(self.config) else {}
+        upload = client.create_multipart_upload(**target, **algorithm)["UploadId"]
         whole = hashlib.sha256()
 
         def parts() -> Iterator[tuple[int, bytes]]:
@@ -242,9 +298,10 @@ class S3Folder(Folder):
 
         def put(part: tuple[int, bytes]) -> dict[str, Any]:
             number, content = part
-            checksum = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": _base64(hashlib.sha256(content).digest())}
+            checksum = self._checksum(content, file_digest(content))
             answer = client.upload_part(**target, UploadId=upload, PartNumber=number, Body=content, **checksum)
-            return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum["ChecksumSHA256"]}
+            checksum.pop("ContentMD5", None)  # only of a request
+            return {"PartNumber": number, "ETag": answer["ETag"], **checksum}
 
         try:
             done = {"Parts": [*in_parallel(put, parts(), _UPLOADS)]}
@@ -260,18 +317,22 @@ class S3Folder(Folder):
         """Whether an object has exactly these bytes; None if it does not exist."""
         try:
             with self._explained("read", name):
-                answer = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name, ChecksumMode="ENABLED")
+                mode = {"ChecksumMode": "ENABLED"} if knows_checksums(self.config) else {}
+                answer = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name, **mode)
             if answer["ContentLength"] != size:
                 return False
-            if answer.get("ChecksumSHA256") == _base64(bytes.fromhex(sha256)):
+            if answer.get("ChecksumSHA256") == _base64(sha256):
                 return True
             # S3 has a checksum of checksums for an object in parts, and perhaps none for one that others wrote.
-            digest = hashlib.sha256()
-            for content in self._ranges(name, size, answer["ETag"].strip('"')):
-                digest.update(content)
+            for _ in range(2):  # bytes may be damaged on their way
+                digest = hashlib.sha256()
+                for content in self._ranges(name, size, answer["ETag"].strip('"')):
+                    digest.update(content)
+                if digest.hexdigest() == sha256:
+                    return True
         except MissingFileError:
             return None
-        return digest.hexdigest() == sha256
+        return False
 
     def delete(self, names: Iterable[str], *, follow_links: bool = True) -> None:
         remaining = iter(names)
@@ -280,9 +341,8 @@ class S3Folder(Folder):
             with self._explained("delete", some[0]):
                 failed = self._client.delete_objects(Bucket=self._bucket, Delete=objects).get("Errors")
             if failed:
-                raise StorageError(
-                    f"{self.uri}/{some[0]} cannot be deleted ({failed[0].get('Code')}); check the permission to delete"
-                )
+                place = f"s3://{self._bucket}/{failed[0].get('Key')}"
+                raise AccessError(refusal(failed[0].get("Code", ""), "delete", place, self.config))
 
     @property
     def _client(self) -> Any:
@@ -301,8 +361,14 @@ class _ObjectFile(AbstractBufferedFile):  # type: ignore[misc]
 
 
 def _pause(attempt: int) -> None:
-    time.sleep(random.uniform(0, min(0.05 * 2**attempt, 5)))
+    time.sleep(pause_before(attempt))
 
 
-def _base64(digest: bytes) -> str:
-    return base64.b64encode(digest).decode()
+def _is_md5(etag: str, content: bytes) -> bool:
+    """Of most objects that were written in one request. Others are encrypted, or the service has ETags of its own."""
+    return etag.strip('"') == file_digest(content, "md5")
+
+
+def _base64(digest: str) -> str:
+    """digest: as hex."""
+    return base64.b64encode(bytes.fromhex(digest)).decode()

@@ -6,7 +6,10 @@ with the URI and what to do. Credentials come only from boto3's own chain and ap
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +18,14 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipelines.storage.base import MissingFileError, StorageError
+from pipelines.storage.base import AccessError, MissingFileError, StorageError
 
 ATTEMPTS = 8  # of one request, by botocore; and of one transfer whose answers break off
 CONNECTIONS = 32
 _NOT_THERE = {"NoSuchKey", "404"}
+WITHOUT_CHECKSUMS = "when_required"  # a value of AWS_REQUEST_CHECKSUM_CALCULATION
+NO_CONDITION, NO_CHECKSUMS = "If-None-Match", "x-amz-checksum"  # headers that a service may not know
+_DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}  # on its way to the service
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +53,25 @@ class S3Config:
 _client_lock = threading.Lock()
 
 
-def client_of(config: S3Config) -> Any:
-    """The one client of this process for a configuration. Threads may share clients, unlike boto3's sessions."""
+def client_of(config: S3Config, checksums: str | None = None) -> Any:
+    """The one client of this process for a configuration. Threads may share clients, unlike boto3's sessions.
+
+    checksums: in place of AWS_REQUEST_CHECKSUM_CALCULATION.
+    """
     with _client_lock:
-        return _open_client(config, os.getpid())
+        return _open_client(config, os.getpid(), checksums)
 
 
 @cache
-def _open_client(config: S3Config, process: int) -> Any:
+def _open_client(config: S3Config, process: int, checksums: str | None) -> Any:
     """process: a forked process must not share its parent's connections."""
     import boto3
+    import botocore.session
     from botocore import UNSIGNED
     from botocore.config import Config
 
+    session = botocore.session.get_session()
+    checksums = checksums or session.get_config_variable("request_checksum_calculation")
     options = Config(
         signature_version=UNSIGNED if config.anonymous else None,
         s3={"addressing_style": "path"} if config.path_style else None,
@@ -68,14 +80,51 @@ def _open_client(config: S3Config, process: int) -> Any:
         read_timeout=60,
         max_pool_connections=CONNECTIONS,
         tcp_keepalive=True,
+        request_checksum_calculation=checksums,
+        # A service that does not know checksums sends none.
+        response_checksum_validation=checksums if checksums == WITHOUT_CHECKSUMS else None,
     )
     region = config.region or os.environ.get("AWS_REGION") or None
-    return boto3.session.Session().client("s3", endpoint_url=config.endpoint_url, region_name=region, config=options)
+    client = boto3.session.Session(botocore_session=session).client(
+        "s3", endpoint_url=config.endpoint_url, region_name=region, config=options
+    )
+    client.meta.events.register("needs-retry.s3", _retry_if_damaged)
+    client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
+    return client
+
+
+def _retry_if_damaged(response: Any, attempts: int, **_: Any) -> float | None:
+    """Seconds until the next attempt, which botocore makes only of requests that fail in other ways; None for no attempt."""
+    code = response[1].get("Error", {}).get("Code") if response else None
+    return pause_before(attempts) if code in _DAMAGED and attempts < ATTEMPTS else None
+
+
+def _add_md5(params: dict[str, Any], **_: Any) -> None:
+    """S3 takes Content-MD5 in place of x-amz-checksum headers. Some services require it, and do not know the others."""
+    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
+    params["context"].pop("checksum", None)
+
+
+def pause_before(attempts: int) -> float:
+    return random.uniform(0, min(0.05 * 2**attempts, 5))
+
+
+def knows_checksums(config: S3Config) -> bool:
+    """Whether requests may have x-amz-checksum headers. AWS_REQUEST_CHECKSUM_CALCULATION=when_required excludes them."""
+    return bool(client_of(config).meta.config.request_checksum_calculation != WITHOUT_CHECKSUMS)
+
+
+def is_checked(answer: Any) -> bool:
+    """Whether botocore compares the body of an answer with a checksum of the whole object, and raises an error if it differs."""
+    from botocore.httpchecksum import StreamingChecksumBody
+
+    return isinstance(answer["Body"], StreamingChecksumBody)
 
 
 def error_code(error: Any) -> str:
     """S3's name of an error, such as "NoSuchKey"; for a request without a body, the HTTP status: "404". Else empty."""
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    return str((getattr(error, "response", None) or {}).get("Error", {}).get("Code", ""))
 
 
 def broken_transfers() -> tuple[type[Exception], ...]:
@@ -92,35 +141,46 @@ def may_have_happened(error: Exception) -> bool:
 
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return is_conflict(error) or (status >= 500 and error_code(error) != "NotImplemented")
+        return is_conflict(error) or (status >= 500 and status != 501)
     return isinstance(error, HTTPClientError)
 
 
 def is_conflict(error: Exception) -> bool:
-    """Whether a write met another write. NoSuchUpload: its own completion may have succeeded, and the answer was lost."""
-    return error_code(error) in {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchUpload"}
+    """Whether a write met another write. NoSuchUpload: its own completion may have succeeded, and the answer was lost.
+
+    An error whose body is cut off has its HTTP status for a code.
+    """
+    return error_code(error) in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchUpload"}
+
+
+def is_unknown(code: str) -> bool:
+    """Whether a service does not know a header of a request."""
+    return code in {"NotImplemented", "501"}
 
 
 @contextmanager
 def explained(config: S3Config, action: str, place: str) -> Iterator[None]:
     """Turn boto3's errors into sentences. action: list, read, write or delete.   place: the URI of the file or folder."""
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
     from urllib3.exceptions import HTTPError
 
     try:
         yield
     except ClientError as error:
-        kind = MissingFileError if error_code(error) in _NOT_THERE else StorageError
-        raise kind(f"{place} {_refusal(error_code(error), action, config)}") from error
+        code = error_code(error)
+        kind = MissingFileError if code in _NOT_THERE else StorageError if code == "NoSuchBucket" else AccessError
+        raise kind(refusal(code, action, place, config)) from error
     except (BotoCoreError, HTTPError) as error:
-        raise StorageError(f"{place} {_failure(error, action, config)}") from error
+        kind = StorageError if isinstance(error, ParamValidationError) else AccessError
+        raise kind(f"{place} {_failure(error, action, config)}") from error
 
 
 _REFUSALS = {  # codes of S3 -> what they mean and what to do
     "NoSuchKey 404": "does not exist; correct the URI",
     "NoSuchBucket": "cannot be found: {endpoint} has no such bucket; create it, or correct the URI",
     "AccessDenied AllAccessDisabled Forbidden 403 401": (
-        "does not exist or may not be accessed: no permission to {action} it ({who}); ask its owner or use others"
+        "{or_missing}may not be accessed: no permission to {action} it ({right} on bucket {bucket}, {who}); "
+        "ask its owner or use others"
     ),
     "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken TokenRefreshRequired InvalidSecurity": (
         "cannot be accessed: {endpoint} refuses the credentials ({code}); renew or correct them"
@@ -129,19 +189,38 @@ _REFUSALS = {  # codes of S3 -> what they mean and what to do
     "PermanentRedirect 301 AuthorizationHeaderMalformed": (
         "cannot be accessed: its bucket is not in the region {region}; set the region, or AWS_REGION"
     ),
-    "PreconditionFailed": "changed while it was being read; run again",
-    "NotImplemented": "cannot be written: {endpoint} cannot write a name only if it is free (If-None-Match); use another store",
+    "PreconditionFailed 412": "changed while it was being read; run again",
+    NO_CONDITION: "cannot be written: {endpoint} cannot write a name only if it is free ({code}); use another store",
+    NO_CHECKSUMS: (
+        "cannot be accessed: {endpoint} does not know checksums ({code} headers); "
+        "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+    ),
+    " ".join(_DAMAGED): "cannot be written: what {endpoint} receives is damaged ({code}), each time; check it and the network",
 }
+_RIGHTS = {"list": "s3:ListBucket", "read": "s3:GetObject", "write": "s3:PutObject", "delete": "s3:DeleteObject"}
 
 
-def _refusal(code: str, action: str, config: S3Config) -> str:
+def refusal(code: str, action: str, place: str, config: S3Config) -> str:
+    """What an error code of the service means for an action on a place. Arguments: as for explained."""
+    if is_unknown(code):  # a header, of which only these are new
+        code = NO_CONDITION if action == "write" else NO_CHECKSUMS if action == "read" and knows_checksums(config) else code
     template = "cannot be accessed: {endpoint} refuses to {action} it ({code})"
     for codes, sentence in _REFUSALS.items():
         if code in codes.split():
             template = sentence
     who = "requests are not signed" if config.anonymous else "with the credentials in use"
     region = client_of(config).meta.region_name or "asked for"
-    return template.format(code=code or "no code", action=action, who=who, region=region, endpoint=_endpoint(config))
+    meaning = template.format(
+        code=code or "no code",
+        action=action,
+        or_missing="does not exist or " if action in ("list", "read") else "",
+        right=_RIGHTS[action],
+        bucket=place.split("/")[2],
+        who=who,
+        region=region,
+        endpoint=_endpoint(config),
+    )
+    return f"{place} {meaning}"
 
 
 def _failure(error: Exception, action: str, config: S3Config) -> str:

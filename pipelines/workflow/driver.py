@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -134,8 +135,9 @@ def _made(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_ru
         )
         result = node.stage.run(node.config, inputs, context)
     except RayTaskError as error:
-        if isinstance(error.cause, ValueError):  # bad input found by a worker: its message without the worker's traceback
-            raise ValueError(str(error.cause)) from error
+        if isinstance(error.cause, ValueError):  # found by a worker: the message without the worker's traceback
+            error.cause.args = tuple(_own(each) if isinstance(each, str) else each for each in error.cause.args)
+            raise error.cause from error
         _log.exception("stage %s failed", node.id)
         raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
     except ValueError:
@@ -213,5 +215,10 @@ def _root_cause(error: BaseException) -> str:
         if not isinstance(inner, BaseException) or inner is error:
             break
         error = inner
-    lines = str(error).strip().splitlines() or [""]
+    lines = _own(str(error)).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1]}" if not isinstance(error, ValueError) else lines[-1]
+
+
+def _own(message: str) -> str:
+    """Without what Ray Data 2.60 appends to messages of workers: "Failed to ... after 1/1 attempts", and its settings."""
+    return re.split(r"\nFailed to .+ after \d+/\d+ attempts ", message)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,12 +33,14 @@ Environ = dict[str, Any]
 @dataclass
 class Fault:
     """What happens to the first `times` requests that match. lose: the work is done, and no answer is sent.
-    cut: only so many bytes of the body are sent.   status, code: this answer is sent, and nothing is done."""
+    cut: only so many bytes of the body are sent.   flip: one bit of the body is another.   status, code: this answer is sent, and
+    nothing is done."""
 
     matches: Callable[[Environ], bool]
     times: int = 1
     lose: bool = False
     cut: int | None = None
+    flip: bool = False
     status: str = ""
     code: str = ""
 
@@ -90,6 +93,7 @@ class _Application:
     def __init__(self, moto: Any, endpoint: S3Endpoint) -> None:
         self.moto, self.endpoint = moto, endpoint
         self.one_by_one = threading.Lock()
+        self.places = random.Random(0)
 
     def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
         headers = {name.removeprefix("HTTP_"): value for name, value in environ.items() if name.startswith("HTTP_")}
@@ -101,12 +105,15 @@ class _Application:
         if fault.status:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response(fault.status, [("Content-Type", "application/xml")])
-            return [f"<Error><Code>{fault.code}</Code><Message>as the test asks</Message></Error>".encode()]
+            return [f"<Error><Code>{fault.code}</Code><Message>as the test asks</Message></Error>".encode()[: fault.cut]]
         if fault.lose:
             list(self._answer(environ, lambda *_: None))
             environ["werkzeug.socket"].shutdown(2)
             return []
         content = b"".join(self._answer(environ, start_response))
+        if fault.flip and content:
+            place = self.places.randrange(len(content))
+            content = content[:place] + bytes([content[place] ^ 1 << self.places.randrange(8)]) + content[place + 1 :]
         return [content[: fault.cut]]
 
     def _answer(self, environ: Environ, start_response: Any) -> Iterable[bytes]:

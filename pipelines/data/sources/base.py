@@ -43,6 +43,11 @@ class Findings:
     def add(self, kind: str, name: str) -> None:
         self.names.setdefault(kind, []).append(name)
 
+    def check_comparison(self, folder: Folder, file: str) -> None:
+        """Note a file from whose inside images are read, if nothing tells whether their bytes were damaged on their way."""
+        if not folder.is_compared:
+            self.add("files whose images cannot be compared with a checksum", file)
+
     def merge(self, names: dict[str, list[str]]) -> None:
         for kind, some in names.items():
             self.names.setdefault(kind, []).extend(some)

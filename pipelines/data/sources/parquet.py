@@ -57,6 +57,7 @@ class ParquetSource(Source):
         return tuple(map(str, names)) if isinstance(names, list) else None
 
     def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
+        findings.check_comparison(self.folder, unit)
         with self._open(unit) as file:
             has_paths = pa.types.is_struct(_image_type(file, unit)) and _image_type(file, unit).get_field_index("path") >= 0
             label, caption = self._label_column(file, unit, findings), self._caption_column(file, unit)

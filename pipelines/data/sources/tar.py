@@ -76,6 +76,7 @@ class TarSource(RangeSource):
         return [file.name for file in self._shards()]
 
     def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
+        findings.check_comparison(self.folder, unit)
         samples: dict[str, _Sample] = {}
         with self.folder.open(unit) as file:
             for member in _members(file, f"{unit} in {self.folder.uri}"):

@@ -17,9 +17,10 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.data import dataset as data_dataset
 from pipelines.data.dataset import INDEX, Dataset, IndexSummary, write_index
-from pipelines.data.sources.base import Entry
-from pipelines.data.sources.config import DatasetConfig
+from pipelines.data.sources.base import Entry, Findings
+from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.storage.base import StorageError
+from pipelines.storage.s3 import S3Folder
 
 
 def _rows(dataset: Dataset, start: int = 0, stop: int = 10**9) -> list[Row]:
@@ -44,6 +45,46 @@ def test_dataset_in_a_bucket_is_read_with_what_a_worker_is_sent(layouts, local_s
     s3_endpoint.fill(bucket, {name: data for name, data in layouts.contents().items() if name.startswith((kind, "captions"))})
     sent = pickle.dumps(open_dataset(layouts.config(kind, bucket.uri, s3=bucket.config), local_store))
     assert _rows(pickle.loads(sent), 3, 17) == layouts.rows(kind)[3:17]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_are_damaged_on_their_way_are_read_again(layouts, layouts_bucket, local_store, s3_endpoint, kind):
+    """The first answer for each object or range has a flipped bit, while the dataset is scanned and read."""
+    seen: set[str] = set()
+
+    def is_first(environ) -> bool:
+        asked, before = environ["PATH_INFO"] + environ.get("HTTP_RANGE", ""), len(seen)
+        seen.add(asked)
+        return f"/data/sets/{kind}/" in asked and len(seen) > before
+
+    with s3_endpoint.fault("GET", "", flip=True, times=999) as fault:
+        fault.matches = is_first
+        dataset = open_dataset(layouts.config(kind, layouts_bucket.uri, s3=layouts_bucket.config), local_store)
+        rows, damaged = _rows(dataset), 999 - fault.times
+        decoded = [pixels for _, pixels in dataset.decode(16, 0, 99)]
+    assert rows == layouts.rows(kind) and damaged >= 4
+    for row, pixels in zip(layouts.rows(kind), decoded, strict=True):
+        np.testing.assert_array_equal(pixels, to_array(center_crop(decode_image(row.data), 16)))
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_files_whose_images_are_not_compared_are_reported(layouts, layouts_bucket, monkeypatch, kind):
+    """Parts of objects that come over https: encryption protects them on their way, but not before it begins."""
+    monkeypatch.setattr(S3Folder, "is_compared", False)
+    source, findings = open_source(layouts.config(kind, layouts_bucket.uri, s3=layouts_bucket.config)), Findings()
+    assert all([*source.scan(unit, findings)] for unit in source.units())
+    assert findings.names["files whose images cannot be compared with a checksum"] == [*source.units()]
+
+
+def test_image_is_read_again_before_it_counts_as_unreadable(layouts, layouts_bucket, local_store, s3_endpoint, monkeypatch):
+    monkeypatch.setattr(S3Folder, "is_compared", False)
+    dataset = open_dataset(layouts.config("tar", layouts_bucket.uri, s3=layouts_bucket.config), local_store)
+    ((png, expected),) = dataset.decode(16, 1, 2)
+    assert png.data.startswith(b"\x89PNG")
+    with s3_endpoint.fault("GET", "/tar/", flip=True) as fault:
+        ((again, pixels),) = dataset.decode(16, 1, 2)
+    assert fault.times == 0 and again == png
+    np.testing.assert_array_equal(pixels, expected)
 
 
 def test_digits_are_read_by_their_numbers(local_store):

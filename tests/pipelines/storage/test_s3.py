@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from s3_server import S3Endpoint
 
 from pipelines.storage import s3, s3_client
-from pipelines.storage.base import MissingFileError, StorageError, StoredFile, in_parallel
+from pipelines.storage.base import AccessError, MissingFileError, StorageError, StoredFile, in_parallel
 from pipelines.storage.open import open_folder
 from pipelines.storage.s3 import S3Folder
 from pipelines.storage.s3_client import S3Config
@@ -189,6 +189,39 @@ def test_failed_and_lost_reads_are_requested_again(folder: S3Folder, s3_endpoint
         assert [file.name for file in folder.list()] == ["file"]
 
 
+@pytest.mark.usefixtures("at_once")
+def test_damaged_answers_never_become_content(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    """At the right length, with one bit flipped: whole objects with and without a checksum, in parts, and ranges."""
+    contents = {"etag": BIG[:1000], "checksum": BIG[:2000], "parts": BIG}
+    s3_endpoint.fill(folder, {"etag": contents["etag"]})
+    client, target = s3_endpoint.boto, {"Bucket": folder.uri.split("/")[2]}
+    client.put_object(**target, Key="some/where/checksum", Body=contents["checksum"], ChecksumAlgorithm="SHA256")
+    target["Key"] = "some/where/parts"
+    upload = client.create_multipart_upload(**target)["UploadId"]
+    pieces = [BIG[start : start + PART] for start in range(0, len(BIG), PART)]
+    done = [client.upload_part(**target, UploadId=upload, PartNumber=n, Body=piece) for n, piece in enumerate(pieces, 1)]
+    parts = [{"PartNumber": number, "ETag": part["ETag"]} for number, part in enumerate(done, 1)]
+    client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload={"Parts": parts})
+    for times in (1, 2, 3):
+        for name, content in contents.items():
+            for start, length in ((0, None), (0, len(content)), (10, 500), (0, 500)):
+                with s3_endpoint.fault("GET", name, flip=True, times=times) as fault:
+                    assert folder.read(name, start, length) == content[start:][:length] and fault.times == 0
+            with s3_endpoint.fault("GET", name, flip=True, times=times), folder.open(name) as file:
+                assert file.read() == content
+    with s3_endpoint.fault("GET", "etag", flip=True, times=99), pytest.raises(AccessError, match="other bytes each time"):
+        folder.read("etag")
+
+
+def test_whole_objects_with_a_checksum_are_read_once_and_parts_twice_unless_over_https(folder: S3Folder, s3_endpoint) -> None:
+    s3_endpoint.fill(folder, {"file": BIG[:1000]})
+    for start, requests in ((0, 1), (1, 2)):
+        before = len(s3_endpoint.requests)
+        folder.read("file", start, 1000 - start)
+        assert len(s3_endpoint.requests) - before == requests
+    assert folder.is_compared and not S3Folder("s3://bucket", S3Config(endpoint_url="https://host")).is_compared
+
+
 # Writing -------------------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +314,61 @@ def test_an_upload_in_parts_that_fails_leaves_no_parts(folder: S3Folder, big: Pa
     assert _uploads(folder, s3_endpoint) == [] and folder.read_if_exists("file") is None
 
 
+@pytest.mark.usefixtures("at_once")
+def test_writes_that_arrive_damaged_are_repeated(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
+    with s3_endpoint.fault("PUT", "file", status="400 Bad Request", code="BadDigest", times=ATTEMPTS - 1):
+        assert put("file", b"a")
+    fault = s3_endpoint.fault("PUT", "other", status="400 Bad Request", code="BadDigest", times=99)
+    with fault, pytest.raises(AccessError, match=r"is damaged \(BadDigest\), each time"):
+        put("other", b"a")
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_refusal_whose_body_is_cut_off_is_read_by_its_status(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
+    assert put("file", b"a")
+    for content, is_own in ((b"a", True), (b"b", False)):
+        for method in ("PUT", "POST"):
+            with s3_endpoint.fault(method, "file", status="412 Precondition Failed", code="PreconditionFailed", cut=20, times=99):
+                assert put("file", content) == is_own
+
+
+@pytest.fixture(params=["when_supported", "when_required"])
+def unknown_checksums(request: pytest.FixtureRequest, s3_endpoint: S3Endpoint, monkeypatch) -> Iterator[str]:
+    """A service that knows no header of checksums. The parameter is the user's AWS_REQUEST_CHECKSUM_CALCULATION."""
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", request.param)
+    s3_client._open_client.cache_clear()  # a client is made with the environment of its first use
+    with s3_endpoint.fault("", "", status="501 Not Implemented", code="NotImplemented", times=999) as fault:
+        fault.matches = lambda environ: any("X_AMZ_CHECKSUM" in name or name == "HTTP_X_AMZ_TRAILER" for name in environ)
+        yield request.param
+    s3_client._open_client.cache_clear()
+
+
+def test_a_service_without_checksums_is_used_when_they_are_not_required(
+    folder: S3Folder, put, s3_endpoint: S3Endpoint, unknown_checksums: str
+) -> None:
+    s3_endpoint.fill(folder, {"old": b"x"})
+    if unknown_checksums == "when_supported":
+        for act in (lambda: folder.put_if_absent("file", b"a"), lambda: folder.read("old")):
+            with pytest.raises(AccessError, match=r"does not know checksums .*AWS_REQUEST_CHECKSUM_CALCULATION=when_required"):
+                act()
+    else:
+        assert put("file", b"a") and put("file", b"a") and not put("file", b"b")
+        assert folder.read("file") == b"a" + BIG[1:] and folder.read("old") == b"x"
+        folder.put("old", b"y")
+        folder.delete(["file"])
+    assert [file.name for file in folder.list()] == ["old"]
+    puts = [headers for method, target, headers in s3_endpoint.requests if method in ("PUT", "POST") and "delete" in target]
+    assert all("CONTENT_MD5" in headers for headers in puts), "some services require it"
+
+
+def test_a_service_without_conditional_writes_is_named(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    with s3_endpoint.fault("PUT", "", status="501 Not Implemented", code="NotImplemented", times=99) as fault:
+        fault.matches = lambda environ: "HTTP_IF_NONE_MATCH" in environ
+        with pytest.raises(AccessError, match="cannot write a name only if it is free"):
+            folder.put_if_absent("file", b"x")
+    assert [*folder.list()] == []
+
+
 def test_every_request_that_writes_has_a_checksum(folder: S3Folder, put, s3_endpoint: S3Endpoint) -> None:
     before = len(s3_endpoint.requests)
     put("file", b"a")
@@ -307,19 +395,19 @@ def test_a_missing_bucket_or_endpoint_is_named(s3_endpoint: S3Endpoint) -> None:
 
 
 def test_refusals_name_the_remedy_and_no_secret(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
+    bucket = folder.uri.split("/")[2]
     for status, code, sentence in (
-        ("403 Forbidden", "AccessDenied", "no permission to .* it"),
+        ("403 Forbidden", "AccessDenied", rf"no permission to .* it \(s3:\w+ on bucket {bucket}, with the credentials in use\)"),
         ("403 Forbidden", "SignatureDoesNotMatch", r"refuses the credentials \(SignatureDoesNotMatch\); renew or correct them"),
         ("400 Bad Request", "ExpiredToken", "refuses the credentials"),
         ("403 Forbidden", "RequestTimeTooSkewed", "clock is wrong"),
         ("400 Bad Request", "AuthorizationHeaderMalformed", "is not in the region us-east-1; set the region"),
         ("418 I'm a teapot", "Teapot", r"refuses to .* it \(Teapot\)"),
-        ("501 Not Implemented", "NotImplemented", "only if it is free"),
     ):
         for act in _actions(folder):
             with s3_endpoint.fault("", "", times=99) as fault:
                 fault.matches, fault.status, fault.code = lambda environ: True, status, code
-                with pytest.raises(StorageError, match=f"{folder.uri}.*{sentence}") as raised:
+                with pytest.raises(AccessError, match=f"{folder.uri}.*{sentence}") as raised:
                     act()
             assert "test-secret" not in str(raised.value) and "test-key" not in str(raised.value)
 
