@@ -12,12 +12,12 @@ help:
 	@echo "make setup     install everything pinned in requirements.lock into .venv"
 	@echo "make demo      train and score a model on real images of digits (about 4 minutes on two cores)"
 	@echo "make test      run the tests (about 5 minutes on two cores)"
-	@echo "make test-all  run the tests and the slow tests"
+	@echo "make test-all  run the tests and the slow tests, and those of stores on a second S3 server"
 	@echo "make faults    kill, corrupt and resume real runs, against an uninterrupted one (about two hours)"
 	@echo "make lint      run ruff, mypy and the import rules"
 	@echo "make bench     measure the speed of this machine, as ratios (about 35 minutes)"
 	@echo "make format    apply ruff format and fixes"
-	@echo "make lock      recompute requirements.lock from pyproject.toml"
+	@echo "make lock      recompute requirements.lock from pyproject.toml, and tests/localstack.lock"
 
 setup: .venv/ready
 
@@ -42,8 +42,15 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 test: setup
 	$(PYTEST) $(SIDE_BY_SIDE) --durations=10
 
-test-all: setup
+test-all: setup .localstack/ready
 	$(PYTEST) -m 'not faults' $(SIDE_BY_SIDE) --durations=10
+	ENAT_TEST_S3=$(CURDIR)/.localstack/bin/python $(PYTEST) $(SIDE_BY_SIDE) tests/pipelines/storage tests/pipelines/artifacts
+
+# A second S3 server for the tests of stores. Its packages conflict with ours, so it has an environment of its own (170 MB).
+.localstack/ready: tests/localstack.lock .venv/ready
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .localstack
+	$(BIN)/uv pip install --quiet --python .localstack/bin/python --require-hashes --compile-bytecode -r tests/localstack.lock
+	@touch $@
 
 # First every known behaviour, then a seeded campaign. SLICE='--slice 5 --seed TEXT' runs a random part of both, about five minutes each.
 # A campaign that is interrupted continues with the same command.
@@ -71,3 +78,5 @@ format: setup
 lock:
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --quiet -o requirements.lock
+	printf 'localstack-core[base-runtime]==4.6.0\ncbor2<5.7\n' | $(BIN)/uv pip compile - --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header --quiet -o tests/localstack.lock

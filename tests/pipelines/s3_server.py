@@ -1,14 +1,20 @@
-"""An S3 endpoint over real HTTP on the loopback interface, and buckets in it. Answers can be lost, cut short or replaced."""
+"""An S3 endpoint over real HTTP on the loopback interface, and buckets in it. Answers can be lost, cut short or replaced.
+
+The server is moto, or that of LocalStack if ENAT_TEST_S3 names the Python of an environment with its packages.
+"""
 
 from __future__ import annotations
 
+import http.client
 import os
 import random
+import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +32,9 @@ ENVIRONMENT = {
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
 }
 _FORBIDDEN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")
+
+SECOND = os.environ.get("ENAT_TEST_S3")
+only_moto = pytest.mark.skipif(SECOND is not None, reason="needs the times or the access control of moto, or thousands of objects")
 
 Environ = dict[str, Any]
 
@@ -65,11 +74,15 @@ class S3Endpoint:
         return boto3.client("s3", endpoint_url=self.url)
 
     def fill(self, folder: S3Folder, contents: dict[str, bytes]) -> None:
-        """Put many objects at once, without HTTP."""
+        """Put many objects at once, without HTTP if the server is moto."""
         from moto.s3.models import s3_backends
 
         bucket, _, prefix = folder.uri.removeprefix("s3://").partition("/")
+        client = self.boto if SECOND else None
         for name, content in contents.items():
+            if client is not None:
+                client.put_object(Bucket=bucket, Key=f"{prefix}/{name}".lstrip("/"), Body=content)
+                continue
             s3_backends["123456789012"]["global"].put_object(bucket, f"{prefix}/{name}".lstrip("/"), content)
 
     @contextmanager
@@ -88,10 +101,11 @@ def _target(environ: Environ) -> str:
 
 
 class _Application:
-    """moto, with faults. moto checks and then writes; S3 does both in one step, so conditional writes are serialized here."""
+    """A server, with faults. S3 checks a condition and writes in one step. Conditional writes of servers that do not are serialized
+    here: all of moto, uploads in parts of LocalStack."""
 
-    def __init__(self, moto: Any, endpoint: S3Endpoint) -> None:
-        self.moto, self.endpoint = moto, endpoint
+    def __init__(self, server: Any, endpoint: S3Endpoint) -> None:
+        self.server, self.endpoint = server, endpoint
         self.one_by_one = threading.Lock()
         self.places = random.Random(0)
 
@@ -117,16 +131,49 @@ class _Application:
         return [content[: fault.cut]]
 
     def _answer(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
-        if "HTTP_IF_NONE_MATCH" not in environ:
-            return self.moto(environ, start_response)
+        if "HTTP_IF_NONE_MATCH" not in environ or (SECOND and environ["REQUEST_METHOD"] == "PUT"):
+            return self.server(environ, start_response)
         with self.one_by_one:
-            return [*self.moto(environ, start_response)]
+            return [*self.server(environ, start_response)]
+
+
+@contextmanager
+def _second_server(python: str) -> Iterator[Callable[[Environ, Any], list[bytes]]]:
+    """Starts LocalStack's server, and sends it what it is called with."""
+    script = Path(__file__).parents[1] / "localstack_server.py"
+    with subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None and process.stdout is not None
+        port = int(process.stdout.readline())
+
+        def forward(environ: Environ, start_response: Any) -> list[bytes]:
+            headers = {name[5:].replace("_", "-"): value for name, value in environ.items() if name.startswith("HTTP_")}
+            headers.pop("EXPECT", None)
+            headers |= {"Content-Type": kind} if (kind := environ.get("CONTENT_TYPE")) else {}
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request(environ["REQUEST_METHOD"], environ["REQUEST_URI"], body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.close()
+            kept = [pair for pair in answer.getheaders() if pair[0].lower() not in ("connection", "transfer-encoding")]
+            start_response(f"{answer.status} {answer.reason}", kept)
+            return [content]
+
+        yield forward
+        process.stdin.close()
+
+
+@contextmanager
+def _moto() -> Iterator[Any]:
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+    yield DomainDispatcherApplication(create_backend_app)
 
 
 @contextmanager
 def serve() -> Iterator[S3Endpoint]:
     """An endpoint in threads of this process."""
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from moto.moto_server.werkzeug_app import MotoRequestHandler
     from werkzeug.serving import make_server
 
     class Handler(MotoRequestHandler):
@@ -134,14 +181,14 @@ def serve() -> Iterator[S3Endpoint]:
             """Log nothing: answers are lost on purpose."""
 
     endpoint = S3Endpoint()
-    application = _Application(DomainDispatcherApplication(create_backend_app), endpoint)
-    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Handler)
-    endpoint.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield endpoint
-    server.shutdown()
-    thread.join()
+    with _second_server(SECOND) if SECOND else _moto() as application:
+        server = make_server("127.0.0.1", 0, _Application(application, endpoint), threaded=True, request_handler=Handler)
+        endpoint.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield endpoint
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import S3Endpoint
+from s3_server import S3Endpoint, only_moto
 
 from pipelines.storage import s3, s3_client
 from pipelines.storage.base import AccessError, MissingFileError, StorageError, StoredFile, in_parallel
@@ -64,6 +64,7 @@ LAYOUTS = {
 }
 
 
+@only_moto
 def test_a_listing_is_complete_and_in_the_order_of_bytes(
     make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +177,7 @@ def test_a_shorter_range_is_requested_again(folder: S3Folder, s3_endpoint: S3End
         fault.matches, limit = shorten, 3
         assert folder.read("file", 100, 800) == b"x" * 800 and shortened == ["bytes=100-899"] * 3
         limit = 99
-        with pytest.raises(StorageError, match="answered in part only"):
+        with pytest.raises(StorageError, match="answered only in part"):
             folder.read("file", 100, 800)
 
 
@@ -209,7 +210,10 @@ def test_damaged_answers_never_become_content(folder: S3Folder, s3_endpoint: S3E
                     assert folder.read(name, start, length) == content[start:][:length] and fault.times == 0
             with s3_endpoint.fault("GET", name, flip=True, times=times), folder.open(name) as file:
                 assert file.read() == content
-    with s3_endpoint.fault("GET", "etag", flip=True, times=99), pytest.raises(AccessError, match="other bytes each time"):
+    with (
+        s3_endpoint.fault("GET", "etag", flip=True, times=99),
+        pytest.raises(AccessError, match=r"other bytes each time|cut off or damaged"),
+    ):
         folder.read("etag")
 
 
@@ -333,8 +337,9 @@ def test_a_refusal_whose_body_is_cut_off_is_read_by_its_status(folder: S3Folder,
 
 
 @pytest.fixture(params=["when_supported", "when_required"])
-def unknown_checksums(request: pytest.FixtureRequest, s3_endpoint: S3Endpoint, monkeypatch) -> Iterator[str]:
-    """A service that knows no header of checksums. The parameter is the user's AWS_REQUEST_CHECKSUM_CALCULATION."""
+def unknown_checksums(request: pytest.FixtureRequest, folder: S3Folder, s3_endpoint: S3Endpoint, monkeypatch) -> Iterator[str]:
+    """A service that knows no header of checksums, with one object. The parameter is AWS_REQUEST_CHECKSUM_CALCULATION."""
+    s3_endpoint.fill(folder, {"old": b"x"})
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", request.param)
     s3_client._open_client.cache_clear()  # a client is made with the environment of its first use
     with s3_endpoint.fault("", "", status="501 Not Implemented", code="NotImplemented", times=999) as fault:
@@ -346,7 +351,6 @@ def unknown_checksums(request: pytest.FixtureRequest, s3_endpoint: S3Endpoint, m
 def test_a_service_without_checksums_is_used_when_they_are_not_required(
     folder: S3Folder, put, s3_endpoint: S3Endpoint, unknown_checksums: str
 ) -> None:
-    s3_endpoint.fill(folder, {"old": b"x"})
     if unknown_checksums == "when_supported":
         for act in (lambda: folder.put_if_absent("file", b"a"), lambda: folder.read("old")):
             with pytest.raises(AccessError, match=r"does not know checksums .*AWS_REQUEST_CHECKSUM_CALCULATION=when_required"):
@@ -461,6 +465,7 @@ def test_create_bucket_makes_a_bucket_in_the_region_of_the_store(s3_endpoint: S3
         assert s3_endpoint.boto.get_bucket_location(Bucket=name)["LocationConstraint"] == region
 
 
+@only_moto
 def test_anonymous_requests_are_not_signed(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
     """Though there are credentials. moto lets unsigned requests read what everybody may read."""
     bucket = folder.uri.split("/")[2]
