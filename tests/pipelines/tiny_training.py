@@ -60,7 +60,7 @@ class RankLostError(Exception):
     """A rank ended without a result."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 400) -> list[Any]:
     """The results of function(*arguments) on every rank of a new process group. Raises the error of the first rank that fails."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the server imports DeepSpeed
     _FORKS.set_forkserver_preload(_PRELOADED)
