@@ -154,7 +154,8 @@ def test_encoder_round_trips_and_can_be_called_by_several_threads(kind, clip_fol
         found = list(pool.map(lambda images: loaded(images)["features"], batches))
     for features, images in zip(found, batches, strict=True):
         torch.testing.assert_close(features, encoder(images)["features"], rtol=1e-4, atol=1e-4)
-    assert torch.equal(loaded(batches[0])["features"], encoder(batches[0])["features"])
+    # Bits of features may depend on where weights are in memory, so the weights are compared.
+    torch.testing.assert_close(loaded.state_dict(), encoder.state_dict(), rtol=0, atol=0)
 
 
 DINOV2 = json.dumps({"model_type": "dinov2"}).encode()
