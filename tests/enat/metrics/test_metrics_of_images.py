@@ -112,6 +112,7 @@ def test_scores_equal_torch_fidelity(folders, weights, features):
     assert manifold.recall == pytest.approx(theirs["recall"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_distance_of_all_features_equals_torch_fidelity(folders, weights, features):
     """Five seconds: torch-fidelity takes the eigenvalues of a product of 2048 x 2048, which is not symmetric."""
     theirs = fidelity(folders, weights, fid=True, feature_layer_fid="2048")

@@ -23,6 +23,8 @@ from pipelines.reevaluation.reevaluate import LEASE, Outcome, exit_code
 from pipelines.registry.evaluation_record import EvaluationRecord
 from pipelines.run import runner
 
+pytestmark = pytest.mark.slow
+
 # Several models, several processes -----------------------------------------------------------------------------------------
 
 
