@@ -59,7 +59,7 @@ def test_configs_exist_and_accept_the_overrides_of_the_commands() -> None:
             config = REPOSITORY / words[1].removeprefix(f"{IN_IMAGE}/")
             load_config(RunConfig, config, [word for word in words[2:] if re.match(r"[\w.]+=", word)])
             loaded += 1
-    assert loaded > 20
+    assert loaded >= 15
     with pytest.raises(ValueError, match="no_such_key"):
         load_config(RunConfig, REPOSITORY / "configs" / "digits.yaml", ["no_such_key=1"])
     files = [*INFRA.rglob("*.yaml"), *INFRA.rglob("*.md"), *INFRA.glob("single-machine/*")]

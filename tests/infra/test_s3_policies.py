@@ -133,7 +133,7 @@ def _work_of_a_worker(recorded: Recorded) -> None:
     for content in (b"bytes", b"other bytes"):  # the second gets a name with its digest
         store.put_file("token_map", TOKEN_MAP, "part-00000.parquet", recorded.file("part", content))
     record = store.put_file("train", TRAIN, f"{WORK}/step-00000100-a/rank-00000.safetensors", recorded.file("rank", b"1"))
-    store.put_part("train", TRAIN, "checkpoint-00000100-a-00000-of-00001", {"tensors": 1})
+    store.put_part("train", TRAIN, "checkpoint-00000100-a-00000-of-00001", {"step": 100})
     assert store.read_parts("train", TRAIN)
     store.fetch_file("train", TRAIN, record)
     store.discard_part("train", TRAIN, "checkpoint-00000100-a-00000-of-00001")
