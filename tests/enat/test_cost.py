@@ -124,7 +124,10 @@ def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings,
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize(
     "config",
-    [*(small_config(decoder_attention=kind) for kind in DECODER_ATTENTIONS), *map(ENATConfig.preset, ("enat-s", "enat-l"))],
+    [
+        *(small_config(decoder_attention=kind) for kind in DECODER_ATTENTIONS),
+        *(pytest.param(ENATConfig.preset(name), marks=pytest.mark.slow) for name in ("enat-s", "enat-l")),
+    ],
     ids=str,
 )
 def test_published_macs_are_those_of_one_forward_pass_a_step(config, reuse):

@@ -283,6 +283,7 @@ def test_weights_in_float16_are_computed_with_in_float32(own_folder: Path, encod
     torch.testing.assert_close(loaded.encode(CAPTIONS).hidden, encoder.encode(CAPTIONS).hidden, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 def test_text_part_of_a_whole_clip_is_loaded_alone_and_without_output(tmp_path: Path) -> None:
     full = make_tiny_clip(tmp_path / "full", kind="full")
     code = """
