@@ -150,7 +150,7 @@ def test_a_dataset_without_captions_and_a_folder_without_an_encoder_are_refused(
     for override, sentence in (
         (
             f"dataset={{kind: image_folder, name: photos, path: {image_folder}, captions: null}}",
-            r"dataset photos has no captions; leave captions\.encoder out, or use kind coco",
+            r"captions\.encoder is given, but dataset photos has no captions",
         ),
         (f"captions.encoder={tmp_path / 'nowhere'}", rf"captions\.encoder.*{tmp_path / 'nowhere'} is not a directory"),
         (f"captions.encoder={tmp_path}", r"holds no text encoder: it has no config\.json"),
