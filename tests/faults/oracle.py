@@ -152,7 +152,7 @@ class Laboratory:
                     return (self.folder / "address").read_text()
         self.close()
         (self.folder / "address").unlink(missing_ok=True)
-        self._cluster = _FORKS.Process(target=_ray, args=(str(self.folder), str(self.fault)))
+        self._cluster = _FORKS.Process(target=_ray, args=(str(self.folder), str(self.fault), os.getpid()))
         self._cluster.start()
         wait_until((self.folder / "address").exists, 120)
         return (self.folder / "address").read_text()
@@ -291,7 +291,7 @@ def _enat(arguments: list[str], log: str, variables: dict[str, str]) -> None:
     sys.exit(code)
 
 
-def _ray(folder: str, fault: str) -> None:
+def _ray(folder: str, fault: str, campaign: int) -> None:
     os.setsid()
     os.environ["ENAT_FAULT"] = fault
     connection.connect(connection.ClusterConfig(address="local", num_cpus=8))
@@ -300,7 +300,7 @@ def _ray(folder: str, fault: str) -> None:
     path = Path(folder) / "address"
     path.with_suffix(".new").write_text(ray.get_runtime_context().gcs_address)
     path.with_suffix(".new").rename(path)
-    while os.getppid() != 1:
+    while psutil.pid_exists(campaign):
         time.sleep(1)
 
 
