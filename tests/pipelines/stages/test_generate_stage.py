@@ -290,7 +290,7 @@ def test_bf16_is_autocast_around_the_same_sampler(make_here, model: ENAT, sample
 def test_unconditional_model_has_label_0(make_here) -> None:
     model = random_model(num_classes=0)
     assert make_here(dataclasses.replace(CONFIG, num_samples=4), model).labels.tolist() == [0] * 4
-    assert generate._check(CONFIG, model.config, {}) == "none"
+    assert generate.label_scheme(CONFIG, model.config) == "none"
 
 
 @pytest.mark.faults
