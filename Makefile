@@ -6,7 +6,7 @@ UV_VERSION := 0.13.8
 .DEFAULT_GOAL := help
 # Without bytecode every process of the tests and every Ray worker would compile this code again.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo test test-all faults lint bench format lock
+.PHONY: help setup demo test test-all faults fault-tests campaign lint bench format lock
 
 help:
 	@echo "make setup     install everything pinned in requirements.lock into .venv"
@@ -52,11 +52,15 @@ test-all: setup .localstack/ready
 	$(BIN)/uv pip install --quiet --python .localstack/bin/python --require-hashes --compile-bytecode -r tests/localstack.lock
 	@touch $@
 
-# First every known behaviour, then a seeded campaign. SLICE='--slice 5 --seed TEXT' runs a random part of both, about five minutes each.
+# First every known behaviour, then a seeded campaign. SLICE='--slice 5 --seed TEXT' runs a random part of about five minutes.
+faults: fault-tests campaign
+
+fault-tests: setup
+	$(PYTEST) -m faults --durations=5 $(SLICE)
+
 # A campaign that is interrupted continues with the same command.
 COMMIT = $(shell git rev-parse --short HEAD)
-faults: setup
-	$(PYTEST) -m faults --durations=5 $(SLICE)
+campaign: setup
 	$(BIN)/python tests/faults/campaign.py --seed $(COMMIT) --faults 500 --flips 3000 --inputs 300 --folder runs/faults-$(COMMIT) $(SLICE)
 
 lint: setup
