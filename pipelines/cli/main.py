@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 
 import click
 
-from pipelines.cluster import connection
+from pipelines.cluster import connection, local, supervisor
 from pipelines.formatting import printable
 from pipelines.storage.base import AccessError
 from pipelines.storage.redaction import without_credentials
@@ -33,6 +33,8 @@ _COMMANDS = {
     "submit": "jobs:submit",
 }
 
+_USES_RAY = {"evaluate", "reevaluate", "run"}
+
 
 class _LazyGroup(click.Group):
     """Imports the module of a command when the command is used, so that each command pays only for its own imports."""
@@ -49,6 +51,8 @@ class _LazyGroup(click.Group):
 
 def main() -> None:
     """Run a command, and turn its errors into one line and an exit code."""
+    if _USES_RAY.intersection(sys.argv[1:2]):
+        supervisor.supervise()
     connection.prepare_environment()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -64,9 +68,12 @@ def main() -> None:
         if isinstance(error, ValueError) and not _is_failure(error):
             logging.getLogger(__name__).info("bad input", exc_info=True)
             _fail(str(error), 2)
+        local.settle()
         if logging.getLogger().handlers:  # a log file; without one Python would print the traceback
             logging.getLogger(__name__).error("failed", exc_info=True)
         _fail(f"{error}{_log_hint()}", 1)
+    finally:
+        supervisor.tell(ended="yes")
 
 
 def _is_failure(error: BaseException | None) -> bool:

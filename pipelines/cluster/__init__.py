@@ -1,6 +1,9 @@
 """Ray: connecting to a cluster, and checking its capacity.
 
 connection   start Ray on this machine, or connect to a cluster
+local        a cluster on this machine: start, loss, end
+supervisor   a command in a child process, and its loss of the cluster
+reaper       ends what outlives a killed command
 resources    how a stage is distributed over workers
 capacity     whether a cluster has room for a run
 data_stream  Ray Data jobs that survive lost workers

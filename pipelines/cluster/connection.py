@@ -6,7 +6,6 @@ command line and the tests call it first.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import signal
@@ -14,17 +13,16 @@ import socket
 import threading
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from enat.config import check_in
+from pipelines.cluster import local, supervisor
 from pipelines.cluster.capacity import AUTOSCALER, Capacity, ResourceRequest, has_autoscaler, judge
 
 if TYPE_CHECKING:
     from pipelines.cluster.resources import Workers
 
-_LEFT_SECONDS = 5.0  # that workers have to end by themselves
 _QUIET = {
     "RAY_AUTH_MODE": "token",  # explicit, because an unset mode warns; keeps other users out of the local cluster
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -82,48 +80,26 @@ def connect(config: ClusterConfig) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    local = {}
-    if address == "local":
-        _stay_on_loopback()
-        _set_defaults(_UNWATCHED)
-        local = {"num_cpus": config.num_cpus, "include_dashboard": False}
-    else:
-        check_listening(address)
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    options = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        if address == "local":
+            _stay_on_loopback()
+            _set_defaults(_UNWATCHED)
+            local.start({**options, "num_cpus": config.num_cpus, "include_dashboard": False})
+        else:
+            check_listening(address)
+            ray.init(**options)
+            supervisor.tell(lost=f"the connection to the Ray cluster at {address} was lost")
     except ConnectionError as error:
         raise ValueError(
             f"no Ray cluster runs at {address} ({str(error).splitlines()[0]}); start it, or remove cluster.address"
         ) from error
-    else:
-        if address == "local":
-            atexit.register(_end_local_cluster)
     finally:
         # In the main thread, Ray installs its own handler, which exits at once.
         if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
     _silence_ray()
-
-
-def _end_local_cluster() -> None:
-    """Shut Ray down and end the workers that outlive it.
-
-    In a few of a hundred runs a worker never ends: at its exit Ray destroys an event loop, whose last operation posts another one
-    to the same loop, which waits for a lock that the destruction holds (ray 2.60, Publisher::~Publisher).
-    """
-    import psutil
-    import ray
-
-    processes = []
-    with suppress(psutil.Error):
-        for raylet in (child for child in psutil.Process().children() if child.name() == "raylet"):
-            processes += [raylet, *raylet.children(recursive=True)]
-    ray.shutdown()
-    _, left = psutil.wait_procs(processes, timeout=_LEFT_SECONDS)
-    for process in left:
-        with suppress(psutil.Error):
-            process.kill()
 
 
 def check_listening(address: str) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipelines.cluster import local
 from pipelines.cluster.resources import Execution
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def stream_records(
             assert not missing, f"no record of {id} {sorted(missing)}"
             return
         except lost as error:
+            local.settle()
             if failures == _MAX_FAILURES:
                 raise
             _log.warning("workers were lost (%s); computing the %d missing %ss again", type(error).__name__, len(missing), id)
