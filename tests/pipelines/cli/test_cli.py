@@ -122,9 +122,8 @@ import json, os, sys
 from pipelines.cli import main as cli
 from pipelines.cluster import connection
 connection.prepare_environment()
-from pipelines.run import graph, summary
-from pipelines.tracking import run as tracking
-from pipelines.workflow import driver
+import mlflow, ray, torch
+from pipelines.cli import import_weights, run
 print("ready", flush=True)
 for line in sys.stdin:
     arguments, *paths = json.loads(line)

@@ -316,6 +316,7 @@ def test_judge_measures_how_often_it_sees_the_requested_class(evaluated: Callabl
     assert metrics["frechet_distance"] == evaluated().metrics["frechet_distance"]
 
 
+@pytest.mark.slow
 def test_features_of_samples_are_kept_only_if_scores_need_them(evaluated: Callable[..., StageResult]) -> None:
     names = [file.name for file in evaluated(judge="svc", metrics=()).files]
     assert names == ["moments.safetensors", "spatial_moments.safetensors"]
@@ -421,6 +422,7 @@ def test_tags_and_picture_are_published(evaluated: Callable[..., StageResult], m
 # Samples of other generators -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_images_of_another_generator_get_the_scores_of_equal_codes(
     evaluated: Callable[..., StageResult], material: Material, make_context, vqgan, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from botocore.retries.standard import ExponentialBackoff
 
     monkeypatch.setattr(s3, "_pause", lambda attempt: None)
+    monkeypatch.setattr(s3_client, "pause_before", lambda attempt: 0.0)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda self, context: 0)
 
 
@@ -64,6 +65,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @only_moto
 def test_a_listing_is_complete_and_in_the_order_of_bytes(
     make_bucket: Callable[..., S3Folder], s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch
