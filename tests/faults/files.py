@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from oracle import Laboratory, Outcome
+from s3_server import serve
 
 from pipelines.artifacts.manifest import DamagedFileError, DamagedManifestError, read_sealed
 from pipelines.artifacts.open import open_store
@@ -23,7 +24,10 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.artifacts.verification import verify
 from pipelines.storage import cache as local_cache
 from pipelines.storage.base import file_digest
+from pipelines.storage.external import local_folder
 from pipelines.storage.local import LocalFolder
+from pipelines.storage.open import open_folder
+from pipelines.storage.s3_client import S3Config
 
 
 def flips(lab: Laboratory, rng: random.Random) -> list[Outcome]:
@@ -204,7 +208,8 @@ def _warnings(told: list[str]) -> Iterator[None]:
 
 @cache
 def caches(lab: Laboratory) -> dict[str, Callable[[], Opened]]:
-    return {"cache/download": lambda: _download(lab), "cache/digests": lambda: _digests(lab)}
+    found = {"download": _download, "digests": _digests, "weights": _weights}
+    return {f"cache/{name}": lambda opened=opened: opened(lab) for name, opened in found.items()}
 
 
 @contextlib.contextmanager
@@ -227,8 +232,34 @@ def _download(lab: Laboratory) -> Iterator[tuple[list[Path], Read]]:
 
 
 @contextlib.contextmanager
+def _weights(lab: Laboratory) -> Iterator[tuple[list[Path], Read]]:
+    """Weights fetched from a bucket, and the record of their digests."""
+    place, s3 = _weights_in_a_bucket(lab)
+    folder = local_folder(place, "captions.encoder", s3)
+    expected = {path.relative_to(folder): file_digest(path) for path in folder.rglob("*") if path.is_file()}
+
+    def read(path: Path, before: bytes) -> tuple[str]:
+        local_folder(place, "captions.encoder", s3)
+        if any(file_digest(folder / name) != digest for name, digest in expected.items()):
+            path.write_bytes(before)
+            return ("silent",)
+        return ("detected" if path.read_bytes() == before else "harmless",)
+
+    yield [path for path in folder.parent.rglob("*") if path.is_file()], read
+
+
+@cache
+def _weights_in_a_bucket(lab: Laboratory) -> tuple[str, S3Config]:
+    endpoint = lab.stack.enter_context(serve())
+    s3 = S3Config(endpoint_url=endpoint.url, path_style=True)
+    endpoint.boto.create_bucket(Bucket="weights")
+    endpoint.fill(open_folder("s3://weights/clip", s3), {path.name: path.read_bytes() for path in (lab.folder / "clip").iterdir()})
+    return "s3://weights/clip", s3
+
+
+@contextlib.contextmanager
 def _digests(lab: Laboratory) -> Iterator[tuple[list[Path], Read]]:
-    folder = LocalFolder(lab.folder / "images" / "image_folder")
+    folder = LocalFolder(lab.folder / "images" / "coco")
     files = [*folder.list()]
     list(folder.fingerprints(files))
     expected = [hashlib.sha256((folder.root / file.name).read_bytes()).hexdigest() for file in files]

@@ -30,7 +30,7 @@ from pipelines.cluster import connection
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 TIMES = ("seconds", "per_second", "memory", "utilization", "wait_share", "num_workers", "num_restarts", "device")
-STAGES = ("dataset", "tokenizer", "token_map", "reference", "reconstruction", "train", "generate", "evaluate", "report")
+STAGES = ("dataset", "tokenizer", "token_map", "captions", "reference", "reconstruction", "train", "generate", "evaluate", "report")
 HUNG_SECONDS = 240.0  # the longest stage takes 15 on two idle cores
 _FORKS = multiprocessing.get_context("forkserver")
 _IMPORTED = [
@@ -93,7 +93,7 @@ class Command:
 
 @dataclass(eq=False)
 class Laboratory:
-    """A folder of a campaign.
+    """A folder of a campaign. Its model is conditioned on captions, so that there is a stage of every kind.
 
     num_runs: numbers the commands, whose output is kept in logs/.   tracking: URL of its MLflow, once it is needed.
     stack: what ends with the campaign.
@@ -227,18 +227,29 @@ class Laboratory:
 
 def write_config(folder: Path) -> None:
     from layouts import make_layouts
+    from tiny_clip import make_tiny_clip
 
     make_layouts(folder / "images")
+    make_tiny_clip(folder / "clip")
     values = {
         "name": "lab",
         "workspace": str(folder / "unused"),
-        "dataset": {"kind": "image_folder", "name": "photographs", "path": str(folder / "images" / "image_folder")},
+        "dataset": {
+            "kind": "coco",
+            "name": "photographs",
+            "path": str(folder / "images" / "coco"),
+            "captions": str(folder / "images" / "captions.json"),
+        },
         "tokenizer": {"codebook_size": 32, "recipe": {"num_steps": 4, "batch_size": 8}},
         "token_map": {"shard_size": 4},
-        "reference": {"num_epochs": 1},
+        "captions": {"encoder": str(folder / "clip"), "shard_size": 8},
+        "reference": {  # its classifier is trained on labels
+            "num_epochs": 1,
+            "dataset": {"kind": "image_folder", "name": "labelled", "path": str(folder / "images" / "image_folder")},
+        },
         "reconstruction": {},
         "train": {
-            "model": {"encoder_layers": 2, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2},
+            "model": {"text": True, "encoder_layers": 2, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2},
             **{"num_steps": 12, "batch_size": 16, "num_groups": 4, "learning_rate": 1e-3, "warmup_steps": 4, "ema_decay": 0.9},
             "execution": {"checkpoint_every": 2, "log_every": 1, "max_failures": 0},
         },

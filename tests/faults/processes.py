@@ -32,11 +32,15 @@ from oracle import (
     wait_until,
 )
 
-_LONG = ("token_map", "train", "generate")  # stages with parts: drawn more often
+_LONG = ("token_map", "captions", "train", "generate")  # stages with parts: drawn more often
 _SIGNALS = ("KILL", "KILL", "TERM", "STOP")
 _ERRORS = ("ENOSPC", "EIO", "EDQUOT")
 _ATTEMPTS = 3  # of the last, undisturbed command
-_RAY = {"raylet": "raylet", "gcs": "gcs_server", "agent": "agent"}  # as named in a command line
+_RAY = {
+    "raylet": ("raylet/raylet",),
+    "gcs": ("gcs_server",),
+    "agent": ("ray::DashboardAgent", "ray::RuntimeEnvAgent"),
+}  # in command lines
 
 
 @dataclass
@@ -143,14 +147,14 @@ def beside_gc(lab: Laboratory) -> Fault:
 
 
 def _processes(lab: Laboratory, command: Command, target: str) -> list[int]:
-    if target == "driver":
-        return [command.pid]
+    if target == "driver":  # the command, and the child that does its work
+        return [process.pid for process in family(command.pid)[:2]]
     found = []
     for process in family(command.pid) + (family(lab.cluster_pid) if lab.cluster_pid else []):
         with contextlib.suppress(psutil.Error):
-            title = " ".join(process.cmdline())
-            is_worker = title.startswith("ray::") and "IDLE" not in title and "StatsActor" not in title
-            if is_worker if target == "worker" else _RAY[target] in title and not title.startswith("ray::"):
+            title = " ".join(process.cmdline()).split(" --")[0]
+            is_worker = title.startswith("ray::") and not any(word in title for word in ("IDLE", "StatsActor", "Agent"))
+            if is_worker if target == "worker" else any(name in title for name in _RAY[target]):
                 found.append(process.pid)
     return found
 
