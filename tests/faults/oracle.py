@@ -108,6 +108,7 @@ class Laboratory:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "logs").mkdir(exist_ok=True)
+        self.num_runs = len([*(self.folder / "logs").iterdir()])
         os.environ.update(environment(self))
         connection.prepare_environment()  # before the first import of Ray
         _FORKS.set_forkserver_preload(_IMPORTED)

@@ -133,7 +133,7 @@ def beside_gc(lab: Laboratory) -> Fault:
 
     def strike(command: Command) -> float | None:
         now, store = time.time(), lab.folder / "work" / "store"
-        abandoned = store / "generate" / ("0" * 64) / "part-00000.parquet"
+        abandoned = store / "dataset" / ("0" * 64) / "part-00000.parquet"  # of a stage that has artifacts; else it may be others'
         abandoned.parent.mkdir(parents=True)
         abandoned.write_bytes(b"of a run that was killed")
         os.utime(abandoned, (now - 7200, now - 7200))
