@@ -26,6 +26,8 @@ _FORMAT = 2  # 2: sealed. Format 1 is read, and only the digest of its files is 
 _CHECKSUM = "checksum"
 _RESERVED = frozenset({MANIFEST, PARTS, WORK, USED})
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_MAX_NAME, _MAX_PATH = 255, 800  # bytes: of a name in a file system, and of a key in S3 (1,024) below the place of a store
+_SHOWN = 80  # letters of a name in a message
 _DIGEST_IN_NAME = re.compile(r"\.[0-9a-f]{12}(?=(\.[^/.]+)*$)")  # see paths_of
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -200,10 +202,14 @@ def is_artifact(stage: object, key: object) -> bool:
 
 
 def is_inside(path: object) -> bool:
-    """Whether a relative path stays below its folder, and is written in the one canonical way."""
-    if not isinstance(path, str) or "\\" in path or "\0" in path:
+    """Whether a relative path stays below its folder, is written in the one canonical way, and can be the name of a file."""
+    if not isinstance(path, str) or "\\" in path or "\0" in path or _num_bytes(path) > _MAX_PATH:
         return False
-    return all(part not in ("", ".", "..") for part in path.split("/"))
+    return all(part not in ("", ".", "..") and _num_bytes(part) <= _MAX_NAME for part in path.split("/"))
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
 
 
 def _check(fields: Any, stage: str, key: str) -> None:
@@ -233,7 +239,7 @@ def _check_file(file: Any) -> None:
     """Raise ValueError if the fields of a FileRecord are not valid, or lead out of the artifact's folder."""
     for place in (file["name"], file["path"]):
         if not is_inside(place):
-            raise ValueError(f"it lists a file called {place!r}")
+            raise ValueError(f"it lists a file called {place[:_SHOWN] if isinstance(place, str) else place!r}")
     size = file["size"]
     if not isinstance(size, int) or size < 0 or not isinstance(file["sha256"], str) or not _SHA256.fullmatch(file["sha256"]):
         raise ValueError(f"size or sha256 of {file['name']} is not valid")

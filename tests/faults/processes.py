@@ -150,7 +150,8 @@ def _processes(lab: Laboratory, command: Command, target: str) -> list[int]:
     if target == "driver":  # the command, and the child that does its work
         return [process.pid for process in family(command.pid)[:2]]
     found = []
-    for process in family(command.pid) + (family(lab.cluster_pid) if lab.cluster_pid else []):
+    is_shared = target == "worker" and lab.cluster_pid is not None  # the faults of Ray are for the Ray of the command itself
+    for process in family(command.pid) + (family(lab.cluster_pid) if is_shared else []):
         with contextlib.suppress(psutil.Error):
             title = " ".join(process.cmdline()).split(" --")[0]
             is_worker = title.startswith("ray::") and not any(word in title for word in ("IDLE", "StatsActor", "Agent"))

@@ -49,7 +49,22 @@ def _refused(changes: dict[str, Any], reason: str) -> None:
 
 
 def test_a_manifest_with_a_file_outside_its_folder_is_refused() -> None:
-    paths = ("../a", "..", "a/../../b", "/etc/passwd", "", "a//b", "./a", "a\\b", "a\0", 5, None, "manifest.json")
+    paths = (
+        "../a",
+        "..",
+        "a/../../b",
+        "/etc/passwd",
+        "",
+        "a//b",
+        "./a",
+        "a\\b",
+        "a\0",
+        5,
+        None,
+        "manifest.json",
+        "é" * 128,
+        "a/" * 500,
+    )
     for path, field, kind in product(paths, ("name", "path"), ("files", "records")):
         _refused({kind: [{**_FILE, field: path}]}, r"place is not a manifest \(it lists a file called")
 
