@@ -187,13 +187,13 @@ def frechet_distance(first: Moments, second: Moments) -> float:
         raise ValueError(f"features of width {len(first.mean)} and {len(second.mean)} cannot be compared")
     covariances = first.covariance, second.covariance
     shift = first.mean - second.mean
-    factors = [_factor(covariance) for covariance in covariances]
+    factors = [factor(covariance) for covariance in covariances]
     trace_of_root = np.linalg.svd(factors[0].T @ factors[1], compute_uv=False).sum()
     distance = shift @ shift + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * trace_of_root
     return max(0.0, float(distance))
 
 
-def _factor(covariance: np.ndarray) -> np.ndarray:
+def factor(covariance: np.ndarray) -> np.ndarray:
     """A (F, rank) with A A^T = covariance. Eigenvalues that are zero up to rounding are cut, because their roots are not small."""
     values, vectors = np.linalg.eigh(covariance)
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
@@ -260,12 +260,12 @@ def kernel_distance(
 def _squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
     """Binkowski et al. 2018, eq. 4: without the kernels of a sample with itself."""
     size = len(x)
-    xx, yy, xy = (_cubic_kernel(*pair) for pair in ((x, x), (y, y), (x, y)))
+    xx, yy, xy = (cubic_kernel(*pair) for pair in ((x, x), (y, y), (x, y)))
     within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
     return float(within - 2 * xy.mean())
 
 
-def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     kernel = x @ y.T
     kernel /= x.shape[1]
     kernel += 1

@@ -2,6 +2,7 @@
 
 query      evaluations from MLflow
 sections   rows that were measured in the same way
+significance  differences that are larger than their errors
 published  published numbers, from published.yaml
 columns    the columns of a table and its cells; sentences: the words around it
 charts     score against cost, and sweeps

@@ -12,6 +12,7 @@ from pipelines.comparison.published import PublishedResult
 from pipelines.comparison.sections import Row, Section, group_rows
 from pipelines.comparison.sentences import DISTANCE_TITLES, details, heading, protocol_sentence
 from pipelines.pages.chart import Chart, Point, Series, clipped
+from pipelines.registry.influences import Z_95
 
 # Setting -> title, parameter of stage generate, and text for names if the setting does not differ.
 _SETTINGS = {
@@ -63,7 +64,7 @@ def _chart(section: Section, series: Sequence[Series], **values: Any) -> Chart:
     features = f" on {clipped(str(section.protocol['extractor']), 24)} features" if is_named else ""
     return Chart(
         title=heading(section),
-        note=f"{protocol_sentence(section.protocol)}. Larger markers: more parameters.",
+        note=f"{protocol_sentence(section.protocol)}. Larger markers: more parameters. Bars: 95% intervals.",
         y_title=f"{DISTANCE_TITLES[section.distance]}{features}, lower is better",
         series=tuple(series),
         is_log_y=_are_far_apart([point.y for one in series for point in one.points], _LOG_SCORE),
@@ -80,7 +81,8 @@ def _point(section: Section, row: Row, x: float) -> Point:
     parts = [row.name, *([f"{short_count(row.parameters)} parameters"] if row.parameters else []), *details(row)]
     parts += [f"{short(row.metrics['gmacs_total'])} GMACs per image"] if "gmacs_total" in row.metrics else []
     size = 6.0 + 9.0 * min(2.0, ((row.parameters or 50e6) / 1e9) ** 0.25)
-    return Point(x, row.metrics[str(section.distance)], "\n".join(parts), size)
+    error = Z_95 * row.metrics.get(f"{section.distance}_se", 0.0)
+    return Point(x, row.metrics[str(section.distance)], "\n".join(parts), size, error)
 
 
 def _quoted_point(result: PublishedResult, x: float | None) -> Point:

@@ -8,6 +8,8 @@ from typing import Any
 
 from pipelines.comparison.published import PublishedResult
 from pipelines.comparison.sections import Row, Section
+from pipelines.comparison.significance import unbeaten
+from pipelines.registry.influences import Z_95
 
 MISSING = "–"
 MEASURED = "measured here"
@@ -23,8 +25,9 @@ class Column:
     """key: of a record.   shown: value -> text.   better: the direction in which a score improves, or "".
 
     rank: in a narrow terminal, columns of the highest rank are left out first; columns of equal rank are left out together.
-    std: key of the standard deviation shown after the value.   alike: text for the heading if all rows have the same value, or ""
-    to keep the column.   by_device: the value depends on the device, so rows of different devices have no best value.
+    alike: text for the heading if all rows have the same value, or "" to keep the column.   by_device: the value depends on the
+    device, so rows of different devices have no best value.
+    A score with a standard error (key with suffix _se) is shown with half of its 95% interval.
     """
 
     key: str
@@ -32,7 +35,6 @@ class Column:
     shown: Callable[[Any], str]
     better: str = ""
     rank: int = 0
-    std: str = ""
     alike: str = ""
     by_device: bool = False
 
@@ -120,13 +122,13 @@ COLUMNS = (
     Column("tmacs_total", "TFLOPs", short),
     Column("fid", "FID", _score, "lower"),
     Column("frechet_distance", "Fréchet dist.", _score, "lower"),
-    Column("inception_score", "IS", _score, "higher", rank=3, std="inception_score_std"),
+    Column("inception_score", "IS", _score, "higher", rank=3),
     Column("class_agreement", "agreement", _percent, "higher", rank=3),
     Column("precision", "precision", _share, "higher", rank=4),
     Column("recall", "recall", _share, "higher", rank=4),
     Column("sfid", "sFID", _score, "lower", rank=6),
-    Column("kid", "KID", short, "lower", rank=6, std="kid_std"),
-    Column("kernel_distance", "kernel dist.", short, "lower", rank=6, std="kernel_distance_std"),
+    Column("kid", "KID", short, "lower", rank=6),
+    Column("kernel_distance", "kernel dist.", short, "lower", rank=6),
     Column("images_per_second", "images/s", short, "higher", rank=5, by_device=True),
     Column("device", "device", str, rank=5, alike="device {}"),
     Column("train_steps", "train steps", _count, rank=2, alike="train steps {}"),
@@ -225,7 +227,7 @@ def measured_table(section: Section) -> Table:
             alike[column.key] = column.alike.format(column.shown(found.pop()))
         else:
             columns.append(column)
-    return _table(records, columns, _best_values(section, records, columns), alike)
+    return _table(records, columns, _best_rows(section, columns), alike)
 
 
 def quoted_table(results: Sequence[PublishedResult]) -> Table:
@@ -237,20 +239,23 @@ def quoted_table(results: Sequence[PublishedResult]) -> Table:
 
 
 def _table(
-    records: Sequence[Record], columns: Sequence[Column], best: Mapping[str, float], alike: Mapping[str, str] | None = None
+    records: Sequence[Record], columns: Sequence[Column], best: Mapping[str, set[int]], alike: Mapping[str, str] | None = None
 ) -> Table:
-    rows = tuple(tuple(_cell(values, column, best) for column in columns) for values in records)
+    rows = tuple(
+        tuple(_cell(values, column, number in best.get(column.key, ())) for column in columns)
+        for number, values in enumerate(records)
+    )
     return Table(tuple(columns), rows, alike or {})
 
 
-def _cell(values: Record, column: Column, best: Mapping[str, float]) -> Cell:
+def _cell(values: Record, column: Column, is_best: bool) -> Cell:
     if column.key not in values:
         return Cell(MISSING, None)
     value = values[column.key]
     text = column.shown(value)
-    if column.std in values:
-        text += f" ± {column.shown(values[column.std])}"
-    return Cell(text, value, column.key in best and value == best[column.key])
+    if f"{column.key}_se" in values:
+        text += f" ± {column.shown(Z_95 * values[f'{column.key}_se'])}"
+    return Cell(text, value, is_best)
 
 
 def _present(section: Section, records: Sequence[Record]) -> list[Column]:
@@ -278,15 +283,18 @@ def _money_column(column: Column, key: str) -> Column:
     return Column(key, f"{column.title} ({currency})", column.shown, rank=column.rank)
 
 
-def _best_values(section: Section, records: Sequence[Record], columns: Sequence[Column]) -> dict[str, float]:
-    """The best measured value by column, if values differ. Rows with different mask ratios solve different tasks: none is best."""
-    best: dict[str, float] = {}
+def _best_rows(section: Section, columns: Sequence[Column]) -> dict[str, set[int]]:
+    """Numbers of the rows that no other beats significantly, by column, if values differ.
+
+    Rows with different mask ratios solve different tasks: none is best.
+    """
+    found: dict[str, set[int]] = {}
     if len({row.mask_ratio for row in section.rows}) > 1:
-        return best
+        return found
     devices = {row.device for row in section.rows}
     is_one_device = len(devices) == 1 and None not in devices
     for column in columns:
-        values = [found[column.key] for found in records if column.key in found]
-        if column.better and len(set(values)) > 1 and (is_one_device or not column.by_device):
-            best[column.key] = (min if column.better == "lower" else max)(values)
-    return best
+        values = {row.metrics[column.key] for row in section.rows if column.key in row.metrics}
+        if column.better and len(values) > 1 and (is_one_device or not column.by_device):
+            found[column.key] = unbeaten(section.rows, column.key, column.better)
+    return found

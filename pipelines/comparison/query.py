@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines.comparison.sections import REAL_CODES, Row, Section, make_sections
 from pipelines.formatting import printable
+from pipelines.registry.influences import INFLUENCES, Influences
 from pipelines.storage.base import digest_of
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import registry, search
@@ -27,6 +28,7 @@ _IDS_PER_QUERY = 100
 _IMPORTED = "imported"  # instead of a dataset: weights with unknown training
 _NAMES_SHOWN = 8  # in a message
 _RUNS_COUNTED = 1000  # for a message
+_MAX_INFLUENCES = 64 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,7 @@ def compare(uri: str, query: Query, published: str = "auto") -> Comparison:
     found, parents = _find(uri, query, known)
     notes: list[str] = []
     rows = _fold([_row(run, parents, notes) for run in found])
-    rows = _with_generation(uri, rows, found, notes)
+    rows = _with_influences(uri, _with_generation(uri, rows, found, notes), notes)
     sections = make_sections(rows, published, notes)
     experiment = next(name for name, id in known.items() if id == found[0].experiment_id)
     return Comparison(uri=uri, query=query, experiment=experiment, sections=sections, notes=tuple(dict.fromkeys(notes)))
@@ -286,4 +288,19 @@ def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], 
         if ratio != "None":
             mask_ratio = _parsed(ratio, f"The parameter mask_ratio of {row.samples}", notes)
         completed.append(replace(row, generated=generated, mask_ratio=mask_ratio))
+    return completed
+
+
+def _with_influences(uri: str, rows: Sequence[Row], notes: list[str]) -> list[Row]:
+    """Add what errors of differences need. A file that cannot be read is left out: anyone may write to MLflow."""
+    completed = []
+    for row in rows:
+        influences = None
+        if any(name.endswith("_se") for name in row.metrics):
+            try:
+                content = search.read_file(uri, row.run_ids[0], INFLUENCES, _MAX_INFLUENCES)
+                influences = None if content is None else Influences.parse(content)
+            except (ValueError, search.TrackingError) as error:
+                notes.append(f"{INFLUENCES} of run {row.run_ids[0]} is left out: {printable(str(error))}.")
+        completed.append(replace(row, influences=influences))
     return completed

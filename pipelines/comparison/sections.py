@@ -10,13 +10,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any
 
 from pipelines.comparison.published import DATASETS, PublishedResult, matching_dataset, published_for, shows
 from pipelines.registry.evaluation_record import DISTANCES
+from pipelines.registry.influences import Influences
 from pipelines.workflow.stage import MAIN
 
 REAL_CODES = "token map rows"  # label scheme of samples that start from codes of real images
@@ -35,6 +36,7 @@ class Row:
     device, images_per_pass, precision: used to generate the samples.   currency: of the metric cost/total_money.
     samples, trained: artifacts as "stage/key".   evaluation: digest of the artifact with the scores.
     generated: parameters of the stage that generated the samples, None if its run was not found.
+    influences: of the samples on the scores, for errors of differences; None if they are not known.
     """
 
     run_ids: tuple[str, ...]
@@ -63,6 +65,7 @@ class Row:
     generated: Mapping[str, str] | None = None
     name: str = ""
     model_name: str = ""
+    influences: Influences | None = field(default=None, compare=False, repr=False)
 
     @property
     def label(self) -> str:

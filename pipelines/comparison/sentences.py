@@ -9,6 +9,8 @@ from pipelines.comparison.columns import MISSING, Table
 from pipelines.comparison.published import REFERENCE_FILES, SETS
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Row, Section
+from pipelines.comparison.significance import undecided
+from pipelines.registry.influences import Z_95
 
 _PROTOCOL_KEYS = (  # in the order of sentences
     "extractor",
@@ -44,12 +46,43 @@ def alike_sentence(table: Table) -> str:
     return f"{sentence}{joint}{', '.join(told.values())}" if told else sentence
 
 
+def errors_sentence(section: Section) -> str:
+    """What ± means, and which rows are not distinguishable from the best; empty if no row has errors."""
+    rows = undecided(section)
+    if not rows:
+        return ""
+    sentence = (
+        "± is half of the 95% interval over the drawing of samples. Bold scores are those that no other row beats significantly."
+    )
+    leader, *others = rows
+    if others and section.distance is not None:
+        names = ", ".join(_unique_name(row, section) for row in others)
+        verb = "are" if len(others) > 1 else "is"
+        sentence += f" By {DISTANCE_TITLES[section.distance]}, not distinguishable at 95% from the best,"
+        sentence += f" {_unique_name(leader, section)}, {verb}: {names}."
+    return sentence
+
+
+def _unique_name(row: Row, section: Section) -> str:
+    """With the settings of the sampler if rows of the section share the name."""
+    is_shared = sum(other.name == row.name for other in section.rows) > 1
+    return f"{row.name} ({', '.join(_settings(row))})" if is_shared else row.name
+
+
 def details(row: Row) -> list[str]:
-    """The settings of the sampler and the score: "8 steps", "guidance 3.5", "FID 2.79"."""
+    """The settings of the sampler and the score: "8 steps", "guidance 3.5", "FID 2.79 ± 0.12"."""
+    scores = [
+        f"{title} {row.metrics[name]:.4g}" + (f" ± {Z_95 * row.metrics[f'{name}_se']:.2g}" if f"{name}_se" in row.metrics else "")
+        for name, title in DISTANCE_TITLES.items()
+        if name in row.metrics
+    ]
+    return _settings(row) + scores
+
+
+def _settings(row: Row) -> list[str]:
     parts = [f"{row.num_steps} step{'s' if row.num_steps > 1 else ''}"] if row.num_steps else []
     parts += [f"guidance {row.guidance_scale:g}"] if row.guidance_scale is not None else []
-    parts += [f"mask ratio {row.mask_ratio:g}"] if row.mask_ratio is not None else []
-    return parts + [f"{DISTANCE_TITLES[name]} {row.metrics[name]:.4g}" for name in DISTANCE_TITLES if name in row.metrics]
+    return parts + ([f"mask ratio {row.mask_ratio:g}"] if row.mask_ratio is not None else [])
 
 
 def protocol_sentence(protocol: Mapping[str, Any]) -> str:

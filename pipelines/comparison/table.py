@@ -20,6 +20,7 @@ from pipelines.comparison.sentences import (
     alike_sentence,
     differences,
     differences_sentence,
+    errors_sentence,
     heading,
     protocol_sentence,
     published_sentence,
@@ -40,6 +41,8 @@ def show(comparison: Comparison, console: Console) -> None:
         table = measured_table(section)
         console.print(f"[dim]{escape(alike_sentence(table))}[/]", highlight=False)
         _show_table(table, "", console)
+        if text := errors_sentence(section):
+            console.print(f"[dim]{escape(text)}[/]", highlight=False)
         console.print()
         if section.name in quoted:
             _show_table(quoted_table(section.published), "dim italic", console)

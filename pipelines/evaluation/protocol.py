@@ -22,6 +22,7 @@ from pipelines.evaluation.readers import BlockReader, read_images
 from pipelines.evaluation.scores import METRIC_VERSION, ScoreSettings
 from pipelines.registry import evaluation_record, model_card
 from pipelines.registry.evaluation_record import EvaluationSummary
+from pipelines.registry.influences import INFLUENCES
 from pipelines.storage.base import canonical_json, digest_of
 from pipelines.workflow.costs import cost_metrics
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
@@ -162,6 +163,7 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
     if context.prices is not None:
         tags["enat.currency"] = context.prices.currency  # of cost/total_money
     context.run.set_tags(tags)
-    context.run.log_bytes(context.store.fetch(manifest, GRID).read_bytes(), GRID)  # a cached file has another name
+    for name in (GRID, INFLUENCES):
+        context.run.log_bytes(context.store.fetch(manifest, name).read_bytes(), name)  # a cached file has another name
     context.run.log_metrics(cost_metrics(context.store, manifest, context.stages, context.prices))
     evaluation_record.record(manifest, inputs, context, SCORES)

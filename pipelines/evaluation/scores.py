@@ -7,6 +7,7 @@ Shape legend: N generated samples, M reference samples, F features.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,11 +74,33 @@ class ImageStatistics:
     """Statistics of one set of images.
 
     moments: of outputs "features" and "spatial".   features, logits: float32 (N, width) of kept images in order, None if not kept.
+    labels: int64 (N,), None for images that were not made for given labels.
     """
 
     moments: Mapping[str, Moments]
     features: np.ndarray | None = None
     logits: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """by_name: by the names in METRICS; pairs by the names of their parts. Beside a score are its standard error (suffix _se), its
+    spread over splits or subsets (_std), and a distance at infinitely many samples (_infinity).
+    influences: of each generated sample on a score, float32 (N,); see enat.metrics.errors.
+    labels: int64 (N,), None for images that were not made for given labels.
+    """
+
+    by_name: dict[str, float] = field(default_factory=dict)
+    influences: dict[str, np.ndarray] = field(default_factory=dict)
+    labels: np.ndarray | None = None
+
+    def add(self, name: str, value: float, influence: np.ndarray, std: float = 0.0) -> None:
+        """std: of the value's own randomness."""
+        from enat.metrics.errors import standard_error
+
+        self.by_name.update({name: value, f"{name}_se": math.hypot(standard_error(influence, self.labels), std)})
+        self.influences[name] = influence.astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +148,12 @@ class Available:
         return tuple(metric for metric in METRICS if metric in metrics or metric == "frechet_distance")
 
 
-def published_name(metric: str, extractor: str) -> str:
-    """Published name of a metric with Inception's features (fid, sfid, kid), else its own name."""
-    return _OF_INCEPTION.get(metric, metric) if extractor == "inception" else metric
+def published_name(name: str, extractor: str) -> str:
+    """Published name of a score with Inception's features (fid, sfid, kid), else its own name. Suffixes stay."""
+    for metric, published in _OF_INCEPTION.items():
+        if extractor == "inception" and (name == metric or name.startswith(f"{metric}_")):
+            return published + name.removeprefix(metric)
+    return name
 
 
 class TaskPool:
@@ -168,8 +194,8 @@ def _timed(task: Callable[..., Any], num_threads: int, *arguments: Any, **keywor
 
 def compute_scores(
     chosen: Sequence[str], generated: ImageStatistics, reference: ImageStatistics, settings: ScoreSettings, pool: TaskPool
-) -> dict[str, float]:
-    """Scores by the names in METRICS. Pairs are named by their parts; estimates have a second value with suffix _std."""
+) -> Scores:
+    """The chosen scores with their errors. Without features of the generated images there are distances only, without errors."""
     import ray
 
     from enat.metrics.moments import frechet_distance, inception_score, kernel_distance
@@ -180,36 +206,69 @@ def compute_scores(
     if "inception_score" in chosen:
         by_number = {"num_splits": settings.num_splits, "seed": settings.seed}
         sizes = by_number if settings.split_size is None else {"split_size": settings.split_size, "seed": None}
-        estimates["inception_score"] = on_one_thread.remote(inception_score, 1, generated.logits, **sizes)
+        estimates["inception_score"] = on_one_thread.remote(_with_influence, 1, inception_score, generated.logits, **sizes)
     if "kernel_distance" in chosen:
         sizes = {"num_subsets": settings.kernel_subsets, "subset_size": settings.kernel_subset_size, "seed": settings.seed}
-        estimates["kernel_distance"] = on_one_thread.remote(kernel_distance, 1, *stored, **sizes)
-    scores = {"frechet_distance": frechet_distance(generated.moments["features"], reference.moments["features"])}
+        estimates["kernel_distance"] = on_one_thread.remote(_with_influence, 1, kernel_distance, *stored, **sizes)
+    if generated.features is not None:
+        both = generated.moments["features"], reference.moments["features"]
+        extrapolated = on_one_thread.remote(_frechet_errors, 1, stored[0], *both, labels=generated.labels, seed=settings.seed)
+    scores = Scores(labels=generated.labels)
+    distance = frechet_distance(generated.moments["features"], reference.moments["features"])
+    scores.by_name["frechet_distance"] = distance
     if "spatial_frechet_distance" in chosen:
-        scores["spatial_frechet_distance"] = frechet_distance(generated.moments["spatial"], reference.moments["spatial"])
+        spatial = frechet_distance(generated.moments["spatial"], reference.moments["spatial"])
+        scores.by_name["spatial_frechet_distance"] = spatial
     for name, reference_to_result in estimates.items():
-        estimate, seconds = ray.get(reference_to_result)
+        (estimate, influence), seconds = ray.get(reference_to_result)
         pool.cpu_seconds += seconds
-        scores[name], scores[f"{name}_std"] = estimate.value, estimate.std
+        own = estimate.std / math.sqrt(settings.kernel_subsets) if name == "kernel_distance" else 0.0
+        scores.add(name, estimate.value, influence, own)
+        scores.by_name[f"{name}_std"] = estimate.std
+    if generated.features is not None:
+        (influence, infinity), seconds = ray.get(extrapolated)
+        pool.cpu_seconds += seconds
+        scores.add("frechet_distance", distance, influence)
+        if infinity is not None:
+            scores.by_name.update({"frechet_distance_infinity": infinity.value, "frechet_distance_infinity_se": infinity.error})
     if {"precision_recall", "density_coverage"} & set(chosen):
         assert generated.features is not None and reference.features is not None
-        sides = (len(generated.features), len(reference.features))
-        scores |= _neighbour_scores(chosen, stored, sides, settings, pool)
+        sides = [*zip(stored, (len(generated.features), len(reference.features)), strict=True)]
+        _add_neighbour_scores(scores, chosen, sides, settings, pool)
     return scores
 
 
-def _neighbour_scores(
-    chosen: Sequence[str], stored: Sequence[Any], sizes: Sequence[int], settings: ScoreSettings, pool: TaskPool
-) -> dict[str, float]:
+def _with_influence(score: Callable[..., Any], *features: np.ndarray, **sizes: Any) -> tuple[Any, np.ndarray]:
+    from enat.metrics.errors import inception_influence, kernel_influence
+
+    influence = kernel_influence if len(features) == 2 else inception_influence
+    return score(*features, **sizes), influence(*features)
+
+
+def _frechet_errors(
+    features: np.ndarray, generated: Moments, reference: Moments, *, labels: np.ndarray | None, seed: int
+) -> tuple[np.ndarray, Any]:
+    from enat.metrics.errors import MIN_EXTRAPOLATED, extrapolated_frechet_distance, frechet_influence
+
+    influence = frechet_influence(features, generated, reference)
+    if len(features) < MIN_EXTRAPOLATED * features.shape[1]:
+        return influence, None
+    return influence, extrapolated_frechet_distance(features, influence, reference, labels, seed=seed)
+
+
+def _add_neighbour_scores(
+    scores: Scores, chosen: Sequence[str], sides: Sequence[tuple[Any, int]], settings: ScoreSettings, pool: TaskPool
+) -> None:
+    """sides: the generated and the reference features in Ray's store, and their numbers."""
     import ray
 
-    from enat.metrics.neighbours import blocks_of, manifold_counts, scores_of_counts, squared_radii
+    from enat.metrics.neighbours import blocks_of, influences_of_counts, manifold_counts, scores_of_counts, squared_radii
 
-    generated, reference = stored
     wants_precision, wants_density = "precision_recall" in chosen, "density_coverage" in chosen
     density = settings.density_neighbours if wants_density else settings.precision_neighbours
     precision = settings.precision_neighbours if wants_precision else density
-    of_generated, of_reference = map(blocks_of, sizes)
+    (generated, num_generated), (reference, num_reference) = sides
+    of_generated, of_reference = blocks_of(num_generated), blocks_of(num_reference)
     with pool.bar(2 * len(of_generated) + len(of_reference)) as bar:
         wanted: list[tuple[Any, ...]] = [(reference, (precision, density), rows) for rows in of_reference]
         wanted += [(generated, (precision,), rows) for rows in of_generated]
@@ -217,6 +276,7 @@ def _neighbour_scores(
         reference_radii = ray.put(np.concatenate(radii[: len(of_reference)]))
         own_radii = zip(of_generated, radii[len(of_reference) :], strict=True)
         arguments = [(reference, reference_radii, generated, own[:, 0], rows) for rows, own in own_radii]
-        scores = scores_of_counts(pool.run(manifold_counts, arguments, bar), density)
-    named = (["precision", "recall"] if wants_precision else []) + (["density", "coverage"] if wants_density else [])
-    return {name: getattr(scores, name) for name in named}
+        counts = pool.run(manifold_counts, arguments, bar)
+    values, influences = scores_of_counts(counts, density), influences_of_counts(counts, density)
+    for name in (["precision", "recall"] if wants_precision else []) + (["density", "coverage"] if wants_density else []):
+        scores.add(name, getattr(values, name), influences[name])

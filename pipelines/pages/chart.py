@@ -34,13 +34,14 @@ _DPI = 130
 class Point:
     """x: None if it is unknown; such points are in a strip beside the axes.   text: shown beside the pointer.
 
-    size: of the marker, in points.
+    size: of the marker, in points.   error: half of the length of a bar, 0 for none.
     """
 
     x: float | None
     y: float
     text: str = ""
     size: float = 7.0
+    error: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,7 @@ def plotly_figure(chart: Chart) -> dict[str, Any]:
                 xaxis="x2" if is_beside else "x",
                 hovertext=[_wrapped(point.text, _TEXT_WIDTH) for point in points],
                 hoverinfo="text" if points[0].text else None,
+                error_y={"array": [point.error for point in points], "thickness": 1, "visible": any(p.error for p in points)},
                 line={"color": color, "dash": series.line or None},
                 marker={
                     "color": color,
@@ -191,6 +193,8 @@ def _draw(part: Any, chart: Chart) -> None:
             axes.plot(x, y, color=color, linestyle=_LINES[series.line], linewidth=1.5)
         if series.has_markers:
             axes.scatter(x, y, s=[point.size**2 for point in points], marker=marker, facecolors=face, edgecolors=color)
+        if any(point.error for point in points):
+            axes.errorbar(x, y, [point.error for point in points], fmt="none", ecolor=color, elinewidth=1, capsize=3)
         if strip is not None:
             beside = [point.y for point in series.points if point.x is None]
             strip.scatter([0] * len(beside), beside, s=80, marker="_", color=color)

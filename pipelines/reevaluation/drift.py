@@ -1,4 +1,4 @@
-"""Drift: the relative change of each score, and the tolerance below which a change does not count."""
+"""Drift: a change of a score that exceeds both a tolerance and the error of the difference."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipelines.evaluation.protocol import SCORES
+from pipelines.registry.influences import Z_95, Evaluated, error_of_difference
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Tolerances:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreChange:
-    """A score that changed by more than its tolerance."""
+    """A score that changed by more than its tolerance and its error."""
 
     metric: str
     was: float
@@ -57,14 +58,18 @@ class ScoreChange:
         return f"{self.metric} {self.was:.6g} -> {self.now:.6g} ({100 * self.relative:+.3g} %)"
 
 
-def find_drift(was: Mapping[str, float], now: Mapping[str, float], tolerances: Tolerances) -> list[ScoreChange]:
-    """The scores of both that changed by more than their tolerance. Costs are not compared."""
-    moved = []
+def find_drift(before: Evaluated, after: Evaluated, tolerances: Tolerances) -> list[ScoreChange]:
+    """The scores of both that changed by more than their tolerance, and by more than 95% of differences by chance.
+
+    The same samples have no error of a difference, so any change beyond the tolerance counts. Costs are not compared.
+    """
+    moved, was, now = [], before.scores, after.scores
     for metric in SCORES:
         tolerance = tolerances.of(metric)
         if metric not in was or metric not in now or math.isinf(tolerance):
             continue
-        if not abs(now[metric] - was[metric]) <= tolerance * abs(was[metric]):
+        allowed = max(tolerance * abs(was[metric]), Z_95 * (error_of_difference(before, after, metric) or 0.0))
+        if not abs(now[metric] - was[metric]) <= allowed:
             moved.append(ScoreChange(metric=metric, was=was[metric], now=now[metric], tolerance=tolerance))
     return moved
 

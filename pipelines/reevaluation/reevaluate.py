@@ -32,6 +32,7 @@ from pipelines.reevaluation.drift import ScoreChange, Tolerances, find_drift, wo
 from pipelines.reevaluation.plan import Model, Plan, Request
 from pipelines.registry import evaluation_record
 from pipelines.registry.evaluation_record import EvaluationRecord
+from pipelines.registry.influences import Evaluated, evaluated
 from pipelines.run import runner
 from pipelines.storage.base import digest_of
 from pipelines.storage.redaction import without_credentials
@@ -267,7 +268,8 @@ class _Evaluator:
             else:  # the artifact of the recorded evaluation no longer exists
                 samples = reevaluation_plan.input_of(model.store, result, "samples")
                 is_comparable = case.recorded is not None and case.recorded.is_comparable(result, samples)
-            return find_drift(baseline, result.metrics, self.options.tolerances) if is_comparable else None
+            earlier = Evaluated(baseline) if before is None else evaluated(model.store, before)
+            return find_drift(earlier, evaluated(model.store, result), self.options.tolerances) if is_comparable else None
 
         def publish(result: Manifest, context: PublishContext) -> None:
             moved = moved_in(result)

@@ -2,4 +2,5 @@
 
 model_card         its card, tags and name
 evaluation_record  its last evaluation
+influences         those of samples on scores, and errors of differences
 """

@@ -18,6 +18,7 @@ from enat.config import check_choices
 from enat.images import png_bytes
 from enat.metrics.extractors import BUILT_IN
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.image_sets import ImageSetConfig
@@ -36,8 +37,18 @@ from pipelines.evaluation.features import (
     stored_moments,
 )
 from pipelines.evaluation.readers import ROUNDINGS, BlockReader, SourceImages, read_images, sample_reader
-from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, TaskPool, compute_scores, published_name
+from pipelines.evaluation.scores import (
+    METRICS,
+    Available,
+    ImageStatistics,
+    Scores,
+    ScoreSettings,
+    TaskPool,
+    compute_scores,
+    published_name,
+)
 from pipelines.registry.evaluation_record import EvaluationSummary
+from pipelines.registry.influences import INFLUENCES, save_influences, with_interval
 from pipelines.workflow.config import set_by
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
 
@@ -48,7 +59,7 @@ if TYPE_CHECKING:
 JUDGES = ("svc",)
 _LISTED = ("fid", "frechet_distance", "inception_score", "class_agreement")  # the first two of these are listed
 _MAX_JUDGE_IMAGES = 20_000  # a support vector machine's fit grows with the square of it
-_NEED_ROWS = {"features": {"kernel_distance", "precision_recall", "density_coverage"}, "logits": {"inception_score"}}
+_NEED_REAL_ROWS = {"kernel_distance", "precision_recall", "density_coverage"}
 _SAMPLING = (
     "sampling_images_per_second",
     "sampling_worker_seconds_per_image",
@@ -131,24 +142,29 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     context.connect_for(config.execution, "evaluate")
     reader = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)  # for the judge, and for people
     measured = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, config.rounding)
-    job = _features(measured, chosen, inputs, config.execution, context)
+    job = _features(measured, inputs, config.execution, context)
     pool = TaskPool(config.execution, lambda total: context.bar(total, "blocks of rows"))
-    needed = [output for output, metrics in _NEED_ROWS.items() if not metrics.isdisjoint(chosen)]
+    needed = ["features", *(["logits"] if "inception_score" in chosen else [])]
     made = {output: read_rows(context.store, context.stage, context.key, job.files, output) for output in needed}
     real_rows = None
-    if "features" in needed:
+    if not _NEED_REAL_ROWS.isdisjoint(chosen):
         real_rows = read_rows(context.store, reference.stage, reference.key, feature_files(reference), "features")
     real = ImageStatistics(moments=real_moments, features=real_rows)
-    scores = compute_scores(chosen, ImageStatistics(moments=job.moments, **made), real, settings, pool)
-    metrics = _named(scores, real_images.extractor) | _counted(inputs) | _measured(samples, job, config.execution)
+    labels = _labels(samples, context.store)
+    scores = compute_scores(chosen, ImageStatistics(moments=job.moments, labels=labels, **made), real, settings, pool)
     judging_seconds = 0.0
     if config.judge is not None:
-        judged, judging_seconds = _judged(config, reader, per_pass, inputs, context)
-        metrics |= judged
+        judging_seconds = _judge_samples(scores, config, reader, inputs, context)
+    scores = _named(scores, real_images.extractor)
+    metrics = scores.by_name | _counted(inputs) | _measured(samples, job, config.execution)
     protocol = evaluation_protocol.protocol_of(reference, samples, config.settings, config.rounding)
     grid = evaluation_protocol.sample_grid(reader, inputs, per_pass)
     return StageResult(
-        files=[*(context.write(MOMENTS_FILES[output], found.save) for output, found in job.moments.items()), *job.files],
+        files=[
+            *(context.write(MOMENTS_FILES[output], found.save) for output, found in job.moments.items()),
+            *job.files,
+            context.write(INFLUENCES, lambda path: save_influences(path, scores.influences, labels)),
+        ],
         records=[context.write(evaluation_protocol.GRID, lambda path: path.write_bytes(png_bytes(grid)))],
         summary=EvaluationSummary(
             extractor=real_images.extractor,
@@ -174,27 +190,29 @@ def _check_resolution(samples: Manifest, inputs: Mapping[str, Manifest]) -> None
         raise ValueError(f"the samples have {made} px and the reference {real} px; scores of two sizes are not comparable")
 
 
-def _features(
-    reader: BlockReader, chosen: tuple[str, ...], inputs: Mapping[str, Manifest], execution: Execution, context: StageContext
-) -> FeatureSet:
+def _labels(samples: Manifest, store: ArtifactStore) -> np.ndarray | None:
+    """int64 (N,), None for samples that were not made for labels."""
+    if samples.stage == "images" or SamplesSummary.read(samples).labels == "captions":
+        return None
+    return read_samples(store, samples, 0, evaluation_protocol.num_samples_of(samples)).labels
+
+
+def _features(reader: BlockReader, inputs: Mapping[str, Manifest], execution: Execution, context: StageContext) -> FeatureSet:
     reference = inputs["reference"]
-    extractor = ExtractorFile.of_reference(context.store, reference)
-    moments_are_enough = all(metrics.isdisjoint(chosen) for metrics in _NEED_ROWS.values())
     spec = FeatureSpec(
         num_images=evaluation_protocol.num_samples_of(inputs["samples"]),
         images_per_pass=ReferenceSummary.read(reference).images_per_pass,
-        kept=np.empty(0, np.int64) if moments_are_enough else None,
     )
-    return compute_features(reader, spec, extractor, execution, context)
+    return compute_features(reader, spec, ExtractorFile.of_reference(context.store, reference), execution, context)
 
 
-def _named(scores: Mapping[str, float], extractor: str) -> dict[str, float]:
+def _named(scores: Scores, extractor: str) -> Scores:
     """Renames scores to the names under which scores by Inception are published."""
-    named = {}
-    for name, value in scores.items():
-        metric = name.removesuffix("_std")
-        named[published_name(metric, extractor) + name[len(metric) :]] = value
-    return named
+    return Scores(
+        by_name={published_name(name, extractor): value for name, value in scores.by_name.items()},
+        influences={published_name(name, extractor): each for name, each in scores.influences.items()},
+        labels=scores.labels,
+    )
 
 
 def _counted(inputs: Mapping[str, Manifest]) -> dict[str, float]:
@@ -233,25 +251,36 @@ def _measured(samples: Manifest, job: FeatureSet, execution: Execution) -> dict[
     return measured
 
 
-def _judged(
-    config: EvaluateConfig, reader: BlockReader, images_per_pass: int, inputs: Mapping[str, Manifest], context: StageContext
-) -> tuple[dict[str, float], float]:
-    """The scores of the judge, and its CPU seconds."""
+def _judge_samples(
+    scores: Scores,
+    config: EvaluateConfig,
+    reader: BlockReader,
+    inputs: Mapping[str, Manifest],
+    context: StageContext,
+) -> float:
+    """Add the scores of the judge, and return its CPU seconds."""
     import ray
 
-    samples = inputs["samples"]
-    if samples.stage == "images" or SamplesSummary.read(samples).labels == "captions":
+    from enat.metrics.errors import standard_error
+
+    if (labels := scores.labels) is None:
         raise ValueError("evaluate.judge needs samples of classes from a model of this project; leave it out for other images")
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
-    real = SourceImages(dataset, evaluation_protocol.resolution_of(samples, inputs))
-    labels = read_samples(context.store, samples, 0, min(_MAX_JUDGE_IMAGES, evaluation_protocol.num_samples_of(samples))).labels
-    judged: tuple[dict[str, float], float] = ray.get(ray.remote(num_cpus=1)(_judge).remote(real, reader, images_per_pass, labels))
-    return judged
+    real = SourceImages(dataset, evaluation_protocol.resolution_of(inputs["samples"], inputs))
+    judged, per_pass = labels[:_MAX_JUDGE_IMAGES], ReferenceSummary.read(inputs["reference"]).images_per_pass
+    agrees, accuracy, seconds = ray.get(ray.remote(num_cpus=1)(_judge).remote(real, reader, per_pass, judged))
+    if len(judged) == len(labels):
+        scores.add("class_agreement", float(agrees.mean()), agrees - agrees.mean())
+    else:  # influences are of all samples
+        scores.by_name.update({"class_agreement": float(agrees.mean()), "class_agreement_se": standard_error(agrees, judged)})
+    scores.by_name["judge_accuracy"] = accuracy
+    return float(seconds)
 
 
-def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, requested: np.ndarray) -> tuple[dict[str, float], float]:
-    """Agreement of a support vector machine with the requested labels, and its accuracy on held-out real images. Seconds.
+def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, requested: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Whether a support vector machine sees the requested label in each sample, float64 (N,), its accuracy on held-out real images,
+    and seconds.
 
     requested: int64 (N,), labels of the first N samples.
     """
@@ -267,8 +296,7 @@ def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, reques
     accuracy = cross_val_score(machine, pixels, labels, cv=5).mean()
     machine.fit(pixels, labels)
     predicted = machine.predict(_gray(read_images(reader, 0, len(requested), images_per_pass)))
-    scores = {"class_agreement": float((predicted == requested).mean()), "judge_accuracy": float(accuracy)}
-    return scores, time.monotonic() - started
+    return (predicted == requested).astype(np.float64), float(accuracy), time.monotonic() - started
 
 
 def _gray(images: torch.Tensor) -> Any:
@@ -277,13 +305,13 @@ def _gray(images: torch.Tensor) -> Any:
 
 
 def _describe(manifest: Manifest) -> str:
-    scores = [f"{name} {manifest.metrics[name]:.4g}" for name in _LISTED if name in manifest.metrics]
+    scores = [f"{name} {with_interval(manifest.metrics, name)}" for name in _LISTED if name in manifest.metrics]
     return ", ".join([*scores[:2], f"{EvaluationSummary.read(manifest).num_samples:,} samples"])
 
 
 STAGE = Stage(
     "evaluate",
-    4,
+    5,
     run,
     reads={
         "samples": Input(("images", "generate")),
@@ -295,7 +323,7 @@ STAGE = Stage(
     config=EvaluateConfig,
     summary=EvaluationSummary,
     kind="evaluation",
-    files=(*MOMENTS_FILES.values(), "features-*.safetensors", evaluation_protocol.GRID),
+    files=(*MOMENTS_FILES.values(), "features-*.safetensors", INFLUENCES, evaluation_protocol.GRID),
     describe=_describe,
     reevaluation="measured",
     publish=evaluation_protocol.publish,

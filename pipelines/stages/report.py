@@ -23,6 +23,7 @@ from pipelines.evaluation.protocol import SCORES
 from pipelines.pages import page
 from pipelines.pages.chart import Chart, Point, Series, png_of
 from pipelines.registry.evaluation_record import EvaluationSummary
+from pipelines.registry.influences import with_interval
 from pipelines.workflow.config import set_by
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, Input, Stage, StageContext, StageResult
@@ -99,6 +100,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
         evaluation=inputs["evaluation"],
         measured=EvaluationSummary.read(inputs["evaluation"]),
         headline=[(name, title) for name, title in SCORES.items() if name in inputs["evaluation"].metrics][:2],
+        with_interval=with_interval,
         reconstruction=inputs["reconstruction"].metrics if "reconstruction" in inputs else None,
         grid=page.picture(grid),
         grid_classes=tokens.class_names[:columns] if made.has_each_class_in_turn else None,
@@ -198,19 +200,20 @@ def _scores(config: ReportConfig, inputs: Mapping[str, Manifest]) -> dict[str, A
         num_samples = EvaluationSummary.read(inputs[f"evaluation{suffix}"]).num_samples
         first = [(variant, variant), (model.parameters, f"{model.parameters / 1e6:.2f} M")]
         counts = [(count, f"{count:,}") for count in (model.num_steps, num_samples)]
-        rows.append([*first, *counts, *(_score(name, metrics[variant].get(name)) for name in columns)])
+        rows.append([*first, *counts, *(_score(name, metrics[variant]) for name in columns)])
     return {"titles": ["model", "parameters", "train steps", "samples", *columns.values()], "rows": rows}
 
 
-def _score(name: str, value: float | None) -> tuple[float | str, str]:
+def _score(name: str, metrics: Mapping[str, float]) -> tuple[float | str, str]:
     """A value to sort by, and its text."""
-    if value is None:
+    if name not in metrics:
         return "", "–"
+    value = metrics[name]
     if name == "class_agreement":
         return value, f"{100 * value:.1f} %"
     if name == "worker_seconds_per_image":
         return value, f"{1000 * value:.3g}"
-    return value, f"{value:.3g}" if name == "gmacs_total" else f"{value:.4g}"
+    return value, f"{value:.3g}" if name == "gmacs_total" else with_interval(metrics, name)
 
 
 def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
@@ -249,7 +252,7 @@ def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
 
 STAGE = Stage(
     "report",
-    3,
+    4,
     run,
     reads={
         "tokenizer": Input(("tokenizer",)),

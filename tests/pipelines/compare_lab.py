@@ -16,6 +16,7 @@ from rich.console import Console
 from pipelines.comparison import query, table
 from pipelines.comparison.query import Comparison, Query
 from pipelines.comparison.sections import Row
+from pipelines.registry.influences import INFLUENCES
 from pipelines.storage.base import canonical_json
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import RunHandle, TrackingConfig
@@ -62,6 +63,7 @@ class Lab:
         parent: RunHandle | None = None,
         status: str = "FINISHED",
         grid: bytes | None = None,
+        influences: bytes | None = None,
         **tags: Any,
     ) -> str:
         """Log a run of stage evaluate. Tags have no "enat." prefix; None leaves one out."""
@@ -88,6 +90,8 @@ class Lab:
         run.log_metrics({"fid": 2.79, "gmacs_total": 347.0} if metrics is None else metrics)
         if grid is not None:
             run.log_bytes(grid, "samples.png")
+        if influences is not None:
+            run.log_bytes(influences, INFLUENCES)
         if status != "RUNNING":
             run.finish(status)
         assert run.run_id is not None

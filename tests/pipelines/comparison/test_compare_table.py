@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 from compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
 from html_page import Page, assert_self_contained
@@ -15,6 +17,8 @@ from pipelines.comparison.columns import measured_table
 from pipelines.comparison.page import Grids
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Section
+from pipelines.comparison.significance import is_better
+from pipelines.registry.influences import INFLUENCES, save_influences
 
 
 def _titles(section: Section) -> list[str]:
@@ -43,8 +47,37 @@ def test_rows_are_ordered_by_size_and_the_best_is_marked(lab: Lab) -> None:
     (section,) = found.sections
     assert _best(section) == {"fid": [2.5]}, "all precisions are equal"
     assert [line.split()[1] for line in text_of(found).splitlines()[4:7]] == ["98.1M", "574M", "1.04B"]
-    lab.evaluate({"inception_score": 243.8, "inception_score_std": 2.5, "kid": 0.0028, "kid_std": 0.0001}, samples=key_of(9))
-    assert "243.80 ± 2.50" in text_of(lab.compare()) and "0.0028 ± 0.0001" in text_of(lab.compare())
+    lab.evaluate({"inception_score": 243.8, "inception_score_se": 2.0, "kid": 0.0028, "kid_se": 0.0001}, samples=key_of(9))
+    assert "243.80 ± 3.92" in text_of(lab.compare()) and "0.0028 ± 0.000196" in text_of(lab.compare())
+
+
+def _influences(values: np.ndarray, folder: Path) -> bytes:
+    path = folder / INFLUENCES
+    save_influences(path, {"fid": values.astype(np.float32)}, np.zeros(len(values), np.int64))
+    return path.read_bytes()
+
+
+def test_scores_are_best_unless_another_beats_them_significantly(lab: Lab, tmp_path: Path) -> None:
+    """Errors of differences are those of pairs if the influences of both are known, else those of independent samples."""
+    for number, fid in enumerate((2.0, 2.2, 3.0)):
+        lab.evaluate({"fid": fid, "fid_se": 0.2}, samples=key_of(number), model=f"enat-{'sbl'[number]}", parameters=1 + number)
+    (section,) = lab.compare().sections
+    assert _best(section) == {"fid": [2.0, 2.2]}
+    text = text_of(lab.compare())
+    assert "2.20 ± 0.392" in text and "not distinguishable at 95% from the best, enat-s, is: enat-b." in " ".join(text.split())
+    noise = np.random.default_rng(0).normal(size=400) * 4  # an error of 0.2, nearly all of which both share
+    own = np.random.default_rng(1).normal(size=400) * 0.1
+    for number, (fid, values) in enumerate(((2.0, noise), (2.2, noise + own))):
+        saved = _influences(values, tmp_path)
+        lab.evaluate({"fid": fid, "fid_se": 0.2}, samples=key_of(10 + number), model=f"pair-{number}", influences=saved)
+    pairs = sorted((row for row in lab.rows() if row.model.startswith("pair")), key=lambda row: row.model)
+    assert is_better(*pairs, "fid", "lower") and not is_better(*pairs[::-1], "fid", "lower")
+
+
+def test_influences_that_cannot_be_read_are_left_out_with_a_note(lab: Lab) -> None:
+    id = lab.evaluate({"fid": 2.0, "fid_se": 0.2}, influences=b"\x80\x04 not tensors")
+    found = lab.compare()
+    assert found.rows[0].influences is None and any(f"{INFLUENCES} of run {id} is left out" in note for note in found.notes)
 
 
 def test_a_narrow_terminal_shows_the_main_columns_and_names_the_rest(lab: Lab) -> None:

@@ -11,7 +11,16 @@ import pytest
 from enat.metrics.moments import FeatureMoments, inception_score
 from pipelines.cluster.resources import Execution
 from pipelines.evaluation import protocol
-from pipelines.evaluation.scores import METRICS, Available, ImageStatistics, ScoreSettings, TaskPool, compute_scores, published_name
+from pipelines.evaluation.scores import (
+    METRICS,
+    Available,
+    ImageStatistics,
+    Scores,
+    ScoreSettings,
+    TaskPool,
+    compute_scores,
+    published_name,
+)
 from pipelines.stages import evaluate
 
 
@@ -46,8 +55,10 @@ def test_all_metrics_that_can_be_computed_are_chosen() -> None:
 def test_scores_of_inception_have_their_published_names() -> None:
     assert [published_name(metric, "inception") for metric in METRICS[:4]] == ["fid", "sfid", "inception_score", "kid"]
     assert [published_name(metric, "dinov2") for metric in METRICS] == list(METRICS)
-    scores = {"kernel_distance": 1.0, "kernel_distance_std": 2.0, "recall": 3.0}
-    assert evaluate._named(scores, "inception") == {"kid": 1.0, "kid_std": 2.0, "recall": 3.0}
+    scores = {"kernel_distance": 1.0, "kernel_distance_std": 2.0, "frechet_distance_infinity_se": 4.0, "recall": 3.0}
+    influences = {"frechet_distance": np.zeros(2, np.float32)}
+    named = evaluate._named(Scores(by_name=scores, influences=influences), "inception")
+    assert named.by_name == {"kid": 1.0, "kid_std": 2.0, "fid_infinity_se": 4.0, "recall": 3.0} and [*named.influences] == ["fid"]
 
 
 def test_inception_score_of_parts_of_a_size_in_order() -> None:
@@ -61,7 +72,11 @@ def test_inception_score_of_parts_of_a_size_in_order() -> None:
     settings = ScoreSettings(split_size=8).fitted(20, 20)
     found = compute_scores(("frechet_distance", "inception_score", "kernel_distance"), side, side, settings, pool)
     expected = inception_score(logits, seed=None, split_size=8)
-    assert (found["inception_score"], found["inception_score_std"]) == (expected.value, expected.std)
+    assert (found.by_name["inception_score"], found.by_name["inception_score_std"]) == (expected.value, expected.std)
+    for name, influence in found.influences.items():
+        assert len(influence) == 20 and found.by_name[f"{name}_se"] > 0
+    assert {*found.influences} == {"frechet_distance", "inception_score", "kernel_distance"}
+    assert found.by_name["frechet_distance_infinity"] < found.by_name["frechet_distance"] + 1e-6
     assert expected.value != pytest.approx(inception_score(logits, 3).value, rel=1e-2)
     assert pool.cpu_seconds > 0 == pool.seconds
 

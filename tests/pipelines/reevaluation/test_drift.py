@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 
 from pipelines.evaluation import protocol
 from pipelines.reevaluation.drift import Tolerances, find_drift
+from pipelines.registry.influences import Evaluated
 
 SCORES = st.dictionaries(st.sampled_from([*protocol.SCORES, "images_per_second"]), st.floats(-1e6, 1e6), min_size=1)
 
 
 @given(SCORES, st.floats(0, 10))
 def test_equal_scores_never_drift_and_costs_are_not_compared(scores: dict[str, float], tolerance: float) -> None:
-    assert find_drift(scores, scores, Tolerances(tolerance)) == []
+    assert find_drift(Evaluated(scores), Evaluated(scores), Tolerances(tolerance)) == []
     others = {name: value + 1 for name, value in scores.items()}
-    assert {moved.metric for moved in find_drift(scores, others, Tolerances(0))} == scores.keys() & protocol.SCORES.keys()
+    assert {
+        moved.metric for moved in find_drift(Evaluated(scores), Evaluated(others), Tolerances(0))
+    } == scores.keys() & protocol.SCORES.keys()
 
 
 def test_a_score_drifts_if_it_changes_by_more_than_its_tolerance() -> None:
@@ -31,14 +34,14 @@ def test_a_score_drifts_if_it_changes_by_more_than_its_tolerance() -> None:
         (0.0, 1e-9, True),
         (1.0, math.nan, True),
     ):
-        assert bool(find_drift({"fid": was}, {"fid": now}, Tolerances(0.01))) == drifts, (was, now)
+        assert bool(find_drift(Evaluated({"fid": was}), Evaluated({"fid": now}), Tolerances(0.01))) == drifts, (was, now)
 
 
 def test_tolerances_are_given_for_all_metrics_or_by_name() -> None:
     tolerances = Tolerances.parse(["0.2", "kid=0.5", "recall=inf"])
     assert (tolerances.of("fid"), tolerances.of("kid")) == (0.2, 0.5)
     now = dict.fromkeys(("kid", "recall", "fid"), 1.4)
-    assert [moved.metric for moved in find_drift(dict.fromkeys(now, 1.0), now, tolerances)] == ["fid"]
+    assert [moved.metric for moved in find_drift(Evaluated(dict.fromkeys(now, 1.0)), Evaluated(now), tolerances)] == ["fid"]
     assert Tolerances.parse([]).of("fid") == 0.01
     for wrong in ("a lot", "-1", "fid=nan", "loss=0.1"):
         with pytest.raises(ValueError, match="--tolerance"):

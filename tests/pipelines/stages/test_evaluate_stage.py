@@ -25,7 +25,8 @@ from enat.config import ENATConfig
 from enat.cost import generation_cost
 from enat.images import to_uint8
 from enat.metrics import extractors
-from enat.metrics.moments import load_moments
+from enat.metrics.errors import frechet_influence, standard_error
+from enat.metrics.moments import FeatureMoments, load_moments
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
@@ -38,7 +39,8 @@ from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import protocol as evaluation_protocol
 from pipelines.evaluation.features import drawn_evenly
 from pipelines.evaluation.readers import sample_reader
-from pipelines.evaluation.scores import METRICS, ScoreSettings
+from pipelines.evaluation.scores import METRICS, Scores, ScoreSettings
+from pipelines.registry.influences import INFLUENCES, Influences
 from pipelines.registry.model_card import registered_name
 from pipelines.run import graph
 from pipelines.stages import evaluate, image_set, reference
@@ -291,12 +293,12 @@ def test_device_seconds_include_decoding_features_and_neighbours(
     CPUs alone."""
     evaluated()
 
-    def scores(*given: Any) -> dict[str, float]:
+    def scores(*given: Any) -> Scores:
         given[-1].seconds, given[-1].cpu_seconds = 10.0, 7.0
-        return {"frechet_distance": 1.0}
+        return Scores(by_name={"frechet_distance": 1.0}, labels=np.arange(NUM_SAMPLES) % 10)
 
     monkeypatch.setattr(evaluate, "compute_scores", scores)
-    monkeypatch.setattr(evaluate, "_judged", lambda *_: ({"class_agreement": 1.0}, 100.0))
+    monkeypatch.setattr(evaluate, "_judge_samples", lambda *_: 100.0)
     monkeypatch.setattr(connection, "require", lambda *_: None)
     config = evaluate.EvaluateConfig(settings=SETTINGS, judge="svc", execution=Execution(gpus_per_worker=gpus))
     found = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", _key()))
@@ -316,11 +318,35 @@ def test_judge_measures_how_often_it_sees_the_requested_class(evaluated: Callabl
     assert metrics["frechet_distance"] == evaluated().metrics["frechet_distance"]
 
 
-@pytest.mark.slow
-def test_features_of_samples_are_kept_only_if_scores_need_them(evaluated: Callable[..., StageResult]) -> None:
-    names = [file.name for file in evaluated(judge="svc", metrics=()).files]
-    assert names == ["moments.safetensors", "spatial_moments.safetensors"]
-    assert "features-00000.safetensors" in [file.name for file in evaluated().files]
+def test_every_score_has_its_error_and_the_influences_of_the_samples(
+    evaluated: Callable[..., StageResult], outputs, material: Material
+) -> None:
+    """But the spatial distance, whose features are not stored."""
+    result = evaluated()
+    metrics, made = result.metrics, outputs["made"]["features"]
+    (file,) = (file for file in result.files if file.name == INFLUENCES)
+    found = Influences.parse(material.store.fetch_file("evaluate", _key(), file).read_bytes())
+    np.testing.assert_array_equal(found.labels, np.arange(NUM_SAMPLES) % 10)
+    scores = {"frechet_distance", "inception_score", "kernel_distance", "precision", "recall", "density", "coverage"}
+    assert (
+        {*found.by_score}
+        == scores
+        == {name.removesuffix("_se") for name in metrics if name.endswith("_se")} - {"frechet_distance_infinity"}
+    )
+    moments = FeatureMoments(made.shape[1]).add(made)
+    influence = frechet_influence(made, moments, load_moments(_moments_of(material)))
+    np.testing.assert_allclose(found.by_score["frechet_distance"], influence, rtol=1e-4, atol=1e-4 * np.abs(influence).max())
+    assert metrics["frechet_distance_se"] == pytest.approx(standard_error(influence, found.labels), rel=1e-4)
+    spread = metrics["kernel_distance_std"] / 5**0.5
+    exact = standard_error(found.by_score["kernel_distance"], found.labels)
+    assert metrics["kernel_distance_se"] == pytest.approx((exact**2 + spread**2) ** 0.5, rel=1e-4)
+    gap = metrics["frechet_distance"] - metrics["frechet_distance_infinity"]
+    assert abs(gap) < 3 * metrics["frechet_distance_infinity_se"], "50 samples for each feature: the distance is hardly biased"
+
+
+def _moments_of(material: Material) -> Path:
+    real = material.inputs["reference"]
+    return material.store.fetch(real, "moments.safetensors")
 
 
 def test_protocol_records_how_scores_were_measured(evaluated: Callable[..., StageResult], material: Material) -> None:
