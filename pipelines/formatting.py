@@ -51,6 +51,11 @@ def show_number(value: float, digits: int = 4) -> str:
     return f"{value:,.0f}" if is_whole else f"{value:.{digits}g}"
 
 
+def show_count(count: int, noun: str) -> str:
+    """12_345, "file" -> "12,345 files"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def one_line(text: str) -> str:
     """Foreign text for rich: on one line, without control characters, and not read as markup."""
     from rich.markup import escape

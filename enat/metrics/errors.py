@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from enat.metrics.moments import (
     CHUNK,
@@ -75,11 +76,13 @@ def frechet_influence(features: Features, generated: Moments, reference: Moments
     shift, b = generated.mean - reference.mean, factor(reference.covariance)
     values, vectors = np.linalg.eigh(b.T @ generated.covariance @ b)
     kept = values > values[-1] * _MIN_SHARE
-    root = b @ (vectors[:, kept] * values[kept] ** -0.25)
+    root = torch.from_numpy(b @ (vectors[:, kept] * values[kept] ** -0.25)).float()
     influence = np.empty(len(features))
     for start in range(0, len(features), CHUNK):
-        x = take_rows(features, np.arange(start, min(start + CHUNK, len(features)))) - generated.mean
-        influence[start : start + CHUNK] = 2 * x @ shift + np.square(x).sum(axis=1) - np.square(x @ root).sum(axis=1)
+        rows = np.arange(start, min(start + CHUNK, len(features)))
+        x = take_rows(features, rows) - generated.mean
+        kept_parts = (torch.from_numpy(x).float() @ root).square().sum(dim=1, dtype=torch.float64).numpy()
+        influence[rows] = 2 * x @ shift + np.square(x).sum(axis=1) - kept_parts
     return influence - influence.mean()
 
 
@@ -152,16 +155,22 @@ def kernel_influence(generated: Features, reference: Features, *, seed: int = 20
     check_same_width(generated, reference)
     rng = np.random.default_rng(seed)
     chosen = [rng.permutation(size)[:_KERNEL_COLUMNS] for size in sizes]
-    own, real = (take_rows(side, np.sort(rows)) for side, rows in zip((generated, reference), chosen, strict=True))
+    own, real = (_single(side, np.sort(rows)) for side, rows in zip((generated, reference), chosen, strict=True))
     influence = np.empty(sizes[0])
     for start in range(0, sizes[0], CHUNK):
         rows = np.arange(start, min(start + CHUNK, sizes[0]))
-        x = take_rows(generated, rows)
-        kernels = cubic_kernel(x, own).sum(axis=1)
-        is_own = np.isin(rows, chosen[0])
-        kernels -= is_own * (np.square(x).sum(axis=1) / x.shape[1] + 1) ** 3  # not with itself
-        influence[rows] = 2 * (kernels / np.maximum(len(own) - is_own, 1) - cubic_kernel(x, real).mean(axis=1))
+        x = _single(generated, rows)
+        is_own = torch.from_numpy(np.isin(rows, chosen[0]))
+        itself = (x.double().square().sum(dim=1) / x.shape[1] + 1) ** 3
+        kernels = cubic_kernel(x, own).sum(dim=1, dtype=torch.float64) - is_own * itself
+        cross = cubic_kernel(x, real).mean(dim=1, dtype=torch.float64)
+        influence[rows] = 2 * (kernels / (len(own) - is_own.long()).clamp(min=1) - cross).numpy()
     return influence - influence.mean()
+
+
+def _single(features: Features, rows: np.ndarray) -> Tensor:
+    """Float32, which is enough for an error and twice as fast."""
+    return torch.from_numpy(take_rows(features, rows)).float()
 
 
 def inception_influence(logits: Features) -> np.ndarray:

@@ -30,7 +30,7 @@ from pipelines.artifacts.inventory import Describe, created, find_unfinished, ph
 from pipelines.artifacts.lineage import Lineage
 from pipelines.artifacts.manifest import MANIFEST, PARTS, USED, DamagedManifestError, Manifest, Name, name_of, short
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.formatting import one_line, show_age, show_size
+from pipelines.formatting import one_line, show_age, show_count, show_size
 from pipelines.storage.base import MissingFileError, StoredFile, in_parallel
 
 Kind: TypeAlias = Literal["artifact", "unfinished", "stray files"]
@@ -248,7 +248,7 @@ def show(
         table = _table("size", "used", "what", "artifact", "")
         for removal in removals:
             manifest = removal.manifest if removal.kind == "artifact" else None
-            what = f"{len(removal.files)} files" if manifest is None else phrase(manifest, describe)
+            what = show_count(len(removal.files), "file") if manifest is None else phrase(manifest, describe)
             age = f"{show_age(now - removal.used)} ago"
             table.add_row(show_size(removal.size), age, removal.kind, short((removal.stage, removal.key)), one_line(what))
         console.print(table, highlight=False)

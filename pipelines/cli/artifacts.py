@@ -150,7 +150,7 @@ def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs
     from pipelines.artifacts import inventory, transfer
     from pipelines.artifacts import manifest as artifacts_manifest
     from pipelines.artifacts.open import open_store
-    from pipelines.formatting import show_size
+    from pipelines.formatting import show_count, show_size
 
     source = _open(store, s3)
     if files is not None and with_inputs:
@@ -182,7 +182,8 @@ def pull(artifact: str, store: str, target: str, files: Path | None, with_inputs
         echo_json({"pulled": rows})
         return
     for each, place in zip(done, places, strict=True):
-        how = "already there" if each.was_there else f"{each.num_fetched} files, {show_size(each.size_fetched)} fetched"
+        fetched = f"{show_count(each.num_fetched, 'file')}, {show_size(each.size_fetched)} fetched"
+        how = "already there" if each.was_there else fetched
         click.echo(f"{artifacts_manifest.short(artifacts_manifest.name_of(each.manifest))}  {how}  {place}")
 
 
@@ -201,7 +202,7 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, a
     from pipelines.artifacts import inventory, verification
     from pipelines.artifacts import manifest as artifacts_manifest
     from pipelines.artifacts.manifest import Manifest
-    from pipelines.formatting import show_size
+    from pipelines.formatting import show_count, show_size
 
     if bool(keys) == all_of_them:
         raise click.UsageError("name artifacts by prefixes of their keys, or give --all")
@@ -217,7 +218,7 @@ def verify(keys: tuple[str, ...], all_of_them: bool, store: str, s3: S3Config, a
             rows.append({**dataclasses.asdict(verdict), "is_whole": not verdict.problems})
             if not as_json:
                 name = artifacts_manifest.short((verdict.stage, verdict.key))
-                whole = f"{verdict.num_files} files, {show_size(verdict.size)}"
+                whole = f"{show_count(verdict.num_files, 'file')}, {show_size(verdict.size)}"
                 outcome = f"DAMAGED  {'; '.join(verdict.problems)}" if verdict.problems else f"whole    {whole}"
                 click.echo(f"{name:<26} {formatting.printable(outcome)}")
     if as_json:

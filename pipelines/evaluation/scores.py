@@ -32,6 +32,7 @@ METRICS = (
     "precision_recall",
     "density_coverage",
 )
+_SUBSETS_AT_ONCE = 10  # of the kernel distance, in one task
 _OF_INCEPTION = {"frechet_distance": "fid", "spatial_frechet_distance": "sfid", "kernel_distance": "kid"}
 
 
@@ -198,51 +199,78 @@ def compute_scores(
     """The chosen scores with their errors. Without features of the generated images there are distances only, without errors."""
     import ray
 
-    from enat.metrics.moments import frechet_distance, inception_score, kernel_distance
+    from enat.metrics.moments import frechet_distance
 
     on_one_thread = ray.remote(num_cpus=1)(_timed)  # sums must not depend on the CPUs of a worker
     stored = [None if side.features is None else ray.put(side.features) for side in (generated, reference)]
-    estimates: dict[str, Any] = {}
+    own, real = generated.moments["features"], reference.moments["features"]
+    started: dict[str, Any] = {}
     if "inception_score" in chosen:
         by_number = {"num_splits": settings.num_splits, "seed": settings.seed}
         sizes = by_number if settings.split_size is None else {"split_size": settings.split_size, "seed": None}
-        estimates["inception_score"] = on_one_thread.remote(_with_influence, 1, inception_score, generated.logits, **sizes)
+        started["inception_score"] = on_one_thread.remote(_inception_score, 1, generated.logits, **sizes)
     if "kernel_distance" in chosen:
-        sizes = {"num_subsets": settings.kernel_subsets, "subset_size": settings.kernel_subset_size, "seed": settings.seed}
-        estimates["kernel_distance"] = on_one_thread.remote(_with_influence, 1, kernel_distance, *stored, **sizes)
+        started["kernel_distance"] = on_one_thread.remote(_kernel_influence, 1, *stored)
     if generated.features is not None:
-        both = generated.moments["features"], reference.moments["features"]
-        extrapolated = on_one_thread.remote(_frechet_errors, 1, stored[0], *both, labels=generated.labels, seed=settings.seed)
+        labelled = {"labels": generated.labels, "seed": settings.seed}
+        started["frechet_distance"] = on_one_thread.remote(_frechet_errors, 1, stored[0], own, real, **labelled)
     scores = Scores(labels=generated.labels)
-    distance = frechet_distance(generated.moments["features"], reference.moments["features"])
-    scores.by_name["frechet_distance"] = distance
+    scores.by_name["frechet_distance"] = frechet_distance(own, real)
     if "spatial_frechet_distance" in chosen:
-        spatial = frechet_distance(generated.moments["spatial"], reference.moments["spatial"])
-        scores.by_name["spatial_frechet_distance"] = spatial
-    for name, reference_to_result in estimates.items():
-        (estimate, influence), seconds = ray.get(reference_to_result)
+        spatial = (side.moments["spatial"] for side in (generated, reference))
+        scores.by_name["spatial_frechet_distance"] = frechet_distance(*spatial)
+    sides = [
+        (features, len(side.features))
+        for features, side in zip(stored, (generated, reference), strict=True)
+        if side.features is not None
+    ]
+    estimates = {}
+    if "kernel_distance" in chosen:
+        estimates["kernel_distance"] = _kernel_distance(sides, settings, pool)
+    if {"precision_recall", "density_coverage"} & set(chosen):
+        _add_neighbour_scores(scores, chosen, sides, settings, pool)
+    results: dict[str, Any] = {}
+    for name, reference_to_result in started.items():
+        results[name], seconds = ray.get(reference_to_result)
         pool.cpu_seconds += seconds
-        own = estimate.std / math.sqrt(settings.kernel_subsets) if name == "kernel_distance" else 0.0
-        scores.add(name, estimate.value, influence, own)
-        scores.by_name[f"{name}_std"] = estimate.std
-    if generated.features is not None:
-        (influence, infinity), seconds = ray.get(extrapolated)
-        pool.cpu_seconds += seconds
-        scores.add("frechet_distance", distance, influence)
+    if "inception_score" in results:
+        estimates["inception_score"], influence = results["inception_score"]
+        scores.add("inception_score", estimates["inception_score"].value, influence)
+    if "kernel_distance" in results:
+        estimate = estimates["kernel_distance"]
+        scores.add("kernel_distance", estimate.value, results["kernel_distance"], estimate.std / math.sqrt(settings.kernel_subsets))
+    scores.by_name.update({f"{name}_std": estimate.std for name, estimate in estimates.items()})
+    if "frechet_distance" in results:
+        influence, infinity = results["frechet_distance"]
+        scores.add("frechet_distance", scores.by_name["frechet_distance"], influence)
         if infinity is not None:
             scores.by_name.update({"frechet_distance_infinity": infinity.value, "frechet_distance_infinity_se": infinity.error})
-    if {"precision_recall", "density_coverage"} & set(chosen):
-        assert generated.features is not None and reference.features is not None
-        sides = [*zip(stored, (len(generated.features), len(reference.features)), strict=True)]
-        _add_neighbour_scores(scores, chosen, sides, settings, pool)
     return scores
 
 
-def _with_influence(score: Callable[..., Any], *features: np.ndarray, **sizes: Any) -> tuple[Any, np.ndarray]:
-    from enat.metrics.errors import inception_influence, kernel_influence
+def _inception_score(logits: np.ndarray, **sizes: Any) -> tuple[Any, np.ndarray]:
+    from enat.metrics.errors import inception_influence
+    from enat.metrics.moments import inception_score
 
-    influence = kernel_influence if len(features) == 2 else inception_influence
-    return score(*features, **sizes), influence(*features)
+    return inception_score(logits, **sizes), inception_influence(logits)
+
+
+def _kernel_influence(generated: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    from enat.metrics.errors import kernel_influence
+
+    return kernel_influence(generated, reference)
+
+
+def _kernel_distance(sides: Sequence[tuple[Any, int]], settings: ScoreSettings, pool: TaskPool) -> Any:
+    """An Estimate. sides: the generated and the reference features in Ray's store, and their numbers."""
+    from enat.metrics.moments import estimate_of, kernel_distances, kernel_subsets
+
+    (generated, num_generated), (reference, num_reference) = sides
+    sizes = num_generated, num_reference
+    subsets = kernel_subsets(sizes, settings.kernel_subsets, settings.kernel_subset_size, settings.seed)
+    parts = [subsets[start : start + _SUBSETS_AT_ONCE] for start in range(0, len(subsets), _SUBSETS_AT_ONCE)]
+    with pool.bar(len(parts)) as bar:
+        return estimate_of(np.concatenate(pool.run(kernel_distances, [(generated, reference, part) for part in parts], bar)))
 
 
 def _frechet_errors(

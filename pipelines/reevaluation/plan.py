@@ -26,11 +26,10 @@ from pipelines.tracking.registry import DIGEST_TAG, ModelVersion
 from pipelines.workflow import config as configuration
 from pipelines.workflow import driver
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
-from pipelines.workflow.stage import Node, PlannedStage, PublishContext, Stage
+from pipelines.workflow.stage import SCRATCH, Node, PlannedStage, PublishContext, Stage
 
 _METRIC_VERSION = "metric_version"
 _SHOWN_CHANGES = 3
-SCRATCH = "fresh-"  # prefix of the names of stages that compute existing artifacts again
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from pipelines.stages import (
 from pipelines.storage.base import digest_of
 from pipelines.workflow import config as configuration
 from pipelines.workflow.config import ConfigError
-from pipelines.workflow.stage import MAIN, Node, Stage
+from pipelines.workflow.stage import MAIN, SCRATCH, Node, Stage
 
 if TYPE_CHECKING:
     from pipelines.run.config import RunConfig
@@ -256,7 +256,7 @@ def external_files(run: RunConfig) -> dict[str, str]:
 
 def describe(manifest: Manifest) -> str:
     """An artifact in a few words; "" if its stage is not known or it was made by another version of it."""
-    stage = stages().get(manifest.stage)
+    stage = stages().get(manifest.stage.removeprefix(SCRATCH))
     try:
         return "" if stage is None else stage.describe(manifest)
     except (ValueError, TypeError, AttributeError):  # anyone who may write to the store may have written the manifest
@@ -265,7 +265,7 @@ def describe(manifest: Manifest) -> str:
 
 def dataset_name(manifest: Manifest) -> str | None:
     """The dataset that an artifact was made from, if its own manifest names it."""
-    stage = stages().get(manifest.stage)
+    stage = stages().get(manifest.stage.removeprefix(SCRATCH))
     try:
         return None if stage is None else stage.summary.read(manifest).dataset_name
     except ValueError:

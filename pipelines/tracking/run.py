@@ -325,7 +325,7 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
 
 def _fail_runs_of_killed_commands(client: Any, experiment: str) -> None:
     for run in client.search_runs([experiment], f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{_this_host()}'"):
-        if not _is_alive(run.data.tags[PROCESS_TAG]):
+        if not _is_alive(run.data.tags.get(PROCESS_TAG, "")):
             client.set_terminated(run.info.run_id, "FAILED")
 
 
@@ -340,8 +340,14 @@ def _this_process() -> str:
 
 
 def _is_alive(process: str) -> bool:
-    """A later process with the same id was created at another time, which the system's clock tells within seconds."""
-    pid, created = map(int, process.split())
+    """A later process with the same id was created at another time, which the system's clock tells within seconds.
+
+    A tag that somebody has changed names no process, so nothing is known to have ended.
+    """
+    try:
+        pid, created = map(int, process.split())
+    except ValueError:
+        return True
     with contextlib.suppress(psutil.NoSuchProcess):
         found = psutil.Process(pid)
         return abs(found.create_time() - created) < _CLOCK_SECONDS and found.status() != psutil.STATUS_ZOMBIE

@@ -19,6 +19,7 @@ from pipelines.workflow.costs import Prices
 from pipelines.workflow.progress import Bar
 from pipelines.workflow.summary import Summary
 
+SCRATCH = "fresh-"  # prefix of the names of stages that compute existing artifacts again
 MAIN = "main"  # what a run's own model is called beside its variants
 
 

@@ -32,6 +32,8 @@ from oracle import (
     wait_until,
 )
 
+from pipelines.artifacts.open import open_store
+
 _LONG = ("token_map", "captions", "train", "generate")  # stages with parts: drawn more often
 _SIGNALS = ("KILL", "KILL", "TERM", "STOP")
 _ERRORS = ("ENOSPC", "EIO", "EDQUOT")
@@ -227,6 +229,7 @@ def chain(lab: Laboratory, stage: str, faults: list[Fault], cluster: Callable[[]
 
 
 def _lost_rows(store: Path, rows: list[dict[str, Any]]) -> str:
-    (history,) = (store / "train").rglob("history.json")
-    made = json.loads(history.read_text())[: len(rows)]
+    opened = open_store(str(store))
+    (trained,) = (manifest for manifest in opened.manifests() if manifest.stage == "train")
+    made = json.loads(opened.fetch(trained, "history.json").read_text())[: len(rows)]  # its path may have a digest in it
     return "" if made == rows else f"{len(rows)} rows of a checkpoint were trained again"

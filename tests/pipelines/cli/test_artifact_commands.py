@@ -127,7 +127,7 @@ def test_pull_with_inputs_makes_a_complete_store(place: Place, chain, tmp_path: 
     again = _ask(place, "pull", _key(chain.samples), "--to", tmp_path / "mine", "--with-inputs").stdout
     assert again.count("already there") == 3
     files = _ask(place, "pull", _key(chain.train), "--files", tmp_path / "files").stdout
-    assert "1 files, 1.0 MB fetched" in files and (tmp_path / "files" / "model.bin").stat().st_size == 10**6
+    assert "1 file, 1.0 MB fetched" in files and (tmp_path / "files" / "model.bin").stat().st_size == 10**6
     assert _ask(place, "pull", _key(chain.train), "--to", place.store.uri).exit_code == 2
 
 
@@ -154,7 +154,7 @@ def test_verify_reports_unreadable_files_and_fails(place: Place, chain, monkeypa
     monkeypatch.setattr(type(place.store), "read_chunks", failing)
     answer = _ask(place, "verify", "--all")
     assert answer.exit_code == 1 and "DAMAGED file.bin cannot be read (Input/output error)" in answer.stdout
-    assert answer.stdout.count("whole 1 files") == 2 and "cannot be read may be whole" in answer.stdout
+    assert answer.stdout.count("whole 1 file,") == 2 and "cannot be read may be whole" in answer.stdout
 
 
 # Access to buckets ---------------------------------------------------------------------------------------------------------
