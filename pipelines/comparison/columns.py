@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.comparison.published import PublishedResult
+from pipelines.comparison.published import SETS, PublishedResult
 from pipelines.comparison.sections import Row, Section
 from pipelines.comparison.significance import unbeaten
 from pipelines.registry.influences import Z_95
@@ -104,6 +104,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def _yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
 def short_count(value: float) -> str:
     """1_300_000 -> "1.3M", 574_300_000 -> "574M", 1_040_700_000 -> "1.04B" """
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
@@ -150,7 +154,9 @@ COLUMNS = (
 )
 _HIDDEN_IF_ZERO = ("cost/total_device_hours", "device_seconds_per_image")  # without an accelerator
 
-# Columns of published results.
+_UNUSUAL_SAMPLES = "num_samples_unusual"
+
+# Columns of published results. Those without a value in any row are not shown.
 QUOTED_COLUMNS = (
     Column("model", "quoted", str),
     Column("parameters", "params", short_count),
@@ -158,12 +164,25 @@ QUOTED_COLUMNS = (
     Column("mask_ratio", "mask ratio", short),
     Column("tmacs_total", "TFLOPs", short),
     Column("fid", "FID", _score),
+    Column("reference", "reference", str, rank=1),
+    Column("is_guided", "guided", _yes_or_no, rank=2),
+    Column(_UNUSUAL_SAMPLES, "samples", _count, rank=3),
+    Column("inception_score", "IS", _score, rank=4),
+    Column("precision", "precision", _share, rank=5),
+    Column("recall", "recall", _share, rank=5),
+    Column("cost_basis", "TFLOPs are", str, rank=6),
+    Column("tokenizer", "tokenizer", str, rank=7),
+    Column("rfid", "rFID", _score, rank=7),
     Column("source", "source", str),
-    Column("note", "note", str, rank=1),
+    Column("note", "note", str, rank=8),
 )
 _FIELDS = (  # of a row, with the same key in its record
     "model", "variant", "config_run", "dataset", "resolution", "parameters", "train_steps", "num_steps", "guidance_scale",
     "mask_ratio", "num_samples", "device", "images_per_pass", "samples",
+)  # fmt: skip
+_QUOTED_FIELDS = (  # of a published result, with the same key in its record
+    "fid", "inception_score", "precision", "recall", "reference", "is_guided", "num_samples", "cost_basis",
+    "tokenizer", "rfid", "source",
 )  # fmt: skip
 
 # Records -------------------------------------------------------------------------------------------------------------------
@@ -198,7 +217,7 @@ def _money_key(currency: str | None) -> str:
 
 
 def quoted_record(result: PublishedResult) -> dict[str, Any]:
-    """A published row with the same keys."""
+    """A published row with the same keys, and with those of its protocol."""
     values = {
         "model": result.label,
         "dataset": result.dataset,
@@ -207,8 +226,8 @@ def quoted_record(result: PublishedResult) -> dict[str, Any]:
         "mask_ratio": result.mask_ratio,
         "tmacs_total": result.tflops,
         "gmacs_total": None if result.tflops is None else result.tflops * _GMACS_PER_TERA,
-        "fid": result.fid,
-        "source": result.source,
+        **{name: getattr(result, name) for name in _QUOTED_FIELDS},
+        "has_decoder": None if result.tflops is None else result.has_decoder,
         "note": result.note or None,
     }
     return _known(values)
@@ -231,11 +250,16 @@ def measured_table(section: Section) -> Table:
 
 
 def quoted_table(results: Sequence[PublishedResult]) -> Table:
-    """Sorted by score, best first, unknown last. One-step decoding is sorted by mask ratio first."""
-    is_one_step = any(result.mask_ratio is not None for result in results)
-    left_out = {"parameters", "tmacs_total", "note"} if is_one_step else {"mask_ratio"}
+    """Sorted by score, best first, unknown last. One-step decoding is sorted by mask ratio first.
+
+    Numbers of samples are shown where they differ from the usual one of the dataset.
+    """
     ordered = sorted(results, key=lambda found: (found.mask_ratio or 0.0, found.fid is None, found.fid or 0.0, found.name))
-    return _table([quoted_record(result) for result in ordered], [c for c in QUOTED_COLUMNS if c.key not in left_out], {})
+    records = [quoted_record(result) for result in ordered]
+    for result, values in zip(ordered, records, strict=True):
+        if result.num_samples not in (None, SETS[result.dataset].num_samples):
+            values[_UNUSUAL_SAMPLES] = result.num_samples
+    return _table(records, [column for column in QUOTED_COLUMNS if any(column.key in values for values in records)], {})
 
 
 def _table(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -68,24 +68,41 @@ REFERENCE_FILES = {
 
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+_Share = Annotated[float, Field(gt=0, le=1, strict=True)]
+_Count = Annotated[int, Field(gt=0, strict=True)]
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class PublishedResult:
     """One published system. None: unknown.
 
+    reference: what FID is measured against: images of the dataset (train, val), ADM's statistics of ImageNet (virtual), or unknown.
+    source: paper or README, with the table where known.   params_millions: of the generator.
     tflops: 10^12 multiply-accumulates per image, including both passes of guidance and, if has_decoder, the tokenizer's decoder.
+    cost_basis: whether tflops are counted by this code (measured), stated by the source, or derived from a configuration or from
+    the cost of a pass. Required with tflops.
+    is_guided: with guidance by a classifier or free of one.   num_samples: that the scores are of.
+    tokenizer, rfid: the autoencoder, and the FID of its reconstructions.
     mask_ratio: for one-step decoding, the share of real codes that is masked.
     """
 
     name: str
     dataset: str
+    reference: Literal["train", "val", "virtual", "unknown"]
     source: str
     note: str = ""
     params_millions: _Positive | None = None
-    steps: Annotated[int, Field(gt=0, strict=True)] | None = None
+    steps: _Count | None = None
     tflops: _Positive | None = None
+    cost_basis: Literal["measured", "stated", "derived"] | None = None
     fid: _Positive | None = None
+    inception_score: _Positive | None = None
+    precision: _Share | None = None
+    recall: _Share | None = None
+    is_guided: StrictBool | None = None
+    num_samples: _Count | None = None
+    tokenizer: str | None = None
+    rfid: _Positive | None = None
     mask_ratio: _Positive | None = None
     has_decoder: StrictBool = True
     is_unconditional: StrictBool = False
@@ -96,6 +113,8 @@ class PublishedResult:
             raise ValueError(f"{self.name} has dataset {self.dataset!r}; choose one of {', '.join(DATASETS)}")
         if (self.mask_ratio is not None) != SETS[self.dataset].is_one_step:
             raise ValueError(f"{self.name}: mask_ratio is required for one-step decoding and not allowed otherwise")
+        if (self.cost_basis is None) != (self.tflops is None):
+            raise ValueError(f"{self.name}: cost_basis is required with tflops and not allowed otherwise")
         return self
 
     @property

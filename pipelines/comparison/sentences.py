@@ -30,6 +30,11 @@ CONVENTION = (
     "and the tokenizer's decoder. In CSV and JSON, tmacs_total are the TFLOPs, and gflops_total counts each as two operations."
 )
 
+_QUOTED_COLUMNS = (
+    "The column reference names what each is measured against: train or val, images of the dataset; virtual, ADM's statistics of "
+    "ImageNet; or unknown. TFLOPs are measured (counted by this code), stated by the source, or derived."
+)
+
 
 def heading(section: Section) -> str:
     parts = [section.dataset or "unknown dataset"]
@@ -144,10 +149,10 @@ def published_sentence(sections: Sequence[Section]) -> str:
     dataset = sections[0].published_dataset
     assert dataset is not None
     usual = SETS[dataset]
-    sentence = "Quoted rows are numbers from their sources, each with its own protocol. None of them was measured here. "
+    sentence = "Quoted rows are scores from their sources, each with its own protocol. None of them was measured here. "
     if usual.num_samples is None:
-        return f"{sentence}Their numbers of samples are unknown."
-    sentence += f"They usually use {usual.num_samples:,} samples {usual.labels}, against {usual.reference}."
+        return f"{sentence}Their numbers of samples and their references are unknown."
+    sentence += f"They usually use {usual.num_samples:,} samples {usual.labels}, against {usual.reference}. {_QUOTED_COLUMNS}"
     unlike = {section.name: unlike_published(section) for section in sections}
     told = [f"{name}: {', '.join(parts)}" if len(sections) > 1 else ", ".join(parts) for name, parts in unlike.items() if parts]
     return f"{sentence} Differences here: {'; '.join(told)}." if told else sentence

@@ -320,7 +320,7 @@ def test_a_comparison_is_written_and_logged(lab: Lab, ask: Callable[..., Result]
     result = ask("--csv", "{folder}/new/c.csv", "--png", "{folder}/c.png", "--html", "{folder}/c.html")
     assert result.exit_code == 0, result.output
     assert "imagenet, 256 px" in result.stdout and f"written {tmp_path}/c.html" in result.stdout
-    assert len(list(csv.reader((tmp_path / "new" / "c.csv").open()))) == 1 + 2 + 26
+    assert len(list(csv.reader((tmp_path / "new" / "c.csv").open()))) == 1 + 2 + 79
     with Image.open(tmp_path / "c.png") as image:
         assert image.width > 1000
     page = assert_self_contained((tmp_path / "c.html").read_text(encoding="utf-8"))

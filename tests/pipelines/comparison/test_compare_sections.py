@@ -102,13 +102,13 @@ def test_published_numbers_are_shown_for_their_dataset_only(lab: Lab) -> None:
     lab.evaluate(samples=key_of(2), dataset="digits", resolution=16, protocol=digits)
     lab.evaluate({"frechet_distance": 3.0}, samples=key_of(3), protocol={**PROTOCOL, "extractor": "dinov2"})
     sections = {sentences.heading(s): s for s in lab.compare(published="auto").sections if s.distance == "fid"}
-    assert len(sections["imagenet, 256 px"].published) == 26 and not sections["digits, 16 px"].published
+    assert len(sections["imagenet, 256 px"].published) == 79 and not sections["digits, 16 px"].published
     assert not [s for s in lab.compare(published="auto").sections if s.distance != "fid" and s.published]
     assert not [s for s in lab.compare(published="none").sections if s.published]
     chosen = lab.compare(published="imagenet512")
     assert not [s for s in chosen.sections if s.published] and "imagenet512" in chosen.notes[0]
     lab.evaluate(protocol={**PROTOCOL, "reference": "my-folder, 256 px, adm-center"})
-    for published, count in (("auto", 0), ("imagenet256", 26)):
+    for published, count in (("auto", 0), ("imagenet256", 79)):
         (own,) = (s for s in lab.compare(published=published).sections if s.dataset == "my-folder")
         assert len(own.published) == count
 
@@ -120,7 +120,8 @@ def test_published_rows_show_their_source_and_caveats(lab: Lab) -> None:
     assert line.split()[1:5] == ["675M", "250", "59.5", "2.27"] and "arXiv 2212.09748" in line and "derived" in line
     assert "None of them was measured here" in text and "50,000 samples with each class as often as any other" in text
     assert "Differences here: 5,000 samples, which raises FID." in text
-    assert next(line for line in text.splitlines() if line.startswith("simple diffusion")).split()[2:6] == ["–"] * 4
+    assert " virtual " in line and "ADM's statistics of ImageNet; or unknown" in text
+    assert next(line for line in text.splitlines() if line.startswith("ADM ")).split()[1:5] == ["–", "–", "–", "10.94"]
     assert "MAGE-B (unconditional)" in text
 
 
@@ -149,11 +150,11 @@ def test_published_numbers_appear_once_after_the_last_of_their_sections(lab: Lab
     found = lab.compare(published="auto")
     assert {name: [section.name for section in beside] for name, beside in found.quoted.items()} == {"C": ["A", "B", "C"]}
     text = text_of(found)
-    assert text.count("\nMAR-H ") == 1 and text.index("\nC  ") < text.index("\nMAR-H ")
+    assert text.count("\nRAR-XXL ") == 1 and text.index("\nC  ") < text.index("\nRAR-XXL ")
     few = next(section.name for section in found.sections if section.protocol["num_samples"] == 5000)
     assert f"{few}: 5,000 samples" in text
     page = Page.parse(compare.make_files(found, "compare-test", Grids()).page)
-    assert page.text.count("MAR-H") == 1 and "not measured here: beside A, B, C" in page.text
+    assert page.text.count("RAR-XXL") == 1 and "not measured here: beside A, B, C" in page.text
 
 
 # One step from real codes --------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
 from html_page import Page, assert_self_contained
 
 from pipelines.comparison import compare, table
-from pipelines.comparison.columns import measured_table
+from pipelines.comparison.columns import measured_table, quoted_table
 from pipelines.comparison.page import Grids
+from pipelines.comparison.published import published_for
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Section
 from pipelines.comparison.significance import is_better
@@ -192,8 +193,32 @@ def test_names_are_text_on_the_page_in_the_terminal_and_in_a_spreadsheet(hostile
 def test_csv_contains_every_metric_the_protocol_and_the_source(lab: Lab) -> None:
     lab.evaluate({"fid": 2.79, "gmacs_total": 347.0, "cost/total_device_hours": 12.5, "something/new": 1.0})
     rows = list(csv.DictReader(io.StringIO(table.to_csv(lab.compare(published="auto")))))
-    assert len(rows) == 1 + 26 and Counter(row["source"] == "measured here" for row in rows) == {True: 1, False: 26}
+    assert len(rows) == 1 + 79 and Counter(row["source"] == "measured here" for row in rows) == {True: 1, False: 79}
     assert float(rows[0]["fid"]) == 2.79 and float(rows[0]["cost/total_device_hours"]) == 12.5 and rows[0]["something/new"] == "1.0"
     assert rows[0]["protocol_extractor"] == "inception" and rows[0]["protocol_num_samples"] == "50000"
     maskgit = next(row for row in rows if row["model"] == "MaskGIT")
     assert maskgit["tmacs_total"] == "" and maskgit["fid"] == "6.18" and maskgit["parameters"] == "227000000.0"
+    mage = next(row for row in rows if row["model"].startswith("MAGE-B"))
+    names = ("reference", "is_guided", "num_samples", "inception_score", "tokenizer")
+    assert [mage[name] for name in names] == ["val", "False", "50000", "81.2", "VQGAN of MAGE"]
+    dit = next(row for row in rows if row["model"] == "DiT-XL/2")
+    assert (dit["cost_basis"], dit["has_decoder"], dit["precision"], dit["recall"]) == ("derived", "False", "0.83", "0.57")
+    (section,) = table.to_json(lab.compare(published="auto"))["sections"]
+    published = next(result for result in section["published"] if result["name"] == "DiT-XL/2")
+    assert published["reference"] == "virtual" and published["is_guided"] is True and published["cost_basis"] == "derived"
+
+
+def test_quoted_columns_have_values_and_the_rarest_are_left_out_first(lab: Lab) -> None:
+    lab.evaluate({"fid": 2.79})
+    found = lab.compare(published="auto")
+    titles = [column.title for column in quoted_table(found.sections[0].published).columns]
+    assert titles[:6] == ["quoted", "params", "steps", "TFLOPs", "FID", "reference"] and "guided" in titles and "rFID" in titles
+    assert "mask ratio" not in titles and "samples" not in titles, "no value, and all known numbers are the usual one"
+    assert "samples" in [column.title for column in quoted_table(published_for("imagenet512")).columns], "5,000"
+    one_step = [column.title for column in quoted_table(published_for("imagenet256-one-step")).columns]
+    assert one_step == ["quoted", "steps", "mask ratio", "FID", "reference", "source"]
+    text = text_of(found, 120)
+    header = next(line for line in text.splitlines() if line.startswith("quoted"))
+    assert "reference" in header and "precision" not in header and "no room for" in text
+    wide = next(line for line in text_of(found).splitlines() if line.startswith("MAGE-B"))
+    assert " val " in wide and " no " in wide
