@@ -462,7 +462,12 @@ def test_images_of_another_generator_get_the_scores_of_equal_codes(
     given = evaluate.EvaluateConfig(settings=SETTINGS, images=config)
     result = evaluate.run(given, inputs, make_context(material.store, "evaluate", "o" * 64))
     ours = evaluated()
-    assert result.metrics == {name: ours.metrics[name] for name in result.metrics} == _not_timed(result)
+    assert result.metrics == _not_timed(result) and {*result.metrics} <= {*ours.metrics}
+    errors = {name for name in result.metrics if name.endswith("_se") or "_infinity" in name}
+    scores = result.metrics.keys() - errors
+    assert {name: result.metrics[name] for name in scores} == {name: ours.metrics[name] for name in scores}
+    for name in errors:  # it is not known for which labels they were drawn
+        assert result.metrics[name] == pytest.approx(ours.metrics[name], rel=0.1), name
     assert {"frechet_distance", "recall", "inception_score"} <= set(result.metrics) and "gmacs_total" not in result.metrics
     assert result.summary.protocol == ours.summary.protocol and result.summary.num_samples == NUM_SAMPLES
     assert result.summary.protocol_digest == ours.summary.protocol_digest, "both are in one table of a comparison"

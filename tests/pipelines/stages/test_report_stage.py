@@ -18,6 +18,7 @@ from enat.images import to_uint8
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.samples import read_samples
+from pipelines.registry.influences import with_interval
 from pipelines.stages import evaluate, report
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
@@ -148,7 +149,7 @@ def test_scores_of_all_variants_and_places_of_all_artifacts_are_shown(
 ) -> None:
     rows = {row[0]: row for row in page.rows}
     for variant, name in (("main", "evaluation"), ("untrained", "evaluation@untrained")):
-        assert f"{inputs[name].metrics['frechet_distance']:.4g}" in rows[variant]
+        assert with_interval(inputs[name].metrics, "frechet_distance") in rows[variant]
         assert f"{100 * inputs[name].metrics['class_agreement']:.1f} %" in rows[variant]
     assert len(inputs) == 9
     for name, manifest in inputs.items():

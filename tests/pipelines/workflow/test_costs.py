@@ -158,7 +158,7 @@ def test_the_guide_names_every_metric_of_cost(digits_run) -> None:
     """Names are fixed: dashboards are built on them."""
     evaluation = digits_run.planned()["evaluate"].manifest
     scores = {*SCORES, "judge_accuracy"}
-    counted = {name for name in evaluation.metrics if name.removesuffix("_std") not in scores}
+    counted = {name for name in evaluation.metrics if re.sub(r"_(std|infinity|infinity_se|se)$", "", name) not in scores}
     hours = cost_metrics(digits_run.store, evaluation, Prices(device_hour=1.0))
     guide = (Path(pipelines.__file__).parent / "guide" / "evaluate.md").read_text()
     named = set(re.findall(r"`([\w/]+)`", guide))
