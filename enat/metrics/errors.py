@@ -51,10 +51,13 @@ def standard_error(influence: np.ndarray, labels: np.ndarray | None = None) -> f
 
 def _weighted_error(influence: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> float:
     """Of the weighted sum of influences."""
-    _, groups, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    groups[sizes[groups] == 1] = len(sizes)
-    if (groups == len(sizes)).sum() == 1:  # a single sample has no variance, also as a group
-        groups[groups == len(sizes)] = 0
+    is_compact = labels.min() >= 0 and labels.max() < len(labels)  # as classes are; sorting would take most of the time
+    groups = labels.copy() if is_compact else np.unique(labels, return_inverse=True)[1]
+    counts = np.bincount(groups)
+    rest = len(counts)  # the group of labels with one sample
+    groups[counts[groups] == 1] = rest
+    if (groups == rest).sum() == 1:  # a single sample has no variance, also as a group
+        groups[groups == rest] = groups.min()
     sums, counts = np.bincount(groups, influence), np.bincount(groups)
     deviations = influence - (sums / np.maximum(counts, 1))[groups]
     variances = np.bincount(groups, deviations**2) / np.maximum(counts - 1, 1)
@@ -75,7 +78,7 @@ def frechet_influence(features: Features, generated: Moments, reference: Moments
         raise ValueError(f"features of width {features.shape[1]} and {len(reference.mean)} cannot be compared")
     shift, b = generated.mean - reference.mean, factor(reference.covariance)
     values, vectors = np.linalg.eigh(b.T @ generated.covariance @ b)
-    kept = values > values[-1] * _MIN_SHARE
+    kept = values > values.max(initial=0.0) * _MIN_SHARE  # none if one side has a single image
     root = torch.from_numpy(b @ (vectors[:, kept] * values[kept] ** -0.25)).float()
     influence = np.empty(len(features))
     for start in range(0, len(features), CHUNK):
@@ -101,7 +104,7 @@ def extrapolated_frechet_distance(
 
     Subsets are the first rows of random orders, from half of the samples to all of them. Each has its share of every label. The
     result is linear in the distances, so its error follows from the influences, too. With fewer than about 8 samples for each
-    feature the distance is no longer linear in 1/N, and the result is too low (measured on Gaussians: by 5% at 4).
+    feature the distance is no longer linear in 1/N, and the result is too low (measured on Gaussians: by 7% at 4).
     features: float (N, F).   influence: of frechet_influence.   labels: int (N,).   Raises ValueError for fewer than 4 samples.
     """
     num_samples, width = check_features(features), features.shape[1]
@@ -178,8 +181,14 @@ def inception_influence(logits: Features) -> np.ndarray:
 
     logits: float (N, K). The score's logarithm is a mean of KL(p(y|x) || p(y)); the derivative by p(y) cancels.
     """
-    check_features(logits, "logits")
-    rows = torch.from_numpy(take_rows(logits, np.arange(len(logits)))).log_softmax(dim=1)
-    marginal = rows.exp().mean(dim=0)
-    divergence = (rows.exp() * (rows - marginal.log())).sum(dim=1)
+    num_samples = check_features(logits, "logits")
+    chunks = [np.arange(start, min(start + CHUNK, num_samples)) for start in range(0, num_samples, CHUNK)]
+    marginal = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for rows in chunks:
+        marginal += torch.from_numpy(take_rows(logits, rows)).softmax(dim=1).sum(dim=0) / num_samples
+    divergence = torch.empty(num_samples, dtype=torch.float64)
+    for rows in chunks:
+        log_probs = torch.from_numpy(take_rows(logits, rows)).log_softmax(dim=1)
+        probs = log_probs.exp()
+        divergence[rows] = (probs * log_probs - torch.xlogy(probs, marginal)).sum(dim=1)
     return ((divergence - divergence.mean()) * divergence.mean().exp()).numpy()

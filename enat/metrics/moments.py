@@ -272,9 +272,8 @@ def kernel_distances(
         return _squared_discrepancy(*pair)
 
     sides, num_threads = (generated, reference), torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(num_threads if device == "cpu" else 1) as pool:
+        with ThreadPoolExecutor(num_threads if device == "cpu" else 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return np.array([*pool.map(compute, subsets)])
     finally:
         torch.set_num_threads(num_threads)

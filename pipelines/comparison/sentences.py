@@ -9,7 +9,7 @@ from pipelines.comparison.columns import MISSING, Table
 from pipelines.comparison.published import REFERENCE_FILES, SETS
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Row, Section
-from pipelines.comparison.significance import undecided
+from pipelines.comparison.significance import has_errors, undecided
 from pipelines.registry.influences import Z_95
 
 _PROTOCOL_KEYS = (  # in the order of sentences
@@ -53,14 +53,14 @@ def alike_sentence(table: Table) -> str:
 
 def errors_sentence(section: Section) -> str:
     """What ± means, and which rows are not distinguishable from the best; empty if no row has errors."""
-    rows = undecided(section)
-    if not rows:
+    if not has_errors(section):
         return ""
     sentence = (
         "± is half of the 95% interval over the drawing of samples. Bold scores are those that no other row beats significantly."
     )
-    leader, *others = rows
-    if others and section.distance is not None:
+    rows = undecided(section)
+    if len(rows) > 1 and section.distance is not None:
+        leader, *others = rows
         names = ", ".join(_unique_name(row, section) for row in others)
         verb = "are" if len(others) > 1 else "is"
         sentence += f" By {DISTANCE_TITLES[section.distance]}, not distinguishable at 95% from the best,"

@@ -16,6 +16,9 @@ def is_better(first: Row, second: Row, score: str, better: str) -> bool:
     gain = first.metrics[score] - second.metrics[score]
     if better == "lower":
         gain = -gain
+    # The error of a difference is at most the sum of both: most pairs need no more than that.
+    if gain <= 0 or gain > Z_95 * sum(row.metrics.get(f"{score}_se", 0.0) for row in (first, second)):
+        return gain > 0
     sides = [Evaluated(row.metrics, row.influences) for row in (first, second)]
     return gain > Z_95 * (error_of_difference(sides[0], sides[1], score) or 0.0)
 
@@ -30,10 +33,15 @@ def unbeaten(rows: Sequence[Row], score: str, better: str) -> set[int]:
     }
 
 
+def has_errors(section: Section) -> bool:
+    return any(name.endswith("_se") for row in section.rows for name in row.metrics)
+
+
 def undecided(section: Section) -> list[Row]:
-    """The row with the best distance, and after it those that are not distinguishable from it at 95%. Empty without errors."""
+    """The row with the best distance, and after it those that are not distinguishable from it at 95%. Empty without errors, and if
+    rows have different mask ratios, which are different tasks."""
     score = section.distance
-    if score is None or not any(f"{score}_se" in row.metrics for row in section.rows):
+    if score is None or not has_errors(section) or len({row.mask_ratio for row in section.rows}) > 1:
         return []
     having = [row for row in section.rows if score in row.metrics]
     leader = min(having, key=lambda row: row.metrics[score])

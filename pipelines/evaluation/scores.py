@@ -196,7 +196,7 @@ def _timed(task: Callable[..., Any], num_threads: int, *arguments: Any, **keywor
 def compute_scores(
     chosen: Sequence[str], generated: ImageStatistics, reference: ImageStatistics, settings: ScoreSettings, pool: TaskPool
 ) -> Scores:
-    """The chosen scores with their errors. Without features of the generated images there are distances only, without errors."""
+    """The chosen scores with their errors. The generated images need their features."""
     import ray
 
     from enat.metrics.moments import frechet_distance
@@ -211,9 +211,8 @@ def compute_scores(
         started["inception_score"] = on_one_thread.remote(_inception_score, 1, generated.logits, **sizes)
     if "kernel_distance" in chosen:
         started["kernel_distance"] = on_one_thread.remote(_kernel_influence, 1, *stored)
-    if generated.features is not None:
-        labelled = {"labels": generated.labels, "seed": settings.seed}
-        started["frechet_distance"] = on_one_thread.remote(_frechet_errors, 1, stored[0], own, real, **labelled)
+    labelled = {"labels": generated.labels, "seed": settings.seed}
+    started["frechet_distance"] = on_one_thread.remote(_frechet_errors, 1, stored[0], own, real, **labelled)
     scores = Scores(labels=generated.labels)
     scores.by_name["frechet_distance"] = frechet_distance(own, real)
     if "spatial_frechet_distance" in chosen:
@@ -240,11 +239,10 @@ def compute_scores(
         estimate = estimates["kernel_distance"]
         scores.add("kernel_distance", estimate.value, results["kernel_distance"], estimate.std / math.sqrt(settings.kernel_subsets))
     scores.by_name.update({f"{name}_std": estimate.std for name, estimate in estimates.items()})
-    if "frechet_distance" in results:
-        influence, infinity = results["frechet_distance"]
-        scores.add("frechet_distance", scores.by_name["frechet_distance"], influence)
-        if infinity is not None:
-            scores.by_name.update({"frechet_distance_infinity": infinity.value, "frechet_distance_infinity_se": infinity.error})
+    influence, infinity = results["frechet_distance"]
+    scores.add("frechet_distance", scores.by_name["frechet_distance"], influence)
+    if infinity is not None:
+        scores.by_name.update({"frechet_distance_infinity": infinity.value, "frechet_distance_infinity_se": infinity.error})
     return scores
 
 

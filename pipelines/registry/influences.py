@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,15 @@ class Influences:
 
     by_score: Mapping[str, np.ndarray]
     labels: np.ndarray | None = None
+    _errors: dict[str, float] = field(default_factory=dict, repr=False)
+
+    def error(self, score: str) -> float:
+        """The standard error of the drawing of samples, computed once."""
+        from enat.metrics.errors import standard_error
+
+        if score not in self._errors:
+            self._errors[score] = standard_error(self.by_score[score].astype(np.float64), self.labels)
+        return self._errors[score]
 
     @classmethod
     def parse(cls, content: bytes) -> Influences:
@@ -86,6 +95,7 @@ def error_of_difference(first: Evaluated, second: Evaluated, score: str) -> floa
     """The standard error of the difference of a score between two sets of samples; None if neither has an error.
 
     Samples with the same labels in the same order are compared in pairs: what both have in common, such as their seeds, cancels.
+    The random subsets of the kernel distance count as different ones.
     """
     from enat.metrics.errors import standard_error
 
@@ -102,7 +112,7 @@ def error_of_difference(first: Evaluated, second: Evaluated, score: str) -> floa
         or not mine.of_same_samples(theirs)
     ):
         return math.sqrt(sum(squares))
-    pair = mine.by_score[score].astype(np.float64), theirs.by_score[score].astype(np.float64)
+    difference = mine.by_score[score].astype(np.float64) - theirs.by_score[score]
     # An error has a part that is no sampling error of the samples: the random subsets of the kernel distance.
-    own = [max(0.0, square - standard_error(each, mine.labels) ** 2) for square, each in zip(squares, pair, strict=True)]
-    return math.sqrt(standard_error(pair[0] - pair[1], mine.labels) ** 2 + sum(own))
+    own = [max(0.0, square - side.error(score) ** 2) for square, side in zip(squares, (mine, theirs), strict=True)]
+    return math.sqrt(standard_error(difference, mine.labels) ** 2 + sum(own))

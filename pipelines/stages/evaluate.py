@@ -18,7 +18,6 @@ from enat.config import check_choices
 from enat.images import png_bytes
 from enat.metrics.extractors import BUILT_IN
 from pipelines.artifacts.manifest import Manifest
-from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.image_sets import ImageSetConfig
@@ -143,15 +142,12 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     reader = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)  # for the judge, and for people
     measured = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, config.rounding)
     job = _features(measured, inputs, config.execution, context)
-    pool = TaskPool(config.execution, lambda total: context.bar(total, "blocks of rows"))
-    needed = ["features", *(["logits"] if "inception_score" in chosen else [])]
-    made = {output: read_rows(context.store, context.stage, context.key, job.files, output) for output in needed}
+    pool = TaskPool(config.execution, lambda total: context.bar(total, "parts of the scores"))
     real_rows = None
     if not _NEED_REAL_ROWS.isdisjoint(chosen):
         real_rows = read_rows(context.store, reference.stage, reference.key, feature_files(reference), "features")
     real = ImageStatistics(moments=real_moments, features=real_rows)
-    labels = _labels(samples, context.store)
-    scores = compute_scores(chosen, ImageStatistics(moments=job.moments, labels=labels, **made), real, settings, pool)
+    scores = compute_scores(chosen, _statistics(job, samples, chosen, context), real, settings, pool)
     judging_seconds = 0.0
     if config.judge is not None:
         judging_seconds = _judge_samples(scores, config, reader, inputs, context)
@@ -163,7 +159,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         files=[
             *(context.write(MOMENTS_FILES[output], found.save) for output, found in job.moments.items()),
             *job.files,
-            context.write(INFLUENCES, lambda path: save_influences(path, scores.influences, labels)),
+            context.write(INFLUENCES, lambda path: save_influences(path, scores.influences, scores.labels)),
         ],
         records=[context.write(evaluation_protocol.GRID, lambda path: path.write_bytes(png_bytes(grid)))],
         summary=EvaluationSummary(
@@ -190,11 +186,13 @@ def _check_resolution(samples: Manifest, inputs: Mapping[str, Manifest]) -> None
         raise ValueError(f"the samples have {made} px and the reference {real} px; scores of two sizes are not comparable")
 
 
-def _labels(samples: Manifest, store: ArtifactStore) -> np.ndarray | None:
-    """int64 (N,), None for samples that were not made for labels."""
-    if samples.stage == "images" or SamplesSummary.read(samples).labels == "captions":
-        return None
-    return read_samples(store, samples, 0, evaluation_protocol.num_samples_of(samples)).labels
+def _statistics(job: FeatureSet, samples: Manifest, chosen: tuple[str, ...], context: StageContext) -> ImageStatistics:
+    """Of the samples."""
+    outputs = ["features", *(["logits"] if "inception_score" in chosen else [])]
+    rows = {output: read_rows(context.store, context.stage, context.key, job.files, output) for output in outputs}
+    has_labels = samples.stage != "images" and SamplesSummary.read(samples).labels != "captions"
+    labels = read_samples(context.store, samples).labels if has_labels else None
+    return ImageStatistics(moments=job.moments, labels=labels, **rows)
 
 
 def _features(reader: BlockReader, inputs: Mapping[str, Manifest], execution: Execution, context: StageContext) -> FeatureSet:

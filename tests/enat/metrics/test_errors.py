@@ -82,6 +82,24 @@ def test_influences_on_inception_score_and_kernel_distance_are_their_derivatives
     np.testing.assert_allclose(kernel_influence(x, y), expected - expected.mean(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_side_of_equal_images_and_classes_without_probability_have_finite_influences() -> None:
+    features, _ = draw(60, 1)
+    one = np.repeat(features[:1], 60, axis=0)
+    for first, second in ((features, one), (one, features), (one, one)):
+        found = frechet_influence(first, moments(first), moments(second))
+        assert np.isfinite(found).all() and (np.abs(found).max() > 0.1) == (first is features)
+    logits = np.array([[0.0, 1.0, -2000.0], [1.0, 0.0, -2000.0]])
+    assert np.isfinite(inception_influence(logits)).all()
+
+
+def test_labels_may_be_any_integers() -> None:
+    values, labels = np.random.default_rng(3).normal(size=60), np.arange(60) % 4
+    expected = standard_error(values, labels)
+    assert expected != standard_error(values)
+    assert standard_error(values, labels * 10**15 - 5) == standard_error(values, labels - 1) == pytest.approx(expected)
+    np.testing.assert_array_equal(labels, np.arange(60) % 4)  # unchanged
+
+
 def test_kernels_of_many_samples_are_estimated_from_some(monkeypatch: pytest.MonkeyPatch) -> None:
     (x, labels), (y, _) = draw(600, 3), draw(500, 4, 0.0, 1.0)
     exact = standard_error(kernel_influence(x, y), labels)

@@ -21,6 +21,8 @@ from enat.metrics.moments import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    kernel_distances,
+    kernel_subsets,
     load_moments,
 )
 
@@ -195,6 +197,19 @@ def test_kernel_distance_equals_torch_fidelity(counts):
     distance = kernel_distance(generated, reference, 7, 50, seed=11)
     assert distance.value == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-9)
     assert distance.std == pytest.approx(theirs[KEY_METRIC_KID_STD], rel=1e-9)
+
+
+def test_threads_change_no_bit_of_the_kernel_distance():
+    generated, reference = (torch.randn(400, 600, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    subsets, before = kernel_subsets((400, 400), 6, 300, 0), torch.get_num_threads()
+    found = []
+    for num_threads in (1, 2, 4):
+        torch.set_num_threads(num_threads)
+        found.append(kernel_distances(generated, reference, subsets).tolist())
+        assert torch.get_num_threads() == num_threads, "as before"
+    torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    assert kernel_distances(generated, reference, subsets[2:3]).tolist() == found[0][2:3], "nor does their distribution"
 
 
 def test_kernel_distance_is_unbiased():

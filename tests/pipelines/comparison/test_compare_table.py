@@ -18,6 +18,7 @@ from pipelines.comparison.page import Grids
 from pipelines.comparison.published import published_for
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Section
+from pipelines.comparison.sentences import errors_sentence
 from pipelines.comparison.significance import is_better
 from pipelines.registry.influences import INFLUENCES, save_influences
 
@@ -73,6 +74,15 @@ def test_scores_are_best_unless_another_beats_them_significantly(lab: Lab, tmp_p
         lab.evaluate({"fid": fid, "fid_se": 0.2}, samples=key_of(10 + number), model=f"pair-{number}", influences=saved)
     pairs = sorted((row for row in lab.rows() if row.model.startswith("pair")), key=lambda row: row.model)
     assert is_better(*pairs, "fid", "lower") and not is_better(*pairs[::-1], "fid", "lower")
+
+
+def test_rows_of_different_tasks_have_errors_and_no_best(lab: Lab) -> None:
+    for number, ratio in enumerate((0.2, 0.4)):
+        lab.generate(key_of(number), mask_ratio=ratio)
+        lab.evaluate({"fid": 2.0 + number / 10, "fid_se": 0.2}, samples=key_of(number), model=f"enat-{number}")
+    (section,) = lab.compare().sections
+    assert {row.mask_ratio for row in section.rows} == {0.2, 0.4} and _best(section) == {}
+    assert "± is half" in errors_sentence(section) and "not distinguishable" not in errors_sentence(section)
 
 
 def test_influences_that_cannot_be_read_are_left_out_with_a_note(lab: Lab) -> None:
