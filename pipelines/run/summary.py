@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pipelines.formatting import show_number
 from pipelines.registry.evaluation_record import DISTANCES
+from pipelines.registry.influences import with_interval
 from pipelines.storage.redaction import without_credentials
 from pipelines.workflow.stage import MAIN, FinishedStage, PlannedStage, Session
 
@@ -92,8 +93,8 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
 
 def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) -> None:
     scores = _table("What it is worth", "", *scored)
-    for name in dict.fromkeys(name for metrics in scored.values() for name in metrics):
-        scores.add_row(name, *(show_number(metrics[name]) if name in metrics else "–" for metrics in scored.values()))
+    for name in dict.fromkeys(name for metrics in scored.values() for name in metrics if not name.endswith("_se")):
+        scores.add_row(name, *(_score(metrics, name) for metrics in scored.values()))
     console.print()
     console.print(scores)
     for name in DISTANCES:
@@ -101,6 +102,12 @@ def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) ->
         for variant, metrics in scored.items():
             if variant != MAIN and distance and name in metrics:
                 console.print(f"\n{name} of {variant} is {metrics[name] / distance:.1f} times that of {MAIN}", highlight=False)
+
+
+def _score(metrics: Mapping[str, float], name: str) -> str:
+    if name not in metrics:
+        return "–"
+    return with_interval(metrics, name) if f"{name}_se" in metrics else show_number(metrics[name])
 
 
 def show_import(target: str, values: Sequence[str], name: str, place: str, console: Console) -> None:
