@@ -12,7 +12,7 @@ from pipelines.comparison.published import PublishedResult
 from pipelines.comparison.sections import Row, Section, group_rows
 from pipelines.comparison.sentences import DISTANCE_TITLES, details, heading, protocol_sentence
 from pipelines.pages.chart import Chart, Point, Series, clipped
-from pipelines.registry.influences import Z_95
+from pipelines.registry.influences import half_interval
 
 # Setting -> title, parameter of stage generate, and text for names if the setting does not differ.
 _SETTINGS = {
@@ -81,7 +81,7 @@ def _point(section: Section, row: Row, x: float) -> Point:
     parts = [row.name, *([f"{short_count(row.parameters)} parameters"] if row.parameters else []), *details(row)]
     parts += [f"{short(row.metrics['gmacs_total'])} GMACs per image"] if "gmacs_total" in row.metrics else []
     size = 6.0 + 9.0 * min(2.0, ((row.parameters or 50e6) / 1e9) ** 0.25)
-    error = Z_95 * row.metrics.get(f"{section.distance}_se", 0.0)
+    error = half_interval(row.metrics, str(section.distance)) or 0.0
     return Point(x, row.metrics[str(section.distance)], "\n".join(parts), size, error)
 
 

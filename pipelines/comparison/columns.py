@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.comparison.published import SETS, PublishedResult
 from pipelines.comparison.sections import Row, Section
 from pipelines.comparison.significance import unbeaten
-from pipelines.registry.influences import Z_95
+from pipelines.registry.influences import half_interval
 
 MISSING = "–"
 MEASURED = "measured here"
@@ -138,6 +138,7 @@ COLUMNS = (
     Column("train_steps", "train steps", _count, rank=2, alike="train steps {}"),
     Column("dataset", "trained on", str, rank=2, alike="training on {}"),
     Column("num_samples", "samples", _count, rank=2, alike="samples {}"),
+    Column("replicates", "sets", _count, rank=5, alike="means of {} sets of samples"),
     Column("density", "density", _share, "higher", rank=7),
     Column("coverage", "coverage", _share, "higher", rank=7),
     Column("config_run", "run", str, rank=8, alike="run {}"),
@@ -277,8 +278,8 @@ def _cell(values: Record, column: Column, is_best: bool) -> Cell:
         return Cell(MISSING, None)
     value = values[column.key]
     text = column.shown(value)
-    if f"{column.key}_se" in values:
-        text += f" ± {column.shown(Z_95 * values[f'{column.key}_se'])}"
+    if (half := half_interval(values, column.key)) is not None:
+        text += f" ± {column.shown(half)}"
     return Cell(text, value, is_best)
 
 

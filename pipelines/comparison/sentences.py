@@ -10,7 +10,7 @@ from pipelines.comparison.published import REFERENCE_FILES, SETS
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Row, Section
 from pipelines.comparison.significance import has_errors, undecided
-from pipelines.registry.influences import Z_95
+from pipelines.registry.influences import with_interval
 
 _PROTOCOL_KEYS = (  # in the order of sentences
     "extractor",
@@ -76,11 +76,7 @@ def _unique_name(row: Row, section: Section) -> str:
 
 def details(row: Row) -> list[str]:
     """The settings of the sampler and the score: "8 steps", "guidance 3.5", "FID 2.79 ± 0.12"."""
-    scores = [
-        f"{title} {row.metrics[name]:.4g}" + (f" ± {Z_95 * row.metrics[f'{name}_se']:.2g}" if f"{name}_se" in row.metrics else "")
-        for name, title in DISTANCE_TITLES.items()
-        if name in row.metrics
-    ]
+    scores = [f"{title} {with_interval(row.metrics, name)}" for name, title in DISTANCE_TITLES.items() if name in row.metrics]
     return _settings(row) + scores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipelines.comparison.sections import Row, Section
-from pipelines.registry.influences import Z_95, Evaluated, error_of_difference
+from pipelines.registry.influences import Evaluated, half_interval, margin_of_difference
 
 
 def is_better(first: Row, second: Row, score: str, better: str) -> bool:
@@ -16,11 +16,11 @@ def is_better(first: Row, second: Row, score: str, better: str) -> bool:
     gain = first.metrics[score] - second.metrics[score]
     if better == "lower":
         gain = -gain
-    # The error of a difference is at most the sum of both: most pairs need no more than that.
-    if gain <= 0 or gain > Z_95 * sum(row.metrics.get(f"{score}_se", 0.0) for row in (first, second)):
+    # The interval of a difference is at most as wide as both together: most pairs need no more than that.
+    if gain <= 0 or gain > sum(half_interval(row.metrics, score) or 0.0 for row in (first, second)):
         return gain > 0
     sides = [Evaluated(row.metrics, row.influences) for row in (first, second)]
-    return gain > Z_95 * (error_of_difference(sides[0], sides[1], score) or 0.0)
+    return gain > (margin_of_difference(sides[0], sides[1], score) or 0.0)
 
 
 def unbeaten(rows: Sequence[Row], score: str, better: str) -> set[int]:

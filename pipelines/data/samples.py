@@ -5,6 +5,9 @@ Images are decoded from the codes on demand. Columns: `index` int64, `label` int
 dataset. Samples that began with codes of a token map also have `row` int64, their row. Shard `part-00042.parquet` begins with
 sample 42 * shard_size.
 
+Replicates are independent sets of N samples with the same conditions in the same order. Replicate k has the samples k * N to
+(k + 1) * N - 1 of the run, in shards of its own, so the first replicate is the same for any number of replicates.
+
 Shape legend: N samples, R samples of a range, L codes of an image, C captions of a dataset, I its images.
 """
 
@@ -39,10 +42,11 @@ class SamplesSummary(Summary):
     """How samples were made. num_classes: of the model.   labels: how labels were chosen, in words.   device: names of devices.
 
     mask_ratio: share of the codes of a token map that was masked to begin with; None for samples that began with nothing.
-    batch_size: images that the model computed together.
+    batch_size: images that the model computed together.   num_samples: of one replicate.
     """
 
     num_samples: int
+    replicates: int = 1
     shard_size: int
     num_classes: int
     labels: str
@@ -143,6 +147,15 @@ def shard_name(shard: int) -> str:
     return f"part-{shard:05d}.parquet"
 
 
+def shard_ranges(num_samples: int, shard_size: int, replicates: int = 1) -> list[range]:
+    """The samples of each shard, by their index in the run."""
+    return [
+        range(first + start, first + min(start + shard_size, num_samples))
+        for first in range(0, replicates * num_samples, num_samples)
+        for start in range(0, num_samples, shard_size)
+    ]
+
+
 def check_codebook(codebook_size: int) -> None:
     """Raise ValueError if token maps and samples cannot store the codes of such a codebook."""
     if codebook_size > _MAX_CODES:
@@ -165,8 +178,10 @@ def write_samples(path: Path, samples: Samples) -> None:
     pq.write_table(pa.table(columns), path, compression="zstd", write_page_checksum=True)
 
 
-def read_samples(store: ArtifactStore, manifest: Manifest, start: int = 0, stop: int | None = None) -> Samples:
-    """Read samples start..stop-1 in order of index. Only the shards that hold them are fetched.
+def read_samples(
+    store: ArtifactStore, manifest: Manifest, start: int = 0, stop: int | None = None, *, replicate: int = 0
+) -> Samples:
+    """Read samples start..stop-1 of a replicate in order of index. Only the shards that hold them are fetched.
 
     Raises ValueError if the artifact has no such samples.
     """
@@ -177,8 +192,9 @@ def read_samples(store: ArtifactStore, manifest: Manifest, start: int = 0, stop:
         place = f"{manifest.stage}/{manifest.key[:12]}"
         raise ValueError(f"{place} has no samples {start} to {stop - 1}; its samples are numbered 0 to {num_samples - 1}")
     tables = []
+    first = replicate * -(-num_samples // size)
     for shard in range(start // size, -(-stop // size)):
-        path = store.fetch(manifest, shard_name(shard))
+        path = store.fetch(manifest, shard_name(first + shard))
         tables.append(pq.read_table(path, page_checksum_verification=True))
     table = pa.concat_tables(tables).combine_chunks().slice(start - start // size * size, stop - start)
     num_codes = table.schema.field("codes").type.list_size

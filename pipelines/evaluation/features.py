@@ -56,12 +56,13 @@ class FeatureSpec:
     """What is computed. How it is distributed is in Execution.
 
     images_per_pass: P.   kept: ascending indices of the images whose "features" and "logits" are stored, or None for all. An index
-    counts readable images within its block.
+    counts readable images within its block.   prefix: of the names of files, for several sets of images under one key.
     """
 
     num_images: int
     images_per_pass: int
     kept: np.ndarray | None = None
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -128,13 +129,13 @@ def compute_features(
     parts = [range(start, min(start + size, spec.num_images)) for start in range(0, spec.num_images, size)]
     committed = context.store.resume_parts(context.stage, context.key)
     records: list[dict[str, Any]] = []  # only parts without a gap before them: a part's moments include all earlier parts
-    while len(records) < len(parts) and _part_name(len(records)) in committed:
-        records.append(committed[_part_name(len(records))])
-    records, moments = _resume_moments(records, context)
+    while len(records) < len(parts) and _part_name(len(records), spec.prefix) in committed:
+        records.append(committed[_part_name(len(records), spec.prefix)])
+    records, moments = _resume_moments(records, spec.prefix, context)
     with context.bar(spec.num_images, "images") as bar:
         bar.update(sum(len(part) for part in parts[: len(records)]))
         if len(records) < len(parts):
-            writer = _PartWriter(parts, records, moments, context)
+            writer = _PartWriter(parts, records, moments, spec.prefix, context)
             blocks = _blocks(parts, len(records))
             with closing(_computed(blocks, reader, spec, extractor, execution)) as computed:
                 writer.write_all(computed, bar.advance)
@@ -308,17 +309,22 @@ class _Extract:
 _PART_PREFIX = "features-"
 
 
-def _part_name(part: int) -> str:
-    return f"{_PART_PREFIX}{part:05d}.safetensors"
+def _part_name(part: int, prefix: str) -> str:
+    return f"{prefix}{_PART_PREFIX}{part:05d}.safetensors"
 
 
 class _PartWriter:
     """Joins blocks into parts and commits the parts in order, each with the moments of all images up to its end."""
 
     def __init__(
-        self, parts: Sequence[range], records: list[dict[str, Any]], moments: dict[str, FeatureMoments], context: StageContext
+        self,
+        parts: Sequence[range],
+        records: list[dict[str, Any]],
+        moments: dict[str, FeatureMoments],
+        prefix: str,
+        context: StageContext,
     ) -> None:
-        self.parts, self.records, self.moments, self.context = parts, list(records), dict(moments), context
+        self.parts, self.records, self.moments, self.prefix, self.context = parts, list(records), dict(moments), prefix, context
         self._waiting: dict[int, list[dict[str, Any]]] = {}
 
     def write_all(self, computed: Iterator[dict[str, Any]], advance: Callable[[int], object]) -> None:
@@ -350,13 +356,14 @@ class _PartWriter:
         record = {
             "rows": sum(each.num_rows for each in outputs),
             "kept": sum(each.num_kept for each in outputs),
-            "file": asdict(self._put(_part_name(part), lambda path: save_file(kept, path))) if kept else None,
+            "file": asdict(self._put(_part_name(part, self.prefix), lambda path: save_file(kept, path))) if kept else None,
             "moments": {
-                name: asdict(self._put(f"{WORK}/{name}-{part:05d}.safetensors", m.save)) for name, m in self.moments.items()
+                name: asdict(self._put(f"{WORK}/{self.prefix}{name}-{part:05d}.safetensors", m.save))
+                for name, m in self.moments.items()
             },
             **{name: sum(block[name] for block in blocks) for name in ("seconds", "decoding_seconds", "loading_seconds")},
         }
-        self.context.store.put_part(self.context.stage, self.context.key, _part_name(part), record)
+        self.context.store.put_part(self.context.stage, self.context.key, _part_name(part, self.prefix), record)
         if len(self.records) > 1:  # a run resumes from the newest moments, a concurrent run from the ones before
             outdated = [FileRecord(**file) for file in self.records[-2]["moments"].values()]
             self.context.store.discard_files(self.context.stage, self.context.key, outdated)
@@ -377,7 +384,9 @@ class _PartWriter:
             return self.context.store.put_file(self.context.stage, self.context.key, name, path)
 
 
-def _resume_moments(records: list[dict[str, Any]], context: StageContext) -> tuple[list[dict[str, Any]], dict[str, FeatureMoments]]:
+def _resume_moments(
+    records: list[dict[str, Any]], prefix: str, context: StageContext
+) -> tuple[list[dict[str, Any]], dict[str, FeatureMoments]]:
     """The parts up to the newest one whose moments can be read, and these. Parts after it are discarded and computed again."""
     while records:
         try:
@@ -385,7 +394,7 @@ def _resume_moments(records: list[dict[str, Any]], context: StageContext) -> tup
         except DamagedFileError as error:
             _log.warning("%s; its part is computed again", error.what)
             records = records[:-1]
-            context.store.discard_part(context.stage, context.key, _part_name(len(records)))
+            context.store.discard_part(context.stage, context.key, _part_name(len(records), prefix))
     return [], {}
 
 

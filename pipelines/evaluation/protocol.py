@@ -79,9 +79,14 @@ def protocol_digest(protocol: Mapping[str, Any]) -> str:
 
 
 def num_samples_of(samples: Manifest) -> int:
-    """Number of samples, generated here or elsewhere."""
+    """Number of samples of one replicate, generated here or elsewhere."""
     summary = samples_summary(samples)
     return summary.num_images if isinstance(summary, ImageSetSummary) else summary.num_samples
+
+
+def replicates_of(samples: Manifest) -> int:
+    """Number of independent sets of samples. Images from elsewhere are one set."""
+    return getattr(samples_summary(samples), "replicates", 1)
 
 
 def resolution_of(samples: Manifest, inputs: Mapping[str, Manifest]) -> int:

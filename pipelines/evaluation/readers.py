@@ -88,15 +88,16 @@ class SourceImages:
 
 @dataclass(frozen=True)
 class DecodedSamples:
-    """Generated codes, decoded by the tokenizer."""
+    """Generated codes of one replicate, decoded by the tokenizer."""
 
     store: ArtifactStore
     samples: Manifest
     tokenizer: Manifest
     rounding: str = "uint8"
+    replicate: int = 0
 
     def load(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        return {"codes": read_samples(self.store, self.samples, start, stop).codes}
+        return {"codes": read_samples(self.store, self.samples, start, stop, replicate=self.replicate).codes}
 
     def decoder(self, device: str) -> Decoder:
         return code_decoder(self.store, self.tokenizer, device, self.rounding)
@@ -107,9 +108,11 @@ def sample_reader(
     samples: Manifest,
     tokenizer: Manifest | None,
     images: ImageSetConfig | None,
+    *,
     rounding: str = "uint8",
+    replicate: int = 0,
 ) -> BlockReader:
-    """A reader of generated samples (stage `generate`) or of images from elsewhere (stage `images`, at the place `images`).
+    """A reader of a replicate of generated samples (stage `generate`), or of images from elsewhere (stage `images`) at `images`.
 
     rounding: of ROUNDINGS. Raises ValueError for "float" with images from elsewhere: these are rounded already.
     """
@@ -119,7 +122,7 @@ def sample_reader(
             raise ValueError("images from elsewhere have 8 bits; set evaluate.rounding to uint8")
         return PixelBlocks(ImageSet(images, store, samples))
     assert tokenizer is not None
-    return DecodedSamples(store, samples, tokenizer, rounding)
+    return DecodedSamples(store, samples, tokenizer, rounding, replicate)
 
 
 def code_decoder(store: ArtifactStore, tokenizer: Manifest, device: str, rounding: str = "uint8") -> Decoder:

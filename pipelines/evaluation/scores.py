@@ -17,6 +17,7 @@ import numpy as np
 
 from enat.config import check_in
 from pipelines.cluster.resources import Execution
+from pipelines.registry.influences import MIN_REPLICATES, REPLICATES
 from pipelines.workflow.progress import Bar
 
 if TYPE_CHECKING:
@@ -102,6 +103,31 @@ class Scores:
 
         self.by_name.update({name: value, f"{name}_se": math.hypot(standard_error(influence, self.labels), std)})
         self.influences[name] = influence.astype(np.float32)
+
+
+def mean_of_replicates(replicates: Sequence[Scores]) -> Scores:
+    """Scores of several sets of samples: means, each value (suffix _replicate_1 and so on) and their deviation (_replicates_sd).
+
+    From MIN_REPLICATES sets on, standard errors are those of a mean of these values. With fewer, whose deviation says little, they
+    come from the influences of all samples.
+    """
+    first, count = replicates[0], len(replicates)
+    if count == 1:
+        return first
+    found: dict[str, float] = {REPLICATES: count}
+    for name in first.by_name:
+        values = np.array([each.by_name[name] for each in replicates])
+        if name.endswith("_se"):
+            found.setdefault(name, float(np.sqrt(np.square(values).sum())) / count)
+        else:
+            found[name] = float(values.mean())
+        if f"{name}_se" in first.by_name:
+            found[f"{name}_replicates_sd"] = deviation = float(values.std(ddof=1))
+            found |= {f"{name}_replicate_{number}": float(value) for number, value in enumerate(values, start=1)}
+            if count >= MIN_REPLICATES:
+                found[f"{name}_se"] = deviation / math.sqrt(count)
+    means = {name: np.mean([each.influences[name] for each in replicates], axis=0) for name in first.influences}
+    return Scores(by_name=found, influences=means, labels=first.labels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipelines.evaluation.protocol import SCORES
-from pipelines.registry.influences import Z_95, Evaluated, error_of_difference
+from pipelines.registry.influences import Evaluated, margin_of_difference
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def find_drift(before: Evaluated, after: Evaluated, tolerances: Tolerances) -> l
         tolerance = tolerances.of(metric)
         if metric not in was or metric not in now or math.isinf(tolerance):
             continue
-        allowed = max(tolerance * abs(was[metric]), Z_95 * (error_of_difference(before, after, metric) or 0.0))
+        allowed = max(tolerance * abs(was[metric]), margin_of_difference(before, after, metric) or 0.0)
         if not abs(now[metric] - was[metric]) <= allowed:
             moved.append(ScoreChange(metric=metric, was=was[metric], now=now[metric], tolerance=tolerance))
     return moved

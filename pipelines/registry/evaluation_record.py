@@ -26,7 +26,7 @@ SCORE = "enat.score."
 DISTANCES = ("fid", "frechet_distance")  # metrics: the distance on Inception's features, and on those of another extractor
 DRIFT = "enat.drift"
 _MAIN_NODE = "evaluate"
-_NO_QUESTION = ("execution", "dataset", "shard_size")  # of a config of samples: how and from where, not what
+_NO_QUESTION = ("execution", "dataset", "shard_size", "replicates")  # of a config of samples: how and from where, not what
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
 
 def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) -> None:
     scores = _table("What it is worth", "", *scored)
-    for name in dict.fromkeys(name for metrics in scored.values() for name in metrics if not name.endswith("_se")):
+    for name in dict.fromkeys(name for metrics in scored.values() for name in metrics if not _is_detail(name)):
         scores.add_row(name, *(_score(metrics, name) for metrics in scored.values()))
     console.print()
     console.print(scores)
@@ -102,6 +103,11 @@ def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) ->
         for variant, metrics in scored.items():
             if variant != MAIN and distance and name in metrics:
                 console.print(f"\n{name} of {variant} is {metrics[name] / distance:.1f} times that of {MAIN}", highlight=False)
+
+
+def _is_detail(name: str) -> bool:
+    """Whether a metric belongs to a score that is shown: its error, or one of its replicates."""
+    return name.endswith("_se") or re.search(r"_replicate(_\d+|s_sd)$", name) is not None
 
 
 def _score(metrics: Mapping[str, float], name: str) -> str:

@@ -8,7 +8,7 @@ Samples are codes of stage `generate`, or images of another generator (stage `im
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ from pipelines.evaluation.scores import (
     ScoreSettings,
     TaskPool,
     compute_scores,
+    mean_of_replicates,
     published_name,
 )
 from pipelines.registry.evaluation_record import EvaluationSummary
@@ -139,26 +140,29 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         settings=settings,
     ).chosen(config.metrics)
     context.connect_for(config.execution, "evaluate")
-    reader = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)  # for the judge, and for people
-    measured = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, config.rounding)
-    job = _features(measured, inputs, config.execution, context)
+    jobs = _features(config, inputs, context)
     pool = TaskPool(config.execution, lambda total: context.bar(total, "parts of the scores"))
     real_rows = None
     if not _NEED_REAL_ROWS.isdisjoint(chosen):
         real_rows = read_rows(context.store, reference.stage, reference.key, feature_files(reference), "features")
     real = ImageStatistics(moments=real_moments, features=real_rows)
-    scores = compute_scores(chosen, _statistics(job, samples, chosen, context), real, settings, pool)
+    replicates = [compute_scores(chosen, _statistics(job, samples, chosen, context), real, settings, pool) for job in jobs]
     judging_seconds = 0.0
     if config.judge is not None:
-        judging_seconds = _judge_samples(scores, config, reader, inputs, context)
-    scores = _named(scores, real_images.extractor)
-    metrics = scores.by_name | _counted(inputs) | _measured(samples, job, config.execution)
+        judging_seconds = _judge_samples(replicates, config, inputs, context)
+    scores = _named(mean_of_replicates(replicates), real_images.extractor)
+    metrics = scores.by_name | _counted(inputs) | _measured(samples, jobs, config.execution)
     protocol = evaluation_protocol.protocol_of(reference, samples, config.settings, config.rounding)
-    grid = evaluation_protocol.sample_grid(reader, inputs, per_pass)
+    shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)
+    grid = evaluation_protocol.sample_grid(shown, inputs, per_pass)
     return StageResult(
         files=[
-            *(context.write(MOMENTS_FILES[output], found.save) for output, found in job.moments.items()),
-            *job.files,
+            *(
+                context.write(_prefix(replicate) + MOMENTS_FILES[output], found.save)
+                for replicate, job in enumerate(jobs)
+                for output, found in job.moments.items()
+            ),
+            *(file for job in jobs for file in job.files),
             context.write(INFLUENCES, lambda path: save_influences(path, scores.influences, scores.labels)),
         ],
         records=[context.write(evaluation_protocol.GRID, lambda path: path.write_bytes(png_bytes(grid)))],
@@ -174,8 +178,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
             settings=asdict(settings),
         ),
         metrics=metrics,
-        worker_seconds=job.worker_seconds + pool.seconds + pool.cpu_seconds + judging_seconds,
-        device_seconds=job.device_seconds + config.execution.device_seconds(pool.seconds),
+        worker_seconds=sum(job.worker_seconds for job in jobs) + pool.seconds + pool.cpu_seconds + judging_seconds,
+        device_seconds=sum(job.device_seconds for job in jobs) + config.execution.device_seconds(pool.seconds),
     )
 
 
@@ -195,13 +199,25 @@ def _statistics(job: FeatureSet, samples: Manifest, chosen: tuple[str, ...], con
     return ImageStatistics(moments=job.moments, labels=labels, **rows)
 
 
-def _features(reader: BlockReader, inputs: Mapping[str, Manifest], execution: Execution, context: StageContext) -> FeatureSet:
-    reference = inputs["reference"]
-    spec = FeatureSpec(
-        num_images=evaluation_protocol.num_samples_of(inputs["samples"]),
-        images_per_pass=ReferenceSummary.read(reference).images_per_pass,
-    )
-    return compute_features(reader, spec, ExtractorFile.of_reference(context.store, reference), execution, context)
+def _features(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> list[FeatureSet]:
+    """Of each replicate."""
+    samples, reference, found = inputs["samples"], inputs["reference"], []
+    extractor = ExtractorFile.of_reference(context.store, reference)
+    for replicate in range(evaluation_protocol.replicates_of(samples)):
+        spec = FeatureSpec(
+            num_images=evaluation_protocol.num_samples_of(samples),
+            images_per_pass=ReferenceSummary.read(reference).images_per_pass,
+            prefix=_prefix(replicate),
+        )
+        places = (context.store, samples, inputs.get("tokenizer"), config.images)
+        reader = sample_reader(*places, rounding=config.rounding, replicate=replicate)
+        found.append(compute_features(reader, spec, extractor, config.execution, context))
+    return found
+
+
+def _prefix(replicate: int) -> str:
+    """Of the names of files. Those of the first replicate have none."""
+    return f"replicate-{replicate + 1}-" if replicate else ""
 
 
 def _named(scores: Scores, extractor: str) -> Scores:
@@ -227,15 +243,15 @@ def _counted(inputs: Mapping[str, Manifest]) -> dict[str, float]:
     }
 
 
-def _measured(samples: Manifest, job: FeatureSet, execution: Execution) -> dict[str, float]:
+def _measured(samples: Manifest, jobs: Sequence[FeatureSet], execution: Execution) -> dict[str, float]:
     """Times of one image: making its codes, as measured by stage generate, decoding them, as measured here, and their sum.
 
     images_per_second: by all workers of both stages, one stage after the other.
     """
     if samples.stage == "images":
         return {}
-    worker_seconds = job.decoding_seconds / job.count
-    num_workers = min(execution.num_workers, -(-job.count // BLOCK_SIZE))
+    worker_seconds = sum(job.decoding_seconds for job in jobs) / sum(job.count for job in jobs)
+    num_workers = min(execution.num_workers, -(-jobs[0].count // BLOCK_SIZE))
     measured = {
         **{name: samples.metrics[name] for name in _SAMPLING},
         "decoding_images_per_second": num_workers / worker_seconds,
@@ -250,35 +266,36 @@ def _measured(samples: Manifest, job: FeatureSet, execution: Execution) -> dict[
 
 
 def _judge_samples(
-    scores: Scores,
-    config: EvaluateConfig,
-    reader: BlockReader,
-    inputs: Mapping[str, Manifest],
-    context: StageContext,
+    replicates: Sequence[Scores], config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext
 ) -> float:
     """Add the scores of the judge, and return its CPU seconds."""
     import ray
 
     from enat.metrics.errors import standard_error
 
-    if (labels := scores.labels) is None:
+    if (labels := replicates[0].labels) is None:
         raise ValueError("evaluate.judge needs samples of classes from a model of this project; leave it out for other images")
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
     real = SourceImages(dataset, evaluation_protocol.resolution_of(inputs["samples"], inputs))
     judged, per_pass = labels[:_MAX_JUDGE_IMAGES], ReferenceSummary.read(inputs["reference"]).images_per_pass
-    agrees, accuracy, seconds = ray.get(ray.remote(num_cpus=1)(_judge).remote(real, reader, per_pass, judged))
-    if len(judged) == len(labels):
-        scores.add("class_agreement", float(agrees.mean()), agrees - agrees.mean())
-    else:  # influences are of all samples
-        scores.by_name.update({"class_agreement": float(agrees.mean()), "class_agreement_se": standard_error(agrees, judged)})
-    scores.by_name["judge_accuracy"] = accuracy
+    places = (context.store, inputs["samples"], inputs.get("tokenizer"), config.images)
+    readers = [sample_reader(*places, replicate=number) for number in range(len(replicates))]
+    found, accuracy, seconds = ray.get(ray.remote(num_cpus=1)(_judge).remote(real, readers, per_pass, judged))
+    for scores, agrees in zip(replicates, found, strict=True):
+        if len(judged) == len(labels):
+            scores.add("class_agreement", float(agrees.mean()), agrees - agrees.mean())
+        else:  # influences are of all samples
+            scores.by_name.update({"class_agreement": float(agrees.mean()), "class_agreement_se": standard_error(agrees, judged)})
+        scores.by_name["judge_accuracy"] = accuracy
     return float(seconds)
 
 
-def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, requested: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Whether a support vector machine sees the requested label in each sample, float64 (N,), its accuracy on held-out real images,
-    and seconds.
+def _judge(
+    real: SourceImages, readers: Sequence[BlockReader], images_per_pass: int, requested: np.ndarray
+) -> tuple[list[np.ndarray], float, float]:
+    """Whether a support vector machine sees the requested label in each sample, float64 (N,) by reader; its accuracy on held-out
+    real images; seconds.
 
     requested: int64 (N,), labels of the first N samples.
     """
@@ -293,8 +310,8 @@ def _judge(real: SourceImages, reader: BlockReader, images_per_pass: int, reques
     machine = SVC(C=10.0)
     accuracy = cross_val_score(machine, pixels, labels, cv=5).mean()
     machine.fit(pixels, labels)
-    predicted = machine.predict(_gray(read_images(reader, 0, len(requested), images_per_pass)))
-    return (predicted == requested).astype(np.float64), float(accuracy), time.monotonic() - started
+    predicted = [machine.predict(_gray(read_images(reader, 0, len(requested), images_per_pass))) for reader in readers]
+    return [(each == requested).astype(np.float64) for each in predicted], float(accuracy), time.monotonic() - started
 
 
 def _gray(images: torch.Tensor) -> Any:
@@ -321,7 +338,7 @@ STAGE = Stage(
     config=EvaluateConfig,
     summary=EvaluationSummary,
     kind="evaluation",
-    files=(*MOMENTS_FILES.values(), "features-*.safetensors", INFLUENCES, evaluation_protocol.GRID),
+    files=(*MOMENTS_FILES.values(), "features-*.safetensors", "replicate-*.safetensors", INFLUENCES, evaluation_protocol.GRID),
     describe=_describe,
     reevaluation="measured",
     publish=evaluation_protocol.publish,

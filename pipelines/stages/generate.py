@@ -37,10 +37,12 @@ from pipelines.data.samples import (
     sample_label,
     sample_seed,
     shard_name,
+    shard_ranges,
     write_samples,
 )
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMap
+from pipelines.workflow.config import added
 from pipelines.workflow.models import ModelSummary
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 
@@ -70,6 +72,9 @@ class GenerateConfig:
 
     num_samples: int = 50_000
     """Number of samples, at least 2. Unit: images."""
+    replicates: int = added(1)
+    """Number of independent sets of num_samples samples, with the same labels or captions. Scores are means over them, and their
+    spread is reported. The first set is the same for any number."""
     shard_size: int = 1024
     """Samples per Parquet file. An interrupted stage loses at most one file per worker. Unit: images."""
     labels: tuple[int, ...] = ()
@@ -95,7 +100,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_in(self, "[2, inf)", "num_samples")
-        check_in(self, "[1, inf)", "shard_size", "forward_batch_size")
+        check_in(self, "[1, inf)", "shard_size", "forward_batch_size", "replicates")
         check_in(self, "(0, 1]", "mask_ratio")
         check_choices(self, caption_choice=CAPTION_CHOICES, precision=PRECISIONS)
         if self.mask_ratio is not None and self.labels:
@@ -116,7 +121,9 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     scheme = label_scheme(config, architecture)
     if scheme == "captions" and "captions" not in inputs:
         raise ValueError("this model is conditioned on captions, so generate needs their features; give captions.encoder")
-    names = [shard_name(part) for part in range(-(-config.num_samples // config.shard_size))]
+    shards = shard_ranges(config.num_samples, config.shard_size, config.replicates)
+    names = [shard_name(part) for part in range(len(shards))]
+    num_samples = config.num_samples * config.replicates
     done = context.store.resume_parts(context.stage, context.key)
     todo = [{"part": part} for part, name in enumerate(names) if name not in done]
     if todo:
@@ -131,17 +138,18 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
                 _Sample, fn_constructor_args=(task,), **pool
             )
 
-        with context.bar(config.num_samples, "samples") as bar:
+        with context.bar(num_samples, "samples") as bar:
             bar.update(sum(record["rows"] for record in done.values()))
             for record in stream_records(todo, job):
                 bar.advance(record["rows"])
     records = context.store.read_parts(context.stage, context.key)
-    assert list(records) == names and sum(record["rows"] for record in records.values()) == config.num_samples
+    assert list(records) == names and sum(record["rows"] for record in records.values()) == num_samples
     seconds = sum(record["seconds"] + record["start_seconds"] for record in records.values())
     return StageResult(
         files=[FileRecord(**record["file"]) for record in records.values()],
         summary=SamplesSummary(
             num_samples=config.num_samples,
+            replicates=config.replicates,
             shard_size=config.shard_size,
             num_classes=architecture.num_classes,
             labels=scheme,
@@ -162,10 +170,11 @@ def _metrics(config: GenerateConfig, records: list[dict[str, Any]]) -> dict[str,
 
     sampling_images_per_second: of all workers together.   peak_memory_gb: of the worker with the highest peak.
     """
-    per_image = sum(record["seconds"] for record in records) / config.num_samples
+    num_samples = config.num_samples * config.replicates
+    per_image = sum(record["seconds"] for record in records) / num_samples
     return {
-        "samples": config.num_samples,
-        "sampling_images_per_second": config.num_samples / sum(record["seconds"] / record["num_workers"] for record in records),
+        "samples": num_samples,
+        "sampling_images_per_second": num_samples / sum(record["seconds"] / record["num_workers"] for record in records),
         "sampling_worker_seconds_per_image": per_image,
         "sampling_device_seconds_per_image": config.execution.device_seconds(per_image),
         "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
@@ -278,17 +287,18 @@ class _Sample:
         started = time.monotonic()
         part, config, plan = int(batch["part"][0]), self.config, self.plan
         assert config.seed is not None
-        start, stop = part * config.shard_size, min((part + 1) * config.shard_size, config.num_samples)
-        index = np.arange(start, stop)
-        passes = split_into_passes(start, stop, config.forward_batch_size)
+        shard = shard_ranges(config.num_samples, config.shard_size, config.replicates)[part]
+        index = np.array(shard)
+        of_plan = index % config.num_samples
+        passes = split_into_passes(shard.start, shard.stop, config.forward_batch_size)
         codes = list(self.pool.map(lambda each: self.sampler.states(each)[:, -1], passes))
         samples = Samples(
             index=index,
-            labels=plan.labels[index],
+            labels=plan.labels[of_plan],
             codes=torch.cat(codes).numpy(),
             seeds=np.array([sample_seed(config.seed, i) for i in index.tolist()]),
-            captions=plan.captions[index],
-            rows=plan.rows[index],
+            captions=plan.captions[of_plan],
+            rows=plan.rows[of_plan],
         )
         file = self.context.write(shard_name(part), lambda path: write_samples(path, samples))
         record = {
@@ -310,10 +320,11 @@ class _Sample:
 
         from enat.model import TextCondition
 
+        of_plan = samples % self.config.num_samples
         if self.model.config.text_width is None:
-            return torch.from_numpy(self.plan.labels[samples])
+            return torch.from_numpy(self.plan.labels[of_plan])
         assert self.captions is not None
-        return TextCondition(*map(torch.from_numpy, self.captions.take(self.plan.captions[samples])))
+        return TextCondition(*map(torch.from_numpy, self.captions.take(self.plan.captions[of_plan])))
 
     def _start(self, samples: np.ndarray) -> torch.Tensor | None:
         """int64 (P, L): codes of rows of the token map, equally many masked in each; None if all codes begin masked."""
@@ -322,7 +333,7 @@ class _Sample:
         if self.plan.start is None:
             return None
         assert self.config.mask_ratio is not None and self.config.seed is not None
-        tokens = self.plan.start[samples].astype(np.int64)
+        tokens = self.plan.start[samples % self.config.num_samples].astype(np.int64)
         num_tokens = tokens.shape[1]
         num_masked = num_masked_of(self.config.mask_ratio, num_tokens)
         for row, sample in zip(tokens, samples.tolist(), strict=True):

@@ -23,7 +23,7 @@ from pipelines.evaluation.protocol import SCORES
 from pipelines.pages import page
 from pipelines.pages.chart import Chart, Point, Series, png_of
 from pipelines.registry.evaluation_record import EvaluationSummary
-from pipelines.registry.influences import with_interval
+from pipelines.registry.influences import REPLICATES, with_interval
 from pipelines.workflow.config import set_by
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, Input, Stage, StageContext, StageResult
@@ -109,6 +109,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
         num_steps=made.sampler.num_steps,
         reconstructions=_reconstructions(inputs["tokenizer"], store, scale),
         scores=_scores(config, inputs),
+        replicates=_replicates(inputs["evaluation"].metrics),
         cost=_cost(inputs),
         artifacts=[
             {"name": name, "manifest": manifest, "place": store.place(manifest.stage, manifest.key)}
@@ -202,6 +203,16 @@ def _scores(config: ReportConfig, inputs: Mapping[str, Manifest]) -> dict[str, A
         counts = [(count, f"{count:,}") for count in (model.num_steps, num_samples)]
         rows.append([*first, *counts, *(_score(name, metrics[variant]) for name in columns)])
     return {"titles": ["model", "parameters", "train steps", "samples", *columns.values()], "rows": rows}
+
+
+def _replicates(metrics: Mapping[str, float]) -> list[tuple[str, list[str]]]:
+    """A row per score of the run's own model: its value in each set of samples, and their standard deviation."""
+    suffixes = [*(f"replicate_{number}" for number in range(1, int(metrics.get(REPLICATES, 1)) + 1)), "replicates_sd"]
+    return [
+        (title, [f"{metrics[f'{name}_{suffix}']:.4g}" for suffix in suffixes])
+        for name, title in SCORES.items()
+        if f"{name}_replicates_sd" in metrics
+    ]
 
 
 def _score(name: str, metrics: Mapping[str, float]) -> tuple[float | str, str]:

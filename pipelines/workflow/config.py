@@ -28,6 +28,7 @@ from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 from pipelines.storage.redaction import without_credentials
 
 ConfigT = TypeVar("ConfigT")
+_ADDED = "added"
 SET_BY = "set_by"  # metadata of a field
 _MOST_BYTES, _MOST_LEVELS, _MOST_ALIASES = 1 << 20, 50, 20  # aliases of aliases multiply what they stand for
 _LARGEST = 2**31 - 1  # of numbers, other than seeds
@@ -41,6 +42,12 @@ class ConfigError(ValueError):
 def set_by(key: str, default: Any = None) -> Any:
     """A field that the pipeline sets from what the user gives elsewhere, under `key`. A configuration that sets it is refused."""
     return dataclasses.field(default=default, metadata={SET_BY: key})
+
+
+def added(default: Any) -> Any:
+    """A field that earlier versions did not have. It is part of a key only if it differs from its default, so artifacts of earlier
+    versions keep theirs."""
+    return dataclasses.field(default=default, metadata={_ADDED: True})
 
 
 def load_config(schema: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
@@ -275,6 +282,7 @@ def identity(config: Any) -> Any:
             field.name: identity(getattr(config, field.name))
             for field in dataclasses.fields(config)
             if field.name not in ("execution", "dataset")
+            and not (_ADDED in field.metadata and getattr(config, field.name) == field.default)
         }
     if isinstance(config, Mapping):
         return {key: identity(value) for key, value in config.items()}

@@ -254,7 +254,7 @@ def write_config(folder: Path) -> None:
             **{"num_steps": 12, "batch_size": 16, "num_groups": 4, "learning_rate": 1e-3, "warmup_steps": 4, "ema_decay": 0.9},
             "execution": {"checkpoint_every": 2, "log_every": 1, "max_failures": 0},
         },
-        "generate": {"num_samples": 20, "shard_size": 4, "sampler": {"num_steps": 4}},
+        "generate": {"num_samples": 10, "replicates": 2, "shard_size": 4, "sampler": {"num_steps": 4}},
         "tracking": {"enabled": False},
     }
     (folder / "lab.yaml").write_text(json.dumps(values))  # JSON is YAML

@@ -112,6 +112,7 @@ def test_wrong_requests_are_errors_of_one_sentence(digits_run, trained: str) -> 
         notebook.open_model(f"token_map/{token_map.manifest.key}", digits_run.store)
 
 
+@pytest.mark.slow
 def test_example_runs_and_was_committed_with_its_outputs(
     digits_run, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

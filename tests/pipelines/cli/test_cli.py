@@ -363,6 +363,7 @@ def test_import_prints_lines_for_a_config(ask: Callable[..., Any], import_vqgan,
     assert OmegaConf.load(path).tokenizer.weights == imported.answer["weights"]
 
 
+@pytest.mark.slow
 def test_wrong_weights_are_not_imported(ask: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     opened = "is not opened: it is not a torch file, or contains more than tensors"
     shape = "wrong shape: quantize.embedding.weight is"

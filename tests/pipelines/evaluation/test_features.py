@@ -124,6 +124,7 @@ def digits(tmp_path_factory):
 NUM_IMAGES = 600  # two whole blocks and a piece of a third
 
 
+@pytest.mark.slow
 def test_device_seconds_count_all_devices_that_workers_hold(digits, local_store, make_context):
     """All parts are committed, so the test needs no GPU. Loading images uses none."""
     context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=MANY, images_per_pass=64)
@@ -151,6 +152,7 @@ class SlowExtractor(SumsExtractor):
         return super().__call__(images)
 
 
+@pytest.mark.slow
 def test_decoding_time_is_measured_separately(digits, local_store, make_context):
     spec = FeatureSpec(num_images=64, images_per_pass=32)
     context, reader = make_context(local_store, "evaluate", KEY), SlowPixels(SourceImages(digits, 16))

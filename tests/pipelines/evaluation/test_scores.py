@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from enat.metrics.errors import standard_error
 from enat.metrics.moments import FeatureMoments, inception_score
 from pipelines.cluster.resources import Execution
 from pipelines.evaluation import protocol
@@ -19,6 +20,7 @@ from pipelines.evaluation.scores import (
     ScoreSettings,
     TaskPool,
     compute_scores,
+    mean_of_replicates,
     published_name,
 )
 from pipelines.stages import evaluate
@@ -79,6 +81,30 @@ def test_inception_score_of_parts_of_a_size_in_order() -> None:
     assert found.by_name["frechet_distance_infinity"] < found.by_name["frechet_distance"] + 1e-6
     assert expected.value != pytest.approx(inception_score(logits, 3).value, rel=1e-2)
     assert pool.cpu_seconds > 0 == pool.seconds
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_mean_of_replicates(count: int) -> None:
+    """Errors come from influences of all samples, or from the deviation of enough replicates."""
+    rng = np.random.default_rng(0)
+    replicates = []
+    for _ in range(count):
+        scores = Scores()
+        scores.add("fid", rng.normal(7, 0.3), rng.normal(size=50))
+        scores.by_name.update({"kid_std": 2.0, "judge_accuracy": 0.9})
+        replicates.append(scores)
+    found = mean_of_replicates(replicates)
+    values = np.array([each.by_name["fid"] for each in replicates])
+    if count == 1:
+        assert found is replicates[0]
+        return
+    by_influences = standard_error(np.mean([each.influences["fid"] for each in replicates], axis=0))
+    by_deviation = values.std(ddof=1) / count**0.5
+    assert found.by_name["fid_se"] == pytest.approx(by_deviation if count >= 5 else by_influences, rel=0.2)
+    assert found.by_name["fid"] == pytest.approx(values.mean()) and found.by_name["replicates"] == count
+    assert (found.by_name["kid_std"], found.by_name["judge_accuracy"]) == pytest.approx((2.0, 0.9))
+    assert not any("kid" in name or "judge" in name for name in found.by_name if "replicate" in name)
+    assert found.influences["fid"].shape == (50,)
 
 
 def test_settings_are_checked_and_fitted_to_the_number_of_samples() -> None:

@@ -344,6 +344,40 @@ def test_every_score_has_its_error_and_the_influences_of_the_samples(
     assert abs(gap) < 3 * metrics["frechet_distance_infinity_se"], "50 samples for each feature: the distance is hardly biased"
 
 
+def test_scores_of_replicates_are_means_with_their_deviation(
+    material: Material, evaluated: Callable[..., StageResult], make_context, tmp_path: Path
+) -> None:
+    """A fifth of the samples of the second set are equal."""
+    store, codes = material.store, material.codes.copy()
+    codes[:60] = 5
+    files = [*material.inputs["samples"].files, *_samples(store, tmp_path, codes).files]
+    copies = [
+        store.put_file("generate", "g2", shard_name(number), store.fetch_file("generate", "g", file))
+        for number, file in enumerate(files)
+    ]
+    summary = SamplesSummary(**{**vars(SamplesSummary.read(material.inputs["samples"])), "replicates": 2})
+    times = {**SAMPLING, "samples": 2 * NUM_SAMPLES}
+    both = _commit(store, "generate", "g2", StageResult(files=copies, summary=summary, metrics=times))
+    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(), judge="svc")
+    result = evaluate.run(config, {**material.inputs, "samples": both}, make_context(material.store, "evaluate", "two"))
+    metrics, alone = result.metrics, evaluated().metrics
+    assert metrics["replicates"] == 2 and result.summary.num_samples == NUM_SAMPLES
+    names = [name for name in alone if f"{name}_se" in alone]
+    assert {"frechet_distance", "inception_score", "precision", "coverage", "frechet_distance_infinity"} <= {*names}
+    for name in names:
+        each = [metrics[f"{name}_replicate_{number}"] for number in (1, 2)]
+        assert each[0] == alone[name], name
+        assert metrics[name] == pytest.approx(np.mean(each))
+        assert metrics[f"{name}_replicates_sd"] == pytest.approx(np.std(each, ddof=1))
+    assert metrics["frechet_distance_replicate_2"] > metrics["frechet_distance_replicate_1"]
+    assert 0 <= metrics["class_agreement"] <= 1 and metrics["class_agreement_replicates_sd"] >= 0
+    moments = [file.name for file in result.files if "moments" in file.name]
+    assert moments == [f"{prefix}{name}.safetensors" for prefix in ("", "replicate-2-") for name in ("moments", "spatial_moments")]
+    (file,) = (file for file in result.files if file.name == INFLUENCES)
+    found = Influences.parse(material.store.fetch_file("evaluate", "two", file).read_bytes())
+    assert all(len(values) == NUM_SAMPLES for values in found.by_score.values())
+
+
 def _moments_of(material: Material) -> Path:
     real = material.inputs["reference"]
     return material.store.fetch(real, "moments.safetensors")
@@ -368,6 +402,7 @@ def test_protocol_records_how_scores_were_measured(evaluated: Callable[..., Stag
     assert summary["num_reference"] == NUM_REAL and summary["metrics"] == list(METRICS)
 
 
+@pytest.mark.slow
 def test_rounding_float_scores_the_decoded_pixels(
     evaluated: Callable[..., StageResult], material: Material, vqgan, make_context
 ) -> None:
@@ -393,7 +428,7 @@ def test_rounding_float_needs_codes_and_an_extractor_that_takes_floats(material:
         evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "e" * 64))
     elsewhere = replace(material.inputs["samples"], stage="images")
     with pytest.raises(ValueError, match=r"8 bits.*evaluate\.rounding"):
-        sample_reader(material.store, elsewhere, None, ImageSetConfig(path="images", name="other"), "float")
+        sample_reader(material.store, elsewhere, None, ImageSetConfig(path="images", name="other"), rounding="float")
 
 
 def test_picture_has_a_column_for_every_class(evaluated: Callable[..., StageResult], material: Material, vqgan) -> None:

@@ -268,6 +268,37 @@ def test_a_range_of_samples_can_be_read(samples: Made) -> None:
             read_samples(samples.store, samples.manifest, start, stop)
 
 
+def test_replicates_are_sets_of_their_own_and_the_first_is_what_it_is_alone(make, model: ENAT, samples: Made) -> None:
+    """20 samples fill two and a half files and passes, so the sets meet within both."""
+    config = dataclasses.replace(CONFIG, replicates=3, forward_batch_size=8, execution=GenerateExecution(num_workers=2))
+    made = make(config, model)
+    assert [record.name for record in made.manifest.files] == [f"part-{part:05d}.parquet" for part in range(9)]
+    assert made.manifest.files[:3] == make(dataclasses.replace(CONFIG, forward_batch_size=8), model).manifest.files
+    assert made.metrics["samples"] == 60
+    sets = [read_samples(made.store, made.manifest, replicate=number) for number in range(3)]
+    for number, read in enumerate(sets):
+        assert read.index.tolist() == list(range(20 * number, 20 * number + 20))
+        np.testing.assert_array_equal(read.labels, sets[0].labels)
+        for index in (0, 7, 19):
+            alone = sample(model, torch.tensor([index % 3]), SAMPLER, seeds=[sample_seed(3, 20 * number + index)])
+            np.testing.assert_array_equal(alone[0].numpy(), read.codes[index])
+    assert len(np.unique(np.concatenate([read.codes for read in sets]), axis=0)) == 60
+    piece = read_samples(made.store, made.manifest, 7, 17, replicate=2)
+    np.testing.assert_array_equal(piece.codes, sets[2].codes[7:17])
+
+
+def test_replicates_of_captions_and_of_masked_rows_ask_for_the_same(make, model: ENAT, text_model: ENAT) -> None:
+    for config, of_model, others in (
+        (dataclasses.replace(CONFIG, num_samples=5, replicates=2), text_model, (keep_captions,)),
+        (dataclasses.replace(CONFIG, num_samples=5, replicates=2, mask_ratio=0.5), model, (keep_token_map,)),
+    ):
+        made = make(config, of_model, *others)
+        first, second = (read_samples(made.store, made.manifest, replicate=number) for number in range(2))
+        np.testing.assert_array_equal(first.captions, second.captions)
+        np.testing.assert_array_equal(first.rows, second.rows)
+        assert not np.array_equal(first.codes, second.codes)
+
+
 def test_given_labels_are_used_in_turn(make_here, model: ENAT, samples: Made) -> None:
     read = make_here(dataclasses.replace(CONFIG, labels=(2, 2, 0), num_samples=8), model)
     others = read_samples(samples.store, samples.manifest)

@@ -347,6 +347,7 @@ def test_records_sent_to_the_driver_contain_no_pixels(hostile_map, hostile_recor
 # Captions ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_map_of_a_dataset_with_captions_has_them(make_token_map, tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
