@@ -34,6 +34,16 @@ class Capacity:
         asked = {name: each for name, each in _each(workers).items() if each > 0}
         return sum(min(int(node.get(name, 0.0) / each + _TOLERANCE) for name, each in asked.items()) for node in self.nodes)
 
+    def has_room_beside(self, workers: Workers, other: Workers) -> bool:
+        """Whether one of the other workers fits on a node beside all of the workers."""
+        asked = _each(other)
+        for number, node in enumerate(self.nodes):
+            left = {name: node.get(name, 0.0) - each for name, each in asked.items()}
+            rest = Capacity((*self.nodes[:number], {**node, **left}, *self.nodes[number + 1 :]))
+            if min(left.values()) > -_TOLERANCE and rest.room_for(workers) >= workers.num_workers:
+                return True
+        return False
+
     def describe(self) -> str:
         count = len(self.nodes)
         return f"{self.total('CPU'):g} CPUs and {self.total('GPU'):g} GPUs on {count} node{'s' if count != 1 else ''}"

@@ -18,6 +18,7 @@ from pipelines.registry.influences import half_interval
 _SETTINGS = {
     "num_steps": ("steps of the sampler", "sampler.num_steps", "{} steps"),
     "guidance_scale": ("guidance scale", "sampler.guidance_scale", "guidance {:g}"),
+    "train_steps": ("training steps", "checkpoint", "{:,} training steps"),
     "mask_ratio": ("share of the real codes that is masked", "mask_ratio", "mask ratio {:g}"),
 }
 _QUOTED = "quoted from publications"
@@ -99,7 +100,7 @@ def _quoted_point(result: PublishedResult, x: float | None) -> Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """setting: the only difference between the rows: num_steps, guidance_scale or mask_ratio.   rows: in its order."""
+    """setting: the only difference between the rows: a name of _SETTINGS.   rows: in its order."""
 
     setting: str
     name: str
@@ -123,11 +124,13 @@ def _fixed(row: Row, setting: str) -> tuple[Any, ...]:
     generated: Mapping[str, str] = row.generated or {}
     others = tuple(sorted((name, value) for name, value in generated.items() if name != _SETTINGS[setting][1]))
     shared = (getattr(row, name) for name in _SETTINGS if name != setting)
-    return (row.model_name, row.train_steps, *shared, row.generated is None, others)
+    return (row.model_name, *shared, row.generated is None, others)
 
 
 def _sweep(setting: str, rows: Sequence[Row]) -> Sweep:
     rest = {name: getattr(rows[0], name) for name in _SETTINGS if name != setting}
+    if (rows[0].generated or {}).get("checkpoint", "None") == "None":  # of the last step, as usual
+        rest.pop("train_steps", None)
     words = [_SETTINGS[name][2].format(value) for name, value in rest.items() if value is not None]
     name = ", ".join([rows[0].model_name, *words]).replace(", 1 steps", ", 1 step")
     return Sweep(setting, name, tuple(sorted(rows, key=lambda row: getattr(row, setting))))

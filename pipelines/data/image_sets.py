@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 KINDS = ("auto", "folder", "tar", "npz", "parquet")
+_JPEG = b"\xff\xd8\xff"  # how such files begin
 _SOURCE_KINDS = {"folder": "images", "tar": "tar", "parquet": "parquet"}
 
 
@@ -168,19 +169,23 @@ def label_scheme(config: ImageSetConfig, entries: Sequence[Entry]) -> str:
     return stated
 
 
-def check_images(config: ImageSetConfig, entries: Sequence[Entry], resolution: int) -> None:
-    """Read some of the images. Raises ValueError for the first image that cannot be read or has another size.
+def check_images(config: ImageSetConfig, entries: Sequence[Entry], resolution: int) -> int:
+    """Read some of the images. Returns how many of them are JPEG. Raises ValueError for the first image that cannot be read or has
+    another size.
 
     All images of an .npz are read, since it stores them in one piece.
     """
     if config.found_kind() == "npz":
         _npz(config).verify()
-        return
+        return 0
     for entry in entries:
         if entry.size > MAX_FILE_BYTES:
             raise ValueError(f"image {entry.key} of {config.name} has {entry.size:,} bytes, more than {MAX_FILE_BYTES:,}")
+    num_jpeg = 0
     for entry, content in zip(entries, open_source(config.as_dataset()).read(entries), strict=True):
         square_pixels(config.name, entry.key, content, resolution)
+        num_jpeg += content.startswith(_JPEG)
+    return num_jpeg
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +193,7 @@ class ImageSetSummary(Summary):
     """What is known of images that another generator made. labels: how they were chosen; see pipelines.data.labels.
 
     num_classes: 0 if the labels are not known.   other_files: files beside the images, which are ignored.
+    num_jpeg: images that are stored as JPEG, with losses.
     """
 
     name: str
@@ -198,6 +204,7 @@ class ImageSetSummary(Summary):
     labels: str
     num_classes: int = 0
     other_files: int = 0
+    num_jpeg: int = 0
 
 
 @dataclass(frozen=True)

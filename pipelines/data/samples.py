@@ -43,10 +43,12 @@ class SamplesSummary(Summary):
 
     mask_ratio: share of the codes of a token map that was masked to begin with; None for samples that began with nothing.
     batch_size: images that the model computed together.   num_samples: of one replicate.
+    train_steps: of the weights, None for the last step of the training.
     """
 
     num_samples: int
     replicates: int = 1
+    train_steps: int | None = None
     shard_size: int
     num_classes: int
     labels: str

@@ -62,7 +62,7 @@ def protocol_of(reference: Manifest, samples: Manifest, settings: ScoreSettings,
         "num_samples": num_samples_of(samples),
         "num_reference": real.num_images,
         "num_kept": real.num_kept,
-        "rounding": rounding,
+        "rounding": f"{rounding}, stored as JPEG" if getattr(samples_summary(samples), "num_jpeg", 0) else rounding,
         "labels": scheme_of(samples),
         "metric_version": _metric_version(settings),
     }
@@ -150,7 +150,7 @@ def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> di
             "enat.model": model_card.registered_name(inputs["model"]),
             "enat.dataset": model.dataset,
             "enat.parameters": model.parameters,
-            "enat.train_steps": model.num_steps,
+            "enat.train_steps": made.train_steps or model.num_steps,
             "enat.num_steps": made.sampler.num_steps,
             # Settings that the times of the samples depend on.
             "enat.device": made.device,

@@ -126,11 +126,11 @@ def replacing(tags: Mapping[str, str], found: Mapping[str, str]) -> dict[str, st
 def record(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext, scores: Iterable[str]) -> None:
     """Write the tags after stage evaluate has run or was reused, if the model is registered.
 
-    A variant that only samples differently evaluates the same model; it does not replace the run's own evaluation. An older
-    evaluation that is reused does not replace a newer one.
+    A variant that only samples differently evaluates the same model; it does not replace the run's own evaluation. Nor do
+    samples of an earlier step of its training. An older evaluation that is reused does not replace a newer one.
     """
     model = inputs.get("model")
-    if model is None:
+    if model is None or inputs["samples"].config.get("checkpoint") is not None:
         return
     made = made_at(manifest)
     tags = tags_of(manifest, inputs["samples"], scores, node=context.node)

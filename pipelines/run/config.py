@@ -210,7 +210,8 @@ def _check_counts(run: RunConfig, counts_of: Callable[[DatasetConfig], _Counts])
             f"captions.encoder is given, but dataset {given.title} has no captions; leave it out, or use another dataset"
         )
     real = graph.section(graph.stages()["reference"], run)
-    if "reference" in needed and real.extractor == "classifier" and counts_of(real.dataset).num_classes == 0:
+    is_read = "reference" in needed or ("train" in needed and run.train.scores is not None)
+    if is_read and real.extractor == "classifier" and counts_of(real.dataset).num_classes == 0:
         raise ValueError(
             f"reference.extractor classifier is trained on labels, and dataset {real.dataset.title} has none; choose another one"
         )
@@ -248,6 +249,15 @@ def _check(run: RunConfig, is_dataset_here: bool) -> None:
     _check_counts(run, cache(_unscanned) if is_dataset_here else lambda dataset: _Counts(dataset.num_classes))
     if is_trained and run.generate.sampler.reuse and run.train.model.reuse is False:
         raise ValueError("generate.sampler.reuse needs a model with train.model.reuse; set one of them to match the other")
+    if run.train.weights is not None and run.generate.checkpoint is not None:
+        raise ValueError("generate.checkpoint would be ignored, because train.weights are published weights; set it to null")
+    step, keep_every = run.generate.checkpoint, run.train.execution.keep_every
+    if is_trained and step is not None and step != run.train.num_steps and (keep_every is None or step % keep_every):
+        raise ValueError(
+            f"generate.checkpoint is {step}; set train.execution.keep_every to a divisor of it, so that its weights are kept"
+        )
+    if is_trained and step is not None and step > run.train.num_steps:
+        raise ValueError(f"generate.checkpoint is {step}; it must be at most train.num_steps, which is {run.train.num_steps}")
     if "evaluate" in needed:
         resolution = run.tokenizer.architecture().resolution
         if run.reference.resolution not in (None, resolution):

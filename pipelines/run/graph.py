@@ -163,7 +163,7 @@ class Wiring:
         if (stage.name, config) not in self._own_identities:
             self._own_identities[stage.name, config] = configuration.identity(config)
         own = self._own_identities[stage.name, config]
-        read = {name: self._identities[id] for name, id in inputs.items()}
+        read = {name: self._identities[id] for name, id in inputs.items() if stage.is_in_key(name)}
         identity = digest_of({"stage": stage.name, "config": own, "inputs": read})
         if identity not in self._ids:
             base = stage.name if variant == MAIN else f"{stage.name}@{variant}"
@@ -221,7 +221,8 @@ def needed_by(targets: Iterable[str]) -> set[str]:
     while waiting:
         if (name := waiting.pop()) not in needed:
             needed.add(name)
-            waiting += [each for read in known[name].reads.values() for each in read.stages] if name in known else []
+            reads = known[name].reads.values() if name in known else ()
+            waiting += [each for read in reads if read.is_in_key for each in read.stages]
     return needed
 
 

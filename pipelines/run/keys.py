@@ -23,7 +23,7 @@ from pipelines.run.config import RunConfig
 from pipelines.workflow.config import SET_BY
 
 # Keys of stages that are not part of the stage's key. `execution` never is.
-_NOT_IN_KEY = ("token_map.max_quarantine_share", "train.sampler", "train.s3")
+_NOT_IN_KEY = ("token_map.max_quarantine_share", "train.sampler", "train.scores", "train.s3")
 _UNIT = " Unit: "
 
 PAGE = Path(__file__).parents[1] / "guide" / "configuration.md"

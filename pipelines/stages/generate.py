@@ -43,7 +43,7 @@ from pipelines.data.samples import (
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMap
 from pipelines.workflow.config import added
-from pipelines.workflow.models import ModelSummary
+from pipelines.workflow.models import ModelSummary, weights_of_step
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 
 if TYPE_CHECKING:
@@ -77,6 +77,9 @@ class GenerateConfig:
     spread is reported. The first set is the same for any number."""
     shard_size: int = 1024
     """Samples per Parquet file. An interrupted stage loses at most one file per worker. Unit: images."""
+    checkpoint: int | None = added(None)
+    """Generate with the EMA weights of this step of the training, which train.execution.keep_every keeps. Null takes the last step.
+    Unit: steps."""
     labels: tuple[int, ...] = ()
     """Classes to generate, in turn. Empty takes each class in turn."""
     caption_choice: str = "drawn"
@@ -100,7 +103,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_in(self, "[2, inf)", "num_samples")
-        check_in(self, "[1, inf)", "shard_size", "forward_batch_size", "replicates")
+        check_in(self, "[1, inf)", "shard_size", "forward_batch_size", "replicates", "checkpoint")
         check_in(self, "(0, 1]", "mask_ratio")
         check_choices(self, caption_choice=CAPTION_CHOICES, precision=PRECISIONS)
         if self.mask_ratio is not None and self.labels:
@@ -122,6 +125,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     if scheme == "captions" and "captions" not in inputs:
         raise ValueError("this model is conditioned on captions, so generate needs their features; give captions.encoder")
     shards = shard_ranges(config.num_samples, config.shard_size, config.replicates)
+    weights_of_step(model, config.checkpoint)
     names = [shard_name(part) for part in range(len(shards))]
     num_samples = config.num_samples * config.replicates
     done = context.store.resume_parts(context.stage, context.key)
@@ -155,6 +159,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
             labels=scheme,
             mask_ratio=config.mask_ratio,
             sampler=config.sampler,
+            train_steps=config.checkpoint,
             precision=config.precision,
             batch_size=config.forward_batch_size,
             device=", ".join(sorted({record["device"] for record in records.values()})),
@@ -263,7 +268,8 @@ class _Sample:
         sizes = {"batch_size": execution.worker_batch_size, "images_per_pass": images_per_pass}
         self.pool = pass_pool(passes_at_once(execution.device, **sizes, num_threads=execution.num_threads))
         self.plan: SamplePlan = ray.get(task.plan)
-        self.model = load_enat(task.context.store.fetch(task.model, "model.safetensors")).to(execution.device)
+        weights = weights_of_step(task.model, self.config.checkpoint)
+        self.model = load_enat(task.context.store.fetch(task.model, weights)).to(execution.device)
         if execution.compile:
             self.model.compile_blocks()
         self.captions = None if task.captions is None else CaptionFeatures.open(task.context.store, task.captions)

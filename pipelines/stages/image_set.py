@@ -31,9 +31,13 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
         note = f"how {one_line(config.name)} chose labels is not known, so its scores are in a separate table; see --labels"
         context.console.print(f"[yellow]![/] {note}", highlight=False)
     if config.kind == "npz":
-        check_images(config, entries, resolution)
+        num_jpeg = check_images(config, entries, resolution)
     else:
-        _check_by_workers(config, entries, resolution, context)
+        num_jpeg = _check_by_workers(config, entries, resolution, context)
+    if num_jpeg:
+        note = f"{num_jpeg:,} of {len(entries):,} images of {one_line(config.name)} are stored as JPEG, which changes scores; "
+        note += "they are in a separate table. Store samples as PNG or .npz"
+        context.console.print(f"[yellow]![/] {note}", highlight=False)
 
     labels = {entry.label for entry in entries}
     return StageResult(
@@ -47,14 +51,17 @@ def run(config: ImageSetConfig, inputs: Mapping[str, Manifest], context: StageCo
             labels=scheme,
             num_classes=0 if -1 in labels else max(labels) + 1,
             other_files=len(findings.names.get("other files", [])),
+            num_jpeg=num_jpeg,
         ),
         metrics={"images": len(entries)},
         worker_seconds=time.monotonic() - started,
     )
 
 
-def _check_by_workers(config: ImageSetConfig, entries: list[Entry], resolution: int, context: StageContext) -> None:
-    """Runs a task for each few images and waits for them in order, so that the error names the first wrong image. The tasks after
+def _check_by_workers(config: ImageSetConfig, entries: list[Entry], resolution: int, context: StageContext) -> int:
+    """How many images are JPEG.
+
+    Runs a task for each few images and waits for them in order, so that the error names the first wrong image. The tasks after
     it are short and not cancelled: in Ray 2.60, ray.cancel races with their answers, which can end the driver."""
     import ray
 
@@ -62,10 +69,12 @@ def _check_by_workers(config: ImageSetConfig, entries: list[Entry], resolution: 
     task = ray.remote(num_cpus=1)(check_images)
     pieces = [entries[start : start + _IMAGES_PER_TASK] for start in range(0, len(entries), _IMAGES_PER_TASK)]
     running = [task.remote(config, piece, resolution) for piece in pieces]
+    num_jpeg = 0
     with context.bar(len(entries), "images") as bar:
         for piece, reference in zip(pieces, running, strict=True):
-            ray.get(reference)
+            num_jpeg += ray.get(reference)
             bar.advance(len(piece))
+    return num_jpeg
 
 
 def _describe(manifest: Manifest) -> str:
@@ -75,7 +84,7 @@ def _describe(manifest: Manifest) -> str:
 
 STAGE = Stage(
     "images",
-    2,
+    3,
     run,
     config=ImageSetConfig,
     summary=ImageSetSummary,

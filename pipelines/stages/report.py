@@ -23,7 +23,7 @@ from pipelines.evaluation.protocol import SCORES
 from pipelines.pages import page
 from pipelines.pages.chart import Chart, Point, Series, png_of
 from pipelines.registry.evaluation_record import EvaluationSummary
-from pipelines.registry.influences import REPLICATES, with_interval
+from pipelines.registry.influences import REPLICATES, half_interval, with_interval
 from pipelines.workflow.config import set_by
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, Input, Stage, StageContext, StageResult
@@ -89,6 +89,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
     progression = _progressions(config, inputs, vqgan, store)
     history = json.loads(store.fetch(model, "history.json").read_text())
     charts = {"loss": _loss_chart(history)} if history else {}
+    charts |= _score_charts(model, store)
     html = page.render(
         "pipelines.stages",
         "report.html.j2",
@@ -178,6 +179,20 @@ def _loss_chart(history: Sequence[Mapping[str, float]]) -> Chart:
         points = tuple(Point(row["step"], row[key]) for row in history if key in row)
         series.append(Series(name=name, points=points, line="solid", has_markers=False))
     return Chart(x_title="step", y_title="cross-entropy (nats)", series=tuple(series))
+
+
+def _score_charts(model: Manifest, store: ArtifactStore) -> dict[str, Chart]:
+    """A chart for each score that was computed while the model trained."""
+    if not any(record.name == "scores.json" for record in model.records):
+        return {}
+    scores, charts = json.loads(store.fetch(model, "scores.json").read_text()), {}
+    for name, title in (SCORES | {"sliced_distance": "sliced Wasserstein distance"}).items():
+        rows = [row for row in scores["rows"] if name in row]
+        points = tuple(Point(row["step"], row[name], error=half_interval(row, name) or 0.0) for row in rows)
+        if points:
+            series = (Series(name=title, points=points, line="solid"),)
+            charts[f"scores_{name}"] = Chart(x_title="step", y_title=f"{title} of {scores['num_samples']:,} samples", series=series)
+    return charts
 
 
 def _reconstructions(tokenizer: Manifest, store: ArtifactStore, scale: int) -> page.Picture | None:

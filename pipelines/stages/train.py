@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from enat.config import ENATConfig
-from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.artifacts.manifest import FileRecord, Manifest, name_of
 from pipelines.data.captions import CaptionsSummary
 from pipelines.data.token_map import TokenMapInfo, TokenMapSummary
-from pipelines.formatting import show_size
+from pipelines.formatting import printable, show_size
 from pipelines.registry import model_card
 from pipelines.storage.external import local_file
 from pipelines.training.config import TrainConfig
-from pipelines.training.task import HISTORY, RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, initial_model
-from pipelines.workflow.models import ModelSummary, TokenizerSummary
+from pipelines.training.task import HISTORY, RAW_WEIGHTS, SCORES, Scoring, TrainResult, TrainTask, initial_model, read_scores
+from pipelines.workflow.models import WEIGHTS, ModelSummary, TokenizerSummary
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Input, PublishContext, Stage, StageContext, StageResult
 
@@ -80,6 +80,7 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
             context.console.print(f"training stopped at step {trained.step}, which is saved; the same command continues from there")
             raise KeyboardInterrupt
     record = context.write(HISTORY, lambda path: path.write_text(json.dumps(trained.history)))
+    scores, scoring_seconds = _scores(config, inputs, context)
     seconds = before.worker_seconds + (time.monotonic() - started) * _mean_workers(config, trained, before)
     last = trained.history[-1] if trained.history else {}
     names = sorted(last, key=lambda name: name not in _SHOWN_FIRST)
@@ -91,12 +92,28 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
     )
     return StageResult(
         files=trained.files,
-        records=[record, *trained.milestones],
+        records=[record, *scores, *trained.milestones],
         summary=summary,
-        metrics={f"final/{name}": last[name] for name in names},
+        metrics={f"final/{name}": last[name] for name in names} | scoring_seconds,
         worker_seconds=seconds,
         device_seconds=config.execution.device_seconds(seconds),
     )
+
+
+def _scores(
+    config: TrainConfig, inputs: Mapping[str, Manifest], context: StageContext
+) -> tuple[list[FileRecord], dict[str, float]]:
+    """The scores along the training as a record, and what they cost. Steps whose scores failed are told."""
+    if config.scores is None or not (found := read_scores(context)):
+        return [], {}
+    failed = {step: row["error"] for step, row in found.items() if "error" in row}
+    for step, error in failed.items():
+        context.console.print(f"the scores of step {step} are missing: {printable(error)}", markup=False, highlight=False)
+    rows = [row for step, row in sorted(found.items()) if step not in failed]
+    reference = "/".join(name_of(inputs["reference"]))
+    content = json.dumps({"reference": reference, "num_samples": config.scores.num_samples, "rows": rows})
+    record = context.write(SCORES, lambda path: path.write_text(content))
+    return [record], {"scoring_seconds": sum(row["seconds"] for row in rows)}
 
 
 def _mean_workers(config: TrainConfig, trained: TrainResult, before: ResumePoint) -> float:
@@ -165,6 +182,7 @@ def _fit(
         tokenizer=inputs["tokenizer"],
         captions=inputs.get("captions"),
         reporter=reporter,
+        scoring=_scoring(config, architecture, inputs, context),
     )
     # A new folder: in a used one Ray Train would resume from a record of its own.
     with tempfile.TemporaryDirectory(prefix="enat-ray-train-", ignore_cleanup_errors=True) as storage:
@@ -188,6 +206,34 @@ def _fit(
         )
         result: TrainResult = _wait_for(trainer, reporter, context.console)
     return result
+
+
+def _scoring(
+    config: TrainConfig, architecture: ENATConfig, inputs: Mapping[str, Manifest], context: StageContext
+) -> Scoring | None:
+    from pipelines.evaluation.extractors import ReferenceSummary
+    from pipelines.evaluation.training_scores import BetweenSteps, ScoringTask, start_scoring
+
+    if config.scores is None:
+        return None
+    if "sliced_distance" in config.scores.metrics and not ReferenceSummary.read(inputs["reference"]).num_kept:
+        raise ValueError("train.scores.metrics has sliced_distance, which needs features of single images; set reference.num_kept")
+    assert config.sampler is not None and config.seed is not None
+    task = ScoringTask(
+        config=config.scores,
+        architecture=architecture,
+        sampler=config.sampler,
+        seed=config.seed,
+        is_bf16=config.precision == "bf16",
+        context=context.for_workers(),
+        tokenizer=inputs["tokenizer"],
+        reference=inputs["reference"],
+        captions=inputs.get("captions"),
+    )
+    scoring = start_scoring(task, config.execution)
+    if isinstance(scoring, BetweenSteps):
+        context.console.print("scores are computed between steps: the cluster has no room for them beside the training")
+    return scoring
 
 
 def _wait_for(trainer: TorchTrainer, reporter: Reporter, console: Console) -> Any:
@@ -248,11 +294,12 @@ STAGE = Stage(
         "tokenizer": Input(("tokenizer",)),
         "token_map": Input(("token_map",), lambda config, run: config.weights is None),
         "captions": Input(("captions",), lambda config, run: config.model.text),
+        "reference": Input(("reference",), lambda config, run: config.scores is not None, is_in_key=False),
     },
     config=TrainConfig,
     summary=ModelSummary,
     kind="training",
-    files=(WEIGHTS, RAW_WEIGHTS, HISTORY, "model-step-*.safetensors"),
+    files=(WEIGHTS, RAW_WEIGHTS, HISTORY, SCORES, "model-step-*.safetensors"),
     external=("weights",),
     workers=lambda config: config.execution if config.weights is None and config.num_steps > 0 else None,
     describe=_describe,

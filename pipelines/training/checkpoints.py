@@ -28,6 +28,7 @@ from enat.model import ENAT
 from pipelines.artifacts.manifest import PARTS, WORK, DamagedFileError, FileRecord
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StorageError
+from pipelines.workflow.models import milestone_name
 from pipelines.workflow.stage import WorkerContext
 
 _RECORD = re.compile(r"checkpoint-(\d{8,})-(\w+)-(\d{5})-of-(\d{5})")
@@ -166,7 +167,7 @@ def milestone_weights(
         earlier = ENAT(model.config)
         earlier.load_state_dict(model.state_dict())  # copies the buffers, too
         fragments.fill("ema", earlier)
-        yield context.write(f"model-step-{step:08d}.safetensors", partial(save_weights, module=earlier))
+        yield context.write(milestone_name(step), partial(save_weights, module=earlier))
 
 
 class CheckpointWriter:

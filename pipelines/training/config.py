@@ -19,6 +19,7 @@ from pipelines.workflow.config import set_by, with_key
 PRECISIONS = ("fp32", "bf16", "fp16")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 WEIGHT_DECAYS = ("all", "matrices")
+SCORE_METRICS = ("frechet_distance", "sliced_distance")
 REMEDIES = ("stop", "rollback")
 
 
@@ -151,6 +152,32 @@ class TrainExecution(Workers):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoresConfig:
+    """Scores of the EMA weights while training continues, from few samples, against the reference of the run. They are a curve in
+    MLflow and in the report, and do not change the weights."""
+
+    every: int = 10_000
+    """Interval of scores. The last step always has some. Unit: steps."""
+    num_samples: int = 1000
+    """Samples for each score, at least 2. They have the same seeds and labels at every step. Unit: images."""
+    metrics: tuple[str, ...] = SCORE_METRICS
+    """"frechet_distance", and "sliced_distance" (sliced Wasserstein distance), which estimates no covariance."""
+    execution: Workers = field(default_factory=Workers)
+    """The actor that computes the scores beside the training; num_workers is 1. If the cluster has no room for it, the first
+    training worker computes them between two steps, and the others wait."""
+
+    def __post_init__(self) -> None:
+        check_in(self, "[1, inf)", "every")
+        check_in(self, "[2, inf)", "num_samples")
+        if wrong := [name for name in self.metrics if name not in SCORE_METRICS]:
+            raise ValueError(f"train.scores.metrics names {wrong[0]!r}; choose from {', '.join(SCORE_METRICS)}")
+        if not self.metrics:
+            raise ValueError("train.scores.metrics is empty; name at least one metric, or leave train.scores out")
+        if self.execution.num_workers != 1:
+            raise ValueError("train.scores.execution.num_workers must be 1: one actor scores one step after the other")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Training of a generator. Defaults are the published recipe at 256 px, except for its fp16."""
 
@@ -202,6 +229,8 @@ class TrainConfig:
     """Weight of the squared log-partition, against drifting logits (published: 0)."""
     ema_decay: float = 0.9999
     """Decay of the moving average of weights per step, in [0, 1)."""
+    scores: ScoresConfig | None = None
+    """Scores while training. Null computes none."""
     seed: int | None = None
     """Seed of initialization, order of batches, masks and dropout. Null takes the run's seed."""
     execution: TrainExecution = field(default_factory=TrainExecution)
@@ -234,11 +263,11 @@ class TrainConfig:
         return self.batch_size // self.num_groups
 
     def identity(self) -> dict[str, Any]:
-        """Without what only shows how training goes: previews do not touch the weights."""
+        """Without what only shows how training goes: previews and scores do not touch the weights."""
         values = dataclasses.asdict(self)
         if self.weights is not None:
             return {"model": values["model"], "weights": content_digest(self.weights, "train.weights", self.s3)}
-        return {name: value for name, value in values.items() if name not in ("execution", "sampler", "weights", "s3")}
+        return {name: value for name, value in values.items() if name not in ("execution", "sampler", "scores", "weights", "s3")}
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step in 0..num_steps-1. It rises linearly over the warm-up, whose last step has the full rate."""

@@ -41,7 +41,16 @@ from pipelines.training.engine import Engine, prepare_forward
 from pipelines.training.monitor import DivergedError, TrainMonitor
 from pipelines.training.previews import Previewer
 from pipelines.training.stop_signal import CONTINUE, STOP, StopSignal
-from pipelines.training.task import RAW_WEIGHTS, WEIGHTS, TrainResult, TrainTask, effective_config, initial_model
+from pipelines.training.task import (
+    RAW_WEIGHTS,
+    TrainResult,
+    TrainTask,
+    effective_config,
+    initial_model,
+    read_scores,
+    score_part,
+)
+from pipelines.workflow.models import WEIGHTS
 
 _log = logging.getLogger(__name__)
 
@@ -101,11 +110,15 @@ class Trainer:
                 continue  # the signal is handled after the next step
             if self._is_due(execution.sample_every):
                 self.preview()
+            if self.config.scores is not None and self._is_due(self.config.scores.every):
+                self.score()
             if signal == STOP and self.step < last:
                 self.checkpoints.wait()
+                self._finish_scoring()
                 return self.result() if self.rank == 0 else None
             signal = CONTINUE
         self.checkpoints.wait()
+        self._finish_scoring()
         return self.store_result()
 
     def close(self) -> None:
@@ -159,6 +172,9 @@ class Trainer:
         first, place = self.step + self.skipped_draws, {"rank": self.rank, "world_size": self.world_size}
         self.batches = Batches(config, self.token_map, self.captions, step=first, **place, pin=self.device.type == "cuda")
         self.monitor.begin(self.step, history)
+        if self.rank == 0:  # later steps are computed again, after a rollback with other batches
+            for step in (step for step in read_scores(self.task.context) if step > self.step):
+                self.task.context.store.discard_part(self.task.context.stage, self.task.context.key, score_part(step))
 
     def roll_back(self, error: DivergedError) -> None:
         """Return to the newest checkpoint and continue with the draws after the one that diverged, or raise the error."""
@@ -281,6 +297,18 @@ class Trainer:
         """Log a grid of samples from rank 0."""
         if self.rank == 0 and (grid := self.previewer.grid(self.ema)) is not None:
             self._track(lambda run, name=f"samples/step-{self.step:08d}.png": run.log_bytes(grid, name))
+
+    def score(self) -> None:
+        """Have the EMA weights scored, unless the run has done so before it was interrupted."""
+        scoring = self.task.scoring
+        if self.rank == 0 and scoring is not None and self.step not in read_scores(self.task.context):
+            if self.step == self.config.num_steps:
+                scoring.finish()  # the last step is never left out
+            scoring.submit(self.step, self.ema)
+
+    def _finish_scoring(self) -> None:
+        if self.rank == 0 and self.task.scoring is not None:
+            self.task.scoring.finish()
 
     def _is_due(self, interval: int, step: int | None = None) -> bool:
         step = self.step if step is None else step

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from enat.config import ENATConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
@@ -15,9 +16,29 @@ if TYPE_CHECKING:
     from enat.model import ENAT
 
 
-WEIGHTS = "model.safetensors"  # the EMA weights, which generate samples
 RAW_WEIGHTS = "raw.safetensors"
 HISTORY = "history.json"
+SCORES = "scores.json"
+_SCORE_PART = re.compile(r"scores-(\d{8,})")
+
+
+def score_part(step: int) -> str:
+    """The name of the record of the scores of a step."""
+    return f"scores-{step:08d}"
+
+
+def read_scores(context: WorkerContext) -> dict[int, dict[str, Any]]:
+    """The scores so far, by step."""
+    parts = context.store.read_parts(context.stage, context.key).items()
+    return {int(match[1]): record for name, record in parts if (match := _SCORE_PART.fullmatch(name))}
+
+
+class Scoring(Protocol):
+    """Computes the scores of the EMA weights of a step, as a part record of the stage."""
+
+    def submit(self, step: int, model: ENAT) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +52,7 @@ class TrainTask:
     tokenizer: Manifest
     captions: Manifest | None
     reporter: Reporter
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True)

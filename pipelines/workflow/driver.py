@@ -34,7 +34,7 @@ def stage_key(node: Node, inputs: Mapping[str, Manifest]) -> str:
             "stage": node.stage.name,
             "version": node.stage.version,
             "config": node.identity if node.identity is not None else configuration.identity(node.config),
-            "inputs": {name: manifest.digest for name, manifest in inputs.items()},
+            "inputs": {name: manifest.digest for name, manifest in inputs.items() if node.stage.is_in_key(name)},
         }
     )
 
@@ -47,7 +47,7 @@ def plan(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manife
     found: dict[str, Manifest | None] = dict(given or {})
     planned = []
     for node in nodes:
-        inputs = {name: found[id] for name, id in node.inputs.items()}
+        inputs = {name: found[id] for name, id in node.inputs.items() if node.stage.is_in_key(name)}
         known = {name: manifest for name, manifest in inputs.items() if manifest is not None}
         if len(known) < len(inputs):
             found[node.id] = None
@@ -152,7 +152,9 @@ def _made(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_ru
         key=key,
         stage_version=node.stage.version,
         config=configuration.redacted(node.config),
-        inputs={name: {"stage": m.stage, "key": m.key, "digest": m.digest} for name, m in inputs.items()},
+        inputs={
+            name: {"stage": m.stage, "key": m.key, "digest": m.digest} for name, m in inputs.items() if node.stage.is_in_key(name)
+        },
         files=tuple(result.files),
         records=tuple(result.records),
         summary=result.summary.to_dict() if result.summary is not None else {},

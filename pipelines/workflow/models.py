@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from enat.config import ENATConfig, VQGANConfig
+from pipelines.artifacts.manifest import Manifest
 from pipelines.workflow.summary import Summary
+
+WEIGHTS = "model.safetensors"  # of a trained model: the EMA weights, which generate samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +35,26 @@ class ModelSummary(Summary):
     skipped_draws: int = 0
     num_restarts: int = 0
     num_rollbacks: int = 0
+
+
+def milestone_name(step: int) -> str:
+    """The file of the EMA weights of a step before the last one."""
+    return f"model-step-{step:08d}.safetensors"
+
+
+def weights_of_step(model: Manifest, step: int | None) -> str:
+    """The file of a trained model with the EMA weights of a step; None for the last one.
+
+    Raises ValueError for a step whose weights were not kept.
+    """
+    last = ModelSummary.read(model).num_steps
+    if step is None or step == last:
+        return WEIGHTS
+    name = milestone_name(step)
+    if name not in (kept := {record.name: record for record in model.records}):
+        steps = [str(int(each.partition("step-")[2].partition(".")[0])) for each in sorted(kept) if each.startswith("model-step-")]
+        raise ValueError(
+            f"generate.checkpoint is {step}, but train/{model.key[:12]} has the weights of steps {', '.join([*steps, str(last)])} "
+            "only. Give one of these, or train again with a train.execution.keep_every that keeps it"
+        )
+    return name

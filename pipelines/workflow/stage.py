@@ -30,11 +30,13 @@ class Input:
     stages: names of the stages that can make it; the first one that is part of the run does.
     is_needed: for a config of the stage, given the run's sections by stage name as attributes; the default is always.
     is_per_variant: also one of every variant, under the name `<name>@<variant>`.
+    is_in_key: whether the artifact decides what the stage makes. If it only shows how the work goes, the manifest does not name it.
     """
 
     stages: tuple[str, ...]
     is_needed: Callable[[Any, Any], bool] = lambda config, run: True
     is_per_variant: bool = False
+    is_in_key: bool = True
 
 
 def execution_of(config: Any) -> Workers | None:
@@ -81,6 +83,11 @@ class Stage:
     reevaluation: Literal["kept", "conditions", "measured"] = "kept"
     accept: Callable[[Any, Manifest], None] | None = None
     publish: Callable[[Manifest, Mapping[str, Manifest], PublishContext], None] | None = None
+
+    def is_in_key(self, name: str) -> bool:
+        """Whether an input is part of the stage's key. name: as the stage reads it, also `<name>@<variant>`."""
+        read = self.reads.get(name.partition("@")[0])
+        return read is None or read.is_in_key
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from pipelines.tracking.run import RunHandle
 from pipelines.training.checkpoints import find_checkpoints
 from pipelines.training.config import ModelConfig, TrainConfig, TrainExecution
 from pipelines.training.loop import Trainer
-from pipelines.training.task import TrainResult, TrainTask
+from pipelines.training.task import Scoring, TrainResult, TrainTask
 from pipelines.workflow.stage import WorkerContext
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -297,6 +297,7 @@ def train(
     world_size: int = 1,
     trainer_class: type[Trainer] = Trainer,
     run: RunHandle | None = None,
+    scoring: Scoring | None = None,
     **script: Any,
 ) -> Trained:
     """Train on processes of this machine, under a key of the store. script: of every rank, see ScriptedReporter."""
@@ -308,6 +309,7 @@ def train(
         tokenizer=material.inputs["tokenizer"],
         captions=material.inputs["captions"] if config.model.text else None,
         reporter=None,  # type: ignore[arg-type]
+        scoring=scoring,
     )
     reporters = [ScriptedReporter(**script) for _ in range(world_size)]
     result, messages = run_ranks(world_size, train_rank, trainer_class, task, reporters)[0]

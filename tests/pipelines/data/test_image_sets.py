@@ -14,6 +14,7 @@ import pytest
 from hostile import corpus, photo
 from layouts import tar_bytes, write, write_table
 from PIL import Image
+from rich.console import Console
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.data.image_sets import ImageSet, ImageSetConfig, check_images, label_scheme, resolution_of, scan
@@ -110,6 +111,20 @@ def test_every_kind_of_set_gives_the_same_pixels_in_the_order_of_names(index, se
         assert len(sent) < 5000
     stated = index(sets.config("folder", labels=f"{NUM_IMAGES // 2} classes"))
     assert stated.manifest.summary["labels"] == f"{NUM_IMAGES // 2} classes, 2 each"
+
+
+def test_jpeg_files_are_counted_by_their_content_and_said(tmp_path, make_context, local_store, monkeypatch):
+    monkeypatch.setattr(
+        image_set, "_check_by_workers", lambda config, entries, resolution, _: check_images(config, entries, resolution)
+    )
+    for number, kind in enumerate(("PNG", "JPEG")):
+        write(tmp_path / f"{number}.png", png(pixels(number), kind))
+    console = Console(file=io.StringIO(), width=500)
+    config = ImageSetConfig(path=str(tmp_path), name="other\x1b[31m", labels="none")
+    result = image_set.run(config, {}, make_context(local_store, "images", "k" * 64, console=console))
+    said = console.file.getvalue()
+    assert result.summary.num_jpeg == 1
+    assert "1 of 2 images of other" in said and "stored as JPEG" in said and "\x1b[31m" not in said
 
 
 def test_stated_labels_are_part_of_the_key_and_must_be_possible(sets):

@@ -53,6 +53,14 @@ def protocol(samples: Manifest, **given: Any) -> dict[str, Any]:
     return evaluation_protocol.protocol_of(reference, samples, ScoreSettings())
 
 
+def test_samples_stored_as_jpeg_have_a_protocol_of_their_own() -> None:
+    stored = outside("none")
+    lossy = Manifest(**{**vars(stored), "summary": {**stored.summary, "num_jpeg": 3}})
+    protocols = [protocol(samples) for samples in (stored, lossy)]
+    assert [each["rounding"] for each in protocols] == ["uint8", "uint8, stored as JPEG"]
+    assert len({evaluation_protocol.protocol_digest(each) for each in protocols}) == 2
+
+
 def test_npz_with_equal_counts_of_labels_shares_a_table_with_our_samples(tmp_path):
     """Samples without labels, fewer samples, and samples of one class do not. Samples from real codes with different mask ratios
     share a table with a column for the ratio."""

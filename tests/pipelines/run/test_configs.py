@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 from enat.config import ENATConfig
 from enat.cost import training_macs
 from enat.masking import mask_codes
+from pipelines.artifacts.manifest import Manifest
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.run import config as run_config
 from pipelines.run import graph
@@ -25,6 +27,7 @@ from pipelines.stages.reference import ReferenceConfig
 from pipelines.storage.base import digest_of
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow import config as configuration
+from pipelines.workflow.driver import stage_key
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 KEYS = Path(__file__).parent / "keys.json"
@@ -63,7 +66,7 @@ def test_keys_of_stages_have_not_changed(load: Callable[..., Any], name: str) ->
     for node in graph.build(load(name)):
         identity = node.identity if node.identity is not None else configuration.identity(node.config)
         identity = {**identity, "content": ""} if "content" in identity else identity
-        inputs = {name: keys[id] for name, id in node.inputs.items()}
+        inputs = {name: keys[id] for name, id in node.inputs.items() if node.stage.is_in_key(name)}
         key = {"stage": node.stage.name, "version": node.stage.version, "config": identity, "inputs": inputs}
         keys[node.id] = digest_of(key)[:16]
     known = json.loads(KEYS.read_text()) if KEYS.exists() else {}
@@ -71,6 +74,32 @@ def test_keys_of_stages_have_not_changed(load: Callable[..., Any], name: str) ->
         KEYS.write_text(json.dumps({**known, name: keys}, indent=1, sort_keys=True) + "\n")
     else:
         assert keys == known[name]
+
+
+def test_scores_while_training_read_the_reference_and_are_not_in_the_key(load: Callable[..., Any]) -> None:
+    keys = []
+    for scores in ("null", "{every: 100}"):
+        nodes = graph.build(load("digits", f"train.scores={scores}"))
+        ids = [node.id for node in nodes]
+        (train,) = (node for node in nodes if node.id == "train")
+        assert ("reference" in train.inputs) == (scores != "null") and ids.index("reference") < ids.index("train")
+        made = {name: Manifest(stage="x", key=name, stage_version=1, config={}, inputs={}, files=()) for name in train.inputs}
+        keys.append(stage_key(train, made))
+    assert keys[0] == keys[1]
+
+
+def test_weights_of_an_earlier_step_must_be_kept(load: Callable[..., Any]) -> None:
+    keep = "train.execution.keep_every=300"
+    load = partial(load, "digits", "variants.untrained=null")
+    assert load(keep, "generate.checkpoint=600").generate.checkpoint == 600
+    assert load("generate.checkpoint=1200").generate.checkpoint == 1200, "the last step"
+    for overrides, sentence in (
+        (("generate.checkpoint=600",), "set train.execution.keep_every to a divisor of it"),
+        ((keep, "generate.checkpoint=400"), "set train.execution.keep_every to a divisor of it"),
+        ((keep, "generate.checkpoint=1500"), "must be at most train.num_steps, which is 1200"),
+    ):
+        with pytest.raises(configuration.ConfigError, match=sentence):
+            load(*overrides)
 
 
 IGNORED = {  # override -> what the message names

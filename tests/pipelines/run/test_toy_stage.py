@@ -56,7 +56,11 @@ def _commit_inputs(nodes: list[Node], store: ArtifactStore) -> dict[str, Manifes
                 key=driver.stage_key(node, inputs),
                 stage_version=node.stage.version,
                 config=configuration.redacted(node.config),
-                inputs={name: {"stage": m.stage, "key": m.key, "digest": m.digest} for name, m in inputs.items()},
+                inputs={
+                    name: {"stage": m.stage, "key": m.key, "digest": m.digest}
+                    for name, m in inputs.items()
+                    if node.stage.is_in_key(name)
+                },
                 files=(),
                 summary=summary_of(node.stage.name),
                 provenance={

@@ -177,6 +177,28 @@ def samples(make: Callable[..., Made], model: ENAT) -> Made:
     return make(CONFIG, model)
 
 
+def test_weights_of_an_earlier_step(make_context: Callable[..., Any], model: ENAT, samples: Made, tmp_path: Path) -> None:
+    """Samples are those of the other model, and a step that was not kept is refused with those that were."""
+    earlier = random_model(num_classes=3).requires_grad_(False)
+    for parameter in earlier.parameters():
+        parameter.mul_(1.1)
+    store = open_store(str(tmp_path / "store"))
+    records = []
+    for name, weights in (("model.safetensors", model), ("model-step-00000040.safetensors", earlier)):
+        save_weights(tmp_path / name, weights)
+        records.append(store.put_file("train", "m", name, tmp_path / name))
+    summary = summary_of("train", model=model.config, num_steps=70)
+    fields = {**FIELDS, "files": tuple(records[:1]), "records": tuple(records[1:]), "summary": summary}
+    inputs = {"model": store.commit(Manifest(stage="train", key="m", **fields))}
+    made = finish(dataclasses.replace(CONFIG, checkpoint=40), store, inputs, make_context)
+    read, last = read_samples(store, made.manifest), read_samples(samples.store, samples.manifest)
+    alone = sample(earlier, torch.tensor([1]), SAMPLER, seeds=[sample_seed(3, 7)])
+    np.testing.assert_array_equal(alone[0].numpy(), read.codes[7])
+    assert not np.array_equal(read.codes, last.codes) and made.manifest.summary["train_steps"] == 40
+    with pytest.raises(ValueError, match=r"generate\.checkpoint is 50, but train/m has the weights of steps 40, 70 only"):
+        finish(dataclasses.replace(CONFIG, checkpoint=50), store, inputs, make_context)
+
+
 # Classes -------------------------------------------------------------------------------------------------------------------
 
 

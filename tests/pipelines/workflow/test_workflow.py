@@ -452,7 +452,7 @@ def test_a_variant_shares_the_stages_that_it_does_not_change() -> None:
         ("[tokenizer]", ["dataset", "tokenizer"]),
         ("[token_map]", ["dataset", "tokenizer", "token_map"]),
         ("[reference, token_map]", ["dataset", "tokenizer", "token_map", "reference"]),
-        ("[train]", ["dataset", "tokenizer", "token_map", "train", "train@untrained"]),
+        ("[train]", ["dataset", "tokenizer", "token_map", "reference", "train", "train@untrained"]),
     ],
 )
 def test_targets_run_with_the_stages_that_they_need_under_the_same_keys(targets: str, nodes: list[str]) -> None:
