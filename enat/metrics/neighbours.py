@@ -1,8 +1,10 @@
-"""Scores from nearest neighbours: improved precision and recall, density and coverage, from tiles of float64 distances.
+"""Scores from nearest neighbours: improved precision and recall, density and coverage, from tiles of distances.
 
 Each sample spans a ball that reaches to its k-th nearest neighbour within its own set. The scores count which samples of the
-other set are in which balls. Distances that differ by less than the rounding error of a matrix product are equal: ties are ties,
+other set are in which balls. Distances that differ by less than the rounding error of a float64 product are equal: ties are ties,
 and results do not depend on blocks, devices or threads.
+
+On a CPU, products are float32, which is twice as fast. What their rounding error leaves open is computed again in float64.
 
 Shape legend: N samples, M reference samples, F features, R samples of a block, C columns of a tile, K numbers of neighbours.
 """
@@ -19,6 +21,9 @@ from torch import Tensor
 from enat.metrics.moments import Features, check_features, check_same_width, take_rows
 
 BLOCK_SIZE, TILE_COLUMNS = 4096, 1024  # 32 MiB of float64 distances
+_MORE_CANDIDATES = 4  # neighbours beyond the requested ones; the nearest of them are also the nearest in float64
+_PAIRS_AT_ONCE = 4096  # of samples, in float64
+_MOST_OPEN = 0.02  # share of a tile above which all of it is computed in float64
 
 
 @dataclass(frozen=True)
@@ -112,12 +117,47 @@ def squared_radii(features: Features, num_neighbours: Sequence[int], block: rang
         raise ValueError(f"{asked} neighbours are requested; each of {num_samples} samples has 1 to {num_samples - 1}")
     centre = _centre(features)
     x = _tile(features, block, centre, device)
-    nearest = x.new_empty(len(block), 0)
-    for start in range(0, num_samples, TILE_COLUMNS):
-        squared, _ = _distances(x, _tile(features, range(start, min(start + TILE_COLUMNS, num_samples)), centre, device))
+    places = list(num_neighbours)
+    if device == "cpu":
+        return _nearest_by_screening(features, x, places, centre).numpy()
+    return _nearest(features, x, num_kept, centre)[:, places].cpu().numpy()
+
+
+def _nearest(features: Features, x: Tensor, num_kept: int, centre: np.ndarray) -> Tensor:
+    """The smallest squared distances of each row, ascending, float64 (R, num_kept)."""
+    rows, nearest = _Rows.of(x), x.new_empty(len(x), 0)
+    for columns in _tiles_of(len(features)):
+        squared, _ = _distances(rows, _Rows.of(_tile(features, columns, centre, str(x.device))))
         nearest = torch.cat([nearest, squared], dim=1)
         nearest = nearest.topk(min(num_kept, nearest.shape[1]), dim=1, largest=False).values
-    return nearest[:, list(num_neighbours)].cpu().numpy()
+    return nearest
+
+
+def _nearest_by_screening(features: Features, x: Tensor, places: list[int], centre: np.ndarray) -> Tensor:
+    """The distances at some places of this order, float64 (R, K), by float32. Some more candidates are kept, and those that might
+    be at a place by the error of float32 are computed in float64. Rows with too many such are computed as above."""
+    rows, num_candidates = _Rows.of(x), min(max(places) + 1 + _MORE_CANDIDATES, len(features))
+    screened, samples = rows.singles.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64)
+    error = 0.0
+    for columns in _tiles_of(len(features)):
+        squared, bound = _single_distances(rows, _Rows.of(_tile(features, columns, centre, "cpu")))
+        error = max(error, bound)
+        values, order = squared.topk(min(num_candidates, len(columns)), dim=1, largest=False)
+        screened, samples = torch.cat([screened, values], dim=1), torch.cat([samples, order + columns.start], dim=1)
+        screened, order = screened.topk(min(num_candidates, screened.shape[1]), dim=1, largest=False)
+        samples = samples.gather(1, order)
+    found = []
+    for place in places:
+        gaps = screened - screened[:, place : place + 1]
+        ordered = torch.where(gaps < 0, -torch.inf, torch.inf).double()  # but where float32 cannot tell
+        i, j = (gaps.abs() <= 2 * error).nonzero(as_tuple=True)
+        ordered[i, j] = _pair_distances(x, features, centre, i, samples[i, j])
+        found.append(ordered.sort(dim=1).values[:, place])
+    nearest = torch.stack(found, dim=1)
+    is_open = screened[:, -1] - error < nearest.amax(dim=1)
+    if num_candidates < len(features) and is_open.any():
+        nearest[is_open] = _nearest(features, x[is_open], max(places) + 1, centre)[:, places]
+    return nearest
 
 
 def manifold_counts(
@@ -141,26 +181,102 @@ def manifold_counts(
     centre = _centre(reference)
     x, own = _tile(generated, block, centre, device), torch.from_numpy(generated_radii[:, None]).to(device)
     counts, reached = np.zeros((2, len(block)), dtype=np.int64), np.zeros((4, num_reference), dtype=np.int64)
-    for start in range(0, num_reference, TILE_COLUMNS):
-        columns = range(start, min(start + TILE_COLUMNS, num_reference))
-        squared, error = _distances(x, _tile(reference, columns, centre, device))
-        closed, opened = torch.from_numpy(reference_radii[columns].T.copy()).to(device)
-        is_in_open = squared < opened - error
-        counts += torch.stack([(squared <= closed + error).sum(dim=1), is_in_open.sum(dim=1)]).cpu().numpy()
-        both = torch.stack([squared <= own + error, is_in_open])
-        reached[:, columns] = torch.cat([both.sum(dim=1), both.to(torch.uint8).argmax(dim=1) + block.start]).cpu().numpy()
+    compare, rows = _compare_by_screening if device == "cpu" else _compare, _Rows.of(x)
+    for columns in _tiles_of(num_reference):
+        radii = (*torch.from_numpy(reference_radii[columns].T.copy()).to(device), own)
+        is_in_closed, is_in_open, is_in_own = compare(rows, _Rows.of(_tile(reference, columns, centre, device)), radii)
+        counts += torch.stack([_count(is_in_closed, 1), _count(is_in_open, 1)]).cpu().numpy()
+        both = torch.stack([is_in_own, is_in_open])
+        reached[:, columns] = torch.cat([_count(both, 1), both.view(torch.uint8).argmax(dim=1) + block.start]).cpu().numpy()
     return ManifoldCounts(*counts, *reached)
 
 
-def _distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Samples of a block or a tile. values: float64 (R, F).   singles: the same in float32.   norms: squared, float64 (R,)."""
+
+    values: Tensor
+    singles: Tensor
+    norms: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> _Rows:
+        return cls(values, values.float(), values.square().sum(dim=1))
+
+
+_Radii = tuple[Tensor, Tensor, Tensor]  # squared, of the closed and open balls of columns (C,), and of the balls of rows (R, 1)
+
+
+def _compare(x: _Rows, y: _Rows, radii: _Radii) -> list[Tensor]:
+    """Whether rows and columns are in each other's balls: bool (R, C) by kind of ball."""
+    squared, error = _distances(x, y)
+    closed, opened, own = radii
+    return [squared <= closed + error, squared < opened - error, squared <= own + error]
+
+
+def _compare_by_screening(x: _Rows, y: _Rows, radii: _Radii) -> list[Tensor]:
+    """The same by float32. Pairs that are close to the surface of a ball are compared in float64."""
+    squared, error = _single_distances(x, y)
+    singles = [each.float() for each in radii]
+    error += torch.finfo(torch.float32).eps * max(float(each.max()) for each in singles)  # of the radii themselves
+    found = [squared < each - error for each in singles]
+    might_be = [squared <= each + error for each in singles]
+    is_open = (found[0] ^ might_be[0]) | (found[1] ^ might_be[1]) | (found[2] ^ might_be[2])
+    i, j = is_open.nonzero(as_tuple=True)
+    if len(i) > _MOST_OPEN * is_open.numel():
+        return _compare(x, y, radii)
+    exact = torch.cat(
+        [
+            (x.values[some] - y.values[others]).square().sum(dim=1)
+            for some, others in zip(i.split(_PAIRS_AT_ONCE), j.split(_PAIRS_AT_ONCE), strict=True)
+        ]
+    )
+    slack = (x.norms[i] + y.norms[j]) * _slack(x.values.shape[1])
+    found[0][i, j] = exact <= radii[0][j] + slack
+    found[1][i, j] = exact < radii[1][j] - slack
+    found[2][i, j] = exact <= radii[2][i, 0] + slack
+    return found
+
+
+def _count(values: Tensor, dim: int) -> Tensor:
+    """How many are true. torch 2.13 sums booleans five times as slowly."""
+    return values.view(torch.uint8).sum(dim=dim, dtype=torch.int32)
+
+
+def _single_distances(x: _Rows, y: _Rows) -> tuple[Tensor, float]:
+    """As _distances, in float32, and the largest error of any of them: of the inputs, of the product and of the sums."""
+    squared = torch.addmm(x.norms.float()[:, None] + y.norms.float(), x.singles, y.singles.T, alpha=-2)
+    largest = float(x.norms.max() + y.norms.max())
+    return squared, (x.values.shape[1] / 2 + 16) * torch.finfo(torch.float32).eps * largest
+
+
+def _pair_distances(x: Tensor, features: Features, centre: np.ndarray, rows: Tensor, samples: Tensor) -> Tensor:
+    """Squared distances of pairs, float64 (P,). rows: of x, samples: of the features; int64 (P,) both."""
+    found = [
+        (x[i] - torch.from_numpy(take_rows(features, j.numpy()) - centre)).square().sum(dim=1)
+        for i, j in zip(rows.split(_PAIRS_AT_ONCE), samples.split(_PAIRS_AT_ONCE), strict=True)
+    ]
+    return torch.cat(found)
+
+
+def _distances(x: _Rows, y: _Rows) -> tuple[Tensor, Tensor]:
     """Squared distances of rows of x (R, F) and y (C, F), and what two such distances may differ by if they are equal.
 
     A product of F terms is within F eps / 2 |x||y| of the truth in any order of the sum (Higham 2002, sec. 3.1), and so are the
     norms. Float64 (R, C) both.
     """
-    norms = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
-    squared = torch.addmm(norms, x, y.T, alpha=-2)
-    return squared, norms.mul_((4 * x.shape[1] + 32) * torch.finfo(torch.float64).eps)
+    norms = x.norms[:, None] + y.norms
+    squared = torch.addmm(norms, x.values, y.values.T, alpha=-2)
+    return squared, norms.mul_(_slack(x.values.shape[1]))
+
+
+def _slack(width: int) -> float:
+    """Relative to the sum of both squared norms."""
+    return (4 * width + 32) * torch.finfo(torch.float64).eps
+
+
+def _tiles_of(num_samples: int) -> list[range]:
+    return [range(start, min(start + TILE_COLUMNS, num_samples)) for start in range(0, num_samples, TILE_COLUMNS)]
 
 
 def _centre(features: Features) -> np.ndarray:

@@ -169,3 +169,48 @@ def test_features_may_be_tensors_or_memory_mapped_and_of_half_precision(tmp_path
 def test_features_without_scores_are_refused(score, message):
     with pytest.raises(ValueError, match=message):
         score(cloud(10))
+
+
+# Float32 and float64 -------------------------------------------------------------------------------------------------------
+
+
+def _sets(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    first, second = (rng.normal(size=(size, 24)) for size in (300, 280))
+    if kind == "copies":  # ties everywhere
+        first, second = np.repeat(first[:40], 8, axis=0), np.concatenate([np.repeat(first[:20], 8, axis=0), second])
+    if kind == "near copies":  # float32 cannot tell their distances
+        first, second = (1 + 1e-7 * each for each in (first, second))
+    if kind == "far away":
+        first, second = first + 1e4, second + 1e4
+    if kind == "on a grid":  # many equal distances, on the surface of balls
+        first, second = np.round(first[:, :3]), np.round(second[:, :3])
+    return first.astype(np.float32), second.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["usual", "copies", "near copies", "far away", "on a grid"])
+def test_float32_decides_as_float64(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "TILE_COLUMNS", 64)
+    reference, generated = _sets(kind)
+    places, rows = (3, 5), range(len(reference))
+    radii = neighbours.squared_radii(reference, places, rows)
+    centre = neighbours._centre(reference)
+    exact = neighbours._nearest(reference, neighbours._tile(reference, rows, centre, "cpu"), 6, centre)[:, list(places)].numpy()
+    scale = np.square(reference - centre).sum(axis=1).max()
+    np.testing.assert_allclose(radii, exact, rtol=1e-12, atol=1e-12 * scale)
+    own = neighbours.squared_radii(generated, (3,), range(len(generated)))[:, 0]
+    counts = neighbours.manifold_counts(reference, radii, generated, own, range(len(generated)))
+    monkeypatch.setattr(neighbours, "_compare_by_screening", neighbours._compare)
+    plain = neighbours.manifold_counts(reference, radii, generated, own, range(len(generated)))
+    for name, values in vars(plain).items():
+        np.testing.assert_array_equal(getattr(counts, name), values, err_msg=name)
+
+
+def test_few_pairs_are_computed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise float32 would save nothing."""
+    num_pairs, compute = [], neighbours._pair_distances
+    monkeypatch.setattr(neighbours, "_pair_distances", lambda *given: num_pairs.append(len(given[-1])) or compute(*given))
+    monkeypatch.setattr(neighbours, "_nearest", None)
+    reference, _ = _sets("usual")
+    neighbours.squared_radii(reference, (3, 5), range(300))
+    assert 600 <= sum(num_pairs) < 700, "one or two for each radius"
