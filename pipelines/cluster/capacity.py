@@ -64,7 +64,7 @@ class ResourceRequest:
     @property
     def section(self) -> str:
         """The section of the config that sets it."""
-        return f"{self.node.partition('@')[0]}.execution"
+        return f"{self.node.partition('@')[0].partition('/')[0]}.execution"
 
     def describe(self) -> str:
         each = f"{self.workers.cpus_per_worker:g} CPU" + (f" + {self.workers.gpus_per_worker:g} GPU" if _gpus(self) else "")

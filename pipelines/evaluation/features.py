@@ -80,7 +80,7 @@ class FeatureSet:
 
     count: int
     num_kept: int
-    moments: dict[str, FeatureMoments]
+    moments: Mapping[str, Moments]
     files: tuple[FileRecord, ...]
     worker_seconds: float
     device_seconds: float
@@ -104,17 +104,18 @@ def read_rows(store: ArtifactStore, stage: str, key: str, files: Sequence[FileRe
     return np.concatenate(found)
 
 
-def stored_moments(store: ArtifactStore, manifest: Manifest) -> dict[str, Moments]:
-    """Moments of a committed artifact, by output."""
+def stored_moments(store: ArtifactStore, manifest: Manifest, prefix: str = "") -> dict[str, Moments]:
+    """Moments of a committed artifact, by output. prefix: of FeatureSpec."""
     from enat.metrics.moments import load_moments
 
     names = {file.name for file in manifest.files}
-    return {output: load_moments(store.fetch(manifest, name)) for output, name in MOMENTS_FILES.items() if name in names}
+    found = {output: prefix + name for output, name in MOMENTS_FILES.items() if prefix + name in names}
+    return {output: load_moments(store.fetch(manifest, name)) for output, name in found.items()}
 
 
-def feature_files(manifest: Manifest) -> tuple[FileRecord, ...]:
-    """Files of a committed artifact that compute_features wrote."""
-    return tuple(file for file in manifest.files if file.name.startswith(_PART_PREFIX))
+def feature_files(manifest: Manifest, prefix: str = "") -> tuple[FileRecord, ...]:
+    """Files of a committed artifact that compute_features wrote. prefix: of FeatureSpec."""
+    return tuple(file for file in manifest.files if file.name.startswith(prefix + _PART_PREFIX))
 
 
 def compute_features(

@@ -47,8 +47,15 @@ _LARGE = 64  # pixels; images of this size and above are not enlarged, and fewer
 _MOST_COLUMNS = 20
 
 
-def protocol_of(reference: Manifest, samples: Manifest, settings: ScoreSettings, rounding: str = "uint8") -> dict[str, Any]:
-    """Everything that a score depends on apart from the images.
+def protocol_of(
+    reference: Manifest,
+    samples: Manifest,
+    settings: ScoreSettings,
+    *,
+    rounding: str = "uint8",
+    num_samples: int | None = None,
+) -> dict[str, Any]:
+    """Everything that a score depends on apart from the images. num_samples: that are scored, None for all.
 
     num_reference: None if a published file does not state it.   num_kept: reference images whose features are stored, for metrics
     that need more than moments.   labels: see pipelines.data.labels.
@@ -59,7 +66,7 @@ def protocol_of(reference: Manifest, samples: Manifest, settings: ScoreSettings,
         "extractor_digest": real.extractor_digest,
         "reference": real.of,
         "reference_digest": reference.digest,
-        "num_samples": num_samples_of(samples),
+        "num_samples": num_samples_of(samples, num_samples),
         "num_reference": real.num_images,
         "num_kept": real.num_kept,
         "rounding": f"{rounding}, stored as JPEG" if getattr(samples_summary(samples), "num_jpeg", 0) else rounding,
@@ -78,10 +85,13 @@ def protocol_digest(protocol: Mapping[str, Any]) -> str:
     return digest_of(protocol)[:12]
 
 
-def num_samples_of(samples: Manifest) -> int:
-    """Number of samples of one replicate, generated here or elsewhere."""
+def num_samples_of(samples: Manifest, first: int | None = None) -> int:
+    """Number of samples of one replicate, generated here or elsewhere; or of the first ones, ValueError if there are fewer."""
     summary = samples_summary(samples)
-    return summary.num_images if isinstance(summary, ImageSetSummary) else summary.num_samples
+    count = summary.num_images if isinstance(summary, ImageSetSummary) else summary.num_samples
+    if first is not None and first > count:
+        raise ValueError(f"evaluate.num_samples is {first}, but there are {count} samples")
+    return first or count
 
 
 def replicates_of(samples: Manifest) -> int:
@@ -137,7 +147,7 @@ def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> di
     tags: dict[str, Any] = {
         "enat.variant": node.partition("@")[2] or MAIN,
         "enat.resolution": resolution_of(samples, inputs),
-        "enat.num_samples": num_samples_of(samples),
+        "enat.num_samples": EvaluationSummary.read(manifest).num_samples,
         "enat.protocol": canonical_json(protocol).decode(),
         "enat.protocol_digest": protocol_digest(protocol),
         "enat.samples": f"{samples.stage}/{samples.key}",

@@ -202,7 +202,7 @@ def _problems(requests: Sequence[ResourceRequest], capacity: Capacity) -> list[s
 
 def _refuse_unknown_targets(run: RunConfig) -> None:
     """Raises ConfigError, before anything is sent."""
-    every = (run, *run.variant_runs.values())
+    every = run.every_run().values()
     known = [part.stage.name for part in graph.GRAPH if any(part.config(each) is not None for each in every)]
     graph.check_targets(run.targets, known)
 
@@ -210,11 +210,11 @@ def _refuse_unknown_targets(run: RunConfig) -> None:
 def _refuse_files_of_this_machine(run: RunConfig) -> None:
     """Raises ValueError for a relative path, which the cluster would resolve against the unpacked code. An absolute path may be a
     folder that all nodes share."""
-    for name, variant in {MAIN: run, **run.variant_runs}.items():
-        for key, place in graph.external_files(variant).items():
+    for name, each in run.every_run().items():
+        for key, place in graph.external_files(each).items():
             if place.startswith(_ELSEWHERE) or Path(place).is_absolute():
                 continue
-            where = key if name == MAIN else f"variants.{name}.{key}"
+            where = f"{name}: {key}" if name else key
             raise ValueError(
                 f"{where} is {place}, a path of this machine that the cluster would not see; "
                 "give s3://bucket/..., or the absolute path of what all nodes share"

@@ -65,7 +65,9 @@ class Request:
     def of(cls, path: Any, overrides: Sequence[str]) -> Request:
         values = [*overrides, "targets=[reference]"]  # nothing is trained, so the config of the model is not checked
         config = run_config.load_run(path, values if path else ["name=reevaluate", *values])
-        return cls(config=replace(config, targets=(), variants={}), overrides=tuple(overrides), has_config=path is not None)
+        return cls(
+            config=replace(config, targets=(), variants={}, protocols={}), overrides=tuple(overrides), has_config=path is not None
+        )
 
     def names(self, *sections: str) -> bool:
         """Whether key=value sets a value in one of these sections."""
@@ -200,7 +202,9 @@ def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
     if samples is None or compared_with is None or evaluation is None:
         return planned
     node = planned.nodes[-1]
-    protocol = evaluation_protocol.protocol_of(compared_with, samples, node.config.settings, node.config.rounding)
+    protocol = evaluation_protocol.protocol_of(
+        compared_with, samples, node.config.settings, rounding=node.config.rounding, num_samples=node.config.num_samples
+    )
     if evaluation_protocol.protocol_digest(protocol) == EvaluationSummary.read(evaluation).protocol_digest:
         return planned
     return planned.with_evaluation(identity={**configuration.identity(node.config), _METRIC_VERSION: protocol["metric_version"]})

@@ -40,7 +40,8 @@ from pipelines.workflow.stage import MAIN
 
 # A placeholder for features that do not exist yet, to check the rest of a model.
 _ANY_CAPTIONS = CaptionFeaturesInfo(num_captions=0, captions_per_file=1, num_positions=1, width=1, encoder_digest="")
-_SHARED_BY_VARIANTS = {"name", "workspace", "store", "targets", "report", "cluster", "tracking", "prices", "variants"}
+_SHARED_BY_VARIANTS = {"name", "workspace", "store", "targets", "report", "cluster", "tracking", "prices", "variants", "protocols"}
+_OF_PROTOCOLS = ("reference", "evaluate")
 
 
 _OF_BATCHES = ("token_map", "captions", "reference", "reconstruction", "generate", "evaluate")
@@ -117,25 +118,51 @@ class RunConfig:
     """MLflow."""
     prices: Prices | None = None
     """Prices of hours, to report costs as money. Null reports hours only."""
+    protocols: dict[str, Any] = field(default_factory=dict)
+    """Name -> values that replace those of `reference` and `evaluate`. The same samples are scored by each protocol, too, such as
+    {val: {reference: {dataset: {path: /data/val}}}}. A null protocol drops one of the base."""
     variants: dict[str, Any] = field(default_factory=dict)
     """Name -> values that replace those of the run, such as {untrained: {train: {num_steps: 0}}}. A null variant drops one of the
     base."""
 
     def __post_init__(self) -> None:
-        kept = {name: values for name, values in self.variants.items() if values is not None}  # null drops a variant of the base
-        object.__setattr__(self, "variants", kept)
-        for name in (self.name, *self.variants):
+        for field_name in ("variants", "protocols"):  # null drops one of the base
+            kept = {name: values for name, values in getattr(self, field_name).items() if values is not None}
+            object.__setattr__(self, field_name, kept)
+        for name in (self.name, *self.variants, *self.protocols):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise ValueError(f"the name {name!r} must begin with a letter or digit and contain only those, '.', '_' and '-'")
-        for name, values in self.variants.items():
-            if not isinstance(values, Mapping):
-                raise ValueError(f"variant {name} is {values!r}; it must be a mapping of keys to the values that replace the run's")
+        for kind, found in (("variant", self.variants), ("protocol", self.protocols)):
+            for name, values in found.items():
+                if not isinstance(values, Mapping):
+                    raise ValueError(
+                        f"{kind} {name} is {values!r}; it must be a mapping of keys to the values that replace the run's"
+                    )
         seeds = {"seed": self.seed, **{f"{name}.seed": getattr(getattr(self, name, None), "seed", None) for name in graph.stages()}}
         for key, seed in seeds.items():
             if seed is not None and not 0 <= seed < 2**63:
                 raise ValueError(f"{key} is {seed}; it must be at least 0 and below 2**63")
         if MAIN in self.variants:
             raise ValueError(f"a variant cannot be called {MAIN!r}: that is the run's own model")
+
+    @cached_property
+    def protocol_runs(self) -> dict[str, RunConfig]:
+        """The run with the values of each protocol, by its name. Raises ConfigError."""
+        for name, values in self.protocols.items():
+            if ignored := [key for key in values if key not in _OF_PROTOCOLS]:
+                raise ConfigError(
+                    f"protocols.{name}.{ignored[0]} would be ignored, because a protocol scores the same samples; give only "
+                    f"{' and '.join(_OF_PROTOCOLS)}, or use variants"
+                )
+        base = replace(self, variants={}, protocols={})
+        return {name: configuration.with_overrides(base, values, f"protocol {name}") for name, values in self.protocols.items()}
+
+    def every_run(self) -> dict[str, RunConfig]:
+        """The run, its variants and the protocols of each, by what a message calls them: "", "variant a", "protocol b"."""
+        found = {"": self, **{f"variant {name}": run for name, run in self.variant_runs.items()}}
+        for where, run in list(found.items()):
+            found |= {f"{where}{', ' if where else ''}protocol {name}": each for name, each in run.protocol_runs.items()}
+        return found
 
     @cached_property
     def variant_runs(self) -> dict[str, RunConfig]:
@@ -173,11 +200,11 @@ def load_run(path: Path | None, overrides: Sequence[str] = (), *, is_dataset_her
     is_dataset_here: False if another machine reads the dataset, which this one may not be able to access.
     """
     run = configuration.load_config(RunConfig, path, overrides)
-    for name, variant in [(MAIN, run), *run.variant_runs.items()]:
+    for name, each in run.every_run().items():
         try:
-            _check(variant, is_dataset_here)
+            _check(each, is_dataset_here)
         except ValueError as error:
-            raise ConfigError(str(error) if name == MAIN else f"variant {name}: {error}") from error
+            raise ConfigError(f"{name}: {error}" if name else str(error)) from error
     return run
 
 
@@ -185,11 +212,11 @@ def check_scanned(run: RunConfig, found: Mapping[DatasetConfig, Manifest]) -> No
     """Check a run against datasets that were scanned, by their configs, before anything is trained on them. Raises ConfigError."""
     read = {config: DatasetSummary.read(manifest) for config, manifest in found.items()}
     counts = {config: _Counts(len(summary.class_names), summary.num_captions) for config, summary in read.items()}
-    for name, variant in [(MAIN, run), *run.variant_runs.items()]:
+    for name, each in run.every_run().items():
         try:
-            _check_counts(variant, lambda dataset: counts.get(dataset, _Counts()))
+            _check_counts(each, lambda dataset: counts.get(dataset, _Counts()))
         except ValueError as error:
-            raise ConfigError(str(error) if name == MAIN else f"variant {name}: {error}") from error
+            raise ConfigError(f"{name}: {error}" if name else str(error)) from error
 
 
 def _unscanned(dataset: DatasetConfig) -> _Counts:
@@ -265,7 +292,10 @@ def _check(run: RunConfig, is_dataset_here: bool) -> None:
                 f"reference.resolution is {run.reference.resolution}; it must be that of the samples, {resolution}, because scores "
                 "of two sizes are not comparable"
             )
-        evaluate.check_metrics(run.evaluate, run.reference.extractor, run.generate.num_samples, run.reference.num_kept)
+        num_samples = run.evaluate.num_samples or run.generate.num_samples
+        if num_samples > run.generate.num_samples:
+            raise ValueError(f"evaluate.num_samples is {num_samples}; there are {run.generate.num_samples} (generate.num_samples)")
+        evaluate.check_metrics(run.evaluate, run.reference.extractor, num_samples, run.reference.num_kept)
 
 
 def _value_at(run: RunConfig, key: str) -> Any:

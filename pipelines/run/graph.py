@@ -34,7 +34,7 @@ from pipelines.stages import (
 from pipelines.storage.base import digest_of
 from pipelines.workflow import config as configuration
 from pipelines.workflow.config import ConfigError
-from pipelines.workflow.stage import MAIN, SCRATCH, Node, Stage
+from pipelines.workflow.stage import SCRATCH, Node, Stage
 
 if TYPE_CHECKING:
     from pipelines.run.config import RunConfig
@@ -62,10 +62,12 @@ class Part:
 
     custom: the stage's config for a run, and for the config of the stage that reads it (None for a stage of the run itself), if it
     is not just the run's section of that name. It returns None if the stage is not part of the run.
+    is_per_protocol: there is one for each protocol of the run, too.
     """
 
     stage: Stage
     custom: Callable[[RunConfig, Any], Any] | None = None
+    is_per_protocol: bool = False
 
     def config(self, run: RunConfig, reader: Any = None) -> Any:
         return section(self.stage, run) if self.custom is None else self.custom(run, reader)
@@ -103,12 +105,12 @@ GRAPH: tuple[Part, ...] = (
     Part(dataset.STAGE, _dataset),
     Part(token_map.STAGE),
     Part(captions.STAGE, _captions),
-    Part(reference.STAGE, _reference),
+    Part(reference.STAGE, _reference, is_per_protocol=True),
     Part(reconstruction.STAGE, _reconstruction),
     Part(train.STAGE),
     Part(generate.STAGE),
     Part(image_set.STAGE, lambda run, reader: run.evaluate.images),
-    Part(evaluate.STAGE),
+    Part(evaluate.STAGE, is_per_protocol=True),
     Part(report.STAGE, _report),
 )
 
@@ -135,30 +137,35 @@ class Wiring:
         self._identities: dict[str, str] = {}
         self._ids: dict[str, str] = {}
 
-    def add(self, part: Part, run: RunConfig, variant: str = MAIN, reader: Any = None) -> str | None:
-        """The id of a stage's node for a run. What the stage reads is added before it. None if the run does not have the stage."""
+    def add(self, part: Part, run: RunConfig, label: str = "", reader: Any = None) -> str | None:
+        """The id of a stage's node for a run. What the stage reads is added before it. None if the run does not have the stage.
+
+        label: of the id after the stage's name: "/protocol", "@variant" or "/protocol@variant".
+        """
         config = part.config(run, reader)
         if config is None:
             return None
         inputs: dict[str, str] = {}
         for name, read in part.stage.reads.items():
-            of_variants = run.variant_runs.items() if read.is_per_variant else ()
-            for suffix, each in [("", run), *((f"@{variant}", each) for variant, each in of_variants)]:
-                id = self._input(part.stage, name, each, suffix.removeprefix("@") or variant, config)
+            runs = {"": run} | ({f"@{variant}": each for variant, each in run.variant_runs.items()} if read.is_per_variant else {})
+            if read.is_per_protocol:
+                runs = {of: each for variant, one in runs.items() for of, each in _by_protocol(one, variant).items()}
+            for suffix, each in runs.items():
+                id = self._input(part.stage, name, each, suffix or label, config)
                 inputs |= {} if id is None else {name + suffix: id}
-        return self._node(part.stage, variant, config, inputs)
+        return self._node(part.stage, label, config, inputs)
 
-    def _input(self, stage: Stage, name: str, run: RunConfig, variant: str, config: Any) -> str | None:
+    def _input(self, stage: Stage, name: str, run: RunConfig, label: str, config: Any) -> str | None:
         read = stage.reads[name]
         if not read.is_needed(config, run):
             return None
         if (manifest := self._existing(stage, name)) is not None:
             self.given[name], self._identities[name] = manifest, manifest.digest
             return name
-        ids = (self.add(part, run, variant, config) for part in map(_part, read.stages))
+        ids = (self.add(part, run, label, config) for part in map(_part, read.stages))
         return next((id for id in ids if id is not None), None)
 
-    def _node(self, stage: Stage, variant: str, config: Any, inputs: Mapping[str, str]) -> str:
+    def _node(self, stage: Stage, label: str, config: Any, inputs: Mapping[str, str]) -> str:
         """A node that would make the same as an earlier one is that one. A second one of a stage gets a number."""
         if (stage.name, config) not in self._own_identities:
             self._own_identities[stage.name, config] = configuration.identity(config)
@@ -166,7 +173,7 @@ class Wiring:
         read = {name: self._identities[id] for name, id in inputs.items() if stage.is_in_key(name)}
         identity = digest_of({"stage": stage.name, "config": own, "inputs": read})
         if identity not in self._ids:
-            base = stage.name if variant == MAIN else f"{stage.name}@{variant}"
+            base = stage.name + label
             numbered = chain([base], (f"{base}-{number}" for number in count(2)))
             id = next(id for id in numbered if id not in self.nodes and id not in self.given)
             self.nodes[id], self._identities[id] = Node(id, stage, config, dict(inputs), own), identity
@@ -174,14 +181,20 @@ class Wiring:
         return self._ids[identity]
 
 
+def _by_protocol(run: RunConfig, label: str = "") -> dict[str, RunConfig]:
+    """A run and those of its protocols, by the labels of their nodes. label: of the run's own."""
+    return {label: run} | {f"/{name}{label}": each for name, each in run.protocol_runs.items()}
+
+
 def build(run: RunConfig) -> list[Node]:
     """The nodes of a run and its variants, each after those it reads. Raises ConfigError for targets that it does not have."""
     wiring = Wiring()
-    for name, variant in {MAIN: run, **run.variant_runs}.items():
+    for label, variant in {"": run, **{f"@{name}": each for name, each in run.variant_runs.items()}}.items():
         for part in GRAPH:
             is_of_all_variants = any(read.is_per_variant for read in part.stage.reads.values())
-            if name == MAIN or not is_of_all_variants:
-                wiring.add(part, variant, name)
+            if not label or not is_of_all_variants:
+                for own, each in (_by_protocol(variant, label) if part.is_per_protocol else {label: variant}).items():
+                    wiring.add(part, each, own)
     nodes = [*wiring.nodes.values()]
     check_targets(run.targets, list(dict.fromkeys(node.stage.name for node in nodes)))
     needed = {node.id for node in nodes if not run.targets or node.stage.name in run.targets}
@@ -196,10 +209,11 @@ def build_evaluation(run: RunConfig, images: ImageSetConfig, resolution: int | N
     resolution: of the reference, if its config gives none; None takes that of the run's own samples.
     """
     source = replace(images, s3=images.s3 or run.s3_of(images.path))
-    scored = replace(run.evaluate, images=source, judge=None)  # the judge needs to know which class was asked for
-    compared_with = replace(run.reference, resolution=run.reference.resolution or resolution)
     wiring = Wiring()
-    wiring.add(_part(evaluate.STAGE.name), replace(run, evaluate=scored, reference=compared_with))
+    for label, each in _by_protocol(run).items():
+        scored = replace(each.evaluate, images=source, judge=None)  # the judge needs to know which class was asked for
+        compared_with = replace(each.reference, resolution=each.reference.resolution or resolution)
+        wiring.add(_part(evaluate.STAGE.name), replace(each, evaluate=scored, reference=compared_with), label)
     return [*wiring.nodes.values()]
 
 

@@ -23,9 +23,7 @@ _FIRST = ("rows", "images", "samples", "final/step", "final/loss", "final/token_
 
 def summarize(name: str, done: Sequence[FinishedStage], session: Session, seconds: float, report: Path | None) -> dict[str, Any]:
     """The answer of `enat run`, as JSON can hold it."""
-    scores = {
-        item.node.id.partition("@")[2] or MAIN: dict(item.manifest.metrics) for item in done if item.node.stage.name == "evaluate"
-    }
+    scores = {_title(item.node.id): dict(item.manifest.metrics) for item in done if item.node.stage.name == "evaluate"}
     stages = [
         {
             "stage": item.node.id,
@@ -48,6 +46,13 @@ def summarize(name: str, done: Sequence[FinishedStage], session: Session, second
         "scores": scores,
         "stages": stages,
     }
+
+
+def _title(node: str) -> str:
+    """Of the scores of a node: main, a variant, or either with the protocol, as in "main/val"."""
+    evaluation, _, variant = node.partition("@")
+    _, slash, protocol = evaluation.partition("/")
+    return f"{variant or MAIN}{slash}{protocol}"
 
 
 def show_plan(planned: Sequence[PlannedStage], store: str, console: Console) -> None:
@@ -101,7 +106,7 @@ def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) ->
     for name in DISTANCES:
         distance = scored.get(MAIN, {}).get(name)
         for variant, metrics in scored.items():
-            if variant != MAIN and distance and name in metrics:
+            if variant != MAIN and "/" not in variant and distance and name in metrics:
                 console.print(f"\n{name} of {variant} is {metrics[name] / distance:.1f} times that of {MAIN}", highlight=False)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from enat.config import check_choices
+from enat.config import check_choices, check_in
 from enat.images import png_bytes
 from enat.metrics.extractors import BUILT_IN
 from pipelines.artifacts.manifest import Manifest
@@ -49,8 +49,8 @@ from pipelines.evaluation.scores import (
 )
 from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.registry.influences import INFLUENCES, save_influences, with_interval
-from pipelines.workflow.config import set_by
-from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
+from pipelines.workflow.config import added, set_by
+from pipelines.workflow.stage import SCRATCH, Input, Stage, StageContext, StageResult
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,8 @@ class EvaluateConfig:
     judge: str | None = None
     """Classifier that has nothing to do with the extractor: "svc", a support vector machine fitted on the pixels of real images.
     Null uses none."""
+    num_samples: int | None = added(None)
+    """Score only the first samples of each set. Null scores all. Unit: images."""
     rounding: str = "uint8"
     """Rounding of decoded samples before features are computed: "uint8", as in image files, or "float" for none."""
     dataset: DatasetConfig | None = set_by("dataset")
@@ -95,11 +97,16 @@ class EvaluateConfig:
             if metric not in METRICS:
                 raise ValueError(f"metrics names {metric!r}; choose from {', '.join(METRICS)}")
         check_choices(self, rounding=ROUNDINGS)
+        check_in(self, "[2, inf)", "num_samples")
 
     def identity(self) -> dict[str, Any]:
         metrics = None if self.metrics is None else sorted({*self.metrics, "frechet_distance"})
         found = {"metrics": metrics, "settings": asdict(self.settings), "judge": self.judge}
-        return found if self.rounding == "uint8" else {**found, "rounding": self.rounding}  # earlier evaluations keep their keys
+        since = {
+            "rounding": (self.rounding, "uint8"),
+            "num_samples": (self.num_samples, None),
+        }  # earlier evaluations keep their keys
+        return found | {name: value for name, (value, default) in since.items() if value != default}
 
 
 def check_metrics(config: EvaluateConfig, extractor: str, num_samples: int, num_kept: int) -> None:
@@ -124,7 +131,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     and the measured time of an image. Raises ValueError if samples and reference cannot be compared.
     """
     samples, reference = inputs["samples"], inputs["reference"]
-    num_samples = evaluation_protocol.num_samples_of(samples)
+    num_samples = evaluation_protocol.num_samples_of(samples, config.num_samples)
     require_same_features(reference)
     _check_resolution(samples, inputs)
     real_images = ReferenceSummary.read(reference)
@@ -152,7 +159,9 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         judging_seconds = _judge_samples(replicates, config, inputs, context)
     scores = _named(mean_of_replicates(replicates), real_images.extractor)
     metrics = scores.by_name | _counted(inputs) | _measured(samples, jobs, config.execution)
-    protocol = evaluation_protocol.protocol_of(reference, samples, config.settings, config.rounding)
+    protocol = evaluation_protocol.protocol_of(
+        reference, samples, config.settings, rounding=config.rounding, num_samples=config.num_samples
+    )
     shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)
     grid = evaluation_protocol.sample_grid(shown, inputs, per_pass)
     return StageResult(
@@ -195,17 +204,19 @@ def _statistics(job: FeatureSet, samples: Manifest, chosen: tuple[str, ...], con
     outputs = ["features", *(["logits"] if "inception_score" in chosen else [])]
     rows = {output: read_rows(context.store, context.stage, context.key, job.files, output) for output in outputs}
     has_labels = samples.stage != "images" and SamplesSummary.read(samples).labels != "captions"
-    labels = read_samples(context.store, samples).labels if has_labels else None
+    labels = read_samples(context.store, samples, 0, job.count).labels if has_labels else None
     return ImageStatistics(moments=job.moments, labels=labels, **rows)
 
 
 def _features(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> list[FeatureSet]:
-    """Of each replicate."""
+    """Of each replicate. Those of an earlier evaluation in this run are taken if only the protocol differs from it."""
     samples, reference, found = inputs["samples"], inputs["reference"], []
+    if (earlier := _same_features(config, inputs, context)) is not None:
+        return [_copied(earlier, replicate, context) for replicate in range(evaluation_protocol.replicates_of(samples))]
     extractor = ExtractorFile.of_reference(context.store, reference)
     for replicate in range(evaluation_protocol.replicates_of(samples)):
         spec = FeatureSpec(
-            num_images=evaluation_protocol.num_samples_of(samples),
+            num_images=evaluation_protocol.num_samples_of(samples, config.num_samples),
             images_per_pass=ReferenceSummary.read(reference).images_per_pass,
             prefix=_prefix(replicate),
         )
@@ -213,6 +224,48 @@ def _features(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: S
         reader = sample_reader(*places, rounding=config.rounding, replicate=replicate)
         found.append(compute_features(reader, spec, extractor, config.execution, context))
     return found
+
+
+def _same_features(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> Manifest | None:
+    """An evaluation of the same samples by the same extractor."""
+    own = ReferenceSummary.read(inputs["reference"])
+    num_samples = evaluation_protocol.num_samples_of(inputs["samples"], config.num_samples)
+    made_from = {name: inputs[name].digest for name in ("samples", "tokenizer") if name in inputs}
+    for manifest in context.made.values():
+        if manifest.stage.removeprefix(SCRATCH) != "evaluate" or manifest.stage_version != STAGE.version:
+            continue
+        summary, real = EvaluationSummary.read(manifest), context.store.read_input(manifest, "reference")
+        if (
+            real is not None
+            and {name: manifest.inputs.get(name, {}).get("digest") for name in made_from} == made_from
+            and (summary.num_samples, summary.rounding) == (num_samples, config.rounding)
+            and _features_by(ReferenceSummary.read(real)) == _features_by(own)
+        ):
+            return manifest
+    return None
+
+
+def _features_by(reference: ReferenceSummary) -> tuple[Any, ...]:
+    return reference.extractor_digest, reference.images_per_pass, reference.features_version, tuple(sorted(reference.outputs))
+
+
+def _copied(earlier: Manifest, replicate: int, context: StageContext) -> FeatureSet:
+    """The features of another evaluation. They took no time here; decoding took what it took there."""
+    store, prefix = context.store, _prefix(replicate)
+    names = [file.name for file in feature_files(earlier, prefix)]
+    files = [store.put_file(context.stage, context.key, name, store.fetch(earlier, name)) for name in names]
+    moments = stored_moments(store, earlier, prefix)
+    count = moments["features"].count
+    assert count is not None
+    return FeatureSet(
+        count=count,
+        num_kept=count,
+        moments=moments,
+        files=tuple(files),
+        worker_seconds=0.0,
+        device_seconds=0.0,
+        decoding_seconds=count * earlier.metrics.get("decoding_worker_seconds_per_image", 0.0),
+    )
 
 
 def _prefix(replicate: int) -> str:

@@ -111,6 +111,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
         reconstructions=_reconstructions(inputs["tokenizer"], store, scale),
         scores=_scores(config, inputs),
         replicates=_replicates(inputs["evaluation"].metrics),
+        protocols=_protocols(inputs),
         cost=_cost(inputs),
         artifacts=[
             {"name": name, "manifest": manifest, "place": store.place(manifest.stage, manifest.key)}
@@ -220,6 +221,22 @@ def _scores(config: ReportConfig, inputs: Mapping[str, Manifest]) -> dict[str, A
     return {"titles": ["model", "parameters", "train steps", "samples", *columns.values()], "rows": rows}
 
 
+def _protocols(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
+    """A row for each other protocol of the same samples, with a column for each score that any of them has."""
+    found = {
+        name.removeprefix("evaluation/").replace("@", " of "): manifest
+        for name, manifest in inputs.items()
+        if name.startswith("evaluation/")
+    }
+    columns = {name: title for name, title in SCORES.items() if any(name in manifest.metrics for manifest in found.values())}
+    rows = []
+    for name, manifest in found.items():
+        protocol = EvaluationSummary.read(manifest).protocol
+        stated = [name, protocol["extractor"], protocol["reference"], f"{protocol['num_samples']:,}"]
+        rows.append([*stated, *(_score(each, manifest.metrics)[1] for each in columns)])
+    return {"titles": ["protocol", "extractor", "reference", "samples", *columns.values()], "rows": rows}
+
+
 def _replicates(metrics: Mapping[str, float]) -> list[tuple[str, list[str]]]:
     """A row per score of the run's own model: its value in each set of samples, and their standard deviation."""
     suffixes = [*(f"replicate_{number}" for number in range(1, int(metrics.get(REPLICATES, 1)) + 1)), "replicates_sd"]
@@ -288,7 +305,7 @@ STAGE = Stage(
         "captions": Input(("captions",), lambda config, run: run.train.model.text),
         "model": Input(("train",), is_per_variant=True),
         "samples": Input(("generate",), is_per_variant=True),
-        "evaluation": Input(("evaluate",), is_per_variant=True),
+        "evaluation": Input(("evaluate",), is_per_variant=True, is_per_protocol=True),
     },
     config=ReportConfig,
     summary=ReportSummary,

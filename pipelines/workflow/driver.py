@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 
@@ -85,7 +86,7 @@ def execute(
                 made = session.store.read_manifest(node.stage.name, key)
                 is_reused = made is not None
                 if made is None:
-                    made = _compute(node, key, inputs, run, session)
+                    made = _compute(node, key, inputs, run, replace(session, made=dict(found)))
                 else:
                     _clean_up(session.store, made)  # what a run before could not remove
                     if node.stage.accept is not None:
@@ -131,7 +132,13 @@ def _made(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_ru
     started = time.monotonic()
     try:
         context = StageContext(
-            stage=node.stage.name, key=key, store=session.store, run=run, console=session.console, connect=session.connect
+            stage=node.stage.name,
+            key=key,
+            store=session.store,
+            run=run,
+            console=session.console,
+            connect=session.connect,
+            made=session.made,
         )
         result = node.stage.run(node.config, inputs, context)
     except RayTaskError as error:

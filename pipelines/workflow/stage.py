@@ -30,12 +30,14 @@ class Input:
     stages: names of the stages that can make it; the first one that is part of the run does.
     is_needed: for a config of the stage, given the run's sections by stage name as attributes; the default is always.
     is_per_variant: also one of every variant, under the name `<name>@<variant>`.
+    is_per_protocol: also one of every protocol, under the name `<name>/<protocol>` or `<name>/<protocol>@<variant>`.
     is_in_key: whether the artifact decides what the stage makes. If it only shows how the work goes, the manifest does not name it.
     """
 
     stages: tuple[str, ...]
     is_needed: Callable[[Any, Any], bool] = lambda config, run: True
     is_per_variant: bool = False
+    is_per_protocol: bool = False
     is_in_key: bool = True
 
 
@@ -85,8 +87,8 @@ class Stage:
     publish: Callable[[Manifest, Mapping[str, Manifest], PublishContext], None] | None = None
 
     def is_in_key(self, name: str) -> bool:
-        """Whether an input is part of the stage's key. name: as the stage reads it, also `<name>@<variant>`."""
-        read = self.reads.get(name.partition("@")[0])
+        """Whether an input is part of the stage's key. name: as the stage reads it, also of a variant or protocol."""
+        read = self.reads.get(name.partition("@")[0].partition("/")[0])
         return read is None or read.is_in_key
 
 
@@ -139,10 +141,11 @@ class WorkerContext:
 @dataclass(frozen=True, kw_only=True)
 class StageContext(WorkerContext):
     """What the driver of a stage may use: also the terminal. `connect` connects to Ray; a stage that needs Ray calls it or
-    connect_for first."""
+    connect_for first.   made: artifacts of the run so far, by the ids of their nodes."""
 
     console: Console
     connect: Callable[[], None]
+    made: Mapping[str, Manifest] = field(default_factory=dict)
 
     def connect_for(self, workers: Workers, section: str) -> None:
         """Connect to Ray. Raises ValueError if the cluster does not have the resources that these workers request.
@@ -179,6 +182,7 @@ class Session:
     """What all stages of one pipeline run share. connect: connects to Ray.   prices: for costs in money.
 
     stages: all stages by name, also those that this run does not use: artifacts of theirs may be among the inputs.
+    made: artifacts so far, by the ids of their nodes.
     """
 
     store: ArtifactStore
@@ -188,6 +192,7 @@ class Session:
     connect: Callable[[], None]
     prices: Prices | None = None
     stages: Mapping[str, Stage] = field(default_factory=dict)
+    made: Mapping[str, Manifest] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def test_places_that_the_cluster_cannot_see_are_refused(
         ("dataset={kind: images, path: photographs}", "dataset.path is photographs, a path of this machine"),
         ("reference.dataset={kind: images, path: photographs}", "reference.dataset.path is photographs"),
         ("tokenizer.weights=weights/vqgan.ckpt", "tokenizer.weights is weights/vqgan.ckpt"),
-        ("variants={other: {train: {weights: enat.safetensors}}}", "variants.other.train.weights is enat.safetensors"),
+        ("variants={other: {train: {weights: enat.safetensors}}}", "variant other: train.weights is enat.safetensors"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(named)}"):
             prepare(override)

@@ -102,6 +102,36 @@ def test_weights_of_an_earlier_step_must_be_kept(load: Callable[..., Any]) -> No
             load(*overrides)
 
 
+PROTOCOLS = "protocols={few: {evaluate: {num_samples: 200}}, other: {reference: {num_kept: 300}}}"
+
+
+def test_protocols_score_the_samples_of_every_model_against_references_made_once(load: Callable[..., Any]) -> None:
+    nodes = {node.id: node for node in graph.build(load("digits", PROTOCOLS))}
+    alone = {node.id: node for node in graph.build(load("digits"))}
+    assert {*nodes} - {*alone} == {
+        "reference/other", "evaluate/few", "evaluate/other", "evaluate/few@untrained", "evaluate/other@untrained",
+    }  # fmt: skip
+    assert all(nodes[id] == node for id, node in alone.items() if id != "report"), "the run's own evaluation stays what it is"
+    assert nodes["evaluate/other@untrained"].inputs["reference"] == "reference/other"
+    assert nodes["evaluate/few@untrained"].inputs["samples"] == "generate@untrained"
+    assert nodes["evaluate/few"].config.num_samples == 200 and nodes["evaluate/few"].inputs["reference"] == "reference"
+    added = {name for name in nodes["report"].inputs if name not in alone["report"].inputs}
+    assert added == {f"evaluation/{each}" for each in ("few", "other", "few@untrained", "other@untrained")}
+
+
+def test_protocols_are_checked_like_the_run(load: Callable[..., Any]) -> None:
+    for protocol, sentence in (
+        ("{a: {generate: {num_samples: 9}}}", "protocols.a.generate would be ignored, because a protocol scores the same samples"),
+        ("{a: {evaluate: {num_samples: 501}}}", "protocol a: evaluate.num_samples is 501; there are 500"),
+        ("{a: {reference: {resolution: 32}}}", "protocol a: reference.resolution is 32; it must be that of the samples"),
+        ("{a: 5}", "protocol a is 5; it must be a mapping"),
+        ("{a/b: {}}", "the name 'a/b' must begin with a letter or digit"),
+    ):
+        with pytest.raises(configuration.ConfigError, match=re.escape(sentence)):
+            load("digits", f"protocols={protocol}")
+    assert load("digits", "protocols={a: null}").protocols == {}
+
+
 IGNORED = {  # override -> what the message names
     "report.name=other": "report.name",
     "report.variants=[nosuch]": "report.variants",

@@ -26,7 +26,7 @@ from enat.cost import generation_cost
 from enat.images import to_uint8
 from enat.metrics import extractors
 from enat.metrics.errors import frechet_influence, standard_error
-from enat.metrics.moments import FeatureMoments, load_moments
+from enat.metrics.moments import FeatureMoments, frechet_distance, load_moments
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
@@ -376,6 +376,42 @@ def test_scores_of_replicates_are_means_with_their_deviation(
     (file,) = (file for file in result.files if file.name == INFLUENCES)
     found = Influences.parse(material.store.fetch_file("evaluate", "two", file).read_bytes())
     assert all(len(values) == NUM_SAMPLES for values in found.by_score.values())
+
+
+def test_another_protocol_takes_the_features_of_the_same_samples(
+    material: Material, evaluated: Callable[..., StageResult], make_context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against other real images: the same scores as if the features were computed again, without doing so."""
+    store = material.store
+    names = ("samples", "tokenizer", "reference", "model", "dataset")
+    made_from = {name: {"stage": m.stage, "key": m.key, "digest": m.digest} for name, m in material.inputs.items() if name in names}
+    first = replace(_commit(store, "evaluate", _key(), evaluated()), inputs=made_from, stage_version=evaluate.STAGE.version)
+    few = replace(material.inputs["dataset"], summary={**material.inputs["dataset"].summary, "num_images": 200})
+    other = _commit(store, "reference", "r200", _reference(few, make_context(store, "reference", "r200")))
+    inputs = {**material.inputs, "reference": other}
+    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig())
+    again = evaluate.run(config, inputs, make_context(store, "evaluate", "again"))
+    monkeypatch.setattr(evaluate, "compute_features", None)
+    shared = evaluate.run(config, inputs, make_context(store, "evaluate", "shared", made={"evaluate": first}))
+    assert _not_timed(shared) == _not_timed(again) != _not_timed(evaluated())
+    assert [(file.name, file.sha256) for file in shared.files] == [(file.name, file.sha256) for file in again.files]
+    decoding = "decoding_worker_seconds_per_image"
+    assert shared.metrics[decoding] == pytest.approx(first.metrics[decoding])
+    for change in ({"num_samples": 200}, {"rounding": "float"}):  # other features
+        with pytest.raises(TypeError, match="NoneType"):
+            evaluate.run(replace(config, **change), inputs, make_context(store, "evaluate", "x", made={"evaluate": first}))
+
+
+def test_the_first_samples_are_scored_as_if_there_were_no_others(
+    material: Material, outputs, make_context: Callable[..., Any]
+) -> None:
+    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(), num_samples=200)
+    result = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "first"))
+    moments = FeatureMoments(8).add(outputs["made"]["features"][:200])
+    assert result.metrics["frechet_distance"] == pytest.approx(frechet_distance(moments, load_moments(_moments_of(material))))
+    assert result.summary.num_samples == result.summary.protocol["num_samples"] == 200
+    with pytest.raises(ValueError, match=r"evaluate\.num_samples is 301, but there are 300 samples"):
+        evaluate.run(replace(config, num_samples=301), material.inputs, make_context(material.store, "evaluate", "more"))
 
 
 def _moments_of(material: Material) -> Path:
