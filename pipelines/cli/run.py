@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,14 +99,22 @@ def run(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @click.command()
 @OVERRIDES
-@click.option("--samples", required=True, metavar="PATH", help="Images: a folder, .tar, .npz or .parquet, local or s3://.")
-@click.option("--name", required=True, help="Name of the generator in comparisons, for example DiT-XL/2.")
+@click.option("--samples", metavar="PATH", help="Images: a folder, .tar, .npz or .parquet, local or s3://.")
+@click.option("--name", help="Name of the generator in comparisons, for example DiT-XL/2.")
 @click.option("--kind", default="auto", show_default=True, help="folder, tar, npz or parquet. auto: detected from the path.")
 @click.option("--labels", metavar="TEXT", help=_LABELS)
 @click.option("--config", type=click.Path(path_type=Path), help="A run whose reference and metrics are used.")
+@click.option("--conformance", is_flag=True, help="Compare scores with torch-fidelity's, or those of ADM's published samples.")
 @JSON
 def evaluate(
-    overrides: tuple[str, ...], samples: str, name: str, kind: str, labels: str | None, config: Path | None, as_json: bool
+    overrides: tuple[str, ...],
+    samples: str | None,
+    name: str | None,
+    kind: str,
+    labels: str | None,
+    config: Path | None,
+    conformance: bool,
+    as_json: bool,
 ) -> None:
     """Score images of another generator with the same code as our own.
 
@@ -115,6 +125,11 @@ def evaluate(
     from pipelines.run import config as run_config
     from pipelines.run import graph, runner, summary
 
+    if conformance:
+        _check_conformance(samples, overrides, as_json)
+        return
+    if samples is None or name is None:
+        raise click.UsageError("give --samples and --name, or --conformance")
     values = [*overrides, "targets=[reference]"]  # nothing is trained, so no model is checked
     loaded = run_config.load_run(config, values if config else ["name=evaluate", *values])
     images = ImageSetConfig(path=samples, name=name, kind=kind, labels=labels, s3=loaded.s3_of(samples))
@@ -125,3 +140,29 @@ def evaluate(
         echo_json(answer)
     else:
         summary.show(answer, terminal)
+
+
+def _check_conformance(samples: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Exits with 1 if a score differs."""
+    from enat.checkpoint import read_state_dict
+    from pipelines.run import conformance
+    from pipelines.storage.external import local_file
+
+    terminal = console(stderr=as_json)
+    if samples is not None:
+        found = conformance.check_published(samples, [*overrides], terminal)
+    else:
+        values = dict(override.partition("=")[::2] for override in overrides)
+        if unknown := [key for key in values if key != "reference.weights"]:
+            raise click.UsageError(f"--conformance without --samples takes reference.weights=FILE only, not {unknown[0]}")
+        place = values.get("reference.weights")
+        weights = read_state_dict(local_file(place, "reference.weights", None)) if place else None
+        if weights is None:
+            terminal.print("random weights: scores mean nothing, but must agree; reference.weights=FILE takes others")
+        found = conformance.check_small_set(weights, terminal)
+    if as_json:
+        echo_json([{**asdict(each), "agrees": each.is_good} for each in found])
+    else:
+        conformance.show(found, terminal)
+    if not all(each.is_good for each in found):
+        sys.exit(1)

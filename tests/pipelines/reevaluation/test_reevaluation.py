@@ -23,7 +23,7 @@ from pipelines.reevaluation import report
 from pipelines.reevaluation.reevaluate import LEASE, Outcome, exit_code
 from pipelines.registry import evaluation_record, model_card
 from pipelines.registry.evaluation_record import EvaluationRecord
-from pipelines.stages import generate
+from pipelines.stages import evaluate, generate
 from pipelines.tracking import run as tracking
 from pipelines.tracking import search
 from pipelines.tracking.run import TrackingConfig
@@ -239,17 +239,18 @@ def test_a_check_finds_the_same_scores_and_overwrites_nothing(lab: Lab, options:
 
 @pytest.mark.faults
 def test_a_changed_result_is_drift(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another version of stage generate that draws other samples."""
+    """By another version of stage evaluate, whose distance of the same samples is larger."""
 
     def run(config: Any, inputs: Any, context: Any) -> Any:
-        return generate.run(replace(config, seed=config.seed + 1), inputs, context)
+        result = evaluate.run(config, inputs, context)
+        return replace(result, metrics={**result.metrics, "frechet_distance": 1.1 * result.metrics["frechet_distance"]})
 
-    replace_stage(monkeypatch, "generate", version=1000, run=run)
+    replace_stage(monkeypatch, "evaluate", version=1000, run=run)
     recorded = EvaluationRecord.of(lab.tags())
     outcome = lab.one(with_config=False)
     assert (outcome.verdict, exit_code([outcome])) == ("drift", 3), outcome.note
     assert outcome.was == recorded.scores != outcome.now
-    assert "kernel_distance" in {moved.metric for moved in outcome.moved}
+    assert [moved.metric for moved in outcome.moved] == ["frechet_distance"]
     tags = lab.tags()
     assert tags["enat.drift"] == outcome.note and tags["enat.evaluation"] == outcome.evaluation != recorded.evaluation
     assert lab.stage_runs("evaluate")[0].data.tags["enat.drift"] == outcome.note
@@ -260,7 +261,7 @@ def test_a_changed_result_is_drift(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
     assert "enat.drift" not in lab.tags()
     text = report.to_json([outcome])
     assert text["exit_code"] == 3 and json.loads(json.dumps(text, allow_nan=False)) == text
-    assert text["models"][0]["drift"]["kernel_distance"]["tolerance"] == 0.01
+    assert text["models"][0]["drift"]["frechet_distance"]["tolerance"] == 0.01
 
 
 # What a run writes ---------------------------------------------------------------------------------------------------------
