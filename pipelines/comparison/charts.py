@@ -43,7 +43,8 @@ def cost_chart(section: Section) -> Chart | None:
         Series(name=name, points=tuple(points[row.run_ids[0]] for row in group))
         for name, group in group_rows(rows, lambda row: row.model_name).items()
     ]
-    for sweep in find_sweeps(section):  # a line through each: solid if the steps differ, dotted for another setting
+    # A line through each sweep: solid if the steps differ, dotted for another setting of the sampler.
+    for sweep in (found for found in find_sweeps(section) if found.setting != "train_steps"):
         joined = tuple(points[row.run_ids[0]] for row in sweep.rows if row.run_ids[0] in points)
         line = "solid" if sweep.setting == "num_steps" else "dot"
         series += [Series(name=sweep.rows[0].model_name, points=joined, line=line, has_markers=False)] if len(joined) > 1 else []

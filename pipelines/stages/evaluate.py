@@ -48,7 +48,7 @@ from pipelines.evaluation.scores import (
     published_name,
 )
 from pipelines.registry.evaluation_record import EvaluationSummary
-from pipelines.registry.influences import INFLUENCES, save_influences, with_interval
+from pipelines.registry.influences import INFLUENCES, REPLICATES, save_influences, with_interval
 from pipelines.workflow.config import added, set_by
 from pipelines.workflow.stage import SCRATCH, Input, Stage, StageContext, StageResult
 
@@ -374,7 +374,8 @@ def _gray(images: torch.Tensor) -> Any:
 
 def _describe(manifest: Manifest) -> str:
     scores = [f"{name} {with_interval(manifest.metrics, name)}" for name in _LISTED if name in manifest.metrics]
-    return ", ".join([*scores[:2], f"{EvaluationSummary.read(manifest).num_samples:,} samples"])
+    sets = f"{manifest.metrics[REPLICATES]:g} x " if REPLICATES in manifest.metrics else ""
+    return ", ".join([*scores[:2], f"{sets}{EvaluationSummary.read(manifest).num_samples:,} samples"])
 
 
 STAGE = Stage(

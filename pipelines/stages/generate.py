@@ -349,7 +349,8 @@ class _Sample:
 
 def _describe(manifest: Manifest) -> str:
     summary = SamplesSummary.read(manifest)
-    return f"{summary.num_samples:,} samples, {summary.sampler.num_steps} steps, guidance {summary.sampler.guidance_scale:g}"
+    sets = f"{summary.replicates} x " if summary.replicates > 1 else ""
+    return f"{sets}{summary.num_samples:,} samples, {summary.sampler.num_steps} steps, guidance {summary.sampler.guidance_scale:g}"
 
 
 STAGE = Stage(

@@ -216,7 +216,8 @@ def _scores(config: ReportConfig, inputs: Mapping[str, Manifest]) -> dict[str, A
         model = ModelSummary.read(inputs[f"model{suffix}"])
         num_samples = EvaluationSummary.read(inputs[f"evaluation{suffix}"]).num_samples
         first = [(variant, variant), (model.parameters, f"{model.parameters / 1e6:.2f} M")]
-        counts = [(count, f"{count:,}") for count in (model.num_steps, num_samples)]
+        train_steps = SamplesSummary.read(inputs[f"samples{suffix}"]).train_steps or model.num_steps
+        counts = [(count, f"{count:,}") for count in (train_steps, num_samples)]
         rows.append([*first, *counts, *(_score(name, metrics[variant]) for name in columns)])
     return {"titles": ["model", "parameters", "train steps", "samples", *columns.values()], "rows": rows}
 
