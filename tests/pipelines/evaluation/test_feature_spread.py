@@ -172,7 +172,7 @@ def _records(features: np.ndarray) -> list[dict[str, Any]]:
 
 def _written(records: list[dict[str, Any]], store: ArtifactStore, make_context: Callable[..., Any]) -> FeatureMoments:
     parts = [range(start, min(start + 2 * BLOCK, NUM_IMAGES)) for start in range(0, NUM_IMAGES, 2 * BLOCK)]
-    writer = evaluation_features._PartWriter(parts, [], {}, make_context(store, "evaluate", KEY))
+    writer = evaluation_features._PartWriter(parts, [], {}, "", make_context(store, "evaluate", KEY))
     writer.write_all(iter(records), lambda _: None)
     assert [record["rows"] for record in writer.records] == [record["kept"] for record in writer.records] == [64, 64, 22]
     return writer.moments["features"]

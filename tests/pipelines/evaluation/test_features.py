@@ -290,7 +290,7 @@ def test_no_part_is_written_after_one_that_failed(tmp_path, make_context):
     ]
     computed = iter([{**block, "seconds": 0.0, "decoding_seconds": 0.0, "loading_seconds": 0.0} for block in blocks])
     store = FailingStore(LocalFolder(tmp_path / "full"))
-    writer = features._PartWriter(parts, [], {}, make_context(store, "evaluate", KEY))
+    writer = features._PartWriter(parts, [], {}, "", make_context(store, "evaluate", KEY))
     with pytest.raises(OSError, match="no space left"):
         writer.write_all(computed, lambda _: None)
     assert store.asked == ["features-00000.safetensors"] and writer.records == []

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.numpy import save_file
 from summaries import summary_of
-from tiny_training import CLASSES, CONFIG, Material, assert_same_bits, changed, read_weights, train, worker_context
+from tiny_training import CLASSES, CONFIG, Material, Trained, assert_same_bits, changed, read_weights, train, worker_context
 
 from enat.images import to_uint8
 from enat.metrics.classifier import ClassifierExtractor
@@ -88,9 +88,14 @@ def scores_of(material: Material, key: str) -> dict[int, dict[str, Any]]:
     return {step: {name: value for name, value in row.items() if name != "seconds"} for step, row in found.items()}
 
 
-def test_scores_are_those_of_the_weights_and_change_no_bit(material, reference, real, extractor, vqgan) -> None:
+@pytest.fixture(scope="module")
+def trained(material: Material, reference: Manifest) -> Trained:
+    """By two ranks, with scores between steps."""
     scoring = BetweenSteps(task_of(material, reference, "scored"))
-    trained = train(material, WITH_SCORES, "scored", world_size=2, scoring=scoring)
+    return train(material, WITH_SCORES, "scored", world_size=2, scoring=scoring)
+
+
+def test_scores_are_those_of_the_weights_and_change_no_bit(trained, material, real, extractor, vqgan) -> None:
     assert_same_bits(trained, train(material, changed(execution={"keep_every": 4}), "not scored", world_size=2))
     found = scores_of(material, "scored")
     assert [*found] == [4, 8, 12] and all(row["step"] == step for step, row in found.items())
@@ -107,15 +112,15 @@ def test_scores_are_those_of_the_weights_and_change_no_bit(material, reference, 
         assert 0 < found[step]["frechet_distance_se"] < found[step]["frechet_distance"]
 
 
-def test_a_resumed_run_scores_every_step_once(material, reference) -> None:
+def test_a_resumed_run_scores_every_step_once(trained, material, reference) -> None:
     """Step 4 was scored and saved before the stop. A score of step 8 is of weights that are lost, so it is computed again."""
     scoring = BetweenSteps(task_of(material, reference, "stopped"))
-    train(material, WITH_SCORES, "stopped", scoring=scoring, stop_at=5)
+    train(material, WITH_SCORES, "stopped", world_size=2, scoring=scoring, stop_at=5)
     context = worker_context(material, "stopped")
     before = read_scores(context)
     assert [*before] == [4]
     material.store.put_part("train", "stopped", score_part(8), {"step": 8, "frechet_distance": -1.0, "seconds": 0.0})
-    train(material, WITH_SCORES, "stopped", scoring=scoring)
+    train(material, WITH_SCORES, "stopped", world_size=2, scoring=scoring)
     assert read_scores(context)[4] == before[4], "computed once"
     assert scores_of(material, "stopped") == scores_of(material, "scored")
 
@@ -130,7 +135,7 @@ def test_scores_that_fail_do_not_stop_the_training(material, reference) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_actor_beside_the_training_computes_the_same(material, reference, make_context) -> None:
+def test_an_actor_beside_the_training_computes_the_same(trained, material, reference, make_context) -> None:
     console = Console(file=io.StringIO(), width=500)
     config = replace(WITH_SCORES, scores=replace(SCORES, execution=Workers(cpus_per_worker=0.5)))
     inputs = {name: material.inputs[name] for name in ("tokenizer", "token_map")} | {"reference": reference}
