@@ -191,6 +191,7 @@ def _dataset(config: Any) -> Iterator[Finding]:
 
 def _weights(config: Any) -> Iterator[Finding]:
     """Files that the config names, apart from datasets. Weights in a hub or a bucket are only listed."""
+    from enat.metrics.extractors import OF_INCEPTION
     from pipelines.run import graph
 
     for key, place in graph.external_files(config).items():
@@ -202,6 +203,6 @@ def _weights(config: Any) -> Iterator[Finding]:
             yield Finding("weights", GOOD, f"{key} is {place}")
         else:
             yield Finding("weights", BAD, f"{key} is {place}, which does not exist")
-    if config.reference.extractor == "inception" and config.reference.weights is None:
+    if config.reference.extractor in OF_INCEPTION and config.reference.weights is None:
         advice = "without internet access, download the file and set reference.weights to its path"
         yield Finding("weights", WARNING, "Inception's published weights are downloaded when stage reference runs", advice)

@@ -2,6 +2,7 @@
 
 moments         mean and covariance in float64, the Fréchet distance, Inception Score, kernel distance
 errors          standard errors of these scores, and the Fréchet distance at infinitely many samples
+cmmd            maximum mean discrepancy of CLIP embeddings
 sliced          sliced Wasserstein distance, for few samples
 neighbours      precision, recall, density, coverage
 extractors      the interface of networks that turn images into features, and the list of them (imports no torch)

@@ -1,7 +1,8 @@
 """Feature extractors behind one small interface: 8-bit images in, named float32 outputs out.
 
-"inception" is the network of published FIDs, "classifier" a small network trained on a dataset's own labels, "dinov2" and "clip"
-are image encoders. Others join through register_extractor. A built-in network is imported when the first one is loaded.
+"inception" is the network of published FIDs, "inception_clean" the same with clean-fid's resizing, "classifier" a small network
+trained on a dataset's own labels, "dinov2" and "clip" are image encoders. Others join through register_extractor. A built-in
+network is imported when the first one is loaded.
 
 Outputs: "features" (B, F) always; "spatial" (B, S) and "logits" (B, K) of networks that have them.
 Shape legend: B images, H x W pixels, F features, S spatial features, K classes.
@@ -47,10 +48,12 @@ def _built_in(module: str, name: str) -> ExtractorFactory:
 _FACTORIES: dict[str, ExtractorFactory] = {
     "classifier": _built_in("classifier", "ClassifierExtractor"),
     "inception": _built_in("inception", "InceptionExtractor"),
+    "inception_clean": _built_in("inception", "CleanInceptionExtractor"),
     "dinov2": _built_in("image_encoders", "ImageEncoder"),
     "clip": _built_in("image_encoders", "ImageEncoder"),
 }
 BUILT_IN = tuple(_FACTORIES)
+OF_INCEPTION = ("inception", "inception_clean")  # with the same weights
 
 
 def register_extractor(kind: str, factory: ExtractorFactory) -> None:

@@ -133,6 +133,7 @@ COLUMNS = (
     Column("sfid", "sFID", _score, "lower", rank=6),
     Column("kid", "KID", short, "lower", rank=6),
     Column("kernel_distance", "kernel dist.", short, "lower", rank=6),
+    Column("cmmd", "CMMD", _score, "lower", rank=6),
     Column("images_per_second", "images/s", short, "higher", rank=5, by_device=True),
     Column("device", "device", str, rank=5, alike="device {}"),
     Column("train_steps", "train steps", _count, rank=2, alike="train steps {}"),

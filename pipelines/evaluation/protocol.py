@@ -37,6 +37,7 @@ SCORES = {
     "inception_score": "IS",
     "kid": "KID",
     "kernel_distance": "kernel distance",
+    "cmmd": "CMMD",
     "precision": "precision",
     "recall": "recall",
     "density": "density",

@@ -32,6 +32,7 @@ METRICS = (
     "kernel_distance",
     "precision_recall",
     "density_coverage",
+    "cmmd",
 )
 _SUBSETS_AT_ONCE = 10  # of the kernel distance, in one task
 _OF_INCEPTION = {"frechet_distance": "fid", "spatial_frechet_distance": "sfid", "kernel_distance": "kid"}
@@ -147,18 +148,20 @@ class Available:
 
     def obstacle(self, metric: str) -> str | None:
         """Why a metric cannot be computed, or None if it can."""
+        output = {"spatial_frechet_distance": "spatial", "inception_score": "logits"}.get(metric)
+        if output is not None and output not in self.outputs:
+            return f"extractor {self.extractor} computes no {output}{' features' if output == 'spatial' else ''}"
         if metric == "spatial_frechet_distance":
-            if "spatial" not in self.outputs:
-                return f"extractor {self.extractor} computes no spatial features"
             return None if self.has_spatial else "the reference has no moments of spatial features"
-        if metric == "inception_score":
-            return None if "logits" in self.outputs else f"extractor {self.extractor} computes no logits"
-        if metric == "frechet_distance":
+        if metric in ("frechet_distance", "inception_score"):
             return None
+        if metric == "cmmd" and self.extractor != "clip":
+            return f"it is defined on CLIP embeddings, and the extractor is {self.extractor}"
         if not self.num_reference:
             return "the reference stores moments only, not the features of single images"
         needed = {
             "kernel_distance": 2,
+            "cmmd": 2,
             "precision_recall": self.settings.precision_neighbours + 1,
             "density_coverage": self.settings.density_neighbours + 1,
         }[metric]
@@ -254,6 +257,8 @@ def compute_scores(
         estimates["kernel_distance"] = _kernel_distance(sides, settings, pool)
     if {"precision_recall", "density_coverage"} & set(chosen):
         _add_neighbour_scores(scores, chosen, sides, settings, pool)
+    if "cmmd" in chosen:
+        _add_cmmd(scores, sides, pool)
     results: dict[str, Any] = {}
     for name, reference_to_result in started.items():
         results[name], seconds = ray.get(reference_to_result)
@@ -295,6 +300,21 @@ def _kernel_distance(sides: Sequence[tuple[Any, int]], settings: ScoreSettings, 
     parts = [subsets[start : start + _SUBSETS_AT_ONCE] for start in range(0, len(subsets), _SUBSETS_AT_ONCE)]
     with pool.bar(len(parts)) as bar:
         return estimate_of(np.concatenate(pool.run(kernel_distances, [(generated, reference, part) for part in parts], bar)))
+
+
+def _add_cmmd(scores: Scores, sides: Sequence[tuple[Any, int]], pool: TaskPool) -> None:
+    """sides: the generated and the reference features in Ray's store, and their numbers."""
+    from enat.metrics.cmmd import cmmd_blocks, discrepancy, mean_kernels
+
+    (generated, num_generated), (reference, num_reference) = sides
+    of_generated, of_reference = cmmd_blocks(num_generated), cmmd_blocks(num_reference)
+    wanted = [(generated, rows, other) for other in (generated, reference) for rows in of_generated]
+    wanted += [(reference, rows, reference) for rows in of_reference]
+    with pool.bar(len(wanted)) as bar:
+        means = pool.run(mean_kernels, wanted, bar)
+    count = len(of_generated)
+    found = discrepancy(means[:count], means[count : 2 * count], means[2 * count :])
+    scores.add("cmmd", found.value, found.influence)
 
 
 def _frechet_errors(

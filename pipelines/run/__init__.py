@@ -5,4 +5,5 @@ keys     every key of it, for `enat config` and the guide
 graph    the list of the stages, and their wiring
 runner   one run from its config to its answer
 summary  the closing summary
+conformance  whether scores are those of others
 """

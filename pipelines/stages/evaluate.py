@@ -16,7 +16,7 @@ import numpy as np
 
 from enat.config import check_choices, check_in
 from enat.images import png_bytes
-from enat.metrics.extractors import BUILT_IN
+from enat.metrics.extractors import BUILT_IN, OF_INCEPTION
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 JUDGES = ("svc",)
 _LISTED = ("fid", "frechet_distance", "inception_score", "class_agreement")  # the first two of these are listed
 _MAX_JUDGE_IMAGES = 20_000  # a support vector machine's fit grows with the square of it
-_NEED_REAL_ROWS = {"kernel_distance", "precision_recall", "density_coverage"}
+_NEED_REAL_ROWS = {"kernel_distance", "precision_recall", "density_coverage", "cmmd"}
 _SAMPLING = (
     "sampling_images_per_second",
     "sampling_worker_seconds_per_image",
@@ -112,7 +112,7 @@ class EvaluateConfig:
 def check_metrics(config: EvaluateConfig, extractor: str, num_samples: int, num_kept: int) -> None:
     """Raises ValueError for metrics that a built-in extractor and these numbers of images rule out, before anything is computed."""
     if config.metrics is not None and extractor in BUILT_IN:
-        outputs = ("features", "spatial", "logits") if extractor == "inception" else ("features",)
+        outputs = ("features", "spatial", "logits") if extractor in OF_INCEPTION else ("features",)
         Available(
             extractor=extractor,
             outputs=outputs,

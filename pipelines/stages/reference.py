@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from enat.config import check_choices, check_in
-from enat.metrics.extractors import BUILT_IN, FeatureExtractor, extractor_kinds, load_extractor
+from enat.metrics.extractors import BUILT_IN, OF_INCEPTION, FeatureExtractor, extractor_kinds, load_extractor
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
@@ -46,8 +46,8 @@ class ReferenceConfig:
     """What samples are compared with: an extractor of features, and features of real images."""
 
     extractor: str = "classifier"
-    """Network whose features are compared: "classifier" (trained on the labels of the dataset), "inception", "dinov2", "clip", or a
-    registered one."""
+    """Network whose features are compared: "classifier" (trained on the labels of the dataset), "inception", "inception_clean"
+    (with clean-fid's resizing), "dinov2", "clip", or a registered one."""
     num_epochs: int = 20
     """Epochs that the classifier is trained for. Unit: epochs."""
     weights: str | None = None
@@ -243,7 +243,7 @@ def _keep_extractor(config: ReferenceConfig, context: StageContext) -> _Made:
             context.write(EXTRACTOR_FILE, read_image_encoder(config.extractor, local_folder(place, _WEIGHTS_KEY, config.s3)).save)
         )
     weights = read_state_dict(local_file(place, _WEIGHTS_KEY, config.s3)) if place else None
-    if config.extractor == "inception":
+    if config.extractor in OF_INCEPTION:
         check_finite(weights or {}, f"{_WEIGHTS_KEY} {place}")
         return _Made(context.write(EXTRACTOR_FILE, InceptionExtractor(weights or published_inception_weights()).save))
     assert config.extractor not in BUILT_IN

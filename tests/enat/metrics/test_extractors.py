@@ -1,7 +1,9 @@
 """Feature extractors: InceptionV3 is torch-fidelity's own, and the classifier keeps what it learned."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from random_weights import inception_state
 from safetensors.torch import load_file, save_file
 from torch_fidelity import feature_extractor_inceptionv3
@@ -9,7 +11,7 @@ from torch_fidelity import feature_extractor_inceptionv3
 from enat.metrics import extractors
 from enat.metrics.classifier import ClassifierExtractor, train_classifier
 from enat.metrics.extractors import extractor_kinds, load_extractor, register_extractor
-from enat.metrics.inception import InceptionExtractor, published_inception_weights
+from enat.metrics.inception import CleanInceptionExtractor, InceptionExtractor, published_inception_weights
 
 
 def uint8_images(count, side, seed=0):
@@ -85,6 +87,21 @@ def test_unrounded_images_are_processed_as_by_torch_fidelity(inception, monkeypa
     assert not torch.equal(features, inception(rounded)["features"])
 
 
+def test_clean_resizing_is_pillow_s_on_floats_and_the_network_is_the_same(inception, inception_weights, tmp_path):
+    """Images of the network's own size are not resized, so there both extractors agree."""
+    CleanInceptionExtractor(inception_weights).save(tmp_path / "clean")
+    clean = load_extractor("inception_clean", tmp_path / "clean")
+    same_size = uint8_images(1, 299)
+    torch.testing.assert_close(clean(same_size)["features"], inception(same_size)["features"])
+    images = uint8_images(2, 64)
+    by_hand = np.empty((2, 3, 299, 299), np.float32)
+    for place in np.ndindex(2, 3):
+        channel = Image.fromarray(images[place].numpy().astype(np.float32), mode="F")
+        by_hand[place] = np.asarray(channel.resize((299, 299), resample=Image.Resampling.BICUBIC)).clip(0, 255)
+    torch.testing.assert_close(clean(images)["features"], inception(torch.from_numpy(by_hand))["features"])
+    assert (clean(images)["features"] - inception(images)["features"]).abs().max() > 1e-3, "another protocol"
+
+
 def test_published_weights_are_fetched_with_a_hash_and_without_unpickling(monkeypatch):
     """The arguments of torch's own download decide how the file is opened."""
     asked = {}
@@ -146,7 +163,7 @@ def test_other_files_and_kinds_are_refused(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="classifier"):
         load_extractor("classifier", tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="'resnet'; choose one of classifier, inception, dinov2, clip"):
+    with pytest.raises(ValueError, match="'resnet'; choose one of classifier, inception, inception_clean, dinov2, clip"):
         load_extractor("resnet", tmp_path / "other.safetensors")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from enat.metrics.cmmd import cmmd
 from enat.metrics.errors import standard_error
 from enat.metrics.moments import FeatureMoments, inception_score
 from pipelines.cluster.resources import Execution
@@ -32,7 +33,14 @@ def _available(**given: Any) -> Available:
 
 
 def test_all_metrics_that_can_be_computed_are_chosen() -> None:
-    assert _available().chosen(None) == METRICS
+    assert _available().chosen(None) == METRICS[:-1]
+    assert _available(extractor="clip", outputs=("features",)).chosen(None) == (
+        "frechet_distance",
+        "kernel_distance",
+        "precision_recall",
+        "density_coverage",
+        "cmmd",
+    )
     assert _available(outputs=("features",), has_spatial=False).chosen(None) == (
         "frechet_distance",
         "kernel_distance",
@@ -81,6 +89,19 @@ def test_inception_score_of_parts_of_a_size_in_order() -> None:
     assert found.by_name["frechet_distance_infinity"] < found.by_name["frechet_distance"] + 1e-6
     assert expected.value != pytest.approx(inception_score(logits, 3).value, rel=1e-2)
     assert pool.cpu_seconds > 0 == pool.seconds
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_cmmd_by_tasks_is_that_of_all_samples_at_once(make_context: Any, local_store: Any) -> None:
+    rng = np.random.default_rng(0)
+    made, real = rng.normal(0.3, 1, (60, 8)).astype(np.float32), rng.normal(size=(50, 8)).astype(np.float32)
+    sides = [ImageStatistics(moments={"features": FeatureMoments(8).add(each)}, features=each) for each in (made, real)]
+    context = make_context(local_store, "evaluate")
+    pool = TaskPool(Execution(num_workers=2, cpus_per_worker=0.5), lambda total: context.bar(total, "parts"))
+    scores = compute_scores(("frechet_distance", "cmmd"), *sides, ScoreSettings(), pool)
+    expected = cmmd(made, real)
+    assert scores.by_name["cmmd"] == pytest.approx(expected.value, rel=1e-9)
+    assert scores.by_name["cmmd_se"] == pytest.approx(standard_error(expected.influence), rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])

@@ -177,7 +177,7 @@ def test_reference_files_that_do_not_fit_are_refused(
 
 def test_wrong_configs_are_refused() -> None:
     for wrong, reason in (
-        ({"extractor": "resnet"}, "'resnet'; choose one of classifier, inception, dinov2, clip"),
+        ({"extractor": "resnet"}, "'resnet'; choose one of classifier, inception, inception_clean, dinov2, clip"),
         ({"extractor": "classifier", "npz": "a.npz"}, "leave reference.npz and reference.weights out"),
         ({"extractor": "classifier", "weights": "a.pth"}, "reference.weights out"),
         ({"extractor": "dinov2"}, "needs reference.weights: a folder"),
