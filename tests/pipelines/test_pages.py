@@ -102,5 +102,5 @@ def test_a_comparison_is_drawn_and_can_be_used(browser: Browser, comparison: Pat
 @pytest.mark.parametrize(("width", "scheme"), WIDTHS)
 def test_a_report_is_drawn(browser: Browser, digits_run, width: int, scheme: str) -> None:
     browser.open(digits_run.workspace / "digits.html", width, scheme)
-    _assert_clean(browser, num_charts=1)
+    _assert_clean(browser, num_charts=3)  # the loss, and two scores while training
     assert min(_widths(browser, ".pixels img")) > 600
