@@ -120,6 +120,7 @@ def _own_dataset(folder: Path) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in re.findall(r"^\$ (enat .*)", page, re.MULTILINE)]
 
 
+@pytest.mark.slow
 def test_the_dataset_of_the_guide_is_indexed_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     doctor, run = _own_dataset(tmp_path)[:2]
     monkeypatch.chdir(tmp_path)

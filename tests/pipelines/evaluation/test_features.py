@@ -214,6 +214,7 @@ def test_set_without_a_readable_image_is_an_error(tmp_path, local_store, make_co
         _sums(dataset, make_context(local_store, "reference", KEY), FeatureSpec(num_images=1, images_per_pass=4))
 
 
+@pytest.mark.slow
 def test_features_that_are_not_finite_are_an_error(digits, local_store, make_context):
     context, spec = make_context(local_store, "evaluate", KEY), FeatureSpec(num_images=20, images_per_pass=32)
     with pytest.raises((ValueError, ray.exceptions.RayTaskError), match=r"logits of images 0 to 19 .*not finite") as caught:

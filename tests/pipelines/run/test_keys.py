@@ -41,6 +41,7 @@ def test_keys_have_type_default_and_unit_of_their_dataclass() -> None:
     assert [key.path for key in keys.find("train.masking")][:2] == ["train.masking", "train.masking.alpha"]
 
 
+@pytest.mark.slow
 def test_documentation_states_which_keys_are_part_of_a_stage_s_key() -> None:
     """Changes each number and switch alone and compares the identity of its stage."""
     run = run_config.load_run(DIGITS)

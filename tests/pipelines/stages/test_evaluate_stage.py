@@ -344,6 +344,7 @@ def test_every_score_has_its_error_and_the_influences_of_the_samples(
     assert abs(gap) < 3 * metrics["frechet_distance_infinity_se"], "50 samples for each feature: the distance is hardly biased"
 
 
+@pytest.mark.slow
 def test_scores_of_replicates_are_means_with_their_deviation(
     material: Material, evaluated: Callable[..., StageResult], make_context, tmp_path: Path
 ) -> None:
@@ -378,6 +379,7 @@ def test_scores_of_replicates_are_means_with_their_deviation(
     assert all(len(values) == NUM_SAMPLES for values in found.by_score.values())
 
 
+@pytest.mark.slow
 def test_another_protocol_takes_the_features_of_the_same_samples(
     material: Material, evaluated: Callable[..., StageResult], make_context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,6 +460,7 @@ def test_rounding_float_scores_the_decoded_pixels(
     assert result.summary.protocol_digest != evaluated().summary.protocol_digest
 
 
+@pytest.mark.slow
 def test_rounding_float_needs_codes_and_an_extractor_that_takes_floats(material: Material, make_context) -> None:
     config = evaluate.EvaluateConfig(settings=SETTINGS, metrics=(), rounding="float")
     with pytest.raises((ValueError, ray.exceptions.RayTaskError), match=r"SumsExtractor .*evaluate\.rounding"):

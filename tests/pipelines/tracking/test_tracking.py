@@ -233,7 +233,8 @@ def test_without_a_server_a_run_completes_and_warns_at_its_start_and_end(
     assert "secret" not in warning + at_end
 
 
-@pytest.mark.parametrize("stops", ["before", pytest.param("between", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", ["before", "between"])
 def test_what_a_server_missed_is_recorded_once_when_it_answers(
     stops: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
