@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pipelines.cluster import supervisor
 _log = logging.getLogger(__name__)
 
 _START_ATTEMPTS = 3
+_LOOK_SECONDS = 2.0  # for the reaper, which takes milliseconds
 _WATCH_SECONDS = 0.5
 _NOTICE_SECONDS = 2.0  # between the first error and the end of the process that caused it
 _VITAL = ("gcs_server", "raylet")  # the raylet ends with each of its agents
@@ -52,23 +54,31 @@ def start(options: Mapping[str, Any]) -> None:
                     f"Ray did not start in {attempt} attempts ({reason}). Run the same command when this machine is less busy"
                 ) from error
             _log.warning("Ray did not start (%s); trying again", reason)
-    atexit.register(_ignore_interrupts)
+    atexit.register(_before_shutdown)
     if supervisor.is_supervised():
         _watch()
 
 
-def _ignore_interrupts() -> None:
-    """While Ray shuts down, which takes seconds: an interrupt would print its traceback."""
+def _before_shutdown() -> None:
+    """Ignore interrupts while Ray shuts down, which takes seconds: they would print its traceback. The reaper looks at what still
+    runs, because afterwards nothing tells which workers were of this command."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+    reaper = _start_reaper()
+    assert reaper.stdin is not None and reaper.stdout is not None
+    with suppress(OSError):
+        os.write(reaper.stdin.fileno(), b"\n")
+        select.select([reaper.stdout], [], [], _LOOK_SECONDS)
 
 
 @cache
 def _start_reaper() -> subprocess.Popen[bytes]:
     """One for this process."""
     command = [sys.executable, "-I", str(Path(__file__).with_name("reaper.py")), str(os.getpid())]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def _kill_remains() -> None:

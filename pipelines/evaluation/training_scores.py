@@ -83,6 +83,10 @@ class Scorer:
         context.store.put_part(context.stage, context.key, score_part(step), row)
         context.run.log_metrics({f"scores/{name}": value for name, value in row.items() if name != "step"}, step)
 
+    def flush(self) -> None:
+        """Send what a tracking server that was away has missed."""
+        self.task.context.run.flush()
+
 
 def record_failure(context: WorkerContext, step: int, reason: str) -> None:
     """The stage says at its end which scores are missing."""
@@ -91,8 +95,6 @@ def record_failure(context: WorkerContext, step: int, reason: str) -> None:
 
 class BetweenSteps:
     """Scores by the training worker itself, which the other workers wait for."""
-
-    is_beside = False
 
     def __init__(self, task: ScoringTask) -> None:
         self._task = task
@@ -113,8 +115,6 @@ class BetweenSteps:
 class BesideTraining:
     """Scores by an actor that has resources of its own."""
 
-    is_beside = True
-
     def __init__(self, actor: Any, context: WorkerContext) -> None:
         self._actor, self._context = actor, context
         self._waiting: list[Any] = []
@@ -134,9 +134,9 @@ class BesideTraining:
         """Wait for what was submitted. If the actor was lost, its scores are missing."""
         import ray
 
-        if self._waiting:
-            ray.wait(self._waiting, num_returns=len(self._waiting), timeout=None)
-            self._waiting = []
+        waiting = [*self._waiting, self._actor.flush.remote()]
+        ray.wait(waiting, num_returns=len(waiting), timeout=None)
+        self._waiting = []
 
 
 def start_scoring(task: ScoringTask, training: Workers) -> BetweenSteps | BesideTraining:

@@ -6,6 +6,7 @@ whose scores are published, these are compared.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from pipelines.data.image_sets import ImageSetConfig
+from pipelines.data.image_sets import ImageSetConfig, find_resolution
 from pipelines.run import config as run_config
 from pipelines.run import graph, runner
 
@@ -125,15 +126,13 @@ def check_published(path: str, overrides: list[str], console: Console) -> list[A
 
 def _scores(images: ImageSetConfig, overrides: list[str], console: Console) -> dict[str, float]:
     run = run_config.load_run(None, ["name=conformance", "targets=[reference]", *overrides])
-    nodes = runner.run(run, "conformance", console, lambda run: graph.build_evaluation(run, images, _resolution(images)))
-    scores: dict[str, Any] = nodes["scores"]["main"]
+    handlers = logging.getLogger().handlers
+    try:
+        answer = runner.run(run, "conformance", console, lambda run: graph.build_evaluation(run, images, find_resolution(images)))
+    finally:
+        logging.getLogger().handlers = handlers  # the log of the run is removed with its folder
+    scores: dict[str, Any] = answer["scores"]["main"]
     return scores
-
-
-def _resolution(images: ImageSetConfig) -> int:
-    from pipelines.data.image_sets import find_resolution
-
-    return find_resolution(images)
 
 
 def _write_crops(root: Path) -> None:
