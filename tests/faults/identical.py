@@ -8,6 +8,10 @@ import time
 
 from oracle import STAGES, Laboratory, Outcome, differences, end_family, leftovers
 
+# Commands are forks of one process, and Ray 2.60 draws the id of its first object from the same random numbers in each. Two that
+# connect within the same milliseconds abort (WarmupStore), which commands of their own processes do not.
+_APART_SECONDS = 0.2
+
 
 def identical(lab: Laboratory, rng: random.Random) -> list[Outcome]:
     stage = rng.choice(("token_map", "train", "generate", "reference", "evaluate", "tokenizer", "report"))
@@ -16,7 +20,10 @@ def identical(lab: Laboratory, rng: random.Random) -> list[Outcome]:
     store = lab.copy_before(lab.folder / "work", stage)
     outcome = Outcome(f"{stage}: {num_runs} at once, {num_killed} killed")
     cluster = lab.cluster
-    commands = [lab.start(*lab.run_of(lab.folder / "work", stage), cluster=cluster) for _ in range(num_runs)]
+    commands = []
+    for _ in range(num_runs):
+        commands.append(lab.start(*lab.run_of(lab.folder / "work", stage), cluster=cluster))
+        time.sleep(_APART_SECONDS)
     if num_killed:
         time.sleep(rng.uniform(0, lab.points[stage]["seconds"]))
         end_family(commands[0].pid)
