@@ -97,7 +97,8 @@ def _load(path: str | Path, architecture: str) -> Any:
     try:
         module = module_class(config_class(**header["config"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of a field that is unknown, or of a value that fits none
-        raise ValueError(f"{path} describes its {architecture} with fields that cannot be used ({error})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # torch appends its own stack
+        raise ValueError(f"{path} describes its {architecture} with fields that cannot be used ({reason})") from error
     return load_strictly(module, tensors, source=str(path)).eval()
 
 

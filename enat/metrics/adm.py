@@ -35,6 +35,7 @@ from enat.metrics.moments import FeatureStatistics
 MAX_BYTES = 2**36  # of pixels: 64 GiB, well above 50,000 images of 512 x 512
 MAX_FEATURES = 8192  # a covariance of 512 MiB
 MAX_IMAGES = 2**24
+_REASON_LENGTH = 200  # letters of an error of zipfile or numpy
 _FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # of every member: equal images give equal files
 _LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, lengths of name and extra field
 _MAX_HEADER_BYTES = 2**14  # of a .npy; numpy itself takes up to 10,000
@@ -260,7 +261,8 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} cannot be read as an .npz: {error}") from error
+        reason = " ".join(str(error).split())[:_REASON_LENGTH]  # zipfile quotes whole headers
+        raise ValueError(f"{path} cannot be read as an .npz: {reason}") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,3 +114,29 @@ def published_inception_weights() -> dict[str, Tensor]:
             f"InceptionV3's published weights cannot be downloaded ({error}); give a file of them as reference.weights"
         ) from error
     return weights
+
+
+def random_inception_weights() -> dict[str, Tensor]:
+    """Weights under which activations stay near 1 and images are told apart, to compare the network's arithmetic without the
+    published ones. They are always the same."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):  # type: ignore[misc]
+        def load_state_dict(self, *_: Any, **__: Any) -> None:
+            """Without any: the class would download the published ones."""
+
+    with tempfile.TemporaryDirectory() as folder:
+        nothing = str(Path(folder) / "none.pth")
+        torch.save({}, nothing)
+        network = Untrained("inception", ["2048"], feature_extractor_weights_path=nothing)
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, generator=generator)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.2, generator=generator)
+            module.weight -= module.weight.mean(dim=1, keepdim=True)  # otherwise all images get about the same logits
+        elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            nn.init.normal_(module.running_mean, 0, 0.1, generator=generator)
+            nn.init.uniform_(module.running_var, 0.5, 1.5, generator=generator)
+    return dict(network.state_dict())

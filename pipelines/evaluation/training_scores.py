@@ -98,15 +98,14 @@ class BetweenSteps:
 
     def __init__(self, task: ScoringTask) -> None:
         self._task = task
-        self._scorer: Scorer | None = None
 
     def submit(self, step: int, model: ENAT) -> None:
+        """The networks are loaded for each step again: between scores, the memory of the device belongs to the training."""
         from pipelines.sampling.fixed_batches import fixed_numerics
 
         device = str(model.token_embedding.weight.device)
-        self._scorer = self._scorer or Scorer(self._task, device)
         with fixed_numerics(device):
-            self._scorer.score(step, model.state_dict())
+            Scorer(self._task, device).score(step, model.state_dict())
 
     def finish(self) -> None:
         """Nothing waits."""
@@ -143,7 +142,8 @@ def start_scoring(task: ScoringTask, training: Workers) -> BetweenSteps | Beside
     """An actor beside the training if the cluster has room for it, or else the training worker."""
     import ray
 
-    workers = task.config.execution
+    one = Workers(cpus_per_worker=training.cpus_per_worker, gpus_per_worker=training.gpus_per_worker)
+    workers = task.config.execution or one
     if not connection.capacity().has_room_beside(training, workers):
         return BetweenSteps(task)
     actor = ray.remote(**workers.resources, max_restarts=3)(Scorer).remote(task, workers.device)
@@ -168,6 +168,8 @@ class _Tools:
         with torch.random.fork_rng(devices=[]):  # training draws nothing from the global generator, and must not begin to
             self.model: ENAT = ENAT(task.architecture).to(device).eval().requires_grad_(False)
         self.captions = None if task.captions is None else CaptionFeatures.open(store, task.captions)
+        labels = [sample_label(index, task.architecture.num_classes) for index in range(task.config.num_samples)]
+        self.labels = np.array(labels, np.int64)  # of a model of classes
         self.decoder = code_decoder(store, task.tokenizer, device)
         self.extractor = ExtractorFile.of_reference(store, reference).load().to(device)
         self.moments = stored_moments(store, reference)["features"]
@@ -195,7 +197,7 @@ class _Tools:
             own = FeatureMoments(features.shape[1]).add(features)
             influence = frechet_influence(features, own, self.moments)
             found["frechet_distance"] = frechet_distance(own, self.moments)
-            found["frechet_distance_se"] = standard_error(influence, self._labels())
+            found["frechet_distance_se"] = standard_error(influence, None if self.captions is not None else self.labels)
         if self.real is not None:
             found["sliced_distance"] = sliced_distance(features, self.real)
         return {published_name(name, self.summary.extractor): value for name, value in found.items()}
@@ -211,17 +213,12 @@ class _Tools:
             codes = self.sampler.states(index)[:, -1].numpy()
             yield run_pass(outputs, {"codes": codes}, IMAGES_PER_PASS, self.device)["features"]
 
-    def _labels(self) -> np.ndarray | None:
-        if self.captions is not None:
-            return None
-        return np.arange(self.task.config.num_samples) % max(1, self.task.architecture.num_classes)
-
     def _condition(self, samples: np.ndarray) -> torch.Tensor | TextCondition:
         import torch
 
         from enat.model import TextCondition
 
         if self.captions is None:
-            return torch.tensor([sample_label(index, self.task.architecture.num_classes) for index in samples.tolist()])
+            return torch.from_numpy(self.labels[samples])
         captions = samples * len(self.captions) // self.task.config.num_samples  # evenly spread
         return TextCondition(*map(torch.from_numpy, self.captions.take(captions)))

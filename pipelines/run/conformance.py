@@ -49,7 +49,8 @@ class KnownScores:
     source: str
 
 
-# ADM's evaluator runs Inception in TensorFlow; torch-fidelity's port of the network and of resizing agrees to about these shares.
+# ADM's evaluator runs Inception in TensorFlow, and this code torch-fidelity's port of it. The tolerances are allowances for that;
+# they were not measured, because the files are not at hand.
 PUBLISHED = {
     "admnet_guided_upsampled_imagenet256.npz": KnownScores(
         {
@@ -87,10 +88,12 @@ def check_small_set(weights: Mapping[str, Tensor] | None, console: Console) -> l
     import torch
     from torch_fidelity import calculate_metrics
 
+    from enat.metrics.inception import random_inception_weights
+
     with tempfile.TemporaryDirectory(prefix="enat-conformance-") as folder:
         root = Path(folder)
         _write_crops(root)
-        torch.save(dict(_random_weights(root) if weights is None else weights), root / "inception.pth")
+        torch.save(dict(random_inception_weights() if weights is None else weights), root / "inception.pth")
         images = ImageSetConfig(path=str(root / "made"), name="conformance", kind="folder", labels="none")
         ours = _scores(
             images,
@@ -145,31 +148,6 @@ def _write_crops(root: Path) -> None:
         for number in range(_IMAGES):
             left, top = (int(rng.integers(0, size - _SIDE)) for size in photograph.size)
             photograph.crop((left, top, left + _SIDE, top + _SIDE)).save(root / folder / f"{number:03d}.png")
-
-
-def _random_weights(root: Path) -> dict[str, Tensor]:
-    """Of InceptionV3. Activations stay near 1 and images are told apart."""
-    import torch
-    from torch import nn
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Untrained(FeatureExtractorInceptionV3):  # type: ignore[misc]
-        def load_state_dict(self, *_: Any, **__: Any) -> None:
-            """Without any: the class would download the published ones."""
-
-    torch.save({}, root / "none.pth")
-    network = Untrained("inception", ["2048"], feature_extractor_weights_path=str(root / "none.pth"))
-    generator = torch.Generator().manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, generator=generator)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.2, generator=generator)
-            module.weight -= module.weight.mean(dim=1, keepdim=True)  # otherwise all images get about the same logits
-        elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
-            nn.init.normal_(module.running_mean, 0, 0.1, generator=generator)
-            nn.init.uniform_(module.running_var, 0.5, 1.5, generator=generator)
-    return dict(network.state_dict())
 
 
 def show(agreements: list[Agreement], console: Console) -> None:

@@ -162,9 +162,9 @@ class ScoresConfig:
     """Samples for each score, at least 2. They have the same seeds and labels at every step. Unit: images."""
     metrics: tuple[str, ...] = SCORE_METRICS
     """"frechet_distance", and "sliced_distance" (sliced Wasserstein distance), which estimates no covariance."""
-    execution: Workers = field(default_factory=Workers)
-    """The actor that computes the scores beside the training; num_workers is 1. If the cluster has no room for it, the first
-    training worker computes them between two steps, and the others wait."""
+    execution: Workers | None = None
+    """The actor that computes the scores beside the training; num_workers is 1. Null takes the CPUs and GPUs of one training
+    worker. If the cluster has no room for it, the first training worker computes the scores between two steps, and others wait."""
 
     def __post_init__(self) -> None:
         check_in(self, "[1, inf)", "every")
@@ -173,7 +173,7 @@ class ScoresConfig:
             raise ValueError(f"train.scores.metrics names {wrong[0]!r}; choose from {', '.join(SCORE_METRICS)}")
         if not self.metrics:
             raise ValueError("train.scores.metrics is empty; name at least one metric, or leave train.scores out")
-        if self.execution.num_workers != 1:
+        if self.execution is not None and self.execution.num_workers != 1:
             raise ValueError("train.scores.execution.num_workers must be 1: one actor scores one step after the other")
 
 

@@ -220,16 +220,18 @@ def with_key(key: str, schema: Any, sentence: str) -> str:
 
 def _refuse_senseless(source: str, values: Any, key: str = "") -> None:
     """Raises ConfigError for NaN and infinity, which pass every comparison or none and would fail after hours, for numbers with
-    zeros too many, and for empty texts, such as an unset variable of the shell leaves."""
+    zeros too many, for empty texts, such as an unset variable of the shell leaves, and for lists in lists, which OmegaConf takes
+    for any element."""
     if isinstance(values, float) and not math.isfinite(values):
         raise ConfigError(f"{source}: {key} is {values}; it must be a finite number")
     if isinstance(values, int | float) and abs(values) > _LARGEST and not key.endswith("seed"):
         raise ConfigError(f"{source}: {key} is {values}; it must be at most {_LARGEST:,}")
     if values == "":
         raise ConfigError(f"{source}: {key} is empty; give a value, or null for the default")
-    for name, value in (
-        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list | tuple) else ()
-    ):
+    is_list = isinstance(values, list | tuple)
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values) if is_list else ():
+        if is_list and isinstance(value, dict | list):
+            raise ConfigError(f"{source}: {key} holds {value}; give single values, such as [a, b]")
         _refuse_senseless(source, value, f"{key}.{name}".lstrip("."))
 
 

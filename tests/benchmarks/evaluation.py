@@ -22,8 +22,9 @@ import click
 import numpy as np
 import torch
 from common import in_process, run_script, show, where
-from random_weights import inception_state
 from rich.console import Console
+
+from enat.metrics.inception import random_inception_weights
 
 _RESOLUTION = 256
 _IMAGES_PER_PASS = 4
@@ -125,7 +126,7 @@ class BareParts:
         from enat.tokenizer import VQGAN, VQGANConfig
 
         self.model, self.vqgan = ENAT(ENATConfig.preset(preset)).eval(), VQGAN(VQGANConfig(**_TOKENIZER)).eval()
-        self.extractor = InceptionExtractor(inception_state())
+        self.extractor = InceptionExtractor(random_inception_weights())
 
     @torch.inference_mode()
     def seconds_per_image(self, count: int) -> dict[str, float]:
@@ -175,7 +176,7 @@ def _inputs(store: Any, preset: str) -> dict[str, Any]:
     model_file = put("train", "model.safetensors", lambda path: save_weights(path, ENAT(architecture)))
     trained = {"model": dataclasses.asdict(architecture), "num_steps": 0, "dataset": "bench", "parameters": 0, "is_imported": True}
     model = _commit(store, "train", "1" * 64, (model_file,), {**trained, "tokenizer_digest": tokenizer.digest})
-    extractor = InceptionExtractor(inception_state())
+    extractor = InceptionExtractor(random_inception_weights())
     moments = FeatureMoments(2048).add(np.random.default_rng(0).normal(size=(16, 2048)))
     files = (
         put("reference", "extractor.safetensors", extractor.save),

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from random_weights import inception_state
 from training_loops import DTYPES, make_model
 
 from enat.config import ENATConfig
 from enat.images import to_uint8
-from enat.metrics.inception import InceptionExtractor
+from enat.metrics.inception import InceptionExtractor, random_inception_weights
 from enat.metrics.moments import FeatureMoments, frechet_distance
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN, VQGANConfig
@@ -80,7 +79,7 @@ def decoding(*, batch_size: int, device: str, precision: str, num_rounds: int) -
 
 def features(*, batch_size: int, device: str, num_rounds: int) -> float:
     """Images per second of Inception at 256 px, including the copy of the features to the CPU."""
-    extractor = InceptionExtractor(inception_state()).to(device)
+    extractor = InceptionExtractor(random_inception_weights()).to(device)
     images = np.random.default_rng(0).integers(0, 256, (batch_size, 3, 256, 256), dtype=np.uint8)
 
     def look() -> None:

@@ -138,6 +138,11 @@ def test_damaged_file_is_refused_by_name(tmp_path):
         save_file({"weight": torch.zeros(1)}, path, metadata={"enat": header if isinstance(header, str) else json.dumps(header)})
         with pytest.raises(ValueError, match=r"model\.safetensors"):
             load_enat(path)
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 2**63, "num_heads": 1}
+    save_file({"weight": torch.zeros(1)}, path, metadata={"enat": json.dumps({"architecture": "enat", "config": sizes})})
+    with pytest.raises(ValueError, match="fields that cannot be used") as overflow:
+        load_enat(path)
+    assert "\n" not in str(overflow.value) and len(str(overflow.value)) < 400, "without torch's stack"
     save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="holds no known architecture, not the weights of vqgan"):
         load_vqgan(path)

@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_weights import inception_state
 from safetensors.torch import load_file, save_file
 from torch_fidelity import feature_extractor_inceptionv3
 
 from enat.metrics import extractors
 from enat.metrics.classifier import ClassifierExtractor, train_classifier
 from enat.metrics.extractors import extractor_kinds, load_extractor, register_extractor
-from enat.metrics.inception import CleanInceptionExtractor, InceptionExtractor, published_inception_weights
+from enat.metrics.inception import (
+    CleanInceptionExtractor,
+    InceptionExtractor,
+    published_inception_weights,
+    random_inception_weights,
+)
 
 
 def uint8_images(count, side, seed=0):
@@ -20,7 +24,7 @@ def uint8_images(count, side, seed=0):
 
 @pytest.fixture(scope="module")
 def inception_weights():
-    return inception_state()
+    return random_inception_weights()
 
 
 @pytest.fixture(scope="module")

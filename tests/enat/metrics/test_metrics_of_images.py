@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
-from random_weights import inception_state
 from skimage import data
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from enat.metrics.inception import random_inception_weights
 from enat.metrics.moments import FeatureMoments, frechet_distance, inception_score, kernel_distance
 from enat.metrics.neighbours import manifold_scores
 
@@ -49,7 +49,7 @@ def _memory():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(inception_state(), path)
+    torch.save(random_inception_weights(), path)
     return path
 
 

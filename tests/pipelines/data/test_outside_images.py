@@ -35,6 +35,15 @@ def test_stages_are_those_of_the_run_and_nothing_is_trained(images, tmp_path):
     assert nodes["evaluate"].inputs == {"samples": "images", "reference": "reference"} and nodes["evaluate"].config.judge is None
 
 
+def test_protocols_of_the_config_score_outside_images_too(images, tmp_path):
+    few = "protocols={few: {evaluate: {num_samples: 20}}, other: {reference: {num_kept: 7}}}"
+    run = run_config.load_run(DIGITS, (*TINY_DIGITS, f"workspace={tmp_path}", "targets=[reference]", few))
+    nodes = {node.id: node for node in graph.build_evaluation(run, ImageSetConfig(path=str(images), name="other"))}
+    assert list(nodes) == ["images", "dataset", "reference", "evaluate", "evaluate/few", "reference/other", "evaluate/other"]
+    assert nodes["evaluate/few"].inputs == {"samples": "images", "reference": "reference"}
+    assert nodes["evaluate/few"].config.num_samples == 20 and nodes["evaluate/other"].config.judge is None
+
+
 def test_reference_of_adm_needs_no_dataset(images, tmp_path):
     npz = tmp_path / "adm.npz"
     npz.write_bytes(b"its digest is part of the key")

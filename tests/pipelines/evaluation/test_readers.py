@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from random_weights import inception_state
 
-from enat.metrics.inception import InceptionExtractor
+from enat.metrics.inception import InceptionExtractor, random_inception_weights
 from pipelines.cluster.resources import Execution
 from pipelines.evaluation.features import FeatureSpec, _Extract, _load
 from pipelines.evaluation.readers import Decoded, run_pass
@@ -49,7 +48,7 @@ class Here:
 
 def test_inception_gives_every_image_its_own_spatial_features_in_parallel_passes():
     """The two passes wait for each other between the layer of these features and the end of the network."""
-    extractor, images = InceptionExtractor(inception_state()), pixels(2, 32)
+    extractor, images = InceptionExtractor(random_inception_weights()), pixels(2, 32)
 
     def outputs(rows: np.ndarray) -> dict[str, np.ndarray]:
         return run_pass(lambda padded: extractor(padded["pixels"]), {"pixels": rows}, 1, "cpu")

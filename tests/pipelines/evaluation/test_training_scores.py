@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -25,7 +27,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.capacity import Capacity
 from pipelines.cluster.resources import Workers
 from pipelines.data.samples import sample_seed
-from pipelines.evaluation.training_scores import BetweenSteps, ScoringTask
+from pipelines.evaluation.training_scores import BesideTraining, BetweenSteps, ScoringTask, start_scoring
 from pipelines.stages import train as train_stage
 from pipelines.training.config import ScoresConfig
 from pipelines.training.task import initial_model, read_scores, score_part
@@ -151,6 +153,40 @@ def test_an_actor_beside_the_training_computes_the_same(trained, material, refer
         assert row["step"] == expected["step"]
         assert row["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=0.02), "another number of workers"
     assert made.metrics["scoring_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_training_does_not_wait_for_an_actor_that_falls_behind(material, reference, tmp_path: Path) -> None:
+    """The third step is left out, with a reason, and the end waits for the two that were taken."""
+    gate = tmp_path / "gate"
+
+    class Slow:
+        def score(self, step: int, weights: dict[str, torch.Tensor]) -> None:
+            while not gate.exists():
+                time.sleep(0.05)
+            (tmp_path / f"scored-{step}").write_text(str(len(weights)))
+
+        def flush(self) -> None:
+            pass
+
+    task = task_of(material, reference, "behind")
+    scoring = BesideTraining(ray.remote(num_cpus=0)(Slow).remote(), task.context)
+    model = initial_model(task.architecture, 0)
+    for step in (4, 8, 12):
+        scoring.submit(step, model)
+    assert scores_of(material, "behind") == {12: {"error": "scores take longer than train.scores.every steps; set it higher"}}
+    gate.touch()
+    scoring.finish()
+    assert {path.name for path in tmp_path.iterdir()} == {"gate", "scored-4", "scored-8"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_actor_has_the_resources_of_a_training_worker(material, reference) -> None:
+    task = task_of(material, reference, "resources")
+    few = start_scoring(task, Workers(cpus_per_worker=0.25))
+    assert isinstance(few, BesideTraining)
+    ray.kill(few._actor)
+    assert isinstance(start_scoring(task, Workers(cpus_per_worker=0.25, gpus_per_worker=1.0)), BetweenSteps), "there is no GPU"
 
 
 def test_room_beside_the_training() -> None:

@@ -17,7 +17,6 @@ import ray
 import torch
 from layouts import open_dataset
 from PIL import Image
-from random_weights import inception_state
 from summaries import summary_of
 
 from enat.checkpoint import save_weights
@@ -26,6 +25,7 @@ from enat.cost import generation_cost
 from enat.images import to_uint8
 from enat.metrics import extractors
 from enat.metrics.errors import frechet_influence, standard_error
+from enat.metrics.inception import random_inception_weights
 from enat.metrics.moments import FeatureMoments, frechet_distance, load_moments
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import Manifest
@@ -602,7 +602,7 @@ def test_scores_of_real_files_equal_those_of_torch_fidelity(
     from torch_fidelity import calculate_metrics
 
     weights = tmp_path / "inception.pth"
-    torch.save(inception_state(), weights)
+    torch.save(random_inception_weights(), weights)
     for folder, name, seed in (("made", "china", 0), ("real", "flower", 1)):
         (tmp_path / folder).mkdir()
         rng = np.random.default_rng(seed)

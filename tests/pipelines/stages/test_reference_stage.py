@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from layouts import open_dataset
-from random_weights import inception_state
 
 from enat.metrics.classifier import ClassifierExtractor
+from enat.metrics.inception import random_inception_weights
 from enat.metrics.moments import FeatureMoments, FeatureStatistics, load_moments
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -33,7 +33,7 @@ KEY = "e" * 64
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """InceptionV3 with drawn weights, in torch's own format."""
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save(inception_state(), path)
+    torch.save(random_inception_weights(), path)
     return path
 
 
