@@ -181,6 +181,9 @@ def _sets(kind: str) -> tuple[np.ndarray, np.ndarray]:
         first, second = np.repeat(first[:40], 8, axis=0), np.concatenate([np.repeat(first[:20], 8, axis=0), second])
     if kind == "near copies":  # float32 cannot tell their distances
         first, second = (1 + 1e-7 * each for each in (first, second))
+    if "clusters" in kind:  # far from their common centre, so that float32 orders some or all neighbours within one wrongly
+        distance = 500 if kind == "far clusters" else 60
+        first, second = (each + distance * rng.choice([-1.0, 1.0], (3, 24))[np.arange(len(each)) % 3] for each in (first, second))
     if kind == "far away":
         first, second = first + 1e4, second + 1e4
     if kind == "on a grid":  # many equal distances, on the surface of balls
@@ -188,7 +191,7 @@ def _sets(kind: str) -> tuple[np.ndarray, np.ndarray]:
     return first.astype(np.float32), second.astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", ["usual", "copies", "near copies", "far away", "on a grid"])
+@pytest.mark.parametrize("kind", ["usual", "copies", "near copies", "clusters", "far clusters", "far away", "on a grid"])
 def test_float32_decides_as_float64(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "TILE_COLUMNS", 64)
     reference, generated = _sets(kind)
