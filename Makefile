@@ -74,6 +74,7 @@ bench: setup
 	$(BIN)/python tests/benchmarks/training.py
 	$(BIN)/python tests/benchmarks/sampling.py
 	$(BIN)/python tests/benchmarks/evaluation.py
+	$(BIN)/python tests/benchmarks/metrics.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -4,7 +4,8 @@ moments         mean and covariance in float64, the Fréchet distance, Inception
 errors          standard errors of these scores, and the Fréchet distance at infinitely many samples
 cmmd            maximum mean discrepancy of CLIP embeddings
 sliced          sliced Wasserstein distance, for few samples
-neighbours      precision, recall, density, coverage
+neighbours      precision, recall, density, coverage, authenticity
+hamming         the nearest rows of codes, and rows that are equal
 extractors      the interface of networks that turn images into features, and the list of them (imports no torch)
 inception       InceptionV3;  image_encoders: CLIP and DINOv2;  classifier: a network trained on a dataset's own labels
 image_pairs     PSNR and SSIM of reconstructions

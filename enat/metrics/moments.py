@@ -22,6 +22,7 @@ from torch import Tensor
 
 Features = Tensor | np.ndarray
 CHUNK = 4096  # rows that are converted to float64 at once
+_KERNEL_BLOCKS = 4
 
 
 def check_features(features: Features, name: str = "features") -> int:
@@ -265,11 +266,13 @@ def kernel_subsets(sizes: tuple[int, int], num_subsets: int, subset_size: int, s
 def kernel_distances(
     generated: Features, reference: Features, subsets: Sequence[tuple[np.ndarray, np.ndarray]], *, device: str = "cpu"
 ) -> np.ndarray:
-    """Kernel distance of each subset, float64. On a CPU each takes one thread, so the number of threads changes no bit."""
+    """Kernel distance of each subset, float64. On a CPU each takes one thread, so the number of threads changes no bit.
+
+    Products are float32 for features that are stored so (as torch-fidelity's), else float64; sums are float64.
+    """
 
     def compute(rows: tuple[np.ndarray, np.ndarray]) -> float:
-        pair = (torch.from_numpy(take_rows(side, chosen)).to(device) for side, chosen in zip(sides, rows, strict=True))
-        return _squared_discrepancy(*pair)
+        return _squared_discrepancy(*(_take(side, chosen).to(device) for side, chosen in zip(sides, rows, strict=True)))
 
     sides, num_threads = (generated, reference), torch.get_num_threads()
     try:
@@ -283,12 +286,27 @@ def estimate_of(values: np.ndarray) -> Estimate:
     return Estimate(float(values.mean()), float(values.std()))
 
 
+def _take(features: Features, indices: np.ndarray) -> Tensor:
+    """These rows, float64 (B, F) if they are stored so, else float32."""
+    rows = torch.as_tensor(features[indices] if isinstance(features, np.ndarray) else features[torch.from_numpy(indices)])
+    return rows.detach() if rows.dtype == torch.float64 else rows.detach().float()
+
+
 def _squared_discrepancy(x: Tensor, y: Tensor) -> float:
     """Binkowski et al. 2018, eq. 4: without the kernels of a sample with itself."""
     size = len(x)
-    xx, yy, xy = (cubic_kernel(*pair) for pair in ((x, x), (y, y), (x, y)))
-    within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
-    return float(within - 2 * xy.mean())
+    within = (_kernel_sum(x) + _kernel_sum(y)) / (size * (size - 1))
+    return within - 2 * float(cubic_kernel(x, y).sum(dtype=torch.float64)) / size**2
+
+
+def _kernel_sum(x: Tensor) -> float:
+    """Over all pairs of different samples. A kernel is symmetric, so 6 of 16 blocks, below the diagonal, are left out."""
+    total, step = 0.0, -(-len(x) // _KERNEL_BLOCKS)
+    for start in range(0, len(x), step):
+        kernel = cubic_kernel(x[start : start + step], x[start:])
+        own = kernel[:, : len(kernel)]
+        total += 2 * float(kernel.sum(dtype=torch.float64)) - float(own.sum(dtype=torch.float64) + own.trace().double())
+    return total
 
 
 def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scores from nearest neighbours: improved precision and recall, density and coverage, from tiles of distances.
+"""Scores from nearest neighbours: improved precision and recall, density and coverage, authenticity, from tiles of distances.
 
 Each sample spans a ball that reaches to its k-th nearest neighbour within its own set. The scores count which samples of the
 other set are in which balls. Distances that differ by less than the rounding error of a float64 product are equal: ties are ties,
@@ -11,7 +11,7 @@ Shape legend: N samples, M reference samples, F features, R samples of a block, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,17 +32,22 @@ class ManifoldScores:
 
     density: reference balls per generated sample over k, at least 0 and 1 in expectation for equal distributions.
     coverage: share of reference samples with a generated one in their ball, in [0, 1].
+    authenticity: share of generated samples that are farther from the nearest reference sample than that one is from all others, in
+    [0, 1]. Copies of the reference are not.
     """
 
     precision: float
     recall: float
     density: float
     coverage: float
+    authenticity: float
 
 
 @dataclass(frozen=True, eq=False)
 class ManifoldCounts:
     """num_closed_balls, num_open_balls: int64 (R,), reference balls that contain each generated sample, with and without boundary.
+    is_authentic: bool (R,), whether each is outside of the closed ball around its nearest reference sample that reaches to that
+    one's nearest neighbour.
 
     num_recalling: int64 (M,), how many of these generated samples have each reference sample in their ball.
     num_covering: int64 (M,), how many of them are in the open ball of each reference sample.
@@ -55,6 +60,7 @@ class ManifoldCounts:
     num_covering: np.ndarray
     recalled_by: np.ndarray
     covered_by: np.ndarray
+    is_authentic: np.ndarray
 
 
 def manifold_scores(reference: Features, generated: Features, num_neighbours: tuple[int, int] = (3, 5)) -> ManifoldScores:
@@ -62,7 +68,7 @@ def manifold_scores(reference: Features, generated: Features, num_neighbours: tu
 
     `reference`: float (M, F), `generated`: float (N, F). Raises ValueError as squared_radii and manifold_counts do.
     """
-    radii = np.concatenate([squared_radii(reference, num_neighbours, block) for block in blocks_of(len(reference))])
+    radii = np.concatenate([squared_radii(reference, (*num_neighbours, 1), block) for block in blocks_of(len(reference))])
     own_radii = {block: squared_radii(generated, num_neighbours[:1], block)[:, 0] for block in blocks_of(len(generated))}
     counts = [manifold_counts(reference, radii, generated, own, block) for block, own in own_radii.items()]
     return scores_of_counts(counts, num_neighbours[1])
@@ -76,25 +82,29 @@ def blocks_of(num_samples: int) -> list[range]:
 def scores_of_counts(blocks: Sequence[ManifoldCounts], num_neighbours: int) -> ManifoldScores:
     """Scores from the counts of all generated samples, in blocks. `num_neighbours`: that of the open balls.
 
-    Kynkaanniemi et al. 2019, eq. 2 and 3, with closed balls; Naeem et al. 2020, eq. 4 and 5, with open ones, as in their code.
+    Kynkaanniemi et al. 2019, eq. 2 and 3, with closed balls; Naeem et al. 2020, eq. 4 and 5, with open ones, as in their code;
+    Alaa et al. 2022, sec. 3.3, as in the code of Stein et al. 2023 (their AuthPct, over 100).
     """
     return ManifoldScores(
         precision=float((np.concatenate([block.num_closed_balls for block in blocks]) > 0).mean()),
         recall=float((np.sum([block.num_recalling for block in blocks], axis=0) > 0).mean()),
         density=float(np.concatenate([block.num_open_balls for block in blocks]).mean()) / num_neighbours,
         coverage=float((np.sum([block.num_covering for block in blocks], axis=0) > 0).mean()),
+        authenticity=float(np.concatenate([block.is_authentic for block in blocks]).mean()),
     )
 
 
 def influences_of_counts(blocks: Sequence[ManifoldCounts], num_neighbours: int) -> dict[str, np.ndarray]:
     """Influence of each generated sample on the fields of ManifoldScores, for errors.standard_error: float64 (N,) each.
 
-    Precision and density are means over the generated samples. Recall and coverage lose, without a sample, the reference samples
-    that only this one reaches (the jackknife), which makes their error rather too large than too small (Efron and Stein 1981).
+    Precision, density and authenticity are means over the generated samples. Recall and coverage lose, without a sample, the
+    reference samples that only this one reaches (the jackknife), which makes their error rather too large than too small (Efron and
+    Stein 1981).
     """
     found = {
         "precision": np.concatenate([block.num_closed_balls for block in blocks]) > 0,
         "density": np.concatenate([block.num_open_balls for block in blocks]) / num_neighbours,
+        "authenticity": np.concatenate([block.is_authentic for block in blocks]),
     }
     num_samples = len(found["precision"])
     for score, counted, by in (("recall", "num_recalling", "recalled_by"), ("coverage", "num_covering", "covered_by")):
@@ -171,7 +181,8 @@ def manifold_counts(
 ) -> ManifoldCounts:
     """Which generated samples of a block and which reference samples are in whose balls.
 
-    `reference`: float (M, F).   `reference_radii`: float64 (M, 2), from squared_radii: of the closed and of the open balls.
+    `reference`: float (M, F).   `reference_radii`: float64 (M, 3), from squared_radii: of the closed and of the open balls, and of
+    those that reach to the nearest other sample.
     `generated`: float (N, F).   `generated_radii`: float64 (R,), from squared_radii for the same block.
     Raises ValueError for features of different widths and values that are not finite.
     """
@@ -181,14 +192,19 @@ def manifold_counts(
     centre = _centre(reference)
     x, own = _tile(generated, block, centre, device), torch.from_numpy(generated_radii[:, None]).to(device)
     counts, reached = np.zeros((2, len(block)), dtype=np.int64), np.zeros((4, num_reference), dtype=np.int64)
-    compare, rows = _compare_by_screening if device == "cpu" else _compare, _Rows.of(x)
+    rows, nearest = _Rows.of(x), _Nearest(x)
+    compare: Callable[..., list[Tensor]] = _compare_by_screening if device == "cpu" else _compare
     for columns in _tiles_of(num_reference):
-        radii = (*torch.from_numpy(reference_radii[columns].T.copy()).to(device), own)
-        is_in_closed, is_in_open, is_in_own = compare(rows, _Rows.of(_tile(reference, columns, centre, device)), radii)
+        radii = (*torch.from_numpy(reference_radii[columns, :2].T.copy()).to(device), own)
+        tile = _Rows.of(_tile(reference, columns, centre, device))
+        squared, error = _single_distances(rows, tile) if device == "cpu" else _distances(rows, tile)
+        nearest.add(squared, float(torch.as_tensor(error).max()), columns.start)
+        is_in_closed, is_in_open, is_in_own = compare(rows, tile, radii, squared, error)
         counts += torch.stack([_count(is_in_closed, 1), _count(is_in_open, 1)]).cpu().numpy()
         both = torch.stack([is_in_own, is_in_open])
         reached[:, columns] = torch.cat([_count(both, 1), both.view(torch.uint8).argmax(dim=1) + block.start]).cpu().numpy()
-    return ManifoldCounts(*counts, *reached)
+    is_authentic = _is_authentic(rows, nearest, reference, reference_radii[:, 2], centre)
+    return ManifoldCounts(*(*counts, *reached, is_authentic.cpu().numpy()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,16 +223,54 @@ class _Rows:
 _Radii = tuple[Tensor, Tensor, Tensor]  # squared, of the closed and open balls of columns (C,), and of the balls of rows (R, 1)
 
 
-def _compare(x: _Rows, y: _Rows, radii: _Radii) -> list[Tensor]:
-    """Whether rows and columns are in each other's balls: bool (R, C) by kind of ball."""
-    squared, error = _distances(x, y)
+class _Nearest:
+    """The nearest column of each row so far, int64 (R,), and whether another one may be as near or nearer, bool (R,)."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.samples = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        self._first, self._second = (torch.full((len(rows),), torch.inf, device=rows.device) for _ in range(2))
+        self._error = 0.0
+
+    def add(self, squared: Tensor, error: float, start: int) -> None:
+        """The distances to columns from `start` on, (R, C), and what they may be off by."""
+        first, column = squared.min(dim=1)
+        second = squared.scatter(1, column[:, None], torch.inf).amin(dim=1)
+        self._second = torch.minimum(torch.minimum(second, self._second), torch.maximum(first, self._first))
+        self.samples = torch.where(first < self._first, column + start, self.samples)
+        self._first, self._error = torch.minimum(first, self._first), max(self._error, error)
+
+    @property
+    def is_open(self) -> Tensor:
+        return self._second - self._first <= 2 * self._error
+
+
+def _is_authentic(x: _Rows, nearest: _Nearest, reference: Features, squared_radii: np.ndarray, centre: np.ndarray) -> Tensor:
+    """bool (R,). Of reference samples that are equally near, the first counts.   squared_radii: float64 (M,)."""
+    samples, is_open = nearest.samples, nearest.is_open
+    if is_open.any():
+        rows, least = _Rows.of(x.values[is_open]), x.values.new_full((int(is_open.sum()),), torch.inf)
+        chosen, device = samples[is_open], str(x.values.device)
+        for columns in _tiles_of(len(reference)):
+            squared, slack = _distances(rows, _Rows.of(_tile(reference, columns, centre, device)))
+            column = (squared <= squared.amin(dim=1, keepdim=True) + slack).view(torch.uint8).argmax(dim=1)
+            found, slack = (each.gather(1, column[:, None])[:, 0] for each in (squared, slack))
+            is_nearer = found < least - slack
+            chosen, least = torch.where(is_nearer, column + columns.start, chosen), torch.where(is_nearer, found, least)
+        samples = samples.masked_scatter(is_open, chosen)
+    others = _Rows.of(_tile(reference, samples.tolist(), centre, str(x.values.device)))
+    radii = torch.from_numpy(squared_radii).to(samples.device)[samples]
+    slack = (x.norms + others.norms) * _slack(x.values.shape[1])
+    return (x.values - others.values).square().sum(dim=1) > radii + slack
+
+
+def _compare(x: _Rows, y: _Rows, radii: _Radii, squared: Tensor, error: Tensor) -> list[Tensor]:
+    """Whether rows and columns are in each other's balls: bool (R, C) by kind of ball. squared, error: from _distances."""
     closed, opened, own = radii
     return [squared <= closed + error, squared < opened - error, squared <= own + error]
 
 
-def _compare_by_screening(x: _Rows, y: _Rows, radii: _Radii) -> list[Tensor]:
-    """The same by float32. Pairs that are close to the surface of a ball are compared in float64."""
-    squared, error = _single_distances(x, y)
+def _compare_by_screening(x: _Rows, y: _Rows, radii: _Radii, squared: Tensor, error: float) -> list[Tensor]:
+    """The same by float32, with _single_distances. Pairs that are close to the surface of a ball are compared in float64."""
     singles = [each.float() for each in radii]
     error += torch.finfo(torch.float32).eps * max(float(each.max()) for each in singles)  # of the radii themselves
     found = [squared < each - error for each in singles]
@@ -224,7 +278,7 @@ def _compare_by_screening(x: _Rows, y: _Rows, radii: _Radii) -> list[Tensor]:
     is_open = (found[0] ^ might_be[0]) | (found[1] ^ might_be[1]) | (found[2] ^ might_be[2])
     i, j = is_open.nonzero(as_tuple=True)
     if len(i) > _MOST_OPEN * is_open.numel():
-        return _compare(x, y, radii)
+        return _compare(x, y, radii, *_distances(x, y))
     exact = torch.cat(
         [
             (x.values[some] - y.values[others]).square().sum(dim=1)
@@ -284,5 +338,5 @@ def _centre(features: Features) -> np.ndarray:
     return take_rows(features, np.arange(len(features))[:BLOCK_SIZE]).mean(axis=0)
 
 
-def _tile(features: Features, rows: range, centre: np.ndarray, device: str) -> Tensor:
+def _tile(features: Features, rows: Sequence[int], centre: np.ndarray, device: str) -> Tensor:
     return torch.from_numpy(take_rows(features, np.array(rows)) - centre).to(device)

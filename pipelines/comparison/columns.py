@@ -142,6 +142,7 @@ COLUMNS = (
     Column("replicates", "sets", _count, rank=5, alike="means of {} sets of samples"),
     Column("density", "density", _share, "higher", rank=7),
     Column("coverage", "coverage", _share, "higher", rank=7),
+    Column("authenticity", "authenticity", _share, rank=7),
     Column("config_run", "run", str, rank=8, alike="run {}"),
     Column("images_per_pass", "images/pass", _count, rank=9, alike="{} images a pass"),
     Column("arithmetic", "arithmetic", str, rank=9, alike="arithmetic in {}"),

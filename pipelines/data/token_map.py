@@ -289,6 +289,13 @@ def _read_shard(path: Path, info: TokenMapInfo) -> pa.Table:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def read_columns(store: ArtifactStore, manifest: Manifest, names: Sequence[str]) -> pa.Table:
+    """Columns of all rows."""
+    parts = [record.name for record in manifest.files if record.name.startswith("part-")]
+    tables = [pq.read_table(store.fetch(manifest, name), columns=[*names], page_checksum_verification=True) for name in parts]
+    return pa.concat_tables(tables).combine_chunks()
+
+
 def read_codes(store: ArtifactStore, manifest: Manifest, rows: Sequence[int]) -> tuple[list[str], np.ndarray]:
     """Keys, and codes uint16 (R, L), of rows given in ascending order. Reads only the shards that hold them."""
     keys, codes, start, remaining = [], [], 0, list(map(int, rows))

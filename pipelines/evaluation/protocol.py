@@ -42,6 +42,7 @@ SCORES = {
     "recall": "recall",
     "density": "density",
     "coverage": "coverage",
+    "authenticity": "authenticity",
     "class_agreement": "class agreement",
 }
 _LARGE = 64  # pixels; images of this size and above are not enlarged, and fewer are shown

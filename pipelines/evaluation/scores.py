@@ -32,8 +32,14 @@ METRICS = (
     "kernel_distance",
     "precision_recall",
     "density_coverage",
+    "authenticity",
     "cmmd",
 )
+_OF_NEIGHBOURS = {
+    "precision_recall": ("precision", "recall"),
+    "density_coverage": ("density", "coverage"),
+    "authenticity": ("authenticity",),
+}
 _SUBSETS_AT_ONCE = 10  # of the kernel distance, in one task
 _OF_INCEPTION = {"frechet_distance": "fid", "spatial_frechet_distance": "sfid", "kernel_distance": "kid"}
 
@@ -164,6 +170,7 @@ class Available:
             "cmmd": 2,
             "precision_recall": self.settings.precision_neighbours + 1,
             "density_coverage": self.settings.density_neighbours + 1,
+            "authenticity": 2,
         }[metric]
         fewest = min(self.num_generated, self.num_reference)
         return None if fewest >= needed else f"it needs {needed} generated and {needed} reference samples; one side has {fewest}"
@@ -255,7 +262,7 @@ def compute_scores(
     estimates = {}
     if "kernel_distance" in chosen:
         estimates["kernel_distance"] = _kernel_distance(sides, settings, pool)
-    if {"precision_recall", "density_coverage"} & set(chosen):
+    if not _OF_NEIGHBOURS.keys().isdisjoint(chosen):
         _add_neighbour_scores(scores, chosen, sides, settings, pool)
     if "cmmd" in chosen:
         _add_cmmd(scores, sides, pool)
@@ -336,13 +343,12 @@ def _add_neighbour_scores(
 
     from enat.metrics.neighbours import blocks_of, influences_of_counts, manifold_counts, scores_of_counts, squared_radii
 
-    wants_precision, wants_density = "precision_recall" in chosen, "density_coverage" in chosen
-    density = settings.density_neighbours if wants_density else settings.precision_neighbours
-    precision = settings.precision_neighbours if wants_precision else density
+    density = settings.density_neighbours if "density_coverage" in chosen else 1  # what is not wanted may be more than there are
+    precision = settings.precision_neighbours if "precision_recall" in chosen else 1
     (generated, num_generated), (reference, num_reference) = sides
     of_generated, of_reference = blocks_of(num_generated), blocks_of(num_reference)
     with pool.bar(2 * len(of_generated) + len(of_reference)) as bar:
-        wanted: list[tuple[Any, ...]] = [(reference, (precision, density), rows) for rows in of_reference]
+        wanted: list[tuple[Any, ...]] = [(reference, (precision, density, 1), rows) for rows in of_reference]
         wanted += [(generated, (precision,), rows) for rows in of_generated]
         radii = pool.run(squared_radii, wanted, bar)
         reference_radii = ray.put(np.concatenate(radii[: len(of_reference)]))
@@ -350,5 +356,5 @@ def _add_neighbour_scores(
         arguments = [(reference, reference_radii, generated, own[:, 0], rows) for rows, own in own_radii]
         counts = pool.run(manifold_counts, arguments, bar)
     values, influences = scores_of_counts(counts, density), influences_of_counts(counts, density)
-    for name in (["precision", "recall"] if wants_precision else []) + (["density", "coverage"] if wants_density else []):
+    for name in (name for metric, names in _OF_NEIGHBOURS.items() if metric in chosen for name in names):
         scores.add(name, getattr(values, name), influences[name])

@@ -22,9 +22,11 @@ from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.data.token_map import TokenMapInfo
 from pipelines.run import graph
 from pipelines.stages import evaluate, generate
+from pipelines.stages.audit import AuditConfig
 from pipelines.stages.captions import CaptionsConfig
 from pipelines.stages.evaluate import EvaluateConfig
 from pipelines.stages.generate import GenerateConfig
+from pipelines.stages.memorization import MemorizationConfig
 from pipelines.stages.reconstruction import ReconstructionConfig
 from pipelines.stages.reference import ReferenceConfig
 from pipelines.stages.report import ReportConfig
@@ -104,10 +106,14 @@ class RunConfig:
     """Images and features that samples are compared with."""
     reconstruction: ReconstructionConfig | None = None
     """How well the tokenizer keeps the images of the token map. Null leaves this stage out."""
+    audit: AuditConfig | None = None
+    """Duplicates in the token map. Null leaves this stage out, unless `memorization` needs it."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The generator and its training."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     """Samples of the generator."""
+    memorization: MemorizationConfig | None = None
+    """Samples that are copies of images of the token map. Null leaves this stage out."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Scores of the samples."""
     report: ReportConfig = field(default_factory=ReportConfig)

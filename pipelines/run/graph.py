@@ -1,8 +1,9 @@
 """The stages of the pipeline, each with its config for a run, and how they are wired. This is the only list of the stages.
 
 dataset, tokenizer -> token_map -> train -> generate -> evaluate -> report, and reference -> evaluate; on request token_map,
-reference -> reconstruction. A variant is the same pipeline with some values replaced. What it shares with the run's own model is
-the same artifact, made once. Images of other generators are scored by the same stages: images, reference -> evaluate.
+reference -> reconstruction and token_map -> audit, generate -> memorization. A variant is the same pipeline with some values
+replaced. What it shares with the run's own model is the same artifact, made once. Images of other generators are scored by the
+same stages: images, reference -> evaluate.
 
 To add a stage, write one file in pipelines/stages and add a line to GRAPH. If a run should be able to configure it, add a field of
 its name to RunConfig, too.
@@ -19,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from pipelines.artifacts.manifest import Manifest
 from pipelines.data.image_sets import ImageSetConfig
 from pipelines.stages import (
+    audit,
     captions,
     dataset,
     evaluate,
     generate,
     image_set,
+    memorization,
     reconstruction,
     reference,
     report,
@@ -96,6 +99,12 @@ def _reconstruction(run: RunConfig, reader: Any) -> Any:
     return None if config is None else replace(config, dataset=section(token_map.STAGE, run).dataset)
 
 
+def _audit(run: RunConfig, reader: Any) -> Any:
+    """Stage memorization needs one, also if the run asks for none."""
+    is_needed = run.audit is None and run.memorization is not None
+    return section(audit.STAGE, replace(run, audit=audit.AuditConfig()) if is_needed else run)
+
+
 def _report(run: RunConfig, reader: Any) -> Any:
     return replace(run.report, name=run.name, variants=tuple(run.variants))
 
@@ -107,8 +116,10 @@ GRAPH: tuple[Part, ...] = (
     Part(captions.STAGE, _captions),
     Part(reference.STAGE, _reference, is_per_protocol=True),
     Part(reconstruction.STAGE, _reconstruction),
+    Part(audit.STAGE, _audit),
     Part(train.STAGE),
     Part(generate.STAGE),
+    Part(memorization.STAGE),
     Part(image_set.STAGE, lambda run, reader: run.evaluate.images),
     Part(evaluate.STAGE, is_per_protocol=True),
     Part(report.STAGE, _report),

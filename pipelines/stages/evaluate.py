@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 JUDGES = ("svc",)
 _LISTED = ("fid", "frechet_distance", "inception_score", "class_agreement")  # the first two of these are listed
 _MAX_JUDGE_IMAGES = 20_000  # a support vector machine's fit grows with the square of it
-_NEED_REAL_ROWS = {"kernel_distance", "precision_recall", "density_coverage", "cmmd"}
+_NEED_REAL_ROWS = {"kernel_distance", "precision_recall", "density_coverage", "authenticity", "cmmd"}
 _SAMPLING = (
     "sampling_images_per_second",
     "sampling_worker_seconds_per_image",

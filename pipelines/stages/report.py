@@ -19,6 +19,8 @@ from pipelines.data.captions import CaptionFeatures
 from pipelines.data.dataset import INDEX
 from pipelines.data.samples import NONE, Samples, SamplesSummary, image_cost, num_given_of, read_samples
 from pipelines.data.token_map import TokenMapSummary
+from pipelines.evaluation.nearest import PICTURE as PAIRS
+from pipelines.evaluation.nearest import AuditSummary, MemorizationSummary
 from pipelines.evaluation.protocol import SCORES
 from pipelines.pages import page
 from pipelines.pages.chart import Chart, Point, Series, png_of
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 PAGE = "report.html"
 PICTURE = "samples.png"
 _COLUMNS = 10  # of the grid where samples are not of each class in turn
+_MOST_UNSEEN = 3  # what is seen in none of N samples is in at most 3 of N, at 95%
 _RECONSTRUCTION_PIXELS = 48  # to which stage tokenizer enlarges small images
 
 
@@ -70,7 +73,7 @@ class ReportSummary(Summary):
 
 def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
     """Reads the artifacts of a run: tokenizer, token map, reference, model, samples and evaluation, the last three of every variant
-    too; reconstruction and captions if the run has them.
+    too; reconstruction, audit, memorization and captions if the run has them.
 
     Writes report.html and a picture of the samples, both as records. Logs the page and the loss curves as a PNG. Measures nothing.
     """
@@ -103,6 +106,8 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
         headline=[(name, title) for name, title in SCORES.items() if name in inputs["evaluation"].metrics][:2],
         with_interval=with_interval,
         reconstruction=inputs["reconstruction"].metrics if "reconstruction" in inputs else None,
+        memorization=_memorization(config, inputs),
+        pairs=_pairs(inputs, store),
         grid=page.picture(grid),
         grid_classes=tokens.class_names[:columns] if made.has_each_class_in_turn else None,
         captions=_captions(shown, inputs, store),
@@ -238,6 +243,30 @@ def _protocols(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     return {"titles": ["protocol", "extractor", "reference", "samples", *columns.values()], "rows": rows}
 
 
+def _memorization(config: ReportConfig, inputs: Mapping[str, Manifest]) -> list[tuple[str, str, list[str]]]:
+    """What was compared, how many, and its scores: samples of each variant (stage memorization), and real images (its audit)."""
+    found = []
+    for variant in (MAIN, *config.variants):
+        manifest = inputs.get("memorization" if variant == MAIN else f"memorization@{variant}")
+        if manifest is not None:
+            count, metrics = MemorizationSummary.read(manifest).num_samples, manifest.metrics
+            shares = [
+                with_interval(metrics, name) if metrics[name] else f"0 (at most {_MOST_UNSEEN / count:.2g})"
+                for name in ("close_copies", "copies")
+            ]
+            found.append((f"samples of {variant}", f"{count:,}", [with_interval(metrics, "nearest_distance"), *shares]))
+    if "audit" in inputs:
+        metrics, audited = inputs["audit"].metrics, AuditSummary.read(inputs["audit"]).num_audited
+        found.append(("real images", f"{audited:,}", [f"{metrics['nearest_distance']:.4g}", "0.01 or less", ""]))
+    return found
+
+
+def _pairs(inputs: Mapping[str, Manifest], store: ArtifactStore) -> dict[str, page.Picture]:
+    """The closest pairs, by what is compared with the images of the token map."""
+    of = {"samples": "memorization", "real images": "audit"}
+    return {title: page.picture(Image.open(store.fetch(inputs[name], PAIRS))) for title, name in of.items() if name in inputs}
+
+
 def _replicates(metrics: Mapping[str, float]) -> list[tuple[str, list[str]]]:
     """A row per score of the run's own model: its value in each set of samples, and their standard deviation."""
     suffixes = [*(f"replicate_{number}" for number in range(1, int(metrics.get(REPLICATES, 1)) + 1)), "replicates_sd"]
@@ -304,6 +333,8 @@ STAGE = Stage(
         "reference": Input(("reference",)),
         "reconstruction": Input(("reconstruction",)),
         "captions": Input(("captions",), lambda config, run: run.train.model.text),
+        "audit": Input(("audit",)),
+        "memorization": Input(("memorization",), is_per_variant=True),
         "model": Input(("train",), is_per_variant=True),
         "samples": Input(("generate",), is_per_variant=True),
         "evaluation": Input(("evaluate",), is_per_variant=True, is_per_protocol=True),

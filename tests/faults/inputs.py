@@ -215,6 +215,8 @@ def _config(given: _Filled, folder: Path) -> tuple[str, Act]:
         "token_map": {"shard_size": 4, "execution": {"num_workers": 1}},
         "reference": {"num_epochs": 1},
         "reconstruction": {"num_images": 4},
+        "audit": {"num_rows": 4, "near": 0.5},
+        "memorization": {"num_samples": 4},
         "train": {"model": {"embed_dim": 32, "num_heads": 2}, "num_steps": 2, "execution": {"checkpoint_every": 1}},
         "generate": {"num_samples": 8, "labels": [1], "sampler": {"num_steps": 2}},
         "variants": {"v": {"train": {"num_steps": 0}}},

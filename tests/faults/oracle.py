@@ -30,7 +30,10 @@ from pipelines.cluster import connection
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 TIMES = ("seconds", "per_second", "memory", "utilization", "wait_share", "num_workers", "num_restarts", "device")
-STAGES = ("dataset", "tokenizer", "token_map", "captions", "reference", "reconstruction", "train", "generate", "evaluate", "report")
+STAGES = (
+    *("dataset", "tokenizer", "token_map", "captions", "reference", "reconstruction", "audit", "train", "generate", "memorization"),
+    *("evaluate", "report"),
+)
 HUNG_SECONDS = 240.0  # the longest stage takes 15 on two idle cores
 _FORKS = multiprocessing.get_context("forkserver")
 _IMPORTED = [
@@ -249,6 +252,7 @@ def write_config(folder: Path) -> None:
             "dataset": {"kind": "image_folder", "name": "labelled", "path": str(folder / "images" / "image_folder")},
         },
         "reconstruction": {},
+        "memorization": {},
         "train": {
             "model": {"text": True, "encoder_layers": 2, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2},
             **{"num_steps": 12, "batch_size": 16, "num_groups": 4, "learning_rate": 1e-3, "warmup_steps": 4, "ema_decay": 0.9},

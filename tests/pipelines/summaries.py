@@ -37,6 +37,8 @@ _COMPLETE: dict[str, dict[str, Any]] = {
         "protocol": {}, "protocol_digest": "p", "metrics": [], "settings": {},
     },
     "reconstruction": {**_EXTRACTOR, "reference": "digits", "reference_digest": "r", "num_images": 16},
+    "audit": {"rows": 90, "num_audited": 90, "close_distance": 3},
+    "memorization": {"num_samples": 16, "rows": 90, "close_distance": 3},
     "report": {"name": "digits"},
 }  # fmt: skip
 

@@ -156,7 +156,7 @@ def test_95_percent_intervals_hold_the_truth() -> None:
 
 def test_influences_on_neighbour_scores_are_those_of_leaving_a_sample_out() -> None:
     (generated, _), (reference, _) = draw(40, 8), draw(60, 9, 0.0, 1.0)
-    radii = squared_radii(reference, (3, 5), range(60))
+    radii = squared_radii(reference, (3, 5, 1), range(60))
     own = squared_radii(generated, (3,), range(40))[:, 0]
     blocks = [range(15), range(15, 40)]
     counts = [manifold_counts(reference, radii, generated, own[list(block)], block) for block in blocks]

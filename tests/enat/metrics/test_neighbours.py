@@ -42,14 +42,17 @@ def plain_radii(features, num_neighbours):
 
 
 def plain_scores(reference, generated, num_neighbours):
-    """Kynkaanniemi et al. 2019, eq. 2 and 3; Naeem et al. 2020, eq. 4 and 5, with the open balls of the authors' code."""
+    """Kynkaanniemi et al. 2019, eq. 2 and 3; Naeem et al. 2020, eq. 4 and 5, with the open balls of the authors' code; Alaa et al.
+    2022, sec. 3.3."""
     distances = plain_distances(generated, reference)
+    nearest = distances.argmin(axis=1)
     in_ball = distances < plain_radii(reference, num_neighbours[1])
     return ManifoldScores(
         precision=(distances <= plain_radii(reference, num_neighbours[0])).any(axis=1).mean(),
         recall=(distances <= plain_radii(generated, num_neighbours[0])[:, None]).any(axis=0).mean(),
         density=pytest.approx(in_ball.sum(axis=1).mean() / num_neighbours[1], rel=1e-12),
         coverage=in_ball.any(axis=0).mean(),
+        authenticity=(distances.min(axis=1) > plain_radii(reference, 1)[nearest]).mean(),
     )
 
 
@@ -84,13 +87,13 @@ def test_blocks_give_the_same_counts_as_all_samples_at_once(cuts, dtype):
     generated[100:110] = generated[3]
     reference[:4] = generated[3]
     blocks = [range(start, stop) for start, stop in pairwise([0, *cuts, 130])]
-    reference_radii = np.concatenate([squared_radii(reference, (3, 5), block) for block in (*blocks, range(130, 140))])
+    reference_radii = np.concatenate([squared_radii(reference, (3, 5, 1), block) for block in (*blocks, range(130, 140))])
     everything = range(130)
     own_radii = squared_radii(generated, (3,), everything)[:, 0]
-    whole = manifold_counts(reference, squared_radii(reference, (3, 5), range(140)), generated, own_radii, everything)
+    whole = manifold_counts(reference, squared_radii(reference, (3, 5, 1), range(140)), generated, own_radii, everything)
     radii = [squared_radii(generated, (3,), block)[:, 0] for block in blocks]
     pieces = [manifold_counts(reference, reference_radii, generated, *of_block) for of_block in zip(radii, blocks, strict=True)]
-    for name in ("num_closed_balls", "num_open_balls"):
+    for name in ("num_closed_balls", "num_open_balls", "is_authentic"):
         np.testing.assert_array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), getattr(whole, name), name)
     assert scores_of_counts(pieces, 5) == manifold_scores(reference, generated) == scores_of_counts([whole], 5)
 
@@ -132,8 +135,8 @@ def test_outlier_spoils_precision_but_not_density():
 
 def test_sets_far_apart_score_0_and_equal_sets_score_1():
     reference = cloud(50)
-    assert manifold_scores(reference, reference + 1e3) == ManifoldScores(0, 0, 0, 0)
-    assert manifold_scores(reference, reference) == ManifoldScores(1, 1, 1, 1)
+    assert manifold_scores(reference, reference + 1e3) == ManifoldScores(0, 0, 0, 0, authenticity=1)
+    assert manifold_scores(reference, reference) == ManifoldScores(1, 1, 1, 1, authenticity=0)
 
 
 def test_copies_are_neighbours_at_distance_0():
@@ -142,7 +145,7 @@ def test_copies_are_neighbours_at_distance_0():
     np.testing.assert_allclose(squared_radii(features, (1, 3, 4, 5), range(6)), expected, atol=1e-14)
     copies = np.repeat(cloud(1), 3000, axis=0)  # a generator that makes one image only
     reference = np.concatenate([copies[:1], copies[:20] + 100])
-    counts = manifold_counts(reference, np.ones((21, 2)), copies, squared_radii(copies, (2999,), range(3000))[:, 0], range(3000))
+    counts = manifold_counts(reference, np.ones((21, 3)), copies, squared_radii(copies, (2999,), range(3000))[:, 0], range(3000))
     assert (counts.num_closed_balls == 1).all() and (counts.num_open_balls == 1).all()
     assert counts.num_recalling.tolist() == counts.num_covering.tolist()
     assert (counts.num_recalling > 0).tolist() == [True] + 20 * [False]
@@ -163,7 +166,7 @@ def test_features_may_be_tensors_or_memory_mapped_and_of_half_precision(tmp_path
         (lambda x: squared_radii(x, (0,), range(10)), "^0 neighbours"),
         (lambda x: manifold_scores(x, x[:, :4]), "width 8 and 4"),
         (lambda x: manifold_scores(x, np.full((10, 8), np.nan)), "not finite"),
-        (lambda x: manifold_scores(x[:5], x), "3, 5 neighbours .* 5 samples"),
+        (lambda x: manifold_scores(x[:5], x), "3, 5, 1 neighbours .* 5 samples"),
     ],
 )
 def test_features_without_scores_are_refused(score, message):
@@ -195,7 +198,7 @@ def _sets(kind: str) -> tuple[np.ndarray, np.ndarray]:
 def test_float32_decides_as_float64(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "TILE_COLUMNS", 64)
     reference, generated = _sets(kind)
-    places, rows = (3, 5), range(len(reference))
+    places, rows = (3, 5, 1), range(len(reference))
     radii = neighbours.squared_radii(reference, places, rows)
     centre = neighbours._centre(reference)
     exact = neighbours._nearest(reference, neighbours._tile(reference, rows, centre, "cpu"), 6, centre)[:, list(places)].numpy()
@@ -203,7 +206,10 @@ def test_float32_decides_as_float64(kind: str, monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(radii, exact, rtol=1e-12, atol=1e-12 * scale)
     own = neighbours.squared_radii(generated, (3,), range(len(generated)))[:, 0]
     counts = neighbours.manifold_counts(reference, radii, generated, own, range(len(generated)))
-    monkeypatch.setattr(neighbours, "_compare_by_screening", neighbours._compare)
+    monkeypatch.setattr(
+        neighbours, "_compare_by_screening", lambda x, y, radii, *_: neighbours._compare(x, y, radii, *neighbours._distances(x, y))
+    )
+    monkeypatch.setattr(neighbours._Nearest, "is_open", property(lambda self: torch.ones_like(self.samples, dtype=torch.bool)))
     plain = neighbours.manifold_counts(reference, radii, generated, own, range(len(generated)))
     for name, values in vars(plain).items():
         np.testing.assert_array_equal(getattr(counts, name), values, err_msg=name)

@@ -39,6 +39,7 @@ def test_all_metrics_that_can_be_computed_are_chosen() -> None:
         "kernel_distance",
         "precision_recall",
         "density_coverage",
+        "authenticity",
         "cmmd",
     )
     assert _available(outputs=("features",), has_spatial=False).chosen(None) == (
@@ -46,6 +47,7 @@ def test_all_metrics_that_can_be_computed_are_chosen() -> None:
         "kernel_distance",
         "precision_recall",
         "density_coverage",
+        "authenticity",
     )
     assert _available(num_reference=0).chosen(None) == ("frechet_distance", "spatial_frechet_distance", "inception_score")
     assert "density_coverage" not in _available(num_generated=5).chosen(None)

@@ -20,8 +20,8 @@ from pipelines.artifacts.open import open_store
 from pipelines.data.token_map import TokenMap
 
 DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
-STAGES = ["dataset", "tokenizer", "token_map", "reference", "train", "generate", "evaluate"]
-STAGES += ["train@untrained", "generate@untrained", "evaluate@untrained", "report"]
+STAGES = ["dataset", "tokenizer", "token_map", "reference", "audit", "train", "generate", "memorization", "evaluate"]
+STAGES += ["train@untrained", "generate@untrained", "memorization@untrained", "evaluate@untrained", "report"]
 
 
 # The whole run -------------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def test_run_succeeds_and_prints_only_its_own_lines(digits_run) -> None:
     assert [match and match[1] for match in made] == STAGES
     rest = "\n".join(lines[len(STAGES) :])
     assert not re.search(r"\x1b|INFO|WARN|ERROR|Traceback|pid=|(?i:deprecat|deepspeed|raylet)", rest)
-    for expected in ("What was made", "frechet_distance", "11 stages, 0 reused", f"report    {digits_run.workspace}/digits.html"):
+    for expected in ("What was made", "frechet_distance", "14 stages, 0 reused", f"report    {digits_run.workspace}/digits.html"):
         assert expected in rest
 
 
@@ -87,10 +87,11 @@ def test_a_second_run_reuses_everything(digits_run, enat: Callable[..., Any]) ->
 def test_a_local_run_listens_on_the_loopback_interface_only(digits_run) -> None:
     outside = {found for found in digits_run.listeners if not ipaddress.ip_address(found[2]).is_loopback}
     assert not outside
-    in_training = {process for done, process, _ in digits_run.listeners if done == "reference"}
+    in_training = {process for done, process, _ in digits_run.listeners if done == "audit"}
     assert any(process.startswith(("ray::execute", "ray::RayTrain")) for process in in_training), "the rendezvous"
     in_stages_after = {done for done, *_ in digits_run.listeners}
-    assert in_stages_after >= {*STAGES[:-1]} - {"evaluate"}, "train@untrained, which follows it, may be too short to be seen"
+    followed_by_short_ones = {"reference", "evaluate", "generate", "generate@untrained"}
+    assert in_stages_after >= {*STAGES[:-1]} - followed_by_short_ones, "audit, train@untrained and memorization may not be seen"
 
 
 # Tracking ------------------------------------------------------------------------------------------------------------------
@@ -115,7 +116,8 @@ def test_run_and_stages_are_in_mlflow(tracked, digits_run) -> None:
         assert tags["enat.key"] == planned[id].key and tags["enat.digest"] == planned[id].manifest.digest
     assert runs["digits"].data.params["train.num_steps"] == "20"
     hours = runs["evaluate"].data.metrics
-    made = sum(planned[id].manifest.provenance["worker_seconds"] for id in STAGES if "@" not in id and id != "report") / 3600
+    of_scores = [id for id in STAGES if "@" not in id and id not in ("audit", "memorization", "report")]
+    made = sum(planned[id].manifest.provenance["worker_seconds"] for id in of_scores) / 3600
     assert hours["cost/total_worker_hours"] == pytest.approx(made) and hours["cost/missing_artifacts"] == 0
     assert runs["digits"].data.metrics["frechet_distance"] == pytest.approx(
         planned["evaluate"].manifest.metrics["frechet_distance"]

@@ -249,6 +249,10 @@ def test_scores_equal_those_of_torch_fidelity_and_scipy(evaluated: Callable[...,
     holds = torch.cdist(generated.double(), kept.double()) < distances
     assert metrics["density"] == pytest.approx(holds.double().sum(dim=1).mean().item() / 5)
     assert metrics["coverage"] == pytest.approx(holds.any(dim=0).double().mean().item())
+    radii = torch.cdist(kept.double(), kept.double()).kthvalue(2, dim=1).values
+    nearest = torch.cdist(generated.double(), kept.double()).min(dim=1)
+    assert metrics["authenticity"] == pytest.approx((nearest.values > radii[nearest.indices]).double().mean().item())
+    assert 0 < metrics["authenticity"] < 1
     assert 0 < metrics["coverage"] < 1 and metrics["inception_score"] > 1, "both are in a range where equality is meaningful"
 
 
@@ -327,7 +331,8 @@ def test_every_score_has_its_error_and_the_influences_of_the_samples(
     (file,) = (file for file in result.files if file.name == INFLUENCES)
     found = Influences.parse(material.store.fetch_file("evaluate", _key(), file).read_bytes())
     np.testing.assert_array_equal(found.labels, np.arange(NUM_SAMPLES) % 10)
-    scores = {"frechet_distance", "inception_score", "kernel_distance", "precision", "recall", "density", "coverage"}
+    neighbours = {"precision", "recall", "density", "coverage", "authenticity"}
+    scores = {"frechet_distance", "inception_score", "kernel_distance", *neighbours}
     assert (
         {*found.by_score}
         == scores

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from html_page import Page, assert_self_contained
@@ -18,9 +19,11 @@ from enat.images import to_uint8
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.samples import read_samples
+from pipelines.data.token_map import TokenMap
 from pipelines.registry.influences import with_interval
 from pipelines.stages import evaluate, report
 
+PAIRS = ("closest pairs of samples", "closest pairs of real images")
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 
 
@@ -69,7 +72,7 @@ def page(html: str) -> Page:
 
 def test_page_is_self_contained_and_its_pictures_can_be_decoded(html: str) -> None:
     page = assert_self_contained(html)
-    assert set(page.images) == {"samples, one column per class", "progressive decoding", "reconstructions"}
+    assert set(page.images) == {"samples, one column per class", "progressive decoding", "reconstructions", *PAIRS}
     for picture in page.images.values():
         assert np.asarray(picture.convert("L")).std() > 1, "a picture of one colour shows nothing"
     assert page.widths["reconstructions"] == 2 * page.images["reconstructions"].width, "96 pixels for each image"
@@ -151,10 +154,30 @@ def test_scores_of_all_variants_and_places_of_all_artifacts_are_shown(
     for variant, name in (("main", "evaluation"), ("untrained", "evaluation@untrained")):
         assert with_interval(inputs[name].metrics, "frechet_distance") in rows[variant]
         assert f"{100 * inputs[name].metrics['class_agreement']:.1f} %" in rows[variant]
-    assert len(inputs) == 9
+    assert len(inputs) == 12
     for name, manifest in inputs.items():
         row = next(row for row in page.rows if row[0] == name and manifest.key in row[-1])
         assert store.place(manifest.stage, manifest.key) in row[-1]
+
+
+def test_samples_stand_beside_their_nearest_training_images(
+    page: Page, store: ArtifactStore, inputs: dict[str, Manifest], decoded: np.ndarray
+) -> None:
+    """The closest pair is the first one of the picture: the sample, then the row of the token map."""
+    found = pq.read_table(store.fetch(inputs["memorization"], "nearest.parquet")).to_pydict()
+    closest = int(np.argmin(found["distance"]))
+    pairs = page.images["closest pairs of samples"]
+    np.testing.assert_array_equal(_tile(pairs, 0, 0), decoded[found["index"][closest]])
+    tokens = TokenMap.open(store, inputs["token_map"])
+    codes = tokens.codes[found["nearest_row"][closest], int(found["is_flipped"][closest])]
+    assert (codes != read_samples(store, inputs["samples"]).codes[closest]).sum() == found["distance"][closest]
+    vqgan = load_vqgan(store.fetch(inputs["tokenizer"], "vqgan.safetensors"))
+    (nearest,) = to_uint8(vqgan.decode(torch.from_numpy(codes.astype(np.int64)).view(-1, 4, 4))).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(_tile(pairs, 0, 1), nearest)
+    rows = {row[0]: row for row in page.rows}
+    for variant, suffix in (("main", ""), ("untrained", "@untrained")):
+        assert with_interval(inputs[f"memorization{suffix}"].metrics, "nearest_distance") in rows[f"samples of {variant}"]
+    assert f"{inputs['audit'].metrics['nearest_distance']:.4g}" in rows["real images"]
 
 
 # Other runs ----------------------------------------------------------------------------------------------------------------
@@ -178,7 +201,7 @@ def test_untrained_model_has_no_loss_curve(render, config: report.ReportConfig, 
     swapped = {**inputs, **{name: inputs[f"{name}@untrained"] for name in ("model", "samples", "evaluation")}}
     shown = render(config, swapped)
     assert shown.charts == {} and shown.scripts[1] == "", "nothing to draw, so no script of Plotly"
-    assert set(shown.images) == {"samples, one column per class", "progressive decoding", "reconstructions"}
+    assert set(shown.images) == {"samples, one column per class", "progressive decoding", "reconstructions", *PAIRS}
 
 
 def test_missing_results_are_not_shown(render, config: report.ReportConfig, inputs: dict[str, Manifest]) -> None:
@@ -189,9 +212,10 @@ def test_missing_results_are_not_shown(render, config: report.ReportConfig, inpu
 
     tokenizer = inputs["tokenizer"]
     imported = replace(tokenizer, records=(), summary={**tokenizer.summary, "is_imported": True})
-    shown = render(config, {name: judgeless(manifest) for name, manifest in inputs.items()} | {"tokenizer": imported})
+    kept = {name: judgeless(manifest) for name, manifest in inputs.items() if manifest.stage not in ("audit", "memorization")}
+    shown = render(config, kept | {"tokenizer": imported})
     assert set(shown.images) == {"samples, one column per class", "progressive decoding"}
-    assert "class agreement (independent" not in shown.text
+    assert "class agreement (independent" not in shown.text and "Nearest training images" not in shown.text
     titles, own = next(row for row in shown.rows if row[0] == "model"), next(row for row in shown.rows if row[0] == "main")
     assert "class agreement" not in titles and len(own) == len(titles)
 

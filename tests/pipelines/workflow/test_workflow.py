@@ -402,8 +402,8 @@ def test_places_and_execution_settings_never_change_a_key(override: str) -> None
     assert _changed(override) == set()
 
 
-AFTER_TOKENIZER = {"tokenizer", "token_map", "train", "generate", "evaluate", "report"}
-AFTER_TRAIN = {"train", "generate", "evaluate", "report"}
+AFTER_TRAIN = {"train", "generate", "memorization", "evaluate", "report"}
+AFTER_TOKENIZER = {"tokenizer", "token_map", "audit"} | AFTER_TRAIN
 
 
 @pytest.mark.parametrize(
@@ -432,15 +432,16 @@ def test_a_variant_shares_the_stages_that_it_does_not_change() -> None:
     def nodes(values: str) -> list[str]:
         return [node.id for node in graph.build(run_config.load_run(DIGITS, (NO_VARIANTS, f"variants={values}")))]
 
-    own = ["dataset", "tokenizer", "token_map", "reference", "train", "generate", "evaluate"]
+    own = ["dataset", "tokenizer", "token_map", "reference", "audit", "train", "generate", "memorization", "evaluate"]
     assert nodes("{}") == [*own, "report"]
-    assert nodes("{a: {train: {num_steps: 0}}}") == [*own, "train@a", "generate@a", "evaluate@a", "report"]
-    assert nodes("{a: {generate: {sampler: {num_steps: 4}}}}") == [*own, "generate@a", "evaluate@a", "report"]
+    assert nodes("{a: {train: {num_steps: 0}}}") == [*own, "train@a", "generate@a", "memorization@a", "evaluate@a", "report"]
+    assert nodes("{a: {generate: {sampler: {num_steps: 4}}}}") == [*own, "generate@a", "memorization@a", "evaluate@a", "report"]
     assert nodes("{a: {train: {execution: {num_workers: 1}}}}") == [*own, "report"]
     assert nodes("{a: {train: {num_steps: 0}}, b: {train: {num_steps: 0}}}") == [
         *own,
         "train@a",
         "generate@a",
+        "memorization@a",
         "evaluate@a",
         "report",
     ]
