@@ -10,7 +10,7 @@ Shape legend: B captions, T positions, W width, P captions in a pass.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from jaxtyping import Float16, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from enat.checkpoint import load_strictly
+from enat.checkpoint import check_finite, load_strictly
 
 CAPTIONS_PER_PASS = 8
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _PREFIX = "text_model."
+_PROJECTION = "text_projection.weight"
 _OTHER_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 # Other fields of a config.json (location of code, implementation of attention, ...) are ignored.
 _CONFIG_FIELDS = (
@@ -92,24 +93,27 @@ class TextEncoder:
         are not text and for features beyond the range of float16.
         """
         tokens, num_tokens = self._tokenize([*captions, ""])
-        features = [self._encode_pass(part, tokens[-1]) for part in tokens[:-1].split(CAPTIONS_PER_PASS) if len(part)]
-        hidden, pooled = (torch.cat(parts) for parts in zip(*features, strict=True)) if features else self._no_features()
-        return TextFeatures(hidden, pooled, num_tokens[:-1])
-
-    def _encode_pass(self, tokens: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 (B <= P, T), (T,) -> float16 (B, T, W), (B, W)"""
-        padding = empty.expand(CAPTIONS_PER_PASS - len(tokens), -1)
-        output = self.model(input_ids=torch.cat([tokens, padding]))
-        hidden, pooled = (values[: len(tokens)].half() for values in (output.last_hidden_state, output.pooler_output))
+        no_states = torch.empty(0, self.num_positions, self.width, dtype=torch.float16, device=self.device)
+        parts = [(no_states, no_states[:, 0]), *(tuple(each.half() for each in part) for part in self._passes(tokens))]
+        hidden, pooled = (torch.cat(each) for each in zip(*parts, strict=True))
         if not hidden.isfinite().all():
             raise ValueError(
                 "the text encoder computed values that float16 cannot hold; its weights are not those of a trained model"
             )
-        return hidden, pooled
+        return TextFeatures(hidden, pooled, num_tokens[:-1])
 
-    def _no_features(self) -> tuple[Tensor, Tensor]:
-        no_states = torch.empty(0, self.num_positions, self.width, dtype=torch.float16, device=self.device)
-        return no_states, no_states[:, 0]
+    @torch.no_grad()
+    def pooled(self, captions: Sequence[str]) -> Tensor:
+        """The pooled features of captions before rounding, float32 (B, W). Raises ValueError for captions that are not text."""
+        tokens, _ = self._tokenize([*captions, ""])
+        return torch.cat([torch.empty(0, self.width, device=self.device), *(pooled for _, pooled in self._passes(tokens))])
+
+    def _passes(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """int64 (B + 1, T), of which the last is the empty caption -> float32 (<= P, T, W), (<= P, W) for each pass"""
+        for part in filter(len, tokens[:-1].split(CAPTIONS_PER_PASS)):
+            padding = tokens[-1].expand(CAPTIONS_PER_PASS - len(part), -1)
+            output = self.model(input_ids=torch.cat([part, padding]))
+            yield output.last_hidden_state[: len(part)], output.pooler_output[: len(part)]
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids int64 (B, T), and the number of ids before the padding, int64 (B,)."""
@@ -181,8 +185,29 @@ def _text_config(folder: Path) -> dict[str, Any]:
     return dict(fields)
 
 
+def load_text_projection(folder: str | Path) -> Tensor:
+    """The projection of the pooled features to the embedding that images share: float32 (F, W).
+
+    Raises ValueError for a folder without it, such as that of a CLIPTextModel alone, and for values that are not finite.
+    """
+    folder = Path(folder).expanduser()
+    tensors = _read_weights(folder, lambda name: name == _PROJECTION)
+    if _PROJECTION not in tensors or tensors[_PROJECTION].ndim != 2:
+        raise ValueError(f"{folder} has no {_PROJECTION}; give the folder of a whole CLIPModel, with text and image parts")
+    check_finite(tensors, str(folder))
+    return tensors[_PROJECTION].float()
+
+
 def _read_text_weights(folder: Path) -> dict[str, Tensor]:
     """The text part's tensors by their names in CLIPTextModel."""
+    # transformers 5 saves a CLIPTextModel without the prefix. Other parts of a CLIPModel are not read.
+    found = _read_weights(folder, lambda name: not name.startswith(_OTHER_PARTS))
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
+    tensors.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: stored by older versions
+    return tensors
+
+
+def _read_weights(folder: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     names = [_WEIGHTS]
     if not (folder / _WEIGHTS).is_file() and (folder / _WEIGHTS_INDEX).is_file():
         names = sorted(map(str, set(dict(_read_json(folder / _WEIGHTS_INDEX).get("weight_map", {})).values())))
@@ -193,12 +218,9 @@ def _read_text_weights(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{folder} has no {name}; weights in other formats are not opened, because reading them may run code")
         try:
             with safe_open(str(path), framework="pt") as file:
-                # transformers 5 saves a CLIPTextModel without the prefix. Other parts of a CLIPModel are not read.
-                keys = [key for key in file.keys() if not key.startswith(_OTHER_PARTS)]  # noqa: SIM118 (safe_open is not a mapping)
-                tensors |= {key.removeprefix(_PREFIX): file.get_tensor(key) for key in keys}
+                tensors |= {key: file.get_tensor(key) for key in file.keys() if is_wanted(key)}  # noqa: SIM118 (it is no mapping)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file of weights: {error}") from error
-    tensors.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: stored by older versions
     return tensors
 
 

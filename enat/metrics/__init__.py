@@ -3,6 +3,7 @@
 moments         mean and covariance in float64, the Fréchet distance, Inception Score, kernel distance
 errors          standard errors of these scores, and the Fréchet distance at infinitely many samples
 cmmd            maximum mean discrepancy of CLIP embeddings
+clip_score      how well images fit their captions
 sliced          sliced Wasserstein distance, for few samples
 neighbours      precision, recall, density, coverage, authenticity
 hamming         the nearest rows of codes, and rows that are equal

@@ -39,6 +39,8 @@ class ImageEncoder(nn.Module):
 
     is_thread_safe = True  # transformers collects intermediate outputs in context variables
     takes_float = True
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, kind: str, model: Any) -> None:
         super().__init__()
@@ -57,11 +59,16 @@ class ImageEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W), or float32 in 0..255 -> "features" float32 (B, F)"""
+        output = self.model(pixel_values=(self.resize(images) - self.mean) / self.std)
+        return {"features": (output.pooler_output if self.kind == "dinov2" else output.image_embeds).float()}
+
+    def resize(self, images: Tensor) -> Tensor:
+        """To float32 (B, 3, side, side), in 0..255."""
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-        pixels = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(self.side, self.side), align_corners=False)
-        output = self.model(pixel_values=(pixels - self.mean) / self.std)
-        return {"features": (output.pooler_output if self.kind == "dinov2" else output.image_embeds).float()}
+        side = self.side
+        resized: Tensor = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(side, side), align_corners=False)
+        return resized
 
     def _positions(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """Position embeddings (1, 1 + L, D) for embeddings (B, 1 + L, D), resampled as in the published code: by a factor slightly

@@ -128,6 +128,7 @@ COLUMNS = (
     Column("frechet_distance", "Fréchet dist.", _score, "lower"),
     Column("inception_score", "IS", _score, "higher", rank=3),
     Column("class_agreement", "agreement", _percent, "higher", rank=3),
+    Column("clip_score", "CLIP score", _score, "higher", rank=3),
     Column("precision", "precision", _share, "higher", rank=4),
     Column("recall", "recall", _share, "higher", rank=4),
     Column("sfid", "sFID", _score, "lower", rank=6),

@@ -44,6 +44,7 @@ SCORES = {
     "coverage": "coverage",
     "authenticity": "authenticity",
     "class_agreement": "class agreement",
+    "clip_score": "CLIP score",
 }
 _LARGE = 64  # pixels; images of this size and above are not enlarged, and fewer are shown
 _MOST_COLUMNS = 20
@@ -56,8 +57,10 @@ def protocol_of(
     *,
     rounding: str = "uint8",
     num_samples: int | None = None,
+    clip_digest: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that a score depends on apart from the images. num_samples: that are scored, None for all.
+    """Everything that a score depends on apart from the images. num_samples: that are scored, None for all.   clip_digest: of the
+    model of CLIP scores.
 
     num_reference: None if a published file does not state it.   num_kept: reference images whose features are stored, for metrics
     that need more than moments.   labels: see pipelines.data.labels.
@@ -74,7 +77,7 @@ def protocol_of(
         "rounding": f"{rounding}, stored as JPEG" if getattr(samples_summary(samples), "num_jpeg", 0) else rounding,
         "labels": scheme_of(samples),
         "metric_version": _metric_version(settings),
-    }
+    } | ({"clip": clip_digest} if clip_digest is not None else {})
 
 
 def _metric_version(settings: ScoreSettings) -> str:

@@ -85,7 +85,7 @@ def _captions(run: RunConfig, reader: Any) -> Any:
     if run.captions.encoder is None:
         return None
     config = section(captions.STAGE, run)
-    is_of_samples = isinstance(reader, generate.GenerateConfig | report.ReportConfig)
+    is_of_samples = isinstance(reader, generate.GenerateConfig | evaluate.EvaluateConfig | report.ReportConfig)
     return replace(config, dataset=section(generate.STAGE, run).dataset) if is_of_samples else config
 
 

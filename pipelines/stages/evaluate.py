@@ -7,12 +7,9 @@ Samples are codes of stage `generate`, or images of another generator (stage `im
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from enat.config import check_choices, check_in
 from enat.images import png_bytes
@@ -23,7 +20,10 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.image_sets import ImageSetConfig
 from pipelines.data.samples import SamplesSummary, image_cost, read_samples
 from pipelines.data.sources.config import DatasetConfig
+from pipelines.evaluation import judge
 from pipelines.evaluation import protocol as evaluation_protocol
+from pipelines.evaluation.clip_score import PREFIX as CLIP_PREFIX
+from pipelines.evaluation.clip_score import ClipFolder, captions_of, embed_captions, embed_images
 from pipelines.evaluation.extractors import ExtractorFile, ReferenceSummary, require_same_features
 from pipelines.evaluation.features import (
     BLOCK_SIZE,
@@ -35,7 +35,7 @@ from pipelines.evaluation.features import (
     read_rows,
     stored_moments,
 )
-from pipelines.evaluation.readers import ROUNDINGS, BlockReader, SourceImages, read_images, sample_reader
+from pipelines.evaluation.readers import ROUNDINGS, SourceImages, sample_reader
 from pipelines.evaluation.scores import (
     METRICS,
     Available,
@@ -49,16 +49,13 @@ from pipelines.evaluation.scores import (
 )
 from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.registry.influences import INFLUENCES, REPLICATES, save_influences, with_interval
+from pipelines.storage.external import folder_digest
+from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.config import added, set_by
 from pipelines.workflow.stage import SCRATCH, Input, Stage, StageContext, StageResult
 
-if TYPE_CHECKING:
-    import torch
-
-
 JUDGES = ("svc",)
 _LISTED = ("fid", "frechet_distance", "inception_score", "class_agreement")  # the first two of these are listed
-_MAX_JUDGE_IMAGES = 20_000  # a support vector machine's fit grows with the square of it
 _NEED_REAL_ROWS = {"kernel_distance", "precision_recall", "density_coverage", "authenticity", "cmmd"}
 _SAMPLING = (
     "sampling_images_per_second",
@@ -79,12 +76,17 @@ class EvaluateConfig:
     judge: str | None = None
     """Classifier that has nothing to do with the extractor: "svc", a support vector machine fitted on the pixels of real images.
     Null uses none."""
+    clip_score: str | None = added(None)
+    """CLIP model by which samples of captions get a CLIP score: a folder that all workers see, s3:// or hf://owner/name, such as
+    hf://openai/clip-vit-large-patch14. Null computes none."""
     num_samples: int | None = added(None)
     """Score only the first samples of each set. Null scores all. Unit: images."""
     rounding: str = "uint8"
     """Rounding of decoded samples before features are computed: "uint8", as in image files, or "float" for none."""
     dataset: DatasetConfig | None = set_by("dataset")
     """Real images for the judge."""
+    s3: S3Config | None = set_by("s3 or buckets")
+    """Access to the bucket of `clip_score`."""
     images: ImageSetConfig | None = set_by("enat evaluate --samples")
     """Images of another generator."""
     execution: Execution = field(default_factory=Execution)
@@ -105,8 +107,12 @@ class EvaluateConfig:
         since = {
             "rounding": (self.rounding, "uint8"),
             "num_samples": (self.num_samples, None),
+            "clip_score": (self.clip_digest(), None),
         }  # earlier evaluations keep their keys
         return found | {name: value for name, (value, default) in since.items() if value != default}
+
+    def clip_digest(self) -> str | None:
+        return None if self.clip_score is None else folder_digest(ClipFolder(self.clip_score, self.s3).path())
 
 
 def check_metrics(config: EvaluateConfig, extractor: str, num_samples: int, num_kept: int) -> None:
@@ -157,10 +163,16 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     judging_seconds = 0.0
     if config.judge is not None:
         judging_seconds = _judge_samples(replicates, config, inputs, context)
+    clip_jobs = _clip_scores(replicates, config, inputs, pool, context) if config.clip_score is not None else []
     scores = _named(mean_of_replicates(replicates), real_images.extractor)
     metrics = scores.by_name | _counted(inputs) | _measured(samples, jobs, config.execution)
     protocol = evaluation_protocol.protocol_of(
-        reference, samples, config.settings, rounding=config.rounding, num_samples=config.num_samples
+        reference,
+        samples,
+        config.settings,
+        rounding=config.rounding,
+        num_samples=config.num_samples,
+        clip_digest=config.clip_digest(),
     )
     shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)
     grid = evaluation_protocol.sample_grid(shown, inputs, per_pass)
@@ -171,7 +183,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
                 for replicate, job in enumerate(jobs)
                 for output, found in job.moments.items()
             ),
-            *(file for job in jobs for file in job.files),
+            *(file for job in (*jobs, *clip_jobs) for file in job.files),
             context.write(INFLUENCES, lambda path: save_influences(path, scores.influences, scores.labels)),
         ],
         records=[context.write(evaluation_protocol.GRID, lambda path: path.write_bytes(png_bytes(grid)))],
@@ -187,8 +199,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
             settings=asdict(settings),
         ),
         metrics=metrics,
-        worker_seconds=sum(job.worker_seconds for job in jobs) + pool.seconds + pool.cpu_seconds + judging_seconds,
-        device_seconds=sum(job.device_seconds for job in jobs) + config.execution.device_seconds(pool.seconds),
+        worker_seconds=sum(job.worker_seconds for job in (*jobs, *clip_jobs)) + pool.seconds + pool.cpu_seconds + judging_seconds,
+        device_seconds=sum(job.device_seconds for job in (*jobs, *clip_jobs)) + config.execution.device_seconds(pool.seconds),
     )
 
 
@@ -318,6 +330,30 @@ def _measured(samples: Manifest, jobs: Sequence[FeatureSet], execution: Executio
     return measured
 
 
+def _clip_scores(
+    replicates: Sequence[Scores], config: EvaluateConfig, inputs: Mapping[str, Manifest], pool: TaskPool, context: StageContext
+) -> list[FeatureSet]:
+    """Add the CLIP scores, and return the embeddings of the images of each replicate."""
+    from enat.metrics.clip_score import clip_scores
+
+    samples, per_pass = inputs["samples"], ReferenceSummary.read(inputs["reference"]).images_per_pass
+    if "captions" not in inputs or SamplesSummary.read(samples).labels != "captions":
+        raise ValueError("evaluate.clip_score needs samples of captions; leave it out for samples of classes")
+    count = evaluation_protocol.num_samples_of(samples, config.num_samples)
+    assert config.clip_score is not None
+    clip, found = ClipFolder(config.clip_score, config.s3), []
+    texts = captions_of(read_samples(context.store, samples, 0, count).captions, context.store, inputs["captions"])
+    wanted = embed_captions(texts, clip, pool)  # replicates have the same captions
+    for replicate, scores in enumerate(replicates):
+        reader = sample_reader(context.store, samples, inputs["tokenizer"], config.images, replicate=replicate)
+        spec = FeatureSpec(num_images=count, images_per_pass=per_pass, prefix=_prefix(replicate) + CLIP_PREFIX)
+        embedded, job = embed_images(reader, spec, clip, config.execution, context)
+        values = clip_scores(embedded, wanted)
+        scores.add("clip_score", float(values.mean()), values - values.mean())
+        found.append(job)
+    return found
+
+
 def _judge_samples(
     replicates: Sequence[Scores], config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext
 ) -> float:
@@ -331,10 +367,10 @@ def _judge_samples(
     assert config.dataset is not None
     dataset = Dataset(config.dataset, context.store, inputs["dataset"])
     real = SourceImages(dataset, evaluation_protocol.resolution_of(inputs["samples"], inputs))
-    judged, per_pass = labels[:_MAX_JUDGE_IMAGES], ReferenceSummary.read(inputs["reference"]).images_per_pass
+    judged, per_pass = labels[: judge.MAX_IMAGES], ReferenceSummary.read(inputs["reference"]).images_per_pass
     places = (context.store, inputs["samples"], inputs.get("tokenizer"), config.images)
     readers = [sample_reader(*places, replicate=number) for number in range(len(replicates))]
-    found, accuracy, seconds = ray.get(ray.remote(num_cpus=1)(_judge).remote(real, readers, per_pass, judged))
+    found, accuracy, seconds = ray.get(ray.remote(num_cpus=1)(judge.agreements).remote(real, readers, per_pass, judged))
     for scores, agrees in zip(replicates, found, strict=True):
         if len(judged) == len(labels):
             scores.add("class_agreement", float(agrees.mean()), agrees - agrees.mean())
@@ -342,34 +378,6 @@ def _judge_samples(
             scores.by_name.update({"class_agreement": float(agrees.mean()), "class_agreement_se": standard_error(agrees, judged)})
         scores.by_name["judge_accuracy"] = accuracy
     return float(seconds)
-
-
-def _judge(
-    real: SourceImages, readers: Sequence[BlockReader], images_per_pass: int, requested: np.ndarray
-) -> tuple[list[np.ndarray], float, float]:
-    """Whether a support vector machine sees the requested label in each sample, float64 (N,) by reader; its accuracy on held-out
-    real images; seconds.
-
-    requested: int64 (N,), labels of the first N samples.
-    """
-    import torch
-    from sklearn.model_selection import cross_val_score
-    from sklearn.svm import SVC
-
-    started = time.monotonic()
-    torch.set_num_threads(1)
-    images, labels = real.dataset.load_images(real.resolution, 0, _MAX_JUDGE_IMAGES)
-    pixels = _gray(torch.from_numpy(images))
-    machine = SVC(C=10.0)
-    accuracy = cross_val_score(machine, pixels, labels, cv=5).mean()
-    machine.fit(pixels, labels)
-    predicted = [machine.predict(_gray(read_images(reader, 0, len(requested), images_per_pass))) for reader in readers]
-    return [(each == requested).astype(np.float64) for each in predicted], float(accuracy), time.monotonic() - started
-
-
-def _gray(images: torch.Tensor) -> Any:
-    """uint8 (B, 3, H, W) -> float64 (B, H * W) in [0, 1]"""
-    return images.double().mean(dim=1).flatten(1).numpy() / 255
 
 
 def _describe(manifest: Manifest) -> str:
@@ -388,11 +396,20 @@ STAGE = Stage(
         "reference": Input(("reference",)),
         "model": Input(("train",), lambda config, run: config.images is None),
         "dataset": Input(("dataset",), lambda config, run: config.judge is not None),
+        "captions": Input(("captions",), lambda config, run: config.clip_score is not None),
     },
     config=EvaluateConfig,
     summary=EvaluationSummary,
     kind="evaluation",
-    files=(*MOMENTS_FILES.values(), "features-*.safetensors", "replicate-*.safetensors", INFLUENCES, evaluation_protocol.GRID),
+    files=(
+        *MOMENTS_FILES.values(),
+        "features-*.safetensors",
+        "clip-*.safetensors",
+        "replicate-*.safetensors",
+        INFLUENCES,
+        evaluation_protocol.GRID,
+    ),
+    external=("clip_score",),
     describe=_describe,
     reevaluation="measured",
     publish=evaluation_protocol.publish,

@@ -75,11 +75,18 @@ ARCHITECTURES = [
 ]
 
 
-@pytest.mark.parametrize("num_given", [0, 7])
+_OF_OPTIONS = [({}, options) for options in OPTIONS]
+_OF_ARCHITECTURES = [
+    (architecture, options) for architecture in ARCHITECTURES for options in ({}, SEARCHED, {**HALTON, "guidance_scale": 1.0})
+]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "options"),
-    [({}, options) for options in OPTIONS]
-    + [(architecture, options) for architecture in ARCHITECTURES for options in ({}, SEARCHED, {**HALTON, "guidance_scale": 1.0})],
+    ("architecture", "options", "num_given"),
+    [(*case, 0) for case in _OF_OPTIONS]
+    + [(*case, 7) for case in _OF_ARCHITECTURES]
+    + [pytest.param(*case, 7, marks=pytest.mark.slow) for case in _OF_OPTIONS]
+    + [pytest.param(*case, 0, marks=pytest.mark.slow) for case in _OF_ARCHITECTURES],
     ids=str,
 )
 def test_sampler_equals_the_slow_one(architecture, options, num_given):

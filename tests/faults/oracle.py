@@ -234,7 +234,7 @@ def write_config(folder: Path) -> None:
     from tiny_clip import make_tiny_clip
 
     make_layouts(folder / "images")
-    make_tiny_clip(folder / "clip")
+    make_tiny_clip(folder / "clip", kind="full")
     values = {
         "name": "lab",
         "workspace": str(folder / "unused"),
@@ -259,6 +259,7 @@ def write_config(folder: Path) -> None:
             "execution": {"checkpoint_every": 2, "log_every": 1, "max_failures": 0},
         },
         "generate": {"num_samples": 10, "replicates": 2, "shard_size": 4, "sampler": {"num_steps": 4}},
+        "evaluate": {"clip_score": str(folder / "clip")},
         "tracking": {"enabled": False},
     }
     (folder / "lab.yaml").write_text(json.dumps(values))  # JSON is YAML

@@ -12,7 +12,7 @@ from compare_lab import HOSTILE, PROTOCOL, Lab, key_of
 from enat.images import make_grid, png_bytes
 from pipelines.comparison import compare
 
-WIDTHS = [(1300, "light"), (700, "dark")]
+WIDTHS = [(1300, "light"), pytest.param(700, "dark", marks=pytest.mark.slow)]
 
 
 def _assert_clean(browser: Browser, num_charts: int) -> None:

@@ -56,7 +56,7 @@ def _times_given(folder: Path, part: int) -> int:
     return len(list(folder.glob(f"{part}-*")))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_row_is_processed_once(tmp_path: Path, num_workers: int) -> None:
     records = _records(tmp_path, Execution(num_workers=num_workers))
     assert sorted(records, key=lambda record: record["part"]) == [{"part": part, "square": part**2} for part in range(5)]

@@ -50,7 +50,10 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., run_config.R
         text = (CONFIGS / f"{name}.yaml").read_text()
         own = [f"dataset.path={root / 'images'}", f"tokenizer.weights={root / 'weights'}"] if "digits" not in name else []
         if "captions:" in text:
-            own += [f"captions.encoder={root / 'clip'}", f"dataset.captions={root / 'captions.json'}"]
+            own += [
+                *(f"{key}={root / 'clip'}" for key in ("captions.encoder", "evaluate.clip_score")),
+                f"dataset.captions={root / 'captions.json'}",
+            ]
             for section in ("reference", "generate"):
                 own += [f"{section}.dataset.path={root / 'images'}", f"{section}.dataset.captions={root / 'captions.json'}"]
         return run_config.load_run(CONFIGS / f"{name}.yaml", (*own, *overrides))

@@ -409,6 +409,7 @@ def test_another_protocol_takes_the_features_of_the_same_samples(
             evaluate.run(replace(config, **change), inputs, make_context(store, "evaluate", "x", made={"evaluate": first}))
 
 
+@pytest.mark.slow
 def test_the_first_samples_are_scored_as_if_there_were_no_others(
     material: Material, outputs, make_context: Callable[..., Any]
 ) -> None:

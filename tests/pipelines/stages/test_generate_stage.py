@@ -290,6 +290,7 @@ def test_a_range_of_samples_can_be_read(samples: Made) -> None:
             read_samples(samples.store, samples.manifest, start, stop)
 
 
+@pytest.mark.slow
 def test_replicates_are_sets_of_their_own_and_the_first_is_what_it_is_alone(make, model: ENAT, samples: Made) -> None:
     """20 samples fill two and a half files and passes, so the sets meet within both."""
     config = dataclasses.replace(CONFIG, replicates=3, forward_batch_size=8, execution=GenerateExecution(num_workers=2))

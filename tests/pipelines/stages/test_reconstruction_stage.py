@@ -26,7 +26,7 @@ from pipelines.stages import reference as reference_stage
 from pipelines.workflow import driver
 from pipelines.workflow.stage import Node, StageResult
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 
 KEY = "d" * 64
 

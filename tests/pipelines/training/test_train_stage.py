@@ -73,7 +73,9 @@ def fit(material, make_context, key):
     return fit
 
 
-@pytest.mark.parametrize(("num_workers", "zero_stage"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    ("num_workers", "zero_stage"), [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.faults)]
+)
 def test_ray_workers_train_what_a_plain_loop_trains(fit, plain, num_workers, zero_stage):
     """More of their combinations without Ray: test_train_loop.py."""
     fitted = fit(changed(execution={"num_workers": num_workers, "zero_stage": zero_stage, "keep_every": 8}))
