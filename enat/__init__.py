@@ -7,7 +7,7 @@ schedule, sampler_config, sampler        parallel decoding in a few steps (the f
 cost                                     MACs of training and generation (imports no torch)
 tokenizer, tokenizer_training            the VQGAN, and a recipe for small images
 text                                     CLIP's text model
-checkpoint                               weights in and out, ours and published ones
+checkpoint, averages                     weights in and out, ours and published ones; averages of them over the training
 images                                   decoding, cropping and encoding pixels (imports no torch)
 metrics/                                 feature extractors and scores
 

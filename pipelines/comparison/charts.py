@@ -1,4 +1,4 @@
-"""Charts of a section: score against cost, and score over each setting of the sampler that was swept."""
+"""Charts: score against cost, score over each setting of the sampler that was swept, and scores while training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import cycle
 from typing import Any
 
 from pipelines.comparison.columns import short, short_count
+from pipelines.comparison.curves import Curve
 from pipelines.comparison.published import PublishedResult
 from pipelines.comparison.sections import Row, Section, group_rows
 from pipelines.comparison.sentences import DISTANCE_TITLES, details, heading, protocol_sentence
@@ -19,9 +20,11 @@ _SETTINGS = {
     "num_steps": ("steps of the sampler", "sampler.num_steps", "{} steps"),
     "guidance_scale": ("guidance scale", "sampler.guidance_scale", "guidance {:g}"),
     "train_steps": ("training steps", "checkpoint", "{:,} training steps"),
+    "ema_length": ("relative length of the average of weights", "ema_length", "EMA length {:g}"),
     "mask_ratio": ("share of the real codes that is masked", "mask_ratio", "mask ratio {:g}"),
 }
 _QUOTED = "quoted from publications"
+_TRAINING_TITLES = {**DISTANCE_TITLES, "sliced_distance": "sliced Wasserstein distance"}
 _FAR = 4.0  # a quoted cost beyond the measured ones by more than this factor would leave them no room
 _LOG_COST, _LOG_SCORE = 8.0, 4.0  # values that differ by more than this factor are on a log axis
 
@@ -178,3 +181,37 @@ def _quoted_curves(results: Sequence[PublishedResult]) -> list[Series]:
         )
         for name, line in zip(sorted(points), cycle(("dash", "dot", "dashdot")), strict=False)
     ]
+
+
+# While training --------------------------------------------------------------------------------------------------------------
+
+
+def training_charts(curves: Sequence[Curve]) -> list[Chart]:
+    """One for each score, reference and number of samples: other curves are not comparable."""
+    charts = []
+    for reference, num_samples in dict.fromkeys((curve.reference, curve.num_samples) for curve in curves):
+        together = [curve for curve in curves if (curve.reference, curve.num_samples) == (reference, num_samples)]
+        for score, title in _TRAINING_TITLES.items():
+            series = tuple(
+                Series(name=curve.name, points=_training_points(curve, score, title), line="solid")
+                for curve in together
+                if any(score in found for found in curve.scores.values())
+            )
+            if series:
+                y_title = f"{title} of {num_samples:,} samples, lower is better"
+                note = f"Against {reference[:24]}, by the EMA of each step. Bars: 95% intervals."
+                charts.append(Chart(title="While training", note=note, x_title="training steps", y_title=y_title, series=series))
+    return charts
+
+
+def _training_points(curve: Curve, score: str, title: str) -> tuple[Point, ...]:
+    return tuple(
+        Point(
+            step,
+            found[score],
+            f"{curve.name}\n{title} {short(found[score])} after {step:,} steps",
+            error=half_interval(found, score) or 0.0,
+        )
+        for step, found in curve.scores.items()
+        if score in found
+    )

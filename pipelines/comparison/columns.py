@@ -14,7 +14,7 @@ from pipelines.registry.influences import half_interval
 MISSING = "–"
 MEASURED = "measured here"
 _MAIN_RANK = 5  # the page shows columns up to this rank, and the others on request
-_NAMES = ("name", "num_steps", "guidance_scale", "mask_ratio")  # columns that identify a row
+_NAMES = ("name", "num_steps", "guidance_scale", "mask_ratio", "ema_length")  # columns that identify a row
 _GMACS_PER_TERA = 1000.0
 _MONEY = "cost/total_money"
 Record = Mapping[str, Any]
@@ -138,6 +138,7 @@ COLUMNS = (
     Column("images_per_second", "images/s", short, "higher", rank=5, by_device=True),
     Column("device", "device", str, rank=5, alike="device {}"),
     Column("train_steps", "train steps", _count, rank=2, alike="train steps {}"),
+    Column("ema_length", "EMA length", short, rank=2, alike="EMA length {}"),
     Column("dataset", "trained on", str, rank=2, alike="training on {}"),
     Column("num_samples", "samples", _count, rank=2, alike="samples {}"),
     Column("replicates", "sets", _count, rank=5, alike="means of {} sets of samples"),
@@ -182,7 +183,7 @@ QUOTED_COLUMNS = (
 )
 _FIELDS = (  # of a row, with the same key in its record
     "model", "variant", "config_run", "dataset", "resolution", "parameters", "train_steps", "num_steps", "guidance_scale",
-    "mask_ratio", "num_samples", "device", "images_per_pass", "samples",
+    "mask_ratio", "ema_length", "num_samples", "device", "images_per_pass", "samples",
 )  # fmt: skip
 _QUOTED_FIELDS = (  # of a published result, with the same key in its record
     "fid", "inception_score", "precision", "recall", "reference", "is_guided", "num_samples", "cost_basis",

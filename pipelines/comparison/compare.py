@@ -14,7 +14,7 @@ from PIL import Image
 from enat.images import ImageError, decode_image
 from pipelines.comparison import page as comparison_page
 from pipelines.comparison import table as comparison_table
-from pipelines.comparison.charts import cost_chart, sweep_charts
+from pipelines.comparison.charts import cost_chart, sweep_charts, training_charts
 from pipelines.comparison.page import Grids
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Row
@@ -45,6 +45,7 @@ def make_files(comparison: Comparison, title: str, grids: Grids) -> Files:
     charts = [
         chart for section in comparison.sections for chart in (cost_chart(section), *sweep_charts(section)) if chart is not None
     ]
+    charts += training_charts(comparison.curves)
     return Files(
         page=comparison_page.render(comparison, grids, title=title, created=datetime.now(UTC)),
         figures=png_of(charts) if charts else None,

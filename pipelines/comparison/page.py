@@ -10,7 +10,7 @@ from PIL import Image
 
 from enat.images import png_bytes
 from pipelines.comparison import sentences
-from pipelines.comparison.charts import cost_chart, sweep_charts
+from pipelines.comparison.charts import cost_chart, sweep_charts, training_charts
 from pipelines.comparison.columns import MISSING, measured_table, quoted_table
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Row
@@ -38,6 +38,7 @@ def render(comparison: Comparison, grids: Grids, *, title: str, created: datetim
         cost, sweeps = cost_chart(section), sweep_charts(section)
         charts |= {f"{section.name} cost": cost} if cost is not None else {}
         charts |= {f"{section.name} sweep {number}": chart for number, chart in enumerate(sweeps)}
+    charts |= {f"training {number}": chart for number, chart in enumerate(training_charts(comparison.curves))}
     letters, different = sentences.differences(comparison)
     return page.render(
         "pipelines.comparison",

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipelines.comparison.curves import Curve, read_curves
 from pipelines.comparison.sections import REAL_CODES, Row, Section, make_sections
 from pipelines.formatting import printable
 from pipelines.registry.influences import INFLUENCES, Influences
@@ -53,13 +54,14 @@ class Query:
 class Comparison:
     """experiment: of the newest evaluation.   sections: at least one, each with at least one row.
 
-    notes: sentences about missing or doubtful values.
+    curves: of scores while training.   notes: sentences about missing or doubtful values.
     """
 
     uri: str
     query: Query
     experiment: str
     sections: tuple[Section, ...]
+    curves: tuple[Curve, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -88,7 +90,10 @@ def compare(uri: str, query: Query, published: str = "auto") -> Comparison:
     rows = _with_influences(uri, _with_generation(uri, rows, found, notes), notes)
     sections = make_sections(rows, published, notes)
     experiment = next(name for name, id in known.items() if id == found[0].experiment_id)
-    return Comparison(uri=uri, query=query, experiment=experiment, sections=sections, notes=tuple(dict.fromkeys(notes)))
+    curves = read_curves(uri, [row for section in sections for row in section.rows], found, notes)
+    return Comparison(
+        uri=uri, query=query, experiment=experiment, sections=sections, curves=curves, notes=tuple(dict.fromkeys(notes))
+    )
 
 
 # Finding -------------------------------------------------------------------------------------------------------------------
@@ -283,11 +288,12 @@ def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], 
                 found[samples] = {name: value for name, value in run.params.items() if not name.startswith("execution.")}
     completed = []
     for row in rows:
-        generated, mask_ratio = found.get(row.samples), row.mask_ratio
-        ratio = (generated or {}).get("mask_ratio", "None")  # parameters are text: "None" if samples start from nothing
-        if ratio != "None":
-            mask_ratio = _parsed(ratio, f"The parameter mask_ratio of {row.samples}", notes)
-        completed.append(replace(row, generated=generated, mask_ratio=mask_ratio))
+        generated = found.get(row.samples)
+        values: dict[str, Any] = {}
+        for name in ("mask_ratio", "ema_length"):  # parameters are text: "None" for samples without it
+            if (text := (generated or {}).get(name, "None")) != "None":
+                values[name] = _parsed(text, f"The parameter {name} of {row.samples}", notes)
+        completed.append(replace(row, generated=generated, **values))
     return completed
 
 

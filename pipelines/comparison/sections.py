@@ -32,6 +32,7 @@ class Row:
     model, variant: as tagged.   name: how tables, charts and samples name the row.   model_name: of its trained model, unique in
     the comparison.
     dataset: training data of the model; for outside samples, of the reference.
+    ema_length: of the average of the weights, None for the usual one.
     mask_ratio: masked share of the codes, for samples that start from codes of real images.
     device, images_per_pass, precision: used to generate the samples.   currency: of the metric cost/total_money.
     samples, trained: artifacts as "stage/key".   evaluation: digest of the artifact with the scores.
@@ -58,6 +59,7 @@ class Row:
     measured: datetime
     metrics: Mapping[str, float]
     mask_ratio: float | None = None
+    ema_length: float | None = None
     device: str | None = None
     images_per_pass: int | None = None
     precision: str | None = None

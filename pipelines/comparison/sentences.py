@@ -83,6 +83,7 @@ def details(row: Row) -> list[str]:
 def _settings(row: Row) -> list[str]:
     parts = [f"{row.num_steps} step{'s' if row.num_steps > 1 else ''}"] if row.num_steps else []
     parts += [f"guidance {row.guidance_scale:g}"] if row.guidance_scale is not None else []
+    parts += [f"EMA length {row.ema_length:g}"] if row.ema_length is not None else []
     return parts + ([f"mask ratio {row.mask_ratio:g}"] if row.mask_ratio is not None else [])
 
 

@@ -150,7 +150,12 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         }
         for section in comparison.sections
     ]
-    return {"uri": without_credentials(comparison.uri), "sections": sections, "notes": list(comparison.notes)}
+    return {
+        "uri": without_credentials(comparison.uri),
+        "sections": sections,
+        "curves": [asdict(curve) for curve in comparison.curves],
+        "notes": list(comparison.notes),
+    }
 
 
 def _published(result: PublishedResult) -> dict[str, Any]:

@@ -43,12 +43,13 @@ class SamplesSummary(Summary):
 
     mask_ratio: share of the codes of a token map that was masked to begin with; None for samples that began with nothing.
     batch_size: images that the model computed together.   num_samples: of one replicate.
-    train_steps: of the weights, None for the last step of the training.
+    train_steps: of the weights, None for the last step of the training.   ema_length: of their average, None for the usual one.
     """
 
     num_samples: int
     replicates: int = 1
     train_steps: int | None = None
+    ema_length: float | None = None
     shard_size: int
     num_classes: int
     labels: str

@@ -284,15 +284,8 @@ def _check(run: RunConfig, is_dataset_here: bool) -> None:
     _check_counts(run, cache(_unscanned) if is_dataset_here else lambda dataset: _Counts(dataset.num_classes))
     if is_trained and run.generate.sampler.reuse and run.train.model.reuse is False:
         raise ValueError("generate.sampler.reuse needs a model with train.model.reuse; set one of them to match the other")
-    if run.train.weights is not None and run.generate.checkpoint is not None:
-        raise ValueError("generate.checkpoint would be ignored, because train.weights are published weights; set it to null")
-    step, keep_every = run.generate.checkpoint, run.train.execution.keep_every
-    if is_trained and step is not None and step != run.train.num_steps and (keep_every is None or step % keep_every):
-        raise ValueError(
-            f"generate.checkpoint is {step}; set train.execution.keep_every to a divisor of it, so that its weights are kept"
-        )
-    if is_trained and step is not None and step > run.train.num_steps:
-        raise ValueError(f"generate.checkpoint is {step}; it must be at most train.num_steps, which is {run.train.num_steps}")
+    if "generate" in needed:
+        _check_kept_weights(run, is_trained)
     if "evaluate" in needed:
         resolution = run.tokenizer.architecture().resolution
         if run.reference.resolution not in (None, resolution):
@@ -304,6 +297,23 @@ def _check(run: RunConfig, is_dataset_here: bool) -> None:
         if num_samples > run.generate.num_samples:
             raise ValueError(f"evaluate.num_samples is {num_samples}; there are {run.generate.num_samples} (generate.num_samples)")
         evaluate.check_metrics(run.evaluate, run.reference.extractor, num_samples, run.reference.num_kept)
+
+
+def _check_kept_weights(run: RunConfig, is_trained: bool) -> None:
+    """Raises ValueError if the training does not keep the weights that samples are asked from."""
+    generate, execution = run.generate, run.train.execution
+    for name, value in (("checkpoint", generate.checkpoint), ("ema_length", generate.ema_length)):
+        if run.train.weights is not None and value is not None:
+            raise ValueError(f"generate.{name} would be ignored, because train.weights are published weights; set it to null")
+    if is_trained and generate.ema_length is not None and not execution.ema_lengths:
+        raise ValueError("generate.ema_length needs averages of the training; set train.execution.ema_lengths, such as [0.05, 0.1]")
+    step, keep_every = generate.checkpoint, execution.keep_every
+    if is_trained and step is not None and step != run.train.num_steps and (keep_every is None or step % keep_every):
+        raise ValueError(
+            f"generate.checkpoint is {step}; set train.execution.keep_every to a divisor of it, so that its weights are kept"
+        )
+    if is_trained and step is not None and step > run.train.num_steps:
+        raise ValueError(f"generate.checkpoint is {step}; it must be at most train.num_steps, which is {run.train.num_steps}")
 
 
 def _value_at(run: RunConfig, key: str) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from enat.averages import exponent_of
 from enat.config import ENATConfig, check_choices, check_in
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
@@ -43,7 +44,7 @@ from pipelines.data.samples import (
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMap
 from pipelines.workflow.config import added
-from pipelines.workflow.models import ModelSummary, weights_of_step
+from pipelines.workflow.models import ModelSummary, averages_of, weights_of_step
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 
 CAPTION_CHOICES = ("drawn", "in_order")
 PRECISIONS = ("fp32", "bf16")
+AVERAGED = "averaged.safetensors"
+_MOST_EMA_ERROR = 0.1  # distance of profiles over the norm of the wanted one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,9 @@ class GenerateConfig:
     checkpoint: int | None = added(None)
     """Generate with the EMA weights of this step of the training, which train.execution.keep_every keeps. Null takes the last step.
     Unit: steps."""
+    ema_length: float | None = added(None)
+    """Generate with an average of the weights of this relative length, put together from those that train.execution.ema_lengths
+    kept, in (0, 0.2886]. It ends at `checkpoint`. Null takes the weights averaged by train.ema_decay."""
     labels: tuple[int, ...] = ()
     """Classes to generate, in turn. Empty takes each class in turn."""
     caption_choice: str = "drawn"
@@ -105,6 +111,8 @@ class GenerateConfig:
         check_in(self, "[2, inf)", "num_samples")
         check_in(self, "[1, inf)", "shard_size", "forward_batch_size", "replicates", "checkpoint")
         check_in(self, "(0, 1]", "mask_ratio")
+        if self.ema_length is not None:
+            exponent_of(self.ema_length)
         check_choices(self, caption_choice=CAPTION_CHOICES, precision=PRECISIONS)
         if self.mask_ratio is not None and self.labels:
             raise ValueError("generate.mask_ratio takes the labels of the token map's rows; give no generate.labels with it")
@@ -125,7 +133,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     if scheme == "captions" and "captions" not in inputs:
         raise ValueError("this model is conditioned on captions, so generate needs their features; give captions.encoder")
     shards = shard_ranges(config.num_samples, config.shard_size, config.replicates)
-    weights_of_step(model, config.checkpoint)
+    averaged, ema_error = _averaged(config, model, context)
     names = [shard_name(part) for part in range(len(shards))]
     num_samples = config.num_samples * config.replicates
     done = context.store.resume_parts(context.stage, context.key)
@@ -137,7 +145,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
         def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
             pool = actor_pool(config.execution, len(rows))
             num_workers = min(config.execution.num_workers, len(rows))
-            task = _Task(config, model, inputs.get("captions"), plan, num_workers, context.for_workers())
+            task = _Task(config, model, averaged, inputs.get("captions"), plan, num_workers, context.for_workers())
             return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 _Sample, fn_constructor_args=(task,), **pool
             )
@@ -151,6 +159,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     seconds = sum(record["seconds"] + record["start_seconds"] for record in records.values())
     return StageResult(
         files=[FileRecord(**record["file"]) for record in records.values()],
+        records=[averaged] if averaged is not None else [],
         summary=SamplesSummary(
             num_samples=config.num_samples,
             replicates=config.replicates,
@@ -160,14 +169,44 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
             mask_ratio=config.mask_ratio,
             sampler=config.sampler,
             train_steps=config.checkpoint,
+            ema_length=config.ema_length,
             precision=config.precision,
             batch_size=config.forward_batch_size,
             device=", ".join(sorted({record["device"] for record in records.values()})),
         ),
-        metrics=_metrics(config, list(records.values())),
+        metrics=_metrics(config, list(records.values())) | ({} if ema_error is None else {"ema_error": ema_error}),
         worker_seconds=seconds,
         device_seconds=config.execution.device_seconds(seconds),
     )
+
+
+def _averaged(config: GenerateConfig, model: Manifest, context: StageContext) -> tuple[FileRecord | None, float | None]:
+    """The average of the weights that the config asks for, if it is not one that the model has as such, and the error of its
+    profile. Raises ValueError if the model did not keep what is needed."""
+    from enat.averages import Average, combine, read_combination
+    from enat.checkpoint import load_enat, save_weights
+
+    if config.ema_length is None:
+        weights_of_step(model, config.checkpoint)
+        return None, None
+    kept = averages_of(model)
+    if not kept:
+        raise ValueError(
+            f"generate.ema_length is {config.ema_length:g}, but train/{model.key[:12]} kept no averages to make it from. Remove it "
+            "and train again with train.execution.ema_lengths"
+        )
+    wanted = Average(config.checkpoint or ModelSummary.read(model).num_steps, config.ema_length)
+    found = combine([*kept], wanted)
+    if found.error > _MOST_EMA_ERROR:
+        raise ValueError(
+            f"generate.ema_length is {config.ema_length:g}, which the averages of train/{model.key[:12]} cannot make at step "
+            f"{wanted.step}: the best combination is off by {100 * found.error:.0f}%, at most {100 * _MOST_EMA_ERROR:.0f}% are "
+            "allowed. Give a length nearer to those of train.execution.ema_lengths, or train with a smaller keep_every"
+        )
+    files = [context.store.fetch(model, name) for name in kept.values()]
+    averaged = load_enat(files[0])
+    averaged.load_state_dict({**averaged.state_dict(), **read_combination(files, found.weights.tolist())})
+    return context.write(AVERAGED, lambda path: save_weights(path, averaged)), found.error
 
 
 def _metrics(config: GenerateConfig, records: list[dict[str, Any]]) -> dict[str, float]:
@@ -241,10 +280,14 @@ def _caption_order(config: GenerateConfig, captions: Manifest, store: ArtifactSt
 
 @dataclass(frozen=True)
 class _Task:
-    """The input of a worker. plan: reference to a SamplePlan in Ray's object store.   num_workers: of the stage."""
+    """The input of a worker. averaged: weights that the stage itself stored, None for those of the model.
+
+    plan: reference to a SamplePlan in Ray's object store.   num_workers: of the stage.
+    """
 
     config: GenerateConfig
     model: Manifest
+    averaged: FileRecord | None
     captions: Manifest | None
     plan: Any
     num_workers: int
@@ -268,8 +311,11 @@ class _Sample:
         sizes = {"batch_size": execution.worker_batch_size, "images_per_pass": images_per_pass}
         self.pool = pass_pool(passes_at_once(execution.device, **sizes, num_threads=execution.num_threads))
         self.plan: SamplePlan = ray.get(task.plan)
-        weights = weights_of_step(task.model, self.config.checkpoint)
-        self.model = load_enat(task.context.store.fetch(task.model, weights)).to(execution.device)
+        if task.averaged is None:
+            weights = task.context.store.fetch(task.model, weights_of_step(task.model, self.config.checkpoint))
+        else:
+            weights = task.context.store.fetch_file(task.context.stage, task.context.key, task.averaged)
+        self.model = load_enat(weights).to(execution.device)
         if execution.compile:
             self.model.compile_blocks()
         self.captions = None if task.captions is None else CaptionFeatures.open(task.context.store, task.captions)
@@ -365,7 +411,7 @@ STAGE = Stage(
     config=GenerateConfig,
     summary=SamplesSummary,
     kind="generation",
-    files=("part-*.parquet",),
+    files=("part-*.parquet", AVERAGED),
     describe=_describe,
     reevaluation="measured",
 )

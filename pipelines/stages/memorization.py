@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from enat.config import check_in
 from enat.images import png_bytes
-from enat.metrics.errors import standard_error
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.resources import Execution
 from pipelines.data.samples import SamplesSummary, read_samples
@@ -47,6 +46,8 @@ def run(config: MemorizationConfig, inputs: Mapping[str, Manifest], context: Sta
 
     Writes the nearest row of each sample, and a picture of the closest pairs. Measures how near and how many they are.
     """
+    from enat.metrics.errors import standard_error
+
     store, token_map = context.store, inputs["token_map"]
     made = SamplesSummary.read(inputs["samples"])
     samples = read_samples(store, inputs["samples"], 0, min(config.num_samples, made.num_samples))

@@ -26,6 +26,7 @@ from pipelines.pages import page
 from pipelines.pages.chart import Chart, Point, Series, png_of
 from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.registry.influences import REPLICATES, half_interval, with_interval
+from pipelines.training.task import SCORES as SCORES_FILE
 from pipelines.workflow.config import set_by
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, Input, Stage, StageContext, StageResult
@@ -189,9 +190,9 @@ def _loss_chart(history: Sequence[Mapping[str, float]]) -> Chart:
 
 def _score_charts(model: Manifest, store: ArtifactStore) -> dict[str, Chart]:
     """A chart for each score that was computed while the model trained."""
-    if not any(record.name == "scores.json" for record in model.records):
+    if not any(record.name == SCORES_FILE for record in model.records):
         return {}
-    scores, charts = json.loads(store.fetch(model, "scores.json").read_text()), {}
+    scores, charts = json.loads(store.fetch(model, SCORES_FILE).read_text()), {}
     for name, title in (SCORES | {"sliced_distance": "sliced Wasserstein distance"}).items():
         rows = [row for row in scores["rows"] if name in row]
         points = tuple(Point(row["step"], row[name], error=half_interval(row, name) or 0.0) for row in rows)

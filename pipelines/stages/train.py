@@ -68,6 +68,11 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
         codebook_size=architecture.codebook_size,
     )
     started, before = time.monotonic(), read_resume_point(context)
+    if before.step and (missing := sorted({*config.execution.ema_lengths} - {*before.ema_lengths})):
+        raise ValueError(
+            f"train.execution.ema_lengths has {missing[0]:g}, and training resumes from step {before.step}, whose checkpoint has "
+            f"no such average; leave it out, or remove {context.store.place(context.stage, context.key)} to train from the start"
+        )
     if config.num_steps == 0:
         trained = TrainResult(_untrained(config, architecture, context), (), [], 0, 0, 0, 0)
     else:
@@ -275,6 +280,8 @@ def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publis
     """Its history, as far as a tracking server that was away missed it, and its model card."""
     rows = json.loads(context.store.fetch(manifest, HISTORY).read_bytes())
     context.run.log_missing_history(rows, manifest.key)
+    if any(record.name == SCORES for record in manifest.records):
+        context.run.log_bytes(context.store.fetch(manifest, SCORES).read_bytes(), SCORES)  # for comparisons
     model_card.publish(manifest, inputs, context)
 
 
@@ -299,7 +306,7 @@ STAGE = Stage(
     config=TrainConfig,
     summary=ModelSummary,
     kind="training",
-    files=(WEIGHTS, RAW_WEIGHTS, HISTORY, SCORES, "model-step-*.safetensors"),
+    files=(WEIGHTS, RAW_WEIGHTS, HISTORY, SCORES, "model-step-*.safetensors", "average-*.safetensors"),
     external=("weights",),
     workers=lambda config: config.execution if config.weights is None and config.num_steps > 0 else None,
     describe=_describe,

@@ -28,7 +28,8 @@ from enat.model import ENAT
 from pipelines.artifacts.manifest import PARTS, WORK, DamagedFileError, FileRecord
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StorageError
-from pipelines.workflow.models import milestone_name
+from pipelines.training.config import TrainExecution
+from pipelines.workflow.models import average_name, milestone_name
 from pipelines.workflow.stage import WorkerContext
 
 _RECORD = re.compile(r"checkpoint-(\d{8,})-(\w+)-(\d{5})-of-(\d{5})")
@@ -89,10 +90,14 @@ def open_checkpoint(store: ArtifactStore, context: WorkerContext, checkpoint: Ch
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where an interrupted run resumes. worker_seconds: time up to the checkpoint of `step`, summed over workers."""
+    """Where an interrupted run resumes. worker_seconds: time up to the checkpoint of `step`, summed over workers.
+
+    ema_lengths: of the averages in it.
+    """
 
     step: int = 0
     worker_seconds: float = 0.0
+    ema_lengths: tuple[float, ...] = ()
 
 
 def read_resume_point(context: WorkerContext) -> ResumePoint:
@@ -103,7 +108,8 @@ def read_resume_point(context: WorkerContext) -> ResumePoint:
             state = json.loads(context.store.fetch_file(context.stage, context.key, checkpoint.state).read_bytes())
         except DamagedFileError:
             continue
-        return ResumePoint(state["step"], state.get("worker_seconds", 0.0))  # checkpoints of older versions have none
+        # Checkpoints of older versions have no times and no lengths.
+        return ResumePoint(state["step"], state.get("worker_seconds", 0.0), tuple(state.get("ema_lengths", ())))
     return ResumePoint()
 
 
@@ -153,10 +159,19 @@ def discard(context: WorkerContext, checkpoint: Checkpoint) -> None:
     context.store.discard_files(context.stage, context.key, checkpoint.files)
 
 
+def average_kind(length: float) -> str:
+    """The kind of the fragments of an average of a relative length."""
+    return f"ema-{length:g}"
+
+
 def milestone_weights(
-    context: WorkerContext, model: ENAT, keep_every: int | None, tell: Callable[[str], None]
+    context: WorkerContext, model: ENAT, config: TrainExecution, tell: Callable[[str], None]
 ) -> Iterator[FileRecord]:
-    """Write the EMA weights of each kept checkpoint to a file. `model`: of the same architecture; it is not changed."""
+    """Write the EMA weights of each kept checkpoint to a file, and the averages of other lengths.
+
+    `model`: of the same architecture; it is not changed.
+    """
+    keep_every = config.keep_every
     kept = {found.step: found for found in find_checkpoints(context) if found.is_whole and is_milestone(found.step, keep_every)}
     for step, checkpoint in sorted(kept.items()):
         try:
@@ -166,8 +181,11 @@ def milestone_weights(
             continue
         earlier = ENAT(model.config)
         earlier.load_state_dict(model.state_dict())  # copies the buffers, too
-        fragments.fill("ema", earlier)
-        yield context.write(milestone_name(step), partial(save_weights, module=earlier))
+        kinds = {"ema": milestone_name(step)}
+        kinds |= {average_kind(length): average_name(length, step) for length in config.ema_lengths}
+        for kind, name in kinds.items():
+            fragments.fill(kind, earlier)
+            yield context.write(name, partial(save_weights, module=earlier))
 
 
 class CheckpointWriter:
@@ -247,7 +265,10 @@ class CheckpointWriter:
 
 
 def fragment_name(kind: str, parameter: str, start: int) -> str:
-    """kind: "weight", "ema" or a moment.   start: index of the fragment's first value in the flattened parameter."""
+    """kind: "weight", "ema", that of another average, or a moment.
+
+    start: index of the fragment's first value in the flattened parameter.
+    """
     return f"{kind}/{parameter}@{start}"
 
 

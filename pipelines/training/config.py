@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from enat.averages import MAX_LENGTH
 from enat.config import LABEL_SMOOTHING, ENATConfig, MaskingConfig, check_choices, check_in
 from enat.sampler_config import SamplerConfig
 from pipelines.cluster.resources import Workers
@@ -116,6 +117,10 @@ class TrainExecution(Workers):
     keep_every: int | None = None
     """Checkpoints of these multiples are kept, and their EMA weights stay in the artifact. A multiple of checkpoint_every. Null
     keeps none. Unit: steps."""
+    ema_lengths: tuple[float, ...] = ()
+    """Relative lengths of further averages of the weights, such as [0.05, 0.1] (Karras et al. 2024), in (0, 0.2886]. They are kept
+    at the steps of keep_every and at the end, and `generate.ema_length` makes an average of any length from them. Each takes the
+    memory of the weights on every worker. Empty keeps none."""
     log_every: int = 50
     """Interval of logged metrics. Unit: steps."""
     sample_every: int = 5000
@@ -141,6 +146,13 @@ class TrainExecution(Workers):
         check_in(self, "(1, inf)", "divergence_factor")
         check_in(self, "(0, inf)", "peak_tflops")
         check_choices(self, on_divergence=REMEDIES)
+        for length in self.ema_lengths:
+            if not 0 < length <= MAX_LENGTH:
+                raise ValueError(f"ema_lengths has {length:g}; lengths must be above 0 and at most {MAX_LENGTH:.4f}")
+        if len(set(self.ema_lengths)) != len(self.ema_lengths):
+            raise ValueError(f"ema_lengths {list(self.ema_lengths)} has a length twice; give each once")
+        if self.ema_lengths and self.keep_every is None:
+            raise ValueError("ema_lengths are kept at the steps of keep_every; set keep_every")
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers is {self.min_workers}; it must be at most num_workers, which is {self.num_workers}")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:

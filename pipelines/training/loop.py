@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from enat.averages import decay_of, exponent_of
 from enat.checkpoint import save_weights
 from enat.cost import training_macs
 from enat.loss import objective, token_accuracy
@@ -32,6 +34,7 @@ from pipelines.training.checkpoints import (
     Checkpoint,
     CheckpointWriter,
     NoReadableCheckpointError,
+    average_kind,
     milestone_weights,
     newest_checkpoint,
     open_checkpoint,
@@ -50,7 +53,7 @@ from pipelines.training.task import (
     read_scores,
     score_part,
 )
-from pipelines.workflow.models import WEIGHTS
+from pipelines.workflow.models import WEIGHTS, average_name
 
 _log = logging.getLogger(__name__)
 
@@ -152,9 +155,13 @@ class Trainer:
             model.set_null_caption(hidden[0], pooled[0])
         self.ema = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
         prepare_forward(self.ema, config, self.device)
+        lengths = config.execution.ema_lengths
+        self.averages = {length: copy.deepcopy(model).to(self.device).requires_grad_(False) for length in lengths}
         if opened is not None:
             opened.tensors.fill("weight", model)
             opened.tensors.fill("ema", self.ema)
+            for length, average in self.averages.items():
+                opened.tensors.fill(average_kind(length), average)
         num_passes = -(-config.num_groups // self.world_size) * config.execution.microbatches
         self.engine = Engine(model, config, self.device, num_passes)
         if opened is not None:
@@ -184,7 +191,7 @@ class Trainer:
         if execution.on_divergence != "rollback" or self.num_rollbacks >= execution.max_rollbacks:
             raise error
         num_restarts, num_rollbacks = self.num_restarts, self.num_rollbacks + 1
-        del self.engine, self.ema  # memory may not hold two
+        del self.engine, self.ema, self.averages  # memory may not hold two
         self.start(self._newest(), error)
         self.num_restarts, self.num_rollbacks = num_restarts, num_rollbacks
         self._tell(f"{error}; training resumes from step {self.step} with the following batches")
@@ -195,7 +202,10 @@ class Trainer:
             return None
         ema = context.write(WEIGHTS, lambda path: save_weights(path, self.ema))
         raw = context.write(RAW_WEIGHTS, lambda path: save_weights(path, self.engine.model, weights))
-        return self.result(ema, raw, milestones=milestone_weights(context, self.ema, self.config.execution.keep_every, self._tell))
+        milestones = [*milestone_weights(context, self.ema, self.config.execution, self._tell)]
+        last = {average_name(length, self.step): average for length, average in self.averages.items()}
+        of_last_step = [context.write(name, partial(save_weights, module=average)) for name, average in last.items()]
+        return self.result(ema, raw, milestones=[*milestones, *of_last_step])
 
     def result(self, *files: FileRecord, milestones: Iterable[FileRecord] = (), error: Exception | None = None) -> TrainResult:
         counts = (self.step, self.skipped_draws, self.num_restarts, self.num_rollbacks)
@@ -226,10 +236,14 @@ class Trainer:
         for batch in self.batches.take_step():
             self._learn(batch.to(self.device), scale * batch.weight, learning_rate)
         with torch.no_grad():
-            averaged = dict(self.ema.named_parameters())
+            averages = [(self.update_ema, dict(self.ema.named_parameters()))]
+            for length, average in self.averages.items():
+                decay = decay_of(self.step + 1, exponent_of(length))
+                averages.append((get_ema_multi_avg_fn(decay), dict(average.named_parameters())))
             for names, parameters in self.engine.pieces() if self.engine.zero_stage == 3 else [_all_of(self.engine.model)]:
                 with self.engine.gathered(parameters):
-                    self.update_ema([averaged[name] for name in names], parameters, self.step + 1)
+                    for update, averaged in averages:
+                        update([averaged[name] for name in names], parameters, self.step + 1)
         self.step += 1
         self._report()
 
@@ -281,6 +295,8 @@ class Trainer:
         """Begin to write a checkpoint of this step. Raises DivergedError before anything is written."""
         self.log()
         tensors = dict(self.engine.fragments()) | dict(own_share("ema", self.ema, self.rank, self.world_size))
+        for length, average in self.averages.items():
+            tensors |= dict(own_share(average_kind(length), average, self.rank, self.world_size))
         state = {
             "step": self.step,
             "skipped_draws": self.skipped_draws,
@@ -290,6 +306,7 @@ class Trainer:
             "history": self.monitor.history,
             "worker_seconds": self.worker_seconds_before + (time.monotonic() - self.started) * self.world_size,
             "run_id": self.task.context.run.run_id,
+            "ema_lengths": [*self.averages],
         }
         self.checkpoints.save(self.step, tensors, state)
 

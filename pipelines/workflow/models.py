@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from enat.averages import Average
 from enat.config import ENATConfig, VQGANConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.workflow.summary import Summary
 
+_AVERAGE = re.compile(r"average-([0-9.e-]+)-step-(\d+)\.safetensors")
 WEIGHTS = "model.safetensors"  # of a trained model: the EMA weights, which generate samples
 
 
@@ -40,6 +43,21 @@ class ModelSummary(Summary):
 def milestone_name(step: int) -> str:
     """The file of the EMA weights of a step before the last one."""
     return f"model-step-{step:08d}.safetensors"
+
+
+def average_name(length: float, step: int) -> str:
+    """The file of an average of weights (enat.averages) of a relative length, as it was after a step."""
+    return f"average-{length:g}-step-{step:08d}.safetensors"
+
+
+def averages_of(model: Manifest) -> dict[Average, str]:
+    """The averages of weights that a training kept, with their files, by step and length."""
+    found = {
+        Average(int(match[2]), float(match[1])): record.name
+        for record in model.records
+        if (match := _AVERAGE.fullmatch(record.name)) is not None
+    }
+    return dict(sorted(found.items(), key=lambda each: (each[0].step, each[0].length)))
 
 
 def weights_of_step(model: Manifest, step: int | None) -> str:

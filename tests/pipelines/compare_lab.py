@@ -47,11 +47,18 @@ class Lab:
         return tracking.start_run(self.uri, TrackingConfig(experiment=self.experiment), name, tags or {}, parent)
 
     def generate(
-        self, samples: str, parent: RunHandle | None = None, *, mask_ratio: float | str | None = None, **params: Any
+        self,
+        samples: str,
+        parent: RunHandle | None = None,
+        *,
+        mask_ratio: float | str | None = None,
+        ema_length: float | None = None,
+        **params: Any,
     ) -> None:
         key = samples.partition("/")[2]
         run = self.start("generate", {"enat.stage": "generate", "enat.key": key}, parent)
-        run.log_params({"seed": 0, "mask_ratio": mask_ratio, "sampler": params, "execution": {"num_workers": 3}})
+        drawn = {"mask_ratio": mask_ratio, "ema_length": ema_length}
+        run.log_params({"seed": 0, **drawn, "sampler": params, "execution": {"num_workers": 3}})
         run.finish()
 
     def evaluate(

@@ -239,7 +239,7 @@ def test_plan_as_a_table(digits_run, ask: Callable[..., Any]) -> None:
     lines = {line.split()[0]: line for line in process.stdout.splitlines() if line[:1].strip()}  # without continued lines
     assert all("reuse" in lines[stage] for stage in ("dataset", "tokenizer", "token_map", "reference"))
     assert "compute" in lines["train"] and "known after train" in lines["generate"] and "compute" in lines["generate"]
-    assert "4 of 11 stages are reused" in process.stdout
+    assert "5 of 14 stages are reused" in process.stdout
 
 
 def test_help_and_wrong_usage(ask: Callable[..., Any]) -> None:

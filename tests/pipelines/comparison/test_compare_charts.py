@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from compare_lab import HOSTILE, PROTOCOL, Lab, key_of
+from compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
 from html_page import Page
 from matplotlib.figure import Figure
 from PIL import Image
@@ -162,6 +162,17 @@ def test_a_sweep_joins_rows_that_differ_in_one_setting_only(lab: Lab) -> None:
     assert curve.name == "enat-l-imagenet, guidance 2" and curve.line == "solid"
     assert [(point.x, point.y) for point in curve.points] == [(4, 9.0), (8, 8.0), (16, 6.0)]
     assert (steps.x_title, guidance.x_title) == ("steps of the sampler", "guidance scale")
+
+
+def test_lengths_of_the_average_of_weights_are_a_sweep(lab: Lab) -> None:
+    for number, length in enumerate((None, 0.1, 0.05, 0.075)):
+        lab.generate(key_of(number), ema_length=length)
+        lab.evaluate({"fid": 3.0 + (length or 0)}, samples=key_of(number), variant=f"v{number}", **{"input.model": "train/same"})
+    (section,) = lab.compare().sections
+    (chart,) = sweep_charts(section)
+    assert chart.x_title == "relative length of the average of weights"
+    assert [(point.x, point.y) for point in chart.series[0].points] == [(0.05, 3.05), (0.075, 3.075), (0.1, 3.1)]
+    assert "EMA length" in (text := text_of(lab.compare())) and "0.075" in text
 
 
 def test_one_run_or_two_with_one_setting_are_not_a_sweep(lab: Lab) -> None:

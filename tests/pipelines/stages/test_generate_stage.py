@@ -23,6 +23,7 @@ from summaries import summary_of
 from workers import kill_a_worker
 
 from enat import checkpoint
+from enat.averages import Average, exponent_of
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
 from enat.model import ENAT, TextCondition
@@ -43,6 +44,7 @@ from pipelines.sampling.request import SampleRequest
 from pipelines.sampling.sample import sample_batches
 from pipelines.stages import generate
 from pipelines.stages.generate import GenerateConfig, GenerateExecution
+from pipelines.workflow.models import average_name
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -156,7 +158,7 @@ def make_here(make_context: Callable[..., Any], tmp_path: Path) -> Callable[...,
         inputs = keep_inputs(store, tmp_path, model, others)
         context = make_context(store, "generate", "k").for_workers()
         plan = ray.put(generate._plan(config, model.config, inputs, store))
-        worker = generate._Sample(generate._Task(config, inputs["model"], inputs.get("captions"), plan, 1, context))
+        worker = generate._Sample(generate._Task(config, inputs["model"], None, inputs.get("captions"), plan, 1, context))
         parts = -(-config.num_samples // config.shard_size)
         files = [FileRecord(**worker({"part": np.array([part])})["record"][0]["file"]) for part in range(parts)]
         summary = summary_of("generate", num_samples=config.num_samples, shard_size=config.shard_size)
@@ -197,6 +199,44 @@ def test_weights_of_an_earlier_step(make_context: Callable[..., Any], model: ENA
     assert not np.array_equal(read.codes, last.codes) and made.manifest.summary["train_steps"] == 40
     with pytest.raises(ValueError, match=r"generate\.checkpoint is 50, but train/m has the weights of steps 40, 70 only"):
         finish(dataclasses.replace(CONFIG, checkpoint=50), store, inputs, make_context)
+
+
+def test_weights_are_put_together_to_an_average_of_the_wanted_length(
+    make_context: Callable[..., Any], model: ENAT, tmp_path: Path
+) -> None:
+    """Averages of a model that grows linearly: that of each length is known in closed form."""
+    store, records = open_store(str(tmp_path / "store")), []
+
+    def scaled(average: Average) -> ENAT:
+        """The weights of step s are 1 + s / 1,000 times those of the model."""
+        exponent = exponent_of(average.length)
+        grown = random_model(num_classes=3).requires_grad_(False)
+        for parameter in grown.parameters():
+            parameter.mul_(1 + average.step / 1000 * (exponent + 1) / (exponent + 2))
+        return grown
+
+    kept = [Average(step, length) for step in range(100, 1001, 100) for length in (0.05, 0.1)]
+    for name, weights in {"model.safetensors": model, **{average_name(a.length, a.step): scaled(a) for a in kept}}.items():
+        save_weights(tmp_path / name, weights)
+        records.append(store.put_file("train", "m", name, tmp_path / name))
+    summary = summary_of("train", model=model.config, num_steps=1000)
+    fields = {**FIELDS, "files": tuple(records[:1]), "records": tuple(records[1:]), "summary": summary}
+    inputs = {"model": store.commit(Manifest(stage="train", key="m", **fields))}
+    result = generate.run(dataclasses.replace(CONFIG, ema_length=0.075), inputs, make_context(store, "generate", "k"))
+    (record,) = result.records
+    made = checkpoint.load_enat(store.fetch_file("generate", "k", record))
+    for name, value in scaled(Average(1000, 0.075)).state_dict().items():
+        torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-3, atol=1e-6)
+    assert 0 < result.metrics["ema_error"] < 0.02 and result.summary.ema_length == 0.075
+    alone = sample(made, torch.tensor([1]), SAMPLER, seeds=[sample_seed(3, 7)])
+    fields = {**FIELDS, "files": tuple(result.files), "summary": result.summary.to_dict()}
+    read = read_samples(store, Manifest(stage="generate", key="k", **fields))
+    np.testing.assert_array_equal(alone[0].numpy(), read.codes[7])
+    with pytest.raises(ValueError, match=r"ema_length is 0\.28, which the averages of train/m cannot make at step 1000: .* off by"):
+        generate.run(dataclasses.replace(CONFIG, ema_length=0.28), inputs, make_context(store, "generate", "other"))
+    without = {"model": dataclasses.replace(inputs["model"], records=())}
+    with pytest.raises(ValueError, match=r"train/m kept no averages to make it from"):
+        generate.run(dataclasses.replace(CONFIG, ema_length=0.075), without, make_context(store, "generate", "other"))
 
 
 # Classes -------------------------------------------------------------------------------------------------------------------

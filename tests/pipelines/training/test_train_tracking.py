@@ -15,10 +15,13 @@ import pytest
 import torch
 from tiny_training import CONFIG, Trained, changed, checkpoint_steps, read_weights, train
 
+from enat.averages import Average, combine, decay_of, exponent_of, read_combination
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.stages import train as train_stage
 from pipelines.storage.base import StorageError
 from pipelines.tracking.run import RunHandle
+from pipelines.workflow.models import average_name
 
 
 @pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.faults)])
@@ -34,6 +37,46 @@ def test_milestones_are_the_ema_at_their_steps_also_after_a_restart(material, ke
             torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
     left = checkpoint_steps(material, key)  # rank 0 may clean up before rank 1 has written step 8
     assert {4, 8} <= {*left} and len(left) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_averages_of_other_lengths_are_those_of_all_weights_also_after_a_restart(material, key, zero_stage, plainly):
+    """By the recursion over the weights of a plain loop; and one that is put together equals one that was tracked."""
+    lengths = (0.05, 0.1, 0.075)
+    config = changed(execution={"keep_every": 2, "checkpoint_every": 2, "zero_stage": zero_stage, "ema_lengths": lengths})
+    train(material, config, key, world_size=2, stop_at=5)
+    trained = train(material, config, key, world_size=2)
+    kept = {record.name: record for record in trained.result.milestones if record.name.startswith("average-")}
+    assert {*kept} == {average_name(length, step) for length in lengths for step in (2, 4, 6, 8, 10, 12)}
+    weights = [plainly(changed(num_steps=step)).raw for step in range(1, 13)]
+    for length in lengths:
+        average = {name: value.double() for name, value in weights[0].items()}
+        for step, raw in enumerate(weights[1:], start=2):
+            share = decay_of(step, exponent_of(length))
+            average = {name: share * value + (1 - share) * raw[name].double() for name, value in average.items()}
+        for name, value in read_weights(material, key, kept[average_name(length, 12)]).items():
+            torch.testing.assert_close(value.double(), average[name], rtol=0, atol=1e-5)
+    of_two = [Average(step, length) for step in (2, 4, 6, 8, 10, 12) for length in lengths[:2]]
+    files = [material.store.fetch_file("train", key, kept[average_name(each.length, each.step)]) for each in of_two]
+    found = combine(of_two, Average(12, 0.075))
+    tracked, shorter = (read_weights(material, key, kept[average_name(length, 12)]) for length in (0.075, 0.05))
+    combined = read_combination(files, found.weights.tolist())
+    off, moved = (
+        sum((side[name] - tracked[name]).square().sum().item() for name in tracked) ** 0.5 for side in (combined, shorter)
+    )
+    assert found.error < 0.02 and off < 0.05 * moved
+
+
+def test_a_run_does_not_resume_with_averages_that_its_checkpoint_does_not_have(material, key, make_context):
+    config = changed(execution={"keep_every": 4})
+    train(material, config, key, world_size=1, stop_at=5)
+    inputs = {name: material.inputs[name] for name in ("tokenizer", "token_map")}
+    wanted = changed(execution={"keep_every": 4, "ema_lengths": (0.05, 0.1)})
+    with pytest.raises(
+        ValueError, match=r"ema_lengths has 0\.05, and training resumes from step \d+, whose checkpoint has no such average"
+    ):
+        train_stage.run(wanted, inputs, make_context(material.store, "train", key))
 
 
 @dataclass
