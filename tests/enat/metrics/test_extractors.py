@@ -91,6 +91,7 @@ def test_unrounded_images_are_processed_as_by_torch_fidelity(inception, monkeypa
     assert not torch.equal(features, inception(rounded)["features"])
 
 
+@pytest.mark.slow
 def test_clean_resizing_is_pillow_s_on_floats_and_the_network_is_the_same(inception, inception_weights, tmp_path):
     """Images of the network's own size are not resized, so there both extractors agree."""
     CleanInceptionExtractor(inception_weights).save(tmp_path / "clean")

@@ -143,9 +143,9 @@ def test_copies_are_neighbours_at_distance_0():
     features = np.array([[0.0], [0.0], [0.0], [1.0], [3.0], [-0.0]])
     expected = [[0, 0, 1, 9]] * 3 + [[1, 1, 1, 4]] + [[4, 9, 9, 9]] + [[0, 0, 1, 9]]
     np.testing.assert_allclose(squared_radii(features, (1, 3, 4, 5), range(6)), expected, atol=1e-14)
-    copies = np.repeat(cloud(1), 3000, axis=0)  # a generator that makes one image only
+    copies = np.repeat(cloud(1), 1200, axis=0)  # a generator that makes one image only
     reference = np.concatenate([copies[:1], copies[:20] + 100])
-    counts = manifold_counts(reference, np.ones((21, 3)), copies, squared_radii(copies, (2999,), range(3000))[:, 0], range(3000))
+    counts = manifold_counts(reference, np.ones((21, 3)), copies, squared_radii(copies, (1199,), range(1200))[:, 0], range(1200))
     assert (counts.num_closed_balls == 1).all() and (counts.num_open_balls == 1).all()
     assert counts.num_recalling.tolist() == counts.num_covering.tolist()
     assert (counts.num_recalling > 0).tolist() == [True] + 20 * [False]

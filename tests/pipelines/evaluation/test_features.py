@@ -194,6 +194,7 @@ def test_every_pass_has_the_same_number_of_images(digits, local_store, make_cont
     assert passes == [16, 16, 16]
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_left_out(broken_image_folder, local_store, make_context):
     """The token map leaves out the same images."""
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(broken_image_folder)), local_store)

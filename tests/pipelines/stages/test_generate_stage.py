@@ -201,6 +201,7 @@ def test_weights_of_an_earlier_step(make_context: Callable[..., Any], model: ENA
         finish(dataclasses.replace(CONFIG, checkpoint=50), store, inputs, make_context)
 
 
+@pytest.mark.slow
 def test_weights_are_put_together_to_an_average_of_the_wanted_length(
     make_context: Callable[..., Any], model: ENAT, tmp_path: Path
 ) -> None:
@@ -260,6 +261,7 @@ def test_codes_depend_only_on_seed_and_label(samples: Made, model: ENAT) -> None
     assert len(np.unique(read.codes, axis=0)) == 20, "no two samples are the same"
 
 
+@pytest.mark.slow
 def test_codes_and_files_do_not_depend_on_workers_or_batch(make, model: ENAT, samples: Made) -> None:
     made = make(dataclasses.replace(CONFIG, execution=GenerateExecution(num_workers=2, worker_batch_size=3)), model)
     assert made.manifest.digest == samples.manifest.digest
