@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import ray.data
     import torch
 
+    from enat.metrics.extractors import FeatureExtractor
     from enat.metrics.moments import FeatureMoments, Moments
 
 _log = logging.getLogger(__name__)
@@ -119,28 +120,34 @@ def feature_files(manifest: Manifest, prefix: str = "") -> tuple[FileRecord, ...
 
 
 def compute_features(
-    reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution, context: StageContext
+    reader: BlockReader,
+    spec: FeatureSpec,
+    extractor: ExtractorSource,
+    execution: Execution,
+    context: StageContext,
+    *,
+    beside: Sequence[tuple[ExtractorSource, StageContext]] = (),
 ) -> FeatureSet:
     """Compute features of the reader's images 0..num_images-1. Resumes after the parts that are committed under the key.
 
-    Raises ValueError if no image can be read, or if the extractor returns values that are not finite or widths other than it
+    beside: other extractors with the contexts of their artifacts. They get the same images, which are decoded once, and leave their
+    parts under their own keys, from which their own call resumes.
+    Raises ValueError if no image can be read, or if an extractor returns values that are not finite or widths other than it
     declares.
     """
     size = _part_size(spec.num_images)
     parts = [range(start, min(start + size, spec.num_images)) for start in range(0, spec.num_images, size)]
-    committed = context.store.resume_parts(context.stage, context.key)
-    records: list[dict[str, Any]] = []  # only parts without a gap before them: a part's moments include all earlier parts
-    while len(records) < len(parts) and _part_name(len(records), spec.prefix) in committed:
-        records.append(committed[_part_name(len(records), spec.prefix)])
-    records, moments = _resume_moments(records, spec.prefix, context)
+    own = _PartWriter(parts, spec.prefix, context)
+    first_part = len(own.records)
     with context.bar(spec.num_images, "images") as bar:
-        bar.update(sum(len(part) for part in parts[: len(records)]))
-        if len(records) < len(parts):
-            writer = _PartWriter(parts, records, moments, spec.prefix, context)
-            blocks = _blocks(parts, len(records))
-            with closing(_computed(blocks, reader, spec, extractor, execution)) as computed:
-                writer.write_all(computed, bar.advance)
-            records, moments = writer.records, writer.moments
+        bar.update(sum(len(part) for part in parts[:first_part]))
+        if first_part < len(parts):
+            others = [(source, _PartWriter(parts, spec.prefix, each)) for source, each in beside]
+            others = [(source, writer) for source, writer in others if first_part <= len(writer.records) < len(parts)]
+            sources, writers = [extractor, *(source for source, _ in others)], [own, *(writer for _, writer in others)]
+            with closing(_computed(_blocks(parts, first_part), reader, spec, sources, execution)) as computed:
+                _write_all(writers, parts, first_part, computed, bar.advance)
+    records, moments = own.records, own.moments
     count = sum(record["rows"] for record in records)
     if not count:
         raise ValueError(f"none of the {spec.num_images} images can be read")
@@ -171,7 +178,7 @@ def _blocks(parts: Sequence[range], first_part: int) -> list[dict[str, int]]:
 
 
 def _computed(
-    blocks: list[dict[str, int]], reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution
+    blocks: list[dict[str, int]], reader: BlockReader, spec: FeatureSpec, sources: Sequence[ExtractorSource], execution: Execution
 ) -> Generator[dict[str, Any]]:
     """Yield the record of each block as soon as it is computed."""
     import ray.data
@@ -181,7 +188,7 @@ def _computed(
         computed = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map_batches(_load, fn_args=(reader,), **feeding_tasks(execution, num_loading))
-            .map_batches(_Extract, fn_constructor_args=(reader, spec, extractor, execution), **actor_pool(execution, len(rows)))
+            .map_batches(_Extract, fn_constructor_args=(reader, spec, sources, execution), **actor_pool(execution, len(rows)))
         )
         return with_memory_limit(computed, _OBJECT_STORE_BYTES)
 
@@ -202,7 +209,10 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Outputs of a block. num_rows: R.   num_kept: rows that are kept.   for_moments, kept: output or measure -> its rows."""
+    """Outputs of a block by one extractor. num_rows: R.   num_kept: rows that are kept.
+
+    for_moments, kept: output or measure -> its rows.
+    """
 
     num_rows: int
     num_kept: int = 0
@@ -212,11 +222,13 @@ class _Outputs:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Outputs and measures of the images of one pass, its duration, and the part of it that decoding took."""
+    """Outputs and measures of the images of one pass by extractor, its duration, and the parts of it that decoding and each
+    extractor took."""
 
-    outputs: dict[str, np.ndarray]
+    outputs: list[dict[str, np.ndarray]]
     seconds: float
     decoding_seconds: float
+    extracting_seconds: list[float]
 
 
 def _load(batch: dict[str, np.ndarray], reader: BlockReader) -> dict[str, list[_Loaded]]:
@@ -228,16 +240,16 @@ def _load(batch: dict[str, np.ndarray], reader: BlockReader) -> dict[str, list[_
 
 
 class _Extract:
-    """Compute the outputs of a loaded block. One actor holds one extractor."""
+    """Compute the outputs of a loaded block. One actor holds all extractors."""
 
-    def __init__(self, reader: BlockReader, spec: FeatureSpec, extractor: ExtractorSource, execution: Execution) -> None:
+    def __init__(self, reader: BlockReader, spec: FeatureSpec, sources: Sequence[ExtractorSource], execution: Execution) -> None:
         from pipelines.sampling.fixed_batches import fix_numerics, pass_pool, passes_at_once
 
         fix_numerics(execution.device)
         self.spec, self.device = spec, execution.device
-        self.extractor = extractor.load().to(execution.device)
+        self.extractors = [source.load().to(execution.device) for source in sources]
         self.decoder: Decoder = reader.decoder(execution.device)
-        is_thread_safe = bool(getattr(self.extractor, "is_thread_safe", False))
+        is_thread_safe = all(getattr(extractor, "is_thread_safe", False) for extractor in self.extractors)
         sizes = {"batch_size": execution.worker_batch_size, "images_per_pass": spec.images_per_pass}
         num_at_once = passes_at_once(execution.device, **sizes, num_threads=execution.num_threads)
         self.pool = pass_pool(num_at_once if is_thread_safe else 1)
@@ -247,44 +259,58 @@ class _Extract:
         loaded: _Loaded = batch["block"][0]
         num_rows = len(next(iter(loaded.rows.values())))
         results = list(self.pool.map(self._pass, passes_of(loaded.rows, self.spec.images_per_pass)))
-        outputs = {
-            name: np.concatenate([result.outputs[name] for result in results]) for name in (results[0].outputs if results else ())
-        }
-        self._check(outputs, loaded.block)
-        selected = self._selected(outputs, num_rows, loaded.block)
+        selected = []
+        for number, extractor in enumerate(self.extractors):
+            outputs = {
+                name: np.concatenate([result.outputs[number][name] for result in results])
+                for name in (results[0].outputs[number] if results else ())
+            }
+            self._check(extractor, outputs, loaded.block)
+            selected.append(self._selected(extractor, outputs, num_rows, loaded.block))
         seconds = time.monotonic() - started
-        in_passes = sum(result.seconds for result in results)  # more than `seconds` if passes ran in parallel
-        decoding_share = sum(result.decoding_seconds for result in results) / in_passes if in_passes else 0.0
+        in_passes = sum(result.seconds for result in results) or 1.0  # more than `seconds` if passes ran in parallel
+        extracting = [sum(result.extracting_seconds[n] for result in results) / in_passes for n in range(len(selected))]
+        shared = (1 - sum(extracting)) / len(selected)
         record = {
             **{name: loaded.block[name] for name in ("block", "part", "start")},
             "images": loaded.block["stop"] - loaded.block["start"],
             "outputs": selected,
-            "seconds": seconds,
-            "decoding_seconds": seconds * decoding_share,
-            "loading_seconds": loaded.seconds,
+            "seconds": [seconds * (own + shared) for own in extracting],
+            "decoding_seconds": seconds * sum(result.decoding_seconds for result in results) / in_passes,
+            "loading_seconds": loaded.seconds / len(selected),
         }
         return {"record": [record]}
 
     def _pass(self, rows: Mapping[str, np.ndarray]) -> _Pass:
-        decoding_seconds = 0.0
+        times: list[float] = []
 
         def outputs(padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            nonlocal decoding_seconds
-            before = time.perf_counter()
+            times.append(time.perf_counter())
             decoded = self.decoder(padded)
             wait_for(self.device)
-            decoding_seconds = time.perf_counter() - before
-            if decoded.images.is_floating_point() and not getattr(self.extractor, "takes_float", False):
-                raise ValueError(f"{type(self.extractor).__name__} takes 8-bit images only; set evaluate.rounding to uint8")
-            return {**self.extractor(decoded.images), **decoded.measures}
+            times.append(time.perf_counter())
+            found: dict[str, torch.Tensor] = {}
+            for number, extractor in enumerate(self.extractors):
+                if decoded.images.is_floating_point() and not getattr(extractor, "takes_float", False):
+                    raise ValueError(f"{type(extractor).__name__} takes 8-bit images only; set evaluate.rounding to uint8")
+                outputs = {**extractor(decoded.images), **decoded.measures}
+                found |= {f"{number}/{name}": values for name, values in outputs.items()}
+                wait_for(self.device)
+                times.append(time.perf_counter())
+            return found
 
         started = time.perf_counter()
         found = run_pass(outputs, rows, self.spec.images_per_pass, self.device)
-        return _Pass(found, time.perf_counter() - started, decoding_seconds)
+        by_extractor: list[dict[str, np.ndarray]] = [{} for _ in self.extractors]
+        for place, values in found.items():
+            number, _, name = place.partition("/")
+            by_extractor[int(number)][name] = values
+        decoding, *extracting = np.diff(times).tolist()
+        return _Pass(by_extractor, time.perf_counter() - started, decoding, extracting)
 
-    def _check(self, outputs: Mapping[str, np.ndarray], block: Mapping[str, int]) -> None:
+    def _check(self, extractor: FeatureExtractor, outputs: Mapping[str, np.ndarray], block: Mapping[str, int]) -> None:
         where = f"images {block['start']} to {block['stop'] - 1}"
-        for name, width in self.extractor.outputs.items() if outputs else ():
+        for name, width in extractor.outputs.items() if outputs else ():
             values = outputs.get(name)
             if values is None or values.shape[1:] != (width,):
                 shape = "nothing" if values is None else f"shape {values.shape}"
@@ -292,13 +318,15 @@ class _Extract:
             if not np.isfinite(values).all():
                 raise ValueError(f"{name} of {where} contain values that are not finite; the extractor or its weights are broken")
 
-    def _selected(self, outputs: Mapping[str, np.ndarray], num_rows: int, block: Mapping[str, int]) -> _Outputs:
+    def _selected(
+        self, extractor: FeatureExtractor, outputs: Mapping[str, np.ndarray], num_rows: int, block: Mapping[str, int]
+    ) -> _Outputs:
         kept = np.arange(num_rows)
         if self.spec.kept is not None:
             first, last = np.searchsorted(self.spec.kept, [block["start"], block["stop"]])
             kept = self.spec.kept[first:last] - block["start"]
             kept = kept[kept < num_rows]
-        known = self.extractor.outputs
+        known = extractor.outputs
         rows = {name: values[kept] for name, values in outputs.items() if name in _KEPT and name in known and len(kept)}
         measures = {name: values for name, values in outputs.items() if name not in known}
         moments = {name: values for name, values in outputs.items() if name in MOMENTS_FILES and name in known}
@@ -314,42 +342,56 @@ def _part_name(part: int, prefix: str) -> str:
     return f"{prefix}{_PART_PREFIX}{part:05d}.safetensors"
 
 
+def _write_all(
+    writers: Sequence[_PartWriter],
+    parts: Sequence[range],
+    first_part: int,
+    computed: Iterator[dict[str, Any]],
+    advance: Callable[[int], object],
+) -> None:
+    """Join blocks into parts, and let each writer commit what its extractor gave, in order. writers: in the order of extractors."""
+    num_blocks = Counter({number: -(-len(part) // BLOCK_SIZE) for number, part in enumerate(parts)})
+    following, waiting = first_part, dict[int, list[dict[str, Any]]]()
+    writing: list[Future[None]] = []
+
+    def write(part: int, blocks: list[dict[str, Any]]) -> None:
+        for number, writer in enumerate(writers):
+            writer.write(part, blocks, number)
+
+    with ThreadPoolExecutor(1) as thread:  # it alone changes records and moments
+        for record in computed:
+            waiting.setdefault(record["part"], []).append(record)
+            advance(record["images"])
+            while len(waiting.get(following, ())) == num_blocks[following] > 0:
+                whole = sorted(waiting.pop(following), key=lambda block: int(block["start"]))
+                writing.append(thread.submit(write, following, whole))
+                following += 1
+            while len(writing) > 2 or (writing and writing[0].done()):  # the rows of a part stay in memory until it is written
+                writing.pop(0).result()
+        for future in writing:
+            future.result()
+    assert all(len(writer.records) == len(parts) for writer in writers), "a planned part was not computed"
+
+
 class _PartWriter:
-    """Joins blocks into parts and commits the parts in order, each with the moments of all images up to its end."""
+    """Commits the parts of one artifact in order, each with the moments of all images up to its end.
 
-    def __init__(
-        self,
-        parts: Sequence[range],
-        records: list[dict[str, Any]],
-        moments: dict[str, FeatureMoments],
-        prefix: str,
-        context: StageContext,
-    ) -> None:
-        self.parts, self.records, self.moments, self.prefix, self.context = parts, list(records), dict(moments), prefix, context
-        self._waiting: dict[int, list[dict[str, Any]]] = {}
+    It begins with the parts that are committed already.
+    """
 
-    def write_all(self, computed: Iterator[dict[str, Any]], advance: Callable[[int], object]) -> None:
-        num_blocks = Counter({number: -(-len(part) // BLOCK_SIZE) for number, part in enumerate(self.parts)})
-        following = len(self.records)  # next part for the thread, which alone changes records and moments
-        writing: list[Future[None]] = []
-        with ThreadPoolExecutor(1) as thread:
-            for record in computed:
-                self._waiting.setdefault(record["part"], []).append(record)
-                advance(record["images"])
-                while len(self._waiting.get(following, ())) == num_blocks[following] > 0:
-                    whole = sorted(self._waiting.pop(following), key=lambda block: int(block["start"]))
-                    writing.append(thread.submit(self._write, following, whole))
-                    following += 1
-                while len(writing) > 2 or (writing and writing[0].done()):  # the rows of a part stay in memory until it is written
-                    writing.pop(0).result()
-            for future in writing:
-                future.result()
-        assert len(self.records) == len(self.parts), "a planned part was not computed"
+    def __init__(self, parts: Sequence[range], prefix: str, context: StageContext) -> None:
+        self.prefix, self.context = prefix, context
+        committed = context.store.resume_parts(context.stage, context.key)
+        records: list[dict[str, Any]] = []  # only parts without a gap before them: a part's moments include all earlier parts
+        while len(records) < len(parts) and _part_name(len(records), prefix) in committed:
+            records.append(committed[_part_name(len(records), prefix)])
+        self.records, self.moments = _resume_moments(records, prefix, context)
 
-    def _write(self, part: int, blocks: Sequence[dict[str, Any]]) -> None:
-        if part > len(self.records):
-            return  # the part before it failed: write_all raises that, and moments build on the part before
-        outputs = [block["outputs"] for block in blocks]
+    def write(self, part: int, blocks: Sequence[dict[str, Any]], number: int) -> None:
+        """number: of the extractor."""
+        if part != len(self.records):
+            return  # it has the part; or the one before it failed, which is raised, and moments build on the one before
+        outputs = [block["outputs"][number] for block in blocks]
         for first in range(0, len(outputs), _BLOCKS_PER_SUM):
             self._add([each.for_moments for each in outputs[first : first + _BLOCKS_PER_SUM] if each.for_moments])
         kept_names = dict.fromkeys(name for each in outputs for name in each.kept)
@@ -362,7 +404,8 @@ class _PartWriter:
                 name: asdict(self._put(f"{WORK}/{self.prefix}{name}-{part:05d}.safetensors", m.save))
                 for name, m in self.moments.items()
             },
-            **{name: sum(block[name] for block in blocks) for name in ("seconds", "decoding_seconds", "loading_seconds")},
+            "seconds": sum(block["seconds"][number] for block in blocks),
+            **{name: sum(block[name] for block in blocks) for name in ("decoding_seconds", "loading_seconds")},
         }
         self.context.store.put_part(self.context.stage, self.context.key, _part_name(part, self.prefix), record)
         if len(self.records) > 1:  # a run resumes from the newest moments, a concurrent run from the ones before

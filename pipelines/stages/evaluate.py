@@ -234,7 +234,33 @@ def _features(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: S
         )
         places = (context.store, samples, inputs.get("tokenizer"), config.images)
         reader = sample_reader(*places, rounding=config.rounding, replicate=replicate)
-        found.append(compute_features(reader, spec, extractor, config.execution, context))
+        found.append(compute_features(reader, spec, extractor, config.execution, context, beside=_beside(config, inputs, context)))
+    return found
+
+
+def _beside(
+    config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext
+) -> list[tuple[ExtractorFile, StageContext]]:
+    """Later evaluations of the same images by other extractors, each extractor once. Images are decoded once for all of them."""
+
+    def images_of(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> tuple[Any, ...]:
+        count = evaluation_protocol.num_samples_of(inputs["samples"], config.num_samples)
+        made_from = [inputs[name].digest for name in ("samples", "tokenizer") if name in inputs]
+        return *made_from, count, config.rounding, ReferenceSummary.read(inputs["reference"]).images_per_pass
+
+    own, known, found = images_of(config, inputs), {_features_by(ReferenceSummary.read(inputs["reference"]))}, []
+    for sibling in context.siblings:
+        reference = sibling.inputs["reference"]
+        by = _features_by(ReferenceSummary.read(reference))
+        try:
+            require_same_features(reference)
+            is_alike = by not in known and images_of(sibling.config, sibling.inputs) == own
+            extractor = ExtractorFile.of_reference(context.store, reference)
+        except ValueError:
+            continue  # which its own evaluation tells
+        if is_alike and config.rounding == "uint8":  # not every extractor takes others
+            known.add(by)
+            found.append((extractor, context.of(sibling)))
     return found
 
 

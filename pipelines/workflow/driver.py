@@ -24,7 +24,7 @@ from pipelines.storage.base import StorageError, digest_of
 from pipelines.tracking import run as tracking_run
 from pipelines.workflow import config as configuration
 from pipelines.workflow.provenance import code_version
-from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, PublishContext, Session, StageContext, StageError
+from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, PublishContext, Session, Sibling, StageContext, StageError
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def execute(
     with UseRecorder(session.store) as use_recorder:
         for manifest in found.values():
             use_recorder.record(*name_of(manifest), inputs_of(manifest))
-        for node in nodes:
+        for number, node in enumerate(nodes):
             inputs = {name: found[id] for name, id in node.inputs.items()}
             key = stage_key(node, inputs)
             started = time.monotonic()
@@ -86,7 +86,8 @@ def execute(
                 made = session.store.read_manifest(node.stage.name, key)
                 is_reused = made is not None
                 if made is None:
-                    made = _compute(node, key, inputs, run, replace(session, made=dict(found)))
+                    siblings = _siblings(node, nodes[number + 1 :], found, session.store)
+                    made = _compute(node, key, inputs, run, replace(session, made=dict(found), siblings=siblings))
                 else:
                     _clean_up(session.store, made)  # what a run before could not remove
                     if node.stage.accept is not None:
@@ -100,6 +101,17 @@ def execute(
             session.console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
             check(node, made)
     return done
+
+
+def _siblings(node: Node, later: Sequence[Node], found: Mapping[str, Manifest], store: ArtifactStore) -> list[Sibling]:
+    siblings = []
+    for other in later:
+        if other.stage is node.stage and found.keys() >= {*other.inputs.values()}:
+            inputs = {name: found[id] for name, id in other.inputs.items()}
+            key = stage_key(other, inputs)
+            if store.read_manifest(other.stage.name, key) is None:
+                siblings.append(Sibling(config=other.config, inputs=inputs, key=key))
+    return siblings
 
 
 def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> Manifest:
@@ -139,6 +151,7 @@ def _made(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_ru
             console=session.console,
             connect=session.connect,
             made=session.made,
+            siblings=session.siblings,
         )
         result = node.stage.run(node.config, inputs, context)
     except RayTaskError as error:

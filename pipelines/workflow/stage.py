@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,13 +139,26 @@ class WorkerContext:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sibling:
+    """A later node of the same stage that is to be computed in this run, whose inputs exist already."""
+
+    config: Any
+    inputs: Mapping[str, Manifest]
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageContext(WorkerContext):
     """What the driver of a stage may use: also the terminal. `connect` connects to Ray; a stage that needs Ray calls it or
-    connect_for first.   made: artifacts of the run so far, by the ids of their nodes."""
+    connect_for first.
+
+    made: artifacts of the run so far, by the ids of their nodes.   siblings: for which a stage may leave parts, if that saves work.
+    """
 
     console: Console
     connect: Callable[[], None]
     made: Mapping[str, Manifest] = field(default_factory=dict)
+    siblings: Sequence[Sibling] = ()
 
     def connect_for(self, workers: Workers, section: str) -> None:
         """Connect to Ray. Raises ValueError if the cluster does not have the resources that these workers request.
@@ -157,6 +170,10 @@ class StageContext(WorkerContext):
 
     def bar(self, total: int, unit: str) -> Bar:
         return Bar(self.console, self.stage, total, unit)
+
+    def of(self, sibling: Sibling) -> StageContext:
+        """The same under the key of a sibling."""
+        return replace(self, key=sibling.key, siblings=())
 
     def for_workers(self) -> WorkerContext:
         return WorkerContext(stage=self.stage, key=self.key, store=self.store, run=self.run)
@@ -182,7 +199,7 @@ class Session:
     """What all stages of one pipeline run share. connect: connects to Ray.   prices: for costs in money.
 
     stages: all stages by name, also those that this run does not use: artifacts of theirs may be among the inputs.
-    made: artifacts so far, by the ids of their nodes.
+    made: artifacts so far, by the ids of their nodes.   siblings: of the node that is computed.
     """
 
     store: ArtifactStore
@@ -193,6 +210,7 @@ class Session:
     prices: Prices | None = None
     stages: Mapping[str, Stage] = field(default_factory=dict)
     made: Mapping[str, Manifest] = field(default_factory=dict)
+    siblings: Sequence[Sibling] = ()
 
 
 @dataclass(frozen=True)

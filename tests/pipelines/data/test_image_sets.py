@@ -92,6 +92,7 @@ def found(config: ImageSetConfig) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_every_kind_of_set_gives_the_same_pixels_in_the_order_of_names(index, sets):
     expected = np.stack([pixels(number) for number in range(NUM_IMAGES)]).transpose(0, 3, 1, 2)
     for kind in KINDS:

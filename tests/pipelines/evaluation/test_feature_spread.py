@@ -164,16 +164,16 @@ def _records(features: np.ndarray) -> list[dict[str, Any]]:
     records = []
     for number, start in enumerate(range(0, len(features), BLOCK)):
         rows = features[start : start + BLOCK]
-        outputs = evaluation_features._Outputs(len(rows), len(rows), {"features": rows}, {"features": rows})
-        seconds = dict.fromkeys(("seconds", "loading_seconds", "decoding_seconds"), 0.0)
+        outputs = [evaluation_features._Outputs(len(rows), len(rows), {"features": rows}, {"features": rows})]
+        seconds = {"seconds": [0.0], **dict.fromkeys(("loading_seconds", "decoding_seconds"), 0.0)}
         records.append({"part": number // 2, "start": start, "images": len(rows), "outputs": outputs, **seconds})
     return records
 
 
 def _written(records: list[dict[str, Any]], store: ArtifactStore, make_context: Callable[..., Any]) -> FeatureMoments:
     parts = [range(start, min(start + 2 * BLOCK, NUM_IMAGES)) for start in range(0, NUM_IMAGES, 2 * BLOCK)]
-    writer = evaluation_features._PartWriter(parts, [], {}, "", make_context(store, "evaluate", KEY))
-    writer.write_all(iter(records), lambda _: None)
+    writer = evaluation_features._PartWriter(parts, "", make_context(store, "evaluate", KEY))
+    evaluation_features._write_all([writer], parts, 0, iter(records), lambda _: None)
     assert [record["rows"] for record in writer.records] == [record["kept"] for record in writer.records] == [64, 64, 22]
     return writer.moments["features"]
 

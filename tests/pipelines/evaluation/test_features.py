@@ -81,6 +81,30 @@ class WrongExtractor(SumsExtractor):
 
 
 @dataclass(frozen=True)
+class OtherSums(SumsExtractor):
+    """Other features of the same images."""
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: 3 - values for name, values in super().__call__(images).items()}
+
+
+@dataclass(frozen=True)
+class CountedPixels(PixelBlocks):
+    """Leaves a file for each pass that is decoded."""
+
+    folder: str
+
+    def decoder(self, device: str) -> Any:
+        decode = super().decoder(device)
+
+        def counted(rows: Any) -> Any:
+            Path(self.folder, os.urandom(8).hex()).touch()
+            return decode(rows)
+
+        return counted
+
+
+@dataclass(frozen=True)
 class DyingImages:
     """Kills its worker once, at the first read at or after an index."""
 
@@ -195,6 +219,35 @@ def test_every_pass_has_the_same_number_of_images(digits, local_store, make_cont
 
 
 @pytest.mark.slow
+def test_images_are_decoded_once_for_several_extractors(digits, local_store, make_context, tmp_path):
+    """Each gives what it gives alone, under its own key. One that was interrupted alone continues beside the others."""
+    spec = FeatureSpec(num_images=MANY, images_per_pass=32)
+    (tmp_path / "passes").mkdir()
+    reader = CountedPixels(SourceImages(digits, 16), str(tmp_path / "passes"))
+    first, second, third = (make_context(local_store, "evaluate", letter * 64) for letter in "abc")
+    alone = {
+        source: _sums(digits, make_context(local_store, "evaluate", key * 64), spec, extractor=source)
+        for source, key in ((SumsExtractor(), "d"), (OtherSums(), "e"))
+    }
+    together = compute_features(
+        reader, spec, SumsExtractor(), Execution(), first, beside=[(OtherSums(), second), (SumsExtractor(), third)]
+    )
+    num_decoded = len(list((tmp_path / "passes").iterdir()))
+    _same(together, alone[SumsExtractor()])
+    _same(compute_features(reader, spec, OtherSums(), Execution(), second), alone[OtherSums()])
+    _same(compute_features(reader, spec, SumsExtractor(), Execution(), third), alone[SumsExtractor()])
+    assert len(list((tmp_path / "passes").iterdir())) == num_decoded == 13, "passes of 32 images"
+    parts = local_store.read_parts("evaluate", "a" * 64), local_store.read_parts("evaluate", "b" * 64)
+    assert all({*found} == {"features-00000.safetensors", "features-00001.safetensors"} for found in parts)
+    fourth, fifth = (make_context(local_store, "evaluate", letter * 64) for letter in "fg")
+    compute_features(reader, FeatureSpec(num_images=MANY, images_per_pass=32), OtherSums(), Execution(), fifth)
+    local_store.discard_part("evaluate", "g" * 64, "features-00001.safetensors")
+    beside = [(OtherSums(), fifth)]
+    _same(compute_features(reader, spec, SumsExtractor(), Execution(), fourth, beside=beside), alone[SumsExtractor()])
+    _same(compute_features(reader, spec, OtherSums(), Execution(), fifth), alone[OtherSums()])
+
+
+@pytest.mark.slow
 def test_unreadable_images_are_left_out(broken_image_folder, local_store, make_context):
     """The token map leaves out the same images."""
     dataset = open_dataset(DatasetConfig(kind="image_folder", path=str(broken_image_folder)), local_store)
@@ -231,7 +284,7 @@ def test_extractor_with_other_outputs_than_declared_is_an_error(digits, wrong, r
     block = {name: np.array([value]) for name, value in {"block": 0, "part": 0, "start": 0, "stop": 20}.items()}
     loaded = np.array(features._load(block, reader)["block"], object)
     with pytest.raises(ValueError, match=f"{reason}.* images 0 to 19"):
-        features._Extract(reader, spec, WrongExtractor(wrong=wrong), Execution())({"block": loaded})
+        features._Extract(reader, spec, [SumsExtractor(), WrongExtractor(wrong=wrong)], Execution())({"block": loaded})
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------------
@@ -287,14 +340,14 @@ class FailingStore(ArtifactStore):
 def test_no_part_is_written_after_one_that_failed(tmp_path, make_context):
     parts = [range(0, BLOCK_SIZE), range(BLOCK_SIZE, MANY)]
     blocks = [
-        {"part": number, "start": part.start, "images": len(part), "outputs": features._Outputs(len(part))}
+        {"part": number, "start": part.start, "images": len(part), "outputs": [features._Outputs(len(part))]}
         for number, part in enumerate(parts)
     ]
-    computed = iter([{**block, "seconds": 0.0, "decoding_seconds": 0.0, "loading_seconds": 0.0} for block in blocks])
+    computed = iter([{**block, "seconds": [0.0], "decoding_seconds": 0.0, "loading_seconds": 0.0} for block in blocks])
     store = FailingStore(LocalFolder(tmp_path / "full"))
-    writer = features._PartWriter(parts, [], {}, "", make_context(store, "evaluate", KEY))
+    writer = features._PartWriter(parts, "", make_context(store, "evaluate", KEY))
     with pytest.raises(OSError, match="no space left"):
-        writer.write_all(computed, lambda _: None)
+        features._write_all([writer], parts, 0, computed, lambda _: None)
     assert store.asked == ["features-00000.safetensors"] and writer.records == []
 
 

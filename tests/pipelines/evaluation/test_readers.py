@@ -99,7 +99,7 @@ class ThreadSafeExtractor(CountingExtractor):
 @pytest.mark.parametrize(("extractor", "most"), [(CountingExtractor(), 1), (ThreadSafeExtractor(), 2)])
 def test_only_a_thread_safe_extractor_is_called_by_several_threads(extractor, most):
     reader, spec = Pixels(pixels(4, 2)), FeatureSpec(num_images=4, images_per_pass=2)
-    extract = _Extract(reader, spec, Here(extractor), TWO_THREADS)
+    extract = _Extract(reader, spec, [Here(extractor)], TWO_THREADS)
     block = {name: np.array([value]) for name, value in {"block": 0, "part": 0, "start": 0, "stop": 4}.items()}
     (record,) = extract({"block": np.array(_load(block, reader)["block"], object)})["record"]
     assert record["images"] == 4 and extractor.most == most

@@ -114,6 +114,7 @@ def test_scores_are_those_of_the_weights_and_change_no_bit(trained, material, re
         assert 0 < found[step]["frechet_distance_se"] < found[step]["frechet_distance"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_scores_every_step_once(trained, material, reference) -> None:
     """Step 4 was scored and saved before the stop. A score of step 8 is of weights that are lost, so it is computed again."""
     scoring = BetweenSteps(task_of(material, reference, "stopped"))
@@ -156,6 +157,7 @@ def test_an_actor_beside_the_training_computes_the_same(trained, material, refer
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_training_does_not_wait_for_an_actor_that_falls_behind(material, reference, tmp_path: Path) -> None:
     """The third step is left out, with a reason, and the end waits for the two that were taken."""
     gate = tmp_path / "gate"

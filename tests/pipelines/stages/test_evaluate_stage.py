@@ -36,7 +36,9 @@ from pipelines.cluster.resources import Execution
 from pipelines.data.image_sets import ImageSetConfig
 from pipelines.data.samples import SamplePlan, Samples, SamplesSummary, image_cost, shard_name, write_samples
 from pipelines.data.sources.config import DatasetConfig
+from pipelines.evaluation import features
 from pipelines.evaluation import protocol as evaluation_protocol
+from pipelines.evaluation.extractors import ReferenceSummary
 from pipelines.evaluation.features import drawn_evenly
 from pipelines.evaluation.readers import sample_reader
 from pipelines.evaluation.scores import METRICS, Scores, ScoreSettings
@@ -49,7 +51,7 @@ from pipelines.workflow import driver
 from pipelines.workflow import stage as workflow_stage
 from pipelines.workflow.costs import Prices
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
-from pipelines.workflow.stage import PublishContext, Stage, StageResult
+from pipelines.workflow.stage import PublishContext, Sibling, Stage, StageResult
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -84,6 +86,13 @@ class SumsExtractor:
         return {"features": sums[:, :8] / 4096, "spatial": sums[:, 8:] / 4096, "logits": sums[:, :6] / 4096}
 
 
+class HalvesExtractor(SumsExtractor):
+    """Other features of the same widths."""
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: values / 2 + values[:, :1] for name, values in super().__call__(images).items()}
+
+
 class UnroundedExtractor(SumsExtractor):
     takes_float = True
 
@@ -95,6 +104,7 @@ def _sums_are_registered() -> Any:
         patch.setattr(extractors, "_FACTORIES", dict(extractors._FACTORIES))
         extractors.register_extractor("sums", SumsExtractor)
         extractors.register_extractor("unrounded", UnroundedExtractor)
+        extractors.register_extractor("halves", HalvesExtractor)
         yield
 
 
@@ -407,6 +417,33 @@ def test_another_protocol_takes_the_features_of_the_same_samples(
     for change in ({"num_samples": 200}, {"rounding": "float"}):  # other features
         with pytest.raises(TypeError, match="NoneType"):
             evaluate.run(replace(config, **change), inputs, make_context(store, "evaluate", "x", made={"evaluate": first}))
+
+
+def test_protocols_with_other_extractors_share_one_pass_over_the_images(
+    material: Material, evaluated: Callable[..., StageResult], make_context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first evaluation leaves the features of a later one, which only scores them; of other images it leaves none."""
+    store, real = material.store, material.inputs["reference"]
+    copied = [store.put_file("reference", "halves", file.name, store.fetch(real, file.name)) for file in real.files]
+    summary = replace(ReferenceSummary.read(real), extractor="halves", extractor_digest="halves")
+    other = _commit(store, "reference", "halves", StageResult(files=copied, summary=summary))
+    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig())
+    inputs = {**material.inputs, "reference": other}
+    alone = evaluate.run(config, inputs, make_context(store, "evaluate", "alone"))
+    siblings = [
+        Sibling(config=config, inputs=inputs, key="beside"),
+        Sibling(config=config, inputs=inputs, key="same extractor again"),
+        Sibling(config=replace(config, num_samples=200), inputs=inputs, key="fewer"),
+        Sibling(config=config, inputs=material.inputs, key="own extractor"),
+    ]
+    first = evaluate.run(config, material.inputs, make_context(store, "evaluate", "earlier", siblings=siblings))
+    assert _not_timed(first) == _not_timed(evaluated())
+    assert {sibling.key for sibling in siblings if store.read_parts("evaluate", sibling.key)} == {"beside"}
+    monkeypatch.setattr(features, "_computed", None)  # nothing is left to compute
+    later = evaluate.run(config, inputs, make_context(store, "evaluate", "beside"))
+    assert _not_timed(later) == _not_timed(alone) != _not_timed(first)
+    assert [(file.name, file.sha256) for file in later.files] == [(file.name, file.sha256) for file in alone.files]
+    assert later.metrics["decoding_worker_seconds_per_image"] > 0
 
 
 @pytest.mark.slow

@@ -179,6 +179,7 @@ def samples(make: Callable[..., Made], model: ENAT) -> Made:
     return make(CONFIG, model)
 
 
+@pytest.mark.slow
 def test_weights_of_an_earlier_step(make_context: Callable[..., Any], model: ENAT, samples: Made, tmp_path: Path) -> None:
     """Samples are those of the other model, and a step that was not kept is refused with those that were."""
     earlier = random_model(num_classes=3).requires_grad_(False)
@@ -399,6 +400,7 @@ def test_compiled_model_makes_the_same_codes(make_here, model: ENAT, samples: Ma
 # Captions ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_codes_depend_only_on_seed_and_caption(make, text_model: ENAT) -> None:
     made = make(dataclasses.replace(CONFIG, num_samples=12, shard_size=5), text_model, keep_captions)
     read = read_samples(made.store, made.manifest)

@@ -176,6 +176,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_runs_of_a_killed_command_are_marked_as_failed_by_the_next_one(uri: str, client: MlflowClient) -> None:
     """Those of commands that are alive, of other hosts and of other programs are not changed."""
 
