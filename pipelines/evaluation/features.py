@@ -131,13 +131,10 @@ def compute_features(
     """Compute features of the reader's images 0..num_images-1. Resumes after the parts that are committed under the key.
 
     beside: other extractors with the contexts of their artifacts. They get the same images, which are decoded once, and leave their
-    parts under their own keys, from which their own call resumes. If the pass fails, the extractor continues without them: an error
-    of another one is told by its own evaluation.
+    parts under their own keys, from which their own call resumes.
     Raises ValueError if no image can be read, or if an extractor returns values that are not finite or widths other than it
     declares.
     """
-    from ray.exceptions import RayTaskError
-
     size = _part_size(spec.num_images)
     parts = [range(start, min(start + size, spec.num_images)) for start in range(0, spec.num_images, size)]
     own = _PartWriter(parts, spec.prefix, context)
@@ -148,14 +145,8 @@ def compute_features(
             others = [(source, _PartWriter(parts, spec.prefix, each)) for source, each in beside]
             others = [(source, writer) for source, writer in others if first_part <= len(writer.records) < len(parts)]
             sources, writers = [extractor, *(source for source, _ in others)], [own, *(writer for _, writer in others)]
-            try:
-                with closing(_computed(_blocks(parts, first_part), reader, spec, sources, execution)) as computed:
-                    _write_all(writers, parts, first_part, computed, bar.advance)
-            except (ValueError, RayTaskError):
-                if not others:
-                    raise
-                _log.warning("features are computed for one protocol at a time, because they failed together", exc_info=True)
-                return compute_features(reader, spec, extractor, execution, context)
+            with closing(_computed(_blocks(parts, first_part), reader, spec, sources, execution)) as computed:
+                _write_all(writers, parts, first_part, computed, bar.advance)
     records, moments = own.records, own.moments
     count = sum(record["rows"] for record in records)
     if not count:

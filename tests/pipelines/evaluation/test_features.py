@@ -245,9 +245,6 @@ def test_images_are_decoded_once_for_several_extractors(digits, local_store, mak
     beside = [(OtherSums(), fifth)]
     _same(compute_features(reader, spec, SumsExtractor(), Execution(), fourth, beside=beside), alone[SumsExtractor()])
     _same(compute_features(reader, spec, OtherSums(), Execution(), fifth), alone[OtherSums()])
-    sixth, seventh = (make_context(local_store, "evaluate", letter * 64) for letter in "hi")
-    broken = [(WrongExtractor(wrong="nan"), seventh)]
-    _same(compute_features(reader, spec, SumsExtractor(), Execution(), sixth, beside=broken), alone[SumsExtractor()])
 
 
 @pytest.mark.slow
