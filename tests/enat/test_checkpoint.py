@@ -166,6 +166,7 @@ def test_weights_that_are_not_finite_floating_point_numbers_are_refused(name):
 
 
 @pytest.mark.parametrize("name", ["enat", pytest.param("vqgan", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_what_training_adds_to_names_is_removed(name, caplog):
     load, weights = published(name)
     expected = load(weights).state_dict()

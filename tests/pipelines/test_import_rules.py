@@ -64,6 +64,7 @@ def test_light_modules_import_nothing_heavy(code: str, unwanted: tuple[str, ...]
     assert process.stdout.splitlines()[-1:] == ["[]"], (process.stdout, process.stderr)
 
 
+@pytest.mark.slow
 def test_imports_have_no_side_effects(tmp_path: Path) -> None:
     code = """
 import importlib, os, pkgutil, threading

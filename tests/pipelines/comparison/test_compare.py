@@ -265,6 +265,7 @@ def test_the_page_shows_one_grid_per_set_of_samples(lab: Lab) -> None:
     assert "equal seeds" in page.text and "run seed 0" in page.text
 
 
+@pytest.mark.slow
 def test_files_that_are_not_images_or_too_large_are_left_out(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -122,6 +122,7 @@ def test_a_row_has_one_name_in_tables_charts_and_samples(lab: Lab) -> None:
     assert {text.split("<br>")[0] for trace in page.charts["A cost"]["data"] for text in trace["hovertext"]} == names
 
 
+@pytest.mark.slow
 def test_any_name_can_be_drawn_and_is_text(lab: Lab) -> None:
     names = ("$x$ $\\frac$", "_hidden", "a" * 250, "模型 ^{", HOSTILE, '<a href="https://x.example">b</a>')
     for number, name in enumerate(names):

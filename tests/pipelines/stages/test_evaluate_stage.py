@@ -419,6 +419,7 @@ def test_another_protocol_takes_the_features_of_the_same_samples(
             evaluate.run(replace(config, **change), inputs, make_context(store, "evaluate", "x", made={"evaluate": first}))
 
 
+@pytest.mark.slow
 def test_protocols_with_other_extractors_share_one_pass_over_the_images(
     material: Material, evaluated: Callable[..., StageResult], make_context, monkeypatch: pytest.MonkeyPatch
 ) -> None:

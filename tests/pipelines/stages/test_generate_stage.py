@@ -425,6 +425,7 @@ def test_choice_of_captions(make_here, text_model: ENAT) -> None:
 # Samples that begin with codes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_masked_codes_of_the_token_map_change(make, model: ENAT) -> None:
     config = dataclasses.replace(CONFIG, mask_ratio=0.5, sampler=SamplerConfig(num_steps=1, guidance_scale=1.0))
     made = make(config, model, keep_token_map)

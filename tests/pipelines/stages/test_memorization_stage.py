@@ -137,6 +137,7 @@ def test_copies_of_training_images_are_found(
     assert 0 < result.metrics["nearest_distance_se"] < 0.1
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_the_number_of_workers(
     inputs: dict[str, Manifest], local_store: ArtifactStore, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -466,6 +466,7 @@ def test_foreign_versions_are_not_changed(registry: Registry) -> None:
     assert str(registry.client.get_model_version_by_alias(registry.name, "newest").version) == "2"
 
 
+@pytest.mark.slow
 def test_runs_that_register_at_once_leave_one_version_of_each_content(registry: Registry) -> None:
     digests = [f"digest-{number % 4}" for number in range(12)]
     with ThreadPoolExecutor(6) as threads:

@@ -92,6 +92,7 @@ def test_device_peak_is_plausible():
         assert 1e8 < matmul_peak(CPU, dtype) < 1e15
 
 
+@pytest.mark.slow
 def test_memory_of_a_cpu_is_the_peak_of_the_process():
     """In a new process, whose peak is still low."""
     program = """if True:
