@@ -142,10 +142,10 @@ def read_part(content: bytes) -> dict[str, Any] | None:
     """Parse the record of a part; None if it is damaged, or names a file that is not one of its artifact's folder."""
     record = read_sealed(content)
     try:
-        for file in (record or {}).get("file"), (record or {}).get("tensors"), (record or {}).get("state"):
-            if file is not None:
-                _check_file(file)
-                FileRecord(**file)
+        for name in {"file", "tensors", "state"} & (record or {}).keys():
+            if record is not None and (record[name] is not None or name != "file"):  # a part may have no file
+                _check_file(record[name])
+                FileRecord(**record[name])
     except (KeyError, TypeError, ValueError):
         return None
     return record

@@ -59,7 +59,7 @@ def find_checkpoints(context: WorkerContext) -> list[Checkpoint]:
     """All checkpoints of a run, oldest first, including incomplete ones."""
     found: dict[tuple[int, str, int], dict[int, tuple[str, dict[str, Any]]]] = {}
     for name, record in context.store.read_parts(context.stage, context.key).items():
-        if match := _RECORD.fullmatch(name):
+        if (match := _RECORD.fullmatch(name)) and "tensors" in record:
             step, attempt, rank, world_size = int(match[1]), match[2], int(match[3]), int(match[4])
             found.setdefault((step, attempt, world_size), {})[rank] = (name, record)
     checkpoints = []

@@ -194,6 +194,17 @@ def test_nothing_else_of_the_stage_is_removed(run, tmp_path):
 # Damage --------------------------------------------------------------------------------------------------------------------
 
 
+def test_records_with_other_fields_are_no_checkpoints(run):
+    """Anyone who may write to the store can write them, with a checksum that is right."""
+    store, file = run.context.store, {"name": "a", "path": "a", "size": 3, "sha256": "0" * 64}
+    wrong = [{"tensors": None, "state": file}, {"tensors": file, "state": None}, {"tensors": 3}, {"state": file}, {}]
+    for step, record in enumerate(wrong, start=1):
+        store.put_part("train", KEY, f"checkpoint-{step:08d}-a-00000-of-00001", record)
+    assert find_checkpoints(run.context) == [] and run.steps() == []
+    run.save(7)
+    assert run.steps() == [7]
+
+
 def _flip(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
