@@ -218,7 +218,7 @@ def _read_weights(folder: Path, is_wanted: Callable[[str], bool]) -> dict[str, T
             raise ValueError(f"{folder} has no {name}; weights in other formats are not opened, because reading them may run code")
         try:
             with safe_open(str(path), framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys() if is_wanted(key)}  # noqa: SIM118 (it is no mapping)
+                tensors |= {key: file.get_tensor(key) for key in file.keys() if is_wanted(key)}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file of weights: {error}") from error
     return tensors

@@ -82,7 +82,7 @@ def first_equal_rows(codes: np.ndarray) -> np.ndarray:
     """The first row that is equal to each one: int64 (R,), its own number if there is none before it.
 
     codes: integers (R, 2, L), as stored and flipped. Rows are equal if both sides are, also of a mirrored image, whose sides are
-    exchanged. They are told apart by digests of 128 bits each.
+    exchanged. Digests of 128 bits are compared.
     """
     digests = [b"".join(sorted(hashlib.blake2b(side.tobytes(), digest_size=16).digest() for side in row)) for row in codes]
     firsts: dict[bytes, int] = {}

@@ -257,7 +257,7 @@ def _beside(
             is_alike = by not in known and images_of(sibling.config, sibling.inputs) == own
             extractor = ExtractorFile.of_reference(context.store, reference)
         except ValueError:
-            continue  # which its own evaluation tells
+            continue  # its own evaluation reports it
         if is_alike and config.rounding == "uint8":  # not every extractor takes others
             known.add(by)
             found.append((extractor, context.of(sibling)))
