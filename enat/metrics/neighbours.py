@@ -83,7 +83,7 @@ def scores_of_counts(blocks: Sequence[ManifoldCounts], num_neighbours: int) -> M
     """Scores from the counts of all generated samples, in blocks. `num_neighbours`: that of the open balls.
 
     Kynkaanniemi et al. 2019, eq. 2 and 3, with closed balls; Naeem et al. 2020, eq. 4 and 5, with open ones, as in their code;
-    Alaa et al. 2022, sec. 3.3, as in the code of Stein et al. 2023 (their AuthPct, over 100).
+    Alaa et al. 2022, as in the code of Stein et al. 2023 (their AuthPct, over 100).
     """
     return ManifoldScores(
         precision=float((np.concatenate([block.num_closed_balls for block in blocks]) > 0).mean()),

@@ -248,7 +248,7 @@ def _check_counts(run: RunConfig, counts_of: Callable[[DatasetConfig], _Counts])
         raise ValueError(
             f"reference.extractor classifier is trained on labels, and dataset {real.dataset.title} has none; choose another one"
         )
-    if "evaluate" in needed and run.evaluate.clip_score is not None and run.train.weights is None and not is_text:
+    if "evaluate" in needed and run.evaluate.clip_score is not None and not is_text:
         raise ValueError("evaluate.clip_score needs samples of captions, and this model is conditioned on classes; leave it out")
     if "evaluate" in needed and run.evaluate.judge is not None and (is_text or counts.num_classes == 0):
         raise ValueError("evaluate.judge needs samples of classes, and this model has none; leave it out")

@@ -222,7 +222,8 @@ def build_evaluation(run: RunConfig, images: ImageSetConfig, resolution: int | N
     source = replace(images, s3=images.s3 or run.s3_of(images.path))
     wiring = Wiring()
     for label, each in _by_protocol(run).items():
-        scored = replace(each.evaluate, images=source, judge=None)  # the judge needs to know which class was asked for
+        # Judge and CLIP score need to know what was asked for.
+        scored = replace(each.evaluate, images=source, judge=None, clip_score=None)
         compared_with = replace(each.reference, resolution=each.reference.resolution or resolution)
         wiring.add(_part(evaluate.STAGE.name), replace(each, evaluate=scored, reference=compared_with), label)
     return [*wiring.nodes.values()]

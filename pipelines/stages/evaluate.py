@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from enat.config import check_choices, check_in
 from enat.images import png_bytes
@@ -53,6 +53,10 @@ from pipelines.storage.external import folder_digest
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.config import added, set_by
 from pipelines.workflow.stage import SCRATCH, Input, Stage, StageContext, StageResult
+
+if TYPE_CHECKING:
+    from enat.metrics.moments import Moments
+
 
 JUDGES = ("svc",)
 _LISTED = ("fid", "frechet_distance", "inception_score", "class_agreement")  # the first two of these are listed
@@ -141,7 +145,6 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     require_same_features(reference)
     _check_resolution(samples, inputs)
     real_images = ReferenceSummary.read(reference)
-    per_pass = real_images.images_per_pass
     real_moments = stored_moments(context.store, reference)
     settings = config.settings.fitted(num_samples, real_images.num_kept)
     chosen = Available(
@@ -155,17 +158,13 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     context.connect_for(config.execution, "evaluate")
     jobs = _features(config, inputs, context)
     pool = TaskPool(config.execution, lambda total: context.bar(total, "parts of the scores"))
-    real_rows = None
-    if not _NEED_REAL_ROWS.isdisjoint(chosen):
-        real_rows = read_rows(context.store, reference.stage, reference.key, feature_files(reference), "features")
-    real = ImageStatistics(moments=real_moments, features=real_rows)
+    real = _real_statistics(reference, real_moments, chosen, context)
     replicates = [compute_scores(chosen, _statistics(job, samples, chosen, context), real, settings, pool) for job in jobs]
     judging_seconds = 0.0
     if config.judge is not None:
         judging_seconds = _judge_samples(replicates, config, inputs, context)
     clip_jobs = _clip_scores(replicates, config, inputs, pool, context) if config.clip_score is not None else []
     scores = _named(mean_of_replicates(replicates), real_images.extractor)
-    metrics = scores.by_name | _counted(inputs) | _measured(samples, jobs, config.execution)
     protocol = evaluation_protocol.protocol_of(
         reference,
         samples,
@@ -175,7 +174,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         clip_digest=config.clip_digest(),
     )
     shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)
-    grid = evaluation_protocol.sample_grid(shown, inputs, per_pass)
+    grid = evaluation_protocol.sample_grid(shown, inputs, real_images.images_per_pass)
+    all_jobs = (*jobs, *clip_jobs)
     return StageResult(
         files=[
             *(
@@ -183,7 +183,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
                 for replicate, job in enumerate(jobs)
                 for output, found in job.moments.items()
             ),
-            *(file for job in (*jobs, *clip_jobs) for file in job.files),
+            *(file for job in all_jobs for file in job.files),
             context.write(INFLUENCES, lambda path: save_influences(path, scores.influences, scores.labels)),
         ],
         records=[context.write(evaluation_protocol.GRID, lambda path: path.write_bytes(png_bytes(grid)))],
@@ -198,9 +198,9 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
             metrics=tuple(chosen),
             settings=asdict(settings),
         ),
-        metrics=metrics,
-        worker_seconds=sum(job.worker_seconds for job in (*jobs, *clip_jobs)) + pool.seconds + pool.cpu_seconds + judging_seconds,
-        device_seconds=sum(job.device_seconds for job in (*jobs, *clip_jobs)) + config.execution.device_seconds(pool.seconds),
+        metrics=scores.by_name | _counted(inputs) | _measured(samples, jobs, config.execution),
+        worker_seconds=sum(job.worker_seconds for job in all_jobs) + pool.seconds + pool.cpu_seconds + judging_seconds,
+        device_seconds=sum(job.device_seconds for job in all_jobs) + config.execution.device_seconds(pool.seconds),
     )
 
 
@@ -209,6 +209,16 @@ def _check_resolution(samples: Manifest, inputs: Mapping[str, Manifest]) -> None
     made, real = evaluation_protocol.resolution_of(samples, inputs), ReferenceSummary.read(inputs["reference"]).resolution
     if real is not None and made != real:
         raise ValueError(f"the samples have {made} px and the reference {real} px; scores of two sizes are not comparable")
+
+
+def _real_statistics(
+    reference: Manifest, moments: Mapping[str, Moments], chosen: tuple[str, ...], context: StageContext
+) -> ImageStatistics:
+    """Of the reference. Its rows are read only if a metric needs them."""
+    rows = None
+    if not _NEED_REAL_ROWS.isdisjoint(chosen):
+        rows = read_rows(context.store, reference.stage, reference.key, feature_files(reference), "features")
+    return ImageStatistics(moments=moments, features=rows)
 
 
 def _statistics(job: FeatureSet, samples: Manifest, chosen: tuple[str, ...], context: StageContext) -> ImageStatistics:

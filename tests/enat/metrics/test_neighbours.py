@@ -43,7 +43,7 @@ def plain_radii(features, num_neighbours):
 
 def plain_scores(reference, generated, num_neighbours):
     """Kynkaanniemi et al. 2019, eq. 2 and 3; Naeem et al. 2020, eq. 4 and 5, with the open balls of the authors' code; Alaa et al.
-    2022, sec. 3.3."""
+    2022, with the closed balls of Stein et al. 2023."""
     distances = plain_distances(generated, reference)
     nearest = distances.argmin(axis=1)
     in_ball = distances < plain_radii(reference, num_neighbours[1])

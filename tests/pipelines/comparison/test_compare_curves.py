@@ -63,6 +63,13 @@ def test_a_model_in_two_rows_has_one_curve(lab: Lab) -> None:
     assert len(lab.rows()) == 2 and [curve.name for curve in lab.compare().curves] == ["model-a"]
 
 
+def test_of_several_runs_of_a_training_the_newest_counts(lab: Lab) -> None:
+    for value in (40.0, 30.0):
+        _train(lab, "a", _scores(s100=value), 1)
+    (curve,) = lab.compare().curves
+    assert curve.scores[100]["fid"] == 30.0
+
+
 def test_files_that_are_no_scores_are_left_out_with_a_note(lab: Lab) -> None:
     hostile = [b"", b"[]", b"{}", b'{"rows": 1}', b"\xff", b"[" * 50_000, _scores(s1=float("nan"))]
     hostile += [

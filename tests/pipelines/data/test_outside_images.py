@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from digits_run import DIGITS, TINY_DIGITS
@@ -28,7 +29,9 @@ def images(digits_run, tmp_path_factory):
 
 def test_stages_are_those_of_the_run_and_nothing_is_trained(images, tmp_path):
     run = run_config.load_run(DIGITS, (*TINY_DIGITS, f"workspace={tmp_path}", "targets=[reference]"))
-    nodes = {node.id: node for node in graph.build_evaluation(run, ImageSetConfig(path=str(images), name="other"))}
+    asks = replace(run, evaluate=replace(run.evaluate, clip_score="clip"))  # nobody knows what these images were asked for
+    nodes = {node.id: node for node in graph.build_evaluation(asks, ImageSetConfig(path=str(images), name="other"))}
+    assert nodes["evaluate"].config.clip_score is None
     own = {node.id: node for node in graph.build(run)}
     assert list(nodes) == ["images", "dataset", "reference", "evaluate"]
     assert nodes["reference"].config == own["reference"].config and nodes["dataset"].config == own["dataset"].config
