@@ -9,4 +9,5 @@ transfer      copying artifacts between stores
 verification  reading every byte again
 garbage       removing what is no longer needed
 last_used     recording which artifacts runs use
+lease         of identical runs at once, one works
 """

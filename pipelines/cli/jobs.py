@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.cli.options import CONFIG, JSON, OVERRIDES, console, echo_json, table_console
+from pipelines.cli.options import CONFIG, JOBS, JSON, OVERRIDES, console, echo_json, table_console
 
 if TYPE_CHECKING:
     from pipelines.jobs.client import Cluster, Job
@@ -35,6 +35,7 @@ _STOP_SECONDS = 90.0  # to wait for a job that saves before it ends
 @_ADDRESS
 @click.option("--image", metavar="NAME", help="A container image with the code. Nothing from this checkout is sent.")
 @_FOLLOW
+@JOBS
 @click.option("--again", is_flag=True, help="Run again even if this run has already succeeded.")
 @click.option(
     "--wait-for-nodes",
@@ -51,6 +52,7 @@ def submit(
     address: str,
     image: str | None,
     is_followed: bool,
+    num_jobs: int | None,
     again: bool,
     wait_for_nodes: bool,
     allow_local_store: bool,
@@ -65,7 +67,12 @@ def submit(
     from pipelines.jobs.client import Cluster
 
     prepared = submission.prepare(
-        config, overrides, image=image, allow_local_store=allow_local_store, has_autoscaler=wait_for_nodes
+        config,
+        overrides,
+        image=image,
+        allow_local_store=allow_local_store,
+        has_autoscaler=wait_for_nodes,
+        num_jobs=num_jobs,
     )
     if prepared.warning is not None:
         click.echo(f"enat: {prepared.warning}", err=True)

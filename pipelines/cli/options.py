@@ -36,6 +36,13 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+JOBS = click.option(
+    "--jobs",
+    "num_jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Stages to compute side by side. [default: as many as the cluster has room for; 1 on a local cluster of few CPUs]",
+)
 STORE = click.option("--store", default="runs/store", show_default=True, help="A folder or s3://bucket/prefix.")
 TRACKING_URI = click.option("--tracking-uri", help="MLflow's URI. [default: MLFLOW_TRACKING_URI, or the database in --workspace]")
 WORKSPACE = click.option("--workspace", type=FOLDER, default=Path("runs"), show_default=True)

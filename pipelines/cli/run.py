@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.cli.options import CONFIG, JSON, OVERRIDES, console, echo_json
+from pipelines.cli.options import CONFIG, JOBS, JSON, OVERRIDES, console, echo_json
 
 if TYPE_CHECKING:
     from pipelines.cluster.capacity import Capacity
@@ -80,9 +80,13 @@ def _capacity(address: str) -> Capacity:
 @click.command()
 @CONFIG
 @OVERRIDES
+@JOBS
 @JSON
-def run(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def run(config: Path, overrides: tuple[str, ...], num_jobs: int | None, as_json: bool) -> None:
     """Run the stages of CONFIG. Existing artifacts are reused, and interrupted stages resume.
+
+    Stages that do not need each other run side by side as far as the cluster has room. A stage that fails ends only those that need
+    it.
 
     `enat config` lists the keys of a CONFIG and describes them.
     """
@@ -90,7 +94,7 @@ def run(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipelines.run import runner, summary
 
     terminal = console(stderr=as_json)
-    answer = runner.run(run_config.load_run(config, overrides), str(config), terminal)
+    answer = runner.run(run_config.load_run(config, overrides), str(config), terminal, num_jobs=num_jobs)
     if as_json:
         echo_json(answer)
     else:

@@ -8,4 +8,6 @@ resources    how a stage is distributed over workers
 capacity     whether a cluster has room for a run
 data_stream  Ray Data jobs that survive lost workers
 device       names and memory of devices
+waiting      for results of Ray, in any thread
+process      which process of which machine this is
 """

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipelines.cluster.resources import Execution, Workers
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipelines.cluster.resources import Workers
-
 AUTOSCALER = "ENAT_CLUSTER_GROWS"  # set to 1 if the cluster adds nodes on demand: stages then wait for nodes
+_FEEDERS_OF_GPU = 8  # CPUs: a GPU encodes some 1,500 images/s of 256 pixels, a CPU decodes 200 to 250
 _TOLERANCE = 1e-9  # for sums such as three times a third of a CPU
 
 
@@ -47,6 +48,72 @@ class Capacity:
     def describe(self) -> str:
         count = len(self.nodes)
         return f"{self.total('CPU'):g} CPUs and {self.total('GPU'):g} GPUs on {count} node{'s' if count != 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a stage may use of a cluster that it shares with other stages.
+
+    taken: (number of the node, resources).   spare_cpus: CPUs for tasks that feed its workers; None is all that the cluster has.
+    """
+
+    taken: tuple[tuple[int, Mapping[str, float]], ...] = ()
+    spare_cpus: int | None = None
+
+
+class Room:
+    """What is left of a cluster beside the stages that hold a grant. Ray may place workers elsewhere, which only delays them."""
+
+    def __init__(self, capacity: Capacity) -> None:
+        self._free = [dict(node) for node in capacity.nodes]
+
+    def take(self, workers: Workers | None, num_others: int) -> Grant | None:
+        """A grant for these workers and for CPUs that feed them, or None if the workers do not fit now.
+
+        Workers of images (Execution) are fed, by up to one CPU each, and those with a GPU by up to eight, if CPUs are left.
+        num_others: stages that could start as well, for which CPUs are left.
+        """
+        if workers is None:
+            return Grant(spare_cpus=0)
+        fewest, taken = getattr(workers, "min_workers", None) or workers.num_workers, list[tuple[int, Mapping[str, float]]]()
+        for _ in range(workers.num_workers):
+            if (place := self._place_of(workers)) is None:
+                break
+            taken.append((place, _each(workers)))
+            self._add(*taken[-1], sign=-1)
+        if len(taken) < fewest:
+            self.give_back(Grant(tuple(taken)))
+            return None
+        spare = 0
+        if isinstance(workers, Execution):
+            wanted = getattr(workers, "num_decoders", None) or len(taken) * (_FEEDERS_OF_GPU if workers.gpus_per_worker else 1)
+            share = sum(int(node.get("CPU", 0.0) + _TOLERANCE) for node in self._free) // (num_others + 1)
+            while spare < min(wanted, share):
+                place = max(range(len(self._free)), key=lambda number: self._free[number].get("CPU", 0.0))
+                taken.append((place, {"CPU": 1.0}))
+                self._add(*taken[-1], sign=-1)
+                spare += 1
+        return Grant(tuple(taken), spare)
+
+    def give_back(self, grant: Grant) -> None:
+        for place, resources in grant.taken:
+            self._add(place, resources, sign=1)
+
+    def _place_of(self, workers: Workers) -> int | None:
+        """The fullest node that has what one worker needs."""
+        fitting = [
+            number
+            for number, node in enumerate(self._free)
+            if all(node.get(name, 0.0) + _TOLERANCE >= each for name, each in _each(workers).items())
+        ]
+        return min(
+            fitting, key=lambda number: (self._free[number].get("GPU", 0.0), self._free[number].get("CPU", 0.0)), default=None
+        )
+
+    def _add(self, place: int, resources: Mapping[str, float], *, sign: int) -> None:
+        for name, each in resources.items():
+            if each:
+                self._free[place][name] = self._free[place].get(name, 0.0) + sign * each
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from pipelines.cluster.capacity import AUTOSCALER, Capacity, ResourceRequest, ha
 if TYPE_CHECKING:
     from pipelines.cluster.resources import Workers
 
+LOCAL = "local"
 _QUIET = {
     "RAY_AUTH_MODE": "token",  # explicit, because an unset mode warns; keeps other users out of the local cluster
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -71,6 +72,11 @@ def _set_defaults(variables: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
+def address_of(config: ClusterConfig) -> str:
+    """Of the cluster that `connect` connects to; LOCAL for one that it starts."""
+    return config.address or os.environ.get("RAY_ADDRESS") or LOCAL
+
+
 def connect(config: ClusterConfig) -> None:
     """Connect this process, unless it is already connected. Raises ValueError if no cluster runs at the address."""
     import ray
@@ -79,11 +85,11 @@ def connect(config: ClusterConfig) -> None:
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = address_of(config)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     options = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if address == "local":
+        if address == LOCAL:
             _stay_on_loopback()
             _set_defaults(_UNWATCHED)
             local.start({**options, "num_cpus": config.num_cpus, "include_dashboard": False})

@@ -28,15 +28,19 @@ def actor_pool(execution: Execution, num_rows: int) -> dict[str, Any]:
     }
 
 
-def feeding_tasks(execution: Execution, num_tasks: int | None = None) -> dict[str, Any]:
+def feeding_tasks(execution: Execution, num_tasks: int | None = None, spare_cpus: int | None = None) -> dict[str, Any]:
     """Arguments of map_batches for tasks that prepare rows for an actor pool: one CPU each, and num_tasks at once if given.
 
-    If the pool uses the whole cluster, the tasks share its CPUs, and there are at most as many tasks as workers. A task that
-    requested a CPU of its own would wait forever, and the pool would wait for the task.
+    spare_cpus: CPUs beside those of the pool that the tasks may use; None is all that the cluster has.
+    If the pool uses all, the tasks share its CPUs, and there are at most as many tasks as workers. A task that requested a CPU of
+    its own would wait forever, and the pool would wait for the task.
     """
     import ray.data
 
-    spare = ray.cluster_resources().get("CPU", 0) - execution.cpus_per_worker * execution.num_workers
+    if spare_cpus is None:
+        spare = ray.cluster_resources().get("CPU", 0) - execution.cpus_per_worker * execution.num_workers
+    else:
+        spare, num_tasks = spare_cpus, min(num_tasks or spare_cpus, spare_cpus) or num_tasks
     if spare >= 1:
         return {"batch_size": 1, "num_cpus": 1, "compute": ray.data.TaskPoolStrategy(size=num_tasks)}
     return {"batch_size": 1, "num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=num_tasks or execution.num_workers)}

@@ -15,7 +15,7 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -145,7 +145,8 @@ def compute_features(
             others = [(source, _PartWriter(parts, spec.prefix, each)) for source, each in beside]
             others = [(source, writer) for source, writer in others if first_part <= len(writer.records) < len(parts)]
             sources, writers = [extractor, *(source for source, _ in others)], [own, *(writer for _, writer in others)]
-            with closing(_computed(_blocks(parts, first_part), reader, spec, sources, execution)) as computed:
+            job = _job(reader, spec, sources, execution, context.spare_cpus)
+            with closing(stream_records(_blocks(parts, first_part), job, id="block")) as computed:
                 _write_all(writers, parts, first_part, computed, bar.advance)
     records, moments = own.records, own.moments
     count = sum(record["rows"] for record in records)
@@ -177,22 +178,22 @@ def _blocks(parts: Sequence[range], first_part: int) -> list[dict[str, int]]:
     return rows
 
 
-def _computed(
-    blocks: list[dict[str, int]], reader: BlockReader, spec: FeatureSpec, sources: Sequence[ExtractorSource], execution: Execution
-) -> Generator[dict[str, Any]]:
-    """Yield the record of each block as soon as it is computed."""
+def _job(
+    reader: BlockReader, spec: FeatureSpec, sources: Sequence[ExtractorSource], execution: Execution, spare_cpus: int | None
+) -> Callable[[list[dict[str, int]]], ray.data.Dataset]:
+    """The job that computes the records of blocks."""
     import ray.data
 
     def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
         num_loading = len(rows) if len(rows) < execution.num_workers else None  # Ray Data warns if there are more tasks than blocks
         computed = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(_load, fn_args=(reader,), **feeding_tasks(execution, num_loading))
+            .map_batches(_load, fn_args=(reader,), **feeding_tasks(execution, num_loading, spare_cpus))
             .map_batches(_Extract, fn_constructor_args=(reader, spec, sources, execution), **actor_pool(execution, len(rows)))
         )
         return with_memory_limit(computed, _OBJECT_STORE_BYTES)
 
-    return stream_records(blocks, job, id="block")
+    return job
 
 
 # On workers ----------------------------------------------------------------------------------------------------------------

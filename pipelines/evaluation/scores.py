@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from enat.config import check_in
+from pipelines.cluster import waiting
 from pipelines.cluster.resources import Execution
 from pipelines.registry.influences import MIN_REPLICATES, REPLICATES
 from pipelines.workflow.progress import Bar
@@ -214,7 +215,7 @@ class TaskPool:
             while len(running) < self.execution.num_workers and (following := next(remaining, None)) is not None:
                 number, given = following
                 running[remote.remote(task, self.execution.num_threads, *given, device=self.execution.device)] = number
-            for done in ray.wait(list(running))[0]:
+            for done in waiting.wait(list(running)):
                 results[running.pop(done)], seconds = ray.get(done)
                 self.seconds += seconds
                 bar.advance(1)
@@ -268,7 +269,7 @@ def compute_scores(
         _add_cmmd(scores, sides, pool)
     results: dict[str, Any] = {}
     for name, reference_to_result in started.items():
-        results[name], seconds = ray.get(reference_to_result)
+        results[name], seconds = waiting.get(reference_to_result)
         pool.cpu_seconds += seconds
     if "inception_score" in results:
         estimates["inception_score"], influence = results["inception_score"]

@@ -41,6 +41,7 @@ class Submission:
 
     run: the id that all attempts share.   arguments: of `enat run`, after the config.   package: None if an image has the code.
     config: the resolved config.   has_autoscaler: whether the cluster adds nodes on demand.
+    num_jobs: stages to compute side by side; None lets the job choose.
     """
 
     run: str
@@ -51,6 +52,7 @@ class Submission:
     image: str | None
     config_text: str
     has_autoscaler: bool = False
+    num_jobs: int | None = None
 
     @property
     def warning(self) -> str | None:
@@ -67,7 +69,7 @@ class Submission:
     @property
     def entrypoint(self) -> str:
         """The job's shell command. Ray sends no files with an image, so the command writes the config first."""
-        run = "python -m pipelines run"
+        run = "python -m pipelines run" + (f" --jobs {self.num_jobs}" if self.num_jobs is not None else "")
         if self.package is not None:
             return f"{run} {shlex.join((self.package.config, *self.arguments))}"
         path = f'"${{TMPDIR:-/tmp}}/{self.run}.yaml"'
@@ -89,6 +91,7 @@ def prepare(
     image: str | None = None,
     allow_local_store: bool = False,
     has_autoscaler: bool = False,
+    num_jobs: int | None = None,
 ) -> Submission:
     """Check a config and package the code. Raises ValueError if the config cannot run on a cluster or has credentials."""
     for override in overrides:
@@ -124,6 +127,7 @@ def prepare(
         image=image,
         config_text=configuration.read_text(config),
         has_autoscaler=has_autoscaler,
+        num_jobs=num_jobs,
     )
 
 

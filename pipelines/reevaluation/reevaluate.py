@@ -330,7 +330,7 @@ class _Evaluator:
         name = f"{model.version.name}-v{model.version.version}"
         with tracking.ending(tracking.start_run(self.uri, config.tracking, name, named, self.parent)) as run:
             session = runner.open_session(config, model.store, run, self.console)
-            done = driver.execute(plan.nodes, session, plan.given)
+            done = driver.execute(plan.nodes, session, plan.given, num_jobs=runner.default_jobs(config.cluster))
             run.finish()
         return done
 

@@ -18,6 +18,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
+from pipelines.cluster.connection import ClusterConfig
 from pipelines.formatting import printable
 from pipelines.run import graph, summary
 from pipelines.run.config import RunConfig, check_scanned
@@ -28,11 +29,20 @@ from pipelines.workflow import config as configuration
 from pipelines.workflow import driver, provenance
 from pipelines.workflow.stage import Node, Session
 
+_MANY_CPUS = 4
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a job's driver
 
 
-def run(config: RunConfig, source: str, console: Console, build: Callable[[RunConfig], list[Node]] = graph.build) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    source: str,
+    console: Console,
+    build: Callable[[RunConfig], list[Node]] = graph.build,
+    num_jobs: int | None = None,
+) -> dict[str, Any]:
     """Run what a config asks for. source: of the config, for tracking.   build: the nodes; the default is the whole pipeline.
+
+    num_jobs: stages to compute side by side; None chooses by the cluster.
 
     Returns the answer of `enat run --json`."""
     started = time.monotonic()
@@ -49,7 +59,7 @@ def run(config: RunConfig, source: str, console: Console, build: Callable[[RunCo
         parent.log_params(configuration.redacted(config))
         pin_code(parent)
         session = open_session(config, store, parent, console)
-        done = driver.execute(nodes, session, check=partial(check_made, config))
+        done = driver.execute(nodes, session, check=partial(check_made, config), num_jobs=num_jobs or default_jobs(config.cluster))
         seconds = time.monotonic() - started
         by_id = {item.node.id: item.manifest for item in done}
         report = None
@@ -62,6 +72,12 @@ def run(config: RunConfig, source: str, console: Console, build: Callable[[RunCo
             parent.log_file(report)
         parent.finish()
     return summary.summarize(config.name, done, session, seconds, report)
+
+
+def default_jobs(cluster: ClusterConfig) -> int | None:
+    """One stage at a time on a local cluster of few CPUs, which one stage can use. Elsewhere as many as have room."""
+    is_local = connection.address_of(cluster) == connection.LOCAL
+    return 1 if is_local and (cluster.num_cpus or os.cpu_count() or 1) < _MANY_CPUS else None
 
 
 def check_made(config: RunConfig, node: Node, made: Manifest) -> None:

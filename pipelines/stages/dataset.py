@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.cluster import waiting
 from pipelines.data.dataset import INDEX, DatasetSummary, IndexSummary, write_index
 from pipelines.data.sources.base import Entry, Findings, Source
 from pipelines.data.sources.config import DatasetConfig, open_source
@@ -96,7 +97,7 @@ def _scan_by_workers(source: Source, config: DatasetConfig, findings: Findings, 
     }
     with context.bar(len(units), "files") as bar:
         for number, unit in enumerate(units):
-            part: dict[str, Any] = ray.get(running.pop(unit)) if unit in running else done.pop(_part_name(number))
+            part: dict[str, Any] = waiting.get(running.pop(unit)) if unit in running else done.pop(_part_name(number))
             findings.merge(part["findings"])
             for key, position, size, label, captions in part["entries"]:
                 yield Entry(key, unit, position, size, label, tuple(captions))

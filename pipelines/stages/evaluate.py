@@ -15,6 +15,7 @@ from enat.config import check_choices, check_in
 from enat.images import png_bytes
 from enat.metrics.extractors import BUILT_IN, OF_INCEPTION
 from pipelines.artifacts.manifest import Manifest
+from pipelines.cluster import waiting
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.image_sets import ImageSetConfig
@@ -406,7 +407,7 @@ def _judge_samples(
     judged, per_pass = labels[: judge.MAX_IMAGES], ReferenceSummary.read(inputs["reference"]).images_per_pass
     places = (context.store, inputs["samples"], inputs.get("tokenizer"), config.images)
     readers = [sample_reader(*places, replicate=number) for number in range(len(replicates))]
-    found, accuracy, seconds = ray.get(ray.remote(num_cpus=1)(judge.agreements).remote(real, readers, per_pass, judged))
+    found, accuracy, seconds = waiting.get(ray.remote(num_cpus=1)(judge.agreements).remote(real, readers, per_pass, judged))
     for scores, agrees in zip(replicates, found, strict=True):
         if len(judged) == len(labels):
             scores.add("class_agreement", float(agrees.mean()), agrees - agrees.mean())
@@ -448,5 +449,6 @@ STAGE = Stage(
     external=("clip_score",),
     describe=_describe,
     reevaluation="measured",
+    shares_work_on="samples",
     publish=evaluation_protocol.publish,
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pipelines.artifacts.manifest import Manifest
+from pipelines.cluster import waiting
 from pipelines.data.dataset import INDEX, write_index
 from pipelines.data.image_sets import ImageSetConfig, ImageSetSummary, check_images, label_scheme, resolution_of, scan
 from pipelines.data.labels import UNKNOWN
@@ -72,7 +73,7 @@ def _check_by_workers(config: ImageSetConfig, entries: list[Entry], resolution: 
     num_jpeg = 0
     with context.bar(len(entries), "images") as bar:
         for piece, reference in zip(pieces, running, strict=True):
-            num_jpeg += ray.get(reference)
+            num_jpeg += waiting.get(reference)
             bar.advance(len(piece))
     return num_jpeg
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from enat.config import check_choices, check_in
 from enat.metrics.extractors import BUILT_IN, OF_INCEPTION, FeatureExtractor, extractor_kinds, load_extractor
 from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.cluster import waiting
 from pipelines.cluster.resources import Execution
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
@@ -194,7 +195,7 @@ def _make_extractor(config: ReferenceConfig, dataset: Dataset | None, context: S
     if config.extractor == "classifier":
         with context.bar(config.num_epochs, "epochs") as bar, bar.reporter() as reporter:
             task = ray.remote(**config.execution.resources)(_train_classifier)
-            made: _Made = ray.get(task.remote(config, dataset, context.for_workers(), reporter))
+            made: _Made = waiting.get(task.remote(config, dataset, context.for_workers(), reporter))
     else:
         made = _keep_extractor(config, context)
     record = {"file": asdict(made.file), "metrics": dict(made.metrics), "seconds": made.seconds}

@@ -182,7 +182,9 @@ def _encode_parts(
         arguments, execution = (context.for_workers(), encoding), encoding.execution
         encoded = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(_Decode(dataset, encoding.info.resolution), **feeding_tasks(execution, execution.num_decoders))
+            .map_batches(
+                _Decode(dataset, encoding.info.resolution), **feeding_tasks(execution, execution.num_decoders, context.spare_cpus)
+            )
             .map_batches(_Encode, fn_constructor_args=arguments, **actor_pool(execution, len(rows)))
         )
         return with_memory_limit(encoded, _pixels_in_transit(encoding))

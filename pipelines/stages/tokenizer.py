@@ -11,6 +11,7 @@ from typing import Any
 from enat.config import TokenizerRecipe, VQGANConfig
 from enat.images import make_grid, png_bytes, to_float, to_uint8
 from pipelines.artifacts.manifest import Manifest
+from pipelines.cluster import waiting
 from pipelines.cluster.resources import Workers
 from pipelines.data.dataset import Dataset
 from pipelines.data.samples import check_codebook
@@ -95,7 +96,7 @@ def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageC
     context.connect_for(config.execution, "tokenizer")
     with context.bar(config.recipe.num_steps, "steps") as bar, bar.reporter() as reporter:
         task = ray.remote(**config.execution.resources)(_train)
-        trained = ray.get(task.remote(config, dataset, context.for_workers(), reporter))
+        trained = waiting.get(task.remote(config, dataset, context.for_workers(), reporter))
     return StageResult(
         files=[trained["file"]],
         records=[trained["record"]],

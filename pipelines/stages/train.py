@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import tempfile
 import threading
 import time
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from enat.config import ENATConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest, name_of
+from pipelines.cluster import waiting
 from pipelines.data.captions import CaptionsSummary
 from pipelines.data.token_map import TokenMapInfo, TokenMapSummary
 from pipelines.formatting import printable, show_size
@@ -27,6 +27,7 @@ from pipelines.registry import model_card
 from pipelines.storage.external import local_file
 from pipelines.training.config import TrainConfig
 from pipelines.training.task import HISTORY, RAW_WEIGHTS, SCORES, Scoring, TrainResult, TrainTask, initial_model, read_scores
+from pipelines.workflow.interruption import on_interrupt
 from pipelines.workflow.models import WEIGHTS, ModelSummary, TokenizerSummary
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Input, PublishContext, Stage, StageContext, StageResult
@@ -255,25 +256,13 @@ def _wait_for(trainer: TorchTrainer, reporter: Reporter, console: Console) -> An
         except BaseException as error:  # noqa: BLE001 (raised again where it is waited for)
             answer.set_exception(error)
 
-    num_signals = 0
-
-    def on_signal(*_: object) -> None:
-        nonlocal num_signals
-        num_signals += 1
-        if num_signals > 1:
-            raise KeyboardInterrupt
+    def save_and_stop() -> None:
         console.print("saving a checkpoint, then stopping (interrupt again to stop immediately)")
         reporter.request_stop()
 
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    is_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
-    try:
-        return answer.result()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    with on_interrupt(save_and_stop):
+        return waiting.result_of(answer)
 
 
 def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:

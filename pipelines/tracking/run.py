@@ -13,8 +13,8 @@ import logging
 import math
 import os
 import re
-import socket
 import tempfile
+import threading
 import time
 import uuid
 import warnings
@@ -26,8 +26,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from pipelines.cluster import process
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking.errors import NO_ANSWER, AccessProblem, access_problem, is_away
 from pipelines.tracking.registry import (
@@ -51,9 +50,9 @@ _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
 _RETRY_SECONDS = 60.0  # between attempts to reach a server that does not answer; each may take 20
 _START_TAG = "enat.start"  # identifies a run before its server has named it
 _LOCK_ATTEMPTS = 600
-_CLOCK_SECONDS = 10
 _MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
 HOST_TAG, PROCESS_TAG = "enat.host", "enat.process"  # where a run's command runs
+_sending = threading.RLock()  # stages that run side by side share an outbox, and MLflow's settings are those of the process
 OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; others: a refusal
 
 
@@ -255,13 +254,18 @@ class RunHandle:
 
     def flush(self) -> bool:
         """Try to send what waits. Returns whether nothing waits any more."""
-        if self._outbox.waiting:
-            self._send()
-        return not self._outbox.waiting
+        with _sending:
+            if self._outbox.waiting:
+                self._send()
+            return not self._outbox.waiting
 
     def _do(self, action: Callable[[Any], Any]) -> Any:
         """The result of the action, or None if it has to wait."""
         outbox = self._outbox
+        with _sending:
+            return self._do_alone(outbox, action)
+
+    def _do_alone(self, outbox: _Outbox, action: Callable[[Any], Any]) -> Any:
         if (self.run_id is None and not self._is_planned) or outbox.is_refused:
             return None
         outbox.waiting.append(action)
@@ -315,7 +319,7 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
         made = client.search_runs([experiment.experiment_id], f"tags.`{_START_TAG}` = '{token}'") if handle._outbox.tried else ()
         if not made:  # else it was made, and the answer was lost
             parents = {"mlflow.parentRunId": parent.run_id} if parent else {}
-            own = {HOST_TAG: _this_host(), PROCESS_TAG: _this_process(), _START_TAG: token}
+            own = {HOST_TAG: process.this_host(), PROCESS_TAG: process.this_process(), _START_TAG: token}
             made = [client.create_run(experiment.experiment_id, now, {**tags, **own, **parents}, name)]
         handle.run_id = made[0].info.run_id
 
@@ -324,34 +328,9 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
 
 
 def _fail_runs_of_killed_commands(client: Any, experiment: str) -> None:
-    for run in client.search_runs([experiment], f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{_this_host()}'"):
-        if not _is_alive(run.data.tags.get(PROCESS_TAG, "")):
+    for run in client.search_runs([experiment], f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{process.this_host()}'"):
+        if not process.is_alive(run.data.tags.get(PROCESS_TAG, "")):
             client.set_terminated(run.info.run_id, "FAILED")
-
-
-def _this_host() -> str:
-    """Machines may share a name, and containers of a machine have processes of their own."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {uuid.getnode():012x} {namespace.readlink() if namespace.is_symlink() else ''}"
-
-
-def _this_process() -> str:
-    return f"{os.getpid()} {psutil.Process().create_time():.0f}"
-
-
-def _is_alive(process: str) -> bool:
-    """A later process with the same id was created at another time, which the system's clock tells within seconds.
-
-    A tag that somebody has changed names no process, so nothing is known to have ended.
-    """
-    try:
-        pid, created = map(int, process.split())
-    except ValueError:
-        return True
-    with contextlib.suppress(psutil.NoSuchProcess):
-        found = psutil.Process(pid)
-        return abs(found.create_time() - created) < _CLOCK_SECONDS and found.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 @contextlib.contextmanager

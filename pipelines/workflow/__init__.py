@@ -1,11 +1,13 @@
 """Stages, their keys, the plan, and its execution.
 
-stage       what a stage is, what is known of it, and what it may use
-driver      planning and executing a graph of stages
-summary     what one stage tells another, stored in manifests
-models      the summaries of tokenizers and models
-config      YAML and overrides as dataclasses
-costs       worker-seconds, device-seconds, money
-progress    progress bars
-provenance  which code this is, and the code as a package
+stage        what a stage is, what is known of it, and what it may use
+driver       planning and executing a graph of stages
+node_run     one node of it: reused, or computed and committed
+summary      what one stage tells another, stored in manifests
+models       the summaries of tokenizers and models
+config       YAML and overrides as dataclasses
+costs        worker-seconds, device-seconds, money
+progress     progress bars
+interruption Ctrl-C while stages run in threads
+provenance   which code this is, and the code as a package
 """

@@ -1,32 +1,34 @@
 """Stages, their keys, the plan, and running it.
 
 A stage is a function `(config, inputs, context) -> StageResult`; a node is a stage with its config and the nodes it reads from.
-The driver walks the nodes in order and looks up each key in the store: existing artifacts are reused, missing ones are computed and
-committed. Ray distributes the work inside a stage. Nothing here schedules anything.
+Once the inputs of a node exist, the driver looks up its key in the store: existing artifacts are reused, missing ones are computed
+and committed. Nodes that do not need each other run side by side, each in a thread, as far as the cluster has room. Ray distributes
+the work inside a stage.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from datetime import UTC, datetime
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
 
 from pipelines.artifacts.last_used import UseRecorder
+from pipelines.artifacts.lease import Leases
 from pipelines.artifacts.manifest import Manifest, inputs_of, name_of
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.storage.base import StorageError, digest_of
-from pipelines.tracking import run as tracking_run
+from pipelines.cluster import connection, waiting
+from pipelines.cluster.capacity import Grant, Room, has_autoscaler
+from pipelines.formatting import one_line
+from pipelines.storage.base import digest_of
 from pipelines.workflow import config as configuration
-from pipelines.workflow.provenance import code_version
-from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, PublishContext, Session, Sibling, StageContext, StageError
+from pipelines.workflow.interruption import StageThread
+from pipelines.workflow.node_run import NodeRun
+from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, Session, Sibling
 
 _log = logging.getLogger(__name__)
+_LOOK_SECONDS = 2.0  # between looks at an artifact that another run is making
 
 
 def stage_key(node: Node, inputs: Mapping[str, Manifest]) -> str:
@@ -65,182 +67,261 @@ def execute(
     session: Session,
     given: Mapping[str, Manifest] | None = None,
     check: Callable[[Node, Manifest], None] = lambda node, made: None,
+    num_jobs: int | None = 1,
 ) -> list[FinishedStage]:
-    """Run the nodes in order: reuse what the store has, compute the rest. given: as for plan.
+    """Run the nodes: reuse what the store has, compute the rest. Nodes must come after those they read.
 
-    check: raises ValueError if an artifact shows that a later stage cannot work. Raises ValueError for bad input, StageError
-    otherwise.
+    given: as for plan.   check: raises ValueError if an artifact shows that a later stage cannot work.
+    num_jobs: nodes that are computed at once; 1 computes them in this thread, None as many as the cluster has room for.
+    Returns the nodes in their order. Raises ValueError for bad input, StageError otherwise: the first one. A node that fails ends
+    only those that read it. After bad input nothing new is started. What was started is finished in any case.
     """
-    found: dict[str, Manifest] = dict(given or {})
-    done = []
-    with UseRecorder(session.store) as use_recorder:
-        for manifest in found.values():
-            use_recorder.record(*name_of(manifest), inputs_of(manifest))
-        for number, node in enumerate(nodes):
-            inputs = {name: found[id] for name, id in node.inputs.items()}
-            key = stage_key(node, inputs)
-            started = time.monotonic()
-            with _stage_run(node, key, inputs, session) as run:
+    return _Execution(nodes, session, given or {}, check, num_jobs).run()
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """What a thread tells the driver: the artifact of a node, or the error."""
+
+    node: Node
+    outcome: FinishedStage | BaseException
+
+
+@dataclass(frozen=True)
+class _ConnectionRequest:
+    """A stage needs Ray, which only the main thread can start: the processes of a local cluster end with the thread that started
+    them."""
+
+    answer: Future[None]
+
+
+class _Execution:
+    """One call of `execute`. Its methods run in the thread of the caller, except for _compute_node.
+
+    nodes whose computation is over are in `_finished` or `_errors`, those at work in `_running`.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        session: Session,
+        given: Mapping[str, Manifest],
+        check: Callable[[Node, Manifest], None],
+        num_jobs: int | None,
+    ) -> None:
+        self._nodes, self._session, self._check, self._num_jobs = nodes, session, check, num_jobs
+        self._use_recorder, self._leases = UseRecorder(session.store), Leases(session.store)
+        self._given, self._found = given, dict(given)
+        self._finished: dict[str, FinishedStage] = {}
+        self._errors: dict[str, Exception] = {}
+        self._running: dict[str, StageThread] = {}
+        self._grants: dict[str, Grant] = {}
+        self._recorded: set[str] = set()
+        self._told: set[str] = set()  # nodes that are known to wait for another run
+        self._room: Room | None = None
+        self._is_connected = False
+        self._events: SimpleQueue[_Ended | _ConnectionRequest] = SimpleQueue()
+
+    def run(self) -> list[FinishedStage]:
+        with self._use_recorder, self._leases:
+            for manifest in self._given.values():
+                self._use_recorder.record(*name_of(manifest), inputs_of(manifest))
+            try:
+                while (is_held := self._start_all()) or self._running:
+                    self._handle_event(_LOOK_SECONDS if is_held else None)
+            except KeyboardInterrupt:
+                self._interrupt()
+                raise
+        for error in self._errors.values():
+            raise error
+        return [self._finished[node.id] for node in self._nodes]
+
+    # Starting ------------------------------------------------------------------------------------------------------------------
+
+    def _start_all(self) -> bool:
+        """Reuse and start what can be. Returns whether a node waits for another run only."""
+        is_held, is_changed = False, True
+        while is_changed:
+            is_held = is_changed = False
+            for node in self._nodes:
+                if self._is_startable(node):
+                    started = self._start(node)
+                    is_held |= started is None
+                    is_changed |= bool(started)
+        return is_held
+
+    def _is_startable(self, node: Node) -> bool:
+        if node.id in self._finished or node.id in self._errors or node.id in self._running:
+            return False
+        if any(isinstance(error, ValueError) for error in self._errors.values()):
+            return False
+        if not all(id in self._found for id in node.inputs.values()):
+            return False
+        return not any(self._shares_work(node, other) for other in self._nodes if other.id in self._running)
+
+    def _shares_work(self, node: Node, other: Node) -> bool:
+        """Whether two nodes run one after the other, because the second takes over work of the first."""
+        name = node.stage.shares_work_on
+        ids = [each.inputs.get(name) for each in (node, other)] if name is not None and node.stage is other.stage else [None]
+        return ids[0] is not None and self._found[ids[0]] == self._found[str(ids[-1])]
+
+    def _start(self, node: Node) -> bool | None:
+        """Reuse or start a node. Returns False if there is no room for it yet, None if another run is making its artifact."""
+        inputs = {name: self._found[id] for name, id in node.inputs.items()}
+        try:
+            work = NodeRun(node, stage_key(node, inputs), inputs, self._session)
+            if node.id not in self._recorded:  # a node that waits is looked at again and again
+                self._recorded.add(node.id)
                 # With all artifacts of the run: inputs of a later stage must not be removed while this stage runs.
-                use_recorder.record(node.stage.name, key, map(name_of, found.values()))
-                made = session.store.read_manifest(node.stage.name, key)
-                is_reused = made is not None
-                if made is None:
-                    siblings = _siblings(node, nodes[number + 1 :], found, session.store)
-                    made = _compute(node, key, inputs, run, replace(session, made=dict(found), siblings=siblings))
-                else:
-                    _clean_up(session.store, made)  # what a run before could not remove
-                    if node.stage.accept is not None:
-                        node.stage.accept(node.config, made)
-                seconds = time.monotonic() - started
-                _publish(node, made, inputs, run, session)
-                _finish_stage_run(run, made, is_reused)
-            found[node.id] = made
-            done.append(FinishedStage(node, made, is_reused, seconds))
-            verb = "reused" if is_reused else f"made in {seconds:.1f} s"
-            session.console.print(f"[green]✓[/] {node.id:<22} {key[:12]}  [dim]{verb}[/]", highlight=False)
-            check(node, made)
-    return done
+                self._use_recorder.record(node.stage.name, work.key, map(name_of, self._found.values()))
+            if self._reuse(work):
+                return True
+            if (grant := self._take_room(node)) is None:
+                return False
+            if (holder := self._leases.take(node.stage.name, work.key)) is not None:
+                self._give_back(grant)
+                self._tell_of(holder, node)
+                return None
+            if self._reuse(work):  # the holder of the lease made it since the look before
+                self._give_back(grant)
+                self._leases.release(node.stage.name, work.key)
+                return True
+        except Exception as error:  # noqa: BLE001 (raised when the others have finished)
+            self._end(node, error)
+            return True
+        self._compute(work, grant)
+        return True
 
+    def _reuse(self, work: NodeRun) -> bool:
+        made = self._session.store.read_manifest(work.node.stage.name, work.key)
+        if made is not None:
+            self._end(work.node, work.reuse(made))
+        return made is not None
 
-def _siblings(node: Node, later: Sequence[Node], found: Mapping[str, Manifest], store: ArtifactStore) -> list[Sibling]:
-    siblings = []
-    for other in later:
-        if other.stage is node.stage and found.keys() >= {*other.inputs.values()}:
-            inputs = {name: found[id] for name, id in other.inputs.items()}
-            key = stage_key(other, inputs)
-            if store.read_manifest(other.stage.name, key) is None:
-                siblings.append(Sibling(config=other.config, inputs=inputs, key=key))
-    return siblings
+    def _tell_of(self, holder: str, node: Node) -> None:
+        if node.id not in self._told:
+            self._told.add(node.id)
+            self._print(f"[dim]{node.id} is being made by another run on {one_line(holder)}; waiting for it[/]")
 
-
-def _compute(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> Manifest:
-    """Make the artifact. If an identical run was faster, its artifact is adopted, also if its cleaning up made this one fail."""
-    store = session.store
-    try:
-        committed = store.commit(_made(node, key, inputs, run, session))
-    except Exception as error:
-        if (found := store.read_manifest(node.stage.name, key)) is None:
-            raise
-        committed = found
-        _log.info("%s was made by another run meanwhile; this run ended with %s", node.id, error, exc_info=True)
-    _clean_up(store, committed)
-    return committed
-
-
-def _clean_up(store: ArtifactStore, committed: Manifest) -> None:
-    """Remove what is left of the work on an artifact. A failure costs a warning: the next run that uses the artifact repeats it."""
-    try:
-        store.discard_work(committed)
-    except (OSError, StorageError) as error:
-        place = f"{committed.stage}/{committed.key[:12]}"
-        _log.warning("temporary files of %s could not be removed (%s); the next run or `enat artifacts gc` does it", place, error)
-
-
-def _made(node: Node, key: str, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> Manifest:
-    """Run the stage. Raises ValueError for bad input, StageError otherwise."""
-    from ray.exceptions import RayTaskError
-
-    started = time.monotonic()
-    try:
-        context = StageContext(
-            stage=node.stage.name,
-            key=key,
-            store=session.store,
-            run=run,
-            console=session.console,
-            connect=session.connect,
-            made=session.made,
-            siblings=session.siblings,
+    def _compute(self, work: NodeRun, grant: Grant) -> None:
+        """Compute a node: in this thread, or begin to in another."""
+        node, is_alone = work.node, self._num_jobs == 1
+        session = replace(
+            self._session,
+            made=dict(self._found),
+            siblings=self._siblings(node),
+            connect=self._session.connect if is_alone else self._request_connection,
+            spare_cpus=grant.spare_cpus,
         )
-        result = node.stage.run(node.config, inputs, context)
-    except RayTaskError as error:
-        if isinstance(error.cause, ValueError):  # found by a worker: the message without the worker's traceback
-            error.cause.args = tuple(_own(each) if isinstance(each, str) else each for each in error.cause.args)
-            raise error.cause from error
-        _log.exception("stage %s failed", node.id)
-        raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
-    except ValueError:
-        raise
-    except Exception as error:
-        _log.exception("stage %s failed", node.id)
-        raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
-    for name in (file.name for file in (*result.files, *result.records) if node.stage.files):
-        assert any(fnmatchcase(name, pattern) for pattern in node.stage.files), f"{name} is not a file of stage {node.id}"
-    return Manifest(
-        stage=node.stage.name,
-        key=key,
-        stage_version=node.stage.version,
-        config=configuration.redacted(node.config),
-        inputs={
-            name: {"stage": m.stage, "key": m.key, "digest": m.digest} for name, m in inputs.items() if node.stage.is_in_key(name)
-        },
-        files=tuple(result.files),
-        records=tuple(result.records),
-        summary=result.summary.to_dict() if result.summary is not None else {},
-        metrics={name: float(value) for name, value in result.metrics.items()},
-        provenance={
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "code": code_version(),
-            "host_cpus": os.cpu_count(),
-            "seconds": time.monotonic() - started,
-            "worker_seconds": result.worker_seconds,
-            "device_seconds": result.device_seconds,
-        },
-    )
+        compute = replace(work, session=session).compute
+        if is_alone:
+            try:
+                self._end(node, compute())
+            except Exception as error:  # noqa: BLE001 (raised when the others have finished)
+                self._end(node, error)
+            finally:
+                self._leases.release(node.stage.name, work.key)
+            return
 
+        def end(outcome: FinishedStage | BaseException) -> None:
+            self._leases.release(node.stage.name, work.key)
+            self._events.put(_Ended(node, outcome))
 
-def _publish(node: Node, manifest: Manifest, inputs: Mapping[str, Manifest], run: tracking_run.RunHandle, session: Session) -> None:
-    if node.stage.publish is None:
-        return
-    try:
-        context = PublishContext(
-            store=session.store,
-            run=run,
-            tracking=session.tracking,
-            node=node.id,
-            prices=session.prices,
-            stages=session.stages,
-        )
-        node.stage.publish(manifest, inputs, context)
-    except Exception as error:  # noqa: BLE001 (the artifact exists, which is the purpose of the run)
-        _log.warning("%s was made, but not published (%s)", node.id, _root_cause(error))
-        _log.info("publishing %s failed", node.id, exc_info=True)
+        self._grants[node.id], self._running[node.id] = grant, StageThread(node.id, compute, end)
+        self._running[node.id].start()
 
+    def _siblings(self, node: Node) -> list[Sibling]:
+        siblings = []
+        for other in self._nodes[self._nodes.index(node) + 1 :]:
+            if other.stage is node.stage and self._found.keys() >= {*other.inputs.values()} and self._shares_work(node, other):
+                inputs = {name: self._found[id] for name, id in other.inputs.items()}
+                key = stage_key(other, inputs)
+                if self._session.store.read_manifest(other.stage.name, key) is None:
+                    siblings.append(Sibling(config=other.config, inputs=inputs, key=key))
+        return siblings
 
-@contextmanager
-def _stage_run(node: Node, key: str, inputs: Mapping[str, Manifest], session: Session) -> Iterator[tracking_run.RunHandle]:
-    """The tracking run of a stage. It ends even if the stage fails."""
-    tags = {"enat.stage": node.stage.name, "enat.node": node.id, "enat.key": key}
-    tags |= {f"enat.input.{name}": f"{manifest.stage}/{manifest.key}" for name, manifest in inputs.items()}
-    with tracking_run.ending(tracking_run.start_run(session.run.uri, session.tracking, node.id, tags, session.run)) as run:
-        run.log_params(configuration.redacted(node.config))
-        yield run
+    def _take_room(self, node: Node) -> Grant | None:
+        """None if the node has to wait."""
+        if self._num_jobs is not None and len(self._running) >= self._num_jobs:
+            return None
+        if self._num_jobs == 1:
+            return Grant()
+        if self._room is None:  # not known yet, or of a cluster that grows
+            return Grant() if self._is_connected or not self._running else None
+        num_others = sum(self._is_startable(other) for other in self._nodes) - 1
+        grant = self._room.take(node.stage.workers(node.config), num_others)
+        return Grant() if grant is None and not self._running else grant  # alone: the stage itself tells what is missing
 
+    def _give_back(self, grant: Grant) -> None:
+        if self._room is not None:
+            self._room.give_back(grant)
 
-def _finish_stage_run(run: tracking_run.RunHandle, manifest: Manifest, is_reused: bool) -> None:
-    run.set_tags(
-        {"enat.digest": manifest.digest, "enat.reused": str(is_reused).lower(), "enat.code": str(manifest.provenance["code"])}
-    )
-    seconds = {name: manifest.provenance[name] for name in ("seconds", "worker_seconds", "device_seconds")}
-    run.log_metrics({**manifest.metrics, **{f"cost/{name}": value for name, value in seconds.items()}})
-    run.finish()
+    # Events --------------------------------------------------------------------------------------------------------------------
 
+    def _handle_event(self, timeout: float | None = None) -> None:
+        try:
+            event = self._events.get(timeout=timeout)
+        except Empty:
+            return
+        if isinstance(event, _Ended):
+            self._running.pop(event.node.id)
+            self._give_back(self._grants.pop(event.node.id))
+            self._end(event.node, event.outcome)
+            return
+        try:
+            self._connect()
+            event.answer.set_result(None)
+        except BaseException as error:
+            event.answer.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
 
-def _root_cause(error: BaseException) -> str:
-    """The innermost message. Ray wraps errors of workers in its own errors."""
-    while True:
-        inner = getattr(error, "cause", None) or error.__cause__
-        failures = getattr(error, "worker_failures", None)
-        if isinstance(failures, dict) and failures:
-            inner = next(iter(failures.values()))
-        if not isinstance(inner, BaseException) or inner is error:
-            break
-        error = inner
-    lines = _own(str(error)).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1]}" if not isinstance(error, ValueError) else lines[-1]
+    def _connect(self) -> None:
+        self._session.connect()
+        if self._num_jobs != 1 and not self._is_connected:
+            capacity = connection.capacity()
+            # The stage at work has its place already, but not on record.
+            self._room = Room(capacity) if not has_autoscaler() else None
+            for node in self._nodes:
+                if node.id in self._running and self._room is not None:
+                    self._grants[node.id] = self._room.take(node.stage.workers(node.config), 0) or Grant()
+        self._is_connected = True
 
+    def _request_connection(self) -> None:
+        """From the thread of a stage."""
+        request = _ConnectionRequest(Future())
+        self._events.put(request)
+        waiting.result_of(request.answer)
 
-def _own(message: str) -> str:
-    """Without what Ray Data 2.60 appends to messages of workers: "Failed to ... after 1/1 attempts", and its settings."""
-    return re.split(r"\nFailed to .+ after \d+/\d+ attempts ", message)[0]
+    def _end(self, node: Node, outcome: FinishedStage | BaseException) -> None:
+        if isinstance(outcome, FinishedStage):
+            self._found[node.id] = outcome.manifest
+            self._finished[node.id] = outcome
+            verb = "reused" if outcome.is_reused else f"made in {outcome.seconds:.1f} s"
+            self._print(f"[green]✓[/] {node.id:<22} {outcome.manifest.key[:12]}  [dim]{verb}[/]")
+            try:
+                self._check(node, outcome.manifest)
+            except ValueError as error:
+                self._errors[node.id] = error
+        elif isinstance(outcome, Exception):
+            self._errors[node.id] = outcome
+            if self._running or any(map(self._is_startable, self._nodes)):  # else it is raised at once
+                self._print(f"[red]✗[/] {node.id:<22} {one_line(str(outcome))}")
+        else:
+            raise outcome
+
+    def _interrupt(self) -> None:
+        """End all threads. A second interrupt waits for none of them."""
+        for thread in self._running.values():
+            thread.interrupt()
+        if self._running:
+            self._print(f"stopping {', '.join(self._running)} (interrupt again to stop immediately)")
+        while self._running:
+            event = self._events.get()
+            if isinstance(event, _Ended):
+                self._running.pop(event.node.id)
+            else:
+                event.answer.set_exception(KeyboardInterrupt())
+
+    def _print(self, line: str) -> None:
+        self._session.console.print(line, highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +22,7 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -101,26 +103,23 @@ class Reporter:
 class _SpeedColumn(ProgressColumn):
     """Speed over the last seconds, as for the remaining time."""
 
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
-
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.1f} {self._unit}/s" if task.speed else "", style="dim")
+        return Text(f"{task.speed:,.1f} {task.fields['unit']}/s" if task.speed else "", style="dim")
 
 
-class Bar:
-    """A progress bar on the driver's terminal. If the output is not a terminal: nothing, or a line every ENAT_PROGRESS_SECONDS."""
+class _Display:
+    """The bars of one terminal, one below the other: of all stages that run side by side."""
 
-    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
-        self._console, self._title = console, title
-        self._progress = Progress(
+    def __init__(self, console: Console) -> None:
+        self._lock = threading.Lock()
+        self._num_open = 0
+        self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:<11}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn(unit),
-            _SpeedColumn(unit),
+            TextColumn("{task.fields[unit]}"),
+            _SpeedColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", style="dim"),
@@ -128,33 +127,64 @@ class Bar:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(title, total=total, note="")
-        self._total, self._unit = total, unit
+
+    def open(self, title: str, total: int, unit: str) -> TaskID:
+        with self._lock:
+            self._num_open += 1
+            if self._num_open == 1:
+                self.progress.start()
+            return self.progress.add_task(title, total=total, unit=unit, note="")
+
+    def close(self, task: TaskID) -> None:
+        with self._lock:
+            self._num_open -= 1
+            if not self._num_open:
+                self.progress.stop()
+            self.progress.remove_task(task)
+
+
+_displays: WeakKeyDictionary[Console, _Display] = WeakKeyDictionary()
+_opening = threading.Lock()
+
+
+def _display_of(console: Console) -> _Display:
+    with _opening:
+        if console not in _displays:
+            _displays[console] = _Display(console)
+        return _displays[console]
+
+
+class Bar:
+    """A progress bar on the driver's terminal. If the output is not a terminal: nothing, or a line every ENAT_PROGRESS_SECONDS."""
+
+    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
+        self._console, self._title, self._total, self._unit = console, title, total, unit
+        self._display = _display_of(console)
+        self._done = 0
         self._line_seconds = 0.0 if console.is_terminal else float(os.environ.get(LINE_SECONDS, "0"))
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Bar:
-        self._progress.start()
+        self._task = self._display.open(self._title, self._total, self._unit)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._display.close(self._task)
 
     def update(self, done: int, note: str = "") -> None:
-        self._progress.update(self._task, completed=done, note=note)
+        self._done = done
+        self._display.progress.update(self._task, completed=done, note=note)
         self._show_line(note)
 
     def advance(self, amount: int) -> None:
-        self._progress.advance(self._task, amount)
-        self._show_line("")
+        self.update(self._done + amount)
 
     def _show_line(self, note: str) -> None:
         """Print a line in a log, which has no bar."""
         if not self._line_seconds or time.monotonic() - self._last_line < self._line_seconds:
             return
         self._last_line = time.monotonic()
-        done = self._progress.tasks[0].completed
-        line = f"  {self._title} {done:,.0f} of {self._total:,} {self._unit}  {note}".rstrip()
+        line = f"  {self._title} {self._done:,} of {self._total:,} {self._unit}  {note}".rstrip()
         self._console.print(line, style="dim", highlight=False, markup=False)
 
     @contextlib.contextmanager

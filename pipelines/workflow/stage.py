@@ -64,6 +64,8 @@ class Stage:
     reevaluation: what happens to the artifact when a registered model is evaluated again. "kept": it is reused, because it is part
         of the model. "conditions": it is reused, unless the request changes what the model is compared with. "measured": it is
         computed again.
+    shares_work_on: the input that two nodes of the stage share if the second takes over work of the first. Such nodes run one after
+        the other.
     accept: raises ValueError if an existing artifact does not meet a limit in a config that is not part of the key.
     publish: makes an artifact known to others, given its inputs. It is called for reused artifacts, too, so repeating it must be
         harmless. An error in it is logged as a warning.
@@ -83,6 +85,7 @@ class Stage:
     workers: Callable[[Any], Workers | None] = execution_of
     describe: Callable[[Manifest], str] = lambda manifest: ""
     reevaluation: Literal["kept", "conditions", "measured"] = "kept"
+    shares_work_on: str | None = None
     accept: Callable[[Any, Manifest], None] | None = None
     publish: Callable[[Manifest, Mapping[str, Manifest], PublishContext], None] | None = None
 
@@ -152,13 +155,17 @@ class StageContext(WorkerContext):
     """What the driver of a stage may use: also the terminal. `connect` connects to Ray; a stage that needs Ray calls it or
     connect_for first.
 
-    made: artifacts of the run so far, by the ids of their nodes.   siblings: for which a stage may leave parts, if that saves work.
+    node: its id in the pipeline, such as evaluate@variant.   made: artifacts of the run so far, by the ids of their nodes.
+    siblings: for which a stage may leave parts, if that saves work.
+    spare_cpus: CPUs that a stage may use beside its workers, for tasks that feed them. None: all that the cluster has.
     """
 
     console: Console
     connect: Callable[[], None]
+    node: str = ""
     made: Mapping[str, Manifest] = field(default_factory=dict)
     siblings: Sequence[Sibling] = ()
+    spare_cpus: int | None = None
 
     def connect_for(self, workers: Workers, section: str) -> None:
         """Connect to Ray. Raises ValueError if the cluster does not have the resources that these workers request.
@@ -169,7 +176,7 @@ class StageContext(WorkerContext):
         connection.require(workers, section)
 
     def bar(self, total: int, unit: str) -> Bar:
-        return Bar(self.console, self.stage, total, unit)
+        return Bar(self.console, self.node or self.stage, total, unit)
 
     def of(self, sibling: Sibling) -> StageContext:
         """The same under the key of a sibling."""
@@ -199,7 +206,7 @@ class Session:
     """What all stages of one pipeline run share. connect: connects to Ray.   prices: for costs in money.
 
     stages: all stages by name, also those that this run does not use: artifacts of theirs may be among the inputs.
-    made: artifacts so far, by the ids of their nodes.   siblings: of the node that is computed.
+    made: artifacts so far, by the ids of their nodes.   siblings, spare_cpus: of the node that is computed.
     """
 
     store: ArtifactStore
@@ -211,6 +218,7 @@ class Session:
     stages: Mapping[str, Stage] = field(default_factory=dict)
     made: Mapping[str, Manifest] = field(default_factory=dict)
     siblings: Sequence[Sibling] = ()
+    spare_cpus: int | None = None
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,13 @@ def test_the_rows_of_a_killed_worker_are_processed_by_another(tmp_path: Path, ca
     assert "workers were lost (ActorDiedError)" in caplog.text
 
 
-def test_an_error_in_the_stage_ends_the_job_at_once(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="part 1 is broken"):
-        _records(tmp_path, Execution(), broken_part=1)
+def test_an_error_in_the_stage_ends_the_job_at_once_and_frees_its_workers(tmp_path: Path) -> None:
+    """Also while the error is kept, as it is until other branches have finished."""
+    with pytest.raises(Exception, match="part 1 is broken") as kept:
+        _records(tmp_path, Execution(num_workers=2), broken_part=1)
     assert _times_given(tmp_path, 1) == 1, "it would break again"
+    (tmp_path / "again").mkdir()
+    assert len(_records(tmp_path / "again", Execution(num_workers=2))) == 5 and kept.value is not None
 
 
 def test_a_pool_is_not_larger_than_its_work() -> None:

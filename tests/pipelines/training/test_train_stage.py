@@ -188,6 +188,22 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_resumes(enat, end_enat_
     assert not list(store.glob("train/*/.parts"))
 
 
+@pytest.mark.faults
+def test_sigterm_saves_a_checkpoint_of_each_training_that_runs_side_by_side(end_enat_when, tiny_config, tmp_path):
+    values = json.loads(tiny_config.read_text())
+    values["train"] |= {"num_steps": 100_000, "execution": {"checkpoint_every": 100_000, "log_every": 1}}
+    values |= {"targets": ["train"], "variants": {"b": {"train": {"learning_rate": 2e-3}}}}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(values))
+    store, before = tmp_path / "runs" / "store", _ray_train_folders()
+    code, output = end_enat_when(
+        lambda: len(_ray_train_folders() - before) == 2, "run", tmp_path / "tiny.yaml", "--jobs=2", f"workspace={tmp_path / 'runs'}"
+    )
+    assert code == 130 and "stopping train, train@b (interrupt again to stop immediately)" in output
+    stopped = {path.parts[-3]: int(path.name.split("-")[1]) for path in store.glob("train/*/.parts/checkpoint-*.json")}
+    assert len(stopped) == 2 and all(f"training stopped at step {step}, which is saved" in output for step in stopped.values())
+    assert not list(store.glob("train/*/.work/lease.json")), "the next command need not wait"
+
+
 # Without training ----------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 import ray
@@ -21,15 +22,19 @@ def terminal() -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=120)
 
 
+def _task_of(bar: Bar) -> Any:
+    return next(task for task in bar._display.progress.tasks if task.id == bar._task)
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_bar_shows_the_sum_of_what_workers_have_done(terminal: Console) -> None:
     with Bar(terminal, "train", 100, "steps") as bar, bar.reporter() as reporter:
         for worker, done in (("a", 10), ("b", 5), ("a", 30)):
             reporter.named(worker).report(done, "loss 0.5" if worker == "a" else "")
         deadline = time.monotonic() + 20
-        while bar._progress.tasks[0].completed != 35 and time.monotonic() < deadline:
+        while _task_of(bar).completed != 35 and time.monotonic() < deadline:
             time.sleep(0.05)
-        (task,) = bar._progress.tasks
+        task = _task_of(bar)
         assert (task.completed, task.total, task.fields["note"]) == (35, 100, "loss 0.5")
 
 
@@ -42,7 +47,7 @@ def test_work_continues_if_the_actor_of_the_bar_is_lost(terminal: Console) -> No
         follower.join(timeout=60)
         assert not follower.is_alive()
         bar.update(20)
-        assert bar._progress.tasks[0].completed == 20
+        assert _task_of(bar).completed == 20
 
 
 _WHERE_ACTORS_RUN = """

@@ -17,13 +17,14 @@ import pytest
 from rich.console import Console
 
 from pipelines.artifacts import last_used
+from pipelines.artifacts.lease import Leases
 from pipelines.artifacts.manifest import Manifest, name_of
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution, Workers
 from pipelines.run import config as run_config
 from pipelines.run import graph
 from pipelines.storage.base import StorageError
-from pipelines.workflow import driver, stage
+from pipelines.workflow import driver, node_run, stage
 from pipelines.workflow.config import ConfigError
 from pipelines.workflow.stage import Node, Stage, StageContext, StageError, StageResult
 from pipelines.workflow.summary import Summary
@@ -267,8 +268,8 @@ def test_the_message_of_a_failure_is_that_of_the_innermost_cause() -> None:
     outer.__cause__ = cause
     wrapped = RuntimeError("the job failed")
     wrapped.worker_failures = {0: outer}  # type: ignore[attr-defined]
-    assert driver._root_cause(wrapped) == "FloatingPointError: loss is nan"
-    assert driver._root_cause(RuntimeError()) == "RuntimeError: "
+    assert node_run._root_cause(wrapped) == "FloatingPointError: loss is nan"
+    assert node_run._root_cause(RuntimeError()) == "RuntimeError: "
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -288,8 +289,14 @@ def test_bad_input_found_by_a_ray_worker_keeps_its_sentence(counted: Counted, se
     assert str(caught.value).removeprefix("stage remote failed: ") == "the labels are wrong"
 
 
+@pytest.fixture
+def without_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if both runs had begun before either had a lease."""
+    monkeypatch.setattr(Leases, "take", lambda *_: None)
+
+
+@pytest.mark.usefixtures("without_leases")
 def test_a_run_adopts_an_artifact_that_another_run_has_just_made(local_store: ArtifactStore, session: stage.Session) -> None:
-    """As if both had begun before either was done."""
 
     def make(depth: int) -> Callable[..., StageResult]:
         def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -307,6 +314,7 @@ def test_a_run_adopts_an_artifact_that_another_run_has_just_made(local_store: Ar
 # Planning ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("without_leases")
 def test_a_run_whose_parts_an_identical_run_cleaned_up_adopts_its_artifact(
     counted: Counted, session: stage.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,177 @@
+"""One node of a run: its artifact is reused, or computed and committed, and made known to tracking."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+
+from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.store import ArtifactStore
+from pipelines.storage.base import StorageError
+from pipelines.tracking import run as tracking_run
+from pipelines.workflow import config as configuration
+from pipelines.workflow.provenance import code_version
+from pipelines.workflow.stage import FinishedStage, Node, PublishContext, Session, StageContext, StageError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NodeRun:
+    """A node with its key and the artifacts that it reads."""
+
+    node: Node
+    key: str
+    inputs: Mapping[str, Manifest]
+    session: Session
+    started: float = field(default_factory=time.monotonic)
+
+    def reuse(self, made: Manifest) -> FinishedStage:
+        """Take an existing artifact. Raises ValueError if it does not meet a limit of the config."""
+        with self._tracked() as run:
+            _clean_up(self.session.store, made)  # what a run before could not remove
+            if self.node.stage.accept is not None:
+                self.node.stage.accept(self.node.config, made)
+            return self._finish(made, run, is_reused=True)
+
+    def compute(self) -> FinishedStage:
+        """Make the artifact. If an identical run was faster, its artifact is adopted, also if its cleaning up made this one fail.
+
+        Raises ValueError for bad input, StageError otherwise."""
+        store, name = self.session.store, (self.node.stage.name, self.key)
+        with self._tracked() as run:
+            try:
+                committed = store.commit(self._made(run))
+            except Exception as error:
+                if (found := store.read_manifest(*name)) is None:
+                    raise
+                committed = found
+                _log.info("%s was made by another run meanwhile; this run ended with %s", self.node.id, error, exc_info=True)
+            _clean_up(store, committed)
+            return self._finish(committed, run, is_reused=False)
+
+    def _made(self, run: tracking_run.RunHandle) -> Manifest:
+        """Run the stage."""
+        from ray.exceptions import RayTaskError
+
+        started, node, session = time.monotonic(), self.node, self.session
+        context = StageContext(
+            stage=node.stage.name,
+            key=self.key,
+            store=session.store,
+            run=run,
+            console=session.console,
+            connect=session.connect,
+            node=node.id,
+            made=session.made,
+            siblings=session.siblings,
+            spare_cpus=session.spare_cpus,
+        )
+        try:
+            result = node.stage.run(node.config, self.inputs, context)
+        except RayTaskError as error:
+            if isinstance(error.cause, ValueError):  # found by a worker: the message without the worker's traceback
+                error.cause.args = tuple(_own(each) if isinstance(each, str) else each for each in error.cause.args)
+                raise error.cause from error
+            _log.exception("stage %s failed", node.id)
+            raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
+        except ValueError:
+            raise
+        except Exception as error:
+            _log.exception("stage %s failed", node.id)
+            raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
+        for name in (file.name for file in (*result.files, *result.records) if node.stage.files):
+            assert any(fnmatchcase(name, pattern) for pattern in node.stage.files), f"{name} is not a file of stage {node.id}"
+        read = {name: manifest for name, manifest in self.inputs.items() if node.stage.is_in_key(name)}
+        return Manifest(
+            stage=node.stage.name,
+            key=self.key,
+            stage_version=node.stage.version,
+            config=configuration.redacted(node.config),
+            inputs={name: {"stage": m.stage, "key": m.key, "digest": m.digest} for name, m in read.items()},
+            files=tuple(result.files),
+            records=tuple(result.records),
+            summary=result.summary.to_dict() if result.summary is not None else {},
+            metrics={name: float(value) for name, value in result.metrics.items()},
+            provenance={
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "code": code_version(),
+                "host_cpus": os.cpu_count(),
+                "seconds": time.monotonic() - started,
+                "worker_seconds": result.worker_seconds,
+                "device_seconds": result.device_seconds,
+            },
+        )
+
+    def _finish(self, made: Manifest, run: tracking_run.RunHandle, *, is_reused: bool) -> FinishedStage:
+        seconds = time.monotonic() - self.started
+        self._publish(made, run)
+        tags = {"enat.digest": made.digest, "enat.reused": str(is_reused).lower(), "enat.code": str(made.provenance["code"])}
+        costs = {f"cost/{name}": made.provenance[name] for name in ("seconds", "worker_seconds", "device_seconds")}
+        run.set_tags(tags)
+        run.log_metrics({**made.metrics, **costs})
+        run.finish()
+        return FinishedStage(self.node, made, is_reused, seconds)
+
+    def _publish(self, made: Manifest, run: tracking_run.RunHandle) -> None:
+        node, session = self.node, self.session
+        if node.stage.publish is None:
+            return
+        try:
+            context = PublishContext(
+                store=session.store,
+                run=run,
+                tracking=session.tracking,
+                node=node.id,
+                prices=session.prices,
+                stages=session.stages,
+            )
+            node.stage.publish(made, self.inputs, context)
+        except Exception as error:  # noqa: BLE001 (the artifact exists, which is the purpose of the run)
+            _log.warning("%s was made, but not published (%s)", node.id, _root_cause(error))
+            _log.info("publishing %s failed", node.id, exc_info=True)
+
+    @contextmanager
+    def _tracked(self) -> Iterator[tracking_run.RunHandle]:
+        """The tracking run of the stage. It ends even if the stage fails."""
+        node, session = self.node, self.session
+        tags = {"enat.stage": node.stage.name, "enat.node": node.id, "enat.key": self.key}
+        tags |= {f"enat.input.{name}": f"{manifest.stage}/{manifest.key}" for name, manifest in self.inputs.items()}
+        with tracking_run.ending(tracking_run.start_run(session.run.uri, session.tracking, node.id, tags, session.run)) as run:
+            run.log_params(configuration.redacted(node.config))
+            yield run
+
+
+def _clean_up(store: ArtifactStore, committed: Manifest) -> None:
+    """Remove what is left of the work on an artifact. A failure costs a warning: the next run that uses the artifact repeats it."""
+    try:
+        store.discard_work(committed)
+    except (OSError, StorageError) as error:
+        place = f"{committed.stage}/{committed.key[:12]}"
+        _log.warning("temporary files of %s could not be removed (%s); the next run or `enat artifacts gc` does it", place, error)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost message. Ray wraps errors of workers in its own errors."""
+    while True:
+        inner = getattr(error, "cause", None) or error.__cause__
+        failures = getattr(error, "worker_failures", None)
+        if isinstance(failures, dict) and failures:
+            inner = next(iter(failures.values()))
+        if not isinstance(inner, BaseException) or inner is error:
+            break
+        error = inner
+    lines = _own(str(error)).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}" if not isinstance(error, ValueError) else lines[-1]
+
+
+def _own(message: str) -> str:
+    """Without what Ray Data 2.60 appends to messages of workers: "Failed to ... after 1/1 attempts", and its settings."""
+    return re.split(r"\nFailed to .+ after \d+/\d+ attempts ", message)[0]
