@@ -85,8 +85,8 @@ def _capacity(address: str) -> Capacity:
 def run(config: Path, overrides: tuple[str, ...], num_jobs: int | None, as_json: bool) -> None:
     """Run the stages of CONFIG. Existing artifacts are reused, and interrupted stages resume.
 
-    Stages that do not need each other run side by side as far as the cluster has room. A stage that fails ends only those that need
-    it.
+    Stages that do not need each other run side by side as far as the cluster has room. One that fails beside others ends only those
+    that need it.
 
     `enat config` lists the keys of a CONFIG and describes them.
     """

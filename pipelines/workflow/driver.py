@@ -73,8 +73,8 @@ def execute(
 
     given: as for plan.   check: raises ValueError if an artifact shows that a later stage cannot work.
     num_jobs: nodes that are computed at once; 1 computes them in this thread, None as many as the cluster has room for.
-    Returns the nodes in their order. Raises ValueError for bad input, StageError otherwise: the first one. A node that fails ends
-    only those that read it. After bad input nothing new is started. What was started is finished in any case.
+    Returns the nodes in their order. Raises ValueError for bad input, StageError otherwise: the first one. Beside other nodes, a
+    node that fails ends only those that read it. After bad input nothing new is started. What was started is finished in any case.
     """
     return _Execution(nodes, session, given or {}, check, num_jobs).run()
 
@@ -132,8 +132,8 @@ class _Execution:
             except KeyboardInterrupt:
                 self._interrupt()
                 raise
-        for error in self._errors.values():
-            raise error
+            for error in self._errors.values():
+                raise error
         return [self._finished[node.id] for node in self._nodes]
 
     # Starting ------------------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class _Execution:
     def _is_startable(self, node: Node) -> bool:
         if node.id in self._finished or node.id in self._errors or node.id in self._running:
             return False
-        if any(isinstance(error, ValueError) for error in self._errors.values()):
+        if self._errors and (self._num_jobs == 1 or any(isinstance(error, ValueError) for error in self._errors.values())):
             return False
         if not all(id in self._found for id in node.inputs.values()):
             return False

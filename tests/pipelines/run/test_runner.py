@@ -22,7 +22,7 @@ from pipelines.run import runner
 from pipelines.run.config import RunConfig
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import TrackingConfig
-from pipelines.workflow import driver, provenance
+from pipelines.workflow import node_run, provenance
 from pipelines.workflow.provenance import CodeState
 from pipelines.workflow.stage import Node, PublishContext, Stage, StageContext, StageResult
 
@@ -80,7 +80,7 @@ def test_a_run_of_packaged_code_records_its_commit_and_changes(
     client: MlflowClient, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(provenance, "code_version", lambda: STATE.label)
-    monkeypatch.setattr(driver, "code_version", lambda: STATE.label)
+    monkeypatch.setattr(node_run, "code_version", lambda: STATE.label)
     monkeypatch.setattr(provenance, "read_state", lambda *_: STATE)
     monkeypatch.setattr(provenance, "read_changes", lambda: b"--- a/enat/model.py\n")
     _run(Stage("only", 1, _write), uri, tmp_path)

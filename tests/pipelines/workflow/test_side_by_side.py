@@ -156,8 +156,15 @@ def test_a_stage_that_fails_ends_only_those_that_read_it(session: stage.Session,
     shown = session.console.file
     assert isinstance(shown, io.StringIO)
     assert shown.getvalue().count("no memory [red]is[/] left") == 1, "it is told while others go on"
-    with pytest.raises(StageError):
-        driver.execute(nodes, session)  # one by one
+
+
+def test_one_by_one_the_first_failure_ends_the_run(session: stage.Session) -> None:
+    def fail(config: WordConfig, context: StageContext) -> None:
+        raise RuntimeError("no memory is left")
+
+    with pytest.raises(StageError, match="no memory"):
+        driver.execute([_node("a", fail), _node("b")], session)
+    assert not [*session.store.manifests()]
 
 
 def test_after_bad_input_nothing_new_is_started(session: stage.Session, cpus: Callable[[float], None]) -> None:
