@@ -6,13 +6,14 @@ command line and the tests call it first.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
 import socket
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,6 @@ _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # keeps relative paths of the config valid in workers
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "CRITICAL",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",  # limits the teardown of ranks whose peer died
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "GLOG_minloglevel": "2",
 }
@@ -46,6 +46,7 @@ _UNWATCHED = {
     "RAY_metrics_report_interval_ms": "60000",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody preempts this machine, and the watcher is a process
 }
 
 
@@ -77,6 +78,14 @@ def address_of(config: ClusterConfig) -> str:
     return config.address or os.environ.get("RAY_ADDRESS") or LOCAL
 
 
+def is_local() -> bool:
+    """Whether the cluster that this process is connected to was started by it and ends with it."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return node is not None and node.head
+
+
 def connect(config: ClusterConfig) -> None:
     """Connect this process, unless it is already connected. Raises ValueError if no cluster runs at the address."""
     import ray
@@ -86,6 +95,7 @@ def connect(config: ClusterConfig) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     address = address_of(config)
+    threading.Thread(target=_import, args=(("ray.data", "torch"),), daemon=True).start()  # while Ray's processes start
     on_sigterm = signal.getsignal(signal.SIGTERM)
     options = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -106,6 +116,20 @@ def connect(config: ClusterConfig) -> None:
         if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
     _silence_ray()
+
+
+def warm_up(modules: Sequence[str]) -> None:
+    """Have the processes of a new local cluster import modules, which takes seconds, while the driver does other things."""
+    import ray
+
+    task = ray.remote(num_cpus=1)(_import)
+    for _ in range(int(ray.cluster_resources().get("CPU", 1)) if modules else 0):
+        task.remote(modules)
+
+
+def _import(modules: Sequence[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
 
 
 def check_listening(address: str) -> None:

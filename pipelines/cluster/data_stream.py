@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from pipelines.cluster import local
 from pipelines.cluster.resources import Execution
@@ -14,18 +16,56 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MAX_FAILURES = 3
+_FEW_ROWS = 8  # for each worker
 
 
-def actor_pool(execution: Execution, num_rows: int) -> dict[str, Any]:
-    """Arguments of map_batches for a callable class: one row at a time, on a pool that is not larger than the work."""
+def map_by_workers(
+    dataset: ray.data.Dataset,
+    worker: type,
+    arguments: tuple[Any, ...],
+    execution: Execution,
+    num_rows: int,
+    *,
+    is_alone: bool = False,
+) -> ray.data.Dataset:
+    """Map single rows by `worker(*arguments)`, on a pool that is not larger than the work.
+
+    is_alone: whether no other stage uses the cluster meanwhile. Few rows on CPUs are then mapped by tasks, which Ray gives to
+    processes that have imported torch for an earlier stage. An actor always has a process of its own, which takes seconds to start.
+    """
     import ray.data
 
-    return {
-        "batch_size": 1,
-        "compute": ray.data.ActorPoolStrategy(size=min(execution.num_workers, num_rows), max_tasks_in_flight_per_actor=2),
-        "max_restarts": 0,  # stream_records restarts the job with the missing rows, which also covers lost objects and nodes
+    num_workers = min(execution.num_workers, num_rows)
+    if is_alone and not execution.gpus_per_worker and num_rows <= _FEW_ROWS * num_workers:
+        kept = _KeptWorker(uuid4().hex, worker, arguments)
+        tasks = ray.data.TaskPoolStrategy(size=num_workers)
+        return dataset.map_batches(kept, batch_size=1, compute=tasks, max_retries=0, **execution.resources)
+    return dataset.map_batches(
+        worker,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=2),
+        max_restarts=0,  # stream_records restarts the job with the missing rows, which also covers lost objects and nodes
         **execution.resources,
-    }
+    )
+
+
+@dataclass(frozen=True)
+class _KeptWorker:
+    """Calls a worker that its process keeps from row to row. job: another one for each job."""
+
+    job: str
+    worker: type
+    arguments: tuple[Any, ...]
+
+    def __call__(self, batch: dict[str, Any]) -> Any:
+        if self.job not in _kept:
+            _kept.clear()  # first, because two models may not fit
+            _kept[self.job] = self.worker(*self.arguments)
+        return _kept[self.job](batch)
+
+
+_kept: dict[str, Any] = {}
 
 
 def feeding_tasks(execution: Execution, num_tasks: int | None = None, spare_cpus: int | None = None) -> dict[str, Any]:

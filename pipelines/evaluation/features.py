@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipelines.artifacts.manifest import WORK, DamagedFileError, FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.cluster.data_stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
+from pipelines.cluster.data_stream import feeding_tasks, map_by_workers, stream_records, with_memory_limit
 from pipelines.cluster.device import wait_for
 from pipelines.cluster.resources import Execution
 from pipelines.evaluation.extractors import ExtractorSource
@@ -145,7 +145,7 @@ def compute_features(
             others = [(source, _PartWriter(parts, spec.prefix, each)) for source, each in beside]
             others = [(source, writer) for source, writer in others if first_part <= len(writer.records) < len(parts)]
             sources, writers = [extractor, *(source for source, _ in others)], [own, *(writer for _, writer in others)]
-            job = _job(reader, spec, sources, execution, context.spare_cpus)
+            job = _job(reader, spec, sources, execution, context)
             with closing(stream_records(_blocks(parts, first_part), job, id="block")) as computed:
                 _write_all(writers, parts, first_part, computed, bar.advance)
     records, moments = own.records, own.moments
@@ -179,18 +179,18 @@ def _blocks(parts: Sequence[range], first_part: int) -> list[dict[str, int]]:
 
 
 def _job(
-    reader: BlockReader, spec: FeatureSpec, sources: Sequence[ExtractorSource], execution: Execution, spare_cpus: int | None
+    reader: BlockReader, spec: FeatureSpec, sources: Sequence[ExtractorSource], execution: Execution, context: StageContext
 ) -> Callable[[list[dict[str, int]]], ray.data.Dataset]:
     """The job that computes the records of blocks."""
     import ray.data
 
     def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
         num_loading = len(rows) if len(rows) < execution.num_workers else None  # Ray Data warns if there are more tasks than blocks
-        computed = (
-            ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(_load, fn_args=(reader,), **feeding_tasks(execution, num_loading, spare_cpus))
-            .map_batches(_Extract, fn_constructor_args=(reader, spec, sources, execution), **actor_pool(execution, len(rows)))
-        )
+        feeding = feeding_tasks(execution, num_loading, context.spare_cpus)
+        planned = ray.data.from_items(rows, override_num_blocks=len(rows))
+        loaded = planned.map_batches(_load, fn_args=(reader,), **feeding)
+        arguments = (reader, spec, sources, execution)
+        computed = map_by_workers(loaded, _Extract, arguments, execution, len(rows), is_alone=context.is_alone)
         return with_memory_limit(computed, _OBJECT_STORE_BYTES)
 
     return job

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipelines.cluster.connection import ClusterConfig
 from pipelines.formatting import printable
 from pipelines.run import graph, summary
 from pipelines.run.config import RunConfig, check_scanned
+from pipelines.storage.base import StorageError
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import RunHandle
@@ -53,6 +54,8 @@ def run(
     with console.status("listing the dataset"):
         nodes = build(config)
     uri = tracking_uri(config)
+    tracking.prepare(uri, config.tracking)
+    connecting_seconds = _connect_if_needed(config, nodes, store, console)
     tags = {"enat.config": source, "enat.code": provenance.code_version(), "enat.store": without_credentials(store.uri)}
 
     with tracking.ending(tracking.start_run(uri, config.tracking, config.name, tags)) as parent:
@@ -71,7 +74,24 @@ def run(
         if report is not None:
             parent.log_file(report)
         parent.finish()
-    return summary.summarize(config.name, done, session, seconds, report)
+    return {**summary.summarize(config.name, done, session, seconds, report), "connecting_seconds": connecting_seconds}
+
+
+def _connect_if_needed(config: RunConfig, nodes: Sequence[Node], store: ArtifactStore, console: Console) -> float:
+    """Connect to Ray if a stage that needs it is to be computed. Returns the seconds that it took, which are of no stage."""
+    started = time.monotonic()
+    try:
+        missing = (each.node for each in driver.look_up(nodes, store) if not each.is_reused)
+        first = next((node for node in missing if node.stage.workers(node.config) is not None), None)
+    except StorageError:  # the run says what is wrong
+        return 0.0
+    if first is None:
+        return 0.0
+    with console.status("connecting to Ray"):
+        connection.connect(config.cluster)
+    if connection.is_local():
+        connection.warm_up(first.stage.imports)
+    return time.monotonic() - started
 
 
 def default_jobs(cluster: ClusterConfig) -> int | None:

@@ -87,7 +87,9 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
         _show_scores(answer["scores"], console)
 
     reused = sum(item["reused"] for item in answer["stages"])
-    console.print(f"\n{len(answer['stages'])} stages, {reused} reused, {answer['seconds']:.1f} s in all", highlight=False)
+    seconds = answer.get("connecting_seconds")
+    start = f" ({seconds:.1f} s to connect to Ray)" if seconds else ""
+    console.print(f"\n{len(answer['stages'])} stages, {reused} reused, {answer['seconds']:.1f} s in all{start}", highlight=False)
     console.print(f"artifacts {answer['store']}/<stage>/<key>", highlight=False, soft_wrap=True)
     if answer["report"]:
         console.print(f"report    {answer['report']}", highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from enat.config import check_in
 from pipelines.artifacts.manifest import FileRecord, Manifest
-from pipelines.cluster.data_stream import actor_pool, stream_records
+from pipelines.cluster.data_stream import map_by_workers, stream_records
 from pipelines.cluster.resources import Execution
 from pipelines.data.captions import EMPTY, CaptionFeaturesInfo, CaptionsSummary, captions_name, write_captions, write_empty
 from pipelines.data.dataset import INDEX, Dataset
@@ -84,9 +84,8 @@ def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageCo
 
         def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
             arguments = (config, dataset, info, context.for_workers())
-            return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                _Encode, fn_constructor_args=arguments, **actor_pool(config.execution, len(rows))
-            )
+            planned = ray.data.from_items(rows, override_num_blocks=len(rows))
+            return map_by_workers(planned, _Encode, arguments, config.execution, len(rows), is_alone=context.is_alone)
 
         with context.bar(info.num_captions, "captions") as bar:
             bar.update(sum(record["captions"] for record in done.values()))

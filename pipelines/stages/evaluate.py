@@ -436,6 +436,7 @@ STAGE = Stage(
         "captions": Input(("captions",), lambda config, run: config.clip_score is not None),
     },
     config=EvaluateConfig,
+    imports=("torch", "enat.metrics.moments", "pipelines.stages.evaluate"),
     summary=EvaluationSummary,
     kind="evaluation",
     files=(

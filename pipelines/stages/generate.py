@@ -19,7 +19,7 @@ from enat.config import ENATConfig, check_choices, check_in
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.cluster.data_stream import actor_pool, stream_records
+from pipelines.cluster.data_stream import map_by_workers, stream_records
 from pipelines.cluster.device import device_name, peak_memory_gb
 from pipelines.cluster.resources import Execution
 from pipelines.data.captions import CaptionFeatures, CaptionsSummary
@@ -143,12 +143,10 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
         plan = ray.put(_plan(config, architecture, inputs, context.store))
 
         def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
-            pool = actor_pool(config.execution, len(rows))
             num_workers = min(config.execution.num_workers, len(rows))
             task = _Task(config, model, averaged, inputs.get("captions"), plan, num_workers, context.for_workers())
-            return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                _Sample, fn_constructor_args=(task,), **pool
-            )
+            planned = ray.data.from_items(rows, override_num_blocks=len(rows))
+            return map_by_workers(planned, _Sample, (task,), config.execution, len(rows), is_alone=context.is_alone)
 
         with context.bar(num_samples, "samples") as bar:
             bar.update(sum(record["rows"] for record in done.values()))
@@ -409,6 +407,7 @@ STAGE = Stage(
         "token_map": Input(("token_map",), lambda config, run: config.mask_ratio is not None),
     },
     config=GenerateConfig,
+    imports=("torch", "enat.sampler", "pipelines.stages.generate"),
     summary=SamplesSummary,
     kind="generation",
     files=("part-*.parquet", AVERAGED),

@@ -269,6 +269,7 @@ STAGE = Stage(
     run,
     reads={"dataset": Input(("dataset",), lambda config, run: config.npz is None)},
     config=ReferenceConfig,
+    imports=("torch", "enat.metrics.extractors", "pipelines.stages.reference"),
     summary=ReferenceSummary,
     kind="evaluation",
     is_counted_if_imported=True,  # published statistics also get features of their images, which are computed here

@@ -23,7 +23,7 @@ import numpy as np
 from enat.config import VQGANConfig, check_choices, check_in
 from enat.images import ImageError, to_float
 from pipelines.artifacts.manifest import FileRecord, Manifest
-from pipelines.cluster.data_stream import actor_pool, feeding_tasks, stream_records, with_memory_limit
+from pipelines.cluster.data_stream import feeding_tasks, map_by_workers, stream_records, with_memory_limit
 from pipelines.cluster.resources import Execution
 from pipelines.data import token_map
 from pipelines.data.dataset import Dataset
@@ -180,13 +180,10 @@ def _encode_parts(
 
     def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
         arguments, execution = (context.for_workers(), encoding), encoding.execution
-        encoded = (
-            ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(
-                _Decode(dataset, encoding.info.resolution), **feeding_tasks(execution, execution.num_decoders, context.spare_cpus)
-            )
-            .map_batches(_Encode, fn_constructor_args=arguments, **actor_pool(execution, len(rows)))
-        )
+        feeding = feeding_tasks(execution, execution.num_decoders, context.spare_cpus)
+        planned = ray.data.from_items(rows, override_num_blocks=len(rows))
+        decoded = planned.map_batches(_Decode(dataset, encoding.info.resolution), **feeding)
+        encoded = map_by_workers(decoded, _Encode, arguments, execution, len(rows), is_alone=context.is_alone)
         return with_memory_limit(encoded, _pixels_in_transit(encoding))
 
     num_blocks = Counter(row["part"] for row in blocks)
@@ -393,6 +390,7 @@ STAGE = Stage(
     run,
     reads={"dataset": Input(("dataset",)), "tokenizer": Input(("tokenizer",))},
     config=TokenMapConfig,
+    imports=("torch", "enat.tokenizer", "pipelines.stages.token_map"),
     summary=TokenMapSummary,
     kind="tokenizing",
     files=("part-*.parquet", token_map.QUARANTINE, CODE_COUNTS),

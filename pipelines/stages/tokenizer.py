@@ -154,6 +154,7 @@ STAGE = Stage(
     run,
     reads={"dataset": Input(("dataset",), lambda config, run: config.weights is None)},
     config=TokenizerConfig,
+    imports=("torch", "enat.tokenizer_training", "pipelines.stages.tokenizer"),
     summary=TokenizerSummary,
     kind="tokenizing",
     files=(WEIGHTS, PICTURE),

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from enat.config import ENATConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest, name_of
-from pipelines.cluster import waiting
+from pipelines.cluster import connection, waiting
 from pipelines.data.captions import CaptionsSummary
 from pipelines.data.token_map import TokenMapInfo, TokenMapSummary
 from pipelines.formatting import printable, show_size
@@ -33,9 +33,8 @@ from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Input, PublishContext, Stage, StageContext, StageResult
 
 if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
-
     from pipelines.training.checkpoints import ResumePoint
+    from pipelines.training.trainer import Trainer
 
 
 # For glibc on CPUs. Ray Train runs the loop in a thread, whose own arena keeps returning memory and requesting it again: at ENAT-S
@@ -173,11 +172,10 @@ def _fit(
     config: TrainConfig, architecture: ENATConfig, inputs: Mapping[str, Manifest], context: StageContext, reporter: Reporter
 ) -> TrainResult:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    from pipelines.training.loop import train_loop
     from pipelines.training.rendezvous import Rendezvous
+    from pipelines.training.trainer import Trainer, train
 
     execution = config.execution
     task = TrainTask(
@@ -192,10 +190,11 @@ def _fit(
     )
     # A new folder: in a used one Ray Train would resume from a record of its own.
     with tempfile.TemporaryDirectory(prefix="enat-ray-train-", ignore_cleanup_errors=True) as storage:
-        trainer = TorchTrainer(
-            train_loop,
+        trainer = Trainer(
+            train,
+            is_local=connection.is_local(),
             train_loop_config={"task": task},
-            torch_config=Rendezvous(backend="nccl" if execution.gpus_per_worker else "gloo"),
+            backend_config=Rendezvous(backend="nccl" if execution.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=(execution.min_workers, execution.num_workers) if execution.min_workers else execution.num_workers,
                 elastic_resize_monitor_interval_s=execution.resize_seconds,
@@ -242,7 +241,7 @@ def _scoring(
     return scoring
 
 
-def _wait_for(trainer: TorchTrainer, reporter: Reporter, console: Console) -> Any:
+def _wait_for(trainer: Trainer, reporter: Reporter, console: Console) -> Any:
     """The result of rank 0. The first SIGINT or SIGTERM asks the workers to save and stop; a second one stops at once.
 
     Ray Train waits in a thread of its own. In the main thread it would install its own handler of SIGINT, which loses the steps

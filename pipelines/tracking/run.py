@@ -300,6 +300,17 @@ class RunHandle:
         return without_credentials(self.uri)
 
 
+def prepare(uri: str, config: TrackingConfig) -> None:
+    """Import MLflow and open its database in a thread: it takes seconds, in which others may wait for Ray."""
+
+    def open_client() -> None:
+        with _sending, quiet(), contextlib.suppress(Exception):  # the first run says what is wrong
+            client_of(uri)
+
+    if config.enabled:
+        threading.Thread(target=open_client, name="enat-tracking", daemon=True).start()
+
+
 def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, str], parent: RunHandle | None = None) -> RunHandle:
     """Start a run, nested if a parent is given. If tracking is off, the handle does nothing; if it is down, the run is made later.
 

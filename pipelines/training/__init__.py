@@ -4,6 +4,7 @@ config       the recipe
 task         input and result of a training run's workers
 batches      the groups of images that a step learns from
 rendezvous   how the ranks meet
+trainer      starting them by Ray Train
 loop         the training loop
 engine       the model under DeepSpeed
 checkpoints  the state of training in the store

@@ -102,8 +102,9 @@ class TrainExecution(Workers):
     resize_seconds: float = 60.0
     """How often Ray checks for room for more workers. After each growth training resumes from the newest checkpoint, so up to
     checkpoint_every steps are computed again. Unit: seconds."""
-    zero_stage: int = 1
-    """ZeRO stage of DeepSpeed, 0 to 3: the optimizer state (1), gradients (2) and weights (3) are sharded over workers."""
+    zero_stage: int | None = None
+    """ZeRO stage of DeepSpeed, 0 to 3: the optimizer state (1), gradients (2) and weights (3) are sharded over workers. Null
+    chooses the lowest one whose state takes at most 40% of a device's memory; the log of the run states it."""
     microbatches: int = 1
     """Passes that a group is computed in, for devices whose memory is too small for one pass."""
     activation_checkpointing: bool = False

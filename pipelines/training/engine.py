@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_LOSS_SCALE = 2.0**16
 _STEPS_TO_DOUBLE = 2000  # without an overflow, as torch.amp.GradScaler does
+_STATE_SHARE = 0.4  # of a device's memory, beside activations
 _MAX_OVERFLOWS = 20  # in a row, after which the loss scale is a millionth of what it was
 
 
@@ -38,7 +42,8 @@ class Engine:
 
     def __init__(self, model: ENAT, config: TrainConfig, device: torch.device, passes_per_step: int) -> None:
         self.config, self.rank, self.world_size = config, dist.get_rank(), dist.get_world_size()
-        self.zero_stage = effective_zero_stage(config, self.world_size)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.zero_stage = effective_zero_stage(config, self.world_size, num_parameters, _least_memory(device))
         model.to(device).train()
         model.activation_checkpointing = config.execution.activation_checkpointing
         prepare_forward(model, config, device)
@@ -219,13 +224,34 @@ class _Slice:
         return like_flat.detach().view(-1)[self.offset : self.offset + self.length]
 
 
-def effective_zero_stage(config: TrainConfig, world_size: int) -> int:
-    """The ZeRO stage in use: 0 for a single worker, which has nobody to share with.
+def effective_zero_stage(config: TrainConfig, world_size: int, num_parameters: int, memory: float) -> int:
+    """The ZeRO stage in use: 0 for a single worker, which has nobody to share with, else the configured one, else the lowest one
+    that fits. memory: of the device of a worker, in bytes.
 
-    There, other stages would only copy gradients and weights (0.3 s per step for 98 M parameters on two CPU cores). fp16 keeps the
-    configured stage, because only stages 1 to 3 scale the loss.
+    Stages above 0 cost time: for a single worker with 98 M parameters on two CPU cores 0.3 s per step for copies, and for two
+    workers with a small model a fifth of a step. fp16 takes at least stage 1, because only stages 1 to 3 scale the loss.
     """
-    return config.execution.zero_stage if world_size > 1 or config.precision == "fp16" else 0
+    given, lowest = config.execution.zero_stage, 1 if config.precision == "fp16" else 0
+    if given is not None:
+        return given if world_size > 1 else lowest and given
+    if world_size == 1:
+        return lowest
+    # float32, per weight: itself, its gradient, its two moments, and the EMA, which every worker has whole
+    state = (20.0, 12 + 8 / world_size, 8 + 12 / world_size, 4 + 16 / world_size)
+    highest = 2 if config.execution.compile else 3  # stage 3 swaps weights under compiled code
+    fitting = (stage for stage in range(lowest, highest) if state[stage] * num_parameters <= _STATE_SHARE * memory)
+    return next(fitting, highest)
+
+
+def _least_memory(device: torch.device) -> float:
+    """Bytes of the smallest device of all ranks, so that they choose the same. Ranks on CPUs share the memory of their machine."""
+    if device.type == "cuda":
+        own = float(torch.cuda.get_device_properties(device).total_memory)
+    else:
+        own = psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    least = torch.tensor(own, dtype=torch.float64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return float(least)
 
 
 def prepare_forward(model: ENAT, config: TrainConfig, device: torch.device) -> None:
@@ -249,10 +275,28 @@ def _weight_decay_groups(model: ENAT, config: TrainConfig) -> Sequence[dict[str,
     ]
 
 
+def _import_deepspeed() -> Any:
+    """DeepSpeed 0.19 without what it imports for other uses, which takes seconds before the first step: MLflow for its autotuner,
+    and torch's compiler for the optimizer Muon."""
+    is_hidden = "mlflow" not in sys.modules
+    if is_hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment] # importing it raises ImportError
+    try:
+        import deepspeed
+    finally:
+        if is_hidden:
+            del sys.modules["mlflow"]
+    from deepspeed.runtime import compiler
+
+    with patch.object(compiler, "compile", lambda *_, **__: lambda function: function):
+        import deepspeed.runtime.zero.muon.original_muon
+    return deepspeed
+
+
 def _initialize(model: ENAT, optimizer: torch.optim.Optimizer, config: TrainConfig, zero_stage: int, passes_per_step: int) -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    deepspeed = _import_deepspeed()
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)

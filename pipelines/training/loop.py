@@ -164,6 +164,9 @@ class Trainer:
                 opened.tensors.fill(average_kind(length), average)
         num_passes = -(-config.num_groups // self.world_size) * config.execution.microbatches
         self.engine = Engine(model, config, self.device, num_passes)
+        if self.rank == 0:
+            self.task.reporter.log(f"training on {self.world_size} workers with ZeRO stage {self.engine.zero_stage}")
+            self._track(lambda run: run.set_tags({"enat.zero_stage": str(self.engine.zero_stage)}))
         if opened is not None:
             state = opened.state
             self.engine.load(opened.tensors, state)

@@ -9,7 +9,7 @@ the work inside a stage.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -47,19 +47,22 @@ def plan(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manife
 
     given: artifacts that nodes may read by these ids without a node that makes them.
     """
+    return [*look_up(nodes, store, given)]
+
+
+def look_up(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Manifest] | None = None) -> Iterator[PlannedStage]:
+    """The same, one node after the other."""
     found: dict[str, Manifest | None] = dict(given or {})
-    planned = []
     for node in nodes:
         inputs = {name: found[id] for name, id in node.inputs.items() if node.stage.is_in_key(name)}
         known = {name: manifest for name, manifest in inputs.items() if manifest is not None}
         if len(known) < len(inputs):
             found[node.id] = None
-            planned.append(PlannedStage(node, None, None))
+            yield PlannedStage(node, None, None)
             continue
         key = stage_key(node, known)
         manifest = found[node.id] = store.read_manifest(node.stage.name, key)
-        planned.append(PlannedStage(node, key, manifest, 0 if manifest else len(store.read_parts(node.stage.name, key))))
-    return planned
+        yield PlannedStage(node, key, manifest, 0 if manifest else len(store.read_parts(node.stage.name, key)))
 
 
 def execute(
@@ -212,6 +215,7 @@ class _Execution:
             siblings=self._siblings(node),
             connect=self._session.connect if is_alone else self._request_connection,
             spare_cpus=grant.spare_cpus,
+            is_alone=is_alone,
         )
         compute = replace(work, session=session).compute
         if is_alone:

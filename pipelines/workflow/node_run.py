@@ -73,6 +73,7 @@ class NodeRun:
             made=session.made,
             siblings=session.siblings,
             spare_cpus=session.spare_cpus,
+            is_alone=session.is_alone,
         )
         try:
             result = node.stage.run(node.config, self.inputs, context)

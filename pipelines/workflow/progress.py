@@ -7,6 +7,7 @@ work that they report on.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -31,6 +32,7 @@ from rich.text import Text
 
 from pipelines.formatting import one_line
 
+_log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.3
 LINE_SECONDS = "ENAT_PROGRESS_SECONDS"
 _HEAD = "node:__internal_head__"  # a resource that the head node alone has
@@ -42,17 +44,17 @@ class _State:
     def __init__(self) -> None:
         self._done: dict[str, int] = {}
         self._note = ""
-        self._messages: list[str] = []
+        self._messages: list[tuple[str, bool]] = []
         self._is_stop_requested = False
 
     def report(self, worker: str, done: int, note: str) -> None:
         self._done[worker] = done
         self._note = note or self._note
 
-    def tell(self, message: str) -> None:
-        self._messages.append(message)
+    def tell(self, message: str, is_shown: bool) -> None:
+        self._messages.append((message, is_shown))
 
-    def read(self) -> tuple[int, str, list[str]]:
+    def read(self) -> tuple[int, str, list[tuple[str, bool]]]:
         messages, self._messages = self._messages, []
         return sum(self._done.values()), self._note, messages
 
@@ -79,7 +81,11 @@ class Reporter:
 
     def tell(self, message: str) -> None:
         """Print a line on the terminal."""
-        self._state.tell.remote(message)
+        self._state.tell.remote(message, True)
+
+    def log(self, message: str) -> None:
+        """Write a line to the log of the run."""
+        self._state.tell.remote(message, False)
 
     def request_stop(self) -> None:
         """Ask all workers to save what they have and stop."""
@@ -208,8 +214,11 @@ class Bar:
                 except ray.exceptions.RayError:
                     return  # the bar is optional: if its actor is lost, the work continues without it
                 self.update(done, note)
-                for message in messages:
-                    self._console.print(f"[yellow]![/] {one_line(message)}", highlight=False)
+                for message, is_shown in messages:
+                    if is_shown:
+                        self._console.print(f"[yellow]![/] {one_line(message)}", highlight=False)
+                    else:
+                        _log.info("%s: %s", self._title, message)
 
         thread = threading.Thread(target=follow, name="progress", daemon=True)
         thread.start()

@@ -60,6 +60,7 @@ class Stage:
     files: patterns of the names of its files and records.
     external: fields of the config that name files outside the store.
     workers: what a config asks the cluster for; None if it asks for nothing.
+    imports: modules that Ray's tasks of this stage import, and that take long. A new local cluster imports them ahead.
     describe: the sentence that lists an artifact; "" lists its first metrics.
     reevaluation: what happens to the artifact when a registered model is evaluated again. "kept": it is reused, because it is part
         of the model. "conditions": it is reused, unless the request changes what the model is compared with. "measured": it is
@@ -83,6 +84,7 @@ class Stage:
     files: tuple[str, ...] = ()
     external: tuple[str, ...] = ()
     workers: Callable[[Any], Workers | None] = execution_of
+    imports: tuple[str, ...] = ()
     describe: Callable[[Manifest], str] = lambda manifest: ""
     reevaluation: Literal["kept", "conditions", "measured"] = "kept"
     shares_work_on: str | None = None
@@ -158,6 +160,7 @@ class StageContext(WorkerContext):
     node: its id in the pipeline, such as evaluate@variant.   made: artifacts of the run so far, by the ids of their nodes.
     siblings: for which a stage may leave parts, if that saves work.
     spare_cpus: CPUs that a stage may use beside its workers, for tasks that feed them. None: all that the cluster has.
+    is_alone: whether no other stage of the run is computed meanwhile.
     """
 
     console: Console
@@ -166,6 +169,7 @@ class StageContext(WorkerContext):
     made: Mapping[str, Manifest] = field(default_factory=dict)
     siblings: Sequence[Sibling] = ()
     spare_cpus: int | None = None
+    is_alone: bool = True
 
     def connect_for(self, workers: Workers, section: str) -> None:
         """Connect to Ray. Raises ValueError if the cluster does not have the resources that these workers request.
@@ -206,7 +210,7 @@ class Session:
     """What all stages of one pipeline run share. connect: connects to Ray.   prices: for costs in money.
 
     stages: all stages by name, also those that this run does not use: artifacts of theirs may be among the inputs.
-    made: artifacts so far, by the ids of their nodes.   siblings, spare_cpus: of the node that is computed.
+    made: artifacts so far, by the ids of their nodes.   siblings, spare_cpus, is_alone: of the node that is computed.
     """
 
     store: ArtifactStore
@@ -219,6 +223,7 @@ class Session:
     made: Mapping[str, Manifest] = field(default_factory=dict)
     siblings: Sequence[Sibling] = ()
     spare_cpus: int | None = None
+    is_alone: bool = True
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,7 @@ class ScriptedReporter:
     stop_at: int | None = None
     preempt_at: int | None = None
     messages: list[str] = field(default_factory=list)
+    logged: list[str] = field(default_factory=list)
     num_asked: int = 0
 
     def report(self, done: int, note: str = "") -> None:
@@ -255,6 +256,9 @@ class ScriptedReporter:
 
     def tell(self, message: str) -> None:
         self.messages.append(message)
+
+    def log(self, message: str) -> None:
+        self.logged.append(message)
 
     def is_stop_requested(self) -> bool:
         self.num_asked += 1

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import ray
 
-from pipelines.cluster.data_stream import actor_pool, stream_records
+from pipelines.cluster.data_stream import map_by_workers, stream_records
 from pipelines.cluster.resources import Execution
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -29,25 +30,25 @@ def _workers_need_no_test_modules() -> None:
 class Worker:
     """Makes a record of a part, or fails on purpose. Records every part that it is given."""
 
-    def __init__(self, folder: Path, deadly_part: int | None = None, lives: int = 1, broken_part: int | None = None) -> None:
-        self.folder, self.deadly_part, self.lives, self.broken_part = folder, deadly_part, lives, broken_part
+    def __init__(self, folder: Path, faults: Mapping[str, int]) -> None:
+        """faults: deadly_part, which kills so many lives; broken_part."""
+        self.folder, self.faults = folder, faults
+        (folder / f"process-{os.getpid()}-{time.monotonic_ns()}").touch()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         part = int(batch["part"][0])
         (self.folder / f"{part}-{time.monotonic_ns()}").touch()
-        if part == self.broken_part:
+        if part == self.faults.get("broken_part"):
             raise LookupError(f"part {part} is broken")
-        if part == self.deadly_part and len(list(self.folder.glob(f"{part}-*"))) <= self.lives:
+        if part == self.faults.get("deadly_part") and _times_given(self.folder, part) <= self.faults["lives"]:
             os.kill(os.getpid(), signal.SIGKILL)
         return {"record": [{"part": part, "square": part * part}]}
 
 
-def _records(folder: Path, execution: Execution, **arguments: Any) -> list[dict[str, Any]]:
+def _records(folder: Path, execution: Execution, *, is_alone: bool = False, **faults: int) -> list[dict[str, Any]]:
     def job(rows: list[dict[str, Any]]) -> ray.data.Dataset:
-        pool = actor_pool(execution, len(rows))
-        return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            Worker, fn_constructor_args=(folder,), fn_constructor_kwargs=arguments, **pool
-        )
+        planned = ray.data.from_items(rows, override_num_blocks=len(rows))
+        return map_by_workers(planned, Worker, (folder, faults), execution, len(rows), is_alone=is_alone)
 
     return list(stream_records(ROWS, job))
 
@@ -56,20 +57,35 @@ def _times_given(folder: Path, part: int) -> int:
     return len(list(folder.glob(f"{part}-*")))
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_every_row_is_processed_once(tmp_path: Path, num_workers: int) -> None:
-    records = _records(tmp_path, Execution(num_workers=num_workers))
+@pytest.mark.parametrize(
+    ("num_workers", "is_alone"), [pytest.param(1, False, marks=pytest.mark.slow), (2, False), (1, True), (2, True)]
+)
+def test_every_row_is_processed_once(tmp_path: Path, num_workers: int, is_alone: bool) -> None:
+    records = _records(tmp_path, Execution(num_workers=num_workers), is_alone=is_alone)
     assert sorted(records, key=lambda record: record["part"]) == [{"part": part, "square": part**2} for part in range(5)]
     assert [_times_given(tmp_path, part) for part in range(5)] == [1] * 5
+    assert len([*tmp_path.glob("process-*")]) <= 2, "a worker is made once in each process"
+
+
+def test_processes_of_tasks_are_used_again(tmp_path: Path) -> None:
+    """Those of actors are not."""
+    for job in ("first", "second"):
+        (tmp_path / job).mkdir()
+        _records(tmp_path / job, Execution(), is_alone=True)
+    first, second = ({path.name.split("-")[1] for path in (tmp_path / job).glob("process-*")} for job in ("first", "second"))
+    assert first == second
 
 
 @pytest.mark.faults
-def test_the_rows_of_a_killed_worker_are_processed_by_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    records = _records(tmp_path, Execution(), deadly_part=2, lives=1)
+@pytest.mark.parametrize(("is_alone", "error"), [(False, "ActorDiedError"), (True, "WorkerCrashedError")])
+def test_the_rows_of_a_killed_worker_are_processed_by_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_alone: bool, error: str
+) -> None:
+    records = _records(tmp_path, Execution(), is_alone=is_alone, deadly_part=2, lives=1)
     assert sorted(record["part"] for record in records) == list(range(5)), "no record twice, none missing"
     assert _times_given(tmp_path, 2) == 2
     assert _times_given(tmp_path, 0) == 1, "what was done before stays done"
-    assert "workers were lost (ActorDiedError)" in caplog.text
+    assert f"workers were lost ({error})" in caplog.text
 
 
 def test_an_error_in_the_stage_ends_the_job_at_once_and_frees_its_workers(tmp_path: Path) -> None:
@@ -81,6 +97,6 @@ def test_an_error_in_the_stage_ends_the_job_at_once_and_frees_its_workers(tmp_pa
     assert len(_records(tmp_path / "again", Execution(num_workers=2))) == 5 and kept.value is not None
 
 
-def test_a_pool_is_not_larger_than_its_work() -> None:
-    assert actor_pool(Execution(num_workers=8), 3)["compute"].min_size == 3
-    assert actor_pool(Execution(num_workers=2), 3)["compute"].max_size == 2
+def test_a_pool_is_not_larger_than_its_work(tmp_path: Path) -> None:
+    assert len(_records(tmp_path, Execution(num_workers=8, cpus_per_worker=0.25))) == 5
+    assert len([*tmp_path.glob("process-*")]) <= 5

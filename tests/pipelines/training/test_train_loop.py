@@ -36,6 +36,7 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StorageError
 from pipelines.training.batches import GroupBatch
 from pipelines.training.checkpoints import NoReadableCheckpointError, find_checkpoints, read_resume_point
+from pipelines.training.engine import effective_zero_stage
 from pipelines.training.loop import Trainer
 from pipelines.training.task import initial_model
 
@@ -58,6 +59,28 @@ def slow(*case):
 
 def fault(*case):
     return pytest.param(*case, marks=pytest.mark.faults)
+
+
+@pytest.mark.parametrize(
+    ("given", "precision", "world_size", "gigabytes", "compiled", "chosen"),
+    [  # a billion parameters
+        (None, "bf16", 8, 80, False, 0),
+        (None, "bf16", 8, 40, False, 1),  # 20 GB are more than 40%, 13 are not
+        (None, "bf16", 8, 24, False, 2),
+        (None, "bf16", 8, 16, False, 3),
+        (None, "bf16", 8, 16, True, 2),  # compiled code cannot have its weights swapped
+        (None, "fp16", 8, 80, False, 1),  # only these scale the loss
+        (None, "fp16", 1, 80, False, 1),
+        (None, "bf16", 1, 16, False, 0),  # nobody to share with
+        (3, "bf16", 8, 80, False, 3),
+        (3, "bf16", 1, 80, False, 0),
+        (2, "fp16", 1, 80, False, 2),
+        (0, "bf16", 8, 16, False, 0),
+    ],
+)
+def test_the_zero_stage_is_the_lowest_that_fits(given, precision, world_size, gigabytes, compiled, chosen):
+    config = changed(precision=precision, execution={"zero_stage": given, "compile": compiled})
+    assert effective_zero_stage(config, world_size, 10**9, gigabytes * 1e9) == chosen
 
 
 @pytest.mark.parametrize(
