@@ -63,6 +63,9 @@ class ENATOutput:
     num_masked: int
 
 
+_RECOMPILE_LIMIT = 64
+
+
 def _take(x: Float[Tensor, "B L D"], index: Int64[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
     """The rows of x at index."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
@@ -72,6 +75,7 @@ class ENAT(nn.Module):
     """The network.
 
     activation_checkpointing: an attribute. In training, blocks keep only their inputs and run again for the backward pass.
+    is_compiled: whether compile_blocks was called.
     """
 
     null_hidden: Tensor
@@ -81,6 +85,7 @@ class ENAT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.is_compiled = False
         dim, has_text = config.embed_dim, config.text_width is not None
         self.token_embedding = nn.Embedding(config.codebook_size + 1, dim)
         self.position_embedding = nn.Embedding(config.num_tokens, dim)
@@ -162,10 +167,16 @@ class ENAT(nn.Module):
             shapes = f"{tuple(condition.hidden.shape)} and {tuple(condition.pooled.shape)}"
             raise ValueError(f"caption features have shapes {shapes}; (B, {num_text_tokens}, {width}) and (B, {width}) are needed")
 
-    def compile_blocks(self) -> None:
-        """Compile every block in place, with dynamic shapes: the number of masked tokens varies."""
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile every block in place, with dynamic shapes: the number of masked tokens varies. backend: of torch.compile.
+
+        The number of graphs is bounded (see _run), and small. The limit of this process is raised all the same, because torch runs
+        what exceeds it uncompiled, without a word.
+        """
+        self.is_compiled = True
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
         for block in (*self.encoder, *self.decoder):
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, backend=backend)
 
     def forward(
         self,
@@ -283,7 +294,10 @@ class ENAT(nn.Module):
             masked = self._run(block, masked, conditioning, condition)
         return masked
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, conditioning: Tensor | None, condition: Tensor) -> Tensor:
+        inputs = x, conditioning, condition
+        if self.is_compiled and (x.shape[1] < 2 or (conditioning is not None and conditioning.shape[1] < 2)):
+            return block.forward(*inputs)  # torch.compile makes graphs of their own for sizes 0 and 1
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             # A block draws no random numbers, so the state of the generators need not be kept.
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +18,8 @@ from typing import Any
 
 GOOD, WARNING, BAD = "good", "warning", "bad"
 _FREE_GB = 5.0  # on the disk of the workspace, for spilled objects of Ray and for caches
+_LEAST_DRIVER = {12: 525, 13: 580}  # by the major version of CUDA that torch was built with, as NVIDIA states it for Linux
+_DRIVER_SECONDS = 20.0
 _SHARED_GB = 1.0  # in /dev/shm, for Ray's object store
 
 
@@ -94,12 +99,28 @@ def _devices() -> Iterator[Finding]:
 
     count = _num_gpus()
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
-    if count:
-        yield Finding("devices", GOOD, f"{count} x {names}, CUDA {torch.version.cuda}")
+    driver, least = _driver(), _LEAST_DRIVER.get(int((torch.version.cuda or "0").partition(".")[0]), 0)
+    if driver and int(driver.partition(".")[0]) < least:
+        advice = f"install driver {least} or newer; this torch has CUDA {torch.version.cuda}"
+        yield Finding("devices", BAD, f"the GPU driver {driver} is too old", advice)
+    elif count:
+        yield Finding("devices", GOOD, f"{count} x {names}, CUDA {torch.version.cuda}, driver {driver}")
     elif shutil.which("nvidia-smi"):
-        yield Finding("devices", WARNING, "a GPU driver is installed, but torch finds no GPU")
+        yield Finding("devices", WARNING, f"a GPU driver ({driver or 'version unknown'}) is installed, but torch finds no GPU")
     else:
         yield Finding("devices", GOOD, f"no GPU, {os.cpu_count()} CPUs; stages with gpus_per_worker need a cluster")
+
+
+def _driver() -> str:
+    """The version of the GPU driver; "" without one that answers."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return ""
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=True).stdout
+        if found := re.match(r"\d+(\.\d+)*", answer.strip()):
+            return found[0]
+    return ""
 
 
 def _disk(workspace: Path) -> Iterator[Finding]:

@@ -105,15 +105,19 @@ class Leases:
 
     def _repeat(self) -> None:
         while not self._is_over.wait(_EVERY):
-            for name in [*self._held]:
-                with self._lock:
-                    if name not in self._held:
-                        continue
-                    self._held[name] += 1
-                    try:
-                        self._store.folder.put(self._path(name), sealed(vars(self._record(self._held[name]))))
-                    except (OSError, StorageError) as error:
-                        _log.info("the lease of %s is not renewed (%s)", short(name), error)
+            self.renew()
+
+    def renew(self) -> None:
+        """Write all that are held again."""
+        for name in [*self._held]:
+            with self._lock:
+                if name not in self._held:
+                    continue
+                self._held[name] += 1
+                try:
+                    self._store.folder.put(self._path(name), sealed(vars(self._record(self._held[name]))))
+                except (OSError, StorageError) as error:
+                    _log.info("the lease of %s is not renewed (%s)", short(name), error)
 
     def _record(self, beats: int) -> _Record:
         return _Record(process.this_host(), process.this_process(), self._owner, beats)

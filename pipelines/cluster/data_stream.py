@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from pipelines.cluster import local
+from pipelines.cluster.capacity import has_autoscaler
 from pipelines.cluster.resources import Execution
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def feeding_tasks(execution: Execution, num_tasks: int | None = None, spare_cpus
 
     spare_cpus: CPUs beside those of the pool that the tasks may use; None is all that the cluster has.
     If the pool uses all, the tasks share its CPUs, and there are at most as many tasks as workers. A task that requested a CPU of
-    its own would wait forever, and the pool would wait for the task.
+    its own would wait forever, and the pool would wait for the task. A cluster that adds nodes on demand adds them for tasks that
+    request a CPU, and runs those that request none on its head, which has none.
     """
     import ray.data
 
@@ -81,7 +83,7 @@ def feeding_tasks(execution: Execution, num_tasks: int | None = None, spare_cpus
         spare = ray.cluster_resources().get("CPU", 0) - execution.cpus_per_worker * execution.num_workers
     else:
         spare, num_tasks = spare_cpus, min(num_tasks or spare_cpus, spare_cpus) or num_tasks
-    if spare >= 1:
+    if spare >= 1 or has_autoscaler():
         return {"batch_size": 1, "num_cpus": 1, "compute": ray.data.TaskPoolStrategy(size=num_tasks)}
     return {"batch_size": 1, "num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=num_tasks or execution.num_workers)}
 

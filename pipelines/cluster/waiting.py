@@ -14,7 +14,8 @@ def get(reference: Any) -> Any:
     """ray.get(reference)."""
     import ray
 
-    wait([reference])
+    if not _is_main():
+        wait([reference])
     return ray.get(reference)
 
 
@@ -22,7 +23,7 @@ def wait(references: Sequence[Any]) -> list[Any]:
     """Some of the references that are done, at least one."""
     import ray
 
-    timeout = None if threading.current_thread() is threading.main_thread() else _LOOK_SECONDS
+    timeout = None if _is_main() else _LOOK_SECONDS
     while not (done := ray.wait(list(references), timeout=timeout)[0]):
         pass
     return list(done)
@@ -30,10 +31,14 @@ def wait(references: Sequence[Any]) -> list[Any]:
 
 def result_of(future: Future[Any]) -> Any:
     """future.result()."""
-    while threading.current_thread() is not threading.main_thread():
+    while not _is_main():
         try:
             return future.result(_LOOK_SECONDS)
         except TimeoutError:
             if future.done():
                 raise
     return future.result()
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()

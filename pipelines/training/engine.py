@@ -316,6 +316,7 @@ def _initialize(model: ENAT, optimizer: torch.optim.Optimizer, config: TrainConf
             "gradient_clipping": config.max_grad_norm if config.max_grad_norm and zero_stage else 0.0,
             "zero_optimization": {"stage": zero_stage},
             "zero_allow_untested_optimizer": True,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device four times a step
         },
     )
     if zero_stage == 0 and dist.get_world_size() == 1:

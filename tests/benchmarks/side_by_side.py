@@ -20,8 +20,6 @@ from typing import Any
 import click
 from common import in_process, run_script, show, where
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-
 _CHAINS = {"s": 3.0, "b": 4.0, "l": 5.0, "xl": 6.0}  # seconds of the workers of each stage
 _STAGES = ("train", "generate", "evaluate")
 _MODELS = {"s": 32, "b": 64, "l": 96, "xl": 128}  # channels

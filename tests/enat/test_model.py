@@ -15,6 +15,7 @@ from small_models import (
     small_config,
     small_enat,
 )
+from torch._dynamo.utils import counters
 
 from enat.config import ENATConfig
 from enat.model import ENAT, TextCondition, draw_dropout_mask
@@ -334,3 +335,32 @@ def test_condition_of_another_kind_or_shape_is_refused(architecture, condition, 
     if architecture and not isinstance(condition, torch.Tensor) and condition.hidden.shape[1:] != (3, 12):
         with pytest.raises(ValueError, match=r"\(1, 4, 12\) and \(1, 12\)"):
             model.set_null_caption(condition.hidden[0], condition.pooled[0])
+
+
+def test_few_graphs_are_compiled_however_many_tokens_are_masked() -> None:
+    """Natural draws, 0 and 1 visible tokens among them, fresh and with features of an earlier step: no graph after the first steps.
+
+    Past its limit torch runs new shapes uncompiled, without a word.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    model = small_enat(grid_size=8).train()
+    model.compile_blocks(backend="eager")
+    generator, num_tokens = torch.Generator().manual_seed(1), 64
+    sizes = [0, 1, 63, 64, *torch.randint(0, 65, (200,), generator=generator).tolist()]
+    counts = []
+    for number, num_masked in enumerate(sizes):
+        tokens = torch.randint(0, model.config.codebook_size, (3, num_tokens), generator=generator)
+        labels, order = torch.zeros(3, dtype=torch.long), torch.rand(3, num_tokens, generator=generator).argsort(1)
+        previous = None
+        if number % 2:
+            before = int(torch.randint(num_masked, num_tokens + 1, (), generator=generator))
+            masked = tokens.scatter(1, order[:, :before], model.config.mask_id)
+            with torch.no_grad():
+                previous = model(masked, labels, num_masked=before, logits="none")
+        masked = tokens.scatter(1, order[:, :num_masked], model.config.mask_id)
+        out = model(masked, labels, previous, num_masked=num_masked, logits="masked")
+        out.features.square().sum().backward()
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[-1] == counts[20] <= 6
+    assert not counters["unimplemented"] and "recompile_limit" not in str(dict(counters))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from importlib.metadata import version
@@ -133,6 +134,22 @@ def test_ray_accepts_the_parameters_of_its_start_and_the_command_that_submits() 
     assert parsed["address"] == f"http://{NAME}-head-svc:8265" and not parsed["no_wait"]
     assert parsed["entrypoint"][:2] == ("enat", "reevaluate")
     assert json.loads(parsed["metadata_json"]).keys() == {jobs.RUN, "enat.name"}, "`enat jobs` lists jobs with these keys"
+
+
+def test_a_worker_that_is_to_end_drains_its_node_within_its_grace_period() -> None:
+    from ray.scripts.scripts import drain_node
+
+    for group in GROUPS.values():
+        spec = group["template"]["spec"]
+        (container,) = spec["containers"]
+        *shell, script = container["lifecycle"]["preStop"]["exec"]["command"]
+        command, wait = script.split(" && ")
+        assert shell == ["sh", "-c"] and command.startswith("ray drain-node ")
+        words = shlex.split(command.replace("$RAY_ADDRESS", "host:6379"))
+        parsed = drain_node.make_context("drain-node", words[2:]).params
+        assert parsed["reason"] == "DRAIN_NODE_REASON_PREEMPTION" and parsed["node_id"] is None, "its own node"
+        seconds = int(wait.removeprefix("sleep "))
+        assert seconds < parsed["deadline_remaining_seconds"] < spec["terminationGracePeriodSeconds"]
 
 
 def test_jobs_run_on_the_cluster() -> None:

@@ -82,11 +82,11 @@ def test_kustomize_lists_all_manifests() -> None:
 
 # Variables -----------------------------------------------------------------------------------------------------------------
 
-# Variables of images that are not ours, of Docker's GPU support, and of programs that the Dockerfile runs.
+# Variables of images that are not ours, of Docker's GPU support, of NCCL (compiled), and of programs that the Dockerfile runs.
 _OF_IMAGES = {
     "MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD", "POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD",
     "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "PATH", "HOME", "PYTHONUNBUFFERED", "DS_BUILD_OPS", "UV_LINK_MODE",
-    "UV_CACHE_DIR", "PIP_CACHE_DIR",
+    "UV_CACHE_DIR", "PIP_CACHE_DIR", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_DEBUG",
 }  # fmt: skip
 _READERS = {  # the package that reads variables with this prefix, and the files that name them
     "AWS_": ("botocore", ("configprovider.py", "credentials.py")),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 
 import pytest
 from manifests import INFRA, compose, of_kind, unit
+from ray_nodes import ray_nodes
 from workstation import COMMANDS, SECRETS, Workstation, workstation
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
@@ -31,6 +33,7 @@ OF_OTHERS = {  # programs of images that are not ours, and why they do not run h
     "compose object-store healthcheck": "MinIO",
     "compose database healthcheck": "PostgreSQL: replaced by sqlite",
 }
+HOOKS = [place for place in COMMANDS if place.endswith(" preStop")]
 PROBES = [place for place, words in COMMANDS.items() if words[0] == "GET"]
 KEYS = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
 JOBS = ("imagenet256-token-map", "imagenet256-train", "imagenet256-evaluate")
@@ -110,6 +113,22 @@ def test_probes_of_pods_find_the_nodes_healthy(station: Workstation) -> None:
         _, port, path = station.words(place, station.agents["ray-head" if "head" in place else "ray-worker"])
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
             assert answer.status == 200, place
+
+
+def test_a_pod_that_is_to_end_announces_it_to_ray(station: Workstation) -> None:
+    """In a cluster of one node, because on one machine a command cannot tell which node is its own. See test_cluster_training."""
+    scripts = {place: station.words(place) for place in HOOKS}
+    (words,) = {tuple(words) for words in scripts.values()}
+    *shell, script = words
+    with ray_nodes(1) as nodes:
+        environment = {
+            **nodes.environment,
+            "RAY_ADDRESS": nodes.address,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        command = [*shell, script.partition(" && sleep")[0]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pods_of_kubernetes_start_nodes_as_compose_does() -> None:
@@ -374,24 +393,28 @@ def test_the_cron_line_finds_nothing_due_and_never_runs_twice_at_the_same_time(
 
 # Which test runs what --------------------------------------------------------------------------------------------------------
 
-RUN_BY = {
-    "compose bucket": test_the_services_start_and_are_healthy,
-    "compose ray-head": test_the_services_start_and_are_healthy,
-    "compose ray-head healthcheck": test_the_services_start_and_are_healthy,
-    "compose ray-worker": test_the_services_start_and_are_healthy,
-    "compose ray-worker healthcheck": test_the_services_start_and_are_healthy,
-    "compose ray-worker-gpu": test_a_node_for_gpus_joins_and_leaves,
-    "compose ray-worker-gpu healthcheck": test_a_node_for_gpus_joins_and_leaves,
-    "Dockerfile mlflow CMD": test_the_services_start_and_are_healthy,
-    "Dockerfile mlflow HEALTHCHECK": test_the_services_start_and_are_healthy,
-    "Dockerfile enat CMD": test_the_image_of_the_nodes_shows_its_help,
-    "RayJob imagenet256-token-map": test_jobs_of_kubernetes_run_and_reuse_the_artifacts_of_earlier_jobs,
-    "RayJob imagenet256-train": test_jobs_of_kubernetes_run_and_reuse_the_artifacts_of_earlier_jobs,
-    "RayJob imagenet256-evaluate": test_jobs_of_kubernetes_run_and_reuse_the_artifacts_of_earlier_jobs,
-    "enat-reevaluate: submit": test_the_cron_job_evaluates_models_that_are_due_and_then_none,
-    "enat-reevaluate.service ExecStart": test_the_unit_s_command_evaluates_models_that_are_due,
-    "enat-reevaluate.cron": test_the_cron_line_finds_nothing_due_and_never_runs_twice_at_the_same_time,
-} | dict.fromkeys(PROBES, test_probes_of_pods_find_the_nodes_healthy)
+RUN_BY = (
+    {
+        "compose bucket": test_the_services_start_and_are_healthy,
+        "compose ray-head": test_the_services_start_and_are_healthy,
+        "compose ray-head healthcheck": test_the_services_start_and_are_healthy,
+        "compose ray-worker": test_the_services_start_and_are_healthy,
+        "compose ray-worker healthcheck": test_the_services_start_and_are_healthy,
+        "compose ray-worker-gpu": test_a_node_for_gpus_joins_and_leaves,
+        "compose ray-worker-gpu healthcheck": test_a_node_for_gpus_joins_and_leaves,
+        "Dockerfile mlflow CMD": test_the_services_start_and_are_healthy,
+        "Dockerfile mlflow HEALTHCHECK": test_the_services_start_and_are_healthy,
+        "Dockerfile enat CMD": test_the_image_of_the_nodes_shows_its_help,
+        "RayJob imagenet256-token-map": test_jobs_of_kubernetes_run_and_reuse_the_artifacts_of_earlier_jobs,
+        "RayJob imagenet256-train": test_jobs_of_kubernetes_run_and_reuse_the_artifacts_of_earlier_jobs,
+        "RayJob imagenet256-evaluate": test_jobs_of_kubernetes_run_and_reuse_the_artifacts_of_earlier_jobs,
+        "enat-reevaluate: submit": test_the_cron_job_evaluates_models_that_are_due_and_then_none,
+        "enat-reevaluate.service ExecStart": test_the_unit_s_command_evaluates_models_that_are_due,
+        "enat-reevaluate.cron": test_the_cron_line_finds_nothing_due_and_never_runs_twice_at_the_same_time,
+    }
+    | dict.fromkeys(PROBES, test_probes_of_pods_find_the_nodes_healthy)
+    | dict.fromkeys(HOOKS, test_a_pod_that_is_to_end_announces_it_to_ray)
+)
 
 
 @pytest.fixture(autouse=True)

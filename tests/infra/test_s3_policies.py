@@ -21,6 +21,7 @@ import pytest
 from manifests import INFRA
 
 from pipelines.artifacts import garbage
+from pipelines.artifacts.lease import Leases
 from pipelines.artifacts.manifest import USED, WORK, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -152,6 +153,9 @@ def _work_of_a_driver(recorded: Recorded) -> Manifest:
     store.check_writable()
     store.record_use("token_map", TOKEN_MAP)
     store.record_use("token_map", TOKEN_MAP)  # replaces the first
+    with Leases(store) as leases:
+        assert leases.take("token_map", TOKEN_MAP) is None
+        leases.renew()
     record = store.put_file("token_map", TOKEN_MAP, "index.json", recorded.file("index", b"{}"))
     manifest = Manifest(stage="token_map", key=TOKEN_MAP, stage_version=1, config={}, inputs={}, files=(record,))
     store.put_file("token_map", TOKEN_MAP, f"{WORK}/state", recorded.file("state", b"2"))
@@ -275,8 +279,9 @@ def test_the_bucket_refuses_overwriting_and_plain_http() -> None:
     assert encrypted["Condition"] == {"Bool": {"aws:SecureTransport": "false"}} and encrypted["Effect"] == "Deny"
     assert write_once["Effect"] == "Deny" and write_once["Action"] == "s3:PutObject"
     assert write_once["Condition"] == {"Null": {"s3:if-none-match": "true"}, "Bool": {"s3:ObjectCreationOperation": "true"}}
-    # MLflow writes without a condition; in an artifact only the record of its last use is replaced.
-    assert write_once["NotResource"] == [f"arn:aws:s3:::{BUCKET}/mlflow/*", f"arn:aws:s3:::{BUCKET}/*/{USED}"]
+    # MLflow writes without a condition; in an artifact only the record of its last use and its lease are replaced.
+    replaced = ("mlflow/*", f"*/{USED}", f"*/{WORK}/lease.json")
+    assert write_once["NotResource"] == [f"arn:aws:s3:::{BUCKET}/{each}" for each in replaced]
 
 
 def test_a_bucket_accepts_all_settings(s3_server: str, s3_environment: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,29 @@ def test_problems_of_some_runs_are_warnings(examine: Callable[..., Any], monkeyp
     found = examine("tracking.enabled=false", "reference.extractor=inception")
     for what in ("disk", "shared memory", "tracking", "weights"):
         assert found[what].state == doctor.WARNING and found[what].advice
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "detail"),
+    [
+        ("echo 575.57.08", "bad", "the GPU driver 575.57.08 is too old"),
+        ("echo 580.95.05; echo 580.95.05", "warning", "a GPU driver (580.95.05) is installed, but torch finds no GPU"),
+        ("echo NVIDIA-SMI has failed; exit 9", "warning", "a GPU driver (version unknown) is installed"),
+    ],
+)
+def test_the_gpu_driver_is_compared_with_what_torch_needs(
+    answer: str, state: str, detail: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{answer}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor, "_num_gpus", lambda: 0)
+    (finding,) = doctor._devices()
+    assert (finding.state, finding.detail[: len(detail)]) == (state, detail)
 
 
 def test_a_package_of_another_version_is_reported(examine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

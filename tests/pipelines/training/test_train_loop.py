@@ -61,6 +61,32 @@ def fault(*case):
     return pytest.param(*case, marks=pytest.mark.faults)
 
 
+class NeverWaiting(Trainer):
+    """Fails if a step waits for the device, which hides the time that the host needs to launch its work."""
+
+    def train_step(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        accelerator = get_accelerator()
+        waits = accelerator.synchronize
+
+        def refuse(*_: object) -> None:
+            raise AssertionError("a step waits for the device")
+
+        accelerator.synchronize = refuse
+        try:
+            super().train_step()
+        finally:
+            accelerator.synchronize = waits
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_no_step_waits_for_the_device(material, key, zero_stage):
+    """DeepSpeed's timers would, four times a step."""
+    config = changed(num_steps=4, execution={"zero_stage": zero_stage})
+    assert len(train(material, config, key, world_size=2, trainer_class=NeverWaiting).history) == 4
+
+
 @pytest.mark.parametrize(
     ("given", "precision", "world_size", "gigabytes", "compiled", "chosen"),
     [  # a billion parameters
