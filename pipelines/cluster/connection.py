@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,10 @@ def _set_defaults(variables: Mapping[str, str]) -> None:
 def address_of(config: ClusterConfig) -> str:
     """Of the cluster that `connect` connects to; LOCAL for one that it starts."""
     return config.address or os.environ.get("RAY_ADDRESS") or LOCAL
+
+
+def is_connected() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def is_local() -> bool:

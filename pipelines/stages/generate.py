@@ -20,7 +20,7 @@ from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.data_stream import map_by_workers, stream_records
-from pipelines.cluster.device import device_name, peak_memory_gb
+from pipelines.cluster.device import device_name, peak_memory_gb, wait_for
 from pipelines.cluster.resources import Execution
 from pipelines.data.captions import CaptionFeatures, CaptionsSummary
 from pipelines.data.dataset import INDEX
@@ -327,6 +327,8 @@ class _Sample:
             conditions=self._condition,
             starts=self._start,
         )
+        if execution.compile or execution.device == "cuda":
+            self._warm_up()
         self.start_seconds = time.monotonic() - started  # reported once, with the first part
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -364,6 +366,14 @@ class _Sample:
         self.start_seconds = 0.0
         self.context.store.put_part(self.context.stage, self.context.key, shard_name(part), record)
         return {"record": [record]}
+
+    def _warm_up(self) -> None:
+        """Sample one pass, in which code is compiled and kernels are loaded: neither is time of an image."""
+        from pipelines.sampling.fixed_batches import split_into_passes
+
+        first = split_into_passes(0, min(self.config.shard_size, self.config.num_samples), self.config.forward_batch_size)[0]
+        self.pool.submit(self.sampler.states, first).result()
+        wait_for(self.config.execution.device)
 
     def _condition(self, samples: np.ndarray) -> torch.Tensor | TextCondition:
         import torch

@@ -99,9 +99,9 @@ class _ConnectionRequest:
 
 
 class _Execution:
-    """One call of `execute`. Its methods run in the thread of the caller, except for _compute_node.
+    """One call of `execute`. Its methods run in the thread of the caller, except for _request_connection.
 
-    nodes whose computation is over are in `_finished` or `_errors`, those at work in `_running`.
+    Nodes that are over are in `_finished` or `_errors`, those at work in `_running`.
     """
 
     def __init__(
@@ -129,6 +129,8 @@ class _Execution:
         with self._use_recorder, self._leases:
             for manifest in self._given.values():
                 self._use_recorder.record(*name_of(manifest), inputs_of(manifest))
+            if self._num_jobs != 1 and connection.is_connected():
+                self._connect()  # the room is known from the beginning
             try:
                 while (is_held := self._start_all()) or self._running:
                     self._handle_event(_LOOK_SECONDS if is_held else None)

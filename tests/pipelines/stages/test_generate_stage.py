@@ -39,6 +39,7 @@ from pipelines.data.dataset import INDEX, write_index
 from pipelines.data.samples import Samples, read_samples, sample_seed, shard_name
 from pipelines.data.sources.base import Entry
 from pipelines.data.token_map import TokenMapInfo, TokenRows, write_shard
+from pipelines.sampling.fixed_batches import PassSampler
 from pipelines.sampling.models import Generator
 from pipelines.sampling.request import SampleRequest
 from pipelines.sampling.sample import sample_batches
@@ -389,6 +390,20 @@ def test_unconditional_model_has_label_0(make_here) -> None:
     model = random_model(num_classes=0)
     assert make_here(dataclasses.replace(CONFIG, num_samples=4), model).labels.tolist() == [0] * 4
     assert generate.label_scheme(CONFIG, model.config) == "none"
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_is_compiled_is_compiled_before_time_is_taken(
+    make_here, model: ENAT, samples: Made, monkeypatch: pytest.MonkeyPatch, is_compiled: bool
+) -> None:
+    """By one pass whose codes are not used."""
+    monkeypatch.setattr(ENAT, "compile_blocks", lambda self: None)
+    states, passes = PassSampler.states, list[int]()
+    monkeypatch.setattr(PassSampler, "states", lambda self, each: passes.append(len(each)) or states(self, each))
+    config = dataclasses.replace(CONFIG, num_samples=8, execution=GenerateExecution(compile=is_compiled))
+    read = make_here(config, model)
+    np.testing.assert_array_equal(read.codes, read_samples(samples.store, samples.manifest, 0, 8).codes)
+    assert sum(passes) - 8 == (min(8, config.forward_batch_size, config.shard_size) if is_compiled else 0)
 
 
 @pytest.mark.faults

@@ -67,6 +67,7 @@ def session(local_store: ArtifactStore, make_session: Callable[..., Any]) -> sta
 @pytest.fixture
 def cpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Pretend that a cluster of one node has so many CPUs."""
+    monkeypatch.setattr(connection, "is_connected", lambda: False)  # another test may have connected this process
     return lambda number: monkeypatch.setattr(connection, "capacity", lambda: Capacity(({"CPU": number},)))
 
 
