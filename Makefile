@@ -75,6 +75,7 @@ bench: setup
 	$(BIN)/python tests/benchmarks/sampling.py
 	$(BIN)/python tests/benchmarks/evaluation.py
 	$(BIN)/python tests/benchmarks/metrics.py
+	$(BIN)/python tests/benchmarks/side_by_side.py --no-models
 
 format: setup
 	$(BIN)/ruff check --fix .
