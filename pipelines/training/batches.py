@@ -1,8 +1,9 @@
 """The groups of images that a training step learns from, drawn ahead of time.
 
 A global batch consists of `num_groups` equal groups. Every random draw of a group (rows, flips, captions, dropped labels, mask
-ratio, masks, reuse, dropout) depends only on (seed, step, group), and ranks take whole groups. Hence the training data does not
-depend on the number of workers, and a resumed run draws the same groups as an uninterrupted one.
+ratio, masks, reuse, dropout) depends only on (seed, step, group). Ranks take whole groups; more ranks than groups share the rows of
+each. Hence the training data does not depend on the number of workers, and a resumed run draws the same groups as an uninterrupted
+one.
 
 Shape legend: B images of a group, L tokens, T text tokens, W text width.
 """
@@ -31,6 +32,7 @@ from pipelines.training.config import TrainConfig
 class GroupBatch:
     """One group of a step. codes: int64 (B, L).   condition: labels int64 (B,), or captions, before any are dropped.
 
+    piece, num_pieces: which of so many equal pieces of its rows this rank learns from.
     is_dropped: bool (B,), images whose condition is replaced by the null condition.   dropout_seed: seed of the group's dropout.
     weight: 1, or 0 for a repeated group that only keeps a rank in step with ranks that have one group more.
     """
@@ -43,6 +45,13 @@ class GroupBatch:
     masked: MaskedCodes
     dropout_seed: int
     weight: float = 1.0
+    piece: int = 0
+    num_pieces: int = 1
+
+    @property
+    def num_images(self) -> int:
+        """Of this rank's piece."""
+        return len(self.codes) // self.num_pieces
 
     @property
     def mask_ratio(self) -> float:
@@ -75,15 +84,15 @@ class GroupBatch:
         )
 
     def microbatches(self, count: int, model: ENAT) -> Iterator[tuple[Tensor, Tensor | TextCondition, MaskedCodes, Tensor | None]]:
-        """Cut the group into `count` equal microbatches of codes, condition, masked codes and dropout mask.
+        """Cut this rank's piece into `count` equal microbatches of codes, condition, masked codes and dropout mask.
 
-        Random draws are made for the whole group, so they do not depend on `count`.
+        Random draws are made for the whole group, so they do not depend on pieces and `count`.
         """
-        size = len(self.codes) // count
+        size, first = self.num_images // count, self.piece * self.num_images
         condition = model.drop_condition(self.condition, self.is_dropped)
         generator = torch.Generator(self.codes.device).manual_seed(self.dropout_seed)
         kept = draw_dropout_mask(model.config, len(self.codes), generator, self.codes.device)
-        for start in range(0, len(self.codes), size):
+        for start in range(first, first + self.num_images, size):
             rows = slice(start, start + size)
             yield self.codes[rows], condition[rows], self.masked.rows(rows), None if kept is None else kept[rows]
 
@@ -111,10 +120,24 @@ def draw_group(config: TrainConfig, token_map: TokenMap, captions: CaptionFeatur
     return GroupBatch(step, group, codes, condition, is_dropped, masked, dropout_seed=int(rng.integers(2**63)))
 
 
-class Batches:
-    """A rank's groups, beginning with a given step. A thread draws them ahead of their use.
+def pieces_per_group(config: TrainConfig, world_size: int) -> int:
+    """Into how many equal pieces the rows of each group are cut: 1, unless there are more ranks than groups.
 
-    A rank with fewer groups than others repeats its last group with weight 0, because every rank must take part in every reduction.
+    Every rank gets equally many pieces if the sizes allow it.
+    """
+    if world_size <= config.num_groups:
+        return 1
+    smallest = config.execution.microbatches  # images of a piece
+    possible = [count for count in range(1, config.group_size // smallest + 1) if config.group_size % (count * smallest) == 0]
+    fitting = [count for count in possible if count * config.num_groups >= world_size]
+    even = [count for count in fitting if count * config.num_groups % world_size == 0]
+    return (even or fitting)[0]
+
+
+class Batches:
+    """A rank's groups, or pieces of them, beginning with a given step. A thread draws them ahead of their use.
+
+    A rank with fewer of them than others repeats its last one with weight 0, because every rank must take part in every reduction.
     """
 
     def __init__(
@@ -128,13 +151,15 @@ class Batches:
         world_size: int,
         pin: bool = False,
     ) -> None:
-        groups = [list(map(int, some)) for some in np.array_split(range(config.num_groups), world_size)]
-        self.per_step = len(groups[0])
-        self._own = groups[rank]
+        num_pieces = pieces_per_group(config, world_size)
+        self.num_units = config.num_groups * num_pieces
+        units = [[divmod(int(unit), num_pieces) for unit in some] for some in np.array_split(range(self.num_units), world_size)]
+        self.per_step = len(units[0])
+        self._own = units[rank]
         self._first = step
 
-        def draw(step: int, group: int) -> GroupBatch:
-            batch = draw_group(config, token_map, captions, step, group)
+        def draw(step: int, group: int, piece: int) -> GroupBatch:
+            batch = replace(draw_group(config, token_map, captions, step, group), piece=piece, num_pieces=num_pieces)
             return batch.pinned() if pin else batch
 
         self._draw = draw
@@ -145,7 +170,7 @@ class Batches:
         self.seconds_waited = 0.0
 
     def take_step(self) -> Iterator[GroupBatch]:
-        """The groups of the next step."""
+        """The groups of the next step, or pieces of them."""
         for _ in range(self.per_step):
             started = time.perf_counter()
             weight, future = self._ahead.popleft()
@@ -159,10 +184,10 @@ class Batches:
 
     def _fill(self) -> None:
         missing = 2 * self.per_step - len(self._ahead)
-        for step, group, weight in islice(self._remaining, missing):
-            self._ahead.append((weight, self._thread.submit(self._draw, step, group)))
+        for step, (group, piece), weight in islice(self._remaining, missing):
+            self._ahead.append((weight, self._thread.submit(self._draw, step, group, piece)))
 
-    def _order(self) -> Iterator[tuple[int, int, float]]:
+    def _order(self) -> Iterator[tuple[int, tuple[int, int], float]]:
         step = self._first
         while True:
             for place in range(self.per_step):

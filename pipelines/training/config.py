@@ -210,8 +210,8 @@ class TrainConfig:
     batch_size: int = 2048
     """Images of one optimizer step, over all workers. Unit: images."""
     num_groups: int = 16
-    """Equal groups of a batch; each has its own mask ratio, and each worker takes whole groups (published: 16 devices of 128
-    images)."""
+    """Equal groups of a batch, each with its own mask ratio (published: 16 devices of 128 images). Workers take whole groups; more
+    workers than groups share the rows of each."""
     learning_rate: float = 4e-4
     """Learning rate of AdamW after the warm-up."""
     learning_rate_schedule: str = "constant"
@@ -263,10 +263,10 @@ class TrainConfig:
         microbatches, num_workers = self.execution.microbatches, self.execution.num_workers
         if self.group_size % microbatches:
             raise ValueError(f"execution.microbatches is {microbatches}; it must divide a group of {self.group_size} images")
-        if self.num_groups < num_workers:
+        if self.batch_size < (least := num_workers * microbatches):
             raise ValueError(
-                f"num_groups is {self.num_groups}; it must be at least execution.num_workers, which is {num_workers}, because each "
-                "worker takes whole groups"
+                f"batch_size is {self.batch_size}; it must be at least {least} for execution.num_workers {num_workers} and "
+                f"execution.microbatches {microbatches}, so that each pass has an image"
             )
         if self.precision == "fp16" and self.execution.zero_stage == 0:
             raise ValueError("precision fp16 needs execution.zero_stage 1, 2 or 3, which scale the loss")

@@ -29,7 +29,7 @@ from pipelines.artifacts.manifest import FileRecord
 from pipelines.data.captions import EMPTY_INDEX, CaptionFeatures
 from pipelines.data.token_map import TokenMap
 from pipelines.storage.base import StorageError
-from pipelines.training.batches import Batches, GroupBatch
+from pipelines.training.batches import Batches, GroupBatch, pieces_per_group
 from pipelines.training.checkpoints import (
     Checkpoint,
     CheckpointWriter,
@@ -162,7 +162,8 @@ class Trainer:
             opened.tensors.fill("ema", self.ema)
             for length, average in self.averages.items():
                 opened.tensors.fill(average_kind(length), average)
-        num_passes = -(-config.num_groups // self.world_size) * config.execution.microbatches
+        num_units = config.num_groups * pieces_per_group(config, self.world_size)
+        num_passes = -(-num_units // self.world_size) * config.execution.microbatches
         self.engine = Engine(model, config, self.device, num_passes)
         if self.rank == 0:
             self.task.reporter.log(f"training on {self.world_size} workers with ZeRO stage {self.engine.zero_stage}")
@@ -233,8 +234,8 @@ class Trainer:
         """One global step: this rank's groups, the update, the EMA. Does not wait for the device."""
         assert self.batches is not None
         learning_rate = self.config.learning_rate_at(self.step)
-        # DeepSpeed takes the mean over passes and ranks; the recipe asks for the mean over groups.
-        scale = self.batches.per_step * self.world_size / self.config.num_groups
+        # DeepSpeed takes the mean over passes and ranks; the recipe asks for the mean over groups, or equal pieces of them.
+        scale = self.batches.per_step * self.world_size / self.batches.num_units
         self.engine.measures_norm = self._is_logged(self.step + 1)
         for batch in self.batches.take_step():
             self._learn(batch.to(self.device), scale * batch.weight, learning_rate)
@@ -274,7 +275,8 @@ class Trainer:
                 torch.stack(measured).mean(dim=0) if count > 1 else measured[0],
                 mask_ratio=batch.mask_ratio,
                 is_reuse=batch.is_reuse,
-                macs=float(macs * len(batch.codes)),
+                macs=float(macs * batch.num_images),
+                share=1 / batch.num_pieces,
             )
 
     # Beside the steps ------------------------------------------------------------------------------------------------------------

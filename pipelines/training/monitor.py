@@ -134,21 +134,27 @@ class GroupRecord:
     num_groups: int
     places: list[tuple[int, int]] = field(default_factory=list)
     measured: list[Tensor] = field(default_factory=list)
-    known: list[tuple[float, bool, float]] = field(default_factory=list)
+    known: list[tuple[float, float, float]] = field(default_factory=list)
 
-    def add(self, step: int, group: int, measured: Tensor, *, mask_ratio: float, is_reuse: bool, macs: float) -> None:
-        """Add a group. `measured`: float32 (2,), loss and token accuracy.   `macs`: MACs of its forward and backward passes."""
+    def add(
+        self, step: int, group: int, measured: Tensor, *, mask_ratio: float, is_reuse: bool, macs: float, share: float = 1.0
+    ) -> None:
+        """Add a group, or a piece of its rows. `measured`: float32 (2,), loss and token accuracy.
+
+        macs: MACs of the forward and backward passes.   share: of the group's rows.
+        """
         self.places.append((step, group))
-        self.measured.append(measured)
-        self.known.append((mask_ratio, is_reuse, macs))
+        self.measured.append(measured if share == 1 else measured * share)
+        self.known.append((mask_ratio * share, is_reuse * share, macs))
 
     def collect(self, first_step: int, num_steps: int, device: torch.device) -> np.ndarray:
         """Sum over ranks, float64 (N, G, 5): loss, accuracy, mask ratio, whether reused, MACs. Empties the record."""
         values = torch.zeros(num_steps, self.num_groups, 5, dtype=torch.float64, device=device)
         if self.places:
             steps, groups = (torch.tensor(column, device=device) for column in zip(*self.places, strict=True))
-            values[steps - first_step, groups, :2] = torch.stack(self.measured).double()
-            values[steps - first_step, groups, 2:] = torch.tensor(self.known, dtype=torch.float64, device=device)
+            known = torch.tensor(self.known, dtype=torch.float64, device=device)
+            own = torch.cat([torch.stack(self.measured).double(), known], dim=1)
+            values.index_put_((steps - first_step, groups), own, accumulate=True)  # a rank may have several pieces of a group
         dist.all_reduce(values)
         self.places, self.measured, self.known = [], [], []
         return values.cpu().numpy()

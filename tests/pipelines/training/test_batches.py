@@ -11,7 +11,7 @@ import torch
 from tiny_training import CONFIG, Material, changed
 
 from enat.model import ENAT, TextCondition
-from pipelines.training.batches import Batches, GroupBatch, draw_group, rows_of
+from pipelines.training.batches import Batches, GroupBatch, draw_group, pieces_per_group, rows_of
 from pipelines.training.config import TrainConfig
 
 WITH_DROPOUT = changed(model={"dropout": 0.2})
@@ -41,6 +41,24 @@ def test_group_depends_on_seed_step_and_group_alone(material):
     for seed, step, group in ((1, 3, 2), (0, 4, 2), (0, 3, 1)):
         theirs = draw_group(changed(seed=seed), material.token_map, None, step, group)
         assert first.dropout_seed != theirs.dropout_seed and first.masked.tokens.tolist() != theirs.masked.tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "microbatches", "num_pieces"), [(4, 1, 1), (5, 1, 2), (8, 1, 2), (8, 2, 2), (12, 1, 4), (16, 1, 4)]
+)
+def test_more_ranks_than_groups_share_the_rows_of_each(material, world_size, microbatches, num_pieces):
+    """16 images in four groups."""
+    config = changed(execution={"microbatches": microbatches})
+    assert pieces_per_group(config, world_size) == num_pieces
+    ranks = [_taken(material, config, steps=2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for step in range(2):
+        counted = [batch for rank in ranks for batch in rank[step] if batch.weight]
+        places = [(batch.group, batch.piece) for batch in counted]
+        assert places == [(group, piece) for group in range(4) for piece in range(num_pieces)]
+        assert {batch.num_pieces for batch in counted} == {num_pieces}
+        for batch in counted:
+            assert _flat(batch)[:-4] == _flat(draw_group(config, material.token_map, None, step, batch.group))[:-4]
+        assert len({len(rank[step]) for rank in ranks}) == 1, "every rank takes part in every reduction"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
