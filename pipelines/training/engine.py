@@ -243,6 +243,11 @@ def effective_zero_stage(config: TrainConfig, world_size: int, num_parameters: i
     return next(fitting, highest)
 
 
+def zero_options(zero_stage: int, device: str) -> dict[str, Any]:
+    """Options of DeepSpeed. On GPUs gradients are reduced while the backward pass continues; stage 0 has no such option."""
+    return {"stage": zero_stage} | ({"overlap_comm": True} if zero_stage and device == "cuda" else {})
+
+
 def _least_memory(device: torch.device) -> float:
     """Bytes of the smallest device of all ranks, so that they choose the same. Ranks on CPUs share the memory of their machine."""
     if device.type == "cuda":
@@ -314,7 +319,7 @@ def _initialize(model: ENAT, optimizer: torch.optim.Optimizer, config: TrainConf
             "train_micro_batch_size_per_gpu": 1,  # for bookkeeping: one "sample" is one pass
             "gradient_accumulation_steps": passes_per_step,
             "gradient_clipping": config.max_grad_norm if config.max_grad_norm and zero_stage else 0.0,
-            "zero_optimization": {"stage": zero_stage},
+            "zero_optimization": zero_options(zero_stage, next(model.parameters()).device.type),
             "zero_allow_untested_optimizer": True,
             "timers": {"throughput": {"enabled": False}},  # it waits for the device four times a step
         },

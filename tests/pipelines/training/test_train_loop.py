@@ -36,7 +36,7 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.base import StorageError
 from pipelines.training.batches import GroupBatch
 from pipelines.training.checkpoints import NoReadableCheckpointError, find_checkpoints, read_resume_point
-from pipelines.training.engine import effective_zero_stage
+from pipelines.training.engine import effective_zero_stage, zero_options
 from pipelines.training.loop import Trainer
 from pipelines.training.task import initial_model
 
@@ -59,6 +59,13 @@ def slow(*case):
 
 def fault(*case):
     return pytest.param(*case, marks=pytest.mark.faults)
+
+
+def test_on_gpus_gradients_are_reduced_during_the_backward_pass():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    chosen = {stage: DeepSpeedZeroConfig(**zero_options(stage, "cuda")).overlap_comm for stage in (1, 2, 3)}
+    assert all(chosen.values()) and zero_options(1, "cpu") == {"stage": 1} and zero_options(0, "cuda") == {"stage": 0}
 
 
 class NeverWaiting(Trainer):
