@@ -440,7 +440,7 @@ def test_protocols_with_other_extractors_share_one_pass_over_the_images(
     first = evaluate.run(config, material.inputs, make_context(store, "evaluate", "earlier", siblings=siblings))
     assert _not_timed(first) == _not_timed(evaluated())
     assert {sibling.key for sibling in siblings if store.read_parts("evaluate", sibling.key)} == {"beside"}
-    monkeypatch.setattr(features, "_computed", None)  # nothing is left to compute
+    monkeypatch.setattr(features, "_job", None)  # nothing is left to compute
     later = evaluate.run(config, inputs, make_context(store, "evaluate", "beside"))
     assert _not_timed(later) == _not_timed(alone) != _not_timed(first)
     assert [(file.name, file.sha256) for file in later.files] == [(file.name, file.sha256) for file in alone.files]
