@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -55,13 +56,13 @@ def run(
         nodes = build(config)
     uri = tracking_uri(config)
     tracking.prepare(uri, config.tracking)
-    connecting_seconds = _connect_if_needed(config, nodes, store, console)
+    connect = _Connector(config, console, nodes, store)
     tags = {"enat.config": source, "enat.code": provenance.code_version(), "enat.store": without_credentials(store.uri)}
 
     with tracking.ending(tracking.start_run(uri, config.tracking, config.name, tags)) as parent:
         parent.log_params(configuration.redacted(config))
         pin_code(parent)
-        session = open_session(config, store, parent, console)
+        session = open_session(config, store, parent, console, connect)
         done = driver.execute(nodes, session, check=partial(check_made, config), num_jobs=num_jobs or default_jobs(config.cluster))
         seconds = time.monotonic() - started
         by_id = {item.node.id: item.manifest for item in done}
@@ -74,24 +75,40 @@ def run(
         if report is not None:
             parent.log_file(report)
         parent.finish()
-    return {**summary.summarize(config.name, done, session, seconds, report), "connecting_seconds": connecting_seconds}
+    return {**summary.summarize(config.name, done, session, seconds, report), "connecting_seconds": connect.seconds}
 
 
-def _connect_if_needed(config: RunConfig, nodes: Sequence[Node], store: ArtifactStore, console: Console) -> float:
-    """Connect to Ray if a stage that needs it is to be computed. Returns the seconds that it took, which are of no stage."""
-    started = time.monotonic()
-    try:
-        missing = (each.node for each in driver.look_up(nodes, store) if not each.is_reused)
-        first = next((node for node in missing if node.stage.workers(node.config) is not None), None)
-    except StorageError:  # the run says what is wrong
-        return 0.0
-    if first is None:
-        return 0.0
-    with console.status("connecting to Ray"):
-        connection.connect(config.cluster)
-    if connection.is_local():
-        connection.warm_up(first.stage.imports)
-    return time.monotonic() - started
+class _Connector:
+    """Connects to Ray when it is called first. seconds: that it took, which are time of no stage.
+
+    If the first stage to compute needs Ray, it connects at once: meanwhile MLflow is imported. A new local cluster imports what the
+    tasks of the first stage with workers import.
+    """
+
+    def __init__(self, config: RunConfig, console: Console, nodes: Sequence[Node] = (), store: ArtifactStore | None = None) -> None:
+        self.seconds = 0.0
+        self._config, self._console = config, console
+        missing: Iterator[Node] = iter(())
+        if store is not None:
+            missing = (each.node for each in driver.look_up(nodes, store) if not each.is_reused)
+        self._imports: tuple[str, ...] = ()
+        with contextlib.suppress(StorageError):  # the run says what is wrong
+            first = next(missing, None)
+            if first is not None:
+                with_workers = next((node for node in (first, *missing) if node.stage.workers(node.config) is not None), None)
+                self._imports = with_workers.stage.imports if with_workers is not None else ()
+                if with_workers is first:
+                    self()
+
+    def __call__(self) -> None:
+        if connection.is_connected():
+            return
+        started = time.monotonic()
+        with self._console.status("connecting to Ray"):
+            connection.connect(self._config.cluster)
+        if connection.is_local():
+            connection.warm_up(self._imports)
+        self.seconds += time.monotonic() - started
 
 
 def default_jobs(cluster: ClusterConfig) -> int | None:
@@ -106,19 +123,16 @@ def check_made(config: RunConfig, node: Node, made: Manifest) -> None:
         check_scanned(config, {node.config: made})
 
 
-def open_session(config: RunConfig, store: ArtifactStore, run: RunHandle, console: Console) -> Session:
+def open_session(
+    config: RunConfig, store: ArtifactStore, run: RunHandle, console: Console, connect: Callable[[], None] | None = None
+) -> Session:
     """What the stages of a run share: all that the config states apart from the stages themselves."""
-
-    def connect() -> None:
-        with console.status("connecting to Ray"):
-            connection.connect(config.cluster)
-
     return Session(
         store=store,
         run=run,
         tracking=config.tracking,
         console=console,
-        connect=connect,
+        connect=connect or _Connector(config, console),
         prices=config.prices,
         stages=graph.stages(),
     )

@@ -9,6 +9,7 @@ the work inside a stage.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -181,6 +182,8 @@ class _Execution:
                 self._use_recorder.record(node.stage.name, work.key, map(name_of, self._found.values()))
             if self._reuse(work):
                 return True
+            if node.stage.workers(node.config) is not None and not self._is_connected:
+                self._connect()  # here, because its time is of no stage
             if (grant := self._take_room(node)) is None:
                 return False
             if (holder := self._leases.take(node.stage.name, work.key)) is not None:
@@ -219,7 +222,7 @@ class _Execution:
             spare_cpus=grant.spare_cpus,
             is_alone=is_alone,
         )
-        compute = replace(work, session=session).compute
+        compute = replace(work, session=session, started=time.monotonic()).compute
         if is_alone:
             try:
                 self._end(node, compute())

@@ -12,8 +12,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from rich.console import Console
 from rich.progress import (
@@ -149,15 +149,8 @@ class _Display:
             self.progress.remove_task(task)
 
 
-_displays: WeakKeyDictionary[Console, _Display] = WeakKeyDictionary()
+_display_of = cache(_Display)
 _opening = threading.Lock()
-
-
-def _display_of(console: Console) -> _Display:
-    with _opening:
-        if console not in _displays:
-            _displays[console] = _Display(console)
-        return _displays[console]
 
 
 class Bar:
@@ -165,7 +158,8 @@ class Bar:
 
     def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
         self._console, self._title, self._total, self._unit = console, title, total, unit
-        self._display = _display_of(console)
+        with _opening:
+            self._display = _display_of(console)
         self._done = 0
         self._line_seconds = 0.0 if console.is_terminal else float(os.environ.get(LINE_SECONDS, "0"))
         self._last_line = time.monotonic()

@@ -194,7 +194,7 @@ def test_connecting_happens_in_the_main_thread(session: stage.Session, make_sess
     threads: list[threading.Thread] = []
     own = make_session(session.store, connect=lambda: threads.append(threading.current_thread()))
     driver.execute([_node(id, _connecting) for id in "ab"], own, num_jobs=2)
-    assert threads == [threading.main_thread()] * 2
+    assert len(threads) >= 3 and {*threads} == {threading.main_thread()}, "once ahead, and for each stage that asks"
 
     def refuse() -> None:
         raise ValueError("no Ray cluster runs at host:1")
