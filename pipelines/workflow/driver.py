@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
@@ -29,6 +30,7 @@ from pipelines.workflow.node_run import NodeRun
 from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, Session, Sibling
 
 _log = logging.getLogger(__name__)
+_POLL_SECONDS = 0.2
 _LOOK_SECONDS = 2.0  # between looks at an artifact that another run is making
 
 
@@ -268,10 +270,14 @@ class _Execution:
     # Events --------------------------------------------------------------------------------------------------------------------
 
     def _handle_event(self, timeout: float | None = None) -> None:
-        try:
-            event = self._events.get(timeout=timeout)
-        except Empty:
-            return
+        """timeout: seconds to wait for one; None waits as long as it takes."""
+        while True:  # not in one wait: a signal that arrives just before it would not end it
+            try:
+                event = self._events.get(timeout=timeout or _LOOK_SECONDS)
+                break
+            except Empty:
+                if timeout is not None:
+                    return
         if isinstance(event, _Ended):
             self._running.pop(event.node.id)
             self._give_back(self._grants.pop(event.node.id))
@@ -325,12 +331,11 @@ class _Execution:
             thread.interrupt()
         if self._running:
             self._print(f"stopping {', '.join(self._running)} (interrupt again to stop immediately)")
-        while self._running:
-            event = self._events.get()
-            if isinstance(event, _Ended):
-                self._running.pop(event.node.id)
-            else:
-                event.answer.set_exception(KeyboardInterrupt())
+        while any(thread.is_alive() for thread in self._running.values()):  # the interrupt may have taken an event with it
+            with suppress(Empty):
+                event = self._events.get(timeout=_POLL_SECONDS)
+                if isinstance(event, _ConnectionRequest):
+                    event.answer.set_exception(KeyboardInterrupt())
 
     def _print(self, line: str) -> None:
         self._session.console.print(line, highlight=False, soft_wrap=True)
