@@ -63,7 +63,7 @@ class ENATOutput:
     num_masked: int
 
 
-_RECOMPILE_LIMIT = 64
+_RECOMPILE_LIMIT = 64  # torch's default is 8
 
 
 def _take(x: Float[Tensor, "B L D"], index: Int64[Tensor, "B S"]) -> Float[Tensor, "B S D"]:

@@ -31,7 +31,7 @@ from pipelines.workflow import config as configuration
 from pipelines.workflow import driver, provenance
 from pipelines.workflow.stage import Node, Session
 
-_MANY_CPUS = 4
+_MANY_CPUS = 4  # of a local cluster, from which on stages run side by side
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a job's driver
 
 

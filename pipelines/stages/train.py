@@ -34,7 +34,7 @@ from pipelines.workflow.stage import Input, PublishContext, Stage, StageContext,
 
 if TYPE_CHECKING:
     from pipelines.training.checkpoints import ResumePoint
-    from pipelines.training.trainer import Trainer
+    from pipelines.training.trainer import RayTrainer
 
 
 # For glibc on CPUs. Ray Train runs the loop in a thread, whose own arena keeps returning memory and requesting it again: at ENAT-S
@@ -175,7 +175,7 @@ def _fit(
     from ray.train.v2.api.config import LoggingConfig
 
     from pipelines.training.rendezvous import Rendezvous
-    from pipelines.training.trainer import Trainer, train
+    from pipelines.training.trainer import RayTrainer, train
 
     execution = config.execution
     task = TrainTask(
@@ -190,7 +190,7 @@ def _fit(
     )
     # A new folder: in a used one Ray Train would resume from a record of its own.
     with tempfile.TemporaryDirectory(prefix="enat-ray-train-", ignore_cleanup_errors=True) as storage:
-        trainer = Trainer(
+        trainer = RayTrainer(
             train,
             is_local=connection.is_local(),
             train_loop_config={"task": task},
@@ -241,7 +241,7 @@ def _scoring(
     return scoring
 
 
-def _wait_for(trainer: Trainer, reporter: Reporter, console: Console) -> Any:
+def _wait_for(trainer: RayTrainer, reporter: Reporter, console: Console) -> Any:
     """The result of rank 0. The first SIGINT or SIGTERM asks the workers to save and stop; a second one stops at once.
 
     Ray Train waits in a thread of its own. In the main thread it would install its own handler of SIGINT, which loses the steps

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pipelines.training.task import TrainTask
 
 
-class Trainer(DataParallelTrainer):  # type: ignore[misc]
+class RayTrainer(DataParallelTrainer):  # type: ignore[misc]
     """is_local: whether the cluster ends with this process, and its placement groups with it."""
 
     def __init__(self, *arguments: Any, is_local: bool, **options: Any) -> None:
