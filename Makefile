@@ -44,7 +44,7 @@ test: setup
 
 test-all: setup .localstack/ready
 	$(PYTEST) -m 'not faults' $(SIDE_BY_SIDE) --durations=10
-	ENAT_TEST_S3=$(CURDIR)/.localstack/bin/python $(PYTEST) $(SIDE_BY_SIDE) tests/pipelines/storage tests/pipelines/artifacts
+	ENAT_TEST_S3=$(CURDIR)/.localstack/bin/python $(PYTEST) -m 'not faults' $(SIDE_BY_SIDE) tests/pipelines/storage tests/pipelines/artifacts
 
 # A second S3 server for the tests of stores. Its packages conflict with ours, so it has an environment of its own (170 MB).
 .localstack/ready: tests/localstack.lock .venv/ready

@@ -15,10 +15,13 @@ Shape legend: D width, L tokens, M masked, V codebook size, N steps, T text toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from enat.config import ENATConfig, VQGANConfig
+from enat.config import ENATConfig, MaskingConfig, VQGANConfig
 from enat.sampler_config import SamplerConfig
+
+_RATIOS = 64  # mask ratios that stand for all
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,27 @@ def training_macs(config: ENATConfig, num_masked: int, previous_num_masked: int 
     return 3 * forward - without_gradient + teacher
 
 
+def mean_training_macs(config: ENATConfig, masking: MaskingConfig) -> float:
+    """The mean of training_macs over the draws of enat.masking.mask_codes.
+
+    By quadrature: over the density of the mask ratio at midpoints, and by Simpson's rule over the tokens that only the teacher sees
+    masked, because MACs are quadratic in them.
+    """
+    total = weights = 0.0
+    for midpoint in range(_RATIOS):
+        ratio = (midpoint + 0.5) / _RATIOS
+        weight = ratio ** (masking.alpha - 1) * (1 - ratio) ** (masking.beta - 1)
+        num_masked = min(max(round(config.num_tokens * ratio), 1), config.num_tokens - 1)
+        macs = float(training_macs(config, num_masked))
+        if masking.reuse_probability and config.reuse:
+            num_visible = config.num_tokens - num_masked
+            ends, middle = (num_masked, config.num_tokens), num_masked + num_visible // 2
+            reusing = sum(training_macs(config, num_masked, each) for each in ends) + 4 * training_macs(config, num_masked, middle)
+            macs += masking.reuse_probability * (reusing / 6 - macs)
+        total, weights = total + weight * macs, weights + weight
+    return total / weights
+
+
 def step_macs(config: ENATConfig, num_masked: int, previous_num_masked: int | None = None) -> int:
     """One forward pass for one image without the head, reusing a step that had previous_num_masked; None reuses nothing."""
     return _forward_macs(config, num_masked, previous_num_masked)
@@ -156,28 +180,43 @@ def head_macs(config: ENATConfig, num_positions: int, num_columns: int) -> int:
 
 def encoder_macs(config: VQGANConfig) -> int:
     """The tokenizer's encoder on one image, without the codebook search."""
-    channels, side = config.level_channels, config.resolution
-    macs = _conv_macs(3, config.base_channels, side)
-    widths = [config.base_channels, *channels]
-    for depth in range(len(channels)):
-        macs += _level_macs(widths[depth], widths[depth + 1], config.num_res_blocks, side >> depth)
-    return macs + _middle_macs(config) + _conv_macs(channels[-1], config.latent_dim, config.grid_size, kernel=1)
+    return _encoder_macs(config, [config.resolution >> depth for depth in range(len(config.level_channels))])
 
 
 def decoder_macs(config: VQGANConfig) -> int:
     """The tokenizer's decoder on one image."""
-    channels, side = config.level_channels, config.resolution
-    macs = _conv_macs(config.latent_dim, channels[-1], config.grid_size) + _middle_macs(config)
+    return _decoder_macs(config, [config.resolution >> depth for depth in range(len(config.level_channels))])
+
+
+def num_vqgan_parameters(config: VQGANConfig) -> int:
+    """Weights of the convolutions and codes of a tokenizer: all but the norms and biases, which are less than one in a hundred."""
+    ones = [1] * len(config.level_channels)  # a convolution has as many weights as it has MACs at one position
+    return _encoder_macs(config, ones) + _decoder_macs(config, ones) + config.codebook_size * config.latent_dim
+
+
+def _encoder_macs(config: VQGANConfig, sides: Sequence[int]) -> int:
+    """sides: of each level."""
+    channels = config.level_channels
+    macs = _conv_macs(3, config.base_channels, sides[0])
+    widths = [config.base_channels, *channels]
+    for depth, side in enumerate(sides):
+        macs += _level_macs(widths[depth], widths[depth + 1], config.num_res_blocks, side)
+    return macs + _middle_macs(config, sides[-1]) + _conv_macs(channels[-1], config.latent_dim, sides[-1], kernel=1)
+
+
+def _decoder_macs(config: VQGANConfig, sides: Sequence[int]) -> int:
+    channels = config.level_channels
+    macs = _conv_macs(config.latent_dim, channels[-1], sides[-1]) + _middle_macs(config, sides[-1])
     widths = [*channels, channels[-1]]
-    for depth in range(len(channels)):
-        macs += _level_macs(widths[depth + 1], widths[depth], config.num_res_blocks, side >> depth)
+    for depth, side in enumerate(sides):
+        macs += _level_macs(widths[depth + 1], widths[depth], config.num_res_blocks, side)
         if depth:
-            macs += _conv_macs(widths[depth], widths[depth], side >> (depth - 1))
-    return macs + _conv_macs(channels[0], 3, side)
+            macs += _conv_macs(widths[depth], widths[depth], sides[depth - 1])
+    return macs + _conv_macs(channels[0], 3, sides[0])
 
 
-def _middle_macs(config: VQGANConfig) -> int:
-    return 2 * _level_macs(config.level_channels[-1], config.level_channels[-1], 1, config.grid_size)
+def _middle_macs(config: VQGANConfig, side: int) -> int:
+    return 2 * _level_macs(config.level_channels[-1], config.level_channels[-1], 1, side)
 
 
 def _level_macs(in_channels: int, out_channels: int, num_res_blocks: int, side: int) -> int:
@@ -192,3 +231,23 @@ def _level_macs(in_channels: int, out_channels: int, num_res_blocks: int, side: 
 
 def _conv_macs(in_channels: int, out_channels: int, side: int, kernel: int = 3) -> int:
     return in_channels * out_channels * kernel * kernel * side * side
+
+
+def num_parameters(config: ENATConfig) -> int:
+    """Parameters of an ENAT, without making one."""
+    dim, mlp = config.embed_dim, 2 * config.mlp_ratio * config.embed_dim**2 + (config.mlp_ratio + 1) * config.embed_dim
+    has_text = config.text_width is not None
+    total = (config.codebook_size + 1 + config.num_tokens) * dim + 2 * dim
+    total += 2 * (config.text_width + 1) * dim if config.text_width is not None else (config.num_classes + 1) * dim
+    total += (config.reuses_visible + config.reuses_masked) * (mlp + 2 * dim)
+    norms = 4 * (dim // config.num_heads) if config.qk_norm else 0
+
+    def block(*, has_conditioning: bool, attends_self: bool = True) -> int:
+        projections = 2 + 2 * has_conditioning + 2 * attends_self  # of queries, keys and values, and of the output
+        return (projections + (8 if has_conditioning else 6)) * (dim * dim + dim) + mlp + norms
+
+    total += config.encoder_layers * block(has_conditioning=config.reuses_visible or has_text)
+    total += config.decoder_layers * block(
+        has_conditioning=config.decoder_attention != "full" or has_text, attends_self=config.decoder_attention != "cross"
+    )
+    return total + dim * dim + 5 * dim + config.codebook_size + 1

@@ -45,6 +45,14 @@ def show_age(seconds: float) -> str:
     return f"{seconds / 86400:,.0f} d"
 
 
+def show_duration(seconds: float) -> str:
+    """90 -> "90 s", 600 -> "10 min", 20_000 -> "5.6 h", 300_000 -> "3.5 d"."""
+    units = (("s", 1, 120), ("min", 60, 90), ("h", 3600, 48), ("d", 86400, math.inf))
+    unit, length = next((unit, length) for unit, length, most in units if seconds < most * length)
+    value = seconds / length
+    return f"{value:.2g} {unit}" if value < 10 else f"{value:,.0f} {unit}"
+
+
 def show_number(value: float, digits: int = 4) -> str:
     """Whole numbers in full, 12_345.0 -> "12,345"; others with significant digits, 0.123456 -> "0.1235"."""
     is_whole = math.isfinite(value) and float(value).is_integer() and abs(value) < 1e15

@@ -53,6 +53,7 @@ _FACTORIES: dict[str, ExtractorFactory] = {
     "clip": _built_in("image_encoders", "ImageEncoder"),
 }
 BUILT_IN = tuple(_FACTORIES)
+WIDTHS = {"classifier": 64, "inception": 2048, "inception_clean": 2048, "dinov2": 1024, "clip": 768}  # of the usual weights
 OF_INCEPTION = ("inception", "inception_clean")  # with the same weights
 
 
@@ -68,6 +69,13 @@ def register_extractor(kind: str, factory: ExtractorFactory) -> None:
     if kind in _FACTORIES:
         raise ValueError(f"a feature extractor named {kind!r} already exists; choose another name")
     _FACTORIES[kind] = factory
+
+
+def extractor_macs(kind: str, resolution: int) -> float:
+    """MACs of one image. Image encoders count as ViT-L/14 at 224 pixels; kinds that were registered as 0: theirs are not known."""
+    if kind == "classifier":
+        return 3 * 9 * 32 * resolution**2 + 9 * 32 * 64 * (resolution // 2) ** 2 + 9 * 64 * 64 * (resolution // 4) ** 2 + 1024 * 64
+    return {"inception": 5.7e9, "inception_clean": 5.7e9, "dinov2": 81e9, "clip": 81e9}.get(kind, 0.0)
 
 
 def extractor_kinds() -> tuple[str, ...]:

@@ -297,7 +297,11 @@ class ArtifactStore:
     def names(self) -> Iterator[Name]:
         """(stage, key) of everything that is named like an artifact, committed or not, in order."""
         for stage in self._stages():
-            yield from ((stage, key) for key in self.folder.folders(f"{stage}/") if is_artifact(stage, key))
+            yield from ((stage, key) for key in self.keys(stage))
+
+    def keys(self, stage: str) -> list[str]:
+        """Of all that is named like an artifact of a stage, committed or not, in order."""
+        return [key for key in self.folder.folders(f"{stage}/") if is_artifact(stage, key)]
 
     def folders(self) -> Iterator[tuple[str, str, list[StoredFile]]]:
         """The same with all files, without those behind a link."""

@@ -24,43 +24,74 @@ _LABELS = (
 @click.command()
 @CONFIG
 @OVERRIDES
-@click.option("--address", help="Also check whether this cluster has room: http://HOST:8265, HOST:6379 or auto.")
+@click.option("--address", help="Ask this cluster for its room, and predict for it: http://HOST:8265, HOST:6379 or auto.")
+@click.option("--cluster", metavar="TEXT", help="Predict for a cluster that is only described: 8x8xH200 has 8 nodes of 8 GPUs.")
+@JOBS
+@click.option("--images", type=click.IntRange(min=1), help="Predict for a dataset of so many images, without reading any data.")
+@click.option("--classes", type=click.IntRange(min=0), help="Classes of these images. [default: dataset.num_classes, or 1000]")
+@click.option("--captions", type=click.IntRange(min=0), help="Captions of these images. [default: 5 for each, if it has captions]")
 @JSON
-def plan(config: Path, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
-    """Show the stages of CONFIG, their keys, and whether a run would reuse or compute each.
+def plan(
+    config: Path,
+    overrides: tuple[str, ...],
+    address: str | None,
+    cluster: str | None,
+    num_jobs: int | None,
+    images: int | None,
+    classes: int | None,
+    captions: int | None,
+    as_json: bool,
+) -> None:
+    """Show the stages of CONFIG, their keys, whether a run would reuse or compute each, and what it would take.
 
-    With --address, also show whether the cluster currently has the CPUs and GPUs for the stages to compute.
+    Seconds, GPU-hours and bytes are predicted from what earlier artifacts of the store, or tracked runs, took on the same hardware;
+    without any, from published peaks of GPUs. "measured (3)" is a rate of three artifacts, "computed" one of peaks.
     """
     from pipelines.artifacts.open import open_store
     from pipelines.cluster import capacity as cluster_capacity
     from pipelines.jobs import submission
+    from pipelines.prediction import show as show_prediction
     from pipelines.run import config as run_config
-    from pipelines.run import graph, runner, summary
+    from pipelines.run import graph, prediction, runner, summary
     from pipelines.workflow import config as configuration
     from pipelines.workflow import driver
 
-    run = run_config.load_run(config, overrides)
+    if address is not None and cluster is not None:
+        raise click.UsageError("give --address or --cluster, not both")
+    if images is None and (classes, captions) != (None, None):
+        raise click.UsageError("--classes and --captions describe the images of --images; give it, too")
+    run = run_config.load_run(config, overrides, is_dataset_here=images is None)
     store = open_store(run.store_uri, run.s3)
     with console(stderr=True).status("reading the dataset, the store and the cluster"):
-        capacity = _capacity(address) if address is not None else None
-        planned = driver.plan(graph.build(run), store)
-        for each in planned:
-            if each.manifest is not None:
-                runner.check_made(run, each.node, each.manifest)
+        capacity = None if address is None else _capacity(address)
+        machines = prediction.machines_of(run, cluster, capacity)
+        planned = driver.plan(graph.build(run), store) if images is None else prediction.unread_plan(run)
+        for node, made in ((each.node, each.manifest) for each in planned if each.manifest is not None):
+            runner.check_made(run, node, made)
+        foreseen_by = prediction.foreseen_by(images, classes, captions)
+        predicted = None
+        if machines is not None:
+            jobs = num_jobs or (runner.default_jobs(run.cluster) if cluster is None and address is None else None)
+            predicted = prediction.of_plan(run, planned, store, machines, num_jobs=jobs, foreseen_by=foreseen_by)
     verdicts = [cluster_capacity.judge(each, capacity) for each in submission.requests_of(planned)] if capacity else []
     if as_json:
-        rows: list[dict[str, Any]] = [
-            {"stage": p.node.id, "key": p.key, "reused": p.is_reused, "parts_done": p.parts_done} for p in planned
+        stages: list[dict[str, Any]] = [
+            {"stage": each.node.id, "key": each.key, "reused": each.is_reused, "parts_done": each.parts_done} for each in planned
         ]
-        answer: dict[str, Any] = {"store": store.uri, "config": configuration.redacted(run), "stages": rows}
+        answer: dict[str, Any] = {"store": store.uri, "config": configuration.redacted(run), "stages": stages}
+        if predicted is not None:
+            stages = [{**row, "predicted": show_prediction.stage_to_json(predicted.stages.get(row["stage"]))} for row in stages]
+            answer |= {"stages": stages, "predicted": show_prediction.to_json(predicted)}
         if capacity is not None:
             judged = {verdict.request.node: cluster_capacity.to_json(verdict) for verdict in verdicts}
-            answer["stages"] = [{**row, "needs": judged.get(row["stage"])} for row in rows]
+            answer["stages"] = [{**row, "needs": judged.get(row["stage"])} for row in stages]
             answer["cluster"] = {"address": address, "nodes": [dict(node) for node in capacity.nodes]}
             answer["fits"] = all(verdict.fits for verdict in verdicts)
         echo_json(answer)
         return
-    summary.show_plan(planned, store.uri, console())
+    summary.show_plan(planned, store.uri, console(), predicted)
+    if machines is None:
+        console().print("--address auto or --cluster 1x8xH200 also predicts what it takes", highlight=False)
     if capacity is not None:
         click.echo()
         cluster_capacity.show(verdicts, capacity, console())

@@ -7,6 +7,7 @@ reaper       ends what outlives a killed command
 resources    how a stage is distributed over workers
 capacity     whether a cluster has room for a run
 data_stream  Ray Data jobs that survive lost workers
+hardware     names of CPUs and GPUs, peaks of known GPUs
 device       names and memory of devices
 waiting      for results of Ray, in any thread
 process      which process of which machine this is

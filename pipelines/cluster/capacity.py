@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.cluster.resources import Execution, Workers
+from pipelines.cluster.resources import ALL, Execution, Workers
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+ConfigT = TypeVar("ConfigT")
 AUTOSCALER = "ENAT_CLUSTER_GROWS"  # set to 1 if the cluster adds nodes on demand: stages then wait for nodes
-_FEEDERS_OF_GPU = 8  # CPUs: a GPU encodes some 1,500 images/s of 256 pixels, a CPU decodes 200 to 250
+FEEDERS_OF_GPU = 8  # CPUs: a GPU encodes some 1,500 images/s of 256 pixels, a CPU decodes 200 to 250
 _TOLERANCE = 1e-9  # for sums such as three times a third of a CPU
 
 
@@ -41,13 +43,25 @@ class Capacity:
         for number, node in enumerate(self.nodes):
             left = {name: node.get(name, 0.0) - each for name, each in asked.items()}
             rest = Capacity((*self.nodes[:number], {**node, **left}, *self.nodes[number + 1 :]))
-            if min(left.values()) > -_TOLERANCE and rest.room_for(workers) >= workers.num_workers:
+            if min(left.values()) > -_TOLERANCE and rest.room_for(workers) >= workers.count:
                 return True
         return False
 
     def describe(self) -> str:
         count = len(self.nodes)
         return f"{self.total('CPU'):g} CPUs and {self.total('GPU'):g} GPUs on {count} node{'s' if count != 1 else ''}"
+
+
+def with_count(config: ConfigT, capacity: Capacity) -> ConfigT:
+    """A stage's config whose workers have a number, where it says "all": as many as the cluster has room for.
+
+    A config with an attribute `most_workers` gets at most so many.
+    """
+    workers = getattr(config, "execution", None)
+    if not isinstance(workers, Workers) or workers.num_workers != ALL:
+        return config
+    count = min(capacity.room_for(workers), getattr(config, "most_workers", sys.maxsize))
+    return replace(config, execution=replace(workers, num_workers=max(1, count)))  # type: ignore[type-var]  # with that field
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,8 @@ class Room:
         """
         if workers is None:
             return Grant(spare_cpus=0)
-        fewest, taken = getattr(workers, "min_workers", None) or workers.num_workers, list[tuple[int, Mapping[str, float]]]()
-        for _ in range(workers.num_workers):
+        fewest, taken = getattr(workers, "min_workers", None) or workers.count, list[tuple[int, Mapping[str, float]]]()
+        for _ in range(workers.count):
             if (place := self._place_of(workers)) is None:
                 break
             taken.append((place, _each(workers)))
@@ -86,7 +100,7 @@ class Room:
             return None
         spare = 0
         if isinstance(workers, Execution):
-            wanted = getattr(workers, "num_decoders", None) or len(taken) * (_FEEDERS_OF_GPU if workers.gpus_per_worker else 1)
+            wanted = getattr(workers, "num_decoders", None) or len(taken) * (FEEDERS_OF_GPU if workers.gpus_per_worker else 1)
             share = sum(int(node.get("CPU", 0.0) + _TOLERANCE) for node in self._free) // (num_others + 1)
             while spare < min(wanted, share):
                 place = max(range(len(self._free)), key=lambda number: self._free[number].get("CPU", 0.0))
@@ -126,7 +140,9 @@ class ResourceRequest:
     @property
     def min_workers(self) -> int:
         """The smallest sufficient number. Only elastic training can start with fewer than num_workers."""
-        return getattr(self.workers, "min_workers", None) or self.workers.num_workers
+        if self.workers.num_workers == ALL:
+            return 1
+        return getattr(self.workers, "min_workers", None) or self.workers.count
 
     @property
     def section(self) -> str:
@@ -135,7 +151,7 @@ class ResourceRequest:
 
     def describe(self) -> str:
         each = f"{self.workers.cpus_per_worker:g} CPU" + (f" + {self.workers.gpus_per_worker:g} GPU" if _gpus(self) else "")
-        count = f"{self.min_workers} to " if self.min_workers != self.workers.num_workers else ""
+        count = f"{self.min_workers} to " if self.workers.num_workers not in {self.min_workers, ALL} else ""
         return f"{count}{self.workers.num_workers} x {each}"
 
 
@@ -150,6 +166,12 @@ class Verdict:
     @property
     def fits(self) -> bool:
         return self.problem is None
+
+    @property
+    def is_all(self) -> bool:
+        """Whether all workers fit, not only enough to start."""
+        wanted = self.request.workers.num_workers
+        return self.room >= (self.request.min_workers if wanted == ALL else self.request.workers.count)
 
 
 def judge(request: ResourceRequest, capacity: Capacity) -> Verdict:
@@ -206,7 +228,7 @@ def show(verdicts: Sequence[Verdict], capacity: Capacity, console: Console) -> N
     for column in ("stage", "workers", "the cluster now has room for"):
         table.add_column(column)
     for verdict in verdicts:
-        enough = "[green]enough[/]" if verdict.room >= verdict.request.workers.num_workers else "[yellow]enough to start[/]"
+        enough = "[green]enough[/]" if verdict.is_all else "[yellow]enough to start[/]"
         table.add_row(
             verdict.request.node, verdict.request.describe(), f"{verdict.room} {enough if verdict.fits else '[red]too little[/]'}"
         )

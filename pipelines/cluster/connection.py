@@ -16,10 +16,11 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from enat.config import check_in
-from pipelines.cluster import local, supervisor
+from pipelines.cluster import hardware, local, supervisor, waiting
 from pipelines.cluster.capacity import AUTOSCALER, Capacity, ResourceRequest, has_autoscaler, judge
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class ClusterConfig:
 def prepare_environment() -> None:
     """Set quiet defaults for Ray. Variables that the user has set do not change."""
     _set_defaults(_QUIET)
+    # torch hides this warning while it is imported, but not if another thread restores the filters meanwhile, as MLflow does.
+    warnings.filterwarnings("ignore", message="Warning only once for all operators")
 
 
 def _set_defaults(variables: Mapping[str, str]) -> None:
@@ -164,6 +167,21 @@ def capacity() -> Capacity:
     import ray
 
     return Capacity(tuple(node["Resources"] for node in ray.nodes() if node["Alive"]))
+
+
+@cache
+def machines() -> hardware.Machines:
+    """Of the cluster that this process is connected to. Asks a node with most CPUs for their name, unless the cluster is local."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if is_local():
+        return hardware.of_cluster(capacity(), hardware.cpu_name())
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    largest = max(alive, key=lambda node: node["Resources"].get("CPU", 0.0))["NodeID"]
+    near = NodeAffinitySchedulingStrategy(largest, soft=True)
+    task = ray.remote(num_cpus=0, scheduling_strategy=near)(hardware.cpu_name)
+    return hardware.of_cluster(capacity(), waiting.get(task.remote()))
 
 
 def require(workers: Workers, stage: str) -> None:

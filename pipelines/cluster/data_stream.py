@@ -36,7 +36,7 @@ def map_by_workers(
     """
     import ray.data
 
-    num_workers = min(execution.num_workers, num_rows)
+    num_workers = min(execution.count, num_rows)
     if is_alone and not execution.gpus_per_worker and num_rows <= _FEW_ROWS * num_workers:
         kept = _KeptWorker(uuid4().hex, worker, arguments)
         tasks = ray.data.TaskPoolStrategy(size=num_workers)
@@ -80,12 +80,12 @@ def feeding_tasks(execution: Execution, num_tasks: int | None = None, spare_cpus
     import ray.data
 
     if spare_cpus is None:
-        spare = ray.cluster_resources().get("CPU", 0) - execution.cpus_per_worker * execution.num_workers
+        spare = ray.cluster_resources().get("CPU", 0) - execution.cpus_per_worker * execution.count
     else:
         spare, num_tasks = spare_cpus, min(num_tasks or spare_cpus, spare_cpus) or num_tasks
     if spare >= 1 or has_autoscaler():
         return {"batch_size": 1, "num_cpus": 1, "compute": ray.data.TaskPoolStrategy(size=num_tasks)}
-    return {"batch_size": 1, "num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=num_tasks or execution.num_workers)}
+    return {"batch_size": 1, "num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=num_tasks or execution.count)}
 
 
 def with_memory_limit(dataset: ray.data.Dataset, object_store_bytes: int) -> ray.data.Dataset:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pipelines.cluster.hardware import cpu_name
 
 if TYPE_CHECKING:
     import torch
 
 
 def device_name(device: str) -> str:
-    """The product name of a GPU. For a CPU, the model that Linux reports, or else the architecture."""
+    """The product name of a GPU or CPU."""
     import torch
 
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def wait_for(device: str | torch.device) -> None:

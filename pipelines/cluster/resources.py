@@ -6,25 +6,36 @@ from dataclasses import dataclass
 
 from enat.config import check_in
 
+ALL = "all"  # instead of a number of workers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
     """Workers of a stage. They do not change what the stage makes, so they are not part of its key."""
 
-    num_workers: int = 1
-    """Workers that run side by side, at least 1."""
+    num_workers: int | str = 1
+    """Workers that run side by side, at least 1, or "all": as many as the cluster has room for when the stage starts."""
     cpus_per_worker: float = 1.0
     """CPUs reserved for each worker, above 0. A fraction shares a CPU."""
     gpus_per_worker: float = 0.0
     """GPUs reserved for each worker. 0 computes on CPUs, a fraction shares a GPU."""
 
     def __post_init__(self) -> None:
-        check_in(self, "[1, inf)", "num_workers")
+        if self.num_workers != ALL:
+            if isinstance(self.num_workers, str):
+                raise ValueError(f"num_workers is {self.num_workers!r}; give a number, or {ALL}")
+            check_in(self, "[1, inf)", "num_workers")
         check_in(self, "(0, inf)", "cpus_per_worker")
         check_in(self, "[0, inf)", "gpus_per_worker")
         for name in ("cpus_per_worker", "gpus_per_worker"):
             if (value := getattr(self, name)) > 1 and value % 1:
                 raise ValueError(f"{name} is {value}; above 1 it must be a whole number, because Ray divides single devices only")
+
+    @property
+    def count(self) -> int:
+        """The number of workers. "all" has become a number before a stage runs: see capacity.with_count."""
+        assert isinstance(self.num_workers, int)
+        return self.num_workers
 
     @property
     def device(self) -> str:

@@ -33,6 +33,7 @@ from pipelines.cluster.resources import Execution
 from pipelines.evaluation.extractors import ExtractorSource
 from pipelines.evaluation.readers import BlockReader, Decoder, passes_of, run_pass
 from pipelines.workflow.stage import StageContext
+from pipelines.workflow.work import Work
 
 if TYPE_CHECKING:
     import ray.data
@@ -47,6 +48,7 @@ _BLOCKS_PER_PART = 4  # at least; a crash loses up to one part
 _MAX_BLOCKS_PER_PART = 32  # 8,192 images or 170 MB of Inception's outputs; the driver holds a few parts at once
 _USUAL_PARTS = 32  # at most, unless parts would be too large: each commits the moments so far, 33 MB for 2048 features
 _BLOCKS_PER_SUM = 16  # added to the moments at once: 4,096 images share one sum of squares
+_UNKNOWN_EXTRACTOR_SECONDS = 0.02  # of one image, by an extractor whose MACs are not known
 _OBJECT_STORE_BYTES = 1 << 30  # of blocks in transit
 MOMENTS_FILES = {"features": "moments.safetensors", "spatial": "spatial_moments.safetensors"}  # by output
 _KEPT = ("features", "logits")  # outputs whose rows are kept; "spatial" is needed as moments only
@@ -163,6 +165,23 @@ def compute_features(
     )
 
 
+def feature_work(num_images: int, macs: float, execution: Execution, images_per_pass: int) -> Work:
+    """The work of compute_features. macs: of making one image and of its features."""
+    return Work(
+        name="features",
+        count=num_images,
+        macs=macs,
+        cpu_seconds=0.0 if macs else _UNKNOWN_EXTRACTOR_SECONDS,
+        workers=execution,
+        num_pieces=-(-num_images // BLOCK_SIZE),
+        batch_size=images_per_pass,
+    )
+
+
+def num_feature_parts(num_images: int) -> int:
+    return -(-num_images // _part_size(num_images))
+
+
 def _part_size(num_images: int) -> int:
     """Images per part: whole blocks. Depends on num_images only."""
     blocks = -(-num_images // BLOCK_SIZE)
@@ -185,7 +204,7 @@ def _job(
     import ray.data
 
     def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
-        num_loading = len(rows) if len(rows) < execution.num_workers else None  # Ray Data warns if there are more tasks than blocks
+        num_loading = len(rows) if len(rows) < execution.count else None  # Ray Data warns if there are more tasks than blocks
         feeding = feeding_tasks(execution, num_loading, context.spare_cpus)
         planned = ray.data.from_items(rows, override_num_blocks=len(rows))
         loaded = planned.map_batches(_load, fn_args=(reader,), **feeding)

@@ -14,11 +14,13 @@ import numpy as np
 from enat.metrics.hamming import NearestRows, nearest_of, nearest_rows
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster.resources import Execution
 from pipelines.data.token_map import TokenMap
 from pipelines.evaluation.scores import TaskPool
 from pipelines.workflow.costs import cost_metrics
 from pipelines.workflow.stage import PublishContext
 from pipelines.workflow.summary import Summary
+from pipelines.workflow.work import Work
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +31,7 @@ _PARTS_PER_WORKER = 4
 _FEWEST_ROWS = 1 << 15  # of a task
 _SHOWN = 24  # pairs
 _COLUMNS = 6  # pairs in a row
+_PAIR_SECONDS = 5e-9  # of 256 codes on one CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +69,29 @@ def nearest_in_map(
     import ray
 
     num_rows = len(TokenMap.open_shared(store, token_map))
-    size = max(_FEWEST_ROWS, -(-num_rows // (_PARTS_PER_WORKER * pool.execution.num_workers)))
+    size = _rows_of_part(num_rows, pool.execution)
     parts = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
     given = ray.put(queries.astype(np.uint16)), own if own is None else ray.put(own)
     with pool.bar(len(parts)) as bar:
         return nearest_of(pool.run(_nearest, [(store, token_map, *given, part) for part in parts], bar))
+
+
+def nearest_work(num_queries: int, num_rows: int, execution: Execution) -> Work:
+    """The work of nearest_in_map. Both sides of a row are compared."""
+    pieces = -(-num_rows // _rows_of_part(num_rows, execution))
+    return Work(
+        name="nearest",
+        count=2.0 * num_queries * num_rows,
+        unit="pairs",
+        cpu_seconds=_PAIR_SECONDS,
+        workers=execution,
+        num_pieces=pieces,
+        on_cpus=not execution.gpus_per_worker,
+    )
+
+
+def _rows_of_part(num_rows: int, execution: Execution) -> int:
+    return max(_FEWEST_ROWS, -(-num_rows // (_PARTS_PER_WORKER * execution.count)))
 
 
 def _nearest(

@@ -195,7 +195,7 @@ def published_name(name: str, extractor: str) -> str:
 
 
 class TaskPool:
-    """Runs Ray tasks, at most execution.num_workers at once. bar: makes a progress bar for a number of tasks.
+    """Runs Ray tasks, at most execution.count at once. bar: makes a progress bar for a number of tasks.
 
     seconds: summed over tasks so far.   cpu_seconds: summed over tasks for the same scores that used a CPU only.
     """
@@ -212,7 +212,7 @@ class TaskPool:
         running: dict[Any, int] = {}
         remaining = iter(enumerate(arguments))
         while len(results) < len(arguments):
-            while len(running) < self.execution.num_workers and (following := next(remaining, None)) is not None:
+            while len(running) < self.execution.count and (following := next(remaining, None)) is not None:
                 number, given = following
                 running[remote.remote(task, self.execution.num_threads, *given, device=self.execution.device)] = number
             for done in waiting.wait(list(running)):

@@ -3,6 +3,7 @@
 config   the YAML file as dataclasses
 keys     every key of it, for `enat config` and the guide
 graph    the list of the stages, and their wiring
+prediction  what a run will take
 runner   one run from its config to its answer
 summary  the closing summary
 conformance  whether scores are those of others

@@ -192,14 +192,27 @@ class Wiring:
         return self._ids[identity]
 
 
+class Unread(dict[Any, Any]):
+    """Identities of configs whose files are not read: what a run would take can be asked before its data exists."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __getitem__(self, key: tuple[str, Any]) -> Any:
+        return configuration.to_dict(key[1])
+
+
 def _by_protocol(run: RunConfig, label: str = "") -> dict[str, RunConfig]:
     """A run and those of its protocols, by the labels of their nodes. label: of the run's own."""
     return {label: run} | {f"/{name}{label}": each for name, each in run.protocol_runs.items()}
 
 
-def build(run: RunConfig) -> list[Node]:
-    """The nodes of a run and its variants, each after those it reads. Raises ConfigError for targets that it does not have."""
-    wiring = Wiring()
+def build(run: RunConfig, identities: dict[Any, Any] | None = None) -> list[Node]:
+    """The nodes of a run and its variants, each after those it reads. Raises ConfigError for targets that it does not have.
+
+    identities: see Wiring; Unread() reads neither datasets nor weights.
+    """
+    wiring = Wiring(identities=identities)
     for label, variant in {"": run, **{f"@{name}": each for name, each in run.variant_runs.items()}}.items():
         for part in GRAPH:
             is_of_all_variants = any(read.is_per_variant for read in part.stage.reads.values())

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import json
 import textwrap
+import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,8 +137,8 @@ def _shown(value: Any) -> str:
 def _type(hint: Any) -> str:
     """As a reader of YAML knows it."""
     arguments = [each for each in typing.get_args(hint) if each is not type(None) and each is not ...]
-    if type(None) in typing.get_args(hint):
-        return f"{_type(arguments[0])} or null"
+    if isinstance(hint, types.UnionType):
+        return " or ".join([*map(_type, arguments), *(["null"] if type(None) in typing.get_args(hint) else [])])
     if typing.get_origin(hint) is tuple:
         return f"list of {_type(arguments[0])}"
     if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from pipelines.cluster import connection
 from pipelines.cluster.connection import ClusterConfig
 from pipelines.formatting import printable
 from pipelines.run import graph, summary
+from pipelines.run import prediction as run_prediction
 from pipelines.run.config import RunConfig, check_scanned
-from pipelines.storage.base import StorageError
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import RunHandle
@@ -56,14 +56,21 @@ def run(
         nodes = build(config)
     uri = tracking_uri(config)
     tracking.prepare(uri, config.tracking)
-    connect = _Connector(config, console, nodes, store)
+    planned = driver.plan(nodes, store)
+    connect = _Connector(config, console, [item.node for item in planned if not item.is_reused])
     tags = {"enat.config": source, "enat.code": provenance.code_version(), "enat.store": without_credentials(store.uri)}
 
     with tracking.ending(tracking.start_run(uri, config.tracking, config.name, tags)) as parent:
         parent.log_params(configuration.redacted(config))
         pin_code(parent)
+        jobs = num_jobs or default_jobs(config.cluster)
+        prediction = run_prediction.before_run(config, planned, store, connect, jobs)
         session = open_session(config, store, parent, console, connect)
-        done = driver.execute(nodes, session, check=partial(check_made, config), num_jobs=num_jobs or default_jobs(config.cluster))
+        if prediction is not None:
+            stages = prediction.stages.values()
+            predicted = {stage.node: stage.seconds.to_dict() for stage in stages if stage.problem is None}
+            session = replace(session, predicted=predicted)
+        done = driver.execute(nodes, session, check=partial(check_made, config), num_jobs=jobs)
         seconds = time.monotonic() - started
         by_id = {item.node.id: item.manifest for item in done}
         report = None
@@ -71,11 +78,15 @@ def run(
             report = workspace / f"{config.name}.html"
             shutil.copyfile(store.fetch(by_id["report"], "report.html"), report)
         scores = by_id["evaluate"].metrics if "evaluate" in by_id else {}
-        parent.log_metrics({**scores, "cost/run_seconds": seconds})
+        costs = {"cost/run_seconds": seconds}
+        if prediction is not None:
+            costs |= {f"cost/predicted_run_seconds_{side}": value for side, value in prediction.seconds.to_dict().items()}
+        parent.log_metrics({**scores, **costs})
         if report is not None:
             parent.log_file(report)
         parent.finish()
-    return {**summary.summarize(config.name, done, session, seconds, report), "connecting_seconds": connect.seconds}
+    answer = summary.summarize(config.name, done, session, seconds, report=report, prediction=prediction)
+    return {**answer, "connecting_seconds": connect.seconds}
 
 
 class _Connector:
@@ -85,20 +96,14 @@ class _Connector:
     tasks of the first stage with workers import.
     """
 
-    def __init__(self, config: RunConfig, console: Console, nodes: Sequence[Node] = (), store: ArtifactStore | None = None) -> None:
+    def __init__(self, config: RunConfig, console: Console, missing: Sequence[Node] = ()) -> None:
+        """missing: the nodes to compute, as far as they are known."""
         self.seconds = 0.0
         self._config, self._console = config, console
-        missing: Iterator[Node] = iter(())
-        if store is not None:
-            missing = (each.node for each in driver.look_up(nodes, store) if not each.is_reused)
-        self._imports: tuple[str, ...] = ()
-        with contextlib.suppress(StorageError):  # the run says what is wrong
-            first = next(missing, None)
-            if first is not None:
-                with_workers = next((node for node in (first, *missing) if node.stage.workers(node.config) is not None), None)
-                self._imports = with_workers.stage.imports if with_workers is not None else ()
-                if with_workers is first:
-                    self()
+        with_workers = next((node for node in missing if node.stage.workers(node.config) is not None), None)
+        self._imports = with_workers.stage.imports if with_workers is not None else ()
+        if with_workers is not None and with_workers is missing[0]:
+            self()
 
     def __call__(self) -> None:
         if connection.is_connected():

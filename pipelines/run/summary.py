@@ -12,17 +12,28 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.formatting import show_number
+from pipelines.prediction import show as show_prediction
+from pipelines.prediction.predict import Prediction
 from pipelines.registry.evaluation_record import DISTANCES
 from pipelines.registry.influences import with_interval
 from pipelines.storage.redaction import without_credentials
 from pipelines.workflow.stage import MAIN, FinishedStage, PlannedStage, Session
+from pipelines.workflow.work import read_prediction
 
 _METRICS_SHOWN = 5  # of a stage, these before others; all are in its manifest and in tracking
 _FIRST = ("rows", "images", "samples", "final/step", "final/loss", "final/token_accuracy", "final/images_per_second")
 
 
-def summarize(name: str, done: Sequence[FinishedStage], session: Session, seconds: float, report: Path | None) -> dict[str, Any]:
-    """The answer of `enat run`, as JSON can hold it."""
+def summarize(
+    name: str,
+    done: Sequence[FinishedStage],
+    session: Session,
+    seconds: float,
+    *,
+    report: Path | None,
+    prediction: Prediction | None = None,
+) -> dict[str, Any]:
+    """The answer of `enat run`, as JSON can hold it. prediction: made before the run."""
     scores = {_title(item.node.id): dict(item.manifest.metrics) for item in done if item.node.stage.name == "evaluate"}
     stages = [
         {
@@ -31,6 +42,7 @@ def summarize(name: str, done: Sequence[FinishedStage], session: Session, second
             "reused": item.is_reused,
             "seconds": item.seconds,
             "made_in_seconds": item.manifest.provenance["seconds"],
+            "predicted_seconds": read_prediction(item.manifest.provenance),
             "place": session.store.place(item.manifest.stage, item.manifest.key),
             "metrics": dict(item.manifest.metrics),
         }
@@ -40,6 +52,7 @@ def summarize(name: str, done: Sequence[FinishedStage], session: Session, second
     return {
         "name": name,
         "seconds": seconds,
+        "predicted": show_prediction.to_json(prediction) if prediction is not None else None,
         "store": session.store.uri,
         "report": str(report) if report else None,
         "tracking": tracked,
@@ -55,23 +68,28 @@ def _title(node: str) -> str:
     return f"{variant or MAIN}{slash}{protocol}"
 
 
-def show_plan(planned: Sequence[PlannedStage], store: str, console: Console) -> None:
+def show_plan(planned: Sequence[PlannedStage], store: str, console: Console, prediction: Prediction | None = None) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("stage", "key", "plan"):
+    for column in ("stage", "key", "plan", *(show_prediction.columns(prediction) if prediction is not None else ())):
         table.add_column(column)
+    order = [item.node.id for item in planned]
     for item in planned:
-        reads = ", ".join(dict.fromkeys(item.node.inputs.values()))
-        key = item.key[:12] if item.key else f"[dim]known after {reads}[/]"
+        last = max(item.node.inputs.values(), key=order.index, default="")
+        key = item.key[:12] if item.key else f"[dim]after {last}[/]"
         parts = f" [dim]({item.parts_done} parts are done)[/]" if item.parts_done else ""
-        table.add_row(item.node.id, key, "[green]reuse[/]" if item.is_reused else f"[yellow]compute[/]{parts}")
+        takes = show_prediction.cells(prediction, item.node.id) if prediction is not None else ()
+        table.add_row(item.node.id, key, "[green]reuse[/]" if item.is_reused else f"[yellow]compute[/]{parts}", *takes)
     console.print(table)
     reused = sum(item.is_reused for item in planned)
     console.print(f"\n{reused} of {len(planned)} stages are reused from {store}", highlight=False)
+    if prediction is not None:
+        show_prediction.show_total(prediction, console)
 
 
 def show(answer: Mapping[str, Any], console: Console) -> None:
     """The closing summary: one line per stage with its metrics, the scores side by side, and the paths of the results."""
-    stages = _table("What was made", "stage", "", "key", "measured")
+    has_prediction = any(item["predicted_seconds"] and not item["reused"] for item in answer["stages"])
+    stages = _table("What was made", "stage", "", *(["predicted"] if has_prediction else []), "key", "measured")
     for item in answer["stages"]:
         if item["stage"].startswith("evaluate"):
             continue  # its numbers are the scores below
@@ -79,7 +97,9 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
         ordered = sorted(item["metrics"], key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
         some = ((name, item["metrics"][name]) for name in ordered[:_METRICS_SHOWN])
         measured = ", ".join(f"{name.removeprefix('final/')} {show_number(value)}" for name, value in some)
-        stages.add_row(item["stage"], status, item["key"][:12], f"[dim]{measured}[/]")
+        before = None if item["reused"] else item["predicted_seconds"]
+        predicted = f"[dim]{before['value']:.1f} s[/]" if before else ""
+        stages.add_row(item["stage"], status, *([predicted] if has_prediction else []), item["key"][:12], f"[dim]{measured}[/]")
     console.print()
     console.print(stages)
 
@@ -87,9 +107,14 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
         _show_scores(answer["scores"], console)
 
     reused = sum(item["reused"] for item in answer["stages"])
-    seconds = answer.get("connecting_seconds")
-    start = f" ({seconds:.1f} s to connect to Ray)" if seconds else ""
+    connecting = answer.get("connecting_seconds")
+    start = f" ({connecting:.1f} s to connect to Ray)" if connecting else ""
     console.print(f"\n{len(answer['stages'])} stages, {reused} reused, {answer['seconds']:.1f} s in all{start}", highlight=False)
+    if (foreseen := answer.get("predicted")) and foreseen["seconds"]["value"]:
+        expected, least = foreseen["seconds"], "" if foreseen["is_complete"] else "at least "
+        between = f"{expected['low']:.0f} to {expected['high']:.0f}"
+        stages_took = f"{answer['seconds'] - (connecting or 0.0):.1f}"
+        console.print(f"{least}{expected['value']:.1f} s were predicted ({between}), {stages_took} were taken", highlight=False)
     console.print(f"artifacts {answer['store']}/<stage>/<key>", highlight=False, soft_wrap=True)
     if answer["report"]:
         console.print(f"report    {answer['report']}", highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +28,11 @@ from pipelines.evaluation.features import drawn_evenly
 from pipelines.evaluation.nearest import AuditSummary
 from pipelines.evaluation.scores import TaskPool
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
+from pipelines.workflow.work import Done, Foreseen
 
 EQUAL, NEAREST = "equal.parquet", "nearest.parquet"
 _QUANTILE = 0.01
+_BYTES_OF_ROW = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,17 @@ def run(config: AuditConfig, inputs: Mapping[str, Manifest], context: StageConte
         },
         worker_seconds=pool.seconds,
         device_seconds=config.execution.device_seconds(pool.seconds),
+        work=[Done(work := nearest.nearest_work(len(audited), len(tokens), config.execution), pool.seconds, work.num_workers)],
+    )
+
+
+def foresee(config: AuditConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    rows = inputs["token_map"].rows
+    num_audited = min(config.num_rows, rows)
+    return Foreseen(
+        summary=AuditSummary(rows=rows, num_audited=num_audited, close_distance=0),
+        work=[nearest.nearest_work(num_audited, rows, config.execution)],
+        size=_BYTES_OF_ROW * num_audited,
     )
 
 
@@ -147,6 +161,7 @@ STAGE = Stage(
     reads={"token_map": Input(("token_map",)), "tokenizer": Input(("tokenizer",))},
     config=AuditConfig,
     summary=AuditSummary,
+    foresee=foresee,
     kind="evaluation",
     files=(EQUAL, NEAREST, nearest.PICTURE),
     describe=_describe,

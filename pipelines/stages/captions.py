@@ -22,9 +22,12 @@ from pipelines.storage.external import folder_digest, local_folder
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.config import set_by
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.work import Done, Foreseen, Work
 
 if TYPE_CHECKING:
     import ray.data
+
+_CLIP_POSITIONS, _CLIP_WIDTH, _CLIP_LAYERS = 77, 768, 12  # of the text model of ViT-L/14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,36 @@ def run(config: CaptionsConfig, inputs: Mapping[str, Manifest], context: StageCo
         metrics={"captions": info.num_captions, "mean_tokens": sum(r["tokens"] for r in records.values()) / info.num_captions},
         worker_seconds=seconds,
         device_seconds=config.execution.device_seconds(seconds),
+        work=[Done(work := _encoding(config, info), seconds, work.num_workers)],
+    )
+
+
+def foresee(config: CaptionsConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    """For CLIP's ViT-L/14: its weights need not be here."""
+    info = CaptionFeaturesInfo(
+        num_captions=inputs["dataset"].num_captions,
+        captions_per_file=config.shard_size,
+        num_positions=_CLIP_POSITIONS,
+        width=_CLIP_WIDTH,
+        encoder_digest="",
+    )
+    return Foreseen(
+        summary=CaptionsSummary(info=info, dataset_digest=""),
+        work=[_encoding(config, info)],
+        size=2 * info.num_captions * info.num_positions * info.width,
+        num_parts=info.num_files,
+    )
+
+
+def _encoding(config: CaptionsConfig, info: CaptionFeaturesInfo) -> Work:
+    per_token = 12 * _CLIP_LAYERS * info.width**2
+    return Work(
+        name="encoding",
+        count=info.num_captions,
+        unit="captions",
+        macs=per_token * info.num_positions,
+        workers=config.execution,
+        num_pieces=info.num_files,
     )
 
 
@@ -161,6 +194,7 @@ STAGE = Stage(
     reads={"dataset": Input(("dataset",))},
     config=CaptionsConfig,
     summary=CaptionsSummary,
+    foresee=foresee,
     kind="tokenizing",
     files=("captions-*.safetensors", EMPTY),
     external=("encoder",),

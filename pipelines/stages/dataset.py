@@ -16,10 +16,13 @@ from pipelines.data.sources.base import Entry, Findings, Source
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.formatting import one_line
 from pipelines.workflow.stage import Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.work import Done, Foreseen, UnforeseeableError, Work
 
 FINDINGS = "findings.json"
 _LISTING_THREADS = 16
 _SHOWN_AT_MOST = 3
+_LISTING_SECONDS = 20e-6  # of one image, from a local disk
+_INDEX_BYTES, _CAPTION_BYTES = 12, 30  # of an image and a caption in the index
 
 
 def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -65,7 +68,8 @@ def run(config: DatasetConfig, inputs: Mapping[str, Manifest], context: StageCon
             findings=counts,
         ),
         metrics={"images": index.num_images, "classes": len(class_names), "captions": index.num_captions, **counts},
-        worker_seconds=time.monotonic() - started,
+        worker_seconds=(seconds := time.monotonic() - started),
+        work=[Done(_listing(index.num_images), seconds, 1)],
     )
 
 
@@ -131,6 +135,38 @@ def _class_names(source: Source, config: DatasetConfig, index: IndexSummary) -> 
     return list(known)
 
 
+def foresee(config: DatasetConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    """Lists the files. Raises UnforeseeableError if they would have to be read."""
+    source = open_source(config)
+    if source.reads_to_scan:
+        raise UnforeseeableError(f"how many images {config.title} has is known after stage dataset; make it, or give --images")
+    num_images, labels, num_captions = 0, {-1}, 0
+    for entry in _scan_here(source, Findings()):
+        num_images, num_captions = num_images + 1, num_captions + len(entry.captions)
+        labels.add(entry.label)
+    known = source.known_classes()
+    num_classes = len(known) if known is not None else config.num_classes or max(labels) + 1
+    return foresee_images(config, num_images=num_images, num_classes=num_classes, num_captions=num_captions)
+
+
+def foresee_images(config: DatasetConfig, *, num_images: int, num_classes: int, num_captions: int) -> Foreseen:
+    """The same for numbers that are known otherwise."""
+    return Foreseen(
+        summary=DatasetSummary(
+            name=config.title,
+            num_images=num_images,
+            num_captions=num_captions,
+            class_names=tuple(map(str, range(num_classes))),
+        ),
+        work=[_listing(num_images)],
+        size=_INDEX_BYTES * num_images + _CAPTION_BYTES * num_captions,
+    )
+
+
+def _listing(num_images: int) -> Work:
+    return Work(name="listing", count=num_images, cpu_seconds=_LISTING_SECONDS)
+
+
 def _describe(manifest: Manifest) -> str:
     summary = DatasetSummary.read(manifest)
     counts = {"images": summary.num_images, "classes": len(summary.class_names), "captions": summary.num_captions}
@@ -143,6 +179,7 @@ STAGE = Stage(
     run,
     config=DatasetConfig,
     summary=DatasetSummary,
+    foresee=foresee,
     kind="tokenizing",
     files=(INDEX, FINDINGS),
     external=("path", "captions"),

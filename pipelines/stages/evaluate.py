@@ -8,16 +8,17 @@ Samples are codes of stage `generate`, or images of another generator (stage `im
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from enat.config import check_choices, check_in
+from enat.cost import decoder_macs
 from enat.images import png_bytes
-from enat.metrics.extractors import BUILT_IN, OF_INCEPTION
+from enat.metrics.extractors import BUILT_IN, OF_INCEPTION, extractor_macs
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster import waiting
-from pipelines.cluster.resources import Execution
-from pipelines.data.dataset import Dataset
+from pipelines.cluster.resources import Execution, Workers
+from pipelines.data.dataset import Dataset, DatasetSummary
 from pipelines.data.image_sets import ImageSetConfig
 from pipelines.data.samples import SamplesSummary, image_cost, read_samples
 from pipelines.data.sources.config import DatasetConfig
@@ -33,6 +34,8 @@ from pipelines.evaluation.features import (
     FeatureSpec,
     compute_features,
     feature_files,
+    feature_work,
+    num_feature_parts,
     read_rows,
     stored_moments,
 )
@@ -53,13 +56,19 @@ from pipelines.registry.influences import INFLUENCES, REPLICATES, save_influence
 from pipelines.storage.external import folder_digest
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.config import added, set_by
+from pipelines.workflow.models import TokenizerSummary
 from pipelines.workflow.stage import SCRATCH, Input, Stage, StageContext, StageResult
+from pipelines.workflow.summary import Summary
+from pipelines.workflow.work import Done, Foreseen, Work
 
 if TYPE_CHECKING:
     from enat.metrics.moments import Moments
 
 
 JUDGES = ("svc",)
+_SUMMARIES: dict[str, type[Summary]] = {"reference": ReferenceSummary, "tokenizer": TokenizerSummary, "dataset": DatasetSummary}
+_PRODUCTS_OF_SCORES = 4  # of all pairs: kernel distance, precision and recall compare samples with real images and each other
+_JUDGING_SECONDS = 1e-3  # of one real image that the judge is fitted on
 _LISTED = ("fid", "frechet_distance", "inception_score", "class_agreement")  # the first two of these are listed
 _NEED_REAL_ROWS = {"kernel_distance", "precision_recall", "density_coverage", "authenticity", "cmmd"}
 _SAMPLING = (
@@ -177,6 +186,10 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
     shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)
     grid = evaluation_protocol.sample_grid(shown, inputs, real_images.images_per_pass)
     all_jobs = (*jobs, *clip_jobs)
+    told = {name: _SUMMARIES[name].read(inputs[name]) for name in _SUMMARIES if name in inputs}
+    works = _work(config, num_samples, len(jobs), {**told, "samples": evaluation_protocol.samples_summary(samples)})
+    seconds = [sum(job.worker_seconds for job in jobs), pool.seconds + pool.cpu_seconds, judging_seconds]
+    seconds += [sum(job.worker_seconds for job in clip_jobs)] if config.clip_score is not None else []
     return StageResult(
         files=[
             *(
@@ -202,7 +215,55 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         metrics=scores.by_name | _counted(inputs) | _measured(samples, jobs, config.execution),
         worker_seconds=sum(job.worker_seconds for job in all_jobs) + pool.seconds + pool.cpu_seconds + judging_seconds,
         device_seconds=sum(job.device_seconds for job in all_jobs) + config.execution.device_seconds(pool.seconds),
+        work=[Done(work, took, work.num_workers) for work, took in zip(works, seconds, strict=True)],
     )
+
+
+def foresee(config: EvaluateConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    samples, real = inputs["samples"], inputs["reference"]
+    replicates = getattr(samples, "replicates", 1)
+    num_samples = config.num_samples or (samples.num_samples if isinstance(samples, SamplesSummary) else samples.num_images)
+    width = real.outputs["features"]
+    return Foreseen(
+        summary=EvaluationSummary(
+            extractor=real.extractor,
+            reference_digest="",
+            num_samples=num_samples,
+            num_reference=real.num_images,
+            rounding=config.rounding,
+            protocol={},
+            protocol_digest="",
+            metrics=(),
+            settings={},
+        ),
+        work=_work(config, num_samples, replicates, inputs),
+        size=replicates * (4 * num_samples * width + 8 * width**2),
+        num_parts=replicates * num_feature_parts(num_samples),
+    )
+
+
+def _work(config: EvaluateConfig, num_samples: int, replicates: int, inputs: Mapping[str, Any]) -> list[Work]:
+    """inputs: summaries by name."""
+    real: ReferenceSummary = inputs["reference"]
+    tokenizer: TokenizerSummary | None = inputs.get("tokenizer")
+    decoding = decoder_macs(tokenizer.config) if tokenizer is not None else 0
+    resolution = tokenizer.config.resolution if tokenizer is not None else inputs["samples"].resolution
+    width, execution = real.outputs["features"], config.execution
+    num_pairs = num_samples * max(num_samples, real.num_kept)
+    judged = inputs["dataset"].num_images if config.judge is not None else 0
+    work = [
+        feature_work(
+            replicates * num_samples, decoding + extractor_macs(real.extractor, resolution), execution, real.images_per_pass
+        ),
+        Work(name="scores", count=replicates, unit="sets", macs=_PRODUCTS_OF_SCORES * num_pairs * width, workers=execution),
+        Work(name="judging", count=judged, cpu_seconds=_JUDGING_SECONDS, workers=Workers()),
+    ]
+    if config.clip_score is not None:
+        clip = feature_work(
+            replicates * num_samples, decoding + extractor_macs("clip", resolution), execution, real.images_per_pass
+        )
+        work.append(replace(clip, name="clip score"))
+    return work
 
 
 def _check_resolution(samples: Manifest, inputs: Mapping[str, Manifest]) -> None:
@@ -353,7 +414,7 @@ def _measured(samples: Manifest, jobs: Sequence[FeatureSet], execution: Executio
     if samples.stage == "images":
         return {}
     worker_seconds = sum(job.decoding_seconds for job in jobs) / sum(job.count for job in jobs)
-    num_workers = min(execution.num_workers, -(-jobs[0].count // BLOCK_SIZE))
+    num_workers = min(execution.count, -(-jobs[0].count // BLOCK_SIZE))
     measured = {
         **{name: samples.metrics[name] for name in _SAMPLING},
         "decoding_images_per_second": num_workers / worker_seconds,
@@ -438,6 +499,7 @@ STAGE = Stage(
     config=EvaluateConfig,
     imports=("torch", "enat.metrics.moments", "pipelines.stages.evaluate"),
     summary=EvaluationSummary,
+    foresee=foresee,
     kind="evaluation",
     files=(
         *MOMENTS_FILES.values(),

@@ -7,7 +7,7 @@ before a crash is not computed again.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from enat.averages import exponent_of
 from enat.config import ENATConfig, check_choices, check_in
+from enat.cost import generation_cost
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -34,6 +35,7 @@ from pipelines.data.samples import (
     caption_order,
     drawn_rows,
     masked_positions,
+    num_given_of,
     num_masked_of,
     sample_label,
     sample_seed,
@@ -46,6 +48,7 @@ from pipelines.data.token_map import TokenMap
 from pipelines.workflow.config import added
 from pipelines.workflow.models import ModelSummary, averages_of, weights_of_step
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.work import Done, Foreseen, Work
 
 if TYPE_CHECKING:
     import ray
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 
 CAPTION_CHOICES = ("drawn", "in_order")
 PRECISIONS = ("fp32", "bf16")
+_ROW_BYTES = 20  # of a sample without its codes
 AVERAGED = "averaged.safetensors"
 _MOST_EMA_ERROR = 0.1  # distance of profiles over the norm of the wanted one
 
@@ -143,7 +147,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
         plan = ray.put(_plan(config, architecture, inputs, context.store))
 
         def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
-            num_workers = min(config.execution.num_workers, len(rows))
+            num_workers = min(config.execution.count, len(rows))
             task = _Task(config, model, averaged, inputs.get("captions"), plan, num_workers, context.for_workers())
             planned = ray.data.from_items(rows, override_num_blocks=len(rows))
             return map_by_workers(planned, _Sample, (task,), config.execution, len(rows), is_alone=context.is_alone)
@@ -158,23 +162,61 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     return StageResult(
         files=[FileRecord(**record["file"]) for record in records.values()],
         records=[averaged] if averaged is not None else [],
-        summary=SamplesSummary(
-            num_samples=config.num_samples,
-            replicates=config.replicates,
-            shard_size=config.shard_size,
-            num_classes=architecture.num_classes,
-            labels=scheme,
-            mask_ratio=config.mask_ratio,
-            sampler=config.sampler,
-            train_steps=config.checkpoint,
-            ema_length=config.ema_length,
-            precision=config.precision,
-            batch_size=config.forward_batch_size,
-            device=", ".join(sorted({record["device"] for record in records.values()})),
-        ),
+        summary=_summary(config, architecture, ", ".join(sorted({record["device"] for record in records.values()}))),
         metrics=_metrics(config, list(records.values())) | ({} if ema_error is None else {"ema_error": ema_error}),
         worker_seconds=seconds,
         device_seconds=config.execution.device_seconds(seconds),
+        work=[_done(config, architecture, list(records.values()))],
+    )
+
+
+def foresee(config: GenerateConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    architecture = inputs["model"].model
+    num_samples = config.num_samples * config.replicates
+    return Foreseen(
+        summary=_summary(config, architecture, device=""),
+        work=[_sampling(config, architecture)],
+        size=num_samples * (2 * architecture.num_tokens + _ROW_BYTES),
+        num_parts=len(shard_ranges(config.num_samples, config.shard_size, config.replicates)),
+    )
+
+
+def _sampling(config: GenerateConfig, architecture: ENATConfig) -> Work:
+    summary = _summary(config, architecture, device="")
+    num_given = num_given_of(summary, architecture)
+    passes = sum(config.sampler.num_passes_at(step, architecture, num_given) for step in range(config.sampler.num_steps))
+    layers = architecture.encoder_layers + architecture.decoder_layers
+    return Work(
+        name="sampling",
+        count=config.num_samples * config.replicates,
+        macs=generation_cost(architecture, config.sampler, num_given=num_given).executed_transformer_macs,
+        workers=config.execution,
+        num_pieces=len(shard_ranges(config.num_samples, config.shard_size, config.replicates)),
+        precision=config.precision,
+        batch_size=config.forward_batch_size,
+        num_blocks=passes * layers / config.forward_batch_size,
+    )
+
+
+def _done(config: GenerateConfig, architecture: ENATConfig, records: Sequence[Mapping[str, Any]]) -> Done:
+    seconds = sum(record["seconds"] for record in records)
+    return Done(_sampling(config, architecture), seconds, seconds / sum(each["seconds"] / each["num_workers"] for each in records))
+
+
+def _summary(config: GenerateConfig, architecture: ENATConfig, device: str) -> SamplesSummary:
+    return SamplesSummary(
+        num_samples=config.num_samples,
+        replicates=config.replicates,
+        shard_size=config.shard_size,
+        num_classes=architecture.num_classes,
+        labels=label_scheme(config, architecture),
+        mask_ratio=config.mask_ratio,
+        sampler=config.sampler,
+        train_steps=config.checkpoint,
+        ema_length=config.ema_length,
+        precision=config.precision,
+        batch_size=config.forward_batch_size,
+        device=device,
     )
 
 
@@ -419,6 +461,7 @@ STAGE = Stage(
     config=GenerateConfig,
     imports=("torch", "enat.sampler", "pipelines.stages.generate"),
     summary=SamplesSummary,
+    foresee=foresee,
     kind="generation",
     files=("part-*.parquet", AVERAGED),
     describe=_describe,

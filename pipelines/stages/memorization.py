@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,8 +25,10 @@ from pipelines.evaluation import nearest
 from pipelines.evaluation.nearest import AuditSummary, MemorizationSummary
 from pipelines.evaluation.scores import TaskPool
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult
+from pipelines.workflow.work import Done, Foreseen
 
 NEAREST = "nearest.parquet"
+_BYTES_OF_ROW = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,16 @@ def run(config: MemorizationConfig, inputs: Mapping[str, Manifest], context: Sta
         metrics=metrics,
         worker_seconds=pool.seconds,
         device_seconds=config.execution.device_seconds(pool.seconds),
+        work=[Done(work := nearest.nearest_work(len(found.rows), len(tokens), config.execution), pool.seconds, work.num_workers)],
+    )
+
+
+def foresee(config: MemorizationConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    num_samples, rows = min(config.num_samples, inputs["samples"].num_samples), inputs["token_map"].rows
+    return Foreseen(
+        summary=MemorizationSummary(num_samples=num_samples, rows=rows, close_distance=0),
+        work=[nearest.nearest_work(num_samples, rows, config.execution)],
+        size=_BYTES_OF_ROW * num_samples,
     )
 
 
@@ -107,6 +120,7 @@ STAGE = Stage(
     },
     config=MemorizationConfig,
     summary=MemorizationSummary,
+    foresee=foresee,
     kind="evaluation",
     files=(NEAREST, nearest.PICTURE),
     describe=_describe,

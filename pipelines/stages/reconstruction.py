@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from enat.config import check_in
+from enat.config import VQGANConfig, check_in
+from enat.cost import decoder_macs
+from enat.metrics.extractors import extractor_macs
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
@@ -20,13 +23,23 @@ from pipelines.data import token_map as data_token_map
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation.extractors import ExtractorFile, ReferenceSummary, require_same_features
-from pipelines.evaluation.features import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly, read_rows, stored_moments
+from pipelines.evaluation.features import (
+    MOMENTS_FILES,
+    FeatureSpec,
+    compute_features,
+    drawn_evenly,
+    feature_work,
+    num_feature_parts,
+    read_rows,
+    stored_moments,
+)
 from pipelines.evaluation.readers import Decoded, Decoder, Rows, code_decoder
 from pipelines.workflow.config import set_by
 from pipelines.workflow.costs import cost_metrics
 from pipelines.workflow.models import TokenizerSummary
 from pipelines.workflow.stage import Input, PublishContext, Stage, StageContext, StageResult
 from pipelines.workflow.summary import Summary
+from pipelines.workflow.work import Done, Foreseen, Work
 
 _MOST_PSNR = 100.0  # decibels, for an exact reproduction, whose ratio is infinite
 _MEASURES = ("psnr", "ssim")
@@ -150,7 +163,26 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
         },
         worker_seconds=job.worker_seconds,
         device_seconds=job.device_seconds,
+        work=[Done(work := _work(config, num_images, architecture, real), job.worker_seconds, work.num_workers)],
     )
+
+
+def foresee(config: ReconstructionConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    real, num_images = inputs["reference"], inputs["dataset"].num_images
+    num_images = min(config.num_images or num_images, num_images)
+    return Foreseen(
+        summary=ReconstructionSummary(
+            extractor=real.extractor, extractor_digest="", reference="", reference_digest="", num_images=num_images
+        ),
+        work=[_work(config, num_images, inputs["tokenizer"].config, real)],
+        size=8 * real.outputs["features"] ** 2 + 8 * num_images,
+        num_parts=num_feature_parts(num_images),
+    )
+
+
+def _work(config: ReconstructionConfig, num_images: int, tokenizer: VQGANConfig, reference: ReferenceSummary) -> Work:
+    macs = decoder_macs(tokenizer) + extractor_macs(reference.extractor, tokenizer.resolution)
+    return feature_work(num_images, macs, config.execution, reference.images_per_pass)
 
 
 def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
@@ -181,6 +213,7 @@ STAGE = Stage(
     reads={name: Input((name,)) for name in ("dataset", "tokenizer", "token_map", "reference")},
     config=ReconstructionConfig,
     summary=ReconstructionSummary,
+    foresee=foresee,
     kind="evaluation",
     files=(*MOMENTS_FILES.values(), "features-*.safetensors"),
     describe=_describe,

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from enat.config import check_choices, check_in
-from enat.metrics.extractors import BUILT_IN, OF_INCEPTION, FeatureExtractor, extractor_kinds, load_extractor
+from enat.metrics.extractors import (
+    BUILT_IN,
+    OF_INCEPTION,
+    WIDTHS,
+    FeatureExtractor,
+    extractor_kinds,
+    extractor_macs,
+    load_extractor,
+)
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster import waiting
 from pipelines.cluster.resources import Execution
@@ -22,13 +30,21 @@ from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import adm_reference
 from pipelines.evaluation.adm_reference import NpzImages, NpzReference
 from pipelines.evaluation.extractors import EXTRACTOR_FILE, FEATURES_VERSION, ExtractorFile, ReferenceSummary
-from pipelines.evaluation.features import MOMENTS_FILES, FeatureSpec, compute_features, drawn_evenly
+from pipelines.evaluation.features import (
+    MOMENTS_FILES,
+    FeatureSpec,
+    compute_features,
+    drawn_evenly,
+    feature_work,
+    num_feature_parts,
+)
 from pipelines.evaluation.readers import BlockReader, PixelBlocks, SourceImages
 from pipelines.storage.external import content_digest, folder_digest, local_file, local_folder
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.config import set_by
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.work import Done, Foreseen, Work
 
 if TYPE_CHECKING:
     from enat.metrics.moments import FeatureMoments, FeatureStatistics
@@ -39,6 +55,8 @@ CROP = "adm-center"  # of datasets, as in their token maps
 _FROM_FOLDERS = ("dinov2", "clip")
 _HOLD_OUT_EVERY = 5  # every fifth image tests the classifier and never trains it
 _MAX_TRAINING_IMAGES = 50_000
+_NPZ_IMAGES = 10_000  # of ADM's reference statistics
+_UNKNOWN_WIDTH = 1024  # of the features of registered extractors
 _KEPT_SEED = 0  # not the run's: runs of all seeds are compared with the same reference
 
 
@@ -167,7 +185,48 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
         metrics={**({} if count is None else {"images": count}), **made.metrics},
         worker_seconds=made.seconds + (features.worker_seconds if features else 0.0),
         device_seconds=making_device_seconds + (features.device_seconds if features else 0.0),
+        work=[
+            Done(work, took, work.num_workers)
+            for work, took in zip(
+                _work(config, real.num_images), (made.seconds, features.worker_seconds if features else 0.0), strict=True
+            )
+        ],
     )
+
+
+def foresee(config: ReferenceConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    resolution, dataset = config.resolution or 256, inputs.get("dataset")
+    num_images = dataset.num_images if dataset is not None else _NPZ_IMAGES
+    num_kept, width = min(num_images, config.num_kept), WIDTHS.get(config.extractor, _UNKNOWN_WIDTH)
+    return Foreseen(
+        summary=ReferenceSummary(
+            extractor=config.extractor,
+            extractor_digest="",
+            outputs={"features": width},
+            features_version=FEATURES_VERSION,
+            images_per_pass=config.forward_batch_size,
+            of="",
+            dataset=dataset.name if dataset is not None else "",
+            resolution=resolution,
+            num_images=num_images,
+            num_kept=num_kept,
+        ),
+        work=_work(config, num_images),
+        size=4 * num_kept * width + 8 * width**2,
+        num_parts=num_feature_parts(num_images),
+    )
+
+
+def _work(config: ReferenceConfig, num_images: int) -> list[Work]:
+    assert config.resolution is not None
+    macs = extractor_macs(config.extractor, config.resolution)
+    training = Work(
+        name="training",
+        count=config.num_epochs * min(num_images, _MAX_TRAINING_IMAGES) if config.extractor == "classifier" else 0,
+        macs=3 * macs,
+        workers=replace(config.execution, num_workers=1),
+    )
+    return [training, feature_work(num_images, macs, config.execution, config.forward_batch_size)]
 
 
 def _real_images(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageContext) -> _RealImages:
@@ -271,6 +330,7 @@ STAGE = Stage(
     config=ReferenceConfig,
     imports=("torch", "enat.metrics.extractors", "pipelines.stages.reference"),
     summary=ReferenceSummary,
+    foresee=foresee,
     kind="evaluation",
     is_counted_if_imported=True,  # published statistics also get features of their images, which are computed here
     files=(EXTRACTOR_FILE, *MOMENTS_FILES.values(), "features-*.safetensors"),

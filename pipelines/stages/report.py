@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from pipelines.workflow.config import set_by
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, Input, Stage, StageContext, StageResult
 from pipelines.workflow.summary import Summary
+from pipelines.workflow.work import Done, Foreseen, Work, read_prediction
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 PICTURE = "samples.png"
+_SECONDS_OF_MODEL = 2.0
+_BYTES = 1e6
 _COLUMNS = 10  # of the grid where samples are not of each class in turn
 _MOST_UNSEEN = 3  # what is seen in none of N samples is in at most 3 of N, at 95%
 _RECONSTRUCTION_PIXELS = 48  # to which stage tokenizer enlarges small images
@@ -83,6 +87,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
     from enat.checkpoint import load_vqgan
     from pipelines.sampling.pictures import decode_codes, scale_for
 
+    started = time.monotonic()
     vqgan = load_vqgan(context.store.fetch(inputs["tokenizer"], "vqgan.safetensors"))
     model, samples, store = inputs["model"], inputs["samples"], context.store
     shown = _shown_samples(config, samples, store)
@@ -131,7 +136,8 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
     context.run.log_file(context.store.fetch_file(context.stage, context.key, files[0]))
     if charts:
         context.run.log_bytes(png_of(list(charts.values())), "loss.png")
-    return StageResult(files=[], records=files, summary=ReportSummary(name=config.name))
+    done = Done(_page(config), time.monotonic() - started, 1)
+    return StageResult(files=[], records=files, summary=ReportSummary(name=config.name), work=[done])
 
 
 def _shown_samples(config: ReportConfig, samples: Manifest, store: ArtifactStore) -> Samples:
@@ -309,12 +315,12 @@ def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     ]
     metrics = inputs["evaluation"].metrics
     per_image = [
-        (f"{what} of one image", None, *(metrics[f"{part}_{kind}_seconds_per_image"] for kind in ("worker", "device")))
+        (f"{what} of one image", None, *(metrics[f"{part}_{kind}_seconds_per_image"] for kind in ("worker", "device")), None)
         for what, part in (("codes", "sampling"), ("pixels", "decoding"))
     ]
     times = ("seconds", "worker_seconds", "device_seconds")
     stages = [
-        (name, *(inputs[name].provenance[time] for time in times))
+        (name, *(inputs[name].provenance[each] for each in times), _predicted(inputs[name]))
         for name in ("tokenizer", "token_map", "reference", "model", "samples", "evaluation")
     ]
     return {
@@ -322,6 +328,20 @@ def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
         "guidance": "given per step" if sampler.guidance_scales else f"scale {sampler.guidance_scale:g}",
         "measured": [*per_image, *stages],
     }
+
+
+def _predicted(manifest: Manifest) -> str | None:
+    """What was predicted before the run that made it."""
+    predicted = read_prediction(manifest.provenance)
+    return None if predicted is None else f"{predicted['value']:.3g} ({predicted['low']:.3g} to {predicted['high']:.3g})"
+
+
+def foresee(config: ReportConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    return Foreseen(summary=ReportSummary(name=config.name), work=[_page(config)], size=_BYTES)
+
+
+def _page(config: ReportConfig) -> Work:
+    return Work(name="page", count=1 + len(config.variants), unit="models", cpu_seconds=_SECONDS_OF_MODEL)
 
 
 STAGE = Stage(
@@ -342,6 +362,7 @@ STAGE = Stage(
     },
     config=ReportConfig,
     summary=ReportSummary,
+    foresee=foresee,
     files=(PAGE, PICTURE),
     describe=lambda manifest: ReportSummary.read(manifest).name or "",
 )

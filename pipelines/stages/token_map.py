@@ -10,28 +10,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from enat.config import VQGANConfig, check_choices, check_in
+from enat.cost import encoder_macs
 from enat.images import ImageError, to_float
 from pipelines.artifacts.manifest import FileRecord, Manifest
+from pipelines.cluster.capacity import FEEDERS_OF_GPU
 from pipelines.cluster.data_stream import feeding_tasks, map_by_workers, stream_records, with_memory_limit
 from pipelines.cluster.resources import Execution
 from pipelines.data import token_map
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, DatasetSummary
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMapInfo, TokenMapSummary, TokenRows
 from pipelines.workflow.config import set_by
 from pipelines.workflow.models import TokenizerSummary
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.work import Done, Foreseen, Work
 
 if TYPE_CHECKING:
     import ray.data
@@ -45,6 +49,8 @@ _LEAST_MEMORY = 32 << 20  # of pixels in transit
 _WRITERS = 4  # parts that are written at once; a bucket answers slowly
 _WRITES_WAITING = 16
 _REASONS_COUNTED = 10
+_DECODING_SECONDS = 4.5e-3  # of one image on one CPU at 256 pixels
+_ROW_BYTES = 60  # of a row without its codes: key, digest and label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +114,7 @@ def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageCo
     assert config.dataset is not None
     dataset, tokenizer = Dataset(config.dataset, context.store, inputs["dataset"]), inputs["tokenizer"]
     architecture = TokenizerSummary.read(tokenizer).config
-    info = TokenMapInfo(
-        dataset=dataset.name,
-        resolution=architecture.resolution,
-        grid_size=architecture.grid_size,
-        codebook_size=architecture.codebook_size,
-        num_classes=len(dataset.class_names),
-        tokenizer_digest=tokenizer.digest,
-        num_captions=dataset.num_captions,
-        dtype=_DTYPES[config.precision],
-    )
+    info = _info(config, DatasetSummary.read(inputs["dataset"]), architecture, tokenizer.digest)
     per_pass = config.forward_batch_size or _images_per_pass(architecture, config.execution.device)
     encoding = _Encoding(tokenizer, info, per_pass, config.execution)
     parts = range(-(-dataset.num_images // config.shard_size))
@@ -135,7 +132,56 @@ def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageCo
                     bar.advance(block["images"])
                     quarantined += len(block["quarantined"])
                     _check_quarantine(quarantined, dataset.num_images, config.max_quarantine_share, block["quarantined"])
-    return _collect(config, dataset, info, len(parts), context)
+    return _collect(config, dataset, info, architecture, context)
+
+
+def _info(config: TokenMapConfig, dataset: DatasetSummary, architecture: VQGANConfig, tokenizer_digest: str) -> TokenMapInfo:
+    return TokenMapInfo(
+        dataset=dataset.name,
+        resolution=architecture.resolution,
+        grid_size=architecture.grid_size,
+        codebook_size=architecture.codebook_size,
+        num_classes=len(dataset.class_names),
+        tokenizer_digest=tokenizer_digest,
+        num_captions=dataset.num_captions,
+        dtype=_DTYPES[config.precision],
+    )
+
+
+def foresee(config: TokenMapConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    dataset, architecture = inputs["dataset"], inputs["tokenizer"].config
+    info = _info(config, dataset, architecture, "")
+    return Foreseen(
+        summary=TokenMapSummary(info=info, rows=dataset.num_images, class_names=dataset.class_names),
+        work=_work(config, architecture, dataset.num_images),
+        size=dataset.num_images * (2 * architecture.grid_size**2 * math.log2(architecture.codebook_size) / 8 + _ROW_BYTES),
+        num_parts=-(-dataset.num_images // config.shard_size),
+    )
+
+
+def _work(config: TokenMapConfig, architecture: VQGANConfig, num_images: int) -> list[Work]:
+    execution = config.execution
+    per_pass = config.forward_batch_size or _images_per_pass(architecture, execution.device)
+    num_decoders = execution.num_decoders or execution.count * (FEEDERS_OF_GPU if execution.gpus_per_worker else 1)
+    return [
+        Work(
+            name="encoding",
+            count=num_images,
+            macs=2 * encoder_macs(architecture),
+            workers=execution,
+            num_pieces=-(-num_images // min(per_pass, num_images or 1)),
+            precision=config.precision,
+            batch_size=per_pass,
+        ),
+        Work(
+            name="decoding",
+            count=num_images,
+            cpu_seconds=_DECODING_SECONDS * architecture.resolution / 256,
+            workers=replace(execution, num_workers=num_decoders),
+            on_cpus=True,
+            is_beside=True,
+        ),
+    ]
 
 
 def _images_per_pass(architecture: VQGANConfig, device: str) -> int:
@@ -210,7 +256,7 @@ def _pixels_in_transit(encoding: _Encoding) -> int:
     execution = encoding.execution
     num_decoders = execution.num_decoders or int(ray.cluster_resources().get("CPU", 1))
     block_bytes = 3 * encoding.info.resolution**2 * _block_size(encoding)
-    return max(_LEAST_MEMORY, block_bytes * (4 * execution.num_workers + 2 * num_decoders))
+    return max(_LEAST_MEMORY, block_bytes * (4 * execution.count + 2 * num_decoders))
 
 
 def _write_part(part: int, blocks: Sequence[dict[str, Any]], encoding: _Encoding, context: WorkerContext) -> None:
@@ -345,9 +391,11 @@ def _accept(config: TokenMapConfig, manifest: Manifest) -> None:
     _check_quarantine(summary.quarantined, summary.rows + summary.quarantined, config.max_quarantine_share, examples)
 
 
-def _collect(config: TokenMapConfig, dataset: Dataset, info: TokenMapInfo, num_parts: int, context: StageContext) -> StageResult:
+def _collect(
+    config: TokenMapConfig, dataset: Dataset, info: TokenMapInfo, architecture: VQGANConfig, context: StageContext
+) -> StageResult:
     records = context.store.read_parts(context.stage, context.key)
-    assert len(records) == num_parts, "a planned part has no record"
+    assert len(records) == -(-dataset.num_images // config.shard_size), "a planned part has no record"
     rows = sum(record["rows"] for record in records.values())
     quarantined = [(key, reason) for record in records.values() for key, reason in record["quarantined"]]
     assert rows + len(quarantined) == dataset.num_images, "rows + quarantined = inputs"
@@ -356,6 +404,8 @@ def _collect(config: TokenMapConfig, dataset: Dataset, info: TokenMapInfo, num_p
     counts = np.array([record["code_counts"] for record in records.values()], dtype=np.int64).sum(axis=0)
     probs = counts[counts > 0] / max(1, counts.sum())
     encoding_seconds = sum(record["seconds"] for record in records.values())
+    decoding_seconds = sum(record["decoding_seconds"] for record in records.values())
+    works = _work(config, architecture, dataset.num_images)
     reasons = Counter(reason.partition(":")[0] for _, reason in quarantined).most_common(_REASONS_COUNTED)
     return StageResult(
         files=[*(FileRecord(**record["file"]) for record in records.values()), quarantine],
@@ -373,8 +423,9 @@ def _collect(config: TokenMapConfig, dataset: Dataset, info: TokenMapInfo, num_p
             "code_usage": float((counts > 0).mean()),
             "code_perplexity": float(np.exp(-(probs * np.log(probs)).sum())),
         },
-        worker_seconds=encoding_seconds + sum(record["decoding_seconds"] for record in records.values()),
+        worker_seconds=encoding_seconds + decoding_seconds,
         device_seconds=config.execution.device_seconds(encoding_seconds),
+        work=[Done(work, took, work.num_workers) for work, took in zip(works, (encoding_seconds, decoding_seconds), strict=True)],
     )
 
 
@@ -392,6 +443,7 @@ STAGE = Stage(
     config=TokenMapConfig,
     imports=("torch", "enat.tokenizer", "pipelines.stages.token_map"),
     summary=TokenMapSummary,
+    foresee=foresee,
     kind="tokenizing",
     files=("part-*.parquet", token_map.QUARANTINE, CODE_COUNTS),
     describe=_describe,

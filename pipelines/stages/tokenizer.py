@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from enat.config import TokenizerRecipe, VQGANConfig
+from enat.cost import decoder_macs, encoder_macs, num_vqgan_parameters
 from enat.images import make_grid, png_bytes, to_float, to_uint8
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster import waiting
@@ -22,6 +23,7 @@ from pipelines.workflow.config import set_by
 from pipelines.workflow.models import TokenizerSummary
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
+from pipelines.workflow.work import Done, Foreseen, Work
 
 WEIGHTS = "vqgan.safetensors"
 PICTURE = "reconstructions.png"
@@ -104,6 +106,27 @@ def run(config: TokenizerConfig, inputs: Mapping[str, Manifest], context: StageC
         metrics=trained["metrics"],
         worker_seconds=trained["seconds"],
         device_seconds=config.execution.device_seconds(trained["seconds"]),
+        work=[Done(_training(config), trained["seconds"], 1)],
+    )
+
+
+def foresee(config: TokenizerConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    architecture = config.architecture()
+    return Foreseen(
+        summary=TokenizerSummary(config=architecture, is_imported=config.weights is not None),
+        work=[_training(config)] if config.weights is None else [],
+        size=4 * num_vqgan_parameters(architecture),
+    )
+
+
+def _training(config: TokenizerConfig) -> Work:
+    architecture, recipe = config.architecture(), config.recipe
+    return Work(
+        name="training",
+        count=recipe.num_steps * recipe.batch_size,
+        macs=3 * (encoder_macs(architecture) + decoder_macs(architecture)),
+        workers=dataclasses.replace(config.execution, num_workers=1),
+        batch_size=recipe.batch_size,
     )
 
 
@@ -156,6 +179,7 @@ STAGE = Stage(
     config=TokenizerConfig,
     imports=("torch", "enat.tokenizer_training", "pipelines.stages.tokenizer"),
     summary=TokenizerSummary,
+    foresee=foresee,
     kind="tokenizing",
     files=(WEIGHTS, PICTURE),
     external=("weights",),

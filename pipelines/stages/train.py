@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from enat.config import ENATConfig
+from enat.config import ENATConfig, VQGANConfig
+from enat.cost import mean_training_macs, num_parameters
 from pipelines.artifacts.manifest import FileRecord, Manifest, name_of
 from pipelines.cluster import connection, waiting
 from pipelines.data.captions import CaptionsSummary
@@ -31,6 +32,7 @@ from pipelines.workflow.interruption import on_interrupt
 from pipelines.workflow.models import WEIGHTS, ModelSummary, TokenizerSummary
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Input, PublishContext, Stage, StageContext, StageResult
+from pipelines.workflow.work import Done, Foreseen, Work
 
 if TYPE_CHECKING:
     from pipelines.training.checkpoints import ResumePoint
@@ -102,7 +104,57 @@ def run(config: TrainConfig, inputs: Mapping[str, Manifest], context: StageConte
         metrics={f"final/{name}": last[name] for name in names} | scoring_seconds,
         worker_seconds=seconds,
         device_seconds=config.execution.device_seconds(seconds),
+        work=_done(config, architecture, trained.history),
     )
+
+
+def foresee(config: TrainConfig, inputs: Mapping[str, Any]) -> Foreseen:
+    if config.weights is not None:
+        info = _imported_info(config, inputs["tokenizer"].config, "")
+        architecture, captions = config.model.architecture(info), None
+    else:
+        info, captions = inputs["token_map"].info, inputs["captions"].info if "captions" in inputs else None
+        architecture = config.model.architecture(info, captions)
+    num_kept = 0 if config.execution.keep_every is None else (config.num_steps - 1) // config.execution.keep_every
+    num_averages = len(config.execution.ema_lengths) * (num_kept + 1)
+    parameters = num_parameters(architecture)
+    return Foreseen(
+        summary=ModelSummary(
+            model=architecture,
+            parameters=parameters,
+            tokenizer_digest=info.tokenizer_digest,
+            num_steps=0 if config.weights is not None else config.num_steps,
+            dataset=info.dataset,
+            is_imported=config.weights is not None,
+        ),
+        work=[_training(config, architecture)] if config.weights is None else [],
+        size=4 * parameters * (1 if config.weights is not None else 2 + num_kept + num_averages),
+    )
+
+
+def _training(config: TrainConfig, architecture: ENATConfig) -> Work:
+    """The optimizer's steps. The mean over the masks of training."""
+    execution = config.execution
+    layers = architecture.encoder_layers + architecture.decoder_layers
+    rows = min(config.group_size, config.batch_size // execution.count) / execution.microbatches
+    return Work(
+        name="training",
+        count=config.num_steps * config.batch_size,
+        macs=mean_training_macs(architecture, config.masking),
+        workers=execution,
+        precision=config.precision,
+        batch_size=max(1, round(rows)),
+        num_blocks=3 * layers / rows,  # the backward pass launches about twice as many kernels as the forward pass
+        synced_bytes=4 * num_parameters(architecture) / config.batch_size,
+    )
+
+
+def _done(config: TrainConfig, architecture: ENATConfig, history: list[dict[str, float]]) -> list[Done]:
+    """The steps with their time, without what lies between intervals. Elastic training changes the number of workers."""
+    intervals = [(each["step"] - step, each) for step, each in zip([0.0, *(row["step"] for row in history)], history, strict=False)]
+    seconds = sum(steps * row["step_seconds"] for steps, row in intervals)
+    worker_seconds = sum(steps * row["step_seconds"] * row["num_workers"] for steps, row in intervals)
+    return [Done(_training(config, architecture), worker_seconds, worker_seconds / seconds)] if seconds else []
 
 
 def _scores(
@@ -123,7 +175,7 @@ def _scores(
 
 def _mean_workers(config: TrainConfig, trained: TrainResult, before: ResumePoint) -> float:
     """The mean number of workers over the steps of this command; elastic runs change it."""
-    num_workers = [row["num_workers"] for row in trained.history if row["step"] > before.step] or [config.execution.num_workers]
+    num_workers = [row["num_workers"] for row in trained.history if row["step"] > before.step] or [config.execution.count]
     return sum(num_workers) / len(num_workers)
 
 
@@ -132,14 +184,7 @@ def _imported(config: TrainConfig, weights: str, tokenizer: Manifest, context: S
     from enat.checkpoint import open_enat, save_weights
 
     codes = TokenizerSummary.read(tokenizer).config
-    info = TokenMapInfo(
-        dataset="imported",
-        resolution=codes.resolution,
-        grid_size=codes.grid_size,
-        codebook_size=codes.codebook_size,
-        num_classes=config.model.num_classes or ENATConfig.num_classes,
-        tokenizer_digest=tokenizer.digest,
-    )
+    info = _imported_info(config, codes, tokenizer.digest)
     architecture = config.model.architecture(info)
     model = open_enat(local_file(weights, "train.weights", config.s3), architecture)
     return StageResult(
@@ -149,10 +194,22 @@ def _imported(config: TrainConfig, weights: str, tokenizer: Manifest, context: S
     )
 
 
+def _imported_info(config: TrainConfig, codes: VQGANConfig, tokenizer_digest: str) -> TokenMapInfo:
+    """Of the token map that published weights were trained on."""
+    return TokenMapInfo(
+        dataset="imported",
+        resolution=codes.resolution,
+        grid_size=codes.grid_size,
+        codebook_size=codes.codebook_size,
+        num_classes=config.model.num_classes or ENATConfig.num_classes,
+        tokenizer_digest=tokenizer_digest,
+    )
+
+
 def _summary(architecture: ENATConfig, info: TokenMapInfo, num_steps: int, is_imported: bool) -> ModelSummary:
     return ModelSummary(
         model=architecture,
-        parameters=sum(tensor.numel() for tensor in initial_model(architecture, 0).parameters()),
+        parameters=num_parameters(architecture),
         tokenizer_digest=info.tokenizer_digest,
         num_steps=num_steps,
         dataset=info.dataset,
@@ -196,7 +253,7 @@ def _fit(
             train_loop_config={"task": task},
             backend_config=Rendezvous(backend="nccl" if execution.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=(execution.min_workers, execution.num_workers) if execution.min_workers else execution.num_workers,
+                num_workers=(execution.min_workers, execution.count) if execution.min_workers else execution.count,
                 elastic_resize_monitor_interval_s=execution.resize_seconds,
                 use_gpu=bool(execution.gpus_per_worker),
                 resources_per_worker={"CPU": execution.cpus_per_worker, "GPU": execution.gpus_per_worker},
@@ -293,6 +350,7 @@ STAGE = Stage(
     },
     config=TrainConfig,
     summary=ModelSummary,
+    foresee=foresee,
     kind="training",
     files=(WEIGHTS, RAW_WEIGHTS, HISTORY, SCORES, "model-step-*.safetensors", "average-*.safetensors"),
     external=("weights",),

@@ -10,7 +10,7 @@ from typing import Any
 from enat.averages import MAX_LENGTH
 from enat.config import LABEL_SMOOTHING, ENATConfig, MaskingConfig, check_choices, check_in
 from enat.sampler_config import SamplerConfig
-from pipelines.cluster.resources import Workers
+from pipelines.cluster.resources import ALL, Workers
 from pipelines.data.captions import CaptionFeaturesInfo
 from pipelines.data.token_map import TokenMapInfo
 from pipelines.storage.external import content_digest
@@ -154,7 +154,7 @@ class TrainExecution(Workers):
             raise ValueError(f"ema_lengths {list(self.ema_lengths)} has a length twice; give each once")
         if self.ema_lengths and self.keep_every is None:
             raise ValueError("ema_lengths are kept at the steps of keep_every; set keep_every")
-        if self.min_workers is not None and self.min_workers > self.num_workers:
+        if self.min_workers is not None and self.num_workers != ALL and self.min_workers > self.count:
             raise ValueError(f"min_workers is {self.min_workers}; it must be at most num_workers, which is {self.num_workers}")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             raise ValueError(
@@ -260,16 +260,22 @@ class TrainConfig:
             raise ValueError(f"betas is {self.betas}; both must be in [0, 1)")
         if self.batch_size % self.num_groups:
             raise ValueError(f"batch_size is {self.batch_size}; it must be a multiple of num_groups, which is {self.num_groups}")
-        microbatches, num_workers = self.execution.microbatches, self.execution.num_workers
+        microbatches = self.execution.microbatches
         if self.group_size % microbatches:
             raise ValueError(f"execution.microbatches is {microbatches}; it must divide a group of {self.group_size} images")
-        if self.batch_size < (least := num_workers * microbatches):
+        if self.execution.num_workers != ALL and self.execution.count > self.most_workers:
+            count = self.execution.count
             raise ValueError(
-                f"batch_size is {self.batch_size}; it must be at least {least} for execution.num_workers {num_workers} and "
+                f"batch_size is {self.batch_size}, but execution.num_workers {count} needs at least {count * microbatches} with "
                 f"execution.microbatches {microbatches}, so that each pass has an image"
             )
         if self.precision == "fp16" and self.execution.zero_stage == 0:
             raise ValueError("precision fp16 needs execution.zero_stage 1, 2 or 3, which scale the loss")
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that each get an image for each of their passes."""
+        return self.batch_size // self.execution.microbatches
 
     @property
     def group_size(self) -> int:

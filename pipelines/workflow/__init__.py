@@ -6,6 +6,7 @@ node_run     one node of it: reused, or computed and committed
 summary      what one stage tells another, stored in manifests
 models       the summaries of tokenizers and models
 config       YAML and overrides as dataclasses
+work         what a stage has to do, in numbers
 costs        worker-seconds, device-seconds, money
 progress     progress bars
 interruption Ctrl-C while stages run in threads

@@ -21,7 +21,8 @@ from pipelines.artifacts.lease import Leases
 from pipelines.artifacts.manifest import Manifest, inputs_of, name_of
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection, waiting
-from pipelines.cluster.capacity import Grant, Room, has_autoscaler
+from pipelines.cluster.capacity import Capacity, Grant, Room, has_autoscaler, with_count
+from pipelines.cluster.resources import Workers
 from pipelines.formatting import one_line
 from pipelines.storage.base import digest_of
 from pipelines.workflow import config as configuration
@@ -125,6 +126,7 @@ class _Execution:
         self._recorded: set[str] = set()
         self._told: set[str] = set()  # nodes that are known to wait for another run
         self._room: Room | None = None
+        self._capacity: Capacity | None = None
         self._is_connected = False
         self._events: SimpleQueue[_Ended | _ConnectionRequest] = SimpleQueue()
 
@@ -260,8 +262,11 @@ class _Execution:
         if self._room is None:  # not known yet, or of a cluster that grows
             return Grant() if self._is_connected or not self._running else None
         num_others = sum(self._is_startable(other) for other in self._nodes) - 1
-        grant = self._room.take(node.stage.workers(node.config), num_others)
+        grant = self._room.take(self._workers(node), num_others)
         return Grant() if grant is None and not self._running else grant  # alone: the stage itself tells what is missing
+
+    def _workers(self, node: Node) -> Workers | None:
+        return node.stage.workers(with_count(node.config, self._capacity) if self._capacity is not None else node.config)
 
     def _give_back(self, grant: Grant) -> None:
         if self._room is not None:
@@ -294,12 +299,12 @@ class _Execution:
     def _connect(self) -> None:
         self._session.connect()
         if self._num_jobs != 1 and not self._is_connected:
-            capacity = connection.capacity()
+            self._capacity = connection.capacity()
             # The stage at work has its place already, but not on record.
-            self._room = Room(capacity) if not has_autoscaler() else None
+            self._room = Room(self._capacity) if not has_autoscaler() else None
             for node in self._nodes:
                 if node.id in self._running and self._room is not None:
-                    self._grants[node.id] = self._room.take(node.stage.workers(node.config), 0) or Grant()
+                    self._grants[node.id] = self._room.take(self._workers(node), 0) or Grant()
         self._is_connected = True
 
     def _request_connection(self) -> None:

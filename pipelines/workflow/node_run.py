@@ -11,14 +11,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from typing import Any
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster import connection, hardware
+from pipelines.cluster.capacity import has_autoscaler, with_count
+from pipelines.cluster.resources import ALL
 from pipelines.storage.base import StorageError
 from pipelines.tracking import run as tracking_run
 from pipelines.workflow import config as configuration
 from pipelines.workflow.provenance import code_version
 from pipelines.workflow.stage import FinishedStage, Node, PublishContext, Session, StageContext, StageError
+from pipelines.workflow.work import WORK_TAG, read_prediction, to_provenance, to_tag
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +67,7 @@ class NodeRun:
         from ray.exceptions import RayTaskError
 
         started, node, session = time.monotonic(), self.node, self.session
+        config = self._config()
         context = StageContext(
             stage=node.stage.name,
             key=self.key,
@@ -76,7 +82,7 @@ class NodeRun:
             is_alone=session.is_alone,
         )
         try:
-            result = node.stage.run(node.config, self.inputs, context)
+            result = node.stage.run(config, self.inputs, context)
         except RayTaskError as error:
             if isinstance(error.cause, ValueError):  # found by a worker: the message without the worker's traceback
                 error.cause.args = tuple(_own(each) if isinstance(each, str) else each for each in error.cause.args)
@@ -90,6 +96,7 @@ class NodeRun:
             raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
         for name in (file.name for file in (*result.files, *result.records) if node.stage.files):
             assert any(fnmatchcase(name, pattern) for pattern in node.stage.files), f"{name} is not a file of stage {node.id}"
+        seconds = time.monotonic() - started
         read = {name: manifest for name, manifest in self.inputs.items() if node.stage.is_in_key(name)}
         return Manifest(
             stage=node.stage.name,
@@ -105,17 +112,37 @@ class NodeRun:
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "code": code_version(),
                 "host_cpus": os.cpu_count(),
-                "seconds": time.monotonic() - started,
+                "seconds": seconds,
                 "worker_seconds": result.worker_seconds,
                 "device_seconds": result.device_seconds,
+                **to_provenance(result.work, seconds, _hardware(), session.predicted.get(node.id)),
             },
         )
+
+    def _config(self) -> Any:
+        """The config with the number of workers that the cluster has room for, if it asks for all."""
+        workers = self.node.stage.workers(self.node.config)
+        if workers is None or workers.num_workers != ALL:
+            return self.node.config
+        self.session.connect()
+        if not has_autoscaler():
+            return with_count(self.node.config, connection.capacity())
+        if (largest := hardware.grown()) is None:
+            raise ValueError(
+                f"{self.node.stage.name}.execution.num_workers is {ALL}, but this cluster adds nodes on demand; give a number, or "
+                f"set the variable {hardware.SIZE} on the cluster to its largest size, such as 2x8xGPU"
+            )
+        return with_count(self.node.config, largest.capacity)
 
     def _finish(self, made: Manifest, run: tracking_run.RunHandle, *, is_reused: bool) -> FinishedStage:
         seconds = time.monotonic() - self.started
         self._publish(made, run)
         tags = {"enat.digest": made.digest, "enat.reused": str(is_reused).lower(), "enat.code": str(made.provenance["code"])}
         costs = {f"cost/{name}": made.provenance[name] for name in ("seconds", "worker_seconds", "device_seconds")}
+        if (work := to_tag(made)) is not None:
+            tags[WORK_TAG] = work
+        predicted = read_prediction(made.provenance) or {}
+        costs |= {f"cost/predicted_seconds{'' if side == 'value' else f'_{side}'}": value for side, value in predicted.items()}
         run.set_tags(tags)
         run.log_metrics({**made.metrics, **costs})
         run.finish()
@@ -148,6 +175,12 @@ class NodeRun:
         with tracking_run.ending(tracking_run.start_run(session.run.uri, session.tracking, node.id, tags, session.run)) as run:
             run.log_params(configuration.redacted(node.config))
             yield run
+
+
+def _hardware() -> dict[str, str]:
+    """Product names of the devices that the stages of this run use."""
+    machines = connection.machines() if connection.is_connected() else hardware.of_this_machine()
+    return {device: name for device in (hardware.CPU, hardware.GPU) if (name := machines.name_of(device)) is not None}
 
 
 def _clean_up(store: ArtifactStore, committed: Manifest) -> None:

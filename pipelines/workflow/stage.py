@@ -18,6 +18,7 @@ from pipelines.tracking.run import RunHandle, TrackingConfig
 from pipelines.workflow.costs import Prices
 from pipelines.workflow.progress import Bar
 from pipelines.workflow.summary import Summary
+from pipelines.workflow.work import Done, Foreseen
 
 SCRATCH = "fresh-"  # prefix of the names of stages that compute existing artifacts again
 MAIN = "main"  # what a run's own model is called beside its variants
@@ -55,6 +56,8 @@ class Stage:
     reads: what it reads, by name.
     config: the class of its config. The run gives `dataset`, `seed` and `s3` to a config that has such a field and leaves it out.
     summary: the class of what it tells other stages.
+    foresee: `(config, summaries of its inputs) -> Foreseen`: what it will make and the work it takes, for predictions. Raises
+        UnforeseeableError if that is not known. None: nothing of it, and of stages that read it, is predicted.
     kind: what its time is counted as, one of costs.KINDS; None counts it as other.
     is_counted_if_imported: whether an imported artifact also took time here.
     files: patterns of the names of its files and records.
@@ -79,6 +82,7 @@ class Stage:
     reads: Mapping[str, Input] = field(default_factory=dict)
     config: type | None = None
     summary: type[Summary] = Summary
+    foresee: Callable[[Any, Mapping[str, Any]], Foreseen] | None = None
     kind: str | None = None
     is_counted_if_imported: bool = False
     files: tuple[str, ...] = ()
@@ -115,7 +119,7 @@ class Node:
 class StageResult:
     """What a stage made: `files` are the artifact, `records` describe how it was made.
 
-    worker_seconds: summed over workers.   device_seconds: of accelerators.
+    worker_seconds: summed over workers.   device_seconds: of accelerators.   work: in the order in which it was done.
     """
 
     files: Sequence[FileRecord]
@@ -124,6 +128,7 @@ class StageResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
     worker_seconds: float = 0.0
     device_seconds: float = 0.0
+    work: Sequence[Done] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +216,7 @@ class Session:
 
     stages: all stages by name, also those that this run does not use: artifacts of theirs may be among the inputs.
     made: artifacts so far, by the ids of their nodes.   siblings, spare_cpus, is_alone: of the node that is computed.
+    predicted: seconds that were predicted before the run, by the ids of nodes: value, low and high.
     """
 
     store: ArtifactStore
@@ -224,6 +230,7 @@ class Session:
     siblings: Sequence[Sibling] = ()
     spare_cpus: int | None = None
     is_alone: bool = True
+    predicted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -125,13 +125,13 @@ def reader(num_rows: int) -> dict[str, float]:
 
 
 def _run_pipeline(place: Path, workload: Workload, count: int) -> dict[str, float]:
-    images = _write_images(place / f"images-{count}", workload.size, count)
+    images = write_images(place / f"images-{count}", workload.size, count)
     tokenizer = [f"tokenizer.{name}={json.dumps(value)}" for name, value in workload.config.items()]
     values = [
         f"dataset={{kind: images, path: {images}}}",
         "tokenizer.preset=vqgan-256",
         *tokenizer,
-        f"tokenizer.weights={_write_tokenizer(place, workload.config)}",
+        f"tokenizer.weights={write_tokenizer(place, workload.config)}",
         "token_map={shard_size: 512, forward_batch_size: 8}",
         f"token_map.execution={{num_workers: 1, worker_batch_size: {workload.batch_size}}}",
     ]
@@ -206,7 +206,7 @@ def _plain_encoder(place: Path, config: dict[str, Any], count: int) -> float:
     from enat.images import to_float
 
     torch.set_num_threads(1)
-    vqgan = load_vqgan(_write_tokenizer(place, config))
+    vqgan = load_vqgan(write_tokenizer(place, config))
     size = config["resolution"]
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
     vqgan.encode(to_float(pixels[:8]))
@@ -232,7 +232,7 @@ def _plain_decoder(place: Path, config: dict[str, Any], count: int) -> float:
 # Means -------------------------------------------------------------------------------------------------------------------------
 
 
-def _write_tokenizer(place: Path, config: dict[str, Any]) -> Path:
+def write_tokenizer(place: Path, config: dict[str, Any]) -> Path:
     import torch
 
     from enat.checkpoint import save_weights
@@ -246,7 +246,7 @@ def _write_tokenizer(place: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def _write_images(folder: Path, size: tuple[int, int], count: int) -> Path:
+def write_images(folder: Path, size: tuple[int, int], count: int) -> Path:
     """JPEGs of crops of a photograph that ships with scikit-learn."""
     from PIL import Image
     from sklearn.datasets import load_sample_image

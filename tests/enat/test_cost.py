@@ -1,15 +1,24 @@
 """Cost: the published numbers, and the MACs that torch counts while the code runs."""
 
+import numpy as np
 import pytest
 import torch
 from small_models import ARCHITECTURES, conditions, nested_tokens, pairwise_cases, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from enat.config import DECODER_ATTENTIONS, ENATConfig
-from enat.cost import decoder_macs, encoder_macs, generation_cost, training_macs
+from enat.config import DECODER_ATTENTIONS, ENATConfig, MaskingConfig
+from enat.cost import (
+    decoder_macs,
+    encoder_macs,
+    generation_cost,
+    mean_training_macs,
+    num_parameters,
+    num_vqgan_parameters,
+    training_macs,
+)
 from enat.loss import objective
-from enat.masking import MaskedCodes
+from enat.masking import MaskedCodes, mask_codes
 from enat.model import ENAT
 from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
@@ -188,3 +197,37 @@ def test_tokenizer_macs_equal_the_counted_ones(config):
     with FlopCounterMode(display=False) as counter:
         vqgan.decode_latents(latents)
     assert counter.get_total_flops() == 2 * decoder_macs(config)
+
+
+@pytest.mark.parametrize("masking", [MaskingConfig(), MaskingConfig(alpha=2, beta=5, reuse_probability=0.9)])
+@pytest.mark.parametrize("architecture", [{}, {"reused_features": "all"}, {"reuse": False}])
+def test_mean_training_macs_are_those_of_many_draws(masking, architecture):
+    config = small_config(grid_size=8, **architecture)
+    rng = np.random.default_rng(0)
+    macs = []
+    for _ in range(4000):
+        drawn = mask_codes(torch.zeros(1, config.num_tokens, dtype=torch.int64), config.mask_id, masking, rng)
+        is_reuse = drawn.previous_tokens is not None and config.reuse
+        macs.append(training_macs(config, drawn.num_masked, drawn.previous_num_masked if is_reuse else None))
+    assert mean_training_macs(config, masking) == pytest.approx(np.mean(macs), abs=4 * np.std(macs) / 4000**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *({**a, **b, **c, **d} for a, b, c, d in pairwise_cases(*ARCHITECTURES)),
+        {"mlp_ratio": 2},
+    ],
+    ids=str,
+)
+def test_parameters_are_counted_without_a_model(architecture):
+    config = small_config(**architecture)
+    assert num_parameters(config) == sum(parameter.numel() for parameter in ENAT(config).parameters())
+
+
+@pytest.mark.parametrize("preset", ["vqgan-small", "vqgan-256"])
+def test_parameters_of_a_tokenizer_are_those_of_its_convolutions_and_codes(preset):
+    config = VQGANConfig.preset(preset)
+    with torch.device("meta"):
+        counted = sum(parameter.numel() for parameter in VQGAN(config).parameters())
+    assert num_vqgan_parameters(config) == pytest.approx(counted, rel=0.01) and num_vqgan_parameters(config) <= counted

@@ -337,6 +337,7 @@ def test_condition_of_another_kind_or_shape_is_refused(architecture, condition, 
             model.set_null_caption(condition.hidden[0], condition.pooled[0])
 
 
+@pytest.mark.slow
 def test_few_graphs_are_compiled_however_many_tokens_are_masked() -> None:
     """Natural draws, 0 and 1 visible tokens among them, fresh and with features of an earlier step: no graph after the first steps.
 

@@ -102,6 +102,8 @@ def test_only_fields_that_kuberay_has() -> None:
 
 
 def test_both_pools_start_at_zero_and_the_gpu_pool_fits_the_config() -> None:
+    from pipelines.cluster.capacity import with_count
+    from pipelines.cluster.hardware import parse_cluster
     from pipelines.run.config import RunConfig
     from pipelines.workflow.config import load_config
 
@@ -112,10 +114,12 @@ def test_both_pools_start_at_zero_and_the_gpu_pool_fits_the_config() -> None:
     assert not any("gpu" in name for name in decode["resources"]["limits"])
     assert gpu["image"] == "enat-cuda" and decode["image"] == "enat-cpu"
     run = load_config(RunConfig, REPOSITORY / "configs" / "imagenet256.yaml", [])
-    gpus, cpus = (int(gpu["resources"]["limits"][name]) * GROUPS["gpu"]["maxReplicas"] for name in ("nvidia.com/gpu", "cpu"))
-    for execution in (run.train.execution, run.token_map.execution):
-        assert execution.num_workers * execution.gpus_per_worker <= gpus
-        assert execution.num_workers * execution.cpus_per_worker <= cpus
+    settings = documents(INFRA / "kuberay" / "settings.yaml")[0]["data"]
+    largest = parse_cluster(settings["ENAT_CLUSTER_SIZE"]).capacity
+    node = {"GPU": float(gpu["resources"]["limits"]["nvidia.com/gpu"]), "CPU": float(gpu["resources"]["limits"]["cpu"])}
+    assert [*largest.nodes] == [node] * GROUPS["gpu"]["maxReplicas"]
+    for section in (run.train, run.token_map):
+        assert section.execution.num_workers == "all" and with_count(section, largest).execution.count == largest.total("GPU")
 
 
 def test_ray_accepts_the_parameters_of_its_start_and_the_command_that_submits() -> None:

@@ -126,6 +126,7 @@ def _share_held(values: np.ndarray, found: np.ndarray, expected: float | None = 
 REPETITIONS = 200
 
 
+@pytest.mark.slow
 def test_95_percent_intervals_hold_the_truth() -> None:
     """The distance at N: the mean over sets. The distance at infinity: that of the distributions. The kernel distance likewise."""
     real, _ = draw(250, 7, 0.0, 1.0)

@@ -32,6 +32,7 @@ def inception(inception_weights):
     return InceptionExtractor(inception_weights)
 
 
+@pytest.mark.slow
 def test_inception_features_are_those_of_torch_fidelity(inception, inception_weights, tmp_path):
     torch.save(inception_weights, tmp_path / "weights.pth")
     theirs = feature_extractor_inceptionv3.FeatureExtractorInceptionV3(

@@ -13,7 +13,7 @@ from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.store import ArtifactStore
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return open_place(request, tmp_path, monkeypatch)
 

@@ -29,7 +29,7 @@ from pipelines.tracking import search
 DAY = 86400.0
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.chdir(tmp_path)
     return open_place(request, tmp_path, monkeypatch)
@@ -214,6 +214,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
     return uri
 
 
+@pytest.mark.slow
 def test_registered_artifacts_are_models_and_their_evaluations(registry: str) -> None:
     names = (f"train/{key_of('x')}", f"evaluate/{key_of('scores')}")
     assert search.registered_artifacts(registry) == dict.fromkeys(names, "enat-s-digits version 1")

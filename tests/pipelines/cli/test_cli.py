@@ -182,6 +182,7 @@ def test_errors_are_one_line_with_an_exit_code_and_leave_no_artifact(answers: di
     assert list((folder / "blocked").iterdir()) == [folder / "blocked" / "tokenizer"]
 
 
+@pytest.mark.slow
 def test_errors_of_a_new_process_are_the_same(enat: Callable[..., Any], folder: Path) -> None:
     case = CASES[-1]
     _assert_error(case, folder, enat(*_arguments(case, folder)))
@@ -227,7 +228,10 @@ def test_plan_as_json(ask: Callable[..., Any], tmp_path: Path) -> None:
     answer = json.loads(process.stdout)
     assert answer["store"] == str(tmp_path / "runs" / "store")
     rows = {row["stage"]: row for row in answer["stages"]}
-    assert set(rows["train"]) == {"stage", "key", "reused", "parts_done"}
+    assert set(rows["train"]) == {"stage", "key", "reused", "parts_done", "predicted"}
+    assert rows["train"]["predicted"]["seconds"]["low"] < rows["train"]["predicted"]["seconds"]["value"]
+    assert rows["train"]["predicted"]["artifacts_measured"] == 0 and answer["predicted"]["is_complete"]
+    assert answer["predicted"]["machines"].startswith("this machine")
     assert len(rows["dataset"]["key"]) == 64 and rows["tokenizer"]["key"] is None and rows["token_map"]["key"] is None
     assert not any(row["reused"] or row["parts_done"] for row in answer["stages"])
     assert not (tmp_path / "runs").exists(), "a plan writes nothing"
@@ -238,8 +242,40 @@ def test_plan_as_a_table(digits_run, ask: Callable[..., Any]) -> None:
     assert (process.returncode, process.stderr) == (0, "")
     lines = {line.split()[0]: line for line in process.stdout.splitlines() if line[:1].strip()}  # without continued lines
     assert all("reuse" in lines[stage] for stage in ("dataset", "tokenizer", "token_map", "reference"))
-    assert "compute" in lines["train"] and "known after train" in lines["generate"] and "compute" in lines["generate"]
+    assert "compute" in lines["train"] and "after train" in lines["generate"] and "compute" in lines["generate"]
     assert "5 of 14 stages are reused" in process.stdout
+
+
+def test_plan_predicts_from_what_was_measured_here(digits_run, ask: Callable[..., Any]) -> None:
+    process = ask("plan", DIGITS, f"workspace={digits_run.workspace}", *digits_run.overrides, "train.seed=1", "--json")
+    rows = {row["stage"]: row["predicted"] for row in json.loads(process.stdout)["stages"]}
+    assert rows["tokenizer"] is None, "it is reused"
+    assert rows["train"]["artifacts_measured"] >= 1 and rows["generate"]["artifacts_measured"] >= 1
+    made = {id: item.manifest for id, item in digits_run.planned().items()}
+    assert made["train"].provenance["work"][0]["name"] == "training" and made["train"].provenance["work"][0]["count"] > 0
+
+
+def test_plan_of_a_cluster_and_a_dataset_that_are_not_here(ask: Callable[..., Any]) -> None:
+    config = DIGITS.with_name("imagenet256.yaml")
+    process = ask("plan", config, "prices={device_hour: 2.5}", "--images", "1281167", "--cluster", "8x8xH200", "--json")
+    assert (process.returncode, process.stderr) == (0, "")
+    predicted = json.loads(process.stdout)["predicted"]
+    assert predicted["is_complete"] and predicted["machines"] == "8 nodes with 8 x H200 and 96 CPUs"
+    assert predicted["money"]["value"] == pytest.approx(2.5 * predicted["device_hours"]["value"])
+    assert "train" in predicted["critical_path"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cluster", "8xH200"), "'8xH200' does not describe a cluster; write NODESxGPUSxNAME"),
+        (("--cluster", "1x8xH200", "--address", "auto"), "give --address or --cluster, not both"),
+        (("--classes", "10"), "--classes and --captions describe the images of --images"),
+    ],
+)
+def test_plan_refuses_what_it_cannot_use(arguments: tuple[str, ...], message: str, ask: Callable[..., Any]) -> None:
+    process = ask("plan", DIGITS, *arguments)
+    assert process.returncode == 2 and message in process.stderr
 
 
 def test_help_and_wrong_usage(ask: Callable[..., Any]) -> None:
@@ -346,7 +382,7 @@ def test_a_config_names_imported_weights_by_their_digest(ask: Callable[..., Any]
     process = ask("plan", DIGITS, f"store={imported.store}", *values, "--json")
     assert (process.returncode, process.stderr) == (0, "")
     assert json.loads(process.stdout)["stages"] == [
-        {"stage": "tokenizer", "key": imported.answer["key"], "reused": True, "parts_done": 0}
+        {"stage": "tokenizer", "key": imported.answer["key"], "reused": True, "parts_done": 0, "predicted": None}
     ]
 
 

@@ -88,6 +88,7 @@ def test_the_rows_of_a_killed_worker_are_processed_by_another(
     assert f"workers were lost ({error})" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_error_in_the_stage_ends_the_job_at_once_and_frees_its_workers(tmp_path: Path) -> None:
     """Also while the error is kept, as it is until other branches have finished."""
     with pytest.raises(Exception, match="part 1 is broken") as kept:
@@ -97,6 +98,7 @@ def test_an_error_in_the_stage_ends_the_job_at_once_and_frees_its_workers(tmp_pa
     assert len(_records(tmp_path / "again", Execution(num_workers=2))) == 5 and kept.value is not None
 
 
+@pytest.mark.slow
 def test_a_pool_is_not_larger_than_its_work(tmp_path: Path) -> None:
     assert len(_records(tmp_path, Execution(num_workers=8, cpus_per_worker=0.25))) == 5
     assert len([*tmp_path.glob("process-*")]) <= 5

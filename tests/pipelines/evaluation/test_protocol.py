@@ -61,6 +61,7 @@ def test_samples_stored_as_jpeg_have_a_protocol_of_their_own() -> None:
     assert len({evaluation_protocol.protocol_digest(each) for each in protocols}) == 2
 
 
+@pytest.mark.slow
 def test_npz_with_equal_counts_of_labels_shares_a_table_with_our_samples(tmp_path):
     """Samples without labels, fewer samples, and samples of one class do not. Samples from real codes with different mask ratios
     share a table with a column for the ratio."""

@@ -46,6 +46,7 @@ class Here:
         return self.extractor
 
 
+@pytest.mark.slow
 def test_inception_gives_every_image_its_own_spatial_features_in_parallel_passes():
     """The two passes wait for each other between the layer of these features and the end of the network."""
     extractor, images = InceptionExtractor(random_inception_weights()), pixels(2, 32)

@@ -73,6 +73,7 @@ def test_scores_of_inception_have_their_published_names() -> None:
     assert named.by_name == {"kid": 1.0, "kid_std": 2.0, "fid_infinity_se": 4.0, "recall": 3.0} and [*named.influences] == ["fid"]
 
 
+@pytest.mark.slow
 def test_inception_score_of_parts_of_a_size_in_order() -> None:
     """As ADM's evaluator computes it. Samples of one class follow each other, so that shuffling makes a difference. It takes one
     CPU, whatever the workers hold."""

@@ -118,6 +118,7 @@ def test_config_is_sent_merged_with_its_bases(prepare: Callable[..., Submission]
         assert run == run_config.load_run(config) and (run.name, run.train.num_steps) == ("mine", 7)
 
 
+@pytest.mark.slow
 def test_places_that_the_cluster_cannot_see_are_refused(
     prepare: Callable[..., Submission], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

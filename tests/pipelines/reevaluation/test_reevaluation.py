@@ -34,6 +34,7 @@ from pipelines.workflow.stage import Node, PublishContext
 # Evaluating ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_registered_model_without_an_evaluation_is_evaluated(evaluated: tuple[Lab, Outcome]) -> None:
     lab, outcome = evaluated
     assert (outcome.verdict, outcome.note, outcome.num_computed) == ("evaluated", "never evaluated", 4), outcome.note

@@ -126,6 +126,22 @@ def test_run_and_stages_are_in_mlflow(tracked, digits_run) -> None:
     assert {file.path for file in client.list_artifacts(runs["report"].info.run_id)} == {"report.html", "loss.png"}
 
 
+def test_what_was_predicted_is_beside_what_was_measured(tracked, digits_run) -> None:
+    _, runs = tracked
+    assert re.search(r"\n[0-9.]+ s were predicted \(\d+ to \d+\), [0-9.]+ were taken\n", digits_run.process.stdout)
+    page = (digits_run.workspace / "digits.html").read_text()
+    assert "seconds predicted before the run" in page
+    for id, item in digits_run.planned().items():
+        predicted, metrics = item.manifest.provenance["predicted_seconds"], runs[id].data.metrics
+        assert 0 < predicted["low"] < predicted["value"] < predicted["high"]
+        assert metrics["cost/predicted_seconds"] == pytest.approx(predicted["value"]) and metrics["cost/seconds"] > 0
+        if id in ("tokenizer", "token_map", "reference"):
+            assert f"({predicted['low']:.3g} to {predicted['high']:.3g})" in page
+        has_work = id != "train@untrained"  # no step is trained
+        assert bool(item.manifest.provenance["work"]) == has_work and ("enat.work" in runs[id].data.tags) == has_work
+    assert runs["digits"].data.metrics["cost/predicted_run_seconds_value"] > 0
+
+
 def test_training_logs_steps_and_pictures(tracked, digits_run, tmp_path: Path) -> None:
     client, runs = tracked
     run = runs["train"]

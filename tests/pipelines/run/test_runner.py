@@ -76,6 +76,7 @@ def _found(client: MlflowClient) -> dict[str, Any]:
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
+@pytest.mark.slow
 def test_a_run_of_packaged_code_records_its_commit_and_changes(
     client: MlflowClient, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

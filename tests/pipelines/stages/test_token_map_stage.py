@@ -230,6 +230,7 @@ def _hostile_inputs() -> dict[str, Any]:
     return {file.name: file for file in corpus() if not file.name.endswith((".jp2", ".avif"))}
 
 
+@pytest.mark.slow
 def test_hostile_files_are_encoded_or_quarantined(hostile_map, vqgan) -> None:
     store, manifest = hostile_map
     rows = _rows(store, manifest)

@@ -332,6 +332,7 @@ def test_disabled_tracking_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_runs_that_start_at_once_share_a_new_experiment(server: str) -> None:
     config = TrackingConfig(experiment="new")
     with ThreadPoolExecutor(6) as threads:

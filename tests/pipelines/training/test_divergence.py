@@ -43,6 +43,7 @@ class Spiked(Poisoned):
     poison = (9, 4.0)
 
 
+@pytest.mark.slow
 def test_run_that_diverges_says_where_and_saves_nothing_poisoned(material, key):
     config = changed(execution={"checkpoint_every": 1, "keep_last": 9})
     sentence = (

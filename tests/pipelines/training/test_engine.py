@@ -211,6 +211,7 @@ def overflowed(material, tmp_path_factory):
     return Overflowed({stage: [rank[index] for rank in reports] for index, stage in enumerate((1, 2, 3))}, folder)
 
 
+@pytest.mark.slow
 def test_step_that_overflows_on_one_rank_is_skipped_on_all_and_changes_nothing(overflowed, material):
     parameters = dict(ENAT(material.architecture(CONFIG)).named_parameters())
     for zero_stage in (1, 2, 3):

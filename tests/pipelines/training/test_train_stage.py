@@ -87,6 +87,7 @@ def test_ray_workers_train_what_a_plain_loop_trains(fit, plain, num_workers, zer
     assert set(fitted.column("num_workers")) == {num_workers}
 
 
+@pytest.mark.slow
 def test_worker_time_includes_that_of_resumed_commands(material, make_context, monkeypatch):
     """100 worker-seconds were kept with step 4. From there it is two workers with two devices each."""
     history = [{"step": step, "num_workers": 1 if step <= 4 else 2} for step in range(1, 13)]

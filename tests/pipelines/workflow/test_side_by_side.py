@@ -121,6 +121,53 @@ def test_no_more_stages_run_at_once_than_there_is_room_for(
     assert max(counts) <= most and len(counts) == 4
 
 
+@pytest.mark.parametrize(
+    ("variables", "num_workers"),
+    [({}, 3), ({"ENAT_CLUSTER_GROWS": "1", "ENAT_CLUSTER_SIZE": "2x8xCPU"}, 16)],
+    ids=["as many as there are", "as many as the cluster grows to"],
+)
+def test_all_workers_are_a_number_when_a_stage_runs(
+    variables: dict[str, str],
+    num_workers: int,
+    session: stage.Session,
+    cpus: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpus(3)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    counts: list[int] = []
+
+    def count(config: WordConfig, context: StageContext) -> None:
+        counts.append(config.execution.count)
+
+    for num_jobs in (1, None):
+        nodes = [_node(f"a{num_jobs}", count, execution=Workers(num_workers="all"))]
+        driver.execute(nodes, session, num_jobs=num_jobs)
+    assert counts == [num_workers] * 2
+
+
+def test_a_cluster_that_grows_without_a_limit_has_no_all(session: stage.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENAT_CLUSTER_GROWS", "1")
+    with pytest.raises(ValueError, match=r"write.execution.num_workers is all, but .* adds nodes on demand; give a number, or set"):
+        driver.execute([_node("a", execution=Workers(num_workers="all"))], session)
+
+
+def test_a_stage_of_all_workers_waits_until_all_are_free(session: stage.Session, cpus: Callable[[float], None]) -> None:
+    cpus(2)
+    running: list[str] = []
+
+    def act(config: WordConfig, context: StageContext) -> None:
+        context.connect()
+        running.append(config.word)
+        assert len(running) == 1
+        time.sleep(0.05)  # long enough for another one to start, if it could
+        running.remove(config.word)
+
+    nodes = [_node(id, act, execution=Workers(num_workers=number)) for id, number in {"a": "all", "b": "all", "c": 2}.items()]
+    assert len(driver.execute(nodes, session, num_jobs=None)) == 3
+
+
 def test_stages_that_share_work_run_one_after_the_other(session: stage.Session, cpus: Callable[[float], None]) -> None:
     """Scores by two protocols of the same samples. Those of other samples run beside them."""
     cpus(8)
