@@ -5,6 +5,9 @@ blocks, model                            ENAT and the models it is compared with
 masking, loss                            which codes are masked in training, and the objective
 schedule, sampler_config, sampler        parallel decoding in a few steps (the first two import no torch)
 cost                                     MACs of training and generation (imports no torch)
+cuda_graph                               the loop of the sampler as one CUDA graph
+peak                                     FLOP/s of a device in matrix products
+precision                                number formats of encoders, decoders and extractors
 tokenizer, tokenizer_training            the VQGAN, and a recipe for small images
 text                                     CLIP's text model
 checkpoint, averages                     weights in and out, ours and published ones; averages of them over the training

@@ -58,6 +58,9 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
 
 
+PRECISIONS = ("fp32", "tf32", "bf16")  # of networks that are not trained: encoder, decoder, extractors of features
+
+
 @dataclass(frozen=True, kw_only=True)
 class ENATConfig:
     """Architecture of an ENAT: everything that determines the shapes of its weights."""

@@ -167,6 +167,14 @@ class ENAT(nn.Module):
             shapes = f"{tuple(condition.hidden.shape)} and {tuple(condition.pooled.shape)}"
             raise ValueError(f"caption features have shapes {shapes}; (B, {num_text_tokens}, {width}) and (B, {width}) are needed")
 
+    def hold_bf16(self) -> ENAT:
+        """Keep the weights of linear layers in bfloat16. Under autocast to bfloat16 outputs have the same bits, but weights are not
+        cast in every call. For sampling: a model that is trained needs its float32 weights."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
+        return self
+
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile every block in place, with dynamic shapes: the number of masked tokens varies. backend: of torch.compile.
 

@@ -6,7 +6,7 @@ Shape legend: B images, L tokens, V codebook size, N steps, M masked tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, overload
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from enat import schedule
 from enat.model import ENAT, ENATOutput, TextCondition
 from enat.sampler_config import SamplerConfig
+
+Loop = Callable[..., list[Tensor]]  # with the arguments of decode_steps
 
 __all__ = ["SamplerConfig", "decode_steps", "draw_uniforms", "sample"]
 
@@ -29,6 +31,7 @@ def sample(
     *,
     seeds: Sequence[int],
     start: Int64[Tensor, "B L"] | None = None,
+    loop: Loop | None = None,
     return_trajectory: Literal[False] = False,
 ) -> Int64[Tensor, "B L"]: ...
 
@@ -41,6 +44,7 @@ def sample(
     *,
     seeds: Sequence[int],
     start: Int64[Tensor, "B L"] | None = None,
+    loop: Loop | None = None,
     return_trajectory: Literal[True],
 ) -> tuple[Int64[Tensor, "B L"], list[Int64[Tensor, "B L"]]]: ...
 
@@ -53,6 +57,7 @@ def sample(
     *,
     seeds: Sequence[int],
     start: Int64[Tensor, "B L"] | None = None,
+    loop: Loop | None = None,
     return_trajectory: bool = False,
 ) -> Int64[Tensor, "B L"] | tuple[Int64[Tensor, "B L"], list[Int64[Tensor, "B L"]]]:
     """Codes in [0, V) for labels or captions, on the model's device. The model must be in eval mode.
@@ -61,6 +66,7 @@ def sample(
     `seeds`: one int per image. An image depends only on its own seed, label and start, not on the rest of the batch.
     `start`: codes that are given and stay, and the mask id V where codes are sampled, equally many in every image. Inpainting,
         outpainting and editing with another label differ only in what is masked; see enat.masking.box_mask. None gives nothing.
+    `loop`: decode_steps, or what replaces it: see enat.cuda_graph. None is decode_steps.
     `return_trajectory`: return (codes, trajectory) with the tokens fed at each step, N tensors int64 (B, L).
     Raises ValueError if the numbers of seeds and labels differ, a label is out of range, captions do not fit the model, start does
     not meet the conditions above, or the model is in training mode.
@@ -76,7 +82,8 @@ def sample(
     conditions = _concatenate(labels.to(device), model.null_condition(len(labels)))
     order = schedule.halton_order(model.config.grid_size) if config.reveal_order == "halton" else None
     rank = None if order is None else torch.tensor(order, device=device).argsort()
-    *trajectory, codes = decode_steps(model, conditions, tokens.to(device), uniforms, config, num_given=num_given, halton_rank=rank)
+    decode = decode_steps if loop is None else loop
+    *trajectory, codes = decode(model, conditions, tokens.to(device), uniforms, config, num_given=num_given, halton_rank=rank)
     return (codes, trajectory) if return_trajectory else codes
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enat.config import NUM_GROUPS, VQGANConfig
+from enat.precision import computing_in
 
 __all__ = ["VQGAN", "VQGANConfig"]
 
@@ -113,6 +114,14 @@ class VQGAN(nn.Module):
         self.codebook = nn.Embedding(config.codebook_size, config.latent_dim)
         self.decoder = Decoder(config)
 
+    def on(self, device: str | torch.device) -> VQGAN:
+        """Move it. On GPUs, the channels of its convolutions are last, as tensor cores need them; elsewhere images would be rounded
+        otherwise than before."""
+        moved = self.to(device)
+        if torch.device(device).type == "cuda":
+            moved.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        return moved
+
     def encode_latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B Z h w"]:
         """Latents before quantization, of images in [0, 1]. Raises ValueError for images of another shape."""
         factor = self.config.downsampling
@@ -130,19 +139,21 @@ class VQGAN(nn.Module):
         return distance.argmin(dim=1).view(batch, height, width)
 
     @torch.no_grad()
-    def encode(self, images: Float[Tensor, "B 3 H W"], dtype: torch.dtype = torch.float32) -> Int64[Tensor, "B h w"]:
+    def encode(self, images: Float[Tensor, "B 3 H W"], precision: str = "fp32") -> Int64[Tensor, "B h w"]:
         """Images in [0, 1] -> codes in [0, V).
 
-        `dtype`: of the convolutions. The search for the nearest entry is always in float32.
+        `precision`: of the convolutions, see enat.precision. The search for the nearest entry is always in float32.
         """
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        with computing_in(precision, images.device.type):
             latents = self.encode_latents(images)
         return self.quantize(latents.float())
 
     @torch.no_grad()
-    def decode(self, codes: Int64[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Codes in [0, V) -> images in [0, 1]."""
-        return self.decode_latents(self.codebook(codes).permute(0, 3, 1, 2)).clamp(0, 1)
+    def decode(self, codes: Int64[Tensor, "B h w"], precision: str = "fp32") -> Float[Tensor, "B 3 H W"]:
+        """Codes in [0, V) -> images in [0, 1], float32. `precision`: of the convolutions."""
+        with computing_in(precision, codes.device.type):
+            images = self.decode_latents(self.codebook(codes).permute(0, 3, 1, 2))
+        return images.float().clamp(0, 1)
 
     def decode_latents(self, latents: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images, not clamped."""

@@ -78,7 +78,7 @@ class FeatureSet:
 
     files: safetensors with the kept rows, in order, for read_rows.
     worker_seconds: summed over workers.   device_seconds: of the actors that hold the network.   decoding_seconds: the share of
-    these actors' time that was spent on decoding images.
+    these actors' time that was spent on decoding images.   changes: by number formats other than fp32, on the first images.
     """
 
     count: int
@@ -88,6 +88,7 @@ class FeatureSet:
     worker_seconds: float
     device_seconds: float
     decoding_seconds: float
+    changes: dict[str, float] = field(default_factory=dict)
 
 
 def drawn_evenly(num_images: int, count: int, seed: int) -> np.ndarray:
@@ -162,10 +163,11 @@ def compute_features(
         worker_seconds=sum(record["seconds"] + record["loading_seconds"] for record in records),
         device_seconds=execution.device_seconds(sum(record["seconds"] for record in records)),
         decoding_seconds=sum(record["decoding_seconds"] for record in records),
+        changes=records[0].get("changes", {}),
     )
 
 
-def feature_work(num_images: int, macs: float, execution: Execution, images_per_pass: int) -> Work:
+def feature_work(num_images: int, macs: float, execution: Execution, images_per_pass: int, precision: str) -> Work:
     """The work of compute_features. macs: of making one image and of its features."""
     return Work(
         name="features",
@@ -174,6 +176,7 @@ def feature_work(num_images: int, macs: float, execution: Execution, images_per_
         cpu_seconds=0.0 if macs else _UNKNOWN_EXTRACTOR_SECONDS,
         workers=execution,
         num_pieces=-(-num_images // BLOCK_SIZE),
+        precision=precision,
         batch_size=images_per_pass,
     )
 
@@ -259,6 +262,11 @@ def _load(batch: dict[str, np.ndarray], reader: BlockReader) -> dict[str, list[_
     return {"block": [_Loaded(block, rows, time.monotonic() - started)]}
 
 
+def _exact(source: Any) -> Any:
+    """The same reader or source of an extractor in fp32; itself if it is."""
+    return source.exact() if hasattr(source, "exact") else source
+
+
 class _Extract:
     """Compute the outputs of a loaded block. One actor holds all extractors."""
 
@@ -267,6 +275,7 @@ class _Extract:
 
         fix_numerics(execution.device)
         self.spec, self.device = spec, execution.device
+        self.reader, self.sources = reader, sources
         self.extractors = [source.load().to(execution.device) for source in sources]
         self.decoder: Decoder = reader.decoder(execution.device)
         is_thread_safe = all(getattr(extractor, "is_thread_safe", False) for extractor in self.extractors)
@@ -291,7 +300,7 @@ class _Extract:
         in_passes = sum(result.seconds for result in results) or 1.0  # more than `seconds` if passes ran in parallel
         extracting = [sum(result.extracting_seconds[n] for result in results) / in_passes for n in range(len(selected))]
         shared = (1 - sum(extracting)) / len(selected)
-        record = {
+        record: dict[str, Any] = {
             **{name: loaded.block[name] for name in ("block", "part", "start")},
             "images": loaded.block["stop"] - loaded.block["start"],
             "outputs": selected,
@@ -299,7 +308,35 @@ class _Extract:
             "decoding_seconds": seconds * sum(result.decoding_seconds for result in results) / in_passes,
             "loading_seconds": loaded.seconds / len(selected),
         }
+        if loaded.block["start"] == 0 and num_rows and any(_exact(each) is not each for each in (self.reader, *self.sources)):
+            record["changes"] = self._changes(loaded)
         return {"record": [record]}
+
+    def _changes(self, loaded: _Loaded) -> list[dict[str, float]]:
+        """What number formats other than fp32 change in the first pass, for each extractor.
+
+        pixel_change: mean absolute difference of a value in 0..255.   feature_change: mean length of the difference of an image's
+        features, as a share of the length of its features in fp32.
+        """
+        exact_reader, exact_sources = _exact(self.reader), [_exact(source) for source in self.sources]
+        is_decoded_otherwise = exact_reader is not self.reader
+
+        def outputs(padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            images = exact_reader.decoder(self.device)(padded).images
+            found = {}
+            if is_decoded_otherwise:
+                found["pixel_change"] = (self.decoder(padded).images.float() - images.float()).abs().flatten(1).mean(dim=1)
+            for number, (extractor, source, exact) in enumerate(zip(self.extractors, self.sources, exact_sources, strict=True)):
+                if exact is not source:
+                    wanted = exact.load().to(self.device)(images)["features"]
+                    found[f"{number}/feature_change"] = (extractor(images)["features"] - wanted).norm(dim=1) / wanted.norm(dim=1)
+            return found
+
+        size = self.spec.images_per_pass
+        changed = run_pass(outputs, passes_of(loaded.rows, size)[0], size, self.device)
+        of_all = {name: float(values.mean()) for name, values in changed.items() if "/" not in name}
+        own = [changed.get(f"{number}/feature_change") for number in range(len(self.sources))]
+        return [of_all | ({"feature_change": float(values.mean())} if values is not None else {}) for values in own]
 
     def _pass(self, rows: Mapping[str, np.ndarray]) -> _Pass:
         times: list[float] = []
@@ -426,6 +463,7 @@ class _PartWriter:
             },
             "seconds": sum(block["seconds"][number] for block in blocks),
             **{name: sum(block[name] for block in blocks) for name in ("decoding_seconds", "loading_seconds")},
+            "changes": blocks[0]["changes"][number] if "changes" in blocks[0] else {},
         }
         self.context.store.put_part(self.context.stage, self.context.key, _part_name(part, self.prefix), record)
         if len(self.records) > 1:  # a run resumes from the newest moments, a concurrent run from the ones before

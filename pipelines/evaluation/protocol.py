@@ -58,9 +58,10 @@ def protocol_of(
     rounding: str = "uint8",
     num_samples: int | None = None,
     clip_digest: str | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Everything that a score depends on apart from the images. num_samples: that are scored, None for all.   clip_digest: of the
-    model of CLIP scores.
+    model of CLIP scores.   precision: of the decoder of samples. fp32 is not named.
 
     num_reference: None if a published file does not state it.   num_kept: reference images whose features are stored, for metrics
     that need more than moments.   labels: see pipelines.data.labels.
@@ -77,7 +78,10 @@ def protocol_of(
         "rounding": f"{rounding}, stored as JPEG" if getattr(samples_summary(samples), "num_jpeg", 0) else rounding,
         "labels": scheme_of(samples),
         "metric_version": _metric_version(settings),
-    } | ({"clip": clip_digest} if clip_digest is not None else {})
+        **({"clip": clip_digest} if clip_digest is not None else {}),
+        **({"decoder": precision} if precision != "fp32" else {}),
+        **({"extractor_precision": real.precision} if real.precision != "fp32" else {}),
+    }
 
 
 def _metric_version(settings: ScoreSettings) -> str:

@@ -8,7 +8,7 @@ Shape legend: R images, P images of a pass, L codes of an image.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
@@ -47,6 +47,7 @@ class BlockReader(Protocol):
 
     load: rows of the images start..stop-1 by name, R each. Unreadable images may be left out.
     decoder: a function from such rows, as tensors on the device, to images.
+    A reader that does not decode in fp32 has a method `exact`, which returns one that does.
     """
 
     def load(self, start: int, stop: int) -> dict[str, np.ndarray]: ...
@@ -95,12 +96,16 @@ class DecodedSamples:
     tokenizer: Manifest
     rounding: str = "uint8"
     replicate: int = 0
+    precision: str = "fp32"
 
     def load(self, start: int, stop: int) -> dict[str, np.ndarray]:
         return {"codes": read_samples(self.store, self.samples, start, stop, replicate=self.replicate).codes}
 
     def decoder(self, device: str) -> Decoder:
-        return code_decoder(self.store, self.tokenizer, device, self.rounding)
+        return code_decoder(self.store, self.tokenizer, device, self.rounding, precision=self.precision)
+
+    def exact(self) -> DecodedSamples:
+        return self if self.precision == "fp32" else replace(self, precision="fp32")
 
 
 def sample_reader(
@@ -111,10 +116,12 @@ def sample_reader(
     *,
     rounding: str = "uint8",
     replicate: int = 0,
+    precision: str = "fp32",
 ) -> BlockReader:
     """A reader of a replicate of generated samples (stage `generate`), or of images from elsewhere (stage `images`) at `images`.
 
-    rounding: of ROUNDINGS. Raises ValueError for "float" with images from elsewhere: these are rounded already.
+    rounding: of ROUNDINGS.   precision: of the tokenizer's decoder.
+    Raises ValueError for "float" with images from elsewhere: these are rounded already.
     """
     if samples.stage == "images":
         assert images is not None
@@ -122,17 +129,19 @@ def sample_reader(
             raise ValueError("images from elsewhere have 8 bits; set evaluate.rounding to uint8")
         return PixelBlocks(ImageSet(images, store, samples))
     assert tokenizer is not None
-    return DecodedSamples(store, samples, tokenizer, rounding, replicate)
+    return DecodedSamples(store, samples, tokenizer, rounding, replicate, precision)
 
 
-def code_decoder(store: ArtifactStore, tokenizer: Manifest, device: str, rounding: str = "uint8") -> Decoder:
+def code_decoder(
+    store: ArtifactStore, tokenizer: Manifest, device: str, rounding: str = "uint8", *, precision: str = "fp32"
+) -> Decoder:
     """A decoder of rows "codes", int64 (R, L), to images."""
     from enat.checkpoint import load_vqgan
 
-    vqgan = load_vqgan(store.fetch(tokenizer, "vqgan.safetensors")).to(device)
+    vqgan = load_vqgan(store.fetch(tokenizer, "vqgan.safetensors")).on(device)
     side = vqgan.config.grid_size
     finish = to_uint8 if rounding == "uint8" else to_levels
-    return lambda rows: Decoded(finish(vqgan.decode(rows["codes"].view(-1, side, side))))
+    return lambda rows: Decoded(finish(vqgan.decode(rows["codes"].view(-1, side, side), precision)))
 
 
 def read_images(reader: BlockReader, start: int, stop: int, images_per_pass: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from enat.model import ENAT, TextCondition
-from enat.sampler import sample
+from enat.sampler import Loop, sample
 from enat.sampler_config import SamplerConfig
 from pipelines.data.samples import sample_seed
 
@@ -52,6 +52,7 @@ class PassSampler:
     """Samples of a model by their index in a run.
 
     conditions: sample indices int64 (P,) -> labels int64 (P,), or captions.   starts: indices -> initial tokens, int64 (P, L).
+    loop: of enat.sampler.sample.
     """
 
     model: ENAT
@@ -61,6 +62,7 @@ class PassSampler:
     is_bf16: bool
     conditions: Callable[[np.ndarray], Tensor | TextCondition]
     starts: Callable[[np.ndarray], Tensor | None] = lambda _: None
+    loop: Loop | None = None
 
     def states(self, index: range) -> Tensor:
         """The tokens fed at each step, and the codes: int64 (B, N + 1, L) on the CPU. `index`: samples of one pass."""
@@ -77,6 +79,7 @@ class PassSampler:
                 self.sampler,
                 seeds=seeds,
                 start=self.starts(samples),
+                loop=self.loop,
                 return_trajectory=True,
             )
         return torch.stack([*trajectory, codes], dim=1).cpu()

@@ -35,6 +35,7 @@ class SampleRequest:
 
     images_per_pass: images that are always computed together, by index, as in stage generate; incomplete passes are filled up.
     batch_size: images that are computed at once, in concurrent passes on the threads of a CPU.
+    is_graphed: whether the sampler runs as one CUDA graph.
     """
 
     num_images: int
@@ -46,6 +47,7 @@ class SampleRequest:
     batch_size: int = 64
     images_per_pass: int = IMAGES_PER_PASS
     is_bf16: bool = False
+    is_graphed: bool = False
     outputs: tuple[str, ...] = OUTPUTS
     region: Region | None = None
 

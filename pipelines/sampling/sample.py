@@ -8,6 +8,7 @@ Shape legend: B images of a batch, L codes, N steps, H x W pixels.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from enat.cuda_graph import GraphedLoop
 from enat.images import make_grid, png_bytes, to_float
 from enat.metrics.adm import AdmWriter
 from enat.model import TextCondition
@@ -119,7 +121,7 @@ def make_samples(
 def sample_batches(generator: Generator, request: SampleRequest, encoder: TextEncoder | None) -> Iterator[tuple[Batch, float]]:
     """Batches in order, each with the seconds for sampling and decoding. `encoder`: for a text-conditional model."""
     check_request(request, generator)
-    sampler, vqgan = _pass_sampler(generator, request, encoder), generator.vqgan.to(request.device)
+    sampler, vqgan = _pass_sampler(generator, request, encoder), generator.vqgan.on(request.device)
 
     def make(index: range) -> tuple[Tensor, Tensor]:
         states = sampler.states(index)
@@ -157,14 +159,16 @@ def _pass_sampler(generator: Generator, request: SampleRequest, encoder: TextEnc
         rows = torch.from_numpy(samples % len(request.captions))
         return TextCondition(features.hidden.cpu()[rows], features.pooled.cpu()[rows])
 
+    model = generator.model.to(request.device)
     return PassSampler(
-        model=generator.model.to(request.device),
+        model=copy.deepcopy(model).hold_bf16() if request.is_bf16 else model,
         sampler=request.sampler,
         run_seed=request.seed,
         images_per_pass=request.images_per_pass,
         is_bf16=request.is_bf16,
         conditions=conditions,
         starts=lambda samples: None if start is None else start.expand(len(samples), -1),
+        loop=GraphedLoop() if request.is_graphed else None,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from enat.config import check_choices, check_in
+from enat.config import PRECISIONS, check_choices, check_in
 from enat.cost import decoder_macs
 from enat.images import png_bytes
 from enat.metrics.extractors import BUILT_IN, OF_INCEPTION, extractor_macs
@@ -97,6 +97,9 @@ class EvaluateConfig:
     """Score only the first samples of each set. Null scores all. Unit: images."""
     rounding: str = "uint8"
     """Rounding of decoded samples before features are computed: "uint8", as in image files, or "float" for none."""
+    precision: str = added("fp32")
+    """Number format of the decoder: "fp32", "tf32" (on GPUs) or "bf16". For the last two, the mean change of a pixel against
+    fp32 is measured on the first samples. The extractor's is `reference.precision`."""
     dataset: DatasetConfig | None = set_by("dataset")
     """Real images for the judge."""
     s3: S3Config | None = set_by("s3 or buckets")
@@ -112,7 +115,7 @@ class EvaluateConfig:
         for metric in self.metrics or ():
             if metric not in METRICS:
                 raise ValueError(f"metrics names {metric!r}; choose from {', '.join(METRICS)}")
-        check_choices(self, rounding=ROUNDINGS)
+        check_choices(self, rounding=ROUNDINGS, precision=PRECISIONS)
         check_in(self, "[2, inf)", "num_samples")
 
     def identity(self) -> dict[str, Any]:
@@ -120,6 +123,7 @@ class EvaluateConfig:
         found = {"metrics": metrics, "settings": asdict(self.settings), "judge": self.judge}
         since = {
             "rounding": (self.rounding, "uint8"),
+            "precision": (self.precision, "fp32"),
             "num_samples": (self.num_samples, None),
             "clip_score": (self.clip_digest(), None),
         }  # earlier evaluations keep their keys
@@ -182,6 +186,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         rounding=config.rounding,
         num_samples=config.num_samples,
         clip_digest=config.clip_digest(),
+        precision=config.precision,
     )
     shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)
     grid = evaluation_protocol.sample_grid(shown, inputs, real_images.images_per_pass)
@@ -212,7 +217,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
             metrics=tuple(chosen),
             settings=asdict(settings),
         ),
-        metrics=scores.by_name | _counted(inputs) | _measured(samples, jobs, config.execution),
+        metrics=scores.by_name | _counted(inputs) | _measured(samples, jobs, config.execution) | jobs[0].changes,
         worker_seconds=sum(job.worker_seconds for job in all_jobs) + pool.seconds + pool.cpu_seconds + judging_seconds,
         device_seconds=sum(job.device_seconds for job in all_jobs) + config.execution.device_seconds(pool.seconds),
         work=[Done(work, took, work.num_workers) for work, took in zip(works, seconds, strict=True)],
@@ -251,17 +256,14 @@ def _work(config: EvaluateConfig, num_samples: int, replicates: int, inputs: Map
     width, execution = real.outputs["features"], config.execution
     num_pairs = num_samples * max(num_samples, real.num_kept)
     judged = inputs["dataset"].num_images if config.judge is not None else 0
+    count, rest = replicates * num_samples, (execution, real.images_per_pass, config.precision)
     work = [
-        feature_work(
-            replicates * num_samples, decoding + extractor_macs(real.extractor, resolution), execution, real.images_per_pass
-        ),
+        feature_work(count, decoding + extractor_macs(real.extractor, resolution), *rest),
         Work(name="scores", count=replicates, unit="sets", macs=_PRODUCTS_OF_SCORES * num_pairs * width, workers=execution),
         Work(name="judging", count=judged, cpu_seconds=_JUDGING_SECONDS, workers=Workers()),
     ]
     if config.clip_score is not None:
-        clip = feature_work(
-            replicates * num_samples, decoding + extractor_macs("clip", resolution), execution, real.images_per_pass
-        )
+        clip = feature_work(count, decoding + extractor_macs("clip", resolution), *rest)
         work.append(replace(clip, name="clip score"))
     return work
 
@@ -305,7 +307,7 @@ def _features(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: S
             prefix=_prefix(replicate),
         )
         places = (context.store, samples, inputs.get("tokenizer"), config.images)
-        reader = sample_reader(*places, rounding=config.rounding, replicate=replicate)
+        reader = sample_reader(*places, rounding=config.rounding, replicate=replicate, precision=config.precision)
         found.append(compute_features(reader, spec, extractor, config.execution, context, beside=_beside(config, inputs, context)))
     return found
 
@@ -318,7 +320,7 @@ def _beside(
     def images_of(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> tuple[Any, ...]:
         count = evaluation_protocol.num_samples_of(inputs["samples"], config.num_samples)
         made_from = [inputs[name].digest for name in ("samples", "tokenizer") if name in inputs]
-        return *made_from, count, config.rounding, ReferenceSummary.read(inputs["reference"]).images_per_pass
+        return *made_from, count, config.rounding, config.precision, ReferenceSummary.read(inputs["reference"]).images_per_pass
 
     own, known, found = images_of(config, inputs), {_features_by(ReferenceSummary.read(inputs["reference"]))}, []
     for sibling in context.siblings:
@@ -349,6 +351,7 @@ def _same_features(config: EvaluateConfig, inputs: Mapping[str, Manifest], conte
             real is not None
             and {name: manifest.inputs.get(name, {}).get("digest") for name in made_from} == made_from
             and (summary.num_samples, summary.rounding) == (num_samples, config.rounding)
+            and summary.protocol.get("decoder", "fp32") == config.precision
             and _features_by(ReferenceSummary.read(real)) == _features_by(own)
         ):
             return manifest
@@ -356,7 +359,13 @@ def _same_features(config: EvaluateConfig, inputs: Mapping[str, Manifest], conte
 
 
 def _features_by(reference: ReferenceSummary) -> tuple[Any, ...]:
-    return reference.extractor_digest, reference.images_per_pass, reference.features_version, tuple(sorted(reference.outputs))
+    return (
+        reference.extractor_digest,
+        reference.images_per_pass,
+        reference.features_version,
+        reference.precision,
+        tuple(sorted(reference.outputs)),
+    )
 
 
 def _copied(earlier: Manifest, replicate: int, context: StageContext) -> FeatureSet:

@@ -7,13 +7,13 @@ SSIM against the originals, which are read again from the dataset, and how evenl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from enat.config import VQGANConfig, check_in
+from enat.config import PRECISIONS, VQGANConfig, check_choices, check_in
 from enat.cost import decoder_macs
 from enat.metrics.extractors import extractor_macs
 from pipelines.artifacts.manifest import Manifest
@@ -34,7 +34,7 @@ from pipelines.evaluation.features import (
     stored_moments,
 )
 from pipelines.evaluation.readers import Decoded, Decoder, Rows, code_decoder
-from pipelines.workflow.config import set_by
+from pipelines.workflow.config import added, set_by
 from pipelines.workflow.costs import cost_metrics
 from pipelines.workflow.models import TokenizerSummary
 from pipelines.workflow.stage import Input, PublishContext, Stage, StageContext, StageResult
@@ -51,6 +51,8 @@ class ReconstructionConfig:
 
     num_images: int | None = None
     """Number of images, from the start of the dataset, at least 2. Null takes all. Unit: images."""
+    precision: str = added("fp32")
+    """Number format of the decoder: "fp32", "tf32" (on GPUs) or "bf16". See evaluate.precision."""
     dataset: DatasetConfig | None = set_by("dataset")
     """Images that were encoded."""
     execution: Execution = field(default_factory=Execution)
@@ -58,6 +60,7 @@ class ReconstructionConfig:
 
     def __post_init__(self) -> None:
         check_in(self, "[2, inf)", "num_images")
+        check_choices(self, precision=PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,7 @@ class Reconstructions:
     token_map: Manifest
     tokenizer: Manifest
     quarantined: tuple[int, ...]
+    precision: str = "fp32"
 
     @property
     def store(self) -> ArtifactStore:
@@ -105,10 +109,13 @@ class Reconstructions:
         originals = np.stack([row.pixels(resolution) for row in rows])
         return {"codes": codes.astype(np.int64), "originals": originals}
 
+    def exact(self) -> Reconstructions:
+        return self if self.precision == "fp32" else replace(self, precision="fp32")
+
     def decoder(self, device: str) -> Decoder:
         from enat.metrics.image_pairs import psnr, ssim
 
-        decode = code_decoder(self.store, self.tokenizer, device)
+        decode = code_decoder(self.store, self.tokenizer, device, precision=self.precision)
 
         def decoded(rows: Rows) -> Decoded:
             images = decode(rows).images
@@ -143,7 +150,7 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
     num_images = min(config.num_images or dataset.num_images, dataset.num_images)
     context.connect_for(config.execution, "reconstruction")
     spec = FeatureSpec(num_images=num_images, images_per_pass=real.images_per_pass, kept=drawn_evenly(num_images, 0, 0))
-    reader = Reconstructions(dataset, tokens, tokenizer, _quarantined(dataset, tokens, context))
+    reader = Reconstructions(dataset, tokens, tokenizer, _quarantined(dataset, tokens, context), config.precision)
     job = compute_features(reader, spec, ExtractorFile.of_reference(context.store, reference), config.execution, context)
     distance = frechet_distance(job.moments["features"], stored_moments(context.store, reference)["features"])
     measures = {name: read_rows(context.store, context.stage, context.key, job.files, name) for name in _MEASURES}
@@ -159,6 +166,7 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
         metrics={
             "reconstruction_fid" if real.extractor == "inception" else "reconstruction_frechet_distance": distance,
             **{name: float(values.mean()) for name, values in measures.items()},
+            **job.changes,
             **{name: tokens.metrics[name] for name in ("code_usage", "code_perplexity")},
         },
         worker_seconds=job.worker_seconds,
@@ -182,7 +190,7 @@ def foresee(config: ReconstructionConfig, inputs: Mapping[str, Any]) -> Foreseen
 
 def _work(config: ReconstructionConfig, num_images: int, tokenizer: VQGANConfig, reference: ReferenceSummary) -> Work:
     macs = decoder_macs(tokenizer) + extractor_macs(reference.extractor, tokenizer.resolution)
-    return feature_work(num_images, macs, config.execution, reference.images_per_pass)
+    return feature_work(num_images, macs, config.execution, reference.images_per_pass, config.precision)
 
 
 def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:

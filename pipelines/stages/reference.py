@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from enat.config import check_choices, check_in
+from enat.config import PRECISIONS, check_choices, check_in
 from enat.metrics.extractors import (
     BUILT_IN,
     OF_INCEPTION,
@@ -41,7 +41,7 @@ from pipelines.evaluation.features import (
 from pipelines.evaluation.readers import BlockReader, PixelBlocks, SourceImages
 from pipelines.storage.external import content_digest, folder_digest, local_file, local_folder
 from pipelines.storage.s3_client import S3Config
-from pipelines.workflow.config import set_by
+from pipelines.workflow.config import added, set_by
 from pipelines.workflow.progress import Reporter
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 from pipelines.workflow.work import Done, Foreseen, Work
@@ -79,6 +79,9 @@ class ReferenceConfig:
     forward_batch_size: int = 32
     """Images that the extractor computes together, here and for samples. The last digits of sums of floats depend on it. Unit:
     images."""
+    precision: str = added("fp32")
+    """Number format of the extractor, here and for samples: "fp32", "tf32" (on GPUs) or "bf16". For the last two, the change of the
+    features is measured on the first images. Features of the classifier's training stay fp32."""
     resolution: int | None = None
     """Height and width that real images are resized to. Null takes the tokenizer's. Unit: pixels."""
     dataset: DatasetConfig | None = None
@@ -91,7 +94,7 @@ class ReferenceConfig:
     """The workers of this stage."""
 
     def __post_init__(self) -> None:
-        check_choices(self, extractor=extractor_kinds())
+        check_choices(self, extractor=extractor_kinds(), precision=PRECISIONS)
         if self.extractor == "classifier" and (self.npz or self.weights):
             raise ValueError("reference.extractor classifier is trained on labels; leave reference.npz and reference.weights out")
         if self.extractor in _FROM_FOLDERS and not self.weights:
@@ -101,6 +104,7 @@ class ReferenceConfig:
 
     def identity(self) -> dict[str, Any]:
         common = {name: getattr(self, name) for name in ("extractor", "resolution", "num_kept", "forward_batch_size")}
+        common |= {"precision": self.precision} if self.precision != "fp32" else {}  # earlier references keep their keys
         common["npz"] = content_digest(self.npz, adm_reference.KEY, self.s3) if self.npz else None
         if self.extractor == "classifier":
             return {**common, "num_epochs": self.num_epochs, "seed": self.seed}
@@ -148,7 +152,7 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
     real = _real_images(config, inputs, context)
     context.connect_for(config.execution, "reference")
     made = _make_extractor(config, real.dataset, context)
-    source = ExtractorFile.of(context.store, config.extractor, context.stage, context.key, made.file)
+    source = ExtractorFile.of(context.store, config.extractor, context.stage, context.key, made.file, precision=config.precision)
     outputs = dict(source.load().outputs)
     if real.npz is not None:
         assert config.resolution is not None
@@ -175,6 +179,7 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
             outputs=outputs,
             features_version=FEATURES_VERSION,
             images_per_pass=config.forward_batch_size,
+            precision=config.precision,
             of=real.described,
             dataset=real.name,
             resolution=config.resolution,
@@ -182,7 +187,7 @@ def run(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageC
             num_kept=features.num_kept if features else 0,
             is_imported=real.npz is not None,
         ),
-        metrics={**({} if count is None else {"images": count}), **made.metrics},
+        metrics={**({} if count is None else {"images": count}), **made.metrics, **(features.changes if features else {})},
         worker_seconds=made.seconds + (features.worker_seconds if features else 0.0),
         device_seconds=making_device_seconds + (features.device_seconds if features else 0.0),
         work=[
@@ -205,6 +210,7 @@ def foresee(config: ReferenceConfig, inputs: Mapping[str, Any]) -> Foreseen:
             outputs={"features": width},
             features_version=FEATURES_VERSION,
             images_per_pass=config.forward_batch_size,
+            precision=config.precision,
             of="",
             dataset=dataset.name if dataset is not None else "",
             resolution=resolution,
@@ -226,7 +232,7 @@ def _work(config: ReferenceConfig, num_images: int) -> list[Work]:
         macs=3 * macs,
         workers=replace(config.execution, num_workers=1),
     )
-    return [training, feature_work(num_images, macs, config.execution, config.forward_batch_size)]
+    return [training, feature_work(num_images, macs, config.execution, config.forward_batch_size, config.precision)]
 
 
 def _real_images(config: ReferenceConfig, inputs: Mapping[str, Manifest], context: StageContext) -> _RealImages:

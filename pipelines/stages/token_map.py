@@ -32,7 +32,7 @@ from pipelines.data import token_map
 from pipelines.data.dataset import Dataset, DatasetSummary
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMapInfo, TokenMapSummary, TokenRows
-from pipelines.workflow.config import set_by
+from pipelines.workflow.config import added, set_by
 from pipelines.workflow.models import TokenizerSummary
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
 from pipelines.workflow.work import Done, Foreseen, Work
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 CODE_COUNTS = "code_counts.json"
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # by precision, as token maps record it
+_DTYPES = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}  # by precision, as token maps record it
 _ENCODING_MEMORY = {"cpu": 1 << 30, "cuda": 16 << 30}  # limit of one pass of the encoder
 _MAX_BLOCK_BYTES = 64 << 20  # of pixels: Ray Data would cut larger blocks in two
 _LEAST_MEMORY = 32 << 20  # of pixels in transit
@@ -76,7 +76,10 @@ class TokenMapConfig:
     max_quarantine_share: float = 0.01
     """Share of images, in [0, 1], that may be unreadable before the stage fails."""
     precision: str = "fp32"
-    """Number format of the encoder's convolutions: "fp32" or "bf16"."""
+    """Number format of the encoder: "fp32", "tf32" (on GPUs) or "bf16". For the last two, the share of the codes that
+    differ from those of fp32 is measured on the first images."""
+    max_code_flips: float | None = added(None)
+    """Largest share of codes, in [0, 1], that may differ from those of fp32 before the stage fails. Null allows any."""
     forward_batch_size: int | None = None
     """Images that the encoder computes together. Sums of floats depend on it, which matters for codes that are nearly tied. Null
     takes as many as memory allows on the kind of device. Unit: images."""
@@ -87,7 +90,7 @@ class TokenMapConfig:
 
     def __post_init__(self) -> None:
         check_in(self, "[1, inf)", "shard_size", "forward_batch_size")
-        check_in(self, "[0, 1]", "max_quarantine_share")
+        check_in(self, "[0, 1]", "max_quarantine_share", "max_code_flips")
         check_choices(self, precision=tuple(_DTYPES))
 
     def identity(self) -> dict[str, Any]:
@@ -102,6 +105,7 @@ class _Encoding:
     info: TokenMapInfo
     images_per_pass: int
     execution: TokenMapExecution
+    precision: str
 
 
 def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -116,7 +120,7 @@ def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageCo
     architecture = TokenizerSummary.read(tokenizer).config
     info = _info(config, DatasetSummary.read(inputs["dataset"]), architecture, tokenizer.digest)
     per_pass = config.forward_batch_size or _images_per_pass(architecture, config.execution.device)
-    encoding = _Encoding(tokenizer, info, per_pass, config.execution)
+    encoding = _Encoding(tokenizer, info, per_pass, config.execution, config.precision)
     parts = range(-(-dataset.num_images // config.shard_size))
     done = context.store.resume_parts(context.stage, context.key)
     _check_passes(per_pass, done.values())
@@ -130,6 +134,7 @@ def run(config: TokenMapConfig, inputs: Mapping[str, Manifest], context: StageCo
             with closing(_encode_parts(blocks, dataset, encoding, context)) as encoded:
                 for block in encoded:
                     bar.advance(block["images"])
+                    _check_flips(block["code_flips"], config)
                     quarantined += len(block["quarantined"])
                     _check_quarantine(quarantined, dataset.num_images, config.max_quarantine_share, block["quarantined"])
     return _collect(config, dataset, info, architecture, context)
@@ -272,6 +277,7 @@ def _write_part(part: int, blocks: Sequence[dict[str, Any]], encoding: _Encoding
         "images_per_pass": encoding.images_per_pass,
         "seconds": sum(block["seconds"] for block in blocks),
         "decoding_seconds": sum(block["decoding_seconds"] for block in blocks),
+        "code_flips": next((block["code_flips"] for block in blocks if block["code_flips"] is not None), None),
     }
     context.store.put_part(context.stage, context.key, name, record)
 
@@ -316,14 +322,11 @@ class _Encode:
     """Block with pixels -> rows of the token map. One actor holds one tokenizer."""
 
     def __init__(self, context: WorkerContext, encoding: _Encoding) -> None:
-        import torch
-
         from enat.checkpoint import load_vqgan
         from pipelines.sampling.fixed_batches import fix_numerics, pass_pool
 
         self.encoding, execution = encoding, encoding.execution
-        self.dtype = getattr(torch, encoding.info.dtype)
-        self.vqgan = load_vqgan(context.store.fetch(encoding.tokenizer, "vqgan.safetensors")).to(execution.device)
+        self.vqgan = load_vqgan(context.store.fetch(encoding.tokenizer, "vqgan.safetensors")).on(execution.device)
         fix_numerics(execution.device)
         # One thread per pass, since a convolution's sums depend on the number of its threads.
         num_passes = execution.num_threads if execution.device == "cpu" else 1
@@ -355,11 +358,22 @@ class _Encode:
             "quarantined": block.quarantined,
             "seconds": time.monotonic() - started,
             "decoding_seconds": block.seconds,
+            "code_flips": self._code_flips(passes[0], encoded) if self._is_compared(block) else None,
         }
         return {"record": [record]}
 
-    def _encode(self, pixels: np.ndarray) -> np.ndarray:
+    def _is_compared(self, block: _Decoded) -> bool:
+        return self.encoding.precision != "fp32" and block.block["start"] == 0 and bool(block.images)
+
+    def _code_flips(self, pixels: np.ndarray, encoded: np.ndarray) -> float:
+        """Share of the codes of a pass that differ from those of fp32. Unreadable images count as well; both see zeros."""
+        exact = self._encode(pixels, "fp32")
+        return float((exact != encoded[: len(pixels)]).mean())
+
+    def _encode(self, pixels: np.ndarray, precision: str | None = None) -> np.ndarray:
         """uint8 (R, 3, H, W) -> codes uint16 (R, 2, L), of the images and of their mirror images; R images_per_pass at most.
+
+        precision: None is that of the config.
 
         The encoder always sees images_per_pass images: what a convolution computes depends on the size of its batch.
         """
@@ -367,7 +381,7 @@ class _Encode:
 
         padding = np.zeros((self.encoding.images_per_pass - len(pixels), *pixels.shape[1:]), np.uint8)
         images = to_float(torch.from_numpy(np.concatenate([pixels, padding])).to(self.encoding.execution.device))
-        sides = [self.vqgan.encode(side, self.dtype).flatten(1) for side in (images, images.flip(-1))]
+        sides = [self.vqgan.encode(side, precision or self.encoding.precision).flatten(1) for side in (images, images.flip(-1))]
         return torch.stack(sides, dim=1)[: len(pixels)].cpu().numpy().astype(np.uint16)
 
 
@@ -384,8 +398,17 @@ def _check_quarantine(quarantined: int, num_images: int, max_share: float, examp
         )
 
 
+def _check_flips(code_flips: float | None, config: TokenMapConfig) -> None:
+    if code_flips is not None and config.max_code_flips is not None and code_flips > config.max_code_flips:
+        raise ValueError(
+            f"with precision {config.precision}, {100 * code_flips:.2g}% of the first images' codes differ from those of fp32, "
+            f"more than token_map.max_code_flips {config.max_code_flips:g} allows; set token_map.precision=fp32, or allow more"
+        )
+
+
 def _accept(config: TokenMapConfig, manifest: Manifest) -> None:
     """Check an existing map, which may have been made with another limit."""
+    _check_flips(manifest.metrics.get("code_flips"), config)
     summary = TokenMapSummary.read(manifest)
     examples = [[f"see {token_map.QUARANTINE} of {manifest.key[:12]}", ", ".join(summary.quarantine_reasons)]]
     _check_quarantine(summary.quarantined, summary.rows + summary.quarantined, config.max_quarantine_share, examples)
@@ -406,6 +429,8 @@ def _collect(
     encoding_seconds = sum(record["seconds"] for record in records.values())
     decoding_seconds = sum(record["decoding_seconds"] for record in records.values())
     works = _work(config, architecture, dataset.num_images)
+    flips = next((found for record in records.values() if (found := record.get("code_flips")) is not None), None)
+    _check_flips(flips, config)
     reasons = Counter(reason.partition(":")[0] for _, reason in quarantined).most_common(_REASONS_COUNTED)
     return StageResult(
         files=[*(FileRecord(**record["file"]) for record in records.values()), quarantine],
@@ -422,6 +447,7 @@ def _collect(
             "quarantined": len(quarantined),
             "code_usage": float((counts > 0).mean()),
             "code_perplexity": float(np.exp(-(probs * np.log(probs)).sum())),
+            **({} if flips is None else {"code_flips": flips}),
         },
         worker_seconds=encoding_seconds + decoding_seconds,
         device_seconds=config.execution.device_seconds(encoding_seconds),

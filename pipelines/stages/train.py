@@ -145,7 +145,7 @@ def _training(config: TrainConfig, architecture: ENATConfig) -> Work:
         precision=config.precision,
         batch_size=max(1, round(rows)),
         num_blocks=3 * layers / rows,  # the backward pass launches about twice as many kernels as the forward pass
-        synced_bytes=4 * num_parameters(architecture) / config.batch_size,
+        synced_bytes=(2 if execution.reduce_in == "bf16" else 4) * num_parameters(architecture) / config.batch_size,
     )
 
 

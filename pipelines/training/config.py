@@ -22,6 +22,7 @@ LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 WEIGHT_DECAYS = ("all", "matrices")
 SCORE_METRICS = ("frechet_distance", "sliced_distance")
 REMEDIES = ("stop", "rollback")
+REDUCTIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,8 @@ class TrainExecution(Workers):
     zero_stage: int | None = None
     """ZeRO stage of DeepSpeed, 0 to 3: the optimizer state (1), gradients (2) and weights (3) are sharded over workers. Null
     chooses the lowest one whose state takes at most 40% of a device's memory; the log of the run states it."""
+    reduce_in: str = "fp32"
+    """Number format in which gradients are summed over workers: "fp32", or "bf16" for half of the traffic."""
     microbatches: int = 1
     """Passes that a group is computed in, for devices whose memory is too small for one pass."""
     activation_checkpointing: bool = False
@@ -146,7 +149,7 @@ class TrainExecution(Workers):
         check_in(self, "[0, 3]", "zero_stage")
         check_in(self, "(1, inf)", "divergence_factor")
         check_in(self, "(0, inf)", "peak_tflops")
-        check_choices(self, on_divergence=REMEDIES)
+        check_choices(self, on_divergence=REMEDIES, reduce_in=REDUCTIONS)
         for length in self.ema_lengths:
             if not 0 < length <= MAX_LENGTH:
                 raise ValueError(f"ema_lengths has {length:g}; lengths must be above 0 and at most {MAX_LENGTH:.4f}")

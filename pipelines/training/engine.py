@@ -321,6 +321,7 @@ def _initialize(model: ENAT, optimizer: torch.optim.Optimizer, config: TrainConf
             "gradient_clipping": config.max_grad_norm if config.max_grad_norm and zero_stage else 0.0,
             "zero_optimization": zero_options(zero_stage, next(model.parameters()).device.type),
             "zero_allow_untested_optimizer": True,
+            "communication_data_type": config.execution.reduce_in,
             "timers": {"throughput": {"enabled": False}},  # it waits for the device four times a step
         },
     )

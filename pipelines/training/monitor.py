@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from enat.model import ENAT
-from pipelines.cluster.device import peak_memory_gb, wait_for
+from enat.peak import matmul_peak
+from pipelines.cluster.device import peak_memory_gb
 from pipelines.data.token_map import TokenMap
 from pipelines.training.batches import Batches, rows_of
 from pipelines.training.checkpoints import CheckpointWriter
@@ -27,7 +28,6 @@ from pipelines.training.engine import Engine
 MASK_RATIO_BOUNDS = (0.0, 0.6, 0.7, 0.8, 0.9, 1.0)  # Beta(12, 3) has its quartiles at 0.74, 0.81 and 0.88
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MAX_ROWS_NAMED = 8
-_PEAK_SECONDS = 0.5
 _LOSS, _ACCURACY, _MASK_RATIO, _IS_REUSE, _MACS = range(5)
 
 
@@ -180,23 +180,6 @@ def first_not_finite(values: np.ndarray) -> tuple[int, list[int]] | None:
 
 def total_macs(values: np.ndarray) -> float:
     return float(values[:, :, _MACS].sum())
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of this process's device in matrix products of a dtype, the reference for model FLOPs utilization.
-
-    Takes the fastest product of half a second, since the device's clock has to rise first.
-    """
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, begun = float("inf"), time.perf_counter()
-    while time.perf_counter() - begun < _PEAK_SECONDS:
-        wait_for(device)
-        started = time.perf_counter()
-        left @ right
-        wait_for(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
 
 
 def squared_distance(averaged: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ class Previewer:
         try:
             if self._vqgan is None:
                 path = self._store.fetch(self._tokenizer, "vqgan.safetensors")
-                self._vqgan = load_vqgan(path).to(model.token_embedding.weight.device)
+                self._vqgan = load_vqgan(path).on(model.token_embedding.weight.device)
             return self._draw(model, self._vqgan)
         except Exception as error:  # noqa: BLE001 (an unavailable store, no memory for samples)
             _log.warning("a preview failed", exc_info=True)

@@ -10,12 +10,12 @@ Shape legend: P images of a pass.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from training_loops import DTYPES, make_model
+from training_loops import DTYPES, fastest_seconds, make_model
 
 from enat.config import ENATConfig
 from enat.images import to_uint8
@@ -23,31 +23,11 @@ from enat.metrics.inception import InceptionExtractor, random_inception_weights
 from enat.metrics.moments import FeatureMoments, frechet_distance
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN, VQGANConfig
-from pipelines.cluster.device import wait_for
 from pipelines.evaluation.readers import run_pass
 from pipelines.sampling.fixed_batches import PassSampler, fixed_numerics
 
 NUM_SAMPLES = 50_000
 PARTS = ("sampling", "decoding", "features")
-
-
-def clock(device: str) -> float:
-    """Seconds. On a CPU, seconds of this thread, so ratios do not depend on other load."""
-    if device == "cpu":
-        return time.thread_time()
-    wait_for(device)
-    return time.perf_counter()
-
-
-def fastest_seconds(call: Callable[[], Any], device: str, num_rounds: int) -> float:
-    """Fastest of num_rounds calls, after one to warm up."""
-    fastest = float("inf")
-    for number in range(num_rounds + 1):
-        started = clock(device)
-        call()
-        if number:
-            fastest = min(fastest, clock(device) - started)
-    return fastest
 
 
 def sampling(preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int, compiled: bool) -> float:

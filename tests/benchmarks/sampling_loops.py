@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(1, str(Path(__file__).parent))
 sys.path.insert(2, str(Path(__file__).parents[1]))
 
-import samples_with_fid
-from samples_with_fid import clock
-from training_loops import DTYPES, dense_forward, make_model
+from training_loops import DTYPES, clock, dense_forward, make_model
 
 from enat.config import ENATConfig
 from enat.cost import generation_cost
 from enat.model import ENAT
+from enat.peak import matmul_peak
 from enat.sampler import decode_steps, draw_uniforms
 from enat.sampler_config import SamplerConfig
-from pipelines.training.monitor import matmul_peak
 
 _SPEED = "_images_per_second"
 FRESH, REUSE = SamplerConfig(reuse=False), SamplerConfig()
@@ -209,7 +208,10 @@ def measure(
     speeds = {name.removesuffix(_SPEED): value for name, value in figures.items() if name.endswith(_SPEED)}
     fastest = max(speeds, key=lambda name: speeds[name])
     figures |= options_over_plain(preset, **given)
-    figures |= samples_with_fid.project(preset, (fastest, speeds[fastest]), compiled=compiled, **given)
+    if find_spec("ray") is not None and find_spec("pyarrow") is not None:  # what 50,000 samples take is that of the stages
+        import samples_with_fid
+
+        figures |= samples_with_fid.project(preset, (fastest, speeds[fastest]), compiled=compiled, **given)
     shares = {name.replace("tflops", "share_of_matmul_peak"): value / peak for name, value in figures.items() if "tflops" in name}
     return {"matmul_tflops": peak, **figures, **shares}
 

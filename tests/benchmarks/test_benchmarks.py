@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,39 @@ def test_runs_of_training_use_the_device_and_precision_of_the_figures(tmp_path: 
         assert max(config.execution.num_workers for config in configs) == num_gpus
         (loops,) = [arguments[0] for function, arguments in calls if function == "loops"]
         assert (loops["preset"], loops["device"], loops["precision"]) == ("enat-l", "cuda", "bf16")
+
+
+_WITHOUT_PIPELINE = """
+import importlib.util, json, sys
+absent = {"ray", "pyarrow", "deepspeed", "mlflow", "pipelines"}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+own = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in absent else own(name, package)
+import torch
+torch.set_num_threads(1)
+import training_loops, sampling_loops
+from enat.config import ENATConfig
+tiny = dict(encoder_layers=1, decoder_layers=1, embed_dim=32, num_heads=2, grid_size=4, codebook_size=16, num_classes=4)
+ENATConfig.preset = classmethod(lambda cls, name, **given: cls(**tiny))
+training = training_loops.compare("tiny", group_size=2, num_steps=1, device="cpu", precision="fp32", compiled=False)
+sampling = sampling_loops.measure("tiny", batch_size=2, device="cpu", precision="fp32", num_rounds=1, compiled=False)
+print(json.dumps([sorted(training), sorted(sampling)]))
+"""
+
+
+@pytest.mark.slow
+def test_the_loops_run_where_only_the_method_is_installed() -> None:
+    """As on a GPU machine with torch alone."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    process = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_PIPELINE], capture_output=True, text=True, check=False, env=environment
+    )
+    assert process.returncode == 0, process.stderr
+    training_figures, sampling_figures = json.loads(process.stdout.splitlines()[-1])
+    assert any("seconds_per_step" in name for name in training_figures)
+    assert "matmul_tflops" in sampling_figures and not any("50k" in name for name in sampling_figures)

@@ -98,7 +98,7 @@ def loops(_: Path, on: dict[str, Any], num_steps: int) -> dict[str, Any]:
     """Seconds of a straightforward step relative to ours; on a GPU also compiled, with the share of the peak of matrix products."""
     import training_loops
 
-    from pipelines.training.monitor import matmul_peak
+    from enat.peak import matmul_peak
 
     machine = Machine(**on)
     is_gpu = machine.device == "cuda"

@@ -32,7 +32,7 @@ from enat.cost import training_macs
 from enat.loss import objective, token_accuracy
 from enat.masking import MaskedCodes, MaskingConfig, mask_codes
 from enat.model import ENAT, draw_dropout_mask
-from pipelines.training.monitor import matmul_peak
+from enat.peak import matmul_peak
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMA_DECAY = 0.999
@@ -198,6 +198,25 @@ def compare(
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+
+
+def clock(device: str) -> float:
+    """Seconds. On a CPU, seconds of this thread, so ratios do not depend on other load."""
+    if device == "cpu":
+        return time.thread_time()
+    synchronize(device)
+    return time.perf_counter()
+
+
+def fastest_seconds(call: Callable[[], Any], device: str, num_rounds: int) -> float:
+    """Fastest of num_rounds calls, after one to warm up."""
+    fastest = float("inf")
+    for number in range(num_rounds + 1):
+        started = clock(device)
+        call()
+        if number:
+            fastest = min(fastest, clock(device) - started)
+    return fastest
 
 
 def synchronize(device: str) -> None:

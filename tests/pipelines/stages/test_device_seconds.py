@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from enat import text
+from enat.config import VQGANConfig
 from enat.metrics.moments import FeatureMoments
 from enat.text import TextFeatures
 from pipelines.artifacts.manifest import FileRecord
@@ -41,7 +42,8 @@ def of_token_map(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) 
     record = {"rows": 3, "file": FILE, "quarantined": [], "code_counts": [1, 2, 0, 3], "seconds": TOOK, "decoding_seconds": 5.0}
     context.store.put_part(context.stage, context.key, "part-00000.parquet", record)
     config = token_map.TokenMapConfig(execution=token_map.TokenMapExecution(gpus_per_worker=gpus))
-    return token_map._collect(config, SimpleNamespace(num_images=3, class_names=["a", "b"]), info, 1, context)  # type: ignore[arg-type]
+    dataset = SimpleNamespace(num_images=3, class_names=["a", "b"])
+    return token_map._collect(config, dataset, info, VQGANConfig.preset("vqgan-small"), context)  # type: ignore[arg-type]
 
 
 def of_captions(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -> StageResult:

@@ -504,6 +504,32 @@ def test_rounding_float_scores_the_decoded_pixels(
     assert result.summary.protocol_digest != evaluated().summary.protocol_digest
 
 
+def test_another_precision_of_the_decoder_is_stated_with_what_it_changes(
+    evaluated: Callable[..., StageResult], material: Material
+) -> None:
+    exact, rounded = evaluated(), evaluated(precision="bf16")
+    assert 0 < rounded.metrics["pixel_change"] < 10 and "pixel_change" not in exact.metrics
+    assert rounded.metrics["frechet_distance"] != exact.metrics["frechet_distance"]
+    assert rounded.summary is not None and exact.summary is not None
+    assert rounded.summary.to_dict()["protocol"] == exact.summary.to_dict()["protocol"] | {"decoder": "bf16"}
+    keys = [evaluate.EvaluateConfig(precision=each).identity() for each in ("fp32", "bf16")]
+    assert "precision" not in keys[0] and keys[1] == keys[0] | {"precision": "bf16"}
+    with pytest.raises(ValueError, match="precision is 'fp64'; choose one of fp32, tf32, bf16"):
+        evaluate.EvaluateConfig(precision="fp64")
+
+
+def test_another_precision_of_the_extractor_belongs_to_the_reference(material: Material, make_context: Callable[..., Any]) -> None:
+    few = replace(material.inputs["dataset"], summary={**material.inputs["dataset"].summary, "num_images": 60})
+    config = reference.ReferenceConfig(
+        extractor="classifier", num_epochs=1, resolution=16, seed=0, precision="bf16", dataset=DatasetConfig()
+    )
+    result = reference.run(config, {"dataset": few}, make_context(material.store, "reference", "7" * 64))
+    assert 0 < result.metrics["feature_change"] < 0.2
+    assert result.summary is not None and result.summary.to_dict()["precision"] == "bf16"
+    exact = replace(config, precision="fp32")
+    assert config.identity() == exact.identity() | {"precision": "bf16"} and "precision" not in exact.identity()
+
+
 @pytest.mark.slow
 def test_rounding_float_needs_codes_and_an_extractor_that_takes_floats(material: Material, make_context) -> None:
     config = evaluate.EvaluateConfig(settings=SETTINGS, metrics=(), rounding="float")

@@ -335,6 +335,24 @@ def test_bf16_changes_few_codes_and_is_recorded_in_the_map(make_token_map, hosti
     assert 0 < share < 0.1
 
 
+def test_codes_that_flip_are_measured_and_limited(make_token_map, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    _, manifest = make_token_map("token_map.precision=bf16", store=store)
+    exact = TokenMap.open(*make_token_map(store=store))
+    rounded = TokenMap.open(store, manifest)
+    size = manifest.config["forward_batch_size"] or len(exact)  # one pass, the first, is compared
+    assert 0 < manifest.metrics["code_flips"] == pytest.approx((exact.codes != rounded.codes)[:size].mean(), abs=0.02)
+    assert "code_flips" not in make_token_map(store=store)[1].metrics
+    limit = manifest.metrics["code_flips"] / 2
+    with pytest.raises(
+        ValueError, match=r"with precision bf16, .*% of the first images' codes differ .* set token_map.precision=fp32"
+    ):
+        make_token_map("token_map.precision=bf16", f"token_map.max_code_flips={limit}", store=store)
+    with pytest.raises(ValueError, match=r"differ from those of fp32, more than token_map.max_code_flips"):
+        make_token_map("token_map.precision=bf16", f"token_map.max_code_flips={limit}")  # while it is made
+    assert make_token_map("token_map.precision=tf32")[1].metrics["code_flips"] == 0, "on CPUs it is fp32"
+
+
 def test_records_sent_to_the_driver_contain_no_pixels(hostile_map, hostile_records: list[dict[str, Any]]) -> None:
     """Neither as an array nor as bytes: a record is much smaller than its images, 3,072 bytes each."""
     assert sum(record["images"] for record in hostile_records) == len(_hostile_inputs())

@@ -315,3 +315,15 @@ def test_weight_decay_on_matrices_decays_exactly_linear_weights(material):
                 report.weights[name], expected, rtol=1e-6, atol=0, msg=lambda text, name=name: f"{name}: {text}"
             )
         assert report.norms == [0.0, 0.0]
+
+
+_REDUCTIONS = [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16")]  # ZeRO stage, number format
+
+
+def test_gradients_summed_in_bf16_train_nearly_the_same(material):
+    """On two ranks, at the stages that GPUs use. Some bits differ, or the setting does nothing."""
+    jobs = [Job(changed(execution={"zero_stage": stage, "reduce_in": each})) for stage, each in _REDUCTIONS]
+    wanted, *found = run_ranks(2, run_jobs, material, jobs)[0]
+    for report in found:
+        np.testing.assert_allclose(report.losses, wanted.losses, rtol=0.01)
+        assert any(not torch.equal(report.weights[name], value) for name, value in wanted.weights.items())

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from tiny_training import run_ranks
 
-from pipelines.training.monitor import GroupRecord, first_not_finite, matmul_peak, squared_distance, summarize, total_macs
+from enat.peak import matmul_peak
+from pipelines.training.monitor import GroupRecord, first_not_finite, squared_distance, summarize, total_macs
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,7 @@ def test_invalid_recipe_is_refused():
         ({"num_groups": 5}, r"batch_size is 16; it must be a multiple of num_groups, which is 5"),
         (
             {"execution": {"num_workers": 17}},
-            r"batch_size is 16; it must be at least 17 for execution\.num_workers 17 and execution\.microbatches 1, so that",
+            r"batch_size is 16, but execution\.num_workers 17 needs at least 17 with execution\.microbatches 1, so that",
         ),
         ({"execution": {"microbatches": 3}}, r"execution\.microbatches is 3; it must divide a group of 4 images"),
         ({"num_steps": -1}, r"num_steps is -1"),
