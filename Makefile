@@ -15,7 +15,7 @@ help:
 	@echo "make test-all  run the tests and the slow tests, and those of stores on a second S3 server"
 	@echo "make faults    kill, corrupt and resume real runs, against an uninterrupted one (about two hours)"
 	@echo "make lint      run ruff, mypy and the import rules"
-	@echo "make bench     measure the speed of this machine, as ratios (about 35 minutes)"
+	@echo "make bench     measure the speed of this machine: one table of ratios, all figures as JSON (about 35 minutes)"
 	@echo "make format    apply ruff format and fixes"
 	@echo "make lock      recompute requirements.lock from pyproject.toml, and tests/localstack.lock"
 
@@ -70,12 +70,7 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 
 bench: setup
-	$(BIN)/python tests/benchmarks/tokenization.py
-	$(BIN)/python tests/benchmarks/training.py
-	$(BIN)/python tests/benchmarks/sampling.py
-	$(BIN)/python tests/benchmarks/evaluation.py
-	$(BIN)/python tests/benchmarks/metrics.py
-	$(BIN)/python tests/benchmarks/side_by_side.py --no-models
+	$(BIN)/python tests/benchmarks/run_all.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 
@@ -24,11 +25,14 @@ from pipelines.artifacts.manifest import (
     short,
 )
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.formatting import one_line, show_age, show_number, show_size
+from pipelines.formatting import one_line, printable, show_age, show_number, show_size
 from pipelines.storage.base import StorageError, StoredFile
 
 Describe = Callable[[Manifest], str]
 _SHOWN_CHOICES = 6
+_COLUMNS = ("size", "age", "artifact", "dataset", "")
+_NUMBERS = ("size", "age", "parts")
+_MOST_FOLDED = 100  # rows of a table whose cells are folded
 _SHOWN_METRICS = 2  # of an artifact that its stage does not describe
 
 
@@ -220,16 +224,20 @@ def find_unfinished(folders: Iterable[tuple[str, str, list[StoredFile]]], manife
 
 
 def list_table(entries: Sequence[Entry]) -> Table:
-    table = _table("size", "age", "artifact", "dataset", "")
+    table = _table(*_COLUMNS)
     for entry in entries:
-        age = "–" if entry.age_seconds is None else show_age(entry.age_seconds)
-        table.add_row(show_size(entry.size), age, short((entry.stage, entry.key)), _cell(entry.dataset), _cell(entry.phrase))
+        size, age, artifact, *foreign = _cells(entry)
+        table.add_row(size, age, artifact, *map(one_line, foreign))
     return table
 
 
 def show_list(entries: Sequence[Entry], store: str, console: Console) -> None:
-    if entries:
+    if 0 < len(entries) <= _MOST_FOLDED:
         console.print(list_table(entries), highlight=False)
+        console.print()
+    elif entries:
+        for line in _lines([_COLUMNS, *map(_cells, entries)], console.width):
+            console.out(line, highlight=False)
         console.print()
     total = show_size(sum(entry.size for entry in entries))
     console.print(f"{len(entries):,} artifacts, {total}, in {one_line(store)}", highlight=False, soft_wrap=True)
@@ -251,13 +259,26 @@ def unfinished_json(each: Unfinished, now: float) -> dict[str, Any]:
     return {**values, "parts": each.num_parts}
 
 
-def _cell(text: str | None) -> str:
-    return "–" if text is None else one_line(text)
+def _cells(entry: Entry) -> tuple[str, str, str, str, str]:
+    age = "–" if entry.age_seconds is None else show_age(entry.age_seconds)
+    dataset = "–" if entry.dataset is None else entry.dataset
+    return show_size(entry.size), age, short((entry.stage, entry.key)), dataset, entry.phrase
+
+
+def _lines(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+    """The same table with one line for each row, cut at the width. rich takes a millisecond to fold a row."""
+    shown = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
+        padding = [" " * (most - cell_len(cell)) for cell, most in zip(row, widths, strict=True)]
+        sides = zip(row, padding, _COLUMNS, strict=True)
+        line = "  ".join(space + cell if name in _NUMBERS else cell + space for cell, space, name in sides).rstrip()
+        yield line if cell_len(line) <= width else set_cell_size(line, width - 1) + "…"
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        is_number = column in ("size", "age", "parts")
+        is_number = column in _NUMBERS
         table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number or column == "artifact")
     return table

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.capacity import Capacity, Grant, Room, with_count
 from pipelines.cluster.hardware import Machines
 from pipelines.cluster.resources import Workers
 from pipelines.prediction.rates import Rate, Rates, start_seconds
 from pipelines.workflow.costs import Prices
 from pipelines.workflow.stage import Node, PlannedStage
-from pipelines.workflow.summary import Summary
+from pipelines.workflow.summary import Summary, SummaryError
 from pipelines.workflow.work import Foreseen, UnforeseeableError, Work, busy_seconds
 
 _HOUR = 3600.0
@@ -112,7 +113,7 @@ def predict(
     for item in planned:
         node, manifest = item.node, item.manifest
         if manifest is not None:
-            told[node.id] = node.stage.summary.read(manifest)
+            told[node.id] = _summary_of(node, manifest)
             continue
         foreseen, stages[node.id] = _predict_stage(item, told, rates, machines, foreseen_by or {})
         told[node.id] = foreseen.summary
@@ -137,6 +138,14 @@ def predict(
         currency=prices.currency if prices is not None else None,
         critical=bounds[0][1],
     )
+
+
+def _summary_of(node: Node, manifest: Manifest) -> Summary | None:
+    """None for an artifact of a version that this program cannot read: a run says so if it needs it."""
+    try:
+        return node.stage.summary.read(manifest)
+    except SummaryError:
+        return None
 
 
 def _predict_stage(

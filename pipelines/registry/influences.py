@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ _Z_95 = 1.959964  # 95% of a normal distribution are within this many standard d
 _LABELS = "labels"
 
 
+@cache
 def _quantile(degrees: float) -> float:
     """Half of a 95% interval in standard errors. degrees: of freedom; infinite for errors from influences."""
     from scipy.special import stdtrit  # scipy.stats takes a second to import

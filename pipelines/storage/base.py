@@ -52,9 +52,13 @@ class StoredFile:
 
 
 class Folder(ABC):
-    """Files below a path or a URI. A folder can be sent to workers, and need not exist before something is written to it."""
+    """Files below a path or a URI. A folder can be sent to workers, and need not exist before something is written to it.
+
+    is_remote: whether answers take so long that several questions should be asked at once.
+    """
 
     uri: str
+    is_remote = False
 
     @abstractmethod
     def list(self, prefix: str = "", *, follow_links: bool = True) -> Iterator[StoredFile]:

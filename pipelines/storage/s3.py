@@ -54,6 +54,8 @@ _Files: TypeAlias = list[StoredFile]
 class S3Folder(Folder):
     """Objects below s3://bucket/prefix. Holds no open connection: each process has one client per S3Config."""
 
+    is_remote = True
+
     def __init__(self, uri: str, config: S3Config | None = None) -> None:
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if "@" in bucket or ":" in bucket:

@@ -178,8 +178,13 @@ class NodeRun:
 
 
 def _hardware() -> dict[str, str]:
-    """Product names of the devices that the stages of this run use."""
-    machines = connection.machines() if connection.is_connected() else hardware.of_this_machine()
+    """Product names of the devices that the stages of this run use. Empty if they cannot be had: an artifact is worth more."""
+    try:
+        machines = connection.machines() if connection.is_connected() else hardware.of_this_machine()
+    except Exception:  # noqa: BLE001 (the work is done, and is committed next)
+        _log.warning("the names of the cluster's devices could not be read; its artifacts are of no use for predictions")
+        _log.info("reading the names of devices failed", exc_info=True)
+        return {}
     return {device: name for device in (hardware.CPU, hardware.GPU) if (name := machines.name_of(device)) is not None}
 
 

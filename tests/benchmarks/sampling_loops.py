@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(1, str(Path(__file__).parent))
 sys.path.insert(2, str(Path(__file__).parents[1]))
 
-from training_loops import DTYPES, clock, dense_forward, make_model
+from training_loops import DTYPES, clock, dense_forward, explicit_attention, make_model
 
 from enat.config import ENATConfig
 from enat.cost import generation_cost
-from enat.model import ENAT
+from enat.cuda_graph import GraphedLoop
+from enat.model import ENAT, ENATOutput
 from enat.peak import matmul_peak
 from enat.sampler import decode_steps, draw_uniforms
 from enat.sampler_config import SamplerConfig
@@ -50,56 +51,57 @@ def obvious_sample(model: ENAT, conditions: Tensor, uniforms: Tensor, config: Sa
             model, tokens.repeat(2, 1), conditions, features if config.reuse else None, mask_before if config.reuse else None
         )
         mask_before = mask.repeat(2, 1)
-        cond, uncond = logits.float().chunk(2)
-        log_probs = (uncond + config.guidance_at(step) * (cond - uncond)).log_softmax(dim=-1)
-        cumulative = (log_probs / config.sampling_temperature_at(step)).softmax(dim=-1).cumsum(dim=-1)
-        drawn = torch.searchsorted(cumulative, uniforms[:, step, 0, :, None] * cumulative[..., -1:], right=True)
-        drawn = drawn.clamp_max(mask_id - 1)
-        noise = config.remask_temperature_at(step) * torch.log(-torch.log(uniforms[:, step, 1]))
-        confidence = (log_probs.gather(-1, drawn)[..., 0] - noise).masked_fill(~mask, float("inf"))
-        tokens = torch.where(mask, drawn[..., 0], tokens)
-        hidden = confidence.argsort(dim=1)[:, : config.num_masked_at(step + 1, num_tokens)]
-        tokens = tokens.scatter(1, hidden, mask_id)
+        tokens = _revealed(tokens, mask, *logits.float().chunk(2), uniforms, step, config)
     return tokens
 
 
-class Loop:
-    """enat.sampler on prepared noise and conditions. compiled: its blocks go through torch.compile."""
+@torch.no_grad()
+def published_like_sample(model: ENAT, conditions: Tensor, uniforms: Tensor, config: SamplerConfig) -> Tensor:
+    """The same codes as the published code makes them: visible tokens are gathered, but attention is explicit, both passes run at
+    every step, one after the other, and the head scores every position."""
+    (num_images, _, _, num_tokens), mask_id = uniforms.shape, model.config.mask_id
+    tokens = torch.full((num_images, num_tokens), mask_id, device=uniforms.device)
+    before: list[ENATOutput | None] = [None, None]
+    for step in range(config.num_steps):
+        mask, num_masked = tokens == mask_id, config.num_masked_at(step, num_tokens)
+        with explicit_attention():
+            outputs = [
+                model(tokens, labels, previous, num_masked=num_masked, logits="all")
+                for labels, previous in zip(conditions.chunk(2), before, strict=True)
+            ]
+        before = [*outputs] if config.reuse else [None, None]
+        cond, uncond = (output.logits.float() for output in outputs)
+        tokens = _revealed(tokens, mask, cond, uncond, uniforms, step, config)
+    return tokens
 
-    def __init__(self, model: ENAT, config: SamplerConfig, *, compiled: bool = False) -> None:
-        self.model, self.config = model, config
+
+def _revealed(
+    tokens: Tensor, mask: Tensor, cond: Tensor, uncond: Tensor, uniforms: Tensor, step: int, config: SamplerConfig
+) -> Tensor:
+    """Tokens after a step: codes are drawn for every position, and visible ones are put back."""
+    log_probs = (uncond + config.guidance_at(step) * (cond - uncond)).log_softmax(dim=-1)
+    cumulative = (log_probs / config.sampling_temperature_at(step)).softmax(dim=-1).cumsum(dim=-1)
+    drawn = torch.searchsorted(cumulative, uniforms[:, step, 0, :, None] * cumulative[..., -1:], right=True)
+    drawn = drawn.clamp_max(log_probs.shape[-1] - 1)
+    noise = config.remask_temperature_at(step) * torch.log(-torch.log(uniforms[:, step, 1]))
+    confidence = (log_probs.gather(-1, drawn)[..., 0] - noise).masked_fill(~mask, float("inf"))
+    hidden = confidence.argsort(dim=1)[:, : config.num_masked_at(step + 1, tokens.shape[1])]
+    return torch.where(mask, drawn[..., 0], tokens).scatter(1, hidden, log_probs.shape[-1])
+
+
+class Loop:
+    """enat.sampler on prepared noise and conditions. compiled: its blocks go through torch.compile.   decode: decode_steps, or what
+    replaces it."""
+
+    def __init__(self, model: ENAT, config: SamplerConfig, *, compiled: bool = False, decode: Any = decode_steps) -> None:
+        self.model, self.config, self.decode = model, config, decode
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # every step has its own shapes
             model.compile_blocks()
 
     def __call__(self, conditions: Tensor, uniforms: Tensor) -> Tensor:
         tokens = torch.full((len(uniforms), self.model.config.num_tokens), self.model.config.mask_id, device=uniforms.device)
-        return decode_steps(self.model, conditions, tokens, uniforms, self.config)[-1]
-
-
-class GraphedLoop:
-    """A complete call of a Loop as one CUDA graph, recorded for one batch.
-
-    Unlike torch.compile's mode "reduce-overhead" for single blocks, nothing is launched or copied between blocks.
-    """
-
-    def __init__(self, loop: Loop, conditions: Tensor, uniforms: Tensor) -> None:
-        self.conditions, self.uniforms = conditions.clone(), uniforms.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # torch.cuda.graph requires a run on a side stream before recording
-            for _ in range(3):
-                loop(self.conditions, self.uniforms)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.codes = loop(self.conditions, self.uniforms)
-
-    def __call__(self, conditions: Tensor, uniforms: Tensor) -> Tensor:
-        self.conditions.copy_(conditions)
-        self.uniforms.copy_(uniforms)
-        self.graph.replay()
-        return self.codes.clone()
+        return self.decode(self.model, conditions, tokens, uniforms, self.config)[-1]
 
 
 def inputs(model: ENAT, batch_size: int, config: SamplerConfig, device: str) -> tuple[Tensor, Tensor]:
@@ -118,6 +120,7 @@ def compare(
     samplers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "obvious": lambda *given: obvious_sample(model, *given, FRESH),
         "obvious_reuse": lambda *given: obvious_sample(model, *given, REUSE),
+        "published_like": lambda *given: published_like_sample(model, *given, REUSE),
         "fresh": Loop(model, FRESH),
         "reuse": Loop(model, REUSE),
     }
@@ -130,8 +133,9 @@ def compare(
     }
     for name, speed in speeds.items():
         figures[f"{name}_images_per_second"] = speed
-        if not name.startswith("obvious"):
+        if not name.startswith(("obvious", "published")):
             figures[f"{name}_over_obvious"] = speed / speeds["obvious"]
+            figures[f"{name}_over_published_like"] = speed / speeds["published_like"]
             figures[f"{name}_tflops"] = 2 * macs.get(name, macs[""]) * speed / 1e12
     figures["reuse_over_obvious_reuse"] = speeds["reuse"] / speeds["obvious_reuse"]
     figures["reuse_over_fresh"] = speeds["reuse"] / speeds["fresh"]
@@ -149,7 +153,7 @@ def _compiled_samplers(
         loop(conditions, uniforms)
         samplers["compiled"] = loop
         if conditions.is_cuda:
-            samplers["graphed"] = GraphedLoop(loop, conditions, uniforms)
+            samplers["graphed"] = Loop(model, REUSE, decode=GraphedLoop())
     except Exception as error:
         figures["compiling_failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return samplers

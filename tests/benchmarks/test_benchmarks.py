@@ -23,7 +23,7 @@ from enat.config import ENATConfig
 def test_the_measured_pipeline_makes_a_map_of_all_images(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
     workload = tokenization._DECODER_BOUND
-    measured = tokenization._run_pipeline(tmp_path, workload, 24)
+    measured = tokenization.run_pipeline(tmp_path, workload, 24)
     assert measured["seconds"] > 0 and measured["peak_bytes"] > 1e8, "Ray's processes alone take more"
     assert tokenization._plain_decoder(tmp_path, workload.config, 24) > 0
     assert tokenization._plain_encoder(tmp_path, workload.config, 16) > 0
@@ -42,11 +42,15 @@ def test_the_compared_loops_compute_the_same() -> None:
     """In fresh and reusing steps: otherwise their ratio would be meaningless."""
     config = ENATConfig(encoder_layers=2, decoder_layers=2, embed_dim=32, num_heads=2, grid_size=4, codebook_size=32, num_classes=4)
     draws = training_loops.Draws(config, 4, "cpu")
-    obvious = training_loops.ObviousLoop(training_loops.make_model(config, "cpu"), "fp32")
-    bare = training_loops.BareLoop(training_loops.make_model(config, "cpu"), "fp32")
+    bare, *others = (
+        make(training_loops.make_model(config, "cpu"), "fp32")
+        for make in (training_loops.BareLoop, training_loops.ObviousLoop, training_loops.PublishedLikeLoop)
+    )
     for step in range(6):
-        assert obvious.step(*draws.group(step)).item() == pytest.approx(bare.step(*draws.group(step)).item(), rel=1e-5)
-    torch.testing.assert_close(obvious.ema.state_dict(), bare.ema.state_dict(), rtol=0, atol=1e-5)
+        loss = bare.step(*draws.group(step)).item()
+        assert [other.step(*draws.group(step)).item() for other in others] == pytest.approx([loss] * 2, rel=1e-5)
+    for other in others:
+        torch.testing.assert_close(other.ema.state_dict(), bare.ema.state_dict(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.faults

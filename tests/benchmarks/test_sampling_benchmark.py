@@ -83,6 +83,7 @@ def test_the_compared_samplers_make_the_same_codes(model: ENAT, options: dict[st
     conditions, uniforms = sampling_loops.inputs(model, 6, config, "cpu")
     codes = sampling_loops.obvious_sample(model, conditions, uniforms, config)
     assert torch.equal(codes, sampling_loops.Loop(model, config)(conditions, uniforms))
+    assert torch.equal(codes, sampling_loops.published_like_sample(model, conditions, uniforms, config))
     assert torch.equal(codes, sample(model, conditions[:6], config, seeds=range(6)))
 
 
@@ -99,8 +100,11 @@ def test_figures_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples_with_fid, "features", lambda **_: 4.0)
     monkeypatch.setattr(samples_with_fid, "distance_seconds", lambda: 30.0)
     figures = sampling_loops.measure("any", batch_size=2, device="cpu", precision="fp32", num_rounds=1)
-    speeds = {name: figures[f"{name}_images_per_second"] for name in ("obvious", "obvious_reuse", "fresh", "reuse")}
+    speeds = {
+        name: figures[f"{name}_images_per_second"] for name in ("obvious", "obvious_reuse", "published_like", "fresh", "reuse")
+    }
     assert figures["reuse_over_fresh"] == speeds["reuse"] / speeds["fresh"]
+    assert figures["reuse_over_published_like"] == speeds["reuse"] / speeds["published_like"]
     assert figures["reuse_over_obvious_reuse"] == speeds["reuse"] / speeds["obvious_reuse"]
     assert not {"obvious_tflops", "obvious_reuse_tflops"} & set(figures), "it computes more than is counted"
     assert figures["macs_of_fresh_over_reuse"] > 1 > figures["macs_of_plain_over_half_given"]

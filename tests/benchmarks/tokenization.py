@@ -69,7 +69,7 @@ def main(scale: float, as_json: bool) -> None:
 def rate(name: str, workload: Workload, plain_loop: str, place: Path, scale: float) -> dict[str, float]:
     """Images per second of the pipeline and of a plain loop, and their ratio. Start-up cancels between the two runs."""
     place, (short, long) = place / name, workload.scaled(scale)
-    seconds = [_run_pipeline(place, workload, count)["seconds"] for count in (short, long)]
+    seconds = [run_pipeline(place, workload, count)["seconds"] for count in (short, long)]
     pipeline = (long - short) / (seconds[1] - seconds[0])
     plain = in_process(__file__, plain_loop, place, workload.config, short)
     return {
@@ -82,7 +82,7 @@ def rate(name: str, workload: Workload, plain_loop: str, place: Path, scale: flo
 def memory(place: Path, scale: float) -> dict[str, float]:
     """Peak of private and shared memory of all processes of a run, in MB."""
     short, long = _MEMORY.scaled(scale)
-    peaks = [_run_pipeline(place / "memory", _MEMORY, count)["peak_bytes"] / 1e6 for count in (short, long)]
+    peaks = [run_pipeline(place / "memory", _MEMORY, count)["peak_bytes"] / 1e6 for count in (short, long)]
     return {
         f"peak_memory_mb_of_{short}_images": peaks[0],
         f"peak_memory_mb_of_{long}_images": peaks[1],
@@ -124,7 +124,7 @@ def reader(num_rows: int) -> dict[str, float]:
 # The pipeline ------------------------------------------------------------------------------------------------------------------
 
 
-def _run_pipeline(place: Path, workload: Workload, count: int) -> dict[str, float]:
+def run_pipeline(place: Path, workload: Workload, count: int) -> dict[str, float]:
     images = write_images(place / f"images-{count}", workload.size, count)
     tokenizer = [f"tokenizer.{name}={json.dumps(value)}" for name, value in workload.config.items()]
     values = [

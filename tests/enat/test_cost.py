@@ -130,6 +130,7 @@ def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings,
     assert counted == generation_cost(model.config, config, num_given=num_given).executed_macs_per_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize(
     "config",

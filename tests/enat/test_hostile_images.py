@@ -148,6 +148,7 @@ def adm_crop(pixels: np.ndarray, resolution: int) -> np.ndarray:
     return resampled(columns.swapaxes(0, 1), new_height, bicubic, 2.0, top, resolution)
 
 
+@pytest.mark.slow
 @given(
     width=st.integers(1, 1100),
     height=st.integers(1, 1100),

@@ -34,6 +34,7 @@ def mean_squared_error(vqgan, images):
     return (vqgan.decode(vqgan.encode(images)) - images).square().mean().item()
 
 
+@pytest.mark.slow
 def test_training_learns_and_keeps_the_codebook_in_use():
     images, vqgan = tiles(64), new_vqgan()
     untrained = mean_squared_error(vqgan, images)

@@ -61,6 +61,7 @@ def comparison(lab: Lab, tmp_path: Path) -> Path:
     return page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), WIDTHS)
 def test_a_comparison_is_drawn_and_can_be_used(browser: Browser, comparison: Path, width: int, scheme: str) -> None:
     browser.open(comparison, width, scheme)

@@ -423,6 +423,7 @@ def test_wrong_weights_are_not_imported(ask: Callable[..., Any], folder: Path, t
     assert not any(open_store(str(tmp_path / "store")).manifests())
 
 
+@pytest.mark.slow
 def test_generator_is_imported_with_its_tokenizer(
     ask: Callable[..., Any], import_vqgan, weights: dict[str, Path], folder: Path
 ) -> None:
@@ -476,6 +477,7 @@ def test_artifact_is_shown_by_a_prefix_of_its_key(ask: Callable[..., Any], impor
     assert refused.returncode == 2 and "a contact sheet shows a token map" in refused.stderr
 
 
+@pytest.mark.slow
 def test_contact_sheet_of_a_token_map(digits_run, ask: Callable[..., Any], tmp_path: Path) -> None:
     key = digits_run.planned()["token_map"].key
     store, sheet = digits_run.workspace / "store", tmp_path / "sheet.png"

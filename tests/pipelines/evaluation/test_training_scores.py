@@ -182,6 +182,7 @@ def test_training_does_not_wait_for_an_actor_that_falls_behind(material, referen
     assert {path.name for path in tmp_path.iterdir()} == {"gate", "scored-4", "scored-8"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_actor_has_the_resources_of_a_training_worker(material, reference) -> None:
     task = task_of(material, reference, "resources")

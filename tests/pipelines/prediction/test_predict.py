@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.hardware import parse_cluster
 from pipelines.cluster.resources import Workers
 from pipelines.prediction.predict import Prediction, predict
@@ -127,6 +128,13 @@ def test_what_is_not_known_is_said_and_so_is_what_depends_on_it(stage: Stage, pr
     problems = {id: found.problem for id, found in predicted.stages.items()}
     assert problems == {"a": problem, "b": "depends on a, which is not known yet", "c": None}
     assert not predicted.is_complete and predicted.seconds.value == 15
+
+
+def test_an_artifact_that_cannot_be_read_is_not_known() -> None:
+    made = Manifest(stage="wait", key="a" * 64, stage_version=1, config={}, inputs={}, files=(), summary={"summary_version": 99})
+    planned = [PlannedStage(_node("a"), made.key, made), PlannedStage(_node("b", ["a"]), None, None)]
+    predicted = predict(planned, Rates({}), parse_cluster("1x2xCPU"))
+    assert predicted.stages["b"].problem == "depends on a, which is not known yet"
 
 
 def test_stages_without_room_are_not_predicted() -> None:

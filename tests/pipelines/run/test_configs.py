@@ -219,6 +219,7 @@ def test_imagenet_is_trained_as_published(load: Callable[..., Any]) -> None:
     assert dataclasses.replace(large, **same) == small
 
 
+@pytest.mark.slow
 def test_scoring_on_devices_has_large_passes(load: Callable[..., Any]) -> None:
     """A device computes one pass at a time. Decoding takes 128 x H x W numbers per image in each of a few layers at once."""
     for name in (name for name in NAMES if "digits" not in name):

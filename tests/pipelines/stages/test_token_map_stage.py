@@ -353,6 +353,7 @@ def test_codes_that_flip_are_measured_and_limited(make_token_map, tmp_path: Path
     assert make_token_map("token_map.precision=tf32")[1].metrics["code_flips"] == 0, "on CPUs it is fp32"
 
 
+@pytest.mark.slow
 def test_records_sent_to_the_driver_contain_no_pixels(hostile_map, hostile_records: list[dict[str, Any]]) -> None:
     """Neither as an array nor as bytes: a record is much smaller than its images, 3,072 bytes each."""
     assert sum(record["images"] for record in hostile_records) == len(_hostile_inputs())

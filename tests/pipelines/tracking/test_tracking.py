@@ -111,6 +111,7 @@ def _stage_runs(client: MlflowClient, *, reused: bool) -> dict[str, Any]:
 # What is recorded ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_of_stages_are_nested_and_name_their_artifacts(client: MlflowClient, recorded) -> None:
     parent, (first, second) = recorded
     children = _stage_runs(client, reused=True)

@@ -57,6 +57,7 @@ def test_run_that_diverges_says_where_and_saves_nothing_poisoned(material, key):
     assert checkpoint_steps(material, key) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_weights_that_are_not_finite_are_noticed_before_they_are_saved(material, key, zero_stage):
     execution = {"checkpoint_every": 1, "zero_stage": zero_stage, "log_every": 12}

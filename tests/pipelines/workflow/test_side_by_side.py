@@ -147,6 +147,18 @@ def test_all_workers_are_a_number_when_a_stage_runs(
     assert counts == [num_workers] * 2
 
 
+def test_work_is_committed_even_if_the_cluster_cannot_name_its_devices(
+    session: stage.Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("the node is gone")
+
+    monkeypatch.setattr(connection, "is_connected", lambda: True)
+    monkeypatch.setattr(connection, "machines", fail)
+    (done,) = driver.execute([_node("a")], session)
+    assert done.manifest.provenance["work"] == [] and "could not be read" in caplog.text
+
+
 def test_a_cluster_that_grows_without_a_limit_has_no_all(session: stage.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENAT_CLUSTER_GROWS", "1")
     with pytest.raises(ValueError, match=r"write.execution.num_workers is all, but .* adds nodes on demand; give a number, or set"):

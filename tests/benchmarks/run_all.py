@@ -1,0 +1,74 @@
+"""All benchmarks of `make bench` as one table of ratios, each over its rival or limit. The figures of all are kept as JSON.
+
+.venv/bin/python tests/benchmarks/run_all.py                                about 35 minutes on two cores
+.venv/bin/python tests/benchmarks/run_all.py metrics --folder /tmp/bench    some of them
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from common import where
+from rich.console import Console
+from rich.table import Table
+
+_FOLDER = Path(__file__).parent
+BENCHMARKS = {
+    "tokenization": (),
+    "training": (),
+    "sampling": (),
+    "evaluation": (),
+    "metrics": (),
+    "side_by_side": ("--no-models",),
+}
+_RATIO = re.compile(r"(?P<what>.+?)_(?:over|share_of)_(?P<rival>.+)|(?P<name>.+)_ratio")
+
+
+@click.command()
+@click.argument("names", nargs=-1, type=click.Choice([*BENCHMARKS]))
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True, help="Of the JSON files.")
+def main(names: tuple[str, ...], folder: Path) -> None:
+    measured: dict[str, Any] = {}
+    for name in names or BENCHMARKS:
+        click.echo(f"{name} ...", err=True)
+        command = [sys.executable, str(_FOLDER / f"{name}.py"), *BENCHMARKS[name], "--json"]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            raise SystemExit(f"benchmark {name} failed: {finished.stderr}")
+        measured[name] = json.loads(finished.stdout)
+    machine = where()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{datetime.now():%Y%m%d-%H%M%S}-{machine['commit'].rpartition('+')[2][:13]}.json"
+    path.write_text(json.dumps({**machine, "figures": measured}, indent=1))
+    table = Table(title=f"{machine['hardware']}, {machine['commit']}", title_justify="left", box=None)
+    for title in ("benchmark", "what", "over", "ratio"):
+        table.add_column(title, justify="right" if title == "ratio" else "left")
+    for row in rows(measured):
+        table.add_row(*row)
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"all figures: {path}", soft_wrap=True, highlight=False)
+
+
+def rows(measured: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """The ratios among the figures: benchmark, what, the rival or limit, the ratio. Their names state both sides."""
+    found = []
+    for benchmark, figures in measured.items():
+        for name, value in figures.items():
+            match = _RATIO.fullmatch(name)
+            if match is None or isinstance(value, str | bool):
+                continue
+            what, rival = (match["what"], match["rival"]) if match["what"] else (match["name"], "the other")
+            found.append((benchmark, what.replace("_", " "), rival.replace("_", " "), f"{value:.3g}"))
+    return found
+
+
+if __name__ == "__main__":
+    main()
