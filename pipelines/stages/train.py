@@ -150,7 +150,12 @@ def _training(config: TrainConfig, architecture: ENATConfig) -> Work:
 
 
 def _done(config: TrainConfig, architecture: ENATConfig, history: list[dict[str, float]]) -> list[Done]:
-    """The steps with their time, without what lies between intervals. Elastic training changes the number of workers."""
+    """The steps with their time, without what lies between intervals. Elastic training changes the number of workers.
+
+    Nothing if a row has no time: the checkpoint that was resumed may be of an older version.
+    """
+    if not all({"step", "step_seconds", "num_workers"} <= row.keys() for row in history):
+        return []
     intervals = [(each["step"] - step, each) for step, each in zip([0.0, *(row["step"] for row in history)], history, strict=False)]
     seconds = sum(steps * row["step_seconds"] for steps, row in intervals)
     worker_seconds = sum(steps * row["step_seconds"] * row["num_workers"] for steps, row in intervals)

@@ -139,7 +139,7 @@ def maps(folder: Path, scale: float) -> dict[str, float]:
 
 def store(folder: Path, scale: float) -> dict[str, float]:
     """Commands on stores of many artifacts of three stages: what they take beyond what they take with an empty store."""
-    sizes = [max(10, int(each * scale)) for each in _ARTIFACTS]
+    sizes = [max(1, int(each * scale)) for each in _ARTIFACTS]
     figures: dict[str, float] = {}
     places = {0: folder / "0"} | {each: folder / str(each) for each in sizes}
     for count, place in places.items():

@@ -105,6 +105,18 @@ def test_worker_time_includes_that_of_resumed_commands(material, make_context, m
     made = train.run(config, inputs, make_context(material.store, "train"))
     assert 100 + 2 * 0.3 <= made.worker_seconds <= 100 + 2 * (time.monotonic() - started)
     assert made.device_seconds == pytest.approx(2 * made.worker_seconds)
+    assert made.work == [], "rows of an older version have no time of a step"
+
+
+@pytest.mark.parametrize(("num_workers", "worker_seconds"), [((1, 1, 1), 8.0), ((1, 2, 2), 13.0)])
+def test_work_is_the_steps_with_their_time(material, num_workers, worker_seconds):
+    """Of intervals of four, two and two steps. Elastic training changed the number of workers."""
+    rows = zip((4, 6, 8), (0.75, 1.5, 1.0), num_workers, strict=True)
+    history = [{"step": step, "step_seconds": seconds, "num_workers": count} for step, seconds, count in rows]
+    config = changed(num_steps=8)
+    (done,) = train._done(config, material.architecture(config), history)
+    assert done.worker_seconds == worker_seconds and done.num_workers == worker_seconds / 8
+    assert done.work.count == 8 * config.batch_size and done.work.macs > 0
 
 
 @dataclasses.dataclass
