@@ -27,13 +27,12 @@ _ACCELERATOR = "accelerator_type:"  # Ray's name of a resource
 class Gpu:
     """Published figures of a GPU.
 
-    tflops: dense peak by precision.   memory_gb_per_second: bandwidth.   link_gb_per_second: in one direction, of one GPU to those
+    tflops: dense peak by precision.   link_gb_per_second: in one direction, of one GPU to those
     of its node.   network_gb_per_second: its share of the network between nodes, as usual.
     """
 
     name: str
     tflops: Mapping[str, float]
-    memory_gb_per_second: float
     link_gb_per_second: float
     network_gb_per_second: float
 

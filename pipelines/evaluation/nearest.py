@@ -77,12 +77,11 @@ def nearest_in_map(
 
 
 def nearest_work(num_queries: int, num_rows: int, execution: Execution) -> Work:
-    """The work of nearest_in_map. Both sides of a row are compared."""
+    """The work of nearest_in_map, in pairs of codes. Both sides of a row are compared."""
     pieces = -(-num_rows // _rows_of_part(num_rows, execution))
     return Work(
         name="nearest",
         count=2.0 * num_queries * num_rows,
-        unit="pairs",
         cpu_seconds=_PAIR_SECONDS,
         workers=execution,
         num_pieces=pieces,

@@ -68,9 +68,7 @@ class StagePrediction:
 
     @property
     def source(self) -> str:
-        """Where the numbers come from."""
-        if self.problem is not None:
-            return self.problem
+        """Where the rate comes from."""
         return "measured" if self.num_measured else "computed"
 
 

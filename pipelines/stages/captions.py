@@ -129,7 +129,6 @@ def _encoding(config: CaptionsConfig, info: CaptionFeaturesInfo) -> Work:
     return Work(
         name="encoding",
         count=info.num_captions,
-        unit="captions",
         macs=per_token * info.num_positions,
         workers=config.execution,
         num_pieces=info.num_files,

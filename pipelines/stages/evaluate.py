@@ -188,7 +188,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         clip_digest=config.clip_digest(),
         precision=config.precision,
     )
-    shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images)
+    shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, precision=config.precision)
     grid = evaluation_protocol.sample_grid(shown, inputs, real_images.images_per_pass)
     all_jobs = (*jobs, *clip_jobs)
     told = {name: _SUMMARIES[name].read(inputs[name]) for name in _SUMMARIES if name in inputs}
@@ -259,7 +259,7 @@ def _work(config: EvaluateConfig, num_samples: int, replicates: int, inputs: Map
     count, rest = replicates * num_samples, (execution, real.images_per_pass, config.precision)
     work = [
         feature_work(count, decoding + extractor_macs(real.extractor, resolution), *rest),
-        Work(name="scores", count=replicates, unit="sets", macs=_PRODUCTS_OF_SCORES * num_pairs * width, workers=execution),
+        Work(name="scores", count=replicates, macs=_PRODUCTS_OF_SCORES * num_pairs * width, workers=execution),
         Work(name="judging", count=judged, cpu_seconds=_JUDGING_SECONDS, workers=Workers()),
     ]
     if config.clip_score is not None:
@@ -452,7 +452,8 @@ def _clip_scores(
     texts = captions_of(read_samples(context.store, samples, 0, count).captions, context.store, inputs["captions"])
     wanted = embed_captions(texts, clip, pool)  # replicates have the same captions
     for replicate, scores in enumerate(replicates):
-        reader = sample_reader(context.store, samples, inputs["tokenizer"], config.images, replicate=replicate)
+        places = (context.store, samples, inputs["tokenizer"], config.images)
+        reader = sample_reader(*places, replicate=replicate, precision=config.precision)
         spec = FeatureSpec(num_images=count, images_per_pass=per_pass, prefix=_prefix(replicate) + CLIP_PREFIX)
         embedded, job = embed_images(reader, spec, clip, config.execution, context)
         values = clip_scores(embedded, wanted)
@@ -476,7 +477,7 @@ def _judge_samples(
     real = SourceImages(dataset, evaluation_protocol.resolution_of(inputs["samples"], inputs))
     judged, per_pass = labels[: judge.MAX_IMAGES], ReferenceSummary.read(inputs["reference"]).images_per_pass
     places = (context.store, inputs["samples"], inputs.get("tokenizer"), config.images)
-    readers = [sample_reader(*places, replicate=number) for number in range(len(replicates))]
+    readers = [sample_reader(*places, replicate=number, precision=config.precision) for number in range(len(replicates))]
     found, accuracy, seconds = waiting.get(ray.remote(num_cpus=1)(judge.agreements).remote(real, readers, per_pass, judged))
     for scores, agrees in zip(replicates, found, strict=True):
         if len(judged) == len(labels):

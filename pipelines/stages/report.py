@@ -341,7 +341,7 @@ def foresee(config: ReportConfig, inputs: Mapping[str, Any]) -> Foreseen:
 
 
 def _page(config: ReportConfig) -> Work:
-    return Work(name="page", count=1 + len(config.variants), unit="models", cpu_seconds=_SECONDS_OF_MODEL)
+    return Work(name="page", count=1 + len(config.variants), cpu_seconds=_SECONDS_OF_MODEL)
 
 
 STAGE = Stage(

@@ -35,7 +35,6 @@ class Work:
 
     name: str
     count: float
-    unit: str = "images"
     macs: float = 0.0
     cpu_seconds: float = 0.0
     workers: Workers | None = None

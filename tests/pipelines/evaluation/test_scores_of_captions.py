@@ -38,7 +38,7 @@ def test_samples_are_scored_with_the_captions_that_they_were_asked_for(
             "generate.num_samples=8",
             "generate.replicates=2",
         ),
-        f"evaluate={{clip_score: {clip}, metrics: [frechet_distance], num_samples: 6}}",
+        f"evaluate={{clip_score: {clip}, metrics: [frechet_distance], num_samples: 6, precision: bf16}}",
         until="evaluate",
     )
     store = open_store(str(tmp_path / "store"))
@@ -52,7 +52,7 @@ def test_samples_are_scored_with_the_captions_that_they_were_asked_for(
     found, scores = made["evaluate"].metrics, []
     for replicate in (0, 1):
         samples = read_samples(store, made["generate"], 0, 6, replicate=replicate)
-        images = to_uint8(vqgan.decode(torch.from_numpy(samples.codes).view(-1, 4, 4)))
+        images = to_uint8(vqgan.decode(torch.from_numpy(samples.codes).view(-1, 4, 4), "bf16"))
         embedded = ClipImages.read(clip)(images)["features"].numpy()
         scores.append(clip_scores(embedded, caption_embeddings(clip, [texts[number] for number in samples.captions])))
         assert found[f"clip_score_replicate_{replicate + 1}"] == pytest.approx(scores[-1].mean(), abs=1e-3)

@@ -518,6 +518,22 @@ def test_another_precision_of_the_decoder_is_stated_with_what_it_changes(
         evaluate.EvaluateConfig(precision="fp64")
 
 
+def test_everything_is_decoded_in_the_stated_precision(
+    material: Material, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features, the judge's images and the picture: the protocol states one."""
+    used: list[str] = []
+
+    def reader(*places: Any, precision: str = "fp32", **given: Any) -> Any:
+        used.append(precision)
+        return sample_reader(*places, precision=precision, **given)
+
+    monkeypatch.setattr(evaluate, "sample_reader", reader)
+    config = evaluate.EvaluateConfig(metrics=(), judge="svc", precision="bf16", dataset=DatasetConfig())
+    evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "8" * 64))
+    assert used == ["bf16"] * 3
+
+
 def test_another_precision_of_the_extractor_belongs_to_the_reference(material: Material, make_context: Callable[..., Any]) -> None:
     few = replace(material.inputs["dataset"], summary={**material.inputs["dataset"].summary, "num_images": 60})
     config = reference.ReferenceConfig(
