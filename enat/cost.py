@@ -5,8 +5,9 @@ counts two FLOPs for it). Norms, activations, softmax, embedding look-ups and th
 paper. The paper's "FLOPs" are these MACs, with both guidance passes and the tokenizer's decoder.
 
 Two computations are counted. *Published*: the head at every position (with the mask id's column) and, with guidance, two passes at
-every step. *Executed*: what enat.sampler runs, the head at masked positions only, and no unconditional pass in an unguided step
-whose features no guided step reuses.
+every step. *Executed*: what enat.sampler runs, the head at masked positions only, no unconditional pass in an unguided step
+whose features no guided step reuses, and what depends on the condition alone once, counted in the first step. Images of one label
+share the first step, which is not counted.
 
 Training counts the backward pass as well, product by product; see training_macs.
 
@@ -55,16 +56,18 @@ def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANC
     """
     if not 0 <= num_given < model.num_tokens:
         raise ValueError(f"num_given is {num_given}; of {model.num_tokens} tokens 0 to {model.num_tokens - 1} can be given")
-    one_pass, executed_pass, executed = [], [], []
+    one_pass, executed_pass, passes = [], [], []
     is_guided = sampler.is_guided and model.is_conditional
     for step in range(sampler.num_steps):
         num_masked = sampler.num_masked_at(step, model.num_tokens, num_given)
         reuses = step > 0 and sampler.leaves_features_at(step - 1, model, num_given)
         previous = sampler.num_masked_at(step - 1, model.num_tokens, num_given) if reuses else None
-        blocks = step_macs(model, num_masked, previous)
-        one_pass.append(blocks + head_macs(model, model.num_tokens, model.codebook_size + 1))
-        executed_pass.append(blocks + head_macs(model, num_masked, model.codebook_size))
-        executed.append(sampler.num_passes_at(step, model, num_given) * executed_pass[-1])
+        one_pass.append(step_macs(model, num_masked, previous) + head_macs(model, model.num_tokens, model.codebook_size + 1))
+        prepared = _forward_macs(model, num_masked, previous, is_prepared=True)
+        executed_pass.append(prepared + head_macs(model, num_masked, model.codebook_size))
+        passes.append(sampler.num_passes_at(step, model, num_given))
+    executed = [num_passes * macs for num_passes, macs in zip(passes, executed_pass, strict=True)]
+    executed[0] += max(passes) * _condition_macs(model)
     published = [(2 if is_guided else 1) * macs for macs in one_pass]
     decoder = decoder_macs(tokenizer) if tokenizer is not None else 0
     return Cost(
@@ -76,7 +79,7 @@ def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANC
         executed_total_macs=sum(executed) + decoder,
         executed_macs_per_step=tuple(executed),
         one_pass_macs=sum(one_pass),
-        executed_one_pass_macs=sum(executed_pass),
+        executed_one_pass_macs=sum(executed_pass) + _condition_macs(model),
     )
 
 
@@ -133,25 +136,30 @@ def _forward_macs(
     *,
     skips_empty_parts: bool = True,
     has_decoder: bool = True,
+    is_prepared: bool = False,
 ) -> int:
-    """skips_empty_parts: training runs encoder and decoder even without tokens, so every weight has a gradient."""
+    """skips_empty_parts: training runs encoder and decoder even without tokens, so every weight has a gradient.
+
+    is_prepared: without what depends on the condition alone.
+    """
     dim, has_text = config.embed_dim, config.text_width is not None
     num_text = config.num_text_tokens if has_text else 0
     num_visible = config.num_tokens - num_masked
     num_carried = previous_num_masked if previous_num_masked is not None and config.reuses_masked else 0
     num_old = config.num_tokens - previous_num_masked if previous_num_masked is not None and config.reuses_visible else 0
     num_new = num_visible - num_old
-    macs = _text_macs(config) + 2 * config.mlp_ratio * dim * dim * (num_old + num_carried)  # projections of reused features
+    of_encoder, of_decoder = (0, 0) if is_prepared else _modulation_macs(config)
+    macs = 0 if is_prepared else _text_macs(config)
+    macs += 2 * config.mlp_ratio * dim * dim * (num_old + num_carried)  # projections of reused features
     if num_new or not skips_empty_parts:
-        has_conditioning = config.reuses_visible or has_text
-        macs += config.encoder_layers * _block_macs(config, num_new, num_text + num_old, has_conditioning=has_conditioning)
+        macs += of_encoder + config.encoder_layers * _block_macs(config, num_new, num_text + num_old)
     if has_decoder and (num_masked or not skips_empty_parts):
         if config.decoder_attention == "full":
-            per_block = _block_macs(config, config.num_tokens, num_text, has_conditioning=has_text)
+            per_block = _block_macs(config, config.num_tokens, num_text)
         else:
             attends_self = config.decoder_attention == "self_cross"
-            per_block = _block_macs(config, num_masked, num_text + num_visible, has_conditioning=True, attends_self=attends_self)
-        macs += config.decoder_layers * per_block
+            per_block = _block_macs(config, num_masked, num_text + num_visible, attends_self=attends_self)
+        macs += of_decoder + config.decoder_layers * per_block
     return macs
 
 
@@ -160,18 +168,29 @@ def _text_macs(config: ENATConfig) -> int:
     return 0 if config.text_width is None else (config.num_text_tokens + 1) * config.text_width * config.embed_dim
 
 
-def _block_macs(
-    config: ENATConfig, num_own: int, num_conditioning: int, *, has_conditioning: bool, attends_self: bool = True
-) -> int:
+def _modulation_macs(config: ENATConfig) -> tuple[int, int]:
+    """adaLN of all blocks of the encoder, and of the decoder."""
+    has_text, square = config.text_width is not None, config.embed_dim**2
+    of_encoder = 8 if config.reuses_visible or has_text else 6
+    of_decoder = 8 if config.decoder_attention != "full" or has_text else 6
+    return config.encoder_layers * of_encoder * square, config.decoder_layers * of_decoder * square
+
+
+def _condition_macs(config: ENATConfig) -> int:
+    """What ENAT.prepare computes."""
+    return sum(_modulation_macs(config)) + _text_macs(config)
+
+
+def _block_macs(config: ENATConfig, num_own: int, num_conditioning: int, *, attends_self: bool = True) -> int:
+    """Without adaLN."""
     dim = config.embed_dim
     num_keys = num_conditioning + (num_own if attends_self else 0)
-    modulation = (8 if has_conditioning else 6) * dim * dim
     # Without keys (cross attention at the first step) no query is computed.
     query_and_project = (2 if num_keys else 1) * dim * dim * num_own
     key_value = 2 * dim * dim * num_keys
     attention = 2 * dim * num_own * num_keys
     mlp = 2 * config.mlp_ratio * dim * dim * num_own
-    return modulation + query_and_project + key_value + attention + mlp
+    return query_and_project + key_value + attention + mlp
 
 
 def head_macs(config: ENATConfig, num_positions: int, num_columns: int) -> int:

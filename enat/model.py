@@ -12,7 +12,8 @@ batch), T text tokens, W width of caption features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -45,6 +46,30 @@ class TextCondition:
 
     def to(self, device: torch.device | str) -> TextCondition:
         return TextCondition(self.hidden.to(device), self.pooled.to(device))
+
+
+@dataclass(frozen=True)
+class PreparedCondition:
+    """A condition as the blocks take it, which ENAT.prepare computes once for all steps of a call. len() and rows as of labels.
+
+    embedded: the input of adaLN, after SiLU.   text: the text as conditioning tokens, None without text.
+    modulations: the numbers of adaLN of every block; none where they are computed as blocks run.
+    """
+
+    embedded: Float[Tensor, "B D"]
+    text: Float[Tensor, "B T D"] | None
+    modulations: Mapping[Block, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.embedded)
+
+    def __getitem__(self, rows: slice | Tensor) -> PreparedCondition:
+        text = None if self.text is None else self.text[rows]
+        return PreparedCondition(self.embedded[rows], text, {block: each[rows] for block, each in self.modulations.items()})
+
+    def of(self, block: Block) -> Tensor:
+        """The numbers of adaLN of a block."""
+        return self.modulations[block] if block in self.modulations else block.modulation(self.embedded)
 
 
 @dataclass(frozen=True)
@@ -186,10 +211,16 @@ class ENAT(nn.Module):
         for block in (*self.encoder, *self.decoder):
             block.compile(dynamic=True, backend=backend)
 
+    def prepare(self, labels: Int64[Tensor, " B"] | TextCondition) -> PreparedCondition:
+        """What does not change over the steps of a call, for forward in place of labels or captions. Not for training."""
+        self.check_condition(labels)
+        condition = self._embed_condition(labels)
+        return replace(condition, modulations={block: condition.of(block) for block in (*self.encoder, *self.decoder)})
+
     def forward(
         self,
         tokens: Int64[Tensor, "B L"],
-        labels: Int64[Tensor, " B"] | TextCondition,
+        labels: Int64[Tensor, " B"] | TextCondition | PreparedCondition,
         previous: ENATOutput | None = None,
         *,
         num_masked: int | None = None,
@@ -199,7 +230,7 @@ class ENAT(nn.Module):
         """Predict codes at every position from the visible ones.
 
         `tokens`: codes in [0, V) or the mask id V; all rows have the same number of masked tokens.
-        `labels`: in [0, num_classes], where num_classes means "no class"; a TextCondition for a model with text.
+        `labels`: in [0, num_classes], where num_classes means "no class"; a TextCondition for a model with text; or from prepare.
         `previous`: the output of the step before for the same images; its visible tokens must still be visible and unchanged.
         `num_masked`: M, if the caller knows it (sampler and trainer do). Without it the forward counts and checks the masks, which
             waits for the device. Raises ValueError if rows differ or if a visible token of `previous` is masked again.
@@ -217,12 +248,12 @@ class ENAT(nn.Module):
 
         # In training, parts without tokens run on empty tensors. Every weight then has a gradient (possibly zero) in every step,
         # and workers whose groups drew different modes can reduce the same buffers.
-        condition, text = self._embed_condition(labels)
+        condition = labels if isinstance(labels, PreparedCondition) else self._embed_condition(labels)
         old, computed = self._reuse(self._embed(tokens, dropout_mask), order, num_visible_before, previous)
         new, masked = computed.tensor_split([computed.shape[1] - num_masked], dim=1)
-        visible = self._encode(new, old, text, condition)
+        visible = self._encode(new, old, condition)
         if (num_masked and (logits != "none" or self.config.reuses_masked)) or self.training:
-            masked = self._decode(masked, visible, text, condition)
+            masked = self._decode(masked, visible, condition)
 
         in_order = torch.cat([visible, masked], dim=1)
         position = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
@@ -230,8 +261,9 @@ class ENAT(nn.Module):
         scored = {"all": features, "masked": masked, "none": masked[:, :0]}[logits]
         return ENATOutput(self.head(scored, self.token_embedding.weight), features, mask, order[:, num_visible:], num_masked)
 
-    def _check(self, tokens: Tensor, labels: Tensor | TextCondition, previous: ENATOutput | None) -> None:
-        self.check_condition(labels)
+    def _check(self, tokens: Tensor, labels: Tensor | TextCondition | PreparedCondition, previous: ENATOutput | None) -> None:
+        if not isinstance(labels, PreparedCondition):
+            self.check_condition(labels)
         if tokens.shape != (len(labels), self.config.num_tokens):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; ({len(labels)}, {self.config.num_tokens}) is needed")
         if previous is not None and not self.config.reuse:
@@ -249,14 +281,14 @@ class ENAT(nn.Module):
             embedded = embedded * dropout_mask / (1 - self.config.dropout)
         return embedded
 
-    def _embed_condition(self, labels: Tensor | TextCondition) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B T D"] | None]:
-        """The input of adaLN, after SiLU, and the text as conditioning tokens, None without text."""
+    def _embed_condition(self, labels: Tensor | TextCondition) -> PreparedCondition:
         if isinstance(labels, TextCondition):
             assert self.text_projection is not None and self.pooled_projection is not None
             dtype = self.text_projection.weight.dtype
-            return F.silu(self.pooled_projection(labels.pooled.to(dtype))), self.text_projection(labels.hidden.to(dtype))
+            pooled = self.pooled_projection(labels.pooled.to(dtype))
+            return PreparedCondition(F.silu(pooled), self.text_projection(labels.hidden.to(dtype)), {})
         assert self.label_embedding is not None
-        return F.silu(self.label_embedding(labels)), None
+        return PreparedCondition(F.silu(self.label_embedding(labels)), None, {})
 
     def _reuse(
         self,
@@ -282,28 +314,29 @@ class ENAT(nn.Module):
             old = self.previous_projection(_take(before, order[:, :num_old]))
         return old, computed
 
-    def _encode(self, new: Tensor, old: Tensor | None, text: Tensor | None, condition: Tensor) -> Tensor:
+    def _encode(self, new: Tensor, old: Tensor | None, condition: PreparedCondition) -> Tensor:
         """Newly visible tokens attend to themselves, to the text and to the projected features of old ones -> all visible ones."""
         if new.shape[1] or self.training:
-            conditioning = _join(text, old)
+            conditioning = _normalized(condition.text, old)
             for block in self.encoder:
                 new = self._run(block, new, conditioning, condition)
         return torch.cat([old, new], dim=1) if old is not None else new
 
-    def _decode(self, masked: Tensor, visible: Tensor, text: Tensor | None, condition: Tensor) -> Tensor:
+    def _decode(self, masked: Tensor, visible: Tensor, condition: PreparedCondition) -> Tensor:
         """Mask tokens gather from themselves, from the text and from the visible tokens, as decoder_attention allows."""
         if self.config.decoder_attention == "full":
-            both = torch.cat([visible, masked], dim=1)
+            both, conditioning = torch.cat([visible, masked], dim=1), _normalized(condition.text)
             for block in self.decoder:
-                both = self._run(block, both, text, condition)
+                both = self._run(block, both, conditioning, condition)
             return both[:, visible.shape[1] :]
-        conditioning = _join(text, visible)
+        conditioning = _normalized(condition.text, visible)
         for block in self.decoder:
             masked = self._run(block, masked, conditioning, condition)
         return masked
 
-    def _run(self, block: nn.Module, x: Tensor, conditioning: Tensor | None, condition: Tensor) -> Tensor:
-        inputs = x, conditioning, condition
+    def _run(self, block: nn.Module, x: Tensor, conditioning: Tensor | None, condition: PreparedCondition) -> Tensor:
+        assert isinstance(block, Block)
+        inputs = x, conditioning, condition.of(block)
         if self.is_compiled and (x.shape[1] < 2 or (conditioning is not None and conditioning.shape[1] < 2)):
             return block.forward(*inputs)  # torch.compile makes graphs of their own for sizes 0 and 1
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
@@ -325,10 +358,11 @@ def draw_dropout_mask(
     return drawn < 1 - config.dropout
 
 
-def _join(text: Tensor | None, tokens: Tensor | None) -> Tensor | None:
-    """[text ; tokens], without those that are None."""
-    sources = [source for source in (text, tokens) if source is not None]
-    return torch.cat(sources, dim=1) if len(sources) > 1 else (sources[0] if sources else None)
+def _normalized(*sources: Tensor | None) -> Tensor | None:
+    """Conditioning tokens [text ; tokens], those that are not None, after a LayerNorm without weights. Blocks share it."""
+    given = [source for source in sources if source is not None]
+    joined = torch.cat(given, dim=1) if len(given) > 1 else (given[0] if given else None)
+    return None if joined is None else F.layer_norm(joined, joined.shape[-1:], eps=1e-6)
 
 
 def _split(mask: Bool[Tensor, "B L"], previous: ENATOutput | None) -> tuple[Int64[Tensor, "B L"], int]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from enat import schedule
-from enat.model import ENAT, ENATOutput, TextCondition
+from enat.model import ENAT, ENATOutput, PreparedCondition, TextCondition
 from enat.sampler_config import SamplerConfig
 
 Loop = Callable[..., list[Tensor]]  # with the arguments of decode_steps
@@ -82,8 +82,11 @@ def sample(
     conditions = _concatenate(labels.to(device), model.null_condition(len(labels)))
     order = schedule.halton_order(model.config.grid_size) if config.reveal_order == "halton" else None
     rank = None if order is None else torch.tensor(order, device=device).argsort()
+    settings: dict[str, Any] = {"num_given": num_given, "halton_rank": rank}
+    if loop is None and start is None and not model.is_compiled:  # which are made for fixed shapes
+        settings["alike"] = _alike(labels, device)
     decode = decode_steps if loop is None else loop
-    *trajectory, codes = decode(model, conditions, tokens.to(device), uniforms, config, num_given=num_given, halton_rank=rank)
+    *trajectory, codes = decode(model, conditions, tokens.to(device), uniforms, config, **settings)
     return (codes, trajectory) if return_trajectory else codes
 
 
@@ -97,25 +100,32 @@ def decode_steps(
     *,
     num_given: int = 0,
     halton_rank: Int64[Tensor, " L"] | None = None,
+    alike: tuple[Int64[Tensor, " K"], Int64[Tensor, " B"]] | None = None,
 ) -> list[Int64[Tensor, "B L"]]:
     """The loop of `sample`, entirely on the device: nothing waits for it, and a whole call can be one CUDA graph.
 
     `conditions`: of 2 B images, those of the B images and then B null ones.   `tokens`: L - num_given mask ids a row.
     `uniforms`: from draw_uniforms.   `halton_rank`: for reveal_order "halton", the place of each token in that order.
+    `alike`: for images without given tokens, K of them that stand for all at the first step, and which one stands for each.
     Returns the tokens fed at each step and the codes, N + 1 tensors.
     """
     (num_images, num_tokens), mask_id = tokens.shape, model.config.mask_id
     fixed_priority = _fixed_priority(config, uniforms, halton_rank)
+    passes = [config.num_passes_at(step, model.config, num_given) for step in range(config.num_steps)]
+    prepared = model.prepare(conditions[: max(passes) * num_images])
     previous: ENATOutput | None = None
     states = [tokens]
     for step in range(config.num_steps):
         num_masked, num_left = (config.num_masked_at(at, num_tokens, num_given) for at in (step, step + 1))
 
         # Predict. Conditional and unconditional passes share a batch; each has its own features to reuse.
-        num_passes = config.num_passes_at(step, model.config, num_given)
+        num_passes = passes[step]
         images = slice(num_passes * num_images)
         previous = _rows(previous, images) if previous is not None else None
-        output = model(tokens.repeat(num_passes, 1), conditions[images], previous, num_masked=num_masked, logits="masked")
+        if step == 0 and alike is not None and len(alike[0]) + num_passes - 1 < num_passes * num_images:
+            output = _first_step(model, tokens, prepared, alike, num_passes)
+        else:
+            output = model(tokens.repeat(num_passes, 1), prepared[images], previous, num_masked=num_masked, logits="masked")
         previous = output if config.leaves_features_at(step, model.config, num_given) else None
 
         # Guide.
@@ -140,6 +150,33 @@ def decode_steps(
         tokens = tokens.scatter(1, masked_index, sampled_codes.scatter(1, last, mask_id))
         states.append(tokens)
     return states
+
+
+def _first_step(
+    model: ENAT, tokens: Tensor, prepared: PreparedCondition, alike: tuple[Tensor, Tensor], num_passes: int
+) -> ENATOutput:
+    """Nothing is visible yet: images of one label, and all unconditional passes, see the same and are computed once."""
+    rows, place = alike
+    if num_passes == 2:
+        num_images = len(place)
+        place = torch.cat([place, torch.full_like(place, len(rows))])
+        rows = torch.cat([rows, torch.full_like(rows[:1], num_images)])
+    output = model(tokens[:1].expand(len(rows), -1), prepared[rows], None, num_masked=tokens.shape[1], logits="masked")
+    logits, features, mask, index = (part[place] for part in (output.logits, output.features, output.mask, output.masked_index))
+    return ENATOutput(logits, features, mask, index, output.num_masked)
+
+
+def _alike(labels: Tensor | TextCondition, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each label the first image that has it, and the place of each image's label among these. Captions count as different."""
+    if isinstance(labels, TextCondition):
+        each = torch.arange(len(labels), device=device)
+        return each, each
+    first: dict[int, int] = {}
+    for index, label in enumerate(labels.tolist()):
+        first.setdefault(label, index)
+    places = {label: place for place, label in enumerate(first)}
+    rows, place = [*first.values()], [places[label] for label in labels.tolist()]
+    return torch.tensor(rows, device=device), torch.tensor(place, device=device)
 
 
 def _draw_codes(

@@ -9,8 +9,10 @@ Shape legend: B images, L tokens, V codebook size, N steps.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(1, str(Path(__file__).parent))
 sys.path.insert(2, str(Path(__file__).parents[1]))
 
-from training_loops import DTYPES, clock, dense_forward, explicit_attention, make_model
+from training_loops import DTYPES, clock, dense_forward, gathered_forward, make_model
 
 from enat.config import ENATConfig
 from enat.cost import generation_cost
 from enat.cuda_graph import GraphedLoop
-from enat.model import ENAT, ENATOutput
+from enat.model import ENAT
 from enat.peak import matmul_peak
 from enat.sampler import decode_steps, draw_uniforms
 from enat.sampler_config import SamplerConfig
@@ -61,17 +63,19 @@ def published_like_sample(model: ENAT, conditions: Tensor, uniforms: Tensor, con
     every step, one after the other, and the head scores every position."""
     (num_images, _, _, num_tokens), mask_id = uniforms.shape, model.config.mask_id
     tokens = torch.full((num_images, num_tokens), mask_id, device=uniforms.device)
-    before: list[ENATOutput | None] = [None, None]
+    features: list[Tensor | None] = [None, None]
+    mask_before = None
     for step in range(config.num_steps):
-        mask, num_masked = tokens == mask_id, config.num_masked_at(step, num_tokens)
-        with explicit_attention():
-            outputs = [
-                model(tokens, labels, previous, num_masked=num_masked, logits="all")
-                for labels, previous in zip(conditions.chunk(2), before, strict=True)
-            ]
-        before = [*outputs] if config.reuse else [None, None]
-        cond, uncond = (output.logits.float() for output in outputs)
-        tokens = _revealed(tokens, mask, cond, uncond, uniforms, step, config)
+        mask = tokens == mask_id
+        (features[0], cond), (features[1], uncond) = (
+            gathered_forward(model, tokens, labels, previous, mask_before)
+            for labels, previous in zip(conditions.chunk(2), features, strict=True)
+        )
+        if config.reuse:
+            mask_before = mask
+        else:
+            features = [None, None]
+        tokens = _revealed(tokens, mask, cond.float(), uncond.float(), uniforms, step, config)
     return tokens
 
 
@@ -197,21 +201,55 @@ def options_over_plain(preset: str, *, batch_size: int, device: str, precision: 
     }
 
 
+def one_image(preset: str, precision: str, num_rounds: int) -> dict[str, float]:
+    """A batch of one image: speed relative to the published-like sampler."""
+    model = _model(preset, precision, "cpu")
+    samplers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "published_like": lambda *given: published_like_sample(model, *given, REUSE),
+        "reuse": Loop(model, REUSE),
+    }
+    speeds = images_per_second(samplers, *inputs(model, 1, REUSE, "cpu"), 2 * num_rounds)
+    tflops = 2 * generation_cost(model.config, REUSE).executed_transformer_macs * speeds["reuse"] / 1e12
+    return {
+        "reuse_of_one_image_over_published_like": speeds["reuse"] / speeds["published_like"],
+        "reuse_of_one_image_tflops": tflops,
+    }
+
+
+def passes_side_by_side(preset: str, batch_size: int, precision: str, num_rounds: int) -> dict[str, float]:
+    """A pass of batch_size on every core, one thread each, as stage generate computes them, relative to one pass on all cores."""
+    model, num_threads = _model(preset, precision, "cpu"), torch.get_num_threads()
+    loop, given = Loop(model, REUSE), inputs(model, batch_size, REUSE, "cpu")
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        apart = min(_seconds(lambda: [*pool.map(lambda _: loop(*given), range(num_threads))]) for _ in range(num_rounds + 1))
+    torch.set_num_threads(num_threads)
+    together = min(_seconds(lambda: loop(*given)) for _ in range(num_rounds + 1))
+    return {"passes_side_by_side_over_one_on_all_cores": num_threads * together / apart}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = clock("cpu")
+    call()
+    return clock("cpu") - started
+
+
 def measure(
     preset: str, *, batch_size: int, device: str, precision: str, num_rounds: int = 2, compiled: bool = False
 ) -> dict[str, Any]:
     """All figures, with shares of the device's peak of matrix products and minutes for 50,000 samples with FID.
 
-    On a CPU, one core is measured.
+    On a CPU, with a thread for every core, and also one image at a time and a pass on every core.
     """
     if device == "cpu":
-        torch.set_num_threads(1)
+        torch.set_num_threads(os.cpu_count() or 1)
     given = {"batch_size": batch_size, "device": device, "precision": precision, "num_rounds": num_rounds}
     peak = matmul_peak(torch.device(device), DTYPES[precision]) / 1e12
     figures = compare(preset, compiled=compiled, **given)
     speeds = {name.removesuffix(_SPEED): value for name, value in figures.items() if name.endswith(_SPEED)}
     fastest = max(speeds, key=lambda name: speeds[name])
     figures |= options_over_plain(preset, **given)
+    if device == "cpu":
+        figures |= one_image(preset, precision, num_rounds) | passes_side_by_side(preset, batch_size, precision, num_rounds)
     if find_spec("ray") is not None and find_spec("pyarrow") is not None:  # what 50,000 samples take is that of the stages
         import samples_with_fid
 

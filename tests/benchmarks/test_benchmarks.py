@@ -34,8 +34,10 @@ def test_a_row_is_little_larger_than_the_entropy_of_its_codes(tmp_path: Path) ->
     assert 640 < size < 800
 
 
-def test_the_reader_reads() -> None:
-    assert tokenization.reader(10_000)["reader_rows_per_second"] > 0
+def test_the_reader_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tokenization, "_ROWS_PER_SHARD", 2000)
+    figures = tokenization.reader(tmp_path, 4000)
+    assert figures["reader_rows"] == 4000 and figures["reader_rows_per_second"] > 0 and figures["opening_seconds"] > 0
 
 
 def test_the_compared_loops_compute_the_same() -> None:

@@ -113,4 +113,5 @@ def test_figures_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         minutes = (50_000 * (1 / sampled + 1 / 5.0 + 1 / 4.0) + 30) / 60
         assert figures[f"{path}_minutes_for_50k_samples_with_fid"] == pytest.approx(minutes)
     assert figures["stages_path"] == "fp32; decoder and Inception fp32 without TF32"
+    assert {"reuse_of_one_image_over_published_like", "passes_side_by_side_over_one_on_all_cores"} < set(figures)
     assert figures["reuse_share_of_matmul_peak"] == pytest.approx(figures["reuse_tflops"] / figures["matmul_tflops"])

@@ -13,8 +13,8 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,24 +86,9 @@ class ObviousLoop:
         return loss.detach()
 
 
-@contextmanager
-def explicit_attention() -> Iterator[None]:
-    """Attention as a product, a softmax and a product, in place of torch's fused kernel."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1) @ value
-
-    fused = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = fused
-
-
 class PublishedLikeLoop:
     """What the published code does: visible tokens are gathered, as here. Attention is explicit, the head scores every position,
-    and optimizer and average go through the parameters one by one."""
+    every block normalizes and modulates for itself, and optimizer and average go through the parameters one by one."""
 
     def __init__(self, model: ENAT, precision: str) -> None:
         self.model, self.ema = model.train(), copy.deepcopy(model).eval().requires_grad_(False)
@@ -112,14 +97,15 @@ class PublishedLikeLoop:
         self.precision = precision
 
     def step(self, codes: Tensor, labels: Tensor, masked: MaskedCodes, dropout: Tensor | None) -> Tensor:
-        with explicit_attention(), autocast(codes.device, self.precision):
-            previous = None
+        with autocast(codes.device, self.precision):
+            previous, mask_before = None, None
             if masked.previous_tokens is not None:
                 with torch.no_grad():
-                    previous = self.ema(masked.previous_tokens, labels, num_masked=masked.previous_num_masked, logits="all")
-            output = self.model(masked.tokens, labels, previous, num_masked=masked.num_masked, logits="all", dropout_mask=dropout)
+                    previous, _ = gathered_forward(self.ema, masked.previous_tokens, labels)
+                mask_before = masked.previous_tokens == self.model.config.mask_id
+            _, logits = gathered_forward(self.model, masked.tokens, labels, previous, mask_before, dropout)
             mask = masked.tokens == self.model.config.mask_id
-            loss = F.cross_entropy(output.logits[mask].float(), codes[mask], label_smoothing=0.1)
+            loss = F.cross_entropy(logits[mask].float(), codes[mask], label_smoothing=0.1)
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
@@ -165,12 +151,7 @@ def dense_forward(
     dropout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (B, L, D) and logits (B, L, V) of an ENAT with self-cross attention. previous: features of the step before."""
-    mask = tokens == model.config.mask_id
-    position = torch.arange(tokens.shape[1], device=tokens.device)
-    embedded = model.embedding_norm(model.token_embedding(tokens) + model.position_embedding(position))
-    if dropout is not None:
-        embedded = embedded * dropout / (1 - model.config.dropout)
-    condition = F.silu(model.label_embedding(labels))
+    mask, embedded, condition = _embedded(model, tokens, labels, dropout)
     old, projected = torch.zeros_like(mask), None
     if previous is not None:
         old, projected = ~mask_before, model.previous_projection(previous)
@@ -187,32 +168,83 @@ def dense_forward(
 
 def _dense_block(block: Block, x: Tensor, conditioning: Tensor | None, condition: Tensor, is_key: Tensor) -> Tensor:
     """is_key: bool (B, keys), which of [conditioning ; own] tokens may be attended to."""
+    return _plain_block(
+        block,
+        x,
+        conditioning,
+        condition,
+        lambda query, key, value: F.scaled_dot_product_attention(query, key, value, attn_mask=is_key[:, None, None]),
+    )
+
+
+def gathered_forward(
+    model: ENAT,
+    tokens: Tensor,
+    labels: Tensor,
+    previous: Tensor | None = None,
+    mask_before: Tensor | None = None,
+    dropout: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What dense_forward returns. Only the tokens that a layer needs go through it, as in the published code."""
+    mask, embedded, condition = _embedded(model, tokens, labels, dropout)
+    old, projected = torch.zeros_like(mask), None
+    if previous is not None:
+        old = ~mask_before
+        projected = model.previous_projection(_rows(previous, old))
+    x = _rows(embedded, ~mask & ~old)
+    if x.shape[1]:
+        for block in model.encoder:
+            x = _plain_block(block, x, projected, condition, _explicit_attention)
+    features = embedded.masked_scatter((~mask & ~old)[..., None], x)
+    if projected is not None:
+        features = features.masked_scatter(old[..., None], projected)
+    visible, y = _rows(features, ~mask), _rows(embedded, mask)
+    for block in model.decoder:
+        y = _plain_block(block, y, visible, condition, _explicit_attention)
+    features = features.masked_scatter(mask[..., None], y)
+    return features, model.head(features, model.token_embedding.weight)
+
+
+def _embedded(model: ENAT, tokens: Tensor, labels: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens are masked, the embedded tokens and the input of adaLN."""
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    embedded = model.embedding_norm(model.token_embedding(tokens) + model.position_embedding(position))
+    if dropout is not None:
+        embedded = embedded * dropout / (1 - model.config.dropout)
+    return tokens == model.config.mask_id, embedded, F.silu(model.label_embedding(labels))
+
+
+def _rows(x: Tensor, chosen: Tensor) -> Tensor:
+    """(B, S, D), the chosen tokens, equally many in every row."""
+    return x[chosen].view(len(x), -1, x.shape[-1])
+
+
+def _explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1) @ value
+
+
+def _plain_block(
+    block: Block, x: Tensor, conditioning: Tensor | None, condition: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
     chunks = [chunk[:, None] for chunk in block.modulation(condition).chunk(8, dim=-1)]
     shift, scale, shift_cond, scale_cond, gate, shift_mlp, scale_mlp, gate_mlp = chunks
     attention, heads = block.attention, block.attention.num_heads
-    own = block.norm_own(x) * (1 + scale) + shift
+    own = _normalized(x) * (1 + scale) + shift
     key_value = attention.key_value_own(own)
     if conditioning is not None:
-        modulated = block.norm_conditioning(conditioning) * (1 + scale_cond) + shift_cond
+        modulated = _normalized(conditioning) * (1 + scale_cond) + shift_cond
         key_value = torch.cat([attention.key_value_conditioning(modulated), key_value], dim=1)
     query, key, value = (
         part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (attention.query(own), *key_value.chunk(2, dim=-1))
     )
-    gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=is_key[:, None, None])
-    x = x + gate * attention.project(gathered.transpose(1, 2).flatten(2))
-    return x + gate_mlp * block.mlp(block.norm_mlp(x) * (1 + scale_mlp) + shift_mlp)
+    x = x + gate * attention.project(attend(query, key, value).transpose(1, 2).flatten(2))
+    fc1 = block.mlp.fc1
+    hidden = F.gelu(F.linear(_normalized(x) * (1 + scale_mlp) + shift_mlp, fc1.weight, fc1.bias), approximate="tanh")
+    return x + gate_mlp * block.mlp.fc2(hidden)
 
 
-def seconds_per_step(step: Callable[..., Tensor], draws: Draws, *, num_steps: int, warm_up: int) -> float:
-    """Seconds of steps warm_up..warm_up+num_steps-1, including draws."""
-    for number in range(warm_up):
-        step(*draws.group(number))
-    synchronize(draws.device)
-    started = time.perf_counter()
-    for number in range(warm_up, warm_up + num_steps):
-        step(*draws.group(number))
-    synchronize(draws.device)
-    return (time.perf_counter() - started) / num_steps
+def _normalized(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def make_model(config: ENATConfig, device: str) -> ENAT:
@@ -222,23 +254,37 @@ def make_model(config: ENATConfig, device: str) -> ENAT:
 def compare(
     preset: str, *, group_size: int, device: str, precision: str, num_steps: int, warm_up: int = 2, compiled: bool = False
 ) -> dict[str, Any]:
-    """Seconds per step of both loops and their ratio; on a GPU also the share of its peak of matrix products."""
+    """Seconds of a step of every loop and their ratios, also of fresh and of reusing steps alone.
+
+    The loops take turns at each step, so a slow moment of the machine affects all. Draws are not counted.
+    """
     config = ENATConfig.preset(preset)
     draws = Draws(config, group_size, device)
-    obvious = seconds_per_step(ObviousLoop(make_model(config, device), precision).step, draws, num_steps=num_steps, warm_up=warm_up)
-    published = PublishedLikeLoop(make_model(config, device), precision)
-    published_like = seconds_per_step(published.step, draws, num_steps=num_steps, warm_up=warm_up)
-    figures: dict[str, Any] = {"obvious_seconds_per_step": obvious, "published_like_seconds_per_step": published_like}
-    flops = 2 * sum(draws.macs(number) for number in range(warm_up, warm_up + num_steps)) / num_steps
-    for name, is_compiled in (("bare", False), *((("compiled", True),) if compiled else ())):
-        loop = BareLoop(make_model(config, device), precision, compile=is_compiled)
-        seconds = seconds_per_step(loop.step, draws, num_steps=num_steps, warm_up=10 if is_compiled else warm_up)
+    loops: dict[str, Any] = {"obvious": ObviousLoop, "published_like": PublishedLikeLoop, "bare": BareLoop}
+    loops = {name: loop(make_model(config, device), precision) for name, loop in loops.items()}
+    if compiled:
+        loops["compiled"] = BareLoop(make_model(config, device), precision, compile=True)
+    for name, loop in loops.items():
+        for number in range(10 if name == "compiled" else warm_up):
+            loop.step(*draws.group(number))
+    seconds = {name: {"fresh": 0.0, "reusing": 0.0} for name in loops}
+    for number in range(warm_up, warm_up + num_steps):
+        given = draws.group(number)
+        for name, loop in loops.items():
+            started = clock(device)
+            loop.step(*given)
+            seconds[name]["reusing" if number % 2 else "fresh"] += clock(device) - started
+    flops = 2 * sum(draws.macs(number) for number in range(warm_up, warm_up + num_steps))
+    total = {name: sum(kinds.values()) for name, kinds in seconds.items()}
+    figures: dict[str, Any] = {f"{name}_seconds_per_step": total[name] / num_steps for name in loops}
+    for name in [*loops][2:]:
+        figures |= {f"{rival}_over_{name}": total[rival] / total[name] for rival in ("obvious", "published_like")}
         figures |= {
-            f"{name}_seconds_per_step": seconds,
-            f"obvious_over_{name}": obvious / seconds,
-            f"published_like_over_{name}": published_like / seconds,
-            f"{name}_tflops": flops / seconds / 1e12,
+            f"published_like_over_{name}_{kind}": seconds["published_like"][kind] / took
+            for kind, took in seconds[name].items()
+            if took
         }
+        figures[f"{name}_tflops"] = flops / total[name] / 1e12
     return figures
 
 
@@ -247,9 +293,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def clock(device: str) -> float:
-    """Seconds. On a CPU, seconds of this thread, so ratios do not depend on other load."""
-    if device == "cpu":
-        return time.thread_time()
+    """Seconds, when all work of the device is done."""
     synchronize(device)
     return time.perf_counter()
 

@@ -16,7 +16,10 @@ from small_models import (
     small_enat,
 )
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from enat.blocks import FUSED_LINEAR, LinearGELU
 from enat.config import ENATConfig
 from enat.model import ENAT, TextCondition, draw_dropout_mask
 
@@ -51,6 +54,34 @@ def test_forward_equals_the_plain_one(architecture, carries):
             assert torch.equal(fast.mask[image], slow[image].mask)
             torch.testing.assert_close(fast.logits[image], slow[image].logits, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(fast.features[image], slow[image].features, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [{}, {"decoder_attention": "full", "reuse": False}, TEXT], ids=str)
+def test_a_prepared_condition_gives_the_same_as_labels_or_captions(architecture):
+    model = small_enat(**architecture)
+    tokens, given = nested_tokens(model.config, [9])[0], conditions(model)
+    with torch.no_grad():
+        prepared = model.prepare(given)
+        assert len(prepared) == len(given)
+        assert torch.equal(model(tokens, prepared).logits, model(tokens, given).logits)
+        torch.testing.assert_close(model(tokens[1:], prepared[1:]).logits, model(tokens, given).logits[1:])
+    with pytest.raises(ValueError, match="conditioned on text" if architecture is TEXT else "takes labels"):
+        model.prepare(torch.zeros(2, dtype=torch.int64) if architecture is TEXT else captions(small_enat(**TEXT).config, 2))
+
+
+def test_linear_layer_and_gelu_at_once_equal_one_after_the_other():
+    """On CPUs without gradients; not on empty input, in other precisions, or in training."""
+    layer, x = LinearGELU(24, 40), torch.randn(3, 5, 24)
+    expected = F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh")
+    assert torch.equal(layer(x), expected)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    counts = counter.get_flop_counts()["Global"]
+    assert [*counts.values()] == [2 * 3 * 5 * 24 * 40]
+    assert (FUSED_LINEAR in {getattr(name, "_overloadpacket", name) for name in counts}) == (FUSED_LINEAR is not None)
+    with torch.no_grad():
+        assert layer(x[:, :0]).shape == (3, 0, 40)
+        assert layer.double()(x.double()).dtype == torch.float64
 
 
 def rows_of(model):
@@ -237,7 +268,7 @@ def test_every_weight_is_used_within_a_call_of_its_module(architecture):
                 release(module, None, None)
     with torch.no_grad():
         output = model(nested_tokens(model.config, [9])[0], conditions(model))
-    expected = small_enat(**architecture)(nested_tokens(model.config, [9])[0], conditions(small_enat(**architecture)))
+        expected = small_enat(**architecture)(nested_tokens(model.config, [9])[0], conditions(small_enat(**architecture)))
     assert torch.equal(output.logits, expected.logits)
 
 

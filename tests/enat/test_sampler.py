@@ -3,6 +3,8 @@
 Which settings are refused: test_sampler_config.py.
 """
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -221,7 +223,7 @@ def test_loop_never_reads_a_value_from_the_device(options, num_given):
 def test_unconditional_passes_run_only_where_they_matter(options, passes, passes_with_given, num_given):
     model, config = small_enat(), SamplerConfig(**options)
     seen = []
-    model.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0]) // 3))
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(math.ceil(len(arguments[0]) / 3)))
     start = some_start(model.config, num_given) if num_given else None
     sample(model, torch.arange(3), config, seeds=range(3), start=start)
     assert seen == (passes_with_given if num_given else passes)
@@ -233,7 +235,23 @@ def test_reused_features_of_masked_tokens_need_both_passes_from_the_first_step()
     model.register_forward_pre_hook(lambda _, arguments: seen.append((len(arguments[0]), arguments[2] is not None)))
     sampled(model, num_steps=3)
     sampled(model, num_steps=3, reuse=False)
-    assert seen == [(8, False), (8, True), (8, True), (4, False), (8, False), (8, False)]
+    assert seen == [(5, False), (8, True), (8, True), (4, False), (8, False), (8, False)]  # of the null label, one stands for all
+
+
+@pytest.mark.parametrize(
+    ("options", "num_first"),
+    [({}, 2), ({"guidance_schedule": "constant"}, 3), ({"guidance_schedule": "constant", "reuse": False}, 3)],
+    ids=str,
+)
+@pytest.mark.parametrize("reused_features", ["visible", "all"])
+def test_images_of_one_label_share_the_first_step(options, num_first, reused_features):
+    model, seen, labels = small_enat(reused_features=reused_features), [], torch.tensor([2, 0, 2, 2, 0])
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    codes = sampled(model, labels, range(5), **options)
+    needs_features = reused_features == "all" and options.get("reuse", True)
+    assert seen[:2] == [3 if needs_features else num_first, 10]
+    alone = [sampled(model, labels[index : index + 1], [index], **options) for index in range(5)]
+    assert torch.equal(codes, torch.cat(alone))
 
 
 def test_unconditional_model_runs_one_pass_and_ignores_guidance():
@@ -241,7 +259,8 @@ def test_unconditional_model_runs_one_pass_and_ignores_guidance():
     model.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
     labels = torch.zeros(4, dtype=torch.int64)
     assert torch.equal(sampled(model, labels, guidance_scale=3.5), sampled(model, labels, guidance_scale=1.0))
-    assert set(seen) == {4}
+    assert set(seen[1:8]) == {4}
+    assert seen[0] == 1  # which stands for all
 
 
 @pytest.mark.parametrize("is_text", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -62,7 +63,10 @@ def test_passes_run_side_by_side_on_the_threads_of_a_cpu_alone():
 def test_model_and_the_decoder_always_see_as_many_rows(generator, monkeypatch, threads, guidance_scale):
     labels: set[tuple[int, ...]] = set()
     decoded: list[int] = []
-    generator.model.register_forward_pre_hook(lambda _, arguments: labels.add(tuple(arguments[1].tolist())))
+    rows: list[int] = []
+    generator.model.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[1])))
+    prepare = generator.model.prepare
+    monkeypatch.setattr(generator.model, "prepare", lambda given: labels.add(tuple(given.tolist())) or prepare(given))
     decode = generator.vqgan.decode
     monkeypatch.setattr(generator.vqgan, "decode", lambda codes: decoded.append(len(codes)) or decode(codes))
     sampler, made = SamplerConfig(num_steps=4, guidance_scale=guidance_scale), {}
@@ -76,7 +80,9 @@ def test_model_and_the_decoder_always_see_as_many_rows(generator, monkeypatch, t
     assert all(torch.equal(*pair) for others in made.values() for pair in zip(made[1], others, strict=True))
     assert torch.equal(made[1][1], to_uint8(decode(made[1][0][:, -1].view(19, 4, 4)))), "as of all at once, where nothing rounds"
     assert len(decoded) == 4 * 3 and set(decoded) == {8}
-    assert {len(each) for each in labels} == ({8} if guidance_scale == 1 else {8, 16}), "two passes where guidance is on"
+    num_rows = 8 if guidance_scale == 1 else 16  # two passes where guidance is on
+    assert {len(each) for each in labels} == {num_rows}
+    assert Counter(rows) == {num_rows: 4 * 9, 5: 4 * 2, 3: 4}, "at the first step, one of each label"
     filled = {(0, 1, 2, 3, 4, 0, 1, 2), (3, 4, 0, 1, 2, 3, 4, 0), (1, 2, 3, 1, 1, 1, 1, 1)}
     assert {each[:8] for each in labels} == filled
 
