@@ -56,19 +56,25 @@ def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANC
     """
     if not 0 <= num_given < model.num_tokens:
         raise ValueError(f"num_given is {num_given}; of {model.num_tokens} tokens 0 to {model.num_tokens - 1} can be given")
+    sampler.check_model(model)
     one_pass, executed_pass, passes = [], [], []
     is_guided = sampler.is_guided and model.is_conditional
     for step in range(sampler.num_steps):
         num_masked = sampler.num_masked_at(step, model.num_tokens, num_given)
         reuses = step > 0 and sampler.leaves_features_at(step - 1, model, num_given)
-        previous = sampler.num_masked_at(step - 1, model.num_tokens, num_given) if reuses else None
+        previous = None
+        if reuses:  # tokens that were masked again have nothing to reuse
+            previous = sum(
+                count(step - 1, model.num_tokens, num_given) for count in (sampler.num_masked_at, sampler.num_remasked_at)
+            )
         one_pass.append(step_macs(model, num_masked, previous) + head_macs(model, model.num_tokens, model.codebook_size + 1))
         prepared = _forward_macs(model, num_masked, previous, is_prepared=True)
         executed_pass.append(prepared + head_macs(model, num_masked, model.codebook_size))
         passes.append(sampler.num_passes_at(step, model, num_given))
     executed = [num_passes * macs for num_passes, macs in zip(passes, executed_pass, strict=True)]
     executed[0] += max(passes) * _condition_macs(model)
-    published = [(2 if is_guided else 1) * macs for macs in one_pass]
+    start, end = sampler.guidance_interval
+    published = [(2 if is_guided and start <= step / sampler.num_steps < end else 1) * macs for step, macs in enumerate(one_pass)]
     decoder = decoder_macs(tokenizer) if tokenizer is not None else 0
     return Cost(
         transformer_macs=sum(published),

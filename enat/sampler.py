@@ -6,6 +6,7 @@ Shape legend: B images, L tokens, V codebook size, N steps, M masked tokens of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from enat import schedule
 from enat.model import ENAT, ENATOutput, PreparedCondition, TextCondition
-from enat.sampler_config import SamplerConfig
+from enat.sampler_config import LOWEST_TEMPERATURE, SamplerConfig
 
 Loop = Callable[..., list[Tensor]]  # with the arguments of decode_steps
 
@@ -72,13 +73,14 @@ def sample(
     not meet the conditions above, or the model is in training mode.
     """
     _check(model, labels, seeds)
+    config.check_model(model.config)
     num_given = 0
     if start is None:
         tokens = torch.full((len(labels), model.config.num_tokens), model.config.mask_id, dtype=torch.int64)
     else:
         tokens, num_given = start, _count_given(model, start, len(labels))
     device = model.token_embedding.weight.device
-    uniforms = draw_uniforms(seeds, config.num_steps, model.config.num_tokens).to(device)
+    uniforms = draw_uniforms(seeds, config.num_steps, model.config.num_tokens, 3 if config.remask_ratio else 2).to(device)
     conditions = _concatenate(labels.to(device), model.null_condition(len(labels)))
     order = schedule.halton_order(model.config.grid_size) if config.reveal_order == "halton" else None
     rank = None if order is None else torch.tensor(order, device=device).argsort()
@@ -95,7 +97,7 @@ def decode_steps(
     model: ENAT,
     conditions: Tensor | TextCondition,
     tokens: Int64[Tensor, "B L"],
-    uniforms: Float32[Tensor, "B N 2 L"],
+    uniforms: Float32[Tensor, "B N K L"],
     config: SamplerConfig,
     *,
     num_given: int = 0,
@@ -113,10 +115,12 @@ def decode_steps(
     fixed_priority = _fixed_priority(config, uniforms, halton_rank)
     passes = [config.num_passes_at(step, model.config, num_given) for step in range(config.num_steps)]
     prepared = model.prepare(conditions[: max(passes) * num_images])
+    is_given = tokens != mask_id
     previous: ENATOutput | None = None
     states = [tokens]
     for step in range(config.num_steps):
-        num_masked, num_left = (config.num_masked_at(at, num_tokens, num_given) for at in (step, step + 1))
+        num_masked, num_left = (count(step, num_tokens, num_given) for count in (config.num_masked_at, config.num_left_at))
+        was_visible = tokens != mask_id
 
         # Predict. Conditional and unconditional passes share a batch; each has its own features to reuse.
         num_passes = passes[step]
@@ -138,16 +142,26 @@ def decode_steps(
         # Draw a code for every masked token; its confidence is its untempered log-probability, with noise.
         masked_index = output.masked_index[:num_images]
         token_noise, remask_noise = (uniforms[:, step, kind].gather(1, masked_index) for kind in (0, 1))
-        sampled_codes = _draw_codes(log_probs, config.sampling_temperature_at(step), token_noise, config.top_k, config.top_p)
+        temperature, remask_temperature = config.sampling_temperature_at(step), config.remask_temperature_at(step)
+        if config.reveal_order == "moment":
+            log_probs, confidence = _moments(log_probs, temperature, remask_temperature)
+            temperature = 1.0 if temperature else 0.0
+        sampled_codes = _draw_codes(log_probs, temperature, token_noise, config.top_k, config.top_p)
         if fixed_priority is None:
-            confidence = log_probs.gather(-1, sampled_codes[..., None])[..., 0]
-            priority = confidence - config.remask_temperature_at(step) * torch.log(-torch.log(remask_noise))
+            if config.reveal_order == "confidence":
+                confidence = log_probs.gather(-1, sampled_codes[..., None])[..., 0]
+            priority = confidence - remask_temperature * torch.log(-torch.log(remask_noise))
         else:
             priority = fixed_priority.gather(1, masked_index)
 
-        # Re-mask those of the lowest priority. Visible tokens never change.
+        # Re-mask those of the lowest priority. Visible tokens change only by remask_ratio.
         last = priority.argsort(dim=1, stable=True)[:, :num_left]
         tokens = tokens.scatter(1, masked_index, sampled_codes.scatter(1, last, mask_id))
+        if num_again := config.num_remasked_at(step, num_tokens, num_given):
+            noise = uniforms[:, step, 2].masked_fill(~was_visible | is_given, float("inf"))
+            again = noise.argsort(dim=1, stable=True)[:, :num_again]
+            tokens = tokens.scatter(1, again, mask_id)
+            previous = _forgotten(previous, again.repeat(num_passes, 1)) if previous is not None else None
         states.append(tokens)
     return states
 
@@ -202,16 +216,41 @@ def _fixed_priority(config: SamplerConfig, uniforms: Tensor, halton_rank: Tensor
     """(B, L), tokens of the highest priority are revealed first; None if confidence decides."""
     assert (halton_rank is not None) == (config.reveal_order == "halton")
     if halton_rank is not None:
-        return -halton_rank.expand(len(uniforms), -1)
+        if not config.halton_shift:
+            return -halton_rank.expand(len(uniforms), -1)
+        side = math.isqrt(len(halton_rank))
+        down, right = (uniforms[:, 0, 1, :2] * side).long().clamp_max(side - 1).T[..., None]
+        position = torch.arange(side * side, device=uniforms.device)
+        return -halton_rank[(position // side - down) % side * side + (position % side - right) % side]
     return uniforms[:, 0, 1] if config.reveal_order == "random" else None  # not needed as noise on the confidence
 
 
-def draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int) -> Float32[Tensor, "B N 2 L"]:
-    """All randomness of a call, in (0, 1): for drawing codes and for re-masking.
+def _moments(log_probs: Float32[Tensor, "B M V"], temperature: float, remask_temperature: float) -> tuple[Tensor, Tensor]:
+    """For reveal_order "moment": what codes are drawn from, as logarithms that are not normalized (B, M, V), and the confidence of
+    every position before a code is drawn (B, M).
+
+    With "confidence", a code x is drawn from q = softmax(log p / temperature) and ranked by log p(x) with Gumbel noise of scale s.
+    If one token is revealed, its position and code have the probability q(x) p(x)^(1/s) up to a factor. Here the sum of this over
+    x, a moment of p, chooses the position, and the code is drawn afterwards (Hayakawa et al. 2025, arXiv 2510.04525).
+    """
+    scale = max(remask_temperature, LOWEST_TEMPERATURE)
+    if temperature == 0:
+        return log_probs, log_probs.amax(dim=-1)
+    joint = (log_probs / temperature).log_softmax(dim=-1) + log_probs / scale
+    return joint, scale * joint.logsumexp(dim=-1)
+
+
+def _forgotten(previous: ENATOutput, again: Int64[Tensor, "B K"]) -> ENATOutput:
+    """Without the features of tokens that are masked again: for the next step, they were never visible."""
+    return replace(previous, mask=previous.mask.scatter(1, again, True), num_masked=previous.num_masked + again.shape[1])
+
+
+def draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int, num_kinds: int = 2) -> Float32[Tensor, "B N K L"]:
+    """All randomness of a call, in (0, 1): for drawing codes, for ranking them, and with K = 3 for masking again.
 
     Drawn on the CPU from each image's own generator: batch, worker and device do not change it.
     """
-    shape = (num_steps, 2, num_tokens)
+    shape = (num_steps, num_kinds, num_tokens)
     drawn = torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
     return drawn.clamp_min(2.0**-25)  # log(0) would turn zero noise into NaN
 

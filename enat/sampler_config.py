@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
 from enat import schedule
 from enat.config import ENATConfig, check_choices, check_in
 
-_LOWEST_TEMPERATURE = 1e-3
+LOWEST_TEMPERATURE = 1e-3
+_ORDERS_BY_CONFIDENCE = ("confidence", "moment")
 # A list of values, one a step -> the fields that it replaces. In values_beside the first of these replaces the list in turn.
 _REPLACED_BY_LIST = {
     "mask_ratios": ("mask_schedule",),
-    "guidance_scales": ("guidance_scale", "guidance_schedule", "guidance_power"),
+    "guidance_scales": ("guidance_scale", "guidance_schedule", "guidance_power", "guidance_interval"),
     "sampling_temperatures": ("sampling_temperature", "sampling_temperature_schedule"),
     "remask_temperatures": ("remask_temperature", "remask_temperature_schedule"),
 }
+
+
+def _later(default: Any) -> Any:
+    """A field that earlier versions did not have: keys of artifacts do not contain it while it has its default."""
+    return field(default=default, metadata={"added": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +61,10 @@ class SamplerConfig:
     remask_temperature_schedule: str = "linear"
     """remask_temperature by progress: "linear" down to 0, or "constant"."""
     reveal_order: str = "confidence"
-    """Which tokens are revealed first: those of the highest "confidence" (published); a "random" order of each image; or a "halton"
-    sequence over the grid, the same for all images (Halton-MaskGIT, arXiv 2503.17076). "random" and "halton" do not use confidence
-    and need remask_temperature 0."""
+    """Which tokens are revealed first: those of the highest "confidence" (published); those of the highest "moment", which chooses
+    positions before it draws codes (arXiv 2510.04525); a "random" order of each image; or a "halton" sequence over the grid, the
+    same for all images (Halton-MaskGIT, arXiv 2503.17076). "random" and "halton" do not use confidence and need remask_temperature
+    0."""
     top_k: int | None = None
     """Draw among the k most likely codes, after the temperature; null for all. Confidence is computed before top_k and top_p."""
     top_p: float = 1.0
@@ -70,16 +77,27 @@ class SamplerConfig:
     """sampling_temperature of each step. Replaces sampling_temperature and its schedule."""
     remask_temperatures: tuple[float, ...] | None = None
     """remask_temperature of each step. Replaces remask_temperature and its schedule."""
+    guidance_interval: tuple[float, float] = _later((0.0, 1.0))
+    """Start and end of guidance by progress (step / num_steps), in [0, 1]; the end is not included. Other steps are not guided
+    (arXiv 2404.07724), and save their unconditional pass where nothing reuses its features."""
+    halton_shift: bool = _later(False)
+    """Shift the "halton" order over the grid, around its edges, by a random offset of each image."""
+    remask_ratio: float = _later(0.0)
+    """Share of the tokens revealed by earlier steps that each step masks again, drawn at random, which can correct errors (ReMDM at
+    a constant rate, arXiv 2503.00307). Given tokens stay, and features of tokens that are masked again are not reused. Not for
+    models that reuse features of masked tokens."""
 
     def __post_init__(self) -> None:
         check_in(self, "[1, inf)", "num_steps", "top_k")
         check_in(self, "[0, inf)", "guidance_scale", "sampling_temperature", "remask_temperature")
         check_in(self, "(0, inf)", "guidance_power")
         check_in(self, "(0, 1]", "top_p")
+        check_in(self, "[0, 1)", "remask_ratio")
         check_choices(self, mask_schedule=schedule.MASK_SCHEDULES, guidance_schedule=schedule.GUIDANCE_SCHEDULES)
         check_choices(self, reveal_order=schedule.REVEAL_ORDERS)
         for name in ("sampling_temperature_schedule", "remask_temperature_schedule"):
             check_choices(self, **{name: schedule.TEMPERATURE_SCHEDULES})
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
         for name in _REPLACED_BY_LIST:
             if getattr(self, name) is not None:  # YAML and JSON have lists only
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -106,7 +124,13 @@ class SamplerConfig:
     def _check_drawing(self) -> None:
         if self.guidance_power != 1.0 and self.guidance_schedule != "power_cosine":
             raise ValueError(f"guidance_power is {self.guidance_power}, but only guidance_schedule 'power_cosine' has a power")
-        if self.reveal_order != "confidence":
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
+            raise ValueError(
+                f"guidance_interval is {[*self.guidance_interval]}; it must be [start, end] with 0 <= start < end <= 1"
+            )
+        if self.halton_shift and self.reveal_order != "halton":
+            raise ValueError(f"halton_shift is set, but reveal_order is {self.reveal_order!r}; only 'halton' can be shifted")
+        if self.reveal_order not in _ORDERS_BY_CONFIDENCE:
             if any(self.remask_temperatures if self.remask_temperatures is not None else (self.remask_temperature,)):
                 raise ValueError(
                     f"reveal_order {self.reveal_order!r} does not use confidence and its noise; set remask_temperature to 0"
@@ -125,7 +149,7 @@ class SamplerConfig:
         A given list replaces the scalar and the schedule of this sampler, and a given scalar (or mask_schedule) replaces its list;
         what is replaced returns to its default. Raises ValueError if a list and its scalar are both given.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         for of_steps, others in _REPLACED_BY_LIST.items():
             has_list, scalar = given.get(of_steps) is not None, others[0]
             if has_list and (both := [name for name in others if name in given]):
@@ -146,7 +170,9 @@ class SamplerConfig:
     def guidance_at(self, step: int) -> float:
         if self.guidance_scales is not None:
             return self.guidance_scales[step]
-        progress = step / self.num_steps
+        progress, (start, end) = step / self.num_steps, self.guidance_interval
+        if not start <= progress < end:  # progress never reaches 1
+            return 1.0
         return schedule.guidance_weight(progress, self.guidance_scale, self.guidance_schedule, self.guidance_power)
 
     def sampling_temperature_at(self, step: int) -> float:
@@ -156,7 +182,7 @@ class SamplerConfig:
         else:
             start = self.sampling_temperature
             value = schedule.temperature((step + 1) / self.num_steps, start, self.sampling_temperature_schedule)
-        return max(value, _LOWEST_TEMPERATURE) if start else 0.0
+        return max(value, LOWEST_TEMPERATURE) if start else 0.0
 
     def remask_temperature_at(self, step: int) -> float:
         if self.remask_temperatures is not None:
@@ -169,8 +195,23 @@ class SamplerConfig:
         `num_tokens`: all L of an image.   `num_given`: how many of them are given, 0 to L-1. Without given tokens, counts are
         rounded down (published). With given tokens few remain: rounding down would draw the first of them alone, at the first
         step, at a high temperature and without guidance. Counts are then rounded to the nearest, and one token is left for the
-        last step.
+        last step. Tokens that are masked again (remask_ratio) are added.
         """
+        return self._scheduled_at(step, num_tokens, num_given) + self.num_remasked_at(step - 1, num_tokens, num_given)
+
+    def num_left_at(self, step: int, num_tokens: int, num_given: int = 0) -> int:
+        """Tokens that `step` does not reveal, without those that it masks again."""
+        return self._scheduled_at(step + 1, num_tokens, num_given)
+
+    def num_remasked_at(self, step: int, num_tokens: int, num_given: int = 0) -> int:
+        """Tokens that were visible in the input of `step` and are masked after it."""
+        count = 0
+        for at in range(min(step + 1, self.num_steps - 1) if self.remask_ratio else 0):
+            num_masked = self._scheduled_at(at, num_tokens, num_given) + count
+            count = math.floor(self.remask_ratio * (num_tokens - num_given - num_masked))
+        return count if step < self.num_steps - 1 else 0
+
+    def _scheduled_at(self, step: int, num_tokens: int, num_given: int) -> int:
         num_made = num_tokens - num_given
         if step in (0, self.num_steps):
             return num_made if step == 0 else 0
@@ -179,6 +220,14 @@ class SamplerConfig:
         else:
             ratio = schedule.mask_ratio(step / self.num_steps, self.mask_schedule)
         return max(1, math.floor(num_made * ratio + 0.5)) if num_given else math.floor(num_made * ratio)
+
+    def check_model(self, model: ENATConfig) -> None:
+        """Raises ValueError for settings that do not go together with the model."""
+        if self.remask_ratio and self.reuse and model.reuses_masked:
+            raise ValueError(
+                f"remask_ratio is {self.remask_ratio}, but this model reuses features of masked tokens, and those of tokens that "
+                "are masked again contain their codes; set remask_ratio to 0, or reuse to false"
+            )
 
     def leaves_features_at(self, step: int, model: ENATConfig, num_given: int = 0) -> bool:
         """Whether the pass of `step` computes features that the next step reuses. `num_given`: given tokens, 0 to L-1."""
@@ -199,4 +248,4 @@ class SamplerConfig:
         return 2 if counts else 1
 
 
-_DEFAULTS = {field.name: field.default for field in fields(SamplerConfig)}
+_DEFAULTS = {each.name: each.default for each in fields(SamplerConfig)}

@@ -23,7 +23,7 @@ _MASK_RATIOS: dict[str, Callable[[float], float]] = {
 MASK_SCHEDULES = tuple(_MASK_RATIOS)
 GUIDANCE_SCHEDULES = ("linear", "constant", "power_cosine")
 TEMPERATURE_SCHEDULES = ("linear", "constant")
-REVEAL_ORDERS = ("confidence", "random", "halton")
+REVEAL_ORDERS = ("confidence", "moment", "random", "halton")
 
 
 def mask_ratio(progress: float, schedule: str = "cosine") -> float:

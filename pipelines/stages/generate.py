@@ -275,6 +275,7 @@ def _metrics(config: GenerateConfig, records: list[dict[str, Any]]) -> dict[str,
 
 def label_scheme(config: GenerateConfig, model: ENATConfig) -> str:
     """How labels are chosen, in words. Raises ValueError if the model cannot do what the config asks for."""
+    config.sampler.check_model(model)
     if model.text_width is not None:
         for name, given in (("labels", config.labels), ("mask_ratio", config.mask_ratio)):
             if given:

@@ -4,6 +4,7 @@ Unlike plain.py it runs the fast model, which plain.py checks: what differs is t
 Shape legend: B images, L tokens.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -20,6 +21,8 @@ SEARCHED = {
 }
 HALTON = {"reveal_order": "halton", "remask_temperature": 0.0, "mask_schedule": "arccos"}
 RANDOM = {"reveal_order": "random", "remask_temperature": 0.0}
+MOMENT = {"reveal_order": "moment", "sampling_temperature": 2.0}
+REMASKED = {"remask_ratio": 0.3, "num_steps": 6}
 
 
 def some_start(config: ENATConfig, num_given: int, num_images: int = 3, seed: int = 0) -> torch.Tensor:
@@ -51,6 +54,8 @@ def strength(config, step):
     if config.guidance_scales:
         return config.guidance_scales[step] - 1
     share = step / config.num_steps
+    if share < config.guidance_interval[0] or share >= config.guidance_interval[1]:
+        return 0.0
     share = {"linear": share, "constant": 1, "power_cosine": (1 - math.cos(math.pi * share**config.guidance_power)) / 2}
     return (config.guidance_scale - 1) * share[config.guidance_schedule]
 
@@ -84,6 +89,16 @@ def draw(log_probs, temperature, uniform, top_k, top_p):
     return codes[-1]
 
 
+def drawn_after_choosing(log_probs, temperature, order_temperature, uniform, top_k, top_p):
+    """A code, and the confidence that chooses its position, from the sum over all codes."""
+    if temperature == 0:
+        return int(log_probs.argmax()), log_probs.max().item()
+    scale = max(order_temperature, 1e-3)
+    weights = (log_probs / temperature).log_softmax(dim=0) + log_probs / scale
+    confidence = scale * (math.log(sum(math.exp(w - weights.max()) for w in weights.tolist())) + weights.max().item())
+    return draw(weights, 1.0, uniform, top_k, top_p), confidence
+
+
 def halton(grid_size):
     points = qmc.Halton(2, scramble=False).random(60 * grid_size**2)[1:]
     cells = (points * grid_size + 1e-9).astype(int)
@@ -96,8 +111,10 @@ def reference_sample(model, labels, config, seeds, start=None):
     (num_images, num_tokens), mask_id = (len(labels), model.config.num_tokens), model.config.mask_id
     tokens = start.clone() if start is not None else torch.full((num_images, num_tokens), mask_id)
     num_made = int((tokens[0] == mask_id).sum())
-    noise = torch.stack([torch.rand((config.num_steps, 2, num_tokens), generator=torch.Generator().manual_seed(s)) for s in seeds])
+    shape, side = (config.num_steps, 3 if config.remask_ratio else 2, num_tokens), model.config.grid_size
+    noise = torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
     cond = uncond = None
+    given, order = tokens != mask_id, halton(side)
     for step in range(config.num_steps):
         mask = tokens == mask_id
         reuses = config.reuse and model.config.reuse
@@ -112,17 +129,42 @@ def reference_sample(model, labels, config, seeds, start=None):
             for position in range(num_tokens):
                 uniform, gumbel = noise[image, step, 0, position].item(), -math.log(-math.log(noise[image, step, 1, position]))
                 here = log_probs[image, position]
-                code = draw(here, temperature(config, step, "sampling"), uniform, config.top_k, config.top_p)
+                by_order = temperature(config, step, "remask")
+                if config.reveal_order == "moment":
+                    code, confidence = drawn_after_choosing(
+                        here, temperature(config, step, "sampling"), by_order, uniform, config.top_k, config.top_p
+                    )
+                else:
+                    code = draw(here, temperature(config, step, "sampling"), uniform, config.top_k, config.top_p)
+                    confidence = here[code]
                 codes[image, position] = code
-                priority[image, position] = here[code] + temperature(config, step, "remask") * gumbel
+                priority[image, position] = confidence + by_order * gumbel
                 if config.reveal_order == "random":
                     priority[image, position] = noise[image, 0, 1, position].item()
                 if config.reveal_order == "halton":
-                    priority[image, position] = -halton(model.config.grid_size).index(position)
+                    down, right = (int(u * side) for u in noise[image, 0, 1, :2].tolist()) if config.halton_shift else (0, 0)
+                    row, column = divmod(position, side)
+                    priority[image, position] = -order.index((row - down) % side * side + (column - right) % side)
         priority[~mask] = math.inf
         tokens = torch.where(mask, codes, tokens)
         num_left = math.floor(num_made * ratio_left(config, step))
         if num_made < num_tokens and step < config.num_steps - 1:  # to the nearest, so that few are not all drawn at once
             num_left = max(1, math.floor(num_made * ratio_left(config, step) + 0.5))
         tokens.scatter_(1, priority.argsort(dim=1)[:, :num_left], mask_id)
+        if config.remask_ratio and step < config.num_steps - 1:
+            again = masked_again(config, noise[:, step, 2], ~mask & ~given)
+            tokens = tokens.masked_fill(again, mask_id)
+            cond, uncond = (
+                each and dataclasses.replace(each, mask=each.mask | again, num_masked=int((each.mask | again)[0].sum()))
+                for each in (cond, uncond)
+            )
     return tokens
+
+
+def masked_again(config, noise, candidates):
+    """Which tokens are masked again: of the candidates of each image, the share with the lowest noise."""
+    again = torch.zeros_like(candidates)
+    for image, choice in enumerate(candidates):
+        positions = sorted(choice.nonzero()[:, 0].tolist(), key=lambda position: noise[image, position].item())
+        again[image, positions[: math.floor(config.remask_ratio * len(positions))]] = True
+    return again

@@ -110,6 +110,8 @@ SETTINGS = [
     {"guidance_scales": (1.0, 1.0, 2.0, 3.0, 1.0, 1.0), "mask_ratios": (0.9, 0.8, 0.5, 0.2, 0.1, 0.0)},
     {"guidance_scales": (1.0, 1.0, 2.0, 1.0, 1.0, 1.0), "reuse": False},
     {"mask_schedule": "arccos", "guidance_schedule": "power_cosine", "guidance_power": 2.0},
+    {"guidance_interval": (0.4, 0.7), "remask_ratio": 0.0},
+    {"remask_ratio": 0.4, "reuse": False},
 ]
 OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_size": 5, "mlp_ratio": 2}
 
@@ -121,6 +123,7 @@ OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_
         for a, b, c, d, settings, given in pairwise_cases(*ARCHITECTURES, SETTINGS, [0, 1, 11, 15])
     ]
     + [(OTHER_SIZES, {}, 0), (OTHER_SIZES, {}, 9)]
+    + [({}, {"remask_ratio": 0.4}, 0), ({"decoder_attention": "full"}, {"remask_ratio": 0.2}, 5)]
     + [({"grid_size": 2, "decoder_attention": kind}, {}, 0) for kind in DECODER_ATTENTIONS],  # the last step finds nothing masked
     ids=str,
 )

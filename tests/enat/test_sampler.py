@@ -3,13 +3,14 @@
 Which settings are refused: test_sampler_config.py.
 """
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_sampler import HALTON, RANDOM, SEARCHED, halton, reference_sample, some_start
+from slow_sampler import HALTON, MOMENT, RANDOM, REMASKED, SEARCHED, halton, reference_sample, some_start
 from small_models import TEXT, captions, conditions, golden, golden_enat, small_config, small_enat
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -63,6 +64,15 @@ OPTIONS = [
     {"guidance_scales": (1.0, 1.0, 3.0, 1.0, 1.0), "num_steps": 5},  # guidance in an interval
     {"guidance_scales": (1.0, 1.0, 3.0, 1.0, 1.0), "num_steps": 5, "reuse": False},
     {**SEARCHED, "reuse": False, "top_p": 0.8},
+    MOMENT,
+    {**MOMENT, "num_steps": 5, "top_k": 5, "remask_temperature_schedule": "constant", "remask_temperature": 0.6},
+    {**MOMENT, "sampling_temperature": 0.0},
+    {**HALTON, "halton_shift": True},
+    {"guidance_interval": (0.3, 0.8), "guidance_schedule": "constant"},
+    {"guidance_interval": (0.3, 0.8), "reuse": False},
+    REMASKED,
+    {**REMASKED, "reuse": False},
+    {**REMASKED, **RANDOM, "remask_ratio": 0.9},
 ]
 ARCHITECTURES = [
     TEXT,
@@ -109,6 +119,9 @@ def test_sampler_equals_the_slow_one(architecture, options, num_given):
         {"remask_temperature": 30.0},
         {"seeds": range(4, 8)},
         {"labels": torch.tensor([3, 3, 3, 5])},
+        {"reveal_order": "moment"},
+        {"guidance_interval": (0.0, 0.5)},
+        {"remask_ratio": 0.2},
     ],
     ids=str,
 )
@@ -261,6 +274,65 @@ def test_unconditional_model_runs_one_pass_and_ignores_guidance():
     assert torch.equal(sampled(model, labels, guidance_scale=3.5), sampled(model, labels, guidance_scale=1.0))
     assert set(seen[1:8]) == {4}
     assert seen[0] == 1  # which stands for all
+
+
+def test_features_of_tokens_that_are_masked_again_are_not_reused():
+    """Where a step has masked tokens, features that are not a number change nothing."""
+    model, config = small_enat(), SamplerConfig(**REMASKED)
+    expected, counts = sample(model, torch.arange(4), config, seeds=range(4)), []
+
+    def spoil(_, arguments):
+        tokens, labels, previous = arguments
+        if previous is None:
+            return None
+        is_masked = tokens == MASK_ID
+        counts.append(int((is_masked & ~(previous.features[..., 0].isnan()))[0].sum()))
+        assert bool((previous.mask | ~is_masked).all()), "what is masked now counts as never visible"
+        return tokens, labels, dataclasses.replace(previous, features=previous.features.masked_fill(is_masked[..., None], math.nan))
+
+    model.register_forward_pre_hook(spoil)
+    assert torch.equal(sample(model, torch.arange(4), config, seeds=range(4)), expected)
+    assert counts == [config.num_masked_at(step, 16) for step in range(1, 6)][-len(counts) :] and len(counts) >= 4
+
+
+def test_halton_orders_are_shifted_by_each_image():
+    orders = []
+    for shift in (False, True):
+        _, trajectory = sample(
+            MODEL,
+            torch.arange(4),
+            SamplerConfig(**{**HALTON, "mask_schedule": "linear", "num_steps": 16, "halton_shift": shift}),
+            seeds=range(4),
+            return_trajectory=True,
+        )
+        orders.append((torch.stack(trajectory) == MASK_ID).sum(dim=0))
+    plain, shifted = orders
+    assert (plain == plain[0]).all() and not (shifted == shifted[0]).all()
+    for image in shifted:
+        moved = [plain[0].view(4, 4).roll((down, right), (0, 1)).flatten() for down in range(4) for right in range(4)]
+        assert any(torch.equal(image, each) for each in moved)
+
+
+def test_a_moment_chooses_positions():
+    """With both temperatures at 1, one token is revealed at each position with a probability proportional to the sum of squared
+    probabilities there. Checked by frequencies."""
+    model, num_seeds = small_enat(num_classes=0), 4000
+    config = SamplerConfig(
+        num_steps=2,
+        mask_ratios=(15.01 / 16, 0.0),
+        reveal_order="moment",
+        sampling_temperatures=(1.0, 1.0),
+        remask_temperatures=(1.0, 1.0),
+    )
+    labels = torch.zeros(num_seeds, dtype=torch.int64)
+    _, trajectory = sample(model, labels, config, seeds=range(num_seeds), return_trajectory=True)
+    positions = (trajectory[1] != MASK_ID).nonzero()[:, 1]
+    assert len(positions) == num_seeds
+    moments = model(torch.full((1, 16), MASK_ID), labels[:1]).logits[0].softmax(dim=-1).square().sum(dim=-1)
+    expected = moments / moments.sum()
+    assert expected.max() > 1.5 * expected.min(), "otherwise any order would pass"
+    frequencies = torch.bincount(positions, minlength=16) / num_seeds
+    assert (frequencies - expected).abs().max() < 4 * (expected.max() / num_seeds) ** 0.5
 
 
 @pytest.mark.parametrize("is_text", [False, True])

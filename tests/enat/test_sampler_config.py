@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slow_sampler import HALTON, RANDOM, SEARCHED
 
+from enat.config import ENATConfig
 from enat.sampler_config import SamplerConfig
 from enat.schedule import MASK_SCHEDULES
 
@@ -129,8 +130,13 @@ def test_given_values_replace_their_counterparts_and_are_checked_together(own, g
         ({"top_p": 0.0}, "top_p is 0.0; it must be in \\(0, 1\\]"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_p": float("nan")}, "top_p is nan"),
-        ({"reveal_order": "spiral"}, "'spiral'; choose one of confidence, random, halton"),
+        ({"reveal_order": "spiral"}, "'spiral'; choose one of confidence, moment, random, halton"),
         ({"reveal_order": "halton"}, "'halton' .*; set remask_temperature to 0"),
+        ({"guidance_interval": (0.5, 0.5)}, r"guidance_interval is \[0.5, 0.5\]; it must be"),
+        ({"guidance_interval": (0.2,)}, r"guidance_interval is \[0.2\]"),
+        ({"guidance_interval": (0.2, 0.9), "guidance_scales": (1.0,) * 8}, "leave out guidance_interval"),
+        ({"halton_shift": True}, "only 'halton' can be shifted"),
+        ({"remask_ratio": 1.0}, "remask_ratio is 1.0"),
         ({"reveal_order": "random", "num_steps": 2, "remask_temperatures": (0.0, 1.0)}, "set remask_temperature to 0"),
         ({**RANDOM, "remask_temperature_schedule": "constant"}, "remask_temperature_schedule; leave it out"),
         ({"guidance_power": 2.0}, "guidance_power is 2.0, but only guidance_schedule 'power_cosine' has a power"),
@@ -157,3 +163,19 @@ def test_scalars_that_are_off_can_keep_their_schedules():
     off = {"guidance_scale": 1.0, "sampling_temperature": 0.0, "remask_temperature": 0.0}
     constant = dict.fromkeys(("guidance_schedule", "sampling_temperature_schedule", "remask_temperature_schedule"), "constant")
     assert not SamplerConfig(**off, **constant).is_guided
+
+
+def test_tokens_that_are_masked_again_are_added_to_those_that_the_schedule_leaves():
+    config, plain = SamplerConfig(remask_ratio=0.25), SamplerConfig()
+    left = [plain.num_masked_at(step, 256) for step in range(9)]
+    masked = [256]
+    for step in range(8):
+        again = (256 - masked[-1]) // 4 if step < 7 else 0
+        assert config.num_remasked_at(step, 256) == again
+        assert config.num_left_at(step, 256) == left[step + 1]
+        masked.append(left[step + 1] + again)
+    assert [config.num_masked_at(step, 256) for step in range(9)] == masked and masked[-1] == 0
+    with pytest.raises(ValueError, match=r"remask_ratio is 0\.25, but this model reuses features of masked tokens"):
+        config.check_model(ENATConfig.preset("enat-s", reused_features="all"))
+    dataclasses.replace(config, reuse=False).check_model(ENATConfig.preset("enat-s", reused_features="all"))
+    config.check_model(ENATConfig.preset("enat-s"))

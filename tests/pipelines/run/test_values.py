@@ -98,6 +98,13 @@ def test_a_model_of_captions_has_no_labels() -> None:
             _load(*text, override, is_dataset_here=False)
 
 
+def test_a_model_that_reuses_masked_tokens_is_not_sampled_with_masking_again() -> None:
+    override = "generate.sampler.remask_ratio=0.1"
+    _load(override)
+    with pytest.raises(ConfigError, match=r"remask_ratio is 0\.1, but this model reuses features of masked tokens"):
+        _load(override, "train.model.reused_features=all")
+
+
 def test_labels_are_compared_with_the_dataset_as_soon_as_it_is_scanned(
     tmp_path: Path, make_session: Callable[..., Session], local_store: ArtifactStore, ray_cluster: None
 ) -> None:
