@@ -14,6 +14,7 @@ from typing import Any
 from enat import schedule
 from enat.config import ENATConfig, check_choices, check_in
 
+IMAGES_PER_PASS = 32  # that are sampled together, by default; see enat.passes
 _LOWEST_TEMPERATURE = 1e-3
 # A list of values, one a step -> the fields that it replaces. In values_beside the first of these replaces the list in turn.
 _REPLACED_BY_LIST = {

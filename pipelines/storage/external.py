@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from enat.hub import explained
 from pipelines.storage import cache
 from pipelines.storage.base import Folder, StorageError, StoredFile, canonical_json, digest_of, file_digest
 from pipelines.storage.local import LocalFolder
@@ -54,7 +55,7 @@ def local_file(reference: str, key: str, s3: S3Config | None = None) -> Path:
             raise ValueError(f"{reference} names a whole repository; a file is needed: hf://{repository}/path/of/the/file")
         from huggingface_hub import hf_hub_download
 
-        with _explained(reference):
+        with explained(reference):
             return Path(hf_hub_download(repository, file_name, revision=revision))
 
 
@@ -80,7 +81,7 @@ def local_folder(reference: str, key: str, s3: S3Config | None = None) -> Path:
             raise ValueError(f"{reference} names a file; a whole repository is needed: hf://{repository}")
         from huggingface_hub import snapshot_download
 
-        with _explained(reference):
+        with explained(reference):
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(_WEIGHTS_AND_TEXT)))
         if not any(path.is_file() for path in folder.rglob("*")):
             raise ValueError(no_files)
@@ -165,26 +166,3 @@ def _place_on_the_hub(reference: str) -> tuple[str, str | None, str | None]:
     if match is None:
         raise ValueError(f"{reference} is neither a local path nor a place on the hub, hf://owner/name[/path][@revision]")
     return match[1], match[2], match[3]
-
-
-@contextmanager
-def _explained(reference: str) -> Iterator[None]:
-    """Errors of the hub become one sentence."""
-    import httpx2
-    from huggingface_hub import errors
-
-    reasons = {  # a class before its base
-        errors.GatedRepoError: "its owner grants access on request, and HF_TOKEN has none; ask for it on the hub",
-        errors.RepositoryNotFoundError: (
-            "the repository does not exist, or HF_TOKEN may not see it; correct the name, or set another token"
-        ),
-        errors.RevisionNotFoundError: "the repository has no such revision; name a branch, tag or commit",
-        errors.LocalEntryNotFoundError: "the hub cannot be reached, and the local cache does not hold it; give a path",
-        errors.EntryNotFoundError: "the repository has no such file; look at its names on the hub",
-    }
-    try:
-        yield
-    except (errors.EntryNotFoundError, errors.HFValidationError, httpx2.HTTPError, OSError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), first_line)
-        raise ValueError(f"{reference} cannot be fetched: {reason}") from error
