@@ -1,7 +1,8 @@
-"""Files that others made (weights, text encoders): a local path, s3://bucket/key or hf://owner/name/path -> a path on this machine.
+"""Files that others made (weights, text encoders): a local path, s3://bucket/key, hf://owner/name/path or, for a single file,
+https:// -> a path on this machine.
 
-Files of a bucket are kept in the cache (cache.py) under their URI and version, so an unchanged file is fetched once. Files of the
-Hugging Face hub are kept by huggingface_hub.
+Files of a bucket or a web server are kept in the cache (cache.py) under their URI and version, so an unchanged file is fetched
+once. Files of the Hugging Face hub are kept by huggingface_hub.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from enat.hub import explained
-from pipelines.storage import cache
+from pipelines.storage import cache, web
 from pipelines.storage.base import Folder, StorageError, StoredFile, canonical_json, digest_of, file_digest
 from pipelines.storage.local import LocalFolder
 from pipelines.storage.open import open_folder
@@ -45,6 +46,8 @@ def local_file(reference: str, key: str, s3: S3Config | None = None) -> Path:
             if not found:
                 raise StorageError(f"{reference} does not exist; correct the URI")
             return _download(folder, found) / name
+        if reference.startswith("https://"):
+            return web.fetch(reference)
         if "://" not in reference:
             path = Path(reference).expanduser()
             if not path.is_file():
