@@ -5,6 +5,8 @@ blocks, model                            ENAT and the models it is compared with
 masking, loss                            which codes are masked in training, and the objective
 schedule, sampler_config, sampler        parallel decoding in a few steps (the first two import no torch)
 cost                                     MACs of training and generation (imports no torch)
+passes                                   passes of fixed composition, in which a sample depends on no other
+pipeline, hub                            a model as a folder or repository, and images in one call (hub imports no torch)
 cuda_graph                               the loop of the sampler as one CUDA graph
 peak                                     FLOP/s of a device in matrix products
 precision                                number formats of encoders, decoders and extractors
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from enat.model import ENAT as ENAT
     from enat.model import ENATOutput as ENATOutput
     from enat.model import TextCondition as TextCondition
+    from enat.pipeline import ENATPipeline as ENATPipeline
     from enat.sampler import sample as sample
     from enat.sampler_config import SamplerConfig as SamplerConfig
     from enat.tokenizer import VQGAN as VQGAN
@@ -36,6 +39,7 @@ _MODULES = {
     "config": ("ENATConfig", "VQGANConfig"),
     "cost": ("Cost", "generation_cost"),
     "model": ("ENAT", "ENATOutput", "TextCondition"),
+    "pipeline": ("ENATPipeline",),
     "sampler": ("sample",),
     "sampler_config": ("SamplerConfig",),
     "tokenizer": ("VQGAN",),

@@ -1,6 +1,7 @@
 """Weights in and out: safetensors with the architecture in the header, and adapters for published state dicts.
 
 save_weights, load_enat, load_vqgan            our own files
+load_configured                                a safetensors file whose architecture is given beside it
 open_enat, open_vqgan, read_state_dict         a file that is ours or published
 load_published_enat, load_published_vqgan      published state dicts
 load_strictly                                  a state dict into any module
@@ -14,6 +15,7 @@ import dataclasses
 import json
 import logging
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -100,6 +102,48 @@ def _load(path: str | Path, architecture: str) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]  # torch appends its own stack
         raise ValueError(f"{path} describes its {architecture} with fields that cannot be used ({reason})") from error
     return load_strictly(module, tensors, source=str(path)).eval()
+
+
+def load_configured(path: Path, config: ENATConfig | VQGANConfig) -> Any:
+    """The ENAT or VQGAN of a config in eval mode, from a safetensors file of its tensors.
+
+    Names and shapes are compared before memory is taken: a config from elsewhere may describe anything. Nothing is drawn from the
+    global generator. Raises ValueError for a file that does not fit the config, or that states another one.
+    """
+    architecture = next(name for name, (_, config_class) in _ARCHITECTURES.items() if isinstance(config, config_class))
+    module_class, _ = _ARCHITECTURES[architecture]
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("enat", "null"))
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file of weights: {error}") from error
+    if header is not None:
+        _check_header(header, architecture, config, path)
+    num_blocks = (
+        config.encoder_layers + config.decoder_layers
+        if isinstance(config, ENATConfig)
+        else config.num_res_blocks * len(config.channel_multipliers)
+    )
+    if num_blocks > len(shapes):
+        raise ValueError(f"{path} has {len(shapes)} tensors, too few for the {num_blocks} blocks of its config")
+    try:
+        with torch.device("meta"):
+            module = module_class(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be opened with its config ({reason})") from error
+    _check_names(_shapes(module.state_dict()), shapes, str(path))
+    return load_strictly(module.to_empty(device="cpu"), load_file(path), source=str(path)).eval()
+
+
+def _check_header(header: Any, architecture: str, config: Any, path: Path) -> None:
+    stated = header.get("config") if isinstance(header, dict) else None
+    if not isinstance(stated, dict) or header.get("architecture") != architecture:
+        raise ValueError(f"{path} does not hold the weights of {architecture}")
+    own = json.loads(json.dumps(dataclasses.asdict(config)))
+    if other := [name for name, value in stated.items() if name not in own or own[name] != value]:
+        raise ValueError(f"{path} was written with another {', '.join(other[:_NAMED_AT_MOST])} than its config states")
 
 
 def open_vqgan(path: Path, config: VQGANConfig) -> VQGAN:
@@ -212,13 +256,59 @@ def load_published_enat(state_dict: Mapping[str, Tensor], config: ENATConfig) ->
 
 
 def load_published_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> VQGAN:
-    """A VQGAN from a published state dict (encoder.*, decoder.*, quantize.embedding.weight), in eval mode, strict."""
+    """A VQGAN from a published state dict (encoder.*, decoder.*, quantize.embedding.weight), in eval mode, strict.
+
+    In the layout of MAGE or of open-muse, which differ in names only. Raises ValueError for VQGANs of another architecture (taming-
+    transformers, LlamaGen, diffusers) with what they have beside this one, and as load_strictly does.
+    """
+    if (elsewhere := _foreign_layout(state_dict)) is not None:
+        raise ValueError(elsewhere)
+    is_of_muse = any(_OF_OPEN_MUSE.search(name) for name in state_dict)
     vqgan = VQGAN(config)
-    names = {name.replace("codebook.", "quantize.embedding."): name for name in vqgan.state_dict()}
+    names = {(_open_muse_name(name) if is_of_muse else _mage_name(name)): name for name in vqgan.state_dict()}
     shapes = _shapes({published: vqgan.state_dict()[own] for published, own in names.items()})
     state_dict = _unwrapped(state_dict, shapes, "the published VQGAN")
     _check_names(shapes, _shapes(state_dict), "the published VQGAN")
     return load_strictly(vqgan, {own: state_dict[published] for published, own in names.items()}).eval()
+
+
+_OF_OPEN_MUSE = re.compile(r"coder\.(mid\.\d+|up\.\d+\.upsample_conv)\.")
+_LAYOUTS = {  # of VQGANs of another architecture: a tensor that only they have
+    "LlamaGen": re.compile(r"coder\.conv_blocks\."),
+    "diffusers": re.compile(r"coder\.(down|up)_blocks\."),
+    "taming-transformers": re.compile(r"coder\.(mid\.attn_1|down\.\d+\.(downsample|attn\.))|(^|\.)(post_)?quant_conv\."),
+}
+_PARTS = {  # what such a VQGAN has and this one has not
+    "attention": re.compile(r"\.attn(_\d+)?\.|attentions\.|mid\.\d+\.(q|k|v|proj_out)\."),
+    "convolutions that halve the resolution": re.compile(r"\.downsample(rs\.\d+)?\.conv\."),
+    "a projection around the codebook": re.compile(r"(^|\.)(post_)?quant_conv\."),
+    "biases in residual blocks": re.compile(r"\.conv[12]\.bias$"),
+}
+
+
+def _mage_name(name: str) -> str:
+    """Our name of a tensor of a VQGAN -> its name in the layout of MAGE."""
+    return name.replace("codebook.", "quantize.embedding.")
+
+
+def _open_muse_name(name: str) -> str:
+    """The same in the layout of open-muse, in which MaskGIT's VQGAN is published."""
+    name = re.sub(r"\.mid\.block_(\d)\.", lambda match: f".mid.{int(match[1]) - 1}.", _mage_name(name))
+    return name.replace(".upsample.conv.", ".upsample_conv.")
+
+
+def _foreign_layout(state_dict: Mapping[str, Tensor]) -> str | None:
+    """A sentence about a VQGAN of another architecture, None if it is not known to be one."""
+    layout = next((layout for layout, own in _LAYOUTS.items() if any(map(own.search, state_dict))), None)
+    if layout is None:
+        return None
+    parts = [part for part, own in _PARTS.items() if any(map(own.search, state_dict))]
+    book = next((tensor for name, tensor in state_dict.items() if name.endswith("quantize.embedding.weight")), None)
+    size = f", and a codebook of {book.shape[0]:,} x {book.shape[1]}" if book is not None and book.ndim == 2 else ""
+    return (
+        f"the weights are a VQGAN in the layout of {layout} with {', '.join(parts) or 'other tensors'}{size}; "
+        "only MaskGIT's VQGAN, which is without these parts, can be loaded (in the layout of MAGE or open-muse)"
+    )
 
 
 def _published_enat_name(name: str, config: ENATConfig) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -105,6 +106,16 @@ class ENAT(nn.Module):
 
     null_hidden: Tensor
     null_pooled: Tensor
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> ENAT:
+        """The model of an exported folder, or of owner/name on the Hugging Face hub, in eval mode on the CPU; see enat.pipeline.
+
+        Raises ValueError for a folder that does not hold such a model.
+        """
+        from enat.pipeline import load_model
+
+        return load_model(source, revision)
 
     def __init__(self, config: ENATConfig) -> None:
         super().__init__()

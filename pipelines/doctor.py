@@ -218,7 +218,7 @@ def _weights(config: Any) -> Iterator[Finding]:
     for key, place in graph.external_files(config).items():
         if "dataset." in key:
             continue
-        if place.startswith(("s3://", "hf://", "sha256:")):
+        if place.startswith(("s3://", "hf://", "https://", "sha256:")):
             yield Finding("weights", GOOD, f"{key} is {place}, which is downloaded when its stage runs")
         elif Path(place).exists():
             yield Finding("weights", GOOD, f"{key} is {place}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,9 +12,24 @@ if TYPE_CHECKING:
     from pipelines.storage.s3_client import S3Config
 
 
-@click.group(name="import")
+class _WithKnownWeights(click.Group):
+    """A command for each kind of weights, and one for each entry of known.yaml."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from pipelines.sharing.known import load_known
+
+        return [*super().list_commands(ctx), *load_known()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from pipelines.sharing.known import load_known
+
+        return super().get_command(ctx, cmd_name) or (_known_command(cmd_name) if cmd_name in load_known() else None)
+
+
+@click.group(name="import", cls=_WithKnownWeights)
 def import_weights() -> None:
-    """Import published weights (.safetensors, .pth or .ckpt; a path, s3:// or hf://owner/name/file) into a store."""
+    """Import published weights into a store: any file (.safetensors, .pth or .ckpt; a path, s3://, hf://owner/name/file or https://)
+    as vqgan or enat, or known weights by their name."""
 
 
 @import_weights.command(name="vqgan")
@@ -57,6 +72,43 @@ def import_enat(
     values += [f"train.model.preset={preset}", f"train.weights={weights}"]
     values += [override if override.startswith("tokenizer.") else f"train.model.{override}" for override in overrides]
     _import("train", values, store, s3, as_json)
+
+
+def _known_command(name: str) -> click.Command:
+    from pipelines.sharing.known import load_known
+
+    entry = load_known()[name]
+    vqgan = click.option("--vqgan", metavar="FILE", help=f"Weights of its tokenizer, {entry.tokenizer}, or their sha256:...")
+    decorators: list[Any] = [JSON, s3_options, STORE, *([vqgan] if entry.kind == "enat" else [])]
+
+    def command(**options: Any) -> None:  # one for each entry: the decorators leave their options on it
+        _import_known(name, **options)
+
+    for decorate in (*decorators, click.argument("file", required=False)):
+        command = decorate(command)
+    text = f"Import {entry.name}, published at {entry.page} (known from: {entry.source}). Licence: {entry.licence}."
+    where = "" if entry.file else " FILE is required: only browsers get it from its page."
+    made: click.Command = click.command(name, short_help=f"{entry.name} ({entry.source})", help=text + where)(command)
+    return made
+
+
+def _import_known(name: str, *, file: str | None, store: str, s3: S3Config, as_json: bool, vqgan: str | None = None) -> None:
+    from pipelines.sharing import known
+    from pipelines.storage.external import content_digest
+
+    entry, terminal = known.load_known()[name], console(stderr=True)
+    parts = [(name, known.place_of(name, file))]
+    if entry.tokenizer is not None:
+        if vqgan is None and known.load_known()[entry.tokenizer].file is None:
+            page = known.load_known()[entry.tokenizer].page
+            raise click.UsageError(f"{name} needs --vqgan, the file of its tokenizer {entry.tokenizer}, from {page}")
+        parts.append((entry.tokenizer, known.place_of(entry.tokenizer, vqgan)))
+    for part, place in parts:
+        sentence = known.verify(part, content_digest(place, part, s3))
+        terminal.print(f"{part}: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        terminal.print(f"{part}: licence: {known.load_known()[part].licence}", markup=False, highlight=False, soft_wrap=True)
+    values = entry.values(*(place for _, place in parts))
+    _import("tokenizer" if entry.kind == "vqgan" else "train", values, store, s3, as_json)
 
 
 def _import(target: str, values: list[str], store: str, s3: S3Config, as_json: bool) -> None:

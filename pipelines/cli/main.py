@@ -24,6 +24,7 @@ _COMMANDS = {
     "config": "config:config",
     "doctor": "doctor:doctor",
     "evaluate": "run:evaluate",
+    "export": "export:export",
     "import": "import_weights:import_weights",
     "jobs": "jobs:jobs",
     "plan": "run:plan",

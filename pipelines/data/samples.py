@@ -31,7 +31,6 @@ from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.summary import Summary
 
 EACH_CLASS = "each class in turn"
-IMAGES_PER_PASS = 32  # default for samples
 NONE = -1  # in place of a label, caption or row that a sample does not have
 _MAX_CODES = 1 << 16
 _CAPTION_STREAM, _ROW_STREAM, _MASK_STREAM = 1, 2, 3  # independent draws from one seed

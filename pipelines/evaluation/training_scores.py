@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from enat.config import ENATConfig
-from enat.sampler_config import SamplerConfig
+from enat.sampler_config import IMAGES_PER_PASS, SamplerConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster import connection
 from pipelines.cluster.resources import Workers
 from pipelines.data.captions import CaptionFeatures
-from pipelines.data.samples import IMAGES_PER_PASS, sample_label
+from pipelines.data.samples import sample_label
 from pipelines.evaluation.extractors import ExtractorFile, ReferenceSummary, require_same_features
 from pipelines.evaluation.features import feature_files, read_rows, stored_moments
 from pipelines.evaluation.readers import code_decoder, run_pass

@@ -28,7 +28,7 @@ from pipelines.workflow.provenance import CodePackage, describe_left_behind
 from pipelines.workflow.provenance import pack as pack_code
 from pipelines.workflow.stage import MAIN, PlannedStage
 
-_ELSEWHERE = ("s3://", "hf://", "sha256:")
+_ELSEWHERE = ("s3://", "hf://", "https://", "sha256:")
 _DIGEST_OF_IMAGE = re.compile(r"@sha256:[0-9a-f]{64}$")
 _STOP_SECONDS = 60  # for a checkpoint of training; Ray itself gives three
 _NAME_LENGTH = 80

@@ -90,30 +90,36 @@ def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: st
     return {name: str(value) for name, value in tags.items()}
 
 
-def model_card(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -> str:
-    """The card as Markdown, from manifests alone."""
+def model_card(
+    manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str, *, usage: str | None = None, scores: str | None = None
+) -> str:
+    """The card as Markdown, from manifests alone.
+
+    usage: how to load it; None for how to do so from the store.   scores: None if they are elsewhere.
+    """
     sections = [
         _head(manifest, inputs),
-        f"## Load and sample\n\n{_usage(manifest, inputs, store_uri)}",
+        f"## Load and sample\n\n{usage or _usage(manifest, inputs, store_uri)}",
+        *([f"## Scores\n\n{scores}"] if scores is not None else []),
         f"## Model\n\n{_model(manifest)}",
         f"## Data\n\n{_data(manifest, inputs)}",
         f"## Training\n\n{_training(manifest)}",
         f"## Cost\n\n{_cost(manifest, inputs)}",
-        f"## Limits\n\n{_limits(manifest, inputs)}",
+        f"## Limits\n\n{_limits(manifest, inputs, has_scores=scores is not None)}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _head(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
     summary, provenance = ModelSummary.read(manifest), manifest.provenance
-    dataset, resolution = _escaped(summary.dataset), _tokenizer_config(inputs).resolution
+    dataset, resolution = escaped(summary.dataset), _tokenizer_config(inputs).resolution
     origin = (
         f"These are published weights for images of {resolution} px, imported and not trained here."
         if summary.is_imported
         else f"It was trained on {dataset} at {resolution} px for {summary.num_steps:,} steps."
     )
     return (
-        f"# {_escaped(registered_name(manifest))}\n\n"
+        f"# {escaped(registered_name(manifest))}\n\n"
         f"ENAT (EfficientNAT, NeurIPS 2024, arXiv 2411.06959) with {summary.parameters:,} parameters: a non-autoregressive "
         f"transformer that generates the tokens of an image in a few parallel steps, {_condition(manifest)}. {origin}\n\n"
         f"Artifact `{manifest.stage}/{manifest.key}`, made {provenance['created']} by code {provenance['code']}."
@@ -160,7 +166,7 @@ images = vqgan.decode(codes.view(-1, {model.grid_size}, {model.grid_size}))  # f
 
 def _model(manifest: Manifest) -> str:
     preset = manifest.config["model"]["preset"]
-    return _table([*([("preset", preset)] if preset else []), *dataclasses.asdict(ModelSummary.read(manifest).model).items()])
+    return table([*([("preset", preset)] if preset else []), *dataclasses.asdict(ModelSummary.read(manifest).model).items()])
 
 
 def _data(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
@@ -172,7 +178,7 @@ def _data(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
         ("codes of an image", f"{tokenizer.grid_size} x {tokenizer.grid_size}, out of {tokenizer.codebook_size:,}"),
         *((f"{name.replace('_', ' ')} digest", source.digest) for name, source in inputs.items()),
     ]
-    return _table(rows)
+    return table(rows)
 
 
 def _training(manifest: Manifest) -> str:
@@ -180,7 +186,7 @@ def _training(manifest: Manifest) -> str:
         return "The weights were trained elsewhere. Their publisher describes the recipe and the metrics."
     metrics = [(name, f"{value:,.6g}") for name, value in manifest.metrics.items() if name.startswith("final/")]
     recipe = [(name, value) for name, value in manifest.config.items() if name not in _NOT_RECIPE and value is not None]
-    return f"{_table(recipe)}\n\nAt the end of it:\n\n{_table(metrics)}" if metrics else _table(recipe)
+    return f"{table(recipe)}\n\nAt the end of it:\n\n{table(metrics)}" if metrics else table(recipe)
 
 
 def _cost(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
@@ -193,22 +199,27 @@ def _cost(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
         ("one image, as this code does", f"{cost.executed_total_macs / 1e9:,.4g} GMACs"),
     ]
     return (
-        f"{_table(rows)}\n\nAn image is {sampler.num_steps} steps at guidance {sampler.guidance_scale:g}, and the tokenizer's "
+        f"{table(rows)}\n\nAn image is {sampler.num_steps} steps at guidance {sampler.guidance_scale:g}, and the tokenizer's "
         "decoder. A MAC is one multiply-accumulate of a linear layer, convolution or attention product; they are counted from the "
         "architecture."
     )
 
 
-def _limits(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
+def _limits(manifest: Manifest, inputs: Mapping[str, Manifest], *, has_scores: bool) -> str:
     summary, resolution = ModelSummary.read(manifest), _tokenizer_config(inputs).resolution
-    learned = "the data it was published for" if summary.is_imported else _escaped(summary.dataset)
+    measured = (
+        "The scores hold for the stated sampler and protocol only."
+        if has_scores
+        else "The numbers on this card are from training. The stage evaluate measures the quality of samples, for one sampler at a "
+        "time."
+    )
+    learned = "the data it was published for" if summary.is_imported else escaped(summary.dataset)
     return "\n".join(
         [
             f"- It makes images of {resolution} px like those of {learned}, {_condition(manifest)}, with the biases of that data. "
             "Nothing filters what it makes.",
             "- It generates codes of the tokenizer named above; the decoder of another tokenizer turns them into noise.",
-            "- The numbers on this card are from training. The stage evaluate measures the quality of samples, for one sampler at "
-            "a time. Whether the model reproduces training images was not examined.",
+            f"- {measured} Whether the model reproduces training images was not examined.",
         ]
     )
 
@@ -238,8 +249,9 @@ def _short_count(count: int) -> str:
     return str(count)
 
 
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {_escaped(name)} | {_escaped(_text(value))} |" for name, value in rows)])
+def table(rows: Iterable[tuple[str, Any]]) -> str:
+    """A Markdown table of names and values, escaped."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {escaped(name)} | {escaped(_text(value))} |" for name, value in rows)])
 
 
 def _text(value: Any) -> str:
@@ -248,6 +260,6 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _escaped(text: object) -> str:
+def escaped(text: object) -> str:
     """On one line, with nothing that Markdown would take for its own: a dataset may be called anything."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))

@@ -49,7 +49,14 @@ def is_registered(reference: str) -> bool:
 
 
 def from_registry(uri: str, reference: str, store: ArtifactStore | None, s3: S3Config) -> Generator:
-    """Open a registered model. `store`: used instead of the registered store. Raises ValueError if the model does not exist."""
+    """Open a registered model. Raises ValueError if it does not exist."""
+    made = from_manifest(*find_registered(uri, reference, store, s3))
+    return replace(made, origin={**made.origin, "registered": reference})
+
+
+def find_registered(uri: str, reference: str, store: ArtifactStore | None, s3: S3Config) -> tuple[ArtifactStore, Manifest]:
+    """The store and the artifact of a registered model. `store`: used instead of the registered store. Raises ValueError if the
+    model does not exist."""
     tags = search.find_model(uri, reference)
     missing = [name for name in ("enat.artifact", "enat.store") if name not in tags]
     if missing:
@@ -61,16 +68,20 @@ def from_registry(uri: str, reference: str, store: ArtifactStore | None, s3: S3C
         raise ValueError(
             f"{reference} is {stage}/{key[:12]}, which the store {opened.uri} does not have; pass its store with --store"
         )
-    made = from_manifest(opened, manifest)
-    return replace(made, origin={**made.origin, "registered": reference})
+    return opened, manifest
 
 
 def from_artifact(store: ArtifactStore, name: str) -> Generator:
-    """Open an artifact. `name`: the beginning of a key, or of train/key. Raises ValueError unless it names exactly one model."""
+    """Open an artifact; see find_model."""
+    return from_manifest(store, find_model(store, name))
+
+
+def find_model(store: ArtifactStore, name: str) -> Manifest:
+    """`name`: the beginning of a key, or of train/key. Raises ValueError unless it names exactly one model."""
     manifest = find(store, name if "/" in name else f"{_STAGE}/{name}")
     if manifest.stage != _STAGE:
         raise ValueError(f"{manifest.stage}/{manifest.key[:12]} is not a model; models are artifacts of stage {_STAGE}")
-    return from_manifest(store, manifest)
+    return manifest
 
 
 def from_manifest(store: ArtifactStore, manifest: Manifest) -> Generator:

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from enat.images import make_grid, to_uint8
+from enat.passes import DECODED_PER_PASS
 from enat.tokenizer import VQGAN
 
 MASKED_GRAY = 160
-IMAGES_PER_PASS = 16  # images that are decoded together
+IMAGES_PER_PASS = DECODED_PER_PASS  # images that are decoded together
 _MIN_PIXELS = 96  # smaller images are enlarged
 _FRAME_MILLISECONDS = 250
 _LAST_FRAME_MILLISECONDS = 2000

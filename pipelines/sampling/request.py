@@ -12,9 +12,8 @@ from torch import Tensor
 
 from enat.images import ImageError, center_crop, decode_image, to_array
 from enat.masking import box_mask
-from enat.sampler_config import SamplerConfig
+from enat.sampler_config import IMAGES_PER_PASS, SamplerConfig
 from pipelines.data.dataset import MAX_FILE_BYTES
-from pipelines.data.samples import IMAGES_PER_PASS
 from pipelines.sampling.models import Generator
 
 OUTPUTS = ("grid", "images", "steps", "gif", "npz")

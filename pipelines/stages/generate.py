@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from enat.averages import exponent_of
 from enat.config import ENATConfig, check_choices, check_in
 from enat.cost import generation_cost
-from enat.sampler_config import SamplerConfig
+from enat.sampler_config import IMAGES_PER_PASS, SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.data_stream import map_by_workers, stream_records
@@ -27,7 +27,6 @@ from pipelines.data.captions import CaptionFeatures, CaptionsSummary
 from pipelines.data.dataset import INDEX
 from pipelines.data.samples import (
     EACH_CLASS,
-    IMAGES_PER_PASS,
     NONE,
     SamplePlan,
     Samples,

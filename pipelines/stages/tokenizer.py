@@ -50,8 +50,8 @@ class TokenizerConfig:
     codebook_size: int | None = None
     """Number of different codes. Null takes the preset's."""
     weights: str | None = None
-    """Published weights (.safetensors, .pth, .ckpt): a path, s3://, hf://, or the "sha256:..." under which `enat import` keeps
-    them. Null trains a tokenizer."""
+    """Published weights (.safetensors, .pth, .ckpt): a path, s3://, hf://, https://, or the "sha256:..." under which `enat
+    import` keeps them. Null trains a tokenizer."""
     recipe: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     """Training of the tokenizer. Not used with `weights`."""
     dataset: DatasetConfig | None = None

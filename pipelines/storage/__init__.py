@@ -6,7 +6,8 @@ s3         a folder of a bucket
 s3_client  the client of an object store; the only module that imports boto3
 open       opening a path or URI as a folder
 cache      fetched files, and digests of files that were hashed before
-external   weights and folders by path, s3:// or hf://
+external   weights and folders by path, s3://, hf:// or https://
+web        single files over https
 atomic     writing local files in one step
 redaction  URIs without passwords
 """

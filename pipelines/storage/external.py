@@ -1,7 +1,8 @@
-"""Files that others made (weights, text encoders): a local path, s3://bucket/key or hf://owner/name/path -> a path on this machine.
+"""Files that others made (weights, text encoders): a local path, s3://bucket/key, hf://owner/name/path or, for a single file,
+https:// -> a path on this machine.
 
-Files of a bucket are kept in the cache (cache.py) under their URI and version, so an unchanged file is fetched once. Files of the
-Hugging Face hub are kept by huggingface_hub.
+Files of a bucket or a web server are kept in the cache (cache.py) under their URI and version, so an unchanged file is fetched
+once. Files of the Hugging Face hub are kept by huggingface_hub.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.storage import cache
+from enat.hub import explained
+from pipelines.storage import cache, web
 from pipelines.storage.base import Folder, StorageError, StoredFile, canonical_json, digest_of, file_digest
 from pipelines.storage.local import LocalFolder
 from pipelines.storage.open import open_folder
@@ -44,6 +46,8 @@ def local_file(reference: str, key: str, s3: S3Config | None = None) -> Path:
             if not found:
                 raise StorageError(f"{reference} does not exist; correct the URI")
             return _download(folder, found) / name
+        if reference.startswith("https://"):
+            return web.fetch(reference)
         if "://" not in reference:
             path = Path(reference).expanduser()
             if not path.is_file():
@@ -54,7 +58,7 @@ def local_file(reference: str, key: str, s3: S3Config | None = None) -> Path:
             raise ValueError(f"{reference} names a whole repository; a file is needed: hf://{repository}/path/of/the/file")
         from huggingface_hub import hf_hub_download
 
-        with _explained(reference):
+        with explained(reference):
             return Path(hf_hub_download(repository, file_name, revision=revision))
 
 
@@ -80,7 +84,7 @@ def local_folder(reference: str, key: str, s3: S3Config | None = None) -> Path:
             raise ValueError(f"{reference} names a file; a whole repository is needed: hf://{repository}")
         from huggingface_hub import snapshot_download
 
-        with _explained(reference):
+        with explained(reference):
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(_WEIGHTS_AND_TEXT)))
         if not any(path.is_file() for path in folder.rglob("*")):
             raise ValueError(no_files)
@@ -165,26 +169,3 @@ def _place_on_the_hub(reference: str) -> tuple[str, str | None, str | None]:
     if match is None:
         raise ValueError(f"{reference} is neither a local path nor a place on the hub, hf://owner/name[/path][@revision]")
     return match[1], match[2], match[3]
-
-
-@contextmanager
-def _explained(reference: str) -> Iterator[None]:
-    """Errors of the hub become one sentence."""
-    import httpx2
-    from huggingface_hub import errors
-
-    reasons = {  # a class before its base
-        errors.GatedRepoError: "its owner grants access on request, and HF_TOKEN has none; ask for it on the hub",
-        errors.RepositoryNotFoundError: (
-            "the repository does not exist, or HF_TOKEN may not see it; correct the name, or set another token"
-        ),
-        errors.RevisionNotFoundError: "the repository has no such revision; name a branch, tag or commit",
-        errors.LocalEntryNotFoundError: "the hub cannot be reached, and the local cache does not hold it; give a path",
-        errors.EntryNotFoundError: "the repository has no such file; look at its names on the hub",
-    }
-    try:
-        yield
-    except (errors.EntryNotFoundError, errors.HFValidationError, httpx2.HTTPError, OSError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), first_line)
-        raise ValueError(f"{reference} cannot be fetched: {reason}") from error

@@ -198,8 +198,8 @@ class TrainConfig:
     """Training of a generator. Defaults are the published recipe at 256 px, except for its fp16."""
 
     weights: str | None = None
-    """Published weights to import instead of training: a path, s3://, hf://, or the "sha256:..." under which `enat import` keeps
-    them. Null trains a model."""
+    """Published weights to import instead of training: a path, s3://, hf://, https://, or the "sha256:..." under which `enat
+    import` keeps them. Null trains a model."""
     s3: S3Config | None = set_by("s3 or buckets")
     """Access to the bucket of `weights`."""
     model: ModelConfig = field(default_factory=ModelConfig)
