@@ -45,12 +45,13 @@ def keeping(store: ArtifactStore, path: Path, console: Console) -> Iterator[Kept
         has_failed = True
         raise
     finally:
-        _keep(kept, store, path)
+        keep(kept, store, path)
         if has_failed:
             _show(kept, console)
 
 
-def _keep(kept: KeptLog, store: ArtifactStore, path: Path) -> None:
+def keep(kept: KeptLog, store: ArtifactStore, path: Path) -> None:
+    """Copy a log as it is now, if something was logged."""
     try:
         text = path.read_bytes()[-_MOST_BYTES:].decode(errors="replace")
     except FileNotFoundError:  # nothing was logged
