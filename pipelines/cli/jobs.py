@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ _FOLLOW = click.option(
     "--follow", "is_followed", is_flag=True, help="Show the log until the job ends, and exit with its exit code."
 )
 _ID = click.argument("id", required=False)
+_WHY_LENGTH = 160
 _STOP_SECONDS = 90.0  # to wait for a job that saves before it ends
 
 
@@ -63,7 +65,7 @@ def submit(
     The code of this checkout is sent along: the files that git tracks, with their changes. Submitting the same run again returns
     the job while it is active, and continues the run if it failed or was stopped.
     """
-    from pipelines.jobs import submission
+    from pipelines.jobs import places, submission
     from pipelines.jobs.client import Cluster
 
     prepared = submission.prepare(
@@ -78,6 +80,8 @@ def submit(
         click.echo(f"enat: {prepared.warning}", err=True)
     with console(stderr=True).status("submitting"):
         cluster = Cluster(address)
+        for warning in places.check(prepared.config, is_this_machine=allow_local_store):
+            click.echo(f"enat: {warning}", err=True)
         done = submission.submit(cluster, prepared, again=again)
     if not as_json:
         _show_submitted(done, prepared, cluster.address)
@@ -113,15 +117,16 @@ def jobs() -> None:
 @_ADDRESS
 @JSON
 def list_jobs(address: str, as_json: bool) -> None:
-    """List submitted runs, newest first."""
+    """List submitted runs, newest first: who submitted them, what they are computing, and why they failed."""
     from pipelines.jobs.client import Cluster
 
     cluster = Cluster(address)
     found = cluster.jobs()
     if as_json:
-        echo_json({"address": cluster.address, "jobs": [job.to_json() for job in found]})
+        rows = [{**job.to_json(), "stages": [asdict(each) for each in cluster.stages_in_progress(job)]} for job in found]
+        echo_json({"address": cluster.address, "jobs": rows})
     elif found:
-        _show(found)
+        _show(found, cluster)
     else:
         click.echo(f"no jobs of enat at {cluster.address}")
 
@@ -196,17 +201,21 @@ def _only_active(cluster: Cluster) -> Job:
     raise ValueError(f"{len(active)} jobs are active; name one of {', '.join(job.id for job in active[:4])}")
 
 
-def _show(found: list[Job]) -> None:
+def _show(found: list[Job], cluster: Cluster) -> None:
     from rich.table import Table
 
-    from pipelines.formatting import show_age
+    from pipelines.formatting import printable, show_age
 
     now = time.time()
     table = Table(box=None, pad_edge=False)
-    for column in ("id", "status", "age", "ran", "why"):
-        table.add_column(column)
+    for column in ("id", "status", "user", "config", "age", "ran", "stage", "why"):
+        table.add_column(column, overflow="fold")
     for job in found:
         age = show_age(now - job.started) if job.started else ""
         ran = show_age((job.ended or now) - job.started) if job.started else ""
-        table.add_row(job.id, job.status.lower(), age, ran, job.reason or "")
+        stages = ", ".join(each.describe() for each in cluster.stages_in_progress(job))
+        why = printable(job.reason or "").removeprefix("enat: ")
+        why = why if len(why) <= _WHY_LENGTH else why[: _WHY_LENGTH - 1] + "…"
+        user, config = (printable(text) for text in (job.user or "", Path(job.config).name))
+        table.add_row(job.id, job.status.lower(), user, config, age, ran, stages, why)
     table_console().print(table, highlight=False, markup=False)

@@ -59,11 +59,12 @@ def reevaluate(
     applies to all models that are due, or to every model without --older-than. Exit codes: 0 done, 3 a score changed by more than
     its tolerance, 1 a model could not be evaluated (the others were, and may have changed: --json counts both), 2 bad input.
     """
+    from pipelines.artifacts.open import open_store
     from pipelines.reevaluation import reevaluate as reevaluation_reevaluate
     from pipelines.reevaluation import report
     from pipelines.reevaluation.drift import Tolerances
     from pipelines.reevaluation.plan import Request
-    from pipelines.run import runner
+    from pipelines.run import kept_log, runner
 
     config, overrides = split_overrides(arguments, "CONFIG")
     options = reevaluation_reevaluate.Options(
@@ -76,9 +77,14 @@ def reevaluate(
         is_dry_run=dry_run,
     )
     request = Request.of(Path(config) if config else None, overrides)
-    if not dry_run:
-        runner.log_to(Path(request.config.workspace) / "logs" / f"reevaluate-{datetime.now():%Y%m%d-%H%M%S}.log")
-    outcomes = reevaluation_reevaluate.reevaluate(request, config or "the command line", options, console(stderr=as_json))
+    terminal, source = console(stderr=as_json), config or "the command line"
+    if dry_run:
+        outcomes = reevaluation_reevaluate.reevaluate(request, source, options, terminal)
+    else:
+        log = Path(request.config.workspace) / "logs" / f"reevaluate-{datetime.now():%Y%m%d-%H%M%S}.log"
+        runner.log_to(log)
+        with kept_log.keeping(open_store(request.config.store_uri, request.config.s3), log, terminal):
+            outcomes = reevaluation_reevaluate.reevaluate(request, source, options, terminal)
     if as_json:
         echo_json(report.to_json(outcomes, request.config.prices))
     else:

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.cluster.capacity import Capacity
+from pipelines.jobs.progress import StageProgress, stages_in_progress
 from pipelines.storage.redaction import without_credentials
 
 RUN, ATTEMPT = "enat.run", "enat.attempt"  # metadata of a job: its run, and the number of the attempt
+USER, CONFIG = "enat.user", "enat.config"
 _ACTIVE = ("PENDING", "RUNNING")
 _TIMEOUT = (10, 120)  # seconds to connect, and between two bytes of an answer
 _RECONNECTS = 5
@@ -55,8 +57,18 @@ class Job:
         """The name in the config of the run."""
         return self.metadata.get("enat.name", self.run)
 
+    @property
+    def user(self) -> str | None:
+        """Who submitted it; None for jobs that were not submitted by `enat submit`."""
+        return self.metadata.get(USER)
+
+    @property
+    def config(self) -> str:
+        """The config file, or the name of the run where the file is not known."""
+        return self.metadata.get(CONFIG, self.name)
+
     def to_json(self) -> dict[str, Any]:
-        fields = ("id", "name", "run", "attempt", "status", "started", "ended", "exit_code", "entrypoint")
+        fields = ("id", "name", "user", "config", "run", "attempt", "status", "started", "ended", "exit_code", "entrypoint")
         return {name: getattr(self, name) for name in fields} | {"metadata": dict(self.metadata), "reason": self.reason}
 
     @property
@@ -160,6 +172,15 @@ class Cluster:
     def log(self, id: str) -> str:
         with self._asking():
             return str(self._client.get_job_logs(id))
+
+    def stages_in_progress(self, job: Job) -> list[StageProgress]:
+        """Of an active job; empty for others, and if its log cannot be read now."""
+        if not job.is_active:
+            return []
+        try:
+            return stages_in_progress(self.log(job.id))
+        except ClusterError:
+            return []
 
     def follow(self, id: str, write: Callable[[str], object]) -> Job:
         """Write the log from the beginning until the job ends. Broken connections are restored."""

@@ -5,6 +5,8 @@ The id is a digest of the resolved config and the code (or image), so the same s
 
 from __future__ import annotations
 
+import getpass
+import os
 import re
 import shlex
 import tempfile
@@ -117,7 +119,7 @@ def prepare(
     code = {"image": image} if image else {"code": package.state.digest if package else None}
     id = f"enat-{run.name[:_NAME_LENGTH]}-{digest_of({'config': resolved, **code})[:_DIGITS]}"
     given = (*overrides, *(f"{key}={value}" for key, value in places.items()), "cluster.address=auto")
-    metadata = {jobs.RUN: id, "enat.name": run.name, "enat.config": str(config), "enat.store": run.store_uri}
+    metadata = {jobs.RUN: id, "enat.name": run.name, jobs.CONFIG: str(config), "enat.store": run.store_uri, jobs.USER: _user()}
     return Submission(
         run=id,
         arguments=given,
@@ -237,6 +239,14 @@ def _places(run: RunConfig, allow_local_store: bool) -> dict[str, str]:
             "or --allow-local-store if the cluster is only this machine"
         )
     return {"workspace": str(Path(run.workspace).absolute()), "store": str(Path(run.store_uri).absolute())}
+
+
+def _user() -> str:
+    """Who submits, for others who look at the cluster's jobs."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user often has no name
+        return str(os.getuid())
 
 
 def _code_metadata(package: CodePackage | None, image: str | None) -> dict[str, str]:

@@ -21,9 +21,10 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
 from pipelines.cluster.connection import ClusterConfig
 from pipelines.formatting import printable
-from pipelines.run import graph, summary
+from pipelines.run import graph, kept_log, summary
 from pipelines.run import prediction as run_prediction
 from pipelines.run.config import RunConfig, check_scanned
+from pipelines.run.kept_log import KeptLog
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import RunHandle
@@ -50,8 +51,25 @@ def run(
     started = time.monotonic()
     store = open_store(config.store_uri, config.s3)
     store.check_writable()
+    log = Path(config.workspace) / "logs" / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}.log"
+    log_to(log)
+    with kept_log.keeping(store, log, console) as kept:
+        answer = _run(config, source, console, build, store=store, num_jobs=num_jobs, kept=kept, started=started)
+    return {**answer, "log": kept.place}
+
+
+def _run(
+    config: RunConfig,
+    source: str,
+    console: Console,
+    build: Callable[[RunConfig], list[Node]],
+    *,
+    store: ArtifactStore,
+    num_jobs: int | None,
+    kept: KeptLog,
+    started: float,
+) -> dict[str, Any]:
     workspace = Path(config.workspace)
-    log_to(workspace / "logs" / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}.log")
     with console.status("listing the dataset"):
         nodes = build(config)
     uri = tracking_uri(config)
@@ -61,6 +79,7 @@ def run(
     tags = {"enat.config": source, "enat.code": provenance.code_version(), "enat.store": without_credentials(store.uri)}
 
     with tracking.ending(tracking.start_run(uri, config.tracking, config.name, tags)) as parent:
+        kept.run = parent
         parent.log_params(configuration.redacted(config))
         pin_code(parent)
         jobs = num_jobs or default_jobs(config.cluster)

@@ -34,6 +34,8 @@ def summarize(
     prediction: Prediction | None = None,
 ) -> dict[str, Any]:
     """The answer of `enat run`, as JSON can hold it. prediction: made before the run."""
+    reports = [item.manifest for item in done if item.node.id == "report"]
+    kept = [f"{session.store.place(made.stage, made.key)}/{made.file('report.html').path}" for made in reports]
     scores = {_title(item.node.id): dict(item.manifest.metrics) for item in done if item.node.stage.name == "evaluate"}
     stages = [
         {
@@ -55,6 +57,7 @@ def summarize(
         "predicted": show_prediction.to_json(prediction) if prediction is not None else None,
         "store": session.store.uri,
         "report": str(report) if report else None,
+        "report_place": kept[0] if kept else None,
         "tracking": tracked,
         "scores": scores,
         "stages": stages,
@@ -118,6 +121,9 @@ def show(answer: Mapping[str, Any], console: Console) -> None:
     console.print(f"artifacts {answer['store']}/<stage>/<key>", highlight=False, soft_wrap=True)
     if answer["report"]:
         console.print(f"report    {answer['report']}", highlight=False, soft_wrap=True)
+        console.print(f"          {answer['report_place']}", highlight=False, soft_wrap=True)
+    if answer.get("log"):
+        console.print(f"log       {answer['log']}", highlight=False, soft_wrap=True)
     if answer["tracking"]:
         console.print(
             f"tracking  {answer['tracking']['uri']} (run {answer['tracking']['run_id']})", highlight=False, soft_wrap=True

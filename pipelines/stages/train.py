@@ -237,7 +237,7 @@ def _fit(
     from ray.train.v2.api.config import LoggingConfig
 
     from pipelines.training.rendezvous import Rendezvous
-    from pipelines.training.trainer import RayTrainer, train
+    from pipelines.training.trainer import LossReports, RayTrainer, train
 
     execution = config.execution
     task = TrainTask(
@@ -266,6 +266,7 @@ def _fit(
             run_config=RunConfig(
                 name="train",
                 storage_path=storage,
+                callbacks=[LossReports(reporter)],
                 failure_config=FailureConfig(max_failures=execution.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
                 worker_runtime_env={} if execution.gpus_per_worker else {"env_vars": _KEEP_MEMORY},

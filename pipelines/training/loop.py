@@ -28,6 +28,7 @@ from enat.model import ENAT
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.data.captions import EMPTY_INDEX, CaptionFeatures
 from pipelines.data.token_map import TokenMap
+from pipelines.formatting import show_count
 from pipelines.storage.base import StorageError
 from pipelines.training.batches import Batches, GroupBatch, pieces_per_group
 from pipelines.training.checkpoints import (
@@ -183,9 +184,24 @@ class Trainer:
         first, place = self.step + self.skipped_draws, {"rank": self.rank, "world_size": self.world_size}
         self.batches = Batches(config, self.token_map, self.captions, step=first, **place, pin=self.device.type == "cuda")
         self.monitor.begin(self.step, history)
+        if self.rank == 0 and diverged is None:
+            self._tell_of_start(is_resumed=opened is not None)
         if self.rank == 0:  # later steps are computed again, after a rollback with other batches
             for step in (step for step in read_scores(self.task.context) if step > self.step):
                 self.task.context.store.discard_part(self.task.context.stage, self.task.context.key, score_part(step))
+
+    def _tell_of_start(self, *, is_resumed: bool) -> None:
+        """Tell from which step training continues, and which workers were lost before."""
+        num_losses, losses = self.task.reporter.take_losses()
+        workers = show_count(self.world_size, "worker")
+        if losses:
+            self._tell(f"training restarts from step {self.step} with {workers}, because {'; '.join(losses)}")
+        elif is_resumed:
+            self._tell(f"training resumes from step {self.step} with {workers}")
+        else:
+            return
+        tags = {"enat.resumed_from_step": str(self.step), "enat.restarts": str(num_losses)}
+        self._track(lambda run: run.set_tags(tags))
 
     def roll_back(self, error: DivergedError) -> None:
         """Return to the newest checkpoint and continue with the draws after the one that diverged, or raise the error."""

@@ -1,15 +1,30 @@
-"""Ray Train's trainer, with as few processes and imports as the training needs: each costs seconds before the first step."""
+"""Ray Train's trainer, with as few processes and imports as the training needs: each costs seconds before the first step.
+
+It also tells which worker was lost.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from pipelines.formatting import printable
+
 if TYPE_CHECKING:
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus
+
     from pipelines.training.task import TrainTask
+    from pipelines.workflow.progress import Reporter
+
+_LOOK_SECONDS = 2.0  # for the answers of workers beside one that failed
+_REASON_LENGTH = 200
 
 
 class RayTrainer(DataParallelTrainer):  # type: ignore[misc]
@@ -23,6 +38,55 @@ class RayTrainer(DataParallelTrainer):  # type: ignore[misc]
         """Without those that start a process for what is not used here."""
         unused = (DatasetsCallback, PlacementGroupCleanerCallback) if self._is_local else (DatasetsCallback,)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
+
+
+class LossReports(WorkerGroupCallback):  # type: ignore[misc]
+    """Tells which workers were lost. Runs in Ray Train's controller, which starts the training again."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._workers: list[Any] = []
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        self._workers = [*worker_group.get_workers()]
+
+    def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
+        if errors := worker_group_status.errors:
+            self._reporter.lose(describe_loss(errors, self._unreachable(errors), [*map(_place_of, self._workers)]))
+
+    def _unreachable(self, errors: Mapping[int, Exception]) -> list[int]:
+        """Ranks of the workers that are gone. The others fail only because these no longer take part, and may do so first."""
+        gone = [rank for rank, error in errors.items() if isinstance(error, _LOST)]
+        asked = {worker.execute_async(int): rank for rank, worker in enumerate(self._workers) if rank not in errors}
+        answered = ray.wait([*asked], num_returns=len(asked), timeout=_LOOK_SECONDS)[0] if asked else []
+        for reference, rank in asked.items():
+            try:
+                if reference in answered and ray.get(reference) == 0:
+                    continue
+            except ray.exceptions.RayError:
+                pass
+            gone.append(rank)
+        return sorted(gone)
+
+
+_LOST = (ray.exceptions.RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+
+
+def describe_loss(errors: Mapping[int, Exception], gone: Sequence[int], places: Sequence[str]) -> str:
+    """One sentence. errors: of ranks.   gone: ranks of the workers that no longer exist.   places: of all ranks."""
+
+    def name(rank: int) -> str:
+        return f"worker {rank} of {len(places)}" + (f" on {places[rank]}" if rank < len(places) else "")
+
+    if gone:
+        return f"{', '.join(map(name, gone))} {'was' if len(gone) == 1 else 'were'} lost (the process or its node has ended)"
+    rank, error = min(errors.items(), key=lambda each: each[0])
+    lines = str(error).strip().splitlines() or [""]
+    return f"{name(rank)} failed ({type(error).__name__}: {printable(lines[-1])[:_REASON_LENGTH]})"
+
+
+def _place_of(worker: Any) -> str:
+    return f"{worker.metadata.node_ip} (process {worker.metadata.pid})"
 
 
 def train(config: dict[str, TrainTask]) -> Any:

@@ -28,6 +28,7 @@ from pipelines.storage.base import digest_of
 from pipelines.workflow import config as configuration
 from pipelines.workflow.interruption import StageThread
 from pipelines.workflow.node_run import NodeRun
+from pipelines.workflow.progress import show_start
 from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, Session, Sibling
 
 _log = logging.getLogger(__name__)
@@ -218,6 +219,7 @@ class _Execution:
     def _compute(self, work: NodeRun, grant: Grant) -> None:
         """Compute a node: in this thread, or begin to in another."""
         node, is_alone = work.node, self._num_jobs == 1
+        show_start(self._session.console, node.id)
         session = replace(
             self._session,
             made=dict(self._found),

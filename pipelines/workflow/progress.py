@@ -45,6 +45,8 @@ class _State:
         self._done: dict[str, int] = {}
         self._note = ""
         self._messages: list[tuple[str, bool]] = []
+        self._losses: list[str] = []
+        self._num_losses = 0
         self._is_stop_requested = False
 
     def report(self, worker: str, done: int, note: str) -> None:
@@ -57,6 +59,15 @@ class _State:
     def read(self) -> tuple[int, str, list[tuple[str, bool]]]:
         messages, self._messages = self._messages, []
         return sum(self._done.values()), self._note, messages
+
+    def lose(self, what: str) -> None:
+        self._losses.append(what)
+        self._num_losses += 1
+        self.tell(what, True)
+
+    def take_losses(self) -> tuple[int, list[str]]:
+        losses, self._losses = self._losses, []
+        return self._num_losses, losses
 
     def request_stop(self) -> None:
         self._is_stop_requested = True
@@ -80,12 +91,25 @@ class Reporter:
         self._state.report.remote(self._worker, done, note)
 
     def tell(self, message: str) -> None:
-        """Print a line on the terminal."""
+        """Print a line on the terminal, and write it to the log of the run."""
         self._state.tell.remote(message, True)
 
     def log(self, message: str) -> None:
         """Write a line to the log of the run."""
         self._state.tell.remote(message, False)
+
+    def lose(self, what: str) -> None:
+        """Tell that a worker was lost. what: a sentence."""
+        self._state.lose.remote(what)
+
+    def take_losses(self) -> tuple[int, list[str]]:
+        """How many losses were told so far, and those since the last call. Waits for the driver's answer."""
+        import ray
+
+        try:
+            return ray.get(self._state.take_losses.remote())
+        except ray.exceptions.RayError:
+            return 0, []  # the actor is lost, and the work continues without it
 
     def request_stop(self) -> None:
         """Ask all workers to save what they have and stop."""
@@ -153,6 +177,12 @@ _display_of = cache(_Display)
 _opening = threading.Lock()
 
 
+def show_start(console: Console, title: str) -> None:
+    """Print a line in the log of a job, from which `enat jobs ls` reads what is in progress."""
+    if not console.is_terminal and LINE_SECONDS in os.environ:
+        console.print(f"▸ {title}", highlight=False, markup=False, soft_wrap=True)
+
+
 class Bar:
     """A progress bar on the driver's terminal. If the output is not a terminal: nothing, or a line every ENAT_PROGRESS_SECONDS."""
 
@@ -185,7 +215,7 @@ class Bar:
             return
         self._last_line = time.monotonic()
         line = f"  {self._title} {self._done:,} of {self._total:,} {self._unit}  {note}".rstrip()
-        self._console.print(line, style="dim", highlight=False, markup=False)
+        self._console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def reporter(self) -> Iterator[Reporter]:
@@ -209,10 +239,9 @@ class Bar:
                     return  # the bar is optional: if its actor is lost, the work continues without it
                 self.update(done, note)
                 for message, is_shown in messages:
+                    _log.info("%s: %s", self._title, message)
                     if is_shown:
                         self._console.print(f"[yellow]![/] {one_line(message)}", highlight=False)
-                    else:
-                        _log.info("%s: %s", self._title, message)
 
         thread = threading.Thread(target=follow, name="progress", daemon=True)
         thread.start()

@@ -160,6 +160,6 @@ def secret_values(path: Path) -> list[str]:
         match = re.match(r"""\s*(?:-\s*)?["']?(\w+)["']?\s*[:=]\s*(.*?)\s*(#.*)?$""", line)
         if match and SECRET.search(match[1].upper()) and match[1] not in _NOT_SECRET:
             value = match[2].strip("\"'")
-            if value and not value.startswith(("${", "{", "&", "*")):
+            if value not in {"", "null"} and not value.startswith(("${", "$(", "{", "&", "*")):
                 lines.append(line.strip())
     return lines

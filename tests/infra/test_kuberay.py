@@ -164,6 +164,61 @@ def test_jobs_run_on_the_cluster() -> None:
         assert job["spec"]["metadata"] == dict.fromkeys((jobs.RUN, "enat.name"), job["metadata"]["name"])
 
 
+def _built(folder: str) -> list[dict[str, Any]]:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    done = subprocess.run([kubectl, "kustomize", INFRA / folder], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def test_jobs_name_no_queue_unless_kueue_is_chosen() -> None:
+    for folder in ("kuberay", "kuberay/jobs"):
+        assert "kueue" not in json.dumps(_built(folder))
+
+
+def test_kueue_gets_jobs_that_it_admits() -> None:
+    """By its documentation of RayJobs: a cluster of the job's own, which ends with the job and has no autoscaler; at most seven
+    groups of workers. Queue and priorities are those of queues.yaml."""
+    queues = documents(INFRA / "kueue" / "queues.yaml")
+    assert all(queue["apiVersion"] == "kueue.x-k8s.io/v1beta1" for queue in queues)
+    named = {(queue["kind"], queue["metadata"]["name"]): queue for queue in queues}
+    built = [document for document in _built("kueue") if document["kind"] == "RayJob"]
+    assert [job["metadata"]["name"] for job in built] == [job["metadata"]["name"] for job in JOBS]
+    (group,) = named["ClusterQueue", "enat"]["spec"]["resourceGroups"]
+    for job in built:
+        labels, spec = job["metadata"]["labels"], job["spec"]
+        local = named["LocalQueue", labels["kueue.x-k8s.io/queue-name"]]
+        assert local["metadata"]["namespace"] == job["metadata"]["namespace"] == "enat"
+        assert ("ClusterQueue", local["spec"]["clusterQueue"]) in named
+        assert ("WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"]) in named
+        assert labels["app.kubernetes.io/name"] == job["metadata"]["name"], "jobs are created one at a time by this label"
+        assert "clusterSelector" not in spec and spec["shutdownAfterJobFinishes"] is True
+        cluster = spec["rayClusterSpec"]
+        assert set(cluster) <= _CLUSTER and cluster["enableInTreeAutoscaling"] is False and "autoscalerOptions" not in cluster
+        groups = cluster["workerGroupSpecs"]
+        assert len(groups) <= 7 and all(each["replicas"] == each["minReplicas"] == each["maxReplicas"] > 0 for each in groups)
+        gpus = {each["groupName"]: each["replicas"] for each in groups}["gpu"]
+        assert gpus == GROUPS["gpu"]["maxReplicas"], "ENAT_CLUSTER_SIZE counts on them"
+        pods = [template["template"]["spec"] for template in (cluster["headGroupSpec"], *groups)]
+        assert not [problem for pod in pods if (problem := _problem(_pod(pod)))]
+        assert all(re.fullmatch(r"enat:\d+\.\d+\.\d+-(cpu|cuda)", each["image"]) for pod in pods for each in pod["containers"])
+        counts = [(cluster["headGroupSpec"], 1), *((each, each["replicas"]) for each in groups)]
+        needed = sum(
+            count * float(container["resources"]["requests"].get("nvidia.com/gpu", 0))
+            for each, count in counts
+            for container in each["template"]["spec"]["containers"]
+        )
+        (quota,) = [each["nominalQuota"] for each in group["flavors"][0]["resources"] if each["name"] == "nvidia.com/gpu"]
+        assert needed == float(quota)
+    priority = {
+        job["metadata"]["name"]: named["WorkloadPriorityClass", job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"]]
+        for job in built
+    }
+    assert priority["imagenet256-evaluate"]["value"] > priority["imagenet256-train"]["value"]
+
+
 def test_two_reevaluations_never_run_at_the_same_time() -> None:
     spec = CRON["spec"]
     assert spec["concurrencyPolicy"] == "Forbid" and spec["timeZone"] == "Etc/UTC"
@@ -284,7 +339,10 @@ def test_no_manifest_contains_a_secret_and_workers_cannot_commit() -> None:
 
 
 def _matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+    expressions = selector.get("matchExpressions", [])
+    assert all(each["operator"] == "Exists" for each in expressions)
+    has_keys = all(each["key"] in labels for each in expressions)
+    return has_keys and all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
 
 
 def _allows(direction: str, pod: dict[str, str], other: dict[str, str], port: int) -> bool:
@@ -313,6 +371,8 @@ def test_pods_reach_what_they_need_and_no_more() -> None:
     for submitter in (template["metadata"]["labels"] for template in templates):
         assert _may_reach(submitter, head, 8265)
         assert not _may_reach(submitter, head, 6379) and not _may_reach(submitter, worker, 8265)
+    own = {"ray.io/cluster": "imagenet256-train-x7k2p", "ray.io/node-type": "head"}  # of a job that Kueue admitted
+    assert _may_reach(own | {"ray.io/node-type": "worker"}, own, 6379)
     assert not _may_reach({"app": "another"}, head, 8265) and not _may_reach({}, worker, 10001)
 
 

@@ -25,6 +25,8 @@ from pipelines.artifacts.lease import Leases
 from pipelines.artifacts.manifest import USED, WORK, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.run import kept_log
+from pipelines.run.kept_log import KeptLog
 from pipelines.storage.s3_client import S3Config, client_of
 
 S3 = INFRA / "s3"
@@ -151,6 +153,10 @@ def _work_of_a_driver(recorded: Recorded) -> Manifest:
     """The rest of a run: check that the store is writable, commit, clean up."""
     store = recorded.store
     store.check_writable()
+    log = recorded.file("digits.log", b"a line")
+    log_to_keep = KeptLog()
+    kept_log.keep(log_to_keep, store, log)
+    assert log_to_keep.place is not None and f"/{PREFIX}/.logs/digits-" in log_to_keep.place
     store.record_use("token_map", TOKEN_MAP)
     store.record_use("token_map", TOKEN_MAP)  # replaces the first
     with Leases(store) as leases:

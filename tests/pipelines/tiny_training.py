@@ -260,6 +260,9 @@ class ScriptedReporter:
     def log(self, message: str) -> None:
         self.logged.append(message)
 
+    def take_losses(self) -> tuple[int, list[str]]:
+        return 0, []
+
     def is_stop_requested(self) -> bool:
         self.num_asked += 1
         return self.stop_at is not None and self.num_asked >= self.stop_at

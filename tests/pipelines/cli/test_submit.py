@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -186,7 +189,25 @@ def test_jobs_are_listed_newest_first(nodes: RayNodes, enat_shell: Shell, failed
     table = enat_shell("jobs", "ls", "--address", nodes.url).out.splitlines()
     assert table[0].split()[:2] == ["id", "status"] and [line.split()[0] for line in table[1:]] == ids
     (row,) = (line for line in table if line.split()[0] == failed[0].json["id"])
-    assert "failed" in row and "/nowhere" in row
+    assert "failed" in row and "/nowhere" in row and getpass.getuser() in row and " digits.yaml " in row and "enat: " not in row
+
+
+def test_an_active_job_is_listed_with_its_stage_and_progress(nodes: RayNodes, enat_shell: Shell, tmp_path: Path) -> None:
+    """Its tokenizer would take hours. Stopped, it is listed without a stage."""
+    places = (f"store={tmp_path}/store", f"workspace={tmp_path}/runs", "tracking.enabled=false")
+    slow = ("targets=[tokenizer]", "tokenizer.recipe.num_steps=1000000")
+    job = enat_shell("submit", DIGITS, *slow, *places, "--json", "--address", nodes.url).json
+    listing, deadline = ("jobs", "ls", "--address", nodes.url), time.monotonic() + 200
+    while not re.search(r" tokenizer [\d,]+ of 1,000,000 steps", shown := enat_shell(*listing).out):
+        assert time.monotonic() < deadline, shown
+        time.sleep(1)
+    (listed,) = (each for each in enat_shell(*listing, "--json").json["jobs"] if each["id"] == job["id"])
+    (stage,) = listed["stages"]
+    assert (stage["stage"], stage["total"], stage["unit"]) == ("tokenizer", 1_000_000, "steps")
+    assert (listed["user"], listed["config"]) == (getpass.getuser(), str(DIGITS))
+    enat_shell("jobs", "stop", job["id"], "--address", nodes.url)
+    (listed,) = (each for each in enat_shell(*listing, "--json").json["jobs"] if each["id"] == job["id"])
+    assert listed["stages"] == []
 
 
 def test_jobs_and_logs_contain_no_credentials(nodes: RayNodes, enat_shell: Shell, failed: list[Answer]) -> None:

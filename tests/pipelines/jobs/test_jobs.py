@@ -24,10 +24,13 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.cluster.capacity import Capacity, ResourceRequest, judge
 from pipelines.cluster.resources import Workers
-from pipelines.jobs import submission
+from pipelines.jobs import places, submission
+from pipelines.jobs.progress import StageProgress, stages_in_progress
 from pipelines.jobs.submission import Submission, resource_requests
 from pipelines.run import config as run_config
 from pipelines.run import graph
+from pipelines.run.config import RunConfig
+from pipelines.storage.s3 import S3Folder
 from pipelines.training.config import TrainExecution
 from pipelines.workflow import driver, provenance
 
@@ -140,6 +143,62 @@ def test_places_that_the_cluster_cannot_see_are_refused(
     monkeypatch.chdir(tmp_path)
     arguments = prepare(store=(), allow_local_store=True).arguments
     assert {f"store={tmp_path}/runs/store", f"workspace={tmp_path}/runs"} <= set(arguments)
+
+
+def _named(place: str) -> RunConfig:
+    return run_config.load_run(DIGITS, ["dataset.kind=image_folder", f"dataset.path={place}"], is_dataset_here=False)
+
+
+def test_a_dataset_that_only_this_machine_has_causes_a_warning(tmp_path: Path) -> None:
+    (warning,) = places.check(_named(str(tmp_path)), is_this_machine=False)
+    assert warning == f"dataset.path is {tmp_path}, which exists on this machine; the run fails unless all nodes share that path"
+    assert places.check(_named(str(tmp_path)), is_this_machine=True) == []
+    assert places.check(_named("/only/on/the/cluster"), is_this_machine=False) == []
+
+
+def test_a_dataset_in_a_bucket_without_objects_is_refused(make_bucket: Callable[..., S3Folder]) -> None:
+    bucket = make_bucket("sets")
+    for name in ("train/a/1.jpg", "train-other/1.jpg", "whole.tar", "part-0001.tar"):
+        bucket.put_if_absent(name, b"bytes")
+    for place in ("", "/", "/train", "/train/", "/whole.tar", "/part-{0001..0002}.tar", "/part-*.tar"):
+        assert places.check(_named(bucket.uri + place), is_this_machine=False) == [], place
+    for place in ("/trai", "/validation", "/train/b", "/whole", "/shard-*.tar"):
+        expected = f"dataset.path is {bucket.uri}{place}, where the bucket has no objects. Fix the path, or upload"
+        with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
+            places.check(_named(bucket.uri + place), is_this_machine=False)
+    with pytest.raises(ValueError, match=r"^dataset\.path: .*no-such-bucket"):
+        places.check(_named("s3://no-such-bucket-anywhere/train"), is_this_machine=False)
+
+
+def test_a_bucket_that_this_machine_cannot_reach_causes_a_warning() -> None:
+    run = run_config.load_run(
+        DIGITS,
+        ["dataset.kind=image_folder", "dataset.path=s3://bucket/train", "s3={endpoint_url: http://127.0.0.1:1, anonymous: true}"],
+        is_dataset_here=False,
+    )
+    (warning,) = places.check(run, is_this_machine=False)
+    assert warning.startswith("dataset.path could not be checked from this machine (")
+
+
+def test_stages_in_progress_are_read_from_the_log() -> None:
+    log = """▸ dataset
+✓ dataset                abc  made in 1.0 s
+✓ tokenizer              abc  reused
+▸ token_map@b
+▸ train
+  train 12 of 100,000 steps  loss 0.5, 10 images/s
+  ghost 1 of 2 steps
+a line that a library prints
+  train 1,200 of 100,000 steps  loss 0.4, 10 images/s
+"""
+    assert [each.describe() for each in stages_in_progress(log)] == ["token_map@b", "train 1,200 of 100,000 steps"]
+    assert stages_in_progress(log + "✗ token_map@b abc\n✓ train  abc  made in 9 s\n") == []
+    assert stages_in_progress("▸ a\x1b[31mb\n▸ \n✓\n") == [StageProgress("a")]
+
+
+def test_a_job_says_who_submitted_it(prepare: Callable[..., Submission], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "ada")
+    assert prepare().metadata["enat.user"] == "ada"
 
 
 def test_image_named_by_a_tag_causes_a_warning(prepare: Callable[..., Submission]) -> None:

@@ -16,15 +16,18 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from pipelines.artifacts.manifest import Manifest
+from pipelines.artifacts.open import open_store
 from pipelines.cli import main
 from pipelines.cluster.resources import Execution
 from pipelines.run import runner
 from pipelines.run.config import RunConfig
+from pipelines.storage.base import AccessError
+from pipelines.storage.local import LocalFolder
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import TrackingConfig
 from pipelines.workflow import node_run, provenance
 from pipelines.workflow.provenance import CodeState
-from pipelines.workflow.stage import Node, PublishContext, Stage, StageContext, StageResult
+from pipelines.workflow.stage import Node, PublishContext, Stage, StageContext, StageError, StageResult
 
 DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
 STATE = CodeState(version="1.0", commit="a" * 40, diff_digest="b" * 64, digest="c" * 64)
@@ -98,7 +101,8 @@ def test_errors_of_publishing_are_logged(client: MlflowClient, uri: str, tmp_pat
 
     _run(Stage("only", 1, _write, publish=publish), uri, tmp_path)
     whole = _found(client)["whole"]
-    assert "enat.commit" not in whole.data.tags and not client.list_artifacts(whole.info.run_id), "a checkout has no record"
+    files = [file.path for file in client.list_artifacts(whole.info.run_id)]
+    assert "enat.commit" not in whole.data.tags and files == ["run.log"], "a checkout has no record"
     (log,) = (tmp_path / "runs" / "logs").glob("whole-*.log")
     text = log.read_text()
     assert "only was made, but not published" in text and "Traceback" in text and 'raise RuntimeError("nobody listens")' in text
@@ -147,6 +151,46 @@ def test_sigterm_while_ray_works_ends_the_runs_of_mlflow(end_enat_when: Callable
 
 
 # Where a job tracks its runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_the_traceback_of_a_failed_run_is_in_the_store_and_in_mlflow(
+    client: MlflowClient, uri: str, tmp_path: Path, error: type[Exception]
+) -> None:
+    """Of a failure and of bad input, which a job would else leave in its folder only."""
+
+    def fail(*_: Any) -> StageResult:
+        raise error("nothing at http://user:hunter2@host/x")
+
+    config = RunConfig(name="whole", workspace=str(tmp_path / "runs"), tracking=TrackingConfig(uri=uri))
+    console = Console(file=io.StringIO())
+    with pytest.raises((StageError, ValueError)):
+        runner.run(config, "whole.yaml", console, build=lambda _: [Node("only", Stage("only", 1, fail), Execution())])
+    (kept,) = (tmp_path / "runs" / "store" / ".logs").iterdir()
+    run_id = _found(client)["whole"].info.run_id
+    shown = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert shown == [f"log {kept}", f"tracking {uri} (run {run_id})"]
+    copy = Path(client.download_artifacts(run_id, "run.log", str(tmp_path))).read_text()
+    assert copy == kept.read_text() and "Traceback" in copy and "in fail" in copy and "http://host/x" in copy
+    assert "hunter2" not in copy
+    assert {stage for stage, _ in open_store(config.store_uri).names()} == {"only"}, "a log is no artifact"
+
+
+def test_a_log_that_cannot_be_copied_costs_a_warning(
+    client: MlflowClient, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: LocalFolder, name: str, *rest: Any) -> bool:
+        if name.startswith(".logs/"):
+            raise AccessError("the bucket refuses")
+        return put(self, name, *rest)
+
+    def publish(*_: Any) -> None:
+        raise RuntimeError("nobody listens")
+
+    put = LocalFolder.put_if_absent
+    monkeypatch.setattr(LocalFolder, "put_if_absent", refuse)
+    answer = _run(Stage("only", 1, _write, publish=publish), uri, tmp_path)
+    assert answer["log"] is None and "log of this run was not copied to the store (the bucket refuses)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

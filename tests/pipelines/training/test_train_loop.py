@@ -219,7 +219,7 @@ def test_run_that_was_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_bi
     resumed = train(material, CONFIG, key, world_size=2)
     assert_same_bits(resumed, whole)
     assert resumed.result is not None and resumed.result.num_restarts == 1
-    assert resumed.messages == ()
+    assert resumed.messages == ("training resumes from step 7 with 2 workers",)
 
 
 class Recorder(Trainer):
@@ -321,8 +321,9 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(material, pla
     assert checkpoint_steps(material, key)[-2:] == [8, 9], "an older one is removed when rank 0 is the last to write"
     path = damage_newest_checkpoint(material.store, worker_context(material, key))
     resumed = train(material, CONFIG, key, world_size=2)
-    (message,) = resumed.messages
+    message, start = resumed.messages
     assert message.startswith("removed the damaged checkpoint of step 9") and path in message
+    assert start == "training resumes from step 8 with 2 workers"
     assert_close(resumed, plain)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from pipelines.training.checkpoints import ResumePoint, find_checkpoints
 from pipelines.training.config import TrainConfig
 from pipelines.training.monitor import DivergedError
 from pipelines.training.task import TrainResult, initial_model
+from pipelines.training.trainer import describe_loss
 from pipelines.workflow.stage import StageResult, WorkerContext
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -144,12 +147,20 @@ class Deadly(RunHandle):
                 notes.write("killed ")
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        with self.notes.with_suffix(".tags").open("a") as file:
+            file.write("".join(f"{name}={value}\n" for name, value in tags.items()))
+
     def lives(self) -> list[list[int]]:
         return [[int(step) for step in life.split()] for life in self.notes.read_text().split("killed")]
 
 
 @pytest.mark.faults
-def test_worker_that_is_killed_is_replaced_and_training_resumes_from_the_checkpoint(fit, plain, material, key, tmp_path):
+def test_worker_that_is_killed_is_replaced_and_training_resumes_from_the_checkpoint(
+    fit, plain, material, key, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(logging.getLogger("pipelines"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="pipelines")
     context = WorkerContext(stage="train", key=key, store=material.store, run=RunHandle("", None))
     run = Deadly(notes=tmp_path / "notes", context=context)
     fitted = fit(changed(execution={"num_workers": 2, "max_failures": 1}), run=run)
@@ -158,6 +169,24 @@ def test_worker_that_is_killed_is_replaced_and_training_resumes_from_the_checkpo
     assert second[0] in (5, 9), "steps since the last checkpoint are lost, and no more"
     assert_close(fitted, plain)
     assert fitted.made is not None and fitted.made.summary.num_restarts == 1
+    lost = r"worker 0 of 2 on 127\.0\.0\.1 \(process \d+\) was lost \(the process or its node has ended\)"
+    restarts = rf"training restarts from step {second[0] - 1} with 2 workers, because {lost}"
+    for said in (fitted.output, caplog.text):  # the terminal and the log of the run
+        assert len(re.findall(rf"(?<!because ){lost}$", said, flags=re.MULTILINE)) == 1
+        assert len(re.findall(rf"{restarts}$", said, flags=re.MULTILINE)) == 1
+    tags = run.notes.with_suffix(".tags").read_text().splitlines()
+    assert tags[-2:] == [f"enat.resumed_from_step={second[0] - 1}", "enat.restarts=1"]
+
+
+def test_loss_names_the_workers_that_are_gone_and_not_those_that_waited_for_them() -> None:
+    places, broken = ["10.0.0.1 (process 1)", "10.0.0.2 (process 2)"], RuntimeError("first\nConnection closed by peer\x1b[31m")
+    lost = "worker 1 of 2 on 10.0.0.2 (process 2) was lost (the process or its node has ended)"
+    assert describe_loss({0: broken}, [1], places) == lost
+    assert describe_loss({0: broken}, [0, 1], places).endswith(
+        "on 10.0.0.2 (process 2) were lost (the process or its node has ended)"
+    )
+    failed = "worker 0 of 2 on 10.0.0.1 (process 1) failed (RuntimeError: Connection closed by peer [31m)"
+    assert describe_loss({0: broken}, [], places) == failed
 
 
 @pytest.mark.faults
