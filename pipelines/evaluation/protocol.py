@@ -209,7 +209,8 @@ def _compare_by(
         run.log_metrics({f"{protocol}/{name}": value for name, value in manifest.metrics.items()})
         return
     values = {f"train/{name.removeprefix('final/')}": value for name, value in _metrics_of(inputs, "model").items()}
-    values |= {f"generate/{name}": value for name, value in _metrics_of(inputs, "samples").items()}
+    samples = _metrics_of(inputs, "samples")
+    values |= {f"generate/{name}": value for name, value in samples.items() if name not in manifest.metrics}
     run.log_metrics({**values, **manifest.metrics, **costs})
     run.log_params(_settings(manifest, inputs))
     run.log_bytes(context.store.fetch(manifest, GRID).read_bytes(), GRID)

@@ -5,6 +5,7 @@ keys     every key of it, for `enat config` and the guide
 graph    the list of the stages, and their wiring
 prediction  what a run will take
 runner   one run from its config to its answer
+tracked  the runs of MLflow that it starts
 summary  the closing summary
 conformance  whether scores are those of others
 """

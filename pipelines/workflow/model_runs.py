@@ -29,7 +29,7 @@ _WORDS = {
     "train.model.preset": "{}",
     "seed": "seed {}",
 }
-_NAMED, _LETTERS = 2, 40  # values in a title, and letters of each
+_NAMED, _LETTERS = 3, 40  # values in a title, and letters of each
 _NO_DIFFERENCE = ("name", "workspace", "store", "targets", "cluster", "tracking", "s3", "buckets", "prices", "report")
 
 
@@ -43,14 +43,15 @@ def of_overrides(overrides: Sequence[str]) -> str | None:
     """How a command's overrides ("train.num_steps=10") make its run differ. Places and machines make no difference."""
     values = dict(each.partition("=")[::2] for each in overrides)
     kept = {key: value for key, value in values.items() if key.partition(".")[0] not in _NO_DIFFERENCE and ".execution." not in key}
-    if not kept:
-        return None
-    named = [
-        f"{key.partition('.')[0]} {key.rpartition('.')[2]} {value}" if "." in key else f"{key} {value}"
+    said = [_WORDS[key].format(value) for key, value in kept.items() if key in _WORDS]
+    other = [
+        f"{' '.join(dict.fromkeys((key.partition('.')[0], key.rpartition('.')[2])))} {value}"
         for key, value in kept.items()
+        if key not in _WORDS
     ]
-    more = [f"{len(named) - _NAMED} more"] if len(named) > _NAMED else []
-    return words(kept) or ", ".join([each[:_LETTERS] for each in named[:_NAMED]] + more)
+    shown = other[-max(1, _NAMED - len(said)) :] if len(said) < _NAMED else []
+    more = len(other) - len(shown)
+    return ", ".join([*said, *(each[:_LETTERS] for each in shown), *([f"{more} more"] if more else [])]) or None
 
 
 class ModelRuns:
