@@ -2,8 +2,8 @@
 
     mlflow.pyfunc.load_model("models:/NAME@newest").predict({"label": [3, 8]})
 
-MLflow imports this module, because the file MLmodel of a version names it. The folder of the version holds the manifest of the model
-and the place of its store, from which the weights are read. Nothing is unpickled.
+MLflow imports this module, because the file MLmodel of a version names it. The folder of the version holds the manifest of the
+model and the place of its store, from which the weights are read. Nothing is unpickled.
 """
 
 from __future__ import annotations
