@@ -125,7 +125,7 @@ def run(config: Path, overrides: tuple[str, ...], num_jobs: int | None, as_json:
     from pipelines.run import runner, summary
 
     terminal = console(stderr=as_json)
-    answer = runner.run(run_config.load_run(config, overrides), str(config), terminal, num_jobs=num_jobs)
+    answer = runner.run(run_config.load_run(config, overrides), str(config), terminal, num_jobs=num_jobs, overrides=overrides)
     if as_json:
         echo_json(answer)
     else:

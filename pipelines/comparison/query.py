@@ -19,6 +19,7 @@ from pipelines.storage.base import digest_of
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import registry, search
 from pipelines.tracking.search import TrackedRun
+from pipelines.workflow.model_runs import KIND, LINK, MODEL_KIND, NAME
 from pipelines.workflow.stage import MAIN
 
 _EVALUATIONS = "tags.`enat.stage` = 'evaluate'"
@@ -115,16 +116,38 @@ def _find(uri: str, query: Query, known: Mapping[str, str]) -> tuple[list[Tracke
     ids |= {run.experiment_id for run in given.values()}
     filters = [_EVALUATIONS, _FINISHED, *([query.filter] if query.filter else [])]
     evaluations = search.search_runs(uri, sorted(ids), " and ".join(filters))
+    evaluations += _linked(uri, sorted(ids), evaluations)
+    evaluations.sort(key=lambda run: run.started, reverse=True)
     parents = _ancestors(uri, evaluations)
     selected, met = [], set()
     for run in evaluations:
-        names = {name for ancestor in (run, *_line(run, parents)) for name in (ancestor.run_id, ancestor.name)}
+        line = (run, *_line(run, parents))
+        names = {name for each in line for name in (each.run_id, each.name, each.tags.get(NAME, each.name))}
         if not query.runs or names & set(query.runs):
             selected.append(run)
             met |= names
     if not selected or set(query.runs) - met:
         raise ValueError(_nothing_found(uri, query, sorted(ids), sorted(set(query.runs) - met), known))
     return selected, parents
+
+
+def _linked(uri: str, ids: Sequence[str], evaluations: Sequence[TrackedRun]) -> list[TrackedRun]:
+    """Evaluations that runs of models reused, as if each had its own below it: with the variant, time and money of that run."""
+    by_id = {run.run_id: run for run in evaluations}
+    if not by_id:
+        return []
+    found = []
+    for model in search.search_runs(uri, ids, f"tags.`{KIND}` = '{MODEL_KIND}' and {_FINISHED}"):
+        linked = {tag.removeprefix(LINK): id for tag, id in model.tags.items() if tag.startswith(f"{LINK}evaluate") and id in by_id}
+        for node, id in linked.items():
+            variant = model.tags.get("enat.variant", MAIN)
+            own = {"enat.node": f"{node}@{variant}", "enat.variant": variant, "mlflow.parentRunId": model.run_id}
+            if "enat.currency" in model.tags:
+                own["enat.currency"] = model.tags["enat.currency"]
+            costs = {name: value for name, value in model.metrics.items() if name.startswith("cost/total_")}
+            run = by_id[id]
+            found.append(replace(run, tags={**run.tags, **own}, metrics={**run.metrics, **costs}, started=model.started))
+    return found
 
 
 def _is_id(text: str) -> bool:
@@ -195,7 +218,7 @@ def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: list[str]) -
     return Row(
         **integers,
         run_ids=(run.run_id,),
-        config_run=printable(line[-1].name) if line else None,
+        config_run=printable(line[-1].tags.get(NAME, line[-1].name)) if line else None,
         model=printable(tags.get("enat.model") or (trained or run.name)[:18]),
         variant=printable(variant),
         dataset=None if is_imported else _text(tags.get("enat.dataset")),
@@ -269,7 +292,8 @@ def _fold(rows: Sequence[Row]) -> list[Row]:
 def _folded(same: Sequence[Row]) -> Row:
     newest = same[0]
     first = min(row.measured for row in same if row is newest or (row.evaluation and row.evaluation == newest.evaluation))
-    return replace(newest, run_ids=tuple(id for row in same for id in row.run_ids), measured=first)
+    ids = dict.fromkeys(id for row in same for id in row.run_ids)
+    return replace(newest, run_ids=tuple(ids), measured=first)
 
 
 def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], notes: list[str]) -> list[Row]:
@@ -285,7 +309,8 @@ def _with_generation(uri: str, rows: Sequence[Row], runs: Sequence[TrackedRun], 
         for run in search.search_runs(uri, experiments, "tags.`enat.stage` = 'generate'"):
             samples = f"generate/{run.tags.get('enat.key')}"
             if samples in wanted and samples not in found:
-                found[samples] = {name: value for name, value in run.params.items() if not name.startswith("execution.")}
+                given = {name: value for name, value in run.params.items() if value != "None"}  # of earlier versions
+                found[samples] = {name: value for name, value in given.items() if not name.startswith("execution.")}
     completed = []
     for row in rows:
         generated = found.get(row.samples)

@@ -119,6 +119,8 @@ def picture_of_pairs(
 
 def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
     """Log the picture, and the cost of the artifact and all its inputs: no evaluation reads it, so no other total includes it."""
+    if context.is_recorded:
+        return
     context.run.log_bytes(context.store.fetch(manifest, PICTURE).read_bytes(), PICTURE)
     context.run.log_metrics(cost_metrics(context.store, manifest, context.stages, context.prices))
     if context.prices is not None:

@@ -24,7 +24,9 @@ from pipelines.registry import evaluation_record, model_card
 from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.registry.influences import INFLUENCES
 from pipelines.storage.base import canonical_json, digest_of
+from pipelines.tracking.run import RunHandle
 from pipelines.workflow.costs import cost_metrics
+from pipelines.workflow.inputs import tracked_inputs
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, PublishContext
 
@@ -182,12 +184,52 @@ def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> di
 
 
 def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
-    """Log tags, the picture and costs to the tracking run of the stage, also if the evaluation was reused."""
+    """Log tags, the picture and costs to the tracking run of the stage, and what people compare to the run of the model."""
     tags = tags_of(manifest, inputs, context.node)
-    if context.prices is not None:
-        tags["enat.currency"] = context.prices.currency  # of cost/total_money
-    context.run.set_tags(tags)
-    for name in (GRID, INFLUENCES):
-        context.run.log_bytes(context.store.fetch(manifest, name).read_bytes(), name)  # a cached file has another name
-    context.run.log_metrics(cost_metrics(context.store, manifest, context.stages, context.prices))
+    costs = cost_metrics(context.store, manifest, context.stages, context.prices)
+    money = {"enat.currency": context.prices.currency} if context.prices is not None else {}  # of cost/total_money
+    if not context.is_recorded:
+        context.run.set_tags(tags | money)
+        for name in (GRID, INFLUENCES):
+            context.run.log_bytes(context.store.fetch(manifest, name).read_bytes(), name)  # a cached file has another name
+        context.run.log_metrics(costs)
+    if context.model_run is not None:
+        context.model_run.set_tags(money)
+        _compare_by(context.model_run, manifest, inputs, context, costs)
     evaluation_record.record(manifest, inputs, context, SCORES)
+
+
+def _compare_by(
+    run: RunHandle, manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext, costs: Mapping[str, float]
+) -> None:
+    """Log settings, scores, costs and the picture of a model to its run. Scores of further protocols have the name of their
+    protocol before their own."""
+    protocol = context.node.partition("@")[0].partition("/")[2]
+    if protocol:
+        run.log_metrics({f"{protocol}/{name}": value for name, value in manifest.metrics.items()})
+        return
+    values = {f"train/{name.removeprefix('final/')}": value for name, value in _metrics_of(inputs, "model").items()}
+    samples = _metrics_of(inputs, "samples")
+    values |= {f"generate/{name}": value for name, value in samples.items() if name not in manifest.metrics}
+    run.log_metrics({**values, **manifest.metrics, **costs})
+    run.log_params(_settings(manifest, inputs))
+    run.log_bytes(context.store.fetch(manifest, GRID).read_bytes(), GRID)
+    made_from = [(source["stage"], source["key"]) for each in inputs.values() for source in each.inputs.values()]
+    read = [each for each in context.store.read_manifests(made_from) if isinstance(each, Manifest)]
+    run.log_inputs(tracked_inputs(context.store, context.stages, [*inputs.values(), *read]))
+
+
+def _metrics_of(inputs: Mapping[str, Manifest], name: str) -> Mapping[str, float]:
+    return inputs[name].metrics if name in inputs else {}
+
+
+def _settings(manifest: Manifest, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Of the model, its samples and their evaluation: what a column of MLflow's table of runs shows."""
+    tags = tags_of(manifest, inputs, "")
+    names = ("model", "dataset", "resolution", "parameters", "train_steps", "num_steps", "guidance_scale", "num_samples")
+    found: dict[str, Any] = {name: tags[f"enat.{name}"] for name in names if f"enat.{name}" in tags}
+    if "tokenizer" in inputs:
+        tokenizer = TokenizerSummary.read(inputs["tokenizer"])
+        found["tokenizer"] = f"{tokenizer.config.codebook_size:,} codes, {inputs['tokenizer'].digest[:12]}"
+    summary = EvaluationSummary.read(manifest)
+    return found | {"protocol": f"{summary.extractor}, {summary.protocol_digest}"}

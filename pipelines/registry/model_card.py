@@ -6,6 +6,7 @@ The weights stay in the artifact store. A registered version names its artifact,
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,6 +21,8 @@ from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import PublishContext
 
 CARD = "README.md"
+PLACE = "store.json"  # where the weights of a version are
+_LOADER = "pipelines.sampling.pyfunc"  # imported by MLflow to load a version
 # Fields of a model that are not part of its name: those that the data determines, and sizes.
 _FROM_DATA = {"grid_size", "codebook_size", "num_classes", "text_width", "num_text_tokens"}
 _SIZES = {"encoder_layers", "decoder_layers", "embed_dim", "num_heads"}
@@ -29,16 +32,34 @@ _NOT_RECIPE = {"execution", "model", "s3", "sampler"}  # parts of a TrainConfig 
 def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
     """Register a trained or imported model. Untrained models are for comparison only and are not registered."""
     summary = ModelSummary.read(manifest)
-    if summary.num_steps == 0 and not summary.is_imported:
+    if not context.tracking.enabled or (summary.num_steps == 0 and not summary.is_imported):
         return
     card = model_card(manifest, inputs, context.store.uri)
     context.run.register_model(
         registered_name(manifest),
-        files={CARD: card.encode(), MANIFEST: manifest.to_json()},
+        files={
+            CARD: card.encode(),
+            MANIFEST: manifest.to_json(),
+            PLACE: json.dumps({"store": without_credentials(context.store.uri)}).encode(),
+            **_pyfunc(manifest, inputs),
+        },
         tags=model_tags(manifest, inputs, context.store.uri),
         description=card,
         alias=context.tracking.model_alias,
     )
+
+
+def _pyfunc(manifest: Manifest, inputs: Mapping[str, Manifest]) -> dict[str, bytes]:
+    """What MLflow needs to load the version, and shows of its inputs and outputs."""
+    sampler, resolution = _sampler(manifest), _tokenizer_config(inputs).resolution
+    is_text = ModelSummary.read(manifest).model.text_width is not None
+    params: dict[str, int | float | str] = {"num_steps": sampler.num_steps, "seed": 0, "device": "auto"}
+    if sampler.guidance_scales is None:
+        params["guidance_scale"] = float(sampler.guidance_scale)
+    if is_text:
+        params["text_encoder"] = ""
+    column = ("caption", "string") if is_text else ("label", "long")
+    return registry.pyfunc_files(_LOADER, column=column, output=(resolution, resolution, 3), params=params)
 
 
 def registered_name(manifest: Manifest) -> str:

@@ -6,6 +6,7 @@ graph    the list of the stages, and their wiring
 prediction  what a run will take
 runner   one run from its config to its answer
 kept_log the log of a run, copied to the store and to MLflow
+tracked  the runs of MLflow that it starts
 summary  the closing summary
 conformance  whether scores are those of others
 """

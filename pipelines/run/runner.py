@@ -21,16 +21,15 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
 from pipelines.cluster.connection import ClusterConfig
 from pipelines.formatting import printable
-from pipelines.run import graph, kept_log, summary
+from pipelines.run import graph, kept_log, summary, tracked
 from pipelines.run import prediction as run_prediction
 from pipelines.run.config import RunConfig, check_scanned
 from pipelines.run.kept_log import KeptLog
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import RunHandle
-from pipelines.workflow import config as configuration
 from pipelines.workflow import driver, provenance
-from pipelines.workflow.stage import Node, Session
+from pipelines.workflow.stage import MAIN, Node, Session
 
 _MANY_CPUS = 4  # of a local cluster, from which on stages run side by side
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a job's driver
@@ -42,10 +41,12 @@ def run(
     console: Console,
     build: Callable[[RunConfig], list[Node]] = graph.build,
     num_jobs: int | None = None,
+    *,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run what a config asks for. source: of the config, for tracking.   build: the nodes; the default is the whole pipeline.
 
-    num_jobs: stages to compute side by side; None chooses by the cluster.
+    num_jobs: stages to compute side by side; None chooses by the cluster.   overrides: of the source, for the names in tracking.
 
     Returns the answer of `enat run --json`."""
     started = time.monotonic()
@@ -54,7 +55,9 @@ def run(
     log = Path(config.workspace) / "logs" / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}.log"
     log_to(log)
     with kept_log.keeping(store, log, console) as kept:
-        answer = _run(config, source, console, build, store=store, num_jobs=num_jobs, kept=kept, started=started)
+        answer = _run(
+            config, source, console, build, store=store, num_jobs=num_jobs, overrides=overrides, kept=kept, started=started
+        )
     return {**answer, "log": kept.place}
 
 
@@ -66,6 +69,7 @@ def _run(
     *,
     store: ArtifactStore,
     num_jobs: int | None,
+    overrides: Sequence[str],
     kept: KeptLog,
     started: float,
 ) -> dict[str, Any]:
@@ -76,15 +80,13 @@ def _run(
     tracking.prepare(uri, config.tracking)
     planned = driver.plan(nodes, store)
     connect = _Connector(config, console, [item.node for item in planned if not item.is_reused])
-    tags = {"enat.config": source, "enat.code": provenance.code_version(), "enat.store": without_credentials(store.uri)}
 
-    with tracking.ending(tracking.start_run(uri, config.tracking, config.name, tags)) as parent:
-        kept.run = parent
-        parent.log_params(configuration.redacted(config))
+    with tracked.start(config, uri, source, overrides, nodes) as models:
+        parent = kept.run = models.by_variant[MAIN]
         pin_code(parent)
         jobs = num_jobs or default_jobs(config.cluster)
         prediction = run_prediction.before_run(config, planned, store, connect, jobs)
-        session = open_session(config, store, parent, console, connect)
+        session = replace(open_session(config, store, parent, console, connect), models=models)
         if prediction is not None:
             stages = prediction.stages.values()
             predicted = {stage.node: stage.seconds.to_dict() for stage in stages if stage.problem is None}
@@ -96,13 +98,12 @@ def _run(
         if "report" in by_id:
             report = workspace / f"{config.name}.html"
             shutil.copyfile(store.fetch(by_id["report"], "report.html"), report)
-        scores = by_id["evaluate"].metrics if "evaluate" in by_id else {}
+            for each in models.by_variant.values():
+                each.log_file(report)
         costs = {"cost/run_seconds": seconds}
         if prediction is not None:
             costs |= {f"cost/predicted_run_seconds_{side}": value for side, value in prediction.seconds.to_dict().items()}
-        parent.log_metrics({**scores, **costs})
-        if report is not None:
-            parent.log_file(report)
+        parent.log_metrics(costs)
         parent.finish()
     answer = summary.summarize(config.name, done, session, seconds, report=report, prediction=prediction)
     return {**answer, "connecting_seconds": connect.seconds}

@@ -195,6 +195,8 @@ def _work(config: ReconstructionConfig, num_images: int, tokenizer: VQGANConfig,
 
 def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
     """Logs the cost of the artifact and all its inputs. No evaluation reads a reconstruction, so no other total includes it."""
+    if context.is_recorded:
+        return
     context.run.log_metrics(cost_metrics(context.store, manifest, context.stages, context.prices))
     if context.prices is not None:
         context.run.set_tags({"enat.currency": context.prices.currency})

@@ -338,6 +338,7 @@ STAGE = Stage(
     summary=ReferenceSummary,
     foresee=foresee,
     kind="evaluation",
+    has_curves=True,
     is_counted_if_imported=True,  # published statistics also get features of their images, which are computed here
     files=(EXTRACTOR_FILE, *MOMENTS_FILES.values(), "features-*.safetensors"),
     external=("weights", "npz"),

@@ -181,6 +181,7 @@ STAGE = Stage(
     summary=TokenizerSummary,
     foresee=foresee,
     kind="tokenizing",
+    has_curves=True,
     files=(WEIGHTS, PICTURE),
     external=("weights",),
     workers=lambda config: config.execution if config.weights is None else None,

@@ -331,7 +331,7 @@ def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publis
     """Its history, as far as a tracking server that was away missed it, and its model card."""
     rows = json.loads(context.store.fetch(manifest, HISTORY).read_bytes())
     context.run.log_missing_history(rows, manifest.key)
-    if any(record.name == SCORES for record in manifest.records):
+    if not context.is_recorded and any(record.name == SCORES for record in manifest.records):
         context.run.log_bytes(context.store.fetch(manifest, SCORES).read_bytes(), SCORES)  # for comparisons
     model_card.publish(manifest, inputs, context)
 
@@ -358,6 +358,7 @@ STAGE = Stage(
     summary=ModelSummary,
     foresee=foresee,
     kind="training",
+    has_curves=True,
     files=(WEIGHTS, RAW_WEIGHTS, HISTORY, SCORES, "model-step-*.safetensors", "average-*.safetensors"),
     external=("weights",),
     workers=lambda config: config.execution if config.weights is None and config.num_steps > 0 else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,30 @@ class ModelVersion:
     name: str
     version: str
     tags: Mapping[str, str]
+
+
+def pyfunc_files(
+    loader: str, *, column: tuple[str, str], output: tuple[int, ...], params: Mapping[str, int | float | str]
+) -> dict[str, bytes]:
+    """The file MLmodel of a version that MLflow loads by importing a module, not by unpickling.
+
+    loader: a module with a function `_load_pyfunc`, which is given the folder of the version.   column: name and type of the input.
+    output: shape of a row, uint8.   params: defaults of what predict() takes beside its input.
+    """
+    import numpy as np
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    types = {int: "long", float: "double", str: "string"}
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(column[1], column[0])]),
+        outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *output))]),
+        params=ParamSchema([ParamSpec(name, types[type(value)], value) for name, value in params.items()]),
+    )
+    model = Model(artifact_path="model", signature=signature)
+    model.add_flavor("python_function", loader_module=loader, data=".", python_version=platform.python_version())
+    text: str = model.to_yaml()
+    return {"MLmodel": text.encode()}
 
 
 def set_version_tags(client: Any, version: ModelVersion, tags: Mapping[str, str | None]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import getpass
+import json
 import logging
 import math
 import os
@@ -16,11 +18,12 @@ import re
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -44,6 +47,7 @@ from pipelines.tracking.registry import (
 
 _log = logging.getLogger(__name__)
 _PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
+_DATASET_NAME_LIMIT, _DATASET_DIGEST_LIMIT = 500, 36  # of MLflow
 _ILLEGAL = re.compile(r"[^\w\-. /]")
 _PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks|uc:")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
@@ -52,6 +56,9 @@ _START_TAG = "enat.start"  # identifies a run before its server has named it
 _LOCK_ATTEMPTS = 600
 _MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
 HOST_TAG, PROCESS_TAG = "enat.host", "enat.process"  # where a run's command runs
+_ERROR_TAG, ERROR_FILE = "enat.error", "error.txt"  # of a failed run
+_ERROR_LINES = 60  # of a traceback
+NOTE = "mlflow.note.content"  # MLflow shows it as the description of a run
 _sending = threading.RLock()  # stages that run side by side share an outbox, and MLflow's settings are those of the process
 OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; others: a refusal
 
@@ -91,6 +98,16 @@ def resolve_uri(config: TrackingConfig, beside: Path) -> str:
     return uri
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrackedInput:
+    """Data that a run or a model read. digest: of the content.   source: where it lies.   context: what it was read as."""
+
+    name: str
+    digest: str
+    source: str
+    context: str
+
+
 @dataclass
 class _Outbox:
     """What one process has not sent yet, in order: of all runs that it records, because parents are made before their stages.
@@ -115,6 +132,7 @@ class RunHandle:
     run_id: str | None
     parent: RunHandle | None = field(default=None, repr=False)
     _is_planned: bool = field(default=False, repr=False)
+    _is_first: bool = field(default=True, repr=False)  # of its command
     _outbox: _Outbox = field(default_factory=_Outbox, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,7 +174,50 @@ class RunHandle:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self._log(tags=[RunTag(name, value) for name, value in tags.items()])
+        self._log(tags=[RunTag(name, value[:TAG_LIMIT]) for name, value in tags.items()])
+
+    def log_inputs(self, inputs: Sequence[TrackedInput]) -> None:
+        """Log data by its digest, which MLflow shows beside the run and by which it finds runs on the same data."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        found = [
+            DatasetInput(
+                Dataset(
+                    name=each.name[:_DATASET_NAME_LIMIT],
+                    digest=each.digest[:_DATASET_DIGEST_LIMIT],
+                    source_type="s3" if each.source.startswith("s3://") else "local",
+                    source=json.dumps({"uri": each.source}),
+                ),
+                tags=[InputTag("mlflow.data.context", each.context)],
+            )
+            for each in inputs
+        ]
+        if found:
+            self._do(lambda client: client.log_inputs(self.run_id, found))
+
+    def link(self, others: Mapping[str, RunHandle]) -> None:
+        """Set tags to the ids of other runs, which may not be made yet: what waits is sent in order."""
+        from mlflow.entities import RunTag
+
+        def log(client: Any) -> None:
+            tags = [RunTag(name, other.run_id) for name, other in others.items() if other.run_id is not None]
+            client.log_batch(self.run_id, tags=tags, synchronous=True)
+
+        if others:
+            self._do(log)
+
+    def find(self, tags: Mapping[str, str]) -> RunHandle | None:
+        """The first finished run of the same experiment with these tags. None if there is none, or the server does not answer."""
+
+        def search(client: Any) -> str | None:
+            experiment = client.get_run(self.run_id).info.experiment_id
+            wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+            filters = f"{wanted} and attributes.status = 'FINISHED'"
+            found = client.search_runs([experiment], filters, max_results=1, order_by=["attributes.start_time ASC"])
+            return found[0].info.run_id if found else None
+
+        found: str | None = self._do(search)
+        return None if found is None else replace(self, run_id=found, parent=None, _is_planned=False, _is_first=False)
 
     def _log(self, **entities: Sequence[Any]) -> None:
         """Log any number of metrics, params or tags, which MLflow's client splits into requests."""
@@ -247,7 +308,7 @@ class RunHandle:
 
         now = get_current_time_millis()
         self._do(lambda client: client.set_terminated(self.run_id, status, now))
-        if self.parent is None and status != "KILLED" and not self.flush():
+        if self._is_first and status != "KILLED" and not self.flush():
             _log.warning(
                 "tracking at %s still does not answer; the same command records what is missing once it does", self._shown_uri
             )
@@ -311,13 +372,23 @@ def prepare(uri: str, config: TrackingConfig) -> None:
         threading.Thread(target=open_client, name="enat-tracking", daemon=True).start()
 
 
-def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, str], parent: RunHandle | None = None) -> RunHandle:
+def start_run(
+    uri: str,
+    config: TrackingConfig,
+    name: str,
+    tags: Mapping[str, str],
+    parent: RunHandle | None = None,
+    *,
+    beside: RunHandle | None = None,
+) -> RunHandle:
     """Start a run, nested if a parent is given. If tracking is off, the handle does nothing; if it is down, the run is made later.
 
-    A run without a parent first marks as FAILED what killed commands of this host left RUNNING in the experiment.
+    beside: the first run of the same command, for a run that is not nested. The first run of a command marks as FAILED what killed
+    commands of this host left RUNNING in the experiment.
     """
-    is_off = not config.enabled or (parent is not None and parent.run_id is None and not parent._is_planned)
-    handle = RunHandle(uri, None, parent, not is_off, parent._outbox if parent is not None else _Outbox())
+    first = parent if parent is not None else beside
+    is_off = not config.enabled or (first is not None and first.run_id is None and not first._is_planned)
+    handle = RunHandle(uri, None, parent, not is_off, first is None, first._outbox if first is not None else _Outbox())
     token, now = uuid.uuid4().hex, int(time.time() * 1000)
 
     def start(client: Any) -> None:
@@ -325,12 +396,12 @@ def start_run(uri: str, config: TrackingConfig, name: str, tags: Mapping[str, st
         if experiment is None:
             create_once(lambda: client.create_experiment(config.experiment, _artifact_location(uri)))
             experiment = client.get_experiment_by_name(config.experiment)
-        if parent is None:
+        if first is None:
             _fail_runs_of_killed_commands(client, experiment.experiment_id)
         made = client.search_runs([experiment.experiment_id], f"tags.`{_START_TAG}` = '{token}'") if handle._outbox.tried else ()
         if not made:  # else it was made, and the answer was lost
             parents = {"mlflow.parentRunId": parent.run_id} if parent else {}
-            own = {HOST_TAG: process.this_host(), PROCESS_TAG: process.this_process(), _START_TAG: token}
+            own = {HOST_TAG: process.this_host(), PROCESS_TAG: process.this_process(), _START_TAG: token, **_user()}
             made = [client.create_run(experiment.experiment_id, now, {**tags, **own, **parents}, name)]
         handle.run_id = made[0].info.run_id
 
@@ -350,8 +421,30 @@ def ending(run: RunHandle) -> Iterator[RunHandle]:
     try:
         yield run
     except BaseException as error:
-        run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        fail(run, error)
         raise
+
+
+def fail(run: RunHandle, error: BaseException) -> None:
+    """End a run with its error, as description and tag, and with the end of the traceback as a file. KILLED has no error."""
+    if isinstance(error, Exception):
+        lines = without_credentials("".join(traceback.format_exception(error))).splitlines()
+        run.set_tags({_ERROR_TAG: first_line(error), NOTE: f"**Failed:** {_plain(first_line(error))}"})
+        run.log_bytes("\n".join([*lines[-_ERROR_LINES:], ""]).encode(), ERROR_FILE)
+    run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+
+
+def _plain(text: str) -> str:
+    """Without what Markdown takes for its own: MLflow renders descriptions."""
+    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", text)
+
+
+def _user() -> dict[str, str]:
+    """Who runs this, which MLflow shows in a column. A container may have no name for its user."""
+    try:
+        return {"mlflow.user": getpass.getuser()}
+    except (OSError, KeyError):
+        return {}
 
 
 def _artifact_location(uri: str) -> str | None:

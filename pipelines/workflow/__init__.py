@@ -3,6 +3,8 @@
 stage        what a stage is, what is known of it, and what it may use
 driver       planning and executing a graph of stages
 node_run     one node of it: reused, or computed and committed
+model_runs   runs of MLflow, one for each model
+inputs       data of artifacts, as MLflow lists it
 summary      what one stage tells another, stored in manifests
 models       the summaries of tokenizers and models
 config       YAML and overrides as dataclasses

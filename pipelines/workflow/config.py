@@ -258,16 +258,47 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def redacted(config: Any) -> dict[str, Any]:
     """The values of `to_dict` with user names and passwords removed from URIs."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [clean(inner) for inner in value]
-        return without_credentials(value) if isinstance(value, str) else value
-
-    cleaned: dict[str, Any] = clean(to_dict(config))
+    cleaned: dict[str, Any] = redacted_value(to_dict(config))
     return cleaned
+
+
+def redacted_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: redacted_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_value(inner) for inner in value]
+    return without_credentials(value) if isinstance(value, str) else value
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys. An empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def changed(config: Any, usual: Any = None) -> dict[str, Any]:
+    """Values of a config that differ from their defaults, by dotted keys, without user names and passwords.
+
+    A section that is null by default counts as "default" if it is given without values. usual: a config that states the defaults
+    instead of the schema. Fields without defaults count as changed.
+    """
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(config):
+        value, default = getattr(config, each.name), _default_of(each) if usual is None else getattr(usual, each.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            inner = changed(value, default if type(default) is type(value) else None)
+            found |= {f"{each.name}.{key}": inner_value for key, inner_value in inner.items()}
+            if default is None and not inner:
+                found[each.name] = "default"
+        elif value != default:
+            found |= flat({each.name: "null" if value is None else redacted_value(value)})
+    return found
+
+
+def _default_of(each: dataclasses.Field[Any]) -> Any:
+    return each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
 
 
 def identity(config: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -21,6 +22,7 @@ from pipelines.cluster.resources import ALL
 from pipelines.storage.base import StorageError
 from pipelines.tracking import run as tracking_run
 from pipelines.workflow import config as configuration
+from pipelines.workflow.inputs import tracked_inputs
 from pipelines.workflow.provenance import code_version
 from pipelines.workflow.stage import FinishedStage, Node, PublishContext, Session, StageContext, StageError
 from pipelines.workflow.work import WORK_TAG, read_prediction, to_provenance, to_tag
@@ -39,12 +41,18 @@ class NodeRun:
     started: float = field(default_factory=time.monotonic)
 
     def reuse(self, made: Manifest) -> FinishedStage:
-        """Take an existing artifact. Raises ValueError if it does not meet a limit of the config."""
-        with self._tracked() as run:
+        """Take an existing artifact. Raises ValueError if it does not meet a limit of the config.
+
+        The run that made it is linked to, if tracking has it. Otherwise the reused artifact gets a run of its own.
+        """
+        recorded = None
+        if self.session.models is not None:
+            recorded = self.session.run.find({"enat.stage": self.node.stage.name, "enat.key": self.key})
+        with self._tracked() if recorded is None else nullcontext(recorded) as run:
             _clean_up(self.session.store, made)  # what a run before could not remove
             if self.node.stage.accept is not None:
                 self.node.stage.accept(self.node.config, made)
-            return self._finish(made, run, is_reused=True)
+            return self._finish(made, run, is_reused=True, is_recorded=recorded is not None)
 
     def compute(self) -> FinishedStage:
         """Make the artifact. If an identical run was faster, its artifact is adopted, also if its cleaning up made this one fail.
@@ -134,21 +142,33 @@ class NodeRun:
             )
         return with_count(self.node.config, largest.capacity)
 
-    def _finish(self, made: Manifest, run: tracking_run.RunHandle, *, is_reused: bool) -> FinishedStage:
+    def _finish(self, made: Manifest, run: tracking_run.RunHandle, *, is_reused: bool, is_recorded: bool = False) -> FinishedStage:
+        """is_recorded: whether `run` is of an earlier command, which has ended it."""
         seconds = time.monotonic() - self.started
-        self._publish(made, run)
+        self._publish(made, run, is_recorded=is_recorded)
+        if not is_recorded:
+            self._record(made, run, is_reused=is_reused)
+            run.finish()
+        if (models := self.session.models) is not None:
+            models.record(self.node, run, is_reused=is_recorded)
+            models.end(self.node.id)
+        return FinishedStage(self.node, made, is_reused, seconds)
+
+    def _record(self, made: Manifest, run: tracking_run.RunHandle, *, is_reused: bool) -> None:
         tags = {"enat.digest": made.digest, "enat.reused": str(is_reused).lower(), "enat.code": str(made.provenance["code"])}
         costs = {f"cost/{name}": made.provenance[name] for name in ("seconds", "worker_seconds", "device_seconds")}
         if (work := to_tag(made)) is not None:
             tags[WORK_TAG] = work
         predicted = read_prediction(made.provenance) or {}
         costs |= {f"cost/predicted_seconds{'' if side == 'value' else f'_{side}'}": value for side, value in predicted.items()}
+        values = {**made.metrics, **costs}
+        if self.node.stage.has_curves:
+            tags |= {f"enat.value.{name}": repr(float(value)) for name, value in values.items()}
+        else:
+            run.log_metrics(values)
         run.set_tags(tags)
-        run.log_metrics({**made.metrics, **costs})
-        run.finish()
-        return FinishedStage(self.node, made, is_reused, seconds)
 
-    def _publish(self, made: Manifest, run: tracking_run.RunHandle) -> None:
+    def _publish(self, made: Manifest, run: tracking_run.RunHandle, *, is_recorded: bool) -> None:
         node, session = self.node, self.session
         if node.stage.publish is None:
             return
@@ -160,6 +180,8 @@ class NodeRun:
                 node=node.id,
                 prices=session.prices,
                 stages=session.stages,
+                model_run=session.run_of(node.id),
+                is_recorded=is_recorded,
             )
             node.stage.publish(made, self.inputs, context)
         except Exception as error:  # noqa: BLE001 (the artifact exists, which is the purpose of the run)
@@ -172,9 +194,18 @@ class NodeRun:
         node, session = self.node, self.session
         tags = {"enat.stage": node.stage.name, "enat.node": node.id, "enat.key": self.key}
         tags |= {f"enat.input.{name}": f"{manifest.stage}/{manifest.key}" for name, manifest in self.inputs.items()}
-        with tracking_run.ending(tracking_run.start_run(session.run.uri, session.tracking, node.id, tags, session.run)) as run:
-            run.log_params(configuration.redacted(node.config))
+        parent = session.run_of(node.id)
+        with tracking_run.ending(tracking_run.start_run(session.run.uri, session.tracking, node.id, tags, parent)) as run:
+            run.log_params(self._params())
+            run.log_inputs(tracked_inputs(session.store, session.stages, self.inputs.values()))
             yield run
+
+    def _params(self) -> dict[str, Any]:
+        """Comparisons compare all settings of samples. Of other stages those that differ from their defaults tell more."""
+        config = self.node.config
+        if self.node.stage.kind != "generation" and dataclasses.is_dataclass(config):
+            return configuration.changed(config)
+        return {name: value for name, value in configuration.flat(configuration.redacted(config)).items() if value is not None}
 
 
 def _hardware() -> dict[str, str]:

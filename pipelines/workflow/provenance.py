@@ -260,3 +260,12 @@ def code_version() -> str:
         label = f"{package_version('enat-lab')}+unknown"
         _log.warning("the version of the code is not known, and results will state %s (%s)", label, error)
         return label
+
+
+@cache
+def code_commit() -> str | None:
+    """The git commit, 40 hex digits. None if it is not known."""
+    try:
+        return state_of().commit
+    except ValueError:
+        return None

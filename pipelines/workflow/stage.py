@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
@@ -19,6 +19,9 @@ from pipelines.workflow.costs import Prices
 from pipelines.workflow.progress import Bar
 from pipelines.workflow.summary import Summary
 from pipelines.workflow.work import Done, Foreseen
+
+if TYPE_CHECKING:
+    from pipelines.workflow.model_runs import ModelRuns
 
 SCRATCH = "fresh-"  # prefix of the names of stages that compute existing artifacts again
 MAIN = "main"  # what a run's own model is called beside its variants
@@ -71,6 +74,8 @@ class Stage:
     shares_work_on: the input that two nodes of the stage share if the second takes over work of the first. Such nodes run one after
         the other.
     accept: raises ValueError if an existing artifact does not meet a limit in a config that is not part of the key.
+    has_curves: whether its tracking run has curves. Then single values are tags of the run: as metrics they would be charts of one
+        point among the curves.
     publish: makes an artifact known to others, given its inputs. It is called for reused artifacts, too, so repeating it must be
         harmless. An error in it is logged as a warning.
     """
@@ -93,6 +98,7 @@ class Stage:
     reevaluation: Literal["kept", "conditions", "measured"] = "kept"
     shares_work_on: str | None = None
     accept: Callable[[Any, Manifest], None] | None = None
+    has_curves: bool = False
     publish: Callable[[Manifest, Mapping[str, Manifest], PublishContext], None] | None = None
 
     def is_in_key(self, name: str) -> bool:
@@ -197,9 +203,10 @@ class StageContext(WorkerContext):
 
 @dataclass(frozen=True, kw_only=True)
 class PublishContext:
-    """What `publish` may use. run: the tracking run of the stage.   node: its id in the pipeline, such as evaluate@variant.
+    """What `publish` may use. run: that made the artifact, in tracking.   node: its id in the pipeline, such as evaluate@variant.
 
-    stages: all stages by name.
+    is_recorded: whether `run` is of an earlier command and has all that is known of the artifact.
+    model_run: the tracking run of the model, which contains those of its stages, or links to them.   stages: all stages by name.
     """
 
     store: ArtifactStore
@@ -208,6 +215,8 @@ class PublishContext:
     node: str
     prices: Prices | None = None
     stages: Mapping[str, Stage] = field(default_factory=dict)
+    model_run: RunHandle | None = None
+    is_recorded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +226,7 @@ class Session:
     stages: all stages by name, also those that this run does not use: artifacts of theirs may be among the inputs.
     made: artifacts so far, by the ids of their nodes.   siblings, spare_cpus, is_alone: of the node that is computed.
     predicted: seconds that were predicted before the run, by the ids of nodes: value, low and high.
+    models: the tracking runs of models, below which those of their stages are. None: all stages are below `run`, also reused ones.
     """
 
     store: ArtifactStore
@@ -231,6 +241,11 @@ class Session:
     spare_cpus: int | None = None
     is_alone: bool = True
     predicted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    models: ModelRuns | None = None
+
+    def run_of(self, node: str) -> RunHandle:
+        """The tracking run of the model that a node belongs to. node: its id."""
+        return self.run if self.models is None else self.models.of(node)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mlflow_server import mlflow_server
 from network import proxy
@@ -59,6 +61,12 @@ def _server(lab: Laboratory) -> str:
     return lab.tracking
 
 
+def _has_values(data: Any, metrics: Mapping[str, float]) -> bool:
+    """As metrics, or as tags of a run with curves."""
+    tags = ({name: data.tags.get(f"enat.value.{name}") for name in metrics}, {name: repr(value) for name, value in metrics.items()})
+    return tags[0] == tags[1] or all(data.metrics.get(name) == value for name, value in metrics.items())
+
+
 def _recorded(url: str, experiment: str, stage: str, store: Path) -> tuple[str, str] | None:
     """What is missing from MLflow, or there twice."""
     from mlflow import MlflowClient
@@ -75,7 +83,7 @@ def _recorded(url: str, experiment: str, stage: str, store: Path) -> tuple[str, 
     made = [run for run in own if run.data.tags.get("enat.reused") == "false"]
     if max(starts.values()) > 1 or len(made) > 1:
         return "doubled", f"{len(made)} runs made {stage}; {max(starts.values())} of one start"
-    if not any(all(run.data.metrics.get(name) == value for name, value in manifest.metrics.items()) for run in own):
+    if not any(_has_values(run.data, manifest.metrics) for run in own):
         return "lost", "no run has the metrics"
     if stage != "train":
         return None

@@ -95,10 +95,13 @@ class Runs:
         return [manifest for manifest in open_store(self.bucket.uri).manifests() if manifest.stage == stage]
 
     def tracked(self, stage: str) -> list[Any]:
-        """Runs of a stage in MLflow, oldest first."""
+        """Runs of a stage in MLflow, or of the model, oldest first."""
         client = MlflowClient(self.mlflow)
         experiment = client.get_experiment_by_name("enat")
-        return client.search_runs([experiment.experiment_id], f"run_name = '{stage}'", order_by=["attributes.start_time ASC"])
+        wanted = (
+            f"tags.`enat.node` = '{stage}'" if stage != "digits" else "tags.`enat.name` = 'digits' and tags.`enat.variant` = 'main'"
+        )
+        return client.search_runs([experiment.experiment_id], wanted, order_by=["attributes.start_time ASC"])
 
     def steps(self, run: Any) -> list[int]:
         return [point.step for point in self._losses(run)]

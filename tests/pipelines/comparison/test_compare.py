@@ -62,6 +62,26 @@ def test_evaluations_of_the_same_samples_are_one_row_of_the_newest_run(lab: Lab)
     assert row.measured.timestamp() == pytest.approx(lab.client.get_run(measured_again).info.start_time / 1000)
 
 
+def test_an_evaluation_that_another_run_reused_is_a_row_of_both(lab: Lab) -> None:
+    """Selected by the name of the second one it has the variant and the money of that run, and is not read twice."""
+    evaluation = lab.evaluate({"fid": 2.79, "cost/total_money": 1.0}, parent=lab.start("first"), variant="main")
+    tags = {"enat.kind": "model", "enat.name": "second", "enat.variant": "steps-8", "enat.currency": "EUR"}
+    model = lab.start("second · 8 steps", {**tags, "enat.run.evaluate": evaluation, "enat.run.train": "0" * 32})
+    model.log_metrics({"cost/total_money": 7.0, "fid": 99.0})
+    assert [row.config_run for row in lab.rows()] == ["first"], "a run that is not finished is not read"
+    model.finish()
+    (row,) = lab.rows("second")
+    assert row == lab.rows("second · 8 steps")[0] == lab.rows(model.run_id)[0]
+    assert (row.config_run, row.variant, row.currency, row.run_ids) == ("second", "steps-8", "EUR", (evaluation,))
+    assert row.metrics == {"fid": 2.79, "cost/total_money": 7.0}
+    (row,) = lab.rows("first")
+    assert (row.variant, row.currency, row.metrics["cost/total_money"]) == ("main", None, 1.0)
+    (row,) = lab.rows()
+    assert row.config_run == "second" and row.run_ids == (evaluation,), "the newest"
+    started = lab.client.get_run(evaluation).info.start_time / 1000
+    assert row.measured.timestamp() == pytest.approx(started), "the time of the measurement, not of the reuse"
+
+
 def test_only_finished_evaluations_of_the_given_experiments_are_rows(lab: Lab) -> None:
     """Runs without samples are never merged."""
     kept = {lab.evaluate(samples=key_of(1)), lab.evaluate(samples=None), lab.evaluate(samples=None)}

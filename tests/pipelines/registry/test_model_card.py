@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow.pyfunc
+import numpy as np
+import pandas
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -31,6 +35,9 @@ from pipelines.data.token_map import TokenMapInfo
 from pipelines.registry import model_card
 from pipelines.registry.model_card import registered_name
 from pipelines.run.config import RunConfig
+from pipelines.sampling import models
+from pipelines.sampling.request import SampleRequest
+from pipelines.sampling.sample import sample_batches
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import TrackingConfig
 from pipelines.workflow import driver
@@ -286,6 +293,36 @@ def test_a_trained_model_is_registered_with_its_card_and_manifest(
     assert (files / "README.md").read_text() == named.card
     assert Manifest.from_json((files / "manifest.json").read_bytes()) == named.manifest
     assert open_store(str(version.tags["enat.store"])).read_manifest(*version.tags["enat.artifact"].split("/")) == trained.manifest
+
+
+def test_mlflow_loads_a_registered_model_which_samples_as_the_artifact_does(
+    trained: Trained, run: tracking.RunHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own means, without unpickling. Settings that are not given are those of the previews in training."""
+    tokenizer, key, name = trained.inputs["tokenizer"], key_of("loaded"), "model.safetensors"
+    file = trained.store.put_file("train", key, name, trained.store.fetch(trained.manifest, name))
+    inputs = {"tokenizer": {"stage": tokenizer.stage, "key": tokenizer.key, "digest": tokenizer.digest}}
+    committed = trained.store.commit(dataclasses.replace(trained.manifest, key=key, files=(file,), inputs=inputs))
+    named = dataclasses.replace(trained, manifest=committed).replaced(dataset="loaded")
+    named.publish(run)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
+    monkeypatch.setattr(pickle, "load", None)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        loaded = mlflow.pyfunc.load_model(f"models:/{named.name}@newest")
+    images = loaded.predict(pandas.DataFrame({"label": [1, 0, 1]}))
+    side = named.inputs["tokenizer"].summary["config"]["resolution"]
+    assert images.shape == (3, side, side, 3) and images.dtype == np.uint8
+    generator = models.from_manifest(trained.store, committed)
+    request = SampleRequest(num_images=3, sampler=generator.sampler, labels=(1, 0, 1))
+    (batch,) = [batch for batch, _ in sample_batches(generator, request, None)]
+    np.testing.assert_array_equal(images, batch.images.numpy().transpose(0, 2, 3, 1))
+    assert (loaded.predict({"label": [1, 0, 1]}) == images).all(), "without pandas"
+    assert (loaded.predict({"label": [1, 0, 1]}, params={"seed": 5}) != images).any()
+    assert (loaded.predict({"label": [1, 0, 1]}, params={"num_steps": 2}) != images).any()
+    with pytest.raises(ValueError, match="the input has no rows"):
+        loaded.predict(pandas.DataFrame({"label": np.array([], dtype=np.int64)}))
+    with pytest.raises(ValueError, match="99"):
+        loaded.predict({"label": [99]})
 
 
 def test_an_untrained_model_is_not_registered_and_an_imported_one_is(trained: Trained, run: tracking.RunHandle) -> None:

@@ -104,26 +104,40 @@ def tracked(digits_run) -> tuple[MlflowClient, dict[str, Any]]:
     client = MlflowClient(f"sqlite:///{digits_run.workspace}/mlflow.db")
     experiment = client.get_experiment_by_name("enat")
     runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
-    return client, {run.info.run_name: run for run in runs}
+    return client, {_name(run): run for run in runs}
+
+
+def _name(run: Any) -> str:
+    """Of a stage its node; of a model the config and the variant, without the overrides of the command."""
+    tags = run.data.tags
+    return run.info.run_name if tags.get("enat.kind") != "model" else f"{tags['enat.name']} {tags['enat.variant']}"
 
 
 def test_run_and_stages_are_in_mlflow(tracked, digits_run) -> None:
     client, runs = tracked
-    assert set(runs) == {"digits", *STAGES} and {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert set(runs) == {"digits main", "digits untrained", *STAGES} and {run.info.status for run in runs.values()} == {"FINISHED"}
     planned = digits_run.planned()
     for id in STAGES:
         tags = runs[id].data.tags
-        assert tags["mlflow.parentRunId"] == runs["digits"].info.run_id and tags["enat.reused"] == "false"
+        model = runs["digits untrained" if id.endswith("@untrained") else "digits main"]
+        assert tags["mlflow.parentRunId"] == model.info.run_id and tags["enat.reused"] == "false"
         assert tags["enat.key"] == planned[id].key and tags["enat.digest"] == planned[id].manifest.digest
-    assert runs["digits"].data.params["train.num_steps"] == "20"
+    main, untrained = (runs[f"digits {variant}"] for variant in ("main", "untrained"))
+    assert main.data.params["train.num_steps"] == "20" and untrained.data.params["train.num_steps"] == "0"
+    assert untrained.data.tags["mlflow.note.content"].endswith("except for `train.num_steps` = 0.")
+    assert untrained.data.tags["enat.run.reference"] == runs["reference"].info.run_id, "made by a stage of the other model"
+    assert "None" not in main.data.params.values() and "train.scores.rounding" not in main.data.params
+    compared = {"model", "parameters", "train_steps", "num_steps", "guidance_scale", "dataset", "tokenizer", "protocol"}
+    assert compared <= main.data.params.keys() and main.data.params["num_steps"] == "8"
+    assert {"train/loss", "gmacs_total", "images_per_second", "frechet_distance_se"} <= main.data.metrics.keys()
+    assert {each.dataset.name for each in main.inputs.dataset_inputs} == {"digits", "digits token_map", "digits reference"}
     hours = runs["evaluate"].data.metrics
     of_scores = [id for id in STAGES if "@" not in id and id not in ("audit", "memorization", "report")]
     made = sum(planned[id].manifest.provenance["worker_seconds"] for id in of_scores) / 3600
     assert hours["cost/total_worker_hours"] == pytest.approx(made) and hours["cost/missing_artifacts"] == 0
-    assert runs["digits"].data.metrics["frechet_distance"] == pytest.approx(
-        planned["evaluate"].manifest.metrics["frechet_distance"]
-    )
-    assert [file.path for file in client.list_artifacts(runs["digits"].info.run_id)] == ["digits.html"]
+    for run, id in ((main, "evaluate"), (untrained, "evaluate@untrained")):
+        assert run.data.metrics["frechet_distance"] == pytest.approx(planned[id].manifest.metrics["frechet_distance"])
+        assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"digits.html", "samples.png"}
     assert {file.path for file in client.list_artifacts(runs["report"].info.run_id)} == {"report.html", "loss.png"}
 
 
@@ -133,14 +147,16 @@ def test_what_was_predicted_is_beside_what_was_measured(tracked, digits_run) -> 
     page = (digits_run.workspace / "digits.html").read_text()
     assert "seconds predicted before the run" in page
     for id, item in digits_run.planned().items():
-        predicted, metrics = item.manifest.provenance["predicted_seconds"], runs[id].data.metrics
+        predicted, data = item.manifest.provenance["predicted_seconds"], runs[id].data
+        of_curves = {name.removeprefix("enat.value."): value for name, value in data.tags.items() if name.startswith("enat.value.")}
+        metrics = {name: float(value) for name, value in (of_curves or data.metrics).items()}
         assert 0 < predicted["low"] < predicted["value"] < predicted["high"]
         assert metrics["cost/predicted_seconds"] == pytest.approx(predicted["value"]) and metrics["cost/seconds"] > 0
         if id in ("tokenizer", "token_map", "reference"):
             assert f"({predicted['low']:.3g} to {predicted['high']:.3g})" in page
         has_work = id != "train@untrained"  # no step is trained
         assert bool(item.manifest.provenance["work"]) == has_work and ("enat.work" in runs[id].data.tags) == has_work
-    assert runs["digits"].data.metrics["cost/predicted_run_seconds_value"] > 0
+    assert runs["digits main"].data.metrics["cost/predicted_run_seconds_value"] > 0
 
 
 def test_training_logs_steps_and_pictures(tracked, digits_run, tmp_path: Path) -> None:
@@ -151,6 +167,7 @@ def test_training_logs_steps_and_pictures(tracked, digits_run, tmp_path: Path) -
     assert [(point.step, point.value) for point in logged] == [(row["step"], pytest.approx(row["loss"])) for row in history]
     assert [row["step"] for row in history] == [5, 10, 15, 20]
     assert {"learning_rate", "gradient_norm", "images_per_second"} <= run.data.metrics.keys()
+    assert not [name for name in run.data.metrics if name.startswith(("cost/", "final/"))], "charts of one point"
     pictures = [file.path for file in client.list_artifacts(run.info.run_id, "samples")]
     assert pictures == ["samples/step-00000010.png", "samples/step-00000020.png"]
     for picture in pictures:

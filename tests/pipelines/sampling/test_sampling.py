@@ -38,8 +38,10 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.cli import main
 from pipelines.cli.sample import _sampler
 from pipelines.data.samples import sample_seed
+from pipelines.sampling import models
 from pipelines.sampling.models import Generator
 from pipelines.sampling.pictures import MASKED_GRAY
+from pipelines.sampling.pyfunc import PyfuncModel
 from pipelines.sampling.request import parse_labels
 from pipelines.stages.generate import GenerateConfig
 from pipelines.storage.base import StorageError
@@ -314,6 +316,18 @@ def test_text_conditional_model_samples_captions(ask, world, clip, tmp_path):
         assert arrays.files == ["arr_0"], "captions are not labels"
     record = json.loads((tmp_path / "samples" / "samples.json").read_text())
     assert [sample["caption"] for sample in record["samples"]] == [*captions, captions[0]]
+
+
+def test_a_model_that_mlflow_loads_samples_captions(world, clip):
+    loaded = PyfuncModel(models.from_artifact(world.store, "dd"))
+    captions = ["the cat", "a dog on the cat"]
+    features = load_text_encoder(clip).encode(captions)
+    seeds = [sample_seed(0, index) for index in range(2)]
+    codes = sample(world.text_model, TextCondition(features.hidden, features.pooled), OWN_SAMPLER, seeds=seeds)
+    images = to_uint8(world.vqgan.decode(codes.view(2, 4, 4))).permute(0, 2, 3, 1).numpy()
+    assert_same_images(loaded.predict(captions, {"text_encoder": str(clip), "device": "cpu"}), images)
+    with pytest.raises(ValueError, match="this model needs captions; give params"):
+        loaded.predict(captions)
 
 
 # Where models come from ----------------------------------------------------------------------------------------------------

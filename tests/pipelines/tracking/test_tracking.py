@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,9 @@ CLOSED = "http://127.0.0.1:9"  # the discard port, where nothing listens
 @dataclass(frozen=True, kw_only=True)
 class CurveConfig:
     num_steps: int = 3
-    source: str = "http://reader:secret@host/images"
-    long: str = "x" * 7000
+    source: str = ""
+    long: str = ""
+    unset: str | None = None
     execution: Execution = field(default_factory=Execution)
 
 
@@ -60,9 +61,12 @@ def _draw(config: CurveConfig, inputs: Mapping[str, Manifest], context: StageCon
     )
 
 
+CURVE = CurveConfig(
+    source="http://reader:secret@host/images", long="x" * 7000, execution=Execution(num_workers=3, worker_batch_size=32)
+)
 NODES = [
-    Node("curve", Stage("curve", 1, _draw), CurveConfig()),
-    Node("again@small", Stage("again", 1, _draw), CurveConfig(num_steps=2), {"text": "curve"}),
+    Node("curve", Stage("curve", 1, _draw), CURVE),
+    Node("again@small", Stage("again", 1, _draw), replace(CURVE, num_steps=2), {"text": "curve"}),
 ]
 
 
@@ -129,7 +133,9 @@ def test_runs_of_stages_are_nested_and_name_their_artifacts(client: MlflowClient
 def test_the_run_of_a_stage_has_its_config_metrics_and_images(client: MlflowClient, recorded) -> None:
     """The metrics of a reused stage are those of its artifact."""
     run = _stage_runs(client, reused=False)["curve"]
-    assert run.data.params["num_steps"] == "3" and run.data.params["execution.worker_batch_size"] == "64"
+    assert run.data.params["execution.worker_batch_size"] == "32" and run.data.params["execution.num_workers"] == "3"
+    assert not {"num_steps", "unset", "execution.num_cpus"} & run.data.params.keys(), "defaults are not logged"
+    assert _stage_runs(client, reused=False)["again@small"].data.params["num_steps"] == "2"
     assert run.data.params["long"] == "x" * 6000, "as much of it as MLflow keeps"
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]

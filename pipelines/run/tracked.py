@@ -1,0 +1,77 @@
+"""The runs of MLflow that a command starts: one for the run's own model, and one for each variant."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pipelines.run.config import RunConfig
+from pipelines.storage.redaction import without_credentials
+from pipelines.tracking import run as tracking
+from pipelines.tracking.run import RunHandle
+from pipelines.workflow import config as configuration
+from pipelines.workflow import model_runs, provenance
+from pipelines.workflow.model_runs import ModelRuns
+from pipelines.workflow.stage import MAIN, Node
+
+# Where and what to make, and what is recorded elsewhere: no settings of a model.
+_NOT_LOGGED = {"name", "workspace", "store", "targets", "cluster", "tracking", "s3", "buckets", "prices", "variants", "report"}
+
+
+@contextmanager
+def start(config: RunConfig, uri: str, source: str, overrides: Sequence[str], nodes: Sequence[Node]) -> Iterator[ModelRuns]:
+    """The run of the run's own model is started at once, that of a variant with its first stage. All end if the work raises.
+
+    source: of the config.   overrides: of its values, which are part of the names.
+    """
+    changed = model_runs.of_overrides(overrides)
+    name = f"{config.name} · {changed}" if changed else config.name
+    tags = _tags(config, source, overrides)
+
+    def start_variant(variant: str) -> RunHandle:
+        own, values = config.variant_runs[variant], configuration.flat(config.variants[variant])
+        title = f"{name} · {model_runs.words(values) or variant}"
+        note = f"As {main_name} except for {_listed(values)}."
+        handle = tracking.start_run(
+            uri, config.tracking, title, {**tags, "enat.variant": variant, tracking.NOTE: note}, beside=parent
+        )
+        handle.log_params(_params(own))
+        handle.link({f"{model_runs.LINK}{MAIN}": parent})
+        return handle
+
+    main_name = name
+    own_tags = tags | {"enat.variant": MAIN, tracking.NOTE: f"Made by `{tags['mlflow.source.name']}`."}
+    with tracking.ending(tracking.start_run(uri, config.tracking, name, own_tags)) as parent:
+        parent.log_params(_params(config))
+        models = ModelRuns(parent, start_variant, config.variants, nodes)
+        with models.failing():
+            yield models
+
+
+def _tags(config: RunConfig, source: str, overrides: Sequence[str]) -> dict[str, str]:
+    shown = without_credentials(" ".join([source, *overrides]))
+    tags = {
+        model_runs.KIND: model_runs.MODEL_KIND,
+        model_runs.NAME: config.name,
+        "enat.config": source,
+        "enat.code": provenance.code_version(),
+        "enat.store": without_credentials(config.store_uri),
+        "mlflow.source.name": shown,
+        "mlflow.source.type": "LOCAL",
+    }
+    commit = provenance.code_commit()
+    return tags if commit is None else tags | {"mlflow.source.git.commit": commit}
+
+
+def _params(config: RunConfig) -> dict[str, Any]:
+    """What differs from the defaults."""
+    kept = {each.name: getattr(config, each.name) for each in dataclasses.fields(config) if each.name not in _NOT_LOGGED}
+    usual = RunConfig(name=config.name)
+    changed = configuration.changed(dataclasses.replace(usual, **kept), usual)
+    return {name: value for name, value in changed.items() if value != {}}
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{name}` = {'null' if value is None else value}" for name, value in values.items())
