@@ -25,6 +25,7 @@ _COMMANDS = {
     "doctor": "doctor:doctor",
     "evaluate": "run:evaluate",
     "import": "import_weights:import_weights",
+    "init": "init:init",
     "jobs": "jobs:jobs",
     "plan": "run:plan",
     "reevaluate": "reevaluate:reevaluate",
