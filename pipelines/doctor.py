@@ -201,7 +201,11 @@ def _dataset(config: Any) -> Iterator[Finding]:
     import dataclasses
 
     from pipelines.data.sources.config import describe_splits
+    from pipelines.run import graph
 
+    if config.dataset is None:
+        graph.needed_stages(config)  # raises if one is needed
+        return
     dataset = dataclasses.replace(config.dataset, s3=config.s3_of(config.dataset.path, config.dataset.captions))
     splits = describe_splits(dataset)
     if dataset.captions is not None and "://" not in dataset.captions and not Path(dataset.captions).is_file():

@@ -26,6 +26,7 @@ _COMMANDS = {
     "evaluate": "run:evaluate",
     "export": "export:export",
     "import": "import_weights:import_weights",
+    "init": "init:init",
     "jobs": "jobs:jobs",
     "plan": "run:plan",
     "reevaluate": "reevaluate:reevaluate",

@@ -28,7 +28,7 @@ from pipelines.data.labels import UNKNOWN, check_stated, scheme_of_labels, state
 from pipelines.data.sources.base import MAX_LABEL, Entry, Findings
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.data.sources.names import is_foreign, is_image
-from pipelines.storage.base import StorageError, StoredFile, digest_of
+from pipelines.storage.base import Folder, StorageError, StoredFile, digest_of
 from pipelines.storage.external import content_digest, local_file
 from pipelines.storage.open import open_folder
 from pipelines.storage.s3_client import S3Config
@@ -91,11 +91,9 @@ class ImageSetConfig:
         if suffix in ("npz", "tar", "parquet"):
             return suffix
         try:
-            files = open_folder(self.path, self.s3 or S3Config()).list()
+            kinds = kinds_in(open_folder(self.path, self.s3 or S3Config()))
         except StorageError as error:
             raise ValueError(f"images {self.name}: {error}") from error
-        kinds = Counter(_kind_of(file) for file in files)
-        del kinds[""]
         if len(kinds) == 1:
             return next(iter(kinds))
         found = " and ".join(f"{count:,} of kind {kind}" for kind, count in sorted(kinds.items()))
@@ -105,6 +103,13 @@ class ImageSetConfig:
     def as_dataset(self) -> DatasetConfig:
         """The images as a dataset; its sources read all kinds but npz."""
         return DatasetConfig(kind=_SOURCE_KINDS[self.found_kind()], name=self.name, path=self.path, s3=self.s3)
+
+
+def kinds_in(folder: Folder) -> Counter[str]:
+    """How many images ("folder"), tar files ("tar") and Parquet files ("parquet") a folder holds, at any depth."""
+    kinds = Counter(_kind_of(file) for file in folder.list())
+    del kinds[""]
+    return kinds
 
 
 def _kind_of(file: StoredFile) -> str:
@@ -246,7 +251,7 @@ class ImageSet:
     def _dataset(self) -> Dataset:
         """The images as a dataset. Its index is valid for every kind; it cannot read the images of an .npz."""
         config = replace(self.config, kind=self.summary.kind)  # workers need not determine it again
-        return Dataset(DatasetConfig() if config.kind == "npz" else config.as_dataset(), self.store, self.manifest)
+        return Dataset(DatasetConfig(kind="digits") if config.kind == "npz" else config.as_dataset(), self.store, self.manifest)
 
 
 def square_pixels(name: str, key: str, data: bytes, resolution: int | None) -> np.ndarray:

@@ -64,7 +64,10 @@ class Request:
     @classmethod
     def of(cls, path: Any, overrides: Sequence[str]) -> Request:
         values = [*overrides, "targets=[reference]"]  # nothing is trained, so the config of the model is not checked
-        config = run_config.load_run(path, values if path else ["name=reevaluate", *values])
+        if path is not None:
+            config = run_config.load_run(path, values)
+        else:  # the dataset and all else is recorded with each model
+            config = configuration.load_config(RunConfig, None, ["name=reevaluate", *values])
         return cls(
             config=replace(config, targets=(), variants={}, protocols={}), overrides=tuple(overrides), has_config=path is not None
         )

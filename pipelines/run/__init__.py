@@ -3,6 +3,7 @@
 config   the YAML file as dataclasses
 keys     every key of it, for `enat config` and the guide
 graph    the list of the stages, and their wiring
+own_images  a config for a folder of images, for `enat init`
 prediction  what a run will take
 runner   one run from its config to its answer
 kept_log the log of a run, copied to the store and to MLflow

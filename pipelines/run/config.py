@@ -94,8 +94,8 @@ class RunConfig:
     `s3`."""
     targets: tuple[str, ...] = ()
     """Stages to make, with the stages that they read from. Empty makes all of them, up to the report."""
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    """Images to train on, to compare with, and to take captions from."""
+    dataset: DatasetConfig | None = None
+    """Images to train on, to compare with, and to take captions from. Null is refused if a stage of the run reads a dataset."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The VQGAN that turns images into codes."""
     token_map: TokenMapConfig = field(default_factory=TokenMapConfig)
@@ -126,7 +126,7 @@ class RunConfig:
     """Prices of hours, to report costs as money. Null reports hours only."""
     protocols: dict[str, Any] = field(default_factory=dict)
     """Name -> values that replace those of `reference` and `evaluate`. The same samples are scored by each protocol, too, such as
-    {val: {reference: {dataset: {path: /data/val}}}}. A null protocol drops one of the base."""
+    {val: {reference: {dataset: {kind: images, path: /data/val}}}}. A null protocol drops one of the base."""
     variants: dict[str, Any] = field(default_factory=dict)
     """Name -> values that replace those of the run, such as {untrained: {train: {num_steps: 0}}}. A null variant drops one of the
     base."""
@@ -235,16 +235,18 @@ def _unscanned(dataset: DatasetConfig) -> _Counts:
 
 def _check_counts(run: RunConfig, counts_of: Callable[[DatasetConfig], _Counts]) -> None:
     """Raises ValueError for labels, classes and captions that the datasets of a run do not have."""
-    needed = graph.needed_by(run.targets or graph.stages())
+    needed = graph.needed_stages(run)
     given = graph.section(graph.stages()["token_map"], run).dataset
-    counts, tokenizer, is_text = counts_of(given), run.tokenizer.architecture(), run.train.model.text
-    if run.captions.encoder is not None and "captions" in needed and counts.num_captions == 0:
+    is_given_read = given is not None and not needed.isdisjoint(("token_map", "captions", "evaluate"))
+    counts = counts_of(given) if is_given_read else _Counts()
+    tokenizer, is_text = run.tokenizer.architecture(), run.train.model.text
+    if "captions" in needed and counts.num_captions == 0:
         raise ValueError(
             f"captions.encoder is given, but dataset {given.title} has no captions; leave it out, or use another dataset"
         )
     real = graph.section(graph.stages()["reference"], run)
-    is_read = "reference" in needed or ("train" in needed and run.train.scores is not None)
-    if is_read and real.extractor == "classifier" and counts_of(real.dataset).num_classes == 0:
+    is_classifier = "reference" in needed and real.extractor == "classifier" and real.npz is None
+    if is_classifier and counts_of(real.dataset).num_classes == 0:
         raise ValueError(
             f"reference.extractor classifier is trained on labels, and dataset {real.dataset.title} has none; choose another one"
         )
@@ -258,7 +260,7 @@ def _check_counts(run: RunConfig, counts_of: Callable[[DatasetConfig], _Counts])
     if num_classes is None and not is_text:
         num_classes = run.train.model.num_classes
     info = TokenMapInfo(
-        dataset=run.dataset.title,
+        dataset="" if given is None else given.title,
         resolution=tokenizer.resolution,
         grid_size=tokenizer.grid_size,
         codebook_size=tokenizer.codebook_size,
@@ -272,7 +274,7 @@ def _check_counts(run: RunConfig, counts_of: Callable[[DatasetConfig], _Counts])
 
 def _check(run: RunConfig, is_dataset_here: bool) -> None:
     """Check now what would fail in a late stage, such as a model that does not fit the token map that the tokenizer will make."""
-    needed = graph.needed_by(run.targets or graph.stages())
+    needed = graph.needed_stages(run)
     for key, other in (("reference.dataset", "reference.npz"), ("tokenizer.dataset", "tokenizer.weights")):
         if _value_at(run, key) is not None and _value_at(run, other) is not None:
             raise ValueError(f"{key} would be ignored, because {other} is given; set one of them to null")

@@ -126,6 +126,12 @@ GRAPH: tuple[Part, ...] = (
 )
 
 
+_NO_DATASET = (
+    "this run reads a dataset, and its config names none; set dataset.kind and dataset.path, or let `enat init FOLDER` write a "
+    "config for a folder of images"
+)
+
+
 # Wiring --------------------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +160,8 @@ class Wiring:
         label: of the id after the stage's name: "/protocol", "@variant" or "/protocol@variant".
         """
         config = part.config(run, reader)
+        if config is None and part.stage is dataset.STAGE:
+            raise ConfigError(_NO_DATASET)
         if config is None:
             return None
         inputs: dict[str, str] = {}
@@ -208,23 +216,36 @@ def _by_protocol(run: RunConfig, label: str = "") -> dict[str, RunConfig]:
 
 
 def build(run: RunConfig, identities: dict[Any, Any] | None = None) -> list[Node]:
-    """The nodes of a run and its variants, each after those it reads. Raises ConfigError for targets that it does not have.
+    """The nodes of a run and its variants, each after those it reads. Raises ConfigError for targets that it does not have, and
+    for a missing dataset that one of the nodes reads.
 
     identities: see Wiring; Unread() reads neither datasets nor weights.
     """
-    wiring = Wiring(identities=identities)
-    for label, variant in {"": run, **{f"@{name}": each for name, each in run.variant_runs.items()}}.items():
+    runs = (run, *run.variant_runs.values())
+    is_known = {
+        part.stage.name: part.stage is dataset.STAGE or any(part.config(each) is not None for each in runs) for part in GRAPH
+    }
+    check_targets(run.targets, [name for name in is_known if is_known[name]])
+    return _nodes(run, Wiring(identities=identities))
+
+
+def _nodes(run: RunConfig, wiring: Wiring) -> list[Node]:
+    variants = {"": run, **{f"@{name}": each for name, each in run.variant_runs.items()}}
+    for label, variant in variants.items():
         for part in GRAPH:
+            if run.targets and part.stage.name not in run.targets:
+                continue  # what a target reads is added with it; files of other stages are not looked at
             is_of_all_variants = any(read.is_per_variant for read in part.stage.reads.values())
             if not label or not is_of_all_variants:
                 for own, each in (_by_protocol(variant, label) if part.is_per_protocol else {label: variant}).items():
                     wiring.add(part, each, own)
-    nodes = [*wiring.nodes.values()]
-    check_targets(run.targets, list(dict.fromkeys(node.stage.name for node in nodes)))
-    needed = {node.id for node in nodes if not run.targets or node.stage.name in run.targets}
-    for node in reversed(nodes):
-        needed |= set(node.inputs.values()) if node.id in needed else set()
-    return [node for node in nodes if node.id in needed]
+    return [*wiring.nodes.values()]
+
+
+def needed_stages(run: RunConfig) -> set[str]:
+    """Names of the stages that the targets of a run need, without its variants. Reads no files. Raises ConfigError for a missing
+    dataset."""
+    return {node.stage.name for node in _nodes(replace(run, variants={}, protocols={}), Wiring(identities=Unread()))}
 
 
 def build_evaluation(run: RunConfig, images: ImageSetConfig, resolution: int | None = None) -> list[Node]:
@@ -284,7 +305,7 @@ def check_stages(names: Iterable[str]) -> None:
 
 def external_files(run: RunConfig) -> dict[str, str]:
     """Key -> file or folder outside the store that a run names, such as tokenizer.weights and generate.dataset.path."""
-    found = {f"dataset.{name}": getattr(run.dataset, name) for name in dataset.STAGE.external}
+    found = {f"dataset.{name}": getattr(run.dataset, name, None) for name in dataset.STAGE.external}
     for part in GRAPH:
         stage, config = part.stage, part.config(run)
         if stage is not dataset.STAGE and config is not None:

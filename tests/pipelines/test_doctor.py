@@ -29,7 +29,8 @@ def examine(tmp_path: Path) -> Callable[..., dict[str, doctor.Finding]]:
     """The last finding of each check."""
 
     def examine(*overrides: str) -> dict[str, doctor.Finding]:
-        run = configuration.load_config(RunConfig, None, ("name=it", f"workspace={tmp_path / 'runs'}", *overrides))
+        values = ("name=it", "dataset.kind=digits", f"workspace={tmp_path / 'runs'}", *overrides)
+        run = configuration.load_config(RunConfig, None, values)
         return {finding.what: finding for finding in doctor.examine(run)}
 
     return examine

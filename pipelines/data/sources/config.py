@@ -20,7 +20,7 @@ KINDS = ("digits", "image_folder", "images", "tar", "parquet", "coco")
 class DatasetConfig:
     """A dataset: its layout, its path and its name."""
 
-    kind: str = "digits"
+    kind: str
     """Layout of the dataset. "digits": the 1,797 images of 8 x 8 px that scikit-learn brings, without a path. "image_folder":
     <class>/**/*.jpg, with classes numbered by sorted name. "images": images at any depth, without labels. "tar": *.tar of
     <key>.jpg|jpeg|png, <key>.cls and captions in <key>.txt or <key>.json (WebDataset, img2dataset). "parquet": *.parquet with

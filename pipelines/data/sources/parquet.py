@@ -56,6 +56,11 @@ class ParquetSource(Source):
             return None
         return tuple(map(str, names)) if isinstance(names, list) else None
 
+    def integer_columns(self) -> list[str]:
+        """Of the first file: columns that may hold labels."""
+        with self._open(self.units()[0]) as file:
+            return [field.name for field in file.schema_arrow if pa.types.is_integer(field.type)]
+
     def scan(self, unit: str, findings: Findings) -> Iterator[Entry]:
         findings.check_comparison(self.folder, unit)
         with self._open(unit) as file:

@@ -88,7 +88,7 @@ def test_image_is_read_again_before_it_counts_as_unreadable(layouts, layouts_buc
 
 
 def test_digits_are_read_by_their_numbers(local_store):
-    dataset = open_dataset(DatasetConfig(), local_store)
+    dataset = open_dataset(DatasetConfig(kind="digits"), local_store)
     whole = _rows(dataset)
     assert len(whole) == dataset.num_images == 1797 and dataset.class_names == tuple("0123456789")
     assert _rows(dataset, 500, 503) == whole[500:503] and _rows(dataset, 1790, 1900) == whole[1790:]
@@ -181,7 +181,7 @@ def large(tmp_path_factory):
     file = store.put_file("dataset", "k", INDEX, root / INDEX)
     counts = summary_of("dataset", name="large", num_images=NUM_ENTRIES, num_captions=summary.num_captions)
     fields = {"stage_version": 1, "config": {}, "inputs": {}, "summary": counts}
-    return Dataset(DatasetConfig(), store, store.commit(Manifest(stage="dataset", key="k", files=(file,), **fields)))
+    return Dataset(DatasetConfig(kind="digits"), store, store.commit(Manifest(stage="dataset", key="k", files=(file,), **fields)))
 
 
 BORDERS = [0, 1, 4095, 4096, 4097, 8191, 8192, 8193, NUM_ENTRIES - 1, NUM_ENTRIES, NUM_ENTRIES + 50]

@@ -163,7 +163,7 @@ def test_object_of_a_bucket_is_known_by_its_etag(layouts, make_bucket, s3_endpoi
 
 
 def test_digits_are_those_of_scikit_learn_with_seventeen_levels_of_gray():
-    rows, expected = read(DatasetConfig()), load_digits()
+    rows, expected = read(DatasetConfig(kind="digits")), load_digits()
     assert [row.label for row in rows] == expected.target.tolist()
     assert len({row.key for row in rows}) == len(rows) == 1797
     assert DigitsSource().known_classes() == tuple("0123456789")

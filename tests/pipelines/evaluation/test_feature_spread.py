@@ -60,7 +60,7 @@ class LateImages:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return open_dataset(DatasetConfig(), open_store(str(tmp_path_factory.mktemp("digits"))))
+    return open_dataset(DatasetConfig(kind="digits"), open_store(str(tmp_path_factory.mktemp("digits"))))
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def _a_part_is_a_block():
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return open_dataset(DatasetConfig(), open_store(str(tmp_path_factory.mktemp("digits"))))
+    return open_dataset(DatasetConfig(kind="digits"), open_store(str(tmp_path_factory.mktemp("digits"))))
 
 
 NUM_IMAGES = 600  # two whole blocks and a piece of a third

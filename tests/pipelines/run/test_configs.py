@@ -48,7 +48,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., run_config.R
 
     def load(name: str, *overrides: str) -> run_config.RunConfig:
         text = (CONFIGS / f"{name}.yaml").read_text()
-        own = [f"dataset.path={root / 'images'}", f"tokenizer.weights={root / 'weights'}"] if "digits" not in name else []
+        own = [f"dataset.path={root / 'images'}"] if "digits" not in name else []
+        own += [f"tokenizer.weights={root / 'weights'}"] if not name.startswith(("digits", "own")) else []
         if "captions:" in text:
             own += [
                 *(f"{key}={root / 'clip'}" for key in ("captions.encoder", "evaluate.clip_score")),
@@ -133,6 +134,42 @@ def test_protocols_are_checked_like_the_run(load: Callable[..., Any]) -> None:
         with pytest.raises(configuration.ConfigError, match=re.escape(sentence)):
             load("digits", f"protocols={protocol}")
     assert load("digits", "protocols={a: null}").protocols == {}
+
+
+def test_a_dataset_must_be_said_where_a_target_needs_one(tmp_path: Path) -> None:
+    """No other images stand in for it, and a kind that is not said is not guessed."""
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"weights")
+    for given in ((), ("targets=[reference]",), ("targets=[tokenizer]",), ("dataset=null",), ("tokenizer.dataset.kind=digits",)):
+        with pytest.raises(configuration.ConfigError, match=r"names none; set dataset\.kind .* `enat init FOLDER`"):
+            run_config.load_run(None, ("name=it", *given))
+    with pytest.raises(configuration.ConfigError, match=r"does not give dataset\.kind, which has no default"):
+        run_config.load_run(None, ("name=it", "dataset.name=photos"))
+    npz = (f"reference.npz={weights}", "reference.extractor=inception")
+    for target, given in (
+        ("tokenizer", ()),
+        ("train", (f"train.weights={weights}", "train.model.preset=enat-s")),
+        ("reference", npz),
+    ):
+        run = run_config.load_run(None, ("name=it", f"targets=[{target}]", f"tokenizer.weights={weights}", *given))
+        assert "dataset" not in {node.stage.name for node in graph.build(run)}, target
+    partly = run_config.load_run(None, ("name=it", "targets=[tokenizer]", "tokenizer.dataset.kind=digits"))
+    assert [node.id for node in graph.build(partly)] == ["dataset", "tokenizer"], "a stage may have its own"
+
+
+def test_only_what_targets_need_is_looked_at(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    images = ("name=it", "dataset.kind=images", f"dataset.path={tmp_path}", "reference.extractor=inception")
+    nowhere = f"tokenizer.weights={tmp_path / 'nowhere'}"
+    for target in ("dataset", "reference"):
+        nodes = graph.build(run_config.load_run(None, (*images, nowhere, f"targets=[{target}]")))
+        assert [node.id for node in nodes] == [*dict.fromkeys(("dataset", target))]
+    with pytest.raises(ValueError, match=r"tokenizer\.weights: .*nowhere"):
+        graph.build(run_config.load_run(None, (*images, nowhere, "targets=[token_map]")))
+    (tmp_path / "weights").write_bytes(b"weights")
+    imported = ("name=it", "targets=[tokenizer]", f"tokenizer.weights={tmp_path / 'weights'}")
+    nodes = graph.build(run_config.load_run(None, (*imported, "dataset.kind=images", "dataset.path=/nowhere")))
+    assert [node.id for node in nodes] == ["tokenizer"]
 
 
 IGNORED = {  # override -> what the message names

@@ -45,7 +45,7 @@ def _no_ray() -> None:
 
 @pytest.mark.parametrize("kind", ["digits", "image_folder", "images", "coco"])
 def test_listed_datasets_need_no_cluster(layouts: Layouts, make, local_store: ArtifactStore, kind: str) -> None:
-    config = DatasetConfig() if kind == "digits" else layouts.config(kind)
+    config = DatasetConfig(kind="digits") if kind == "digits" else layouts.config(kind)
     manifest, expected = make(config, connect=_no_ray), open_dataset(config, local_store)
     assert manifest.file(INDEX).sha256 == expected.manifest.file(INDEX).sha256
     assert DatasetSummary.read(manifest) == DatasetSummary.read(expected.manifest) and not DatasetSummary.read(manifest).findings

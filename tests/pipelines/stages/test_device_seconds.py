@@ -61,7 +61,7 @@ def of_captions(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) -
     file = asdict(context.write(captions_name(0), lambda path: path.write_bytes(b"features")))
     record = {"part": 0, "captions": 4, "tokens": 9, "file": file, "seconds": TOOK}
     context.store.put_part(context.stage, context.key, captions_name(0), record)
-    config = captions.CaptionsConfig(encoder="e", dataset=DatasetConfig(), execution=Execution(gpus_per_worker=gpus))
+    config = captions.CaptionsConfig(encoder="e", dataset=DatasetConfig(kind="digits"), execution=Execution(gpus_per_worker=gpus))
     return captions.run(config, {"dataset": SimpleNamespace(digest="d")}, context)  # type: ignore[dict-item]
 
 
@@ -72,7 +72,7 @@ def of_tokenizer(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) 
     patch.setattr(ray, "remote", lambda **given: (lambda _: remote) if "num_gpus" in given else make(**given))
     patch.setattr(ray, "get", lambda given: given if given is trained else get(given))
     patch.setattr(tokenizer, "Dataset", lambda *_: None)
-    config = tokenizer.TokenizerConfig(dataset=DatasetConfig(), seed=0, execution=Workers(gpus_per_worker=gpus))
+    config = tokenizer.TokenizerConfig(dataset=DatasetConfig(kind="digits"), seed=0, execution=Workers(gpus_per_worker=gpus))
     return tokenizer.run(config, {"dataset": None}, context)  # type: ignore[dict-item]
 
 
@@ -93,7 +93,9 @@ def of_reference(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) 
     patch.setattr(reference, "_make_extractor", lambda *_: reference._Made(FileRecord(**FILE), {}, TOOK))
     patch.setattr(reference.ExtractorFile, "load", lambda _: extractor)
     patch.setattr(reference, "compute_features", lambda *_: features)
-    config = reference.ReferenceConfig(resolution=16, dataset=DatasetConfig(), seed=0, execution=Execution(gpus_per_worker=gpus))
+    config = reference.ReferenceConfig(
+        resolution=16, dataset=DatasetConfig(kind="digits"), seed=0, execution=Execution(gpus_per_worker=gpus)
+    )
     return reference.run(config, {}, context)
 
 

@@ -150,7 +150,7 @@ def material(vqgan, make_context: Callable[..., Any], tmp_path_factory: pytest.T
     samples = _commit(store, "generate", "g", _samples(store, folder, codes))
     summary = ModelSummary(model=MODEL, parameters=1234, tokenizer_digest="t", dataset="digits", num_steps=70, is_imported=False)
     model = _commit(store, "train", "m", StageResult(files=[], summary=summary), config={"model": {"preset": None}, "masking": {}})
-    dataset = open_dataset(DatasetConfig(), store)
+    dataset = open_dataset(DatasetConfig(kind="digits"), store)
     few = replace(dataset.manifest, summary={**dataset.manifest.summary, "num_images": NUM_REAL})
     result = _reference(few, make_context(store, "reference", "r"))
     real = _commit(store, "reference", "r", result)
@@ -174,7 +174,7 @@ def _samples(store: ArtifactStore, folder: Path, codes: np.ndarray) -> StageResu
 
 def _reference(dataset: Manifest, context: Any, **given: Any) -> StageResult:
     config = reference.ReferenceConfig(
-        extractor="sums", num_kept=200, forward_batch_size=16, resolution=16, dataset=DatasetConfig(), seed=0, **given
+        extractor="sums", num_kept=200, forward_batch_size=16, resolution=16, dataset=DatasetConfig(kind="digits"), seed=0, **given
     )
     return reference.run(config, {"dataset": dataset}, context)
 
@@ -193,7 +193,7 @@ def evaluated(
     @functools.cache
     def run(num_workers: int = 1, batch_size: int = 64, **given: Any) -> StageResult:
         execution = Execution(num_workers=num_workers, worker_batch_size=batch_size, cpus_per_worker=CPUS[num_workers])
-        config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(), execution=execution, **given)
+        config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(kind="digits"), execution=execution, **given)
         return evaluate.run(
             config, material.inputs, make_context(material.store, "evaluate", _key(num_workers, batch_size, **given))
         )
@@ -205,7 +205,7 @@ def evaluated(
 def outputs(material: Material, vqgan) -> dict[str, dict[str, np.ndarray]]:
     """Outputs of the extractor for all samples and all real images, without the pipeline."""
     made = to_uint8(vqgan.decode(torch.from_numpy(material.codes).view(-1, 4, 4)))
-    dataset = open_dataset(DatasetConfig(), material.store)
+    dataset = open_dataset(DatasetConfig(kind="digits"), material.store)
     real = torch.from_numpy(dataset.load_images(16, 0, NUM_REAL)[0])
     extractor = SumsExtractor(Path())
     return {
@@ -374,7 +374,7 @@ def test_scores_of_replicates_are_means_with_their_deviation(
     summary = SamplesSummary(**{**vars(SamplesSummary.read(material.inputs["samples"])), "replicates": 2})
     times = {**SAMPLING, "samples": 2 * NUM_SAMPLES}
     both = _commit(store, "generate", "g2", StageResult(files=copies, summary=summary, metrics=times))
-    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(), judge="svc")
+    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(kind="digits"), judge="svc")
     result = evaluate.run(config, {**material.inputs, "samples": both}, make_context(material.store, "evaluate", "two"))
     metrics, alone = result.metrics, evaluated().metrics
     assert metrics["replicates"] == 2 and result.summary.num_samples == NUM_SAMPLES
@@ -406,7 +406,7 @@ def test_another_protocol_takes_the_features_of_the_same_samples(
     few = replace(material.inputs["dataset"], summary={**material.inputs["dataset"].summary, "num_images": 200})
     other = _commit(store, "reference", "r200", _reference(few, make_context(store, "reference", "r200")))
     inputs = {**material.inputs, "reference": other}
-    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig())
+    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(kind="digits"))
     again = evaluate.run(config, inputs, make_context(store, "evaluate", "again"))
     monkeypatch.setattr(evaluate, "compute_features", None)
     shared = evaluate.run(config, inputs, make_context(store, "evaluate", "shared", made={"evaluate": first}))
@@ -428,7 +428,7 @@ def test_protocols_with_other_extractors_share_one_pass_over_the_images(
     copied = [store.put_file("reference", "halves", file.name, store.fetch(real, file.name)) for file in real.files]
     summary = replace(ReferenceSummary.read(real), extractor="halves", extractor_digest="halves")
     other = _commit(store, "reference", "halves", StageResult(files=copied, summary=summary))
-    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig())
+    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(kind="digits"))
     inputs = {**material.inputs, "reference": other}
     alone = evaluate.run(config, inputs, make_context(store, "evaluate", "alone"))
     siblings = [
@@ -451,7 +451,7 @@ def test_protocols_with_other_extractors_share_one_pass_over_the_images(
 def test_the_first_samples_are_scored_as_if_there_were_no_others(
     material: Material, outputs, make_context: Callable[..., Any]
 ) -> None:
-    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(), num_samples=200)
+    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(kind="digits"), num_samples=200)
     result = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "first"))
     moments = FeatureMoments(8).add(outputs["made"]["features"][:200])
     assert result.metrics["frechet_distance"] == pytest.approx(frechet_distance(moments, load_moments(_moments_of(material))))
@@ -529,7 +529,7 @@ def test_everything_is_decoded_in_the_stated_precision(
         return sample_reader(*places, precision=precision, **given)
 
     monkeypatch.setattr(evaluate, "sample_reader", reader)
-    config = evaluate.EvaluateConfig(metrics=(), judge="svc", precision="bf16", dataset=DatasetConfig())
+    config = evaluate.EvaluateConfig(metrics=(), judge="svc", precision="bf16", dataset=DatasetConfig(kind="digits"))
     evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "8" * 64))
     assert used == ["bf16"] * 3
 
@@ -537,7 +537,7 @@ def test_everything_is_decoded_in_the_stated_precision(
 def test_another_precision_of_the_extractor_belongs_to_the_reference(material: Material, make_context: Callable[..., Any]) -> None:
     few = replace(material.inputs["dataset"], summary={**material.inputs["dataset"].summary, "num_images": 60})
     config = reference.ReferenceConfig(
-        extractor="classifier", num_epochs=1, resolution=16, seed=0, precision="bf16", dataset=DatasetConfig()
+        extractor="classifier", num_epochs=1, resolution=16, seed=0, precision="bf16", dataset=DatasetConfig(kind="digits")
     )
     result = reference.run(config, {"dataset": few}, make_context(material.store, "reference", "7" * 64))
     assert 0 < result.metrics["feature_change"] < 0.2
@@ -667,7 +667,7 @@ def test_key_does_not_depend_on_execution(material: Material) -> None:
         stage = Stage("evaluate", 1, evaluate.run)
         return driver.stage_key(workflow_stage.Node("evaluate", stage, evaluate.EvaluateConfig(**given)), {})
 
-    assert key() == key(execution=Execution(num_workers=2, worker_batch_size=1), dataset=DatasetConfig())
+    assert key() == key(execution=Execution(num_workers=2, worker_batch_size=1), dataset=DatasetConfig(kind="digits"))
     assert key(metrics=()) == key(metrics=("frechet_distance",)) != key()
     assert key() == key(rounding="uint8")
     others = ({"judge": "svc"}, {"settings": SETTINGS}, {"metrics": ("inception_score",)}, {"rounding": "float"})

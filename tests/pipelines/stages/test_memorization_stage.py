@@ -17,6 +17,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
 from pipelines.data.samples import SamplePlan, Samples, write_samples
+from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMapInfo, TokenRows, write_shard
 from pipelines.evaluation import nearest
 from pipelines.run import graph
@@ -151,7 +152,7 @@ def test_nothing_depends_on_the_number_of_workers(
 
 def test_memorization_brings_its_audit() -> None:
     def stages(**sections: Any) -> set[str]:
-        return {node.id for node in graph.build(RunConfig(name="a", **sections))}
+        return {node.id for node in graph.build(RunConfig(name="a", dataset=DatasetConfig(kind="digits"), **sections))}
 
     assert {"audit", "memorization"}.isdisjoint(stages())
     assert {"audit", "memorization"} <= stages(memorization=memorization.MemorizationConfig())

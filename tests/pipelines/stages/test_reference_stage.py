@@ -192,9 +192,9 @@ def test_stage_resumes_with_the_trained_classifier(
     make_context, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Committed features are those of this classifier."""
-    dataset = open_dataset(DatasetConfig(), local_store)
+    dataset = open_dataset(DatasetConfig(kind="digits"), local_store)
     config = reference.ReferenceConfig(
-        num_epochs=1, resolution=16, seed=0, dataset=DatasetConfig(), execution=Execution(num_workers=1)
+        num_epochs=1, resolution=16, seed=0, dataset=DatasetConfig(kind="digits"), execution=Execution(num_workers=1)
     )
     context, inputs = make_context(local_store, "reference", KEY), {"dataset": dataset.manifest}
 

@@ -470,7 +470,7 @@ def test_targets_run_with_the_stages_that_they_need_under_the_same_keys(targets:
 
 
 def test_a_target_that_is_not_a_stage_of_the_run_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"targets names 'captions'; the stages of this run are dataset, tokenizer, token_map"):
+    with pytest.raises(ConfigError, match=r"targets names 'captions'; the stages of this run are tokenizer, dataset, token_map"):
         graph.build(run_config.load_run(DIGITS, ("targets=[token_map, captions]",)))
 
 
