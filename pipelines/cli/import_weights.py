@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.cli.options import JSON, STORE, console, echo_json, s3_options
+from pipelines.cli.options import JSON, STORE, SentenceGroup, console, echo_json, s3_options
 
 if TYPE_CHECKING:
     from pipelines.storage.s3_client import S3Config
 
 
-@click.group(name="import")
+@click.group(name="import", cls=SentenceGroup)
 def import_weights() -> None:
     """Import published weights (.safetensors, .pth or .ckpt; a path, s3:// or hf://owner/name/file) into a store."""
 
