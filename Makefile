@@ -6,7 +6,7 @@ UV_VERSION := 0.13.8
 .DEFAULT_GOAL := help
 # Without bytecode every process of the tests and every Ray worker would compile this code again.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo test test-all faults fault-tests campaign lint bench format lock
+.PHONY: help setup demo test test-all faults fault-tests campaign lint bench docs format lock
 
 help:
 	@echo "make setup     install everything pinned in requirements.lock into .venv"
@@ -16,6 +16,7 @@ help:
 	@echo "make faults    kill, corrupt and resume real runs, against an uninterrupted one (about two hours)"
 	@echo "make lint      run ruff, mypy and the import rules"
 	@echo "make bench     measure the speed of this machine: one table of ratios, all figures as JSON (about 35 minutes)"
+	@echo "make docs      build the documentation site into build/site, and fail on broken links"
 	@echo "make format    apply ruff format and fixes"
 	@echo "make lock      recompute requirements.lock from pyproject.toml, and tests/localstack.lock"
 
@@ -72,12 +73,16 @@ lint: setup
 bench: setup
 	$(BIN)/python tests/benchmarks/run_all.py
 
+docs: setup
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d build/site-doctrees . build/site
+	@echo "build/site/index.html"
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra docs --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --quiet -o requirements.lock
 	printf 'localstack-core[base-runtime]==4.6.0\ncbor2<5.7\n' | $(BIN)/uv pip compile - --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header --quiet -o tests/localstack.lock

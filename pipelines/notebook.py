@@ -1,10 +1,15 @@
-"""For notebooks and scripts: open and show artifacts, and sample from models. `guide/digits.ipynb` demonstrates everything.
+"""For notebooks and scripts: run, evaluate and compare, open and show artifacts, and sample from models.
+
+`guide/digits.ipynb` demonstrates what needs no run.
 
     from pipelines import notebook as enat
 
     enat.ls("train")                                # a table: size, age, key, dataset, description
     model = enat.open_model("train/3f2a")           # or name@alias of MLflow's registry
     enat.show(enat.sample(model, labels="0-9", num_images=40))  # a picture, which is shown if a cell ends with it
+    done = enat.run("configs/digits.yaml", train={"num_steps": 2000})  # as `enat run` does; a cell shows its summary
+    done.artifact("train"), done.scores["main"]["frechet_distance"]
+    enat.compare("digits")                          # as `enat compare` does
 
 A store is a folder or s3://bucket/prefix. An artifact is named by its stage, a slash and a prefix of its key. Errors are a
 ValueError with one sentence.
@@ -14,18 +19,23 @@ Shape legend: B images, L codes, N steps, H x W pixels.
 
 from __future__ import annotations
 
+import io
+import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console, Group
 from rich.jupyter import JupyterMixin
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 from torch import Tensor
 
@@ -37,6 +47,8 @@ from pipelines.artifacts.last_used import record_read
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_existing
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster import connection
+from pipelines.comparison.query import Comparison
 from pipelines.data import inspection
 from pipelines.data.token_map import TokenMap
 from pipelines.sampling import models, pictures
@@ -50,6 +62,7 @@ from pipelines.workflow.config import merge
 warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm's, in notebooks without ipywidgets
 
 _STORE = "runs/store"
+_WIDTH = 110  # of what a cell shows
 
 Store = ArtifactStore | str | Path
 
@@ -61,7 +74,7 @@ class Artifact(JupyterMixin):
     store: ArtifactStore
     manifest: Manifest
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         return inspection.facts_table(self.store, self.manifest)
 
     def path(self, name: str) -> Path:
@@ -103,6 +116,131 @@ class SampledImages:
     def animation(self, columns: int = 8) -> bytes:
         """The same for all images, as a GIF."""
         return pictures.animation(self.steps, min(columns, len(self.images)), pictures.scale_for(self.images.shape[-1]))
+
+
+@dataclass(frozen=True)
+class RunResult(JupyterMixin):
+    """What a run made. A cell that ends with it shows the summary of `enat run`."""
+
+    answer: Mapping[str, Any]
+    """As `enat run --json` prints it."""
+    store: ArtifactStore
+
+    def __rich__(self) -> Text:
+        from pipelines.run import summary
+
+        return _shown(partial(summary.show, self.answer))
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Metrics of "main", of each variant, and of each with its protocol ("main/val")."""
+        scores: dict[str, dict[str, float]] = self.answer["scores"]
+        return scores
+
+    def artifact(self, stage: str) -> Artifact:
+        """stage: of the run, or of a variant: "train", "train@untrained". Raises ValueError for any other."""
+        keys = {each["stage"]: each["key"] for each in self.answer["stages"]}
+        if stage not in keys:
+            raise ValueError(f"this run has no stage {stage}; its stages are {', '.join(keys)}")
+        return open_artifact(f"{stage.partition('@')[0].partition('/')[0]}/{keys[stage]}", self.store)
+
+
+@dataclass(frozen=True)
+class ComparisonResult(JupyterMixin):
+    """Evaluations side by side. A cell that ends with it shows the tables of `enat compare`."""
+
+    comparison: Comparison
+
+    def __rich__(self) -> Text:
+        from pipelines.comparison import table
+
+        return _shown(partial(table.show, self.comparison))
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """As `enat compare --json` prints it: protocols, rows, differences."""
+        from pipelines.comparison import table
+
+        return table.to_json(self.comparison)
+
+    def write(self, path: str | Path) -> Path:
+        """Write the table (.csv), the figures (.png), or a page with everything and the samples (.html).
+
+        Raises ValueError for another ending, or if there is no figure to draw."""
+        from pipelines.comparison import compare as work
+        from pipelines.comparison.page import Grids
+
+        path = Path(path)
+        if path.suffix not in (".csv", ".png", ".html"):
+            raise ValueError(f"{path} cannot be written; end its name with .csv, .png or .html")
+        grids = work.read_grids(self.comparison) if path.suffix == ".html" else Grids()
+        files = work.make_files(self.comparison, path.stem, grids)
+        content = {".csv": files.table, ".png": files.figures, ".html": files.page}[path.suffix]
+        if content is None:
+            raise ValueError(f"no figure can be drawn into {path}: no run has both a distance and gmacs_total, or a sweep")
+        work.write(path, content)
+        return path
+
+
+def run(config: str | Path, **overrides: Any) -> RunResult:
+    """Run the stages of a config, as `enat run` does. Existing artifacts are reused, and interrupted stages resume.
+
+    overrides: values that replace those of the file, such as workspace="runs" or train={"num_steps": 2000}; a mapping replaces the
+    values that it names. Raises ValueError for values that cannot work, before anything is computed.
+    """
+    from pipelines.run import config as run_config
+    from pipelines.run import runner
+
+    connection.prepare_environment()
+    loaded = run_config.load_run(Path(config), _assignments(overrides))
+    answer = runner.run(loaded, str(config), Console())
+    return RunResult(answer, _open(answer["store"], loaded.s3))
+
+
+def evaluate(
+    samples: str | Path,
+    name: str,
+    *,
+    config: str | Path | None = None,
+    kind: str = "auto",
+    labels: str | None = None,
+    **overrides: Any,
+) -> RunResult:
+    """Score images of another generator, as `enat evaluate` does.
+
+    samples: a folder, .tar, .npz or .parquet, local or s3://.   name: of the generator, in comparisons.   config: a run whose
+    reference and metrics are used.   kind, labels: as for `enat evaluate`.   overrides: as for run, such as
+    reference={"npz": "VIRTUAL_imagenet256_labeled.npz"}.
+    """
+    from pipelines.data.image_sets import ImageSetConfig
+    from pipelines.run import runner
+
+    connection.prepare_environment()
+    images = ImageSetConfig(path=str(samples), name=name, kind=kind, labels=labels)
+    loaded, build = runner.evaluation_of(images, None if config is None else Path(config), _assignments(overrides))
+    answer = runner.run(loaded, str(config or "a notebook"), Console(), build)
+    return RunResult(answer, _open(answer["store"], loaded.s3))
+
+
+def compare(
+    *runs: str,
+    experiments: Sequence[str] = ("enat",),
+    filter: str | None = None,
+    published: str = "auto",
+    tracking_uri: str | None = None,
+    workspace: str | Path = "runs",
+) -> ComparisonResult:
+    """Tracked evaluations side by side, as `enat compare` shows them. Nothing is logged.
+
+    runs: names of configs, or ids of MLflow runs; without any, all evaluations of the experiments.   filter: of MLflow on runs of
+    stage evaluate.   published: a dataset, "auto" or "none".   tracking_uri: the default is MLFLOW_TRACKING_URI, or the database in
+    the workspace. Raises ValueError if nothing is found.
+    """
+    from pipelines.comparison.query import Query as Asked
+    from pipelines.comparison.query import compare as read
+
+    uri = tracking.resolve_uri(tracking.TrackingConfig(uri=tracking_uri), Path(workspace))
+    return ComparisonResult(read(uri, Asked(experiments=tuple(experiments), filter=filter, runs=runs), published))
 
 
 def ls(*stages: str, dataset: str | None = None, store: Store = _STORE) -> Table:
@@ -193,5 +331,18 @@ def show(images: SampledImages | Tensor) -> Image.Image:
     return pictures.grid_of(images.images, images.request.num_asked)
 
 
-def _open(store: Store) -> ArtifactStore:
-    return store if isinstance(store, ArtifactStore) else open_existing(str(store), S3Config())
+def _open(store: Store, s3: S3Config | None = None) -> ArtifactStore:
+    return store if isinstance(store, ArtifactStore) else open_existing(str(store), s3 or S3Config())
+
+
+def _assignments(overrides: Mapping[str, Any]) -> list[str]:
+    """The same as the command line gives them. JSON is YAML."""
+    return [f"{name}={json.dumps(value, default=str)}" for name, value in overrides.items()]
+
+
+def _shown(show: Callable[[Console], None]) -> Text:
+    """What a function prints on a terminal, with its colours."""
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=_WIDTH, legacy_windows=False)
+    show(terminal)
+    text = Text.from_ansi(terminal.file.getvalue().strip("\n"), no_wrap=True, overflow="ignore")  # type: ignore[attr-defined]
+    return text

@@ -21,6 +21,7 @@ from pipelines.cli.options import (
     STORE,
     TRACKING_URI,
     WORKSPACE,
+    SentenceGroup,
     complete_stage,
     console,
     echo_json,
@@ -38,7 +39,7 @@ _ARTIFACT = click.argument("artifact", metavar="[STAGE/]KEY")
 _SHORTEST_LIMIT = 3600.0  # of gc: younger files may belong to a run that is active
 
 
-@click.group()
+@click.group(cls=SentenceGroup)
 def artifacts() -> None:
     """List, show, copy, verify and remove the artifacts of a store."""
 
@@ -124,7 +125,7 @@ def show_artifact(
         echo_json({**json.loads(manifest.to_json()), **more})
         return
     terminal = console()
-    terminal.print(inspection.facts_table(opened, manifest), highlight=False)
+    terminal.print(inspection.facts_table(opened, manifest), highlight=False, soft_wrap=True)  # hashes stay whole
     for tree in lineage.trees(found, manifest) if found else ():
         terminal.print()
         terminal.print(tree, highlight=False)

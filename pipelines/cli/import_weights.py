@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.cli.options import JSON, STORE, console, echo_json, s3_options
+from pipelines.cli.options import JSON, STORE, SentenceGroup, console, echo_json, s3_options
 
 if TYPE_CHECKING:
     from pipelines.storage.s3_client import S3Config
 
 
-class _WithKnownWeights(click.Group):
+class _WithKnownWeights(SentenceGroup):
     """A command for each kind of weights, and one for each entry of known.yaml."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.cli.options import CONFIG, JOBS, JSON, OVERRIDES, console, echo_json, table_console
+from pipelines.cli.options import CONFIG, JOBS, JSON, OVERRIDES, SentenceGroup, console, echo_json, table_console
 
 if TYPE_CHECKING:
     from pipelines.jobs.client import Cluster, Job
@@ -108,7 +108,7 @@ def _show_submitted(done: SubmissionResult, prepared: Submission, address: str) 
     click.echo(f"stop  enat jobs stop {id} --address {address}")
 
 
-@click.group()
+@click.group(cls=SentenceGroup)
 def jobs() -> None:
     """List runs on a cluster, show their logs, and stop them. A prefix of an id is enough."""
 

@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 
 import click
 
+from pipelines.cli.options import SentenceGroup
 from pipelines.cluster import connection, local, supervisor
 from pipelines.formatting import printable
 from pipelines.storage.base import AccessError
@@ -38,7 +39,7 @@ _COMMANDS = {
 _USES_RAY = {"evaluate", "reevaluate", "run"}
 
 
-class _LazyGroup(click.Group):
+class _LazyGroup(SentenceGroup):
     """Imports the module of a command when the command is used, so that each command pays only for its own imports."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines.cli.options import CONFIG, JOBS, JSON, OVERRIDES, console, echo_json
+from pipelines.cli.options import CONFIG, JOBS, JSON, OVERRIDES, console, echo_json, table_console
 
 if TYPE_CHECKING:
     from pipelines.cluster.capacity import Capacity
@@ -89,7 +89,7 @@ def plan(
             answer["fits"] = all(verdict.fits for verdict in verdicts)
         echo_json(answer)
         return
-    summary.show_plan(planned, store.uri, console(), predicted)
+    summary.show_plan(planned, store.uri, table_console(), predicted)
     if machines is None:
         console().print("--address auto or --cluster 1x8xH200 also predicts what it takes", highlight=False)
     if capacity is not None:
@@ -156,21 +156,18 @@ def evaluate(
     With --config, the scores are comparable with those of that run if the labels were chosen in the same way. KEY=VALUE sets
     values of the config, for example reference.npz=VIRTUAL_imagenet256_labeled.npz reference.extractor=inception.
     """
-    from pipelines.data.image_sets import ImageSetConfig, find_resolution
-    from pipelines.run import config as run_config
-    from pipelines.run import graph, runner, summary
+    from pipelines.data.image_sets import ImageSetConfig
+    from pipelines.run import runner, summary
 
     if conformance:
         _check_conformance(samples, overrides, as_json)
         return
     if samples is None or name is None:
         raise click.UsageError("give --samples and --name, or --conformance")
-    values = [*overrides, "targets=[reference]"]  # nothing is trained, so no model is checked
-    loaded = run_config.load_run(config, values if config else ["name=evaluate", *values])
-    images = ImageSetConfig(path=samples, name=name, kind=kind, labels=labels, s3=loaded.s3_of(samples))
-    resolution = find_resolution(images) if config is None else None  # the tokenizer of a config sets it
-    terminal, source = console(stderr=as_json), str(config or "the command line")
-    answer = runner.run(loaded, source, terminal, lambda run: graph.build_evaluation(run, images, resolution))
+    terminal = console(stderr=as_json)
+    images = ImageSetConfig(path=samples, name=name, kind=kind, labels=labels)
+    loaded, build = runner.evaluation_of(images, config, overrides)
+    answer = runner.run(loaded, str(config or "the command line"), terminal, build)
     if as_json:
         echo_json(answer)
     else:

@@ -207,7 +207,8 @@ def _clear(folder: Path) -> None:
 
 def _show(record: Mapping[str, Any], folder: Path, terminal: Console) -> None:
     model, samples, sampler = record["model"], record["samples"], record["sampler"]
-    name = model.get("registered") or model.get("artifact") or model["weights"]
+    stage, slash, key = model.get("artifact", "").partition("/")
+    name = model.get("registered") or f"{stage}{slash}{key[:12]}" or model["weights"]
     asked = [str(sample.get("caption", sample.get("class", sample.get("label")))) for sample in samples]
     different = list(dict.fromkeys(asked))
     shown = ", ".join(different[:8]) + (f" and {len(different) - 8} more" if len(different) > 8 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from enat.checkpoint import load_vqgan
 from enat.images import ImageError, make_grid, png_bytes, to_uint8
@@ -22,32 +25,34 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.dataset import INDEX, Dataset
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import QUARANTINE, TokenMapSummary, read_codes
-from pipelines.formatting import one_line
+from pipelines.formatting import one_line, printable
 from pipelines.storage.base import StorageError
 from pipelines.workflow import config as configuration
 
 __all__ = ["contact_sheet", "facts_table", "find", "input_of", "write_contact_sheet"]
 
+_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")  # the first characters are enough to name it
 _SHOWN_QUARANTINED = 5
 _SHOWN_FILES = 6
 _COLUMNS = 8  # pairs of a source image and its decoded codes in a row of a contact sheet
 _MIN_PIXELS = 96  # smaller images are enlarged on a contact sheet
 
 
-def facts_table(store: ArtifactStore, manifest: Manifest) -> Table:
+def facts_table(store: ArtifactStore, manifest: Manifest) -> Group:
+    """Names and values. Hashes are on lines of their own, which are not broken."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in _facts(store, manifest):
-        table.add_row(one_line(name), one_line(value))
-    return table
+    more = _token_map_facts(store, manifest) if manifest.stage == "token_map" else ()
+    for name, value in (*_facts(manifest), *more):
+        table.add_row(one_line(name), one_line(_HASH.sub(r"\1", value)))
+    title = Text(printable(f"{manifest.stage}/{manifest.key}"), style="bold", no_wrap=True, overflow="ignore")
+    others = (f"digest {manifest.digest}", store.place(manifest.stage, manifest.key))
+    return Group(title, *(Text(printable(line), no_wrap=True, overflow="ignore") for line in others), table)
 
 
-def _facts(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, str]]:
+def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     provenance = manifest.provenance
-    yield "artifact", f"{manifest.stage}/{manifest.key}"
-    yield "place", store.place(manifest.stage, manifest.key)
-    yield "digest", manifest.digest
     if {"created", "code", "seconds", "worker_seconds", "device_seconds"} <= provenance.keys():
         yield "made", f"{provenance['created']} by {provenance['code']} in {provenance['seconds']:.1f} s"
         yield "cost", f"{provenance['worker_seconds']:.1f} worker-seconds, {provenance['device_seconds']:.1f} device-seconds"
@@ -61,8 +66,6 @@ def _facts(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, str]
     size = sum(file.size for file in files)
     more = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
     yield "files", f"{len(files)}, {size:,} bytes: {', '.join(file.name for file in files[:_SHOWN_FILES])}{more}"
-    if manifest.stage == "token_map":
-        yield from _token_map_facts(store, manifest)
 
 
 def _token_map_facts(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -276,6 +276,8 @@ def compute_scores(
         scores.add("inception_score", estimates["inception_score"].value, influence)
     if "kernel_distance" in results:
         estimate = estimates["kernel_distance"]
+        if all(size == settings.kernel_subset_size for _, size in sides):  # one subset: it has no spread but that of rounding
+            estimate = replace(estimates.pop("kernel_distance"), std=0.0)
         scores.add("kernel_distance", estimate.value, results["kernel_distance"], estimate.std / math.sqrt(settings.kernel_subsets))
     scores.by_name.update({f"{name}_std": estimate.std for name, estimate in estimates.items()})
     influence, infinity = results["frechet_distance"]

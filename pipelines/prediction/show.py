@@ -9,6 +9,8 @@ from rich.console import Console
 from pipelines.formatting import show_duration, show_size
 from pipelines.prediction.predict import Prediction, Range, StagePrediction
 
+LEAST = ("rate", "writes", "range")  # columns that a narrow terminal leaves out, in this order
+
 
 def columns(prediction: Prediction) -> tuple[str, ...]:
     """Titles of the columns of a table of stages. Those of GPUs are left out if none is used."""

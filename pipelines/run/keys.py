@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import re
 import textwrap
 import types
 import typing
@@ -168,7 +169,7 @@ def reference_page() -> str:
         rows = [key for key in find(section) if key.path != section and not key.is_section]
         if not rows:
             continue
-        lines += ["", f"## `{section}`\n\n{text}" if section else f"## {text}", ""]
+        lines += ["", f"## `{section}`\n\n{_as_markdown(text)}" if section else f"## {text}", ""]
         shown = [(key.path.removeprefix(f"{section}."), key.type, key.default, key.text) for key in rows]
         if earlier := next((name for name, keys in listed.items() if keys == shown), None):
             lines.append(f"The keys are those of [`{earlier}`](#{earlier.replace('.', '')}).")
@@ -177,9 +178,15 @@ def reference_page() -> str:
         lines += ["| key | type | default | in key | meaning |", "|---|---|---|---|---|"]
         for key in rows:
             unit = f" ({key.unit})" if key.unit else ""
-            cells = (f"`{key.path}`", key.type + unit, f"`{key.default}`", key.in_key, key.text)
+            cells = (f"`{key.path}`", key.type + unit, f"`{key.default}`", key.in_key, _as_markdown(key.text))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _as_markdown(text: str) -> str:
+    """Characters outside of `code` that Markdown would read as HTML or emphasis stand for themselves."""
+    pieces = re.split(r"(`[^`]*`)", text)
+    return "".join(piece if piece.startswith("`") else re.sub(r"([<*])", r"\\\1", piece) for piece in pieces)
 
 
 def write_reference() -> None:

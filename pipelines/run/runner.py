@@ -20,10 +20,11 @@ from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
 from pipelines.cluster.connection import ClusterConfig
+from pipelines.data.image_sets import ImageSetConfig, find_resolution
 from pipelines.formatting import printable
 from pipelines.run import graph, kept_log, summary, tracked
 from pipelines.run import prediction as run_prediction
-from pipelines.run.config import RunConfig, check_scanned
+from pipelines.run.config import RunConfig, check_scanned, load_run
 from pipelines.run.kept_log import KeptLog
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
@@ -107,6 +108,19 @@ def _run(
         parent.finish()
     answer = summary.summarize(config.name, done, session, seconds, report=report, prediction=prediction)
     return {**answer, "connecting_seconds": connect.seconds}
+
+
+def evaluation_of(
+    images: ImageSetConfig, config: Path | None, overrides: Sequence[str]
+) -> tuple[RunConfig, Callable[[RunConfig], list[Node]]]:
+    """The run that scores images of another generator, and its nodes, for `run`.
+
+    config: a run whose reference and metrics are used, if any."""
+    values = [*overrides, "targets=[reference]"]  # nothing is trained, so no model is checked
+    loaded = load_run(config, values if config else ["name=evaluate", *values])
+    images = replace(images, s3=loaded.s3_of(images.path))
+    resolution = find_resolution(images) if config is None else None  # the tokenizer of a config sets it
+    return loaded, lambda run: graph.build_evaluation(run, images, resolution)
 
 
 class _Connector:

@@ -170,7 +170,8 @@ def _listing(num_images: int) -> Work:
 def _describe(manifest: Manifest) -> str:
     summary = DatasetSummary.read(manifest)
     counts = {"images": summary.num_images, "classes": len(summary.class_names), "captions": summary.num_captions}
-    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    findings = [f"{what.replace('_', ' ')} {count:,}" for what, count in summary.findings.items() if count]
+    return ", ".join([*(f"{count:,} {what}" for what, count in counts.items() if count), *findings])
 
 
 STAGE = Stage(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
 import pytest
 import torch
+import yaml
+from digits_run import DIGITS
 from nbclient import NotebookClient
 from PIL import Image
 from rich.console import Console
@@ -110,6 +114,60 @@ def test_wrong_requests_are_errors_of_one_sentence(digits_run, trained: str) -> 
         token_map.contact_sheet(0)
     with pytest.raises(ValueError, match="is not a model"):
         notebook.open_model(f"token_map/{token_map.manifest.key}", digits_run.store)
+
+
+@pytest.fixture
+def own_run(digits_run, tmp_path: Path) -> dict[str, Any]:
+    """The values of the run, on a copy of its store that a test may add to."""
+    shutil.copytree(digits_run.workspace / "store", tmp_path / "runs" / "store")
+    given = (each.partition("=") for each in digits_run.overrides)
+    return {"workspace": tmp_path / "runs"} | {name: yaml.safe_load(value) for name, _, value in given}
+
+
+def test_a_run_is_run_again_and_shown_as_by_the_command_line(digits_run, own_run: dict[str, Any]) -> None:
+    done = notebook.run(DIGITS, **own_run)
+    planned = digits_run.planned()
+    assert {each["stage"]: each["key"] for each in done.answer["stages"]} == {id: item.key for id, item in planned.items()}
+    assert all(each["reused"] for each in done.answer["stages"]), "the same stages as the command line, with the same keys"
+    assert done.scores["main"] == planned["evaluate"].manifest.metrics and set(done.scores) == {"main", "untrained"}
+    shown = _text(done)
+    assert "What it is worth" in shown and "14 stages, 14 reused" in shown and "frechet_distance of untrained is" in shown
+    assert "text/html" in done._repr_mimebundle_([], []) and shown.count(done.artifact("train@untrained").manifest.key) == 0
+    assert done.artifact("train@untrained").manifest.key == planned["train@untrained"].key
+    with pytest.raises(ValueError, match="this run has no stage tarin; its stages are dataset, tokenizer,"):
+        done.artifact("tarin")
+    with pytest.raises(ValueError, match="unknown key trian; did you mean train"):
+        notebook.run(DIGITS, trian={"num_steps": 3})
+
+
+def test_images_of_another_generator_are_scored_like_those_of_the_run(digits_run, own_run: dict[str, Any], tmp_path: Path) -> None:
+    made = read_samples(digits_run.store, digits_run.planned()["generate"].manifest)
+    from sklearn.datasets import load_digits
+
+    pixels = (load_digits().images[:40, :, :, None] * 15.9).clip(0, 255).astype(np.uint8).repeat(3, axis=3)
+    np.savez(tmp_path / "real.npz", arr_0=pixels.repeat(2, axis=1).repeat(2, axis=2))
+    assert len(made.codes) == len(pixels)
+    scored = notebook.evaluate(tmp_path / "real.npz", "real", config=DIGITS, **own_run)
+    by_run = digits_run.planned()["evaluate"].manifest.metrics
+    assert 0 <= scored.scores["main"]["frechet_distance"] < by_run["frechet_distance"], "real images are nearer to real images"
+    reused = {each["stage"]: each["reused"] for each in scored.answer["stages"]}
+    assert reused["reference"] and scored.artifact("reference").manifest.key == digits_run.planned()["reference"].key
+    with pytest.raises(ValueError, match=r"real\.npy"):
+        notebook.evaluate(tmp_path / "real.npy", "real", config=DIGITS, **own_run)
+
+
+def test_evaluations_are_compared_and_written(digits_run, tmp_path: Path) -> None:
+    compared = notebook.compare("digits", workspace=digits_run.workspace)
+    rows = [row for section in compared.answer["sections"] for row in section["rows"]]
+    assert {row["variant"] for row in rows} == {"main", "untrained"}
+    shown = _text(compared)
+    assert "Fréchet dist." in shown and "untrained" in shown and "text/html" in compared._repr_mimebundle_([], [])
+    assert "frechet_distance" in compared.write(tmp_path / "table.csv").read_text()
+    assert compared.write(tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    with pytest.raises(ValueError, match=r"table.txt cannot be written; end its name with .csv, .png or .html"):
+        compared.write(tmp_path / "table.txt")
+    with pytest.raises(ValueError, match="no-such-run"):
+        notebook.compare("no-such-run", workspace=digits_run.workspace)
 
 
 @pytest.mark.slow

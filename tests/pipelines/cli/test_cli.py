@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
@@ -25,6 +26,7 @@ from enat.model import ENAT
 from enat.tokenizer import VQGAN, VQGANConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
+from pipelines.cli.main import commands
 from pipelines.run import config as run_config
 from pipelines.run import graph
 from pipelines.storage.base import file_digest
@@ -293,6 +295,15 @@ def test_help_and_wrong_usage(ask: Callable[..., Any]) -> None:
         process = ask(*arguments)
         assert process.returncode == 2 and process.stdout == ""
         assert process.stderr.startswith("enat: ") and process.stderr.count("\n") == 1 and "--help" in process.stderr
+
+
+@pytest.mark.parametrize("group", [(), ("artifacts",), ("jobs",), ("import",)])
+def test_help_has_whole_sentences_for_each_command(group: tuple[str, ...]) -> None:
+    text = CliRunner().invoke(commands, [*group, "--help"], terminal_width=80).output
+    listed = text.partition("Commands:\n")[2]
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n(?=  \S)", listed) if entry.strip()]
+    assert len(entries) > 1 and all(re.fullmatch(r"\S+ [A-Z].*[^.]\.", entry) for entry in entries), listed
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_shell_completes_commands_and_stages() -> None:

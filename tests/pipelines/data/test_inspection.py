@@ -59,10 +59,10 @@ def test_facts_of_a_manifest_are_shown(local_store, tmp_path):
         summary={"names": ["[/red]a", "[b]"], "info": {"rows": 3}, "long": "x" * 1000},
         metrics={"loss": 0.125, "images": 1_000_000.0},
     )
-    lines = [line.split(maxsplit=1) for line in _shown(local_store, manifest).splitlines()]
-    shown = {line[0]: line[1].strip() for line in lines}
-    assert shown["artifact"] == f"generate/{KEYS[1]}" and shown["digest"] == manifest.digest
-    assert shown["place"] == str(Path(local_store.uri) / "generate" / KEYS[1])
+    name, digest, place, *lines = _shown(local_store, manifest).splitlines()
+    assert (name, digest) == (f"generate/{KEYS[1]}", f"digest {manifest.digest}")
+    assert place == str(Path(local_store.uri) / "generate" / KEYS[1])
+    shown = {line.split()[0]: line.split(maxsplit=1)[1].strip() for line in lines}
     assert shown["made"] == "2026-01-01T00:00:00 by 0.0 in 1.0 s" and shown["from"].split() == ["model", f"train/{KEYS[0][:12]}"]
     assert shown["names"] == '["[/red]a", "[b]"]', "what looks like markup is shown as it is"
     assert shown["info"] == "rows 3" and shown["loss"] == "0.125" and shown["images"] == "1e+06"

@@ -107,6 +107,25 @@ def test_cmmd_by_tasks_is_that_of_all_samples_at_once(make_context: Any, local_s
     assert scores.by_name["cmmd_se"] == pytest.approx(standard_error(expected.influence), rel=1e-6)
 
 
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(("size", "has_spread"), [(40, False), (30, True)])
+def test_the_kernel_distance_of_whole_sets_has_no_spread_over_subsets(
+    size: int, has_spread: bool, make_context: Any, local_store: Any
+) -> None:
+    rng = np.random.default_rng(0)
+    made, real = rng.normal(0.3, 1, (40, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32)
+    sides = [ImageStatistics(moments={"features": FeatureMoments(8).add(each)}, features=each) for each in (made, real)]
+    context = make_context(local_store, "evaluate")
+    pool = TaskPool(Execution(num_workers=1, cpus_per_worker=0.5), lambda total: context.bar(total, "parts"))
+    settings = ScoreSettings(kernel_subsets=4, kernel_subset_size=size)
+    scores = compute_scores(("frechet_distance", "kernel_distance"), *sides, settings, pool)
+    of_samples = standard_error(scores.influences["kernel_distance"])
+    assert ("kernel_distance_std" in scores.by_name) == has_spread
+    assert (scores.by_name["kernel_distance_se"] > 1.001 * of_samples) == has_spread
+    if not has_spread:
+        assert scores.by_name["kernel_distance_se"] == pytest.approx(of_samples, rel=1e-6)
+
+
 @pytest.mark.parametrize("count", [1, 3, 6])
 def test_mean_of_replicates(count: int) -> None:
     """Errors come from influences of all samples, or from the deviation of enough replicates."""
