@@ -88,10 +88,10 @@ def _header(model: Manifest, evaluations: Sequence[Evaluation], licence: str) ->
 def _result(evaluation: Evaluation, task: str) -> dict[str, Any]:
     """One evaluation as the hub's model-index has it: the protocol is the args of every metric."""
     name = str(evaluation.protocol.get("reference", "unknown"))
-    args = {**_plain(evaluation.protocol), "sampler": _plain(dataclasses.asdict(evaluation.sampler))}
     metrics = []
     for score, value in evaluation.scores.items():
         error = evaluation.metrics.get(f"{score}_se")
+        args = {**_plain(evaluation.protocol), "sampler": _plain(dataclasses.asdict(evaluation.sampler))}
         own = {**args, **({"standard_error": float(error)} if error is not None else {})}
         metrics.append({"type": score, "name": SCORES[score], "value": float(value), "args": own})
     return {"task": {"type": task}, "dataset": {"type": name, "name": name}, "metrics": metrics}

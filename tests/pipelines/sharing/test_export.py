@@ -183,7 +183,7 @@ def test_card_is_read_by_the_hubs_own_library(world: World, tmp_path: Path) -> N
     assert len(card.data.eval_results) == 2, "of this model, and of its last step only"
     found = {each.metric_type: each for each in card.data.eval_results}
     assert {name: each.metric_value for name, each in found.items()} == {"fid": 6.5, "precision": 0.5}
-    assert card.data.metrics == ["fid", "precision"]
+    assert card.data.metrics == ["fid", "precision"] and "&id" not in (tmp_path / "out" / hub.CARD).read_text(), "no aliases"
     args = found["fid"].metric_args
     assert {name: args[name] for name in PROTOCOL} == PROTOCOL and args["standard_error"] == 0.25
     assert args["sampler"]["num_steps"] == 4 and found["fid"].dataset_name == "digits"
