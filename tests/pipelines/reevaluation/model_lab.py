@@ -92,8 +92,9 @@ class Lab:
         search.tag_version(self.uri, version, {f"enat.{name}": value for name, value in tags.items()})
 
     def files(self) -> dict[str, int]:
-        """Everything in the store but notes of use, with the time it was written."""
+        """Everything in the store but notes of use and logs, with the time it was written."""
         paths = (path for path in (self.root / "store").rglob("*") if path.is_file() and path.name != ".used")
+        paths = (path for path in paths if ".logs" not in path.parts)
         return {str(path.relative_to(self.root)): path.stat().st_mtime_ns for path in paths}
 
     def stage_runs(self, stage: str) -> list[Any]:
