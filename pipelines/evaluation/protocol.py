@@ -211,7 +211,7 @@ def _compare_by(
     values = {f"train/{name.removeprefix('final/')}": value for name, value in _metrics_of(inputs, "model").items()}
     samples = _metrics_of(inputs, "samples")
     values |= {f"generate/{name}": value for name, value in samples.items() if name not in manifest.metrics}
-    run.log_metrics({**values, **manifest.metrics, **costs})
+    run.log_metrics({**manifest.metrics, **costs, **values})
     run.log_params(_settings(manifest, inputs))
     run.log_bytes(context.store.fetch(manifest, GRID).read_bytes(), GRID)
     made_from = [(source["stage"], source["key"]) for each in inputs.values() for source in each.inputs.values()]
