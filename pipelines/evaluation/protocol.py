@@ -208,19 +208,14 @@ def _compare_by(
     if protocol:
         run.log_metrics({f"{protocol}/{name}": value for name, value in manifest.metrics.items()})
         return
-    values = {f"train/{name.removeprefix('final/')}": value for name, value in _metrics_of(inputs, "model").items()}
-    samples = _metrics_of(inputs, "samples")
-    values |= {f"generate/{name}": value for name, value in samples.items() if name not in manifest.metrics}
-    run.log_metrics({**values, **manifest.metrics, **costs})
+    trained = inputs["model"].metrics if "model" in inputs else {}
+    values = {f"train/{name.removeprefix('final/')}": value for name, value in trained.items()}
+    run.log_metrics({**manifest.metrics, **costs, **values})
     run.log_params(_settings(manifest, inputs))
     run.log_bytes(context.store.fetch(manifest, GRID).read_bytes(), GRID)
     made_from = [(source["stage"], source["key"]) for each in inputs.values() for source in each.inputs.values()]
     read = [each for each in context.store.read_manifests(made_from) if isinstance(each, Manifest)]
     run.log_inputs(tracked_inputs(context.store, context.stages, [*inputs.values(), *read]))
-
-
-def _metrics_of(inputs: Mapping[str, Manifest], name: str) -> Mapping[str, float]:
-    return inputs[name].metrics if name in inputs else {}
 
 
 def _settings(manifest: Manifest, inputs: Mapping[str, Manifest]) -> dict[str, Any]:

@@ -26,14 +26,17 @@ def start(config: RunConfig, uri: str, source: str, overrides: Sequence[str], no
 
     source: of the config.   overrides: of its values, which are part of the names.
     """
+    overrides = [without_credentials(each) for each in overrides]
     changed = model_runs.of_overrides(overrides)
-    name = f"{config.name} · {changed}" if changed else config.name
-    tags = _tags(config, source, overrides)
+    name = " · ".join([config.name, *([changed] if changed else [])])
+    command = " ".join([source, *overrides])
+    tags = _tags(config, source, command)
 
     def start_variant(variant: str) -> RunHandle:
         own, values = config.variant_runs[variant], configuration.flat(config.variants[variant])
-        title = f"{name} · {model_runs.words(values) or variant}"
-        note = f"As {main_name} except for {_listed(values)}."
+        # MLflow's table shows some 20 letters: what differs among the variants comes first.
+        title = " · ".join([config.name, model_runs.words(values) or variant, *([changed] if changed else [])])
+        note = f"As {name} except for {_listed(values)}."
         handle = tracking.start_run(
             uri, config.tracking, title, {**tags, "enat.variant": variant, tracking.NOTE: note}, beside=parent
         )
@@ -41,8 +44,7 @@ def start(config: RunConfig, uri: str, source: str, overrides: Sequence[str], no
         handle.link({f"{model_runs.LINK}{MAIN}": parent})
         return handle
 
-    main_name = name
-    own_tags = tags | {"enat.variant": MAIN, tracking.NOTE: f"Made by `{tags['mlflow.source.name']}`."}
+    own_tags = tags | {"enat.variant": MAIN, tracking.NOTE: f"Made by `{command}`."}
     with tracking.ending(tracking.start_run(uri, config.tracking, name, own_tags)) as parent:
         parent.log_params(_params(config))
         models = ModelRuns(parent, start_variant, config.variants, nodes)
@@ -50,15 +52,15 @@ def start(config: RunConfig, uri: str, source: str, overrides: Sequence[str], no
             yield models
 
 
-def _tags(config: RunConfig, source: str, overrides: Sequence[str]) -> dict[str, str]:
-    shown = without_credentials(" ".join([source, *overrides]))
+def _tags(config: RunConfig, source: str, command: str) -> dict[str, str]:
     tags = {
         model_runs.KIND: model_runs.MODEL_KIND,
         model_runs.NAME: config.name,
         "enat.config": source,
         "enat.code": provenance.code_version(),
         "enat.store": without_credentials(config.store_uri),
-        "mlflow.source.name": shown,
+        "enat.command": command,
+        "mlflow.source.name": source,
         "mlflow.source.type": "LOCAL",
     }
     commit = provenance.code_commit()
@@ -74,4 +76,4 @@ def _params(config: RunConfig) -> dict[str, Any]:
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{name}` = {'null' if value is None else value}" for name, value in values.items())
+    return ", ".join(f"`{name}` = {'null' if value is None else without_credentials(str(value))}" for name, value in values.items())

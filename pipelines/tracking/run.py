@@ -47,7 +47,8 @@ from pipelines.tracking.registry import (
 
 _log = logging.getLogger(__name__)
 _PARAMETER_LIMIT = 6000  # MLflow cuts longer values silently
-_DATASET_NAME_LIMIT, _DATASET_DIGEST_LIMIT = 500, 36  # of MLflow
+_DATASET_NAME_LIMIT = 500  # of MLflow
+_DATASET_DIGEST_LETTERS = 12  # MLflow accepts 36, and cuts off the name for them
 _ILLEGAL = re.compile(r"[^\w\-. /]")
 _PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databricks|uc:")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
@@ -58,6 +59,7 @@ _MODEL_FOLDER = "model"  # of a run's files, the source of the version that the 
 HOST_TAG, PROCESS_TAG = "enat.host", "enat.process"  # where a run's command runs
 _ERROR_TAG, ERROR_FILE = "enat.error", "error.txt"  # of a failed run
 _ERROR_LINES = 60  # of a traceback
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow shows views of training instead of those of agents
 NOTE = "mlflow.note.content"  # MLflow shows it as the description of a run
 _sending = threading.RLock()  # stages that run side by side share an outbox, and MLflow's settings are those of the process
 OUT_OF_ORDER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "BAD_REQUEST")  # no answer, or a broken database; others: a refusal
@@ -184,7 +186,7 @@ class RunHandle:
             DatasetInput(
                 Dataset(
                     name=each.name[:_DATASET_NAME_LIMIT],
-                    digest=each.digest[:_DATASET_DIGEST_LIMIT],
+                    digest=each.digest[:_DATASET_DIGEST_LETTERS],
                     source_type="s3" if each.source.startswith("s3://") else "local",
                     source=json.dumps({"uri": each.source}),
                 ),
@@ -394,7 +396,7 @@ def start_run(
     def start(client: Any) -> None:
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is None:
-            create_once(lambda: client.create_experiment(config.experiment, _artifact_location(uri)))
+            create_once(lambda: client.create_experiment(config.experiment, _artifact_location(uri), tags=_KIND))
             experiment = client.get_experiment_by_name(config.experiment)
         if first is None:
             _fail_runs_of_killed_commands(client, experiment.experiment_id)

@@ -14,7 +14,7 @@ from pipelines.workflow.summary import SummaryError
 if TYPE_CHECKING:
     from pipelines.workflow.stage import Stage
 
-_DATA = ("dataset", "token_map", "captions", "reference")  # stages
+_DATA = ("dataset", "token_map", "captions", "reference")  # stages, in the order in which they are listed
 
 
 def tracked_inputs(store: ArtifactStore, stages: Mapping[str, Stage], manifests: Iterable[Manifest]) -> list[TrackedInput]:
@@ -27,7 +27,7 @@ def tracked_inputs(store: ArtifactStore, stages: Mapping[str, Stage], manifests:
             source=without_credentials(store.place(manifest.stage, manifest.key)),
             context=manifest.stage,
         )
-        for manifest in found.values()
+        for manifest in sorted(found.values(), key=lambda manifest: _DATA.index(manifest.stage))
     ]
 
 

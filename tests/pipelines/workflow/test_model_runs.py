@@ -96,10 +96,14 @@ def test_stages_are_below_the_run_of_their_model_and_reused_ones_are_linked(
     assert links == {"enat.run.main": main, "enat.run.shared": runs["shared"].info.run_id}
     execute(_nodes(), "seed=7")
     again = [run for run in found() if run.info.run_id not in {run.info.run_id for run in runs.values()}]
-    assert {run.info.run_name for run in again} == {"sizes · seed 7", "sizes · seed 7 · small"}
+    assert {run.info.run_name for run in again} == {"sizes · seed 7", "sizes · small · seed 7"}
     tags = {run.info.run_name: run.data.tags for run in again}
     assert tags["sizes · seed 7"]["enat.run.curve"] == runs["curve"].info.run_id
-    assert tags["sizes · seed 7 · small"]["enat.run.curve"] == runs["curve@small"].info.run_id
+    assert tags["sizes · small · seed 7"]["enat.run.curve"] == runs["curve@small"].info.run_id
+    assert tags["sizes · small · seed 7"]["enat.command"] == "sizes.yaml seed=7"
+    execute(_nodes(), "dataset.path=http://reader:secret@host/images")
+    newest = found()[-1]
+    assert newest.info.run_name == "sizes · small · dataset path http://host/images" and "secret" not in str(newest.data.tags)
     assert {run.info.status for run in again} == {"FINISHED"}
 
 
