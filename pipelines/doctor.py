@@ -34,9 +34,10 @@ class Finding:
     advice: str | None = None
 
 
-def examine(config: Any) -> Iterator[Finding]:
+def examine(config: Any, *, is_of_run: bool = True) -> Iterator[Finding]:
     """Findings for a run of `config`, a RunConfig, in the order in which a run would meet them.
 
+    is_of_run: False if no run is meant, only this machine, which needs no dataset.
     A check that raises is a finding, too. The remaining checks still run.
     """
     checks: Mapping[str, Callable[[], Iterator[Finding]]] = {
@@ -47,7 +48,7 @@ def examine(config: Any) -> Iterator[Finding]:
         "Ray": lambda: _ray(config),
         "store": lambda: _store(config),
         "tracking": lambda: _tracking(config),
-        "dataset": lambda: _dataset(config),
+        "dataset": lambda: _dataset(config) if is_of_run or config.dataset is not None else iter(()),
         "weights": lambda: _weights(config),
     }
     for what, check in checks.items():

@@ -30,7 +30,7 @@ def doctor(arguments: tuple[str, ...], as_json: bool) -> None:
     values = overrides if config else ["name=doctor", *overrides]
     run = configuration.load_config(RunConfig, Path(config) if config else None, values)
     terminal, findings = console(stderr=as_json), []
-    for finding in examining.examine(run):
+    for finding in examining.examine(run, is_of_run=config is not None):
         findings.append(finding)
         if not as_json:
             terminal.print(f"{_SIGNS[finding.state]} {finding.what:<14}{one_line(finding.detail)}", highlight=False, soft_wrap=True)

@@ -58,6 +58,13 @@ def test_a_problem_is_reported_with_advice_and_other_checks_still_run(examine: C
         assert all(finding.state != doctor.BAD for name, finding in found.items() if name != what)
 
 
+def test_a_machine_is_examined_without_a_dataset_and_a_run_is_not(tmp_path: Path) -> None:
+    run = configuration.load_config(RunConfig, None, ("name=it", f"workspace={tmp_path / 'runs'}"))
+    assert "dataset" not in {finding.what for finding in doctor.examine(run, is_of_run=False)}
+    (found,) = (finding for finding in doctor.examine(run) if finding.what == "dataset")
+    assert found.state == doctor.BAD and "`enat init FOLDER`" in found.detail
+
+
 def test_splits_are_listed_and_one_must_be_chosen(examine: Callable[..., Any], tmp_path: Path) -> None:
     for name in (
         "tar/train-0.tar",

@@ -108,7 +108,7 @@ def test_the_readme_of_infra_gives_the_times_of_the_schedules_and_images_receive
 
 def _own_dataset(folder: Path) -> list[list[str]]:
     """The folder and the config of the page on datasets, and the commands of its example, without `enat`."""
-    page = (GUIDE / "own-dataset.md").read_text().partition("## Larger images")[0]
+    page = (GUIDE / "own-dataset.md").read_text().partition("## Example")[2].partition("## Larger images")[0]
     (folder / "configs").symlink_to(REPOSITORY / "configs")
     (folder / "flowers.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
     for name, count in {"daisy": 24, "rose": 20, "tulip": 17}.items():
