@@ -226,8 +226,9 @@ def _show(record: Mapping[str, Any], folder: Path, terminal: Console) -> None:
 
 
 def _settings(sampler: Mapping[str, Any]) -> str:
-    """Steps, guidance, and all settings with a value for each step."""
-    lists = {name: " ".join(f"{value:g}" for value in values) for name, values in sampler.items() if isinstance(values, list)}
+    """Steps, guidance, and all settings with several values, which are None or the whole interval if they are not set."""
+    given = {name: values for name, values in sampler.items() if isinstance(values, list) and values != [0.0, 1.0]}
+    lists = {name: " ".join(f"{value:g}" for value in values) for name, values in given.items()}
     guidance = lists.pop("guidance_scales", None) or f"{sampler['guidance_scale']:g}"
     others = [f"{name.replace('_', ' ')} {values}" for name, values in lists.items()]
     return ", ".join([f"{sampler['num_steps']} steps", f"guidance {guidance}", *others])

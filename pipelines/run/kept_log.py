@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pipelines.storage.redaction import without_credentials
 from pipelines.tracking.run import RunHandle
 
 _log = logging.getLogger(__name__)
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a job's driver
 FOLDER = ".logs"  # of a store, beside its stages
 _NAME = "run.log"  # in MLflow
 _MOST_BYTES = 4_000_000  # of the end of a long log
@@ -33,7 +35,8 @@ class KeptLog:
 
 @contextmanager
 def keeping(store: ArtifactStore, path: Path, console: Console) -> Iterator[KeptLog]:
-    """However the work ends, copy its log with its traceback to the store and to the tracking run. If it fails, print where.
+    """However the work ends, copy its log with its traceback to the store and to the tracking run. If a job fails, print where: its
+    own folder, which the error names, is removed with it.
 
     Does not raise: what cannot be copied costs a warning.
     """
@@ -46,7 +49,7 @@ def keeping(store: ArtifactStore, path: Path, console: Console) -> Iterator[Kept
         raise
     finally:
         keep(kept, store, path)
-        if has_failed:
+        if has_failed and IN_JOB in os.environ:
             _show(kept, console)
 
 

@@ -33,7 +33,6 @@ from pipelines.workflow import driver, provenance
 from pipelines.workflow.stage import MAIN, Node, Session
 
 _MANY_CPUS = 4  # of a local cluster, from which on stages run side by side
-_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a job's driver
 
 
 def run(
@@ -192,7 +191,7 @@ def tracking_uri(config: RunConfig) -> str:
     uri = tracking.resolve_uri(config.tracking, Path(config.workspace))
     given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     place = given.removeprefix("sqlite:///") if given else config.workspace
-    if config.tracking.enabled and _IN_JOB in os.environ and uri.startswith("sqlite:///") and not Path(place).is_absolute():
+    if config.tracking.enabled and kept_log.IN_JOB in os.environ and uri.startswith("sqlite:///") and not Path(place).is_absolute():
         raise ValueError(
             f"runs and registered models of this job would be tracked under {place}, in a folder that is removed with the job; "
             "give tracking.uri=http://HOST:5000, set MLFLOW_TRACKING_URI on the cluster, give workspace= the absolute path of a "

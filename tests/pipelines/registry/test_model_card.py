@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def trained(vqgan: VQGAN, tmp_path_factory: pytest.TempPathFactory) -> Trained:
             "s3": None,
             "model": {"preset": None, "embed_dim": 32},
             "masking": {"alpha": 12.0, "beta": 3.0, "reuse_probability": 0.5},
-            "sampler": dataclasses.asdict(SamplerConfig(num_steps=4, guidance_scale=2.0)),
+            "sampler": json.loads(json.dumps(dataclasses.asdict(SamplerConfig(num_steps=4, guidance_scale=2.0)))),
             "num_steps": 1200,
             "learning_rate": 0.001,
             "betas": [0.9, 0.99],

@@ -19,7 +19,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.cli import main
 from pipelines.cluster.resources import Execution
-from pipelines.run import runner
+from pipelines.run import kept_log, runner
 from pipelines.run.config import RunConfig
 from pipelines.storage.base import AccessError
 from pipelines.storage.local import LocalFolder
@@ -155,7 +155,7 @@ def test_sigterm_while_ray_works_ends_the_runs_of_mlflow(end_enat_when: Callable
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
 def test_the_traceback_of_a_failed_run_is_in_the_store_and_in_mlflow(
-    client: MlflowClient, uri: str, tmp_path: Path, error: type[Exception]
+    client: MlflowClient, uri: str, tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a failure and of bad input, which a job would else leave in its folder only."""
 
@@ -164,6 +164,7 @@ def test_the_traceback_of_a_failed_run_is_in_the_store_and_in_mlflow(
 
     config = RunConfig(name="whole", workspace=str(tmp_path / "runs"), tracking=TrackingConfig(uri=uri))
     console = Console(file=io.StringIO())
+    monkeypatch.setenv(kept_log.IN_JOB, "{}")
     with pytest.raises((StageError, ValueError)):
         runner.run(config, "whole.yaml", console, build=lambda _: [Node("only", Stage("only", 1, fail), Execution())])
     (kept,) = (tmp_path / "runs" / "store" / ".logs").iterdir()
