@@ -63,7 +63,7 @@ class LossReports(WorkerGroupCallback):  # type: ignore[misc]
             try:
                 if reference in answered and ray.get(reference) == 0:
                     continue
-            except ray.exceptions.RayError:
+            except ray.exceptions.RayError:  # it is gone, which is the answer
                 pass
             gone.append(rank)
         return sorted(gone)

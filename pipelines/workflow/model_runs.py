@@ -15,9 +15,8 @@ from typing import Any
 from pipelines.tracking.run import RunHandle, fail
 from pipelines.workflow.stage import MAIN, Node
 
-LINK = (
-    "enat.run."  # tags of the run of a model: the id of the run that made an artifact, by the name of the node without the variant
-)
+# Tags of the run of a model: the id of the run that made an artifact, by the name of the node without the variant.
+LINK = "enat.run."
 KIND = "enat.kind"  # a tag
 MODEL_KIND = "model"  # its value for the run of a model
 NAME = "enat.name"  # a tag: the name of the config run

@@ -174,7 +174,7 @@ def test_the_traceback_of_a_failed_run_is_in_the_store_and_in_mlflow(
     copy = Path(client.download_artifacts(run_id, "run.log", str(tmp_path))).read_text()
     assert copy == kept.read_text() and "Traceback" in copy and "in fail" in copy and "http://host/x" in copy
     assert "hunter2" not in copy
-    assert {stage for stage, _ in open_store(config.store_uri).names()} == {"only"}, "a log is no artifact"
+    assert {stage for stage, _ in open_store(config.store_uri).names()} == {"only"}, "a log is not an artifact"
 
 
 def test_a_log_that_cannot_be_copied_costs_a_warning(
