@@ -139,7 +139,7 @@ def test_simultaneous_equal_submissions_are_one_job(twice: list[Answer]) -> None
 
 def test_followed_log_ends_with_the_exit_code_of_the_job(followed: Answer, twice: list[Answer], places) -> None:
     assert followed.code == 0, followed.err
-    assert "✓ dataset" in followed.out and "images 1,797" in followed.out
+    assert "✓ dataset" in followed.out and "1,797 images" in followed.out
     assert followed.out.endswith(f"{twice[0].json['id']} succeeded\n")
     assert len([*Path(places[0].removeprefix("store=")).glob("dataset/*/manifest.json")]) == 1
 
