@@ -222,6 +222,7 @@ def _row(run: TrackedRun, parents: Mapping[str, TrackedRun], notes: list[str]) -
         model=printable(tags.get("enat.model") or (trained or run.name)[:18]),
         variant=printable(variant),
         dataset=None if is_imported else _text(tags.get("enat.dataset")),
+        reference=_text(tags.get("enat.reference")),
         guidance_scale=_number(run, "enat.guidance_scale", notes),
         samples=_text(tags.get("enat.samples") or tags.get("enat.input.samples")),
         trained=trained,

@@ -31,7 +31,7 @@ class Row:
     run_ids: runs that logged these numbers, newest first; the newest counts.   measured: start of the first of them.
     model, variant: as tagged.   name: how tables, charts and samples name the row.   model_name: of its trained model, unique in
     the comparison.
-    dataset: training data of the model; for outside samples, of the reference.
+    dataset: training data of the model; for outside samples, of the reference.   reference: what its data is called now.
     ema_length: of the average of the weights, None for the usual one.
     mask_ratio: masked share of the codes, for samples that start from codes of real images.
     device, images_per_pass, precision: used to generate the samples.   currency: of the metric cost/total_money.
@@ -58,6 +58,7 @@ class Row:
     protocol: Mapping[str, Any]
     measured: datetime
     metrics: Mapping[str, float]
+    reference: str | None = None
     mask_ratio: float | None = None
     ema_length: float | None = None
     device: str | None = None
@@ -123,10 +124,10 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def _section(rows: Sequence[Row]) -> Section:
-    first = rows[0]
+    first, newest = rows[0], max(rows, key=lambda row: row.measured)
     return Section(
         name="",
-        dataset=reference_dataset(first.protocol) or first.dataset,
+        dataset=newest.reference or reference_dataset(first.protocol) or first.dataset,
         resolution=first.resolution,
         protocol_digest=first.protocol_digest,
         protocol=first.protocol,

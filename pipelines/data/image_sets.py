@@ -71,7 +71,7 @@ class ImageSetConfig:
             check_stated(self.labels)
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "labels": self.labels, "content": self.digest()}
+        return {"labels": self.labels, "content": self.digest()}
 
     def digest(self) -> str:
         """sha256 over the names, bytes and order of the images."""

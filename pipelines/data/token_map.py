@@ -4,7 +4,7 @@ Shards `part-00000.parquet`, ... hold the rows in the dataset's order, `quaranti
 Columns: `key` string, `codes` and `codes_flipped` fixed_size_list<uint16>[L], `label` int32 (-1 for none), `source_sha256` binary,
 the digest of the image's bytes. A dataset with captions also has `captions` list<string> and `first_caption` int64, the number of
 the row's first caption among all captions of the dataset, which locates their features (captions.py). The Parquet key-value
-metadata `enat` contains dataset, resolution, grid, codebook and tokenizer.
+metadata `enat` contains resolution, grid, codebook and tokenizer.
 
 Shape legend: R rows, L = grid_size**2 codes, B images of a global batch.
 """
@@ -35,7 +35,8 @@ from pipelines.workflow.summary import Summary
 
 _log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # before 3, shards held the name of the dataset, which is part of no key
+_NAMED = 2  # the last version with a name
 QUARANTINE = "quarantine.parquet"
 QUARANTINE_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string())])
 _METADATA_KEY = b"enat"
@@ -47,7 +48,7 @@ _CAPTIONS = pa.list_(pa.field("element", pa.string()))  # Parquet's name of item
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMapInfo:
-    """Description of a token map, stored in the metadata of every shard and in the manifest's summary."""
+    """Description of a token map, in the manifest's summary and, without the dataset's name, in the metadata of every shard."""
 
     dataset: str
     resolution: int
@@ -105,6 +106,9 @@ class TokenRows:
 
 
 def schema(info: TokenMapInfo) -> pa.Schema:
+    described = dataclasses.asdict(info)
+    if info.format_version > _NAMED:
+        del described["dataset"]
     codes = pa.list_(pa.field("element", pa.uint16()), info.grid_size**2)
     captions = [("captions", _CAPTIONS), ("first_caption", pa.int64())] if info.num_captions else []
     return pa.schema(
@@ -116,7 +120,7 @@ def schema(info: TokenMapInfo) -> pa.Schema:
             ("source_sha256", pa.binary(32)),
             *captions,
         ],
-        metadata={_METADATA_KEY: json.dumps(dataclasses.asdict(info), sort_keys=True)},
+        metadata={_METADATA_KEY: json.dumps(described, sort_keys=True)},
     )
 
 

@@ -151,8 +151,11 @@ def sample_grid(reader: BlockReader, inputs: Mapping[str, Manifest], images_per_
     return make_grid(images, columns=columns, scale=max(1, _LARGE // side))
 
 
-def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> dict[str, str]:
-    """Tags of an evaluation. node: its id in the graph, "evaluate" or "evaluate@variant". Outside samples have fewer tags."""
+def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str, titles: Mapping[str, str]) -> dict[str, str]:
+    """Tags of an evaluation. Outside samples have fewer of them.
+
+    node: its id in the graph, "evaluate" or "evaluate@variant".   titles: see PublishContext.
+    """
     samples, made = inputs["samples"], samples_summary(inputs["samples"])
     protocol = EvaluationSummary.read(manifest).protocol
     tags: dict[str, Any] = {
@@ -163,13 +166,10 @@ def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> di
         "enat.protocol_digest": protocol_digest(protocol),
         "enat.samples": f"{samples.stage}/{samples.key}",
     }
-    if isinstance(made, ImageSetSummary):
-        tags |= {"enat.model": made.name, "enat.dataset": ReferenceSummary.read(inputs["reference"]).dataset}
-    else:
+    tags |= _names(inputs, titles)
+    if not isinstance(made, ImageSetSummary):
         model = ModelSummary.read(inputs["model"])
         tags |= {
-            "enat.model": model_card.registered_name(inputs["model"]),
-            "enat.dataset": model.dataset,
             "enat.parameters": model.parameters,
             "enat.train_steps": made.train_steps or model.num_steps,
             "enat.num_steps": made.sampler.num_steps,
@@ -183,9 +183,21 @@ def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str) -> di
     return {name: str(value) for name, value in tags.items()}
 
 
+def _names(inputs: Mapping[str, Manifest], titles: Mapping[str, str]) -> dict[str, str]:
+    """Tags with the names of the model, of the data that it was trained on, and of the reference."""
+    made, real = samples_summary(inputs["samples"]), ReferenceSummary.read(inputs["reference"])
+    reference = titles.get("reference", real.dataset)
+    if isinstance(made, ImageSetSummary):
+        found = {"enat.model": titles.get("samples", made.name), "enat.dataset": reference}
+    else:
+        model, title = inputs["model"], titles.get("model")
+        found = {"enat.model": model_card.registered_name(model, title), "enat.dataset": model_card.trained_on(model, title)}
+    return {**found, "enat.reference": reference}
+
+
 def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
     """Log tags, the picture and costs to the tracking run of the stage, and what people compare to the run of the model."""
-    tags = tags_of(manifest, inputs, context.node)
+    tags = tags_of(manifest, inputs, context.node, context.titles)
     costs = cost_metrics(context.store, manifest, context.stages, context.prices)
     money = {"enat.currency": context.prices.currency} if context.prices is not None else {}  # of cost/total_money
     if not context.is_recorded:
@@ -193,6 +205,8 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
         for name in (GRID, INFLUENCES):
             context.run.log_bytes(context.store.fetch(manifest, name).read_bytes(), name)  # a cached file has another name
         context.run.log_metrics(costs)
+    else:
+        context.run.set_tags(_names(inputs, context.titles))  # which may have been corrected since
     if context.model_run is not None:
         context.model_run.set_tags(money)
         _compare_by(context.model_run, manifest, inputs, context, costs)
@@ -211,16 +225,16 @@ def _compare_by(
     trained = inputs["model"].metrics if "model" in inputs else {}
     values = {f"train/{name.removeprefix('final/')}": value for name, value in trained.items()}
     run.log_metrics({**manifest.metrics, **costs, **values})
-    run.log_params(_settings(manifest, inputs))
+    run.log_params(_settings(manifest, inputs, context.titles))
     run.log_bytes(context.store.fetch(manifest, GRID).read_bytes(), GRID)
     made_from = [(source["stage"], source["key"]) for each in inputs.values() for source in each.inputs.values()]
     read = [each for each in context.store.read_manifests(made_from) if isinstance(each, Manifest)]
     run.log_inputs(tracked_inputs(context.store, context.stages, [*inputs.values(), *read]))
 
 
-def _settings(manifest: Manifest, inputs: Mapping[str, Manifest]) -> dict[str, Any]:
+def _settings(manifest: Manifest, inputs: Mapping[str, Manifest], titles: Mapping[str, str]) -> dict[str, Any]:
     """Of the model, its samples and their evaluation: what a column of MLflow's table of runs shows."""
-    tags = tags_of(manifest, inputs, "")
+    tags = tags_of(manifest, inputs, "", titles)
     names = ("model", "dataset", "resolution", "parameters", "train_steps", "num_steps", "guidance_scale", "num_samples")
     found: dict[str, Any] = {name: tags[f"enat.{name}"] for name in names if f"enat.{name}" in tags}
     if "tokenizer" in inputs:

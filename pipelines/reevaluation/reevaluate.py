@@ -274,6 +274,7 @@ class _Evaluator:
         def publish(result: Manifest, context: PublishContext) -> None:
             moved = moved_in(result)
             tags = {"enat.model": version.name, "enat.model_version": version.version, "enat.is_check": str(is_check).lower()}
+            tags |= {name: version.tags[name] for name in ("enat.dataset",) if name in version.tags}  # it may have been corrected
             context.run.set_tags(tags | ({} if moved is None else {evaluation_record.DRIFT: words(moved)}))
 
         done = self._execute(reevaluation_plan.publishing(plan, publish), case)

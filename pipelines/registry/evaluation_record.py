@@ -144,4 +144,4 @@ def record(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishC
             return {}
         return replacing(tags, found)
 
-    context.run.tag_model(model_card.registered_name(model), model.digest, choose)
+    context.run.tag_model(model_card.registered_name(model, context.titles.get("model")), model.digest, choose)

@@ -34,16 +34,17 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
     summary = ModelSummary.read(manifest)
     if not context.tracking.enabled or (summary.num_steps == 0 and not summary.is_imported):
         return
-    card = model_card(manifest, inputs, context.store.uri)
+    title = context.titles.get("")
+    card = model_card(manifest, inputs, context.store.uri, title=title)
     context.run.register_model(
-        registered_name(manifest),
+        registered_name(manifest, title),
         files={
             CARD: card.encode(),
             MANIFEST: manifest.to_json(),
             PLACE: json.dumps({"store": without_credentials(context.store.uri)}).encode(),
             **_pyfunc(manifest, inputs),
         },
-        tags=model_tags(manifest, inputs, context.store.uri),
+        tags=model_tags(manifest, inputs, context.store.uri, title),
         description=card,
         alias=context.tracking.model_alias,
     )
@@ -62,11 +63,19 @@ def _pyfunc(manifest: Manifest, inputs: Mapping[str, Manifest]) -> dict[str, byt
     return registry.pyfunc_files(_LOADER, column=column, output=(resolution, resolution, 3), params=params)
 
 
-def registered_name(manifest: Manifest) -> str:
+def trained_on(manifest: Manifest, title: str | None = None) -> str:
+    """The name of the data that a model was trained on: what it is called now, or else what it was called then."""
+    summary = ModelSummary.read(manifest)
+    return summary.dataset if title is None or summary.is_imported else title
+
+
+def registered_name(manifest: Manifest, title: str | None = None) -> str:
     """enat-<size>-<dataset> and what differs from the usual: enat-s-imagenet-decoder_attention-full, enat-b-coco-text for captions.
 
     An alias moves among the versions of a name, so an ablation gets a name of its own. The size is the preset's. For a model
     without a preset it is the number of parameters and the layers of encoder and decoder.
+
+    title: of the data, see trained_on.
     """
     summary, preset = ModelSummary.read(manifest), manifest.config["model"]["preset"]
     model = summary.model
@@ -79,7 +88,7 @@ def registered_name(manifest: Manifest) -> str:
     if model.reuse and not summary.is_imported:
         changed |= _differences(MaskingConfig(**manifest.config["masking"]), MaskingConfig())
     condition = ["text"] if model.text_width is not None else []
-    parts = [size, summary.dataset, *condition, *(f"{name}-{_plain(value)}" for name, value in changed.items())]
+    parts = [size, trained_on(manifest, title), *condition, *(f"{name}-{_plain(value)}" for name, value in changed.items())]
     return registry.model_name("-".join(parts))
 
 
@@ -92,7 +101,7 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
-def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str) -> dict[str, str]:
+def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str, title: str | None = None) -> dict[str, str]:
     """Tags that identify the artifact and its inputs."""
     summary = ModelSummary.read(manifest)
     tags = {
@@ -102,7 +111,7 @@ def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: st
         "enat.artifact": f"{manifest.stage}/{manifest.key}",
         "enat.store": without_credentials(store_uri),
         "enat.code": manifest.provenance["code"],
-        "enat.dataset": summary.dataset,
+        "enat.dataset": trained_on(manifest, title),
         "enat.resolution": _tokenizer_config(inputs).resolution,
         "enat.num_steps": summary.num_steps,
     }
@@ -112,35 +121,42 @@ def model_tags(manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: st
 
 
 def model_card(
-    manifest: Manifest, inputs: Mapping[str, Manifest], store_uri: str, *, usage: str | None = None, scores: str | None = None
+    manifest: Manifest,
+    inputs: Mapping[str, Manifest],
+    store_uri: str,
+    *,
+    title: str | None = None,
+    usage: str | None = None,
+    scores: str | None = None,
 ) -> str:
     """The card as Markdown, from manifests alone.
 
-    usage: how to load it; None for how to do so from the store.   scores: None if they are elsewhere.
+    title: of the data, see trained_on.   usage: how to load it; None for how to do so from the store.
+    scores: None if they are elsewhere.
     """
     sections = [
-        _head(manifest, inputs),
+        _head(manifest, inputs, title),
         f"## Load and sample\n\n{usage or _usage(manifest, inputs, store_uri)}",
         *([f"## Scores\n\n{scores}"] if scores is not None else []),
         f"## Model\n\n{_model(manifest)}",
-        f"## Data\n\n{_data(manifest, inputs)}",
+        f"## Data\n\n{_data(manifest, inputs, title)}",
         f"## Training\n\n{_training(manifest)}",
         f"## Cost\n\n{_cost(manifest, inputs)}",
-        f"## Limits\n\n{_limits(manifest, inputs, has_scores=scores is not None)}",
+        f"## Limits\n\n{_limits(manifest, inputs, title, has_scores=scores is not None)}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _head(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
+def _head(manifest: Manifest, inputs: Mapping[str, Manifest], title: str | None) -> str:
     summary, provenance = ModelSummary.read(manifest), manifest.provenance
-    dataset, resolution = escaped(summary.dataset), _tokenizer_config(inputs).resolution
+    dataset, resolution = escaped(trained_on(manifest, title)), _tokenizer_config(inputs).resolution
     origin = (
         f"These are published weights for images of {resolution} px, imported and not trained here."
         if summary.is_imported
         else f"It was trained on {dataset} at {resolution} px for {summary.num_steps:,} steps."
     )
     return (
-        f"# {escaped(registered_name(manifest))}\n\n"
+        f"# {escaped(registered_name(manifest, title))}\n\n"
         f"ENAT (EfficientNAT, NeurIPS 2024, arXiv 2411.06959) with {summary.parameters:,} parameters: a non-autoregressive "
         f"transformer that generates the tokens of an image in a few parallel steps, {_condition(manifest)}. {origin}\n\n"
         f"Artifact `{manifest.stage}/{manifest.key}`, made {provenance['created']} by code {provenance['code']}."
@@ -190,10 +206,10 @@ def _model(manifest: Manifest) -> str:
     return table([*([("preset", preset)] if preset else []), *dataclasses.asdict(ModelSummary.read(manifest).model).items()])
 
 
-def _data(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
+def _data(manifest: Manifest, inputs: Mapping[str, Manifest], title: str | None) -> str:
     tokenizer, token_map = _tokenizer_config(inputs), inputs.get("token_map")
     rows = [
-        ("dataset", ModelSummary.read(manifest).dataset),
+        ("dataset", trained_on(manifest, title)),
         ("images", f"{token_map.metrics['rows']:,.0f}" if token_map else "not known"),
         ("resolution", f"{tokenizer.resolution} px"),
         ("codes of an image", f"{tokenizer.grid_size} x {tokenizer.grid_size}, out of {tokenizer.codebook_size:,}"),
@@ -226,7 +242,7 @@ def _cost(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
     )
 
 
-def _limits(manifest: Manifest, inputs: Mapping[str, Manifest], *, has_scores: bool) -> str:
+def _limits(manifest: Manifest, inputs: Mapping[str, Manifest], title: str | None, *, has_scores: bool) -> str:
     summary, resolution = ModelSummary.read(manifest), _tokenizer_config(inputs).resolution
     measured = (
         "The scores hold for the stated sampler and protocol only."
@@ -234,7 +250,7 @@ def _limits(manifest: Manifest, inputs: Mapping[str, Manifest], *, has_scores: b
         else "The numbers on this card are from training. The stage evaluate measures the quality of samples, for one sampler at a "
         "time."
     )
-    learned = "the data it was published for" if summary.is_imported else escaped(summary.dataset)
+    learned = "the data it was published for" if summary.is_imported else escaped(trained_on(manifest, title))
     return "\n".join(
         [
             f"- It makes images of {resolution} px like those of {learned}, {_condition(manifest)}, with the biases of that data. "

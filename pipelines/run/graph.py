@@ -106,7 +106,8 @@ def _audit(run: RunConfig, reader: Any) -> Any:
 
 
 def _report(run: RunConfig, reader: Any) -> Any:
-    return replace(run.report, name=run.name, variants=tuple(run.variants))
+    data = section(token_map.STAGE, run).dataset
+    return replace(run.report, name=run.name, dataset_name=None if data is None else data.title, variants=tuple(run.variants))
 
 
 GRAPH: tuple[Part, ...] = (

@@ -152,7 +152,7 @@ def _in_key(path: str) -> str:
     if section == "seed":
         return "yes"
     stages = graph.stages()
-    if section not in stages or not rest or "execution" in path.split("."):
+    if section not in stages or not rest or "execution" in path.split(".") or path.endswith("dataset.name"):
         return "no"
     if any(path == name or path.startswith(f"{name}.") for name in _NOT_IN_KEY):
         return "no"

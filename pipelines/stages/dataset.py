@@ -184,6 +184,7 @@ STAGE = Stage(
     kind="tokenizing",
     files=(INDEX, FINDINGS),
     external=("path", "captions"),
+    title=lambda config: config.title,
     describe=_describe,
     reevaluation="conditions",
 )

@@ -93,4 +93,5 @@ STAGE = Stage(
     files=(INDEX,),
     external=("path",),
     describe=_describe,
+    title=lambda config: config.name,
 )

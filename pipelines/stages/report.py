@@ -62,6 +62,8 @@ class ReportConfig:
     """Columns of the grid of samples."""
     name: str | None = set_by("name")
     """Name of the run."""
+    dataset_name: str | None = set_by("dataset.name")
+    """Name of the dataset."""
     variants: tuple[str, ...] = set_by("variants", ())
     """Variants of the run."""
 
@@ -92,6 +94,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
     model, samples, store = inputs["model"], inputs["samples"], context.store
     shown = _shown_samples(config, samples, store)
     made, tokens = SamplesSummary.read(samples), TokenMapSummary.read(inputs["token_map"])
+    dataset = config.dataset_name or tokens.info.dataset
     columns = min(made.num_classes, config.max_classes) if made.has_each_class_in_turn else _COLUMNS
     scale = scale_for(vqgan.config.resolution)
     grid = make_grid(decode_codes(vqgan, torch.from_numpy(shown.codes)), columns=columns, scale=scale)
@@ -103,9 +106,9 @@ def run(config: ReportConfig, inputs: Mapping[str, Manifest], context: StageCont
         "pipelines.stages",
         "report.html.j2",
         charts,
-        title=f"{config.name}: {tokens.info.dataset}",
+        title=f"{config.name}: {dataset}",
         name=config.name,
-        dataset=tokens.info.dataset,
+        dataset=dataset,
         model=ModelSummary.read(model),
         evaluation=inputs["evaluation"],
         measured=EvaluationSummary.read(inputs["evaluation"]),

@@ -186,4 +186,5 @@ STAGE = Stage(
     external=("weights",),
     workers=lambda config: config.execution if config.weights is None else None,
     describe=_describe,
+    title=lambda config: None,  # what is made with a tokenizer is not named after the images it was trained on
 )

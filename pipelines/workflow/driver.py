@@ -29,7 +29,7 @@ from pipelines.workflow import config as configuration
 from pipelines.workflow.interruption import StageThread
 from pipelines.workflow.node_run import NodeRun
 from pipelines.workflow.progress import show_start
-from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, Session, Sibling
+from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, Session, Sibling, titles_of
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
@@ -84,7 +84,7 @@ def execute(
     Returns the nodes in their order. Raises ValueError for bad input, StageError otherwise: the first one. Beside other nodes, a
     node that fails ends only those that read it. After bad input nothing new is started. What was started is finished in any case.
     """
-    return _Execution(nodes, session, given or {}, check, num_jobs).run()
+    return _Execution(nodes, replace(session, titles=titles_of(nodes)), given or {}, check, num_jobs).run()
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,7 @@ class NodeRun:
         if node.stage.publish is None:
             return
         try:
+            titles = {name: session.titles[id] for name, id in {"": node.id, **node.inputs}.items() if id in session.titles}
             context = PublishContext(
                 store=session.store,
                 run=run,
@@ -182,6 +183,7 @@ class NodeRun:
                 stages=session.stages,
                 model_run=session.run_of(node.id),
                 is_recorded=is_recorded,
+                titles=titles,
             )
             node.stage.publish(made, self.inputs, context)
         except Exception as error:  # noqa: BLE001 (the artifact exists, which is the purpose of the run)

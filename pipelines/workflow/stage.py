@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,6 +74,8 @@ class Stage:
     shares_work_on: the input that two nodes of the stage share if the second takes over work of the first. Such nodes run one after
         the other.
     accept: raises ValueError if an existing artifact does not meet a limit in a config that is not part of the key.
+    title: of a config, the name by which people know its data. It is part of no key, so that it can be corrected, and it is shown
+        for all that is made from the artifact. The default passes on that of the first input which has one; None ends it there.
     has_curves: whether its tracking run has curves. Then single values are tags of the run: as metrics they would be charts of one
         point among the curves.
     publish: makes an artifact known to others, given its inputs. It is called for reused artifacts, too, so repeating it must be
@@ -98,6 +100,7 @@ class Stage:
     reevaluation: Literal["kept", "conditions", "measured"] = "kept"
     shares_work_on: str | None = None
     accept: Callable[[Any, Manifest], None] | None = None
+    title: Callable[[Any], str | None] | None = None
     has_curves: bool = False
     publish: Callable[[Manifest, Mapping[str, Manifest], PublishContext], None] | None = None
 
@@ -119,6 +122,18 @@ class Node:
     config: Any
     inputs: Mapping[str, str] = field(default_factory=dict)
     identity: Any = None
+
+
+def titles_of(nodes: Iterable[Node]) -> dict[str, str]:
+    """The names of the data that nodes make or were made from, by the ids of the nodes that have one; see Stage.title."""
+    found: dict[str, str] = {}
+    for node in nodes:
+        if node.stage.title is not None:
+            title = node.stage.title(node.config)
+        else:
+            title = next((found[id] for id in node.inputs.values() if id in found), None)
+        found |= {} if title is None else {node.id: title}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +222,8 @@ class PublishContext:
 
     is_recorded: whether `run` is of an earlier command and has all that is known of the artifact.
     model_run: the tracking run of the model, which contains those of its stages, or links to them.   stages: all stages by name.
+    titles: by the names of inputs, and of the artifact itself under "", what their data is called now. A reused artifact records
+        what it was called when it was made.
     """
 
     store: ArtifactStore
@@ -217,6 +234,7 @@ class PublishContext:
     stages: Mapping[str, Stage] = field(default_factory=dict)
     model_run: RunHandle | None = None
     is_recorded: bool = False
+    titles: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +244,7 @@ class Session:
     stages: all stages by name, also those that this run does not use: artifacts of theirs may be among the inputs.
     made: artifacts so far, by the ids of their nodes.   siblings, spare_cpus, is_alone: of the node that is computed.
     predicted: seconds that were predicted before the run, by the ids of nodes: value, low and high.
+    titles: see titles_of.
     models: the tracking runs of models, below which those of their stages are. None: all stages are below `run`, also reused ones.
     """
 
@@ -241,6 +260,7 @@ class Session:
     spare_cpus: int | None = None
     is_alone: bool = True
     predicted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    titles: Mapping[str, str] = field(default_factory=dict)
     models: ModelRuns | None = None
 
     def run_of(self, node: str) -> RunHandle:

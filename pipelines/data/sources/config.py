@@ -26,7 +26,8 @@ class DatasetConfig:
     <key>.jpg|jpeg|png, <key>.cls and captions in <key>.txt or <key>.json (WebDataset, img2dataset). "parquet": *.parquet with
     columns image (bytes, or a struct with bytes and path), label and caption. "coco": images with a captions_*.json."""
     name: str | None = None
-    """Name in token maps and models. Null takes the kind."""
+    """Name in reports, comparisons and MLflow, and in the names of models. Null takes the kind. It can be corrected: everything but
+    the report is reused."""
     path: str | None = None
     """A folder or s3://bucket/prefix. For tar and parquet also a file, or a pattern of files: data/train-*.parquet,
     {0000..1023}.tar."""
@@ -73,7 +74,7 @@ class DatasetConfig:
         columns = {"label_column": self.label_column} if self.label_column != "label" else {}
         columns |= {"caption_column": self.caption_column} if self.caption_column is not None else {}
         content = open_source(self).fingerprint()
-        return {"kind": self.kind, "name": self.title, "num_classes": self.num_classes, "content": content} | columns
+        return {"kind": self.kind, "num_classes": self.num_classes, "content": content} | columns
 
 
 def describe_splits(config: DatasetConfig) -> str:

@@ -110,7 +110,6 @@ def test_shard_has_the_documented_columns_metadata_and_values(part, tmp_path):
     columns = {"key": pa.string(), "codes": codes, "codes_flipped": codes, "label": pa.int32(), "source_sha256": pa.binary(32)}
     assert found.remove_metadata() == pa.schema(list(columns.items()))
     assert json.loads(found.metadata[b"enat"]) == {
-        "dataset": "photographs",
         "resolution": 16,
         "grid_size": 4,
         "codebook_size": 512,
@@ -119,7 +118,7 @@ def test_shard_has_the_documented_columns_metadata_and_values(part, tmp_path):
         "num_captions": 0,
         "dtype": "float32",
         "crop": "adm-center",
-        "format_version": 2,
+        "format_version": 3,
     }
     assert table["key"].to_pylist() == written.keys
     assert table["label"].to_pylist() == written.labels
@@ -192,6 +191,17 @@ def test_opened_map_holds_the_rows_of_its_parts_in_order(commit, local_store):
     assert token_map.labels.tolist() == [label for piece in pieces for label in piece.labels]
 
 
+def test_the_name_of_the_dataset_is_in_shards_of_older_maps_only(commit, local_store):
+    """It can be corrected, so equal images must give equal shards whatever they are called."""
+    older, renamed = (dataclasses.replace(INFO, **values) for values in ({"format_version": 2}, {"dataset": "pictures"}))
+    made = {info: commit((info, _rows(5)), info=info, key=f"k{number}") for number, info in enumerate((INFO, older, renamed))}
+    digests = {info: [record.sha256 for record in manifest.files] for info, manifest in made.items()}
+    assert digests[renamed] == digests[INFO] != digests[older]
+    assert TokenMap.open(local_store, made[older]).info == older
+    with pytest.raises(ValueError, match=r"part-00000\.parquet is not a shard of this token map"):
+        TokenMap.open(local_store, commit((older, _rows(5)), info=dataclasses.replace(older, dataset="pictures"), key="another"))
+
+
 def test_opened_map_has_the_captions_of_its_rows(commit, local_store):
     pieces = [_rows(4, seed=1, info=CAPTIONED), _rows(5, seed=2, info=CAPTIONED, first_caption=50)]
     whole = TokenRows.concatenate(pieces)
@@ -203,7 +213,7 @@ def test_opened_map_has_the_captions_of_its_rows(commit, local_store):
 
 
 def test_shards_of_another_map_or_with_more_or_fewer_rows_are_refused(commit, local_store):
-    others = [{"dataset": "other"}, {"tokenizer_digest": "cd" * 32}, {"codebook_size": 256}, {"crop": "random"}]
+    others = [{"tokenizer_digest": "cd" * 32}, {"codebook_size": 256}, {"crop": "random"}]
     for other in [*others, {"resolution": 32}, {"dtype": "bfloat16"}, {"num_captions": 1_000}, {"grid_size": 2}]:
         info = dataclasses.replace(INFO, **other)
         manifest = commit((INFO, _rows(3)), (info, _rows(3, seed=1, info=info)), key=next(iter(other)))

@@ -39,8 +39,9 @@ IMAGENET256 = ["imagenet256", "imagenet256-sizes", "imagenet256-ablations", "ima
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., run_config.RunConfig]:
     """A config whose files of others are replaced by small ones."""
     root = tmp_path_factory.mktemp("files")
-    (root / "images" / "n0").mkdir(parents=True)
-    Image.new("RGB", (20, 20)).save(root / "images" / "n0" / "a.png")
+    for folder, size in {"images": 20, "validation": 21}.items():
+        (root / folder / "n0").mkdir(parents=True)
+        Image.new("RGB", (size, size)).save(root / folder / "n0" / "a.png")
     (root / "captions.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "n0/a.png"}], "annotations": []}))
     (root / "weights").write_bytes(b"weights")
     (root / "clip").mkdir()
@@ -56,7 +57,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., run_config.R
                 f"dataset.captions={root / 'captions.json'}",
             ]
             for section in ("reference", "generate"):
-                own += [f"{section}.dataset.path={root / 'images'}", f"{section}.dataset.captions={root / 'captions.json'}"]
+                own += [f"{section}.dataset.path={root / 'validation'}", f"{section}.dataset.captions={root / 'captions.json'}"]
         return run_config.load_run(CONFIGS / f"{name}.yaml", (*own, *overrides))
 
     return load

@@ -159,6 +159,31 @@ def test_what_was_predicted_is_beside_what_was_measured(tracked, digits_run) -> 
     assert runs["digits main"].data.metrics["cost/predicted_run_seconds_value"] > 0
 
 
+@pytest.mark.slow
+def test_the_name_of_the_dataset_can_be_corrected(digits_run, enat: Callable[..., Any], tmp_path: Path) -> None:
+    """Only the report is made again. Model, runs and comparison have the new name."""
+    shutil.copytree(digits_run.workspace, tmp_path / "runs")
+    overrides = (*digits_run.overrides, f"workspace={tmp_path / 'runs'}", "dataset.name=handwritten")
+    process = enat("run", DIGITS, *overrides, "--json")
+    assert process.returncode == 0, process.stderr
+    answer = json.loads(process.stdout)
+    assert [stage["stage"] for stage in answer["stages"] if not stage["reused"]] == ["report"]
+    page = Path(answer["report"]).read_text()
+    assert "digits: handwritten" in page and "digits: digits" not in page
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    client = MlflowClient(uri)
+    registered = {
+        model.name: client.get_model_version_by_alias(model.name, "newest") for model in client.search_registered_models()
+    }
+    (was,), (now,) = ([each for name, each in registered.items() if name.endswith(f"-{end}")] for end in ("digits", "handwritten"))
+    assert was.tags["enat.key"] == now.tags["enat.key"] and now.tags["enat.dataset"] == "handwritten"
+    assert "enat.score.frechet_distance" in now.tags and "trained on handwritten at" in now.description
+    assert client.get_run(answer["tracking"]["run_id"]).data.params["dataset"] == "handwritten"
+    compared = enat("compare", "digits", "--tracking-uri", uri, "--json")
+    (section,) = json.loads(compared.stdout)["sections"]
+    assert section["dataset"] == "handwritten" and {row["dataset"] for row in section["rows"]} == {"handwritten"}
+
+
 def test_training_logs_steps_and_pictures(tracked, digits_run, tmp_path: Path) -> None:
     client, runs = tracked
     run = runs["train"]

@@ -632,7 +632,7 @@ def test_images_of_another_generator_get_the_scores_of_equal_codes(
     assert result.summary.protocol == ours.summary.protocol and result.summary.num_samples == NUM_SAMPLES
     assert result.summary.protocol_digest == ours.summary.protocol_digest, "both are in one table of a comparison"
     manifest = _commit(material.store, "evaluate", "o" * 64, result)
-    tags = evaluation_protocol.tags_of(manifest, inputs, "evaluate")
+    tags = evaluation_protocol.tags_of(manifest, inputs, "evaluate", {})
     assert tags["enat.model"] == "other-model" and tags["enat.dataset"] == "digits" and tags["enat.samples"] == "images/i"
     assert tags["enat.resolution"] == "16" and not {"enat.parameters", "enat.num_steps", "enat.train_steps"} & set(tags)
     with pytest.raises(ValueError, match="judge needs samples of classes"):

@@ -26,7 +26,7 @@ from pipelines.run import graph
 from pipelines.storage.base import StorageError
 from pipelines.workflow import driver, node_run, stage
 from pipelines.workflow.config import ConfigError
-from pipelines.workflow.stage import Node, Stage, StageContext, StageError, StageResult
+from pipelines.workflow.stage import Node, Stage, StageContext, StageError, StageResult, titles_of
 from pipelines.workflow.summary import Summary
 
 DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
@@ -426,7 +426,7 @@ AFTER_TOKENIZER = {"tokenizer", "token_map", "audit"} | AFTER_TRAIN
         ("report.samples_per_class=2", {"report"}),
         ("name=other", {"report"}),
         ("token_map.precision=bf16", AFTER_TOKENIZER - {"tokenizer"}),
-        ("dataset.name=other", AFTER_TOKENIZER | {"dataset", "reference"}),
+        ("dataset.name=other", {"report"}),
         ("seed=1", AFTER_TOKENIZER | {"reference"}),
         ("tokenizer.resolution=32", AFTER_TOKENIZER | {"reference"}),
     ],
@@ -434,6 +434,25 @@ AFTER_TOKENIZER = {"tokenizer", "token_map", "audit"} | AFTER_TRAIN
 def test_what_decides_the_outcome_changes_the_keys_of_its_stage_and_of_later_ones(override: str, stages: set[str]) -> None:
     """One value for each stage. test_keys.py changes every number of a config alone."""
     assert _changed(override, "train.execution.num_workers=1") == stages
+
+
+def test_nodes_have_the_title_of_the_data_that_they_were_made_from(image_folder: Path) -> None:
+    """But for a tokenizer, which may have been trained on other images than the model."""
+    other = f"tokenizer.dataset={{kind: image_folder, path: {image_folder}}}"
+    overrides = ("dataset.name=photos", other, "variants={small: {train: {num_steps: 5}}}")
+    titles = titles_of(graph.build(run_config.load_run(DIGITS, overrides)))
+    assert titles.pop("dataset") == "image_folder", "that of the tokenizer"
+    assert set(titles.values()) == {"photos"} and "tokenizer" not in titles
+    assert {
+        "dataset-2",
+        "token_map",
+        "reference",
+        "train",
+        "generate",
+        "evaluate",
+        "train@small",
+        "evaluate@small",
+    } <= titles.keys()
 
 
 def test_a_variant_shares_the_stages_that_it_does_not_change() -> None:
