@@ -25,7 +25,7 @@ def test_filled_stores_hold_artifacts_that_are_described(tmp_path: Path) -> None
     assert sum(store.read_input(manifest, "input") is not None for manifest in manifests) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_every_command_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "_ARTIFACTS", (3, 6))
     figures = growth.store(tmp_path, 1)

@@ -8,7 +8,7 @@ import predictions
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_second_run_is_predicted_from_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     case = predictions.cases(tmp_path, 0.1)["photographs"]

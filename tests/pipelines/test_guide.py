@@ -130,7 +130,7 @@ def test_the_dataset_of_the_guide_is_indexed_without_weights(tmp_path: Path, mon
     assert "61 images, 4 classes, other files 1, classes without images 1" in " ".join(ended.stdout.split())
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_the_dataset_of_the_guide_becomes_a_scored_model(tmp_path: Path) -> None:
     later = _own_dataset(tmp_path)[2:]

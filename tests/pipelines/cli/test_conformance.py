@@ -14,7 +14,7 @@ from pipelines.run import conformance
 from pipelines.run.conformance import Agreement, KnownScores
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 def test_scores_of_the_small_set_are_those_of_torch_fidelity() -> None:
     answer = CliRunner().invoke(commands, ["evaluate", "--conformance", "--json"], catch_exceptions=False)
