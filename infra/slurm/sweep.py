@@ -21,15 +21,17 @@ from pipelines.workflow import config as configuration
 def main(config: str, index: int, file: str | None = None) -> list[str]:
     if file is not None:
         lines = [line for line in Path(file).read_text().splitlines() if line.strip() and not line.startswith("#")]
+        if not lines:
+            raise ValueError(f"{file} has no lines; write the overrides of one task in each line")
         if index < len(lines):
             return shlex.split(lines[index])
         raise ValueError(f"{file} has {len(lines)} lines, and none for index {index}; use --array=0-{len(lines) - 1}")
     values = yaml.safe_load(configuration.read_text(Path(config)))
-    variants = values.get("variants") or {}
+    variants = {name: each for name, each in (values.get("variants") or {}).items() if each is not None}  # null drops one of a base
     if index < len(variants):
         name = [*variants][index]
         alone = [f"variants.{other}=null" for other in variants]
-        return [*_leaves(variants[name] or {}), *alone, f"name={values['name']}-{name}"]
+        return [*_leaves(variants[name]), *alone, f"name={values['name']}-{name}"]
     raise ValueError(f"{config} has {len(variants)} variants, and none for index {index}; set ENAT_SWEEP to a file of overrides")
 
 

@@ -227,7 +227,11 @@ def test_each_index_of_an_array_is_a_variant_or_a_line(tmp_path: Path) -> None:
         overrides = _sweep(sizes, index).stdout.split("\0")[:-1]
         alone = run_config.load_run(sizes, overrides, is_dataset_here=False)
         assert alone.train == whole.variant_runs[name].train and alone.name == f"{whole.name}-{name}" and not alone.variants
+    samplers = _sweep(REPOSITORY / "configs" / "digits-samplers.yaml", 0).stdout.split("\0")
+    assert "name=digits-samplers-random" in samplers, "a variant of the base that is dropped is none of the array"
     lines = tmp_path / "sweep.txt"
+    lines.write_text("# only a comment\n")
+    assert "has no lines" in _sweep(sizes, 0, lines).stderr
     lines.write_text("# rates\nname=a train.learning_rate=1e-3\n\nname=b 'dataset={kind: digits}'\n")
     assert _sweep(sizes, 1, lines).stdout.split("\0") == ["name=b", "dataset={kind: digits}", ""]
     missing = _sweep(DIGITS, 5)
@@ -242,5 +246,5 @@ def test_the_script_is_a_batch_script_that_shells_accept() -> None:
     assert text.index("#SBATCH --signal") < text.index("set -euo pipefail"), "options after the first command are not read"
     assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
     if (shellcheck := shutil.which("shellcheck")) is not None:
-        done = subprocess.run([shellcheck, SCRIPT], capture_output=True, text=True, check=False)
+        done = subprocess.run([shellcheck, "--severity=warning", SCRIPT], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
