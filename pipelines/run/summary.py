@@ -166,10 +166,15 @@ def _show_scores(scored: Mapping[str, Mapping[str, float]], console: Console) ->
             scores.add_row(name, *(columns[title][row] for title in part))
         console.print(scores, highlight=False)
     for name in DISTANCES:
-        distance = scored.get(MAIN, {}).get(name)
-        for variant, metrics in scored.items():
-            if variant != MAIN and "/" not in variant and distance and name in metrics:
-                console.print(f"\n{name} of {variant} is {metrics[name] / distance:.1f} times that of {MAIN}", highlight=False)
+        if distance := scored.get(MAIN, {}).get(name):
+            others = {title: metrics for title, metrics in scored.items() if title != MAIN and "/" not in title and name in metrics}
+            ratios = {title: f"{metrics[name] / distance:.1f}" for title, metrics in others.items()}
+            if len(ratios) == 1:
+                ((title, ratio),) = ratios.items()
+                console.print(f"\n{name} of {title} is {ratio} times that of {MAIN}", highlight=False)
+            elif ratios:
+                listed = ", ".join(f"{title} {ratio}" for title, ratio in ratios.items())
+                console.print(f"\n{name}, as a multiple of that of {MAIN}: {listed}", highlight=False)
 
 
 def _fitting(columns: Mapping[str, Sequence[str]], width: int) -> list[list[str]]:

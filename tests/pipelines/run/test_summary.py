@@ -58,6 +58,8 @@ def test_models_that_do_not_fit_are_in_a_further_table(
     answer["scores"] |= {f"another_model_{number}": answer["scores"]["main"] for number in range(5)}
     text = _printed(lambda console: summary.show(answer, console), 80)
     assert all(f"another_model_{number} " in text.replace("\n", " \n") for number in range(5)), "names are whole"
+    assert text.count("frechet_distance, as a multiple of that of main:") == 1 and "another_model_4 1.0" in " ".join(text.split())
+    assert re.search(r"untrained [0-9.]+, another_model_0 1\.0", " ".join(text.split()))
     assert text.count("\nfrechet_distance  ") > 1 and all(len(line) <= 80 for line in text.splitlines()[:60])
     assert _printed(lambda console: summary.show(answer, console), 200).count("\nfrechet_distance  ") == 1
 
