@@ -122,6 +122,13 @@ class VQGAN(nn.Module):
             moved.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         return moved
 
+    def compile_networks(self, backend: str = "inductor") -> VQGAN:
+        """Compile encoder and decoder in place. A graph is made for each shape, so give batches of one size. What is computed
+        differs by rounding. backend: of torch.compile."""
+        for network in (self.encoder, self.decoder):
+            network.compile(dynamic=False, backend=backend)
+        return self
+
     def encode_latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B Z h w"]:
         """Latents before quantization, of images in [0, 1]. Raises ValueError for images of another shape."""
         factor = self.config.downsampling

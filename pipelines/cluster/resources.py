@@ -66,3 +66,17 @@ class Execution(Workers):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_in(self, "[1, inf)", "worker_batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerExecution(Execution):
+    """Workers that encode or decode images."""
+
+    compile: bool = False
+    """Compile the encoder or decoder with torch.compile: a slower start, faster passes. Needs GPUs. It changes codes and pixels by
+    rounding at most, which is measured on the first images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and not self.gpus_per_worker:
+            raise ValueError("compile needs GPUs here; set gpus_per_worker, or leave it out")

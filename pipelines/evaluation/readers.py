@@ -47,7 +47,8 @@ class BlockReader(Protocol):
 
     load: rows of the images start..stop-1 by name, R each. Unreadable images may be left out.
     decoder: a function from such rows, as tensors on the device, to images.
-    A reader that does not decode in fp32 has a method `exact`, which returns one that does.
+    A reader that does not decode in fp32, or not as written because its decoder is compiled, has a method `exact`, which returns
+    one that does.
     """
 
     def load(self, start: int, stop: int) -> dict[str, np.ndarray]: ...
@@ -97,15 +98,17 @@ class DecodedSamples:
     rounding: str = "uint8"
     replicate: int = 0
     precision: str = "fp32"
+    is_compiled: bool = False
 
     def load(self, start: int, stop: int) -> dict[str, np.ndarray]:
         return {"codes": read_samples(self.store, self.samples, start, stop, replicate=self.replicate).codes}
 
     def decoder(self, device: str) -> Decoder:
-        return code_decoder(self.store, self.tokenizer, device, self.rounding, precision=self.precision)
+        places = (self.store, self.tokenizer, device, self.rounding)
+        return code_decoder(*places, precision=self.precision, is_compiled=self.is_compiled)
 
     def exact(self) -> DecodedSamples:
-        return self if self.precision == "fp32" else replace(self, precision="fp32")
+        return replace(self, precision="fp32", is_compiled=False) if self.precision != "fp32" or self.is_compiled else self
 
 
 def sample_reader(
@@ -117,10 +120,11 @@ def sample_reader(
     rounding: str = "uint8",
     replicate: int = 0,
     precision: str = "fp32",
+    is_compiled: bool = False,
 ) -> BlockReader:
     """A reader of a replicate of generated samples (stage `generate`), or of images from elsewhere (stage `images`) at `images`.
 
-    rounding: of ROUNDINGS.   precision: of the tokenizer's decoder.
+    rounding: of ROUNDINGS.   precision, is_compiled: of the tokenizer's decoder.
     Raises ValueError for "float" with images from elsewhere: these are rounded already.
     """
     if samples.stage == "images":
@@ -129,16 +133,24 @@ def sample_reader(
             raise ValueError("images from elsewhere have 8 bits; set evaluate.rounding to uint8")
         return PixelBlocks(ImageSet(images, store, samples))
     assert tokenizer is not None
-    return DecodedSamples(store, samples, tokenizer, rounding, replicate, precision)
+    return DecodedSamples(store, samples, tokenizer, rounding, replicate, precision, is_compiled)
 
 
 def code_decoder(
-    store: ArtifactStore, tokenizer: Manifest, device: str, rounding: str = "uint8", *, precision: str = "fp32"
+    store: ArtifactStore,
+    tokenizer: Manifest,
+    device: str,
+    rounding: str = "uint8",
+    *,
+    precision: str = "fp32",
+    is_compiled: bool = False,
 ) -> Decoder:
     """A decoder of rows "codes", int64 (R, L), to images."""
     from enat.checkpoint import load_vqgan
 
     vqgan = load_vqgan(store.fetch(tokenizer, "vqgan.safetensors")).on(device)
+    if is_compiled:
+        vqgan.compile_networks()
     side = vqgan.config.grid_size
     finish = to_uint8 if rounding == "uint8" else to_levels
     return lambda rows: Decoded(finish(vqgan.decode(rows["codes"].view(-1, side, side), precision)))

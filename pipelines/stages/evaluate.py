@@ -17,7 +17,7 @@ from enat.images import png_bytes
 from enat.metrics.extractors import BUILT_IN, OF_INCEPTION, extractor_macs
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster import waiting
-from pipelines.cluster.resources import Execution, Workers
+from pipelines.cluster.resources import Execution, TokenizerExecution, Workers
 from pipelines.data.dataset import Dataset, DatasetSummary
 from pipelines.data.image_sets import ImageSetConfig
 from pipelines.data.samples import SamplesSummary, image_cost, read_samples
@@ -106,7 +106,7 @@ class EvaluateConfig:
     """Access to the bucket of `clip_score`."""
     images: ImageSetConfig | None = set_by("enat evaluate --samples")
     """Images of another generator."""
-    execution: Execution = field(default_factory=Execution)
+    execution: TokenizerExecution = field(default_factory=TokenizerExecution)
     """The workers of this stage."""
 
     def __post_init__(self) -> None:
@@ -307,9 +307,13 @@ def _features(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: S
             prefix=_prefix(replicate),
         )
         places = (context.store, samples, inputs.get("tokenizer"), config.images)
-        reader = sample_reader(*places, rounding=config.rounding, replicate=replicate, precision=config.precision)
+        reader = sample_reader(*places, rounding=config.rounding, replicate=replicate, **_decoding(config))
         found.append(compute_features(reader, spec, extractor, config.execution, context, beside=_beside(config, inputs, context)))
     return found
+
+
+def _decoding(config: EvaluateConfig) -> dict[str, Any]:
+    return {"precision": config.precision, "is_compiled": config.execution.compile}
 
 
 def _beside(
@@ -453,7 +457,7 @@ def _clip_scores(
     wanted = embed_captions(texts, clip, pool)  # replicates have the same captions
     for replicate, scores in enumerate(replicates):
         places = (context.store, samples, inputs["tokenizer"], config.images)
-        reader = sample_reader(*places, replicate=replicate, precision=config.precision)
+        reader = sample_reader(*places, replicate=replicate, **_decoding(config))
         spec = FeatureSpec(num_images=count, images_per_pass=per_pass, prefix=_prefix(replicate) + CLIP_PREFIX)
         embedded, job = embed_images(reader, spec, clip, config.execution, context)
         values = clip_scores(embedded, wanted)

@@ -18,7 +18,7 @@ from enat.cost import decoder_macs
 from enat.metrics.extractors import extractor_macs
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.cluster.resources import Execution
+from pipelines.cluster.resources import TokenizerExecution
 from pipelines.data import token_map as data_token_map
 from pipelines.data.dataset import Dataset
 from pipelines.data.sources.config import DatasetConfig
@@ -55,7 +55,7 @@ class ReconstructionConfig:
     """Number format of the decoder: "fp32", "tf32" (on GPUs) or "bf16". See evaluate.precision."""
     dataset: DatasetConfig | None = set_by("dataset")
     """Images that were encoded."""
-    execution: Execution = field(default_factory=Execution)
+    execution: TokenizerExecution = field(default_factory=TokenizerExecution)
     """The workers of this stage."""
 
     def __post_init__(self) -> None:
@@ -87,6 +87,7 @@ class Reconstructions:
     tokenizer: Manifest
     quarantined: tuple[int, ...]
     precision: str = "fp32"
+    is_compiled: bool = False
 
     @property
     def store(self) -> ArtifactStore:
@@ -110,12 +111,12 @@ class Reconstructions:
         return {"codes": codes.astype(np.int64), "originals": originals}
 
     def exact(self) -> Reconstructions:
-        return self if self.precision == "fp32" else replace(self, precision="fp32")
+        return replace(self, precision="fp32", is_compiled=False) if self.precision != "fp32" or self.is_compiled else self
 
     def decoder(self, device: str) -> Decoder:
         from enat.metrics.image_pairs import psnr, ssim
 
-        decode = code_decoder(self.store, self.tokenizer, device, precision=self.precision)
+        decode = code_decoder(self.store, self.tokenizer, device, precision=self.precision, is_compiled=self.is_compiled)
 
         def decoded(rows: Rows) -> Decoded:
             images = decode(rows).images
@@ -150,7 +151,8 @@ def run(config: ReconstructionConfig, inputs: Mapping[str, Manifest], context: S
     num_images = min(config.num_images or dataset.num_images, dataset.num_images)
     context.connect_for(config.execution, "reconstruction")
     spec = FeatureSpec(num_images=num_images, images_per_pass=real.images_per_pass, kept=drawn_evenly(num_images, 0, 0))
-    reader = Reconstructions(dataset, tokens, tokenizer, _quarantined(dataset, tokens, context), config.precision)
+    left_out, is_compiled = _quarantined(dataset, tokens, context), config.execution.compile
+    reader = Reconstructions(dataset, tokens, tokenizer, left_out, config.precision, is_compiled)
     job = compute_features(reader, spec, ExtractorFile.of_reference(context.store, reference), config.execution, context)
     distance = frechet_distance(job.moments["features"], stored_moments(context.store, reference)["features"])
     measures = {name: read_rows(context.store, context.stage, context.key, job.files, name) for name in _MEASURES}

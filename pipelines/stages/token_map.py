@@ -27,7 +27,7 @@ from enat.images import ImageError, to_float
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.cluster.capacity import FEEDERS_OF_GPU
 from pipelines.cluster.data_stream import feeding_tasks, map_by_workers, stream_records, with_memory_limit
-from pipelines.cluster.resources import Execution
+from pipelines.cluster.resources import TokenizerExecution
 from pipelines.data import token_map
 from pipelines.data.dataset import Dataset, DatasetSummary
 from pipelines.data.sources.config import DatasetConfig
@@ -54,7 +54,7 @@ _ROW_BYTES = 60  # of a row without its codes: key, digest and label
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenMapExecution(Execution):
+class TokenMapExecution(TokenizerExecution):
     """Workers that encode. On CPUs each worker computes as many passes side by side as it has CPUs."""
 
     worker_batch_size: int = 256
@@ -76,8 +76,8 @@ class TokenMapConfig:
     max_quarantine_share: float = 0.01
     """Share of images, in [0, 1], that may be unreadable before the stage fails."""
     precision: str = "fp32"
-    """Number format of the encoder: "fp32", "tf32" (on GPUs) or "bf16". For the last two, the share of the codes that
-    differ from those of fp32 is measured on the first images."""
+    """Number format of the encoder: "fp32", "tf32" (on GPUs) or "bf16". For the last two, and for a compiled encoder, the share of
+    the codes that differ from those of fp32 is measured on the first images."""
     max_code_flips: float | None = added(None)
     """Largest share of codes, in [0, 1], that may differ from those of fp32 before the stage fails. Null allows any."""
     forward_batch_size: int | None = None
@@ -327,6 +327,8 @@ class _Encode:
 
         self.encoding, execution = encoding, encoding.execution
         self.vqgan = load_vqgan(context.store.fetch(encoding.tokenizer, "vqgan.safetensors")).on(execution.device)
+        if execution.compile:
+            self.vqgan.compile_networks()
         fix_numerics(execution.device)
         # One thread per pass, since a convolution's sums depend on the number of its threads.
         num_passes = execution.num_threads if execution.device == "cpu" else 1
@@ -363,11 +365,16 @@ class _Encode:
         return {"record": [record]}
 
     def _is_compared(self, block: _Decoded) -> bool:
-        return self.encoding.precision != "fp32" and block.block["start"] == 0 and bool(block.images)
+        is_exact = self.encoding.precision == "fp32" and not self.encoding.execution.compile
+        return not is_exact and block.block["start"] == 0 and bool(block.images)
 
     def _code_flips(self, pixels: np.ndarray, encoded: np.ndarray) -> float:
-        """Share of the codes of a pass that differ from those of fp32. Unreadable images count as well; both see zeros."""
-        exact = self._encode(pixels, "fp32")
+        """Share of the codes of a pass that differ from those of fp32, not compiled. Unreadable images count as well; both see
+        zeros."""
+        import torch
+
+        with torch.compiler.set_stance("force_eager"):
+            exact = self._encode(pixels, "fp32")
         return float((exact != encoded[: len(pixels)]).mean())
 
     def _encode(self, pixels: np.ndarray, precision: str | None = None) -> np.ndarray:
@@ -400,9 +407,13 @@ def _check_quarantine(quarantined: int, num_images: int, max_share: float, examp
 
 def _check_flips(code_flips: float | None, config: TokenMapConfig) -> None:
     if code_flips is not None and config.max_code_flips is not None and code_flips > config.max_code_flips:
+        how, remedy = f"precision {config.precision}", "token_map.precision=fp32"
+        if config.execution.compile:
+            how += ", compiled"
+            remedy = "token_map.execution.compile=false" if config.precision == "fp32" else remedy
         raise ValueError(
-            f"with precision {config.precision}, {100 * code_flips:.2g}% of the first images' codes differ from those of fp32, "
-            f"more than token_map.max_code_flips {config.max_code_flips:g} allows; set token_map.precision=fp32, or allow more"
+            f"with {how}, {100 * code_flips:.2g}% of the first images' codes differ from those of fp32, "
+            f"more than token_map.max_code_flips {config.max_code_flips:g} allows; set {remedy}, or allow more"
         )
 
 

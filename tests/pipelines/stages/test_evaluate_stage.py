@@ -28,6 +28,7 @@ from enat.metrics.errors import frechet_influence, standard_error
 from enat.metrics.inception import random_inception_weights
 from enat.metrics.moments import FeatureMoments, frechet_distance, load_moments
 from enat.sampler_config import SamplerConfig
+from enat.tokenizer import VQGAN
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -532,6 +533,21 @@ def test_everything_is_decoded_in_the_stated_precision(
     config = evaluate.EvaluateConfig(metrics=(), judge="svc", precision="bf16", dataset=DatasetConfig(kind="digits"))
     evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "8" * 64))
     assert used == ["bf16"] * 3
+
+
+def test_a_compiled_decoder_is_compared_with_one_that_is_not(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(VQGAN, "compile_networks", lambda vqgan: calls.append("compiled"))
+    places = (material.store, material.inputs["samples"], material.inputs["tokenizer"], None)
+    reader = sample_reader(*places, is_compiled=True)
+    reader.decoder("cpu")
+    assert calls == ["compiled"] and reader != reader.exact() == sample_reader(*places)
+    reader.exact().decoder("cpu")
+    assert calls == ["compiled"]
+    config = evaluate.EvaluateConfig()
+    object.__setattr__(config.execution, "compile", True)
+    assert evaluate._decoding(config) == {"precision": "fp32", "is_compiled": True}
+    assert config.identity() == evaluate.EvaluateConfig().identity()
 
 
 def test_another_precision_of_the_extractor_belongs_to_the_reference(material: Material, make_context: Callable[..., Any]) -> None:

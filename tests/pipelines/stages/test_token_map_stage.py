@@ -19,6 +19,7 @@ from hostile import corpus, photo
 from PIL import Image
 from workers import kill_a_worker, titled_processes
 
+from enat.tokenizer import VQGAN
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -351,6 +352,31 @@ def test_codes_that_flip_are_measured_and_limited(make_token_map, tmp_path: Path
     with pytest.raises(ValueError, match=r"differ from those of fp32, more than token_map.max_code_flips"):
         make_token_map("token_map.precision=bf16", f"token_map.max_code_flips={limit}")  # while it is made
     assert make_token_map("token_map.precision=tf32")[1].metrics["code_flips"] == 0, "on CPUs it is fp32"
+
+
+def test_a_compiled_encoder_is_compared_with_one_that_is_not(
+    make_token_map, tmp_path: Path, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs, without the check that refuses this, and with a backend of torch.compile that shifts what it computes."""
+    with pytest.raises(ValueError, match="compile needs GPUs here; set gpus_per_worker"):
+        stage.TokenMapExecution(compile=True)
+    store, manifest = make_token_map(store=open_store(str(tmp_path)))
+    execution = stage.TokenMapExecution()
+    object.__setattr__(execution, "compile", True)
+
+    def shifted(graph: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
+        return lambda *given: [latents.flip(1) for latents in graph(*given)]
+
+    monkeypatch.setattr(VQGAN, "compile_networks", lambda vqgan: vqgan.encoder.compile(dynamic=False, backend=shifted))
+    tokenizer = store.read_input(manifest, "tokenizer")
+    info = TokenMap.open(store, manifest).info
+    encoding = stage._Encoding(tokenizer, info, 2, execution, "fp32")
+    encode = stage._Encode(make_context(store, "token_map").for_workers(), encoding)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, info.resolution, info.resolution), dtype=np.uint8)
+    images = [(slot, f"image-{slot}", 0, b"0" * 32, (), 0) for slot in range(2)]
+    block = stage._Decoded({"block": 0, "part": 0, "start": 0}, images, [], 0.0)
+    record = encode({"pixels": pixels[None], "block": [block]})["record"][0]
+    assert record["code_flips"] > 0.3, "the codes to compare with are not those of the compiled encoder"
 
 
 @pytest.mark.slow
