@@ -16,8 +16,11 @@ Shape legend: D width, L tokens, M masked, V codebook size, N steps, T text toke
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 from enat.config import ENATConfig, MaskingConfig, VQGANConfig
 from enat.sampler_config import SamplerConfig
@@ -49,44 +52,151 @@ class Cost:
         return self.executed_transformer_macs - self.executed_one_pass_macs
 
 
-def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANConfig | None = None, *, num_given: int = 0) -> Cost:
+def generation_cost(
+    model: ENATConfig,
+    sampler: SamplerConfig,
+    tokenizer: VQGANConfig | None = None,
+    *,
+    num_given: int = 0,
+    num_masked: Sequence[int] | None = None,
+) -> Cost:
     """Cost of one image. With guidance_scale 1 it is one pass a step, the usual basis for comparing sizes.
 
     `num_given`: tokens given to the sampler as its start, 0 to L-1. Reveal orders, temperatures, top_k and top_p cost no MACs.
+    `num_masked`: with entropy_bound, the masked tokens that one image had in the input of each step, 0 for steps that it did not
+        need. None counts the image that costs the most as executed, an upper bound.
     """
     if not 0 <= num_given < model.num_tokens:
         raise ValueError(f"num_given is {num_given}; of {model.num_tokens} tokens 0 to {model.num_tokens - 1} can be given")
     sampler.check_model(model)
-    one_pass, executed_pass, passes = [], [], []
-    is_guided = sampler.is_guided and model.is_conditional
+    if num_masked is None and sampler.entropy_bound is not None:
+        num_masked = _most_expensive(model, sampler, num_given)
+    steps, costs = _Steps(model, sampler, num_given), []
     for step in range(sampler.num_steps):
-        num_masked = sampler.num_masked_at(step, model.num_tokens, num_given)
-        reuses = step > 0 and sampler.leaves_features_at(step - 1, model, num_given)
-        previous = None
-        if reuses:  # tokens that were masked again have nothing to reuse
-            previous = sum(
-                count(step - 1, model.num_tokens, num_given) for count in (sampler.num_masked_at, sampler.num_remasked_at)
-            )
-        one_pass.append(step_macs(model, num_masked, previous) + head_macs(model, model.num_tokens, model.codebook_size + 1))
-        prepared = _forward_macs(model, num_masked, previous, is_prepared=True)
-        executed_pass.append(prepared + head_macs(model, num_masked, model.codebook_size))
-        passes.append(sampler.num_passes_at(step, model, num_given))
-    executed = [num_passes * macs for num_passes, macs in zip(passes, executed_pass, strict=True)]
-    executed[0] += max(passes) * _condition_macs(model)
-    start, end = sampler.guidance_interval
-    published = [(2 if is_guided and start <= step / sampler.num_steps < end else 1) * macs for step, macs in enumerate(one_pass)]
-    decoder = decoder_macs(tokenizer) if tokenizer is not None else 0
+        if num_masked is None:  # tokens that were masked again have nothing to reuse
+            masked = sampler.num_masked_at(step, model.num_tokens, num_given)
+            counts = (sampler.num_masked_at, sampler.num_remasked_at)
+            before = sum(count(step - 1, model.num_tokens, num_given) for count in counts) if step else 0
+        else:
+            masked, before = num_masked[step], num_masked[step - 1] if step else 0
+        is_run = num_masked is None or masked > 0
+        costs.append(steps.cost(step, masked, before) if is_run else _StepCost(0, 0, 0, 0))
+    return _total(costs, decoder_macs(tokenizer) if tokenizer is not None else 0, steps.condition())
+
+
+def mean_cost(costs: Sequence[Cost], weights: Sequence[int] | None = None) -> Cost:
+    """Of several images, or of several means with the numbers of their images. MACs are rounded."""
+    weights = weights if weights is not None else [1] * len(costs)
+
+    def mean(values: Sequence[int]) -> int:
+        return round(sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights))
+
+    def mean_of_steps(name: str) -> tuple[int, ...]:
+        return tuple(mean(values) for values in zip(*(getattr(cost, name) for cost in costs), strict=True))
+
+    steps, executed = mean_of_steps("macs_per_step"), mean_of_steps("executed_macs_per_step")
+    decoder = mean([cost.decoder_macs for cost in costs])
     return Cost(
-        transformer_macs=sum(published),
+        transformer_macs=sum(steps),
         decoder_macs=decoder,
-        total_macs=sum(published) + decoder,
-        macs_per_step=tuple(published),
+        total_macs=sum(steps) + decoder,
+        macs_per_step=steps,
+        executed_transformer_macs=sum(executed),
+        executed_total_macs=sum(executed) + decoder,
+        executed_macs_per_step=executed,
+        one_pass_macs=mean([cost.one_pass_macs for cost in costs]),
+        executed_one_pass_macs=mean([cost.executed_one_pass_macs for cost in costs]),
+    )
+
+
+def with_decoder(cost: Cost, tokenizer: VQGANConfig) -> Cost:
+    """A cost that was counted without a tokenizer, with its decoder."""
+    decoder = decoder_macs(tokenizer)
+    total, executed = cost.transformer_macs + decoder, cost.executed_transformer_macs + decoder
+    return replace(cost, decoder_macs=decoder, total_macs=total, executed_total_macs=executed)
+
+
+class _StepCost(NamedTuple):
+    """Of one step, without what depends on the condition alone as executed. one_pass: without guidance."""
+
+    one_pass: int
+    published: int
+    executed_one_pass: int
+    executed: int
+
+
+class _Steps:
+    """The steps of one image."""
+
+    def __init__(self, model: ENATConfig, sampler: SamplerConfig, num_given: int) -> None:
+        self.model, self.sampler = model, sampler
+        steps = range(sampler.num_steps)
+        self.passes = [sampler.num_passes_at(step, model, num_given) for step in steps]
+        self.reuses = [step > 0 and sampler.leaves_features_at(step - 1, model, num_given) for step in steps]
+        start, end = sampler.guidance_interval
+        is_guided = sampler.is_guided and model.is_conditional
+        self.is_guided = [is_guided and start <= step / sampler.num_steps < end for step in steps]
+
+    def cost(self, step: int, num_masked: int, num_masked_before: int) -> _StepCost:
+        """num_masked_before: tokens whose features the step before does not leave; not used at the first step."""
+        model, previous = self.model, num_masked_before if self.reuses[step] else None
+        one_pass = step_macs(model, num_masked, previous) + head_macs(model, model.num_tokens, model.codebook_size + 1)
+        executed_pass = self.executed_pass(num_masked, previous)
+        return _StepCost(one_pass, (1 + self.is_guided[step]) * one_pass, executed_pass, self.passes[step] * executed_pass)
+
+    def executed_pass(self, num_masked: int, previous: int | None) -> int:
+        macs = _forward_macs(self.model, num_masked, previous, is_prepared=True)
+        return macs + head_macs(self.model, num_masked, self.model.codebook_size)
+
+    def condition(self) -> tuple[int, int]:
+        """What ENAT.prepare computes for one pass, and for all of a step."""
+        return _condition_macs(self.model), max(self.passes) * _condition_macs(self.model)
+
+
+def _total(steps: Sequence[_StepCost], decoder: int, condition: tuple[int, int]) -> Cost:
+    executed = [step.executed for step in steps]
+    executed[0] += condition[1]
+    published = sum(step.published for step in steps)
+    return Cost(
+        transformer_macs=published,
+        decoder_macs=decoder,
+        total_macs=published + decoder,
+        macs_per_step=tuple(step.published for step in steps),
         executed_transformer_macs=sum(executed),
         executed_total_macs=sum(executed) + decoder,
         executed_macs_per_step=tuple(executed),
-        one_pass_macs=sum(one_pass),
-        executed_one_pass_macs=sum(executed_pass) + _condition_macs(model),
+        one_pass_macs=sum(step.one_pass for step in steps),
+        executed_one_pass_macs=sum(step.executed_one_pass for step in steps) + condition[0],
     )
+
+
+@lru_cache(maxsize=64)
+def _most_expensive(model: ENATConfig, sampler: SamplerConfig, num_given: int) -> tuple[int, ...]:
+    """Masked tokens in the input of each step of the image that costs most, where every step may reveal any number of them.
+
+    By dynamic programming from the last step on: after a step whose input has `before` masked tokens, `best` is the most that the
+    remaining steps can cost, and `choice` how many tokens the next of them has masked to cost it.
+    """
+    num_made, steps = model.num_tokens - num_given, _Steps(model, sampler, num_given)
+
+    @cache
+    def macs_of(before: int | None, num_passes: int) -> list[int]:
+        """By the number of masked tokens: fewer than `before`, or any without reuse."""
+        return [0, *(num_passes * steps.executed_pass(masked, before) for masked in range(1, before or num_made))]
+
+    best, choices = [0] * (num_made + 1), []
+    for step in range(sampler.num_steps - 1, 0, -1):
+        following, choice, best = best, [0] * (num_made + 1), [0] * (num_made + 1)
+        for before in range(1, num_made + 1):
+            macs = macs_of(before if steps.reuses[step] else None, steps.passes[step])
+            each = [*map(operator.add, macs[:before], following)]  # the first is 0: nothing is left
+            best[before] = max(each)
+            choice[before] = each.index(best[before])
+        choices.append(choice)
+    counts = [num_made]
+    for choice in reversed(choices):
+        counts.append(choice[counts[-1]])
+    return tuple(counts)
 
 
 def training_macs(config: ENATConfig, num_masked: int, previous_num_masked: int | None = None) -> int:

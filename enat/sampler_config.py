@@ -87,6 +87,13 @@ class SamplerConfig:
     """Share of the tokens revealed by earlier steps that each step masks again, drawn at random, which can correct errors (ReMDM at
     a constant rate, arXiv 2503.00307). Given tokens stay, and features of tokens that are masked again are not reused. Not for
     models that reuse features of masked tokens."""
+    entropy_bound: float | None = _later(None)
+    """Reveal as many tokens at each step as this bound allows, in place of a schedule: in the reveal order, while the sum of the
+    entropies of their predictions without the largest one is at most the bound; at least one token (EB-Sampler, arXiv 2505.24857).
+    num_steps is then the most passes, of which the last reveals all that remain. Entropies are those of the guided prediction,
+    before temperature, top_k and top_p, so high temperatures reveal codes that the bound does not stand for. An image that is done
+    early never reaches the end of a schedule: take constant ones. Images are computed one by one, because each has its own numbers.
+    Null follows the schedule. Unit: nats."""
 
     def __post_init__(self) -> None:
         check_in(self, "[1, inf)", "num_steps", "top_k")
@@ -94,6 +101,7 @@ class SamplerConfig:
         check_in(self, "(0, inf)", "guidance_power")
         check_in(self, "(0, 1]", "top_p")
         check_in(self, "[0, 1)", "remask_ratio")
+        check_in(self, "[0, inf)", "entropy_bound")
         check_choices(self, mask_schedule=schedule.MASK_SCHEDULES, guidance_schedule=schedule.GUIDANCE_SCHEDULES)
         check_choices(self, reveal_order=schedule.REVEAL_ORDERS)
         for name in ("sampling_temperature_schedule", "remask_temperature_schedule"):
@@ -104,6 +112,7 @@ class SamplerConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
                 self._check_list(name)
         self._check_drawing()
+        self._check_numbers()
 
     def _check_list(self, name: str) -> None:
         values = getattr(self, name)
@@ -143,6 +152,16 @@ class SamplerConfig:
                 if getattr(self, name) != _DEFAULTS[name]:
                     value = getattr(self, name)
                     raise ValueError(f"{name} is {value}, but at sampling_temperature 0 nothing is drawn; leave {name} out")
+
+    def _check_numbers(self) -> None:
+        """Of tokens that steps reveal."""
+        if self.entropy_bound is not None:
+            for name in ("mask_schedule", "mask_ratios", "remask_ratio"):
+                if getattr(self, name) != _DEFAULTS[name]:
+                    raise ValueError(
+                        f"entropy_bound chooses how many tokens a step reveals; leave out {name} {getattr(self, name)!r}, which "
+                        "belongs to a schedule"
+                    )
 
     def values_beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The values of this sampler that remain valid once the given ones are set.
@@ -196,7 +215,8 @@ class SamplerConfig:
         `num_tokens`: all L of an image.   `num_given`: how many of them are given, 0 to L-1. Without given tokens, counts are
         rounded down (published). With given tokens few remain: rounding down would draw the first of them alone, at the first
         step, at a high temperature and without guidance. Counts are then rounded to the nearest, and one token is left for the
-        last step. Tokens that are masked again (remask_ratio) are added.
+        last step. Tokens that are masked again (remask_ratio) are added. With entropy_bound these are the most tokens that may
+        still be masked.
         """
         return self._scheduled_at(step, num_tokens, num_given) + self.num_remasked_at(step - 1, num_tokens, num_given)
 
@@ -216,6 +236,8 @@ class SamplerConfig:
         num_made = num_tokens - num_given
         if step in (0, self.num_steps):
             return num_made if step == 0 else 0
+        if self.entropy_bound is not None:
+            return max(0, num_made - step)
         if self.mask_ratios is not None:
             ratio = self.mask_ratios[step - 1]
         else:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from enat.averages import exponent_of
 from enat.config import ENATConfig, check_choices, check_in
@@ -28,6 +29,7 @@ from pipelines.data.dataset import INDEX
 from pipelines.data.samples import (
     EACH_CLASS,
     NONE,
+    MeasuredPasses,
     SamplePlan,
     Samples,
     SamplesSummary,
@@ -61,6 +63,7 @@ CAPTION_CHOICES = ("drawn", "in_order")
 PRECISIONS = ("fp32", "bf16")
 _ROW_BYTES = 20  # of a sample without its codes
 AVERAGED = "averaged.safetensors"
+_PASSES = TypeAdapter(MeasuredPasses)
 _MOST_EMA_ERROR = 0.1  # distance of profiles over the norm of the wanted one
 
 
@@ -125,6 +128,11 @@ class GenerateConfig:
         if self.ema_length is not None:
             exponent_of(self.ema_length)
         check_choices(self, caption_choice=CAPTION_CHOICES, precision=PRECISIONS)
+        if self.execution.cuda_graph and self.sampler.entropy_bound is not None:
+            raise ValueError(
+                "generate.execution.cuda_graph records a sampler whose numbers of tokens are fixed, and sampler.entropy_bound "
+                "chooses them at each step; leave one of them out"
+            )
         if self.mask_ratio is not None and self.labels:
             raise ValueError("generate.mask_ratio takes the labels of the token map's rows; give no generate.labels with it")
 
@@ -166,15 +174,27 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     records = context.store.read_parts(context.stage, context.key)
     assert list(records) == names and sum(record["rows"] for record in records.values()) == num_samples
     seconds = sum(record["seconds"] + record["start_seconds"] for record in records.values())
+    measured = _measured_passes(list(records.values()))
     return StageResult(
         files=[FileRecord(**record["file"]) for record in records.values()],
         records=[averaged] if averaged is not None else [],
-        summary=_summary(config, architecture, ", ".join(sorted({record["device"] for record in records.values()}))),
-        metrics=_metrics(config, list(records.values())) | ({} if ema_error is None else {"ema_error": ema_error}),
+        summary=_summary(config, architecture, ", ".join(sorted({record["device"] for record in records.values()})), measured),
+        metrics={
+            **_metrics(config, list(records.values())),
+            **({} if ema_error is None else {"ema_error": ema_error}),
+            **({} if measured is None else {"passes_per_image": measured.num_passes}),
+        },
         worker_seconds=seconds,
         device_seconds=config.execution.device_seconds(seconds),
-        work=[_done(config, architecture, list(records.values()))],
+        work=[_done(config, architecture, list(records.values()), measured)],
     )
+
+
+def _measured_passes(records: Sequence[Mapping[str, Any]]) -> MeasuredPasses | None:
+    """Means over the parts; None for a sampler that determines its passes."""
+    parts = [_PASSES.validate_python(record["measured"]) for record in records if record.get("measured") is not None]
+    assert len(parts) in (0, len(records))
+    return MeasuredPasses.merged(parts, [record["rows"] for record in records]) if parts else None
 
 
 def foresee(config: GenerateConfig, inputs: Mapping[str, Any]) -> Foreseen:
@@ -202,15 +222,23 @@ def _sampling(config: GenerateConfig, architecture: ENATConfig) -> Work:
         precision=config.precision,
         batch_size=config.forward_batch_size,
         num_blocks=passes * layers / config.forward_batch_size,
+        is_most=config.sampler.entropy_bound is not None,
     )
 
 
-def _done(config: GenerateConfig, architecture: ENATConfig, records: Sequence[Mapping[str, Any]]) -> Done:
+def _done(
+    config: GenerateConfig, architecture: ENATConfig, records: Sequence[Mapping[str, Any]], measured: MeasuredPasses | None
+) -> Done:
     seconds = sum(record["seconds"] for record in records)
-    return Done(_sampling(config, architecture), seconds, seconds / sum(each["seconds"] / each["num_workers"] for each in records))
+    work = _sampling(config, architecture)
+    if measured is not None:
+        work = replace(work, macs=measured.cost.executed_transformer_macs)
+    return Done(work, seconds, seconds / sum(each["seconds"] / each["num_workers"] for each in records))
 
 
-def _summary(config: GenerateConfig, architecture: ENATConfig, device: str) -> SamplesSummary:
+def _summary(
+    config: GenerateConfig, architecture: ENATConfig, device: str, measured: MeasuredPasses | None = None
+) -> SamplesSummary:
     return SamplesSummary(
         num_samples=config.num_samples,
         replicates=config.replicates,
@@ -224,6 +252,7 @@ def _summary(config: GenerateConfig, architecture: ENATConfig, device: str) -> S
         precision=config.precision,
         batch_size=config.forward_batch_size,
         device=device,
+        measured=measured,
     )
 
 
@@ -397,7 +426,7 @@ class _Sample:
         index = np.array(shard)
         of_plan = index % config.num_samples
         passes = split_into_passes(shard.start, shard.stop, config.forward_batch_size)
-        codes = list(self.pool.map(lambda each: self.sampler.states(each)[:, -1], passes))
+        codes, num_masked = zip(*self.pool.map(self._sample, passes), strict=True)
         samples = Samples(
             index=index,
             labels=plan.labels[of_plan],
@@ -414,12 +443,25 @@ class _Sample:
             "seconds": time.monotonic() - started,
             "start_seconds": self.start_seconds,
             "num_workers": self.num_workers,
+            "measured": self._measured(torch.cat(num_masked).numpy()),
             "peak_memory_gb": peak_memory_gb(config.execution.device),
             "device": device_name(config.execution.device),
         }
         self.start_seconds = 0.0
         self.context.store.put_part(self.context.stage, self.context.key, shard_name(part), record)
         return {"record": [record]}
+
+    def _sample(self, index: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (R, L), and the masked tokens in the input of each step (R, steps)."""
+        states = self.sampler.states(index)
+        return states[:, -1], (states[:, :-1] == self.model.config.mask_id).sum(dim=-1)
+
+    def _measured(self, num_masked: np.ndarray) -> dict[str, Any] | None:
+        """For the record of a part, if what the sampler does depends on the samples."""
+        if self.config.sampler.entropy_bound is None:
+            return None
+        num_given = num_given_of(_summary(self.config, self.model.config, device=""), self.model.config)
+        return asdict(MeasuredPasses.of(num_masked, self.model.config, self.config.sampler, num_given))
 
     def _warm_up(self) -> None:
         """Sample one pass, in which code is compiled and kernels are loaded: neither is time of an image."""

@@ -23,6 +23,7 @@ HALTON = {"reveal_order": "halton", "remask_temperature": 0.0, "mask_schedule": 
 RANDOM = {"reveal_order": "random", "remask_temperature": 0.0}
 MOMENT = {"reveal_order": "moment", "sampling_temperature": 2.0}
 REMASKED = {"remask_ratio": 0.3, "num_steps": 6}
+BOUNDED = {"entropy_bound": 8.0, "num_steps": 6}
 
 
 def some_start(config: ENATConfig, num_given: int, num_images: int = 3, seed: int = 0) -> torch.Tensor:
@@ -105,9 +106,27 @@ def halton(grid_size):
     return list(dict.fromkeys((cells[:, 0] * grid_size + cells[:, 1]).tolist()))
 
 
+def num_beyond(config, step, log_probs, priority):
+    """Tokens of one image that stay masked: those of the lowest priority, from the first that takes more than the bound on."""
+    if step == config.num_steps - 1:
+        return 0
+    chosen = []
+    for position in sorted((p for p in range(len(priority)) if priority[p] < math.inf), key=lambda p: -priority[p].item()):
+        here = log_probs[position]
+        chosen.append(-sum(math.exp(value) * value for value in here.tolist()))
+        if len(chosen) > 1 and sum(chosen) - max(chosen) > config.entropy_bound:
+            chosen.pop()
+            break
+    return int((priority < math.inf).sum()) - len(chosen)
+
+
 @torch.no_grad()
 def reference_sample(model, labels, config, seeds, start=None):
     """All positions are predicted, drawn and ranked at every step, with both passes; visible tokens are then restored."""
+    if config.entropy_bound is not None and len(labels) > 1:
+        starts = [start[row : row + 1] if start is not None else None for row in range(len(labels))]
+        rows = [(labels[row : row + 1], config, seeds[row : row + 1], starts[row]) for row in range(len(labels))]
+        return torch.cat([reference_sample(model, *row) for row in rows])
     (num_images, num_tokens), mask_id = (len(labels), model.config.num_tokens), model.config.mask_id
     tokens = start.clone() if start is not None else torch.full((num_images, num_tokens), mask_id)
     num_made = int((tokens[0] == mask_id).sum())
@@ -150,7 +169,11 @@ def reference_sample(model, labels, config, seeds, start=None):
         num_left = math.floor(num_made * ratio_left(config, step))
         if num_made < num_tokens and step < config.num_steps - 1:  # to the nearest, so that few are not all drawn at once
             num_left = max(1, math.floor(num_made * ratio_left(config, step) + 0.5))
+        if config.entropy_bound is not None:
+            num_left = num_beyond(config, step, log_probs[0], priority[0])
         tokens.scatter_(1, priority.argsort(dim=1)[:, :num_left], mask_id)
+        if not num_left:
+            break
         if config.remask_ratio and step < config.num_steps - 1:
             again = masked_again(config, noise[:, step, 2], ~mask & ~given)
             tokens = tokens.masked_fill(again, mask_id)

@@ -1,9 +1,11 @@
 """Cost: the published numbers, and the MACs that torch counts while the code runs."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
-from small_models import ARCHITECTURES, conditions, nested_tokens, pairwise_cases, small_config
+from small_models import ARCHITECTURES, conditions, nested_tokens, pairwise_cases, small_config, small_enat
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,6 +14,7 @@ from enat.cost import (
     decoder_macs,
     encoder_macs,
     generation_cost,
+    mean_cost,
     mean_training_macs,
     num_parameters,
     num_vqgan_parameters,
@@ -133,6 +136,51 @@ def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings,
     (start,) = nested_tokens(model.config, [model.config.num_tokens - num_given], num_images=1)
     counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0], start=start))
     assert counted == generation_cost(model.config, config, num_given=num_given).executed_macs_per_step
+
+
+BOUNDED = {"num_steps": 6, "entropy_bound": 3.0}
+
+
+@pytest.mark.parametrize("num_given", [0, 5])
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ({**a, **b, **c, **d}, s)
+        for a, b, c, d, s in pairwise_cases(*ARCHITECTURES, [{}, {"reuse": False}, {"guidance_scale": 1.0}])
+    ],
+    ids=str,
+)
+def test_executed_macs_of_an_entropy_bound_are_those_of_each_image(architecture, options, num_given):
+    """And no image costs more than the upper bound."""
+    model, config = small_enat(**architecture), SamplerConfig(**BOUNDED, **options)
+    costs = []
+    for seed in range(3):
+        (start,) = nested_tokens(model.config, [16 - num_given], num_images=1, seed=seed)
+        made = {}
+
+        def run(made=made, start=start, seed=seed):
+            made["states"] = sample(model, conditions(model, 1), config, seeds=[seed], start=start, return_trajectory=True)[1]
+
+        counted = counted_macs_per_call(model, run)
+        num_masked = [int((state == model.config.mask_id).sum()) for state in made["states"]]
+        cost = generation_cost(model.config, config, num_given=num_given, num_masked=num_masked)
+        assert counted == tuple(macs for macs in cost.executed_macs_per_step if macs)
+        costs.append(cost)
+    most = generation_cost(model.config, config, num_given=num_given)
+    assert all(cost.executed_total_macs <= most.executed_total_macs for cost in costs)
+    mean = mean_cost(costs, [1, 2, 1])
+    assert mean.executed_total_macs == pytest.approx(np.average([c.executed_total_macs for c in costs], weights=[1, 2, 1]), abs=6)
+    assert mean.total_macs == sum(mean.macs_per_step)
+
+
+@pytest.mark.parametrize("architecture", [{}, {"reuse": False}, {"encoder_layers": 0}, {"reused_features": "all"}], ids=str)
+@pytest.mark.parametrize("options", [{"guidance_scale": 1.0}, {"guidance_scales": (1.0, 2.0, 1.0, 1.0)}], ids=str)
+def test_upper_bound_is_the_most_that_any_image_costs(architecture, options):
+    """Of all ways to reveal 9 tokens in at most 4 steps."""
+    model, config = small_config(grid_size=3, **architecture), SamplerConfig(num_steps=4, entropy_bound=1.0, **options)
+    ways = [(9, *falling, *[0] * (3 - len(falling))) for k in range(4) for falling in combinations(range(8, 0, -1), k)]
+    costs = [generation_cost(model, config, num_masked=way).executed_total_macs for way in ways]
+    assert generation_cost(model, config).executed_total_macs == max(costs) > min(costs)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_sampler import HALTON, MOMENT, RANDOM, REMASKED, SEARCHED, halton, reference_sample, some_start
+from slow_sampler import BOUNDED, HALTON, MOMENT, RANDOM, REMASKED, SEARCHED, halton, reference_sample, some_start
 from small_models import TEXT, captions, conditions, golden, golden_enat, small_config, small_enat
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -73,6 +73,10 @@ OPTIONS = [
     REMASKED,
     {**REMASKED, "reuse": False},
     {**REMASKED, **RANDOM, "remask_ratio": 0.9},
+    BOUNDED,
+    {**BOUNDED, "reuse": False, "guidance_scales": (1.0, 1.0, 3.0, 1.0, 2.0, 1.0)},
+    {**BOUNDED, **HALTON, "mask_schedule": "cosine", "entropy_bound": 0.0},
+    {**BOUNDED, **MOMENT, "entropy_bound": 3.0, "top_k": 5},
 ]
 ARCHITECTURES = [
     TEXT,
@@ -122,6 +126,7 @@ def test_sampler_equals_the_slow_one(architecture, options, num_given):
         {"reveal_order": "moment"},
         {"guidance_interval": (0.0, 0.5)},
         {"remask_ratio": 0.2},
+        {"entropy_bound": 4.0},
     ],
     ids=str,
 )
@@ -152,6 +157,8 @@ def configs(draw):
             options |= {scalar: draw(numbers), schedule: draw(st.sampled_from(names))}
     if not any(options.get("sampling_temperatures", (options.get("sampling_temperature"),))):
         options |= {"top_k": None, "top_p": 1.0}  # which would be refused
+    if draw(st.booleans()) and "mask_ratios" not in options:
+        options |= {"entropy_bound": draw(st.floats(0, 20)), "mask_schedule": "cosine"}
     options["reveal_order"] = draw(st.sampled_from(["confidence", "random", "halton"]))
     options["remask_temperature"] = draw(numbers) if options["reveal_order"] == "confidence" else 0.0
     return SamplerConfig(**options)
@@ -169,7 +176,12 @@ def test_every_token_is_revealed_once_and_given_ones_stay(config, num_given, see
     for step, (tokens, following) in enumerate(zip(trajectory, [*trajectory[1:], codes], strict=True)):
         visible = tokens != MASK_ID
         assert torch.equal(following[visible], tokens[visible])
-        assert ((~visible).sum(dim=1) == config.num_masked_at(step, 16, num_given)).all()
+        if config.entropy_bound is not None:
+            num_masked = (~visible).sum(dim=1)
+            assert (num_masked <= config.num_masked_at(step, 16, num_given)).all()
+            assert ((following == MASK_ID).sum(dim=1) < num_masked.clamp_min(1)).all(), "each pass reveals at least one"
+        else:
+            assert ((~visible).sum(dim=1) == config.num_masked_at(step, 16, num_given)).all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -293,6 +305,49 @@ def test_features_of_tokens_that_are_masked_again_are_not_reused():
     model.register_forward_pre_hook(spoil)
     assert torch.equal(sample(model, torch.arange(4), config, seeds=range(4)), expected)
     assert counts == [config.num_masked_at(step, 16) for step in range(1, 6)][-len(counts) :] and len(counts) >= 4
+
+
+@torch.no_grad()
+def test_the_entropy_bound_is_kept_and_used_up():
+    """At each step the revealed tokens keep the bound, and with the next one they would not. Also images of one batch differ."""
+    config = SamplerConfig(**BOUNDED, guidance_scale=1.0, reveal_order="random", remask_temperature=0.0)
+    labels, seeds = torch.arange(4), range(4)
+    codes, trajectory = sample(MODEL, labels, config, seeds=seeds, return_trajectory=True)
+    noise = torch.stack([torch.rand(6, 2, 16, generator=torch.Generator().manual_seed(seed))[0, 1] for seed in seeds])
+    order, counts, previous = noise.argsort(dim=1, descending=True), [], [None] * 4
+    for step, (tokens, following) in enumerate(zip(trajectory, [*trajectory[1:], codes], strict=True)):
+        counts.append([])
+        for image in range(4):
+            left = [p for p in order[image].tolist() if tokens[image, p] == MASK_ID]
+            revealed = [p for p in left if following[image, p] != MASK_ID]
+            if not left:
+                continue
+            previous[image] = MODEL(tokens[image : image + 1], labels[image : image + 1], previous[image])
+            probs = previous[image].logits[0].double().softmax(dim=-1)
+            entropies = -(probs * probs.log()).sum(dim=-1)[left]
+            assert revealed == left[: len(revealed)] and revealed
+            total = entropies.cumsum(0) - entropies.cummax(0).values
+            if step == 5:  # the last one reveals all that remain
+                continue
+            assert total[len(revealed) - 1] <= 8.0 + 1e-4
+            assert len(revealed) == len(left) or total[len(revealed)] > 8.0 - 1e-4
+            counts[-1].append(len(revealed))
+    assert any(len(set(each)) > 1 for each in counts), "otherwise images of a batch would not be told apart"
+    assert max(map(max, filter(None, counts[:-1]))) > 1
+
+
+def test_images_that_the_bound_finishes_need_no_more_passes():
+    model, seen = small_enat(), []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    codes, trajectory = sample(
+        model, torch.arange(4), SamplerConfig(entropy_bound=1e3, guidance_scale=1.0), seeds=range(4), return_trajectory=True
+    )
+    assert seen == [1] * 4 and len(trajectory) == 8 and all(torch.equal(tokens, codes) for tokens in trajectory[1:])
+
+
+def test_a_recorded_loop_is_refused_with_an_entropy_bound():
+    with pytest.raises(ValueError, match="entropy_bound chooses at each step how many tokens it reveals"):
+        sample(MODEL, torch.arange(2), SamplerConfig(entropy_bound=1.0), seeds=[0, 1], loop=decode_steps)
 
 
 def test_halton_orders_are_shifted_by_each_image():

@@ -1,0 +1,85 @@
+"""What each step of the sampler predicts: its passes, what they reuse, and guidance.
+
+Shape legend: B images, L tokens, V codebook size, M masked tokens of the step at hand, P passes of the step (1 or 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from enat.model import ENAT, ENATOutput, TextCondition
+from enat.sampler_config import SamplerConfig
+
+Alike = tuple[Int64[Tensor, " K"], Int64[Tensor, " B"]]  # see enat.sampler.decode_steps
+
+
+class Predictor:
+    """Guided predictions for B images, step by step.
+
+    Conditional and unconditional passes share a batch; each has its own features to reuse.
+    """
+
+    def __init__(
+        self,
+        model: ENAT,
+        conditions: Tensor | TextCondition,
+        config: SamplerConfig,
+        num_images: int,
+        *,
+        num_given: int,
+        alike: Alike | None,
+    ) -> None:
+        self.model, self.config, self.num_images, self.num_given, self.alike = model, config, num_images, num_given, alike
+        self.passes = [config.num_passes_at(step, model.config, num_given) for step in range(config.num_steps)]
+        self.prepared = model.prepare(conditions[: max(self.passes) * num_images])
+        self.previous: ENATOutput | None = None
+
+    def __call__(
+        self, step: int, tokens: Int64[Tensor, "B L"], num_masked: int
+    ) -> tuple[Float[Tensor, "B M V"], Int64[Tensor, "B M"]]:
+        """Guided logits of the masked tokens, float32, and their positions. `tokens`: M of each row are masked."""
+        num_passes = self.passes[step]
+        if step == 0 and self.alike is not None and len(self.alike[0]) + num_passes - 1 < num_passes * self.num_images:
+            output = self._first_step(tokens, self.alike, num_passes)
+        else:
+            images = slice(num_passes * self.num_images)
+            previous = _rows(self.previous, images) if self.previous is not None else None
+            output = self.model(
+                tokens.repeat(num_passes, 1), self.prepared[images], previous, num_masked=num_masked, logits="masked"
+            )
+        self.previous = output if self.config.leaves_features_at(step, self.model.config, self.num_given) else None
+        return self._guided(step, output.logits.float()), output.masked_index[: self.num_images]
+
+    def forget(self, again: Int64[Tensor, "B K"]) -> None:
+        """Drop the features of tokens that are masked again: for the next step, they were never visible."""
+        if self.previous is not None:
+            index = again.repeat(len(self.previous.mask) // self.num_images, 1)
+            mask = self.previous.mask.scatter(1, index, True)
+            self.previous = replace(self.previous, mask=mask, num_masked=self.previous.num_masked + index.shape[1])
+
+    def _guided(self, step: int, logits: Float[Tensor, "P*B M V"]) -> Float[Tensor, "B M V"]:
+        if self.passes[step] == 1:
+            return logits
+        cond_logits, uncond_logits = logits.chunk(2)
+        return uncond_logits + self.config.guidance_at(step) * (cond_logits - uncond_logits)
+
+    def _first_step(self, tokens: Tensor, alike: Alike, num_passes: int) -> ENATOutput:
+        """Nothing is visible yet: images of one label, and all unconditional passes, see the same and are computed once."""
+        rows, place = alike
+        if num_passes == 2:
+            place = torch.cat([place, torch.full_like(place, len(rows))])
+            rows = torch.cat([rows, torch.full_like(rows[:1], self.num_images)])
+        output = self.model(
+            tokens[:1].expand(len(rows), -1), self.prepared[rows], None, num_masked=tokens.shape[1], logits="masked"
+        )
+        logits, features, mask, index = (part[place] for part in (output.logits, output.features, output.mask, output.masked_index))
+        return ENATOutput(logits, features, mask, index, output.num_masked)
+
+
+def _rows(output: ENATOutput, images: slice) -> ENATOutput:
+    """The reusable part of an output, for some images."""
+    return replace(output, features=output.features[images], mask=output.mask[images])
