@@ -7,7 +7,8 @@ paper. The paper's "FLOPs" are these MACs, with both guidance passes and the tok
 Two computations are counted. *Published*: the head at every position (with the mask id's column) and, with guidance, two passes at
 every step. *Executed*: what enat.sampler runs, the head at masked positions only, no unconditional pass in an unguided step
 whose features no guided step reuses, and what depends on the condition alone once, counted in the first step. Images of one label
-share the first step, which is not counted.
+share the first step, which is not counted. Self-guidance (guide_layers) is one pass, with the head, and with an encoder also the
+decoder, a second time.
 
 Training counts the backward pass as well, product by product; see training_macs.
 
@@ -133,8 +134,9 @@ class _Steps:
         steps = range(sampler.num_steps)
         self.passes = [sampler.num_passes_at(step, model, num_given) for step in steps]
         self.reuses = [step > 0 and sampler.leaves_features_at(step - 1, model, num_given) for step in steps]
+        self.guides_itself = [sampler.guides_itself_at(step, model, num_given) for step in steps]
         start, end = sampler.guidance_interval
-        is_guided = sampler.is_guided and model.is_conditional
+        is_guided = sampler.is_guided and (model.is_conditional or sampler.guide_layers is not None)
         self.is_guided = [is_guided and start <= step / sampler.num_steps < end for step in steps]
 
     def cost(self, step: int, num_masked: int, num_masked_before: int) -> _StepCost:
@@ -142,11 +144,30 @@ class _Steps:
         model, previous = self.model, num_masked_before if self.reuses[step] else None
         one_pass = step_macs(model, num_masked, previous) + head_macs(model, model.num_tokens, model.codebook_size + 1)
         executed_pass = self.executed_pass(num_masked, previous)
-        return _StepCost(one_pass, (1 + self.is_guided[step]) * one_pass, executed_pass, self.passes[step] * executed_pass)
+        guide = one_pass
+        if self.sampler.guide_layers is not None:
+            guide = self.guide_macs(num_masked) + head_macs(model, model.num_tokens, model.codebook_size + 1)
+        return _StepCost(
+            one_pass,
+            one_pass + (guide if self.is_guided[step] else 0),
+            executed_pass,
+            self.executed(step, num_masked, previous),
+        )
+
+    def executed(self, step: int, num_masked: int, previous: int | None) -> int:
+        macs = self.passes[step] * self.executed_pass(num_masked, previous)
+        if self.guides_itself[step] and num_masked:
+            macs += self.guide_macs(num_masked) + head_macs(self.model, num_masked, self.model.codebook_size)
+        return macs
 
     def executed_pass(self, num_masked: int, previous: int | None) -> int:
+        """One pass without guidance."""
         macs = _forward_macs(self.model, num_masked, previous, is_prepared=True)
         return macs + head_macs(self.model, num_masked, self.model.codebook_size)
+
+    def guide_macs(self, num_masked: int) -> int:
+        """Of self-guidance without its head: the decoder once more. Without an encoder, the layers are those of the pass."""
+        return _decoding_macs(self.model, num_masked) if self.model.encoder_layers else 0
 
     def condition(self) -> tuple[int, int]:
         """What ENAT.prepare computes for one pass, and for all of a step."""
@@ -180,15 +201,16 @@ def _most_expensive(model: ENATConfig, sampler: SamplerConfig, num_given: int) -
     num_made, steps = model.num_tokens - num_given, _Steps(model, sampler, num_given)
 
     @cache
-    def macs_of(before: int | None, num_passes: int) -> list[int]:
+    def macs_of(before: int | None, num_passes: int, guides_itself: bool) -> list[int]:
         """By the number of masked tokens: fewer than `before`, or any without reuse."""
-        return [0, *(num_passes * steps.executed_pass(masked, before) for masked in range(1, before or num_made))]
+        step = [*zip(steps.passes, steps.guides_itself, strict=True)].index((num_passes, guides_itself))  # one that costs the same
+        return [0, *(steps.executed(step, masked, before) for masked in range(1, before or num_made))]
 
     best, choices = [0] * (num_made + 1), []
     for step in range(sampler.num_steps - 1, 0, -1):
         following, choice, best = best, [0] * (num_made + 1), [0] * (num_made + 1)
         for before in range(1, num_made + 1):
-            macs = macs_of(before if steps.reuses[step] else None, steps.passes[step])
+            macs = macs_of(before if steps.reuses[step] else None, steps.passes[step], steps.guides_itself[step])
             each = [*map(operator.add, macs[:before], following)]  # the first is 0: nothing is left
             best[before] = max(each)
             choice[before] = each.index(best[before])
@@ -270,13 +292,17 @@ def _forward_macs(
     if num_new or not skips_empty_parts:
         macs += of_encoder + config.encoder_layers * _block_macs(config, num_new, num_text + num_old)
     if has_decoder and (num_masked or not skips_empty_parts):
-        if config.decoder_attention == "full":
-            per_block = _block_macs(config, config.num_tokens, num_text)
-        else:
-            attends_self = config.decoder_attention == "self_cross"
-            per_block = _block_macs(config, num_masked, num_text + num_visible, attends_self=attends_self)
-        macs += of_decoder + config.decoder_layers * per_block
+        macs += of_decoder + _decoding_macs(config, num_masked)
     return macs
+
+
+def _decoding_macs(config: ENATConfig, num_masked: int) -> int:
+    """The blocks of the decoder, without adaLN."""
+    num_text = config.num_text_tokens if config.text_width is not None else 0
+    if config.decoder_attention == "full":
+        return config.decoder_layers * _block_macs(config, config.num_tokens, num_text)
+    attends_self, num_visible = config.decoder_attention == "self_cross", config.num_tokens - num_masked
+    return config.decoder_layers * _block_macs(config, num_masked, num_text + num_visible, attends_self=attends_self)
 
 
 def _text_macs(config: ENATConfig) -> int:

@@ -80,6 +80,7 @@ class ENATOutput:
     logits: P = L; with logits="masked" P = M, in the order of `masked_index`; with "none" P = 0.
     features: before the final norm: encoder features of visible tokens, decoder features of masked ones. Text is not included.
     mask: True = masked.   masked_index: ascending positions.   num_masked: M.
+    guide_logits: those of the first layers alone, if they were asked for; see forward.
     """
 
     logits: Float[Tensor, "B P V"]
@@ -87,6 +88,7 @@ class ENATOutput:
     mask: Bool[Tensor, "B L"]
     masked_index: Int64[Tensor, "B M"]
     num_masked: int
+    guide_logits: Float[Tensor, "B M V"] | None = None
 
 
 _RECOMPILE_LIMIT = 64  # torch's default is 8
@@ -237,6 +239,7 @@ class ENAT(nn.Module):
         num_masked: int | None = None,
         logits: Literal["all", "masked", "none"] = "all",
         dropout_mask: Bool[Tensor, "B L D"] | None = None,
+        guide_layers: int | None = None,
     ) -> ENATOutput:
         """Predict codes at every position from the visible ones.
 
@@ -249,6 +252,9 @@ class ENAT(nn.Module):
             and no decoder if only visible tokens are reused; the features of masked positions are then their embeddings.
         `dropout_mask`: True = kept, from draw_dropout_mask; used only in training mode with dropout. None draws it from torch's
             default generator.
+        `guide_layers`: also the logits of masked positions that this network gives without its later layers. With an encoder, it
+            ends after so many blocks, and the decoder runs a second time; without one, the decoder ends after so many. Reused
+            features are the same. None if there are no tokens to encode, so that nothing would differ, or none to predict.
         """
         self._check(tokens, labels, previous)
         mask = tokens == self.config.mask_id
@@ -262,15 +268,19 @@ class ENAT(nn.Module):
         condition = labels if isinstance(labels, PreparedCondition) else self._embed_condition(labels)
         old, computed = self._reuse(self._embed(tokens, dropout_mask), order, num_visible_before, previous)
         new, masked = computed.tensor_split([computed.shape[1] - num_masked], dim=1)
-        visible = self._encode(new, old, condition)
+        visible, early = self._encode(new, old, condition, guide_layers if self.encoder else None)
+        guide = self._decode(masked, early, condition, None)[0] if early is not None and num_masked else None
         if (num_masked and (logits != "none" or self.config.reuses_masked)) or self.training:
-            masked = self._decode(masked, visible, condition)
+            masked, early = self._decode(masked, visible, condition, None if self.encoder else guide_layers)
+            guide = early if early is not None else guide
 
         in_order = torch.cat([visible, masked], dim=1)
         position = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
         features = _take(in_order, position)
         scored = {"all": features, "masked": masked, "none": masked[:, :0]}[logits]
-        return ENATOutput(self.head(scored, self.token_embedding.weight), features, mask, order[:, num_visible:], num_masked)
+        guide_logits = self.head(guide, self.token_embedding.weight) if guide is not None else None
+        scores = self.head(scored, self.token_embedding.weight)
+        return ENATOutput(scores, features, mask, order[:, num_visible:], num_masked, guide_logits)
 
     def _check(self, tokens: Tensor, labels: Tensor | TextCondition | PreparedCondition, previous: ENATOutput | None) -> None:
         if not isinstance(labels, PreparedCondition):
@@ -325,25 +335,38 @@ class ENAT(nn.Module):
             old = self.previous_projection(_take(before, order[:, :num_old]))
         return old, computed
 
-    def _encode(self, new: Tensor, old: Tensor | None, condition: PreparedCondition) -> Tensor:
-        """Newly visible tokens attend to themselves, to the text and to the projected features of old ones -> all visible ones."""
+    def _encode(
+        self, new: Tensor, old: Tensor | None, condition: PreparedCondition, early_at: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Newly visible tokens attend to themselves, to the text and to the projected features of old ones -> all visible ones.
+
+        early_at: also all visible ones as they are after so many blocks; None without new tokens.
+        """
+        early = None
         if new.shape[1] or self.training:
             conditioning = _normalized(condition.text, old)
-            for block in self.encoder:
+            for number, block in enumerate(self.encoder):
+                early = new if number == early_at else early
                 new = self._run(block, new, conditioning, condition)
-        return torch.cat([old, new], dim=1) if old is not None else new
+        if old is None:
+            return new, early
+        return torch.cat([old, new], dim=1), torch.cat([old, early], dim=1) if early is not None else None
 
-    def _decode(self, masked: Tensor, visible: Tensor, condition: PreparedCondition) -> Tensor:
-        """Mask tokens gather from themselves, from the text and from the visible tokens, as decoder_attention allows."""
-        if self.config.decoder_attention == "full":
-            both, conditioning = torch.cat([visible, masked], dim=1), _normalized(condition.text)
-            for block in self.decoder:
-                both = self._run(block, both, conditioning, condition)
-            return both[:, visible.shape[1] :]
-        conditioning = _normalized(condition.text, visible)
-        for block in self.decoder:
-            masked = self._run(block, masked, conditioning, condition)
-        return masked
+    def _decode(
+        self, masked: Tensor, visible: Tensor, condition: PreparedCondition, early_at: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mask tokens gather from themselves, from the text and from the visible tokens, as decoder_attention allows.
+
+        early_at: also the mask tokens as they are after so many blocks.
+        """
+        is_full = self.config.decoder_attention == "full"
+        conditioning = _normalized(condition.text) if is_full else _normalized(condition.text, visible)
+        own, early = torch.cat([visible, masked], dim=1) if is_full else masked, None
+        first = own.shape[1] - masked.shape[1]
+        for number, block in enumerate(self.decoder):
+            early = own[:, first:] if number == early_at else early
+            own = self._run(block, own, conditioning, condition)
+        return own[:, first:], early
 
     def _run(self, block: nn.Module, x: Tensor, conditioning: Tensor | None, condition: PreparedCondition) -> Tensor:
         assert isinstance(block, Block)

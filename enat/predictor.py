@@ -35,6 +35,7 @@ class Predictor:
     ) -> None:
         self.model, self.config, self.num_images, self.num_given, self.alike = model, config, num_images, num_given, alike
         self.passes = [config.num_passes_at(step, model.config, num_given) for step in range(config.num_steps)]
+        self.guides_itself = [config.guides_itself_at(step, model.config, num_given) for step in range(config.num_steps)]
         self.prepared = model.prepare(conditions[: max(self.passes) * num_images])
         self.previous: ENATOutput | None = None
 
@@ -43,16 +44,22 @@ class Predictor:
     ) -> tuple[Float[Tensor, "B M V"], Int64[Tensor, "B M"]]:
         """Guided logits of the masked tokens, float32, and their positions. `tokens`: M of each row are masked."""
         num_passes = self.passes[step]
+        guide_layers = self.config.guide_layers if self.guides_itself[step] else None
         if step == 0 and self.alike is not None and len(self.alike[0]) + num_passes - 1 < num_passes * self.num_images:
-            output = self._first_step(tokens, self.alike, num_passes)
+            output = self._first_step(tokens, self.alike, num_passes, guide_layers)
         else:
             images = slice(num_passes * self.num_images)
             previous = _rows(self.previous, images) if self.previous is not None else None
             output = self.model(
-                tokens.repeat(num_passes, 1), self.prepared[images], previous, num_masked=num_masked, logits="masked"
+                tokens.repeat(num_passes, 1),
+                self.prepared[images],
+                previous,
+                num_masked=num_masked,
+                logits="masked",
+                guide_layers=guide_layers,
             )
         self.previous = output if self.config.leaves_features_at(step, self.model.config, self.num_given) else None
-        return self._guided(step, output.logits.float()), output.masked_index[: self.num_images]
+        return self._guided(step, output), output.masked_index[: self.num_images]
 
     def forget(self, again: Int64[Tensor, "B K"]) -> None:
         """Drop the features of tokens that are masked again: for the next step, they were never visible."""
@@ -61,23 +68,34 @@ class Predictor:
             mask = self.previous.mask.scatter(1, index, True)
             self.previous = replace(self.previous, mask=mask, num_masked=self.previous.num_masked + index.shape[1])
 
-    def _guided(self, step: int, logits: Float[Tensor, "P*B M V"]) -> Float[Tensor, "B M V"]:
-        if self.passes[step] == 1:
+    def _guided(self, step: int, output: ENATOutput) -> Float[Tensor, "B M V"]:
+        """Away from the null condition, or from the model's own first layers."""
+        logits = output.logits.float()
+        if self.passes[step] == 2:
+            logits, guide_logits = logits.chunk(2)
+        elif output.guide_logits is not None:
+            guide_logits = output.guide_logits.float()
+        else:
             return logits
-        cond_logits, uncond_logits = logits.chunk(2)
-        return uncond_logits + self.config.guidance_at(step) * (cond_logits - uncond_logits)
+        return guide_logits + self.config.guidance_at(step) * (logits - guide_logits)
 
-    def _first_step(self, tokens: Tensor, alike: Alike, num_passes: int) -> ENATOutput:
+    def _first_step(self, tokens: Tensor, alike: Alike, num_passes: int, guide_layers: int | None) -> ENATOutput:
         """Nothing is visible yet: images of one label, and all unconditional passes, see the same and are computed once."""
         rows, place = alike
         if num_passes == 2:
             place = torch.cat([place, torch.full_like(place, len(rows))])
             rows = torch.cat([rows, torch.full_like(rows[:1], self.num_images)])
         output = self.model(
-            tokens[:1].expand(len(rows), -1), self.prepared[rows], None, num_masked=tokens.shape[1], logits="masked"
+            tokens[:1].expand(len(rows), -1),
+            self.prepared[rows],
+            None,
+            num_masked=tokens.shape[1],
+            logits="masked",
+            guide_layers=guide_layers,
         )
         logits, features, mask, index = (part[place] for part in (output.logits, output.features, output.mask, output.masked_index))
-        return ENATOutput(logits, features, mask, index, output.num_masked)
+        guide_logits = output.guide_logits[place] if output.guide_logits is not None else None
+        return ENATOutput(logits, features, mask, index, output.num_masked, guide_logits)
 
 
 def _rows(output: ENATOutput, images: slice) -> ENATOutput:

@@ -94,9 +94,16 @@ class SamplerConfig:
     before temperature, top_k and top_p, so high temperatures reveal codes that the bound does not stand for. An image that is done
     early never reaches the end of a schedule: take constant ones. Images are computed one by one, because each has its own numbers.
     Null follows the schedule. Unit: nats."""
+    guide_layers: int | None = _later(None)
+    """Self-guidance: guide away from what the model predicts without its later layers, instead of from its prediction for the null
+    label. Logits are early + w (full - early), both for the same label, where w is guidance_scale with its schedule; 1 is off. One
+    pass suffices, and models without labels can be guided. With an encoder, "early" is the prediction from the first guide_layers
+    of its blocks: the decoder, which is shallow, runs twice, and a step without newly visible tokens is not guided. In plain NAT it
+    is the output head after the first guide_layers of all blocks. Autoguidance (arXiv 2406.02507) guides away from a smaller, less
+    trained model; that the first layers stand for it is this library's choice, and needs no training. Null takes the null label."""
 
     def __post_init__(self) -> None:
-        check_in(self, "[1, inf)", "num_steps", "top_k")
+        check_in(self, "[1, inf)", "num_steps", "top_k", "guide_layers")
         check_in(self, "[0, inf)", "guidance_scale", "sampling_temperature", "remask_temperature")
         check_in(self, "(0, inf)", "guidance_power")
         check_in(self, "(0, 1]", "top_p")
@@ -246,6 +253,13 @@ class SamplerConfig:
 
     def check_model(self, model: ENATConfig) -> None:
         """Raises ValueError for settings that do not go together with the model."""
+        stack, num_layers = ("encoder", model.encoder_layers) if model.encoder_layers else ("decoder", model.decoder_layers)
+        if self.guide_layers is not None and self.guide_layers >= num_layers:
+            choices = f"choose 1 to {num_layers - 1}" if num_layers > 1 else "leave it out"
+            raise ValueError(
+                f"guide_layers is {self.guide_layers}, but the {stack} of this model has {num_layers} layers, and the guide must "
+                f"have fewer; {choices}"
+            )
         if self.remask_ratio and self.reuse and model.reuses_masked:
             raise ValueError(
                 f"remask_ratio is {self.remask_ratio}, but this model reuses features of masked tokens, and those of tokens that "
@@ -262,13 +276,25 @@ class SamplerConfig:
 
         In an unguided step the unconditional pass matters only through its features, which a later guided step reuses: each pass
         reuses its own. At step 0 without given tokens nothing is visible, so no visible token can be reused later. An
-        unconditional model has no second condition to guide away from.
+        unconditional model has no second condition to guide away from, and self-guidance (guide_layers) takes none.
         """
-        if not model.is_conditional:
+        if not model.is_conditional or self.guide_layers is not None:
             return 1
         is_guided_later = any(self.guidance_at(later) != 1.0 for later in range(step + 1, self.num_steps))
         counts = self.guidance_at(step) != 1.0 or (is_guided_later and self.leaves_features_at(step, model, num_given))
         return 2 if counts else 1
+
+    def guides_itself_at(self, step: int, model: ENATConfig, num_given: int = 0) -> bool:
+        """Whether the pass of `step` also predicts with the first layers only, which differs if it encodes new tokens."""
+        if self.guide_layers is None or self.guidance_at(step) == 1.0:
+            return False
+        if not model.encoder_layers:
+            return True
+        num_new = model.num_tokens - self.num_masked_at(step, model.num_tokens, num_given)
+        if step and model.reuses_visible and self.leaves_features_at(step - 1, model, num_given):
+            counts = (self.num_masked_at, self.num_remasked_at)
+            num_new -= model.num_tokens - sum(count(step - 1, model.num_tokens, num_given) for count in counts)
+        return num_new > 0
 
 
 _DEFAULTS = {each.name: each.default for each in fields(SamplerConfig)}

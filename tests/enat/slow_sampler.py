@@ -4,6 +4,7 @@ Unlike plain.py it runs the fast model, which plain.py checks: what differs is t
 Shape legend: B images, L tokens.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -106,6 +107,14 @@ def halton(grid_size):
     return list(dict.fromkeys((cells[:, 0] * grid_size + cells[:, 1]).tolist()))
 
 
+def without_later_layers(model, num_layers):
+    """The same weights with the first layers of the encoder, or without an encoder of the decoder."""
+    guide = copy.deepcopy(model)
+    name = "encoder" if len(model.encoder) else "decoder"
+    setattr(guide, name, getattr(guide, name)[:num_layers])
+    return guide
+
+
 def num_beyond(config, step, log_probs, priority):
     """Tokens of one image that stay masked: those of the lowest priority, from the first that takes more than the bound on."""
     if step == config.num_steps - 1:
@@ -137,9 +146,12 @@ def reference_sample(model, labels, config, seeds, start=None):
     for step in range(config.num_steps):
         mask = tokens == mask_id
         reuses = config.reuse and model.config.reuse
-        cond = model(tokens, labels, cond if reuses else None)
+        before, cond = cond, model(tokens, labels, cond if reuses else None)
         logits = cond.logits
-        if model.config.is_conditional:
+        if config.guide_layers is not None:
+            guide = without_later_layers(model, config.guide_layers)(tokens, labels, before if reuses else None)
+            logits = logits + strength(config, step) * (logits - guide.logits)
+        elif model.config.is_conditional:
             uncond = model(tokens, model.null_condition(num_images), uncond if reuses else None)
             logits = logits + strength(config, step) * (logits - uncond.logits)
         log_probs = logits.double().log_softmax(dim=-1)

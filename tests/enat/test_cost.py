@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from small_models import ARCHITECTURES, conditions, nested_tokens, pairwise_cases, small_config, small_enat
+from small_models import ARCHITECTURES, TEXT, conditions, nested_tokens, pairwise_cases, small_config, small_enat
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,6 +116,12 @@ SETTINGS = [
     {"guidance_interval": (0.4, 0.7), "remask_ratio": 0.0},
     {"remask_ratio": 0.4, "reuse": False},
 ]
+_PLAIN = {"encoder_layers": 0, "decoder_layers": 4, "decoder_attention": "full", "reuse": False}
+GUIDES = [
+    ({**architecture, **more}, {"guide_layers": 1, "guidance_schedule": "constant", **options}, given)
+    for architecture in (_PLAIN, *({"decoder_attention": kind} for kind in DECODER_ATTENTIONS), {"reused_features": "all"})
+    for more, options, given in (({}, {}, 0), (TEXT, {"num_steps": 20}, 7), ({"num_classes": 0}, {"reuse": False}, 0))
+]
 OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_size": 5, "mlp_ratio": 2}
 
 
@@ -126,6 +132,7 @@ OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_
         for a, b, c, d, settings, given in pairwise_cases(*ARCHITECTURES, SETTINGS, [0, 1, 11, 15])
     ]
     + [(OTHER_SIZES, {}, 0), (OTHER_SIZES, {}, 9)]
+    + GUIDES
     + [({}, {"remask_ratio": 0.4}, 0), ({"decoder_attention": "full"}, {"remask_ratio": 0.2}, 5)]
     + [({"grid_size": 2, "decoder_attention": kind}, {}, 0) for kind in DECODER_ATTENTIONS],  # the last step finds nothing masked
     ids=str,
@@ -146,7 +153,7 @@ BOUNDED = {"num_steps": 6, "entropy_bound": 3.0}
     ("architecture", "options"),
     [
         ({**a, **b, **c, **d}, s)
-        for a, b, c, d, s in pairwise_cases(*ARCHITECTURES, [{}, {"reuse": False}, {"guidance_scale": 1.0}])
+        for a, b, c, d, s in pairwise_cases(*ARCHITECTURES, [{}, {"reuse": False}, {"guidance_scale": 1.0}, {"guide_layers": 1}])
     ],
     ids=str,
 )
@@ -174,7 +181,9 @@ def test_executed_macs_of_an_entropy_bound_are_those_of_each_image(architecture,
 
 
 @pytest.mark.parametrize("architecture", [{}, {"reuse": False}, {"encoder_layers": 0}, {"reused_features": "all"}], ids=str)
-@pytest.mark.parametrize("options", [{"guidance_scale": 1.0}, {"guidance_scales": (1.0, 2.0, 1.0, 1.0)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"guidance_scale": 1.0}, {"guidance_scales": (1.0, 2.0, 1.0, 1.0)}, {"guide_layers": 1}], ids=str
+)
 def test_upper_bound_is_the_most_that_any_image_costs(architecture, options):
     """Of all ways to reveal 9 tokens in at most 4 steps."""
     model, config = small_config(grid_size=3, **architecture), SamplerConfig(num_steps=4, entropy_bound=1.0, **options)

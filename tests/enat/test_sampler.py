@@ -77,6 +77,11 @@ OPTIONS = [
     {**BOUNDED, "reuse": False, "guidance_scales": (1.0, 1.0, 3.0, 1.0, 2.0, 1.0)},
     {**BOUNDED, **HALTON, "mask_schedule": "cosine", "entropy_bound": 0.0},
     {**BOUNDED, **MOMENT, "entropy_bound": 3.0, "top_k": 5},
+    {"guide_layers": 1},
+    {"guide_layers": 1, "guidance_schedule": "constant", "reuse": False},
+    {"guide_layers": 1, "num_steps": 30, "guidance_interval": (0.2, 0.9)},
+    {**BOUNDED, "guide_layers": 1},
+    {**REMASKED, "guide_layers": 1},
 ]
 ARCHITECTURES = [
     TEXT,
@@ -89,6 +94,12 @@ ARCHITECTURES = [
     {"num_classes": 0, "reused_features": "masked"},
     {"reused_features": "all", "qk_norm": True, **TEXT},
 ]
+PLAIN = {"encoder_layers": 0, "decoder_layers": 4, "decoder_attention": "full", "reuse": False}
+_OF_GUIDES = [
+    ({**architecture, **more}, {"guide_layers": layers, "guidance_schedule": schedule, "reuse": "reuse" not in architecture})
+    for architecture, layers in ((PLAIN, 2), ({"decoder_attention": "full"}, 1), ({"decoder_attention": "cross"}, 1))
+    for more, schedule in (({}, "constant"), (TEXT, "linear"), ({"num_classes": 0}, "constant"))
+]
 
 
 _OF_OPTIONS = [({}, options) for options in OPTIONS]
@@ -100,6 +111,7 @@ _OF_ARCHITECTURES = [
 @pytest.mark.parametrize(
     ("architecture", "options", "num_given"),
     [(*case, 0) for case in _OF_OPTIONS]
+    + [(*case, given) for case in _OF_GUIDES for given in (0, 7)]
     + [(*case, 7) for case in _OF_ARCHITECTURES]
     + [pytest.param(*case, 7, marks=pytest.mark.slow) for case in _OF_OPTIONS]
     + [pytest.param(*case, 0, marks=pytest.mark.slow) for case in _OF_ARCHITECTURES],
@@ -127,6 +139,7 @@ def test_sampler_equals_the_slow_one(architecture, options, num_given):
         {"guidance_interval": (0.0, 0.5)},
         {"remask_ratio": 0.2},
         {"entropy_bound": 4.0},
+        {"guide_layers": 1},
     ],
     ids=str,
 )
@@ -242,6 +255,7 @@ def test_loop_never_reads_a_value_from_the_device(options, num_given):
         ({"num_steps": 4, "guidance_scales": (1.0, 1.0, 2.0, 1.0)}, [1, 2, 2, 1], [2, 2, 2, 1]),
         ({"num_steps": 4, "guidance_scales": (1.0, 1.0, 2.0, 1.0), "reuse": False}, [1, 1, 2, 1], [1, 1, 2, 1]),
         ({"num_steps": 4, "guidance_scales": (3.0, 1.0, 1.0, 1.0)}, [2, 1, 1, 1], [2, 1, 1, 1]),
+        ({"num_steps": 4, "guide_layers": 1}, [1, 1, 1, 1], [1, 1, 1, 1]),
     ],
     ids=str,
 )
@@ -305,6 +319,22 @@ def test_features_of_tokens_that_are_masked_again_are_not_reused():
     model.register_forward_pre_hook(spoil)
     assert torch.equal(sample(model, torch.arange(4), config, seeds=range(4)), expected)
     assert counts == [config.num_masked_at(step, 16) for step in range(1, 6)][-len(counts) :] and len(counts) >= 4
+
+
+def test_self_guidance_decodes_twice_where_new_tokens_are_encoded():
+    """And does not depend on the null label, also in a model without labels."""
+    model, decoded = small_enat(), []
+    model.decoder[0].register_forward_pre_hook(lambda _, arguments: decoded.append(len(arguments[0])))
+    codes = sampled(model, torch.tensor([0, 1]), range(2), guide_layers=1, guidance_schedule="constant", num_steps=4)
+    assert decoded == [2] * 7, "nothing is visible at the first step"
+    model.label_embedding.weight.data[model.config.null_label] += 3.0
+    assert torch.equal(
+        sampled(model, torch.tensor([0, 1]), range(2), guide_layers=1, guidance_schedule="constant", num_steps=4), codes
+    )
+    unconditional, labels = small_enat(num_classes=0), torch.zeros(2, dtype=torch.int64)
+    guided = sampled(unconditional, labels, range(2), guide_layers=1)
+    assert not torch.equal(guided, sampled(unconditional, labels, range(2)))
+    assert torch.equal(sampled(model, guide_layers=1, guidance_scale=1.0), sampled(model, guidance_scale=1.0))
 
 
 @torch.no_grad()

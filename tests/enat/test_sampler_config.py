@@ -137,6 +137,7 @@ def test_given_values_replace_their_counterparts_and_are_checked_together(own, g
         ({"guidance_interval": (0.2, 0.9), "guidance_scales": (1.0,) * 8}, "leave out guidance_interval"),
         ({"halton_shift": True}, "only 'halton' can be shifted"),
         ({"remask_ratio": 1.0}, "remask_ratio is 1.0"),
+        ({"guide_layers": 0}, "guide_layers is 0; it must be at least 1"),
         ({"entropy_bound": -1.0}, "entropy_bound is -1.0"),
         ({"entropy_bound": 1.0, "remask_ratio": 0.1}, "entropy_bound chooses how many tokens .* leave out remask_ratio 0.1"),
         ({"entropy_bound": 1.0, "mask_schedule": "linear"}, "leave out mask_schedule 'linear'"),
@@ -167,6 +168,22 @@ def test_scalars_that_are_off_can_keep_their_schedules():
     off = {"guidance_scale": 1.0, "sampling_temperature": 0.0, "remask_temperature": 0.0}
     constant = dict.fromkeys(("guidance_schedule", "sampling_temperature_schedule", "remask_temperature_schedule"), "constant")
     assert not SamplerConfig(**off, **constant).is_guided
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "message"),
+    [
+        ({}, 15, "guide_layers is 15, but the encoder of this model has 15 layers, .* choose 1 to 14"),
+        ({"encoder_layers": 0, "decoder_layers": 2}, 2, "the decoder of this model has 2 layers, .* choose 1 to 1"),
+        ({"encoder_layers": 1}, 1, "has 1 layers, .* leave it out"),
+    ],
+)
+def test_a_guide_has_fewer_layers_than_the_model(architecture, layers, message):
+    model = ENATConfig.preset("enat-s", **architecture)
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(guide_layers=layers).check_model(model)
+    if layers > 1:
+        SamplerConfig(guide_layers=layers - 1).check_model(model)
 
 
 def test_tokens_that_are_masked_again_are_added_to_those_that_the_schedule_leaves():
