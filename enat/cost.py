@@ -134,6 +134,11 @@ class _Steps:
         steps = range(sampler.num_steps)
         self.passes = [sampler.num_passes_at(step, model, num_given) for step in steps]
         self.reuses = [step > 0 and sampler.leaves_features_at(step - 1, model, num_given) for step in steps]
+        counts = (sampler.num_computed_at, sampler.num_predicted_at)
+        self.local = [
+            tuple(count(step, model.num_tokens, num_given) for count in counts) if sampler.is_local_at(step) else None
+            for step in steps
+        ]
         self.guides_itself = [sampler.guides_itself_at(step, model, num_given) for step in steps]
         start, end = sampler.guidance_interval
         is_guided = sampler.is_guided and (model.is_conditional or sampler.guide_layers is not None)
@@ -142,6 +147,8 @@ class _Steps:
     def cost(self, step: int, num_masked: int, num_masked_before: int) -> _StepCost:
         """num_masked_before: tokens whose features the step before does not leave; not used at the first step."""
         model, previous = self.model, num_masked_before if self.reuses[step] else None
+        if self.local[step] is not None:
+            return self.local_cost(step)
         one_pass = step_macs(model, num_masked, previous) + head_macs(model, model.num_tokens, model.codebook_size + 1)
         executed_pass = self.executed_pass(num_masked, previous)
         guide = one_pass
@@ -164,6 +171,21 @@ class _Steps:
         """One pass without guidance."""
         macs = _forward_macs(self.model, num_masked, previous, is_prepared=True)
         return macs + head_macs(self.model, num_masked, self.model.codebook_size)
+
+    def local_cost(self, step: int) -> _StepCost:
+        """Published: the head at every token that is computed, as ReCAP's code evaluates it."""
+        model, sizes = self.model, self.local[step]
+        assert sizes is not None
+        num_computed, num_predicted = sizes
+        if not num_predicted:
+            return _StepCost(0, 0, 0, 0)
+        blocks = _local_macs(model, num_computed)
+        published_head = head_macs(model, num_computed, model.codebook_size + 1)
+        one_pass = blocks + _modulation_macs(model)[1] + published_head
+        head = head_macs(model, num_predicted, model.codebook_size)
+        guide = one_pass if self.sampler.guide_layers is None else published_head
+        executed = self.passes[step] * (blocks + head) + (head if self.guides_itself[step] else 0)
+        return _StepCost(one_pass, one_pass + (guide if self.is_guided[step] else 0), blocks + head, executed)
 
     def guide_macs(self, num_masked: int) -> int:
         """Of self-guidance without its head: the decoder once more. Without an encoder, the layers are those of the pass."""
@@ -303,6 +325,13 @@ def _decoding_macs(config: ENATConfig, num_masked: int) -> int:
         return config.decoder_layers * _block_macs(config, config.num_tokens, num_text)
     attends_self, num_visible = config.decoder_attention == "self_cross", config.num_tokens - num_masked
     return config.decoder_layers * _block_macs(config, num_masked, num_text + num_visible, attends_self=attends_self)
+
+
+def _local_macs(config: ENATConfig, num_computed: int) -> int:
+    """Blocks of plain NAT for some tokens, with kept keys and values of the others and of the text. Without adaLN."""
+    num_others = config.num_tokens - num_computed + (config.num_text_tokens if config.text_width is not None else 0)
+    kept = 2 * config.embed_dim**2 * num_others  # products of keys and values that are not computed
+    return config.decoder_layers * (_block_macs(config, num_computed, num_others) - kept)
 
 
 def _text_macs(config: ENATConfig) -> int:

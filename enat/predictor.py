@@ -1,6 +1,6 @@
 """What each step of the sampler predicts: its passes, what they reuse, and guidance.
 
-Shape legend: B images, L tokens, V codebook size, M masked tokens of the step at hand, P passes of the step (1 or 2).
+Shape legend: B images, L tokens, V codebook size, M tokens that the step at hand predicts, K tokens of a group of steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from enat.model import ENAT, ENATOutput, TextCondition
+from enat.model import ENAT, ENATOutput, KeyValueCache, TextCondition
 from enat.sampler_config import SamplerConfig
 
 Alike = tuple[Int64[Tensor, " K"], Int64[Tensor, " B"]]  # see enat.sampler.decode_steps
@@ -20,7 +20,8 @@ Alike = tuple[Int64[Tensor, " K"], Int64[Tensor, " B"]]  # see enat.sampler.deco
 class Predictor:
     """Guided predictions for B images, step by step.
 
-    Conditional and unconditional passes share a batch; each has its own features to reuse.
+    Conditional and unconditional passes share a batch; each has its own features to reuse, and its own keys and values for local
+    steps.
     """
 
     def __init__(
@@ -38,11 +39,15 @@ class Predictor:
         self.guides_itself = [config.guides_itself_at(step, model.config, num_given) for step in range(config.num_steps)]
         self.prepared = model.prepare(conditions[: max(self.passes) * num_images])
         self.previous: ENATOutput | None = None
+        self.cache: KeyValueCache | None = None
+        self.own: Int64[Tensor, "B K"] | None = None
 
     def __call__(
         self, step: int, tokens: Int64[Tensor, "B L"], num_masked: int
     ) -> tuple[Float[Tensor, "B M V"], Int64[Tensor, "B M"]]:
-        """Guided logits of the masked tokens, float32, and their positions. `tokens`: M of each row are masked."""
+        """Guided logits of masked tokens, float32, and their positions: of all num_masked, or of a local step's group."""
+        if self.config.is_local_at(step):
+            return self._local_step(step, tokens)
         num_passes = self.passes[step]
         guide_layers = self.config.guide_layers if self.guides_itself[step] else None
         if step == 0 and self.alike is not None and len(self.alike[0]) + num_passes - 1 < num_passes * self.num_images:
@@ -57,8 +62,37 @@ class Predictor:
                 num_masked=num_masked,
                 logits="masked",
                 guide_layers=guide_layers,
+                keeps_key_values=self._leaves_local_steps(step),
             )
+        self.cache = output.cache
         self.previous = output if self.config.leaves_features_at(step, self.model.config, self.num_given) else None
+        return self._guided(step, output), output.masked_index[: self.num_images]
+
+    def keep(self, own: Int64[Tensor, "B K"]) -> None:
+        """What a full step leaves to its local steps: keys and values of all tokens but these, which they compute."""
+        assert self.cache is not None
+        self.own = own.sort(dim=1).values
+        self.cache = self.cache.without(self.own.repeat(len(self.cache.index) // self.num_images, 1))
+
+    def _leaves_local_steps(self, step: int) -> bool:
+        return self.config.num_computed_at(step, self.model.config.num_tokens, self.num_given) > 0
+
+    def _local_step(self, step: int, tokens: Int64[Tensor, "B L"]) -> tuple[Float[Tensor, "B M V"], Int64[Tensor, "B M"]]:
+        num_predicted = self.config.num_predicted_at(step, self.model.config.num_tokens, self.num_given)
+        if not num_predicted:  # the group is revealed
+            codebook_size = self.model.config.codebook_size
+            return tokens.new_zeros((len(tokens), 0, codebook_size), dtype=torch.float32), tokens[:, :0]
+        assert self.cache is not None and self.own is not None
+        num_passes = self.passes[step]
+        images = slice(num_passes * self.num_images)
+        output = self.model.forward_local(
+            tokens.repeat(num_passes, 1),
+            self.prepared[images],
+            self.cache[images],
+            self.own.repeat(num_passes, 1),
+            num_masked=num_predicted,
+            guide_layers=self.config.guide_layers if self.guides_itself[step] else None,
+        )
         return self._guided(step, output), output.masked_index[: self.num_images]
 
     def forget(self, again: Int64[Tensor, "B K"]) -> None:
@@ -92,10 +126,12 @@ class Predictor:
             num_masked=tokens.shape[1],
             logits="masked",
             guide_layers=guide_layers,
+            keeps_key_values=self._leaves_local_steps(0),
         )
         logits, features, mask, index = (part[place] for part in (output.logits, output.features, output.mask, output.masked_index))
         guide_logits = output.guide_logits[place] if output.guide_logits is not None else None
-        return ENATOutput(logits, features, mask, index, output.num_masked, guide_logits)
+        cache = output.cache[place] if output.cache is not None else None
+        return ENATOutput(logits, features, mask, index, output.num_masked, guide_logits, cache)
 
 
 def _rows(output: ENATOutput, images: slice) -> ENATOutput:

@@ -135,7 +135,7 @@ def decode_steps(
     num_tokens, mask_id = tokens.shape[1], model.config.mask_id
     assert config.entropy_bound is None or len(tokens) == 1
     predict = Predictor(model, conditions, config, len(tokens), num_given=num_given, alike=alike)
-    fixed_priority = _fixed_priority(config, uniforms, halton_rank)
+    rank = _Ranking(config, uniforms, halton_rank)
     is_given = tokens != mask_id
     states, num_masked = [tokens], num_tokens - num_given
     for step in range(config.num_steps):
@@ -143,46 +143,39 @@ def decode_steps(
         logits, masked_index = predict(step, tokens, num_masked)
         log_probs = logits.log_softmax(dim=-1)
 
-        # Draw a code for every masked token; its confidence is its untempered log-probability, with noise.
-        token_noise, remask_noise = (uniforms[:, step, kind].gather(1, masked_index) for kind in (0, 1))
-        temperature, remask_temperature = config.sampling_temperature_at(step), config.remask_temperature_at(step)
-        weights, confidence = log_probs, None
-        if config.reveal_order == "moment":
-            weights, confidence = _moments(log_probs, temperature, remask_temperature)
-            temperature = 1.0 if temperature else 0.0
-        sampled_codes = _draw_codes(weights, temperature, token_noise, config.top_k, config.top_p)
-        if fixed_priority is not None:
-            priority = fixed_priority.gather(1, masked_index)
-        else:
-            if confidence is None:
-                confidence = log_probs.gather(-1, sampled_codes[..., None])[..., 0]
-            priority = confidence - remask_temperature * torch.log(-torch.log(remask_noise))
+        # Draw a code for every masked token, and rank them from the last to be revealed to the first.
+        sampled_codes, confidence = _draw(config, step, log_probs, uniforms[:, step, 0].gather(1, masked_index))
+        order = rank(step, masked_index, confidence)
 
         # Re-mask those of the lowest priority. Visible tokens change only by remask_ratio.
-        order = priority.argsort(dim=1, stable=True)
         if config.entropy_bound is None:
-            num_left = config.num_left_at(step, num_tokens, num_given)
+            num_revealed = num_masked - config.num_left_at(step, num_tokens, num_given)
         else:
-            num_left = _num_beyond(config.entropy_bound, log_probs, order) if step < config.num_steps - 1 else 0
+            is_last = step == config.num_steps - 1
+            num_revealed = num_masked if is_last else _num_within(config.entropy_bound, log_probs, order)
+        num_left = order.shape[1] - num_revealed
         tokens = tokens.scatter(1, masked_index, sampled_codes.scatter(1, order[:, :num_left], mask_id))
+        num_computed = config.num_computed_at(step, num_tokens, num_given)
+        if num_computed and not config.is_local_at(step):
+            predict.keep(masked_index.gather(1, order[:, order.shape[1] - num_computed :]))
         num_again = config.num_remasked_at(step, num_tokens, num_given)
         if num_again:
             noise = uniforms[:, step, 2].masked_fill(~was_visible | is_given, float("inf"))
             again = noise.argsort(dim=1, stable=True)[:, :num_again]
             tokens = tokens.scatter(1, again, mask_id)
             predict.forget(again)
-        num_masked = num_left + num_again
+        num_masked += num_again - num_revealed
         states.append(tokens)
         if config.entropy_bound is not None and not num_masked:
             break
     return states + [tokens] * (config.num_steps + 1 - len(states))
 
 
-def _num_beyond(bound: float, log_probs: Float32[Tensor, "1 M V"], order: Int64[Tensor, "1 M"]) -> int:
-    """Tokens that stay masked, of those in `order` from the last to be revealed to the first. Waits for the device."""
+def _num_within(bound: float, log_probs: Float32[Tensor, "1 M V"], order: Int64[Tensor, "1 M"]) -> int:
+    """Tokens to reveal, of those in `order` from the last to be revealed to the first. Waits for the device."""
     entropies = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(dim=-1).gather(1, order.flip(1))
     within = entropies.cumsum(dim=1) - entropies.cummax(dim=1).values <= bound
-    return order.shape[1] - max(1, int(within.sum()))
+    return max(1, int(within.sum()))
 
 
 def _alike(labels: Tensor | TextCondition, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -196,6 +189,18 @@ def _alike(labels: Tensor | TextCondition, device: torch.device) -> tuple[Tensor
     places = {label: place for place, label in enumerate(first)}
     rows, place = [*first.values()], [places[label] for label in labels.tolist()]
     return torch.tensor(rows, device=device), torch.tensor(place, device=device)
+
+
+def _draw(
+    config: SamplerConfig, step: int, log_probs: Float32[Tensor, "B M V"], uniform: Float32[Tensor, "B M"]
+) -> tuple[Int64[Tensor, "B M"], Float32[Tensor, "B M"]]:
+    """A code for every token, and its confidence: its untempered log-probability, unless the order chooses positions first."""
+    temperature, options = config.sampling_temperature_at(step), (config.top_k, config.top_p)
+    if config.reveal_order == "moment":
+        weights, confidence = _moments(log_probs, temperature, config.remask_temperature_at(step))
+        return _draw_codes(weights, 1.0 if temperature else 0.0, uniform, *options), confidence
+    sampled_codes = _draw_codes(log_probs, temperature, uniform, *options)
+    return sampled_codes, log_probs.gather(-1, sampled_codes[..., None])[..., 0]
 
 
 def _draw_codes(
@@ -215,6 +220,34 @@ def _draw_codes(
     last = (cumulative - probs < top_p).sum(dim=-1, keepdim=True).sub_(1)  # fewest that hold top_p, at least one
     drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative.gather(-1, last), right=True)
     return codes.gather(-1, torch.minimum(drawn, last))[..., 0]
+
+
+class _Ranking:
+    """Which of the masked tokens a step reveals first: by confidence with noise, or in an order that is fixed beforehand.
+
+    The local steps of a group keep the order of its full step, unless they compute all masked tokens.
+    """
+
+    def __init__(
+        self, config: SamplerConfig, uniforms: Float32[Tensor, "B N K L"], halton_rank: Int64[Tensor, " L"] | None
+    ) -> None:
+        self.config, self.uniforms = config, uniforms
+        self.fixed = _fixed_priority(config, uniforms, halton_rank)
+        self.of_group: Float32[Tensor, "B L"] | None = None
+
+    def __call__(self, step: int, masked_index: Int64[Tensor, "B M"], confidence: Float32[Tensor, "B M"]) -> Int64[Tensor, "B M"]:
+        """Places in masked_index, from the last to be revealed to the first."""
+        if self.fixed is not None:
+            priority = self.fixed.gather(1, masked_index)
+        elif self.config.is_local_at(step) and self.config.local_tokens == "group":
+            assert self.of_group is not None
+            priority = self.of_group.gather(1, masked_index)
+        else:
+            noise = self.uniforms[:, step, 1].gather(1, masked_index)
+            priority = confidence - self.config.remask_temperature_at(step) * torch.log(-torch.log(noise))
+            if len(self.config.group_at(step)) > 1:
+                self.of_group = torch.zeros_like(self.uniforms[:, 0, 0]).scatter(1, masked_index, priority)
+        return priority.argsort(dim=1, stable=True)
 
 
 def _fixed_priority(config: SamplerConfig, uniforms: Tensor, halton_rank: Tensor | None) -> Tensor | None:

@@ -95,7 +95,14 @@ def test_guidance_adds_as_many_macs_and_the_tokenizer_its_decoder():
 
 def counted_macs_per_call(model, run):
     """MACs of each forward pass of the model inside run(), as torch counts them."""
-    totals = []
+    totals, local = [], model.forward_local
+
+    def forward_local(*arguments, **options):
+        output = local(*arguments, **options)
+        totals.append(counter.get_total_flops())
+        return output
+
+    model.forward_local = forward_local  # of which hooks know nothing
     # The counter knows the products of plain attention, not the fused CPU kernel.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         handle = model.register_forward_hook(lambda *_: totals.append(counter.get_total_flops()))
@@ -122,6 +129,16 @@ GUIDES = [
     for architecture in (_PLAIN, *({"decoder_attention": kind} for kind in DECODER_ATTENTIONS), {"reused_features": "all"})
     for more, options, given in (({}, {}, 0), (TEXT, {"num_steps": 20}, 7), ({"num_classes": 0}, {"reuse": False}, 0))
 ]
+LOCAL_STEPS = [
+    ({**_PLAIN, **more}, {"num_steps": 8, "local_steps": 2, **options}, given)
+    for more, options, given in (
+        ({}, {}, 0),
+        (TEXT, {"local_tokens": "masked", "guidance_interval": (0.3, 0.5)}, 0),
+        ({}, {"guidance_scale": 1.0, "local_start": 3}, 7),
+        (TEXT, {"guide_layers": 3, "num_steps": 30, "local_steps": 4}, 0),
+        ({"num_classes": 0, "qk_norm": True}, {"guide_layers": 1, "guidance_schedule": "constant"}, 0),
+    )
+]
 OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_size": 5, "mlp_ratio": 2}
 
 
@@ -133,6 +150,7 @@ OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_
     ]
     + [(OTHER_SIZES, {}, 0), (OTHER_SIZES, {}, 9)]
     + GUIDES
+    + LOCAL_STEPS
     + [({}, {"remask_ratio": 0.4}, 0), ({"decoder_attention": "full"}, {"remask_ratio": 0.2}, 5)]
     + [({"grid_size": 2, "decoder_attention": kind}, {}, 0) for kind in DECODER_ATTENTIONS],  # the last step finds nothing masked
     ids=str,
@@ -142,7 +160,8 @@ def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings,
     config = SamplerConfig(**{"num_steps": 8 if model.config.grid_size == 2 else 6, **settings})
     (start,) = nested_tokens(model.config, [model.config.num_tokens - num_given], num_images=1)
     counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0], start=start))
-    assert counted == generation_cost(model.config, config, num_given=num_given).executed_macs_per_step
+    expected = generation_cost(model.config, config, num_given=num_given).executed_macs_per_step
+    assert counted == tuple(macs for macs in expected if macs or not config.local_steps)  # which are left out where nothing is left
 
 
 BOUNDED = {"num_steps": 6, "entropy_bound": 3.0}
@@ -190,6 +209,19 @@ def test_upper_bound_is_the_most_that_any_image_costs(architecture, options):
     ways = [(9, *falling, *[0] * (3 - len(falling))) for k in range(4) for falling in combinations(range(8, 0, -1), k)]
     costs = [generation_cost(model, config, num_masked=way).executed_total_macs for way in ways]
     assert generation_cost(model, config).executed_total_macs == max(costs) > min(costs)
+
+
+def test_local_steps_cost_less_and_the_published_ones_are_counted():
+    """At 8 full and 8 alternating steps, nat-s at 256 px: a local step computes its group in every layer, and the head for it."""
+    config, full = ENATConfig.preset("nat-s"), SamplerConfig(num_steps=16, guidance_scale=1.0, reuse=False)
+    local = full.replaced(local_steps=1, local_start=8)
+    steps, cheap = generation_cost(config, full), generation_cost(config, local)
+    assert cheap.macs_per_step[:9] == steps.macs_per_step[:9] and cheap.macs_per_step[10] == steps.macs_per_step[10]
+    dim, group = config.embed_dim, local.num_computed_at(9, 256)
+    assert group == local.num_masked_at(8, 256) - local.num_masked_at(10, 256)
+    per_layer = 12 * dim * dim * group + 2 * dim * group * 256 + 6 * dim * dim
+    assert cheap.macs_per_step[9] == 16 * per_layer + group * dim * (dim + 1025)
+    assert cheap.total_macs < 0.8 * steps.total_macs
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_sampler import BOUNDED, HALTON, MOMENT, RANDOM, REMASKED, SEARCHED, halton, reference_sample, some_start
+from slow_sampler import BOUNDED, HALTON, LOCAL, MOMENT, PLAIN, RANDOM, REMASKED, SEARCHED, halton, reference_sample, some_start
 from small_models import TEXT, captions, conditions, golden, golden_enat, small_config, small_enat
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -94,7 +94,19 @@ ARCHITECTURES = [
     {"num_classes": 0, "reused_features": "masked"},
     {"reused_features": "all", "qk_norm": True, **TEXT},
 ]
-PLAIN = {"encoder_layers": 0, "decoder_layers": 4, "decoder_attention": "full", "reuse": False}
+_OF_LOCAL_STEPS = [
+    ({**PLAIN, **more}, {**LOCAL, **options}, given)
+    for more, options, given in (
+        ({}, {}, 0),
+        ({}, {"guidance_scale": 1.0, "local_start": 3}, 7),
+        (TEXT, {"local_tokens": "masked", "guidance_schedule": "linear"}, 0),
+        ({"num_classes": 0, "qk_norm": True}, {"local_steps": 1, "guide_layers": 2}, 0),
+        ({"qk_norm": True}, {"local_steps": 6, "guidance_interval": (0.2, 0.7)}, 0),
+        (TEXT, {**RANDOM, "local_tokens": "masked"}, 7),
+        ({}, {**HALTON, "num_steps": 40, "local_steps": 3}, 0),
+        ({}, {**MOMENT, "num_steps": 40, "local_steps": 3, "local_tokens": "masked"}, 3),
+    )
+]
 _OF_GUIDES = [
     ({**architecture, **more}, {"guide_layers": layers, "guidance_schedule": schedule, "reuse": "reuse" not in architecture})
     for architecture, layers in ((PLAIN, 2), ({"decoder_attention": "full"}, 1), ({"decoder_attention": "cross"}, 1))
@@ -112,6 +124,7 @@ _OF_ARCHITECTURES = [
     ("architecture", "options", "num_given"),
     [(*case, 0) for case in _OF_OPTIONS]
     + [(*case, given) for case in _OF_GUIDES for given in (0, 7)]
+    + _OF_LOCAL_STEPS
     + [(*case, 7) for case in _OF_ARCHITECTURES]
     + [pytest.param(*case, 7, marks=pytest.mark.slow) for case in _OF_OPTIONS]
     + [pytest.param(*case, 0, marks=pytest.mark.slow) for case in _OF_ARCHITECTURES],
@@ -319,6 +332,25 @@ def test_features_of_tokens_that_are_masked_again_are_not_reused():
     model.register_forward_pre_hook(spoil)
     assert torch.equal(sample(model, torch.arange(4), config, seeds=range(4)), expected)
     assert counts == [config.num_masked_at(step, 16) for step in range(1, 6)][-len(counts) :] and len(counts) >= 4
+
+
+def test_local_steps_that_compute_all_tokens_are_full_ones():
+    """Where nothing is visible at the full step, every token is masked there and computed again."""
+    model, options = small_enat(**PLAIN), {"num_steps": 4, "reuse": False}
+    local = sampled(model, local_steps=3, local_tokens="masked", **options)
+    assert torch.equal(local, sampled(model, **options))
+    assert not torch.equal(sampled(model, local_steps=3, **options), local)
+
+
+def test_local_steps_compute_the_group_alone():
+    model, config, seen = small_enat(**PLAIN), SamplerConfig(num_steps=8, local_steps=1, local_start=2), []
+    model.decoder[0].register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape[:2])))
+    assert [config.num_masked_at(step, 16) for step in range(9)] == [16, 15, 14, 13, 11, 8, 6, 3, 0]
+    codes, trajectory = sample(model, torch.arange(4), config, seeds=range(4), return_trajectory=True)
+    assert seen == [(4, 16), (8, 16), (8, 16), (8, 3), (8, 16), (8, 5), (8, 16), (8, 6)]
+    model.decoder[0].attention.query.weight.data.mul_(3.0)
+    assert not torch.equal(sample(model, torch.arange(4), config, seeds=range(4)), codes)
+    assert [int((tokens == MASK_ID).sum(dim=1).unique()) for tokens in trajectory] == [16, 15, 14, 13, 11, 8, 6, 3]
 
 
 def test_self_guidance_decodes_twice_where_new_tokens_are_encoded():
