@@ -18,7 +18,7 @@ Shape legend: D width, L tokens, M masked, V codebook size, N steps, T text toke
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -60,19 +60,21 @@ def generation_cost(
     *,
     num_given: int = 0,
     num_masked: Sequence[int] | None = None,
+    guide: ENATConfig | None = None,
 ) -> Cost:
     """Cost of one image. With guidance_scale 1 it is one pass a step, the usual basis for comparing sizes.
 
     `num_given`: tokens given to the sampler as its start, 0 to L-1. Reveal orders, temperatures, top_k and top_p cost no MACs.
     `num_masked`: with entropy_bound, the masked tokens that one image had in the input of each step, 0 for steps that it did not
         need. None counts the image that costs the most as executed, an upper bound.
+    `guide`: the architecture of another model that guides, in place of the null condition.
     """
     if not 0 <= num_given < model.num_tokens:
         raise ValueError(f"num_given is {num_given}; of {model.num_tokens} tokens 0 to {model.num_tokens - 1} can be given")
     sampler.check_model(model)
     if num_masked is None and sampler.entropy_bound is not None:
-        num_masked = _most_expensive(model, sampler, num_given)
-    steps, costs = _Steps(model, sampler, num_given), []
+        num_masked = _most_expensive(model, sampler, num_given, guide)
+    steps, costs = _steps(model, sampler, num_given, guide), []
     for step in range(sampler.num_steps):
         if num_masked is None:  # tokens that were masked again have nothing to reuse
             masked = sampler.num_masked_at(step, model.num_tokens, num_given)
@@ -158,10 +160,16 @@ class _Steps:
             one_pass,
             one_pass + (guide if self.is_guided[step] else 0),
             executed_pass,
-            self.executed(step, num_masked, previous),
+            self.executed(step, num_masked, num_masked_before),
         )
 
-    def executed(self, step: int, num_masked: int, previous: int | None) -> int:
+    def kind(self, step: int) -> Hashable:
+        """Equal for steps that cost the same with equal numbers of masked tokens."""
+        return self.reuses[step], self.passes[step], self.guides_itself[step]
+
+    def executed(self, step: int, num_masked: int, num_masked_before: int) -> int:
+        """Without what ENAT.prepare computes, of a step that is not local."""
+        previous = num_masked_before if self.reuses[step] else None
         macs = self.passes[step] * self.executed_pass(num_masked, previous)
         if self.guides_itself[step] and num_masked:
             macs += self.guide_macs(num_masked) + head_macs(self.model, num_masked, self.model.codebook_size)
@@ -196,6 +204,38 @@ class _Steps:
         return _condition_macs(self.model), max(self.passes) * _condition_macs(self.model)
 
 
+class _AutoguidedSteps:
+    """The steps of one image that another model guides: those of both models, each without guidance."""
+
+    def __init__(self, model: ENATConfig, guide: ENATConfig, sampler: SamplerConfig, num_given: int) -> None:
+        self.own, self.away = (_Steps(each, sampler.unguided(), num_given) for each in (model, guide))
+        self.reuses = [own or away for own, away in zip(self.own.reuses, self.away.reuses, strict=True)]
+        steps, (start, end) = range(sampler.num_steps), sampler.guidance_interval
+        self.has_guide = [sampler.num_passes_at(step, guide, num_given, has_guide=True) == 2 for step in steps]
+        self.is_guided = [sampler.is_guided and start <= step / sampler.num_steps < end for step in steps]
+
+    def cost(self, step: int, num_masked: int, num_masked_before: int) -> _StepCost:
+        own, away = (each.cost(step, num_masked, num_masked_before) for each in (self.own, self.away))
+        published = own.one_pass + (away.one_pass if self.is_guided[step] else 0)
+        executed = own.executed + (away.executed if self.has_guide[step] else 0)
+        return _StepCost(own.one_pass, published, own.executed_one_pass, executed)
+
+    def kind(self, step: int) -> Hashable:
+        return self.own.kind(step), self.away.kind(step), self.has_guide[step]
+
+    def executed(self, step: int, num_masked: int, num_masked_before: int) -> int:
+        away = self.away.executed(step, num_masked, num_masked_before) if self.has_guide[step] else 0
+        return self.own.executed(step, num_masked, num_masked_before) + away
+
+    def condition(self) -> tuple[int, int]:
+        own, away = self.own.condition(), self.away.condition()
+        return own[0], own[1] + away[1]
+
+
+def _steps(model: ENATConfig, sampler: SamplerConfig, num_given: int, guide: ENATConfig | None) -> _Steps | _AutoguidedSteps:
+    return _Steps(model, sampler, num_given) if guide is None else _AutoguidedSteps(model, guide, sampler, num_given)
+
+
 def _total(steps: Sequence[_StepCost], decoder: int, condition: tuple[int, int]) -> Cost:
     executed = [step.executed for step in steps]
     executed[0] += condition[1]
@@ -214,25 +254,27 @@ def _total(steps: Sequence[_StepCost], decoder: int, condition: tuple[int, int])
 
 
 @lru_cache(maxsize=64)
-def _most_expensive(model: ENATConfig, sampler: SamplerConfig, num_given: int) -> tuple[int, ...]:
+def _most_expensive(model: ENATConfig, sampler: SamplerConfig, num_given: int, guide: ENATConfig | None) -> tuple[int, ...]:
     """Masked tokens in the input of each step of the image that costs most, where every step may reveal any number of them.
 
     By dynamic programming from the last step on: after a step whose input has `before` masked tokens, `best` is the most that the
     remaining steps can cost, and `choice` how many tokens the next of them has masked to cost it.
     """
-    num_made, steps = model.num_tokens - num_given, _Steps(model, sampler, num_given)
+    num_made, steps = model.num_tokens - num_given, _steps(model, sampler, num_given, guide)
+
+    kinds = [steps.kind(step) for step in range(sampler.num_steps)]
 
     @cache
-    def macs_of(before: int | None, num_passes: int, guides_itself: bool) -> list[int]:
+    def macs_of(kind: Hashable, before: int | None) -> list[int]:
         """By the number of masked tokens: fewer than `before`, or any without reuse."""
-        step = [*zip(steps.passes, steps.guides_itself, strict=True)].index((num_passes, guides_itself))  # one that costs the same
-        return [0, *(steps.executed(step, masked, before) for masked in range(1, before or num_made))]
+        step = kinds.index(kind)
+        return [0, *(steps.executed(step, masked, before or 0) for masked in range(1, before or num_made))]
 
     best, choices = [0] * (num_made + 1), []
     for step in range(sampler.num_steps - 1, 0, -1):
         following, choice, best = best, [0] * (num_made + 1), [0] * (num_made + 1)
         for before in range(1, num_made + 1):
-            macs = macs_of(before if steps.reuses[step] else None, steps.passes[step], steps.guides_itself[step])
+            macs = macs_of(kinds[step], before if steps.reuses[step] else None)
             each = [*map(operator.add, macs[:before], following)]  # the first is 0: nothing is left
             best[before] = max(each)
             choice[before] = each.index(best[before])

@@ -6,6 +6,7 @@ Shape legend: B images, L tokens, V codebook size, M tokens that the step at han
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -29,8 +30,8 @@ class Predictor:
         model: ENAT,
         conditions: Tensor | TextCondition,
         config: SamplerConfig,
-        num_images: int,
         *,
+        num_images: int,
         num_given: int,
         alike: Alike | None,
     ) -> None:
@@ -132,6 +133,40 @@ class Predictor:
         guide_logits = output.guide_logits[place] if output.guide_logits is not None else None
         cache = output.cache[place] if output.cache is not None else None
         return ENATOutput(logits, features, mask, index, output.num_masked, guide_logits, cache)
+
+
+class Autoguided:
+    """Predictions that are guided away from those of another model for the same condition, instead of from the null condition.
+
+    Each model has its own features to reuse, or keys and values to keep. The guide runs where a null condition would.
+    """
+
+    def __init__(
+        self, model: ENAT, guide: ENAT, conditions: Tensor | TextCondition, config: SamplerConfig, **settings: Any
+    ) -> None:
+        self.config, num_given = config, settings["num_given"]
+        self.passes = [config.num_passes_at(step, guide.config, num_given, has_guide=True) for step in range(config.num_steps)]
+        self.own, self.guide = (Predictor(each, conditions, config.unguided(), **settings) for each in (model, guide))
+
+    def __call__(
+        self, step: int, tokens: Int64[Tensor, "B L"], num_masked: int
+    ) -> tuple[Float[Tensor, "B M V"], Int64[Tensor, "B M"]]:
+        """As of Predictor."""
+        logits, masked_index = self.own(step, tokens, num_masked)
+        if self.passes[step] == 1:
+            self.guide.cache = None if not self.config.is_local_at(step) else self.guide.cache  # of an earlier group
+            return logits, masked_index
+        guide_logits, _ = self.guide(step, tokens, num_masked)
+        return guide_logits + self.config.guidance_at(step) * (logits - guide_logits), masked_index
+
+    def keep(self, own: Int64[Tensor, "B K"]) -> None:
+        self.own.keep(own)
+        if self.guide.cache is not None:
+            self.guide.keep(own)
+
+    def forget(self, again: Int64[Tensor, "B K"]) -> None:
+        self.own.forget(again)
+        self.guide.forget(again)
 
 
 def _rows(output: ENATOutput, images: slice) -> ENATOutput:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from enat import schedule
 from enat.model import ENAT, TextCondition
-from enat.predictor import Predictor
+from enat.predictor import Autoguided, Predictor
 from enat.sampler_config import LOWEST_TEMPERATURE, SamplerConfig
 
 Loop = Callable[..., list[Tensor]]  # with the arguments of decode_steps
@@ -32,6 +32,7 @@ def sample(
     *,
     seeds: Sequence[int],
     start: Int64[Tensor, "B L"] | None = None,
+    guide: ENAT | None = None,
     loop: Loop | None = None,
     return_trajectory: Literal[False] = False,
 ) -> Int64[Tensor, "B L"]: ...
@@ -45,6 +46,7 @@ def sample(
     *,
     seeds: Sequence[int],
     start: Int64[Tensor, "B L"] | None = None,
+    guide: ENAT | None = None,
     loop: Loop | None = None,
     return_trajectory: Literal[True],
 ) -> tuple[Int64[Tensor, "B L"], list[Int64[Tensor, "B L"]]]: ...
@@ -58,6 +60,7 @@ def sample(
     *,
     seeds: Sequence[int],
     start: Int64[Tensor, "B L"] | None = None,
+    guide: ENAT | None = None,
     loop: Loop | None = None,
     return_trajectory: bool = False,
 ) -> Int64[Tensor, "B L"] | tuple[Int64[Tensor, "B L"], list[Int64[Tensor, "B L"]]]:
@@ -67,13 +70,18 @@ def sample(
     `seeds`: one int per image. An image depends only on its own seed, label and start, not on the rest of the batch.
     `start`: codes that are given and stay, and the mask id V where codes are sampled, equally many in every image. Inpainting,
         outpainting and editing with another label differ only in what is masked; see enat.masking.box_mask. None gives nothing.
+    `guide`: a smaller or less trained model of the same codes and conditions (autoguidance, Karras et al. 2024, arXiv 2406.02507).
+        Guidance then leads away from its prediction for the same condition: guide + w (model - guide). It is reused and sampled as
+        the model is.
     `loop`: decode_steps, or what replaces it: see enat.cuda_graph. None is decode_steps.
     `return_trajectory`: return (codes, trajectory) with the tokens fed at each step, N tensors int64 (B, L).
     Raises ValueError if the numbers of seeds and labels differ, a label is out of range, captions do not fit the model, start does
-    not meet the conditions above, or the model is in training mode.
+    not meet the conditions above, a guide does not fit the model, or a model is in training mode.
     """
     _check(model, labels, seeds)
     config.check_model(model.config)
+    if guide is not None:
+        _check_guide(model, guide, config)
     num_given = 0
     if start is None:
         tokens = torch.full((len(labels), model.config.num_tokens), model.config.mask_id, dtype=torch.int64)
@@ -85,6 +93,8 @@ def sample(
     order = schedule.halton_order(model.config.grid_size) if config.reveal_order == "halton" else None
     rank = None if order is None else torch.tensor(order, device=device).argsort()
     settings: dict[str, Any] = {"num_given": num_given, "halton_rank": rank}
+    if guide is not None:
+        settings["guide"] = guide
     if config.entropy_bound is not None and loop is not None:
         raise ValueError(
             "entropy_bound chooses at each step how many tokens it reveals, so its loop cannot be recorded or replaced"
@@ -122,6 +132,7 @@ def decode_steps(
     num_given: int = 0,
     halton_rank: Int64[Tensor, " L"] | None = None,
     alike: tuple[Int64[Tensor, " K"], Int64[Tensor, " B"]] | None = None,
+    guide: ENAT | None = None,
 ) -> list[Int64[Tensor, "B L"]]:
     """The loop of `sample`, entirely on the device: nothing waits for it, and a whole call can be one CUDA graph. Only with
     entropy_bound, for one image at a time, each step waits for the number of tokens that it reveals.
@@ -129,12 +140,18 @@ def decode_steps(
     `conditions`: of 2 B images, those of the B images and then B null ones.   `tokens`: L - num_given mask ids a row.
     `uniforms`: from draw_uniforms.   `halton_rank`: for reveal_order "halton", the place of each token in that order.
     `alike`: for images without given tokens, K of them that stand for all at the first step, and which one stands for each.
+    `guide`: see sample.
     Returns the tokens fed at each step and the codes, N + 1 tensors. Of an image that entropy_bound finishes early, the codes stand
     for the steps that were not needed.
     """
     num_tokens, mask_id = tokens.shape[1], model.config.mask_id
     assert config.entropy_bound is None or len(tokens) == 1
-    predict = Predictor(model, conditions, config, len(tokens), num_given=num_given, alike=alike)
+    settings: dict[str, Any] = {"num_images": len(tokens), "num_given": num_given, "alike": alike}
+    predict: Predictor | Autoguided = (
+        Predictor(model, conditions, config, **settings)
+        if guide is None
+        else Autoguided(model, guide, conditions[: len(tokens)], config, **settings)
+    )
     rank = _Ranking(config, uniforms, halton_rank)
     is_given = tokens != mask_id
     states, num_masked = [tokens], num_tokens - num_given
@@ -311,6 +328,20 @@ def _check(model: ENAT, labels: Tensor | TextCondition, seeds: Sequence[int]) ->
         raise ValueError(
             f"labels range from {int(labels.min())} to {int(labels.max())}; this model has labels 0 to {model.config.null_label}"
         )
+
+
+def _check_guide(model: ENAT, guide: ENAT, config: SamplerConfig) -> None:
+    if guide.training:
+        raise ValueError("the guide is in training mode; call guide.eval() first")
+    for name in ("codebook_size", "grid_size", "num_classes", "text_width", "num_text_tokens"):
+        own, other = getattr(model.config, name), getattr(guide.config, name)
+        if own != other and (name != "num_text_tokens" or model.config.text_width is not None):
+            raise ValueError(
+                f"the guide has {name} {other}, and the model {own}; a guide predicts the same codes for the same conditions"
+            )
+    if config.guide_layers is not None:
+        raise ValueError("guide_layers and a guide model are both given; guidance leads away from one of them, so leave one out")
+    config.check_model(guide.config)
 
 
 def _count_given(model: ENAT, start: Tensor, num_images: int) -> int:

@@ -330,15 +330,20 @@ class SamplerConfig:
         num_kept = self.num_masked_at(self.group_at(step).start, num_tokens, num_given)
         return num_masked - (num_kept - self.num_computed_at(step, num_tokens, num_given))
 
-    def num_passes_at(self, step: int, model: ENATConfig, num_given: int = 0) -> int:
+    def unguided(self) -> SamplerConfig:
+        """This sampler without guidance."""
+        return self.replaced(**{name: _DEFAULTS[name] for name in _REPLACED_BY_LIST["guidance_scales"]} | {"guidance_scale": 1.0})
+
+    def num_passes_at(self, step: int, model: ENATConfig, num_given: int = 0, *, has_guide: bool = False) -> int:
         """2 with an unconditional pass, 1 without.
 
         In an unguided step the unconditional pass matters only through its features, which a later guided step reuses: each pass
         reuses its own. At step 0 without given tokens nothing is visible, so no visible token can be reused later. An
         unconditional model has no second condition to guide away from, and self-guidance (guide_layers) takes none. What a full
-        step leaves to its local steps is needed for the passes of each.
+        step leaves to its local steps is needed for the passes of each. The same holds for the pass of another model that guides
+        (has_guide: `model` is its architecture).
         """
-        if not model.is_conditional or self.guide_layers is not None:
+        if (not model.is_conditional and not has_guide) or self.guide_layers is not None:
             return 1
         is_guided_later = any(self.guidance_at(later) != 1.0 for later in range(step + 1, self.num_steps))
         if not self.is_local_at(step) and any(self.guidance_at(local) != 1.0 for local in self.group_at(step)):

@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,10 +49,18 @@ class MeasuredPasses:
     cost: Cost
 
     @classmethod
-    def of(cls, num_masked: np.ndarray, architecture: ENATConfig, sampler: SamplerConfig, num_given: int) -> MeasuredPasses:
-        """`num_masked`: integers (R, steps)."""
+    def of(
+        cls,
+        num_masked: np.ndarray,
+        architecture: ENATConfig,
+        sampler: SamplerConfig,
+        num_given: int,
+        guide: ENATConfig | None = None,
+    ) -> MeasuredPasses:
+        """`num_masked`: integers (R, steps).   `guide`: architecture of another model that guides."""
         rows, counts = np.unique(num_masked, axis=0, return_counts=True)
-        costs = [generation_cost(architecture, sampler, num_given=num_given, num_masked=row) for row in rows.tolist()]
+        settings: dict[str, Any] = {"num_given": num_given, "guide": guide}
+        costs = [generation_cost(architecture, sampler, num_masked=row, **settings) for row in rows.tolist()]
         means = num_masked.mean(axis=0).tolist()
         return cls(
             num_passes=float((num_masked > 0).sum(axis=1).mean()), num_masked=tuple(means), cost=mean_cost(costs, counts.tolist())
@@ -74,6 +83,7 @@ class SamplesSummary(Summary):
     mask_ratio: share of the codes of a token map that was masked to begin with; None for samples that began with nothing.
     batch_size: images that the model computed together.   num_samples: of one replicate.
     train_steps: of the weights, None for the last step of the training.   ema_length: of their average, None for the usual one.
+    guide_steps: of the earlier weights that guide, None for the null condition.
     measured: passes of samples that each take their own number; None where the sampler determines it, and before they are made.
     """
 
@@ -81,6 +91,7 @@ class SamplesSummary(Summary):
     replicates: int = 1
     train_steps: int | None = None
     ema_length: float | None = None
+    guide_steps: int | None = None
     shard_size: int
     num_classes: int
     labels: str
@@ -256,8 +267,13 @@ def image_cost(samples: Manifest, model: Manifest, tokenizer: Manifest) -> Cost:
     architecture, made = ModelSummary.read(model).model, SamplesSummary.read(samples)
     if made.measured is not None:
         return with_decoder(made.measured.cost, TokenizerSummary.read(tokenizer).config)
-    num_given = num_given_of(made, architecture)
-    return generation_cost(architecture, made.sampler, TokenizerSummary.read(tokenizer).config, num_given=num_given)
+    return with_decoder(samples_cost(made, architecture), TokenizerSummary.read(tokenizer).config)
+
+
+def samples_cost(made: SamplesSummary, architecture: ENATConfig) -> Cost:
+    """Of one sample, without the tokenizer's decoder; where the cost depends on the samples, the upper bound."""
+    guide = architecture if made.guide_steps is not None else None
+    return generation_cost(architecture, made.sampler, num_given=num_given_of(made, architecture), guide=guide)
 
 
 def num_given_of(samples: SamplesSummary, architecture: ENATConfig) -> int:

@@ -17,7 +17,6 @@ from pydantic import TypeAdapter
 
 from enat.averages import exponent_of
 from enat.config import ENATConfig, check_choices, check_in
-from enat.cost import generation_cost
 from enat.sampler_config import IMAGES_PER_PASS, SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -40,6 +39,7 @@ from pipelines.data.samples import (
     num_masked_of,
     sample_label,
     sample_seed,
+    samples_cost,
     shard_name,
     shard_ranges,
     write_samples,
@@ -100,6 +100,11 @@ class GenerateConfig:
     ema_length: float | None = added(None)
     """Generate with an average of the weights of this relative length, put together from those that train.execution.ema_lengths
     kept, in (0, 0.2886]. It ends at `checkpoint`. Null takes the weights averaged by train.ema_decay."""
+    guide_checkpoint: int | None = added(None)
+    """Autoguidance (arXiv 2406.02507): guide away from what the EMA weights of this earlier step of the same training predict for
+    the same label, instead of from the prediction for the null label. train.execution.keep_every keeps such weights.
+    sampler.guidance_scale is w in earlier + w (last - earlier). It costs what guidance by the null label costs, and also guides
+    models without labels. Null takes the null label. Unit: steps."""
     labels: tuple[int, ...] = ()
     """Classes to generate, in turn. Empty takes each class in turn."""
     caption_choice: str = "drawn"
@@ -123,11 +128,16 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_in(self, "[2, inf)", "num_samples")
-        check_in(self, "[1, inf)", "shard_size", "forward_batch_size", "replicates", "checkpoint")
+        check_in(self, "[1, inf)", "shard_size", "forward_batch_size", "replicates", "checkpoint", "guide_checkpoint")
         check_in(self, "(0, 1]", "mask_ratio")
         if self.ema_length is not None:
             exponent_of(self.ema_length)
         check_choices(self, caption_choice=CAPTION_CHOICES, precision=PRECISIONS)
+        if self.guide_checkpoint is not None and self.sampler.guide_layers is not None:
+            raise ValueError(
+                "generate.guide_checkpoint and generate.sampler.guide_layers are both given; guidance leads away from one of them, "
+                "so leave one out"
+            )
         if self.execution.cuda_graph and self.sampler.entropy_bound is not None:
             raise ValueError(
                 "generate.execution.cuda_graph records a sampler whose numbers of tokens are fixed, and sampler.entropy_bound "
@@ -153,6 +163,8 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
         raise ValueError("this model is conditioned on captions, so generate needs their features; give captions.encoder")
     shards = shard_ranges(config.num_samples, config.shard_size, config.replicates)
     averaged, ema_error = _averaged(config, model, context)
+    if config.guide_checkpoint is not None:
+        weights_of_step(model, config.guide_checkpoint, "generate.guide_checkpoint")
     names = [shard_name(part) for part in range(len(shards))]
     num_samples = config.num_samples * config.replicates
     done = context.store.resume_parts(context.stage, context.key)
@@ -211,12 +223,14 @@ def foresee(config: GenerateConfig, inputs: Mapping[str, Any]) -> Foreseen:
 def _sampling(config: GenerateConfig, architecture: ENATConfig) -> Work:
     summary = _summary(config, architecture, device="")
     num_given = num_given_of(summary, architecture)
-    passes = sum(config.sampler.num_passes_at(step, architecture, num_given) for step in range(config.sampler.num_steps))
+    has_guide = config.guide_checkpoint is not None
+    steps = range(config.sampler.num_steps)
+    passes = sum(config.sampler.num_passes_at(step, architecture, num_given, has_guide=has_guide) for step in steps)
     layers = architecture.encoder_layers + architecture.decoder_layers
     return Work(
         name="sampling",
         count=config.num_samples * config.replicates,
-        macs=generation_cost(architecture, config.sampler, num_given=num_given).executed_transformer_macs,
+        macs=samples_cost(summary, architecture).executed_transformer_macs,
         workers=config.execution,
         num_pieces=len(shard_ranges(config.num_samples, config.shard_size, config.replicates)),
         precision=config.precision,
@@ -248,6 +262,7 @@ def _summary(
         mask_ratio=config.mask_ratio,
         sampler=config.sampler,
         train_steps=config.checkpoint,
+        guide_steps=config.guide_checkpoint,
         ema_length=config.ema_length,
         precision=config.precision,
         batch_size=config.forward_batch_size,
@@ -393,11 +408,15 @@ class _Sample:
             weights = task.context.store.fetch(task.model, weights_of_step(task.model, self.config.checkpoint))
         else:
             weights = task.context.store.fetch_file(task.context.stage, task.context.key, task.averaged)
-        self.model = load_enat(weights).to(execution.device)
-        if self.config.precision == "bf16":
-            self.model.hold_bf16()
-        if execution.compile:
-            self.model.compile_blocks()
+        self.model, self.guide = load_enat(weights).to(execution.device), None
+        if self.config.guide_checkpoint is not None:
+            earlier = weights_of_step(task.model, self.config.guide_checkpoint, "generate.guide_checkpoint")
+            self.guide = load_enat(task.context.store.fetch(task.model, earlier)).to(execution.device)
+        for model in filter(None, (self.model, self.guide)):
+            if self.config.precision == "bf16":
+                model.hold_bf16()
+            if execution.compile:
+                model.compile_blocks()
         self.captions = None if task.captions is None else CaptionFeatures.open(task.context.store, task.captions)
         assert self.config.seed is not None
         self.sampler = PassSampler(
@@ -408,6 +427,7 @@ class _Sample:
             is_bf16=self.config.precision == "bf16",
             conditions=self._condition,
             starts=self._start,
+            guide=self.guide,
             loop=GraphedLoop() if execution.cuda_graph else None,
         )
         if execution.compile or execution.device == "cuda":
@@ -461,7 +481,8 @@ class _Sample:
         if self.config.sampler.entropy_bound is None:
             return None
         num_given = num_given_of(_summary(self.config, self.model.config, device=""), self.model.config)
-        return asdict(MeasuredPasses.of(num_masked, self.model.config, self.config.sampler, num_given))
+        guide = self.guide.config if self.guide is not None else None
+        return asdict(MeasuredPasses.of(num_masked, self.model.config, self.config.sampler, num_given, guide))
 
     def _warm_up(self) -> None:
         """Sample one pass, in which code is compiled and kernels are loaded: neither is time of an image."""

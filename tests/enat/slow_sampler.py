@@ -167,18 +167,19 @@ def plain_stack(model, tokens, condition, positions, kept, layers=None):
 class PlainLocal:
     """Predictions of plain NAT with local steps for one image: conditional and unconditional, each with what its full step left."""
 
-    def __init__(self, model, condition, config):
-        self.model, self.config, self.own, self.kept = model, config, None, {}
-        self.conditions = {"cond": condition, "uncond": plain.rows(model.null_condition(1))[0]}
+    def __init__(self, model, condition, config, guide):
+        self.config, self.own, self.kept = config, None, {}
+        away = (model, plain.rows(model.null_condition(1))[0]) if guide is None else (guide, condition)
+        self.passes = {"cond": (model, condition), "uncond": away}
 
     def __call__(self, step, tokens):
         """Guided logits (L, V)."""
         is_full = is_full_step(self.config, step)
         positions = [*range(len(tokens))] if is_full else self.own
         logits, early = {}, None
-        for name, condition in self.conditions.items():
+        for name, (model, condition) in self.passes.items():
             kept = None if is_full else self.kept[name]
-            logits[name], at_layer, made = plain_stack(self.model, tokens, condition, positions, kept, self.config.guide_layers)
+            logits[name], at_layer, made = plain_stack(model, tokens, condition, positions, kept, self.config.guide_layers)
             early = at_layer if name == "cond" else early
             if is_full:
                 self.kept[name] = made
@@ -212,12 +213,12 @@ def num_beyond(config, step, log_probs, priority):
 
 
 @torch.no_grad()
-def reference_sample(model, labels, config, seeds, start=None):
+def reference_sample(model, labels, config, seeds, start=None, guide=None):
     """All positions are predicted, drawn and ranked at every step, with both passes; visible tokens are then restored."""
     if config.entropy_bound is not None and len(labels) > 1:
         starts = [start[row : row + 1] if start is not None else None for row in range(len(labels))]
         rows = [(labels[row : row + 1], config, seeds[row : row + 1], starts[row]) for row in range(len(labels))]
-        return torch.cat([reference_sample(model, *row) for row in rows])
+        return torch.cat([reference_sample(model, *row, guide) for row in rows])
     (num_images, num_tokens), mask_id = (len(labels), model.config.num_tokens), model.config.mask_id
     tokens = start.clone() if start is not None else torch.full((num_images, num_tokens), mask_id)
     num_made = int((tokens[0] == mask_id).sum())
@@ -225,15 +226,18 @@ def reference_sample(model, labels, config, seeds, start=None):
     noise = torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
     cond = uncond = None
     given, order = tokens != mask_id, halton(side)
-    local = [PlainLocal(model, each, config) for each in plain.rows(labels)] if config.local_steps else []
+    local = [PlainLocal(model, each, config, guide) for each in plain.rows(labels)] if config.local_steps else []
     for step in range(config.num_steps):
         mask = tokens == mask_id
         reuses = config.reuse and model.config.reuse
         before, cond = cond, model(tokens, labels, cond if reuses else None)
         logits = cond.logits
         if config.guide_layers is not None:
-            guide = without_later_layers(model, config.guide_layers)(tokens, labels, before if reuses else None)
-            logits = logits + strength(config, step) * (logits - guide.logits)
+            early = without_later_layers(model, config.guide_layers)(tokens, labels, before if reuses else None)
+            logits = logits + strength(config, step) * (logits - early.logits)
+        elif guide is not None:
+            uncond = guide(tokens, labels, uncond if config.reuse and guide.config.reuse else None)
+            logits = logits + strength(config, step) * (logits - uncond.logits)
         elif model.config.is_conditional:
             uncond = model(tokens, model.null_condition(num_images), uncond if reuses else None)
             logits = logits + strength(config, step) * (logits - uncond.logits)

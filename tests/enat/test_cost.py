@@ -164,6 +164,30 @@ def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings,
     assert counted == tuple(macs for macs in expected if macs or not config.local_steps)  # which are left out where nothing is left
 
 
+@pytest.mark.parametrize(
+    ("architecture", "of_guide", "settings"),
+    [
+        ({}, {"encoder_layers": 1, "embed_dim": 16}, {}),
+        ({}, {"reuse": False}, {"guidance_schedule": "constant"}),
+        ({"reuse": False}, {}, {"guidance_scale": 1.0}),
+        ({"num_classes": 0}, {"num_classes": 0, "embed_dim": 48}, {"guidance_interval": (0.3, 0.8)}),
+        (_PLAIN, {**_PLAIN, "decoder_layers": 2}, {"local_steps": 2, "guidance_scales": (1.0, 1.0, 2.0, 1.0, 1.0, 1.0)}),
+    ],
+    ids=str,
+)
+def test_executed_macs_with_a_guide_are_those_of_both_models(architecture, of_guide, settings):
+    model, guide = small_enat(**architecture), small_enat(**of_guide)
+    config = SamplerConfig(**{"num_steps": 6, **settings})
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sample(model, conditions(model, 1), config, seeds=[0], guide=guide)
+    cost = generation_cost(model.config, config, guide=guide.config)
+    assert counter.get_total_flops() == 2 * cost.executed_transformer_macs
+    alone = generation_cost(model.config, config.unguided())
+    assert cost.one_pass_macs == alone.one_pass_macs and (cost.guidance_macs > 0) == config.is_guided
+    if of_guide == architecture:
+        assert cost.macs_per_step == generation_cost(model.config, config).macs_per_step
+
+
 BOUNDED = {"num_steps": 6, "entropy_bound": 3.0}
 
 

@@ -353,6 +353,50 @@ def test_local_steps_compute_the_group_alone():
     assert [int((tokens == MASK_ID).sum(dim=1).unique()) for tokens in trajectory] == [16, 15, 14, 13, 11, 8, 6, 3]
 
 
+SMALLER = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "num_heads": 2}
+
+
+@pytest.mark.parametrize("num_given", [0, 7])
+@pytest.mark.parametrize(
+    ("architecture", "of_guide", "options"),
+    [
+        ({}, SMALLER, {}),
+        ({}, {"reuse": False, **SMALLER}, {"guidance_schedule": "constant"}),
+        ({"reuse": False}, {"reused_features": "all"}, {**SEARCHED}),
+        ({"num_classes": 0}, {"num_classes": 0, **SMALLER}, {"guidance_interval": (0.3, 0.8)}),
+        (TEXT, TEXT, REMASKED),
+        (PLAIN, {**PLAIN, "decoder_layers": 2}, LOCAL),
+        ({}, SMALLER, BOUNDED),
+    ],
+    ids=str,
+)
+def test_another_model_guides_as_in_the_slow_sampler(architecture, of_guide, options, num_given):
+    model, guide, config = small_enat(**architecture), small_enat(seed=1, **of_guide), SamplerConfig(**options)
+    labels, start, seeds = conditions(model), some_start(model.config, num_given), [5, 6, 2**40]
+    expected = reference_sample(model, labels, config, seeds, start, guide)
+    codes = sample(model, labels, config, seeds=seeds, start=start, guide=guide)
+    assert torch.equal(codes, expected)
+    if not num_given:
+        assert torch.equal(sample(model, labels, config, seeds=seeds, guide=guide), expected)
+    assert not torch.equal(codes, sample(model, labels, config, seeds=seeds, start=start))
+
+
+@pytest.mark.parametrize(
+    ("of_guide", "options", "message"),
+    [
+        ({"codebook_size": 25}, {}, "the guide has codebook_size 25, and the model 24; a guide predicts the same codes"),
+        ({"num_classes": 4}, {}, "the guide has num_classes 4, and the model 5"),
+        ({}, {"guide_layers": 1}, "guide_layers and a guide model are both given"),
+        ({"reused_features": "all"}, {"remask_ratio": 0.1}, "this model reuses features of masked tokens"),
+    ],
+)
+def test_a_guide_that_does_not_fit_is_refused(of_guide, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(MODEL, torch.arange(2), SamplerConfig(**options), seeds=[0, 1], guide=small_enat(**of_guide))
+    with pytest.raises(ValueError, match="the guide is in training mode"):
+        sample(MODEL, torch.arange(2), SamplerConfig(), seeds=[0, 1], guide=small_enat().train())
+
+
 def test_self_guidance_decodes_twice_where_new_tokens_are_encoded():
     """And does not depend on the null label, also in a model without labels."""
     model, decoded = small_enat(), []

@@ -200,6 +200,14 @@ def test_weights_of_an_earlier_step(make_context: Callable[..., Any], model: ENA
     alone = sample(earlier, torch.tensor([1]), SAMPLER, seeds=[sample_seed(3, 7)])
     np.testing.assert_array_equal(alone[0].numpy(), read.codes[7])
     assert not np.array_equal(read.codes, last.codes) and made.manifest.summary["train_steps"] == 40
+    result = generate.run(dataclasses.replace(CONFIG, guide_checkpoint=40), inputs, make_context(store, "generate", "guided"))
+    fields = {**FIELDS, "files": tuple(result.files), "summary": result.summary.to_dict()}
+    guided = read_samples(store, Manifest(stage="generate", key="guided", **fields))
+    alone = sample(model, torch.tensor([1]), SAMPLER, seeds=[sample_seed(3, 7)], guide=earlier)
+    np.testing.assert_array_equal(alone[0].numpy(), guided.codes[7])
+    assert not np.array_equal(guided.codes, last.codes) and result.summary.guide_steps == 40
+    with pytest.raises(ValueError, match=r"generate\.guide_checkpoint is 50, but train/m has the weights of steps 40, 70 only"):
+        finish(dataclasses.replace(CONFIG, guide_checkpoint=50), store, inputs, make_context)
     with pytest.raises(ValueError, match=r"generate\.checkpoint is 50, but train/m has the weights of steps 40, 70 only"):
         finish(dataclasses.replace(CONFIG, checkpoint=50), store, inputs, make_context)
 
@@ -498,6 +506,7 @@ def test_wrong_values_are_refused() -> None:
         ({"precision": "fp8"}, r"precision is 'fp8'; choose one of fp32, bf16"),
         ({"caption_choice": "best"}, r"caption_choice is 'best'; choose one of drawn, in_order"),
         ({"forward_batch_size": 0}, "forward_batch_size is 0"),
+        ({"sampler": SamplerConfig(guide_layers=1), "guide_checkpoint": 5}, "guide_layers are both given; .* leave one out"),
         (
             {"sampler": SamplerConfig(entropy_bound=1.0), "execution": GenerateExecution(gpus_per_worker=1, cuda_graph=True)},
             "cuda_graph records a sampler whose numbers of tokens are fixed, and sampler.entropy_bound chooses them",
