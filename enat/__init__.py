@@ -3,7 +3,7 @@
 config                                   architectures, and settings of training (imports no torch)
 blocks, model                            ENAT and the models it is compared with
 masking, loss                            which codes are masked in training, and the objective
-schedule, sampler_config, sampler        parallel decoding in a few steps (the first two import no torch)
+schedule, sampler_config, sampler, predictor   parallel decoding in a few steps (the first two import no torch)
 cost                                     MACs of training and generation (imports no torch)
 passes                                   passes of fixed composition, in which a sample depends on no other
 pipeline, hub                            a model as a folder or repository, and images in one call (hub imports no torch)

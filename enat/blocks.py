@@ -1,6 +1,7 @@
 """Parts of an ENAT: adaLN, attention, block, the projection of earlier features, the head. model.py assembles them.
 
-Shape legend: B batch, L tokens of an image, D width, V codebook size, S tokens of one block, C conditioning tokens of one block.
+Shape legend: B batch, L tokens of an image, D width, V codebook size, S tokens of one block, C conditioning tokens of one block,
+K tokens whose keys and values a block attends to.
 """
 
 from __future__ import annotations
@@ -78,13 +79,24 @@ class Attention(nn.Module):
         self.query_norm = nn.LayerNorm(dim // self.num_heads, eps=1e-6) if config.qk_norm else None
         self.key_norm = nn.LayerNorm(dim // self.num_heads, eps=1e-6) if config.qk_norm else None
 
-    def forward(self, x: Float[Tensor, "B S D"], conditioning: Float[Tensor, "B C D"] | None) -> Float[Tensor, "B S D"]:
+    def key_value(self, x: Float[Tensor, "B S D"], conditioning: Float[Tensor, "B C D"] | None) -> Float[Tensor, "B K 2*D"]:
+        """Keys and values of all tokens that are attended to."""
         sources = []
         if self.key_value_conditioning is not None and conditioning is not None:
             sources.append(self.key_value_conditioning(conditioning))
         if self.key_value_own is not None:
             sources.append(self.key_value_own(x))
-        key_value = torch.cat(sources, dim=1) if len(sources) > 1 else sources[0]
+        return torch.cat(sources, dim=1) if len(sources) > 1 else sources[0]
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        conditioning: Float[Tensor, "B C D"] | None,
+        key_value: Float[Tensor, "B K 2*D"] | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """`key_value`: from self.key_value, where they are known already."""
+        if key_value is None:
+            key_value = self.key_value(x, conditioning)
         if not key_value.shape[1]:  # cross attention at the first step: nothing is visible yet
             return self.project(torch.zeros_like(x))
         key, value = rearrange(key_value, "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
@@ -109,19 +121,33 @@ class Block(nn.Module):
         self.mlp = MLP(dim, config.mlp_ratio)
         self.modulation = nn.Linear(dim, (8 if has_conditioning else 6) * dim)
 
-    def forward(
+    def key_value(
         self, x: Float[Tensor, "B S D"], conditioning: Float[Tensor, "B C D"] | None, modulation: Float[Tensor, "B N"]
+    ) -> Float[Tensor, "B K 2*D"]:
+        """Keys and values of this block, [conditioning ; x], to be kept. The same arguments as of forward."""
+        chunks = modulation.chunk(8 if self.has_conditioning else 6, dim=-1)
+        if self.has_conditioning and conditioning is not None:
+            conditioning = _modulate(conditioning, chunks[2], chunks[3])
+        return self.attention.key_value(_modulate(self.norm_own(x), *chunks[:2]), conditioning)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        conditioning: Float[Tensor, "B C D"] | None,
+        modulation: Float[Tensor, "B N"],
+        key_value: Float[Tensor, "B K 2*D"] | None = None,
     ) -> Float[Tensor, "B S D"]:
         """`conditioning`: normalized, once for all blocks that see it.
 
         `modulation`: of the embedding of label or caption after SiLU, from self.modulation. N is 8 D with conditioning, else 6 D.
+        `key_value`: of all tokens that are attended to, in place of those of conditioning and x.
         """
         chunks = modulation.chunk(8 if self.has_conditioning else 6, dim=-1)
         shift, scale = chunks[:2]
         gate, shift_mlp, scale_mlp, gate_mlp = chunks[-4:]
         if self.has_conditioning and conditioning is not None:
             conditioning = _modulate(conditioning, chunks[2], chunks[3])
-        gathered = self.attention(_modulate(self.norm_own(x), shift, scale), conditioning)
+        gathered = self.attention(_modulate(self.norm_own(x), shift, scale), conditioning, key_value)
         x = torch.addcmul(x, gate[:, None], gathered)
         return torch.addcmul(x, gate_mlp[:, None], self.mlp(_modulate(self.norm_mlp(x), shift_mlp, scale_mlp)))
 

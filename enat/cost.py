@@ -7,7 +7,8 @@ paper. The paper's "FLOPs" are these MACs, with both guidance passes and the tok
 Two computations are counted. *Published*: the head at every position (with the mask id's column) and, with guidance, two passes at
 every step. *Executed*: what enat.sampler runs, the head at masked positions only, no unconditional pass in an unguided step
 whose features no guided step reuses, and what depends on the condition alone once, counted in the first step. Images of one label
-share the first step, which is not counted.
+share the first step, which is not counted. Self-guidance (guide_layers) is one pass, with the head, and with an encoder also the
+decoder, a second time.
 
 Training counts the backward pass as well, product by product; see training_macs.
 
@@ -16,8 +17,11 @@ Shape legend: D width, L tokens, M masked, V codebook size, N steps, T text toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 from enat.config import ENATConfig, MaskingConfig, VQGANConfig
 from enat.sampler_config import SamplerConfig
@@ -49,44 +53,236 @@ class Cost:
         return self.executed_transformer_macs - self.executed_one_pass_macs
 
 
-def generation_cost(model: ENATConfig, sampler: SamplerConfig, tokenizer: VQGANConfig | None = None, *, num_given: int = 0) -> Cost:
+def generation_cost(
+    model: ENATConfig,
+    sampler: SamplerConfig,
+    tokenizer: VQGANConfig | None = None,
+    *,
+    num_given: int = 0,
+    num_masked: Sequence[int] | None = None,
+    guide: ENATConfig | None = None,
+) -> Cost:
     """Cost of one image. With guidance_scale 1 it is one pass a step, the usual basis for comparing sizes.
 
     `num_given`: tokens given to the sampler as its start, 0 to L-1. Reveal orders, temperatures, top_k and top_p cost no MACs.
+    `num_masked`: with entropy_bound, the masked tokens that one image had in the input of each step, 0 for steps that it did not
+        need. None counts the image that costs the most as executed, an upper bound.
+    `guide`: the architecture of another model that guides, in place of the null condition.
     """
     if not 0 <= num_given < model.num_tokens:
         raise ValueError(f"num_given is {num_given}; of {model.num_tokens} tokens 0 to {model.num_tokens - 1} can be given")
     sampler.check_model(model)
-    one_pass, executed_pass, passes = [], [], []
-    is_guided = sampler.is_guided and model.is_conditional
+    if num_masked is None and sampler.entropy_bound is not None:
+        num_masked = _most_expensive(model, sampler, num_given, guide)
+    steps, costs = _steps(model, sampler, num_given, guide), []
     for step in range(sampler.num_steps):
-        num_masked = sampler.num_masked_at(step, model.num_tokens, num_given)
-        reuses = step > 0 and sampler.leaves_features_at(step - 1, model, num_given)
-        previous = None
-        if reuses:  # tokens that were masked again have nothing to reuse
-            previous = sum(
-                count(step - 1, model.num_tokens, num_given) for count in (sampler.num_masked_at, sampler.num_remasked_at)
-            )
-        one_pass.append(step_macs(model, num_masked, previous) + head_macs(model, model.num_tokens, model.codebook_size + 1))
-        prepared = _forward_macs(model, num_masked, previous, is_prepared=True)
-        executed_pass.append(prepared + head_macs(model, num_masked, model.codebook_size))
-        passes.append(sampler.num_passes_at(step, model, num_given))
-    executed = [num_passes * macs for num_passes, macs in zip(passes, executed_pass, strict=True)]
-    executed[0] += max(passes) * _condition_macs(model)
-    start, end = sampler.guidance_interval
-    published = [(2 if is_guided and start <= step / sampler.num_steps < end else 1) * macs for step, macs in enumerate(one_pass)]
-    decoder = decoder_macs(tokenizer) if tokenizer is not None else 0
+        if num_masked is None:  # tokens that were masked again have nothing to reuse
+            masked = sampler.num_masked_at(step, model.num_tokens, num_given)
+            counts = (sampler.num_masked_at, sampler.num_remasked_at)
+            before = sum(count(step - 1, model.num_tokens, num_given) for count in counts) if step else 0
+        else:
+            masked, before = num_masked[step], num_masked[step - 1] if step else 0
+        is_run = num_masked is None or masked > 0
+        costs.append(steps.cost(step, masked, before) if is_run else _StepCost(0, 0, 0, 0))
+    return _total(costs, decoder_macs(tokenizer) if tokenizer is not None else 0, steps.condition())
+
+
+def mean_cost(costs: Sequence[Cost], weights: Sequence[int] | None = None) -> Cost:
+    """Of several images, or of several means with the numbers of their images. MACs are rounded."""
+    weights = weights if weights is not None else [1] * len(costs)
+
+    def mean(values: Sequence[int]) -> int:
+        return round(sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights))
+
+    def mean_of_steps(name: str) -> tuple[int, ...]:
+        return tuple(mean(values) for values in zip(*(getattr(cost, name) for cost in costs), strict=True))
+
+    steps, executed = mean_of_steps("macs_per_step"), mean_of_steps("executed_macs_per_step")
+    decoder = mean([cost.decoder_macs for cost in costs])
     return Cost(
-        transformer_macs=sum(published),
+        transformer_macs=sum(steps),
         decoder_macs=decoder,
-        total_macs=sum(published) + decoder,
-        macs_per_step=tuple(published),
+        total_macs=sum(steps) + decoder,
+        macs_per_step=steps,
+        executed_transformer_macs=sum(executed),
+        executed_total_macs=sum(executed) + decoder,
+        executed_macs_per_step=executed,
+        one_pass_macs=mean([cost.one_pass_macs for cost in costs]),
+        executed_one_pass_macs=mean([cost.executed_one_pass_macs for cost in costs]),
+    )
+
+
+def with_decoder(cost: Cost, tokenizer: VQGANConfig) -> Cost:
+    """A cost that was counted without a tokenizer, with its decoder."""
+    decoder = decoder_macs(tokenizer)
+    total, executed = cost.transformer_macs + decoder, cost.executed_transformer_macs + decoder
+    return replace(cost, decoder_macs=decoder, total_macs=total, executed_total_macs=executed)
+
+
+class _StepCost(NamedTuple):
+    """Of one step, without what depends on the condition alone as executed. one_pass: without guidance."""
+
+    one_pass: int
+    published: int
+    executed_one_pass: int
+    executed: int
+
+
+class _Steps:
+    """The steps of one image."""
+
+    def __init__(self, model: ENATConfig, sampler: SamplerConfig, num_given: int) -> None:
+        self.model, self.sampler = model, sampler
+        steps = range(sampler.num_steps)
+        self.passes = [sampler.num_passes_at(step, model, num_given) for step in steps]
+        self.reuses = [step > 0 and sampler.leaves_features_at(step - 1, model, num_given) for step in steps]
+        counts = (sampler.num_computed_at, sampler.num_predicted_at)
+        self.local = [
+            tuple(count(step, model.num_tokens, num_given) for count in counts) if sampler.is_local_at(step) else None
+            for step in steps
+        ]
+        self.guides_itself = [sampler.guides_itself_at(step, model, num_given) for step in steps]
+        start, end = sampler.guidance_interval
+        is_guided = sampler.is_guided and (model.is_conditional or sampler.guide_layers is not None)
+        self.is_guided = [is_guided and start <= step / sampler.num_steps < end for step in steps]
+
+    def cost(self, step: int, num_masked: int, num_masked_before: int) -> _StepCost:
+        """num_masked_before: tokens whose features the step before does not leave; not used at the first step."""
+        model, previous = self.model, num_masked_before if self.reuses[step] else None
+        if self.local[step] is not None:
+            return self.local_cost(step)
+        one_pass = step_macs(model, num_masked, previous) + head_macs(model, model.num_tokens, model.codebook_size + 1)
+        executed_pass = self.executed_pass(num_masked, previous)
+        guide = one_pass
+        if self.sampler.guide_layers is not None:
+            guide = self.guide_macs(num_masked) + head_macs(model, model.num_tokens, model.codebook_size + 1)
+        return _StepCost(
+            one_pass,
+            one_pass + (guide if self.is_guided[step] else 0),
+            executed_pass,
+            self.executed(step, num_masked, num_masked_before),
+        )
+
+    def kind(self, step: int) -> Hashable:
+        """Equal for steps that cost the same with equal numbers of masked tokens."""
+        return self.reuses[step], self.passes[step], self.guides_itself[step]
+
+    def executed(self, step: int, num_masked: int, num_masked_before: int) -> int:
+        """Without what ENAT.prepare computes, of a step that is not local."""
+        previous = num_masked_before if self.reuses[step] else None
+        macs = self.passes[step] * self.executed_pass(num_masked, previous)
+        if self.guides_itself[step] and num_masked:
+            macs += self.guide_macs(num_masked) + head_macs(self.model, num_masked, self.model.codebook_size)
+        return macs
+
+    def executed_pass(self, num_masked: int, previous: int | None) -> int:
+        """One pass without guidance."""
+        macs = _forward_macs(self.model, num_masked, previous, is_prepared=True)
+        return macs + head_macs(self.model, num_masked, self.model.codebook_size)
+
+    def local_cost(self, step: int) -> _StepCost:
+        """Published: the head at every token that is computed, as ReCAP's code evaluates it."""
+        model, sizes = self.model, self.local[step]
+        assert sizes is not None
+        num_computed, num_predicted = sizes
+        if not num_predicted:
+            return _StepCost(0, 0, 0, 0)
+        blocks = _local_macs(model, num_computed)
+        published_head = head_macs(model, num_computed, model.codebook_size + 1)
+        one_pass = blocks + _modulation_macs(model)[1] + published_head
+        head = head_macs(model, num_predicted, model.codebook_size)
+        guide = one_pass if self.sampler.guide_layers is None else published_head
+        executed = self.passes[step] * (blocks + head) + (head if self.guides_itself[step] else 0)
+        return _StepCost(one_pass, one_pass + (guide if self.is_guided[step] else 0), blocks + head, executed)
+
+    def guide_macs(self, num_masked: int) -> int:
+        """Of self-guidance without its head: the decoder once more. Without an encoder, the layers are those of the pass."""
+        return _decoding_macs(self.model, num_masked) if self.model.encoder_layers else 0
+
+    def condition(self) -> tuple[int, int]:
+        """What ENAT.prepare computes for one pass, and for all of a step."""
+        return _condition_macs(self.model), max(self.passes) * _condition_macs(self.model)
+
+
+class _AutoguidedSteps:
+    """The steps of one image that another model guides: those of both models, each without guidance."""
+
+    def __init__(self, model: ENATConfig, guide: ENATConfig, sampler: SamplerConfig, num_given: int) -> None:
+        self.own, self.away = (_Steps(each, sampler.unguided(), num_given) for each in (model, guide))
+        self.reuses = [own or away for own, away in zip(self.own.reuses, self.away.reuses, strict=True)]
+        steps, (start, end) = range(sampler.num_steps), sampler.guidance_interval
+        self.has_guide = [sampler.num_passes_at(step, guide, num_given, has_guide=True) == 2 for step in steps]
+        self.is_guided = [sampler.is_guided and start <= step / sampler.num_steps < end for step in steps]
+
+    def cost(self, step: int, num_masked: int, num_masked_before: int) -> _StepCost:
+        own, away = (each.cost(step, num_masked, num_masked_before) for each in (self.own, self.away))
+        published = own.one_pass + (away.one_pass if self.is_guided[step] else 0)
+        executed = own.executed + (away.executed if self.has_guide[step] else 0)
+        return _StepCost(own.one_pass, published, own.executed_one_pass, executed)
+
+    def kind(self, step: int) -> Hashable:
+        return self.own.kind(step), self.away.kind(step), self.has_guide[step]
+
+    def executed(self, step: int, num_masked: int, num_masked_before: int) -> int:
+        away = self.away.executed(step, num_masked, num_masked_before) if self.has_guide[step] else 0
+        return self.own.executed(step, num_masked, num_masked_before) + away
+
+    def condition(self) -> tuple[int, int]:
+        own, away = self.own.condition(), self.away.condition()
+        return own[0], own[1] + away[1]
+
+
+def _steps(model: ENATConfig, sampler: SamplerConfig, num_given: int, guide: ENATConfig | None) -> _Steps | _AutoguidedSteps:
+    return _Steps(model, sampler, num_given) if guide is None else _AutoguidedSteps(model, guide, sampler, num_given)
+
+
+def _total(steps: Sequence[_StepCost], decoder: int, condition: tuple[int, int]) -> Cost:
+    executed = [step.executed for step in steps]
+    executed[0] += condition[1]
+    published = sum(step.published for step in steps)
+    return Cost(
+        transformer_macs=published,
+        decoder_macs=decoder,
+        total_macs=published + decoder,
+        macs_per_step=tuple(step.published for step in steps),
         executed_transformer_macs=sum(executed),
         executed_total_macs=sum(executed) + decoder,
         executed_macs_per_step=tuple(executed),
-        one_pass_macs=sum(one_pass),
-        executed_one_pass_macs=sum(executed_pass) + _condition_macs(model),
+        one_pass_macs=sum(step.one_pass for step in steps),
+        executed_one_pass_macs=sum(step.executed_one_pass for step in steps) + condition[0],
     )
+
+
+@lru_cache(maxsize=64)
+def _most_expensive(model: ENATConfig, sampler: SamplerConfig, num_given: int, guide: ENATConfig | None) -> tuple[int, ...]:
+    """Masked tokens in the input of each step of the image that costs most, where every step may reveal any number of them.
+
+    By dynamic programming from the last step on: after a step whose input has `before` masked tokens, `best` is the most that the
+    remaining steps can cost, and `choice` how many tokens the next of them has masked to cost it.
+    """
+    num_made, steps = model.num_tokens - num_given, _steps(model, sampler, num_given, guide)
+
+    kinds = [steps.kind(step) for step in range(sampler.num_steps)]
+
+    @cache
+    def macs_of(kind: Hashable, before: int | None) -> list[int]:
+        """By the number of masked tokens: fewer than `before`, or any without reuse."""
+        step = kinds.index(kind)
+        return [0, *(steps.executed(step, masked, before or 0) for masked in range(1, before or num_made))]
+
+    best, choices = [0] * (num_made + 1), []
+    for step in range(sampler.num_steps - 1, 0, -1):
+        following, choice, best = best, [0] * (num_made + 1), [0] * (num_made + 1)
+        for before in range(1, num_made + 1):
+            macs = macs_of(kinds[step], before if steps.reuses[step] else None)
+            each = [*map(operator.add, macs[:before], following)]  # the first is 0: nothing is left
+            best[before] = max(each)
+            choice[before] = each.index(best[before])
+        choices.append(choice)
+    counts = [num_made]
+    for choice in reversed(choices):
+        counts.append(choice[counts[-1]])
+    return tuple(counts)
 
 
 def training_macs(config: ENATConfig, num_masked: int, previous_num_masked: int | None = None) -> int:
@@ -160,13 +356,24 @@ def _forward_macs(
     if num_new or not skips_empty_parts:
         macs += of_encoder + config.encoder_layers * _block_macs(config, num_new, num_text + num_old)
     if has_decoder and (num_masked or not skips_empty_parts):
-        if config.decoder_attention == "full":
-            per_block = _block_macs(config, config.num_tokens, num_text)
-        else:
-            attends_self = config.decoder_attention == "self_cross"
-            per_block = _block_macs(config, num_masked, num_text + num_visible, attends_self=attends_self)
-        macs += of_decoder + config.decoder_layers * per_block
+        macs += of_decoder + _decoding_macs(config, num_masked)
     return macs
+
+
+def _decoding_macs(config: ENATConfig, num_masked: int) -> int:
+    """The blocks of the decoder, without adaLN."""
+    num_text = config.num_text_tokens if config.text_width is not None else 0
+    if config.decoder_attention == "full":
+        return config.decoder_layers * _block_macs(config, config.num_tokens, num_text)
+    attends_self, num_visible = config.decoder_attention == "self_cross", config.num_tokens - num_masked
+    return config.decoder_layers * _block_macs(config, num_masked, num_text + num_visible, attends_self=attends_self)
+
+
+def _local_macs(config: ENATConfig, num_computed: int) -> int:
+    """Blocks of plain NAT for some tokens, with kept keys and values of the others and of the text. Without adaLN."""
+    num_others = config.num_tokens - num_computed + (config.num_text_tokens if config.text_width is not None else 0)
+    kept = 2 * config.embed_dim**2 * num_others  # products of keys and values that are not computed
+    return config.decoder_layers * (_block_macs(config, num_computed, num_others) - kept)
 
 
 def _text_macs(config: ENATConfig) -> int:

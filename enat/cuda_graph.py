@@ -18,7 +18,7 @@ Replay = Callable[[], Sequence[Tensor]]
 
 
 class GraphedLoop:
-    """A replacement of enat.sampler.decode_steps for one model, whose weights must stay where they are.
+    """A replacement of enat.sampler.decode_steps for one model and its guide, whose weights must stay where they are.
 
     The first call with inputs of new shapes is recorded; later ones copy their inputs and replay it. Graphs keep their memory.
     `capture`: runs a function of no arguments and returns what replays it; the default is a CUDA graph.
@@ -38,13 +38,14 @@ class GraphedLoop:
         *,
         num_given: int = 0,
         halton_rank: Tensor | None = None,
+        guide: ENAT | None = None,
     ) -> list[Tensor]:
         of_text = isinstance(conditions, TextCondition)
         own = [conditions.hidden, conditions.pooled] if isinstance(conditions, TextCondition) else [conditions]
         inputs = [tokens, uniforms, *own, *([] if halton_rank is None else [halton_rank])]
         device = tokens.device.type
         is_bf16 = torch.is_autocast_enabled(device)
-        key = config, num_given, is_bf16, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        key = config, num_given, is_bf16, guide is None, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if key not in self._recorded:
             kept = [tensor.clone() for tensor in inputs]
             condition = TextCondition(kept[2], kept[3]) if of_text else kept[2]
@@ -53,7 +54,8 @@ class GraphedLoop:
             def loop() -> list[Tensor]:
                 # Without autocast's cache of weights, which ends with its context, while the graph would still read it.
                 with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=is_bf16, cache_enabled=False):
-                    return decode_steps(model, condition, kept[0], kept[1], config, num_given=num_given, halton_rank=rank)
+                    settings: dict[str, Any] = {"num_given": num_given, "halton_rank": rank, "guide": guide}
+                    return decode_steps(model, condition, kept[0], kept[1], config, **settings)
 
             self._recorded[key] = kept, self._capture(loop)
         kept, replay = self._recorded[key]

@@ -74,12 +74,35 @@ class PreparedCondition:
 
 
 @dataclass(frozen=True)
+class KeyValueCache:
+    """Keys and values that a forward pass of plain NAT kept of the tokens at `index`, for ENAT.forward_local.
+
+    key_values: of every block, (B, T + S, 2 D): those of the text, then those of the S tokens.
+    """
+
+    index: Int64[Tensor, "B S"]
+    key_values: tuple[Tensor, ...]
+
+    def __getitem__(self, rows: slice | Tensor) -> KeyValueCache:
+        return KeyValueCache(self.index[rows], tuple(each[rows] for each in self.key_values))
+
+    def without(self, own: Int64[Tensor, "B K"]) -> KeyValueCache:
+        """What is kept of the other tokens."""
+        is_own = torch.zeros_like(self.index, dtype=torch.uint8).scatter_(1, own, 1)
+        others = is_own.gather(1, self.index).argsort(dim=1, stable=True)[:, : self.index.shape[1] - own.shape[1]]
+        num_text = self.key_values[0].shape[1] - self.index.shape[1]
+        kept = [torch.cat([each[:, :num_text], _take(each[:, num_text:], others)], dim=1) for each in self.key_values]
+        return KeyValueCache(self.index.gather(1, others), tuple(kept))
+
+
+@dataclass(frozen=True)
 class ENATOutput:
     """What one step computes, and what the next step may reuse.
 
     logits: P = L; with logits="masked" P = M, in the order of `masked_index`; with "none" P = 0.
     features: before the final norm: encoder features of visible tokens, decoder features of masked ones. Text is not included.
     mask: True = masked.   masked_index: ascending positions.   num_masked: M.
+    guide_logits: those of the first layers alone, if they were asked for; see forward.   cache: likewise.
     """
 
     logits: Float[Tensor, "B P V"]
@@ -87,6 +110,8 @@ class ENATOutput:
     mask: Bool[Tensor, "B L"]
     masked_index: Int64[Tensor, "B M"]
     num_masked: int
+    guide_logits: Float[Tensor, "B M V"] | None = None
+    cache: KeyValueCache | None = None
 
 
 _RECOMPILE_LIMIT = 64  # torch's default is 8
@@ -237,6 +262,8 @@ class ENAT(nn.Module):
         num_masked: int | None = None,
         logits: Literal["all", "masked", "none"] = "all",
         dropout_mask: Bool[Tensor, "B L D"] | None = None,
+        guide_layers: int | None = None,
+        keeps_key_values: bool = False,
     ) -> ENATOutput:
         """Predict codes at every position from the visible ones.
 
@@ -249,6 +276,10 @@ class ENAT(nn.Module):
             and no decoder if only visible tokens are reused; the features of masked positions are then their embeddings.
         `dropout_mask`: True = kept, from draw_dropout_mask; used only in training mode with dropout. None draws it from torch's
             default generator.
+        `guide_layers`: also the logits of masked positions that this network gives without its later layers. With an encoder, it
+            ends after so many blocks, and the decoder runs a second time; without one, the decoder ends after so many. Reused
+            features are the same. None if there are no tokens to encode, so that nothing would differ, or none to predict.
+        `keeps_key_values`: also keep keys and values of all tokens, in plain NAT: for forward_local.
         """
         self._check(tokens, labels, previous)
         mask = tokens == self.config.mask_id
@@ -262,15 +293,49 @@ class ENAT(nn.Module):
         condition = labels if isinstance(labels, PreparedCondition) else self._embed_condition(labels)
         old, computed = self._reuse(self._embed(tokens, dropout_mask), order, num_visible_before, previous)
         new, masked = computed.tensor_split([computed.shape[1] - num_masked], dim=1)
-        visible = self._encode(new, old, condition)
+        visible, early = self._encode(new, old, condition, guide_layers if self.encoder else None)
+        guide = self._decode(masked, early, condition, None)[0] if early is not None and num_masked else None
+        key_values: list[Tensor] | None = [] if keeps_key_values else None
         if (num_masked and (logits != "none" or self.config.reuses_masked)) or self.training:
-            masked = self._decode(masked, visible, condition)
+            masked, early = self._decode(masked, visible, condition, None if self.encoder else guide_layers, key_values)
+            guide = early if early is not None else guide
 
         in_order = torch.cat([visible, masked], dim=1)
         position = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
         features = _take(in_order, position)
         scored = {"all": features, "masked": masked, "none": masked[:, :0]}[logits]
-        return ENATOutput(self.head(scored, self.token_embedding.weight), features, mask, order[:, num_visible:], num_masked)
+        guide_logits = self.head(guide, self.token_embedding.weight) if guide is not None else None
+        scores = self.head(scored, self.token_embedding.weight)
+        cache = KeyValueCache(order, tuple(key_values)) if key_values else None
+        return ENATOutput(scores, features, mask, order[:, num_visible:], num_masked, guide_logits, cache)
+
+    def forward_local(
+        self,
+        tokens: Int64[Tensor, "B L"],
+        labels: PreparedCondition,
+        cache: KeyValueCache,
+        own: Int64[Tensor, "B K"],
+        *,
+        num_masked: int,
+        guide_layers: int | None = None,
+    ) -> ENATOutput:
+        """Plain NAT on K tokens of each image alone, which attend to themselves and to what is kept of all others.
+
+        `own`: positions, of which num_masked are masked in every row.   `cache`: of the other tokens; see KeyValueCache.without.
+        Returns logits of the masked ones and, with guide_layers, those of the first layers. The features are those of `own`.
+        """
+        order = (tokens.gather(1, own) == self.config.mask_id).to(torch.uint8).argsort(dim=1, stable=True)
+        index, first = own.gather(1, order), own.shape[1] - num_masked
+        x, guide = _take(self._embed(tokens, None), index), None
+        for number, (block, kept) in enumerate(zip(self.decoder, cache.key_values, strict=True)):
+            guide = x[:, first:] if number == guide_layers else guide
+            assert isinstance(block, Block)
+            x = self._run(block, x, None, labels, torch.cat([kept, block.key_value(x, None, labels.of(block))], dim=1))
+        scores, guide_logits = (
+            None if each is None else self.head(each, self.token_embedding.weight) for each in (x[:, first:], guide)
+        )
+        assert scores is not None
+        return ENATOutput(scores, x, tokens == self.config.mask_id, index[:, first:], num_masked, guide_logits)
 
     def _check(self, tokens: Tensor, labels: Tensor | TextCondition | PreparedCondition, previous: ENATOutput | None) -> None:
         if not isinstance(labels, PreparedCondition):
@@ -325,29 +390,57 @@ class ENAT(nn.Module):
             old = self.previous_projection(_take(before, order[:, :num_old]))
         return old, computed
 
-    def _encode(self, new: Tensor, old: Tensor | None, condition: PreparedCondition) -> Tensor:
-        """Newly visible tokens attend to themselves, to the text and to the projected features of old ones -> all visible ones."""
+    def _encode(
+        self, new: Tensor, old: Tensor | None, condition: PreparedCondition, early_at: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Newly visible tokens attend to themselves, to the text and to the projected features of old ones -> all visible ones.
+
+        early_at: also all visible ones as they are after so many blocks; None without new tokens.
+        """
+        early = None
         if new.shape[1] or self.training:
             conditioning = _normalized(condition.text, old)
-            for block in self.encoder:
+            for number, block in enumerate(self.encoder):
+                early = new if number == early_at else early
                 new = self._run(block, new, conditioning, condition)
-        return torch.cat([old, new], dim=1) if old is not None else new
+        if old is None:
+            return new, early
+        return torch.cat([old, new], dim=1), torch.cat([old, early], dim=1) if early is not None else None
 
-    def _decode(self, masked: Tensor, visible: Tensor, condition: PreparedCondition) -> Tensor:
-        """Mask tokens gather from themselves, from the text and from the visible tokens, as decoder_attention allows."""
-        if self.config.decoder_attention == "full":
-            both, conditioning = torch.cat([visible, masked], dim=1), _normalized(condition.text)
-            for block in self.decoder:
-                both = self._run(block, both, conditioning, condition)
-            return both[:, visible.shape[1] :]
-        conditioning = _normalized(condition.text, visible)
-        for block in self.decoder:
-            masked = self._run(block, masked, conditioning, condition)
-        return masked
+    def _decode(
+        self,
+        masked: Tensor,
+        visible: Tensor,
+        condition: PreparedCondition,
+        early_at: int | None,
+        key_values: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mask tokens gather from themselves, from the text and from the visible tokens, as decoder_attention allows.
 
-    def _run(self, block: nn.Module, x: Tensor, conditioning: Tensor | None, condition: PreparedCondition) -> Tensor:
+        early_at: also the mask tokens as they are after so many blocks.   key_values: gets those of each block.
+        """
+        is_full = self.config.decoder_attention == "full"
+        conditioning = _normalized(condition.text) if is_full else _normalized(condition.text, visible)
+        own, early = torch.cat([visible, masked], dim=1) if is_full else masked, None
+        first = own.shape[1] - masked.shape[1]
+        for number, block in enumerate(self.decoder):
+            early = own[:, first:] if number == early_at else early
+            if key_values is not None:
+                assert isinstance(block, Block)
+                key_values.append(block.key_value(own, conditioning, condition.of(block)))
+            own = self._run(block, own, conditioning, condition, key_values[-1] if key_values else None)
+        return own[:, first:], early
+
+    def _run(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        conditioning: Tensor | None,
+        condition: PreparedCondition,
+        key_value: Tensor | None = None,
+    ) -> Tensor:
         assert isinstance(block, Block)
-        inputs = x, conditioning, condition.of(block)
+        inputs = x, conditioning, condition.of(block), key_value
         if self.is_compiled and (x.shape[1] < 2 or (conditioning is not None and conditioning.shape[1] < 2)):
             return block.forward(*inputs)  # torch.compile makes graphs of their own for sizes 0 and 1
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -16,7 +15,8 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from enat import schedule
-from enat.model import ENAT, ENATOutput, PreparedCondition, TextCondition
+from enat.model import ENAT, TextCondition
+from enat.predictor import Autoguided, Predictor
 from enat.sampler_config import LOWEST_TEMPERATURE, SamplerConfig
 
 Loop = Callable[..., list[Tensor]]  # with the arguments of decode_steps
@@ -32,6 +32,7 @@ def sample(
     *,
     seeds: Sequence[int],
     start: Int64[Tensor, "B L"] | None = None,
+    guide: ENAT | None = None,
     loop: Loop | None = None,
     return_trajectory: Literal[False] = False,
 ) -> Int64[Tensor, "B L"]: ...
@@ -45,6 +46,7 @@ def sample(
     *,
     seeds: Sequence[int],
     start: Int64[Tensor, "B L"] | None = None,
+    guide: ENAT | None = None,
     loop: Loop | None = None,
     return_trajectory: Literal[True],
 ) -> tuple[Int64[Tensor, "B L"], list[Int64[Tensor, "B L"]]]: ...
@@ -58,6 +60,7 @@ def sample(
     *,
     seeds: Sequence[int],
     start: Int64[Tensor, "B L"] | None = None,
+    guide: ENAT | None = None,
     loop: Loop | None = None,
     return_trajectory: bool = False,
 ) -> Int64[Tensor, "B L"] | tuple[Int64[Tensor, "B L"], list[Int64[Tensor, "B L"]]]:
@@ -67,13 +70,18 @@ def sample(
     `seeds`: one int per image. An image depends only on its own seed, label and start, not on the rest of the batch.
     `start`: codes that are given and stay, and the mask id V where codes are sampled, equally many in every image. Inpainting,
         outpainting and editing with another label differ only in what is masked; see enat.masking.box_mask. None gives nothing.
+    `guide`: a smaller or less trained model of the same codes and conditions (autoguidance, Karras et al. 2024, arXiv 2406.02507).
+        Guidance then leads away from its prediction for the same condition: guide + w (model - guide). It is reused and sampled as
+        the model is.
     `loop`: decode_steps, or what replaces it: see enat.cuda_graph. None is decode_steps.
     `return_trajectory`: return (codes, trajectory) with the tokens fed at each step, N tensors int64 (B, L).
     Raises ValueError if the numbers of seeds and labels differ, a label is out of range, captions do not fit the model, start does
-    not meet the conditions above, or the model is in training mode.
+    not meet the conditions above, a guide does not fit the model, or a model is in training mode.
     """
     _check(model, labels, seeds)
     config.check_model(model.config)
+    if guide is not None:
+        _check_guide(model, guide, config)
     num_given = 0
     if start is None:
         tokens = torch.full((len(labels), model.config.num_tokens), model.config.mask_id, dtype=torch.int64)
@@ -85,11 +93,32 @@ def sample(
     order = schedule.halton_order(model.config.grid_size) if config.reveal_order == "halton" else None
     rank = None if order is None else torch.tensor(order, device=device).argsort()
     settings: dict[str, Any] = {"num_given": num_given, "halton_rank": rank}
-    if loop is None and start is None and not model.is_compiled:  # which are made for fixed shapes
+    if guide is not None:
+        settings["guide"] = guide
+    if config.entropy_bound is not None and loop is not None:
+        raise ValueError(
+            "entropy_bound chooses at each step how many tokens it reveals, so its loop cannot be recorded or replaced"
+        )
+    if loop is None and start is None and not model.is_compiled and config.entropy_bound is None:  # of several images, eagerly
         settings["alike"] = _alike(labels, device)
-    decode = decode_steps if loop is None else loop
-    *trajectory, codes = decode(model, conditions, tokens.to(device), uniforms, config, **settings)
+    if config.entropy_bound is not None:
+        states = _one_by_one(model, conditions, tokens.to(device), uniforms, config, **settings)
+    else:
+        states = (loop or decode_steps)(model, conditions, tokens.to(device), uniforms, config, **settings)
+    *trajectory, codes = states
     return (codes, trajectory) if return_trajectory else codes
+
+
+def _one_by_one(
+    model: ENAT, conditions: Tensor | TextCondition, tokens: Tensor, uniforms: Tensor, config: SamplerConfig, **settings: Any
+) -> list[Tensor]:
+    """decode_steps for images that reveal different numbers of tokens. Alone, an image has the same shapes whatever the others."""
+    num_images = len(tokens)
+    of_images = []
+    for row in range(num_images):
+        both = torch.tensor([row, num_images + row], device=tokens.device)
+        of_images.append(decode_steps(model, conditions[both], tokens[row : row + 1], uniforms[row : row + 1], config, **settings))
+    return [torch.cat(states) for states in zip(*of_images, strict=True)]
 
 
 @torch.no_grad()
@@ -103,81 +132,67 @@ def decode_steps(
     num_given: int = 0,
     halton_rank: Int64[Tensor, " L"] | None = None,
     alike: tuple[Int64[Tensor, " K"], Int64[Tensor, " B"]] | None = None,
+    guide: ENAT | None = None,
 ) -> list[Int64[Tensor, "B L"]]:
-    """The loop of `sample`, entirely on the device: nothing waits for it, and a whole call can be one CUDA graph.
+    """The loop of `sample`, entirely on the device: nothing waits for it, and a whole call can be one CUDA graph. Only with
+    entropy_bound, for one image at a time, each step waits for the number of tokens that it reveals.
 
     `conditions`: of 2 B images, those of the B images and then B null ones.   `tokens`: L - num_given mask ids a row.
     `uniforms`: from draw_uniforms.   `halton_rank`: for reveal_order "halton", the place of each token in that order.
     `alike`: for images without given tokens, K of them that stand for all at the first step, and which one stands for each.
-    Returns the tokens fed at each step and the codes, N + 1 tensors.
+    `guide`: see sample.
+    Returns the tokens fed at each step and the codes, N + 1 tensors. Of an image that entropy_bound finishes early, the codes stand
+    for the steps that were not needed.
     """
-    (num_images, num_tokens), mask_id = tokens.shape, model.config.mask_id
-    fixed_priority = _fixed_priority(config, uniforms, halton_rank)
-    passes = [config.num_passes_at(step, model.config, num_given) for step in range(config.num_steps)]
-    prepared = model.prepare(conditions[: max(passes) * num_images])
+    num_tokens, mask_id = tokens.shape[1], model.config.mask_id
+    assert config.entropy_bound is None or len(tokens) == 1
+    settings: dict[str, Any] = {"num_images": len(tokens), "num_given": num_given, "alike": alike}
+    predict: Predictor | Autoguided = (
+        Predictor(model, conditions, config, **settings)
+        if guide is None
+        else Autoguided(model, guide, conditions[: len(tokens)], config, **settings)
+    )
+    rank = _Ranking(config, uniforms, halton_rank)
     is_given = tokens != mask_id
-    previous: ENATOutput | None = None
-    states = [tokens]
+    states, num_masked = [tokens], num_tokens - num_given
     for step in range(config.num_steps):
-        num_masked, num_left = (count(step, num_tokens, num_given) for count in (config.num_masked_at, config.num_left_at))
         was_visible = tokens != mask_id
-
-        # Predict. Conditional and unconditional passes share a batch; each has its own features to reuse.
-        num_passes = passes[step]
-        images = slice(num_passes * num_images)
-        previous = _rows(previous, images) if previous is not None else None
-        if step == 0 and alike is not None and len(alike[0]) + num_passes - 1 < num_passes * num_images:
-            output = _first_step(model, tokens, prepared, alike, num_passes)
-        else:
-            output = model(tokens.repeat(num_passes, 1), prepared[images], previous, num_masked=num_masked, logits="masked")
-        previous = output if config.leaves_features_at(step, model.config, num_given) else None
-
-        # Guide.
-        cond_logits, uncond_logits = output.logits.float().chunk(2) if num_passes == 2 else (output.logits.float(), None)
-        logits = cond_logits
-        if uncond_logits is not None:
-            logits = uncond_logits + config.guidance_at(step) * (cond_logits - uncond_logits)
+        logits, masked_index = predict(step, tokens, num_masked)
         log_probs = logits.log_softmax(dim=-1)
 
-        # Draw a code for every masked token; its confidence is its untempered log-probability, with noise.
-        masked_index = output.masked_index[:num_images]
-        token_noise, remask_noise = (uniforms[:, step, kind].gather(1, masked_index) for kind in (0, 1))
-        temperature, remask_temperature = config.sampling_temperature_at(step), config.remask_temperature_at(step)
-        if config.reveal_order == "moment":
-            log_probs, confidence = _moments(log_probs, temperature, remask_temperature)
-            temperature = 1.0 if temperature else 0.0
-        sampled_codes = _draw_codes(log_probs, temperature, token_noise, config.top_k, config.top_p)
-        if fixed_priority is None:
-            if config.reveal_order == "confidence":
-                confidence = log_probs.gather(-1, sampled_codes[..., None])[..., 0]
-            priority = confidence - remask_temperature * torch.log(-torch.log(remask_noise))
-        else:
-            priority = fixed_priority.gather(1, masked_index)
+        # Draw a code for every masked token, and rank them from the last to be revealed to the first.
+        sampled_codes, confidence = _draw(config, step, log_probs, uniforms[:, step, 0].gather(1, masked_index))
+        order = rank(step, masked_index, confidence)
 
         # Re-mask those of the lowest priority. Visible tokens change only by remask_ratio.
-        last = priority.argsort(dim=1, stable=True)[:, :num_left]
-        tokens = tokens.scatter(1, masked_index, sampled_codes.scatter(1, last, mask_id))
-        if num_again := config.num_remasked_at(step, num_tokens, num_given):
+        if config.entropy_bound is None:
+            num_revealed = num_masked - config.num_left_at(step, num_tokens, num_given)
+        else:
+            is_last = step == config.num_steps - 1
+            num_revealed = num_masked if is_last else _num_within(config.entropy_bound, log_probs, order)
+        num_left = order.shape[1] - num_revealed
+        tokens = tokens.scatter(1, masked_index, sampled_codes.scatter(1, order[:, :num_left], mask_id))
+        num_computed = config.num_computed_at(step, num_tokens, num_given)
+        if num_computed and not config.is_local_at(step):
+            predict.keep(masked_index.gather(1, order[:, order.shape[1] - num_computed :]))
+        num_again = config.num_remasked_at(step, num_tokens, num_given)
+        if num_again:
             noise = uniforms[:, step, 2].masked_fill(~was_visible | is_given, float("inf"))
             again = noise.argsort(dim=1, stable=True)[:, :num_again]
             tokens = tokens.scatter(1, again, mask_id)
-            previous = _forgotten(previous, again.repeat(num_passes, 1)) if previous is not None else None
+            predict.forget(again)
+        num_masked += num_again - num_revealed
         states.append(tokens)
-    return states
+        if config.entropy_bound is not None and not num_masked:
+            break
+    return states + [tokens] * (config.num_steps + 1 - len(states))
 
 
-def _first_step(
-    model: ENAT, tokens: Tensor, prepared: PreparedCondition, alike: tuple[Tensor, Tensor], num_passes: int
-) -> ENATOutput:
-    """Nothing is visible yet: images of one label, and all unconditional passes, see the same and are computed once."""
-    rows, place = alike
-    if num_passes == 2:
-        num_images = len(place)
-        place = torch.cat([place, torch.full_like(place, len(rows))])
-        rows = torch.cat([rows, torch.full_like(rows[:1], num_images)])
-    output = model(tokens[:1].expand(len(rows), -1), prepared[rows], None, num_masked=tokens.shape[1], logits="masked")
-    logits, features, mask, index = (part[place] for part in (output.logits, output.features, output.mask, output.masked_index))
-    return ENATOutput(logits, features, mask, index, output.num_masked)
+def _num_within(bound: float, log_probs: Float32[Tensor, "1 M V"], order: Int64[Tensor, "1 M"]) -> int:
+    """Tokens to reveal, of those in `order` from the last to be revealed to the first. Waits for the device."""
+    entropies = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(dim=-1).gather(1, order.flip(1))
+    within = entropies.cumsum(dim=1) - entropies.cummax(dim=1).values <= bound
+    return max(1, int(within.sum()))
 
 
 def _alike(labels: Tensor | TextCondition, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -191,6 +206,18 @@ def _alike(labels: Tensor | TextCondition, device: torch.device) -> tuple[Tensor
     places = {label: place for place, label in enumerate(first)}
     rows, place = [*first.values()], [places[label] for label in labels.tolist()]
     return torch.tensor(rows, device=device), torch.tensor(place, device=device)
+
+
+def _draw(
+    config: SamplerConfig, step: int, log_probs: Float32[Tensor, "B M V"], uniform: Float32[Tensor, "B M"]
+) -> tuple[Int64[Tensor, "B M"], Float32[Tensor, "B M"]]:
+    """A code for every token, and its confidence: its untempered log-probability, unless the order chooses positions first."""
+    temperature, options = config.sampling_temperature_at(step), (config.top_k, config.top_p)
+    if config.reveal_order == "moment":
+        weights, confidence = _moments(log_probs, temperature, config.remask_temperature_at(step))
+        return _draw_codes(weights, 1.0 if temperature else 0.0, uniform, *options), confidence
+    sampled_codes = _draw_codes(log_probs, temperature, uniform, *options)
+    return sampled_codes, log_probs.gather(-1, sampled_codes[..., None])[..., 0]
 
 
 def _draw_codes(
@@ -210,6 +237,34 @@ def _draw_codes(
     last = (cumulative - probs < top_p).sum(dim=-1, keepdim=True).sub_(1)  # fewest that hold top_p, at least one
     drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative.gather(-1, last), right=True)
     return codes.gather(-1, torch.minimum(drawn, last))[..., 0]
+
+
+class _Ranking:
+    """Which of the masked tokens a step reveals first: by confidence with noise, or in an order that is fixed beforehand.
+
+    The local steps of a group keep the order of its full step, unless they compute all masked tokens.
+    """
+
+    def __init__(
+        self, config: SamplerConfig, uniforms: Float32[Tensor, "B N K L"], halton_rank: Int64[Tensor, " L"] | None
+    ) -> None:
+        self.config, self.uniforms = config, uniforms
+        self.fixed = _fixed_priority(config, uniforms, halton_rank)
+        self.of_group: Float32[Tensor, "B L"] | None = None
+
+    def __call__(self, step: int, masked_index: Int64[Tensor, "B M"], confidence: Float32[Tensor, "B M"]) -> Int64[Tensor, "B M"]:
+        """Places in masked_index, from the last to be revealed to the first."""
+        if self.fixed is not None:
+            priority = self.fixed.gather(1, masked_index)
+        elif self.config.is_local_at(step) and self.config.local_tokens == "group":
+            assert self.of_group is not None
+            priority = self.of_group.gather(1, masked_index)
+        else:
+            noise = self.uniforms[:, step, 1].gather(1, masked_index)
+            priority = confidence - self.config.remask_temperature_at(step) * torch.log(-torch.log(noise))
+            if len(self.config.group_at(step)) > 1:
+                self.of_group = torch.zeros_like(self.uniforms[:, 0, 0]).scatter(1, masked_index, priority)
+        return priority.argsort(dim=1, stable=True)
 
 
 def _fixed_priority(config: SamplerConfig, uniforms: Tensor, halton_rank: Tensor | None) -> Tensor | None:
@@ -240,11 +295,6 @@ def _moments(log_probs: Float32[Tensor, "B M V"], temperature: float, remask_tem
     return joint, scale * joint.logsumexp(dim=-1)
 
 
-def _forgotten(previous: ENATOutput, again: Int64[Tensor, "B K"]) -> ENATOutput:
-    """Without the features of tokens that are masked again: for the next step, they were never visible."""
-    return replace(previous, mask=previous.mask.scatter(1, again, True), num_masked=previous.num_masked + again.shape[1])
-
-
 def draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int, num_kinds: int = 2) -> Float32[Tensor, "B N K L"]:
     """All randomness of a call, in (0, 1): for drawing codes, for ranking them, and with K = 3 for masking again.
 
@@ -253,11 +303,6 @@ def draw_uniforms(seeds: Sequence[int], num_steps: int, num_tokens: int, num_kin
     shape = (num_steps, num_kinds, num_tokens)
     drawn = torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
     return drawn.clamp_min(2.0**-25)  # log(0) would turn zero noise into NaN
-
-
-def _rows(output: ENATOutput, images: slice) -> ENATOutput:
-    """The reusable part of an output, for some images."""
-    return replace(output, features=output.features[images], mask=output.mask[images])
 
 
 def _concatenate(first: Tensor | TextCondition, second: Tensor | TextCondition) -> Tensor | TextCondition:
@@ -283,6 +328,20 @@ def _check(model: ENAT, labels: Tensor | TextCondition, seeds: Sequence[int]) ->
         raise ValueError(
             f"labels range from {int(labels.min())} to {int(labels.max())}; this model has labels 0 to {model.config.null_label}"
         )
+
+
+def _check_guide(model: ENAT, guide: ENAT, config: SamplerConfig) -> None:
+    if guide.training:
+        raise ValueError("the guide is in training mode; call guide.eval() first")
+    for name in ("codebook_size", "grid_size", "num_classes", "text_width", "num_text_tokens"):
+        own, other = getattr(model.config, name), getattr(guide.config, name)
+        if own != other and (name != "num_text_tokens" or model.config.text_width is not None):
+            raise ValueError(
+                f"the guide has {name} {other}, and the model {own}; a guide predicts the same codes for the same conditions"
+            )
+    if config.guide_layers is not None:
+        raise ValueError("guide_layers and a guide model are both given; guidance leads away from one of them, so leave one out")
+    config.check_model(guide.config)
 
 
 def _count_given(model: ENAT, start: Tensor, num_images: int) -> int:

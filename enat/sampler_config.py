@@ -15,6 +15,7 @@ from enat import schedule
 from enat.config import ENATConfig, check_choices, check_in
 
 LOWEST_TEMPERATURE = 1e-3
+LOCAL_TOKENS = ("group", "masked")
 _ORDERS_BY_CONFIDENCE = ("confidence", "moment")
 IMAGES_PER_PASS = 32  # that are sampled together, by default; see enat.passes
 # A list of values, one a step -> the fields that it replaces. In values_beside the first of these replaces the list in turn.
@@ -87,15 +88,42 @@ class SamplerConfig:
     """Share of the tokens revealed by earlier steps that each step masks again, drawn at random, which can correct errors (ReMDM at
     a constant rate, arXiv 2503.00307). Given tokens stay, and features of tokens that are masked again are not reused. Not for
     models that reuse features of masked tokens."""
+    entropy_bound: float | None = _later(None)
+    """Reveal as many tokens at each step as this bound allows, in place of a schedule: in the reveal order, while the sum of the
+    entropies of their predictions without the largest one is at most the bound; at least one token (EB-Sampler, arXiv 2505.24857).
+    num_steps is then the most passes, of which the last reveals all that remain. Entropies are those of the guided prediction,
+    before temperature, top_k and top_p, so high temperatures reveal codes that the bound does not stand for. An image that is done
+    early never reaches the end of a schedule: take constant ones. Images are computed one by one, because each has its own numbers.
+    Null follows the schedule. Unit: nats."""
+    guide_layers: int | None = _later(None)
+    """Self-guidance: guide away from what the model predicts without its later layers, instead of from its prediction for the null
+    label. Logits are early + w (full - early), both for the same label, where w is guidance_scale with its schedule; 1 is off. One
+    pass suffices, and models without labels can be guided. With an encoder, "early" is the prediction from the first guide_layers
+    of its blocks: the decoder, which is shallow, runs twice, and a step without newly visible tokens is not guided. In plain NAT it
+    is the output head after the first guide_layers of all blocks. Autoguidance (arXiv 2406.02507) guides away from a smaller, less
+    trained model; that the first layers stand for it is this library's choice, and needs no training. Null takes the null label."""
+    local_steps: int = _later(0)
+    """Cheap steps after each full one, of the num_steps, for plain NAT (ReCAP, arXiv 2505.19089): a local step computes few tokens,
+    which attend to the keys and values that the full step left of all others. The full step ranks the masked tokens, and those that
+    it and its local steps will reveal are their group. Published: what is kept, that the group is computed, and that it keeps the
+    order in which the full step ranked it. Ours: a code that is drawn for ranking is also the one that is revealed, and
+    temperatures and guidance follow the steps. Not for models with an encoder or with reuse, which save the same work by
+    training."""
+    local_start: int = _later(0)
+    """Steps at the beginning that are all full; the published runs have 12 of 32 or 8 of 16, with local_steps 1."""
+    local_tokens: str = _later("group")
+    """Tokens that local steps compute: their "group" (published), or all that were "masked" at the full step, which then are ranked
+    anew by each local step (not published): only tokens that were visible there are kept."""
 
     def __post_init__(self) -> None:
-        check_in(self, "[1, inf)", "num_steps", "top_k")
+        check_in(self, "[1, inf)", "num_steps", "top_k", "guide_layers")
         check_in(self, "[0, inf)", "guidance_scale", "sampling_temperature", "remask_temperature")
         check_in(self, "(0, inf)", "guidance_power")
         check_in(self, "(0, 1]", "top_p")
         check_in(self, "[0, 1)", "remask_ratio")
+        check_in(self, "[0, inf)", "entropy_bound", "local_steps", "local_start")
         check_choices(self, mask_schedule=schedule.MASK_SCHEDULES, guidance_schedule=schedule.GUIDANCE_SCHEDULES)
-        check_choices(self, reveal_order=schedule.REVEAL_ORDERS)
+        check_choices(self, reveal_order=schedule.REVEAL_ORDERS, local_tokens=LOCAL_TOKENS)
         for name in ("sampling_temperature_schedule", "remask_temperature_schedule"):
             check_choices(self, **{name: schedule.TEMPERATURE_SCHEDULES})
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
@@ -104,6 +132,7 @@ class SamplerConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
                 self._check_list(name)
         self._check_drawing()
+        self._check_numbers()
 
     def _check_list(self, name: str) -> None:
         values = getattr(self, name)
@@ -143,6 +172,29 @@ class SamplerConfig:
                 if getattr(self, name) != _DEFAULTS[name]:
                     value = getattr(self, name)
                     raise ValueError(f"{name} is {value}, but at sampling_temperature 0 nothing is drawn; leave {name} out")
+
+    def _check_numbers(self) -> None:
+        """Of tokens that steps reveal."""
+        if self.entropy_bound is not None:
+            for name in ("mask_schedule", "mask_ratios", "remask_ratio", "local_steps"):
+                if getattr(self, name) != _DEFAULTS[name]:
+                    raise ValueError(
+                        f"entropy_bound chooses how many tokens a step reveals; leave out {name} {getattr(self, name)!r}, which "
+                        "belongs to a schedule"
+                    )
+        if self.local_steps:
+            if self.remask_ratio:
+                raise ValueError(
+                    f"local_steps is {self.local_steps}, and what they keep of tokens would not hold once remask_ratio masks them "
+                    "again; set one of them to 0"
+                )
+            if self.local_start + self.local_steps >= self.num_steps:
+                raise ValueError(
+                    f"local_steps is {self.local_steps} after local_start {self.local_start}, but there are {self.num_steps} "
+                    "steps, and the first of a group is full; take fewer"
+                )
+        elif self.local_start or self.local_tokens != _DEFAULTS["local_tokens"]:
+            raise ValueError("local_start and local_tokens are for local_steps, of which there are none; leave them out")
 
     def values_beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The values of this sampler that remain valid once the given ones are set.
@@ -196,7 +248,8 @@ class SamplerConfig:
         `num_tokens`: all L of an image.   `num_given`: how many of them are given, 0 to L-1. Without given tokens, counts are
         rounded down (published). With given tokens few remain: rounding down would draw the first of them alone, at the first
         step, at a high temperature and without guidance. Counts are then rounded to the nearest, and one token is left for the
-        last step. Tokens that are masked again (remask_ratio) are added.
+        last step. Tokens that are masked again (remask_ratio) are added. With entropy_bound these are the most tokens that may
+        still be masked.
         """
         return self._scheduled_at(step, num_tokens, num_given) + self.num_remasked_at(step - 1, num_tokens, num_given)
 
@@ -216,6 +269,8 @@ class SamplerConfig:
         num_made = num_tokens - num_given
         if step in (0, self.num_steps):
             return num_made if step == 0 else 0
+        if self.entropy_bound is not None:
+            return max(0, num_made - step)
         if self.mask_ratios is not None:
             ratio = self.mask_ratios[step - 1]
         else:
@@ -224,6 +279,18 @@ class SamplerConfig:
 
     def check_model(self, model: ENATConfig) -> None:
         """Raises ValueError for settings that do not go together with the model."""
+        stack, num_layers = ("encoder", model.encoder_layers) if model.encoder_layers else ("decoder", model.decoder_layers)
+        if self.guide_layers is not None and self.guide_layers >= num_layers:
+            choices = f"choose 1 to {num_layers - 1}" if num_layers > 1 else "leave it out"
+            raise ValueError(
+                f"guide_layers is {self.guide_layers}, but the {stack} of this model has {num_layers} layers, and the guide must "
+                f"have fewer; {choices}"
+            )
+        if self.local_steps and (model.encoder_layers or model.decoder_attention != "full" or model.reuse):
+            raise ValueError(
+                f"local_steps is {self.local_steps}, but this model is not a plain NAT (encoder_layers 0, decoder_attention "
+                "'full', reuse false), of which a full step can leave keys and values of every token; set local_steps to 0"
+            )
         if self.remask_ratio and self.reuse and model.reuses_masked:
             raise ValueError(
                 f"remask_ratio is {self.remask_ratio}, but this model reuses features of masked tokens, and those of tokens that "
@@ -235,18 +302,66 @@ class SamplerConfig:
         num_masked = self.num_masked_at(step, model.num_tokens, num_given)
         return self.reuse and model.reuse and (model.reuses_masked or num_masked < model.num_tokens)
 
-    def num_passes_at(self, step: int, model: ENATConfig, num_given: int = 0) -> int:
+    def group_at(self, step: int) -> range:
+        """The steps of the group that `step` is in: a full one, and its local ones. Without local_steps every step is a group."""
+        first = step
+        if self.local_steps and step >= self.local_start:
+            first -= (step - self.local_start) % (1 + self.local_steps)
+        last = first + self.local_steps if first >= self.local_start else first
+        return range(first, min(last + 1, self.num_steps))
+
+    def is_local_at(self, step: int) -> bool:
+        return step != self.group_at(step).start
+
+    def num_computed_at(self, step: int, num_tokens: int, num_given: int = 0) -> int:
+        """Tokens that the local steps of the group of `step` compute, of which each has some masked; 0 without local steps."""
+        group = self.group_at(step)
+        if len(group) == 1:
+            return 0
+        num_masked = self.num_masked_at(group.start, num_tokens, num_given)
+        num_left = self.num_left_at(group[-1], num_tokens, num_given)
+        return num_masked - (num_left if self.local_tokens == "group" or num_left == num_masked else 0)
+
+    def num_predicted_at(self, step: int, num_tokens: int, num_given: int = 0) -> int:
+        """Tokens whose codes `step` predicts: the masked ones, in a local step those that it computes."""
+        num_masked = self.num_masked_at(step, num_tokens, num_given)
+        if not self.is_local_at(step):
+            return num_masked
+        num_kept = self.num_masked_at(self.group_at(step).start, num_tokens, num_given)
+        return num_masked - (num_kept - self.num_computed_at(step, num_tokens, num_given))
+
+    def unguided(self) -> SamplerConfig:
+        """This sampler without guidance."""
+        return self.replaced(**{name: _DEFAULTS[name] for name in _REPLACED_BY_LIST["guidance_scales"]} | {"guidance_scale": 1.0})
+
+    def num_passes_at(self, step: int, model: ENATConfig, num_given: int = 0, *, has_guide: bool = False) -> int:
         """2 with an unconditional pass, 1 without.
 
         In an unguided step the unconditional pass matters only through its features, which a later guided step reuses: each pass
         reuses its own. At step 0 without given tokens nothing is visible, so no visible token can be reused later. An
-        unconditional model has no second condition to guide away from.
+        unconditional model has no second condition to guide away from, and self-guidance (guide_layers) takes none. What a full
+        step leaves to its local steps is needed for the passes of each. The same holds for the pass of another model that guides
+        (has_guide: `model` is its architecture).
         """
-        if not model.is_conditional:
+        if (not model.is_conditional and not has_guide) or self.guide_layers is not None:
             return 1
         is_guided_later = any(self.guidance_at(later) != 1.0 for later in range(step + 1, self.num_steps))
+        if not self.is_local_at(step) and any(self.guidance_at(local) != 1.0 for local in self.group_at(step)):
+            return 2
         counts = self.guidance_at(step) != 1.0 or (is_guided_later and self.leaves_features_at(step, model, num_given))
         return 2 if counts else 1
+
+    def guides_itself_at(self, step: int, model: ENATConfig, num_given: int = 0) -> bool:
+        """Whether the pass of `step` also predicts with the first layers only, which differs if it encodes new tokens."""
+        if self.guide_layers is None or self.guidance_at(step) == 1.0:
+            return False
+        if not model.encoder_layers:
+            return True
+        num_new = model.num_tokens - self.num_masked_at(step, model.num_tokens, num_given)
+        if step and model.reuses_visible and self.leaves_features_at(step - 1, model, num_given):
+            counts = (self.num_masked_at, self.num_remasked_at)
+            num_new -= model.num_tokens - sum(count(step - 1, model.num_tokens, num_given) for count in counts)
+        return num_new > 0
 
 
 _DEFAULTS = {each.name: each.default for each in fields(SamplerConfig)}

@@ -156,6 +156,7 @@ COLUMNS = (
     Column("worker_seconds_per_image", "worker s/image", short, rank=13, by_device=True),
     Column("peak_memory_gb", "peak GB", short, rank=13, by_device=True),
     Column("gmacs_executed", "GMACs executed", short, rank=14),
+    Column("passes_per_image", "passes/image", short, rank=14),
 )
 _HIDDEN_IF_ZERO = ("cost/total_device_hours", "device_seconds_per_image")  # without an accelerator
 

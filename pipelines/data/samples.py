@@ -17,13 +17,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from enat.config import ENATConfig
-from enat.cost import Cost, generation_cost
+from enat.cost import Cost, generation_cost, mean_cost, with_decoder
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -37,18 +38,60 @@ _CAPTION_STREAM, _ROW_STREAM, _MASK_STREAM = 1, 2, 3  # independent draws from o
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuredPasses:
+    """Means over samples whose passes depend on what is sampled, as with sampler.entropy_bound.
+
+    num_masked: tokens in the input of each step, 0 in a step that a sample did not need.   cost: without the tokenizer's decoder.
+    """
+
+    num_passes: float
+    num_masked: tuple[float, ...]
+    cost: Cost
+
+    @classmethod
+    def of(
+        cls,
+        num_masked: np.ndarray,
+        architecture: ENATConfig,
+        sampler: SamplerConfig,
+        num_given: int,
+        guide: ENATConfig | None = None,
+    ) -> MeasuredPasses:
+        """`num_masked`: integers (R, steps).   `guide`: architecture of another model that guides."""
+        rows, counts = np.unique(num_masked, axis=0, return_counts=True)
+        settings: dict[str, Any] = {"num_given": num_given, "guide": guide}
+        costs = [generation_cost(architecture, sampler, num_masked=row, **settings) for row in rows.tolist()]
+        means = num_masked.mean(axis=0).tolist()
+        return cls(
+            num_passes=float((num_masked > 0).sum(axis=1).mean()), num_masked=tuple(means), cost=mean_cost(costs, counts.tolist())
+        )
+
+    @classmethod
+    def merged(cls, parts: Sequence[MeasuredPasses], sizes: Sequence[int]) -> MeasuredPasses:
+        """The means of all parts. `sizes`: samples of each."""
+        return cls(
+            num_passes=float(np.average([part.num_passes for part in parts], weights=sizes)),
+            num_masked=tuple(np.average([part.num_masked for part in parts], axis=0, weights=sizes).tolist()),
+            cost=mean_cost([part.cost for part in parts], sizes),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplesSummary(Summary):
     """How samples were made. num_classes: of the model.   labels: how labels were chosen, in words.   device: names of devices.
 
     mask_ratio: share of the codes of a token map that was masked to begin with; None for samples that began with nothing.
     batch_size: images that the model computed together.   num_samples: of one replicate.
     train_steps: of the weights, None for the last step of the training.   ema_length: of their average, None for the usual one.
+    guide_steps: of the earlier weights that guide, None for the null condition.
+    measured: passes of samples that each take their own number; None where the sampler determines it, and before they are made.
     """
 
     num_samples: int
     replicates: int = 1
     train_steps: int | None = None
     ema_length: float | None = None
+    guide_steps: int | None = None
     shard_size: int
     num_classes: int
     labels: str
@@ -57,6 +100,7 @@ class SamplesSummary(Summary):
     mask_ratio: float | None = None
     precision: str = "fp32"
     batch_size: int
+    measured: MeasuredPasses | None = None
 
     @property
     def has_each_class_in_turn(self) -> bool:
@@ -219,10 +263,17 @@ def read_samples(
 
 
 def image_cost(samples: Manifest, model: Manifest, tokenizer: Manifest) -> Cost:
-    """The cost of generating one sample."""
+    """The cost of generating one sample, and the mean of the samples if it depends on them."""
     architecture, made = ModelSummary.read(model).model, SamplesSummary.read(samples)
-    num_given = num_given_of(made, architecture)
-    return generation_cost(architecture, made.sampler, TokenizerSummary.read(tokenizer).config, num_given=num_given)
+    if made.measured is not None:
+        return with_decoder(made.measured.cost, TokenizerSummary.read(tokenizer).config)
+    return with_decoder(samples_cost(made, architecture), TokenizerSummary.read(tokenizer).config)
+
+
+def samples_cost(made: SamplesSummary, architecture: ENATConfig) -> Cost:
+    """Of one sample, without the tokenizer's decoder; where the cost depends on the samples, the upper bound."""
+    guide = architecture if made.guide_steps is not None else None
+    return generation_cost(architecture, made.sampler, num_given=num_given_of(made, architecture), guide=guide)
 
 
 def num_given_of(samples: SamplesSummary, architecture: ENATConfig) -> int:

@@ -53,7 +53,8 @@ _NOTHING = Range(value=0.0, low=0.0, high=0.0)
 class StagePrediction:
     """Of one stage that is to be computed.
 
-    problem: a sentence, if nothing can be predicted.   workers: of the stage, None if it runs on the driver.
+    is_most: whether it is an upper bound.   problem: a sentence, if nothing can be predicted.
+    workers: of the stage, None if it runs on the driver.
     num_measured: earlier artifacts with which the rate of its longest work was measured; 0 if that rate is computed.
     """
 
@@ -65,6 +66,7 @@ class StagePrediction:
     num_measured: int = 0
     workers: Workers | None = None
     problem: str | None = None
+    is_most: bool = False
 
     @property
     def source(self) -> str:
@@ -204,6 +206,7 @@ def _of_works(
         size=foreseen.size,
         num_measured=longest[1].num_measured if longest is not None else 0,
         workers=workers,
+        is_most=any(work.is_most for work, _ in timed),
     )
 
 

@@ -45,6 +45,12 @@ def show_total(prediction: Prediction, console: Console) -> None:
         money = prediction.money
         costs.append(f"{money.value:,.2f} {prediction.currency} ({money.low:,.2f} to {money.high:,.2f})")
     console.print(f"{', '.join(costs)}", highlight=False)
+    if most := [node for node, stage in prediction.stages.items() if stage.is_most]:
+        console.print(
+            f"[yellow]![/] {', '.join(most)}: an upper bound, because sampler.entropy_bound chooses the passes of each image",
+            highlight=False,
+            soft_wrap=True,
+        )
     for problem in dict.fromkeys(stage.problem for stage in prediction.stages.values() if stage.problem is not None):
         console.print(f"[yellow]![/] not predicted: {problem}", highlight=False, soft_wrap=True)
 
@@ -75,6 +81,7 @@ def stage_to_json(stage: StagePrediction | None) -> dict[str, Any] | None:
         "device_hours": stage.device_hours.value,
         "bytes": stage.size,
         "artifacts_measured": stage.num_measured,
+        "is_upper_bound": stage.is_most,
     }
 
 

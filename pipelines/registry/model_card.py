@@ -229,6 +229,7 @@ def _training(manifest: Manifest) -> str:
 def _cost(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
     sampler, provenance = _sampler(manifest), manifest.provenance
     cost = generation_cost(ModelSummary.read(manifest).model, sampler, _tokenizer_config(inputs))
+    most = "at most " if sampler.entropy_bound is not None else ""
     rows = [
         ("making it, worker-seconds", f"{provenance['worker_seconds']:,.1f}"),
         ("making it, device-seconds", f"{provenance['device_seconds']:,.1f}"),
@@ -236,7 +237,7 @@ def _cost(manifest: Manifest, inputs: Mapping[str, Manifest]) -> str:
         ("one image, as this code does", f"{cost.executed_total_macs / 1e9:,.4g} GMACs"),
     ]
     return (
-        f"{table(rows)}\n\nAn image is {sampler.num_steps} steps at guidance {sampler.guidance_scale:g}, and the tokenizer's "
+        f"{table(rows)}\n\nAn image is {most}{sampler.num_steps} steps at guidance {sampler.guidance_scale:g}, and the tokenizer's "
         "decoder. A MAC is one multiply-accumulate of a linear layer, convolution or attention product; they are counted from the "
         "architecture."
     )

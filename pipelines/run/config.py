@@ -304,18 +304,22 @@ def _check(run: RunConfig, is_dataset_here: bool) -> None:
 def _check_kept_weights(run: RunConfig, is_trained: bool) -> None:
     """Raises ValueError if the training does not keep the weights that samples are asked from."""
     generate, execution = run.generate, run.train.execution
-    for name, value in (("checkpoint", generate.checkpoint), ("ema_length", generate.ema_length)):
+    steps = {"checkpoint": generate.checkpoint, "guide_checkpoint": generate.guide_checkpoint}
+    for name, value in {**steps, "ema_length": generate.ema_length}.items():
         if run.train.weights is not None and value is not None:
             raise ValueError(f"generate.{name} would be ignored, because train.weights are published weights; set it to null")
-    if is_trained and generate.ema_length is not None and not execution.ema_lengths:
+    if not is_trained:
+        return
+    if generate.ema_length is not None and not execution.ema_lengths:
         raise ValueError("generate.ema_length needs averages of the training; set train.execution.ema_lengths, such as [0.05, 0.1]")
-    step, keep_every = generate.checkpoint, execution.keep_every
-    if is_trained and step is not None and step != run.train.num_steps and (keep_every is None or step % keep_every):
-        raise ValueError(
-            f"generate.checkpoint is {step}; set train.execution.keep_every to a divisor of it, so that its weights are kept"
-        )
-    if is_trained and step is not None and step > run.train.num_steps:
-        raise ValueError(f"generate.checkpoint is {step}; it must be at most train.num_steps, which is {run.train.num_steps}")
+    last, keep_every = run.train.num_steps, execution.keep_every
+    for name, step in steps.items():
+        if step is not None and step != last and (keep_every is None or step % keep_every):
+            raise ValueError(
+                f"generate.{name} is {step}; set train.execution.keep_every to a divisor of it, so that its weights are kept"
+            )
+        if step is not None and step > last:
+            raise ValueError(f"generate.{name} is {step}; it must be at most train.num_steps, which is {last}")
 
 
 def _value_at(run: RunConfig, key: str) -> Any:

@@ -26,7 +26,7 @@ class PassSampler:
     """Samples of a model by their index in a run.
 
     conditions: sample indices int64 (P,) -> labels int64 (P,), or captions.   starts: indices -> initial tokens, int64 (P, L).
-    loop: of enat.sampler.sample.
+    guide, loop: of enat.sampler.sample.
     """
 
     model: ENAT
@@ -36,6 +36,7 @@ class PassSampler:
     is_bf16: bool
     conditions: Callable[[np.ndarray], Tensor | TextCondition]
     starts: Callable[[np.ndarray], Tensor | None] = lambda _: None
+    guide: ENAT | None = None
     loop: Loop | None = None
 
     def states(self, index: range) -> Tensor:
@@ -53,6 +54,7 @@ class PassSampler:
                 self.sampler,
                 seeds=seeds,
                 start=self.starts(samples),
+                guide=self.guide,
                 loop=self.loop,
                 return_trajectory=True,
             )

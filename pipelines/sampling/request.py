@@ -50,6 +50,13 @@ class SampleRequest:
     outputs: tuple[str, ...] = OUTPUTS
     region: Region | None = None
 
+    def __post_init__(self) -> None:
+        if self.is_graphed and self.sampler.entropy_bound is not None:
+            raise ValueError(
+                "--cuda-graph records a sampler whose numbers of tokens are fixed, and entropy_bound chooses them at each step; "
+                "leave one of them out"
+            )
+
     @property
     def num_asked(self) -> int:
         return len(self.labels or self.captions)

@@ -410,12 +410,14 @@ def _counted(inputs: Mapping[str, Manifest]) -> dict[str, float]:
     if inputs["samples"].stage == "images":
         return {}
     cost = image_cost(inputs["samples"], inputs["model"], inputs["tokenizer"])
+    measured = SamplesSummary.read(inputs["samples"]).measured
     parts = ("one_pass", "guidance", "transformer", "decoder", "total")
     return {
         **{f"gmacs_{part}": getattr(cost, f"{part}_macs") / 1e9 for part in parts},
         "gmacs_executed": cost.executed_total_macs / 1e9,
         "gflops_total": 2 * cost.total_macs / 1e9,
         "gflops_executed": 2 * cost.executed_total_macs / 1e9,
+        **({} if measured is None else {"passes_per_image": measured.num_passes}),
     }
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from enat.averages import exponent_of
 from enat.config import ENATConfig, check_choices, check_in
-from enat.cost import generation_cost
 from enat.sampler_config import IMAGES_PER_PASS, SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -28,6 +28,7 @@ from pipelines.data.dataset import INDEX
 from pipelines.data.samples import (
     EACH_CLASS,
     NONE,
+    MeasuredPasses,
     SamplePlan,
     Samples,
     SamplesSummary,
@@ -38,6 +39,7 @@ from pipelines.data.samples import (
     num_masked_of,
     sample_label,
     sample_seed,
+    samples_cost,
     shard_name,
     shard_ranges,
     write_samples,
@@ -61,6 +63,7 @@ CAPTION_CHOICES = ("drawn", "in_order")
 PRECISIONS = ("fp32", "bf16")
 _ROW_BYTES = 20  # of a sample without its codes
 AVERAGED = "averaged.safetensors"
+_PASSES = TypeAdapter(MeasuredPasses)
 _MOST_EMA_ERROR = 0.1  # distance of profiles over the norm of the wanted one
 
 
@@ -97,6 +100,11 @@ class GenerateConfig:
     ema_length: float | None = added(None)
     """Generate with an average of the weights of this relative length, put together from those that train.execution.ema_lengths
     kept, in (0, 0.2886]. It ends at `checkpoint`. Null takes the weights averaged by train.ema_decay."""
+    guide_checkpoint: int | None = added(None)
+    """Autoguidance (arXiv 2406.02507): guide away from what the EMA weights of this earlier step of the same training predict for
+    the same label, instead of from the prediction for the null label. train.execution.keep_every keeps such weights.
+    sampler.guidance_scale is w in earlier + w (last - earlier). It costs what guidance by the null label costs, and also guides
+    models without labels. Null takes the null label. Unit: steps."""
     labels: tuple[int, ...] = ()
     """Classes to generate, in turn. Empty takes each class in turn."""
     caption_choice: str = "drawn"
@@ -120,11 +128,21 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_in(self, "[2, inf)", "num_samples")
-        check_in(self, "[1, inf)", "shard_size", "forward_batch_size", "replicates", "checkpoint")
+        check_in(self, "[1, inf)", "shard_size", "forward_batch_size", "replicates", "checkpoint", "guide_checkpoint")
         check_in(self, "(0, 1]", "mask_ratio")
         if self.ema_length is not None:
             exponent_of(self.ema_length)
         check_choices(self, caption_choice=CAPTION_CHOICES, precision=PRECISIONS)
+        if self.guide_checkpoint is not None and self.sampler.guide_layers is not None:
+            raise ValueError(
+                "generate.guide_checkpoint and generate.sampler.guide_layers are both given; guidance leads away from one of them, "
+                "so leave one out"
+            )
+        if self.execution.cuda_graph and self.sampler.entropy_bound is not None:
+            raise ValueError(
+                "generate.execution.cuda_graph records a sampler whose numbers of tokens are fixed, and sampler.entropy_bound "
+                "chooses them at each step; leave one of them out"
+            )
         if self.mask_ratio is not None and self.labels:
             raise ValueError("generate.mask_ratio takes the labels of the token map's rows; give no generate.labels with it")
 
@@ -145,6 +163,8 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
         raise ValueError("this model is conditioned on captions, so generate needs their features; give captions.encoder")
     shards = shard_ranges(config.num_samples, config.shard_size, config.replicates)
     averaged, ema_error = _averaged(config, model, context)
+    if config.guide_checkpoint is not None:
+        weights_of_step(model, config.guide_checkpoint, "generate.guide_checkpoint")
     names = [shard_name(part) for part in range(len(shards))]
     num_samples = config.num_samples * config.replicates
     done = context.store.resume_parts(context.stage, context.key)
@@ -166,15 +186,27 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     records = context.store.read_parts(context.stage, context.key)
     assert list(records) == names and sum(record["rows"] for record in records.values()) == num_samples
     seconds = sum(record["seconds"] + record["start_seconds"] for record in records.values())
+    measured = _measured_passes(list(records.values()))
     return StageResult(
         files=[FileRecord(**record["file"]) for record in records.values()],
         records=[averaged] if averaged is not None else [],
-        summary=_summary(config, architecture, ", ".join(sorted({record["device"] for record in records.values()}))),
-        metrics=_metrics(config, list(records.values())) | ({} if ema_error is None else {"ema_error": ema_error}),
+        summary=_summary(config, architecture, ", ".join(sorted({record["device"] for record in records.values()})), measured),
+        metrics={
+            **_metrics(config, list(records.values())),
+            **({} if ema_error is None else {"ema_error": ema_error}),
+            **({} if measured is None else {"passes_per_image": measured.num_passes}),
+        },
         worker_seconds=seconds,
         device_seconds=config.execution.device_seconds(seconds),
-        work=[_done(config, architecture, list(records.values()))],
+        work=[_done(config, architecture, list(records.values()), measured)],
     )
+
+
+def _measured_passes(records: Sequence[Mapping[str, Any]]) -> MeasuredPasses | None:
+    """Means over the parts; None for a sampler that determines its passes."""
+    parts = [_PASSES.validate_python(record["measured"]) for record in records if record.get("measured") is not None]
+    assert len(parts) in (0, len(records))
+    return MeasuredPasses.merged(parts, [record["rows"] for record in records]) if parts else None
 
 
 def foresee(config: GenerateConfig, inputs: Mapping[str, Any]) -> Foreseen:
@@ -191,26 +223,36 @@ def foresee(config: GenerateConfig, inputs: Mapping[str, Any]) -> Foreseen:
 def _sampling(config: GenerateConfig, architecture: ENATConfig) -> Work:
     summary = _summary(config, architecture, device="")
     num_given = num_given_of(summary, architecture)
-    passes = sum(config.sampler.num_passes_at(step, architecture, num_given) for step in range(config.sampler.num_steps))
+    has_guide = config.guide_checkpoint is not None
+    steps = range(config.sampler.num_steps)
+    passes = sum(config.sampler.num_passes_at(step, architecture, num_given, has_guide=has_guide) for step in steps)
     layers = architecture.encoder_layers + architecture.decoder_layers
     return Work(
         name="sampling",
         count=config.num_samples * config.replicates,
-        macs=generation_cost(architecture, config.sampler, num_given=num_given).executed_transformer_macs,
+        macs=samples_cost(summary, architecture).executed_transformer_macs,
         workers=config.execution,
         num_pieces=len(shard_ranges(config.num_samples, config.shard_size, config.replicates)),
         precision=config.precision,
         batch_size=config.forward_batch_size,
         num_blocks=passes * layers / config.forward_batch_size,
+        is_most=config.sampler.entropy_bound is not None,
     )
 
 
-def _done(config: GenerateConfig, architecture: ENATConfig, records: Sequence[Mapping[str, Any]]) -> Done:
+def _done(
+    config: GenerateConfig, architecture: ENATConfig, records: Sequence[Mapping[str, Any]], measured: MeasuredPasses | None
+) -> Done:
     seconds = sum(record["seconds"] for record in records)
-    return Done(_sampling(config, architecture), seconds, seconds / sum(each["seconds"] / each["num_workers"] for each in records))
+    work = _sampling(config, architecture)
+    if measured is not None:
+        work = replace(work, macs=measured.cost.executed_transformer_macs)
+    return Done(work, seconds, seconds / sum(each["seconds"] / each["num_workers"] for each in records))
 
 
-def _summary(config: GenerateConfig, architecture: ENATConfig, device: str) -> SamplesSummary:
+def _summary(
+    config: GenerateConfig, architecture: ENATConfig, device: str, measured: MeasuredPasses | None = None
+) -> SamplesSummary:
     return SamplesSummary(
         num_samples=config.num_samples,
         replicates=config.replicates,
@@ -220,10 +262,12 @@ def _summary(config: GenerateConfig, architecture: ENATConfig, device: str) -> S
         mask_ratio=config.mask_ratio,
         sampler=config.sampler,
         train_steps=config.checkpoint,
+        guide_steps=config.guide_checkpoint,
         ema_length=config.ema_length,
         precision=config.precision,
         batch_size=config.forward_batch_size,
         device=device,
+        measured=measured,
     )
 
 
@@ -364,11 +408,15 @@ class _Sample:
             weights = task.context.store.fetch(task.model, weights_of_step(task.model, self.config.checkpoint))
         else:
             weights = task.context.store.fetch_file(task.context.stage, task.context.key, task.averaged)
-        self.model = load_enat(weights).to(execution.device)
-        if self.config.precision == "bf16":
-            self.model.hold_bf16()
-        if execution.compile:
-            self.model.compile_blocks()
+        self.model, self.guide = load_enat(weights).to(execution.device), None
+        if self.config.guide_checkpoint is not None:
+            earlier = weights_of_step(task.model, self.config.guide_checkpoint, "generate.guide_checkpoint")
+            self.guide = load_enat(task.context.store.fetch(task.model, earlier)).to(execution.device)
+        for model in filter(None, (self.model, self.guide)):
+            if self.config.precision == "bf16":
+                model.hold_bf16()
+            if execution.compile:
+                model.compile_blocks()
         self.captions = None if task.captions is None else CaptionFeatures.open(task.context.store, task.captions)
         assert self.config.seed is not None
         self.sampler = PassSampler(
@@ -379,6 +427,7 @@ class _Sample:
             is_bf16=self.config.precision == "bf16",
             conditions=self._condition,
             starts=self._start,
+            guide=self.guide,
             loop=GraphedLoop() if execution.cuda_graph else None,
         )
         if execution.compile or execution.device == "cuda":
@@ -397,7 +446,7 @@ class _Sample:
         index = np.array(shard)
         of_plan = index % config.num_samples
         passes = split_into_passes(shard.start, shard.stop, config.forward_batch_size)
-        codes = list(self.pool.map(lambda each: self.sampler.states(each)[:, -1], passes))
+        codes, num_masked = zip(*self.pool.map(self._sample, passes), strict=True)
         samples = Samples(
             index=index,
             labels=plan.labels[of_plan],
@@ -414,12 +463,26 @@ class _Sample:
             "seconds": time.monotonic() - started,
             "start_seconds": self.start_seconds,
             "num_workers": self.num_workers,
+            "measured": self._measured(torch.cat(num_masked).numpy()),
             "peak_memory_gb": peak_memory_gb(config.execution.device),
             "device": device_name(config.execution.device),
         }
         self.start_seconds = 0.0
         self.context.store.put_part(self.context.stage, self.context.key, shard_name(part), record)
         return {"record": [record]}
+
+    def _sample(self, index: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (R, L), and the masked tokens in the input of each step (R, steps)."""
+        states = self.sampler.states(index)
+        return states[:, -1], (states[:, :-1] == self.model.config.mask_id).sum(dim=-1)
+
+    def _measured(self, num_masked: np.ndarray) -> dict[str, Any] | None:
+        """For the record of a part, if what the sampler does depends on the samples."""
+        if self.config.sampler.entropy_bound is None:
+            return None
+        num_given = num_given_of(_summary(self.config, self.model.config, device=""), self.model.config)
+        guide = self.guide.config if self.guide is not None else None
+        return asdict(MeasuredPasses.of(num_masked, self.model.config, self.config.sampler, num_given, guide))
 
     def _warm_up(self) -> None:
         """Sample one pass, in which code is compiled and kernels are loaded: neither is time of an image."""

@@ -305,10 +305,13 @@ def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
     architecture, made = ModelSummary.read(model).model, SamplesSummary.read(samples)
     sampler, cost = made.sampler, image_cost(samples, model, tokenizer)
     num_made = architecture.num_tokens - num_given_of(made, architecture)
-    masked = [*(sampler.num_masked_at(step, num_made) for step in range(sampler.num_steps)), 0]
+    measured = made.measured.num_masked if made.measured is not None else ()
+    masked: list[float] = [*(sampler.num_masked_at(step, num_made) for step in range(sampler.num_steps)), 0]
+    if measured:
+        masked = [*(round(count, 1) for count in measured), 0]
     macs = zip(cost.macs_per_step, cost.executed_macs_per_step, strict=True)
     rows = [
-        (step + 1, f"{masked[step]} of {architecture.num_tokens}", masked[step] - masked[step + 1], *both)
+        (step + 1, f"{masked[step]} of {architecture.num_tokens}", round(masked[step] - masked[step + 1], 1), *both)
         for step, both in enumerate(macs)
     ]
     totals = [
@@ -330,6 +333,7 @@ def _cost(inputs: Mapping[str, Manifest]) -> dict[str, Any]:
         "rows": [*rows, *totals],
         "guidance": "given per step" if sampler.guidance_scales else f"scale {sampler.guidance_scale:g}",
         "measured": [*per_image, *stages],
+        "passes": made.measured.num_passes if made.measured is not None else None,
     }
 
 

@@ -60,8 +60,8 @@ def averages_of(model: Manifest) -> dict[Average, str]:
     return dict(sorted(found.items(), key=lambda each: (each[0].step, each[0].length)))
 
 
-def weights_of_step(model: Manifest, step: int | None) -> str:
-    """The file of a trained model with the EMA weights of a step; None for the last one.
+def weights_of_step(model: Manifest, step: int | None, key: str = "generate.checkpoint") -> str:
+    """The file of a trained model with the EMA weights of a step; None for the last one. key: that asks for the step.
 
     Raises ValueError for a step whose weights were not kept.
     """
@@ -72,7 +72,7 @@ def weights_of_step(model: Manifest, step: int | None) -> str:
     if name not in (kept := {record.name: record for record in model.records}):
         steps = [str(int(each.partition("step-")[2].partition(".")[0])) for each in sorted(kept) if each.startswith("model-step-")]
         raise ValueError(
-            f"generate.checkpoint is {step}, but train/{model.key[:12]} has the weights of steps {', '.join([*steps, str(last)])} "
+            f"{key} is {step}, but train/{model.key[:12]} has the weights of steps {', '.join([*steps, str(last)])} "
             "only. Give one of these, or train again with a train.execution.keep_every that keeps it"
         )
     return name

@@ -31,6 +31,7 @@ class Work:
     num_blocks: transformer blocks that one unit launches, its share of a batch. On a GPU, a launch takes time of its own.
     synced_bytes: that the workers exchange for one unit.
     is_beside: whether it is done at the same time as the work before it.
+    is_most: whether the numbers are upper bounds, because how much there is to do is only known once it is done.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Work:
     num_blocks: float = 0.0
     synced_bytes: float = 0.0
     is_beside: bool = False
+    is_most: bool = False
 
     @property
     def device(self) -> str:

@@ -4,9 +4,11 @@ Unlike plain.py it runs the fast model, which plain.py checks: what differs is t
 Shape legend: B images, L tokens.
 """
 
+import copy
 import dataclasses
 import math
 
+import plain
 import torch
 from scipy.stats import qmc
 
@@ -23,6 +25,9 @@ HALTON = {"reveal_order": "halton", "remask_temperature": 0.0, "mask_schedule": 
 RANDOM = {"reveal_order": "random", "remask_temperature": 0.0}
 MOMENT = {"reveal_order": "moment", "sampling_temperature": 2.0}
 REMASKED = {"remask_ratio": 0.3, "num_steps": 6}
+PLAIN = {"encoder_layers": 0, "decoder_layers": 4, "decoder_attention": "full", "reuse": False}
+LOCAL = {"local_steps": 2, "num_steps": 8, "guidance_schedule": "constant"}
+BOUNDED = {"entropy_bound": 8.0, "num_steps": 6}
 
 
 def some_start(config: ENATConfig, num_given: int, num_images: int = 3, seed: int = 0) -> torch.Tensor:
@@ -105,9 +110,115 @@ def halton(grid_size):
     return list(dict.fromkeys((cells[:, 0] * grid_size + cells[:, 1]).tolist()))
 
 
+def without_later_layers(model, num_layers):
+    """The same weights with the first layers of the encoder, or without an encoder of the decoder."""
+    guide = copy.deepcopy(model)
+    name = "encoder" if len(model.encoder) else "decoder"
+    setattr(guide, name, getattr(guide, name)[:num_layers])
+    return guide
+
+
+def plain_stack(model, tokens, condition, positions, kept, layers=None):
+    """Plain NAT on one image, from the description: tokens at `positions` attend to themselves and to the keys and values in `kept`
+    of all other tokens. -> logits (L, V), those after `layers` blocks, and keys and values of every block, (T + L, 2 D)."""
+    config, head = model.config, model.head
+    text = torch.zeros(0, config.embed_dim)
+    if config.text_width is None:
+        embedding = model.label_embedding.weight[condition]
+    else:
+        embedding, text = (
+            plain.linear(model.pooled_projection, condition.pooled),
+            plain.linear(model.text_projection, condition.hidden),
+        )
+    condition, rows = embedding * torch.sigmoid(embedding), len(text) + torch.tensor(positions)
+    x = plain.layer_norm(model.embedding_norm, model.token_embedding.weight[tokens] + model.position_embedding.weight, 1e-6)
+    x, made, early = x[positions], [], None
+
+    def logits(features):
+        hidden = plain.gelu_exact(plain.linear(head.dense, plain.layer_norm(head.norm_in, features, 1e-5)))
+        scores = plain.layer_norm(head.norm_out, hidden, 1e-5) @ model.token_embedding.weight.t() + head.bias
+        return torch.zeros(len(tokens), config.codebook_size).index_copy(0, torch.tensor(positions), scores[:, :-1])
+
+    for number, weights in enumerate(model.decoder):
+        early = logits(x) if number == layers else early
+        numbers = plain.linear(weights.modulation, condition).split(config.embed_dim)
+        shift, scale, *of_text, gate, shift_mlp, scale_mlp, gate_mlp = numbers
+        own = plain.normalize(x, 1e-6) * (1 + scale) + shift
+        if kept is None:
+            both = torch.zeros(len(text) + len(tokens), 2 * config.embed_dim)
+            if len(text):
+                modulated = plain.normalize(text, 1e-6) * (1 + of_text[1]) + of_text[0]
+                both[: len(text)] = plain.linear(weights.attention.key_value_conditioning, modulated)
+        else:
+            both = kept[number].clone()
+        both[rows] = plain.linear(weights.attention.key_value_own, own)
+        made.append(both)
+        key, value = both.split(config.embed_dim, dim=1)
+        query = plain.linear(weights.attention.query, own)
+        if weights.attention.query_norm is not None:
+            query = plain.normalize_heads(weights.attention.query_norm, query, config.num_heads)
+            key = plain.normalize_heads(weights.attention.key_norm, key, config.num_heads)
+        x = x + gate * plain.linear(weights.attention.project, plain.attend(query, key, value, config.num_heads))
+        hidden = plain.linear(weights.mlp.fc1, plain.normalize(x, 1e-6) * (1 + scale_mlp) + shift_mlp)
+        x = x + gate_mlp * plain.linear(weights.mlp.fc2, plain.gelu_tanh(hidden))
+    return logits(x), early, made
+
+
+class PlainLocal:
+    """Predictions of plain NAT with local steps for one image: conditional and unconditional, each with what its full step left."""
+
+    def __init__(self, model, condition, config, guide):
+        self.config, self.own, self.kept = config, None, {}
+        away = (model, plain.rows(model.null_condition(1))[0]) if guide is None else (guide, condition)
+        self.passes = {"cond": (model, condition), "uncond": away}
+
+    def __call__(self, step, tokens):
+        """Guided logits (L, V)."""
+        is_full = is_full_step(self.config, step)
+        positions = [*range(len(tokens))] if is_full else self.own
+        logits, early = {}, None
+        for name, (model, condition) in self.passes.items():
+            kept = None if is_full else self.kept[name]
+            logits[name], at_layer, made = plain_stack(model, tokens, condition, positions, kept, self.config.guide_layers)
+            early = at_layer if name == "cond" else early
+            if is_full:
+                self.kept[name] = made
+        guide = early if self.config.guide_layers is not None else logits["uncond"]
+        return logits["cond"] + strength(self.config, step) * (logits["cond"] - guide)
+
+
+def is_full_step(config, step):
+    return step < config.local_start or (step - config.local_start) % (config.local_steps + 1) == 0
+
+
+def tokens_left(config, step, num_made, num_tokens):
+    num_left = math.floor(num_made * ratio_left(config, step))
+    if num_made < num_tokens and step < config.num_steps - 1:  # to the nearest, so that few are not all drawn at once
+        num_left = max(1, math.floor(num_made * ratio_left(config, step) + 0.5))
+    return num_left
+
+
+def num_beyond(config, step, log_probs, priority):
+    """Tokens of one image that stay masked: those of the lowest priority, from the first that takes more than the bound on."""
+    if step == config.num_steps - 1:
+        return 0
+    chosen = []
+    for position in sorted((p for p in range(len(priority)) if priority[p] < math.inf), key=lambda p: -priority[p].item()):
+        here = log_probs[position]
+        chosen.append(-sum(math.exp(value) * value for value in here.tolist()))
+        if len(chosen) > 1 and sum(chosen) - max(chosen) > config.entropy_bound:
+            chosen.pop()
+            break
+    return int((priority < math.inf).sum()) - len(chosen)
+
+
 @torch.no_grad()
-def reference_sample(model, labels, config, seeds, start=None):
+def reference_sample(model, labels, config, seeds, start=None, guide=None):
     """All positions are predicted, drawn and ranked at every step, with both passes; visible tokens are then restored."""
+    if config.entropy_bound is not None and len(labels) > 1:
+        starts = [start[row : row + 1] if start is not None else None for row in range(len(labels))]
+        rows = [(labels[row : row + 1], config, seeds[row : row + 1], starts[row]) for row in range(len(labels))]
+        return torch.cat([reference_sample(model, *row, guide) for row in rows])
     (num_images, num_tokens), mask_id = (len(labels), model.config.num_tokens), model.config.mask_id
     tokens = start.clone() if start is not None else torch.full((num_images, num_tokens), mask_id)
     num_made = int((tokens[0] == mask_id).sum())
@@ -115,14 +226,23 @@ def reference_sample(model, labels, config, seeds, start=None):
     noise = torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
     cond = uncond = None
     given, order = tokens != mask_id, halton(side)
+    local = [PlainLocal(model, each, config, guide) for each in plain.rows(labels)] if config.local_steps else []
     for step in range(config.num_steps):
         mask = tokens == mask_id
         reuses = config.reuse and model.config.reuse
-        cond = model(tokens, labels, cond if reuses else None)
+        before, cond = cond, model(tokens, labels, cond if reuses else None)
         logits = cond.logits
-        if model.config.is_conditional:
+        if config.guide_layers is not None:
+            early = without_later_layers(model, config.guide_layers)(tokens, labels, before if reuses else None)
+            logits = logits + strength(config, step) * (logits - early.logits)
+        elif guide is not None:
+            uncond = guide(tokens, labels, uncond if config.reuse and guide.config.reuse else None)
+            logits = logits + strength(config, step) * (logits - uncond.logits)
+        elif model.config.is_conditional:
             uncond = model(tokens, model.null_condition(num_images), uncond if reuses else None)
             logits = logits + strength(config, step) * (logits - uncond.logits)
+        if config.local_steps:
+            logits = torch.stack([each(step, row) for each, row in zip(local, tokens, strict=True)])
         log_probs = logits.double().log_softmax(dim=-1)
         codes, priority = torch.zeros_like(tokens), torch.zeros(tokens.shape, dtype=torch.float64)
         for image in range(num_images):
@@ -145,12 +265,27 @@ def reference_sample(model, labels, config, seeds, start=None):
                     down, right = (int(u * side) for u in noise[image, 0, 1, :2].tolist()) if config.halton_shift else (0, 0)
                     row, column = divmod(position, side)
                     priority[image, position] = -order.index((row - down) % side * side + (column - right) % side)
+        for image, each in enumerate(local):
+            if is_full_step(config, step):
+                last = step
+                while last + 1 < config.num_steps and not is_full_step(config, last + 1):
+                    last += 1
+                masked = sorted(mask[image].nonzero()[:, 0].tolist(), key=lambda at: priority[image, at].item())
+                num_others = tokens_left(config, last, num_made, num_tokens) if config.local_tokens == "group" else 0
+                each.own, each.priority = sorted(masked[num_others:]), priority[image].clone()
+            else:
+                if config.local_tokens == "group":
+                    priority[image] = each.priority
+                others = [at for at in range(num_tokens) if at not in each.own]
+                priority[image, others] = -math.inf
         priority[~mask] = math.inf
         tokens = torch.where(mask, codes, tokens)
-        num_left = math.floor(num_made * ratio_left(config, step))
-        if num_made < num_tokens and step < config.num_steps - 1:  # to the nearest, so that few are not all drawn at once
-            num_left = max(1, math.floor(num_made * ratio_left(config, step) + 0.5))
+        num_left = tokens_left(config, step, num_made, num_tokens)
+        if config.entropy_bound is not None:
+            num_left = num_beyond(config, step, log_probs[0], priority[0])
         tokens.scatter_(1, priority.argsort(dim=1)[:, :num_left], mask_id)
+        if not num_left:
+            break
         if config.remask_ratio and step < config.num_steps - 1:
             again = masked_again(config, noise[:, step, 2], ~mask & ~given)
             tokens = tokens.masked_fill(again, mask_id)

@@ -1,9 +1,11 @@
 """Cost: the published numbers, and the MACs that torch counts while the code runs."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
-from small_models import ARCHITECTURES, conditions, nested_tokens, pairwise_cases, small_config
+from small_models import ARCHITECTURES, TEXT, conditions, nested_tokens, pairwise_cases, small_config, small_enat
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,6 +14,7 @@ from enat.cost import (
     decoder_macs,
     encoder_macs,
     generation_cost,
+    mean_cost,
     mean_training_macs,
     num_parameters,
     num_vqgan_parameters,
@@ -92,7 +95,14 @@ def test_guidance_adds_as_many_macs_and_the_tokenizer_its_decoder():
 
 def counted_macs_per_call(model, run):
     """MACs of each forward pass of the model inside run(), as torch counts them."""
-    totals = []
+    totals, local = [], model.forward_local
+
+    def forward_local(*arguments, **options):
+        output = local(*arguments, **options)
+        totals.append(counter.get_total_flops())
+        return output
+
+    model.forward_local = forward_local  # of which hooks know nothing
     # The counter knows the products of plain attention, not the fused CPU kernel.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         handle = model.register_forward_hook(lambda *_: totals.append(counter.get_total_flops()))
@@ -113,6 +123,22 @@ SETTINGS = [
     {"guidance_interval": (0.4, 0.7), "remask_ratio": 0.0},
     {"remask_ratio": 0.4, "reuse": False},
 ]
+_PLAIN = {"encoder_layers": 0, "decoder_layers": 4, "decoder_attention": "full", "reuse": False}
+GUIDES = [
+    ({**architecture, **more}, {"guide_layers": 1, "guidance_schedule": "constant", **options}, given)
+    for architecture in (_PLAIN, *({"decoder_attention": kind} for kind in DECODER_ATTENTIONS), {"reused_features": "all"})
+    for more, options, given in (({}, {}, 0), (TEXT, {"num_steps": 20}, 7), ({"num_classes": 0}, {"reuse": False}, 0))
+]
+LOCAL_STEPS = [
+    ({**_PLAIN, **more}, {"num_steps": 8, "local_steps": 2, **options}, given)
+    for more, options, given in (
+        ({}, {}, 0),
+        (TEXT, {"local_tokens": "masked", "guidance_interval": (0.3, 0.5)}, 0),
+        ({}, {"guidance_scale": 1.0, "local_start": 3}, 7),
+        (TEXT, {"guide_layers": 3, "num_steps": 30, "local_steps": 4}, 0),
+        ({"num_classes": 0, "qk_norm": True}, {"guide_layers": 1, "guidance_schedule": "constant"}, 0),
+    )
+]
 OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_size": 5, "mlp_ratio": 2}
 
 
@@ -123,6 +149,8 @@ OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_
         for a, b, c, d, settings, given in pairwise_cases(*ARCHITECTURES, SETTINGS, [0, 1, 11, 15])
     ]
     + [(OTHER_SIZES, {}, 0), (OTHER_SIZES, {}, 9)]
+    + GUIDES
+    + LOCAL_STEPS
     + [({}, {"remask_ratio": 0.4}, 0), ({"decoder_attention": "full"}, {"remask_ratio": 0.2}, 5)]
     + [({"grid_size": 2, "decoder_attention": kind}, {}, 0) for kind in DECODER_ATTENTIONS],  # the last step finds nothing masked
     ids=str,
@@ -132,7 +160,92 @@ def test_executed_macs_are_those_of_a_run_of_the_sampler(architecture, settings,
     config = SamplerConfig(**{"num_steps": 8 if model.config.grid_size == 2 else 6, **settings})
     (start,) = nested_tokens(model.config, [model.config.num_tokens - num_given], num_images=1)
     counted = counted_macs_per_call(model, lambda: sample(model, conditions(model, 1), config, seeds=[0], start=start))
-    assert counted == generation_cost(model.config, config, num_given=num_given).executed_macs_per_step
+    expected = generation_cost(model.config, config, num_given=num_given).executed_macs_per_step
+    assert counted == tuple(macs for macs in expected if macs or not config.local_steps)  # which are left out where nothing is left
+
+
+@pytest.mark.parametrize(
+    ("architecture", "of_guide", "settings"),
+    [
+        ({}, {"encoder_layers": 1, "embed_dim": 16}, {}),
+        ({}, {"reuse": False}, {"guidance_schedule": "constant"}),
+        ({"reuse": False}, {}, {"guidance_scale": 1.0}),
+        ({"num_classes": 0}, {"num_classes": 0, "embed_dim": 48}, {"guidance_interval": (0.3, 0.8)}),
+        (_PLAIN, {**_PLAIN, "decoder_layers": 2}, {"local_steps": 2, "guidance_scales": (1.0, 1.0, 2.0, 1.0, 1.0, 1.0)}),
+    ],
+    ids=str,
+)
+def test_executed_macs_with_a_guide_are_those_of_both_models(architecture, of_guide, settings):
+    model, guide = small_enat(**architecture), small_enat(**of_guide)
+    config = SamplerConfig(**{"num_steps": 6, **settings})
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sample(model, conditions(model, 1), config, seeds=[0], guide=guide)
+    cost = generation_cost(model.config, config, guide=guide.config)
+    assert counter.get_total_flops() == 2 * cost.executed_transformer_macs
+    alone = generation_cost(model.config, config.unguided())
+    assert cost.one_pass_macs == alone.one_pass_macs and (cost.guidance_macs > 0) == config.is_guided
+    if of_guide == architecture:
+        assert cost.macs_per_step == generation_cost(model.config, config).macs_per_step
+
+
+BOUNDED = {"num_steps": 6, "entropy_bound": 3.0}
+
+
+@pytest.mark.parametrize("num_given", [0, 5])
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ({**a, **b, **c, **d}, s)
+        for a, b, c, d, s in pairwise_cases(*ARCHITECTURES, [{}, {"reuse": False}, {"guidance_scale": 1.0}, {"guide_layers": 1}])
+    ],
+    ids=str,
+)
+def test_executed_macs_of_an_entropy_bound_are_those_of_each_image(architecture, options, num_given):
+    """And no image costs more than the upper bound."""
+    model, config = small_enat(**architecture), SamplerConfig(**BOUNDED, **options)
+    costs = []
+    for seed in range(3):
+        (start,) = nested_tokens(model.config, [16 - num_given], num_images=1, seed=seed)
+        made = {}
+
+        def run(made=made, start=start, seed=seed):
+            made["states"] = sample(model, conditions(model, 1), config, seeds=[seed], start=start, return_trajectory=True)[1]
+
+        counted = counted_macs_per_call(model, run)
+        num_masked = [int((state == model.config.mask_id).sum()) for state in made["states"]]
+        cost = generation_cost(model.config, config, num_given=num_given, num_masked=num_masked)
+        assert counted == tuple(macs for macs in cost.executed_macs_per_step if macs)
+        costs.append(cost)
+    most = generation_cost(model.config, config, num_given=num_given)
+    assert all(cost.executed_total_macs <= most.executed_total_macs for cost in costs)
+    mean = mean_cost(costs, [1, 2, 1])
+    assert mean.executed_total_macs == pytest.approx(np.average([c.executed_total_macs for c in costs], weights=[1, 2, 1]), abs=6)
+    assert mean.total_macs == sum(mean.macs_per_step)
+
+
+@pytest.mark.parametrize("architecture", [{}, {"reuse": False}, {"encoder_layers": 0}, {"reused_features": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"guidance_scale": 1.0}, {"guidance_scales": (1.0, 2.0, 1.0, 1.0)}, {"guide_layers": 1}], ids=str
+)
+def test_upper_bound_is_the_most_that_any_image_costs(architecture, options):
+    """Of all ways to reveal 9 tokens in at most 4 steps."""
+    model, config = small_config(grid_size=3, **architecture), SamplerConfig(num_steps=4, entropy_bound=1.0, **options)
+    ways = [(9, *falling, *[0] * (3 - len(falling))) for k in range(4) for falling in combinations(range(8, 0, -1), k)]
+    costs = [generation_cost(model, config, num_masked=way).executed_total_macs for way in ways]
+    assert generation_cost(model, config).executed_total_macs == max(costs) > min(costs)
+
+
+def test_local_steps_cost_less_and_the_published_ones_are_counted():
+    """At 8 full and 8 alternating steps, nat-s at 256 px: a local step computes its group in every layer, and the head for it."""
+    config, full = ENATConfig.preset("nat-s"), SamplerConfig(num_steps=16, guidance_scale=1.0, reuse=False)
+    local = full.replaced(local_steps=1, local_start=8)
+    steps, cheap = generation_cost(config, full), generation_cost(config, local)
+    assert cheap.macs_per_step[:9] == steps.macs_per_step[:9] and cheap.macs_per_step[10] == steps.macs_per_step[10]
+    dim, group = config.embed_dim, local.num_computed_at(9, 256)
+    assert group == local.num_masked_at(8, 256) - local.num_masked_at(10, 256)
+    per_layer = 12 * dim * dim * group + 2 * dim * group * 256 + 6 * dim * dim
+    assert cheap.macs_per_step[9] == 16 * per_layer + group * dim * (dim + 1025)
+    assert cheap.total_macs < 0.8 * steps.total_macs
 
 
 @pytest.mark.slow

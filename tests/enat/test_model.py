@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from enat.blocks import FUSED_LINEAR, LinearGELU
 from enat.config import ENATConfig
 from enat.model import ENAT, TextCondition, draw_dropout_mask
+from enat.sampler import sample
+from enat.sampler_config import SamplerConfig
 
 # All masked, then fewer and fewer, none new from one step to the next, and nothing masked at the end.
 NUM_MASKED = [16, 13, 7, 7, 1, 0]
@@ -395,4 +397,27 @@ def test_few_graphs_are_compiled_however_many_tokens_are_masked() -> None:
         out.features.square().sum().backward()
         counts.append(counters["stats"]["unique_graphs"])
     assert counts[-1] == counts[20] <= 6
+    assert not counters["unimplemented"] and "recompile_limit" not in str(dict(counters))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ({"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False}, {"local_steps": 2}),
+        ({"encoder_layers": 3}, {"guide_layers": 2}),
+        ({}, {"entropy_bound": 8.0}),
+    ],
+    ids=str,
+)
+def test_compiled_blocks_give_the_samples_of_every_sampler(architecture, options) -> None:
+    """With few graphs: those of a compiled block differ only in whether it gets keys and values."""
+    torch._dynamo.reset()
+    counters.clear()
+    model, labels = small_enat(grid_size=6, **architecture), torch.arange(3)
+    config = SamplerConfig(num_steps=9, reuse=model.config.reuse, guidance_schedule="constant", **options)
+    expected = sample(model, labels, config, seeds=range(3))
+    model.compile_blocks(backend="eager")
+    assert torch.equal(sample(model, labels, config, seeds=range(3)), expected)
+    assert 0 < counters["stats"]["unique_graphs"] <= 6
     assert not counters["unimplemented"] and "recompile_limit" not in str(dict(counters))

@@ -94,7 +94,17 @@ class _Recorder:
 
 @pytest.mark.parametrize(
     ("architecture", "options"),
-    [({}, {}), (TEXT, {}), ({}, {"reveal_order": "halton", "remask_temperature": 0.0}), ({"reuse": False}, {"reuse": False})],
+    [
+        ({}, {}),
+        (TEXT, {}),
+        ({}, {"reveal_order": "halton", "remask_temperature": 0.0}),
+        ({"reuse": False}, {"reuse": False}),
+        ({}, {"guide_layers": 1}),
+        (
+            {"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False},
+            {"local_steps": 1, "reuse": False, "guidance_schedule": "constant"},
+        ),
+    ],
     ids=str,
 )
 def test_a_recorded_loop_gives_the_samples_of_the_loop(architecture, options):

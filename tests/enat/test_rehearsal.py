@@ -34,9 +34,14 @@ def _condition(is_text: bool, num_images: int):
     [
         ({}, {}),
         ({}, {"reveal_order": "halton", "remask_temperature": 0.0}),
+        ({"encoder_layers": 3}, {"guide_layers": 2, "guidance_schedule": "constant"}),
         ({}, {"top_k": 5, "top_p": 0.9, "guidance_scales": (1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0)}),
         ({"reused_features": "all"}, {"reveal_order": "random", "remask_temperature": 0.0}),
         (TEXT, {}),
+        (
+            {"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False},
+            {"local_steps": 1, "local_start": 2, "guidance_schedule": "constant"},
+        ),
         *(({"decoder_attention": kind, "reuse": False}, {}) for kind in DECODER_ATTENTIONS),
     ],
     ids=str,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_sampler import HALTON, MOMENT, RANDOM, REMASKED, SEARCHED, halton, reference_sample, some_start
+from slow_sampler import BOUNDED, HALTON, LOCAL, MOMENT, PLAIN, RANDOM, REMASKED, SEARCHED, halton, reference_sample, some_start
 from small_models import TEXT, captions, conditions, golden, golden_enat, small_config, small_enat
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -73,6 +73,15 @@ OPTIONS = [
     REMASKED,
     {**REMASKED, "reuse": False},
     {**REMASKED, **RANDOM, "remask_ratio": 0.9},
+    BOUNDED,
+    {**BOUNDED, "reuse": False, "guidance_scales": (1.0, 1.0, 3.0, 1.0, 2.0, 1.0)},
+    {**BOUNDED, **HALTON, "mask_schedule": "cosine", "entropy_bound": 0.0},
+    {**BOUNDED, **MOMENT, "entropy_bound": 3.0, "top_k": 5},
+    {"guide_layers": 1},
+    {"guide_layers": 1, "guidance_schedule": "constant", "reuse": False},
+    {"guide_layers": 1, "num_steps": 30, "guidance_interval": (0.2, 0.9)},
+    {**BOUNDED, "guide_layers": 1},
+    {**REMASKED, "guide_layers": 1},
 ]
 ARCHITECTURES = [
     TEXT,
@@ -85,6 +94,24 @@ ARCHITECTURES = [
     {"num_classes": 0, "reused_features": "masked"},
     {"reused_features": "all", "qk_norm": True, **TEXT},
 ]
+_OF_LOCAL_STEPS = [
+    ({**PLAIN, **more}, {**LOCAL, **options}, given)
+    for more, options, given in (
+        ({}, {}, 0),
+        ({}, {"guidance_scale": 1.0, "local_start": 3}, 7),
+        (TEXT, {"local_tokens": "masked", "guidance_schedule": "linear"}, 0),
+        ({"num_classes": 0, "qk_norm": True}, {"local_steps": 1, "guide_layers": 2}, 0),
+        ({"qk_norm": True}, {"local_steps": 6, "guidance_interval": (0.2, 0.7)}, 0),
+        (TEXT, {**RANDOM, "local_tokens": "masked"}, 7),
+        ({}, {**HALTON, "num_steps": 40, "local_steps": 3}, 0),
+        ({}, {**MOMENT, "num_steps": 40, "local_steps": 3, "local_tokens": "masked"}, 3),
+    )
+]
+_OF_GUIDES = [
+    ({**architecture, **more}, {"guide_layers": layers, "guidance_schedule": schedule, "reuse": "reuse" not in architecture})
+    for architecture, layers in ((PLAIN, 2), ({"decoder_attention": "full"}, 1), ({"decoder_attention": "cross"}, 1))
+    for more, schedule in (({}, "constant"), (TEXT, "linear"), ({"num_classes": 0}, "constant"))
+]
 
 
 _OF_OPTIONS = [({}, options) for options in OPTIONS]
@@ -96,6 +123,8 @@ _OF_ARCHITECTURES = [
 @pytest.mark.parametrize(
     ("architecture", "options", "num_given"),
     [(*case, 0) for case in _OF_OPTIONS]
+    + [(*case, given) for case in _OF_GUIDES for given in (0, 7)]
+    + _OF_LOCAL_STEPS
     + [(*case, 7) for case in _OF_ARCHITECTURES]
     + [pytest.param(*case, 7, marks=pytest.mark.slow) for case in _OF_OPTIONS]
     + [pytest.param(*case, 0, marks=pytest.mark.slow) for case in _OF_ARCHITECTURES],
@@ -122,6 +151,8 @@ def test_sampler_equals_the_slow_one(architecture, options, num_given):
         {"reveal_order": "moment"},
         {"guidance_interval": (0.0, 0.5)},
         {"remask_ratio": 0.2},
+        {"entropy_bound": 4.0},
+        {"guide_layers": 1},
     ],
     ids=str,
 )
@@ -152,6 +183,8 @@ def configs(draw):
             options |= {scalar: draw(numbers), schedule: draw(st.sampled_from(names))}
     if not any(options.get("sampling_temperatures", (options.get("sampling_temperature"),))):
         options |= {"top_k": None, "top_p": 1.0}  # which would be refused
+    if draw(st.booleans()) and "mask_ratios" not in options:
+        options |= {"entropy_bound": draw(st.floats(0, 20)), "mask_schedule": "cosine"}
     options["reveal_order"] = draw(st.sampled_from(["confidence", "random", "halton"]))
     options["remask_temperature"] = draw(numbers) if options["reveal_order"] == "confidence" else 0.0
     return SamplerConfig(**options)
@@ -169,7 +202,12 @@ def test_every_token_is_revealed_once_and_given_ones_stay(config, num_given, see
     for step, (tokens, following) in enumerate(zip(trajectory, [*trajectory[1:], codes], strict=True)):
         visible = tokens != MASK_ID
         assert torch.equal(following[visible], tokens[visible])
-        assert ((~visible).sum(dim=1) == config.num_masked_at(step, 16, num_given)).all()
+        if config.entropy_bound is not None:
+            num_masked = (~visible).sum(dim=1)
+            assert (num_masked <= config.num_masked_at(step, 16, num_given)).all()
+            assert ((following == MASK_ID).sum(dim=1) < num_masked.clamp_min(1)).all(), "each pass reveals at least one"
+        else:
+            assert ((~visible).sum(dim=1) == config.num_masked_at(step, 16, num_given)).all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -230,6 +268,7 @@ def test_loop_never_reads_a_value_from_the_device(options, num_given):
         ({"num_steps": 4, "guidance_scales": (1.0, 1.0, 2.0, 1.0)}, [1, 2, 2, 1], [2, 2, 2, 1]),
         ({"num_steps": 4, "guidance_scales": (1.0, 1.0, 2.0, 1.0), "reuse": False}, [1, 1, 2, 1], [1, 1, 2, 1]),
         ({"num_steps": 4, "guidance_scales": (3.0, 1.0, 1.0, 1.0)}, [2, 1, 1, 1], [2, 1, 1, 1]),
+        ({"num_steps": 4, "guide_layers": 1}, [1, 1, 1, 1], [1, 1, 1, 1]),
     ],
     ids=str,
 )
@@ -293,6 +332,128 @@ def test_features_of_tokens_that_are_masked_again_are_not_reused():
     model.register_forward_pre_hook(spoil)
     assert torch.equal(sample(model, torch.arange(4), config, seeds=range(4)), expected)
     assert counts == [config.num_masked_at(step, 16) for step in range(1, 6)][-len(counts) :] and len(counts) >= 4
+
+
+def test_local_steps_that_compute_all_tokens_are_full_ones():
+    """Where nothing is visible at the full step, every token is masked there and computed again."""
+    model, options = small_enat(**PLAIN), {"num_steps": 4, "reuse": False}
+    local = sampled(model, local_steps=3, local_tokens="masked", **options)
+    assert torch.equal(local, sampled(model, **options))
+    assert not torch.equal(sampled(model, local_steps=3, **options), local)
+
+
+def test_local_steps_compute_the_group_alone():
+    model, config, seen = small_enat(**PLAIN), SamplerConfig(num_steps=8, local_steps=1, local_start=2), []
+    model.decoder[0].register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape[:2])))
+    assert [config.num_masked_at(step, 16) for step in range(9)] == [16, 15, 14, 13, 11, 8, 6, 3, 0]
+    codes, trajectory = sample(model, torch.arange(4), config, seeds=range(4), return_trajectory=True)
+    assert seen == [(4, 16), (8, 16), (8, 16), (8, 3), (8, 16), (8, 5), (8, 16), (8, 6)]
+    model.decoder[0].attention.query.weight.data.mul_(3.0)
+    assert not torch.equal(sample(model, torch.arange(4), config, seeds=range(4)), codes)
+    assert [int((tokens == MASK_ID).sum(dim=1).unique()) for tokens in trajectory] == [16, 15, 14, 13, 11, 8, 6, 3]
+
+
+SMALLER = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "num_heads": 2}
+
+
+@pytest.mark.parametrize("num_given", [0, 7])
+@pytest.mark.parametrize(
+    ("architecture", "of_guide", "options"),
+    [
+        ({}, SMALLER, {}),
+        ({}, {"reuse": False, **SMALLER}, {"guidance_schedule": "constant"}),
+        ({"reuse": False}, {"reused_features": "all"}, {**SEARCHED}),
+        ({"num_classes": 0}, {"num_classes": 0, **SMALLER}, {"guidance_interval": (0.3, 0.8)}),
+        (TEXT, TEXT, REMASKED),
+        (PLAIN, {**PLAIN, "decoder_layers": 2}, LOCAL),
+        ({}, SMALLER, BOUNDED),
+    ],
+    ids=str,
+)
+def test_another_model_guides_as_in_the_slow_sampler(architecture, of_guide, options, num_given):
+    model, guide, config = small_enat(**architecture), small_enat(seed=1, **of_guide), SamplerConfig(**options)
+    labels, start, seeds = conditions(model), some_start(model.config, num_given), [5, 6, 2**40]
+    expected = reference_sample(model, labels, config, seeds, start, guide)
+    codes = sample(model, labels, config, seeds=seeds, start=start, guide=guide)
+    assert torch.equal(codes, expected)
+    if not num_given:
+        assert torch.equal(sample(model, labels, config, seeds=seeds, guide=guide), expected)
+    assert not torch.equal(codes, sample(model, labels, config, seeds=seeds, start=start))
+
+
+@pytest.mark.parametrize(
+    ("of_guide", "options", "message"),
+    [
+        ({"codebook_size": 25}, {}, "the guide has codebook_size 25, and the model 24; a guide predicts the same codes"),
+        ({"num_classes": 4}, {}, "the guide has num_classes 4, and the model 5"),
+        ({}, {"guide_layers": 1}, "guide_layers and a guide model are both given"),
+        ({"reused_features": "all"}, {"remask_ratio": 0.1}, "this model reuses features of masked tokens"),
+    ],
+)
+def test_a_guide_that_does_not_fit_is_refused(of_guide, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(MODEL, torch.arange(2), SamplerConfig(**options), seeds=[0, 1], guide=small_enat(**of_guide))
+    with pytest.raises(ValueError, match="the guide is in training mode"):
+        sample(MODEL, torch.arange(2), SamplerConfig(), seeds=[0, 1], guide=small_enat().train())
+
+
+def test_self_guidance_decodes_twice_where_new_tokens_are_encoded():
+    """And does not depend on the null label, also in a model without labels."""
+    model, decoded = small_enat(), []
+    model.decoder[0].register_forward_pre_hook(lambda _, arguments: decoded.append(len(arguments[0])))
+    codes = sampled(model, torch.tensor([0, 1]), range(2), guide_layers=1, guidance_schedule="constant", num_steps=4)
+    assert decoded == [2] * 7, "nothing is visible at the first step"
+    model.label_embedding.weight.data[model.config.null_label] += 3.0
+    assert torch.equal(
+        sampled(model, torch.tensor([0, 1]), range(2), guide_layers=1, guidance_schedule="constant", num_steps=4), codes
+    )
+    unconditional, labels = small_enat(num_classes=0), torch.zeros(2, dtype=torch.int64)
+    guided = sampled(unconditional, labels, range(2), guide_layers=1)
+    assert not torch.equal(guided, sampled(unconditional, labels, range(2)))
+    assert torch.equal(sampled(model, guide_layers=1, guidance_scale=1.0), sampled(model, guidance_scale=1.0))
+
+
+@torch.no_grad()
+def test_the_entropy_bound_is_kept_and_used_up():
+    """At each step the revealed tokens keep the bound, and with the next one they would not. Also images of one batch differ."""
+    config = SamplerConfig(**BOUNDED, guidance_scale=1.0, reveal_order="random", remask_temperature=0.0)
+    labels, seeds = torch.arange(4), range(4)
+    codes, trajectory = sample(MODEL, labels, config, seeds=seeds, return_trajectory=True)
+    noise = torch.stack([torch.rand(6, 2, 16, generator=torch.Generator().manual_seed(seed))[0, 1] for seed in seeds])
+    order, counts, previous = noise.argsort(dim=1, descending=True), [], [None] * 4
+    for step, (tokens, following) in enumerate(zip(trajectory, [*trajectory[1:], codes], strict=True)):
+        counts.append([])
+        for image in range(4):
+            left = [p for p in order[image].tolist() if tokens[image, p] == MASK_ID]
+            revealed = [p for p in left if following[image, p] != MASK_ID]
+            if not left:
+                continue
+            previous[image] = MODEL(tokens[image : image + 1], labels[image : image + 1], previous[image])
+            probs = previous[image].logits[0].double().softmax(dim=-1)
+            entropies = -(probs * probs.log()).sum(dim=-1)[left]
+            assert revealed == left[: len(revealed)] and revealed
+            total = entropies.cumsum(0) - entropies.cummax(0).values
+            if step == 5:  # the last one reveals all that remain
+                continue
+            assert total[len(revealed) - 1] <= 8.0 + 1e-4
+            assert len(revealed) == len(left) or total[len(revealed)] > 8.0 - 1e-4
+            counts[-1].append(len(revealed))
+    assert any(len(set(each)) > 1 for each in counts), "otherwise images of a batch would not be told apart"
+    assert max(map(max, filter(None, counts[:-1]))) > 1
+
+
+def test_images_that_the_bound_finishes_need_no_more_passes():
+    model, seen = small_enat(), []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    codes, trajectory = sample(
+        model, torch.arange(4), SamplerConfig(entropy_bound=1e3, guidance_scale=1.0), seeds=range(4), return_trajectory=True
+    )
+    assert seen == [1] * 4 and len(trajectory) == 8 and all(torch.equal(tokens, codes) for tokens in trajectory[1:])
+
+
+def test_a_recorded_loop_is_refused_with_an_entropy_bound():
+    with pytest.raises(ValueError, match="entropy_bound chooses at each step how many tokens it reveals"):
+        sample(MODEL, torch.arange(2), SamplerConfig(entropy_bound=1.0), seeds=[0, 1], loop=decode_steps)
 
 
 def test_halton_orders_are_shifted_by_each_image():

@@ -137,6 +137,18 @@ def test_given_values_replace_their_counterparts_and_are_checked_together(own, g
         ({"guidance_interval": (0.2, 0.9), "guidance_scales": (1.0,) * 8}, "leave out guidance_interval"),
         ({"halton_shift": True}, "only 'halton' can be shifted"),
         ({"remask_ratio": 1.0}, "remask_ratio is 1.0"),
+        ({"guide_layers": 0}, "guide_layers is 0; it must be at least 1"),
+        ({"local_steps": 1, "remask_ratio": 0.1}, "would not hold once remask_ratio masks them again"),
+        ({"local_steps": 1, "entropy_bound": 0.1}, "entropy_bound chooses how many tokens .* leave out local_steps 1"),
+        ({"local_steps": 3, "local_start": 5}, "local_steps is 3 after local_start 5, but there are 8 steps"),
+        ({"local_start": 1}, "local_start and local_tokens are for local_steps, of which there are none"),
+        ({"local_tokens": "masked"}, "local_start and local_tokens are for local_steps"),
+        ({"local_steps": 1, "local_tokens": "all"}, "local_tokens is 'all'; choose one of group, masked"),
+        ({"local_steps": -1}, "local_steps is -1"),
+        ({"entropy_bound": -1.0}, "entropy_bound is -1.0"),
+        ({"entropy_bound": 1.0, "remask_ratio": 0.1}, "entropy_bound chooses how many tokens .* leave out remask_ratio 0.1"),
+        ({"entropy_bound": 1.0, "mask_schedule": "linear"}, "leave out mask_schedule 'linear'"),
+        ({"entropy_bound": 1.0, "num_steps": 2, "mask_ratios": (0.5, 0.0)}, r"leave out mask_ratios \(0.5, 0.0\)"),
         ({"reveal_order": "random", "num_steps": 2, "remask_temperatures": (0.0, 1.0)}, "set remask_temperature to 0"),
         ({**RANDOM, "remask_temperature_schedule": "constant"}, "remask_temperature_schedule; leave it out"),
         ({"guidance_power": 2.0}, "guidance_power is 2.0, but only guidance_schedule 'power_cosine' has a power"),
@@ -163,6 +175,47 @@ def test_scalars_that_are_off_can_keep_their_schedules():
     off = {"guidance_scale": 1.0, "sampling_temperature": 0.0, "remask_temperature": 0.0}
     constant = dict.fromkeys(("guidance_schedule", "sampling_temperature_schedule", "remask_temperature_schedule"), "constant")
     assert not SamplerConfig(**off, **constant).is_guided
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "message"),
+    [
+        ({}, 15, "guide_layers is 15, but the encoder of this model has 15 layers, .* choose 1 to 14"),
+        ({"encoder_layers": 0, "decoder_layers": 2}, 2, "the decoder of this model has 2 layers, .* choose 1 to 1"),
+        ({"encoder_layers": 1}, 1, "has 1 layers, .* leave it out"),
+    ],
+)
+def test_a_guide_has_fewer_layers_than_the_model(architecture, layers, message):
+    model = ENATConfig.preset("enat-s", **architecture)
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(guide_layers=layers).check_model(model)
+    if layers > 1:
+        SamplerConfig(guide_layers=layers - 1).check_model(model)
+
+
+@pytest.mark.parametrize(
+    ("local_start", "groups"),
+    [(0, [[0, 1, 2], [3, 4, 5], [6, 7]]), (3, [[0], [1], [2], [3, 4, 5], [6, 7]]), (5, [*[[k] for k in range(5)], [5, 6, 7]])],
+)
+def test_groups_are_a_full_step_and_its_local_ones(local_start, groups):
+    config = SamplerConfig(local_steps=2, local_start=local_start)
+    assert [[*config.group_at(step)] for step in range(8)] == [group for group in groups for _ in group]
+    assert [config.is_local_at(step) for step in range(8)] == [step != group[0] for group in groups for step in group]
+    counts = [config.num_masked_at(step, 256) for step in range(9)]
+    for group in groups:
+        num_revealed = counts[group[0]] - counts[group[-1] + 1]
+        assert config.num_computed_at(group[-1], 256) == (num_revealed if len(group) > 1 else 0)
+        for step in group[1:]:
+            assert config.num_predicted_at(step, 256) == counts[step] - counts[group[-1] + 1]
+            assert dataclasses.replace(config, local_tokens="masked").num_predicted_at(step, 256) == counts[step]
+
+
+@pytest.mark.parametrize("architecture", [{"encoder_layers": 1}, {"decoder_attention": "self_cross"}, {"reuse": True}], ids=str)
+def test_local_steps_are_for_plain_nat(architecture):
+    config = SamplerConfig(local_steps=1)
+    config.check_model(ENATConfig.preset("nat-s"))
+    with pytest.raises(ValueError, match="local_steps is 1, but this model is not a plain NAT"):
+        config.check_model(ENATConfig.preset("nat-s", **architecture))
 
 
 def test_tokens_that_are_masked_again_are_added_to_those_that_the_schedule_leaves():

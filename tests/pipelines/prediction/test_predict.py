@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.hardware import parse_cluster
 from pipelines.cluster.resources import Workers
+from pipelines.prediction import show
 from pipelines.prediction.predict import Prediction, predict
 from pipelines.prediction.rates import Rates
 from pipelines.run import config as run_config
@@ -64,6 +66,17 @@ def test_workers_share_work() -> None:
     assert two.stages["a"].seconds.value == _START + 30
     assert two.worker_hours.value == pytest.approx(2 * (_START + 30) / 3600)
     assert two.device_hours.value == 0 and two.size == 10.0
+
+
+def test_an_upper_bound_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def most(config: WaitConfig, inputs: Mapping[str, Any]) -> Foreseen:
+        return Foreseen(work=[replace(_wait(config, inputs).work[0], is_most=True)])
+
+    predicted = _predict([_node("a", stage=Stage("most", 1, _never, foresee=most)), _node("b")])
+    assert {node: stage.is_most for node, stage in predicted.stages.items()} == {"a": True, "b": False}
+    show.show_total(predicted, Console(width=200))
+    assert "! a: an upper bound, because sampler.entropy_bound chooses the passes of each image\n" in capsys.readouterr().out
+    assert [show.stage_to_json(stage)["is_upper_bound"] for stage in predicted.stages.values()] == [True, False]
 
 
 def test_all_workers_are_as_many_as_have_room() -> None:

@@ -100,6 +100,11 @@ def test_weights_of_an_earlier_step_must_be_kept(load: Callable[..., Any]) -> No
     assert load("generate.checkpoint=1200").generate.checkpoint == 1200, "the last step"
     for overrides, sentence in (
         (("generate.checkpoint=600",), "set train.execution.keep_every to a divisor of it"),
+        (
+            ("generate.guide_checkpoint=600",),
+            r"generate\.guide_checkpoint is 600; set train.execution.keep_every to a divisor of it",
+        ),
+        ((keep, "generate.guide_checkpoint=1500"), r"generate\.guide_checkpoint is 1500; it must be at most train.num_steps"),
         ((keep, "generate.checkpoint=400"), "set train.execution.keep_every to a divisor of it"),
         ((keep, "generate.checkpoint=1500"), "must be at most train.num_steps, which is 1200"),
     ):

@@ -35,7 +35,7 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
 from pipelines.cluster.resources import Execution
 from pipelines.data.image_sets import ImageSetConfig
-from pipelines.data.samples import SamplePlan, Samples, SamplesSummary, image_cost, shard_name, write_samples
+from pipelines.data.samples import MeasuredPasses, SamplePlan, Samples, SamplesSummary, image_cost, shard_name, write_samples
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.evaluation import features
 from pipelines.evaluation import protocol as evaluation_protocol
@@ -286,6 +286,11 @@ def test_costs_are_counted_from_the_architecture(evaluated: Callable[..., StageR
     begun = replace(samples, summary={**samples.summary, "mask_ratio": 0.2})  # which masks 3 of 16 codes
     shorter = image_cost(begun, material.inputs["model"], material.inputs["tokenizer"])
     assert shorter.total_macs == generation_cost(MODEL, SAMPLER, vqgan.config, num_given=13).total_macs != cost.total_macs
+    bounded = replace(SAMPLER, entropy_bound=2.0)
+    num_masked = np.array([[16, 10, *[0] * (SAMPLER.num_steps - 2)]])
+    summary = replace(SamplesSummary.read(samples), sampler=bounded, measured=MeasuredPasses.of(num_masked, MODEL, bounded, 0))
+    measured = image_cost(replace(samples, summary=summary.to_dict()), material.inputs["model"], material.inputs["tokenizer"])
+    assert measured == generation_cost(MODEL, bounded, vqgan.config, num_masked=num_masked[0].tolist())
 
 
 def test_time_of_an_image_is_the_sum_of_sampling_and_decoding(evaluated: Callable[..., StageResult]) -> None:

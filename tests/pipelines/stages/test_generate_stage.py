@@ -26,6 +26,7 @@ from enat import checkpoint
 from enat.averages import Average, exponent_of
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
+from enat.cost import generation_cost
 from enat.model import ENAT, TextCondition
 from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
@@ -36,7 +37,7 @@ from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.captions import EMPTY, CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
 from pipelines.data.dataset import INDEX, write_index
-from pipelines.data.samples import Samples, read_samples, sample_seed, shard_name
+from pipelines.data.samples import Samples, SamplesSummary, read_samples, sample_seed, shard_name
 from pipelines.data.sources.base import Entry
 from pipelines.data.token_map import TokenMapInfo, TokenRows, write_shard
 from pipelines.sampling.fixed_batches import PassSampler
@@ -45,7 +46,7 @@ from pipelines.sampling.request import SampleRequest
 from pipelines.sampling.sample import sample_batches
 from pipelines.stages import generate
 from pipelines.stages.generate import GenerateConfig, GenerateExecution
-from pipelines.workflow.models import average_name
+from pipelines.workflow.models import ModelSummary, average_name
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -199,6 +200,14 @@ def test_weights_of_an_earlier_step(make_context: Callable[..., Any], model: ENA
     alone = sample(earlier, torch.tensor([1]), SAMPLER, seeds=[sample_seed(3, 7)])
     np.testing.assert_array_equal(alone[0].numpy(), read.codes[7])
     assert not np.array_equal(read.codes, last.codes) and made.manifest.summary["train_steps"] == 40
+    result = generate.run(dataclasses.replace(CONFIG, guide_checkpoint=40), inputs, make_context(store, "generate", "guided"))
+    fields = {**FIELDS, "files": tuple(result.files), "summary": result.summary.to_dict()}
+    guided = read_samples(store, Manifest(stage="generate", key="guided", **fields))
+    alone = sample(model, torch.tensor([1]), SAMPLER, seeds=[sample_seed(3, 7)], guide=earlier)
+    np.testing.assert_array_equal(alone[0].numpy(), guided.codes[7])
+    assert not np.array_equal(guided.codes, last.codes) and result.summary.guide_steps == 40
+    with pytest.raises(ValueError, match=r"generate\.guide_checkpoint is 50, but train/m has the weights of steps 40, 70 only"):
+        finish(dataclasses.replace(CONFIG, guide_checkpoint=50), store, inputs, make_context)
     with pytest.raises(ValueError, match=r"generate\.checkpoint is 50, but train/m has the weights of steps 40, 70 only"):
         finish(dataclasses.replace(CONFIG, checkpoint=50), store, inputs, make_context)
 
@@ -309,6 +318,27 @@ def test_summary_and_metrics_record_what_was_measured(samples: Made) -> None:
     assert metrics["sampling_images_per_second"] == pytest.approx(1 / per_image), "by one worker"
     assert samples.worker_seconds > 20 * per_image, "loading the model counts as well"
     assert 0.05 < metrics["peak_memory_gb"] < 20
+
+
+def test_passes_of_an_entropy_bound_are_measured(make, model: ENAT) -> None:
+    """Means over all samples, of numbers that differ between them; and the codes do not depend on the batch."""
+    sampler = SamplerConfig(num_steps=6, guidance_scale=2.0, entropy_bound=10.2)
+    config = dataclasses.replace(CONFIG, sampler=sampler)
+    made = make(config, model)
+    found = read_samples(made.store, made.manifest)
+    labels, seeds = torch.from_numpy(found.labels), found.seeds.tolist()
+    codes, trajectory = sample(model, labels, sampler, seeds=seeds, return_trajectory=True)
+    assert np.array_equal(found.codes, codes.numpy())
+    counts = torch.stack([(tokens == model.config.mask_id).sum(dim=1) for tokens in trajectory], dim=1).numpy()
+    costs = [generation_cost(model.config, sampler, num_masked=row) for row in counts.tolist()]
+    assert len({cost.executed_total_macs for cost in costs}) > 1, "otherwise a mean would show nothing"
+    measured = SamplesSummary.read(made.manifest).measured
+    assert measured is not None
+    assert measured.num_masked == pytest.approx(counts.mean(axis=0))
+    assert measured.num_passes == made.metrics["passes_per_image"] == pytest.approx((counts > 0).sum(axis=1).mean())
+    assert measured.cost.executed_total_macs == pytest.approx(np.mean([cost.executed_total_macs for cost in costs]), abs=20)
+    most = generate.foresee(config, {"model": ModelSummary.read(made.inputs["model"])}).work[0]
+    assert most.is_most and most.macs > measured.cost.executed_total_macs
 
 
 def test_device_seconds_count_every_device_of_a_worker(samples: Made, make_context) -> None:
@@ -476,6 +506,11 @@ def test_wrong_values_are_refused() -> None:
         ({"precision": "fp8"}, r"precision is 'fp8'; choose one of fp32, bf16"),
         ({"caption_choice": "best"}, r"caption_choice is 'best'; choose one of drawn, in_order"),
         ({"forward_batch_size": 0}, "forward_batch_size is 0"),
+        ({"sampler": SamplerConfig(guide_layers=1), "guide_checkpoint": 5}, "guide_layers are both given; .* leave one out"),
+        (
+            {"sampler": SamplerConfig(entropy_bound=1.0), "execution": GenerateExecution(gpus_per_worker=1, cuda_graph=True)},
+            "cuda_graph records a sampler whose numbers of tokens are fixed, and sampler.entropy_bound chooses them",
+        ),
     ):
         with pytest.raises(ValueError, match=sentence):
             GenerateConfig(**wrong)
