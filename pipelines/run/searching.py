@@ -43,7 +43,7 @@ from pipelines.tracking.run import RunHandle
 from pipelines.workflow import config as configuration
 from pipelines.workflow import driver
 from pipelines.workflow.config import ConfigError
-from pipelines.workflow.model_runs import ModelRuns
+from pipelines.workflow.model_runs import MODEL_KIND, ModelRuns
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.progress import Bar
 from pipelines.workflow.stage import FinishedStage, Node, Session
@@ -368,23 +368,27 @@ class _Search:
                 self.study.refuse(trial)
             self.study.finish(trial, rungs[-1])
         bar.update(sum(trial.is_done for trial in self.study.trials), self._best_in_words())
-        slow = [trial.last.seconds for trial in batch if trial.last is not None]
-        if batch[0].batch == 0 and not self._eligible(rungs[0]):
+        if batch[0].batch == 0 and self.plan.search.max_seconds is not None and not self._eligible(rungs[0]):
+            slow = [trial.last.seconds for trial in batch if trial.last is not None]
             raise ValueError(
                 f"search.max_seconds is {self.plan.search.max_seconds:g}, but the fastest of the first {len(batch)} samplers took "
                 f"{min(slow):.3g} s an image; give a larger budget, or fewer steps"
             )
 
     def _passed_on(self, candidates: Sequence[Trial], size: int, batch: int) -> list[Trial]:
-        """The trials of a rung that are worth more samples. The hand-set sampler always is: everything is compared with it."""
-        so_far = [trial for trial in self.study.trials if trial.batch <= batch and size in trial.results]
-        passed = passed_on(
-            {trial: trial.results[size].score for trial in so_far if self.budget.is_met_by(trial.results[size])},
-            candidates,
-            reduction=self.plan.search.reduction,
-            is_lower_better=self.plan.is_lower_better,
-            is_worse=lambda first, second: self._is_better(second, first, size),
-        )
+        """The trials of a rung that are worth more samples, among those of equal numbers of steps: more steps mostly score better.
+        The hand-set sampler always is: everything is compared with it."""
+        passed: list[Trial] = []
+        for num_steps in dict.fromkeys(arm.num_steps for arm in self.plan.arms):
+            so_far = [trial for trial in self.study.trials if trial.batch <= batch and trial.arm.num_steps == num_steps]
+            found = {trial: trial.results[size] for trial in so_far if size in trial.results}
+            passed += passed_on(
+                {trial: result.score for trial, result in found.items() if self.budget.is_met_by(result)},
+                candidates,
+                reduction=self.plan.search.reduction,
+                is_lower_better=self.plan.is_lower_better,
+                is_worse=lambda first, second: self._is_better(second, first, size),
+            )
         return [*passed, *(trial for trial in candidates if trial.given == HAND_SET and trial not in passed)]
 
     def _evaluate(self, trials: Sequence[Trial], size: int, parent: RunHandle) -> None:
@@ -398,18 +402,24 @@ class _Search:
         def start(label: str) -> RunHandle:
             trial = by_label[label]
             title = f"{trial.given or trial.name}, {size:,} samples"
-            return tracked.start_trial(self.plan.run, parent, title, label, trial.sampler)
+            return tracked.start_trial(self.plan.run, parent, title, label, trial.sampler, kind=tracked.TRIAL_KIND)
 
         runs = {label: self.plan.trial_run(trial.sampler, size) for label, trial in by_label.items()}
         if not runs:
             return
         nodes, given = graph.build_samples(runs, self.made)
+        given |= {f"fewer-{label}": samples for label, trial in by_label.items() if (samples := self._fewer(trial)) is not None}
         self._execute(nodes, parent, ModelRuns(parent, start, runs, nodes), given=given, check=record)
         for label, trial in by_label.items():  # the same sampler twice is one node
             if size not in trial.results:
                 same = next(each for each in by_label.values() if size in each.results and each.sampler == trial.sampler)
                 self.study.record(trial, same.results[size])
                 _log.info("%s is the sampler of %s", label, same.name)
+
+    def _fewer(self, trial: Trial) -> Manifest | None:
+        """The samples of an earlier rung, which stage generate takes over."""
+        made = self.store.read_manifest(evaluate.STAGE.name, trial.last.evaluation) if trial.last is not None else None
+        return None if made is None else self.store.read_input(made, "samples")
 
     def _result(self, made: Manifest, size: int) -> Result:
         return Result(
@@ -512,7 +522,7 @@ class _Search:
         nodes, given = graph.build_samples(runs, self.made)
 
         def start(name: str) -> RunHandle:
-            return tracked.start_trial(self.plan.run, parent, name, name, named[name][0])
+            return tracked.start_trial(self.plan.run, parent, name, name, named[name][0], kind=MODEL_KIND)
 
         with self.console.status("scoring the winners with held-out seeds"):
             done = self._execute(nodes, parent, ModelRuns(parent, start, runs, nodes), given=given)

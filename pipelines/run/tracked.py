@@ -76,9 +76,10 @@ def start_search(
         yield run
 
 
-def start_trial(config: RunConfig, parent: RunHandle, title: str, label: str, sampler: SamplerConfig) -> RunHandle:
-    """The run of one sampler below that of its search. label: the variant in the ids of its nodes."""
-    tags = {model_runs.KIND: TRIAL_KIND, "enat.variant": label, "enat.code": provenance.code_version()}
+def start_trial(config: RunConfig, parent: RunHandle, title: str, label: str, sampler: SamplerConfig, *, kind: str) -> RunHandle:
+    """The run of one sampler below that of its search. label: the variant in the ids of its nodes.   kind: TRIAL_KIND, or
+    model_runs.MODEL_KIND for one that people compare."""
+    tags = {model_runs.KIND: kind, "enat.variant": label, "enat.code": provenance.code_version()}
     handle = tracking.start_run(parent.uri, config.tracking, title, tags, parent)
     handle.log_params({"generate": {"sampler": configuration.to_dict(sampler)}})
     return handle

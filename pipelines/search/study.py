@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _STARTUP = 6  # random proposals of an arm, before TPE has something to go by
 _REFUSED = 100  # proposals beyond the budget, one after the other
-_GIVEN, _SAMPLER, _BATCH, _RESULTS = "given", "sampler", "batch", "results"  # attributes of a trial
+_GIVEN, _SAMPLER, _BATCH, _ORDER, _RESULTS = "given", "sampler", "batch", "order", "results"  # attributes of a trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +92,11 @@ class Study:
             )
             for arm in arms
         }
-        self.trials: list[Trial] = []
-        for arm in arms:
-            for frozen in self._studies[arm.name].get_trials(deepcopy=False):
-                if _BATCH in frozen.user_attrs:  # else it was beyond the budget, or its process died while it was proposed
-                    self.trials.append(self._read(arm, frozen))
-        self.trials.sort(key=lambda trial: (trial.batch, [arm.name for arm in arms].index(trial.arm.name), trial.number))
+        known = [(arm, frozen) for arm in arms for frozen in self._studies[arm.name].get_trials(deepcopy=False)]
+        # The others were beyond the budget, or their process died while they were proposed.
+        known = [(arm, frozen) for arm, frozen in known if _BATCH in frozen.user_attrs]
+        known.sort(key=lambda each: each[1].user_attrs[_ORDER])
+        self.trials = [self._read(arm, frozen) for arm, frozen in known]
 
     def _read(self, arm: Arm, frozen: optuna.trial.FrozenTrial) -> Trial:
         attributes = frozen.user_attrs
@@ -121,7 +120,7 @@ class Study:
         import optuna
 
         study, numbers = self._studies[arm.name], arm.nearest(sampler)
-        attributes = {_GIVEN: name, _SAMPLER: _plain(sampler), _BATCH: batch}
+        attributes = {_GIVEN: name, _SAMPLER: _plain(sampler), _ORDER: len(self.trials), _BATCH: batch}
         distributions = _distributions(arm)
         running = optuna.trial.TrialState.RUNNING
         study.add_trial(optuna.create_trial(state=running, params=numbers, distributions=distributions, user_attrs=attributes))
@@ -144,6 +143,7 @@ class Study:
                 study.tell(asked, state=optuna.trial.TrialState.PRUNED)
                 continue
             asked.set_user_attr(_SAMPLER, _plain(sampler))
+            asked.set_user_attr(_ORDER, len(self.trials))
             asked.set_user_attr(_BATCH, batch)  # the last: a trial that has it is complete
             return self._added(Trial(arm, asked.number, batch, sampler))
         raise ValueError(
