@@ -493,18 +493,23 @@ class _Search:
 
     # Judging -------------------------------------------------------------------------------------------------------------------
 
-    def _winners(self) -> list[Trial]:
-        """The best trial, and those on the fronts over MACs and over seconds whose differences are larger than their errors."""
+    def _winners(self) -> dict[str, Trial]:
+        """The best trial, the best one of each number of steps, and those on the fronts over MACs and over seconds whose differences
+        are larger than their errors, by name."""
         full = self.plan.rungs[-1]
         eligible = self._eligible(full)
         if not eligible:
             raise ValueError("no sampler within the budget was scored with all samples; give a larger budget, or more trials")
-        found = [eligible[0]]
+        found = {BEST: eligible[0]}
+        for trial in eligible:
+            if all(trial.arm.num_steps != other.arm.num_steps for other in found.values()):
+                found[f"{BEST}-{trial.arm.num_steps}"] = trial
         for cost in ("gmacs", "seconds"):
-            front = self.front(cost)
-            limit = self.plan.search.max_winners
-            found += [each for each in distinct(front, lambda a, b: self._is_better(a, b, full), limit) if each not in found]
-        return found[: self.plan.search.max_winners]
+            front = distinct(self.front(cost), lambda a, b: self._is_better(a, b, full), self.plan.search.max_winners)
+            for trial in front:
+                if trial not in found.values():
+                    found[f"front-{len(found)}"] = trial
+        return dict([*found.items()][: self.plan.search.max_winners])
 
     def front(self, cost: str) -> list[Trial]:
         full = self.plan.rungs[-1]
@@ -513,11 +518,10 @@ class _Search:
         scores = {trial: trial.results[full].score for trial in eligible}
         return pareto_front(costs, scores, is_lower_better=self.plan.is_lower_better)
 
-    def _judge(self, winners: Sequence[Trial], parent: RunHandle) -> list[Judged]:
+    def _judge(self, winners: Mapping[str, Trial], parent: RunHandle) -> list[Judged]:
         """Score the hand-set sampler and the winners with held-out seeds."""
         named: dict[str, tuple[SamplerConfig, Trial | None]] = {HAND_SET: (self.plan.run.generate.sampler, self._hand_set())}
-        for number, trial in enumerate(winners):
-            named[BEST if number == 0 else f"front-{number}"] = (trial.sampler, trial)
+        named |= {name: (trial.sampler, trial) for name, trial in winners.items()}
         runs = {name: self.plan.heldout_run(sampler) for name, (sampler, _) in named.items()}
         nodes, given = graph.build_samples(runs, self.made)
 

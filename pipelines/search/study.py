@@ -31,7 +31,7 @@ from pipelines.storage.base import digest_of
 if TYPE_CHECKING:
     import optuna
 
-_STARTUP = 6  # random proposals of an arm, before TPE has something to go by
+_STARTUP = 3  # trials of an arm, given ones included, before proposals follow their scores
 _REFUSED = 100  # proposals beyond the budget, one after the other
 _GIVEN, _SAMPLER, _BATCH, _ORDER, _RESULTS = "given", "sampler", "batch", "order", "results"  # attributes of a trial
 

@@ -91,7 +91,10 @@ class Outcome:
     @property
     def gain(self) -> Difference:
         """Of the best sampler over the hand-set one, with held-out samples."""
-        return self._difference(self.by_name[BEST].held_out, self.by_name[HAND_SET].held_out)
+        return self.gain_of(BEST)
+
+    def gain_of(self, name: str) -> Difference:
+        return self._difference(self.by_name[name].held_out, self.by_name[HAND_SET].held_out)
 
     def optimism(self, name: str) -> Difference | None:
         """How much better a sampler was with the samples of the search than with held-out ones. None if it was no trial."""
@@ -148,6 +151,7 @@ def to_json(outcome: Outcome, *, seconds: float) -> dict[str, Any]:
                 "sampler": asdict(each.sampler),
                 "evaluation": f"evaluate/{each.evaluation.key}",
                 "metrics": dict(each.evaluation.metrics),
+                "gain": difference(outcome.gain_of(each.name)),
                 "optimism": difference(outcome.optimism(each.name)),
             }
             for each in outcome.judged
@@ -182,7 +186,9 @@ def show(outcome: Outcome, seconds: float, console: Console) -> None:
     for score in (outcome.metric, *(name for name in _SHOWN if name != outcome.metric)):
         if all(score in each.evaluation.metrics for each in outcome.judged):
             table.add_row(score, *(with_interval(each.evaluation.metrics, score) for each in outcome.judged))
+    table.add_row("gain", *("–" if each.name == HAND_SET else str(outcome.gain_of(each.name)) for each in outcome.judged))
     table.add_row("optimism", *(str(outcome.optimism(each.name) or "–") for each in outcome.judged))
+    table.add_row("steps", *(str(each.sampler.num_steps) for each in outcome.judged))
     table.add_row("GMACs an image", *(f"{each.gmacs:.4g}" for each in outcome.judged))
     table.add_row("seconds an image", *(f"{each.seconds:.3g}" for each in outcome.judged))
     console.print()
