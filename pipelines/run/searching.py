@@ -494,8 +494,8 @@ class _Search:
     # Judging -------------------------------------------------------------------------------------------------------------------
 
     def _winners(self) -> dict[str, Trial]:
-        """The best trial, the best one of each number of steps, and those on the fronts over MACs and over seconds whose differences
-        are larger than their errors, by name."""
+        """The best trial, the best one of each number of steps, and those on the fronts over MACs and over seconds whose
+        differences are larger than their errors, by name."""
         full = self.plan.rungs[-1]
         eligible = self._eligible(full)
         if not eligible:

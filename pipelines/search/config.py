@@ -114,8 +114,8 @@ class SearchConfig:
     heldout_replicates: int = 4
     """Independent sets of num_samples samples that the winners are judged with. Their error is smaller than that of one set."""
     max_winners: int = 4
-    """Samplers that are judged with held-out seeds, beside generate.sampler: the best, the best of each number of steps, and others of
-    the front."""
+    """Samplers that are judged with held-out seeds, beside generate.sampler: the best, the best of each number of steps, and others
+    of the front."""
 
     def __post_init__(self) -> None:
         if self.metric is not None and self.metric not in METRICS:

@@ -57,7 +57,7 @@ def test_a_plan_says_what_a_search_does() -> None:
         (["search=null"], "the config has no section `search`"),
         (
             ["search.metric=fid"],
-            "search: metric is fid, which features of classifier do not give; give frechet_distance|search.metric",
+            r"search\.metric is fid, which features of classifier do not give; give frechet_distance",
         ),
         (
             ["search.metric=class_agreement", "evaluate.judge=null"],
