@@ -261,7 +261,7 @@ class _Search:
         self.plan, self.budget, self.store, self.console = plan, budget, store, console
         self.source, self.overrides, self.num_jobs = source, overrides, num_jobs
         self.uri = runner.tracking_uri(plan.run)
-        self.connect = runner._Connector(plan.run, console)
+        self.connect = runner.Connector(plan.run, console)
         self.made: dict[str, Manifest] = {}
         self._scored: dict[tuple[str, int], Evaluated] = {}
 
@@ -562,7 +562,7 @@ class _Search:
             store=self.store.uri,
             tracked=run,
             files={
-                "sampler": str(Path(self.plan.run.workspace) / f"{self.plan.run.name}-sampler.yaml"),
+                "sampler": str(Path(self.plan.run.workspace) / f"{self.plan.run.name}.sampler.yaml"),
                 "report": str(Path(self.plan.run.workspace) / f"{self.plan.run.name}.html"),
             },
         )

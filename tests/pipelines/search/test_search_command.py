@@ -186,7 +186,7 @@ def test_the_same_command_again_computes_nothing(searched: Searched, enat: Calla
     ended = enat("search", DIGITS, *TINY_DIGITS, *SEARCH, f"workspace={searched.workspace}")
     assert ended.returncode == 0 and _stamps(searched.workspace) == before
     assert all(len(line) <= 132 for line in ended.stdout.splitlines())
-    assert "7 trials" in ended.stdout and "optimism" in ended.stdout and "digits-search-sampler.yaml" in ended.stdout
+    assert "7 trials" in ended.stdout and "optimism" in ended.stdout and "digits-search.sampler.yaml" in ended.stdout
 
 
 @pytest.mark.slow
