@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from enat.sampler_config import SamplerConfig
 from pipelines.cli.run import plan
+from pipelines.cli.sample import _sampler
 from pipelines.jobs import submission
 from pipelines.run import graph
 from pipelines.run.config import RunConfig, load_run
@@ -117,6 +119,15 @@ def test_a_job_gets_the_values_of_a_file(tmp_path: Path) -> None:
     assert "found.yaml" not in text.split("\n", 1)[1] and "guidance_scales" in text
     with pytest.raises(ValueError, match="names a file of this machine"):
         submission.prepare(CONFIGS / "digits.yaml", [f"generate.sampler.preset={tmp_path / 'found.yaml'}"])
+
+
+def test_a_sample_takes_one() -> None:
+    """With the model's own reuse; other values of the command line replace those of the preset."""
+    generator = SimpleNamespace(sampler=SamplerConfig(num_steps=4, guidance_scale=2.0, reuse=False))
+    found = _sampler(generator, ["preset=autonat-8", "top_p=0.9"])  # type: ignore[arg-type]
+    assert found == SamplerConfig(**AUTONAT, reuse=False, top_p=0.9)
+    with pytest.raises(configuration.ConfigError, match="override preset=autonat: preset names 'autonat'"):
+        _sampler(generator, ["preset=autonat"])  # type: ignore[arg-type]
 
 
 def test_shipped_presets_state_their_source() -> None:
