@@ -21,7 +21,6 @@ from pipelines.tracking.run import RunHandle
 
 HAND_SET, BEST = "hand-set", "best"
 _Z_95 = 1.959964
-_SHOWN = ("class_agreement", "precision", "recall", "kernel_distance", "kid", "inception_score")  # beside the metric
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,19 +177,20 @@ def show(outcome: Outcome, seconds: float, console: Console) -> None:
     """The closing summary."""
     full = sum(outcome.rungs[-1] in trial.results for trial in outcome.trials)
     sets = f"{outcome.search.heldout_replicates} x " if outcome.search.heldout_replicates > 1 else ""
-    table = Table(
-        box=None, pad_edge=False, title=f"Held-out: {sets}{outcome.rungs[-1]:,} samples", title_justify="left", title_style="bold"
-    )
-    for column in ("", *(each.name for each in outcome.judged)):
-        table.add_column(column, overflow="fold")
-    for score in (outcome.metric, *(name for name in _SHOWN if name != outcome.metric)):
-        if all(score in each.evaluation.metrics for each in outcome.judged):
-            table.add_row(score, *(with_interval(each.evaluation.metrics, score) for each in outcome.judged))
-    table.add_row("gain", *("–" if each.name == HAND_SET else str(outcome.gain_of(each.name)) for each in outcome.judged))
-    table.add_row("optimism", *(str(outcome.optimism(each.name) or "–") for each in outcome.judged))
-    table.add_row("steps", *(str(each.sampler.num_steps) for each in outcome.judged))
-    table.add_row("GMACs an image", *(f"{each.gmacs:.4g}" for each in outcome.judged))
-    table.add_row("seconds an image", *(f"{each.seconds:.3g}" for each in outcome.judged))
+    title = f"With {sets}{outcome.rungs[-1]:,} held-out samples"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for column in ("", outcome.metric, "gain", "optimism", "steps", "GMACs", "seconds"):
+        table.add_column(column, overflow="fold", justify="left" if not column else "right")
+    for each in outcome.judged:
+        table.add_row(
+            each.name,
+            with_interval(each.evaluation.metrics, outcome.metric),
+            "–" if each.name == HAND_SET else str(outcome.gain_of(each.name)),
+            str(outcome.optimism(each.name) or "–"),
+            str(each.sampler.num_steps),
+            f"{each.gmacs:.4g}",
+            f"{each.seconds:.3g}",
+        )
     console.print()
     console.print(table, highlight=False)
     console.print(f"\n{outcome.verdict}", highlight=False)
