@@ -12,6 +12,7 @@ from PIL import Image
 
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.formatting import show_count
 from pipelines.pages import page
 from pipelines.pages.chart import Chart, Point, Series
 from pipelines.registry.influences import half_interval, with_interval
@@ -35,7 +36,11 @@ def sampler_yaml(outcome: Outcome, name: str) -> str:
     """A judged sampler as the file that generate.sampler.preset names."""
     each = outcome.by_name[name]
     metrics, trial = each.evaluation.metrics, each.trial
-    found = f"trial {trial.name} of {len(outcome.trials)}" if trial is not None and trial.given is None else "a given sampler"
+    found = (
+        f"{trial.name} of {show_count(len(outcome.trials), 'trial')}"
+        if trial is not None and trial.given is None
+        else "a given sampler"
+    )
     sets = f"{outcome.search.heldout_replicates} x {outcome.rungs[-1]:,} held-out samples"
     lines = [
         f"# The {name} sampler of `enat search` for {outcome.name}: {found}.",
