@@ -207,21 +207,28 @@ def test_gain_and_optimism_are_differences_with_their_errors(searched: Searched)
     """Computed again from the artifacts, sample by sample."""
     store, judged = searched.store, searched.killed["judged"]
 
-    def read(evaluation: str) -> tuple[float, np.ndarray, np.ndarray]:
+    def read(evaluation: str) -> tuple[float, float, np.ndarray, np.ndarray]:
         manifest = store.read_manifest("evaluate", evaluation.removeprefix("evaluate/"))
         assert manifest is not None
         influences = Influences.parse(store.fetch(manifest, INFLUENCES).read_bytes())
         assert influences.labels is not None
-        return manifest.metrics["frechet_distance"], influences.by_score["frechet_distance"].astype(np.float64), influences.labels
+        score, error = (manifest.metrics[f"frechet_distance{suffix}"] for suffix in ("", "_se"))
+        return score, error, influences.by_score["frechet_distance"].astype(np.float64), influences.labels
+
+    def variance(influence: np.ndarray, labels: np.ndarray) -> float:
+        """Of the mean, for samples of given labels."""
+        total = 0.0
+        for label in set(labels.tolist()):
+            own = [influence[i] for i in range(len(labels)) if labels[i] == label]
+            mean = sum(own) / len(own)
+            total += len(own) * sum((value - mean) ** 2 for value in own) / (len(own) - 1) / len(labels) ** 2
+        return total
 
     def half_interval(first: tuple[Any, ...], second: tuple[Any, ...]) -> float:
-        """Half of the 95% interval of the difference, in pairs: the variance of the mean, for samples of given labels."""
-        total, count = 0.0, len(first[1])
-        for label in set(first[2].tolist()):
-            own = [first[1][i] - second[1][i] for i in range(count) if first[2][i] == label]
-            mean = sum(own) / len(own)
-            total += len(own) * sum((value - mean) ** 2 for value in own) / (len(own) - 1) / count**2
-        return 1.959964 * math.sqrt(total)
+        """Half of the 95% interval: in pairs, and what the errors of several sets have beside that of their mean."""
+        paired = variance(first[2] - second[2], first[3])
+        beside = sum(max(0.0, side[1] ** 2 - variance(side[2], side[3])) for side in (first, second))
+        return 1.959964 * math.sqrt(paired + beside)
 
     best, hand_set = read(judged["best"]["evaluation"]), read(judged["hand-set"]["evaluation"])
     gain = searched.killed["gain"]
