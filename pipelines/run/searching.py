@@ -49,6 +49,7 @@ from pipelines.workflow.progress import Bar
 from pipelines.workflow.stage import FinishedStage, Node, Session
 
 _log = logging.getLogger(__name__)
+_FILE = {BEST: "sampler"}  # what the file of a judged sampler is called, if not by its name
 _DRAWN = 400  # samplers that show whether any meets a budget
 _OF_SAMPLES = (generate.STAGE.name, evaluate.STAGE.name)
 _NOT_IN_IDENTITY = ("num_trials", "heldout_seed", "heldout_replicates", "max_winners")
@@ -544,7 +545,7 @@ class _Search:
         return next((trial for trial in self.study.trials if trial.given == HAND_SET and trial.sampler == own), None)
 
     def _outcome(self, judged: Sequence[Judged], run: RunHandle) -> Outcome:
-        full = self.plan.rungs[-1]
+        full, place = self.plan.rungs[-1], Path(self.plan.run.workspace) / self.plan.run.name
         searched = {
             each.name: self._read(each.trial, full) for each in judged if each.trial is not None and full in each.trial.results
         }
@@ -562,7 +563,7 @@ class _Search:
             store=self.store.uri,
             tracked=run,
             files={
-                "sampler": str(Path(self.plan.run.workspace) / f"{self.plan.run.name}.sampler.yaml"),
-                "report": str(Path(self.plan.run.workspace) / f"{self.plan.run.name}.html"),
+                **{each.name: f"{place}.{_FILE.get(each.name, each.name)}.yaml" for each in judged if each.name != HAND_SET},
+                "report": f"{place}.html",
             },
         )

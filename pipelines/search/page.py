@@ -63,7 +63,9 @@ def _given(sampler: SamplerConfig) -> dict[str, Any]:
 def write(outcome: Outcome, workspace: Path, store: ArtifactStore) -> None:
     """Write the files that `outcome.files` names."""
     workspace.mkdir(parents=True, exist_ok=True)
-    Path(outcome.files["sampler"]).write_text(sampler_yaml(outcome, BEST), encoding="utf-8")
+    for name in outcome.by_name:
+        if name in outcome.files:
+            Path(outcome.files[name]).write_text(sampler_yaml(outcome, name), encoding="utf-8")
     Path(outcome.files["report"]).write_text(render(outcome, store, datetime.now(UTC)), encoding="utf-8")
 
 

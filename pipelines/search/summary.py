@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -55,7 +56,9 @@ class Difference:
         return self.value / (self.margin / _Z_95) if self.margin else 0.0
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ± {self.margin:.2g}"
+        """Both with as many decimals as give the margin two digits."""
+        decimals = max(0, 1 - math.floor(math.log10(self.margin))) if self.margin else 2
+        return f"{self.value:.{decimals}f} ± {self.margin:.{decimals}f}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,14 +114,24 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """In one sentence."""
+        """A sentence on the best sampler, and one on the best of each other number of steps that beats the hand-set one."""
         if self.is_hand_set_best:
-            return "No sampler of the search is better than the hand-set one."
-        gain = self.gain
-        if gain.value > gain.margin:
-            return f"The best sampler is better than the hand-set one by {gain} ({gain.num_errors:.1f} standard errors)."
-        words = f"{gain}, {abs(gain.num_errors):.1f} standard errors"
-        return f"The best sampler cannot be told from the hand-set one with held-out samples: its gain is {words}."
+            found = ["No sampler of the search is better than the hand-set one."]
+        elif self.is_better(BEST):
+            found = [f"The best sampler is better than the hand-set one by {self._gain_in_words(BEST)}."]
+        else:
+            words = self._gain_in_words(BEST)
+            found = [f"The best sampler cannot be told from the hand-set one with held-out samples: its gain is {words}."]
+        others = [each.name for each in self.judged if each.name.startswith(f"{BEST}-") and self.is_better(each.name)]
+        return " ".join([*found, *(f"{name} is better by {self._gain_in_words(name)}." for name in others)])
+
+    def is_better(self, name: str) -> bool:
+        """Whether a sampler is better than the hand-set one by more than the 95% interval of the difference."""
+        return self.gain_of(name).value > self.gain_of(name).margin
+
+    def _gain_in_words(self, name: str) -> str:
+        gain = self.gain_of(name)
+        return f"{gain} ({abs(gain.num_errors):.1f} standard errors)"
 
 
 def score_text(result: Result) -> str:

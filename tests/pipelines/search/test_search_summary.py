@@ -58,7 +58,7 @@ def _outcome(best: float, metric: str = "frechet_distance", error: float = 0.1, 
         model="train/" + "a" * 64,
         store="store",
         tracked=RunHandle("", None),
-        files={"sampler": "runs/digits-search.sampler.yaml", "report": "runs/digits-search.html"},
+        files={"best": "runs/digits-search.sampler.yaml", "report": "runs/digits-search.html"},
     )
 
 
@@ -74,7 +74,7 @@ def test_a_gain_is_a_difference_of_pairs_with_its_error() -> None:
     assert outcome.gain.value == pytest.approx(1.0172)
     assert outcome.gain.margin == pytest.approx(1.959964 * math.sqrt(variance), rel=1e-4)
     assert outcome.gain.num_errors == pytest.approx(1.0172 / math.sqrt(variance), rel=1e-4)
-    assert "is better than the hand-set one by 1.02 ±" in outcome.verdict
+    assert "is better than the hand-set one by 1.02 ±" in outcome.verdict and "best-16 is better by 1.02 ±" in outcome.verdict
 
 
 def test_optimism_is_positive_if_the_search_was_too_good() -> None:
@@ -94,9 +94,11 @@ def test_a_verdict_claims_no_more_than_the_error_allows() -> None:
 
 def test_the_summary_fits_80_columns() -> None:
     console = Console(file=io.StringIO(), width=80)
-    summary.show(_outcome(5.7864), 583.0, console)
+    outcome = _outcome(5.7864)
+    summary.show(outcome, 583.0, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= 80
+    assert f" {outcome.metric} " in text, "headings are not folded"
     row = next(line for line in text.splitlines() if line.startswith("best "))
     assert "5.786 ± 0.18" in row and "0.1062" in row and "0.0188" in row
     assert "enat compare digits-search" in text and "9.7 min" in text
