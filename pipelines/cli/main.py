@@ -33,10 +33,11 @@ _COMMANDS = {
     "reevaluate": "reevaluate:reevaluate",
     "run": "run:run",
     "sample": "sample:sample",
+    "search": "search:search",
     "submit": "jobs:submit",
 }
 
-_USES_RAY = {"evaluate", "reevaluate", "run"}
+_USES_RAY = {"evaluate", "reevaluate", "run", "search"}
 
 
 class _LazyGroup(SentenceGroup):

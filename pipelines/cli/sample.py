@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,13 +165,20 @@ def _load_encoder(generator: Generator, captions: tuple[str, ...], place: str | 
 def _sampler(generator: Generator, overrides: list[str]) -> SamplerConfig:
     """The sampler of the model, with the overrides of the command line."""
     from enat.sampler_config import SamplerConfig
+    from pipelines.sampling.presets import with_preset
     from pipelines.workflow import config as configuration
+    from pipelines.workflow.config import PRESET
 
     if not overrides:
         return generator.sampler
-    layers = configuration.read_overrides(overrides)
+    layers, base = configuration.read_overrides(overrides), generator.sampler
+    for source, name in [(source, values.pop(PRESET)) for source, values in layers if PRESET in values]:
+        try:
+            base = replace(base, **with_preset({PRESET: name}, Path()))
+        except ValueError as error:
+            raise configuration.ConfigError(f"{source}: {error}") from error
     given = {str(name): value for _, values in layers for name, value in values.items()}
-    own = generator.sampler.values_beside(given)
+    own = base.values_beside(given)
     return configuration.merge(SamplerConfig, [(f"the model's sampler with {' '.join(overrides)}", own), *layers])
 
 

@@ -98,6 +98,8 @@ def prepare(
     """Check a config and package the code. Raises ValueError if the config cannot run on a cluster or has credentials."""
     for override in overrides:
         refuse_credentials(override.partition("=")[0], override.partition("=")[2])
+        if re.search(r"\bpreset\b.*\.ya?ml\b", override):
+            raise ValueError(f"{override} names a file of this machine, which a job does not have; write it into the config")
     run = run_config.load_run(config, overrides, is_dataset_here=False)
     _refuse_unknown_targets(run)
     for file, _ in configuration.read_files(config):
@@ -112,7 +114,7 @@ def prepare(
     run = configuration.with_overrides(run, places, "--allow-local-store") if places else run
     if image is not None:
         refuse_credentials("--image", image)
-    package = None if image else pack_code(config)
+    package = None if image else pack_code(config, schema=RunConfig)
     if package is not None:
         refuse_credentials_in(package)
     resolved = {key: value for key, value in configuration.to_dict(run).items() if key != "cluster"}
@@ -127,7 +129,7 @@ def prepare(
         config=run,
         package=package,
         image=image,
-        config_text=configuration.read_text(config),
+        config_text=configuration.read_text(config, RunConfig),
         has_autoscaler=has_autoscaler,
         num_jobs=num_jobs,
     )

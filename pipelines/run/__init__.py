@@ -8,6 +8,7 @@ prediction  what a run will take
 runner   one run from its config to its answer
 kept_log the log of a run, copied to the store and to MLflow
 tracked  the runs of MLflow that it starts
+searching  a search: trials as stages, and the winners judged
 summary  the closing summary
 conformance  whether scores are those of others
 """

@@ -21,6 +21,8 @@ from pipelines.data.dataset import DatasetSummary
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.data.token_map import TokenMapInfo
 from pipelines.run import graph
+from pipelines.sampling.presets import with_preset
+from pipelines.search.config import SearchConfig
 from pipelines.stages import evaluate, generate
 from pipelines.stages.audit import AuditConfig
 from pipelines.stages.captions import CaptionsConfig
@@ -42,7 +44,8 @@ from pipelines.workflow.stage import MAIN
 
 # A placeholder for features that do not exist yet, to check the rest of a model.
 _ANY_CAPTIONS = CaptionFeaturesInfo(num_captions=0, captions_per_file=1, num_positions=1, width=1, encoder_digest="")
-_SHARED_BY_VARIANTS = {"name", "workspace", "store", "targets", "report", "cluster", "tracking", "prices", "variants", "protocols"}
+_SHARED_BY_VARIANTS = {"name", "workspace", "store", "targets", "report", "cluster", "tracking", "prices", "variants"}
+_SHARED_BY_VARIANTS |= {"protocols", "search"}
 _OF_PROTOCOLS = ("reference", "evaluate")
 
 
@@ -78,6 +81,7 @@ class RunConfig:
     """One YAML file: what a run makes, from which data, and where."""
 
     RENAMED: ClassVar[Mapping[str, str]] = RENAMED
+    PRESETS: ClassVar[Mapping[str, Callable[[Mapping[str, Any], Path], dict[str, Any]]]] = {"generate.sampler": with_preset}
 
     name: str
     """Name of the run, in its reports, logs and in MLflow. Letters, digits, '.', '_' and '-', starting with a letter or digit."""
@@ -118,6 +122,8 @@ class RunConfig:
     """Scores of the samples."""
     report: ReportConfig = field(default_factory=ReportConfig)
     """The page on the run."""
+    search: SearchConfig | None = None
+    """The search for a better sampler, which `enat search` runs. `enat run` does not use it."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The Ray cluster."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -264,6 +264,17 @@ def build_evaluation(run: RunConfig, images: ImageSetConfig, resolution: int | N
     return [*wiring.nodes.values()]
 
 
+def build_samples(runs: Mapping[str, RunConfig], made: Mapping[str, Manifest]) -> tuple[list[Node], dict[str, Manifest]]:
+    """The nodes that make and score samples of one model in several ways, and the artifacts that they read.
+
+    runs: by the variants of the ids, such as evaluate@NAME.   made: what exists already, by the names by which stages read it.
+    """
+    wiring = Wiring(lambda stage, name: made.get(name))
+    for name, run in runs.items():
+        wiring.add(_part(evaluate.STAGE.name), run, f"@{name}")
+    return [*wiring.nodes.values()], wiring.given
+
+
 # What is known of the stages -----------------------------------------------------------------------------------------------
 
 

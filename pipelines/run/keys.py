@@ -22,7 +22,8 @@ from typing import Any
 
 from pipelines.run import graph
 from pipelines.run.config import RunConfig
-from pipelines.workflow.config import SET_BY
+from pipelines.sampling import presets
+from pipelines.workflow.config import PRESET, SET_BY
 
 # Keys of stages that are not part of the stage's key. `execution` never is.
 _NOT_IN_KEY = ("token_map.max_quarantine_share", "train.sampler", "train.scores", "train.s3")
@@ -96,6 +97,8 @@ def find(path: str) -> list[Key]:
 
 def _keys(schema: Any, prefix: str) -> Iterator[Key]:
     hints, texts = typing.get_type_hints(schema), _texts(schema)
+    if prefix.removesuffix(".") in RunConfig.PRESETS:
+        yield Key(f"{prefix}{PRESET}", "string or null", "null", "", presets.TEXT, "yes")
     for field in dataclasses.fields(schema):
         if SET_BY in field.metadata:
             continue

@@ -79,7 +79,7 @@ def _run(
     uri = tracking_uri(config)
     tracking.prepare(uri, config.tracking)
     planned = driver.plan(nodes, store)
-    connect = _Connector(config, console, [item.node for item in planned if not item.is_reused])
+    connect = Connector(config, console, [item.node for item in planned if not item.is_reused])
 
     with tracked.start(config, uri, source, overrides, nodes) as models:
         parent = kept.run = models.by_variant[MAIN]
@@ -122,7 +122,7 @@ def evaluation_of(
     return loaded, lambda run: graph.build_evaluation(run, images, resolution)
 
 
-class _Connector:
+class Connector:
     """Connects to Ray when it is called first. seconds: that it took, which are time of no stage.
 
     If the first stage to compute needs Ray, it connects at once: meanwhile MLflow is imported. A new local cluster imports what the
@@ -170,7 +170,7 @@ def open_session(
         run=run,
         tracking=config.tracking,
         console=console,
-        connect=connect or _Connector(config, console),
+        connect=connect or Connector(config, console),
         prices=config.prices,
         stages=graph.stages(),
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from enat.sampler_config import SamplerConfig
 from pipelines.run.config import RunConfig
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
@@ -18,6 +19,8 @@ from pipelines.workflow.stage import MAIN, Node
 
 # Where and what to make, and what is recorded elsewhere: no settings of a model.
 _NOT_LOGGED = {"name", "workspace", "store", "targets", "cluster", "tracking", "s3", "buckets", "prices", "variants", "report"}
+_NOT_LOGGED |= {"search"}
+SEARCH_KIND, TRIAL_KIND = "search", "trial"  # values of model_runs.KIND
 
 
 @contextmanager
@@ -50,6 +53,36 @@ def start(config: RunConfig, uri: str, source: str, overrides: Sequence[str], no
         models = ModelRuns(parent, start_variant, config.variants, nodes)
         with models.failing():
             yield models
+
+
+@contextmanager
+def start_search(
+    config: RunConfig, uri: str, source: str, overrides: Sequence[str], part: str | None, *, beside: RunHandle | None = None
+) -> Iterator[RunHandle]:
+    """The run above the trials of a search (part "trials"), or above its winners, which then has the name of the config: `enat
+    compare NAME` shows the winners only. It ends if the work raises. beside: the first run of the command."""
+    overrides = [without_credentials(each) for each in overrides]
+    command = " ".join([source, *overrides])
+    name = " · ".join([config.name, "search", *([part] if part else [])])
+    own = {
+        model_runs.KIND: SEARCH_KIND,
+        model_runs.NAME: f"{config.name}-{part}" if part else config.name,
+        tracking.NOTE: f"Made by `enat search {command}`.",
+    }
+    with tracking.ending(
+        tracking.start_run(uri, config.tracking, name, _tags(config, source, command) | own, beside=beside)
+    ) as run:
+        run.log_params(_params(config) | {"search": configuration.redacted(config.search)})
+        yield run
+
+
+def start_trial(config: RunConfig, parent: RunHandle, title: str, label: str, sampler: SamplerConfig, *, kind: str) -> RunHandle:
+    """The run of one sampler below that of its search. label: the variant in the ids of its nodes.   kind: TRIAL_KIND, or
+    model_runs.MODEL_KIND for one that people compare."""
+    tags = {model_runs.KIND: kind, "enat.variant": label, "enat.code": provenance.code_version()}
+    handle = tracking.start_run(parent.uri, config.tracking, title, tags, parent)
+    handle.log_params({"generate": {"sampler": configuration.to_dict(sampler)}})
+    return handle
 
 
 def _tags(config: RunConfig, source: str, command: str) -> dict[str, str]:

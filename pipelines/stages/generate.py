@@ -1,7 +1,7 @@
 """Stage generate: codes for num_samples samples, one seed each: of classes in turn, of given labels, or of captions.
 
 One Parquet file per shard_size samples. The codes of a sample depend only on its seed and its condition. A file that was committed
-before a crash is not computed again.
+before a crash is not computed again, and neither are the files of a smaller set of the same samples in the same run.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from pipelines.data.samples import (
 )
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.data.token_map import TokenMap
+from pipelines.workflow import config as configuration
 from pipelines.workflow.config import added
 from pipelines.workflow.models import ModelSummary, averages_of, weights_of_step
 from pipelines.workflow.stage import Input, Stage, StageContext, StageResult, WorkerContext
@@ -168,6 +169,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     names = [shard_name(part) for part in range(len(shards))]
     num_samples = config.num_samples * config.replicates
     done = context.store.resume_parts(context.stage, context.key)
+    done |= _taken_over(config, inputs, names, done, context)
     todo = [{"part": part} for part, name in enumerate(names) if name not in done]
     if todo:
         context.connect_for(config.execution, "generate")
@@ -185,7 +187,8 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
                 bar.advance(record["rows"])
     records = context.store.read_parts(context.stage, context.key)
     assert list(records) == names and sum(record["rows"] for record in records.values()) == num_samples
-    seconds = sum(record["seconds"] + record["start_seconds"] for record in records.values())
+    own = [record for record in records.values() if not record.get("is_taken_over")]
+    seconds = sum(record["seconds"] + record["start_seconds"] for record in own)
     measured = _measured_passes(list(records.values()))
     return StageResult(
         files=[FileRecord(**record["file"]) for record in records.values()],
@@ -198,7 +201,7 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
         },
         worker_seconds=seconds,
         device_seconds=config.execution.device_seconds(seconds),
-        work=[_done(config, architecture, list(records.values()), measured)],
+        work=[_done(config, architecture, own, measured)] if own else [],
     )
 
 
@@ -243,11 +246,60 @@ def _sampling(config: GenerateConfig, architecture: ENATConfig) -> Work:
 def _done(
     config: GenerateConfig, architecture: ENATConfig, records: Sequence[Mapping[str, Any]], measured: MeasuredPasses | None
 ) -> Done:
+    """records: of the samples that this run made."""
     seconds = sum(record["seconds"] for record in records)
-    work = _sampling(config, architecture)
+    work = replace(_sampling(config, architecture), count=sum(record["rows"] for record in records))
     if measured is not None:
         work = replace(work, macs=measured.cost.executed_transformer_macs)
     return Done(work, seconds, seconds / sum(each["seconds"] / each["num_workers"] for each in records))
+
+
+def _taken_over(
+    config: GenerateConfig, inputs: Mapping[str, Manifest], names: Sequence[str], done: Mapping[str, Any], context: StageContext
+) -> dict[str, dict[str, Any]]:
+    """Copy the files of fewer of these samples that are among the artifacts of this run, and return their records by name.
+
+    Times of an image stay those of their making, and what they took does not count again.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if config.sampler.entropy_bound is not None:  # the passes of a part are measured where it is made
+        return found
+    asked = configuration.redacted(config)
+    for earlier in context.made.values():
+        is_same_stage = (earlier.stage, earlier.stage_version) == (context.stage, STAGE.version)
+        if not is_same_stage or config.replicates > 1 or _question(earlier.config) != _question(asked):
+            continue
+        if {name: each["digest"] for name, each in earlier.inputs.items()} != {name: each.digest for name, each in inputs.items()}:
+            continue
+        num_full = min(earlier.config["num_samples"], config.num_samples) // config.shard_size
+        for part, name in enumerate(names[:num_full]):
+            if name in done or name in found:
+                continue
+            file = context.store.put_file(context.stage, context.key, name, context.store.fetch(earlier, name))
+            record = _record_of(earlier, part, config.shard_size, file)
+            context.store.put_part(context.stage, context.key, name, record)
+            found[name] = record
+    return found
+
+
+def _question(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the codes of a sample, and their files."""
+    return {name: value for name, value in config.items() if name not in ("num_samples", "execution", "dataset")}
+
+
+def _record_of(earlier: Manifest, part: int, rows: int, file: FileRecord) -> dict[str, Any]:
+    per_image, together = (earlier.metrics[f"sampling_{name}"] for name in ("worker_seconds_per_image", "images_per_second"))
+    return {
+        "part": part,
+        "rows": rows,
+        "file": asdict(file),
+        "seconds": rows * per_image,
+        "start_seconds": 0.0,
+        "num_workers": per_image * together,
+        "peak_memory_gb": earlier.metrics["peak_memory_gb"],
+        "device": SamplesSummary.read(earlier).device,
+        "is_taken_over": True,
+    }
 
 
 def _summary(

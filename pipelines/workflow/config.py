@@ -33,6 +33,7 @@ SET_BY = "set_by"  # metadata of a field
 _MOST_BYTES, _MOST_LEVELS, _MOST_ALIASES = 1 << 20, 50, 20  # aliases of aliases multiply what they stand for
 _LARGEST = 2**31 - 1  # of numbers, other than seeds
 BASE = "base"  # the key of a file that names the file it builds on
+PRESET = "preset"  # the key of a section that names values; see _expanded
 
 
 class ConfigError(ValueError):
@@ -55,15 +56,18 @@ def load_config(schema: type[ConfigT], path: Path | None, overrides: Sequence[st
     for override in overrides:
         if "=" not in override.lstrip("="):
             raise ConfigError(f"{override!r} is not an override; write key=value, such as train.num_steps=100")
-    files = [(str(file), values) for file, values in read_files(path)] if path is not None else []
-    layers = [*files, *read_overrides(overrides)]
+    files = [(str(file), values) for file, values in read_files(path, schema)] if path is not None else []
+    layers = [*files, *((source, _expanded(schema, source, values, Path())) for source, values in read_overrides(overrides))]
     for source, values in layers:
         _refuse_set_fields(schema, source, OmegaConf.to_container(values))
     return merge(schema, layers, str(path) if path is not None else "the command line")
 
 
-def read_files(path: Path) -> list[tuple[Path, DictConfig]]:
-    """A config file and the files that it builds on, each with its own values, the last base first. Raises ConfigError."""
+def read_files(path: Path, schema: Any = None) -> list[tuple[Path, DictConfig]]:
+    """A config file and the files that it builds on, each with its own values, the last base first. Raises ConfigError.
+
+    schema: whose named values are replaced by what they stand for; see _expanded.
+    """
     files: list[tuple[Path, DictConfig]] = []
     named: list[Path] = []
     next_file: Path | None = path
@@ -78,17 +82,18 @@ def read_files(path: Path) -> list[tuple[Path, DictConfig]]:
         base = plain.get(BASE) if isinstance(plain, dict) else None
         if base is not None and (not isinstance(base, str) or not base or "${" in base):
             raise ConfigError(f"{next_file}: base is {base!r}; name one YAML file, such as base: imagenet256.yaml")
-        files.insert(0, (next_file, OmegaConf.masked_copy(values, [str(key) for key in values if key != BASE])))
+        own = OmegaConf.masked_copy(values, [str(key) for key in values if key != BASE])
+        files.insert(0, (next_file, _expanded(schema, str(next_file), own, next_file.parent)))
         next_file = next_file.parent / base if base is not None else None
     return files
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, schema: Any = None) -> str:
     """The text of a config that needs no other file: as it is written, or merged with its bases. Raises ConfigError."""
-    files = read_files(path)
-    if len(files) == 1:
+    files = read_files(path, schema)
+    if len(files) == 1 and files == read_files(path):
         return path.read_text()
-    bases = ", ".join(file.name for file, _ in reversed(files[:-1]))
+    bases = ", ".join(file.name for file, _ in reversed(files[:-1])) or "the files that it names"
     return f"# {path.name}, merged with {bases}\n{OmegaConf.to_yaml(OmegaConf.merge(*(values for _, values in files)))}"
 
 
@@ -106,6 +111,33 @@ def read_overrides(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
             raise ConfigError(f"{source}: only a config file can name a base; write it into the file")
         _refuse_resolvers(*layers[-1])
     return layers
+
+
+def _expanded(schema: Any, source: str, values: DictConfig, folder: Path) -> DictConfig:
+    """Values in which names of the schema's PRESETS are replaced by what they stand for, also in variants.
+
+    PRESETS: key of a section -> `(values of the section, folder from which paths count) -> values`. Raises ConfigError.
+    """
+    plain, is_changed = OmegaConf.to_container(values), False
+    for key, expand in getattr(schema, "PRESETS", {}).items():
+        *parents, name = key.split(".")
+        variants = plain.get("variants") if isinstance(plain, dict) else None
+        for variant, one in {"": plain, **(variants if isinstance(variants, dict) else {})}.items():
+            place: Any = one
+            for parent in parents:
+                place = place.get(parent) if isinstance(place, dict) else None
+            if not isinstance(place, dict) or not isinstance(place.get(name), dict) or PRESET not in place[name]:
+                continue
+            try:
+                place[name], is_changed = expand(place[name], folder), True
+            except ValueError as error:
+                where = f"variants.{variant}.{key}" if variant else key
+                raise ConfigError(f"{source}: {where}.{error}") from error
+    if not is_changed:
+        return values
+    expanded = OmegaConf.create(plain)
+    assert isinstance(expanded, DictConfig)
+    return expanded
 
 
 def _refuse_resolvers(source: str, values: DictConfig) -> None:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version as package_version
 from pathlib import Path
+from typing import Any
 
 from pipelines.workflow.config import read_text
 
@@ -88,14 +89,14 @@ class _Code:
     is_tracked: bool
 
 
-def pack(config: Path, root: Path = ROOT) -> CodePackage:
-    """The code under `root` with one config, merged with its bases.
+def pack(config: Path, root: Path = ROOT, schema: Any = None) -> CodePackage:
+    """The code under `root` with one config, merged with its bases. schema: of the config; see config.read_text.
 
     Raises ValueError if it is too large, contains what cannot be sent, or git fails.
     """
     code = _look(root)
     place = _place(config, root)
-    files = {**code.files, place: read_text(config).encode(), RECORD: _record(code.state)}
+    files = {**code.files, place: read_text(config, schema).encode(), RECORD: _record(code.state)}
     if code.diff:
         files[CHANGES] = code.diff
     content = _zip(files)

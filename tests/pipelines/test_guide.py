@@ -21,10 +21,12 @@ from PIL import Image
 from enat.images import png_bytes
 from pipelines.cli.main import commands
 from pipelines.run.config import RunConfig
+from pipelines.workflow.config import PRESET
 
 REPOSITORY = Path(__file__).parents[2]
 GUIDE = REPOSITORY / "pipelines" / "guide"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "infra" / "README.md", REPOSITORY / "CHANGELOG.md", *sorted(GUIDE.glob("*.md"))]
+PRESET_KEYS = {f"{section}.{PRESET}" for section in RunConfig.PRESETS}
 SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 _FILES = (".yaml", ".py", ".md", ".json", ".parquet", ".npz")
 
@@ -52,7 +54,7 @@ def test_links_settings_and_configs_that_pages_name_exist() -> None:
         text = page.read_text()
         wrong += [(page.name, link) for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text) if not _leads_somewhere(page, link)]
         if page.name != "CHANGELOG.md":  # which names the settings of earlier versions
-            wrong += [(page.name, key) for key in _settings(page) if not _is_setting(RunConfig, key)]
+            wrong += [(page.name, key) for key in _settings(page) if not _is_setting(RunConfig, key) and key not in PRESET_KEYS]
         wrong += [(page.name, name) for name in set(re.findall(r"\b((?:imagenet|coco|digits)[\w-]*\.yaml)", text)) - configs]
     assert not wrong
 

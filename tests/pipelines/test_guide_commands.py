@@ -26,7 +26,7 @@ GUIDE = REPOSITORY / "pipelines" / "guide"
 PAGES = [REPOSITORY / "README.md", *sorted(GUIDE.glob("*.md"))]
 _NOT_RUN = {
     r"s3://|hf://|HOST|--address auto": "needs a bucket, a hub or a cluster",
-    r"^enat run +configs/|^enat reevaluate configs/|^enat submit": "takes minutes; tests/digits_run.py runs the demo",
+    r"^enat (run|search) +configs/|^enat reevaluate configs/|^enat submit": "takes minutes; tests/digits_run.py runs the demo",
     r"imagenet(?!.* --images)|DiT-XL|retriever|^enat doctor|metrics\.fid": "needs ImageNet, its weights, or runs with an FID",
     r"^enat evaluate": "scores for minutes; test_notebook.py does the same",
     r"trian\.": "is refused, as the page shows; test_cli.py has such cases",
@@ -80,8 +80,8 @@ def test_every_command_of_a_page_is_understood(monkeypatch: pytest.MonkeyPatch) 
             continue
         context = _parse(shlex.split(command)[1:])
         config, overrides = context.params.get("config"), context.params.get("overrides", ())
-        values = [value for value in overrides if "=" in value]
-        if context.info_name in {"run", "plan", "submit", "reevaluate", "evaluate"} and "trian" not in command:
+        values = [value for value in overrides if "=" in value and not value.endswith(".sampler.yaml")]  # of a search
+        if context.info_name in {"run", "plan", "submit", "reevaluate", "evaluate", "search"} and "trian" not in command:
             is_here = config is not None and Path(config).exists()
             assert is_here or config is None or config == Path("flowers.yaml"), (page, command)
             load_config(RunConfig, config if is_here else None, values if is_here else ["name=any", *values])

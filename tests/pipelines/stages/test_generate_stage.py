@@ -46,6 +46,7 @@ from pipelines.sampling.request import SampleRequest
 from pipelines.sampling.sample import sample_batches
 from pipelines.stages import generate
 from pipelines.stages.generate import GenerateConfig, GenerateExecution
+from pipelines.workflow import config as configuration
 from pipelines.workflow.models import ModelSummary, average_name
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -179,6 +180,39 @@ def finish(config: GenerateConfig, store: ArtifactStore, inputs: dict[str, Manif
 @pytest.fixture(scope="module")
 def samples(make: Callable[..., Made], model: ENAT) -> Made:
     return make(CONFIG, model)
+
+
+def test_fewer_of_the_same_samples_are_taken_over(make_context: Callable[..., Any], model: ENAT, tmp_path: Path) -> None:
+    """Their full files are copied, and what is left is what a run from nothing makes. Their time does not count again."""
+    store = open_store(str(tmp_path / "store"))
+    inputs = keep_inputs(store, tmp_path, model, ())
+
+    def make(key: str, config: GenerateConfig, made: dict[str, Manifest]) -> tuple[Manifest, Any]:
+        result = generate.run(config, inputs, make_context(store, "generate", key, made=made))
+        read = {name: {"stage": each.stage, "key": each.key, "digest": each.digest} for name, each in inputs.items()}
+        fields = {"config": configuration.redacted(config), "inputs": read, "metrics": dict(result.metrics)}
+        fields |= {"files": tuple(result.files), "summary": result.summary.to_dict(), "stage_version": generate.STAGE.version}
+        return store.commit(Manifest(stage="generate", key=key, **fields)), result
+
+    few, _ = make("few", dataclasses.replace(CONFIG, num_samples=18), {})
+    many, of_many = make("many", CONFIG, {"few": few})
+    alone, of_alone = make("alone", CONFIG, {})
+    assert [file.sha256 for file in many.files] == [file.sha256 for file in alone.files]
+    (work,) = of_many.work
+    assert work.work.count == 4, "two files of eight samples were copied"
+    assert of_alone.work[0].work.count == 20
+    assert of_many.metrics["samples"] == 20 and of_many.metrics["sampling_worker_seconds_per_image"] > 0
+    other, of_other = make("other", dataclasses.replace(CONFIG, seed=4), {"few": few, "many": many})
+    assert of_other.work[0].work.count == 20, "samples of another seed are other samples"
+    assert not {file.sha256 for file in other.files} & {file.sha256 for file in many.files}
+    again, of_again = make("again", dataclasses.replace(CONFIG, num_samples=16), {"many": many})
+    assert not of_again.work and [file.sha256 for file in again.files] == [file.sha256 for file in many.files][:2]
+    bounded = dataclasses.replace(CONFIG, sampler=CONFIG.sampler.replaced(entropy_bound=2.0))
+    few, _ = make("bounded", dataclasses.replace(bounded, num_samples=18), {})
+    _, of_bounded = make("more", bounded, {"few": few})
+    assert of_bounded.work[0].work.count == 20 and of_bounded.metrics["passes_per_image"] >= 1, (
+        "passes are measured where they are made"
+    )
 
 
 @pytest.mark.slow
