@@ -11,6 +11,7 @@ its name to RunConfig, too.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -164,6 +165,8 @@ class Wiring:
             raise ConfigError(_NO_DATASET)
         if config is None:
             return None
+        if not isinstance(self._own_identities, Unread):
+            config = pinned(config)
         inputs: dict[str, str] = {}
         for name, read in part.stage.reads.items():
             runs = {"": run} | ({f"@{variant}": each for variant, each in run.variant_runs.items()} if read.is_per_variant else {})
@@ -198,6 +201,15 @@ class Wiring:
             self.nodes[id], self._identities[id] = Node(id, stage, config, dict(inputs), own), identity
             self._ids[identity] = id
         return self._ids[identity]
+
+
+def pinned(config: Any) -> Any:
+    """A stage's config whose datasets and images on the Hugging Face hub are read at the commits that they have now."""
+    if hasattr(config, "pinned"):
+        return config.pinned()
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    own = {name: value.pinned() for name, value in own.items() if hasattr(value, "pinned")}
+    return replace(config, **own) if own else config
 
 
 class Unread(dict[Any, Any]):
