@@ -254,6 +254,33 @@ def _nodes(run: RunConfig, wiring: Wiring) -> list[Node]:
     return [*wiring.nodes.values()]
 
 
+def nodes_of_variant(run: RunConfig, variant: str, nodes: Sequence[Node]) -> list[str]:
+    """The ids of the nodes of a run that make what one of its variants asks for, apart from the report of all.
+
+    nodes: of the run, from build(), whose datasets are not listed again.
+    """
+    identities = {(node.stage.name, node.config): node.identity for node in nodes}
+    wiring = Wiring(identities=identities)
+    _nodes(run, wiring)  # the same ids
+    first = len(wiring.nodes)
+    own = [id for part in GRAPH if not run.targets or part.stage.name in run.targets for id in _ids_of(wiring, part, run, variant)]
+    assert len(wiring.nodes) == first, "a variant has no other nodes than its run"
+    needed, waiting = dict.fromkeys(own), list(own)
+    while waiting:
+        found = [id for id in wiring.nodes[waiting.pop()].inputs.values() if id not in needed]
+        needed |= dict.fromkeys(found)
+        waiting += found
+    return [id for id in wiring.nodes if id in needed]
+
+
+def _ids_of(wiring: Wiring, part: Part, run: RunConfig, variant: str) -> list[str]:
+    if any(read.is_per_variant for read in part.stage.reads.values()):
+        return []
+    own = run.variant_runs[variant]
+    runs = _by_protocol(own, f"@{variant}") if part.is_per_protocol else {f"@{variant}": own}
+    return [id for label, each in runs.items() if (id := wiring.add(part, each, label)) is not None]
+
+
 def needed_stages(run: RunConfig) -> set[str]:
     """Names of the stages that the targets of a run need, without its variants. Reads no files. Raises ConfigError for a missing
     dataset."""

@@ -52,7 +52,7 @@ def test_a_private_dataset_of_the_hub_is_read_at_one_commit(
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         commit, place = repository.commit(files), "hf://datasets/owner/set@main/image_folder"
         _, made = token_map("image_folder", place)
-        assert DatasetSummary.read(made["dataset"]).num_images == made["token_map"].metrics["images"] == 20
+        assert DatasetSummary.read(made["dataset"]).num_images == made["token_map"].metrics["rows"] == 20
         assert made["dataset"].config["path"] == f"hf://datasets/owner/set@{commit}/image_folder"
         read = {path for path, _, _ in hub.asked if "/resolve/" in path}
         assert read == {f"/datasets/owner/set/resolve/{commit}/{name}" for name in files}
