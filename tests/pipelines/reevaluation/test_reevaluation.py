@@ -72,7 +72,7 @@ def test_reused_stages_are_linked_to_the_runs_that_made_them(lab: Lab, light: Li
     made = {name: [run.info.run_id for run in lab.stage_runs(name)] for name in ("generate", "reference", "dataset")}
     assert all(len(runs) == 1 for runs in made.values())
     lab.tag(evaluated=LONG_AGO)
-    outcome = lab.one(with_config=False, older_than=30 * 86400.0)
+    outcome = lab.one(with_config=True, older_than=30 * 86400.0)
     assert outcome.verdict == "evaluated"
     run = lab.search(f"attributes.run_name = '{NAME}-v1'", order_by=["attributes.start_time DESC"])[0]
     links = {name.removeprefix(LINK): id for name, id in run.data.tags.items() if name.startswith(LINK)}
