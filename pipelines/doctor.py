@@ -219,11 +219,12 @@ def _weights(config: Any) -> Iterator[Finding]:
     """Files that the config names, apart from datasets. Weights in a hub or a bucket are only listed."""
     from enat.metrics.extractors import OF_INCEPTION
     from pipelines.run import graph
+    from pipelines.storage.open import is_address
 
     for key, place in graph.external_files(config).items():
         if "dataset." in key:
             continue
-        if place.startswith(("s3://", "hf://", "https://", "sha256:")):
+        if is_address(place) or place.startswith("sha256:"):
             yield Finding("weights", GOOD, f"{key} is {place}, which is downloaded when its stage runs")
         elif Path(place).exists():
             yield Finding("weights", GOOD, f"{key} is {place}")

@@ -201,21 +201,49 @@ def _only_active(cluster: Cluster) -> Job:
     raise ValueError(f"{len(active)} jobs are active; name one of {', '.join(job.id for job in active[:4])}")
 
 
-def _show(found: list[Job], cluster: Cluster) -> None:
-    from rich.table import Table
+_COLUMNS = ("id", "status", "user", "config", "age", "ran", "stage", "why")
 
+
+def _show(found: list[Job], cluster: Cluster) -> None:
+    """A table; on a terminal that is too narrow for it, an id and a sentence for each job. Ids stay in one piece, to be copied."""
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    rows, terminal = [_cells(job, cluster, time.time()) for job in found], table_console()
+    if _width(rows) <= terminal.width:
+        table = Table(box=None, pad_edge=False)
+        for column in _COLUMNS:
+            table.add_column(column, no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        terminal.print(table, highlight=False, markup=False)
+        return
+    for id, status, user, config, age, ran, stages, why in rows:
+        terminal.print(id, highlight=False, markup=False, soft_wrap=True)
+        times = [f"started {age} ago", f"ran {ran}"] if age else []
+        told = ", ".join(each for each in (status, user, config, *times) if each) + "".join(
+            f": {each}" for each in (stages, why) if each
+        )
+        terminal.print(Padding(Text(told), (0, 0, 0, 2)))
+
+
+def _cells(job: Job, cluster: Cluster, now: float) -> tuple[str, ...]:
+    """Of one job, by column."""
     from pipelines.formatting import printable, show_age
 
-    now = time.time()
-    table = Table(box=None, pad_edge=False)
-    for column in ("id", "status", "user", "config", "age", "ran", "stage", "why"):
-        table.add_column(column, overflow="fold")
-    for job in found:
-        age = show_age(now - job.started) if job.started else ""
-        ran = show_age((job.ended or now) - job.started) if job.started else ""
-        stages = ", ".join(each.describe() for each in cluster.stages_in_progress(job))
-        why = printable(job.reason or "").removeprefix("enat: ")
-        why = why if len(why) <= _WHY_LENGTH else why[: _WHY_LENGTH - 1] + "…"
-        user, config = (printable(text) for text in (job.user or "", Path(job.config).name))
-        table.add_row(job.id, job.status.lower(), user, config, age, ran, stages, why)
-    table_console().print(table, highlight=False, markup=False)
+    age = show_age(now - job.started) if job.started else ""
+    ran = show_age((job.ended or now) - job.started) if job.started else ""
+    stages = ", ".join(each.describe() for each in cluster.stages_in_progress(job))
+    why = printable(job.reason or "").removeprefix("enat: ")
+    why = why if len(why) <= _WHY_LENGTH else why[: _WHY_LENGTH - 1] + "…"
+    user, config = (printable(text) for text in (job.user or "", Path(job.config).name))
+    return job.id, job.status.lower(), user, config, age, ran, stages, why
+
+
+def _width(rows: list[tuple[str, ...]]) -> int:
+    """Of the table: the widest cell of each column, and two spaces between columns."""
+    from rich.cells import cell_len
+
+    columns = zip(_COLUMNS, *rows, strict=True)
+    return sum(max(map(cell_len, column)) + 2 for column in columns) - 2

@@ -221,12 +221,12 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def show(verdicts: Sequence[Verdict], capacity: Capacity, console: Console) -> None:
-    """Print one line per stage."""
+    """Print one line per stage, in 80 columns for usual names. Names of stages stay in one piece."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("stage", "workers", "the cluster now has room for"):
-        table.add_column(column)
+    for column in ("stage", "workers", "room now"):
+        table.add_column(column, no_wrap=column == "stage")
     for verdict in verdicts:
         enough = "[green]enough[/]" if verdict.is_all else "[yellow]enough to start[/]"
         table.add_row(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.data.sources.names import is_foreign, is_image
 from pipelines.storage.base import Folder, StorageError, StoredFile, digest_of
 from pipelines.storage.external import content_digest, local_file
-from pipelines.storage.open import open_folder
+from pipelines.storage.open import open_folder, pinned
 from pipelines.storage.s3_client import S3Config
 from pipelines.workflow.summary import Summary
 
@@ -49,7 +49,7 @@ _SOURCE_KINDS = {"folder": "images", "tar": "tar", "parquet": "parquet"}
 class ImageSetConfig:
     """Images that another generator made.
 
-    path: a folder or file, or s3://bucket/prefix.   name: the generator's name in scores.
+    path: a folder or file, or an address as of a dataset.   name: the generator's name in scores.
     kind: "folder" of JPEG or PNG files at any depth (labels are known if all images are in folders named by class numbers), "tar"
     and "parquet" as for datasets, "npz" in the format of ADM's evaluator: uint8 (N, H, W, 3) `arr_0`, labels in `arr_1` if any.
     "auto" finds out the kind.   labels: how the labels of images without labels were chosen, in the words of labels.STATED; None if
@@ -69,6 +69,10 @@ class ImageSetConfig:
             raise ValueError("images need a path and a name; scores refer to them by the name")
         if self.labels is not None:
             check_stated(self.labels)
+
+    def pinned(self) -> Self:
+        """With the commit of an address on the Hugging Face hub."""
+        return replace(self, path=pinned(self.path))
 
     def identity(self) -> dict[str, Any]:
         return {"labels": self.labels, "content": self.digest()}

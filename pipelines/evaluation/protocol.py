@@ -26,7 +26,7 @@ from pipelines.registry.influences import INFLUENCES
 from pipelines.storage.base import canonical_json, digest_of
 from pipelines.tracking.run import RunHandle
 from pipelines.workflow.costs import cost_metrics
-from pipelines.workflow.inputs import tracked_inputs
+from pipelines.workflow.inputs import read_checkpoint, tracked_inputs
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, PublishContext
 
@@ -205,12 +205,23 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
         for name in (GRID, INFLUENCES):
             context.run.log_bytes(context.store.fetch(manifest, name).read_bytes(), name)  # a cached file has another name
         context.run.log_metrics(costs)
-    else:
+        _score_model(manifest, inputs, context)
+    elif context.titles:
         context.run.set_tags(_names(inputs, context.titles))  # which may have been corrected since
     if context.model_run is not None:
         context.model_run.set_tags(money)
         _compare_by(context.model_run, manifest, inputs, context, costs)
     evaluation_record.record(manifest, inputs, context, SCORES)
+
+
+def _score_model(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
+    """Log the scores to the checkpoint that the samples are from, with the reference as their dataset."""
+    if (checkpoint := read_checkpoint(None, inputs)) is not None:
+        node, _, variant = context.node.partition("@")
+        protocol = f"{node.partition('/')[2]}/" if "/" in node else ""
+        scores = {protocol + name: value for name, value in manifest.metrics.items()}
+        (reference,) = tracked_inputs(context.store, context.stages, [inputs["reference"]])
+        context.run.log_model_scores(checkpoint, scores, reference, variant or MAIN, model_card.VARIANT)
 
 
 def _compare_by(
@@ -224,7 +235,9 @@ def _compare_by(
         return
     trained = inputs["model"].metrics if "model" in inputs else {}
     values = {f"train/{name.removeprefix('final/')}": value for name, value in trained.items()}
-    run.log_metrics({**manifest.metrics, **costs, **values})
+    # MLflow draws a chart of each, also of zeros.
+    spent = {name: value for name, value in costs.items() if value or name.startswith("cost/total_")}
+    run.log_metrics({**manifest.metrics, **spent, **values})
     run.log_params(_settings(manifest, inputs, context.titles))
     run.log_bytes(context.store.fetch(manifest, GRID).read_bytes(), GRID)
     made_from = [(source["stage"], source["key"]) for each in inputs.values() for source in each.inputs.values()]

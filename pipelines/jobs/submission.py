@@ -24,13 +24,13 @@ from pipelines.run import config as run_config
 from pipelines.run import graph
 from pipelines.run.config import RunConfig
 from pipelines.storage.base import digest_of
+from pipelines.storage.open import is_address
 from pipelines.workflow import config as configuration
 from pipelines.workflow import driver
 from pipelines.workflow.provenance import CodePackage, describe_left_behind
 from pipelines.workflow.provenance import pack as pack_code
 from pipelines.workflow.stage import MAIN, PlannedStage
 
-_ELSEWHERE = ("s3://", "hf://", "https://", "sha256:")
 _DIGEST_OF_IMAGE = re.compile(r"@sha256:[0-9a-f]{64}$")
 _STOP_SECONDS = 60  # for a checkpoint of training; Ray itself gives three
 _NAME_LENGTH = 80
@@ -220,7 +220,7 @@ def _refuse_files_of_this_machine(run: RunConfig) -> None:
     folder that all nodes share."""
     for name, each in run.every_run().items():
         for key, place in graph.external_files(each).items():
-            if place.startswith(_ELSEWHERE) or Path(place).is_absolute():
+            if is_address(place) or place.startswith("sha256:") or Path(place).is_absolute():
                 continue
             where = f"{name}: {key}" if name else key
             raise ValueError(

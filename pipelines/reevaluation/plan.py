@@ -293,7 +293,7 @@ def publishing(planned: Plan, also: Callable[[Manifest, PublishContext], None]) 
 
     def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
         if usual is not None:
-            usual(manifest, inputs, context)
+            usual(manifest, inputs, replace(context, titles={}))  # names that were recorded may have been corrected since
         also(manifest, context)
 
     return planned.with_evaluation(stage=replace(stage, publish=publish))

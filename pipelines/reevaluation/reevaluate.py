@@ -42,6 +42,7 @@ from pipelines.tracking.registry import ModelVersion
 from pipelines.tracking.run import RunHandle
 from pipelines.workflow import driver, provenance
 from pipelines.workflow import stage as workflow_stage
+from pipelines.workflow.model_runs import ModelRuns
 from pipelines.workflow.stage import FinishedStage, PlannedStage, PublishContext
 
 _log = logging.getLogger(__name__)
@@ -275,7 +276,8 @@ class _Evaluator:
             moved = moved_in(result)
             tags = {"enat.model": version.name, "enat.model_version": version.version, "enat.is_check": str(is_check).lower()}
             tags |= {name: version.tags[name] for name in ("enat.dataset",) if name in version.tags}  # it may have been corrected
-            context.run.set_tags(tags | ({} if moved is None else {evaluation_record.DRIFT: words(moved)}))
+            run = context.model_run if context.is_recorded and context.model_run is not None else context.run
+            run.set_tags(tags | ({} if moved is None else {evaluation_record.DRIFT: words(moved)}))
 
         done = self._execute(reevaluation_plan.publishing(plan, publish), case)
         result = done[-1].manifest
@@ -330,7 +332,8 @@ class _Evaluator:
         }
         name = f"{model.version.name}-v{model.version.version}"
         with tracking.ending(tracking.start_run(self.uri, config.tracking, name, named, self.parent)) as run:
-            session = runner.open_session(config, model.store, run, self.console)
+            models = ModelRuns(run, nodes=plan.nodes)  # links what is reused to the runs that made it
+            session = replace(runner.open_session(config, model.store, run, self.console), models=models)
             done = driver.execute(plan.nodes, session, plan.given, num_jobs=runner.default_jobs(config.cluster))
             run.finish()
         return done

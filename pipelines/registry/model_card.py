@@ -17,10 +17,13 @@ from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.manifest import MANIFEST, Manifest
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import registry
-from pipelines.workflow.models import ModelSummary, TokenizerSummary
-from pipelines.workflow.stage import PublishContext
+from pipelines.tracking.models import TrackedModel
+from pipelines.workflow.inputs import checkpoint_of, tracked_inputs
+from pipelines.workflow.models import ModelSummary, TokenizerSummary, milestones_of
+from pipelines.workflow.stage import MAIN, PublishContext
 
 CARD = "README.md"
+VARIANT = "enat.variant"  # a tag of a model that MLflow lists beside runs
 PLACE = "store.json"  # where the weights of a version are
 _LOADER = "pipelines.sampling.pyfunc"  # imported by MLflow to load a version
 # Fields of a model that are not part of its name: those that the data determines, and sizes.
@@ -47,7 +50,42 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
         tags=model_tags(manifest, inputs, context.store.uri, title),
         description=card,
         alias=context.tracking.model_alias,
+        checkpoint=checkpoint_of(manifest),
     )
+
+
+def list_models(
+    manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext, scores: Mapping[int, Mapping[str, float]]
+) -> None:
+    """List the checkpoints of a training beside its run. scores: of steps, which the checkpoints of these steps get."""
+    summary, variant = ModelSummary.read(manifest), context.node.partition("@")[2]
+    last = summary.num_steps
+    recipe = {key: manifest.config.get(key) for key in ("batch_size", "learning_rate", "seed")} if last else {}
+    params = {
+        "parameters": summary.parameters,
+        "dataset": summary.dataset,
+        "resolution": _tokenizer_config(inputs).resolution,
+        "train_steps": last,
+        "key": manifest.key[:12],
+        **{key: value for key, value in recipe.items() if value is not None},
+    }
+    read = [inputs["reference"]] if scores else []
+    reference = next(iter(tracked_inputs(context.store, context.stages, read)), None)
+    found = []
+    for step in [*milestones_of(manifest), last]:
+        if (checkpoint := checkpoint_of(manifest, step)) is not None:
+            model = TrackedModel(
+                checkpoint=checkpoint,
+                # MLflow's table shows some 20 letters: what differs comes first.
+                name=" · ".join(
+                    [*([variant] if variant else []), *([f"step {step:,}"] if step != last else []), registered_name(manifest)]
+                ),
+                params={**params, "step": step},
+                tags={VARIANT: variant or MAIN, registry.DIGEST_TAG: manifest.digest},
+                scores=scores.get(step, {}),
+            )
+            found.append(model)
+    context.run.log_models(found, reference)
 
 
 def _pyfunc(manifest: Manifest, inputs: Mapping[str, Manifest]) -> dict[str, bytes]:

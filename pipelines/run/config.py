@@ -34,6 +34,7 @@ from pipelines.stages.reference import ReferenceConfig
 from pipelines.stages.report import ReportConfig
 from pipelines.stages.token_map import TokenMapConfig
 from pipelines.stages.tokenizer import TokenizerConfig
+from pipelines.storage.open import forget_commits
 from pipelines.storage.s3_client import S3Config
 from pipelines.tracking.run import TrackingConfig
 from pipelines.training.config import TrainConfig
@@ -211,6 +212,7 @@ def load_run(path: Path | None, overrides: Sequence[str] = (), *, is_dataset_her
 
     is_dataset_here: False if another machine reads the dataset, which this one may not be able to access.
     """
+    forget_commits()
     run = configuration.load_config(RunConfig, path, overrides)
     for name, each in run.every_run().items():
         try:
@@ -226,7 +228,7 @@ def check_scanned(run: RunConfig, found: Mapping[DatasetConfig, Manifest]) -> No
     counts = {config: _Counts(len(summary.class_names), summary.num_captions) for config, summary in read.items()}
     for name, each in run.every_run().items():
         try:
-            _check_counts(each, lambda dataset: counts.get(dataset, _Counts()))
+            _check_counts(each, lambda dataset: counts.get(dataset.pinned(), _Counts()))
         except ValueError as error:
             raise ConfigError(f"{name}: {error}" if name else str(error)) from error
 

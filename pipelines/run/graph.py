@@ -11,6 +11,7 @@ its name to RunConfig, too.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -165,6 +166,8 @@ class Wiring:
             raise ConfigError(_NO_DATASET)
         if config is None:
             return None
+        if not isinstance(self._own_identities, Unread):
+            config = pinned(config)
         inputs: dict[str, str] = {}
         for name, read in part.stage.reads.items():
             runs = {"": run} | ({f"@{variant}": each for variant, each in run.variant_runs.items()} if read.is_per_variant else {})
@@ -199,6 +202,15 @@ class Wiring:
             self.nodes[id], self._identities[id] = Node(id, stage, config, dict(inputs), own), identity
             self._ids[identity] = id
         return self._ids[identity]
+
+
+def pinned(config: Any) -> Any:
+    """A stage's config whose datasets and images on the Hugging Face hub are read at the commits that they have now."""
+    if hasattr(config, "pinned"):
+        return config.pinned()
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    own = {name: value.pinned() for name, value in own.items() if hasattr(value, "pinned")}
+    return replace(config, **own) if own else config
 
 
 class Unread(dict[Any, Any]):
@@ -241,6 +253,33 @@ def _nodes(run: RunConfig, wiring: Wiring) -> list[Node]:
                 for own, each in (_by_protocol(variant, label) if part.is_per_protocol else {label: variant}).items():
                     wiring.add(part, each, own)
     return [*wiring.nodes.values()]
+
+
+def nodes_of_variant(run: RunConfig, variant: str, nodes: Sequence[Node]) -> list[str]:
+    """The ids of the nodes of a run that make what one of its variants asks for, apart from the report of all.
+
+    nodes: of the run, from build(), whose datasets are not listed again.
+    """
+    identities = {(node.stage.name, node.config): node.identity for node in nodes}
+    wiring = Wiring(identities=identities)
+    _nodes(run, wiring)  # the same ids
+    first = len(wiring.nodes)
+    own = [id for part in GRAPH if not run.targets or part.stage.name in run.targets for id in _ids_of(wiring, part, run, variant)]
+    assert len(wiring.nodes) == first, "a variant has no other nodes than its run"
+    needed, waiting = dict.fromkeys(own), list(own)
+    while waiting:
+        found = [id for id in wiring.nodes[waiting.pop()].inputs.values() if id not in needed]
+        needed |= dict.fromkeys(found)
+        waiting += found
+    return [id for id in wiring.nodes if id in needed]
+
+
+def _ids_of(wiring: Wiring, part: Part, run: RunConfig, variant: str) -> list[str]:
+    if any(read.is_per_variant for read in part.stage.reads.values()):
+        return []
+    own = run.variant_runs[variant]
+    runs = _by_protocol(own, f"@{variant}") if part.is_per_protocol else {f"@{variant}": own}
+    return [id for label, each in runs.items() if (id := wiring.add(part, each, label)) is not None]
 
 
 def needed_stages(run: RunConfig) -> set[str]:

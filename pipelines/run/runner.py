@@ -92,6 +92,8 @@ def _run(
             predicted = {stage.node: stage.seconds.to_dict() for stage in stages if stage.problem is None}
             session = replace(session, predicted=predicted)
         done = driver.execute(nodes, session, check=partial(check_made, config), num_jobs=jobs)
+        for variant in models.without_nodes() if build is graph.build else ():
+            models.link_all(variant, graph.nodes_of_variant(config, variant, nodes))
         seconds = time.monotonic() - started
         by_id = {item.node.id: item.manifest for item in done}
         report = None

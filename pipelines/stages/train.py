@@ -178,6 +178,15 @@ def _scores(
     return [record], {"scoring_seconds": sum(row["seconds"] for row in rows)}
 
 
+def _scores_by_step(content: bytes, reference: Manifest) -> dict[int, dict[str, float]]:
+    """The scores in a file that _scores wrote, with the names of the run's curves; none if another reference was compared with."""
+    found = json.loads(content)
+    if found["reference"] != "/".join(name_of(reference)):
+        return {}
+    left_out = ("step", "seconds")
+    return {row["step"]: {f"scores/{name}": value for name, value in row.items() if name not in left_out} for row in found["rows"]}
+
+
 def _mean_workers(config: TrainConfig, trained: TrainResult, before: ResumePoint) -> float:
     """The mean number of workers over the steps of this command; elastic runs change it."""
     num_workers = [row["num_workers"] for row in trained.history if row["step"] > before.step] or [config.execution.count]
@@ -331,8 +340,13 @@ def _publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publis
     """Its history, as far as a tracking server that was away missed it, and its model card."""
     rows = json.loads(context.store.fetch(manifest, HISTORY).read_bytes())
     context.run.log_missing_history(rows, manifest.key)
-    if not context.is_recorded and any(record.name == SCORES for record in manifest.records):
-        context.run.log_bytes(context.store.fetch(manifest, SCORES).read_bytes(), SCORES)  # for comparisons
+    scores: dict[int, dict[str, float]] = {}
+    if any(record.name == SCORES for record in manifest.records):
+        content = context.store.fetch(manifest, SCORES).read_bytes()
+        scores = _scores_by_step(content, inputs["reference"]) if "reference" in inputs else {}
+        if not context.is_recorded:
+            context.run.log_bytes(content, SCORES)  # for comparisons
+    model_card.list_models(manifest, inputs, context, scores)
     model_card.publish(manifest, inputs, context)
 
 

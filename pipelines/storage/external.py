@@ -1,8 +1,8 @@
-"""Files that others made (weights, text encoders): a local path, s3://bucket/key, hf://owner/name/path or, for a single file,
-https:// -> a path on this machine.
+"""Files that others made (weights, text encoders): a local path, s3://bucket/key, hf://owner/name/path, for a single file https://,
+or an address that fsspec reads (gs://bucket/key) -> a path on this machine.
 
 Files of a bucket or a web server are kept in the cache (cache.py) under their URI and version, so an unchanged file is fetched
-once. Files of the Hugging Face hub are kept by huggingface_hub.
+once. Those of models on the Hugging Face hub are kept by huggingface_hub.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _FILES, _DIGESTS = "files", "sha256.json"  # a folder of fetched files, and thei
 _WEIGHTS_AND_TEXT = ("*.safetensors", "*.json", "*.txt")  # no pickles: a file that is not fetched cannot be opened by mistake
 _SUFFIXES = tuple(pattern.removeprefix("*") for pattern in _WEIGHTS_AND_TEXT)
 _BY_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_NOT_MODELS = ("hf://datasets/", "hf://spaces/", "hf://buckets/")
 _LIKE_A_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _ON_THE_HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([^@]+))?")
 
@@ -39,7 +40,7 @@ def local_file(reference: str, key: str, s3: S3Config | None = None) -> Path:
             f"{key} is {reference}, but the store has no artifact made from it; import the file first: enat import --help"
         )
     with _naming(key):
-        if reference.startswith("s3://"):
+        if _is_in_folder(reference):
             parent, _, name = reference.rpartition("/")
             folder = open_folder(parent, s3)
             found = [file for file in folder.list(name) if file.name == name]
@@ -66,7 +67,7 @@ def local_folder(reference: str, key: str, s3: S3Config | None = None) -> Path:
     """Return a local path of a folder. From a bucket or the hub, only weights without pickle and text files are fetched."""
     no_files = f"{reference} has no files that end in {', '.join(_SUFFIXES)}"
     with _naming(key):
-        if reference.startswith("s3://"):
+        if _is_in_folder(reference):
             bucket = open_folder(reference, s3)
             found = [file for file in bucket.list() if file.name.endswith(_SUFFIXES)]
             if not found:
@@ -89,6 +90,12 @@ def local_folder(reference: str, key: str, s3: S3Config | None = None) -> Path:
         if not any(path.is_file() for path in folder.rglob("*")):
             raise ValueError(no_files)
         return folder
+
+
+def _is_in_folder(reference: str) -> bool:
+    """Whether a place is reached by its folder: in a bucket, or another address that is not a web page or a model on the hub."""
+    is_model = reference.startswith("hf://") and not reference.startswith(_NOT_MODELS)
+    return "://" in reference and not is_model and not reference.startswith(("https://", "http://"))
 
 
 @contextmanager

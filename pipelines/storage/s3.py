@@ -7,17 +7,16 @@ import builtins
 import hashlib
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, suppress
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 from uuid import uuid4
 
-from fsspec.spec import AbstractBufferedFile
-
 from pipelines.storage import cache
 from pipelines.storage.base import AccessError, Folder, MissingFileError, StorageError, StoredFile, file_digest, in_parallel
+from pipelines.storage.ranges import RangeFile
 from pipelines.storage.s3_client import (
     ATTEMPTS,
     NO_CHECKSUMS,
@@ -39,7 +38,6 @@ from pipelines.storage.s3_client import (
 MIB = 1 << 20
 _DOWNLOADS = 8  # ranges of one file that are read at once
 _RANGE = 8 * MIB  # bytes of one request of a download
-_READ_AHEAD = 4 * MIB
 _PART = 32 * MIB  # bytes of one part of an upload; smaller files go up in one request
 _PARTS_AT_MOST = 10_000  # S3's own limit
 _UPLOADS = 4  # parts that are uploaded, and held in memory, at once
@@ -144,7 +142,7 @@ class S3Folder(Folder):
 
     def open(self, name: str) -> BinaryIO:
         size, version = self._status(name)
-        return _ObjectFile(lambda start, stop: self._get(name, start, stop, size, version), size)
+        return RangeFile(lambda start, stop: self._get(name, start, stop, size, version), size)
 
     @property
     def is_compared(self) -> bool:
@@ -352,14 +350,6 @@ class S3Folder(Folder):
 
     def _explained(self, action: str, name: str) -> AbstractContextManager[None]:
         return explained(self.config, action, f"{self.uri}/{name}".rstrip("/"))
-
-
-class _ObjectFile(AbstractBufferedFile):  # type: ignore[misc]
-    """A seekable file over reads of ranges, which reads ahead."""
-
-    def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
-        self._fetch_range = read_range
-        super().__init__(None, "", block_size=_READ_AHEAD, size=size)
 
 
 def _pause(attempt: int) -> None:

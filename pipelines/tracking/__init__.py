@@ -3,5 +3,6 @@
 run       runs: parameters, metrics, files
 search    reading runs and registered models
 registry  registering models
+models    checkpoints, as MLflow lists them beside runs
 errors    why a server cannot be used
 """

@@ -31,7 +31,9 @@ from typing import Any
 
 from pipelines.cluster import process
 from pipelines.storage.redaction import without_credentials
+from pipelines.tracking import models
 from pipelines.tracking.errors import NO_ANSWER, AccessProblem, access_problem, is_away
+from pipelines.tracking.models import Checkpoint, TrackedModel
 from pipelines.tracking.registry import (
     DIGEST_TAG,
     TAG_LIMIT,
@@ -78,6 +80,9 @@ class TrackingConfig:
     """Record runs in MLflow."""
     model_alias: str | None = "newest"
     """Alias that moves to the newest version of a registered model. Null sets none. Other aliases are not changed."""
+    system_metrics: bool = False
+    """Log CPU, memory, disk and network of the machine of the first training worker to the run of the training, every ten seconds;
+    also its GPUs if the package nvidia-ml-py is installed there."""
 
     def __post_init__(self) -> None:
         alias = self.model_alias
@@ -135,6 +140,7 @@ class RunHandle:
     parent: RunHandle | None = field(default=None, repr=False)
     _is_planned: bool = field(default=False, repr=False)
     _is_first: bool = field(default=True, repr=False)  # of its command
+    has_system_metrics: bool = field(default=False, repr=False)  # whether those of a machine that works on it are asked for
     _outbox: _Outbox = field(default_factory=_Outbox, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,8 +191,8 @@ class RunHandle:
         found = [
             DatasetInput(
                 Dataset(
-                    name=each.name[:_DATASET_NAME_LIMIT],
-                    digest=each.digest[:_DATASET_DIGEST_LETTERS],
+                    name=_dataset_name(each),
+                    digest=_dataset_digest(each),
                     source_type="s3" if each.source.startswith("s3://") else "local",
                     source=json.dumps({"uri": each.source}),
                 ),
@@ -196,6 +202,73 @@ class RunHandle:
         ]
         if found:
             self._do(lambda client: client.log_inputs(self.run_id, found))
+
+    def log_models(self, found: Sequence[TrackedModel], dataset: TrackedInput | None = None) -> None:
+        """List checkpoints as outputs of this run, unless they are listed already. Their scores are on this dataset."""
+
+        def log(client: Any) -> None:
+            experiment = client.get_run(self.run_id).info.experiment_id
+            for model in found:
+                if models.find(client, experiment, model.checkpoint) is None:
+                    made = models.make(client, experiment, str(self.run_id), model)
+                    metrics = _metrics((name, value, model.checkpoint.step) for name, value in model.scores.items())
+                    client.log_batch(self.run_id, metrics=_of_model(metrics, made.model_id, dataset), synchronous=True)
+
+        if found:
+            self._do(models.unless_old(log))
+
+    def log_model_input(self, checkpoint: Checkpoint) -> None:
+        """Name the checkpoint that this run reads, if it is listed."""
+        from mlflow.entities import LoggedModelInput
+
+        def log(client: Any) -> None:
+            model = models.find(client, client.get_run(self.run_id).info.experiment_id, checkpoint)
+            if model is not None:
+                client.log_inputs(self.run_id, models=[LoggedModelInput(model.model_id)])
+
+        self._do(models.unless_old(log))
+
+    def log_model_scores(
+        self, checkpoint: Checkpoint, scores: Mapping[str, float], dataset: TrackedInput | None, variant: str, tag: str
+    ) -> None:
+        """Log scores of a checkpoint, if it is listed, on a dataset that is an input of this run.
+
+        tag: of the model, with the variant that made it. Scores of another variant, such as one with another sampler, have its name
+        before their own.
+        """
+
+        def log(client: Any) -> None:
+            model = models.find(client, client.get_run(self.run_id).info.experiment_id, checkpoint)
+            if model is not None:
+                prefix = "" if model.tags.get(tag, variant) == variant else f"{variant}/"
+                metrics = _metrics((prefix + name, value, checkpoint.step) for name, value in scores.items())
+                client.log_batch(self.run_id, metrics=_of_model(metrics, model.model_id, dataset), synchronous=True)
+
+        if scores:
+            self._do(models.unless_old(log))
+
+    @contextlib.contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """Log the load of this machine meanwhile, if the config asks for it. Without a server nothing is logged."""
+        if not self.has_system_metrics or self.run_id is None or self._outbox.is_refused:
+            yield
+            return
+        try:
+            with quiet():
+                client_of(self.uri)  # limits of requests
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
+                monitor.start()
+        except Exception as error:  # no failure of an observer may stop the work
+            _log.warning("the load of this machine is not logged (%s)", first_line(error))
+            yield
+            return
+        try:
+            yield
+        finally:
+            with quiet():
+                monitor.finish()
 
     def link(self, others: Mapping[str, RunHandle]) -> None:
         """Set tags to the ids of other runs, which may not be made yet: what waits is sent in order."""
@@ -207,6 +280,21 @@ class RunHandle:
 
         if others:
             self._do(log)
+
+    def copy_from(self, other: RunHandle) -> None:
+        """Log the metrics of another run, the parameters that this one does not have, and the data."""
+        from mlflow.entities import Param
+
+        def copy(client: Any) -> None:
+            if other.run_id is None:
+                return
+            run, own = client.get_run(other.run_id), client.get_run(self.run_id).data.params
+            params = [Param(name, value) for name, value in run.data.params.items() if name not in own]
+            metrics = _metrics((name, value, 0) for name, value in run.data.metrics.items())
+            client.log_batch(self.run_id, metrics=metrics, params=params, synchronous=True)
+            client.log_inputs(self.run_id, run.inputs.dataset_inputs)
+
+        self._do(copy)
 
     def find(self, tags: Mapping[str, str]) -> RunHandle | None:
         """The first finished run of the same experiment with these tags. None if there is none, or the server does not answer."""
@@ -241,13 +329,21 @@ class RunHandle:
         self.log_bytes(path.read_bytes(), path.name)
 
     def register_model(
-        self, name: str, files: Mapping[str, bytes], tags: Mapping[str, str], description: str, alias: str | None
+        self,
+        name: str,
+        files: Mapping[str, bytes],
+        tags: Mapping[str, str],
+        description: str,
+        alias: str | None,
+        *,
+        checkpoint: Checkpoint | None = None,
     ) -> str | None:
         """Create a version of the registered model `name`, unless one with the same content exists. Returns its number, or None
         if that failed.
 
         files: written to the run's folder `model`, the source of the version.   tags: must contain enat.digest, which identifies
         the content, and enat.created, in UTC.   alias: set to the version created last, in any order of registration.
+        checkpoint: that names the version, if it is listed.
         If a server accepts runs but refuses models, one warning is shown and tracking continues.
         """
         from mlflow.exceptions import MlflowException
@@ -259,6 +355,8 @@ class RunHandle:
                 version = version_of(client, legal, tags[DIGEST_TAG]) or self._new_version(client, legal, files, tags, description)
                 if alias is not None:
                     move_alias(client, legal, alias)
+                if checkpoint is not None and version is not None:
+                    models.unless_old(lambda c: models.name_version(c, str(self.run_id), checkpoint, legal, version))(client)
             except MlflowException as error:
                 if error.error_code in OUT_OF_ORDER:
                     raise
@@ -390,7 +488,8 @@ def start_run(
     """
     first = parent if parent is not None else beside
     is_off = not config.enabled or (first is not None and first.run_id is None and not first._is_planned)
-    handle = RunHandle(uri, None, parent, not is_off, first is None, first._outbox if first is not None else _Outbox())
+    outbox = first._outbox if first is not None else _Outbox()
+    handle = RunHandle(uri, None, parent, not is_off, first is None, config.system_metrics, outbox)
     token, now = uuid.uuid4().hex, int(time.time() * 1000)
 
     def start(client: Any) -> None:
@@ -511,6 +610,22 @@ def _metrics(values: Iterable[tuple[str, float, int]]) -> list[Any]:
     now = get_current_time_millis()
     finite = [(name, float(value), step) for name, value, step in values if math.isfinite(value)]
     return [Metric(_ILLEGAL.sub("_", name), value, now, step) for name, value, step in finite]
+
+
+def _of_model(metrics: Sequence[Any], model_id: str, dataset: TrackedInput | None) -> list[Any]:
+    """Metrics that belong to a model and a dataset, too."""
+    from mlflow.entities import Metric
+
+    name, digest = (_dataset_name(dataset), _dataset_digest(dataset)) if dataset is not None else (None, None)
+    return [Metric(m.key, m.value, m.timestamp, m.step, model_id, name, digest) for m in metrics]
+
+
+def _dataset_name(dataset: TrackedInput) -> str:
+    return dataset.name[:_DATASET_NAME_LIMIT]
+
+
+def _dataset_digest(dataset: TrackedInput) -> str:
+    return dataset.digest[:_DATASET_DIGEST_LETTERS]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -67,7 +67,8 @@ def train_loop(task: Mapping[str, TrainTask]) -> TrainResult | None:
 
     with closing(Trainer(task["task"], ray.train.torch.get_device())) as trainer:
         try:
-            return trainer.run()
+            with task["task"].context.run.system_metrics() if trainer.rank == 0 else nullcontext():
+                return trainer.run()
         except (DivergedError, NoReadableCheckpointError) as error:
             return trainer.result(error=error)  # Ray Train would take an exception for a lost worker and retry
 

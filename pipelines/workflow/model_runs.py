@@ -1,7 +1,7 @@
 """The runs of MLflow that people compare: one for each model that a command makes, with the runs of its stages nested below it.
 
 The run's own model and each variant have one. What a variant shares with another model is made by the other's stages; the run of
-the variant links to their runs.
+the variant links to their runs. A variant that shares everything links to all of them, and has the other's scores.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _WORDS = {
     "train.model.preset": "{}",
     "seed": "seed {}",
 }
+_MODEL, _SCORED = "train", "evaluate"  # nodes: that makes a model, and whose scores the run of a model has
 _NAMED, _LETTERS = 3, 40  # values in a title, and letters of each
 _NO_DIFFERENCE = ("name", "workspace", "store", "targets", "cluster", "tracking", "s3", "buckets", "prices", "report")
 
@@ -57,10 +58,14 @@ class ModelRuns:
     """start: starts the run of a variant, which happens when its first stage begins. nodes: of the command."""
 
     def __init__(
-        self, main: RunHandle, start: Callable[[str], RunHandle], variants: Iterable[str] = (), nodes: Sequence[Node] = ()
+        self,
+        main: RunHandle,
+        start: Callable[[str], RunHandle] | None = None,
+        variants: Iterable[str] = (),
+        nodes: Sequence[Node] = (),
     ) -> None:
         self.by_variant = {MAIN: main}
-        self._start, self._variants, self._lock = start, frozenset(variants), threading.RLock()
+        self._start, self._variants, self._lock = start or (lambda variant: main), frozenset(variants), threading.RLock()
         self._stages: dict[str, RunHandle] = {}
         self._left: dict[str, set[str]] = {}
         for node in nodes:
@@ -92,6 +97,23 @@ class ModelRuns:
             self._left.get(variant, set()).discard(node)
             if variant != MAIN and not self._left.get(variant):
                 self.of(node).finish()
+
+    def without_nodes(self) -> list[str]:
+        """The variants whose artifacts are all made by other models."""
+        return sorted(self._variants - self._left.keys() - self.by_variant.keys())
+
+    def link_all(self, variant: str, nodes: Iterable[str]) -> None:
+        """Make the run of a variant that shares everything, unless no model is among it. nodes: that made its artifacts."""
+        with self._lock:
+            found = {node: self._stages[node] for node in nodes if node in self._stages}
+            if not any(node.partition("@")[0] == _MODEL for node in found):
+                return
+            run = self.by_variant[variant] = self._start(variant)
+            run.link({LINK + node.partition("@")[0]: made for node, made in found.items()})
+            evaluated = next((node for node in found if node.partition("@")[0] == _SCORED), None)
+            if evaluated is not None:
+                run.copy_from(self.of(evaluated))
+            run.finish()
 
     @contextmanager
     def failing(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.workflow.summary import Summary
 
 _AVERAGE = re.compile(r"average-([0-9.e-]+)-step-(\d+)\.safetensors")
+_MILESTONE = re.compile(r"model-step-(\d+)\.safetensors")
 WEIGHTS = "model.safetensors"  # of a trained model: the EMA weights, which generate samples
 
 
@@ -43,6 +44,12 @@ class ModelSummary(Summary):
 def milestone_name(step: int) -> str:
     """The file of the EMA weights of a step before the last one."""
     return f"model-step-{step:08d}.safetensors"
+
+
+def milestones_of(model: Manifest) -> list[int]:
+    """The steps before the last one whose EMA weights a training kept."""
+    found = (_MILESTONE.fullmatch(record.name) for record in model.records)
+    return sorted(int(match[1]) for match in found if match is not None)
 
 
 def average_name(length: float, step: int) -> str:

@@ -22,7 +22,7 @@ from pipelines.cluster.resources import ALL
 from pipelines.storage.base import StorageError
 from pipelines.tracking import run as tracking_run
 from pipelines.workflow import config as configuration
-from pipelines.workflow.inputs import tracked_inputs
+from pipelines.workflow.inputs import read_checkpoint, tracked_inputs
 from pipelines.workflow.provenance import code_version
 from pipelines.workflow.stage import FinishedStage, Node, PublishContext, Session, StageContext, StageError
 from pipelines.workflow.work import WORK_TAG, read_prediction, to_provenance, to_tag
@@ -200,6 +200,8 @@ class NodeRun:
         with tracking_run.ending(tracking_run.start_run(session.run.uri, session.tracking, node.id, tags, parent)) as run:
             run.log_params(self._params())
             run.log_inputs(tracked_inputs(session.store, session.stages, self.inputs.values()))
+            if (checkpoint := read_checkpoint(node.config, self.inputs)) is not None:
+                run.log_model_input(checkpoint)
             yield run
 
     def _params(self) -> dict[str, Any]:

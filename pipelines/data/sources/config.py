@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from enat.config import check_choices
 from pipelines.data.sources import names
 from pipelines.data.sources.base import MAX_LABEL, RangeSource, Source
 from pipelines.data.sources.names import check_split, folder_of_split, pattern_of
 from pipelines.storage.base import StorageError
-from pipelines.storage.open import open_folder
+from pipelines.storage.open import open_folder, pinned
 from pipelines.storage.s3_client import S3Config
 
 KINDS = ("digits", "image_folder", "images", "tar", "parquet", "coco")
@@ -29,13 +29,13 @@ class DatasetConfig:
     """Name in reports, comparisons and MLflow, and in the names of models. Null takes the kind. It can be corrected: everything but
     the report is reused."""
     path: str | None = None
-    """A folder or s3://bucket/prefix. For tar and parquet also a file, or a pattern of files: data/train-*.parquet,
-    {0000..1023}.tar."""
+    """A folder, s3://bucket/prefix, hf://datasets/owner/name[@revision][/folder], or another address that is only read, such as
+    gs://bucket/prefix. For tar and parquet also a file, or a pattern of files: data/train-*.parquet, {0000..1023}.tar."""
     split: str | None = None
     """The split to read where path holds several: train, validation or test. Files of tar and parquet belong to a split by their
     names, such as train-00000.parquet; images and folders of classes by the folder."""
     captions: str | None = None
-    """The captions_*.json of kind "coco", by path or s3://."""
+    """The captions_*.json of kind "coco": a path or address, as for path."""
     num_classes: int | None = None
     """Number of classes of tar and Parquet files, if it is not the largest label plus one."""
     label_column: str = "label"
@@ -68,6 +68,11 @@ class DatasetConfig:
     @property
     def title(self) -> str:
         return self.name or self.kind
+
+    def pinned(self) -> Self:
+        """With the commits of addresses on the Hugging Face hub, so that all workers read the same."""
+        path, captions = (place if place is None else pinned(place) for place in (self.path, self.captions))
+        return replace(self, path=path, captions=captions)
 
     def identity(self) -> dict[str, Any]:
         """path and split enter by the content that they choose."""

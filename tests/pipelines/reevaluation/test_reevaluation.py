@@ -29,6 +29,7 @@ from pipelines.tracking import search
 from pipelines.tracking.run import TrackingConfig
 from pipelines.workflow import driver
 from pipelines.workflow import provenance as workflow_provenance
+from pipelines.workflow.model_runs import LINK
 from pipelines.workflow.stage import Node, PublishContext
 
 # Evaluating ----------------------------------------------------------------------------------------------------------------
@@ -65,6 +66,18 @@ def test_evaluation_is_recorded_in_tags_and_tracked(evaluated: tuple[Lab, Outcom
     parent = lab.client.get_run(run.data.tags["mlflow.parentRunId"])
     assert parent.info.run_name == f"{NAME}-v1"
     assert lab.client.get_run(parent.data.tags["mlflow.parentRunId"]).info.run_name == "reevaluate"
+
+
+def test_reused_stages_are_linked_to_the_runs_that_made_them(lab: Lab, light: Light) -> None:
+    made = {name: [run.info.run_id for run in lab.stage_runs(name)] for name in ("generate", "reference", "dataset")}
+    assert all(len(runs) == 1 for runs in made.values())
+    lab.tag(evaluated=LONG_AGO)
+    outcome = lab.one(with_config=True, older_than=30 * 86400.0)
+    assert outcome.verdict == "evaluated"
+    run = lab.search(f"attributes.run_name = '{NAME}-v1'", order_by=["attributes.start_time DESC"])[0]
+    links = {name.removeprefix(LINK): id for name, id in run.data.tags.items() if name.startswith(LINK)}
+    assert links and links.items() <= {name: id for name, (id, *_) in made.items()}.items()
+    assert {name: [each.info.run_id for each in lab.stage_runs(name)] for name in links} == {name: made[name] for name in links}
 
 
 def test_a_fresh_evaluation_is_not_repeated(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

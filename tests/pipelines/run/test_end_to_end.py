@@ -141,6 +141,26 @@ def test_run_and_stages_are_in_mlflow(tracked, digits_run) -> None:
     assert {file.path for file in client.list_artifacts(runs["report"].info.run_id)} == {"report.html", "loss.png"}
 
 
+def test_checkpoints_are_listed_with_their_scores(tracked, digits_run) -> None:
+    client, runs = tracked
+    planned = digits_run.planned()
+    models = {model.tags["enat.variant"]: model for model in client.search_logged_models([runs["train"].info.experiment_id])}
+    assert set(models) == {"main", "untrained"} and models["untrained"].name.startswith("untrained · enat-")
+    reference = planned["reference"].manifest.digest[:12]
+    for variant, suffix in (("main", ""), ("untrained", "@untrained")):
+        model, evaluated = models[variant], planned[f"evaluate{suffix}"].manifest
+        assert (
+            model.source_run_id == runs[f"train{suffix}"].info.run_id and model.params["key"] == planned[f"train{suffix}"].key[:12]
+        )
+        scores = {each.key: each for each in model.metrics if not each.key.startswith("scores/")}
+        assert {name: each.value for name, each in scores.items()} == pytest.approx(evaluated.metrics)
+        assert {(each.dataset_name, each.dataset_digest) for each in scores.values()} == {("digits reference", reference)}
+        for reader in ("generate", "evaluate"):
+            read = client.get_run(runs[reader + suffix].info.run_id).inputs.model_inputs
+            assert [each.model_id for each in read] == [model.model_id]
+    assert "mlflow.modelVersions" in models["main"].tags and "mlflow.modelVersions" not in models["untrained"].tags
+
+
 def test_what_was_predicted_is_beside_what_was_measured(tracked, digits_run) -> None:
     _, runs = tracked
     assert re.search(r"\n[0-9.]+ s were predicted \(\d+ to \d+\), [0-9.]+ were taken\n", digits_run.process.stdout)

@@ -114,3 +114,13 @@ def test_labels_are_compared_with_the_dataset_as_soon_as_it_is_scanned(
     with pytest.raises(ConfigError, match=r"generate\.labels has 9999, but the classes of this model are 0 to \d"):
         driver.execute(graph.build(run), make_session(local_store), check=partial(runner.check_made, run))
     assert [manifest.stage for manifest in local_store.manifests()] == ["dataset"]
+
+
+def test_what_a_variant_shares_is_known(tiny_config: Path) -> None:
+    overrides = ["variants={twin: {seed: 0}, small: {train: {num_steps: 3}}, steps: {generate: {sampler: {num_steps: 2}}}}"]
+    run = load_run(tiny_config, overrides)
+    nodes = graph.build(run)
+    of_main = [node.id for node in nodes if "@" not in node.id and node.id != "report"]
+    assert graph.nodes_of_variant(run, "twin", nodes) == of_main
+    assert set(graph.nodes_of_variant(run, "steps", nodes)) - set(of_main) == {"generate@steps", "evaluate@steps"}
+    assert set(of_main) - set(graph.nodes_of_variant(run, "small", nodes)) == {"train", "generate", "evaluate"}

@@ -107,6 +107,33 @@ def test_stages_are_below_the_run_of_their_model_and_reused_ones_are_linked(
     assert {run.info.status for run in again} == {"FINISHED"}
 
 
+def test_a_variant_that_shares_everything_links_to_it_and_has_its_scores(
+    make_session: Callable[..., Session], local_store: ArtifactStore, uri: str, tmp_path: Path, found: Callable[[], list[Any]]
+) -> None:
+    tracked_at = replace(CONFIG, experiment=tmp_path.name)
+    train, evaluate = Stage("train", 1, _measure, has_curves=True), Stage("evaluate", 1, _measure)
+    nodes = [Node("train", train, PointConfig()), Node("evaluate", evaluate, PointConfig(), {"model": "train"})]
+    config = RunConfig(name="sizes", tracking=tracked_at, variants={"twin": {"seed": 0}, "other": {"seed": 1}})
+    with tracked.start(config, uri, "sizes.yaml", (), nodes) as models:
+        main = models.by_variant[MAIN]
+        driver.execute(nodes, make_session(local_store, run=main, tracking=tracked_at, models=models))
+        main.log_metrics({"fid": 2.5})
+        main.log_params({"model": "enat-1M"})
+        assert models.without_nodes() == ["other", "twin"]
+        models.link_all("twin", ["train", "evaluate"])
+        models.link_all("other", ["shared"])  # nothing of a model
+        main.finish()
+    runs = {run.info.run_name: run for run in found()}
+    assert set(runs) == {"sizes", "sizes · seed 0", "train", "evaluate"}
+    twin = runs["sizes · seed 0"]
+    links = {name: id for name, id in twin.data.tags.items() if name.startswith(model_runs.LINK)}
+    assert links == {
+        f"enat.run.{each}": runs[name].info.run_id for each, name in (("main", "sizes"), ("train",) * 2, ("evaluate",) * 2)
+    }
+    assert twin.data.metrics["fid"] == 2.5 and twin.data.params["model"] == "enat-1M" and twin.info.status == "FINISHED"
+    assert twin.data.tags["enat.variant"] == "twin" and list(models.by_variant) == [MAIN, "twin"]
+
+
 def test_a_run_with_curves_has_no_metrics_of_one_point_beside_them(
     execute: Callable[..., None], found: Callable[[], list[Any]]
 ) -> None:

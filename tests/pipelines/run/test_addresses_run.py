@@ -1,0 +1,97 @@
+"""A run whose dataset is at hf:// or gs://: the command line, its driver and Ray's workers read it, each by itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dataset_hub import TOKEN, Repository, dataset_hub
+from layouts import Layouts
+
+from pipelines.artifacts.open import open_store
+from pipelines.data.dataset import DatasetSummary
+
+PLUGIN = Path(__file__).parents[2] / "gs_plugin"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def token_map(enat: Callable[..., Any], tiny_config: Path, tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
+    """Make a token map. Returns the output, and the manifests of dataset and token map that were used."""
+
+    def run(kind: str, path: str) -> tuple[str, dict[str, Any]]:
+        done = enat(
+            "run",
+            tiny_config,
+            "targets=[token_map]",
+            f"workspace={tmp_path / 'runs'}",
+            f"dataset={{kind: {kind}, name: photographs, path: '{path}'}}",
+            "token_map.execution.num_workers=2",
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        store = open_store(str(tmp_path / "runs" / "store"))
+        lines = [line.split() for line in done.stdout.splitlines() if line.startswith("✓")]
+        return done.stdout, {
+            line[1]: next(m for m in store.manifests() if m.stage == line[1] and m.key.startswith(line[2])) for line in lines
+        }
+
+    return run
+
+
+def test_a_private_dataset_of_the_hub_is_read_at_one_commit(
+    layouts: Layouts, token_map: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    files = {name: content for name, content in layouts.contents().items() if name.startswith("image_folder/")}
+    with dataset_hub() as hub:
+        repository = hub.repositories["owner/set"] = Repository(token=TOKEN)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        commit, place = repository.commit(files), "hf://datasets/owner/set@main/image_folder"
+        _, made = token_map("image_folder", place)
+        assert DatasetSummary.read(made["dataset"]).num_images == made["token_map"].metrics["rows"] == 20
+        assert made["dataset"].config["path"] == f"hf://datasets/owner/set@{commit}/image_folder"
+        read = {path for path, _, _ in hub.asked if "/resolve/" in path}
+        assert read == {f"/datasets/owner/set/resolve/{commit}/{name}" for name in files}
+        assert {token for path, _, token in hub.asked if "owner/set" in path} == {f"Bearer {TOKEN}"}
+        kept = [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+        assert kept == []
+
+        repository.commit(files | {"README.md": b"about"})
+        output, again = token_map("image_folder", place)
+        assert output.count("reused") >= 3 and again == made, "a moved branch with the same images"
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "tar"])
+def test_a_dataset_is_read_by_an_installed_package(
+    layouts: Layouts, token_map: Any, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bucket = tmp_path / "gs" / "bucket"
+    for name, content in layouts.contents().items():
+        (bucket / name).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / name).write_bytes(content)
+    monkeypatch.setenv("ENAT_TEST_GS", str(tmp_path / "gs"))
+    monkeypatch.setenv("ENAT_TEST_GS_READS", str(tmp_path / "reads"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(PLUGIN), os.environ.get("PYTHONPATH")])))
+    _, there = token_map(kind, f"gs://bucket/{kind}")
+    readers = {line.split()[0] for line in (tmp_path / "reads").read_text().splitlines()}
+    assert readers, "read by ranges"
+    _, here = token_map(kind, f"{layouts.root}/{kind}")
+    assert [file.sha256 for file in there["dataset"].files] == [file.sha256 for file in here["dataset"].files]
+    names = sorted(file.name for file in here["token_map"].files)
+    assert names == sorted(file.name for file in there["token_map"].files) and len(names) > 1
+    store = open_store(str(tmp_path / "runs" / "store"))
+    codes = [
+        [_codes(store.fetch(made, name)) for name in names if name.startswith("part")]
+        for made in (there["token_map"], here["token_map"])
+    ]
+    assert codes[0] == codes[1]
+
+
+def _codes(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
