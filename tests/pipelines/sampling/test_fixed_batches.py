@@ -115,3 +115,8 @@ def test_samples_are_made_in_full_float32(generator, monkeypatch):
     for _ in sample_batches(generator, request, None):
         assert not is_fixed, "what others compute meanwhile is theirs"
     assert len(seen) == 2 * 5 and all(seen)
+
+
+def test_an_entropy_bound_cannot_be_recorded() -> None:
+    with pytest.raises(ValueError, match="--cuda-graph records a sampler whose numbers of tokens are fixed, and entropy_bound"):
+        SampleRequest(num_images=2, sampler=SamplerConfig(entropy_bound=1.0), is_graphed=True)

@@ -18,10 +18,11 @@ from enat.checkpoint import load_vqgan
 from enat.images import to_uint8
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.data.samples import read_samples
+from pipelines.data.samples import MeasuredPasses, SamplesSummary, read_samples
 from pipelines.data.token_map import TokenMap
 from pipelines.registry.influences import with_interval
 from pipelines.stages import evaluate, report
+from pipelines.workflow.models import ModelSummary
 
 PAIRS = ("closest pairs of samples", "closest pairs of real images")
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
@@ -145,6 +146,23 @@ def test_cost_of_samples_that_begin_with_codes(render, config: report.ReportConf
     assert page.rows[start + 1][1] == "3 of 16" and sum(int(row[2]) for row in page.rows[start + 1 : start + 9]) == 3
     assert float(total[3]) == pytest.approx(1e3 * counted["gmacs_total"], abs=0.01)
     assert counted["gmacs_total"] != inputs["evaluation"].metrics["gmacs_total"]
+
+
+def test_cost_of_samples_that_each_take_their_own_passes(render, config: report.ReportConfig, inputs: dict[str, Manifest]) -> None:
+    """Means of two samples, of 2 and of 4 passes."""
+    made, model = SamplesSummary.read(inputs["samples"]), ModelSummary.read(inputs["model"]).model
+    sampler = replace(made.sampler, entropy_bound=8.0)
+    counts = np.array([[16, 5, 0, 0, 0, 0, 0, 0], [16, 10, 4, 1, 0, 0, 0, 0]])
+    summary = replace(made, sampler=sampler, measured=MeasuredPasses.of(counts, model, sampler, 0))
+    samples = replace(inputs["samples"], summary=summary.to_dict())
+    counted = evaluate._counted({"samples": samples, **{name: inputs[name] for name in ("model", "tokenizer")}})
+    page = render(config, {**inputs, "samples": samples})
+    start = next(number for number, row in enumerate(page.rows) if row[:2] == ["step", "masked before"])
+    assert [row[1] for row in page.rows[start + 1 : start + 6]] == [f"{masked} of 16" for masked in (16.0, 7.5, 2.0, 0.5, 0.0)]
+    assert sum(float(row[2]) for row in page.rows[start + 1 : start + 9]) == 16
+    total = next(row for row in page.rows if row[0] == "total")
+    assert float(total[4]) == pytest.approx(1e3 * counted["gmacs_executed"], abs=0.01) and counted["passes_per_image"] == 3
+    assert "means over the samples, which took 3 of at most 8 steps" in page.text
 
 
 def test_scores_of_all_variants_and_places_of_all_artifacts_are_shown(
