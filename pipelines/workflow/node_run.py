@@ -100,6 +100,8 @@ class NodeRun:
         except ValueError:
             raise
         except Exception as error:
+            if _was_interrupted(error):
+                raise KeyboardInterrupt from error
             _log.exception("stage %s failed", node.id)
             raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
         for name in (file.name for file in (*result.files, *result.records) if node.stage.files):
@@ -230,6 +232,17 @@ def _clean_up(store: ArtifactStore, committed: Manifest) -> None:
     except (OSError, StorageError) as error:
         place = f"{committed.stage}/{committed.key[:12]}"
         _log.warning("temporary files of %s could not be removed (%s); the next run or `enat artifacts gc` does it", place, error)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error comes from Ctrl-C: what it interrupts, such as the taking of a lock, may not be able to clean up."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _root_cause(error: BaseException) -> str:

@@ -262,6 +262,26 @@ def test_a_stage_that_fails_leaves_its_parts_and_no_artifact(
     assert planned[2].parts_done == 1, "the next run resumes from committed parts"
 
 
+def test_an_error_while_an_interrupt_is_handled_is_an_interrupt(counted: Counted, session: stage.Session) -> None:
+    """Python may interrupt the taking of a lock, whose release then fails in place of the interrupt."""
+
+    def interrupted(*_: Any) -> StageResult:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            threading.Lock().release()
+
+    with pytest.raises(KeyboardInterrupt):
+        driver.execute([*counted.nodes(), _third(interrupted)], session)
+
+    def failed(*_: Any) -> StageResult:
+        threading.Lock().release()
+        raise AssertionError
+
+    with pytest.raises(StageError, match="release unlocked lock"):
+        driver.execute([*counted.nodes(), _third(failed)], session)
+
+
 def test_the_message_of_a_failure_is_that_of_the_innermost_cause() -> None:
     cause = FloatingPointError("a first line\nloss is nan")
     outer = RuntimeError("the worker failed")
