@@ -196,6 +196,12 @@ def _names(inputs: Mapping[str, Manifest], titles: Mapping[str, str]) -> dict[st
 
 
 def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
+    """Log an evaluation, and record its scores with the registered model."""
+    log(manifest, inputs, context)
+    evaluation_record.record(manifest, inputs, context, SCORES)
+
+
+def log(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
     """Log tags, the picture and costs to the tracking run of the stage, and what people compare to the run of the model."""
     tags = tags_of(manifest, inputs, context.node, context.titles)
     costs = cost_metrics(context.store, manifest, context.stages, context.prices)
@@ -211,7 +217,6 @@ def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: Publish
     if context.model_run is not None:
         context.model_run.set_tags(money)
         _compare_by(context.model_run, manifest, inputs, context, costs)
-    evaluation_record.record(manifest, inputs, context, SCORES)
 
 
 def _score_model(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:

@@ -25,6 +25,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.samples import num_masked_of
+from pipelines.evaluation import protocol as evaluation_protocol
 from pipelines.evaluation.scores import published_name
 from pipelines.registry.influences import Evaluated, evaluated, margin_of_difference
 from pipelines.run import graph, kept_log, runner, tracked
@@ -245,6 +246,13 @@ class _Budget:
                 )
 
 
+def _logged_only(node: Node) -> Node:
+    """A search does not record scores with the registered model: that of a run's own sampler is there, or is still to come."""
+    if node.stage.name != evaluate.STAGE.name:
+        return node
+    return replace(node, stage=replace(node.stage, publish=evaluation_protocol.log))
+
+
 class _Search:
     """One call of `enat search`, once its config and its model are known to work."""
 
@@ -446,7 +454,7 @@ class _Search:
         session: Session = replace(runner.open_session(self.plan.run, self.store, parent, console, self.connect), models=models)
         with models.failing():
             checked = check or partial(runner.check_made, self.plan.run)
-            return driver.execute(nodes, session, given, checked, self.num_jobs)
+            return driver.execute([*map(_logged_only, nodes)], session, given, checked, self.num_jobs)
 
     # What is best ----------------------------------------------------------------------------------------------------------------
 

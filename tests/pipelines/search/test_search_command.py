@@ -20,9 +20,11 @@ from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.comparison.query import Query
 from pipelines.comparison.query import compare as read_comparison
+from pipelines.registry.evaluation_record import EVALUATION
 from pipelines.registry.influences import INFLUENCES, Influences
 from pipelines.run import searching
 from pipelines.run.config import RunConfig, load_run
+from pipelines.tracking.search import versions_at
 from pipelines.workflow.config import ConfigError
 
 SEARCH = (
@@ -293,6 +295,8 @@ def test_comparisons_show_the_winners_and_trials_apart(searched: Searched) -> No
     assert {row.samples for row in winners.rows} == _samples(searched.store, searched.killed["judged"].values())
     trials = read_comparison(uri, Query(runs=("digits-search-trials",)), "none")
     assert {row.num_samples for row in trials.rows} == {20, 40}
+    (registered,) = versions_at(uri, "newest")
+    assert "enat.key" in registered.tags and EVALUATION not in registered.tags, "trials are no evaluations of the model"
 
 
 def _samples(store: ArtifactStore, judged: Any) -> set[str]:
