@@ -113,7 +113,7 @@ class SamplerConfig:
     """Steps at the beginning that are all full; the published runs have 12 of 32 or 8 of 16, with local_steps 1."""
     local_tokens: str = _later("group")
     """Tokens that local steps compute: their "group" (published), or all that were "masked" at the full step, which then are ranked
-    anew by each local step (not published): only tokens that were visible there are kept."""
+    again by each local step (not published): only tokens that were visible there are kept."""
 
     def __post_init__(self) -> None:
         check_in(self, "[1, inf)", "num_steps", "top_k", "guide_layers")
