@@ -46,7 +46,7 @@ def prepare() -> Callable[..., Submission]:
 
     def make(*overrides: str, config: Path = DIGITS, store: tuple[str, ...] = CLUSTER_STORE, **options: Any) -> Submission:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(submission, "pack_code", lambda _: packed)
+            patch.setattr(submission, "pack_code", lambda _, schema: packed)
             return submission.prepare(config, (*store, *overrides), **options)
 
     return make
@@ -67,7 +67,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (root / name).write_text(text)
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     commit_all(root)
-    monkeypatch.setattr(submission, "pack_code", lambda config: provenance.pack(config, root))
+    monkeypatch.setattr(submission, "pack_code", lambda config, schema: provenance.pack(config, root, schema=schema))
     return root
 
 

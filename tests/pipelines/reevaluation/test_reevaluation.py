@@ -284,7 +284,7 @@ def test_a_changed_result_is_drift(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def publish(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Record an evaluation as stage evaluate publishes it."""
-    monkeypatch.setattr(model_card, "registered_name", lambda manifest: NAME)
+    monkeypatch.setattr(model_card, "registered_name", lambda manifest, title=None: NAME)
     store = lab.store
     manifest = store.read_manifest(*EvaluationRecord.of(lab.tags()).evaluation.split("/"))
     inputs = {name: store.read_manifest(source["stage"], source["key"]) for name, source in manifest.inputs.items()}

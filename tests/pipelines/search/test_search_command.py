@@ -153,9 +153,7 @@ def searched(
     return Searched(answers["killed"], answers["whole"], workspaces["killed"], made, stamps)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_killed_search_continues_where_it_stopped(searched: Searched) -> None:
+def _a_killed_search_continues_where_it_stopped(searched: Searched) -> None:
     """The same trials, scores and winners as without the kill; only times differ."""
 
     def facts(answer: dict[str, Any]) -> Any:
@@ -169,9 +167,7 @@ def test_a_killed_search_continues_where_it_stopped(searched: Searched) -> None:
     assert len(searched.killed["trials"]) == 7
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_nothing_is_made_twice(searched: Searched) -> None:
+def _nothing_is_made_twice(searched: Searched) -> None:
     """What existed at the kill was not written again, and there is one artifact for each sampler and number of samples."""
     now = _stamps(searched.workspace)
     assert searched.made and all(now[name] == stamp for name, stamp in searched.stamps.items())
@@ -181,9 +177,7 @@ def test_nothing_is_made_twice(searched: Searched) -> None:
         assert len(_names(searched.workspace, stage)) == len(scored) + len(judged), stage
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_same_command_again_computes_nothing(searched: Searched, enat: Callable[..., Any]) -> None:
+def _the_same_command_again_computes_nothing(searched: Searched, enat: Callable[..., Any]) -> None:
     before = _stamps(searched.workspace)
     ended = enat("search", DIGITS, *TINY_DIGITS, *SEARCH, f"workspace={searched.workspace}")
     assert ended.returncode == 0 and _stamps(searched.workspace) == before
@@ -191,9 +185,7 @@ def test_the_same_command_again_computes_nothing(searched: Searched, enat: Calla
     assert "7 trials" in ended.stdout and "optimism" in ended.stdout and "digits-search.sampler.yaml" in ended.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_halving_scores_the_best_and_the_hand_set_sampler_again(searched: Searched) -> None:
+def _halving_scores_the_best_and_the_hand_set_sampler_again(searched: Searched) -> None:
     trials = searched.killed["trials"]
     for num_steps in (2, 3):
         own = [each for each in trials if each["sampler"]["num_steps"] == num_steps]
@@ -203,9 +195,7 @@ def test_halving_scores_the_best_and_the_hand_set_sampler_again(searched: Search
     assert any(len(each["results"]) == 1 for each in trials), "some are not worth 40 samples"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_gain_and_optimism_are_differences_with_their_errors(searched: Searched) -> None:
+def _gain_and_optimism_are_differences_with_their_errors(searched: Searched) -> None:
     """Computed again from the artifacts, sample by sample."""
     store, judged = searched.store, searched.killed["judged"]
 
@@ -244,9 +234,7 @@ def test_gain_and_optimism_are_differences_with_their_errors(searched: Searched)
     assert optimism["half_interval"] == pytest.approx(half_interval(best, found), rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_held_out_samples_have_other_seeds(searched: Searched) -> None:
+def _held_out_samples_have_other_seeds(searched: Searched) -> None:
     seeds = {}
     for manifest in searched.store.manifests():
         if manifest.stage == "generate":
@@ -254,9 +242,7 @@ def test_held_out_samples_have_other_seeds(searched: Searched) -> None:
     assert seeds == {0: {20, 40}, 1: {80}}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_best_sampler_is_a_preset_of_other_configs(searched: Searched) -> None:
+def _the_best_sampler_is_a_preset_of_other_configs(searched: Searched) -> None:
     """The run with it reuses the artifacts of the search."""
     path = searched.killed["files"]["best"]
     run = load_run(DIGITS, [f"generate.sampler.preset={path}"])
@@ -266,9 +252,7 @@ def test_the_best_sampler_is_a_preset_of_other_configs(searched: Searched) -> No
     assert text.startswith("# The best sampler of `enat search` for digits-search") and "# score  frechet_distance" in text
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_page_stands_alone_and_shows_both_fronts(searched: Searched) -> None:
+def _the_page_stands_alone_and_shows_both_fronts(searched: Searched) -> None:
     html = Path(searched.killed["files"]["report"]).read_text()
     page = Page.parse(html)
     assert not page.open
@@ -287,9 +271,7 @@ def test_the_page_stands_alone_and_shows_both_fronts(searched: Searched) -> None
     assert set(page.images) == {f"samples of {name}" for name in searched.killed["judged"]}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_comparisons_show_the_winners_and_trials_apart(searched: Searched) -> None:
+def _comparisons_show_the_winners_and_trials_apart(searched: Searched) -> None:
     uri = f"sqlite:///{(searched.workspace / 'mlflow.db').absolute()}"
     winners = read_comparison(uri, Query(runs=("digits-search",)), "none")
     assert {row.samples for row in winners.rows} == _samples(searched.store, searched.killed["judged"].values())
@@ -306,6 +288,21 @@ def _samples(store: ArtifactStore, judged: Any) -> set[str]:
         assert manifest is not None
         found.add(f"generate/{manifest.inputs['samples']['key']}")
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_that_is_killed_and_continued(searched: Searched, enat: Callable[..., Any]) -> None:
+    """One test, because each process of tests that takes a part of it would make the searches."""
+    _a_killed_search_continues_where_it_stopped(searched)
+    _nothing_is_made_twice(searched)
+    _the_same_command_again_computes_nothing(searched, enat)
+    _halving_scores_the_best_and_the_hand_set_sampler_again(searched)
+    _gain_and_optimism_are_differences_with_their_errors(searched)
+    _held_out_samples_have_other_seeds(searched)
+    _the_best_sampler_is_a_preset_of_other_configs(searched)
+    _the_page_stands_alone_and_shows_both_fronts(searched)
+    _comparisons_show_the_winners_and_trials_apart(searched)
 
 
 @pytest.mark.slow

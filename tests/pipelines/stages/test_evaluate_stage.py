@@ -33,7 +33,7 @@ from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
-from pipelines.cluster.resources import Execution
+from pipelines.cluster.resources import TokenizerExecution
 from pipelines.data.image_sets import ImageSetConfig
 from pipelines.data.samples import MeasuredPasses, SamplePlan, Samples, SamplesSummary, image_cost, shard_name, write_samples
 from pipelines.data.sources.config import DatasetConfig
@@ -193,7 +193,7 @@ def evaluated(
 
     @functools.cache
     def run(num_workers: int = 1, batch_size: int = 64, **given: Any) -> StageResult:
-        execution = Execution(num_workers=num_workers, worker_batch_size=batch_size, cpus_per_worker=CPUS[num_workers])
+        execution = TokenizerExecution(num_workers=num_workers, worker_batch_size=batch_size, cpus_per_worker=CPUS[num_workers])
         config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(kind="digits"), execution=execution, **given)
         return evaluate.run(
             config, material.inputs, make_context(material.store, "evaluate", _key(num_workers, batch_size, **given))
@@ -320,7 +320,7 @@ def test_device_seconds_include_decoding_features_and_neighbours(
     monkeypatch.setattr(evaluate, "compute_scores", scores)
     monkeypatch.setattr(evaluate, "_judge_samples", lambda *_: 100.0)
     monkeypatch.setattr(connection, "require", lambda *_: None)
-    config = evaluate.EvaluateConfig(settings=SETTINGS, judge="svc", execution=Execution(gpus_per_worker=gpus))
+    config = evaluate.EvaluateConfig(settings=SETTINGS, judge="svc", execution=TokenizerExecution(gpus_per_worker=gpus))
     found = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", _key()))
     decoding = found.metrics["decoding_worker_seconds_per_image"]
     assert found.metrics["decoding_device_seconds_per_image"] == pytest.approx(gpus * decoding)
@@ -496,7 +496,9 @@ def test_rounding_float_scores_the_decoded_pixels(
 ) -> None:
     real = material.inputs["reference"]
     inputs = {**material.inputs, "reference": replace(real, summary={**real.summary, "extractor": "unrounded"})}
-    config = evaluate.EvaluateConfig(settings=SETTINGS, metrics=(), rounding="float", execution=Execution(worker_batch_size=64))
+    config = evaluate.EvaluateConfig(
+        settings=SETTINGS, metrics=(), rounding="float", execution=TokenizerExecution(worker_batch_size=64)
+    )
     context = make_context(material.store, "evaluate", "f" * 64)
     result = evaluate.run(config, inputs, context)
     pixels = vqgan.decode(torch.from_numpy(material.codes).view(-1, 4, 4)).clamp(0, 1) * 255
@@ -608,6 +610,7 @@ def test_tags_and_picture_are_published(evaluated: Callable[..., StageResult], m
             "enat.model": registered_name(material.inputs["model"]),
             "enat.variant": variant,
             "enat.dataset": "digits",
+            "enat.reference": "digits",
             "enat.resolution": "16",
             "enat.parameters": "1234",
             "enat.train_steps": "70",
@@ -688,7 +691,7 @@ def test_key_does_not_depend_on_execution(material: Material) -> None:
         stage = Stage("evaluate", 1, evaluate.run)
         return driver.stage_key(workflow_stage.Node("evaluate", stage, evaluate.EvaluateConfig(**given)), {})
 
-    assert key() == key(execution=Execution(num_workers=2, worker_batch_size=1), dataset=DatasetConfig(kind="digits"))
+    assert key() == key(execution=TokenizerExecution(num_workers=2, worker_batch_size=1), dataset=DatasetConfig(kind="digits"))
     assert key(metrics=()) == key(metrics=("frechet_distance",)) != key()
     assert key() == key(rounding="uint8")
     others = ({"judge": "svc"}, {"settings": SETTINGS}, {"metrics": ("inception_score",)}, {"rounding": "float"})

@@ -16,7 +16,7 @@ from enat.metrics.moments import FeatureMoments, frechet_distance
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
-from pipelines.cluster.resources import Execution
+from pipelines.cluster.resources import TokenizerExecution
 from pipelines.data import token_map
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.extractors import ExtractorFile
@@ -63,7 +63,9 @@ def made(
 def reconstructed(made: Made, make_context: Callable[..., Any]) -> Callable[..., StageResult]:
     def run(key: str = KEY, num_images: int | None = None, **execution: Any) -> StageResult:
         dataset = made.nodes["dataset"].config
-        config = reconstruction.ReconstructionConfig(num_images=num_images, dataset=dataset, execution=Execution(**execution))
+        config = reconstruction.ReconstructionConfig(
+            num_images=num_images, dataset=dataset, execution=TokenizerExecution(**execution)
+        )
         return reconstruction.run(config, made.inputs, make_context(made.store, "reconstruction", key))
 
     return run
