@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote
+
+from json_replies import JsonHandler
 
 _LFS_BYTES = 2000  # larger files are in LFS, whose digest is a sha256
 _PAGE = 7  # entries of one answer; the hub has 1,000
@@ -55,23 +56,10 @@ class DatasetHub(ThreadingHTTPServer):
         return [span for path, span, _ in self.asked if span is not None and "/resolve/" in path]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(JsonHandler):
     server: DatasetHub
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def reply(self, status: int, body: Any = b"", **headers: str) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 (http.server calls it)
         path, _, query = self.path.partition("?")
         self.server.asked.append((unquote(path), self.headers.get("Range"), self.headers.get("Authorization")))
         match = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.*))?)?", path)

@@ -197,11 +197,11 @@ def _names(inputs: Mapping[str, Manifest], titles: Mapping[str, str]) -> dict[st
 
 def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
     """Log an evaluation, and record its scores with the registered model."""
-    log(manifest, inputs, context)
+    log_evaluation(manifest, inputs, context)
     evaluation_record.record(manifest, inputs, context, SCORES)
 
 
-def log(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
+def log_evaluation(manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext) -> None:
     """Log tags, the picture and costs to the tracking run of the stage, and what people compare to the run of the model."""
     tags = tags_of(manifest, inputs, context.node, context.titles)
     costs = cost_metrics(context.store, manifest, context.stages, context.prices)

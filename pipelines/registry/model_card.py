@@ -58,12 +58,12 @@ def list_models(
     manifest: Manifest, inputs: Mapping[str, Manifest], context: PublishContext, scores: Mapping[int, Mapping[str, float]]
 ) -> None:
     """List the checkpoints of a training beside its run. scores: of steps, which the checkpoints of these steps get."""
-    summary, variant = ModelSummary.read(manifest), context.node.partition("@")[2]
+    summary, variant, title = ModelSummary.read(manifest), context.node.partition("@")[2], context.titles.get("")
     last = summary.num_steps
     recipe = {key: manifest.config.get(key) for key in ("batch_size", "learning_rate", "seed")} if last else {}
     params = {
         "parameters": summary.parameters,
-        "dataset": summary.dataset,
+        "dataset": trained_on(manifest, title),
         "resolution": _tokenizer_config(inputs).resolution,
         "train_steps": last,
         "key": manifest.key[:12],
@@ -78,7 +78,11 @@ def list_models(
                 checkpoint=checkpoint,
                 # MLflow's table shows some 20 letters: what differs comes first.
                 name=" · ".join(
-                    [*([variant] if variant else []), *([f"step {step:,}"] if step != last else []), registered_name(manifest)]
+                    [
+                        *([variant] if variant else []),
+                        *([f"step {step:,}"] if step != last else []),
+                        registered_name(manifest, title),
+                    ]
                 ),
                 params={**params, "step": step},
                 tags={VARIANT: variant or MAIN, registry.DIGEST_TAG: manifest.digest},

@@ -187,7 +187,7 @@ def search(
 
 @dataclass(frozen=True, kw_only=True)
 class _Budget:
-    """What samplers of a model may cost. Raises nothing once it is made."""
+    """What samplers of a model may cost, as a search limits it."""
 
     search: SearchConfig
     model: ENATConfig
@@ -196,8 +196,10 @@ class _Budget:
 
     @classmethod
     def of(cls, plan: Plan, known: Mapping[str, Manifest | None], store: ArtifactStore) -> _Budget:
-        """known: manifests of the nodes that a trial reads, by id. Raises ValueError if there is no model, or no sampler meets the
-        budget."""
+        """known: manifests by the ids of nodes, None for those that do not exist.
+
+        Raises ValueError if the model does not exist, and if no sampler meets the budget.
+        """
         if (trained := known.get("train")) is None:
             raise ValueError(
                 f"the model of this config is not in {store.uri}, and a search does not train; make it with `enat run CONFIG "
@@ -250,7 +252,7 @@ def _logged_only(node: Node) -> Node:
     """A search does not record scores with the registered model: that of a run's own sampler is there, or is still to come."""
     if node.stage.name != evaluate.STAGE.name:
         return node
-    return replace(node, stage=replace(node.stage, publish=evaluation_protocol.log))
+    return replace(node, stage=replace(node.stage, publish=evaluation_protocol.log_evaluation))
 
 
 class _Search:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pipelines.storage.redaction import without_credentials
+
 _HOW_TO_NAME = "--tracking-uri, tracking.uri or MLFLOW_TRACKING_URI"
 
 
@@ -50,3 +52,7 @@ def access_problem(error: BaseException) -> AccessProblem | None:
     if any(isinstance(each, exceptions.ConnectionError | exceptions.Timeout) for each in chain):
         return NO_ANSWER
     return _REFUSALS.get(getattr(error, "error_code", ""))
+
+
+def first_line(error: BaseException) -> str:
+    return without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]

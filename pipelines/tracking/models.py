@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.tracking.errors import is_away
+from pipelines.tracking.errors import first_line, is_away
 
 _log = logging.getLogger(__name__)
 _TYPE = "ENAT"
@@ -76,7 +76,8 @@ def name_version(client: Any, run_id: str, checkpoint: Checkpoint, name: str, ve
 
 
 def unless_old(action: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """An action that does nothing at a server which has no models, or refuses this one: they are an addition to runs."""
+    """An action that does nothing at a server which has no models. If a server refuses a model, a warning says so, and the run
+    continues."""
 
     def act(client: Any) -> Any:
         from mlflow.exceptions import MlflowException
@@ -86,7 +87,9 @@ def unless_old(action: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except (MlflowException, NotImplementedError) as error:
             if is_away(error):
                 raise
-            _log.debug("models are not listed beside runs: the tracking server does not take them (%s)", type(error).__name__)
+            is_old = isinstance(error, NotImplementedError) or error.error_code == "ENDPOINT_NOT_FOUND"
+            level = logging.DEBUG if is_old else logging.WARNING
+            _log.log(level, "a model is not listed beside runs: the tracking server does not take it (%s)", first_line(error))
             return None
 
     return act

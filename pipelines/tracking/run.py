@@ -32,7 +32,7 @@ from typing import Any
 from pipelines.cluster import process
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import models
-from pipelines.tracking.errors import NO_ANSWER, AccessProblem, access_problem, is_away
+from pipelines.tracking.errors import NO_ANSWER, AccessProblem, access_problem, first_line, is_away
 from pipelines.tracking.models import Checkpoint, TrackedModel
 from pipelines.tracking.registry import (
     DIGEST_TAG,
@@ -634,7 +634,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def first_line(error: BaseException) -> str:
-    return without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:200]

@@ -9,12 +9,13 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from json_replies import JsonHandler
 
 TOKEN = "hf_of_this_test"
 COMMIT = "c" * 40
@@ -31,23 +32,10 @@ class Hub(ThreadingHTTPServer):
         self.commits = 0
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(JsonHandler):
     server: Hub
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def reply(self, status: int, body: Any = b"", **headers: str) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802 (http.server calls it)
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = self.path.partition("?")[0]
         if path == "/api/validate-yaml":
@@ -77,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.reply(404, {"error": path})
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 (http.server calls it)
         path = unquote(self.path.partition("?")[0])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/\w+)?", path):
             files = self.server.repositories.get(match[1])
@@ -98,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.reply(404, {}, X_Error_Code="EntryNotFound")
 
-    def do_HEAD(self) -> None:
+    def do_HEAD(self) -> None:  # noqa: N802 (http.server calls it)
         self.do_GET()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import logging
 import threading
 import urllib.error
@@ -105,9 +106,9 @@ def test_a_listed_checkpoint_names_its_registered_version(uri: str, training: Ru
 
 
 class _OldServer(http.server.BaseHTTPRequestHandler):
-    """Hands requests on to a server, except for those that an older one does not know."""
+    """Hands requests on to a server, except for those of models, which it refuses. An older one does not know them."""
 
-    behind = ""
+    behind, status, content = "", 404, b"<html>not found</html>"
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -115,7 +116,7 @@ class _OldServer(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
         if "logged-models" in self.path or "/outputs" in self.path:
-            self._reply(404, b"<html>not found</html>")
+            self._reply(self.status, self.content)
             return
         request = urllib.request.Request(self.behind + self.path, body, {"Content-Type": "application/json"}, method=self.command)
         try:
@@ -133,12 +134,16 @@ class _OldServer(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def test_an_older_server_gets_all_but_the_models(
-    uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("status", "level"), [(404, "DEBUG"), (400, "WARNING")])
+def test_a_server_that_takes_no_models_gets_all_else(
+    uri: str, status: int, level: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An older one does so quietly. One that knows models and refuses these is told of."""
     if not uri.startswith("http"):
         pytest.skip("databases are of this version")
-    monkeypatch.setattr(_OldServer, "behind", uri)
+    refusal = json.dumps({"error_code": "INVALID_PARAMETER_VALUE", "message": "this name is not allowed"}).encode()
+    for name, value in {"behind": uri, "status": status, **({"content": refusal} if status == 400 else {})}.items():
+        monkeypatch.setattr(_OldServer, name, value)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _OldServer) as server, caplog.at_level(logging.DEBUG, "pipelines"):
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -151,8 +156,8 @@ def test_an_older_server_gets_all_but_the_models(
         thread.join()
     found = MlflowClient(uri).get_run(run.run_id)
     assert found.data.metrics == {"loss": 1.0} and found.info.status == "FINISHED"
-    assert {record.levelname for record in caplog.records if record.name.startswith("pipelines")} == {"DEBUG"}
-    assert "the tracking server does not take them" in caplog.text
+    assert {record.levelname for record in caplog.records if record.name.startswith("pipelines")} == {level}
+    assert "the tracking server does not take it" in caplog.text and ("not allowed" in caplog.text) == (status == 400)
 
 
 def test_the_load_of_the_machine_is_logged_if_it_is_asked_for(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
