@@ -323,7 +323,8 @@ def test_a_killed_run_is_completed_by_the_same_command(killed_twice: dict[str, A
     process, store = killed_twice["process"], killed_twice["store"]
     assert process.returncode == 0 and process.stderr == "", process.stderr
     reused = [line.split()[1] for line in process.stdout.splitlines() if line.startswith("✓") and line.endswith("reused")]
-    assert reused == ["dataset", "tokenizer", "token_map", "reference"]
+    # The audit waits for no model: whether it was complete at the second kill is chance.
+    assert [stage for stage in reused if stage != "audit"] == ["dataset", "tokenizer", "token_map", "reference"]
     assert 1 <= len(killed_twice["parts"]) < 29
     for name, before in killed_twice["parts"].items():
         now = killed_twice["part files"][name].stat()
