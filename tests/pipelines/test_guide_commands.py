@@ -1,8 +1,8 @@
 """Every `enat` command of the guide and the README is understood, and is run where this is cheap.
 
 Run here, on the store of a short run of the demo, with the key of an artifact that exists in place of the page's key: what lists,
-shows, checks, compares, plans and samples on this machine. Run in test_guide.py: those of own-dataset.md. Not run: _NOT_RUN has
-each reason; of these commands, options, the config and KEY=VALUE are checked.
+shows, checks, compares, plans and samples on this machine. Run in test_guide.py: those of own-dataset.md. Run in test_guide_runs.py:
+what takes minutes. Not run: _NOT_RUN has each reason; of these commands, options, the config and KEY=VALUE are checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from digits_run import REPOSITORY
+from digits_run import REPOSITORY, CommandLineRun
 
 from pipelines.cli.main import commands
 from pipelines.run.config import RunConfig
@@ -25,16 +25,13 @@ from pipelines.workflow.config import load_config
 GUIDE = REPOSITORY / "pipelines" / "guide"
 PAGES = [REPOSITORY / "README.md", *sorted(GUIDE.glob("*.md"))]
 _NOT_RUN = {
-    r"s3://|hf://|HOST|--address auto": "needs a bucket, a hub or a cluster",
-    r"^enat (run|search) +configs/|^enat reevaluate configs/|^enat submit": "takes minutes; tests/digits_run.py runs the demo",
-    r"imagenet(?!.* --images)|DiT-XL|retriever|^enat doctor|metrics\.fid": "needs ImageNet, its weights, or runs with an FID",
-    r"^enat evaluate": "scores for minutes; test_notebook.py does the same",
+    r"imagenet(?!.* --images)|DiT-XL|retriever|metrics\.fid": "needs ImageNet, its weights, or runs with an FID",
+    r"hf://|--address": "needs a hub, or a cluster that takes jobs; tests/pipelines/sharing and jobs have them",
     r"trian\.": "is refused, as the page shows; test_cli.py has such cases",
     r"^enat import": "needs published weights",
-    r"enat-s-digits@": "needs a registered model",
     r"--hf owner/name": "uploads to a hub; tests/pipelines/sharing has one",
-    r"^enat compare digits-": "needs the runs of that config",
 }
+_LONG = r"^enat (run|search|evaluate|doctor) |^enat reevaluate configs/|^enat compare digits-|s3://|enat-s-digits@"  # test_guide_runs.py
 _RUNS_OF_GUIDE = {"own-dataset.md"}
 
 
@@ -56,7 +53,15 @@ def _reason(command: str) -> str | None:
     return next((reason for pattern, reason in _NOT_RUN.items() if re.search(pattern, command)), None)
 
 
-HERE = list(dict.fromkeys(command for page, command in EVERY if page not in _RUNS_OF_GUIDE and _reason(command) is None))
+_RUN = list(dict.fromkeys(command for page, command in EVERY if page not in _RUNS_OF_GUIDE and _reason(command) is None))
+HERE = [command for command in _RUN if not re.search(_LONG, command)]
+LONG = [command for command in _RUN if re.search(_LONG, command)]
+
+
+def with_keys(command: str, digits_run: CommandLineRun) -> str:
+    """The command with keys of artifacts that exist."""
+    made = {id: item.key for id, item in digits_run.planned().items()}
+    return re.sub(r"\b(train|token_map)/[0-9a-f]{4}\b", lambda match: f"{match[1]}/{made[match[1]]}", command)
 
 
 def _parse(arguments: Sequence[str]) -> click.Context:
@@ -94,7 +99,7 @@ def test_what_is_not_understood_is_found() -> None:
 
 
 def test_each_command_is_run_or_has_a_reason() -> None:
-    assert len(HERE) >= 18 and all(any(re.search(pattern, command) for _, command in EVERY) for pattern in _NOT_RUN)
+    assert len(HERE) >= 18 and len(LONG) >= 18 and all(any(re.search(pattern, command) for _, command in EVERY) for pattern in _NOT_RUN)
     kinds = {command.split()[1] for command in HERE}
     assert kinds == {"artifacts", "compare", "export", "plan", "reevaluate", "sample"}
 
@@ -112,9 +117,7 @@ def place(digits_run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", HERE)
 def test_commands_of_the_pages_succeed(command: str, digits_run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    made = {id: item.key for id, item in digits_run.planned().items()}
-    named = re.sub(r"\b(train|token_map)/[0-9a-f]{4}\b", lambda match: f"{match[1]}/{made[match[1]]}", command)
     for folder in ("samples", "model"):  # of another command
         shutil.rmtree(folder, ignore_errors=True)
-    result = CliRunner().invoke(commands, shlex.split(named)[1:], catch_exceptions=False)
+    result = CliRunner().invoke(commands, shlex.split(with_keys(command, digits_run))[1:], catch_exceptions=False)
     assert result.exit_code == 0 and result.output.strip(), result.output

@@ -131,6 +131,16 @@ def test_a_reused_evaluation_keeps_its_age(lab: Lab, light: Light) -> None:
     assert lab.one(older_than=86400.0, is_dry_run=True).verdict == "due"
 
 
+def test_a_name_that_was_corrected_since_stays(lab: Lab) -> None:
+    (run,) = lab.stage_runs("evaluate")
+    lab.client.set_tag(run.info.run_id, "enat.reference", "photographs of birds")
+    version = search.read_version(lab.uri, NAME, "1")
+    search.tag_version(lab.uri, version, {name: None for name in version.tags if name.startswith("enat.eval")})
+    outcome = lab.one()
+    assert (outcome.verdict, outcome.num_computed) == ("evaluated", 0), outcome.note
+    assert lab.client.get_run(run.info.run_id).data.tags["enat.reference"] == "photographs of birds"
+
+
 @pytest.mark.parametrize(
     ("overrides", "moves", "verdict"),
     [
