@@ -2,6 +2,7 @@
 
 connection   start Ray on this machine, or connect to a cluster
 local        a cluster on this machine: start, loss, end
+lean         what such a cluster does without
 supervisor   a command in a child process, and its loss of the cluster
 reaper       ends what outlives a killed command
 resources    how a stage is distributed over workers

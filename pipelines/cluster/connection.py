@@ -20,7 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from enat.config import check_in
-from pipelines.cluster import hardware, local, supervisor, waiting
+from pipelines.cluster import hardware, lean, local, supervisor, waiting
 from pipelines.cluster.capacity import AUTOSCALER, Capacity, ResourceRequest, has_autoscaler, judge
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def connect(config: ClusterConfig) -> None:
             _stay_on_loopback()
             _set_defaults(_UNWATCHED)
             local.start({**options, "num_cpus": config.num_cpus, "include_dashboard": False})
+            lean.without_data_actors()
         else:
             check_listening(address)
             ray.init(**options)

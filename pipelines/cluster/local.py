@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from pipelines.cluster import supervisor
+from pipelines.cluster import lean, supervisor
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def start(options: Mapping[str, Any]) -> None:
     _start_reaper()
     for attempt in range(1, _START_ATTEMPTS + 1):
         try:
-            ray.init(**options)
+            with lean.few_processes():
+                ray.init(**options)
             break
         except ValueError:
             raise

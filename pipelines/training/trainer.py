@@ -13,6 +13,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from pipelines.formatting import printable
@@ -38,6 +39,24 @@ class RayTrainer(DataParallelTrainer):  # type: ignore[misc]
         """Without those that start a process for what is not used here."""
         unused = (DatasetsCallback, PlacementGroupCleanerCallback) if self._is_local else (DatasetsCallback,)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
+
+    def _initialize_and_run_controller(self, *, scaling_policy: Any, **options: Any) -> Any:
+        if self._is_local and type(scaling_policy) is FixedScalingPolicy:
+            scaling_policy = _AllAtOnce(self.scaling_config)
+        return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **options)
+
+
+class _AllAtOnce(FixedScalingPolicy):  # type: ignore[misc]
+    """A fixed number of workers in a cluster that no other job uses. Ray asks an actor, which starts first, to keep others away."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+    def _send_resource_request(self) -> None:
+        pass
 
 
 class LossReports(WorkerGroupCallback):  # type: ignore[misc]

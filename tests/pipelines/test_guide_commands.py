@@ -1,8 +1,9 @@
 """Every `enat` command of the guide and the README is understood, and is run where this is cheap.
 
 Run here, on the store of a short run of the demo, with the key of an artifact that exists in place of the page's key: what lists,
-shows, checks, compares, plans and samples on this machine. Run in test_guide.py: those of own-dataset.md. Run in test_guide_runs.py:
-what takes minutes. Not run: _NOT_RUN has each reason; of these commands, options, the config and KEY=VALUE are checked.
+shows, checks, compares, plans and samples on this machine. Run in test_guide.py: those of own-dataset.md. Run in
+test_guide_runs.py: what takes minutes. Not run: _NOT_RUN has each reason; of these commands, options, the config and KEY=VALUE are
+checked.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _NOT_RUN = {
     r"^enat import": "needs published weights",
     r"--hf owner/name": "uploads to a hub; tests/pipelines/sharing has one",
 }
-_LONG = r"^enat (run|search|evaluate|doctor) |^enat reevaluate configs/|^enat compare digits-|s3://|enat-s-digits@"  # test_guide_runs.py
+# In test_guide_runs.py.
+_LONG = r"^enat (run|search|evaluate|doctor) |^enat reevaluate configs/|^enat compare digits-|s3://|enat-s-digits@"
 _RUNS_OF_GUIDE = {"own-dataset.md"}
 
 
@@ -99,7 +101,9 @@ def test_what_is_not_understood_is_found() -> None:
 
 
 def test_each_command_is_run_or_has_a_reason() -> None:
-    assert len(HERE) >= 18 and len(LONG) >= 18 and all(any(re.search(pattern, command) for _, command in EVERY) for pattern in _NOT_RUN)
+    assert len(HERE) >= 18
+    assert len(LONG) >= 18
+    assert all(any(re.search(pattern, command) for _, command in EVERY) for pattern in _NOT_RUN)
     kinds = {command.split()[1] for command in HERE}
     assert kinds == {"artifacts", "compare", "export", "plan", "reevaluate", "sample"}
 

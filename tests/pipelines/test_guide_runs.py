@@ -1,7 +1,8 @@
 """The commands of the guide that take minutes, one after the other in one folder, as a reader runs them after the demo.
 
 They run as written, with a short training and few samples behind their own values, and with a bucket and a tracking server that
-exist. What needs ImageNet, published weights, a hub or a cluster that takes jobs is left out: test_guide_commands.py has the reasons.
+exist. What needs ImageNet, published weights, a hub or a cluster that takes jobs is left out, with its reason in
+test_guide_commands.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from digits_run import ENAT, REPOSITORY, TINY_DIGITS, fresh_environment
 from mlflow_server import mlflow_server
 from test_guide_commands import LONG, with_keys
 
-_SAMPLES = "enat sample train/3f2a -n 40 --no-gif --no-steps -o other"  # which own-samples.md evaluates as those of another generator
+_SAMPLES = "enat sample train/3f2a -n 40 --no-gif --no-steps -o other"  # own-samples.md evaluates them
 _SHORT_SEARCH = ("search.num_trials=4", "search.batch_size=2", "search.num_rungs=1", "search.heldout_replicates=2")
 _ORDER = ("--fresh", "^enat run .*(store=|train.num_steps)", "^enat run(?!.*preset)", "^enat search", "^enat run", "")
 _SECONDS = 900  # of one command, on a machine with other work
@@ -34,7 +35,7 @@ def _shortened(command: str) -> list[str]:
     arguments = shlex.split(command)[1:]
     if arguments[0] in {"run", "search", "evaluate", "reevaluate"}:
         arguments += TINY_DIGITS
-    return arguments + [*_SHORT_SEARCH] if arguments[0] == "search" else arguments
+    return [*arguments, *_SHORT_SEARCH] if arguments[0] == "search" else arguments
 
 
 @pytest.mark.faults
