@@ -258,7 +258,7 @@ def test_gc_keep_and_a_wrong_key(place: Place, chain) -> None:
     assert [row["stage"] for row in answer["removals"]] == ["generate"]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("place", ["folder"], indirect=True)
 def test_gc_deletes_nothing_while_the_registry_cannot_be_read(
     place: Place, chain, enat: Callable[..., Any], tmp_path: Path

@@ -137,7 +137,7 @@ def test_scores_that_fail_do_not_stop_the_training(material, reference) -> None:
     assert [*found] == [4, 8, 12] and all("extractor.safetensors" in row["error"] for row in found.values())
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_actor_beside_the_training_computes_the_same(trained, material, reference, make_context) -> None:
     console = Console(file=io.StringIO(), width=500)

@@ -223,6 +223,7 @@ def test_earlier_samples_are_kept_without_overwrite_and_other_files_always(ask, 
     assert code == 2 and "--output other already contains thesis.txt; give another folder" in err
 
 
+@pytest.mark.slow
 def test_it_runs_without_ray(world, tmp_path):
     script = (
         "import sys; from pipelines.cli.sample import sample; sample.main(sys.argv[1:], standalone_mode=False); "

@@ -512,6 +512,7 @@ def test_rounding_float_scores_the_decoded_pixels(
     assert result.summary.protocol_digest != evaluated().summary.protocol_digest
 
 
+@pytest.mark.slow
 def test_another_precision_of_the_decoder_is_stated_with_what_it_changes(
     evaluated: Callable[..., StageResult], material: Material
 ) -> None:
@@ -526,6 +527,7 @@ def test_another_precision_of_the_decoder_is_stated_with_what_it_changes(
         evaluate.EvaluateConfig(precision="fp64")
 
 
+@pytest.mark.slow
 def test_everything_is_decoded_in_the_stated_precision(
     material: Material, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -557,6 +559,7 @@ def test_a_compiled_decoder_is_compared_with_one_that_is_not(material: Material,
     assert config.identity() == evaluate.EvaluateConfig().identity()
 
 
+@pytest.mark.slow
 def test_another_precision_of_the_extractor_belongs_to_the_reference(material: Material, make_context: Callable[..., Any]) -> None:
     few = replace(material.inputs["dataset"], summary={**material.inputs["dataset"].summary, "num_images": 60})
     config = reference.ReferenceConfig(

@@ -182,6 +182,7 @@ def samples(make: Callable[..., Made], model: ENAT) -> Made:
     return make(CONFIG, model)
 
 
+@pytest.mark.slow
 def test_fewer_of_the_same_samples_are_taken_over(make_context: Callable[..., Any], model: ENAT, tmp_path: Path) -> None:
     """Their full files are copied, and what is left is what a run from nothing makes. Their time does not count again."""
     store = open_store(str(tmp_path / "store"))

@@ -242,7 +242,7 @@ def test_without_a_server_a_run_completes_and_warns_at_its_start_and_end(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stops", ["before", "between"])
+@pytest.mark.parametrize("stops", ["before", pytest.param("between", marks=pytest.mark.faults)])
 def test_what_a_server_missed_is_recorded_once_when_it_answers(
     stops: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
