@@ -99,11 +99,7 @@ def test_what_is_not_understood_is_found() -> None:
 
 
 def test_each_command_is_run_or_has_a_reason() -> None:
-    assert (
-        len(HERE) >= 18
-        and len(LONG) >= 18
-        and all(any(re.search(pattern, command) for _, command in EVERY) for pattern in _NOT_RUN)
-    )
+    assert len(HERE) >= 18 and len(LONG) >= 18 and all(any(re.search(pattern, command) for _, command in EVERY) for pattern in _NOT_RUN)
     kinds = {command.split()[1] for command in HERE}
     assert kinds == {"artifacts", "compare", "export", "plan", "reevaluate", "sample"}
 

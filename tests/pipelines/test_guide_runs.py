@@ -19,9 +19,7 @@ from digits_run import ENAT, REPOSITORY, TINY_DIGITS, fresh_environment
 from mlflow_server import mlflow_server
 from test_guide_commands import LONG, with_keys
 
-_SAMPLES = (
-    "enat sample train/3f2a -n 40 --no-gif --no-steps -o other"  # which own-samples.md evaluates as those of another generator
-)
+_SAMPLES = "enat sample train/3f2a -n 40 --no-gif --no-steps -o other"  # which own-samples.md evaluates as those of another generator
 _SHORT_SEARCH = ("search.num_trials=4", "search.batch_size=2", "search.num_rungs=1", "search.heldout_replicates=2")
 _ORDER = ("--fresh", "^enat run .*(store=|train.num_steps)", "^enat run(?!.*preset)", "^enat search", "^enat run", "")
 _SECONDS = 900  # of one command, on a machine with other work

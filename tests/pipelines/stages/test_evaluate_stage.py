@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 from layouts import open_dataset
+from mlflow_database import mlflow_database
 from PIL import Image
 from summaries import summary_of
 
@@ -595,7 +596,7 @@ def test_tags_and_picture_are_published(evaluated: Callable[..., StageResult], m
     from mlflow import MlflowClient
 
     manifest = _commit(material.store, "evaluate", _key(), evaluated())
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = mlflow_database(tmp_path)
     for node, variant, prices in (
         ("evaluate", "main", Prices(device_hour=2.0, currency="EUR")),
         ("evaluate@untrained", "untrained", None),

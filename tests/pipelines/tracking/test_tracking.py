@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_model_name
+from mlflow_database import mlflow_database
 from mlflow_server import mlflow_server
 
 from pipelines.artifacts.manifest import Manifest
@@ -80,8 +81,7 @@ def _run(make_session: Callable[..., Session], store: ArtifactStore, uri: str, n
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An sqlite store, made once: MLflow needs seconds for its tables."""
-    return f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
+    return mlflow_database(tmp_path_factory.mktemp("tracking"))
 
 
 @pytest.fixture(scope="module")
