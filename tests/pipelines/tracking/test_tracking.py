@@ -425,7 +425,7 @@ class Registry:
         return self.versions()[str(self.client.get_model_version_by_alias(self.name, alias).version)]
 
 
-@pytest.fixture(params=["sqlite", "server"])
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
 def registry(request: pytest.FixtureRequest) -> Registry:
     uri = request.getfixturevalue("uri" if request.param == "sqlite" else "server")
     return Registry(uri, MlflowClient(uri), f"enat-s-{request.node.originalname}")
