@@ -239,7 +239,13 @@ class _NothingFromTheHost(TorchFunctionMode):
 
 @pytest.mark.parametrize(
     ("options", "num_given"),
-    [({}, 0), ({"reuse": False}, 7), (SEARCHED, 7), (HALTON, 0), (RANDOM, 7), ({"top_k": 5, "top_p": 0.9}, 0)],
+    [
+        (SEARCHED, 7),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [({}, 0), ({"reuse": False}, 7), (HALTON, 0), (RANDOM, 7), ({"top_k": 5, "top_p": 0.9}, 0)]
+        ),
+    ],
     ids=str,
 )
 def test_loop_never_reads_a_value_from_the_device(options, num_given):

@@ -495,7 +495,6 @@ def test_artifact_is_shown_by_a_prefix_of_its_key(ask: Callable[..., Any], impor
     assert refused.returncode == 2 and "a contact sheet shows a token map" in refused.stderr
 
 
-@pytest.mark.slow
 def test_contact_sheet_of_a_token_map(digits_run, ask: Callable[..., Any], tmp_path: Path) -> None:
     key = digits_run.planned()["token_map"].key
     store, sheet = digits_run.workspace / "store", tmp_path / "sheet.png"

@@ -97,6 +97,7 @@ def trained(material: Material, reference: Manifest) -> Trained:
     return train(material, WITH_SCORES, "scored", world_size=2, scoring=scoring)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_weights_and_change_no_bit(trained, material, real, extractor, vqgan) -> None:
     assert_same_bits(trained, train(material, changed(execution={"keep_every": 4}), "not scored", world_size=2))
     found = scores_of(material, "scored")

@@ -102,6 +102,7 @@ def test_more_trials_continue_a_search(tmp_path: Path, arms: list[Arm]) -> None:
     assert more[:8] == few and len(more) == 12
 
 
+@pytest.mark.slow
 def test_a_proposal_that_was_lost_is_made_again(tmp_path: Path, arms: list[Arm]) -> None:
     """A process that is killed while it proposes leaves a trial of Optuna without a sampler."""
     study, other = _open(tmp_path / "a.db", arms), _open(tmp_path / "b.db", arms)
