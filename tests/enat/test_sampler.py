@@ -125,7 +125,7 @@ _OF_ARCHITECTURES = [
     [(*case, 0) for case in _OF_OPTIONS]
     + [(*case, 0) for case in _OF_GUIDES]
     + _OF_LOCAL_STEPS
-    + [(*case, 7) for case in _OF_ARCHITECTURES]
+    + [pytest.param(*case, 7, marks=() if case[1] is SEARCHED else pytest.mark.slow) for case in _OF_ARCHITECTURES]
     + [pytest.param(*case, 7, marks=pytest.mark.slow) for case in (*_OF_OPTIONS, *_OF_GUIDES)]
     + [pytest.param(*case, 0, marks=pytest.mark.slow) for case in _OF_ARCHITECTURES],
     ids=str,
