@@ -155,12 +155,20 @@ class Wiring:
         self._own_identities = {} if identities is None else identities
         self._identities: dict[str, str] = {}
         self._ids: dict[str, str] = {}
+        # By what was asked for, with the run, so that no other one gets its id(): many stages read the same ones.
+        self._added: dict[tuple[str, int, str, Any], tuple[RunConfig, str | None]] = {}
 
     def add(self, part: Part, run: RunConfig, label: str = "", reader: Any = None) -> str | None:
         """The id of a stage's node for a run. What the stage reads is added before it. None if the run does not have the stage.
 
         label: of the id after the stage's name: "/protocol", "@variant" or "/protocol@variant".
         """
+        asked = (part.stage.name, id(run), label, reader)
+        if asked not in self._added:
+            self._added[asked] = run, self._add(part, run, label, reader)
+        return self._added[asked][1]
+
+    def _add(self, part: Part, run: RunConfig, label: str, reader: Any) -> str | None:
         config = part.config(run, reader)
         if config is None and part.stage is dataset.STAGE:
             raise ConfigError(_NO_DATASET)
@@ -219,8 +227,9 @@ class Unread(dict[Any, Any]):
     def __contains__(self, key: object) -> bool:
         return True
 
-    def __getitem__(self, key: tuple[str, Any]) -> Any:
-        return configuration.to_dict(key[1])
+    def __missing__(self, key: tuple[str, Any]) -> Any:
+        self[key] = configuration.to_dict(key[1])
+        return self[key]
 
 
 def _by_protocol(run: RunConfig, label: str = "") -> dict[str, RunConfig]:

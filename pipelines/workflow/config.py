@@ -8,6 +8,7 @@ written to manifests.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -203,13 +204,14 @@ def _closest_file(path: Path) -> str:
 def merge(schema: type[ConfigT], layers: Sequence[tuple[str, Any]], whole: str | None = None) -> ConfigT:
     """Merge layers of values over the schema's defaults. Raises ConfigError.
 
-    Each layer has a name for messages. `whole` names all of them together; None takes the name of the first.
+    Each layer has a name for messages. `whole` names all of them together; None takes the name of the first. The layers cannot be
+    used afterwards: most of the time of a merge would be that of copying them.
     """
     whole = whole or layers[0][0]
-    merged = _defaults(schema)  # type: ignore[arg-type]  # mypy takes no class for hashable
+    merged = copy.deepcopy(_defaults(schema))  # type: ignore[arg-type]  # mypy takes no class for hashable
     for source, values in layers:
         try:
-            merged = OmegaConf.merge(merged, values)
+            merged = OmegaConf.unsafe_merge(merged, values)
         except ConfigKeyError as error:
             raise ConfigError(_unknown_key(schema, str(error.full_key), source)) from error
         except TypeError as error:  # a list where a mapping is expected
@@ -269,7 +271,7 @@ def _refuse_senseless(source: str, values: Any, key: str = "") -> None:
 
 @cache
 def _defaults(schema: type) -> Any:
-    """The defaults of a schema. Do not change them: merging copies. OmegaConf takes 0.2 s to build those of a whole run."""
+    """The defaults of a schema. Do not change them, but a copy. OmegaConf takes 0.2 s to build those of a whole run."""
     defaults = OmegaConf.structured(schema)
     OmegaConf.set_readonly(defaults, None)
     return defaults

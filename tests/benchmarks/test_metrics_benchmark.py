@@ -8,7 +8,7 @@ import metrics
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_ratios_are_those_of_the_seconds(tmp_path: Path) -> None:
     figures = metrics.measure(tmp_path, 0.01, 1)
     assert all(value > 0 for value in figures.values())

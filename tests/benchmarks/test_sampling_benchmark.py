@@ -93,9 +93,11 @@ def test_weights_in_half_precision_are_sampled_from(model: ENAT) -> None:
     assert codes.dtype == torch.int64 and 0 <= codes.min() <= codes.max() < 32
 
 
+@pytest.mark.slow
 def test_figures_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     small = ENATConfig(encoder_layers=2, decoder_layers=1, embed_dim=32, num_heads=2, grid_size=4, codebook_size=32, num_classes=4)
     monkeypatch.setattr(sampling_loops.ENATConfig, "preset", lambda _: small)
+    monkeypatch.setattr(sampling_loops.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(samples_with_fid, "decoding", lambda *, precision, **_: {"fp32": 5.0, "bf16": 8.0}[precision])
     monkeypatch.setattr(samples_with_fid, "features", lambda **_: 4.0)
     monkeypatch.setattr(samples_with_fid, "distance_seconds", lambda: 30.0)

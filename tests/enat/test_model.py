@@ -405,7 +405,7 @@ def test_few_graphs_are_compiled_however_many_tokens_are_masked() -> None:
     ("architecture", "options"),
     [
         ({"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False}, {"local_steps": 2}),
-        ({"encoder_layers": 3}, {"guide_layers": 2}),
+        pytest.param({"encoder_layers": 3}, {"guide_layers": 2}, marks=pytest.mark.faults),
         ({}, {"entropy_bound": 8.0}),
     ],
     ids=str,

@@ -103,8 +103,8 @@ _OF_LOCAL_STEPS = [
         ({"num_classes": 0, "qk_norm": True}, {"local_steps": 1, "guide_layers": 2}, 0),
         ({"qk_norm": True}, {"local_steps": 6, "guidance_interval": (0.2, 0.7)}, 0),
         (TEXT, {**RANDOM, "local_tokens": "masked"}, 7),
-        ({}, {**HALTON, "num_steps": 40, "local_steps": 3}, 0),
-        ({}, {**MOMENT, "num_steps": 40, "local_steps": 3, "local_tokens": "masked"}, 3),
+        ({}, {**HALTON, "num_steps": 20, "local_steps": 3}, 0),
+        ({}, {**MOMENT, "num_steps": 20, "local_steps": 3, "local_tokens": "masked"}, 3),
     )
 ]
 _OF_GUIDES = [
@@ -123,10 +123,10 @@ _OF_ARCHITECTURES = [
 @pytest.mark.parametrize(
     ("architecture", "options", "num_given"),
     [(*case, 0) for case in _OF_OPTIONS]
-    + [(*case, given) for case in _OF_GUIDES for given in (0, 7)]
+    + [(*case, 0) for case in _OF_GUIDES]
     + _OF_LOCAL_STEPS
-    + [(*case, 7) for case in _OF_ARCHITECTURES]
-    + [pytest.param(*case, 7, marks=pytest.mark.slow) for case in _OF_OPTIONS]
+    + [pytest.param(*case, 7, marks=() if case[1] is SEARCHED else pytest.mark.slow) for case in _OF_ARCHITECTURES]
+    + [pytest.param(*case, 7, marks=pytest.mark.slow) for case in (*_OF_OPTIONS, *_OF_GUIDES)]
     + [pytest.param(*case, 0, marks=pytest.mark.slow) for case in _OF_ARCHITECTURES],
     ids=str,
 )
@@ -239,7 +239,13 @@ class _NothingFromTheHost(TorchFunctionMode):
 
 @pytest.mark.parametrize(
     ("options", "num_given"),
-    [({}, 0), ({"reuse": False}, 7), (SEARCHED, 7), (HALTON, 0), (RANDOM, 7), ({"top_k": 5, "top_p": 0.9}, 0)],
+    [
+        (SEARCHED, 7),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [({}, 0), ({"reuse": False}, 7), (HALTON, 0), (RANDOM, 7), ({"top_k": 5, "top_p": 0.9}, 0)]
+        ),
+    ],
     ids=str,
 )
 def test_loop_never_reads_a_value_from_the_device(options, num_given):

@@ -54,6 +54,7 @@ def test_training_learns_and_keeps_the_codebook_in_use():
     assert perplexity > 16
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights():
     images, recipe = tiles(32), TokenizerRecipe(num_steps=6, batch_size=4, revive_every=2, warmup_share=0.4)
 

@@ -24,7 +24,7 @@ def _run(folder: Path, count: int, seed: str = "s") -> tuple[int, list[dict]]:
     return code, [json.loads(line) for line in _journal(folder, seed).read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_campaign_resumes_after_its_journal_and_its_seed_names_its_cases(tmp_path: Path) -> None:
     assert _run(tmp_path / "whole", 12)[0] == 0
     code, journal = _run(tmp_path / "resumed", 5)

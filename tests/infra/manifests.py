@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import configparser
 import json
+import pickle
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,15 @@ SECRET = re.compile(r"PASSWORD|SECRET|TOKEN$|ACCESS_KEY|USERNAME|ROOT_USER")
 _NOT_SECRET = {"automountServiceAccountToken"}
 
 
+@cache
+def _parsed(path: Path) -> bytes:
+    return pickle.dumps([document for document in yaml.load_all(path.read_text(), yaml.CSafeLoader) if document])
+
+
 def documents(path: Path) -> list[dict[str, Any]]:
-    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+    """Anew for each caller, which may change them."""
+    found: list[dict[str, Any]] = pickle.loads(_parsed(path))
+    return found
 
 
 def resources() -> list[tuple[Path, dict[str, Any]]]:

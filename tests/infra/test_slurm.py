@@ -199,7 +199,7 @@ def test_an_interrupted_run_is_queued_again_and_resumes(slurm: Slurm) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("index", "code"), [("1", 2), ("7", 2)])
+@pytest.mark.parametrize(("index", "code"), [pytest.param("1", 2, marks=pytest.mark.faults), ("7", 2)])
 def test_a_run_that_is_refused_ends_with_its_exit_code_and_is_not_queued_again(slurm: Slurm, index: str, code: int) -> None:
     """Line 1 names a key that does not exist; there is no line 7."""
     sweep = slurm.folder / "sweep.txt"

@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 import pytest
+from mlflow_database import mlflow_database
 from rich.console import Console
 
 from pipelines.comparison import query, table
@@ -113,7 +114,7 @@ class Lab:
 
 @pytest.fixture(scope="session")
 def lab_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('compare') / 'mlflow.db'}"
+    return mlflow_database(tmp_path_factory.mktemp("compare"))
 
 
 _numbers = count()

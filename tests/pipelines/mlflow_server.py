@@ -13,11 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from free_ports import free_ports
+from mlflow_database import mlflow_database
 
 
 @contextmanager
 def mlflow_server(folder: Path, url: str | None = None) -> Iterator[str]:
-    """Yields its URL, which may be that of one that was stopped. folder: gets the database, the files of runs and a log."""
+    """Yields its URL, which may be that of one that was stopped. folder: has or gets the database; gets files and a log."""
+    if not (folder / "mlflow.db").exists():
+        mlflow_database(folder)
     url = url or f"http://127.0.0.1:{free_ports(1)[0]}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]

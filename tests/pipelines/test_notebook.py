@@ -124,6 +124,7 @@ def own_run(digits_run, tmp_path: Path) -> dict[str, Any]:
     return {"workspace": tmp_path / "runs"} | {name: yaml.safe_load(value) for name, _, value in given}
 
 
+@pytest.mark.slow
 def test_a_run_is_run_again_and_shown_as_by_the_command_line(digits_run, own_run: dict[str, Any]) -> None:
     done = notebook.run(DIGITS, **own_run)
     planned = digits_run.planned()
@@ -140,6 +141,7 @@ def test_a_run_is_run_again_and_shown_as_by_the_command_line(digits_run, own_run
         notebook.run(DIGITS, trian={"num_steps": 3})
 
 
+@pytest.mark.slow
 def test_images_of_another_generator_are_scored_like_those_of_the_run(digits_run, own_run: dict[str, Any], tmp_path: Path) -> None:
     made = read_samples(digits_run.store, digits_run.planned()["generate"].manifest)
     from sklearn.datasets import load_digits

@@ -39,6 +39,7 @@ def test_equal_sets_have_none_and_lengths_do_not_count() -> None:
     assert cmmd(3 * generated, reference).value == pytest.approx(cmmd(generated, reference).value, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_its_error_is_that_of_drawing_the_samples_again() -> None:
     reference = _features(1, 400)
     found = [cmmd(_features(seed, 100, 0.3), reference) for seed in range(2, 202)]

@@ -25,6 +25,7 @@ def test_one_direction_is_optimal_transport_on_a_line() -> None:
         assert sliced_distance(x, y, 3) == pytest.approx(costs[rows, columns].mean())
 
 
+@pytest.mark.slow
 def test_a_shift_is_as_large_as_in_the_frechet_distance() -> None:
     x = _normal(0, 500, 16)
     shifted = x + 0.5

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
+from mlflow_database import mlflow_database
 from places import Place, folder_place, key_of, make, open_place
 from s3_server import S3Endpoint
 from summaries import summary_of
@@ -205,7 +206,7 @@ def test_every_command_that_opens_a_store_without_a_config_has_options_for_bucke
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A real tracking store with one model of this program and one other model."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    uri = mlflow_database(tmp_path_factory.mktemp("mlflow"))
     run = tracking.start_run(uri, tracking.TrackingConfig(uri=uri), "training", {})
     tags = {"enat.digest": "d", "enat.created": "2026", "enat.artifact": f"train/{key_of('x')}", "enat.store": "/elsewhere"}
     tags["enat.evaluation"] = f"evaluate/{key_of('scores')}"
@@ -258,7 +259,7 @@ def test_gc_keep_and_a_wrong_key(place: Place, chain) -> None:
     assert [row["stage"] for row in answer["removals"]] == ["generate"]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("place", ["folder"], indirect=True)
 def test_gc_deletes_nothing_while_the_registry_cannot_be_read(
     place: Place, chain, enat: Callable[..., Any], tmp_path: Path

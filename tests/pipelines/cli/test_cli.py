@@ -118,14 +118,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Importing takes three seconds and longer, so one process imports once, and every command is run by a fork of it.
+# Importing takes three seconds and longer, so one process imports once, and every command is run by a fork of it. What it has
+# loaded is not loaded again by each of them.
 _SERVER = """
 import json, os, sys
 from pipelines.cli import main as cli
 from pipelines.cluster import connection
 connection.prepare_environment()
 import mlflow, ray, torch
+from pathlib import Path
+import enat.checkpoint, enat.model, enat.tokenizer
+import pipelines.jobs.client, pipelines.jobs.submission, pipelines.run.prediction, pipelines.run.runner, pipelines.tracking.search
 from pipelines.cli import import_weights, run
+pipelines.run.config.load_run(Path("configs/digits.yaml"))
 print("ready", flush=True)
 for line in sys.stdin:
     arguments, *paths = json.loads(line)
@@ -154,7 +159,9 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subp
     folder = tmp_path_factory.mktemp("answers")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
     command = [sys.executable, "-c", _SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
+    ) as server:
         assert server.stdin is not None and server.stdout is not None and server.stdout.readline() == "ready\n"
 
         def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -488,7 +495,6 @@ def test_artifact_is_shown_by_a_prefix_of_its_key(ask: Callable[..., Any], impor
     assert refused.returncode == 2 and "a contact sheet shows a token map" in refused.stderr
 
 
-@pytest.mark.slow
 def test_contact_sheet_of_a_token_map(digits_run, ask: Callable[..., Any], tmp_path: Path) -> None:
     key = digits_run.planned()["token_map"].key
     store, sheet = digits_run.workspace / "store", tmp_path / "sheet.png"

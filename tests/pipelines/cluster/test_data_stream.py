@@ -58,7 +58,13 @@ def _times_given(folder: Path, part: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "is_alone"), [pytest.param(1, False, marks=pytest.mark.slow), (2, False), (1, True), (2, True)]
+    ("num_workers", "is_alone"),
+    [
+        pytest.param(1, False, marks=pytest.mark.faults),
+        pytest.param(1, True, marks=pytest.mark.slow),
+        (2, False),
+        (2, True),
+    ],
 )
 def test_every_row_is_processed_once(tmp_path: Path, num_workers: int, is_alone: bool) -> None:
     records = _records(tmp_path, Execution(num_workers=num_workers), is_alone=is_alone)

@@ -82,6 +82,7 @@ def test_a_chart_of_small_models_uses_gmacs_and_has_no_published_points(lab: Lab
     assert chart.x_title.startswith("GMACs per image") and chart.y_title.startswith("Fréchet distance on inception features")
 
 
+@pytest.mark.slow
 def test_points_of_a_sweep_are_joined_among_other_runs(lab: Lab) -> None:
     for number, (steps, guidance) in enumerate(((4, 3.5), (8, 3.5), (16, 3.5), (8, 1.0))):
         metrics = {"fid": 10.0 - number, "gmacs_total": 100.0 * steps + guidance}

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pytest
 from compare_lab import HOSTILE, Lab, key_of
 from html_page import Page
 
@@ -70,6 +71,7 @@ def test_of_several_runs_of_a_training_the_newest_counts(lab: Lab) -> None:
     assert curve.scores[100]["fid"] == 30.0
 
 
+@pytest.mark.slow
 def test_files_that_are_no_scores_are_left_out_with_a_note(lab: Lab) -> None:
     hostile = [b"", b"[]", b"{}", b'{"rows": 1}', b"\xff", b"[" * 50_000, _scores(s1=float("nan"))]
     hostile += [

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from compare_lab import PROTOCOL, Lab, key_of, text_of
 from html_page import Page
 
@@ -143,6 +144,7 @@ def test_a_section_states_how_its_protocol_differs_from_published_ones(lab: Lab)
         assert sentences.unlike_published(measured) == expected
 
 
+@pytest.mark.slow
 def test_published_numbers_appear_once_after_the_last_of_their_sections(lab: Lab) -> None:
     lab.evaluate(samples=key_of(1))
     lab.evaluate(samples=key_of(2), protocol={**PROTOCOL, "num_samples": 5000})

@@ -76,6 +76,7 @@ def test_scores_are_best_unless_another_beats_them_significantly(lab: Lab, tmp_p
     assert is_better(*pairs, "fid", "lower") and not is_better(*pairs[::-1], "fid", "lower")
 
 
+@pytest.mark.slow
 def test_rows_of_different_tasks_have_errors_and_no_best(lab: Lab) -> None:
     for number, ratio in enumerate((0.2, 0.4)):
         lab.generate(key_of(number), mask_ratio=ratio)

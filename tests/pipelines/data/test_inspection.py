@@ -90,6 +90,7 @@ def token_map(ray_cluster, tiny_nodes, make_session, images, tmp_path_factory):
     return store, driver.execute(tiny_nodes(*overrides, until="token_map"), make_session(store))[-1].manifest
 
 
+@pytest.mark.slow
 def test_token_map_is_shown_with_its_codebook_and_what_is_quarantined(token_map):
     store, manifest = token_map
     text = _shown(store, manifest)
@@ -136,6 +137,7 @@ def _expected(root: Path, vqgan: Any) -> tuple[np.ndarray, np.ndarray]:
     return crops, to_uint8(vqgan.decode(codes)).permute(0, 2, 3, 1).numpy()
 
 
+@pytest.mark.slow
 def test_contact_sheet_shows_each_image_beside_what_its_codes_decode_to(token_map, images, vqgan, tmp_path):
     inspection.write_contact_sheet(*token_map, tmp_path / "deep" / "sheet.png", 24)
     assert (tmp_path / "deep" / "sheet.png").read_bytes().startswith(b"\x89PNG")
@@ -147,11 +149,13 @@ def test_contact_sheet_shows_each_image_beside_what_its_codes_decode_to(token_ma
     assert (tiles[0::2] != tiles[1::2]).any()
 
 
+@pytest.mark.slow
 def test_fewer_images_are_evenly_spaced_and_the_first_and_last_are_among_them(token_map, images, vqgan, tmp_path):
     inspection.write_contact_sheet(*token_map, tmp_path / "sheet.png", 3)
     np.testing.assert_array_equal(_tiles(tmp_path / "sheet.png", 6)[0::2], _enlarged(_expected(images, vqgan)[0][[0, 2, 5]]))
 
 
+@pytest.mark.slow
 def test_source_image_that_no_longer_exists_is_black(token_map, images, vqgan, tmp_path):
     """If the folder was moved, and if a single image was removed."""
     decoded = _enlarged(_expected(images, vqgan)[1])
@@ -174,6 +178,7 @@ def test_source_image_that_no_longer_exists_is_black(token_map, images, vqgan, t
     assert not tiles[0].any() and all(tile.any() for tile in tiles[2::2])
 
 
+@pytest.mark.slow
 def test_contact_sheet_needs_a_token_map_and_its_tokenizer(token_map, local_store, tmp_path):
     store, manifest = token_map
     gone = {**manifest.inputs, "tokenizer": {**manifest.inputs["tokenizer"], "key": KEYS[0]}}

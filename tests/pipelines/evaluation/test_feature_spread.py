@@ -134,7 +134,7 @@ def _bits(store: ArtifactStore, found: FeatureSet) -> tuple[Any, ...]:
     return moments.mean.tobytes(), moments.covariance.tobytes(), tuple(file.sha256 for file in found.files)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_distance_is_that_of_all_features_at_once(computed, expected):
     """On one worker with two threads. The fault tests distribute it otherwise."""
     store, found = computed(1, 64)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow_database import mlflow_database
 from summaries import summary_of
 
 from pipelines.artifacts.manifest import Manifest
@@ -75,7 +76,7 @@ def test_npz_with_equal_counts_of_labels_shares_a_table_with_our_samples(tmp_pat
         "a fifth": protocol(ours(mask_ratio=0.2)),
         "two fifths": protocol(ours(mask_ratio=0.4)),
     }
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = mlflow_database(tmp_path)
     for number, (name, found) in enumerate(measured.items()):
         tags = {
             "enat.stage": "evaluate",

@@ -97,6 +97,7 @@ def trained(material: Material, reference: Manifest) -> Trained:
     return train(material, WITH_SCORES, "scored", world_size=2, scoring=scoring)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_weights_and_change_no_bit(trained, material, real, extractor, vqgan) -> None:
     assert_same_bits(trained, train(material, changed(execution={"keep_every": 4}), "not scored", world_size=2))
     found = scores_of(material, "scored")
@@ -137,7 +138,7 @@ def test_scores_that_fail_do_not_stop_the_training(material, reference) -> None:
     assert [*found] == [4, 8, 12] and all("extractor.safetensors" in row["error"] for row in found.values())
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_actor_beside_the_training_computes_the_same(trained, material, reference, make_context) -> None:
     console = Console(file=io.StringIO(), width=500)

@@ -156,6 +156,7 @@ def test_a_dataset_that_only_this_machine_has_causes_a_warning(tmp_path: Path) -
     assert places.check(_named("/only/on/the/cluster"), is_this_machine=False) == []
 
 
+@pytest.mark.slow
 def test_a_dataset_in_a_bucket_without_objects_is_refused(make_bucket: Callable[..., S3Folder]) -> None:
     bucket = make_bucket("sets")
     for name in ("train/a/1.jpg", "train-other/1.jpg", "whole.tar", "part-0001.tar"):
@@ -170,6 +171,7 @@ def test_a_dataset_in_a_bucket_without_objects_is_refused(make_bucket: Callable[
         places.check(_named("s3://no-such-bucket-anywhere/train"), is_this_machine=False)
 
 
+@pytest.mark.slow
 def test_a_bucket_that_this_machine_cannot_reach_causes_a_warning() -> None:
     run = run_config.load_run(
         DIGITS,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from mlflow_database import mlflow_database
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -185,7 +186,7 @@ def test_a_sample_of_many_artifacts_is_read(local_store: ArtifactStore, monkeypa
 def test_tracked_runs_count_where_the_store_has_nothing(local_store: ArtifactStore, tmp_path: Any) -> None:
     from pipelines.tracking import run as tracking
 
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = mlflow_database(tmp_path)
     tag = to_tag(_manifest(PROVENANCE))
     assert tag is not None
     started = tracking.start_run(uri, tracking.TrackingConfig(), "token_map", {"enat.stage": "token_map", "enat.work": tag})

@@ -51,6 +51,7 @@ def test_a_registered_model_without_an_evaluation_is_evaluated(evaluated: tuple[
     assert manifest.inputs["samples"]["key"] == driver.stage_key(node, {"model": lab.store.read_manifest("train", "1" * 64)})
 
 
+@pytest.mark.slow
 def test_evaluation_is_recorded_in_tags_and_tracked(evaluated: tuple[Lab, Outcome]) -> None:
     lab, outcome = evaluated
     tags = lab.tags()
@@ -68,6 +69,7 @@ def test_evaluation_is_recorded_in_tags_and_tracked(evaluated: tuple[Lab, Outcom
     assert lab.client.get_run(parent.data.tags["mlflow.parentRunId"]).info.run_name == "reevaluate"
 
 
+@pytest.mark.slow
 def test_reused_stages_are_linked_to_the_runs_that_made_them(lab: Lab, light: Light) -> None:
     made = {name: [run.info.run_id for run in lab.stage_runs(name)] for name in ("generate", "reference", "dataset")}
     assert all(len(runs) == 1 for runs in made.values())
@@ -80,6 +82,7 @@ def test_reused_stages_are_linked_to_the_runs_that_made_them(lab: Lab, light: Li
     assert {name: [each.info.run_id for each in lab.stage_runs(name)] for name in links} == {name: made[name] for name in links}
 
 
+@pytest.mark.slow
 def test_a_fresh_evaluation_is_not_repeated(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     before, tags = lab.files(), lab.tags()
     for with_config in (True, False):
@@ -90,6 +93,7 @@ def test_a_fresh_evaluation_is_not_repeated(lab: Lab, monkeypatch: pytest.Monkey
     assert lab.files() == before and lab.tags() == tags
 
 
+@pytest.mark.slow
 def test_an_old_evaluation_is_measured_again_and_compared(lab: Lab, light: Light, monkeypatch: pytest.MonkeyPatch) -> None:
     state = workflow_provenance.CodeState(version="1.0", commit="a" * 40, diff_digest=None, digest="c" * 64)
     monkeypatch.setattr(workflow_provenance, "read_state", lambda: state)  # as in a job
@@ -107,6 +111,7 @@ def test_an_old_evaluation_is_measured_again_and_compared(lab: Lab, light: Light
     assert state.tags.items() <= run.data.tags.items()
 
 
+@pytest.mark.slow
 def test_a_check_with_other_scores_is_drift(lab: Lab, light: Light) -> None:
     lab.tag(evaluated=LONG_AGO)
     recorded = EvaluationRecord.of(lab.tags())
@@ -117,6 +122,7 @@ def test_a_check_with_other_scores_is_drift(lab: Lab, light: Light) -> None:
     assert found.drift == outcome.note and found.scores == recorded.scores, "the recorded scores do not change"
 
 
+@pytest.mark.slow
 def test_a_reused_evaluation_keeps_its_age(lab: Lab, light: Light) -> None:
     stage, key = EvaluationRecord.of(lab.tags()).evaluation.split("/")
     manifest = lab.store.read_manifest(stage, key)
@@ -131,6 +137,7 @@ def test_a_reused_evaluation_keeps_its_age(lab: Lab, light: Light) -> None:
     assert lab.one(older_than=86400.0, is_dry_run=True).verdict == "due"
 
 
+@pytest.mark.slow
 def test_a_name_that_was_corrected_since_stays(lab: Lab) -> None:
     (run,) = lab.stage_runs("evaluate")
     lab.client.set_tag(run.info.run_id, "enat.reference", "photographs of birds")
@@ -141,6 +148,7 @@ def test_a_name_that_was_corrected_since_stays(lab: Lab) -> None:
     assert lab.client.get_run(run.info.run_id).data.tags["enat.reference"] == "photographs of birds"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "moves", "verdict"),
     [
@@ -162,6 +170,7 @@ def test_recorded_scores_are_compared_if_their_artifact_is_gone(
     assert ("enat.drift" in lab.tags()) == (verdict == "drift")
 
 
+@pytest.mark.slow
 def test_looking_at_a_fresh_evaluation_counts_as_use_of_it(lab: Lab) -> None:
     stage, _, key = EvaluationRecord.of(lab.tags()).evaluation.partition("/")
     note = lab.root / "store" / stage / key / ".used"
@@ -176,6 +185,7 @@ def test_looking_at_a_fresh_evaluation_counts_as_use_of_it(lab: Lab) -> None:
 # What is due ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_other_settings_is_due(evaluated: tuple[Lab, Outcome]) -> None:
     execution = ("generate.execution.worker_batch_size=3", "evaluate.execution.num_workers=2", "generate.execution.num_workers=2")
     for with_config in (True, False):
@@ -312,6 +322,7 @@ def publish(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return publish
 
 
+@pytest.mark.slow
 def test_a_run_records_its_evaluation_but_not_one_that_it_reuses(lab: Lab, publish: Callable[..., None]) -> None:
     before = EvaluationRecord.of(lab.tags())
     publish()
@@ -322,6 +333,7 @@ def test_a_run_records_its_evaluation_but_not_one_that_it_reuses(lab: Lab, publi
     assert after.evaluated == datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)
 
 
+@pytest.mark.slow
 def test_a_variant_does_not_replace_the_evaluation_of_the_run_itself(lab: Lab, publish: Callable[..., None]) -> None:
     before = lab.tags()
     publish("evaluate@few-steps", key="8" * 64, fid=1.0)
@@ -346,6 +358,7 @@ def test_foreign_tags_are_not_a_record() -> None:
 # The command ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_answers_as_json_or_as_a_table(evaluated: tuple[Lab, Outcome]) -> None:
     lab, outcome = evaluated
     result = CliRunner().invoke(command, [str(lab.config), "--dry-run", "--json", *lab.arguments()], catch_exceptions=False)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
+from mlflow_database import mlflow_database
 from places import key_of, make
 from summaries import summary_of
 
@@ -130,7 +131,7 @@ def trained(vqgan: VQGAN, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'mlflow.db'}"
+    return mlflow_database(tmp_path_factory.mktemp("registry"))
 
 
 @pytest.fixture
@@ -356,7 +357,7 @@ def test_a_reused_model_is_registered_with_another_server(
         for node in tiny_nodes(f"train.weights={weights}", "train.model.num_classes=2", until="train")
     ]
     store = open_store(str(tmp_path / "store"))
-    for server in (uri, f"sqlite:///{tmp_path}/mlflow.db"):
+    for server in (uri, mlflow_database(tmp_path)):
         config = TrackingConfig(experiment="runs")
         parent = tracking.start_run(server, config, "run", {})
         done = driver.execute(nodes, make_session(store, run=parent, tracking=config))[-1]

@@ -65,6 +65,7 @@ def test_a_private_dataset_of_the_hub_is_read_at_one_commit(
         assert output.count("reused") >= 3 and again == made, "a moved branch with the same images"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", ["image_folder", pytest.param("tar", marks=pytest.mark.faults)])
 def test_a_dataset_is_read_by_an_installed_package(
     layouts: Layouts, token_map: Any, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

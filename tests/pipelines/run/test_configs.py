@@ -245,6 +245,7 @@ def test_configs_open_with_command_hardware_duration_and_result() -> None:
         assert f"configs/{name}.yaml" in head
 
 
+@pytest.mark.slow
 def test_imagenet_is_trained_as_published(load: Callable[..., Any]) -> None:
     small = load("imagenet256").train
     for name in IMAGENET256:

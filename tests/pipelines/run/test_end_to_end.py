@@ -64,6 +64,7 @@ def test_artifacts_describe_the_digits(digits_run) -> None:
         assert manifests[id].metrics["gmacs_total"] > manifests[id].metrics["gmacs_decoder"] > 0
 
 
+@pytest.mark.slow
 def test_a_second_run_reuses_everything(digits_run, enat: Callable[..., Any]) -> None:
     def listing() -> dict[str, int]:
         files = (path for path in (digits_run.workspace / "store").rglob("*") if path.is_file() and path.name != ".used")

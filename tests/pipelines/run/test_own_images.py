@@ -219,7 +219,7 @@ def _enat(folder: Path, *arguments: str) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_photographs_become_samples_and_scores(photos: Path) -> None:
     _enat(photos.parent, "init", "photos", "--resolution", "32")

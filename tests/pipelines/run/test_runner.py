@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_database import mlflow_database
 from rich.console import Console
 
 from pipelines.artifacts.manifest import Manifest
@@ -35,8 +36,7 @@ STATE = CodeState(version="1.0", commit="a" * 40, diff_digest="b" * 64, digest="
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An sqlite store, made once: MLflow takes seconds for its tables."""
-    made = f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
+    made = mlflow_database(tmp_path_factory.mktemp("tracking"))
     tracking.start_run(made, TrackingConfig(), "first", {}).finish()
     return made
 

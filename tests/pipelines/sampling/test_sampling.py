@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow_database import mlflow_database
 from PIL import Image
 from random_weights import randomized
 from summaries import summary_of
@@ -223,6 +224,7 @@ def test_earlier_samples_are_kept_without_overwrite_and_other_files_always(ask, 
     assert code == 2 and "--output other already contains thesis.txt; give another folder" in err
 
 
+@pytest.mark.slow
 def test_it_runs_without_ray(world, tmp_path):
     script = (
         "import sys; from pipelines.cli.sample import sample; sample.main(sys.argv[1:], standalone_mode=False); "
@@ -334,7 +336,7 @@ def test_a_model_that_mlflow_loads_samples_captions(world, clip):
 
 
 def test_registered_model_is_found_by_name_and_alias(ask, world, tmp_path):
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = mlflow_database(tmp_path)
     run = tracking.start_run(uri, tracking.TrackingConfig(), "train", {})
     tags = {"enat.digest": "d", "enat.created": "2026", "enat.artifact": f"train/{world.key}", "enat.store": world.store.uri}
     assert run.register_model("enat-s-digits", {"README.md": b"card"}, tags, "card", "newest") == "1"

@@ -290,7 +290,7 @@ def _samples(store: ArtifactStore, judged: Any) -> set[str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_a_search_that_is_killed_and_continued(searched: Searched, enat: Callable[..., Any]) -> None:
     """One test, because each process of tests that takes a part of it would make the searches."""

@@ -80,10 +80,11 @@ def _facts(study: Study) -> list[tuple[Any, ...]]:
     return [(trial.name, trial.batch, trial.given, trial.sampler, trial.results, trial.is_done) for trial in study.trials]
 
 
+@pytest.mark.slow
 def test_a_search_that_is_interrupted_anywhere_is_the_same(tmp_path: Path, arms: list[Arm]) -> None:
     whole = _facts(_search(lambda: _open(tmp_path / "whole.db", arms), 12))
     assert len(whole) == 12 and all(fact[-1] for fact in whole)
-    for stop_after in (1, 3, 6, 11):
+    for stop_after in (1, 6):
         path = tmp_path / f"{stop_after}.db"
         for _ in range(100):
             try:
@@ -101,6 +102,7 @@ def test_more_trials_continue_a_search(tmp_path: Path, arms: list[Arm]) -> None:
     assert more[:8] == few and len(more) == 12
 
 
+@pytest.mark.slow
 def test_a_proposal_that_was_lost_is_made_again(tmp_path: Path, arms: list[Arm]) -> None:
     """A process that is killed while it proposes leaves a trial of Optuna without a sampler."""
     study, other = _open(tmp_path / "a.db", arms), _open(tmp_path / "b.db", arms)
@@ -111,6 +113,7 @@ def test_a_proposal_that_was_lost_is_made_again(tmp_path: Path, arms: list[Arm])
     assert proposed[0] == proposed[1]
 
 
+@pytest.mark.slow
 def test_proposals_become_better(tmp_path: Path, arms: list[Arm]) -> None:
     """TPE learns from scores: the last proposals are better than the first, random ones."""
     study = _search(lambda: _open(tmp_path / "s.db", arms), 80)
@@ -124,6 +127,7 @@ def test_another_identity_is_another_search(tmp_path: Path, arms: list[Arm]) -> 
     assert len(_open(tmp_path / "s.db", arms).trials) == 4
 
 
+@pytest.mark.slow
 def test_samplers_beyond_the_budget_are_not_trials(tmp_path: Path, arms: list[Arm]) -> None:
     study = _open(tmp_path / "s.db", arms)
 

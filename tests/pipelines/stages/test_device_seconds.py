@@ -99,7 +99,7 @@ def of_reference(gpus: float, context: StageContext, patch: pytest.MonkeyPatch) 
     return reference.run(config, {}, context)
 
 
-@pytest.mark.parametrize("gpus", [0, 0.5, 2])
+@pytest.mark.parametrize("gpus", [pytest.param(0, marks=pytest.mark.slow), 0.5, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", [of_token_map, of_captions, of_tokenizer, of_reference])
 def test_device_seconds_count_every_device_that_a_worker_holds(
     stage: Callable[..., StageResult],

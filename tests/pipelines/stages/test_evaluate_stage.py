@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 from layouts import open_dataset
+from mlflow_database import mlflow_database
 from PIL import Image
 from summaries import summary_of
 
@@ -512,6 +513,7 @@ def test_rounding_float_scores_the_decoded_pixels(
     assert result.summary.protocol_digest != evaluated().summary.protocol_digest
 
 
+@pytest.mark.slow
 def test_another_precision_of_the_decoder_is_stated_with_what_it_changes(
     evaluated: Callable[..., StageResult], material: Material
 ) -> None:
@@ -526,6 +528,7 @@ def test_another_precision_of_the_decoder_is_stated_with_what_it_changes(
         evaluate.EvaluateConfig(precision="fp64")
 
 
+@pytest.mark.slow
 def test_everything_is_decoded_in_the_stated_precision(
     material: Material, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -557,6 +560,7 @@ def test_a_compiled_decoder_is_compared_with_one_that_is_not(material: Material,
     assert config.identity() == evaluate.EvaluateConfig().identity()
 
 
+@pytest.mark.slow
 def test_another_precision_of_the_extractor_belongs_to_the_reference(material: Material, make_context: Callable[..., Any]) -> None:
     few = replace(material.inputs["dataset"], summary={**material.inputs["dataset"].summary, "num_images": 60})
     config = reference.ReferenceConfig(
@@ -592,7 +596,7 @@ def test_tags_and_picture_are_published(evaluated: Callable[..., StageResult], m
     from mlflow import MlflowClient
 
     manifest = _commit(material.store, "evaluate", _key(), evaluated())
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = mlflow_database(tmp_path)
     for node, variant, prices in (
         ("evaluate", "main", Prices(device_hour=2.0, currency="EUR")),
         ("evaluate@untrained", "untrained", None),

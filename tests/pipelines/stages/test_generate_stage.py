@@ -182,6 +182,7 @@ def samples(make: Callable[..., Made], model: ENAT) -> Made:
     return make(CONFIG, model)
 
 
+@pytest.mark.slow
 def test_fewer_of_the_same_samples_are_taken_over(make_context: Callable[..., Any], model: ENAT, tmp_path: Path) -> None:
     """Their full files are copied, and what is left is what a run from nothing makes. Their time does not count again."""
     store = open_store(str(tmp_path / "store"))
@@ -354,6 +355,7 @@ def test_summary_and_metrics_record_what_was_measured(samples: Made) -> None:
     assert 0.05 < metrics["peak_memory_gb"] < 20
 
 
+@pytest.mark.slow
 def test_passes_of_an_entropy_bound_are_measured(make, model: ENAT) -> None:
     """Means over all samples, of numbers that differ between them; and the codes do not depend on the batch."""
     sampler = SamplerConfig(num_steps=6, guidance_scale=2.0, entropy_bound=10.2)

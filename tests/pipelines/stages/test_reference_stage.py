@@ -64,6 +64,7 @@ def test_moments_of_inception_equal_those_of_torch_fidelity(
     assert summary["outputs"] == {"features": 2048, "spatial": 2023, "logits": 1008} and not summary["is_imported"]
 
 
+@pytest.mark.slow
 def test_key_depends_on_the_content_of_the_weights(tiny_nodes: Callable[..., Any], inception_weights: Path, tmp_path: Path) -> None:
     other, moved = tmp_path / "other.pth", tmp_path / "moved.pth"
     other.write_bytes(inception_weights.read_bytes() + b"x")
@@ -144,6 +145,7 @@ def test_features_of_images_in_a_published_file_are_kept(
     assert result.summary.num_kept == 5
 
 
+@pytest.mark.slow
 def test_reference_files_that_do_not_fit_are_refused(
     inception_weights: Path, make_context, local_store: ArtifactStore, tmp_path: Path
 ) -> None:

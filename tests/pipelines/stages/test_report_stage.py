@@ -148,6 +148,7 @@ def test_cost_of_samples_that_begin_with_codes(render, config: report.ReportConf
     assert counted["gmacs_total"] != inputs["evaluation"].metrics["gmacs_total"]
 
 
+@pytest.mark.slow
 def test_cost_of_samples_that_each_take_their_own_passes(render, config: report.ReportConfig, inputs: dict[str, Manifest]) -> None:
     """Means of two samples, of 2 and of 4 passes."""
     made, model = SamplesSummary.read(inputs["samples"]), ModelSummary.read(inputs["model"]).model
@@ -238,6 +239,7 @@ def test_missing_results_are_not_shown(render, config: report.ReportConfig, inpu
     assert "class agreement" not in titles and len(own) == len(titles)
 
 
+@pytest.mark.slow
 def test_only_the_first_classes_are_shown(render, config: report.ReportConfig, inputs: dict[str, Manifest], decoded) -> None:
     grid = render(replace(config, max_classes=3, samples_per_class=2), inputs).images["samples, one column per class"]
     assert grid.size == (3 * 98 + 2, 2 * 98 + 2)

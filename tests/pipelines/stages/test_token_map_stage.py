@@ -336,6 +336,7 @@ def test_bf16_changes_few_codes_and_is_recorded_in_the_map(make_token_map, hosti
     assert 0 < share < 0.1
 
 
+@pytest.mark.slow
 def test_codes_that_flip_are_measured_and_limited(make_token_map, tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     _, manifest = make_token_map("token_map.precision=bf16", store=store)
@@ -354,6 +355,7 @@ def test_codes_that_flip_are_measured_and_limited(make_token_map, tmp_path: Path
     assert make_token_map("token_map.precision=tf32")[1].metrics["code_flips"] == 0, "on CPUs it is fp32"
 
 
+@pytest.mark.slow
 def test_a_compiled_encoder_is_compared_with_one_that_is_not(
     make_token_map, tmp_path: Path, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

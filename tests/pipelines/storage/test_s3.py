@@ -192,6 +192,7 @@ def test_failed_and_lost_reads_are_requested_again(folder: S3Folder, s3_endpoint
         assert [file.name for file in folder.list()] == ["file"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_once")
 def test_damaged_answers_never_become_content(folder: S3Folder, s3_endpoint: S3Endpoint) -> None:
     """At the right length, with one bit flipped: whole objects with and without a checksum, in parts, and ranges."""
@@ -418,6 +419,7 @@ def test_refusals_name_the_remedy_and_no_secret(folder: S3Folder, s3_endpoint: S
             assert "test-secret" not in str(raised.value) and "test-key" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_missing_credentials_and_profiles_are_named(s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """The regions are those of configurations that no other test has a client of."""
     for variables, region, sentence in (
@@ -452,6 +454,7 @@ def test_the_region_is_that_of_the_config_or_aws_region_or_botocore(
             assert client.meta.region_name == used
 
 
+@pytest.mark.slow
 def test_create_bucket_makes_a_bucket_in_the_region_of_the_store(s3_endpoint: S3Endpoint) -> None:
     """infra/s3/create_bucket.py. S3 refuses the name of us-east-1 as a location."""
     script = Path(__file__).parents[3] / "infra" / "s3" / "create_bucket.py"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_database import mlflow_database
 from mlflow_server import mlflow_server
 
 from pipelines.tracking import models
@@ -39,7 +40,7 @@ def _models() -> list[TrackedModel]:
 def uri(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("mlflow")
     if request.param == "database":
-        yield f"sqlite:///{folder / 'mlflow.db'}"
+        yield mlflow_database(folder)
         return
     with mlflow_server(folder) as url:
         yield url

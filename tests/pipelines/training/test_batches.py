@@ -135,6 +135,7 @@ def test_images_are_flipped_only_if_configured(material):
     assert not any(is_flipped(False)) and 0 < sum(is_flipped(True)) < CONFIG.batch_size
 
 
+@pytest.mark.slow
 def test_configured_share_of_labels_is_dropped(material):
     for share in (0.0, 0.5):
         config = changed(cond_drop_prob=share)

@@ -157,6 +157,7 @@ def _shares_of_rank(material: Material) -> list[dict[str, int]]:
     return shares
 
 
+@pytest.mark.slow
 def test_ranks_write_every_value_once_and_about_equally_many(material):
     shares = run_ranks(2, _shares_of_rank, material)
     values = {name: parameter.numel() for name, parameter in ENAT(material.architecture(CONFIG)).named_parameters()}
@@ -320,6 +321,7 @@ def test_weight_decay_on_matrices_decays_exactly_linear_weights(material):
 _REDUCTIONS = [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16")]  # ZeRO stage, number format
 
 
+@pytest.mark.slow
 def test_gradients_summed_in_bf16_train_nearly_the_same(material):
     """On two ranks, at the stages that GPUs use. Some bits differ, or the setting does nothing."""
     jobs = [Job(changed(execution={"zero_stage": stage, "reduce_in": each})) for stage, each in _REDUCTIONS]

@@ -24,6 +24,7 @@ from pipelines.tracking.run import RunHandle
 from pipelines.workflow.models import average_name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.faults)])
 def test_milestones_are_the_ema_at_their_steps_also_after_a_restart(material, key, zero_stage, plainly):
     config = changed(execution={"keep_every": 4, "keep_last": 1, "zero_stage": zero_stage})

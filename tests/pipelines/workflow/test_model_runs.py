@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_database import mlflow_database
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -53,7 +54,7 @@ def _nodes(small: float = 2.0) -> list[Node]:
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('models') / 'mlflow.db'}"
+    return mlflow_database(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
