@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 
@@ -11,7 +13,7 @@ from pathlib import Path
 def _tables() -> bytes:
     from mlflow import MlflowClient
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):  # MLflow says which tables it makes
         MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
         return Path(folder, "mlflow.db").read_bytes()
 
