@@ -114,6 +114,7 @@ def connect(config: ClusterConfig) -> None:
             lean.without_data_actors()
         else:
             check_listening(address)
+            lean.with_data_actors()
             ray.init(**options)
             supervisor.tell(lost=f"the connection to the Ray cluster at {address} was lost")
     except ConnectionError as error:

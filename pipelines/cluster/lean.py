@@ -9,11 +9,13 @@ Ray 2.60 has no options for them, so its own code is replaced in this process.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 from uuid import uuid4
+
+_replaced = ExitStack()
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def few_processes() -> Iterator[None]:
 
 
 def without_data_actors() -> None:
-    """For the Ray Data jobs of this process, until it ends: no statistics of datasets, and all of the cluster for each job.
+    """For Ray Data in this process, until with_data_actors: no statistics of datasets, and all of the cluster for each job.
 
     A stage only starts if there is room for it beside the others (capacity.Room), so jobs need no other agreement.
     """
@@ -48,9 +50,13 @@ def without_data_actors() -> None:
         def get_reserved_resources(self) -> dict[str, dict[str, float]]:
             return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
 
-    rate_based_cluster_autoscaler.DefaultAutoscalingCoordinator = Coordinator
-    manager = stats._StatsManager
-    manager.gen_dataset_id_from_stats_actor = staticmethod(lambda: uuid4().hex)
+    with_data_actors()
+    _replaced.enter_context(patch.object(rate_based_cluster_autoscaler, "DefaultAutoscalingCoordinator", Coordinator))
+    _replaced.enter_context(patch.object(stats._StatsManager, "gen_dataset_id_from_stats_actor", lambda: uuid4().hex))
     for name in ("update_execution_metrics", "update_iteration_metrics", "register_dataset_to_stats_actor"):
-        assert hasattr(manager, name)
-        setattr(manager, name, staticmethod(lambda *_, **__: None))
+        _replaced.enter_context(patch.object(stats._StatsManager, name, lambda *_, **__: None))
+
+
+def with_data_actors() -> None:
+    """Ray Data as it is, for a cluster that others use, too."""
+    _replaced.close()

@@ -11,14 +11,18 @@ import pytest
 _COMMAND = """
 import json
 import psutil
-from pipelines.cluster import connection
+from pipelines.cluster import connection, lean
 connection.prepare_environment()
 connection.connect(connection.ClusterConfig(num_cpus=2))
 import ray
 numbers = ray.data.range(8, override_num_blocks=4).map(lambda row: {"id": 2 * row["id"]}).take_all()
 processes = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-actors = ray.util.list_named_actors(all_namespaces=True)
-print(json.dumps({"numbers": sorted(row["id"] for row in numbers), "processes": processes, "actors": actors}))
+found = {"numbers": sorted(row["id"] for row in numbers), "processes": processes}
+found["actors"] = ray.util.list_named_actors(all_namespaces=True)
+lean.with_data_actors()  # as before a connection to another cluster
+ray.data.range(2).take_all()
+found["actors after"] = ray.util.list_named_actors(all_namespaces=True)
+print(json.dumps(found))
 """
 
 
@@ -31,3 +35,4 @@ def test_a_job_of_a_local_cluster_has_its_workers_and_no_helper() -> None:
     assert all(any(name in process for name in expected) for process in found["processes"]), found["processes"]
     assert not any("Actor" in process for process in found["processes"]), found["processes"]
     assert sum("/gcs_server" in process for process in found["processes"]) == 1
+    assert len(found["actors after"]) == 2
