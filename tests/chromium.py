@@ -55,17 +55,15 @@ class Browser:
             self.send(f"{domain}.enable")
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.send("Page.navigate", url=path.as_uri())
-        while not self._has_loaded(path.as_uri()):
+        self.send("Page.setLifecycleEventsEnabled", enabled=True)
+        loader = self.send("Page.navigate", url=path.as_uri())["loaderId"]
+        while not self._has_loaded(loader):
             self.events.append(self._read())
 
-    def _has_loaded(self, uri: str) -> bool:
-        """Whether it has, and not only the empty page of a new tab."""
-        arrived = [
-            event["method"] == "Page.frameNavigated" and event["params"]["frame"]["url"].partition("#")[0] == uri
-            for event in self.events
-        ]
-        return any(arrived) and any(event["method"] == "Page.loadEventFired" for event in self.events[arrived.index(True) :])
+    def _has_loaded(self, loader: str) -> bool:
+        """Whether the page has that this loader loads, and not only the empty page of a new tab."""
+        ends = (event["params"] for event in self.events if event["method"] == "Page.lifecycleEvent")
+        return any(event["name"] == "load" and event["loaderId"] == loader for event in ends)
 
     def value(self, expression: str) -> Any:
         """The value of an expression of JavaScript on the page."""
