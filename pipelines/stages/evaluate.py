@@ -8,7 +8,6 @@ Samples are codes of stage `generate`, or images of another generator (stage `im
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -171,11 +170,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         settings=settings,
     ).chosen(config.metrics)
     context.connect_for(config.execution, "evaluate")
-    shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, precision=config.precision)
-    with ThreadPoolExecutor(1, thread_name_prefix="grid") as beside:  # this process has nothing else to do meanwhile
-        drawing = beside.submit(evaluation_protocol.sample_grid, shown, inputs, real_images.images_per_pass)
-        jobs = _features(config, inputs, context)
-    grid = drawing.result()
+    jobs = _features(config, inputs, context)
     pool = TaskPool(config.execution, lambda total: context.bar(total, "parts of the scores"))
     real = _real_statistics(reference, real_moments, chosen, context)
     replicates = [compute_scores(chosen, _statistics(job, samples, chosen, context), real, settings, pool) for job in jobs]
@@ -193,6 +188,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         clip_digest=config.clip_digest(),
         precision=config.precision,
     )
+    shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, precision=config.precision)
+    grid = evaluation_protocol.sample_grid(shown, inputs, real_images.images_per_pass)
     all_jobs = (*jobs, *clip_jobs)
     told = {name: _SUMMARIES[name].read(inputs[name]) for name in _SUMMARIES if name in inputs}
     works = _work(config, num_samples, len(jobs), {**told, "samples": evaluation_protocol.samples_summary(samples)})

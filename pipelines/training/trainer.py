@@ -42,12 +42,15 @@ class RayTrainer(DataParallelTrainer):  # type: ignore[misc]
 
     def _initialize_and_run_controller(self, *, scaling_policy: Any, **options: Any) -> Any:
         if self._is_local and type(scaling_policy) is FixedScalingPolicy:
-            scaling_policy = _AllAtOnce(self.scaling_config)
+            scaling_policy = _UnsharedScaling(self.scaling_config)
         return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **options)
 
 
-class _AllAtOnce(FixedScalingPolicy):  # type: ignore[misc]
-    """A fixed number of workers in a cluster that no other job uses. Ray asks an actor, which starts first, to keep others away."""
+class _UnsharedScaling(FixedScalingPolicy):  # type: ignore[misc]
+    """Ray's policy for a fixed number of workers, without reserving them: no other job uses a local cluster.
+
+    For a reservation Ray would start an actor, and wait for it before the first worker starts.
+    """
 
     def after_controller_start(self, train_run_context: Any) -> None:
         pass

@@ -1,7 +1,7 @@
 """The commands of the guide that take minutes, one after the other in one folder, as a reader runs them after the demo.
 
-They run as written, with a short training and few samples behind their own values, and with a bucket and a tracking server that
-exist. What needs ImageNet, published weights, a hub or a cluster that takes jobs is left out, with its reason in
+They run as written, with values for a short training and few samples appended, against a bucket and a tracking server that the test
+starts. What needs ImageNet, published weights, a hub or a cluster that takes jobs is left out, with its reason in
 test_guide_commands.py.
 """
 

@@ -33,7 +33,7 @@ print(pid, *(child.pid for child in psutil.Process().children(recursive=True)))
 """
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_no_process_outlives_the_command_that_started_a_local_cluster() -> None:
     done = subprocess.run([sys.executable, "-c", _COMMAND], capture_output=True, text=True, timeout=200, check=True)
     worker, *started = map(int, done.stdout.split())

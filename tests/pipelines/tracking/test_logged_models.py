@@ -107,7 +107,7 @@ def test_a_listed_checkpoint_names_its_registered_version(uri: str, training: Ru
 
 
 class _OldServer(http.server.BaseHTTPRequestHandler):
-    """Hands requests on to a server, except for those of models, which it refuses. An older one does not know them."""
+    """Forwards requests to a server, except those about models, which it refuses. By default it answers as an older server does."""
 
     behind, status, content = "", 404, b"<html>not found</html>"
 
@@ -139,7 +139,7 @@ class _OldServer(http.server.BaseHTTPRequestHandler):
 def test_a_server_that_takes_no_models_gets_all_else(
     uri: str, status: int, level: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older one does so quietly. One that knows models and refuses these is told of."""
+    """An older server causes a debug line. A server that has models and refuses one causes a warning."""
     if not uri.startswith("http"):
         pytest.skip("databases are of this version")
     refusal = json.dumps({"error_code": "INVALID_PARAMETER_VALUE", "message": "this name is not allowed"}).encode()
