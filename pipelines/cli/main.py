@@ -77,7 +77,7 @@ def main() -> None:
             logging.getLogger(__name__).error("failed", exc_info=True)
         _fail(f"{error}{_log_hint()}", 1)
     finally:
-        supervisor.tell(ended="yes")
+        supervisor.end()
 
 
 def _is_failure(error: BaseException | None) -> bool:

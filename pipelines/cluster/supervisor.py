@@ -39,6 +39,15 @@ def supervise() -> None:
         has_restarted = True
 
 
+def end() -> None:
+    """The command is over and this process ends by itself. It ignores interrupts from now on: its exit takes seconds, and Python and
+    Ray would print their tracebacks."""
+    if is_supervised():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        tell(ended="yes")
+
+
 def tell(**words: str) -> None:
     """Tell the parent, if there is one. lost: what it says if this process does not end by itself.   restarts: a new process would
     have a new cluster.   ended: this process ends by itself."""

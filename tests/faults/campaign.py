@@ -35,11 +35,13 @@ import processes  # noqa: E402
 import tracking  # noqa: E402
 from oracle import Laboratory, Outcome  # noqa: E402
 
+from pipelines.formatting import printable  # noqa: E402
 from pipelines.storage.base import digest_of  # noqa: E402
 from pipelines.workflow.provenance import code_version  # noqa: E402
 
 BAD = ("silent", "lost", "doubled", "hung", "executed", "outside", "unclear")
 FAULTS, FLIPS, INPUTS = "faults", "flips", "inputs"
+_SHOWN_LINES = 30
 # Kind -> its function, what it counts as, and its share of that
 KINDS: dict[str, tuple[Callable[[Laboratory, random.Random], list[Outcome]], str, int]] = {
     "inputs": (inputs.inputs, INPUTS, 1),
@@ -127,9 +129,8 @@ def main(
                     for each in outcomes:
                         if each.verdict in BAD or each.is_rough:
                             name = each.verdict if each.verdict in BAD else "traceback"
-                            progress.console.print(
-                                f"{name}: {kind} {number}, {each.what}: {each.note} {each.log}", markup=False, highlight=False
-                            )
+                            words = f"{name}: {kind} {number}, {each.what}: {each.note} {each.log}"
+                            progress.console.print("\n".join([words, *last_lines(each.log)]), markup=False, highlight=False)
     finally:
         lab.close()
         lab.stack.close()
@@ -150,6 +151,12 @@ def outcomes_of(lab: Laboratory, seed: str, kind: str, number: int) -> list[Outc
     if any(each.verdict in BAD for each in outcomes):
         lab.close()
     return outcomes
+
+
+def last_lines(log: str) -> list[str]:
+    """What the command printed last, for who has only the output of the campaign."""
+    lines = Path(log).read_text(errors="replace").splitlines() if log else []
+    return [f"    {printable(line)}" for line in lines[-_SHOWN_LINES:]]
 
 
 # The table -----------------------------------------------------------------------------------------------------------------

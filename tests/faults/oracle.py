@@ -311,9 +311,10 @@ def _enat(arguments: list[str], log: str, variables: dict[str, str]) -> None:
 def _ray(folder: str, fault: str, campaign: int) -> None:
     os.setsid()
     os.environ["ENAT_FAULT"] = fault
-    connection.connect(connection.ClusterConfig(address="local", num_cpus=8))
     import ray
 
+    # Not connection.connect: its cluster serves one command, and trainings of others would wait for Ray's state API in vain.
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
     path = Path(folder) / "address"
     path.with_suffix(".new").write_text(ray.get_runtime_context().gcs_address)
     path.with_suffix(".new").rename(path)

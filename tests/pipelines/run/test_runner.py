@@ -7,6 +7,8 @@ import io
 import logging
 import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,28 @@ def test_a_run_that_a_signal_ends_is_killed_in_mlflow(
         main.main()
     assert ended.value.code == 130 and capsys.readouterr().err.startswith("enat: interrupted; run the same command to continue")
     assert {name: run.info.status for name, run in _found(client).items()} == {"whole": "KILLED", "only": "KILLED"}
+
+
+_LEAVES_SLOWLY = """
+import atexit, sys, time
+from pipelines.cli.main import main
+from pipelines.cluster.supervisor import is_supervised
+atexit.register(lambda: is_supervised() and (print("leaving", flush=True), sys.stdin.read()))
+sys.argv = ["enat", "run", "--help"]
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_at_the_exit_is_ignored(number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _LEAVES_SLOWLY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    assert any(line == "leaving\n" for line in process.stdout)
+    process.send_signal(number)
+    rest, _ = process.communicate("", timeout=60)
+    assert (process.returncode, rest) == (0, "")
 
 
 @pytest.mark.faults
