@@ -40,8 +40,8 @@ def supervise() -> None:
 
 
 def end() -> None:
-    """The command is over and this process ends by itself. It ignores interrupts from now on: its exit takes seconds, and Python and
-    Ray would print their tracebacks."""
+    """The command is over, and this process ends by itself. From now on it ignores interrupts: its exit takes seconds, and Python
+    and Ray would print their tracebacks."""
     if is_supervised():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
