@@ -63,7 +63,7 @@ def _times_given(folder: Path, part: int) -> int:
         pytest.param(1, False, marks=pytest.mark.faults),
         pytest.param(1, True, marks=pytest.mark.slow),
         (2, False),
-        (2, True),
+        pytest.param(2, True, marks=pytest.mark.slow),
     ],
 )
 def test_every_row_is_processed_once(tmp_path: Path, num_workers: int, is_alone: bool) -> None:

@@ -129,6 +129,7 @@ def test_a_resumed_run_scores_every_step_once(trained, material, reference) -> N
     assert scores_of(material, "stopped") == scores_of(material, "scored")
 
 
+@pytest.mark.slow
 def test_scores_that_fail_do_not_stop_the_training(material, reference) -> None:
     damaged = replace(reference, files=tuple(file for file in reference.files if file.name != "extractor.safetensors"))
     scoring = BetweenSteps(task_of(material, damaged, "failing"))

@@ -36,7 +36,7 @@ def _models() -> list[TrackedModel]:
     ]
 
 
-@pytest.fixture(scope="module", params=["database", "server"])
+@pytest.fixture(scope="module", params=["database", pytest.param("server", marks=pytest.mark.slow)])
 def uri(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("mlflow")
     if request.param == "database":
