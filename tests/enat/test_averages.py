@@ -51,7 +51,7 @@ def test_the_recursion_weighs_steps_by_the_power_function(length, walk):
 
 
 @pytest.mark.parametrize("step", [1000, 2000])
-@pytest.mark.parametrize("length", [0.06, 0.075, 0.09, 0.12])
+@pytest.mark.parametrize("length", [0.06, *(pytest.param(length, marks=pytest.mark.slow) for length in (0.075, 0.09, 0.12))])
 def test_a_combination_equals_an_average_that_was_tracked(length, step, walk):
     kept = [Average(at, of) for at in range(100, 2001, 100) for of in (0.05, 0.1)]
     snapshots = np.stack([tracked(walk, each.length)[each.step - 1] for each in kept])

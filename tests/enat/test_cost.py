@@ -160,8 +160,8 @@ OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_
 @pytest.mark.parametrize(
     ("architecture", "settings", "num_given"),
     [
-        ({**a, **b, **c, **d}, settings, given)
-        for a, b, c, d, settings, given in pairwise_cases(*ARCHITECTURES, SETTINGS, [0, 1, 11, 15])
+        pytest.param({**a, **b, **c, **d}, settings, given, marks=pytest.mark.slow if place % 2 else ())
+        for place, (a, b, c, d, settings, given) in enumerate(pairwise_cases(*ARCHITECTURES, SETTINGS, [0, 1, 11, 15]))
     ]
     + [(OTHER_SIZES, {}, 0), (OTHER_SIZES, {}, 9)]
     + GUIDES
@@ -209,6 +209,7 @@ BOUNDED = {"num_steps": 6, "entropy_bound": 3.0}
 _OF_BOUNDS = [{}, {"reuse": False}, {"guidance_scale": 1.0}, {"guide_layers": 1}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "options", "num_given"),
     [({**a, **b, **c, **d}, s, given) for a, b, c, d, s, given in pairwise_cases(*ARCHITECTURES, _OF_BOUNDS, [0, 5])],

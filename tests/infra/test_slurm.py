@@ -217,6 +217,7 @@ def _sweep(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_each_index_of_an_array_is_a_variant_or_a_line(tmp_path: Path) -> None:
     from pipelines.run import config as run_config
 

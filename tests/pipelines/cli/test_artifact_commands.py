@@ -221,6 +221,7 @@ def test_registered_artifacts_are_models_and_their_evaluations(registry: str) ->
     assert search.registered_artifacts(registry) == dict.fromkeys(names, "enat-s-digits version 1")
 
 
+@pytest.mark.slow
 def test_gc_keeps_the_evaluation_of_a_registered_model(place: Place, chain, registry: str) -> None:
     """The next evaluation is compared with it."""
     scores = make(place.store, "evaluate/scores", chain.samples, chain.train, provenance={})

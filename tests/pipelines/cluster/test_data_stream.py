@@ -73,6 +73,7 @@ def test_every_row_is_processed_once(tmp_path: Path, num_workers: int, is_alone:
     assert len([*tmp_path.glob("process-*")]) <= 2, "a worker is made once in each process"
 
 
+@pytest.mark.slow
 def test_processes_of_tasks_are_used_again(tmp_path: Path) -> None:
     """Those of actors are not."""
     for job in ("first", "second"):

@@ -47,7 +47,7 @@ def test_dataset_in_a_bucket_is_read_with_what_a_worker_is_sent(layouts, local_s
     assert _rows(pickle.loads(sent), 3, 17) == layouts.rows(kind)[3:17]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_images_that_are_damaged_on_their_way_are_read_again(layouts, layouts_bucket, local_store, s3_endpoint, kind):
     """The first answer for each object or range has a flipped bit, while the dataset is scanned and read."""
     seen: set[str] = set()

@@ -35,7 +35,7 @@ def _fingerprint(config: DatasetConfig) -> str:
 # Every layout --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_every_layout_gives_the_same_photographs_from_a_folder_and_a_bucket(layouts, layouts_bucket, kind):
     expected = {"images": (), "coco": (), "tar": None}.get(kind, CLASSES)
     for config in (layouts.config(kind), layouts.config(kind, layouts_bucket.uri, s3=layouts_bucket.config)):

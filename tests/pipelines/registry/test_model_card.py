@@ -185,6 +185,7 @@ def test_an_ablation_has_a_name_of_its_own(
     assert changed.replaced(config={"masking": masking}).name == name
 
 
+@pytest.mark.slow
 def test_all_ablations_of_a_config_have_different_names(trained: Trained) -> None:
     """Of the paper's ablations and of the digits' variants: one name each."""
     for config in ("imagenet256-ablations", "digits-variants"):

@@ -63,7 +63,9 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., run_config.R
     return load
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("digits", "coco256", "imagenet512") else pytest.mark.slow) for name in NAMES]
+)
 def test_keys_of_stages_have_not_changed(load: Callable[..., Any], name: str) -> None:
     """keys.json has a key of every stage, with external files replaced and without the content of datasets. If keys change, every
     user computes artifacts again. After an intended change, ENAT_WRITE_KEYS=1 writes the file."""

@@ -190,6 +190,7 @@ def test_wrong_configs_are_refused() -> None:
             reference.ReferenceConfig(**wrong)
 
 
+@pytest.mark.slow
 def test_stage_resumes_with_the_trained_classifier(
     make_context, local_store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_weights_and_captions_are_fetched_once(place: str, request: pytest.Fixtu
         local_file(f"{place}/b/none.bin", "tokenizer.weights")
 
 
+@pytest.mark.slow
 def test_a_job_is_refused_if_nothing_is_at_its_address(place: str) -> None:
     def check(address: str) -> list[str]:
         overrides = ["dataset.kind=images", f"dataset.path={address}"]
