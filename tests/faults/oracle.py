@@ -34,7 +34,8 @@ STAGES = (
     *("dataset", "tokenizer", "token_map", "captions", "reference", "reconstruction", "audit", "train", "generate", "memorization"),
     *("evaluate", "report"),
 )
-HUNG_SECONDS = 240.0  # the longest stage takes 15 on two idle cores
+HUNG_SECONDS = 240.0  # the longest stage takes 40 on two idle cores
+_START_SECONDS = 8.0  # of a command for one stage: it connects, and its workers import torch
 _FORKS = multiprocessing.get_context("forkserver")
 _IMPORTED = [
     "pipelines.cli.main",
@@ -176,22 +177,21 @@ class Laboratory:
             return
         for path in (self.folder / name for name in ("images", "oracle", "unfinished")):
             shutil.rmtree(path, ignore_errors=True)
+        from pipelines.artifacts.open import open_store
+
         write_config(self.folder)
-        found: dict[str, Any] = {}
-        for stage in STAGES:
-            self.fault.write_text(json.dumps({"record": True}))
-            seen = Path(f"{self.fault}.seen")
-            seen.unlink(missing_ok=True)
-            started = time.monotonic()
-            command = self.start(*self.run_of(self.folder / "oracle", stage), cluster=self.cluster)
-            assert command.wait() == 0, command.text
-            lines = [tuple(json.loads(line)) for line in seen.read_text().splitlines()]
-            own = Counter(line for line in lines if line[2].partition("/")[0] == stage)
-            found[stage] = {
-                "seconds": time.monotonic() - started,
-                "points": [[*point, count] for point, count in sorted(own.items())],
-            }
+        self.fault.write_text(json.dumps({"record": True}))
+        seen = Path(f"{self.fault}.seen")
+        seen.unlink(missing_ok=True)
+        command = self.start(*self.run_of(self.folder / "oracle", *STAGES), "--jobs", 1, cluster=self.cluster)
+        assert command.wait() == 0, command.text
         self.fault.unlink()
+        found: dict[str, Any] = {stage: {"seconds": _START_SECONDS, "points": []} for stage in STAGES}
+        for point, count in sorted(Counter(tuple(json.loads(line)) for line in seen.read_text().splitlines()).items()):
+            if (stage := point[2].partition("/")[0]) in found:
+                found[stage]["points"].append([*point, count])
+        for manifest in open_store(str(self.oracle)).manifests():
+            found[manifest.stage]["seconds"] += manifest.provenance["seconds"]
         for stage in STAGES:
             if records := [point[1:3] for point in found[stage]["points"] if "/.parts/" in point[2] and point[1] == "link"]:
                 self._interrupt(stage, *sorted(records)[-2:][0])
@@ -202,7 +202,7 @@ class Laboratory:
         workspace = self.folder / "unfinished" / stage
         self.copy_before(workspace, stage)
         self.fault.write_text(json.dumps({"call": call, "target": target, "when": "before", "skip": 0, "act": "ENOSPC"}))
-        command = self.start(*self.run_of(workspace, stage), cluster=self.cluster)
+        command = self.start(*self.run_of(workspace, stage), "--jobs", 1, cluster=self.cluster)
         assert command.wait() == 1, command.text
         self.fault.unlink()
 
@@ -213,7 +213,7 @@ class Laboratory:
 
     @property
     def points(self) -> dict[str, Any]:
-        """Stage -> the seconds that it took, and its commit points as [process, call, target, how often]."""
+        """Stage -> the seconds that a command for it takes, and its commit points as [process, call, target, how often]."""
         found: dict[str, Any] = json.loads((self.folder / "points.json").read_text())
         return found
 
