@@ -35,7 +35,7 @@ STAGES = (
     *("evaluate", "report"),
 )
 HUNG_SECONDS = 240.0  # the longest stage takes 40 on two idle cores
-_START_SECONDS = 8.0  # of a command for one stage: it connects, and its workers import torch
+_START_SECONDS = 4.0  # of a command for one stage: it connects, and its workers import torch
 _FORKS = multiprocessing.get_context("forkserver")
 _IMPORTED = [
     "pipelines.cli.main",
