@@ -168,7 +168,7 @@ class Trainer:
         num_passes = -(-num_units // self.world_size) * config.execution.microbatches
         self.engine = Engine(model, config, self.device, num_passes)
         if self.rank == 0:
-            self.task.reporter.log(f"training on {self.world_size} workers with ZeRO stage {self.engine.zero_stage}")
+            self.task.reporter.log(f"training on {show_count(self.world_size, 'worker')} with ZeRO stage {self.engine.zero_stage}")
             self._track(lambda run: run.set_tags({"enat.zero_stage": str(self.engine.zero_stage)}))
         if opened is not None:
             state = opened.state
