@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -103,7 +103,7 @@ def connect(config: ClusterConfig) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     address = address_of(config)
-    threading.Thread(target=_import, args=(("ray.data", "torch"),), daemon=True).start()  # while Ray's processes start
+    import_ahead(("ray.data", "torch"))  # while Ray's processes start
     on_sigterm = signal.getsignal(signal.SIGTERM)
     options = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -135,6 +135,11 @@ def warm_up(modules: Sequence[str]) -> None:
     task = ray.remote(num_cpus=1)(_import)
     for _ in range(int(ray.cluster_resources().get("CPU", 1)) if modules else 0):
         task.remote(modules)
+
+
+def import_ahead(modules: Iterable[str]) -> None:
+    """Import modules in a thread, while this one does other things."""
+    threading.Thread(target=_import, args=(list(modules),), daemon=True).start()
 
 
 def _import(modules: Sequence[str]) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from pipelines.cluster import local
+import numpy as np
+
+from pipelines.cluster import connection, local, tasks
 from pipelines.cluster.capacity import has_autoscaler
 from pipelines.cluster.resources import Execution
 
@@ -97,13 +99,24 @@ def with_memory_limit(dataset: ray.data.Dataset, object_store_bytes: int) -> ray
 
 
 def stream_records(
-    rows: Sequence[dict[str, Any]], job: Callable[[list[dict[str, Any]]], ray.data.Dataset], id: str = "part"
+    rows: Sequence[dict[str, Any]],
+    job: Callable[[list[dict[str, Any]]], ray.data.Dataset],
+    id: str = "part",
+    in_process: Callable[[], Callable[[dict[str, Any]], Any]] | None = None,
 ) -> Generator[Any]:
     """Yield the column "record" of the job's output, each record as soon as it is done.
 
     rows: the plan. Each row has a number under `id`, which its record repeats.   job: builds the dataset for some of the rows.
+    in_process: makes the worker for a run so small that it has not connected to Ray.
     Rows whose worker, node or object was lost go to a new job, at most three times. Close the generator to end the job.
     """
+    if in_process is not None and not connection.is_connected():
+        with tasks.on_one_thread():
+            compute = in_process()
+            batches = [compute({name: np.array([value]) for name, value in row.items()}) for row in rows]
+        for batch in batches:  # now, because what the caller does with a record must not depend on the threads either
+            yield from batch["record"]
+        return
     from ray import exceptions
 
     # The cluster is to blame for these. Errors that a stage's own code raises end the job at once.

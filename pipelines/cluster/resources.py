@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from enat.config import check_in
 
@@ -50,6 +51,10 @@ class Workers:
     def resources(self) -> dict[str, float]:
         """Options of ray.remote and Ray Data."""
         return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+
+    def together(self) -> Self:
+        """One worker that has all their CPUs."""
+        return replace(self, num_workers=1, cpus_per_worker=max(1, int(self.count * self.cpus_per_worker)))
 
     def device_seconds(self, worker_seconds: float) -> float:
         """Seconds of accelerators for so many seconds of workers. A worker may hold several accelerators, or share one."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,8 @@ def compute_features(
             others = [(source, writer) for source, writer in others if first_part <= len(writer.records) < len(parts)]
             sources, writers = [extractor, *(source for source, _ in others)], [own, *(writer for _, writer in others)]
             job = _job(reader, spec, sources, execution, context)
-            with closing(stream_records(_blocks(parts, first_part), job, id="block")) as computed:
+            here = partial(_in_process, reader, spec, sources, execution)
+            with closing(stream_records(_blocks(parts, first_part), job, id="block", in_process=here)) as computed:
                 _write_all(writers, parts, first_part, computed, bar.advance)
     records, moments = own.records, own.moments
     count = sum(record["rows"] for record in records)
@@ -204,9 +206,10 @@ def _job(
     reader: BlockReader, spec: FeatureSpec, sources: Sequence[ExtractorSource], execution: Execution, context: StageContext
 ) -> Callable[[list[dict[str, int]]], ray.data.Dataset]:
     """The job that computes the records of blocks."""
-    import ray.data
 
     def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
+        import ray.data
+
         num_loading = len(rows) if len(rows) < execution.count else None  # Ray Data warns if there are more tasks than blocks
         feeding = feeding_tasks(execution, num_loading, context.spare_cpus)
         planned = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -216,6 +219,13 @@ def _job(
         return with_memory_limit(computed, _OBJECT_STORE_BYTES)
 
     return job
+
+
+def _in_process(
+    reader: BlockReader, spec: FeatureSpec, sources: Sequence[ExtractorSource], execution: Execution
+) -> Callable[[dict[str, Any]], Any]:
+    extract = _Extract(reader, spec, sources, execution)
+    return lambda batch: extract(_load(batch, reader))  # type: ignore[arg-type]  # a list in place of a column
 
 
 # On workers ----------------------------------------------------------------------------------------------------------------

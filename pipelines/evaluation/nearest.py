@@ -14,6 +14,7 @@ import numpy as np
 from enat.metrics.hamming import NearestRows, nearest_of, nearest_rows
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster import tasks
 from pipelines.cluster.resources import Execution
 from pipelines.data.token_map import TokenMap
 from pipelines.evaluation.scores import TaskPool
@@ -66,12 +67,10 @@ def nearest_in_map(
 
     queries: integers (N, L).   own: int64 (N,), the row that a query is itself, and which does not count.
     """
-    import ray
-
     num_rows = len(TokenMap.open_shared(store, token_map))
     size = _rows_of_part(num_rows, pool.execution)
     parts = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-    given = ray.put(queries.astype(np.uint16)), own if own is None else ray.put(own)
+    given = tasks.put(queries.astype(np.uint16)), own if own is None else tasks.put(own)
     with pool.bar(len(parts)) as bar:
         return nearest_of(pool.run(_nearest, [(store, token_map, *given, part) for part in parts], bar))
 

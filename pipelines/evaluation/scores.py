@@ -11,12 +11,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from enat.config import check_in
-from pipelines.cluster import waiting
+from pipelines.cluster import tasks
 from pipelines.cluster.resources import Execution
 from pipelines.registry.influences import MIN_REPLICATES, REPLICATES
 from pipelines.workflow.progress import Bar
@@ -205,18 +206,16 @@ class TaskPool:
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], bar: Bar) -> list[Any]:
         """Results in the order of the arguments, to which the device is added. Ray resolves object references among them."""
-        import ray
-
-        remote = ray.remote(**self.execution.resources)(_timed)
         results: dict[int, Any] = {}
         running: dict[Any, int] = {}
         remaining = iter(enumerate(arguments))
         while len(results) < len(arguments):
             while len(running) < self.execution.count and (following := next(remaining, None)) is not None:
                 number, given = following
-                running[remote.remote(task, self.execution.num_threads, *given, device=self.execution.device)] = number
-            for done in waiting.wait(list(running)):
-                results[running.pop(done)], seconds = ray.get(done)
+                options = {"resources": self.execution.resources, "device": self.execution.device}
+                running[tasks.submit(_timed, task, self.execution.num_threads, *given, **options)] = number
+            for done in tasks.wait(list(running)):
+                results[running.pop(done)], seconds = tasks.get(done)
                 self.seconds += seconds
                 bar.advance(1)
         return [results[number] for number in range(len(arguments))]
@@ -234,22 +233,20 @@ def compute_scores(
     chosen: Sequence[str], generated: ImageStatistics, reference: ImageStatistics, settings: ScoreSettings, pool: TaskPool
 ) -> Scores:
     """The chosen scores with their errors. The generated images need their features."""
-    import ray
-
     from enat.metrics.moments import frechet_distance
 
-    on_one_thread = ray.remote(num_cpus=1)(_timed)  # sums must not depend on the CPUs of a worker
-    stored = [None if side.features is None else ray.put(side.features) for side in (generated, reference)]
+    submit = partial(tasks.submit, _timed, resources={"num_cpus": 1})  # sums must not depend on the CPUs of a worker
+    stored = [None if side.features is None else tasks.put(side.features) for side in (generated, reference)]
     own, real = generated.moments["features"], reference.moments["features"]
     started: dict[str, Any] = {}
     if "inception_score" in chosen:
         by_number = {"num_splits": settings.num_splits, "seed": settings.seed}
         sizes = by_number if settings.split_size is None else {"split_size": settings.split_size, "seed": None}
-        started["inception_score"] = on_one_thread.remote(_inception_score, 1, generated.logits, **sizes)
+        started["inception_score"] = submit(_inception_score, 1, generated.logits, **sizes)
     if "kernel_distance" in chosen:
-        started["kernel_distance"] = on_one_thread.remote(_kernel_influence, 1, *stored)
+        started["kernel_distance"] = submit(_kernel_influence, 1, *stored)
     labelled = {"labels": generated.labels, "seed": settings.seed}
-    started["frechet_distance"] = on_one_thread.remote(_frechet_errors, 1, stored[0], own, real, **labelled)
+    started["frechet_distance"] = submit(_frechet_errors, 1, stored[0], own, real, **labelled)
     scores = Scores(labels=generated.labels)
     scores.by_name["frechet_distance"] = frechet_distance(own, real)
     if "spatial_frechet_distance" in chosen:
@@ -269,7 +266,7 @@ def compute_scores(
         _add_cmmd(scores, sides, pool)
     results: dict[str, Any] = {}
     for name, reference_to_result in started.items():
-        results[name], seconds = waiting.get(reference_to_result)
+        results[name], seconds = tasks.get(reference_to_result)
         pool.cpu_seconds += seconds
     if "inception_score" in results:
         estimates["inception_score"], influence = results["inception_score"]
@@ -342,8 +339,6 @@ def _add_neighbour_scores(
     scores: Scores, chosen: Sequence[str], sides: Sequence[tuple[Any, int]], settings: ScoreSettings, pool: TaskPool
 ) -> None:
     """sides: the generated and the reference features in Ray's store, and their numbers."""
-    import ray
-
     from enat.metrics.neighbours import blocks_of, influences_of_counts, manifold_counts, scores_of_counts, squared_radii
 
     density = settings.density_neighbours if "density_coverage" in chosen else 1  # what is not wanted may be more than there are
@@ -354,7 +349,7 @@ def _add_neighbour_scores(
         wanted: list[tuple[Any, ...]] = [(reference, (precision, density, 1), rows) for rows in of_reference]
         wanted += [(generated, (precision,), rows) for rows in of_generated]
         radii = pool.run(squared_radii, wanted, bar)
-        reference_radii = ray.put(np.concatenate(radii[: len(of_reference)]))
+        reference_radii = tasks.put(np.concatenate(radii[: len(of_reference)]))
         own_radii = zip(of_generated, radii[len(of_reference) :], strict=True)
         arguments = [(reference, reference_radii, generated, own[:, 0], rows) for rows, own in own_radii]
         counts = pool.run(manifold_counts, arguments, bar)

@@ -11,6 +11,7 @@ from typing import Any
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection, hardware
 from pipelines.cluster.capacity import Capacity, has_autoscaler
+from pipelines.cluster.resources import ALL
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.prediction.predict import Foresee, Prediction, predict
 from pipelines.prediction.rates import read_rates
@@ -23,6 +24,7 @@ from pipelines.workflow.stage import PlannedStage
 from pipelines.workflow.work import Foreseen
 
 _log = logging.getLogger(__name__)
+_SMALL_SECONDS = 60.0  # of stages, in which the start of Ray and its workers would be a large part
 _CLASSES, _CAPTIONS_PER_IMAGE = 1000, 5  # of ImageNet and of COCO
 
 
@@ -76,6 +78,26 @@ def before_run(
     except (ValueError, OSError, StorageError) as error:
         _log.info("what the run will take is not known (%s)", error)
         return None
+
+
+def does_without_ray(run: RunConfig, planned: Sequence[PlannedStage], store: ArtifactStore) -> bool:
+    """Whether a run on this machine is so small that it is faster without Ray, whose processes take seconds to start.
+
+    Only if all its stages can do without Ray, and if their rates were measured."""
+    nodes = [item.node for item in planned if not item.is_reused]
+    workers = [each for node in nodes if (each := node.stage.workers(node.config)) is not None]
+    if not workers or connection.is_connected() or connection.address_of(run.cluster) != connection.LOCAL:
+        return False
+    if any(each.gpus_per_worker or each.num_workers == ALL for each in workers) or not all(n.stage.does_without_ray for n in nodes):
+        return False
+    try:
+        rates = read_rates(store, {node.stage.name for node in nodes})
+        prediction = predict(planned, rates, hardware.of_this_machine(run.cluster.num_cpus), num_jobs=1)
+    except (ValueError, OSError, StorageError):
+        return False
+    with_workers = [stage for stage in prediction.stages.values() if stage.workers is not None]
+    is_measured = all(stage.problem is None and stage.num_measured for stage in with_workers)
+    return is_measured and sum(stage.seconds.value for stage in with_workers) < _SMALL_SECONDS
 
 
 def foreseen_by(num_images: int | None, num_classes: int | None, num_captions: int | None) -> dict[str, Foresee]:

@@ -79,12 +79,14 @@ def _run(
     uri = tracking_uri(config)
     tracking.prepare(uri, config.tracking)
     planned = driver.plan(nodes, store)
-    connect = Connector(config, console, [item.node for item in planned if not item.is_reused])
+    jobs = num_jobs or default_jobs(config.cluster)
+    missing = [item.node for item in planned if not item.is_reused]
+    is_needed = jobs != 1 or not run_prediction.does_without_ray(config, planned, store)
+    connect = Connector(config, console, missing, is_needed=is_needed)
 
     with tracked.start(config, uri, source, overrides, nodes) as models:
         parent = kept.run = models.by_variant[MAIN]
         pin_code(parent)
-        jobs = num_jobs or default_jobs(config.cluster)
         prediction = run_prediction.before_run(config, planned, store, connect, jobs)
         session = replace(open_session(config, store, parent, console, connect), models=models)
         if prediction is not None:
@@ -131,17 +133,20 @@ class Connector:
     tasks of the first stage with workers import.
     """
 
-    def __init__(self, config: RunConfig, console: Console, missing: Sequence[Node] = ()) -> None:
-        """missing: the nodes to compute, as far as they are known."""
+    def __init__(self, config: RunConfig, console: Console, missing: Sequence[Node] = (), *, is_needed: bool = True) -> None:
+        """missing: the nodes to compute, as far as they are known.   is_needed: False for a run that does without Ray."""
         self.seconds = 0.0
-        self._config, self._console = config, console
+        self._config, self._console, self._is_needed = config, console, is_needed
+        if not is_needed:
+            connection.import_ahead({name: None for node in missing for name in node.stage.imports})
+            return
         with_workers = next((node for node in missing if node.stage.workers(node.config) is not None), None)
         self._imports = with_workers.stage.imports if with_workers is not None else ()
         if with_workers is not None and with_workers is missing[0]:
             self()
 
     def __call__(self) -> None:
-        if connection.is_connected():
+        if connection.is_connected() or not self._is_needed:
             return
         started = time.monotonic()
         with self._console.status("connecting to Ray"):

@@ -16,7 +16,7 @@ from enat.cost import decoder_macs
 from enat.images import png_bytes
 from enat.metrics.extractors import BUILT_IN, OF_INCEPTION, extractor_macs
 from pipelines.artifacts.manifest import Manifest
-from pipelines.cluster import waiting
+from pipelines.cluster import tasks
 from pipelines.cluster.resources import Execution, TokenizerExecution, Workers
 from pipelines.data.dataset import Dataset, DatasetSummary
 from pipelines.data.image_sets import ImageSetConfig
@@ -169,9 +169,10 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         num_reference=real_images.num_kept,
         settings=settings,
     ).chosen(config.metrics)
-    context.connect_for(config.execution, "evaluate")
-    jobs = _features(config, inputs, context)
+    execution = context.connect_for(config.execution, "evaluate")
     pool = TaskPool(config.execution, lambda total: context.bar(total, "parts of the scores"))
+    config = replace(config, execution=execution)
+    jobs = _features(config, inputs, context)
     real = _real_statistics(reference, real_moments, chosen, context)
     replicates = [compute_scores(chosen, _statistics(job, samples, chosen, context), real, settings, pool) for job in jobs]
     judging_seconds = 0.0
@@ -472,8 +473,6 @@ def _judge_samples(
     replicates: Sequence[Scores], config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext
 ) -> float:
     """Add the scores of the judge, and return its CPU seconds."""
-    import ray
-
     from enat.metrics.errors import standard_error
 
     if (labels := replicates[0].labels) is None:
@@ -484,7 +483,7 @@ def _judge_samples(
     judged, per_pass = labels[: judge.MAX_IMAGES], ReferenceSummary.read(inputs["reference"]).images_per_pass
     places = (context.store, inputs["samples"], inputs.get("tokenizer"), config.images)
     readers = [sample_reader(*places, replicate=number, precision=config.precision) for number in range(len(replicates))]
-    found, accuracy, seconds = waiting.get(ray.remote(num_cpus=1)(judge.agreements).remote(real, readers, per_pass, judged))
+    found, accuracy, seconds = tasks.get(tasks.submit(judge.agreements, real, readers, per_pass, judged, resources={"num_cpus": 1}))
     for scores, agrees in zip(replicates, found, strict=True):
         if len(judged) == len(labels):
             scores.add("class_agreement", float(agrees.mean()), agrees - agrees.mean())
@@ -514,6 +513,7 @@ STAGE = Stage(
     },
     config=EvaluateConfig,
     imports=("torch", "enat.metrics.moments", "pipelines.stages.evaluate"),
+    does_without_ray=True,
     summary=EvaluationSummary,
     foresee=foresee,
     kind="evaluation",

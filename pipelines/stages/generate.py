@@ -20,6 +20,7 @@ from enat.config import ENATConfig, check_choices, check_in
 from enat.sampler_config import IMAGES_PER_PASS, SamplerConfig
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster import tasks
 from pipelines.cluster.data_stream import map_by_workers, stream_records
 from pipelines.cluster.device import device_name, peak_memory_gb, wait_for
 from pipelines.cluster.resources import Execution
@@ -154,9 +155,6 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     Writes the codes of the samples, one Parquet file per shard_size samples. Measures time per image and peak memory. Raises
     ValueError if the model cannot do what the config asks for.
     """
-    import ray
-    import ray.data
-
     model = inputs["model"]
     architecture = ModelSummary.read(model).model
     scheme = label_scheme(config, architecture)
@@ -172,18 +170,23 @@ def run(config: GenerateConfig, inputs: Mapping[str, Manifest], context: StageCo
     done |= _taken_over(config, inputs, names, done, context)
     todo = [{"part": part} for part, name in enumerate(names) if name not in done]
     if todo:
-        context.connect_for(config.execution, "generate")
-        plan = ray.put(_plan(config, architecture, inputs, context.store))
+        config = replace(config, execution=context.connect_for(config.execution, "generate"))
+        plan = tasks.put(_plan(config, architecture, inputs, context.store))
+
+        def task(num_rows: int) -> _Task:
+            num_workers = min(config.execution.count, num_rows)
+            return _Task(config, model, averaged, inputs.get("captions"), plan, num_workers, context.for_workers())
 
         def job(rows: list[dict[str, int]]) -> ray.data.Dataset:
-            num_workers = min(config.execution.count, len(rows))
-            task = _Task(config, model, averaged, inputs.get("captions"), plan, num_workers, context.for_workers())
+            import ray.data
+
             planned = ray.data.from_items(rows, override_num_blocks=len(rows))
-            return map_by_workers(planned, _Sample, (task,), config.execution, len(rows), is_alone=context.is_alone)
+            arguments = (task(len(rows)),)
+            return map_by_workers(planned, _Sample, arguments, config.execution, len(rows), is_alone=context.is_alone)
 
         with context.bar(num_samples, "samples") as bar:
             bar.update(sum(record["rows"] for record in done.values()))
-            for record in stream_records(todo, job):
+            for record in stream_records(todo, job, in_process=lambda: _Sample(task(len(todo)))):
                 bar.advance(record["rows"])
     records = context.store.read_parts(context.stage, context.key)
     assert list(records) == names and sum(record["rows"] for record in records.values()) == num_samples
@@ -426,7 +429,7 @@ def _caption_order(config: GenerateConfig, captions: Manifest, store: ArtifactSt
 class _Task:
     """The input of a worker. averaged: weights that the stage itself stored, None for those of the model.
 
-    plan: reference to a SamplePlan in Ray's object store.   num_workers: of the stage.
+    plan: reference to a SamplePlan.   num_workers: of the stage.
     """
 
     config: GenerateConfig
@@ -442,9 +445,6 @@ class _Sample:
     """Part number -> a Parquet file in the store, and a record of it. One actor holds one model."""
 
     def __init__(self, task: _Task) -> None:
-        import ray
-        import ray.data
-
         from enat.checkpoint import load_enat
         from enat.cuda_graph import GraphedLoop
         from pipelines.sampling.fixed_batches import PassSampler, fix_numerics, pass_pool, passes_at_once
@@ -455,7 +455,7 @@ class _Sample:
         fix_numerics(execution.device)
         sizes = {"batch_size": execution.worker_batch_size, "images_per_pass": images_per_pass}
         self.pool = pass_pool(passes_at_once(execution.device, **sizes, num_threads=execution.num_threads))
-        self.plan: SamplePlan = ray.get(task.plan)
+        self.plan: SamplePlan = tasks.get(task.plan)
         if task.averaged is None:
             weights = task.context.store.fetch(task.model, weights_of_step(task.model, self.config.checkpoint))
         else:
@@ -587,6 +587,7 @@ STAGE = Stage(
     },
     config=GenerateConfig,
     imports=("torch", "enat.sampler", "pipelines.stages.generate"),
+    does_without_ray=True,
     summary=SamplesSummary,
     foresee=foresee,
     kind="generation",

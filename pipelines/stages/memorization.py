@@ -119,6 +119,7 @@ STAGE = Stage(
         "audit": Input(("audit",)),
     },
     config=MemorizationConfig,
+    does_without_ray=True,
     summary=MemorizationSummary,
     foresee=foresee,
     kind="evaluation",

@@ -368,6 +368,7 @@ STAGE = Stage(
         "evaluation": Input(("evaluate",), is_per_variant=True, is_per_protocol=True),
     },
     config=ReportConfig,
+    does_without_ray=True,
     summary=ReportSummary,
     foresee=foresee,
     files=(PAGE, PICTURE),

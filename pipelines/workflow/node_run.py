@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -72,8 +73,6 @@ class NodeRun:
 
     def _made(self, run: tracking_run.RunHandle) -> Manifest:
         """Run the stage."""
-        from ray.exceptions import RayTaskError
-
         started, node, session = time.monotonic(), self.node, self.session
         config = self._config()
         context = StageContext(
@@ -91,16 +90,14 @@ class NodeRun:
         )
         try:
             result = node.stage.run(config, self.inputs, context)
-        except RayTaskError as error:
-            if isinstance(error.cause, ValueError):  # found by a worker: the message without the worker's traceback
-                error.cause.args = tuple(_own(each) if isinstance(each, str) else each for each in error.cause.args)
-                raise error.cause from error
-            _log.exception("stage %s failed", node.id)
-            raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
-        except ValueError:
-            raise
         except Exception as error:
-            if _was_interrupted(error):
+            cause = _raised_by_worker(error)
+            if isinstance(cause, ValueError):  # the message without the worker's traceback
+                cause.args = tuple(_own(each) if isinstance(each, str) else each for each in cause.args)
+                raise cause from error
+            if cause is None and isinstance(error, ValueError):
+                raise
+            if cause is None and _was_interrupted(error):
                 raise KeyboardInterrupt from error
             _log.exception("stage %s failed", node.id)
             raise StageError(f"stage {node.id} failed: {_root_cause(error)}") from error
@@ -232,6 +229,14 @@ def _clean_up(store: ArtifactStore, committed: Manifest) -> None:
     except (OSError, StorageError) as error:
         place = f"{committed.stage}/{committed.key[:12]}"
         _log.warning("temporary files of %s could not be removed (%s); the next run or `enat artifacts gc` does it", place, error)
+
+
+def _raised_by_worker(error: Exception) -> BaseException | None:
+    if "ray" not in sys.modules:
+        return None
+    from ray.exceptions import RayTaskError
+
+    return error.cause if isinstance(error, RayTaskError) else None
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
 
@@ -67,6 +67,7 @@ class Stage:
     external: fields of the config that name files outside the store.
     workers: what a config asks the cluster for; None if it asks for nothing.
     imports: modules that Ray's tasks of this stage import, and that take long. A new local cluster imports them ahead.
+    does_without_ray: whether `run` also works in the process of the driver, for a run so small that starting Ray would take longer.
     describe: the sentence that lists an artifact; "" lists its first metrics.
     reevaluation: what happens to the artifact when a registered model is evaluated again. "kept": it is reused, because it is part
         of the model. "conditions": it is reused, unless the request changes what the model is compared with. "measured": it is
@@ -96,6 +97,7 @@ class Stage:
     external: tuple[str, ...] = ()
     workers: Callable[[Any], Workers | None] = execution_of
     imports: tuple[str, ...] = ()
+    does_without_ray: bool = False
     describe: Callable[[Manifest], str] = lambda manifest: ""
     reevaluation: Literal["kept", "conditions", "measured"] = "kept"
     shares_work_on: str | None = None
@@ -134,6 +136,9 @@ def titles_of(nodes: Iterable[Node]) -> dict[str, str]:
             title = next((found[id] for id in node.inputs.values() if id in found), None)
         found |= {} if title is None else {node.id: title}
     return found
+
+
+WorkersT = TypeVar("WorkersT", bound=Workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,13 +202,16 @@ class StageContext(WorkerContext):
     spare_cpus: int | None = None
     is_alone: bool = True
 
-    def connect_for(self, workers: Workers, section: str) -> None:
-        """Connect to Ray. Raises ValueError if the cluster does not have the resources that these workers request.
+    def connect_for(self, workers: WorkersT, section: str) -> WorkersT:
+        """Connect to Ray, and return the workers. Raises ValueError if the cluster does not have the resources that they request.
 
-        section: of the config that sets them.
+        section: of the config that sets them. In a run so small that it does without Ray, this process is the only worker.
         """
         self.connect()
+        if not connection.is_connected():
+            return workers.together()
         connection.require(workers, section)
+        return workers
 
     def bar(self, total: int, unit: str) -> Bar:
         return Bar(self.console, self.node or self.stage, total, unit)

@@ -227,6 +227,19 @@ def test_files_and_scores_do_not_depend_on_workers_and_batches(
     assert found.records[0].sha256 == expected.records[0].sha256
 
 
+def test_without_ray_the_driver_computes_the_same(
+    evaluated: Callable[..., StageResult], material: Material, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluated(judge="svc")
+    monkeypatch.setattr(connection, "is_connected", lambda: False)
+    monkeypatch.setattr(ray, "put", None)
+    execution = TokenizerExecution(num_workers=2, cpus_per_worker=0.5)
+    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(kind="digits"), execution=execution, judge="svc")
+    found = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "f" * 64))
+    assert [(file.name, file.sha256) for file in found.files] == [(file.name, file.sha256) for file in expected.files]
+    assert _not_timed(found) == _not_timed(expected)
+
+
 def test_scores_equal_those_of_torch_fidelity_and_scipy(evaluated: Callable[..., StageResult], outputs, material: Material) -> None:
     from scipy.linalg import sqrtm
     from torch_fidelity.metric_isc import isc_features_to_metric

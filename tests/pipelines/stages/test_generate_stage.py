@@ -35,6 +35,7 @@ from enat.tokenizer import VQGAN
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.cluster import connection
 from pipelines.data.captions import EMPTY, CaptionFeatures, CaptionFeaturesInfo, captions_name, write_captions, write_empty
 from pipelines.data.dataset import INDEX, write_index
 from pipelines.data.samples import Samples, SamplesSummary, read_samples, sample_seed, shard_name
@@ -180,6 +181,17 @@ def finish(config: GenerateConfig, store: ArtifactStore, inputs: dict[str, Manif
 @pytest.fixture(scope="module")
 def samples(make: Callable[..., Made], model: ENAT) -> Made:
     return make(CONFIG, model)
+
+
+def test_without_ray_the_driver_makes_the_same_files(
+    make_context: Callable[..., Any], model: ENAT, samples: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "is_connected", lambda: False)
+    monkeypatch.setattr(ray, "put", None)
+    config = dataclasses.replace(CONFIG, execution=GenerateExecution(num_workers=2))
+    store = open_store(str(tmp_path / "store"))
+    made = finish(config, store, keep_inputs(store, tmp_path, model, ()), make_context)
+    assert [file.sha256 for file in made.manifest.files] == [file.sha256 for file in samples.manifest.files]
 
 
 @pytest.mark.slow
