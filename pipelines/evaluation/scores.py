@@ -206,14 +206,15 @@ class TaskPool:
 
     def run(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], bar: Bar) -> list[Any]:
         """Results in the order of the arguments, to which the device is added. Ray resolves object references among them."""
+        submit: Callable[..., Any] = partial(tasks.submit, resources=self.execution.resources)
         results: dict[int, Any] = {}
         running: dict[Any, int] = {}
         remaining = iter(enumerate(arguments))
         while len(results) < len(arguments):
             while len(running) < self.execution.count and (following := next(remaining, None)) is not None:
                 number, given = following
-                options = {"resources": self.execution.resources, "device": self.execution.device}
-                running[tasks.submit(_timed, task, self.execution.num_threads, *given, **options)] = number
+                started = submit(_timed, task, self.execution.num_threads, *given, device=self.execution.device)
+                running[started] = number
             for done in tasks.wait(list(running)):
                 results[running.pop(done)], seconds = tasks.get(done)
                 self.seconds += seconds
@@ -235,7 +236,8 @@ def compute_scores(
     """The chosen scores with their errors. The generated images need their features."""
     from enat.metrics.moments import frechet_distance
 
-    submit = partial(tasks.submit, _timed, resources={"num_cpus": 1})  # sums must not depend on the CPUs of a worker
+    # Sums must not depend on the CPUs of a worker.
+    submit: Callable[..., Any] = partial(tasks.submit, _timed, resources={"num_cpus": 1})
     stored = [None if side.features is None else tasks.put(side.features) for side in (generated, reference)]
     own, real = generated.moments["features"], reference.moments["features"]
     started: dict[str, Any] = {}
