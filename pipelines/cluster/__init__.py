@@ -10,6 +10,7 @@ capacity     whether a cluster has room for a run
 data_stream  Ray Data jobs that survive lost workers
 hardware     names of CPUs and GPUs, peaks of known GPUs
 device       names and memory of devices
+tasks        Ray's, or calls in this process where a run does without Ray
 waiting      for results of Ray, in any thread
 process      which process of which machine this is
 """

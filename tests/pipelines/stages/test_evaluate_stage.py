@@ -235,7 +235,7 @@ def test_without_ray_the_driver_computes_the_same(
     monkeypatch.setattr(ray, "put", None)
     execution = TokenizerExecution(num_workers=2, cpus_per_worker=0.5)
     config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(kind="digits"), execution=execution, judge="svc")
-    found = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "f" * 64))
+    found = evaluate.run(config, material.inputs, make_context(material.store, "evaluate", _key(is_without_ray=True)))
     assert [(file.name, file.sha256) for file in found.files] == [(file.name, file.sha256) for file in expected.files]
     assert _not_timed(found) == _not_timed(expected)
 
