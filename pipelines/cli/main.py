@@ -59,6 +59,18 @@ def main() -> None:
         supervisor.supervise()
     connection.prepare_environment()
     signal.signal(signal.SIGTERM, _interrupt)
+    status = 1
+    try:
+        _command()
+        status = 0
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+        raise
+    finally:
+        supervisor.end(status)
+
+
+def _command() -> None:
     try:
         commands.main(prog_name="enat", standalone_mode=False)
     except click.exceptions.Exit as exit:
@@ -76,8 +88,6 @@ def main() -> None:
         if logging.getLogger().handlers:  # a log file; without one Python would print the traceback
             logging.getLogger(__name__).error("failed", exc_info=True)
         _fail(f"{error}{_log_hint()}", 1)
-    finally:
-        supervisor.end()
 
 
 def _is_failure(error: BaseException | None) -> bool:

@@ -5,7 +5,9 @@ Ray ends a process that has lost its cluster by _exit(), which Python does not n
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -15,6 +17,7 @@ import click
 
 _PR_SET_PDEATHSIG = 1
 _to_parent: list[int] = []  # in the child: the pipe
+_status: list[int] = []  # of the command, when it is over
 
 
 def supervise() -> None:
@@ -39,13 +42,14 @@ def supervise() -> None:
         has_restarted = True
 
 
-def end() -> None:
-    """The command is over, and this process ends by itself. From now on it ignores interrupts: its exit takes seconds, and Python
-    and Ray would print their tracebacks."""
+def end(status: int) -> None:
+    """The command is over, and this process exits with this status. From now on it ignores interrupts: its exit may take seconds,
+    and Python and Ray would print their tracebacks."""
     if is_supervised():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         tell(ended="yes")
+        _status.append(status)
 
 
 def tell(**words: str) -> None:
@@ -61,11 +65,22 @@ def is_supervised() -> bool:
 
 def _become_child(writing: int) -> None:
     _to_parent.append(writing)
+    atexit.register(_leave)  # first, so that it is called last
     os.setpgid(0, 0)  # Ctrl-C reaches the parent only, which passes it on
     with suppress(AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Python's messages keep their way when what C++ prints is redirected.
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+
+
+def _leave() -> None:
+    """Exit without freeing what is in memory, which takes Python more than a second after imports of torch and MLflow."""
+    if _status:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+        os._exit(_status[0])
 
 
 def _wait_for(child: int, reading: int) -> tuple[int, dict[str, str]]:
