@@ -107,7 +107,7 @@ def stream_records(
     """Yield the column "record" of the job's output, each record as soon as it is done.
 
     rows: the plan. Each row has a number under `id`, which its record repeats.   job: builds the dataset for some of the rows.
-    in_process: makes the worker for a run so small that it has not connected to Ray.
+    in_process: makes the worker for a run so small that it has not connected to Ray. Such a run yields all records at its end.
     Rows whose worker, node or object was lost go to a new job, at most three times. Close the generator to end the job.
     """
     if in_process is not None and not connection.is_connected():

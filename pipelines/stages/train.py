@@ -39,14 +39,6 @@ if TYPE_CHECKING:
     from pipelines.training.trainer import RayTrainer
 
 
-# For glibc on CPUs. Ray Train runs the loop in a thread, whose own arena keeps returning memory and requesting it again: at ENAT-S
-# width 45,000 page faults per step, a tenth to a fifth of its time. A single arena that keeps its memory has none.
-_KEEP_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
 _SHOWN_FIRST = ("step", "loss", "token_accuracy", "images_per_second", "model_flops_utilization")
 
 
@@ -278,7 +270,6 @@ def _fit(
                 callbacks=[LossReports(reporter)],
                 failure_config=FailureConfig(max_failures=execution.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
-                worker_runtime_env={} if execution.gpus_per_worker else {"env_vars": _KEEP_MEMORY},
             ),
         )
         result: TrainResult = _wait_for(trainer, reporter, context.console)

@@ -5,6 +5,7 @@ its keys; this one listens on the address that Ray uses, which is 127.0.0.1 in a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import ipaddress
 import os
 import socket
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _listening: list[socket.socket] = []  # of rank 0, between listening and joining
 _JOIN_SECONDS = 1800
+# Of mallopt(3): M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD (never) and M_TOP_PAD. Sizes in bytes.
+_KEEP_MEMORY = {-8: 1, -3: 32 << 20, -1: -1, -2: 256 << 20}
 _LEAVE_SECONDS = 2.0  # limits the teardown of ranks whose peer died
 
 
@@ -62,6 +65,8 @@ def _listen() -> tuple[str, int]:
 def _join(rank: int, world_size: int, address: tuple[str, int], config: Rendezvous) -> None:
     import torch.distributed as dist
 
+    if config.backend == "gloo":
+        _keep_memory()
     context = ray.train.get_context()
     os.environ |= {  # as torchrun sets them, for libraries that read them
         "RANK": str(rank),
@@ -79,6 +84,16 @@ def _join(rank: int, world_size: int, address: tuple[str, int], config: Rendezvo
     timeout = timedelta(seconds=_JOIN_SECONDS)
     store = dist.TCPStore(*address, world_size, timeout=timeout, wait_for_workers=False, **own)  # type: ignore[attr-defined]
     dist.init_process_group(config.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _keep_memory() -> None:
+    """Ray Train runs the loop in a thread, which starts later. Its own arena of glibc would keep returning memory and requesting it
+    again: at ENAT-S width 45,000 page faults per step, a tenth to a fifth of its time. The arena of the process, which keeps its
+    memory, has none."""
+    with contextlib.suppress(AttributeError):  # without glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in _KEEP_MEMORY.items():
+            mallopt(parameter, value)
 
 
 def _leave() -> None:

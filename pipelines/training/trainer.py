@@ -5,21 +5,28 @@ It also tells which worker was lost.
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import ray
+from ray.runtime_context import RuntimeContext
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import ENABLE_CONTROLLER_STRUCTURED_LOGGING_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from pipelines.formatting import printable
 
 if TYPE_CHECKING:
-    from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus
+    from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
 
     from pipelines.training.task import TrainTask
     from pipelines.workflow.progress import Reporter
@@ -41,9 +48,31 @@ class RayTrainer(DataParallelTrainer):  # type: ignore[misc]
         return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
 
     def _initialize_and_run_controller(self, *, scaling_policy: Any, **options: Any) -> Any:
-        if self._is_local and type(scaling_policy) is FixedScalingPolicy:
+        """In a local cluster, the controller runs in the driver: as an actor it would be one more process to start."""
+        if not self._is_local:
+            return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **options)
+        if type(scaling_policy) is FixedScalingPolicy:
             scaling_policy = _UnsharedScaling(self.scaling_config)
-        return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **options)
+        with patch.dict(os.environ, {ENABLE_CONTROLLER_STRUCTURED_LOGGING_ENV_VAR: "0"}):  # the run has its own log
+            controller = _OwnController(scaling_policy=scaling_policy, **options)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _OwnWorkers(WorkerGroup):  # type: ignore[misc]
+    """Workers whose controller is no actor. They would only use it for Ray's checkpoints."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        return custom_runtime_env  # Ray's own variables are already in the environment of a local cluster
+
+    def _init_train_context_on_workers(self, *arguments: Any) -> None:
+        with patch.object(RuntimeContext, "current_actor", None):
+            super()._init_train_context_on_workers(*arguments)
+
+
+class _OwnController(TrainController):  # type: ignore[misc]
+    worker_group_cls = _OwnWorkers
 
 
 class _UnsharedScaling(FixedScalingPolicy):  # type: ignore[misc]

@@ -232,6 +232,7 @@ def _clean_up(store: ArtifactStore, committed: Manifest) -> None:
 
 
 def _raised_by_worker(error: Exception) -> BaseException | None:
+    """What a worker raised, if the error is Ray's report of it."""
     if "ray" not in sys.modules:
         return None
     from ray.exceptions import RayTaskError
