@@ -47,7 +47,7 @@ def end(status: int) -> None:
     """The command is over, and this process exits with this status. From now on it ignores interrupts: its exit may take seconds,
     and Python and Ray would print their tracebacks."""
     if not is_supervised():
-        gc.freeze()  # else Python looks for garbage once more, which takes a second after imports of torch and MLflow
+        atexit.register(gc.freeze)  # else Python looks for garbage once more, a second after imports of torch and MLflow
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
