@@ -30,7 +30,6 @@ LOCAL = "local"
 _QUIET = {
     "RAY_AUTH_MODE": "token",  # explicit, because an unset mode warns; keeps other users out of the local cluster
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a call before connect() is an error; Ray would start a cluster with its own defaults
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # lines of the raylet about lost workers, which log_to_driver=False does not suppress
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # interval of the controller, which delays start, finish and reports
