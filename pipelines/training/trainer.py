@@ -6,7 +6,7 @@ It also tells which worker was lost.
 from __future__ import annotations
 
 import asyncio
-import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -15,7 +15,6 @@ import ray
 from ray.runtime_context import RuntimeContext
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import ENABLE_CONTROLLER_STRUCTURED_LOGGING_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 _LOOK_SECONDS = 2.0  # for the answers of workers beside one that failed
 _REASON_LENGTH = 200
+_patching = threading.Lock()  # trainings may run side by side
 
 
 class RayTrainer(DataParallelTrainer):  # type: ignore[misc]
@@ -53,8 +53,7 @@ class RayTrainer(DataParallelTrainer):  # type: ignore[misc]
             return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **options)
         if type(scaling_policy) is FixedScalingPolicy:
             scaling_policy = _UnsharedScaling(self.scaling_config)
-        with patch.dict(os.environ, {ENABLE_CONTROLLER_STRUCTURED_LOGGING_ENV_VAR: "0"}):  # the run has its own log
-            controller = _OwnController(scaling_policy=scaling_policy, **options)
+        controller = _OwnController(scaling_policy=scaling_policy, **options)
         asyncio.run(controller.run())
         return controller.get_result()
 
@@ -67,7 +66,7 @@ class _OwnWorkers(WorkerGroup):  # type: ignore[misc]
         return custom_runtime_env  # Ray's own variables are already in the environment of a local cluster
 
     def _init_train_context_on_workers(self, *arguments: Any) -> None:
-        with patch.object(RuntimeContext, "current_actor", None):
+        with _patching, patch.object(RuntimeContext, "current_actor", None):
             super()._init_train_context_on_workers(*arguments)
 
 
