@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -98,6 +99,20 @@ def with_memory_limit(dataset: ray.data.Dataset, object_store_bytes: int) -> ray
     return dataset
 
 
+@cache
+def _kill_workers_of_failed_jobs() -> None:
+    """Ray Data 2.60 only drops its references to the actors of a failed job. Those to which its error or a call in flight still
+    refers would keep their CPUs, and a job beside it would wait for them for as long as the error is kept."""
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+    shutdown = StreamingExecutor.shutdown
+
+    def shut_down(self: Any, force: bool, exception: Exception | None = None) -> None:
+        shutdown(self, force=force or exception is not None, exception=exception)
+
+    StreamingExecutor.shutdown = shut_down
+
+
 def stream_records(
     rows: Sequence[dict[str, Any]],
     job: Callable[[list[dict[str, Any]]], ray.data.Dataset],
@@ -128,6 +143,7 @@ def stream_records(
         exceptions.OutOfMemoryError,
         exceptions.WorkerCrashedError,
     )
+    _kill_workers_of_failed_jobs()
     missing = {row[id]: row for row in rows}
     for failures in range(_MAX_FAILURES + 1):
         try:
