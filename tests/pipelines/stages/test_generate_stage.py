@@ -633,13 +633,13 @@ def test_interrupted_stage_resumes_with_the_missing_parts(uninterrupted: Made, i
     store, given = inputs
     stream, planned, place = generate.stream_records, list[int](), Path(store.place("generate", "k"))
 
-    def interrupted(*arguments: Any) -> Iterator[Any]:
-        yield from islice(stream(*arguments), 2)
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield from islice(stream(*arguments, **options), 2)
         raise KeyboardInterrupt
 
-    def counted(rows: Any, job: Any) -> Iterator[Any]:
+    def counted(rows: Any, job: Any, **options: Any) -> Iterator[Any]:
         planned.extend(row["part"] for row in rows)
-        return stream(rows, job)
+        return stream(rows, job, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "stream_records", interrupted)
