@@ -53,7 +53,7 @@ test-all: setup .localstack/ready
 	$(BIN)/uv pip install --quiet --python .localstack/bin/python --require-hashes --compile-bytecode -r tests/localstack.lock
 	@touch $@
 
-# First every known behaviour, then a seeded campaign. SLICE='--slice 2 --seed TEXT' runs a random part of each, of about two minutes.
+# First every known behaviour, then a seeded campaign. SLICE='--slice 1 --seed TEXT' runs a random part of each, of about a minute.
 faults: fault-tests campaign
 
 fault-tests: setup

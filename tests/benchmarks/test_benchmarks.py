@@ -112,7 +112,7 @@ print(json.dumps([sorted(training), sorted(sampling)]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_loops_run_where_only_the_method_is_installed() -> None:
     """As on a GPU machine with torch alone."""
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])

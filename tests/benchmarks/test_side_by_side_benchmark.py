@@ -11,7 +11,7 @@ import side_by_side
 from pipelines.artifacts.open import open_store
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 def test_every_stage_of_a_chain_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray.cloudpickle.register_pickle_by_value(side_by_side)  # workers do not find this folder

@@ -65,7 +65,8 @@ def test_equal_weights_are_equal_bytes(tmp_path):
     assert len({(tmp_path / str(copy)).read_bytes() for copy in range(8)}) == 1
 
 
-@pytest.mark.parametrize("name", [pytest.param("enat", marks=pytest.mark.slow), "vqgan"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["enat", "vqgan"])
 def test_every_published_tensor_must_have_its_name_and_shape(name):
     load, weights = published(name)
     assert not load(weights).training

@@ -160,12 +160,11 @@ OTHER_SIZES = {"encoder_layers": 3, "decoder_layers": 1, "embed_dim": 48, "grid_
 @pytest.mark.parametrize(
     ("architecture", "settings", "num_given"),
     [
-        pytest.param({**a, **b, **c, **d}, settings, given, marks=pytest.mark.slow if place % 2 else ())
+        pytest.param({**a, **b, **c, **d}, settings, given, marks=pytest.mark.slow if place % 4 else ())
         for place, (a, b, c, d, settings, given) in enumerate(pairwise_cases(*ARCHITECTURES, SETTINGS, [0, 1, 11, 15]))
     ]
-    + [(OTHER_SIZES, {}, 0), (OTHER_SIZES, {}, 9)]
-    + GUIDES
-    + LOCAL_STEPS
+    + [(OTHER_SIZES, {}, 9), *LOCAL_STEPS]
+    + [pytest.param(*case, marks=pytest.mark.slow if place % 4 else ()) for place, case in enumerate(GUIDES)]
     + [({}, {"remask_ratio": 0.4}, 0), ({"decoder_attention": "full"}, {"remask_ratio": 0.2}, 5)]
     + [({"grid_size": 2, "decoder_attention": kind}, {}, 0) for kind in DECODER_ATTENTIONS],  # the last step finds nothing masked
     ids=str,

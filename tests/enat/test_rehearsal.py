@@ -33,16 +33,16 @@ def _condition(is_text: bool, num_images: int):
     ("architecture", "options"),
     [
         ({}, {}),
-        ({}, {"reveal_order": "halton", "remask_temperature": 0.0}),
-        ({"encoder_layers": 3}, {"guide_layers": 2, "guidance_schedule": "constant"}),
-        ({}, {"top_k": 5, "top_p": 0.9, "guidance_scales": (1.0, 1.0, 3.0, 3.0)}),
-        ({"reused_features": "all"}, {"reveal_order": "random", "remask_temperature": 0.0}),
+        pytest.param({}, {"reveal_order": "halton", "remask_temperature": 0.0}, marks=pytest.mark.slow),
+        pytest.param({"encoder_layers": 3}, {"guide_layers": 2, "guidance_schedule": "constant"}, marks=pytest.mark.slow),
+        pytest.param({}, {"top_k": 5, "top_p": 0.9, "guidance_scales": (1.0, 1.0, 3.0, 3.0)}, marks=pytest.mark.slow),
+        pytest.param({"reused_features": "all"}, {"reveal_order": "random", "remask_temperature": 0.0}, marks=pytest.mark.slow),
         (TEXT, {}),
         (
             {"encoder_layers": 0, "decoder_layers": 3, "decoder_attention": "full", "reuse": False},
             {"local_steps": 1, "local_start": 2, "guidance_schedule": "constant"},
         ),
-        *(({"decoder_attention": kind, "reuse": False}, {}) for kind in DECODER_ATTENTIONS),
+        *(pytest.param({"decoder_attention": kind, "reuse": False}, {}, marks=pytest.mark.slow) for kind in DECODER_ATTENTIONS),
     ],
     ids=str,
 )
@@ -59,7 +59,11 @@ def test_the_sampler(architecture, options):
 
 
 @pytest.mark.parametrize("is_reuse", [False, True])
-@pytest.mark.parametrize("architecture", [{}, TEXT, {"reused_features": "all"}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "architecture",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in (TEXT, {"reused_features": "all"}, {"qk_norm": True}))],
+    ids=str,
+)
 def test_a_training_step(architecture, is_reuse):
     """On tensors of torch's meta device, which have no values either."""
     with torch.device("meta"):

@@ -38,7 +38,7 @@ def test_a_campaign_resumes_after_its_journal_and_its_seed_names_its_cases(tmp_p
     assert _run(tmp_path / "whole", 12, seed="another")[1][1:] != whole[1:]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_verdict_that_is_bad_fails_the_campaign(tmp_path: Path) -> None:
     _run(tmp_path, 1)
     journal = _journal(tmp_path)

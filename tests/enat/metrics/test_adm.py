@@ -202,8 +202,12 @@ def declare(path, shape, num_bytes, method=zipfile.ZIP_DEFLATED):
         ((2**40, 2**40, 2**40, 3), 0, "cannot be"),
         ((-2, 4, -4, 3), 96, "cannot be"),
         ((1, 9500, 9500, 3), 9500 * 9500 * 3, "9500 x 9500 pixels are over the limit"),
-        ((2**24 + 1, 1, 1, 3), 3 * (2**24 + 1), "16,777,217 images of 50,331,651 bytes are over the limits"),
-        (None, 10**8, r"cannot be read as an \.npz"),  # a header of 100 MB that is one long text
+        pytest.param(
+            *((2**24 + 1, 1, 1, 3), 3 * (2**24 + 1), "16,777,217 images of 50,331,651 bytes are over the limits"),
+            marks=pytest.mark.slow,
+        ),
+        # A header of 100 MB that is one long text.
+        pytest.param(None, 10**8, r"cannot be read as an \.npz", marks=pytest.mark.slow),
     ],
 )
 def test_archive_that_declares_too_much_is_refused_before_it_is_read(tmp_path, shape, num_bytes, message):

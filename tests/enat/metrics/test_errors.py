@@ -123,7 +123,7 @@ def _share_held(values: np.ndarray, found: np.ndarray, expected: float | None = 
     return float((np.abs(values - (values.mean() if expected is None else expected)) < 1.96 * found).mean())
 
 
-REPETITIONS = 200
+REPETITIONS = 100
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def _times_given(folder: Path, part: int) -> int:
     [
         pytest.param(1, False, marks=pytest.mark.faults),
         pytest.param(1, True, marks=pytest.mark.slow),
-        (2, False),
+        pytest.param(2, False, marks=pytest.mark.slow),
         pytest.param(2, True, marks=pytest.mark.slow),
     ],
 )

@@ -26,7 +26,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_job_of_a_local_cluster_has_its_workers_and_no_helper() -> None:
     done = subprocess.run([sys.executable, "-c", _COMMAND], capture_output=True, text=True, timeout=200, check=True)
     found = json.loads(done.stdout)

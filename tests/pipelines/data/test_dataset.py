@@ -39,7 +39,7 @@ def test_any_range_of_rows_is_a_piece_of_the_whole(layouts, local_store, kind):
         assert _rows(dataset, start, stop) == expected[start:stop]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind in KINDS[1::2] else ()) for kind in KINDS])
 def test_dataset_in_a_bucket_is_read_with_what_a_worker_is_sent(layouts, local_store, make_bucket, s3_endpoint, kind):
     bucket = make_bucket("sets")
     s3_endpoint.fill(bucket, {name: data for name, data in layouts.contents().items() if name.startswith((kind, "captions"))})

@@ -94,6 +94,7 @@ def test_inception_score_of_parts_of_a_size_in_order() -> None:
     assert pool.cpu_seconds > 0 == pool.seconds
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_cmmd_by_tasks_is_that_of_all_samples_at_once(make_context: Any, local_store: Any) -> None:
     rng = np.random.default_rng(0)
@@ -107,6 +108,7 @@ def test_cmmd_by_tasks_is_that_of_all_samples_at_once(make_context: Any, local_s
     assert scores.by_name["cmmd_se"] == pytest.approx(standard_error(expected.influence), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(("size", "has_spread"), [(40, False), (30, True)])
 def test_the_kernel_distance_of_whole_sets_has_no_spread_over_subsets(

@@ -22,7 +22,7 @@ from pipelines.run.config import load_run
 from pipelines.workflow import driver
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 def test_samples_are_scored_with_the_captions_that_they_were_asked_for(
     tiny_nodes: Callable[..., Any], make_session: Callable[..., Any], layouts: Layouts, vqgan: Any, tmp_path: Path

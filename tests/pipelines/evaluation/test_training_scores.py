@@ -159,7 +159,7 @@ def test_an_actor_beside_the_training_computes_the_same(trained, material, refer
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.slow
+@pytest.mark.faults
 def test_training_does_not_wait_for_an_actor_that_falls_behind(material, reference, tmp_path: Path) -> None:
     """The third step is left out, with a reason, and the end waits for the two that were taken."""
     gate = tmp_path / "gate"

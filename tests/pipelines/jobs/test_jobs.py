@@ -111,6 +111,7 @@ def test_job_with_an_image_writes_its_config_and_runs_it(prepare: Callable[..., 
     assert any((tmp_path / "store" / "dataset").glob("*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_config_is_sent_merged_with_its_bases(prepare: Callable[..., Submission], checkout: Path, tmp_path: Path) -> None:
     config, sent = tmp_path / "mine.yaml", tmp_path / "sent.yaml"
     config.write_text(f"{{base: {DIGITS}, name: mine, train: {{num_steps: 7}}}}")
@@ -210,6 +211,7 @@ def test_image_named_by_a_tag_causes_a_warning(prepare: Callable[..., Submission
     assert "tag" not in (prepare().warning or "")
 
 
+@pytest.mark.slow
 def test_unknown_targets_are_refused_as_by_the_run_itself(prepare: Callable[..., Submission]) -> None:
     for target in ("tran", "reconstruction", "captions"):
         with pytest.raises(ValueError, match=f"^targets names '{target}'; the stages of this run are") as refused:
@@ -221,6 +223,7 @@ def test_unknown_targets_are_refused_as_by_the_run_itself(prepare: Callable[...,
     prepare("targets=[reconstruction, captions]", "reconstruction={}", "captions.encoder=hf://a/b")
 
 
+@pytest.mark.slow
 def test_config_is_checked_except_for_a_dataset_out_of_reach(prepare: Callable[..., Submission]) -> None:
     out_of_reach = ("dataset.kind=image_folder", "dataset.path=/only/on/the/cluster")
     assert prepare(*out_of_reach).package is not None
@@ -234,6 +237,7 @@ def test_config_is_checked_except_for_a_dataset_out_of_reach(prepare: Callable[.
 # Credentials ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_credentials_in_addresses_are_refused(prepare: Callable[..., Submission]) -> None:
     for override in (
         "tracking.uri=http://user:hunter2@mlflow:5000",
@@ -288,6 +292,7 @@ def test_credentials_in_code_other_configs_and_changes_are_not_sent(checkout: Pa
         submission.prepare(DIGITS, CLUSTER_STORE)
 
 
+@pytest.mark.slow
 def test_values_of_secret_variables_are_refused_anywhere(
     prepare: Callable[..., Submission], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +429,7 @@ print(json.dumps(errors))
 """
 
 
+@pytest.mark.slow
 def test_addresses_without_a_cluster_are_refused(web_server: Callable[[bytes], str]) -> None:
     site, older = web_server(b"<html>a web site</html>"), web_server(b'{"ray_version": "2.44.0"}')
     malformed = ("auto", "head:6379", "ray://head:10001", "http://user:hunter2@head:8265", "ftp://head")

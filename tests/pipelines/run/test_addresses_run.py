@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,30 +20,39 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def token_map(enat: Callable[..., Any], tiny_config: Path, tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
-    """Make a token map. Returns the output, and the manifests of dataset and token map that were used."""
+def ask(enat: Callable[..., Any], tiny_config: Path, tmp_path: Path) -> Callable[..., str]:
+    """What a command for the token map of a dataset prints."""
 
-    def run(kind: str, path: str) -> tuple[str, dict[str, Any]]:
+    def ask(command: str, kind: str, path: str, *options: str) -> str:
         done = enat(
-            "run",
+            command,
             tiny_config,
             "targets=[token_map]",
             f"workspace={tmp_path / 'runs'}",
             f"dataset={{kind: {kind}, name: photographs, path: '{path}'}}",
             "token_map.execution.num_workers=2",
+            *options,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        return str(done.stdout)
+
+    return ask
+
+
+@pytest.fixture
+def token_map(ask: Callable[..., str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Make a token map. Returns the manifests of dataset and token map that were used."""
+
+    def run(kind: str, path: str) -> dict[str, Any]:
+        lines = [line.split() for line in ask("run", kind, path).splitlines() if line.startswith("✓")]
         store = open_store(str(tmp_path / "runs" / "store"))
-        lines = [line.split() for line in done.stdout.splitlines() if line.startswith("✓")]
-        return done.stdout, {
-            line[1]: next(m for m in store.manifests() if m.stage == line[1] and m.key.startswith(line[2])) for line in lines
-        }
+        return {line[1]: next(m for m in store.manifests() if m.stage == line[1] and m.key.startswith(line[2])) for line in lines}
 
     return run
 
 
 def test_a_private_dataset_of_the_hub_is_read_at_one_commit(
-    layouts: Layouts, token_map: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    layouts: Layouts, token_map: Any, ask: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     files = {name: content for name, content in layouts.contents().items() if name.startswith("image_folder/")}
@@ -51,7 +61,7 @@ def test_a_private_dataset_of_the_hub_is_read_at_one_commit(
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         commit, place = repository.commit(files), "hf://datasets/owner/set@main/image_folder"
-        _, made = token_map("image_folder", place)
+        made = token_map("image_folder", place)
         assert DatasetSummary.read(made["dataset"]).num_images == made["token_map"].metrics["rows"] == 20
         assert made["dataset"].config["path"] == f"hf://datasets/owner/set@{commit}/image_folder"
         read = {path for path, _, _ in hub.asked if "/resolve/" in path}
@@ -61,8 +71,9 @@ def test_a_private_dataset_of_the_hub_is_read_at_one_commit(
         assert kept == []
 
         repository.commit(files | {"README.md": b"about"})
-        output, again = token_map("image_folder", place)
-        assert output.count("reused") >= 3 and again == made, "a moved branch with the same images"
+        planned = {row["stage"]: row for row in json.loads(ask("plan", "image_folder", place, "--json"))["stages"]}
+        assert {stage: row["key"] for stage, row in planned.items()} == {stage: each.key for stage, each in made.items()}
+        assert all(row["reused"] for row in planned.values()), "a moved branch with the same images"
 
 
 @pytest.mark.faults
@@ -77,10 +88,10 @@ def test_a_dataset_is_read_by_an_installed_package(
     monkeypatch.setenv("ENAT_TEST_GS", str(tmp_path / "gs"))
     monkeypatch.setenv("ENAT_TEST_GS_READS", str(tmp_path / "reads"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(PLUGIN), os.environ.get("PYTHONPATH")])))
-    _, there = token_map(kind, f"gs://bucket/{kind}")
+    there = token_map(kind, f"gs://bucket/{kind}")
     readers = {line.split()[0] for line in (tmp_path / "reads").read_text().splitlines()}
     assert readers, "read by ranges"
-    _, here = token_map(kind, f"{layouts.root}/{kind}")
+    here = token_map(kind, f"{layouts.root}/{kind}")
     assert [file.sha256 for file in there["dataset"].files] == [file.sha256 for file in here["dataset"].files]
     names = sorted(file.name for file in here["token_map"].files)
     assert names == sorted(file.name for file in there["token_map"].files) and len(names) > 1

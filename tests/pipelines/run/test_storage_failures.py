@@ -11,8 +11,8 @@ import pytest
 from layouts import Layouts
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("image_folder", marks=pytest.mark.faults), "tar"])
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["image_folder", "tar"])
 def test_a_refusal_that_a_worker_meets_is_one_sentence(
     enat: Callable[..., Any], layouts: Layouts, layouts_bucket: Any, s3_endpoint: Any, tokenizer_weights: Path, tmp_path: Path, kind
 ) -> None:

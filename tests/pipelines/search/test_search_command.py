@@ -305,7 +305,7 @@ def test_a_search_that_is_killed_and_continued(searched: Searched, enat: Callabl
     _comparisons_show_the_winners_and_trials_apart(searched)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_a_search_that_is_asked_to_end_says_how_it_continues(
     digits_run: CommandLineRun, tmp_path: Path, end_enat_when: Callable[..., tuple[int, str]]

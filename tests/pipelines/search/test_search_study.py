@@ -80,7 +80,7 @@ def _facts(study: Study) -> list[tuple[Any, ...]]:
     return [(trial.name, trial.batch, trial.given, trial.sampler, trial.results, trial.is_done) for trial in study.trials]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_search_that_is_interrupted_anywhere_is_the_same(tmp_path: Path, arms: list[Arm]) -> None:
     whole = _facts(_search(lambda: _open(tmp_path / "whole.db", arms), 12))
     assert len(whole) == 12 and all(fact[-1] for fact in whole)

@@ -183,7 +183,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_runs_of_a_killed_command_are_marked_as_failed_by_the_next_one(uri: str, client: MlflowClient) -> None:
     """Those of commands that are alive, of other hosts and of other programs are not changed."""
 
@@ -241,8 +241,8 @@ def test_without_a_server_a_run_completes_and_warns_at_its_start_and_end(
     assert "secret" not in warning + at_end
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stops", ["before", pytest.param("between", marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("stops", ["before", "between"])
 def test_what_a_server_missed_is_recorded_once_when_it_answers(
     stops: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,7 +365,7 @@ print(handle.run_id, handle._outbox.is_refused)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_processes_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", _START, str(tmp_path), str(number)], stdout=subprocess.PIPE, text=True)

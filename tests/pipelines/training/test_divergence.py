@@ -88,7 +88,7 @@ def test_fp16_whose_gradient_overflows_at_any_scale_has_diverged(material, key):
 
 @pytest.mark.parametrize(
     ("trainer_class", "interval"),
-    [(Poisoned, 4), pytest.param(Spiked, 4, marks=pytest.mark.slow), pytest.param(Poisoned, 8, marks=pytest.mark.slow)],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in ((Poisoned, 4), (Spiked, 4), (Poisoned, 8))],
 )
 def test_after_a_rollback_training_skips_the_batches_that_diverged(material, key, trainer_class, interval):
     """Also if no checkpoint was written yet."""

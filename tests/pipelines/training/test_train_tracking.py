@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,9 @@ class Notebook(RunHandle):
     def log_bytes(self, content: bytes, name: str) -> None:
         with Path(self.notes).open("a") as notes:
             notes.write(json.dumps([os.getpid(), time.monotonic(), name, len(content)]) + "\n")
+
+    def _do(self, action: Callable[[Any], Any]) -> None:
+        """What is not noted above is for a server, which is not there."""
 
     def read(self) -> list[list[Any]]:
         return [json.loads(line) for line in Path(self.notes).read_text().splitlines()]
