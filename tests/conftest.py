@@ -19,6 +19,8 @@ pytest_plugins = ["chromium", "digits_run", "slices"]
 
 # Set before torch is imported. Its threads only get in each other's way on tensors as small as those of the tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait for others would compute nothing and keep a core from the tests beside.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Called before ray is imported, because ray reads its environment then.
 connection.prepare_environment()
 

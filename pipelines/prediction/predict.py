@@ -103,12 +103,14 @@ def predict(
     prices: Prices | None = None,
     num_jobs: int | None = None,
     foreseen_by: Mapping[str, Foresee] | None = None,
+    given: Mapping[str, Summary] | None = None,
 ) -> Prediction:
     """Of the stages that are not reused. num_jobs: as for `enat run`.
 
     foreseen_by: replaces Stage.foresee, by the name of the stage, where the caller knows more than a config tells.
+    given: summaries of inputs that no stage of the plan makes, by id.
     """
-    told: dict[str, Summary | None] = {}
+    told: dict[str, Summary | None] = {**(given or {})}
     stages: dict[str, StagePrediction] = {}
     for item in planned:
         node, manifest = item.node, item.manifest

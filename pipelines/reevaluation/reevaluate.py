@@ -33,6 +33,7 @@ from pipelines.reevaluation.plan import Model, Plan, Request
 from pipelines.registry import evaluation_record
 from pipelines.registry.evaluation_record import EvaluationRecord
 from pipelines.registry.influences import Evaluated, evaluated
+from pipelines.run import prediction as run_prediction
 from pipelines.run import runner
 from pipelines.storage.base import digest_of
 from pipelines.storage.redaction import without_credentials
@@ -141,7 +142,7 @@ def reevaluate(request: Request, source: str, options: Options, console: Console
                 due.append(found)
     # Models that were never evaluated come first, then those evaluated longest ago.
     due.sort(key=lambda case: case.recorded.evaluated.timestamp() if case.recorded else -math.inf)
-    evaluator = _Evaluator(request, source, options, console, uri)
+    evaluator = _Evaluator(request, source, options, console, uri, num_cases=min(len(due), options.limit or len(due)))
     with evaluator.ending(outcomes):
         num_evaluated = 0
         for case in due:
@@ -223,10 +224,11 @@ def _failed(version: ModelVersion, error: Exception, **fields: Any) -> Outcome:
 
 
 class _Evaluator:
-    """Evaluates one case after another. Its tracking run begins with the first one."""
+    """Evaluates one case after another. Its tracking run begins with the first one. num_cases: that are to be evaluated."""
 
-    def __init__(self, request: Request, source: str, options: Options, console: Console, uri: str) -> None:
+    def __init__(self, request: Request, source: str, options: Options, console: Console, uri: str, *, num_cases: int) -> None:
         self.request, self.source, self.options, self.console, self.uri = request, source, options, console, uri
+        self.num_cases = num_cases
         self.parent: RunHandle | None = None
 
     def evaluate(self, case: _Case) -> Outcome:
@@ -331,10 +333,17 @@ class _Evaluator:
             "enat.reason": case.reason or "",
         }
         name = f"{model.version.name}-v{model.version.version}"
+        planned = driver.plan(plan.nodes, model.store, plan.given)
+        jobs = runner.default_jobs(config.cluster)
+        is_small = jobs == 1 and run_prediction.does_without_ray(
+            config, planned, model.store, given=plan.given, num_alike=self.num_cases
+        )
+        missing = [item.node for item in planned if not item.is_reused]
+        connect = runner.Connector(config, self.console, missing, is_needed=not is_small)
         with tracking.ending(tracking.start_run(self.uri, config.tracking, name, named, self.parent)) as run:
             models = ModelRuns(run, nodes=plan.nodes)  # links what is reused to the runs that made it
-            session = replace(runner.open_session(config, model.store, run, self.console), models=models)
-            done = driver.execute(plan.nodes, session, plan.given, num_jobs=runner.default_jobs(config.cluster))
+            session = replace(runner.open_session(config, model.store, run, self.console, connect), models=models)
+            done = driver.execute(plan.nodes, session, plan.given, num_jobs=jobs)
             run.finish()
         return done
 

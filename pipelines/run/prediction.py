@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection, hardware
 from pipelines.cluster.capacity import Capacity, has_autoscaler
@@ -20,7 +22,7 @@ from pipelines.run.config import RunConfig
 from pipelines.stages import dataset
 from pipelines.storage.base import StorageError
 from pipelines.tracking import run as tracking
-from pipelines.workflow.stage import PlannedStage
+from pipelines.workflow.stage import SCRATCH, PlannedStage
 from pipelines.workflow.work import Foreseen
 
 _log = logging.getLogger(__name__)
@@ -80,24 +82,41 @@ def before_run(
         return None
 
 
-def does_without_ray(run: RunConfig, planned: Sequence[PlannedStage], store: ArtifactStore) -> bool:
+def does_without_ray(
+    run: RunConfig,
+    planned: Sequence[PlannedStage],
+    store: ArtifactStore,
+    *,
+    given: Mapping[str, Manifest] | None = None,
+    num_alike: int = 1,
+) -> bool:
     """Whether a run on this machine is so small that it is faster without Ray, whose processes take seconds to start.
 
-    Only if all its stages can do without Ray, and if their rates were measured."""
+    Only if all its stages can do without Ray, and if their rates were measured. given: inputs that no stage of the plan makes, by
+    id.   num_alike: plans like this one that are to be run in turn."""
     nodes = [item.node for item in planned if not item.is_reused]
     workers = [each for node in nodes if (each := node.stage.workers(node.config)) is not None]
     if not workers or connection.is_connected() or connection.address_of(run.cluster) != connection.LOCAL:
         return False
     if any(each.gpus_per_worker or each.num_workers == ALL for each in workers) or not all(n.stage.does_without_ray for n in nodes):
         return False
+    stages = graph.stages()
     try:
-        rates = read_rates(store, {node.stage.name for node in nodes})
-        prediction = predict(planned, rates, hardware.of_this_machine(run.cluster.num_cpus), num_jobs=1)
+        summaries = {id: stages[manifest.stage].summary.read(manifest) for id, manifest in (given or {}).items()}
+        rates = read_rates(store, {node.stage.name.removeprefix(SCRATCH) for node in nodes})
+        machine = hardware.of_this_machine(run.cluster.num_cpus)
+        prediction = predict([*map(_unscratched, planned)], rates, machine, num_jobs=1, given=summaries)
     except (ValueError, OSError, StorageError):
         return False
     with_workers = [stage for stage in prediction.stages.values() if stage.workers is not None]
     is_measured = all(stage.problem is None and stage.num_measured for stage in with_workers)
-    return is_measured and sum(stage.seconds.value for stage in with_workers) < _SMALL_SECONDS
+    return is_measured and num_alike * sum(stage.seconds.value for stage in with_workers) < _SMALL_SECONDS
+
+
+def _unscratched(item: PlannedStage) -> PlannedStage:
+    """Under the name of the stage whose artifacts it computes again, which has rates."""
+    stage = item.node.stage
+    return replace(item, node=replace(item.node, stage=replace(stage, name=stage.name.removeprefix(SCRATCH))))
 
 
 def foreseen_by(num_images: int | None, num_classes: int | None, num_captions: int | None) -> dict[str, Foresee]:

@@ -294,7 +294,10 @@ MASKS = [(12, None), (7, 13), (7, 16), (7, 7), (1, 1), (15, 16)]
 
 @pytest.mark.parametrize(
     ("architecture", "masks"),
-    [({**a, **b, **c, **d}, masks) for a, b, c, d, masks in pairwise_cases(*ARCHITECTURES, MASKS)],
+    [
+        pytest.param({**a, **b, **c, **d}, masks, marks=pytest.mark.slow if place % 3 else ())
+        for place, (a, b, c, d, masks) in enumerate(pairwise_cases(*ARCHITECTURES, MASKS))
+    ],
     ids=str,
 )
 def test_training_macs_are_those_of_a_step_of_the_objective(architecture, masks):

@@ -67,6 +67,7 @@ def test_open_muse_has_the_168_tensors_of_the_published_tokenizer_and_32_other_n
     assert len(ours) == len(theirs) == 168 and len(ours - theirs) == len(theirs - ours) == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_open_muse_loads_tensor_by_tensor(tmp_path, prefix, suffix):

@@ -124,7 +124,7 @@ _OF_ARCHITECTURES = [
     ("architecture", "options", "num_given"),
     [pytest.param(*case, 0, marks=pytest.mark.slow if place % 2 else ()) for place, case in enumerate(_OF_OPTIONS)]
     + [pytest.param(*case, 0, marks=pytest.mark.slow if place % 4 else ()) for place, case in enumerate(_OF_GUIDES)]
-    + _OF_LOCAL_STEPS
+    + [pytest.param(*case, marks=pytest.mark.slow if place % 2 else ()) for place, case in enumerate(_OF_LOCAL_STEPS)]
     + [pytest.param(*case, 7, marks=() if case[1] is SEARCHED else pytest.mark.slow) for case in _OF_ARCHITECTURES]
     + [pytest.param(*case, 7, marks=pytest.mark.slow) for case in (*_OF_OPTIONS, *_OF_GUIDES)[::2]]
     + [pytest.param(*case, 0, marks=pytest.mark.slow) for case in _OF_ARCHITECTURES[::3]],

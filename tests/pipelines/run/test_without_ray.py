@@ -49,19 +49,26 @@ def test_only_a_small_run_on_this_machine_does_without(
     assert prediction.does_without_ray(run, [*driver.plan(graph.build(run), digits_run.store)], digits_run.store) == expected
 
 
+def _enat(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _RUN, *map(str, arguments)]
+    return subprocess.run(command, env=fresh_environment(), capture_output=True, text=True, timeout=240, check=False)
+
+
 @pytest.mark.slow
 def test_a_changed_sampler_is_computed_and_scored_without_ray(digits_run, tmp_path: Path) -> None:
     shutil.copytree(digits_run.workspace / "store", tmp_path / "store", copy_function=os.link)
-    arguments = ["run", DIGITS, *digits_run.overrides, f"workspace={tmp_path}", _CHANGED, "tracking.enabled=false"]
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, *map(str, arguments)],
-        env=fresh_environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = _enat("run", DIGITS, *digits_run.overrides, f"workspace={tmp_path}", _CHANGED, "tracking.enabled=false")
     assert (done.returncode, done.stderr) == (0, "")
     made = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("✓") and "made in" in line]
     assert made == [*(f"{stage}{of}" for of in ("", "@untrained") for stage in ("generate", "memorization", "evaluate")), "report"]
+    assert done.stdout.splitlines()[-1] == "Ray was not imported"
+
+
+@pytest.mark.slow
+def test_a_registered_model_is_sampled_and_scored_again_without_ray(digits_run, tmp_path: Path) -> None:
+    shutil.copytree(digits_run.workspace / "store", tmp_path / "store", copy_function=os.link)
+    shutil.copyfile(digits_run.workspace / "mlflow.db", tmp_path / "mlflow.db")
+    done = _enat("reevaluate", "--fresh", f"workspace={tmp_path}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "computed again, nothing moved" in done.stdout
     assert done.stdout.splitlines()[-1] == "Ray was not imported"

@@ -240,6 +240,7 @@ def test_without_ray_the_driver_computes_the_same(
     assert _not_timed(found) == _not_timed(expected)
 
 
+@pytest.mark.slow
 def test_scores_equal_those_of_torch_fidelity_and_scipy(evaluated: Callable[..., StageResult], outputs, material: Material) -> None:
     from scipy.linalg import sqrtm
     from torch_fidelity.metric_isc import isc_features_to_metric

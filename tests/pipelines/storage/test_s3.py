@@ -351,6 +351,7 @@ def unknown_checksums(request: pytest.FixtureRequest, folder: S3Folder, s3_endpo
     s3_client._open_client.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_service_without_checksums_is_used_when_they_are_not_required(
     folder: S3Folder, put, s3_endpoint: S3Endpoint, unknown_checksums: str
 ) -> None:

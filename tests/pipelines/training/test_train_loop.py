@@ -87,7 +87,7 @@ class NeverWaiting(Trainer):
             accelerator.synchronize = waits
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_no_step_waits_for_the_device(material, key, zero_stage):
     """DeepSpeed's timers would, four times a step."""
     config = changed(num_steps=4, execution={"zero_stage": zero_stage})
