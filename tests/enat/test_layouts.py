@@ -67,9 +67,8 @@ def test_open_muse_has_the_168_tensors_of_the_published_tokenizer_and_32_other_n
     assert len(ours) == len(theirs) == 168 and len(ours - theirs) == len(theirs - ours) == 32
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("prefix", ["", pytest.param("module.", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".bin", marks=pytest.mark.slow)])
 def test_open_muse_loads_tensor_by_tensor(tmp_path, prefix, suffix):
     vqgan = small_vqgan(num_res_blocks=2)
     tensors = {prefix + name: tensor.contiguous() for name, tensor in open_muse(vqgan).items()}

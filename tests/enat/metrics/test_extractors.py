@@ -55,7 +55,6 @@ def test_inception_features_are_those_of_torch_fidelity(inception, inception_wei
         InceptionExtractor({"fc.weight": torch.zeros(2, 2)})
 
 
-@pytest.mark.slow
 def test_spatial_features_are_the_first_seven_channels_of_the_1x1_branch_of_mixed_6d_by_position(inception):
     """Computed here step by step: the stem up to Mixed_6c, then one convolution, batch norm and ReLU. ADM flattens rows, columns,
     channels in this order."""
