@@ -205,6 +205,14 @@ class _Execution:
         self._compute(work, grant)
         return True
 
+    def _rest_waits_for(self, node: Node) -> bool:
+        """Whether nothing else of the run can be computed beside a node."""
+        later = {node.id}
+        for other in self._nodes:
+            if later.intersection(other.inputs.values()):
+                later.add(other.id)
+        return all(other.id in later or other.id in self._finished or other.id in self._errors for other in self._nodes)
+
     def _reuse(self, work: NodeRun) -> bool:
         made = self._session.store.read_manifest(work.node.stage.name, work.key)
         if made is not None:
@@ -226,7 +234,7 @@ class _Execution:
             siblings=self._siblings(node),
             connect=self._session.connect if is_alone else self._request_connection,
             spare_cpus=grant.spare_cpus,
-            is_alone=is_alone,
+            is_alone=is_alone or self._rest_waits_for(node),
         )
         compute = replace(work, session=session, started=time.monotonic()).compute
         if is_alone:

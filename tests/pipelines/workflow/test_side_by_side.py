@@ -88,6 +88,25 @@ def test_stages_that_do_not_need_each_other_overlap(session: stage.Session, cpus
     assert session.store.fetch(done[-1].manifest, "text").read_text() == "firstafirstbfirstclast"
 
 
+@pytest.mark.parametrize(("num_jobs", "of_siblings"), [(None, False), (1, True)])
+def test_a_stage_that_all_others_wait_for_is_alone(
+    num_jobs: int | None, of_siblings: bool, session: stage.Session, cpus: Callable[[float], None]
+) -> None:
+    cpus(3)
+    alone: dict[str, bool] = {}
+    meet = _meeting(2) if num_jobs is None else lambda config, context: None
+
+    def act(config: WordConfig, context: StageContext) -> None:
+        alone[config.word] = context.is_alone
+        if config.word in "ab":
+            meet(config, context)
+
+    driver.execute([_node("made")], session)
+    nodes = [_node("made"), _node("first", act), *(_node(id, act, ["first"]) for id in "ab"), _node("last", act, reads="ab")]
+    driver.execute(nodes, session, num_jobs=num_jobs)
+    assert alone == {"first": True, "a": of_siblings, "b": of_siblings, "last": True}
+
+
 @pytest.mark.parametrize("num_jobs", [1, 2, None])
 def test_artifacts_are_the_same_however_many_stages_run_at_once(
     num_jobs: int | None, session: stage.Session, cpus: Callable[[float], None], tmp_path: Path, make_session: Callable[..., Any]
