@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make setup     install everything pinned in requirements.lock into .venv"
 	@echo "make demo      train and score a model on real images of digits (3 to 5 minutes on two cores)"
-	@echo "make test      run the tests (5 to 10 minutes on two cores)"
+	@echo "make test      run the tests (about 5 minutes on two cores)"
 	@echo "make test-all  run the tests and the slow tests, and those of stores on a second S3 server"
 	@echo "make faults    kill, corrupt and resume real runs, against an uninterrupted one (about two hours)"
 	@echo "make lint      run ruff, mypy and the import rules"

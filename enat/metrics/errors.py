@@ -39,8 +39,8 @@ _KERNEL_COLUMNS = 2000  # samples of each side that estimate the mean kernel of 
 def standard_error(influence: np.ndarray, labels: np.ndarray | None = None) -> float:
     """The standard error of a score from the influences of its samples, or of a difference from the differences of influences.
 
-    influence: float (N,).   labels: int (N,), if samples were drawn for given labels: what differs between the labels is no error
-    then. A label with one sample has no variance of its own; such samples are one group.
+    influence: float (N,).   labels: int (N,), if samples were drawn for given labels: differences between labels are then not
+    errors. A label with one sample has no variance of its own; such samples are one group.
     Raises ValueError for fewer than two samples.
     """
     if len(influence) < 2:

@@ -173,7 +173,7 @@ def read_rates(store: ArtifactStore, stages: Iterable[str], tracking_uri: str | 
             found = [each for each in store.read_manifests(names) if isinstance(each, Manifest)]
             found.sort(key=lambda manifest: str(manifest.provenance.get("created", "")), reverse=True)
             by_stage[stage] = [work for manifest in found for work in work_of(manifest)]
-    except (OSError, StorageError) as error:  # a prediction is no reason to stop
+    except (OSError, StorageError) as error:  # a prediction may not stop a command
         _log.warning("earlier measurements could not be read (%s)", error)
     missing = [stage for stage in wanted if not by_stage.get(stage)]
     if missing and tracking_uri is not None and _exists(tracking_uri):

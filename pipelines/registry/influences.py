@@ -156,6 +156,6 @@ def _paired_error(first: Evaluated, second: Evaluated, score: str, squares: Sequ
     if not (score in mine.by_score and score in theirs.by_score):
         return math.sqrt(sum(squares))
     difference = mine.by_score[score].astype(np.float64) - theirs.by_score[score]
-    # An error has a part that is no sampling error of the samples: the random subsets of the kernel distance.
+    # An error has a part that is not an error of drawing the samples: the random subsets of the kernel distance.
     own = [max(0.0, square - side.error(score) ** 2) for square, side in zip(squares, (mine, theirs), strict=True)]
     return math.sqrt(standard_error(difference, mine.labels) ** 2 + sum(own))

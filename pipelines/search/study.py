@@ -10,7 +10,7 @@ another model, space or seed never mix. A proposal depends only on the seed, its
 killed and continued proposes what an uninterrupted one does.
 
 A trial of Optuna is RUNNING until its batch is done. Then it is COMPLETE, with the score of all samples, or PRUNED, with its scores
-of fewer samples; for TPE more samples count more. A sampler beyond the budget is PRUNED without scores, and is no trial of the
+of fewer samples; for TPE more samples count more. A sampler beyond the budget is PRUNED without scores, and is not a trial of the
 search.
 """
 

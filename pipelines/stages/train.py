@@ -142,7 +142,7 @@ def _training(config: TrainConfig, architecture: ENATConfig) -> Work:
 
 
 def _done(config: TrainConfig, architecture: ENATConfig, history: list[dict[str, float]]) -> list[Done]:
-    """The steps with their time, without what lies between intervals. Elastic training changes the number of workers.
+    """The steps with their time, without the time between intervals. Elastic training changes the number of workers.
 
     Nothing if a row has no time: the checkpoint that was resumed may be of an older version.
     """

@@ -107,7 +107,7 @@ def resolve_uri(config: TrackingConfig, beside: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedInput:
-    """Data that a run or a model read. digest: of the content.   source: where it lies.   context: what it was read as."""
+    """Data that a run or a model read. digest: of the content.   source: where it is.   context: what it was read as."""
 
     name: str
     digest: str

@@ -59,7 +59,7 @@ class RayTrainer(DataParallelTrainer):  # type: ignore[misc]
 
 
 class _OwnWorkers(WorkerGroup):  # type: ignore[misc]
-    """Workers whose controller is no actor. They would only use it for Ray's checkpoints."""
+    """Workers whose controller is not an actor. They would only use it for Ray's checkpoints."""
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:

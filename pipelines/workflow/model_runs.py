@@ -35,23 +35,23 @@ _NO_DIFFERENCE = ("name", "workspace", "store", "targets", "cluster", "tracking"
 
 def words(values: Mapping[str, Any]) -> str | None:
     """Values by their keys, as a title says them. None if there are none, or one of them has no short words."""
-    said = [_WORDS[key].format(value) for key, value in values.items() if key in _WORDS]
-    return ", ".join(said) if said and len(said) == len(values) else None
+    parts = [_WORDS[key].format(value) for key, value in values.items() if key in _WORDS]
+    return ", ".join(parts) if parts and len(parts) == len(values) else None
 
 
 def of_overrides(overrides: Sequence[str]) -> str | None:
     """How a command's overrides ("train.num_steps=10") make its run differ. Places and machines make no difference."""
     values = dict(each.partition("=")[::2] for each in overrides)
     kept = {key: value for key, value in values.items() if key.partition(".")[0] not in _NO_DIFFERENCE and ".execution." not in key}
-    said = [_WORDS[key].format(value) for key, value in kept.items() if key in _WORDS]
+    parts = [_WORDS[key].format(value) for key, value in kept.items() if key in _WORDS]
     other = [
         f"{' '.join(dict.fromkeys((key.partition('.')[0], key.rpartition('.')[2])))} {value}"
         for key, value in kept.items()
         if key not in _WORDS
     ]
-    shown = other[-max(1, _NAMED - len(said)) :] if len(said) < _NAMED else []
+    shown = other[-max(1, _NAMED - len(parts)) :] if len(parts) < _NAMED else []
     more = len(other) - len(shown)
-    return ", ".join([*said, *(each[:_LETTERS] for each in shown), *([f"{more} more"] if more else [])]) or None
+    return ", ".join([*parts, *(each[:_LETTERS] for each in shown), *([f"{more} more"] if more else [])]) or None
 
 
 class ModelRuns:

@@ -206,8 +206,8 @@ def test_a_run_that_is_refused_ends_with_its_exit_code_and_is_not_queued_again(s
     sweep.write_text("# two runs\ntrain.learning_rate=1e-3\n'train.no_such_key=1'\n")
     process = slurm.start(SLURM_ARRAY_TASK_ID=index, ENAT_SWEEP=str(sweep))
     assert _wait(process, slurm) == code, slurm.output
-    said = {"1": "no_such_key", "7": f"{sweep} has 2 lines, and none for index 7; use --array=0-1"}[index]
-    assert said in slurm.output and "requeue 4711" not in ("\n".join(slurm.calls) if (slurm.folder / "calls").exists() else "")
+    reason = {"1": "no_such_key", "7": f"{sweep} has 2 lines, and none for index 7; use --array=0-1"}[index]
+    assert reason in slurm.output and "requeue 4711" not in ("\n".join(slurm.calls) if (slurm.folder / "calls").exists() else "")
     _nothing_remains(slurm)
 
 

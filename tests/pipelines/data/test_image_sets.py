@@ -123,9 +123,9 @@ def test_jpeg_files_are_counted_by_their_content_and_said(tmp_path, make_context
     console = Console(file=io.StringIO(), width=500)
     config = ImageSetConfig(path=str(tmp_path), name="other\x1b[31m", labels="none")
     result = image_set.run(config, {}, make_context(local_store, "images", "k" * 64, console=console))
-    said = console.file.getvalue()
+    shown = console.file.getvalue()
     assert result.summary.num_jpeg == 1
-    assert "1 of 2 images of other" in said and "stored as JPEG" in said and "\x1b[31m" not in said
+    assert "1 of 2 images of other" in shown and "stored as JPEG" in shown and "\x1b[31m" not in shown
 
 
 def test_stated_labels_are_part_of_the_key_and_must_be_possible(sets):

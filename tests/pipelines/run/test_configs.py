@@ -145,7 +145,7 @@ def test_protocols_are_checked_like_the_run(load: Callable[..., Any]) -> None:
 
 
 def test_a_dataset_must_be_said_where_a_target_needs_one(tmp_path: Path) -> None:
-    """No other images stand in for it, and a kind that is not said is not guessed."""
+    """No other images stand in for it, and a kind that is not given is not guessed."""
     weights = tmp_path / "weights"
     weights.write_bytes(b"weights")
     for given in ((), ("targets=[reference]",), ("targets=[tokenizer]",), ("dataset=null",), ("tokenizer.dataset.kind=digits",)):

@@ -1,4 +1,4 @@
-"""Known weights are imported by their name, from the place of known.yaml or a file, and what is not known of them is said."""
+"""Known weights are imported by their name, from the place of known.yaml or a file, and what is not known of them is stated."""
 
 from __future__ import annotations
 

@@ -171,9 +171,9 @@ def test_worker_that_is_killed_is_replaced_and_training_resumes_from_the_checkpo
     assert fitted.made is not None and fitted.made.summary.num_restarts == 1
     lost = r"worker 0 of 2 on 127\.0\.0\.1 \(process \d+\) was lost \(the process or its node has ended\)"
     restarts = rf"training restarts from step {second[0] - 1} with 2 workers, because {lost}"
-    for said in (fitted.output, caplog.text):  # the terminal and the log of the run
-        assert len(re.findall(rf"(?<!because ){lost}$", said, flags=re.MULTILINE)) == 1
-        assert len(re.findall(rf"{restarts}$", said, flags=re.MULTILINE)) == 1
+    for shown in (fitted.output, caplog.text):  # the terminal and the log of the run
+        assert len(re.findall(rf"(?<!because ){lost}$", shown, flags=re.MULTILINE)) == 1
+        assert len(re.findall(rf"{restarts}$", shown, flags=re.MULTILINE)) == 1
     tags = run.notes.with_suffix(".tags").read_text().splitlines()
     assert tags[-2:] == [f"enat.resumed_from_step={second[0] - 1}", "enat.restarts=1"]
 
