@@ -46,7 +46,9 @@ def test_only_a_small_run_on_this_machine_does_without(
     monkeypatch.setattr(connection, "is_connected", lambda: False)
     monkeypatch.setattr(prediction, "_SMALL_SECONDS", 1000.0)  # whatever else this machine did when the run was measured
     run = run_config.load_run(DIGITS, (*digits_run.overrides, f"workspace={digits_run.workspace}", *overrides))
-    assert prediction.does_without_ray(run, [*driver.plan(graph.build(run), digits_run.store)], digits_run.store) == expected
+    planned = [*driver.plan(graph.build(run), digits_run.store)]
+    assert prediction.does_without_ray(run, planned, digits_run.store) == expected
+    assert not prediction.does_without_ray(run, planned, digits_run.store, num_alike=10**6), "many small ones are not small"
 
 
 def _enat(*arguments: object) -> subprocess.CompletedProcess[str]:
