@@ -102,7 +102,9 @@ def does_without_ray(
         return False
     stages = graph.stages()
     try:
-        summaries = {id: stages[manifest.stage].summary.read(manifest) for id, manifest in (given or {}).items()}
+        summaries = {
+            id: stages[manifest.stage.removeprefix(SCRATCH)].summary.read(manifest) for id, manifest in (given or {}).items()
+        }
         rates = read_rates(store, {node.stage.name.removeprefix(SCRATCH) for node in nodes})
         machine = hardware.of_this_machine(run.cluster.num_cpus)
         prediction = predict([*map(_unscratched, planned)], rates, machine, num_jobs=1, given=summaries)
