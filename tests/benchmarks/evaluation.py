@@ -88,7 +88,7 @@ def rounds(place: Path, preset: str, short: int, long: int, num_rounds: int) -> 
 
 def stages(store: Any, inputs: dict[str, Any], count: int, key: str) -> dict[str, float]:
     """Seconds of stages generate and evaluate with Ray running. key: unused in the store."""
-    from pipelines.cluster.resources import Execution
+    from pipelines.cluster.resources import TokenizerExecution
     from pipelines.stages import evaluate, generate
     from pipelines.tracking.run import RunHandle
     from pipelines.workflow.stage import StageContext
@@ -110,7 +110,7 @@ def stages(store: Any, inputs: dict[str, Any], count: int, key: str) -> dict[str
     made = generate.run(sampled, {"model": inputs["model"]}, context("generate"))
     generated = time.perf_counter() - started
     inputs["samples"] = _commit(store, "generate", key, made.files, made.summary.to_dict(), dict(made.metrics))
-    scored = evaluate.EvaluateConfig(metrics=("frechet_distance",), execution=Execution(**execution))
+    scored = evaluate.EvaluateConfig(metrics=("frechet_distance",), execution=TokenizerExecution(**execution))
     started = time.perf_counter()
     evaluate.run(scored, inputs, context("evaluate"))
     return {"generate": generated, "evaluate": time.perf_counter() - started}

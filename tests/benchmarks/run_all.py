@@ -36,13 +36,23 @@ _RATIO = re.compile(r"(?P<what>.+?)_(?:over|share_of)_(?P<rival>.+)|(?P<name>.+)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True, help="Of the JSON files.")
 def main(names: tuple[str, ...], folder: Path) -> None:
     measured: dict[str, Any] = {}
+    failed: list[str] = []
     for name in names or BENCHMARKS:
         click.echo(f"{name} ...", err=True)
         command = [sys.executable, str(_FOLDER / f"{name}.py"), *BENCHMARKS[name], "--json"]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:
-            raise SystemExit(f"benchmark {name} failed: {finished.stderr}")
-        measured[name] = json.loads(finished.stdout)
+            failed.append(name)
+            click.echo(f"benchmark {name} failed: {finished.stderr}", err=True)
+        else:
+            measured[name] = json.loads(finished.stdout)
+    _keep(measured, folder)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; once fixed, measure them alone by their names")
+
+
+def _keep(measured: dict[str, Any], folder: Path) -> None:
+    """Write the figures, and print the table."""
     machine = where()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.now():%Y%m%d-%H%M%S}-{machine['commit'].rpartition('+')[2][:13]}.json"

@@ -40,5 +40,15 @@ def test_figures_are_kept_with_machine_and_commit(tmp_path: Path, monkeypatch: p
     (kept,) = (tmp_path / "kept").iterdir()
     content = json.loads(kept.read_text())
     assert content["figures"] == {"tiny": {"ours_over_theirs": 2.5}} and content["hardware"] and content["commit"]
-    (tmp_path / "tiny.py").write_text("import sys; sys.exit('no such machine')")
-    assert "benchmark tiny failed: no such machine" in CliRunner().invoke(run_all.main, []).output
+
+
+def test_a_benchmark_that_fails_loses_none_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text("import sys; sys.exit('no such machine')")
+    (tmp_path / "tiny.py").write_text("print('{\"ours_over_theirs\": 2.5}')")
+    monkeypatch.setattr(run_all, "_FOLDER", tmp_path)
+    monkeypatch.setattr(run_all, "BENCHMARKS", {"broken": (), "tiny": ()})
+    result = CliRunner().invoke(run_all.main, ["--folder", str(tmp_path / "kept")])
+    assert result.exit_code == 1 and "benchmark broken failed: no such machine" in result.output and "2.5" in result.output
+    assert result.output.splitlines()[-1].startswith("failed: broken;")
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert json.loads(kept.read_text())["figures"] == {"tiny": {"ours_over_theirs": 2.5}}
