@@ -194,7 +194,8 @@ def _wire(model: Model, run: RunConfig, request: Request, recorded: Mapping[str,
         if part.stage.reevaluation == "measured":
             wired.add(part, replace(run, train=own_model, reference=compared_with, evaluate=replace(run.evaluate, images=None)))
     # Sampling comes when all else of the evaluation is there, so that it has the cluster for itself.
-    ordered = sorted(wired.nodes.values(), key=lambda node: (node.stage is evaluate.STAGE, node.stage is generate.STAGE))
+    sampled = driver.with_dependents(wired.nodes.values(), generate.STAGE.name)
+    ordered = sorted(wired.nodes.values(), key=lambda node: (node.stage is evaluate.STAGE, node.id in sampled))
     return Plan(tuple(ordered), wired.given)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -68,6 +68,15 @@ def look_up(nodes: Sequence[Node], store: ArtifactStore, given: Mapping[str, Man
         key = stage_key(node, known)
         manifest = found[node.id] = store.read_manifest(node.stage.name, key)
         yield PlannedStage(node, key, manifest, 0 if manifest else len(store.read_parts(node.stage.name, key)))
+
+
+def with_dependents(nodes: Iterable[Node], id: str) -> set[str]:
+    """The ids of a node and of all that wait for it, directly or not. The nodes are in the order of the graph."""
+    found = {id}
+    for node in nodes:
+        if found.intersection(node.inputs.values()):
+            found.add(node.id)
+    return found
 
 
 def execute(
@@ -207,10 +216,7 @@ class _Execution:
 
     def _rest_waits_for(self, node: Node) -> bool:
         """Whether nothing else of the run can be computed beside a node."""
-        later = {node.id}
-        for other in self._nodes:
-            if later.intersection(other.inputs.values()):
-                later.add(other.id)
+        later = with_dependents(self._nodes, node.id)
         return all(other.id in later or other.id in self._finished or other.id in self._errors for other in self._nodes)
 
     def _reuse(self, work: NodeRun) -> bool:

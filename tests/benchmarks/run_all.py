@@ -37,6 +37,9 @@ _RATIO = re.compile(r"(?P<what>.+?)_(?:over|share_of)_(?P<rival>.+)|(?P<name>.+)
 def main(names: tuple[str, ...], folder: Path) -> None:
     measured: dict[str, Any] = {}
     failed: list[str] = []
+    machine = where()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{datetime.now():%Y%m%d-%H%M%S}-{machine['commit'].rpartition('+')[2][:13]}.json"
     for name in names or BENCHMARKS:
         click.echo(f"{name} ...", err=True)
         command = [sys.executable, str(_FOLDER / f"{name}.py"), *BENCHMARKS[name], "--json"]
@@ -46,25 +49,21 @@ def main(names: tuple[str, ...], folder: Path) -> None:
             click.echo(f"benchmark {name} failed: {finished.stderr}", err=True)
         else:
             measured[name] = json.loads(finished.stdout)
-    _keep(measured, folder)
+            path.write_text(json.dumps({**machine, "figures": measured}, indent=1))  # now, because the others may take half an hour
+    if measured:
+        _show(measured, machine)
+        click.echo(f"all figures: {path}")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; once fixed, measure them alone by their names")
 
 
-def _keep(measured: dict[str, Any], folder: Path) -> None:
-    """Write the figures, and print the table."""
-    machine = where()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{datetime.now():%Y%m%d-%H%M%S}-{machine['commit'].rpartition('+')[2][:13]}.json"
-    path.write_text(json.dumps({**machine, "figures": measured}, indent=1))
+def _show(measured: dict[str, Any], machine: dict[str, str]) -> None:
     table = Table(title=f"{machine['hardware']}, {machine['commit']}", title_justify="left", box=None)
     for title in ("benchmark", "what", "over", "ratio"):
         table.add_column(title, justify="right" if title == "ratio" else "left")
     for row in rows(measured):
         table.add_row(*row)
-    console = Console(width=120)
-    console.print(table)
-    console.print(f"all figures: {path}", soft_wrap=True, highlight=False)
+    Console(width=120).print(table)
 
 
 def rows(measured: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
