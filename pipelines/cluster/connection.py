@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipelines.cluster.resources import Workers
 
 LOCAL = "local"
+_MOST_WARM = 8  # processes that import ahead: one for each CPU of a small machine
 _QUIET = {
     "RAY_AUTH_MODE": "token",  # explicit, because an unset mode warns; keeps other users out of the local cluster
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -130,11 +131,16 @@ def connect(config: ClusterConfig) -> None:
 
 
 def warm_up(modules: Sequence[str]) -> None:
-    """Have the processes of a new local cluster import modules, which takes seconds, while the driver does other things."""
+    """Have processes of a cluster of one machine import modules, which takes seconds, while the driver does other things.
+
+    On more machines, Ray may start the tasks that need the modules on others.
+    """
     import ray
 
+    if not modules or len(ray.nodes()) > 1:
+        return
     task = ray.remote(num_cpus=1)(_import)
-    for _ in range(int(ray.cluster_resources().get("CPU", 1)) if modules else 0):
+    for _ in range(min(int(ray.cluster_resources().get("CPU", 1)), _MOST_WARM)):
         task.remote(modules)
 
 

@@ -25,6 +25,7 @@ import psutil
 from rich.console import Console
 
 from pipelines.artifacts.manifest import Manifest, inputs_of
+from pipelines.cluster import connection
 from pipelines.evaluation.protocol import SCORES
 from pipelines.formatting import show_age
 from pipelines.reevaluation import plan as reevaluation_plan
@@ -35,6 +36,7 @@ from pipelines.registry.evaluation_record import EvaluationRecord
 from pipelines.registry.influences import Evaluated, evaluated
 from pipelines.run import prediction as run_prediction
 from pipelines.run import runner
+from pipelines.stages import generate
 from pipelines.storage.base import digest_of
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
@@ -124,6 +126,9 @@ def reevaluate(request: Request, source: str, options: Options, console: Console
     """
     config = request.config
     uri = runner.tracking_uri(config)
+    is_certain = options.is_fresh and options.older_than is None and not options.is_dry_run
+    if is_certain and connection.address_of(config.cluster) != connection.LOCAL:
+        runner.connect(config, console, generate.STAGE.imports)  # its processes start and import while the registry is asked
     with console.status("asking the registry"):
         at_alias = search.versions_at(uri, options.alias)
         named = [version for version in at_alias if any(fnmatchcase(version.name, pattern) for pattern in options.match)]

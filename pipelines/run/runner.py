@@ -129,8 +129,8 @@ def evaluation_of(
 class Connector:
     """Connects to Ray when it is called first. seconds: that it took, which are time of no stage.
 
-    If the first stage to compute needs Ray, it connects at once: meanwhile MLflow is imported. A new local cluster imports what the
-    tasks of the first stage with workers import.
+    If the first stage to compute needs Ray, it connects at once: meanwhile MLflow is imported. A cluster of one machine imports
+    what the tasks of the first stage with workers import.
     """
 
     def __init__(self, config: RunConfig, console: Console, missing: Sequence[Node] = (), *, is_needed: bool = True) -> None:
@@ -149,11 +149,15 @@ class Connector:
         if connection.is_connected() or not self._is_needed:
             return
         started = time.monotonic()
-        with self._console.status("connecting to Ray"):
-            connection.connect(self._config.cluster)
-        if connection.is_local():
-            connection.warm_up(self._imports)
+        connect(self._config, self._console, self._imports)
         self.seconds += time.monotonic() - started
+
+
+def connect(config: RunConfig, console: Console, imports: Sequence[str]) -> None:
+    """imports: modules that tasks of the first stage need."""
+    with console.status("connecting to Ray"):
+        connection.connect(config.cluster)
+    connection.warm_up(imports)
 
 
 def default_jobs(cluster: ClusterConfig) -> int | None:

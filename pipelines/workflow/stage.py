@@ -66,7 +66,7 @@ class Stage:
     files: patterns of the names of its files and records.
     external: fields of the config that name files outside the store.
     workers: what a config asks the cluster for; None if it asks for nothing.
-    imports: modules that Ray's tasks of this stage import, and that take long. A new local cluster imports them ahead.
+    imports: modules that Ray's tasks of this stage import, and that take long. A cluster of one machine imports them ahead.
     does_without_ray: whether `run` also works in the process of the driver, for a run so small that starting Ray would take longer.
     describe: the sentence that lists an artifact; "" lists its first metrics.
     reevaluation: what happens to the artifact when a registered model is evaluated again. "kept": it is reused, because it is part

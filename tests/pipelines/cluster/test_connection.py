@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 import pytest
+
+from pipelines.cluster import connection
 
 _COMMAND = """
 import atexit, os, time
@@ -44,3 +49,21 @@ def test_no_process_outlives_the_command_that_started_a_local_cluster() -> None:
     for process in left:
         process.kill()
     assert not names
+
+
+def test_processes_of_one_machine_import_ahead(ray_cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On several machines, nobody knows which processes will need the modules."""
+    import ray
+
+    def note(modules: Sequence[str]) -> None:
+        (tmp_path / " ".join(modules)).touch()
+
+    monkeypatch.setattr(connection, "_import", note)
+    nodes = ray.nodes()
+    with monkeypatch.context() as several:
+        several.setattr(ray, "nodes", lambda: [*nodes, *nodes])
+        several.setattr(ray, "remote", lambda **resources: pytest.fail("no process needs to import anything"))
+        connection.warm_up(["torch", "enat.sampler"])
+    connection.warm_up(["torch", "enat.sampler"])
+    while not (tmp_path / "torch enat.sampler").exists():  # until the time of the test is over
+        time.sleep(0.05)
