@@ -128,7 +128,8 @@ def reevaluate(request: Request, source: str, options: Options, console: Console
     uri = runner.tracking_uri(config)
     is_certain = options.is_fresh and options.older_than is None and not options.is_dry_run
     if is_certain and connection.address_of(config.cluster) != connection.LOCAL:
-        runner.connect(config, console, generate.STAGE.imports)  # its processes start and import while the registry is asked
+        sampling = config.generate.execution
+        runner.connect(config, console, () if sampling.gpus_per_worker else generate.STAGE.imports)  # while the registry is asked
     with console.status("asking the registry"):
         at_alias = search.versions_at(uri, options.alias)
         named = [version for version in at_alias if any(fnmatchcase(version.name, pattern) for pattern in options.match)]

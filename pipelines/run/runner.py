@@ -141,7 +141,7 @@ class Connector:
             connection.import_ahead({name: None for node in missing for name in node.stage.imports})
             return
         with_workers = next((node for node in missing if node.stage.workers(node.config) is not None), None)
-        self._imports = with_workers.stage.imports if with_workers is not None else ()
+        self._imports = _imports_of(with_workers) if with_workers is not None else ()
         if with_workers is not None and with_workers is missing[0]:
             self()
 
@@ -151,6 +151,12 @@ class Connector:
         started = time.monotonic()
         connect(self._config, self._console, self._imports)
         self.seconds += time.monotonic() - started
+
+
+def _imports_of(node: Node) -> tuple[str, ...]:
+    """Modules that processes can import ahead. Workers with GPUs always have processes of their own."""
+    workers = node.stage.workers(node.config)
+    return () if workers is None or workers.gpus_per_worker else node.stage.imports
 
 
 def connect(config: RunConfig, console: Console, imports: Sequence[str]) -> None:

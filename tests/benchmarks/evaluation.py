@@ -94,7 +94,7 @@ def stages(store: Any, inputs: dict[str, Any], count: int, key: str) -> dict[str
     from pipelines.workflow.stage import StageContext
 
     cpus = os.cpu_count() or 1
-    execution = {"num_workers": 1, "cpus_per_worker": cpus, "worker_batch_size": _IMAGES_PER_PASS * cpus}
+    execution: dict[str, Any] = {"num_workers": 1, "cpus_per_worker": cpus, "worker_batch_size": _IMAGES_PER_PASS * cpus}
 
     def context(stage: str) -> StageContext:
         console = Console(stderr=True, quiet=True)
@@ -109,6 +109,7 @@ def stages(store: Any, inputs: dict[str, Any], count: int, key: str) -> dict[str
     started = time.perf_counter()
     made = generate.run(sampled, {"model": inputs["model"]}, context("generate"))
     generated = time.perf_counter() - started
+    assert made.summary is not None
     inputs["samples"] = _commit(store, "generate", key, made.files, made.summary.to_dict(), dict(made.metrics))
     scored = evaluate.EvaluateConfig(metrics=("frechet_distance",), execution=TokenizerExecution(**execution))
     started = time.perf_counter()

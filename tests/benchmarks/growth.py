@@ -33,7 +33,14 @@ _SAMPLES = (10_000, 25_000, 50_000)
 _IMAGES = (500, 2000, 8000)
 _ARTIFACTS = (100, 2000, 20_000)
 _WIDTH = 2048  # of Inception's features
-_MODEL = {"encoder_layers": 4, "decoder_layers": 2, "embed_dim": 256, "num_heads": 4, "codebook_size": 1024, "num_classes": 1000}
+_MODEL: dict[str, Any] = {
+    "encoder_layers": 4,
+    "decoder_layers": 2,
+    "embed_dim": 256,
+    "num_heads": 4,
+    "codebook_size": 1024,
+    "num_classes": 1000,
+}
 _LIGHT = Workload(
     {"resolution": 64, "base_channels": 32, "channel_multipliers": [1, 1, 1], "num_res_blocks": 1}, (80, 64), (1000, 8000), 256
 )

@@ -93,7 +93,7 @@ def project(
     compiled: bool = False,
 ) -> dict[str, Any]:
     """Minutes with the settings of the stages, and with the fastest ones. fastest: name of a sampler and its images per second."""
-    given = {"batch_size": batch_size, "device": device, "num_rounds": num_rounds}
+    given: dict[str, Any] = {"batch_size": batch_size, "device": device, "num_rounds": num_rounds}
     speeds = {
         "sampling": sampling(preset, precision=precision, compiled=compiled, **given),
         "decoding": decoding(precision="fp32", **given),

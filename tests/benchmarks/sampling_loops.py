@@ -53,7 +53,8 @@ def obvious_sample(model: ENAT, conditions: Tensor, uniforms: Tensor, config: Sa
             model, tokens.repeat(2, 1), conditions, features if config.reuse else None, mask_before if config.reuse else None
         )
         mask_before = mask.repeat(2, 1)
-        tokens = _revealed(tokens, mask, *logits.float().chunk(2), uniforms, step, config)
+        cond, uncond = logits.float().chunk(2)
+        tokens = _revealed(tokens, mask, cond, uncond, uniforms, step, config)
     return tokens
 
 
@@ -122,9 +123,9 @@ def compare(
     model = _model(preset, precision, device)
     conditions, uniforms = inputs(model, batch_size, REUSE, device)
     samplers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "obvious": lambda *given: obvious_sample(model, *given, FRESH),
-        "obvious_reuse": lambda *given: obvious_sample(model, *given, REUSE),
-        "published_like": lambda *given: published_like_sample(model, *given, REUSE),
+        "obvious": lambda conditions, uniforms: obvious_sample(model, conditions, uniforms, FRESH),
+        "obvious_reuse": lambda conditions, uniforms: obvious_sample(model, conditions, uniforms, REUSE),
+        "published_like": lambda conditions, uniforms: published_like_sample(model, conditions, uniforms, REUSE),
         "fresh": Loop(model, FRESH),
         "reuse": Loop(model, REUSE),
     }
@@ -191,7 +192,11 @@ def options_over_plain(preset: str, *, batch_size: int, device: str, precision: 
         return decode_steps(model, conditions, start[: len(uniforms)], uniforms, REUSE, num_given=num_tokens // 2)[-1]
 
     filtered = Loop(model, SamplerConfig(top_k=512, top_p=0.95))
-    samplers = {"plain": Loop(model, REUSE), "filtered": filtered, "half_given": half_given}
+    samplers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "plain": Loop(model, REUSE),
+        "filtered": filtered,
+        "half_given": half_given,
+    }
     speeds = images_per_second(samplers, conditions, uniforms, num_rounds)
     macs = [generation_cost(model.config, REUSE, num_given=count).executed_transformer_macs for count in (0, num_tokens // 2)]
     return {
@@ -205,7 +210,7 @@ def one_image(preset: str, precision: str, num_rounds: int) -> dict[str, float]:
     """A batch of one image: speed relative to the published-like sampler."""
     model = _model(preset, precision, "cpu")
     samplers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "published_like": lambda *given: published_like_sample(model, *given, REUSE),
+        "published_like": lambda conditions, uniforms: published_like_sample(model, conditions, uniforms, REUSE),
         "reuse": Loop(model, REUSE),
     }
     speeds = images_per_second(samplers, *inputs(model, 1, REUSE, "cpu"), 2 * num_rounds)
@@ -242,7 +247,7 @@ def measure(
     """
     if device == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
-    given = {"batch_size": batch_size, "device": device, "precision": precision, "num_rounds": num_rounds}
+    given: dict[str, Any] = {"batch_size": batch_size, "device": device, "precision": precision, "num_rounds": num_rounds}
     peak = matmul_peak(torch.device(device), DTYPES[precision]) / 1e12
     figures = compare(preset, compiled=compiled, **given)
     speeds = {name.removesuffix(_SPEED): value for name, value in figures.items() if name.endswith(_SPEED)}

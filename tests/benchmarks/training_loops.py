@@ -13,14 +13,14 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -92,7 +92,7 @@ class PublishedLikeLoop:
 
     def __init__(self, model: ENAT, precision: str) -> None:
         self.model, self.ema = model.train(), copy.deepcopy(model).eval().requires_grad_(False)
-        settings = {"lr": 4e-4, "betas": (0.99, 0.99), "weight_decay": 0.03}
+        settings: dict[str, Any] = {"lr": 4e-4, "betas": (0.99, 0.99), "weight_decay": 0.03}
         self.optimizer = torch.optim.AdamW(model.parameters(), foreach=False, fused=False, **settings)
         self.precision = precision
 
@@ -154,13 +154,14 @@ def dense_forward(
     mask, embedded, condition = _embedded(model, tokens, labels, dropout)
     old, projected = torch.zeros_like(mask), None
     if previous is not None:
+        assert mask_before is not None and model.previous_projection is not None
         old, projected = ~mask_before, model.previous_projection(previous)
     new, x = ~mask & ~old, embedded
-    for block in model.encoder:
+    for block in _blocks(model.encoder):
         x = _dense_block(block, x, projected, condition, torch.cat([old, new], dim=1) if projected is not None else new)
     visible = torch.where(old[..., None], projected, x) if projected is not None else x
     y = embedded
-    for block in model.decoder:
+    for block in _blocks(model.decoder):
         y = _dense_block(block, y, visible, condition, torch.cat([~mask, mask], dim=1))
     features = torch.where(mask[..., None], y, visible)
     return features, model.head(features, model.token_embedding.weight)
@@ -189,24 +190,32 @@ def gathered_forward(
     mask, embedded, condition = _embedded(model, tokens, labels, dropout)
     old, projected = torch.zeros_like(mask), None
     if previous is not None:
+        assert mask_before is not None and model.previous_projection is not None
         old = ~mask_before
         projected = model.previous_projection(_rows(previous, old))
     x = _rows(embedded, ~mask & ~old)
     if x.shape[1]:
-        for block in model.encoder:
+        for block in _blocks(model.encoder):
             x = _plain_block(block, x, projected, condition, _explicit_attention)
     features = embedded.masked_scatter((~mask & ~old)[..., None], x)
     if projected is not None:
         features = features.masked_scatter(old[..., None], projected)
     visible, y = _rows(features, ~mask), _rows(embedded, mask)
-    for block in model.decoder:
+    for block in _blocks(model.decoder):
         y = _plain_block(block, y, visible, condition, _explicit_attention)
     features = features.masked_scatter(mask[..., None], y)
     return features, model.head(features, model.token_embedding.weight)
 
 
+def _blocks(blocks: nn.ModuleList) -> Iterator[Block]:
+    for block in blocks:
+        assert isinstance(block, Block)
+        yield block
+
+
 def _embedded(model: ENAT, tokens: Tensor, labels: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Which tokens are masked, the embedded tokens and the input of adaLN."""
+    assert model.label_embedding is not None
     position = torch.arange(tokens.shape[1], device=tokens.device)
     embedded = model.embedding_norm(model.token_embedding(tokens) + model.position_embedding(position))
     if dropout is not None:
@@ -229,6 +238,7 @@ def _plain_block(
     chunks = [chunk[:, None] for chunk in block.modulation(condition).chunk(8, dim=-1)]
     shift, scale, shift_cond, scale_cond, gate, shift_mlp, scale_mlp, gate_mlp = chunks
     attention, heads = block.attention, block.attention.num_heads
+    assert attention.key_value_own is not None and attention.key_value_conditioning is not None
     own = _normalized(x) * (1 + scale) + shift
     key_value = attention.key_value_own(own)
     if conditioning is not None:
