@@ -15,7 +15,7 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -61,12 +61,14 @@ class FeatureSpec:
 
     images_per_pass: P.   kept: ascending indices of the images whose "features" and "logits" are stored, or None for all. An index
     counts readable images within its block.   prefix: of the names of files, for several sets of images under one key.
+    num_shown: of the first images, whose pixels are returned, at most BLOCK_SIZE.
     """
 
     num_images: int
     images_per_pass: int
     kept: np.ndarray | None = None
     prefix: str = ""
+    num_shown: int = 0
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -80,6 +82,7 @@ class FeatureSet:
     files: safetensors with the kept rows, in order, for read_rows.
     worker_seconds: summed over workers.   device_seconds: of the actors that hold the network.   decoding_seconds: the share of
     these actors' time that was spent on decoding images.   changes: by number formats other than fp32, on the first images.
+    shown: uint8 (R, 3, H, W), the first images as they were decoded here; None if an earlier call decoded them.
     """
 
     count: int
@@ -90,6 +93,7 @@ class FeatureSet:
     device_seconds: float
     decoding_seconds: float
     changes: dict[str, float] = field(default_factory=dict)
+    shown: np.ndarray | None = None
 
 
 def drawn_evenly(num_images: int, count: int, seed: int) -> np.ndarray:
@@ -143,6 +147,7 @@ def compute_features(
     parts = [range(start, min(start + size, spec.num_images)) for start in range(0, spec.num_images, size)]
     own = _PartWriter(parts, spec.prefix, context)
     first_part = len(own.records)
+    shown: list[np.ndarray] = []
     with context.bar(spec.num_images, "images") as bar:
         bar.update(sum(len(part) for part in parts[:first_part]))
         if first_part < len(parts):
@@ -152,7 +157,7 @@ def compute_features(
             job = _job(reader, spec, sources, execution, context)
             here = partial(_in_process, reader, spec, sources, execution)
             with closing(stream_records(_blocks(parts, first_part), job, id="block", in_process=here)) as computed:
-                _write_all(writers, parts, first_part, computed, bar.advance)
+                _write_all(writers, parts, first_part, _without_pixels(computed, shown), bar.advance)
     records, moments = own.records, own.moments
     count = sum(record["rows"] for record in records)
     if not count:
@@ -166,6 +171,7 @@ def compute_features(
         device_seconds=execution.device_seconds(sum(record["seconds"] for record in records)),
         decoding_seconds=sum(record["decoding_seconds"] for record in records),
         changes=records[0].get("changes", {}),
+        shown=shown[0] if shown else None,
     )
 
 
@@ -256,12 +262,13 @@ class _Outputs:
 @dataclass(frozen=True)
 class _Pass:
     """Outputs and measures of the images of one pass by extractor, its duration, and the parts of it that decoding and each
-    extractor took."""
+    extractor took. pixels: of the images, if they are shown."""
 
     outputs: list[dict[str, np.ndarray]]
     seconds: float
     decoding_seconds: float
     extracting_seconds: list[float]
+    pixels: np.ndarray | None
 
 
 def _load(batch: dict[str, np.ndarray], reader: BlockReader) -> dict[str, list[_Loaded]]:
@@ -297,7 +304,9 @@ class _Extract:
         started = time.monotonic()
         loaded: _Loaded = batch["block"][0]
         num_rows = len(next(iter(loaded.rows.values())))
-        results = list(self.pool.map(self._pass, passes_of(loaded.rows, self.spec.images_per_pass)))
+        passes = passes_of(loaded.rows, self.spec.images_per_pass)
+        num_shown = -(-self.spec.num_shown // self.spec.images_per_pass) if loaded.block["start"] == 0 else 0
+        results = list(self.pool.map(self._pass, passes, [number < num_shown for number in range(len(passes))]))
         selected = []
         for number, extractor in enumerate(self.extractors):
             outputs = {
@@ -320,6 +329,9 @@ class _Extract:
         }
         if loaded.block["start"] == 0 and num_rows and any(_exact(each) is not each for each in (self.reader, *self.sources)):
             record["changes"] = self._changes(loaded)
+        pixels = [result.pixels for result in results if result.pixels is not None]
+        if loaded.block["start"] == 0 and pixels:
+            record["pixels"] = np.concatenate(pixels)[: self.spec.num_shown]
         return {"record": [record]}
 
     def _changes(self, loaded: _Loaded) -> list[dict[str, float]]:
@@ -348,7 +360,7 @@ class _Extract:
         own = [changed.get(f"{number}/feature_change") for number in range(len(self.sources))]
         return [of_all | ({"feature_change": float(values.mean())} if values is not None else {}) for values in own]
 
-    def _pass(self, rows: Mapping[str, np.ndarray]) -> _Pass:
+    def _pass(self, rows: Mapping[str, np.ndarray], is_shown: bool) -> _Pass:
         times: list[float] = []
 
         def outputs(padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -356,7 +368,10 @@ class _Extract:
             decoded = self.decoder(padded)
             wait_for(self.device)
             times.append(time.perf_counter())
-            found: dict[str, torch.Tensor] = {}
+            levels = decoded.images
+            found: dict[str, torch.Tensor] = (
+                {"pixels": (levels + 0.5).byte() if levels.is_floating_point() else levels} if is_shown else {}
+            )
             for number, extractor in enumerate(self.extractors):
                 if decoded.images.is_floating_point() and not getattr(extractor, "takes_float", False):
                     raise ValueError(f"{type(extractor).__name__} takes 8-bit images only; set evaluate.rounding to uint8")
@@ -368,12 +383,13 @@ class _Extract:
 
         started = time.perf_counter()
         found = run_pass(outputs, rows, self.spec.images_per_pass, self.device)
+        pixels = found.pop("pixels", None)
         by_extractor: list[dict[str, np.ndarray]] = [{} for _ in self.extractors]
         for place, values in found.items():
             number, _, name = place.partition("/")
             by_extractor[int(number)][name] = values
         decoding, *extracting = np.diff(times).tolist()
-        return _Pass(by_extractor, time.perf_counter() - started, decoding, extracting)
+        return _Pass(by_extractor, time.perf_counter() - started, decoding, extracting, pixels)
 
     def _check(self, extractor: FeatureExtractor, outputs: Mapping[str, np.ndarray], block: Mapping[str, int]) -> None:
         where = f"images {block['start']} to {block['stop'] - 1}"
@@ -407,6 +423,14 @@ _PART_PREFIX = "features-"
 
 def _part_name(part: int, prefix: str) -> str:
     return f"{prefix}{_PART_PREFIX}{part:05d}.safetensors"
+
+
+def _without_pixels(records: Iterable[dict[str, Any]], shown: list[np.ndarray]) -> Iterator[dict[str, Any]]:
+    """The records; pixels go to `shown`."""
+    for record in records:
+        if "pixels" in record:
+            shown.append(record.pop("pixels"))
+        yield record
 
 
 def _write_all(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,9 @@ from pipelines.workflow.costs import cost_metrics
 from pipelines.workflow.inputs import read_checkpoint, tracked_inputs
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import MAIN, PublishContext
+
+if TYPE_CHECKING:
+    import torch
 
 GRID = "samples.png"
 # Scores that are shown, with their titles.
@@ -140,15 +143,28 @@ def scheme_of(samples: Manifest) -> str:
     return NO_LABELS
 
 
-def sample_grid(reader: BlockReader, inputs: Mapping[str, Manifest], images_per_pass: int) -> Image.Image:
-    """The first samples in order, a column per class if classes come in turn. Only samples that are shown are decoded."""
-    samples = inputs["samples"]
-    num_classes, side = samples_summary(samples).num_classes, resolution_of(samples, inputs)
-    columns = num_classes if 2 <= num_classes <= _MOST_COLUMNS else 8
-    shown = min(columns * max(2, (64 if side <= _LARGE else 32) // columns), num_samples_of(samples))
-    num_passes = -(-shown // images_per_pass)
-    images = read_images(reader, 0, shown, -(-shown // num_passes))
-    return make_grid(images, columns=columns, scale=max(1, _LARGE // side))
+def sample_grid(images: torch.Tensor, inputs: Mapping[str, Manifest]) -> Image.Image:
+    """The first samples in order, a column per class if classes come in turn. images: uint8 (R, 3, H, W), from shown_images."""
+    side = resolution_of(inputs["samples"], inputs)
+    return make_grid(images, columns=_num_columns(inputs["samples"]), scale=max(1, _LARGE // side))
+
+
+def num_shown(inputs: Mapping[str, Manifest], num_samples: int | None = None) -> int:
+    """How many samples the grid shows. num_samples: that are evaluated, the first ones; None for all."""
+    samples, columns = inputs["samples"], _num_columns(inputs["samples"])
+    most = 64 if resolution_of(samples, inputs) <= _LARGE else 32
+    return min(columns * max(2, most // columns), num_samples_of(samples, num_samples))
+
+
+def shown_images(reader: BlockReader, count: int, images_per_pass: int) -> torch.Tensor:
+    """The first samples, decoded here and alone. images_per_pass: at most so many at once."""
+    num_passes = -(-count // images_per_pass)
+    return read_images(reader, 0, count, -(-count // num_passes))
+
+
+def _num_columns(samples: Manifest) -> int:
+    num_classes = samples_summary(samples).num_classes
+    return num_classes if 2 <= num_classes <= _MOST_COLUMNS else 8
 
 
 def tags_of(manifest: Manifest, inputs: Mapping[str, Manifest], node: str, titles: Mapping[str, str]) -> dict[str, str]:

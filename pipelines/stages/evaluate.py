@@ -62,6 +62,8 @@ from pipelines.workflow.summary import Summary
 from pipelines.workflow.work import Done, Foreseen, Work
 
 if TYPE_CHECKING:
+    import torch
+
     from enat.metrics.moments import Moments
 
 
@@ -189,8 +191,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageCo
         clip_digest=config.clip_digest(),
         precision=config.precision,
     )
-    shown = sample_reader(context.store, samples, inputs.get("tokenizer"), config.images, precision=config.precision)
-    grid = evaluation_protocol.sample_grid(shown, inputs, real_images.images_per_pass)
+    grid = evaluation_protocol.sample_grid(_shown(jobs[0], config, inputs, context), inputs)
     all_jobs = (*jobs, *clip_jobs)
     told = {name: _SUMMARIES[name].read(inputs[name]) for name in _SUMMARIES if name in inputs}
     works = _work(config, num_samples, len(jobs), {**told, "samples": evaluation_protocol.samples_summary(samples)})
@@ -306,11 +307,23 @@ def _features(config: EvaluateConfig, inputs: Mapping[str, Manifest], context: S
             num_images=evaluation_protocol.num_samples_of(samples, config.num_samples),
             images_per_pass=ReferenceSummary.read(reference).images_per_pass,
             prefix=_prefix(replicate),
+            num_shown=0 if replicate else evaluation_protocol.num_shown(inputs, config.num_samples),
         )
         places = (context.store, samples, inputs.get("tokenizer"), config.images)
         reader = sample_reader(*places, rounding=config.rounding, replicate=replicate, **_decoding(config))
         found.append(compute_features(reader, spec, extractor, config.execution, context, beside=_beside(config, inputs, context)))
     return found
+
+
+def _shown(job: FeatureSet, config: EvaluateConfig, inputs: Mapping[str, Manifest], context: StageContext) -> torch.Tensor:
+    """The samples of the grid. Those whose features were computed by an earlier command are decoded again, in this process."""
+    import torch
+
+    if job.shown is not None:
+        return torch.from_numpy(job.shown)
+    reader = sample_reader(context.store, inputs["samples"], inputs.get("tokenizer"), config.images, precision=config.precision)
+    count = evaluation_protocol.num_shown(inputs, config.num_samples)
+    return evaluation_protocol.shown_images(reader, count, ReferenceSummary.read(inputs["reference"]).images_per_pass)
 
 
 def _decoding(config: EvaluateConfig) -> dict[str, Any]:

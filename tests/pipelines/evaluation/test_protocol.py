@@ -136,6 +136,8 @@ def test_picture_decodes_only_what_it_shows(side, num_classes, num_samples, imag
     reader = CountingReader(side)
     summary = summary_of("images", num_classes=num_classes, num_images=num_samples, resolution=side)
     samples = Manifest(stage="images", key="c" * 64, config={}, summary=summary, **FIELDS)
-    picture = np.asarray(evaluation_protocol.sample_grid(reader, {"samples": samples}, images_per_pass))
+    inputs = {"samples": samples}
+    images = evaluation_protocol.shown_images(reader, evaluation_protocol.num_shown(inputs), images_per_pass)
+    picture = np.asarray(evaluation_protocol.sample_grid(images, inputs))
     assert reader.loaded == [(0, shown)] and reader.decoded == passes
     assert set(range(1, shown)) <= set(np.unique(picture).tolist())

@@ -240,6 +240,23 @@ def test_without_ray_the_driver_computes_the_same(
     assert _not_timed(found) == _not_timed(expected)
 
 
+def test_the_driver_decodes_samples_for_the_picture_only_after_a_restart(
+    material: Material, make_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execution = TokenizerExecution(worker_batch_size=64)
+    config = evaluate.EvaluateConfig(settings=SETTINGS, dataset=DatasetConfig(kind="digits"), execution=execution)
+
+    def picture() -> str:
+        return (
+            evaluate.run(config, material.inputs, make_context(material.store, "evaluate", _key(is_shown=True))).records[0].sha256
+        )
+
+    with monkeypatch.context() as without:
+        without.setattr(evaluation_protocol, "read_images", None)
+        by_workers = picture()
+    assert picture() == by_workers, "the features are there now, so the driver decodes"
+
+
 @pytest.mark.slow
 def test_scores_equal_those_of_torch_fidelity_and_scipy(evaluated: Callable[..., StageResult], outputs, material: Material) -> None:
     from scipy.linalg import sqrtm
@@ -556,7 +573,7 @@ def test_everything_is_decoded_in_the_stated_precision(
     monkeypatch.setattr(evaluate, "sample_reader", reader)
     config = evaluate.EvaluateConfig(metrics=(), judge="svc", precision="bf16", dataset=DatasetConfig(kind="digits"))
     evaluate.run(config, material.inputs, make_context(material.store, "evaluate", "8" * 64))
-    assert used == ["bf16"] * 3
+    assert used == ["bf16"] * 2, "for the features, with the picture, and for the judge"
 
 
 def test_a_compiled_decoder_is_compared_with_one_that_is_not(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
