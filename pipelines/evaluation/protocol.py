@@ -82,14 +82,15 @@ def protocol_of(
         "num_kept": real.num_kept,
         "rounding": f"{rounding}, stored as JPEG" if getattr(samples_summary(samples), "num_jpeg", 0) else rounding,
         "labels": scheme_of(samples),
-        "metric_version": _metric_version(settings),
+        "metric_version": metric_version(settings),
         **({"clip": clip_digest} if clip_digest is not None else {}),
         **({"decoder": precision} if precision != "fp32" else {}),
         **({"extractor_precision": real.precision} if real.precision != "fp32" else {}),
     }
 
 
-def _metric_version(settings: ScoreSettings) -> str:
+def metric_version(settings: ScoreSettings) -> str:
+    """Of the scores: what they are defined as, with settings other than the usual ones."""
     usual = asdict(ScoreSettings())
     changed = [f"{name} {value}" for name, value in asdict(settings).items() if value != usual[name]]
     return ", ".join([str(METRIC_VERSION), *changed])

@@ -203,16 +203,13 @@ def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
     """An evaluation is not reused if the definition of its scores has changed since. The key of the stage does not contain it."""
     looked_up = driver.plan(planned.nodes, store, planned.given)
     found = {item.node.id: item.manifest for item in looked_up} | dict(planned.given)
-    samples, compared_with, evaluation = (found[name] for name in ("generate", "reference", "evaluate"))
-    if samples is None or compared_with is None or evaluation is None:
+    evaluation, node = found["evaluate"], planned.nodes[-1]
+    if evaluation is None:
         return planned
-    node = planned.nodes[-1]
-    protocol = evaluation_protocol.protocol_of(
-        compared_with, samples, node.config.settings, rounding=node.config.rounding, num_samples=node.config.num_samples
-    )
-    if evaluation_protocol.protocol_digest(protocol) == EvaluationSummary.read(evaluation).protocol_digest:
+    version = evaluation_protocol.metric_version(node.config.settings)
+    if str(EvaluationSummary.read(evaluation).protocol["metric_version"]) == version:  # was a number once
         return planned
-    return planned.with_evaluation(identity={**configuration.identity(node.config), _METRIC_VERSION: protocol["metric_version"]})
+    return planned.with_evaluation(identity={**configuration.identity(node.config), _METRIC_VERSION: version})
 
 
 # What changed --------------------------------------------------------------------------------------------------------------

@@ -163,5 +163,5 @@ def test_settings_are_checked_and_fitted_to_the_number_of_samples() -> None:
     with pytest.raises(ValueError, match="split_size replaces num_splits"):
         ScoreSettings(num_splits=5, split_size=5000)
     assert ScoreSettings(split_size=1).split_size == 1
-    assert protocol._metric_version(ScoreSettings()) == "1"
-    assert protocol._metric_version(ScoreSettings(split_size=5000)) == "1, split_size 5000"
+    assert protocol.metric_version(ScoreSettings()) == "1"
+    assert protocol.metric_version(ScoreSettings(split_size=5000)) == "1, split_size 5000"

@@ -237,6 +237,12 @@ def test_a_lost_evaluation_is_computed_again_only_with_a_config(lab: Lab) -> Non
     assert (outcome.verdict, outcome.note) == ("due", "its evaluation is gone from the store")
 
 
+@pytest.mark.slow
+def test_an_evaluation_in_another_number_format_is_as_good_as_any(lab: Lab) -> None:
+    assert lab.one("evaluate.precision=bf16").num_computed == 1
+    assert [lab.one("evaluate.precision=bf16").verdict, lab.one(with_config=False).verdict] == ["fresh", "fresh"]
+
+
 @pytest.mark.faults
 def test_scores_of_another_metric_version_are_computed_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     before = EvaluationRecord.of(lab.tags())
