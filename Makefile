@@ -15,7 +15,7 @@ help:
 	@echo "make test-all  run the tests and the slow tests, and those of stores on a second S3 server"
 	@echo "make faults    kill, corrupt and resume real runs, against an uninterrupted one (about two hours)"
 	@echo "make lint      run ruff, mypy and the import rules"
-	@echo "make bench     measure the speed of this machine: one table of ratios, all figures as JSON (about 35 minutes)"
+	@echo "make bench     measure the speed of this machine: one table of ratios, all figures as JSON (35 to 45 minutes)"
 	@echo "make docs      build the documentation site into build/site, and fail on broken links"
 	@echo "make format    apply ruff format and fixes"
 	@echo "make lock      recompute requirements.lock from pyproject.toml, and tests/localstack.lock"

@@ -1,6 +1,6 @@
 """All benchmarks of `make bench` as one table of ratios, each over its rival or limit. The figures of all are kept as JSON.
 
-.venv/bin/python tests/benchmarks/run_all.py                                about 35 minutes on two cores
+.venv/bin/python tests/benchmarks/run_all.py                                35 to 45 minutes on two cores
 .venv/bin/python tests/benchmarks/run_all.py metrics --folder /tmp/bench    some of them
 """
 
