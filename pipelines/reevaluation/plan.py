@@ -207,7 +207,7 @@ def _with_metric_version(planned: Plan, store: ArtifactStore) -> Plan:
     if evaluation is None:
         return planned
     version = evaluation_protocol.metric_version(node.config.settings)
-    if str(EvaluationSummary.read(evaluation).protocol["metric_version"]) == version:  # was a number once
+    if str(EvaluationSummary.read(evaluation).protocol.get("metric_version")) == version:  # was a number once
         return planned
     return planned.with_evaluation(identity={**configuration.identity(node.config), _METRIC_VERSION: version})
 
