@@ -145,7 +145,7 @@ def scheme_of(samples: Manifest) -> str:
 
 
 def sample_grid(images: torch.Tensor, inputs: Mapping[str, Manifest]) -> Image.Image:
-    """The first samples in order, a column per class if classes come in turn. images: uint8 (R, 3, H, W), from shown_images."""
+    """The first samples in order, a column per class if classes come in turn. images: uint8 (R, 3, H, W), the first num_shown."""
     side = resolution_of(inputs["samples"], inputs)
     return make_grid(images, columns=_num_columns(inputs["samples"]), scale=max(1, _LARGE // side))
 

@@ -56,7 +56,7 @@ def test_processes_of_one_machine_import_ahead(ray_cluster: None, monkeypatch: p
     import ray
 
     def note(modules: Sequence[str]) -> None:
-        (tmp_path / " ".join(modules)).touch()
+        (tmp_path / f"{ray.get_runtime_context().get_task_id()} {' '.join(modules)}").touch()
 
     monkeypatch.setattr(connection, "_import", note)
     nodes = ray.nodes()
@@ -65,5 +65,7 @@ def test_processes_of_one_machine_import_ahead(ray_cluster: None, monkeypatch: p
         several.setattr(ray, "remote", lambda **resources: pytest.fail("no process needs to import anything"))
         connection.warm_up(["torch", "enat.sampler"])
     connection.warm_up(["torch", "enat.sampler"])
-    while not (tmp_path / "torch enat.sampler").exists():  # until the time of the test is over
+    num_processes = min(int(ray.cluster_resources()["CPU"]), connection._MOST_WARM)
+    while len(found := sorted(path.name for path in tmp_path.iterdir())) < num_processes:  # until the time of the test is over
         time.sleep(0.05)
+    assert len(found) == num_processes and all(name.endswith(" torch enat.sampler") for name in found)
