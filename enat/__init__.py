@@ -1,20 +1,18 @@
 """ENAT: the method, without the machinery that runs it.
 
-config                                   architectures, and settings of training (imports no torch)
-blocks, model                            ENAT and the models it is compared with
-masking, loss                            which codes are masked in training, and the objective
-schedule, sampler_config, sampler, predictor   parallel decoding in a few steps (the first two import no torch)
-cost                                     MACs of training and generation (imports no torch)
-passes                                   passes of fixed composition, in which a sample depends on no other
-pipeline, hub                            a model as a folder or repository, and images in one call (hub imports no torch)
-cuda_graph                               the loop of the sampler as one CUDA graph
-peak                                     FLOP/s of a device in matrix products
-precision                                number formats of encoders, decoders and extractors
-tokenizer, tokenizer_training            the VQGAN, and a recipe for small images
-text                                     CLIP's text model
-checkpoint, averages                     weights in and out, ours and published ones; averages of them over the training
-images                                   decoding, cropping and encoding pixels (imports no torch)
-metrics/                                 feature extractors and scores
+config, sampler_config   architectures, and settings of training and of sampling (import no torch)
+blocks, model            ENAT and the models it is compared with
+training/                which codes are masked, the objective, averages of weights, a recipe of a VQGAN
+schedule                 schedules of sampling (imports no torch)
+sampling/                parallel decoding in a few steps
+cost                     MACs of training and generation (imports no torch)
+tokenizer, text          the VQGAN; CLIP's text model
+images                   decoding, cropping and encoding pixels (imports no torch)
+execution/               passes of fixed composition, number formats, the peak of a device
+files/                   weights and models as files
+checkpoint               our own and published weights of ENATs and VQGANs
+pipeline                 a model with its tokenizer: images in one call
+metrics/                 feature extractors and scores
 
 The names below are loaded on first use, because importing torch takes over a second.
 """
@@ -31,8 +29,8 @@ if TYPE_CHECKING:
     from enat.model import ENATOutput as ENATOutput
     from enat.model import TextCondition as TextCondition
     from enat.pipeline import ENATPipeline as ENATPipeline
-    from enat.sampler import sample as sample
     from enat.sampler_config import SamplerConfig as SamplerConfig
+    from enat.sampling.sampler import sample as sample
     from enat.tokenizer import VQGAN as VQGAN
 
 _MODULES = {
@@ -40,8 +38,8 @@ _MODULES = {
     "cost": ("Cost", "generation_cost"),
     "model": ("ENAT", "ENATOutput", "TextCondition"),
     "pipeline": ("ENATPipeline",),
-    "sampler": ("sample",),
     "sampler_config": ("SamplerConfig",),
+    "sampling.sampler": ("sample",),
     "tokenizer": ("VQGAN",),
 }
 _MODULE_OF = {name: f"enat.{module}" for module, names in _MODULES.items() for name in names}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 DECODER_ATTENTIONS = ("self_cross", "cross", "full")
 REUSED_FEATURES = ("visible", "masked", "all")
@@ -64,6 +64,8 @@ PRECISIONS = ("fp32", "tf32", "bf16")  # of networks that are not trained: encod
 @dataclass(frozen=True, kw_only=True)
 class ENATConfig:
     """Architecture of an ENAT: everything that determines the shapes of its weights."""
+
+    architecture: ClassVar[str] = "enat"  # in the header of a file of weights
 
     encoder_layers: int
     """Blocks of the encoder, which sees visible tokens only. At least 0."""
@@ -127,6 +129,10 @@ class ENATConfig:
         return self.grid_size**2
 
     @property
+    def num_blocks(self) -> int:
+        return self.encoder_layers + self.decoder_layers
+
+    @property
     def mask_id(self) -> int:
         """The token of a masked position."""
         return self.codebook_size
@@ -173,6 +179,8 @@ _VQGAN_PRESETS: dict[str, dict[str, Any]] = {
 class VQGANConfig:
     """Architecture of a tokenizer."""
 
+    architecture: ClassVar[str] = "vqgan"  # in the header of a file of weights
+
     base_channels: int = 128
     """Channels at full resolution; a multiple of 32."""
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -207,6 +215,11 @@ class VQGANConfig:
         """ "vqgan-256", "vqgan-512" (published) or "vqgan-small". Raises ValueError for any other name."""
         check_choice("preset", name, _VQGAN_PRESETS)
         return cls(**{**_VQGAN_PRESETS[name], **overrides})
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the levels of the encoder; the decoder has as many."""
+        return self.num_res_blocks * len(self.channel_multipliers)
 
     @property
     def downsampling(self) -> int:

@@ -5,7 +5,7 @@ counts two FLOPs for it). Norms, activations, softmax, embedding look-ups and th
 paper. The paper's "FLOPs" are these MACs, with both guidance passes and the tokenizer's decoder.
 
 Two computations are counted. *Published*: the head at every position (with the mask id's column) and, with guidance, two passes at
-every step. *Executed*: what enat.sampler runs, the head at masked positions only, no unconditional pass in an unguided step
+every step. *Executed*: what enat.sampling runs, the head at masked positions only, no unconditional pass in an unguided step
 whose features no guided step reuses, and what depends on the condition alone once, counted in the first step. Images of one label
 share the first step, which is not counted. Self-guidance (guide_layers) is one pass, with the head, and with an encoder also the
 decoder, a second time.
@@ -286,7 +286,7 @@ def _most_expensive(model: ENATConfig, sampler: SamplerConfig, num_given: int, g
 
 
 def training_macs(config: ENATConfig, num_masked: int, previous_num_masked: int | None = None) -> int:
-    """One image in a training step of enat.loss.objective: forward, backward and, with reuse, the forward of the teacher.
+    """One image in a training step of enat.training.loss.objective: forward, backward and, with reuse, the forward of the teacher.
 
     `previous_num_masked`: masked tokens that the teacher sees; None in fresh mode. Raises ValueError for a model without reuse.
     The backward pass of a product is two products, one for each factor, so a step is three forward passes. Products that need no
@@ -306,7 +306,7 @@ def training_macs(config: ENATConfig, num_masked: int, previous_num_masked: int 
 
 
 def mean_training_macs(config: ENATConfig, masking: MaskingConfig) -> float:
-    """The mean of training_macs over the draws of enat.masking.mask_codes.
+    """The mean of training_macs over the draws of enat.training.masking.mask_codes.
 
     By quadrature: over the density of the mask ratio at midpoints, and by Simpson's rule over the tokens that only the teacher sees
     masked, because MACs are quadratic in them.

@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from enat.blocks import Block, Head, PreviousProjection
 from enat.config import DECODER_ATTENTIONS, REUSED_FEATURES, ENATConfig
+from enat.files.hub import CONFIG, MODEL, HubConfig, fetch
+from enat.files.weights import load_configured
 
 __all__ = ["DECODER_ATTENTIONS", "ENAT", "REUSED_FEATURES", "ENATConfig", "ENATOutput", "TextCondition", "draw_dropout_mask"]
 
@@ -134,13 +136,12 @@ class ENAT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> ENAT:
-        """The model of an exported folder, or of owner/name on the Hugging Face hub, in eval mode on the CPU; see enat.pipeline.
+        """The model of an exported folder, or of owner/name on the Hugging Face hub, in eval mode on the CPU; see enat.files.hub.
 
         Raises ValueError for a folder that does not hold such a model.
         """
-        from enat.pipeline import load_model
-
-        return load_model(source, revision)
+        folder = fetch(source, revision)
+        return load_configured(folder / MODEL, cls, HubConfig.read(folder / CONFIG).model)
 
     def __init__(self, config: ENATConfig) -> None:
         super().__init__()

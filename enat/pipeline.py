@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a folder or the Hugging Face hub, as enat/hub.py describes it, and images in one call.
+"""A model and its tokenizer from a folder or the Hugging Face hub, as enat/files/hub.py describes it, and images in one call.
 
     pipe = ENATPipeline.from_pretrained("owner/name")
     pipe(labels=[207, 360], num_inference_steps=8, guidance_scale=3.5, seeds=[0, 1]).images
@@ -9,9 +9,8 @@ Shape legend: B images, L codes, P images of a pass, T text tokens, W width of c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,79 +20,17 @@ from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor
 
-from enat import hub
-from enat.checkpoint import load_configured
-from enat.config import ENATConfig, VQGANConfig
+from enat.execution.passes import DECODED_PER_PASS, fixed_numerics, in_a_pass, pass_pool, split_into_passes
+from enat.files.hub import CONFIG, MODEL, TOKENIZER, HubConfig, fetch
+from enat.files.weights import load_configured
 from enat.images import to_uint8
 from enat.model import ENAT, TextCondition
-from enat.passes import DECODED_PER_PASS, fixed_numerics, in_a_pass, pass_pool, split_into_passes
-from enat.sampler import sample
 from enat.sampler_config import IMAGES_PER_PASS, SamplerConfig
+from enat.sampling.sampler import sample
 from enat.text import TextEncoder, load_text_encoder
 from enat.tokenizer import VQGAN
 
-_MAX_CONFIG_BYTES = 16 << 20
 _MAX_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class HubConfig:
-    """The content of config.json.
-
-    sampler: the usual one.   class_names: by label, empty if unknown.   text_encoder: the name of the CLIP text model of a
-    text-conditional model, None if unknown.
-    """
-
-    model: ENATConfig
-    tokenizer: VQGANConfig
-    sampler: SamplerConfig
-    class_names: tuple[str, ...] = ()
-    text_encoder: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.tokenizer.codebook_size != self.model.codebook_size or self.tokenizer.grid_size != self.model.grid_size:
-            raise ValueError("the model and the tokenizer have different codes or grids")
-        if self.class_names and len(self.class_names) != self.model.num_classes:
-            raise ValueError(f"class_names has {len(self.class_names)} names for {self.model.num_classes} classes")
-
-    def to_json(self) -> str:
-        parts = {name: asdict(getattr(self, name)) for name in ("model", "tokenizer", "sampler")}
-        values = {"format": hub.FORMAT, **parts, "class_names": self.class_names, "text_encoder": self.text_encoder}
-        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def read(cls, path: Path) -> HubConfig:
-        """Raises ValueError for a file that to_json did not write, or whose values do not fit each other."""
-        try:
-            if path.stat().st_size > _MAX_CONFIG_BYTES:
-                raise ValueError(f"it has more than {_MAX_CONFIG_BYTES >> 20} MiB")
-            values = json.loads(path.read_bytes())
-            if not isinstance(values, dict) or "model" not in values or "tokenizer" not in values:
-                raise ValueError("it describes no ENAT with its tokenizer")
-            if values.get("format") != hub.FORMAT:
-                raise ValueError(f"its format is {values.get('format')!r}, and this version reads {hub.FORMAT}")
-            names = values.get("class_names") or []
-            if not all(isinstance(name, str) for name in [*names, values.get("text_encoder") or ""]):
-                raise ValueError("class_names and text_encoder must be text")
-            return cls(
-                ENATConfig(**values["model"]),
-                VQGANConfig(**values["tokenizer"]),
-                SamplerConfig(**values.get("sampler") or {}),
-                tuple(names),
-                values.get("text_encoder"),
-            )
-        except FileNotFoundError as error:
-            raise ValueError(f"{path.parent} holds no exported model: it has no {path.name}; see enat export --help") from error
-        except (OSError, ValueError, TypeError, RecursionError, OverflowError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{path} cannot be used: {reason}") from error
-
-
-def load_model(source: str | Path, revision: str | None = None) -> ENAT:
-    """The model alone, in eval mode on the CPU; see ENAT.from_pretrained."""
-    folder = hub.fetch(source, revision)
-    model: ENAT = load_configured(folder / hub.MODEL, HubConfig.read(folder / hub.CONFIG).model)
-    return model
 
 
 @dataclass(frozen=True)
@@ -134,11 +71,11 @@ class ENATPipeline:
         revision: a branch, tag or commit.   text_encoder: the folder of the CLIP text model that a text-conditional model was
         trained with. Raises ValueError for a folder that does not hold such a model.
         """
-        folder = hub.fetch(source, revision)
-        config = HubConfig.read(folder / hub.CONFIG)
+        folder = fetch(source, revision)
+        config = HubConfig.read(folder / CONFIG)
         return cls(
-            load_configured(folder / hub.MODEL, config.model),
-            load_configured(folder / hub.TOKENIZER, config.tokenizer),
+            load_configured(folder / MODEL, ENAT, config.model),
+            load_configured(folder / TOKENIZER, VQGAN, config.tokenizer),
             config.sampler,
             class_names=config.class_names,
             text_encoder=load_text_encoder(text_encoder) if text_encoder is not None else None,

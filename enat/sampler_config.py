@@ -17,7 +17,7 @@ from enat.config import ENATConfig, check_choices, check_in
 LOWEST_TEMPERATURE = 1e-3
 LOCAL_TOKENS = ("group", "masked")
 _ORDERS_BY_CONFIDENCE = ("confidence", "moment")
-IMAGES_PER_PASS = 32  # that are sampled together, by default; see enat.passes
+IMAGES_PER_PASS = 32  # that are sampled together, by default; see enat.execution.passes
 # A list of values, one a step -> the fields that it replaces. In values_beside the first of these replaces the list in turn.
 _REPLACED_BY_LIST = {
     "mask_ratios": ("mask_schedule",),

@@ -20,7 +20,7 @@ from jaxtyping import Float16, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from enat.checkpoint import check_finite, load_strictly
+from enat.files.weights import check_finite, load_strictly
 
 CAPTIONS_PER_PASS = 8
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enat.config import NUM_GROUPS, VQGANConfig
-from enat.precision import computing_in
+from enat.execution.precision import computing_in
 
 __all__ = ["VQGAN", "VQGANConfig"]
 
@@ -149,7 +149,7 @@ class VQGAN(nn.Module):
     def encode(self, images: Float[Tensor, "B 3 H W"], precision: str = "fp32") -> Int64[Tensor, "B h w"]:
         """Images in [0, 1] -> codes in [0, V).
 
-        `precision`: of the convolutions, see enat.precision. The search for the nearest entry is always in float32.
+        `precision`: of the convolutions, see enat.execution.precision. The search for the nearest entry is always in float32.
         """
         with computing_in(precision, images.device.type):
             latents = self.encode_latents(images)

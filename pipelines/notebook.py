@@ -188,11 +188,11 @@ def run(config: str | Path, **overrides: Any) -> RunResult:
     overrides: values that replace those of the file, such as workspace="runs" or train={"num_steps": 2000}; a mapping replaces the
     values that it names. Raises ValueError for values that cannot work, before anything is computed.
     """
-    from pipelines.run import config as run_config
     from pipelines.run import runner
+    from pipelines.run.loading import load_run
 
     connection.prepare_environment()
-    loaded = run_config.load_run(Path(config), _assignments(overrides))
+    loaded = load_run(Path(config), _assignments(overrides))
     answer = runner.run(loaded, str(config), Console())
     return RunResult(answer, _open(answer["store"], loaded.s3))
 

@@ -1,7 +1,7 @@
 """Fixtures for all tests. Nothing starts before a test asks for it: most tests need neither Ray nor a store.
 
 With pytest-xdist every worker process has its own: temporary folders, cache, Ray cluster, S3 endpoint. Only the run of the command
-line in digits_run.py is shared.
+line in material/digits_run.py is shared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from pipelines.cluster import connection
 
-pytest_plugins = ["chromium", "digits_run", "slices"]
+pytest_plugins = ["services.chromium", "material.digits_run", "slices"]
 
 # Set before torch is imported. Its threads only get in each other's way on tensors as small as those of the tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

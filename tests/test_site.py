@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from chromium import Browser
+from services.chromium import Browser
 
 import enat
 from pipelines import notebook

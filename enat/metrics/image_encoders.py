@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from enat.checkpoint import check_finite
+from enat.files.weights import check_finite
 
 # Mean and standard deviation of RGB in [0, 1] that each was trained with.
 _NORMALIZATION = {

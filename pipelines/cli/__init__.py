@@ -4,6 +4,8 @@ main            the group of commands, exit codes, signals
 options         arguments, options and output that commands share
 run             plan, run, evaluate
 jobs            submit, jobs
-init, sample, search, compare, reevaluate, import_weights, export, artifacts, config, doctor
-                a command of that name (import_weights: import)
+config          init, config
+sharing         import, export
+sample, search, compare, reevaluate, artifacts, doctor
+                a command of that name
 """

@@ -51,8 +51,8 @@ def plan(
     from pipelines.cluster import capacity as cluster_capacity
     from pipelines.jobs import submission
     from pipelines.prediction import show as show_prediction
-    from pipelines.run import config as run_config
     from pipelines.run import graph, prediction, runner, summary
+    from pipelines.run.loading import load_run
     from pipelines.workflow import config as configuration
     from pipelines.workflow import driver
 
@@ -60,7 +60,7 @@ def plan(
         raise click.UsageError("give --address or --cluster, not both")
     if images is None and (classes, captions) != (None, None):
         raise click.UsageError("--classes and --captions describe the images of --images; give it, too")
-    run = run_config.load_run(config, overrides, is_dataset_here=images is None)
+    run = load_run(config, overrides, is_dataset_here=images is None)
     store = open_store(run.store_uri, run.s3)
     with console(stderr=True).status("reading the dataset, the store and the cluster"):
         capacity = None if address is None else _capacity(address)
@@ -121,11 +121,11 @@ def run(config: Path, overrides: tuple[str, ...], num_jobs: int | None, as_json:
 
     `enat config` lists the keys of a CONFIG and describes them.
     """
-    from pipelines.run import config as run_config
     from pipelines.run import runner, summary
+    from pipelines.run.loading import load_run
 
     terminal = console(stderr=as_json)
-    answer = runner.run(run_config.load_run(config, overrides), str(config), terminal, num_jobs=num_jobs, overrides=overrides)
+    answer = runner.run(load_run(config, overrides), str(config), terminal, num_jobs=num_jobs, overrides=overrides)
     if as_json:
         echo_json(answer)
     else:
@@ -176,7 +176,7 @@ def evaluate(
 
 def _check_conformance(samples: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Exits with 1 if a score differs."""
-    from enat.checkpoint import read_state_dict
+    from enat.files.weights import read_state_dict
     from pipelines.run import conformance
     from pipelines.storage.external import local_file
 

@@ -21,14 +21,12 @@ def search(config: Path, overrides: tuple[str, ...], num_jobs: int | None, as_js
     its keys. Trials are artifacts: they are reused, and the same command continues an interrupted search. The best samplers and the
     one of CONFIG are scored again with held-out seeds. The results are a page, and a file for generate.sampler.preset.
     """
-    from pipelines.run import config as run_config
     from pipelines.run import searching
+    from pipelines.run.loading import load_run
     from pipelines.search import summary
 
     terminal = console(stderr=as_json)
-    outcome, seconds = searching.search(
-        run_config.load_run(config, overrides), str(config), terminal, num_jobs, overrides=overrides
-    )
+    outcome, seconds = searching.search(load_run(config, overrides), str(config), terminal, num_jobs, overrides=overrides)
     if as_json:
         echo_json(summary.to_json(outcome, seconds=seconds))
     else:

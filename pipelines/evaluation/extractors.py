@@ -99,7 +99,7 @@ class LowPrecision:
         self._extractor, self._precision = extractor, precision
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        from enat.precision import computing_in
+        from enat.execution.precision import computing_in
 
         with computing_in(self._precision, images.device.type):
             outputs = self._extractor(images)

@@ -20,9 +20,9 @@ from pipelines.cluster.capacity import AUTOSCALER, Capacity, ResourceRequest, ju
 from pipelines.jobs import client as jobs
 from pipelines.jobs.client import Cluster, Job
 from pipelines.jobs.credentials import refuse_credentials, refuse_credentials_in, strings
-from pipelines.run import config as run_config
 from pipelines.run import graph
 from pipelines.run.config import RunConfig
+from pipelines.run.loading import load_run
 from pipelines.storage.base import digest_of
 from pipelines.storage.open import is_address
 from pipelines.workflow import config as configuration
@@ -100,7 +100,7 @@ def prepare(
         refuse_credentials(override.partition("=")[0], override.partition("=")[2])
         if re.search(r"\bpreset\b.*\.ya?ml\b", override):
             raise ValueError(f"{override} names a file of this machine, which a job does not have; write it into the config")
-    run = run_config.load_run(config, overrides, is_dataset_here=False)
+    run = load_run(config, overrides, is_dataset_here=False)
     _refuse_unknown_targets(run)
     for file, _ in configuration.read_files(config):
         for number, line in enumerate(file.read_text().splitlines(), start=1):

@@ -19,10 +19,9 @@ from pipelines.cluster.capacity import Capacity, Grant, Room, with_count
 from pipelines.cluster.hardware import Machines
 from pipelines.cluster.resources import Workers
 from pipelines.prediction.rates import Rate, Rates, start_seconds
-from pipelines.workflow.costs import Prices
 from pipelines.workflow.stage import Node, PlannedStage
 from pipelines.workflow.summary import Summary, SummaryError
-from pipelines.workflow.work import Foreseen, UnforeseeableError, Work, busy_seconds
+from pipelines.workflow.work import Foreseen, Prices, UnforeseeableError, Work, busy_seconds
 
 _HOUR = 3600.0
 Foresee = Callable[[Any, Mapping[str, Any]], Foreseen]

@@ -21,6 +21,7 @@ from pipelines.registry.evaluation_record import EvaluationSummary
 from pipelines.run import config as run_config
 from pipelines.run import graph
 from pipelines.run.config import RunConfig
+from pipelines.run.loading import load_run
 from pipelines.stages import captions, evaluate, generate, token_map, tokenizer, train
 from pipelines.tracking.registry import DIGEST_TAG, ModelVersion
 from pipelines.workflow import config as configuration
@@ -65,7 +66,7 @@ class Request:
     def of(cls, path: Any, overrides: Sequence[str]) -> Request:
         values = [*overrides, "targets=[reference]"]  # nothing is trained, so the config of the model is not checked
         if path is not None:
-            config = run_config.load_run(path, values)
+            config = load_run(path, values)
         else:  # the dataset and all else is recorded with each model
             config = configuration.load_config(RunConfig, None, ["name=reevaluate", *values])
         return cls(

@@ -13,7 +13,7 @@ from pipelines.evaluation.protocol import SCORES
 from pipelines.formatting import one_line, printable, show_age, show_number
 from pipelines.reevaluation.reevaluate import Outcome, exit_code
 from pipelines.registry.evaluation_record import DISTANCES
-from pipelines.workflow.costs import Prices
+from pipelines.workflow.work import Prices
 
 _COLORS = {"fresh": "dim", "due": "yellow", "busy": "yellow", "evaluated": "green", "drift": "red", "failed": "red"}
 _SECONDS_PER_HOUR = 3600.0

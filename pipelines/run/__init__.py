@@ -1,6 +1,7 @@
 """One YAML file, its stages, one run.
 
 config   the YAML file as dataclasses
+loading  a run from such a file, checked
 keys     every key of it, for `enat config` and the guide
 graph    the list of the stages, and their wiring
 own_images  a config for a folder of images, for `enat init`

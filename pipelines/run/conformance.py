@@ -17,8 +17,8 @@ import numpy as np
 from rich.console import Console
 
 from pipelines.data.image_sets import ImageSetConfig, find_resolution
-from pipelines.run import config as run_config
 from pipelines.run import graph, runner
+from pipelines.run.loading import load_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +128,7 @@ def check_published(path: str, overrides: list[str], console: Console) -> list[A
 
 
 def _scores(images: ImageSetConfig, overrides: list[str], console: Console) -> dict[str, float]:
-    run = run_config.load_run(None, ["name=conformance", "targets=[reference]", *overrides])
+    run = load_run(None, ["name=conformance", "targets=[reference]", *overrides])
     handlers = logging.getLogger().handlers
     try:
         answer = runner.run(run, "conformance", console, lambda run: graph.build_evaluation(run, images, find_resolution(images)))

@@ -16,10 +16,11 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.data.image_sets import ImageSetConfig
+from pipelines.run.config import RunConfig
 from pipelines.stages import (
     audit,
     captions,
@@ -39,9 +40,6 @@ from pipelines.storage.base import digest_of
 from pipelines.workflow import config as configuration
 from pipelines.workflow.config import ConfigError
 from pipelines.workflow.stage import SCRATCH, Node, Stage
-
-if TYPE_CHECKING:
-    from pipelines.run.config import RunConfig
 
 
 def section(stage: Stage, run: RunConfig) -> Any:

@@ -24,13 +24,15 @@ from pipelines.data.image_sets import ImageSetConfig, find_resolution
 from pipelines.formatting import printable
 from pipelines.run import graph, kept_log, summary, tracked
 from pipelines.run import prediction as run_prediction
-from pipelines.run.config import RunConfig, check_scanned, load_run
+from pipelines.run.config import RunConfig
 from pipelines.run.kept_log import KeptLog
+from pipelines.run.loading import check_scanned, load_run
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import RunHandle
 from pipelines.workflow import driver, provenance
-from pipelines.workflow.stage import MAIN, Node, Session
+from pipelines.workflow.node_run import Session
+from pipelines.workflow.stage import MAIN, Node
 
 _MANY_CPUS = 4  # of a local cluster, from which on stages run side by side
 

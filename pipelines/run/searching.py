@@ -46,8 +46,9 @@ from pipelines.workflow import driver
 from pipelines.workflow.config import ConfigError
 from pipelines.workflow.model_runs import MODEL_KIND, ModelRuns
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
+from pipelines.workflow.node_run import Session
 from pipelines.workflow.progress import Bar
-from pipelines.workflow.stage import FinishedStage, Node, Session
+from pipelines.workflow.stage import FinishedStage, Node
 
 _log = logging.getLogger(__name__)
 _FILE = {BEST: "sampler"}  # what the file of a judged sampler is called, if not by its name

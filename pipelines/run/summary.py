@@ -19,7 +19,8 @@ from pipelines.prediction.predict import Prediction
 from pipelines.registry.evaluation_record import DISTANCES
 from pipelines.registry.influences import with_interval
 from pipelines.storage.redaction import without_credentials
-from pipelines.workflow.stage import MAIN, FinishedStage, PlannedStage, Session
+from pipelines.workflow.node_run import Session
+from pipelines.workflow.stage import MAIN, FinishedStage, PlannedStage
 from pipelines.workflow.work import read_prediction
 
 _COST = ("gmacs_total", "images_per_second")  # shown after the scores; all values are in the manifest and in tracking

@@ -1,4 +1,4 @@
-"""Samples of a model by their index in a run, in passes of fixed composition: see enat.passes.
+"""Samples of a model by their index in a run, in passes of fixed composition: see enat.execution.passes.
 
 Shape legend: B requested samples of one pass, P rows of a pass, L tokens, N steps.
 """
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from enat.execution.passes import fix_numerics, fixed_numerics, in_a_pass, pass_pool, passes_at_once, split_into_passes
 from enat.model import ENAT, TextCondition
-from enat.passes import fix_numerics, fixed_numerics, in_a_pass, pass_pool, passes_at_once, split_into_passes
-from enat.sampler import Loop, sample
 from enat.sampler_config import SamplerConfig
+from enat.sampling.sampler import Loop, sample
 from pipelines.data.samples import sample_seed
 
 __all__ = ["PassSampler", "fix_numerics", "fixed_numerics", "in_a_pass", "pass_pool", "passes_at_once", "split_into_passes"]
@@ -26,7 +26,7 @@ class PassSampler:
     """Samples of a model by their index in a run.
 
     conditions: sample indices int64 (P,) -> labels int64 (P,), or captions.   starts: indices -> initial tokens, int64 (P, L).
-    guide, loop: of enat.sampler.sample.
+    guide, loop: of enat.sampling.sampler.sample.
     """
 
     model: ENAT

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from enat.execution.passes import DECODED_PER_PASS
 from enat.images import make_grid, to_uint8
-from enat.passes import DECODED_PER_PASS
 from enat.tokenizer import VQGAN
 
 MASKED_GRAY = 160

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from enat.images import ImageError, center_crop, decode_image, to_array
-from enat.masking import box_mask
 from enat.sampler_config import IMAGES_PER_PASS, SamplerConfig
+from enat.training.masking import box_mask
 from pipelines.data.dataset import MAX_FILE_BYTES
 from pipelines.sampling.models import Generator
 

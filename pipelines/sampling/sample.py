@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from enat.cuda_graph import GraphedLoop
 from enat.images import make_grid, png_bytes, to_float
 from enat.metrics.adm import AdmWriter
 from enat.model import TextCondition
+from enat.sampling.cuda_graph import GraphedLoop
 from enat.text import TextEncoder, TextFeatures
 from enat.tokenizer import VQGAN
 from pipelines.cluster.device import device_name, peak_memory_gb

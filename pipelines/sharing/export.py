@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from enat import hub
+from enat.files import hub
+from enat.files.hub import HubConfig
 from enat.images import png_bytes
-from enat.pipeline import ENATPipeline, HubConfig
+from enat.pipeline import ENATPipeline
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.samples import sample_seed

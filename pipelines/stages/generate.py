@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from enat.averages import exponent_of
 from enat.config import ENATConfig, check_choices, check_in
 from enat.sampler_config import IMAGES_PER_PASS, SamplerConfig
+from enat.training.averages import exponent_of
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import tasks
@@ -329,8 +329,8 @@ def _summary(
 def _averaged(config: GenerateConfig, model: Manifest, context: StageContext) -> tuple[FileRecord | None, float | None]:
     """The average of the weights that the config asks for, if it is not one that the model has as such, and the error of its
     profile. Raises ValueError if the model did not keep what is needed."""
-    from enat.averages import Average, combine, read_combination
     from enat.checkpoint import load_enat, save_weights
+    from enat.training.averages import Average, combine, read_combination
 
     if config.ema_length is None:
         weights_of_step(model, config.checkpoint)
@@ -446,7 +446,7 @@ class _Sample:
 
     def __init__(self, task: _Task) -> None:
         from enat.checkpoint import load_enat
-        from enat.cuda_graph import GraphedLoop
+        from enat.sampling.cuda_graph import GraphedLoop
         from pipelines.sampling.fixed_batches import PassSampler, fix_numerics, pass_pool, passes_at_once
 
         started = time.monotonic()
@@ -586,7 +586,7 @@ STAGE = Stage(
         "token_map": Input(("token_map",), lambda config, run: config.mask_ratio is not None),
     },
     config=GenerateConfig,
-    imports=("torch", "enat.sampler", "pipelines.stages.generate"),
+    imports=("torch", "enat.sampling.sampler", "pipelines.stages.generate"),
     does_without_ray=True,
     summary=SamplesSummary,
     foresee=foresee,

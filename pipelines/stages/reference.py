@@ -298,7 +298,7 @@ def _keep_extractor(config: ReferenceConfig, context: StageContext) -> _Made:
     """The weights that the config names, in the format of the store. Opening them here refuses wrong files."""
     from safetensors.torch import save_file
 
-    from enat.checkpoint import check_finite, read_state_dict
+    from enat.files.weights import check_finite, read_state_dict
     from enat.metrics.image_encoders import read_image_encoder
     from enat.metrics.inception import InceptionExtractor, published_inception_weights
 

@@ -172,7 +172,7 @@ def _progressions(config: ReportConfig, inputs: Mapping[str, Manifest], vqgan: V
 
     from enat.checkpoint import load_enat
     from enat.model import TextCondition
-    from enat.sampler import sample
+    from enat.sampling.sampler import sample
     from pipelines.sampling.pictures import scale_for, step_images, strip
 
     model, samples = inputs["model"], inputs["samples"]

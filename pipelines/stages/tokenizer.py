@@ -136,7 +136,7 @@ def _train(config: TokenizerConfig, dataset: Dataset, context: WorkerContext, re
 
     from enat.checkpoint import save_weights
     from enat.tokenizer import VQGAN
-    from enat.tokenizer_training import code_usage, train_tokenizer
+    from enat.training.tokenizer import code_usage, train_tokenizer
 
     assert config.seed is not None
     started = time.monotonic()
@@ -177,7 +177,7 @@ STAGE = Stage(
     run,
     reads={"dataset": Input(("dataset",), lambda config, run: config.weights is None)},
     config=TokenizerConfig,
-    imports=("torch", "enat.tokenizer_training", "pipelines.stages.tokenizer"),
+    imports=("torch", "enat.training.tokenizer", "pipelines.stages.tokenizer"),
     summary=TokenizerSummary,
     foresee=foresee,
     kind="tokenizing",

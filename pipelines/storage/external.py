@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from enat.hub import explained
+from enat.files.hub import explained
 from pipelines.storage import cache, web
 from pipelines.storage.base import Folder, StorageError, StoredFile, canonical_json, digest_of, file_digest
 from pipelines.storage.local import LocalFolder

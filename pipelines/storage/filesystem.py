@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from enat import hub
+from enat.files import hub
 from pipelines.storage import cache as fetched
 from pipelines.storage.base import (
     AccessError,

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from enat.masking import MaskedCodes, mask_codes
 from enat.model import ENAT, TextCondition, draw_dropout_mask
+from enat.training.masking import MaskedCodes, mask_codes
 from pipelines.data.captions import CaptionFeatures
 from pipelines.data.token_map import TokenMap
 from pipelines.training.config import TrainConfig

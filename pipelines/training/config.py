@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from enat.averages import MAX_LENGTH
 from enat.config import LABEL_SMOOTHING, ENATConfig, MaskingConfig, check_choices, check_in
 from enat.sampler_config import SamplerConfig
+from enat.training.averages import MAX_LENGTH
 from pipelines.cluster.resources import ALL, Workers
 from pipelines.data.captions import CaptionFeaturesInfo
 from pipelines.data.token_map import TokenMapInfo

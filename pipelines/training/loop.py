@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from enat.averages import decay_of, exponent_of
 from enat.checkpoint import save_weights
 from enat.cost import training_macs
-from enat.loss import objective, token_accuracy
 from enat.model import ENAT
+from enat.training.averages import decay_of, exponent_of
+from enat.training.loss import objective, token_accuracy
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.data.captions import EMPTY_INDEX, CaptionFeatures
 from pipelines.data.token_map import TokenMap

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from enat.execution.peak import matmul_peak
 from enat.model import ENAT
-from enat.peak import matmul_peak
 from pipelines.cluster.device import peak_memory_gb
 from pipelines.data.token_map import TokenMap
 from pipelines.training.batches import Batches, rows_of

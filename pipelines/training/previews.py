@@ -11,8 +11,8 @@ import torch
 from enat.checkpoint import load_vqgan
 from enat.images import make_grid, png_bytes, to_uint8
 from enat.model import ENAT, TextCondition
-from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
+from enat.sampling.sampler import sample
 from enat.tokenizer import VQGAN
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore

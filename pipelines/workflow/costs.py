@@ -8,47 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from enat.config import check_in
 from pipelines.artifacts.lineage import read_lineage
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
+from pipelines.workflow.stage import Stage
 from pipelines.workflow.summary import SummaryError
-
-if TYPE_CHECKING:
-    from pipelines.workflow.stage import Stage
+from pipelines.workflow.work import Prices
 
 _log = logging.getLogger(__name__)
 
 KINDS = ("training", "tokenizing", "generation", "evaluation")
 OTHER = "other"  # of a stage that has no kind, or is not known
 _SECONDS_PER_HOUR = 3600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prices:
-    """Prices of hours."""
-
-    device_hour: float = 0.0
-    """Price of one accelerator. Unit: currency per hour."""
-    worker_hour: float = 0.0
-    """Price of one worker without its accelerator (CPUs, memory). Unit: currency per hour."""
-    currency: str = "USD"
-    """Three letters, as in ISO 4217."""
-
-    def __post_init__(self) -> None:
-        check_in(self, "[0, inf)", "device_hour", "worker_hour")
-        if not re.fullmatch(r"[A-Z]{3}", self.currency):
-            raise ValueError(f"currency is {self.currency!r}; give three capital letters, such as USD or EUR")
-        if not self.device_hour and not self.worker_hour:
-            raise ValueError("neither device_hour nor worker_hour is given; give at least one, or leave prices out")
-
-    def of(self, worker_hours: float, device_hours: float) -> float:
-        return worker_hours * self.worker_hour + device_hours * self.device_hour
 
 
 @dataclass(frozen=True, kw_only=True)

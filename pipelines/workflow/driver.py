@@ -27,9 +27,9 @@ from pipelines.formatting import one_line
 from pipelines.storage.base import digest_of
 from pipelines.workflow import config as configuration
 from pipelines.workflow.interruption import StageThread
-from pipelines.workflow.node_run import NodeRun
+from pipelines.workflow.node_run import NodeRun, Session
 from pipelines.workflow.progress import show_start
-from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, Session, Sibling, titles_of
+from pipelines.workflow.stage import FinishedStage, Node, PlannedStage, Sibling, titles_of
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2

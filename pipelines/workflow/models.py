@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from enat.averages import Average
 from enat.config import ENATConfig, VQGANConfig
+from enat.training.averages import Average
 from pipelines.artifacts.manifest import Manifest
 from pipelines.workflow.summary import Summary
 
@@ -53,7 +53,7 @@ def milestones_of(model: Manifest) -> list[int]:
 
 
 def average_name(length: float, step: int) -> str:
-    """The file of an average of weights (enat.averages) of a relative length, as it was after a step."""
+    """The file of an average of weights (enat.training.averages) of a relative length, as it was after a step."""
     return f"average-{length:g}-step-{step:08d}.safetensors"
 
 

@@ -8,12 +8,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from typing import Any
+
+from rich.console import Console
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -22,13 +24,46 @@ from pipelines.cluster.capacity import has_autoscaler, with_count
 from pipelines.cluster.resources import ALL
 from pipelines.storage.base import StorageError
 from pipelines.tracking import run as tracking_run
+from pipelines.tracking.run import RunHandle, TrackingConfig
 from pipelines.workflow import config as configuration
 from pipelines.workflow.inputs import read_checkpoint, tracked_inputs
+from pipelines.workflow.model_runs import ModelRuns
 from pipelines.workflow.provenance import code_version
-from pipelines.workflow.stage import FinishedStage, Node, PublishContext, Session, StageContext, StageError
-from pipelines.workflow.work import WORK_TAG, read_prediction, to_provenance, to_tag
+from pipelines.workflow.stage import FinishedStage, Node, PublishContext, Sibling, Stage, StageContext, StageError
+from pipelines.workflow.work import WORK_TAG, Prices, read_prediction, to_provenance, to_tag
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What all stages of one pipeline run share. connect: connects to Ray.   prices: for costs in money.
+
+    stages: all stages by name, also those that this run does not use: artifacts of theirs may be among the inputs.
+    made: artifacts so far, by the ids of their nodes.   siblings, spare_cpus, is_alone: of the node that is computed.
+    predicted: seconds that were predicted before the run, by the ids of nodes: value, low and high.
+    titles: see titles_of.
+    models: the tracking runs of models, below which those of their stages are. None: all stages are below `run`, also reused ones.
+    """
+
+    store: ArtifactStore
+    run: RunHandle
+    tracking: TrackingConfig
+    console: Console
+    connect: Callable[[], None]
+    prices: Prices | None = None
+    stages: Mapping[str, Stage] = field(default_factory=dict)
+    made: Mapping[str, Manifest] = field(default_factory=dict)
+    siblings: Sequence[Sibling] = ()
+    spare_cpus: int | None = None
+    is_alone: bool = True
+    predicted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    titles: Mapping[str, str] = field(default_factory=dict)
+    models: ModelRuns | None = None
+
+    def run_of(self, node: str) -> RunHandle:
+        """The tracking run of the model that a node belongs to. node: its id."""
+        return self.run if self.models is None else self.models.of(node)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 
@@ -15,13 +15,9 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection
 from pipelines.cluster.resources import Workers
 from pipelines.tracking.run import RunHandle, TrackingConfig
-from pipelines.workflow.costs import Prices
 from pipelines.workflow.progress import Bar
 from pipelines.workflow.summary import Summary
-from pipelines.workflow.work import Done, Foreseen
-
-if TYPE_CHECKING:
-    from pipelines.workflow.model_runs import ModelRuns
+from pipelines.workflow.work import Done, Foreseen, Prices
 
 SCRATCH = "fresh-"  # prefix of the names of stages that compute existing artifacts again
 MAIN = "main"  # what a run's own model is called beside its variants
@@ -243,37 +239,6 @@ class PublishContext:
     model_run: RunHandle | None = None
     is_recorded: bool = False
     titles: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Session:
-    """What all stages of one pipeline run share. connect: connects to Ray.   prices: for costs in money.
-
-    stages: all stages by name, also those that this run does not use: artifacts of theirs may be among the inputs.
-    made: artifacts so far, by the ids of their nodes.   siblings, spare_cpus, is_alone: of the node that is computed.
-    predicted: seconds that were predicted before the run, by the ids of nodes: value, low and high.
-    titles: see titles_of.
-    models: the tracking runs of models, below which those of their stages are. None: all stages are below `run`, also reused ones.
-    """
-
-    store: ArtifactStore
-    run: RunHandle
-    tracking: TrackingConfig
-    console: Console
-    connect: Callable[[], None]
-    prices: Prices | None = None
-    stages: Mapping[str, Stage] = field(default_factory=dict)
-    made: Mapping[str, Manifest] = field(default_factory=dict)
-    siblings: Sequence[Sibling] = ()
-    spare_cpus: int | None = None
-    is_alone: bool = True
-    predicted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    titles: Mapping[str, str] = field(default_factory=dict)
-    models: ModelRuns | None = None
-
-    def run_of(self, node: str) -> RunHandle:
-        """The tracking run of the model that a node belongs to. node: its id."""
-        return self.run if self.models is None else self.models.of(node)
 
 
 @dataclass(frozen=True)

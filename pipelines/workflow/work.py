@@ -1,4 +1,4 @@
-"""What a stage has to do, in numbers: what a config asks for, and what an artifact took.
+"""What a stage has to do, in numbers: what a config asks for, and what an artifact took; prices of hours.
 
 A stage states its work before it runs, for predictions, and again with the seconds it took, which its manifest keeps.
 """
@@ -7,16 +7,40 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from enat.config import check_in
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.resources import Workers
 from pipelines.workflow.summary import Summary
 
 WORK_TAG = "enat.work"  # of a tracking run
 _WORK, _PREDICTED = "work", "predicted_seconds"  # in the provenance of a manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Prices of hours."""
+
+    device_hour: float = 0.0
+    """Price of one accelerator. Unit: currency per hour."""
+    worker_hour: float = 0.0
+    """Price of one worker without its accelerator (CPUs, memory). Unit: currency per hour."""
+    currency: str = "USD"
+    """Three letters, as in ISO 4217."""
+
+    def __post_init__(self) -> None:
+        check_in(self, "[0, inf)", "device_hour", "worker_hour")
+        if not re.fullmatch(r"[A-Z]{3}", self.currency):
+            raise ValueError(f"currency is {self.currency!r}; give three capital letters, such as USD or EUR")
+        if not self.device_hour and not self.worker_hour:
+            raise ValueError("neither device_hour nor worker_hour is given; give at least one, or leave prices out")
+
+    def of(self, worker_hours: float, device_hours: float) -> float:
+        return worker_hours * self.worker_hour + device_hours * self.device_hour
 
 
 @dataclass(frozen=True, kw_only=True)

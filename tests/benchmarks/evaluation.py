@@ -133,8 +133,8 @@ class BareParts:
     def seconds_per_image(self, count: int) -> dict[str, float]:
         """Seconds of each of _PARTS. A first pass warms up."""
         from enat.images import to_uint8
-        from enat.sampler import sample
         from enat.sampler_config import SamplerConfig
+        from enat.sampling.sampler import sample
 
         torch.set_num_threads(os.cpu_count() or 1)
         passes, labels = -(-count // _IMAGES_PER_PASS), torch.arange(_IMAGES_PER_PASS)

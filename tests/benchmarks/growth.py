@@ -81,8 +81,8 @@ def sampling(folder: Path, scale: float) -> dict[str, float]:
 def measure_sampling(_: Path) -> dict[str, float]:
     from enat.config import ENATConfig
     from enat.model import ENAT
-    from enat.sampler import sample
     from enat.sampler_config import SamplerConfig
+    from enat.sampling.sampler import sample
 
     torch.set_num_threads(1)
 

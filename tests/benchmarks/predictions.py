@@ -127,13 +127,13 @@ def table() -> list[tuple[str, ...]]:
     from pipelines.cluster.hardware import parse_cluster
     from pipelines.prediction.predict import predict
     from pipelines.prediction.rates import Rates
-    from pipelines.run import config as run_config
     from pipelines.run import prediction as run_prediction
+    from pipelines.run.loading import load_run
 
     rows = []
     for name, images in _DATASETS.items():
         for preset in _SIZES:
-            run = run_config.load_run(_ROOT / "configs" / name, (f"train.model.preset={preset}",), is_dataset_here=False)
+            run = load_run(_ROOT / "configs" / name, (f"train.model.preset={preset}",), is_dataset_here=False)
             planned, foreseen_by = run_prediction.unread_plan(run), run_prediction.foreseen_by(images, None, None)
             for cluster in _CLUSTERS:
                 predicted = predict(planned, Rates({}), parse_cluster(cluster), foreseen_by=foreseen_by)

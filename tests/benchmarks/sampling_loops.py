@@ -1,5 +1,6 @@
 """Two samplers in one process: a straightforward one, which sends all tokens through every layer with attention masks twice a step,
-and enat.sampler, fresh and with reuse. Weights, noise and codes are equal. On a GPU also compiled, and as one CUDA graph per call:
+and that of enat.sampling, fresh and with reuse. Weights, noise and codes are equal. On a GPU also compiled, and as one CUDA graph
+per call:
 
     python tests/benchmarks/sampling_loops.py --device cuda --preset enat-l --precision bf16 --batch-size 128 --compiled
 
@@ -28,11 +29,11 @@ from training_loops import DTYPES, clock, dense_forward, gathered_forward, make_
 
 from enat.config import ENATConfig
 from enat.cost import generation_cost
-from enat.cuda_graph import GraphedLoop
+from enat.execution.peak import matmul_peak
 from enat.model import ENAT
-from enat.peak import matmul_peak
-from enat.sampler import decode_steps, draw_uniforms
 from enat.sampler_config import SamplerConfig
+from enat.sampling.cuda_graph import GraphedLoop
+from enat.sampling.sampler import decode_steps, draw_uniforms
 
 _SPEED = "_images_per_second"
 FRESH, REUSE = SamplerConfig(reuse=False), SamplerConfig()
@@ -95,8 +96,10 @@ def _revealed(
 
 
 class Loop:
-    """enat.sampler on prepared noise and conditions. compiled: its blocks go through torch.compile.   decode: decode_steps, or what
-    replaces it."""
+    """The sampler of enat.sampling on prepared noise and conditions.
+
+    compiled: its blocks go through torch.compile.   decode: decode_steps, or what replaces it.
+    """
 
     def __init__(self, model: ENAT, config: SamplerConfig, *, compiled: bool = False, decode: Any = decode_steps) -> None:
         self.model, self.config, self.decode = model, config, decode

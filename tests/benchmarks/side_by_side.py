@@ -42,7 +42,8 @@ def wait(folder: Path, chains: list[str], num_jobs: int | None) -> float:
     from pipelines.cluster.resources import Workers
     from pipelines.tracking.run import RunHandle, TrackingConfig
     from pipelines.workflow import driver
-    from pipelines.workflow.stage import Node, Session, Stage, StageContext, StageResult
+    from pipelines.workflow.node_run import Session
+    from pipelines.workflow.stage import Node, Stage, StageContext, StageResult
 
     connection.prepare_environment()
     connection.connect(connection.ClusterConfig(address=os.environ["RAY_ADDRESS"]))
@@ -108,7 +109,7 @@ def _config(folder: Path) -> Path:
 @click.option("--json", "as_json", is_flag=True)
 def main(is_trained: bool, as_json: bool) -> None:
     """Print ratios: four chains over the longest, and over one by one."""
-    from ray_nodes import ray_nodes
+    from services.ray_nodes import ray_nodes
 
     with ray_nodes(1) as nodes, tempfile.TemporaryDirectory() as folder:
         for _ in range(3):

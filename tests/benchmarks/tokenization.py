@@ -172,20 +172,20 @@ def _token_map(place: Path, values: list[str], count: int) -> dict[str, float]:
 
     connection.prepare_environment()
     from pipelines.artifacts.open import open_store
-    from pipelines.run import config as run_config
     from pipelines.run import graph
+    from pipelines.run.loading import load_run
     from pipelines.tracking.run import TrackingConfig, start_run
-    from pipelines.workflow import driver, stage
+    from pipelines.workflow import driver, node_run
 
     off = TrackingConfig(enabled=False)
-    session = stage.Session(
+    session = node_run.Session(
         store=open_store(str(place)),
         run=start_run("", off, "bench", {}),
         tracking=off,
         console=Console(stderr=True, quiet=True),
         connect=lambda: connection.connect(connection.ClusterConfig(num_cpus=2)),
     )
-    nodes = graph.build(run_config.load_run(None, ["name=bench", "targets=[token_map]", *values]))
+    nodes = graph.build(load_run(None, ["name=bench", "targets=[token_map]", *values]))
     session.connect()
     with _PeakMemory() as peak:
         started = time.perf_counter()

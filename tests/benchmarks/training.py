@@ -98,7 +98,7 @@ def loops(_: Path, on: dict[str, Any], num_steps: int) -> dict[str, Any]:
     """Seconds of a straightforward step relative to ours; on a GPU also compiled, with the share of the peak of matrix products."""
     import training_loops
 
-    from enat.peak import matmul_peak
+    from enat.execution.peak import matmul_peak
 
     machine = Machine(**on)
     is_gpu = machine.device == "cuda"
@@ -204,7 +204,7 @@ def bare(place: Path, recipe: dict[str, Any]) -> float:
     """Seconds of a step of the bare loop on the groups of the second half of a run."""
     from training_loops import BareLoop, autocast, synchronize
 
-    from enat.loss import objective, token_accuracy
+    from enat.training.loss import objective, token_accuracy
     from pipelines.artifacts.open import open_store
     from pipelines.data.token_map import TokenMap
     from pipelines.training.batches import draw_group

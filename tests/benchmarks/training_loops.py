@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from enat.blocks import Block
 from enat.config import ENATConfig
 from enat.cost import training_macs
-from enat.loss import objective, token_accuracy
-from enat.masking import MaskedCodes, MaskingConfig, mask_codes
+from enat.execution.peak import matmul_peak
 from enat.model import ENAT, draw_dropout_mask
-from enat.peak import matmul_peak
+from enat.training.loss import objective, token_accuracy
+from enat.training.masking import MaskedCodes, MaskingConfig, mask_codes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMA_DECAY = 0.999

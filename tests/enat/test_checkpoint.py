@@ -7,8 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from small_models import (
+from material.small_models import (
     ARCHITECTURES,
     TEXT,
     conditions,
@@ -21,8 +20,10 @@ from small_models import (
     small_enat,
     small_vqgan,
 )
+from safetensors.torch import save_file
 
-from enat.checkpoint import load_enat, load_published_enat, load_published_vqgan, load_vqgan, read_state_dict, save_weights
+from enat.checkpoint import load_enat, load_published_enat, load_published_vqgan, load_vqgan, save_weights
+from enat.files.weights import read_state_dict
 
 
 def published(name):

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from small_models import ARCHITECTURES, TEXT, conditions, nested_tokens, pairwise_cases, small_config, small_enat
+from material.small_models import ARCHITECTURES, TEXT, conditions, nested_tokens, pairwise_cases, small_config, small_enat
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -21,12 +21,12 @@ from enat.cost import (
     num_vqgan_parameters,
     training_macs,
 )
-from enat.loss import objective
-from enat.masking import MaskedCodes, mask_codes
 from enat.model import ENAT
-from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
+from enat.sampling.sampler import sample
 from enat.tokenizer import VQGAN, VQGANConfig
+from enat.training.loss import objective
+from enat.training.masking import MaskedCodes, mask_codes
 
 ONE_PASS = SamplerConfig(guidance_scale=1.0)
 

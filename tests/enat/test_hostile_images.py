@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import Hostile, corpus, photo
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from material.hostile import Hostile, corpus, photo
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile

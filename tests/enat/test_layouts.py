@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
+from material.small_models import small_vqgan
 from safetensors.torch import save_file
-from small_models import small_vqgan
 
 from enat.checkpoint import load_published_vqgan, open_vqgan
 from enat.config import VQGANConfig

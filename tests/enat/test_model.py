@@ -1,9 +1,8 @@
 """The network: equal to the published one and to the plain one, the published sizes, what it refuses."""
 
-import plain
 import pytest
 import torch
-from small_models import (
+from material.small_models import (
     ARCHITECTURES,
     TEXT,
     captions,
@@ -15,6 +14,7 @@ from small_models import (
     small_config,
     small_enat,
 )
+from references import plain
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from enat.blocks import FUSED_LINEAR, LinearGELU
 from enat.config import ENATConfig
 from enat.model import ENAT, TextCondition, draw_dropout_mask
-from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
+from enat.sampling.sampler import sample
 
 # All masked, then fewer and fewer, none new from one step to the next, and nothing masked at the end.
 NUM_MASKED = [16, 13, 7, 7, 1, 0]

@@ -7,11 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from material.small_models import TEXT, small_enat, small_vqgan
 from safetensors.torch import load_file, save_file
-from small_models import TEXT, small_enat, small_vqgan
 
-from enat import ENAT, ENATPipeline, SamplerConfig, hub, sample
+from enat import ENAT, ENATPipeline, SamplerConfig, sample
 from enat.checkpoint import save_weights
+from enat.files import hub
 from enat.images import to_uint8
 from enat.pipeline import HubConfig
 
@@ -116,7 +117,7 @@ def test_captions_need_their_encoder(tmp_path):
 
 
 def test_captions_become_images(tmp_path):
-    from tiny_clip import make_tiny_clip
+    from material.tiny_clip import make_tiny_clip
 
     clip = make_tiny_clip(tmp_path / "clip", max_position_embeddings=16)
     write(tmp_path, small_enat(text_width=32, num_text_tokens=16, num_classes=0), class_names=())

@@ -7,7 +7,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slow_sampler import HALTON, RANDOM, SEARCHED
+from references.slow_sampler import HALTON, RANDOM, SEARCHED
 
 from enat.config import ENATConfig
 from enat.sampler_config import SamplerConfig

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-import plain
 import pytest
 import torch
-from small_models import golden, golden_vqgan, randomize, small_vqgan
+from material.small_models import golden, golden_vqgan, randomize, small_vqgan
+from references import plain
 
 from enat.tokenizer import VQGAN, VQGANConfig
 

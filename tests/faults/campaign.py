@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(place) for place in (HERE, HERE / "shim", HERE.parent, HERE.parent / "pipelines", HERE.parents[1])]
+sys.path[:0] = [str(place) for place in (HERE, HERE / "shim", HERE.parent, HERE.parents[1])]
 
 import files  # noqa: E402
 import identical  # noqa: E402

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from oracle import Laboratory, Outcome
-from s3_server import serve
+from services.s3_server import serve
 
 from pipelines.artifacts.manifest import DamagedFileError, DamagedManifestError, read_sealed
 from pipelines.artifacts.open import open_store

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hostile import corpus
+from material.hostile import corpus
 from oracle import Laboratory, Outcome
 
-from enat.checkpoint import load_enat, read_state_dict
+from enat.checkpoint import load_enat
+from enat.files.weights import read_state_dict
 from enat.images import decode_image
 from pipelines.artifacts.inventory import find_all
 from pipelines.artifacts.manifest import sealed
@@ -37,8 +38,8 @@ from pipelines.data.image_sets import scan as scan_images
 from pipelines.data.sources.base import Findings
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.evaluation.adm_reference import NpzReference
-from pipelines.run import config as run_config
 from pipelines.run import graph
+from pipelines.run.loading import load_run
 from pipelines.storage.base import digest_of
 
 Act = Callable[[], object]
@@ -227,7 +228,7 @@ def _config(given: _Filled, folder: Path) -> tuple[str, Act]:
     what, tree = given.put(values)
     path = folder / "c.yaml"
     path.write_text(json.dumps(tree))
-    return what, lambda: graph.build(run_config.load_run(path))
+    return what, lambda: graph.build(load_run(path))
 
 
 def _yaml(given: _Filled, folder: Path) -> tuple[str, Act]:
@@ -259,7 +260,7 @@ def _yaml(given: _Filled, folder: Path) -> tuple[str, Act]:
     )
     path = folder / "c.yaml"
     path.write_text(text)
-    return text[:60], lambda: graph.build(run_config.load_run(path))
+    return text[:60], lambda: graph.build(load_run(path))
 
 
 def _override(given: _Filled, folder: Path) -> tuple[str, Act]:
@@ -279,12 +280,12 @@ def _override(given: _Filled, folder: Path) -> tuple[str, Act]:
         )
     )
     text = f"{key}={given.value()}"
-    return text[:60], lambda: graph.build(run_config.load_run(None, ["name=x", f"workspace={folder}", text]))
+    return text[:60], lambda: graph.build(load_run(None, ["name=x", f"workspace={folder}", text]))
 
 
 def _stored(given: _Filled, folder: Path) -> tuple[ArtifactStore, dict[str, Any]]:
     """A store with one artifact, and the fields of its manifest."""
-    from places import make
+    from material.places import make
 
     store = open_store(str(folder / "store"))
     manifest = make(store, "train/x", files={"model.safetensors": b"weights", "history.json": b"[]"})

@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any
 
 from oracle import STAGES, Laboratory, Outcome, differences, leftovers
-from s3_server import S3Endpoint, serve
+from services.s3_server import S3Endpoint, serve
 
 from pipelines.artifacts.open import open_store
 from pipelines.storage.s3_client import S3Config

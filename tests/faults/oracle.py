@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from s3_server import ENVIRONMENT
+from services.s3_server import ENVIRONMENT
 
 from pipelines.cluster import connection
 
@@ -231,8 +231,8 @@ class Laboratory:
 
 
 def write_config(folder: Path) -> None:
-    from layouts import make_layouts
-    from tiny_clip import make_tiny_clip
+    from material.layouts import make_layouts
+    from material.tiny_clip import make_tiny_clip
 
     make_layouts(folder / "images")
     make_tiny_clip(folder / "clip", kind="full")
@@ -269,7 +269,7 @@ def write_config(folder: Path) -> None:
 def environment(lab: Laboratory) -> dict[str, str]:
     """What every process of a campaign sees: the code, the shim, a cache of its own, and a Ray on the loopback interface."""
     return {
-        "PYTHONPATH": os.pathsep.join(map(str, (HERE / "shim", HERE, HERE.parent, HERE.parent / "pipelines", REPOSITORY))),
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE / "shim", HERE, HERE.parent, REPOSITORY))),
         "ENAT_CACHE": str(lab.folder / "cache"),
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",

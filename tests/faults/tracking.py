@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow_server import mlflow_server
 from network import proxy
 from oracle import STAGES, Laboratory, Outcome, differences, wait_until
+from services.mlflow_server import mlflow_server
 
 MOMENTS = ("start", "middle", "end", "always")
 

@@ -219,14 +219,14 @@ def _sweep(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_each_index_of_an_array_is_a_variant_or_a_line(tmp_path: Path) -> None:
-    from pipelines.run import config as run_config
+    from pipelines.run.loading import load_run
 
     sizes = REPOSITORY / "configs" / "imagenet256-sizes.yaml"
-    whole = run_config.load_run(sizes, is_dataset_here=False)
+    whole = load_run(sizes, is_dataset_here=False)
     assert len(whole.variants) == 3
     for index, name in enumerate(whole.variants):
         overrides = _sweep(sizes, index).stdout.split("\0")[:-1]
-        alone = run_config.load_run(sizes, overrides, is_dataset_here=False)
+        alone = load_run(sizes, overrides, is_dataset_here=False)
         assert alone.train == whole.variant_runs[name].train and alone.name == f"{whole.name}-{name}" and not alone.variants
     samplers = _sweep(REPOSITORY / "configs" / "digits-samplers.yaml", 0).stdout.split("\0")
     assert "name=digits-samplers-random" in samplers, "a variant of the base that is dropped is none of the array"

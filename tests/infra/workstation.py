@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from free_ports import free_ports
 from manifests import INFRA, compose, filled, stages
+from services.free_ports import free_ports
 from what_runs import what_runs
 
 COMMANDS = what_runs()

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare_lab import lab, lab_uri  # noqa: F401 (fixtures)
-from digits_run import ENAT, REPOSITORY, fresh_environment
-from layouts import Layouts, make_layouts
+from material.compare_lab import lab, lab_uri  # noqa: F401 (fixtures)
+from material.digits_run import ENAT, REPOSITORY, fresh_environment
+from material.layouts import Layouts, make_layouts
+from material.tiny_training import material  # noqa: F401 (a fixture)
 from PIL import Image
-from s3_server import S3Endpoint, make_bucket, s3_endpoint  # noqa: F401 (fixtures)
-from tiny_training import material  # noqa: F401 (a fixture)
+from services.s3_server import S3Endpoint, make_bucket, s3_endpoint  # noqa: F401 (fixtures)
 
 from pipelines.storage.s3 import S3Folder
 
@@ -100,7 +100,7 @@ def vqgan(photographs: dict[str, Image.Image]):
     import torch
 
     from enat.tokenizer import VQGAN, VQGANConfig
-    from enat.tokenizer_training import initialize_codebook
+    from enat.training.tokenizer import initialize_codebook
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -154,11 +154,11 @@ def tiny_config(image_folder: Path, tokenizer_weights: Path, tmp_path_factory: p
 @pytest.fixture(scope="session")
 def tiny_nodes(tiny_config: Path) -> Callable[..., list[Any]]:
     """The nodes of the tiny run with overrides. until="train" gives that node and its direct and indirect inputs."""
-    from pipelines.run import config as run_config
     from pipelines.run import graph
+    from pipelines.run.loading import load_run
 
     def nodes(*overrides: str, until: str = "report") -> list[Any]:
-        every = {node.id: node for node in graph.build(run_config.load_run(tiny_config, overrides))}
+        every = {node.id: node for node in graph.build(load_run(tiny_config, overrides))}
         needed, waiting = set(), [until]
         while waiting:
             needed.add(id := waiting.pop())
@@ -175,7 +175,7 @@ def make_session() -> Callable[..., Any]:
 
     from pipelines.run import graph
     from pipelines.tracking.run import RunHandle, TrackingConfig
-    from pipelines.workflow.stage import Session
+    from pipelines.workflow.node_run import Session
 
     def make(store: Any, **replaced: Any) -> Session:
         fields = {

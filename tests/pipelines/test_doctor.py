@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from layouts import write
+from material.layouts import write
 
 from pipelines import doctor
 from pipelines.cli.main import commands

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
-from digits_run import ENAT, fresh_environment
-from layouts import write
+from material.digits_run import ENAT, fresh_environment
+from material.layouts import write
 from PIL import Image
 
 from enat.images import png_bytes

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from digits_run import REPOSITORY, CommandLineRun
+from material.digits_run import REPOSITORY, CommandLineRun
 
 from pipelines.cli.main import commands
 from pipelines.run.config import RunConfig

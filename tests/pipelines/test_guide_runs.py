@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from digits_run import ENAT, REPOSITORY, TINY_DIGITS, fresh_environment
-from mlflow_server import mlflow_server
+from material.digits_run import ENAT, REPOSITORY, TINY_DIGITS, fresh_environment
+from services.mlflow_server import mlflow_server
 from test_guide_commands import LONG, with_keys
 
 _SAMPLES = "enat sample train/3f2a -n 40 --no-gif --no-steps -o other"  # own-samples.md evaluates them

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from digits_run import DIGITS
+from material.digits_run import DIGITS
 from nbclient import NotebookClient
 from PIL import Image
 from rich.console import Console

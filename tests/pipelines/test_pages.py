@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from chromium import Browser
-from compare_lab import HOSTILE, PROTOCOL, Lab, key_of
+from material.compare_lab import HOSTILE, PROTOCOL, Lab, key_of
+from services.chromium import Browser
 
 from enat.images import make_grid, png_bytes
 from pipelines.comparison import compare

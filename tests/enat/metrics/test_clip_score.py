@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from material.tiny_clip import make_tiny_clip
 from PIL import Image
-from tiny_clip import make_tiny_clip
 
 from enat.metrics.clip_score import ClipImages, caption_embeddings, clip_scores
 

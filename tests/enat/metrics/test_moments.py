@@ -3,12 +3,12 @@
 import tracemalloc
 
 import numpy as np
-import plain
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from precise import precise_distance
+from references import plain
+from references.precise import precise_distance
 from safetensors.numpy import save_file
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric

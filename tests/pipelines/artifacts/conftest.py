@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from places import KEY, STAGE, Place, open_place
+from material.places import KEY, STAGE, Place, open_place
 
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.store import ArtifactStore

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from places import KEY, STAGE, Place, manifest_of
+from material.places import KEY, STAGE, Place, manifest_of
 
 from pipelines.artifacts.manifest import MANIFEST, FileRecord, Manifest
 from pipelines.artifacts.open import open_store

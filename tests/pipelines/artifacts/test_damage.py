@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import KEY, STAGE, Place, manifest_of
+from material.places import KEY, STAGE, Place, manifest_of
 
 from pipelines.artifacts.manifest import MANIFEST, DamagedFileError, DamagedManifestError, FileRecord, Manifest
 from pipelines.artifacts.open import open_store

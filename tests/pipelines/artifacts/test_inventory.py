@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from places import Place, key_of, make
+from material.places import Place, key_of, make
+from material.summaries import summary_of
 from rich.console import Console
-from summaries import summary_of
 
 from pipelines.artifacts import inventory
 from pipelines.artifacts.inventory import Query

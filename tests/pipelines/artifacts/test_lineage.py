@@ -11,7 +11,7 @@ import networkx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from places import key_of, make, make_chain
+from material.places import key_of, make, make_chain
 from rich.console import Console
 
 from pipelines.artifacts import lineage

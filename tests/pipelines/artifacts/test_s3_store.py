@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import KEY, STAGE, manifest_of
-from s3_server import S3Endpoint
+from material.places import KEY, STAGE, manifest_of
+from services.s3_server import S3Endpoint
 
 from pipelines.artifacts import transfer
 from pipelines.artifacts.manifest import FileRecord, Manifest

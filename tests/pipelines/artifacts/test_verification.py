@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import Place, make
+from material.places import Place, make
 
 from pipelines.artifacts import verification
 from pipelines.artifacts.manifest import MANIFEST, Manifest

@@ -12,16 +12,16 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
-from mlflow_database import mlflow_database
-from places import Place, folder_place, key_of, make, open_place
-from s3_server import S3Endpoint
-from summaries import summary_of
+from material.places import Place, folder_place, key_of, make, open_place
+from material.summaries import summary_of
+from services.mlflow_database import mlflow_database
+from services.s3_server import S3Endpoint
 
 from pipelines.artifacts.manifest import MANIFEST, Manifest, name_of
 from pipelines.cli.artifacts import artifacts
-from pipelines.cli.import_weights import import_weights
 from pipelines.cli.options import s3_options
 from pipelines.cli.sample import sample
+from pipelines.cli.sharing import import_weights
 from pipelines.storage.base import StorageError
 from pipelines.storage.s3_client import S3Config
 from pipelines.tracking import run as tracking

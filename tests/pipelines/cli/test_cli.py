@@ -27,8 +27,8 @@ from enat.tokenizer import VQGAN, VQGANConfig
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.cli.main import commands
-from pipelines.run import config as run_config
 from pipelines.run import graph
+from pipelines.run.loading import load_run
 from pipelines.storage.base import file_digest
 from pipelines.workflow import driver
 
@@ -129,8 +129,8 @@ import mlflow, ray, torch
 from pathlib import Path
 import enat.checkpoint, enat.model, enat.tokenizer
 import pipelines.jobs.client, pipelines.jobs.submission, pipelines.run.prediction, pipelines.run.runner, pipelines.tracking.search
-from pipelines.cli import import_weights, run
-pipelines.run.config.load_run(Path("configs/digits.yaml"))
+from pipelines.cli import sharing, run
+pipelines.run.loading.load_run(Path("configs/digits.yaml"))
 print("ready", flush=True)
 for line in sys.stdin:
     arguments, *paths = json.loads(line)
@@ -412,7 +412,7 @@ def test_import_prints_lines_for_a_config(ask: Callable[..., Any], import_vqgan,
     lines = process.stdout.partition("in a config:\n")[2]
     path = tmp_path / "config.yaml"
     path.write_text(f"name: any\ntargets: [tokenizer]\n{lines}")
-    (node,) = graph.build(run_config.load_run(path))
+    (node,) = graph.build(load_run(path))
     assert driver.stage_key(node, {}) == imported.answer["key"]
     assert OmegaConf.load(path).tokenizer.weights == imported.answer["weights"]
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import mlflow_server
-from ray_nodes import TOKEN, RayNodes, ray_nodes
+from services.mlflow_server import mlflow_server
+from services.ray_nodes import TOKEN, RayNodes, ray_nodes
 
 from pipelines.artifacts.open import open_store
 

@@ -63,9 +63,9 @@ def test_processes_of_one_machine_import_ahead(ray_cluster: None, monkeypatch: p
     with monkeypatch.context() as several:
         several.setattr(ray, "nodes", lambda: [*nodes, *nodes])
         several.setattr(ray, "remote", lambda **resources: pytest.fail("no process needs to import anything"))
-        connection.warm_up(["torch", "enat.sampler"])
-    connection.warm_up(["torch", "enat.sampler"])
+        connection.warm_up(["torch", "enat.sampling.sampler"])
+    connection.warm_up(["torch", "enat.sampling.sampler"])
     num_processes = min(int(ray.cluster_resources()["CPU"]), connection._MOST_WARM)
     while len(found := sorted(path.name for path in tmp_path.iterdir())) < num_processes:  # until the time of the test is over
         time.sleep(0.05)
-    assert len(found) == num_processes and all(name.endswith(" torch enat.sampler") for name in found)
+    assert len(found) == num_processes and all(name.endswith(" torch enat.sampling.sampler") for name in found)

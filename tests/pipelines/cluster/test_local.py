@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from digits_run import ENAT, REPOSITORY, fresh_environment
+from material.digits_run import ENAT, REPOSITORY, fresh_environment
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

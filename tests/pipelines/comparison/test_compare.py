@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from compare_lab import PROTOCOL, Lab, key_of, text_of
-from html_page import Page, assert_self_contained
+from material.compare_lab import PROTOCOL, Lab, key_of, text_of
 from PIL import Image
+from services.html_page import Page, assert_self_contained
 
 from pipelines.cli import main
 from pipelines.cli.compare import compare as command

@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
-from html_page import Page
+from material.compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
 from matplotlib.figure import Figure
 from PIL import Image
+from services.html_page import Page
 
 from pipelines.comparison import compare
 from pipelines.comparison.charts import cost_chart, find_sweeps, sweep_charts

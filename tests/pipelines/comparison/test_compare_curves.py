@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare_lab import HOSTILE, Lab, key_of
-from html_page import Page
+from material.compare_lab import HOSTILE, Lab, key_of
+from services.html_page import Page
 
 from pipelines.comparison import compare, table
 from pipelines.comparison.charts import training_charts

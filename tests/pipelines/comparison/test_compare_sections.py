@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from compare_lab import PROTOCOL, Lab, key_of, text_of
-from html_page import Page
+from material.compare_lab import PROTOCOL, Lab, key_of, text_of
+from services.html_page import Page
 
 from pipelines.comparison import columns as comparison_columns
 from pipelines.comparison import compare, sentences

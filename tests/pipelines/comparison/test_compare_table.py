@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
-from html_page import Page, assert_self_contained
+from material.compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
+from services.html_page import Page, assert_self_contained
 
 from pipelines.comparison import compare, table
 from pipelines.comparison.columns import measured_table, quoted_table

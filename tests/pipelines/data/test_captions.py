@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from material.summaries import summary_of
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from summaries import summary_of
 
 from enat.text import TextFeatures
 from pipelines.artifacts.manifest import Manifest

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import KINDS, Row, make_layouts, open_dataset, tar_bytes, write, write_parquet
-from summaries import summary_of
+from material.layouts import KINDS, Row, make_layouts, open_dataset, tar_bytes, write, write_parquet
+from material.summaries import summary_of
 
 from enat.images import ImageError, center_crop, decode_image, to_array
 from pipelines.artifacts.manifest import Manifest

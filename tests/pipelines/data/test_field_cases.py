@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from layouts import IMAGE_TYPE, Row, found_in, make_layouts, read, scan, tar_bytes, write, write_table
+from material.layouts import IMAGE_TYPE, Row, found_in, make_layouts, read, scan, tar_bytes, write, write_table
 
 from pipelines.data.dataset import write_index
 from pipelines.data.sources.base import Entry

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hostile import corpus, photo
-from layouts import tar_bytes, write, write_table
+from material.hostile import corpus, photo
+from material.layouts import tar_bytes, write, write_table
 from PIL import Image
 from rich.console import Console
 

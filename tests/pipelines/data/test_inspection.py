@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from material.summaries import summary_of
 from PIL import Image
 from rich.console import Console
-from summaries import summary_of
 
 from enat.images import to_uint8
 from pipelines.artifacts.manifest import Manifest

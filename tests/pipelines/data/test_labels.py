@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from summaries import summary_of
+from material.summaries import summary_of
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.data.labels import check_stated, scheme_of_labels, stated_scheme

@@ -6,13 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from digits_run import DIGITS, TINY_DIGITS
+from material.digits_run import DIGITS, TINY_DIGITS
 from PIL import Image
 
 from pipelines.data.image_sets import ImageSetConfig, find_resolution
 from pipelines.evaluation.readers import read_images, sample_reader
-from pipelines.run import config as run_config
 from pipelines.run import graph
+from pipelines.run.loading import load_run
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def images(digits_run, tmp_path_factory):
 
 
 def test_stages_are_those_of_the_run_and_nothing_is_trained(images, tmp_path):
-    run = run_config.load_run(DIGITS, (*TINY_DIGITS, f"workspace={tmp_path}", "targets=[reference]"))
+    run = load_run(DIGITS, (*TINY_DIGITS, f"workspace={tmp_path}", "targets=[reference]"))
     asks = replace(run, evaluate=replace(run.evaluate, clip_score="clip"))  # nobody knows what these images were asked for
     nodes = {node.id: node for node in graph.build_evaluation(asks, ImageSetConfig(path=str(images), name="other"))}
     assert nodes["evaluate"].config.clip_score is None
@@ -40,7 +40,7 @@ def test_stages_are_those_of_the_run_and_nothing_is_trained(images, tmp_path):
 
 def test_protocols_of_the_config_score_outside_images_too(images, tmp_path):
     few = "protocols={few: {evaluate: {num_samples: 20}}, other: {reference: {num_kept: 7}}}"
-    run = run_config.load_run(DIGITS, (*TINY_DIGITS, f"workspace={tmp_path}", "targets=[reference]", few))
+    run = load_run(DIGITS, (*TINY_DIGITS, f"workspace={tmp_path}", "targets=[reference]", few))
     nodes = {node.id: node for node in graph.build_evaluation(run, ImageSetConfig(path=str(images), name="other"))}
     assert list(nodes) == ["images", "dataset", "reference", "evaluate", "evaluate/few", "reference/other", "evaluate/other"]
     assert nodes["evaluate/few"].inputs == {"samples": "images", "reference": "reference"}
@@ -50,7 +50,7 @@ def test_protocols_of_the_config_score_outside_images_too(images, tmp_path):
 def test_reference_of_adm_needs_no_dataset(images, tmp_path):
     npz = tmp_path / "adm.npz"
     npz.write_bytes(b"its digest is part of the key")
-    run = run_config.load_run(None, ("name=it", f"reference.npz={npz}", "reference.extractor=inception", "targets=[reference]"))
+    run = load_run(None, ("name=it", f"reference.npz={npz}", "reference.extractor=inception", "targets=[reference]"))
     source = ImageSetConfig(path=str(images), name="other")
     nodes = {node.id: node for node in graph.build_evaluation(run, source, find_resolution(source))}
     assert list(nodes) == ["images", "reference", "evaluate"] and nodes["reference"].inputs == {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import (
+from material.layouts import (
     CLASSES,
     KINDS,
     coco_captions,

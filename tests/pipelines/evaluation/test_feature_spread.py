@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import ray
 import torch
-from layouts import open_dataset
-from precise import precise_distance
+from material.layouts import open_dataset
+from references.precise import precise_distance
 
 from enat.metrics.classifier import ClassifierExtractor
 from enat.metrics.moments import FeatureMoments, frechet_distance

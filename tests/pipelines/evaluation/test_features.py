@@ -16,7 +16,7 @@ import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import open_dataset
+from material.layouts import open_dataset
 from safetensors.numpy import load_file
 
 from pipelines.artifacts.manifest import WORK

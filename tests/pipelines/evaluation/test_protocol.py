@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mlflow_database import mlflow_database
-from summaries import summary_of
+from material.summaries import summary_of
+from services.mlflow_database import mlflow_database
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.comparison import query

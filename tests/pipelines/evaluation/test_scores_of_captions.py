@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layouts import Layouts
-from tiny_clip import make_tiny_clip
+from material.layouts import Layouts
+from material.tiny_clip import make_tiny_clip
 
 from enat.images import to_uint8
 from enat.metrics.clip_score import ClipImages, caption_embeddings, clip_scores
@@ -18,7 +18,7 @@ from enat.metrics.errors import standard_error
 from pipelines.artifacts.open import open_store
 from pipelines.data.dataset import Dataset
 from pipelines.data.samples import read_samples
-from pipelines.run.config import load_run
+from pipelines.run.loading import load_run
 from pipelines.workflow import driver
 
 

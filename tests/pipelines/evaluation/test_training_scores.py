@@ -13,16 +13,26 @@ import numpy as np
 import pytest
 import ray
 import torch
+from material.summaries import summary_of
+from material.tiny_training import (
+    CLASSES,
+    CONFIG,
+    Material,
+    Trained,
+    assert_same_bits,
+    changed,
+    read_weights,
+    train,
+    worker_context,
+)
 from rich.console import Console
 from safetensors.numpy import save_file
-from summaries import summary_of
-from tiny_training import CLASSES, CONFIG, Material, Trained, assert_same_bits, changed, read_weights, train, worker_context
 
 from enat.images import to_uint8
 from enat.metrics.classifier import ClassifierExtractor
 from enat.metrics.moments import FeatureMoments, frechet_distance
 from enat.metrics.sliced import sliced_distance
-from enat.sampler import sample
+from enat.sampling.sampler import sample
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.capacity import Capacity
 from pipelines.cluster.resources import Workers

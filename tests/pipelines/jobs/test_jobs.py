@@ -27,9 +27,9 @@ from pipelines.cluster.resources import Workers
 from pipelines.jobs import places, submission
 from pipelines.jobs.progress import StageProgress, stages_in_progress
 from pipelines.jobs.submission import Submission, resource_requests
-from pipelines.run import config as run_config
 from pipelines.run import graph
 from pipelines.run.config import RunConfig
+from pipelines.run.loading import load_run
 from pipelines.storage.s3 import S3Folder
 from pipelines.training.config import TrainExecution
 from pipelines.workflow import driver, provenance
@@ -118,8 +118,8 @@ def test_config_is_sent_merged_with_its_bases(prepare: Callable[..., Submission]
     package = provenance.pack(config, checkout)
     for text in (prepare(config=config, image="enat:1").config_text, package.files[package.config].decode()):
         sent.write_text(text)
-        run = run_config.load_run(sent)
-        assert run == run_config.load_run(config) and (run.name, run.train.num_steps) == ("mine", 7)
+        run = load_run(sent)
+        assert run == load_run(config) and (run.name, run.train.num_steps) == ("mine", 7)
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_places_that_the_cluster_cannot_see_are_refused(
 
 
 def _named(place: str) -> RunConfig:
-    return run_config.load_run(DIGITS, ["dataset.kind=image_folder", f"dataset.path={place}"], is_dataset_here=False)
+    return load_run(DIGITS, ["dataset.kind=image_folder", f"dataset.path={place}"], is_dataset_here=False)
 
 
 def test_a_dataset_that_only_this_machine_has_causes_a_warning(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_dataset_in_a_bucket_without_objects_is_refused(make_bucket: Callable[
 
 @pytest.mark.slow
 def test_a_bucket_that_this_machine_cannot_reach_causes_a_warning() -> None:
-    run = run_config.load_run(
+    run = load_run(
         DIGITS,
         ["dataset.kind=image_folder", "dataset.path=s3://bucket/train", "s3={endpoint_url: http://127.0.0.1:1, anonymous: true}"],
         is_dataset_here=False,
@@ -217,7 +217,7 @@ def test_unknown_targets_are_refused_as_by_the_run_itself(prepare: Callable[...,
         with pytest.raises(ValueError, match=f"^targets names '{target}'; the stages of this run are") as refused:
             prepare(f"targets=[dataset, {target}]")
         with pytest.raises(ValueError, match=f"^targets names '{target}'") as by_run:
-            graph.build(run_config.load_run(DIGITS, [f"targets=[{target}]"]))
+            graph.build(load_run(DIGITS, [f"targets=[{target}]"]))
         stages = [set(str(each.value).partition("are ")[2].split(", ")) for each in (refused, by_run)]
         assert stages[0] == stages[1]
     prepare("targets=[reconstruction, captions]", "reconstruction={}", "captions.encoder=hf://a/b")
@@ -340,7 +340,7 @@ def test_room_is_what_placing_one_worker_after_another_finds(nodes: list[int], e
 
 
 def test_requests_are_those_of_the_stages_of_the_run(prepare: Callable[..., Submission], tiny_nodes: Callable[..., Any]) -> None:
-    nodes = graph.build(run_config.load_run(DIGITS))
+    nodes = graph.build(load_run(DIGITS))
     of_graph = {(node.stage.name, node.stage.workers(node.config)) for node in nodes} - {(name, None) for name in graph.stages()}
     assert {(each.node.partition("@")[0], each.workers) for each in resource_requests(prepare().config)} == of_graph
     assert not {"dataset", "report"} & {name for name, _ in of_graph}, "these request no workers"

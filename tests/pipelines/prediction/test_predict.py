@@ -18,12 +18,11 @@ from pipelines.cluster.resources import Workers
 from pipelines.prediction import show
 from pipelines.prediction.predict import Prediction, predict
 from pipelines.prediction.rates import Rates
-from pipelines.run import config as run_config
 from pipelines.run import prediction as run_prediction
-from pipelines.workflow.costs import Prices
+from pipelines.run.loading import load_run
 from pipelines.workflow.stage import Node, PlannedStage, Stage, StageResult
 from pipelines.workflow.summary import Summary
-from pipelines.workflow.work import Foreseen, UnforeseeableError, Work
+from pipelines.workflow.work import Foreseen, Prices, UnforeseeableError, Work
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 _START = 5.0  # seconds of a stage with workers that was never measured
@@ -159,7 +158,7 @@ def test_stages_without_room_are_not_predicted() -> None:
 
 
 def _of_config(name: str, cluster: str, *overrides: str, images: int = 1_281_167, captions: int | None = None) -> Prediction:
-    run = run_config.load_run(CONFIGS / name, overrides, is_dataset_here=False)
+    run = load_run(CONFIGS / name, overrides, is_dataset_here=False)
     planned = run_prediction.unread_plan(run)
     foreseen_by = run_prediction.foreseen_by(images, None, captions)
     return predict(planned, Rates({}), parse_cluster(cluster), foreseen_by=foreseen_by)

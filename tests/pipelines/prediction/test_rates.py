@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from mlflow_database import mlflow_database
+from services.mlflow_database import mlflow_database
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore

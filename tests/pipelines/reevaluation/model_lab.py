@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import open_dataset
+from material.layouts import open_dataset
+from material.summaries import summary_of
 from mlflow import MlflowClient
 from rich.console import Console
-from summaries import summary_of
 
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig

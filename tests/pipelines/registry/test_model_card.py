@@ -18,11 +18,11 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from material.places import key_of, make
+from material.summaries import summary_of
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
-from mlflow_database import mlflow_database
-from places import key_of, make
-from summaries import summary_of
+from services.mlflow_database import mlflow_database
 
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dataset_hub import TOKEN, Repository, dataset_hub
-from layouts import Layouts
+from material.layouts import Layouts
+from services.dataset_hub import TOKEN, Repository, dataset_hub
 
 from pipelines.artifacts.open import open_store
 from pipelines.data.dataset import DatasetSummary
 
-PLUGIN = Path(__file__).parents[2] / "gs_plugin"
+PLUGIN = Path(__file__).parents[2] / "services" / "gs_plugin"
 pytestmark = pytest.mark.slow
 
 

@@ -18,11 +18,12 @@ from PIL import Image
 
 from enat.config import ENATConfig
 from enat.cost import training_macs
-from enat.masking import mask_codes
+from enat.training.masking import mask_codes
 from pipelines.artifacts.manifest import Manifest
 from pipelines.data.sources.config import DatasetConfig
 from pipelines.run import config as run_config
 from pipelines.run import graph
+from pipelines.run.loading import load_run
 from pipelines.stages.reference import ReferenceConfig
 from pipelines.storage.base import digest_of
 from pipelines.storage.s3_client import S3Config
@@ -58,7 +59,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., run_config.R
             ]
             for section in ("reference", "generate"):
                 own += [f"{section}.dataset.path={root / 'validation'}", f"{section}.dataset.captions={root / 'captions.json'}"]
-        return run_config.load_run(CONFIGS / f"{name}.yaml", (*own, *overrides))
+        return load_run(CONFIGS / f"{name}.yaml", (*own, *overrides))
 
     return load
 
@@ -150,18 +151,18 @@ def test_a_dataset_must_be_said_where_a_target_needs_one(tmp_path: Path) -> None
     weights.write_bytes(b"weights")
     for given in ((), ("targets=[reference]",), ("targets=[tokenizer]",), ("dataset=null",), ("tokenizer.dataset.kind=digits",)):
         with pytest.raises(configuration.ConfigError, match=r"names none; set dataset\.kind .* `enat init FOLDER`"):
-            run_config.load_run(None, ("name=it", *given))
+            load_run(None, ("name=it", *given))
     with pytest.raises(configuration.ConfigError, match=r"does not give dataset\.kind, which has no default"):
-        run_config.load_run(None, ("name=it", "dataset.name=photos"))
+        load_run(None, ("name=it", "dataset.name=photos"))
     npz = (f"reference.npz={weights}", "reference.extractor=inception")
     for target, given in (
         ("tokenizer", ()),
         ("train", (f"train.weights={weights}", "train.model.preset=enat-s")),
         ("reference", npz),
     ):
-        run = run_config.load_run(None, ("name=it", f"targets=[{target}]", f"tokenizer.weights={weights}", *given))
+        run = load_run(None, ("name=it", f"targets=[{target}]", f"tokenizer.weights={weights}", *given))
         assert "dataset" not in {node.stage.name for node in graph.build(run)}, target
-    partly = run_config.load_run(None, ("name=it", "targets=[tokenizer]", "tokenizer.dataset.kind=digits"))
+    partly = load_run(None, ("name=it", "targets=[tokenizer]", "tokenizer.dataset.kind=digits"))
     assert [node.id for node in graph.build(partly)] == ["dataset", "tokenizer"], "a stage may have its own"
 
 
@@ -170,13 +171,13 @@ def test_only_what_targets_need_is_looked_at(tmp_path: Path) -> None:
     images = ("name=it", "dataset.kind=images", f"dataset.path={tmp_path}", "reference.extractor=inception")
     nowhere = f"tokenizer.weights={tmp_path / 'nowhere'}"
     for target in ("dataset", "reference"):
-        nodes = graph.build(run_config.load_run(None, (*images, nowhere, f"targets=[{target}]")))
+        nodes = graph.build(load_run(None, (*images, nowhere, f"targets=[{target}]")))
         assert [node.id for node in nodes] == [*dict.fromkeys(("dataset", target))]
     with pytest.raises(ValueError, match=r"tokenizer\.weights: .*nowhere"):
-        graph.build(run_config.load_run(None, (*images, nowhere, "targets=[token_map]")))
+        graph.build(load_run(None, (*images, nowhere, "targets=[token_map]")))
     (tmp_path / "weights").write_bytes(b"weights")
     imported = ("name=it", "targets=[tokenizer]", f"tokenizer.weights={tmp_path / 'weights'}")
-    nodes = graph.build(run_config.load_run(None, (*imported, "dataset.kind=images", "dataset.path=/nowhere")))
+    nodes = graph.build(load_run(None, (*imported, "dataset.kind=images", "dataset.path=/nowhere")))
     assert [node.id for node in nodes] == ["tokenizer"]
 
 

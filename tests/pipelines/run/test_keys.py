@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from pipelines.cli.main import commands
-from pipelines.run import config as run_config
 from pipelines.run import graph, keys
+from pipelines.run.loading import load_run
 from pipelines.workflow.config import identity, with_overrides
 
 DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
@@ -44,7 +44,7 @@ def test_keys_have_type_default_and_unit_of_their_dataclass() -> None:
 @pytest.mark.slow
 def test_documentation_states_which_keys_are_part_of_a_stage_s_key() -> None:
     """Changes each number and switch alone and compares the identity of its stage."""
-    run = run_config.load_run(DIGITS)
+    run = load_run(DIGITS)
     checked = 0
     for key in keys.all_keys():
         section = key.path.partition(".")[0]

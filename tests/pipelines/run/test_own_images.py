@@ -17,8 +17,8 @@ import pytest
 import skimage.data
 import yaml
 from click.testing import CliRunner, Result
-from digits_run import fresh_environment
-from layouts import Layouts, write
+from material.digits_run import fresh_environment
+from material.layouts import Layouts, write
 from PIL import Image
 
 from enat.images import png_bytes
@@ -26,8 +26,8 @@ from pipelines.artifacts.open import open_store
 from pipelines.cli.main import commands
 from pipelines.cluster import hardware
 from pipelines.data.sources.config import DatasetConfig
-from pipelines.run import config as run_config
 from pipelines.run import graph, own_images
+from pipelines.run.loading import load_run
 from pipelines.run.own_images import OwnImages
 from pipelines.workflow import driver
 
@@ -132,7 +132,7 @@ def test_every_config_can_be_planned(tmp_path: Path, resolution: int, is_large: 
     found = own_images.find_images(str(tmp_path / "photos"))
     file = tmp_path / "own.yaml"
     file.write_text(own_images.config_text(found, resolution, GPUS if is_large else TWO_CORES, str(file)))
-    run = run_config.load_run(file, (f"workspace={tmp_path / 'runs'}",))
+    run = load_run(file, (f"workspace={tmp_path / 'runs'}",))
     assert run.tokenizer.architecture().resolution == resolution and run.name == "own"
     assert run.train.model.preset == ("enat-s" if is_large else None)
     assert (run.tokenizer.preset in ("vqgan-256", "vqgan-512")) == (is_large and resolution >= 128)
@@ -150,7 +150,7 @@ def test_names_from_outside_stay_text(tmp_path: Path) -> None:
     file.write_text(own_images.config_text(own_images.find_images(str(folder)), 32, TWO_CORES, str(file)))
     values = yaml.safe_load(file.read_text())
     assert values["dataset"]["path"] == str(folder) and "targets" not in values and "\x1b" not in file.read_text()
-    assert run_config.load_run(file).dataset == DatasetConfig(kind="image_folder", name="a: b # 'c'\" {d}", path=str(folder))
+    assert load_run(file).dataset == DatasetConfig(kind="image_folder", name="a: b # 'c'\" {d}", path=str(folder))
 
 
 # The command ---------------------------------------------------------------------------------------------------------------

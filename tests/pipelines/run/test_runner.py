@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_database import mlflow_database
 from rich.console import Console
+from services.mlflow_database import mlflow_database
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import Layouts
+from material.layouts import Layouts
 
 
 @pytest.mark.faults

@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from digits_run import DIGITS
+from material.digits_run import DIGITS
 from rich.console import Console
 
 from pipelines.data import inspection
 from pipelines.prediction import show
 from pipelines.run import prediction, runner, summary
-from pipelines.run.config import load_run
+from pipelines.run.loading import load_run
 from pipelines.stages import evaluate
 from pipelines.workflow.stage import FinishedStage, PlannedStage
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import toy_stage
 from click.testing import CliRunner
-from summaries import summary_of
+from material.summaries import summary_of
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
@@ -19,7 +19,8 @@ from pipelines.cli.artifacts import artifacts
 from pipelines.jobs import submission
 from pipelines.reevaluation import plan as reevaluation_plan
 from pipelines.run import graph
-from pipelines.run.config import RunConfig, load_run
+from pipelines.run.config import RunConfig
+from pipelines.run.loading import load_run
 from pipelines.workflow import config as configuration
 from pipelines.workflow import driver
 from pipelines.workflow.costs import cost_metrics

@@ -7,15 +7,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from layouts import make_layouts
+from material.layouts import make_layouts
 
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cli import main
 from pipelines.run import graph, runner
-from pipelines.run.config import RunConfig, load_run
+from pipelines.run.config import RunConfig
+from pipelines.run.loading import load_run
 from pipelines.workflow import driver
 from pipelines.workflow.config import ConfigError
-from pipelines.workflow.stage import Session
+from pipelines.workflow.node_run import Session
 
 DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
 _LARGE = "it must be at most 2,147,483,647"

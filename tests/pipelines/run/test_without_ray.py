@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from digits_run import DIGITS, fresh_environment
+from material.digits_run import DIGITS, fresh_environment
 
 from pipelines.cluster import connection
-from pipelines.run import config as run_config
 from pipelines.run import graph, prediction
+from pipelines.run.loading import load_run
 from pipelines.workflow import driver
 
 _CHANGED = "generate.sampler.num_steps=3"
@@ -45,7 +45,7 @@ def test_only_a_small_run_on_this_machine_does_without(
 ) -> None:
     monkeypatch.setattr(connection, "is_connected", lambda: False)
     monkeypatch.setattr(prediction, "_SMALL_SECONDS", 1000.0)  # whatever else this machine did when the run was measured
-    run = run_config.load_run(DIGITS, (*digits_run.overrides, f"workspace={digits_run.workspace}", *overrides))
+    run = load_run(DIGITS, (*digits_run.overrides, f"workspace={digits_run.workspace}", *overrides))
     planned = [*driver.plan(graph.build(run), digits_run.store)]
     assert prediction.does_without_ray(run, planned, digits_run.store) == expected
     assert not prediction.does_without_ray(run, planned, digits_run.store, num_alike=10**6), "many small ones are not small"

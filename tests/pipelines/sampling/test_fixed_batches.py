@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_weights import randomized
+from material.random_weights import randomized
 
 from enat.config import ENATConfig
 from enat.images import to_uint8

@@ -7,14 +7,14 @@ import io
 import numpy as np
 import pytest
 import torch
+from material.random_weights import randomized
 from PIL import Image
-from random_weights import randomized
 
 from enat.config import ENATConfig
 from enat.images import to_uint8
 from enat.model import ENAT
-from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
+from enat.sampling.sampler import sample
 from pipelines.sampling.pictures import MASKED_GRAY, animation, step_images, strip
 
 SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2, "grid_size": 4, "codebook_size": 32}

@@ -15,7 +15,8 @@ from pipelines.cli.run import plan
 from pipelines.cli.sample import _sampler
 from pipelines.jobs import submission
 from pipelines.run import graph
-from pipelines.run.config import RunConfig, load_run
+from pipelines.run.config import RunConfig
+from pipelines.run.loading import load_run
 from pipelines.sampling.presets import presets
 from pipelines.workflow import config as configuration
 

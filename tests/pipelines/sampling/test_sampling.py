@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mlflow_database import mlflow_database
+from material.random_weights import randomized
+from material.summaries import summary_of
+from material.tiny_clip import make_tiny_clip
 from PIL import Image
-from random_weights import randomized
-from summaries import summary_of
-from tiny_clip import make_tiny_clip
+from services.mlflow_database import mlflow_database
 
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
 from enat.images import to_uint8
 from enat.model import ENAT, TextCondition
-from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
+from enat.sampling.sampler import sample
 from enat.text import load_text_encoder
 from enat.tokenizer import VQGAN
 from pipelines import notebook

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from digits_run import DIGITS, TINY_DIGITS, CommandLineRun
-from html_page import Page
+from material.digits_run import DIGITS, TINY_DIGITS, CommandLineRun
+from services.html_page import Page
 
 from enat.sampler_config import SamplerConfig
 from pipelines.artifacts.open import open_store
@@ -23,7 +23,8 @@ from pipelines.comparison.query import compare as read_comparison
 from pipelines.registry.evaluation_record import EVALUATION
 from pipelines.registry.influences import INFLUENCES, Influences
 from pipelines.run import searching
-from pipelines.run.config import RunConfig, load_run
+from pipelines.run.config import RunConfig
+from pipelines.run.loading import load_run
 from pipelines.tracking.search import versions_at
 from pipelines.workflow.config import ConfigError
 

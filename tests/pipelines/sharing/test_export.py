@@ -17,14 +17,15 @@ import pytest
 import torch
 from hub_server import TOKEN, Hub, hub_server
 from huggingface_hub import ModelCard
+from material.places import key_of, make
+from material.random_weights import randomized
+from material.summaries import summary_of
 from PIL import Image
-from places import key_of, make
-from random_weights import randomized
-from summaries import summary_of
 
-from enat import ENAT, ENATPipeline, hub
+from enat import ENAT, ENATPipeline
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
+from enat.files import hub
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN
 from pipelines.artifacts.manifest import Manifest

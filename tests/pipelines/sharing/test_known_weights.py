@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from https_server import Page, https_server
 from pydantic import ValidationError
+from services.https_server import Page, https_server
 
 from enat.checkpoint import load_vqgan
 from enat.config import ENATConfig, VQGANConfig

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile import photo
+from material.hostile import photo
+from material.tiny_clip import make_tiny_clip
 from PIL import Image
-from tiny_clip import make_tiny_clip
 
 from enat.text import load_text_encoder
 from pipelines.artifacts.manifest import Manifest
@@ -53,12 +53,12 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def nodes(tiny_config: Path, clip: Path, coco: str) -> Callable[..., list[Any]]:
-    from pipelines.run import config as run_config
     from pipelines.run import graph
+    from pipelines.run.loading import load_run
 
     def nodes(*overrides: str) -> list[Any]:
         values = (coco, "targets=[captions]", f"captions.encoder={clip}", *overrides)
-        return graph.build(run_config.load_run(tiny_config, values))
+        return graph.build(load_run(tiny_config, values))
 
     return nodes
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import CLASSES, Layouts, make_layouts, open_dataset, tar_bytes, write, write_parquet
+from material.layouts import CLASSES, Layouts, make_layouts, open_dataset, tar_bytes, write, write_parquet
 from rich.console import Console
-from s3_server import S3Endpoint
+from services.s3_server import S3Endpoint
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store

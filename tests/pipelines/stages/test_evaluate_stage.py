@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from layouts import open_dataset
-from mlflow_database import mlflow_database
+from material.layouts import open_dataset
+from material.summaries import summary_of
 from PIL import Image
-from summaries import summary_of
+from services.mlflow_database import mlflow_database
 
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
@@ -51,9 +51,9 @@ from pipelines.stages import evaluate, image_set, reference
 from pipelines.tracking.run import TrackingConfig, start_run
 from pipelines.workflow import driver
 from pipelines.workflow import stage as workflow_stage
-from pipelines.workflow.costs import Prices
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import PublishContext, Sibling, Stage, StageResult
+from pipelines.workflow.work import Prices
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -18,20 +18,20 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from random_weights import randomized
-from summaries import summary_of
-from workers import kill_a_worker
+from material.random_weights import randomized
+from material.summaries import summary_of
+from services.workers import kill_a_worker
 
 from enat import checkpoint
-from enat.averages import Average, exponent_of
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
 from enat.cost import generation_cost
 from enat.model import ENAT, TextCondition
-from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
+from enat.sampling.sampler import sample
 from enat.text import TextFeatures
 from enat.tokenizer import VQGAN
+from enat.training.averages import Average, exponent_of
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore

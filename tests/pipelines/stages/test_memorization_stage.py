@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from material.summaries import summary_of
 from scipy.spatial.distance import cdist
-from summaries import summary_of
 
 from enat.checkpoint import save_weights
 from pipelines.artifacts.manifest import Manifest

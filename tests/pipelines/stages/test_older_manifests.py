@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from summaries import summary_of
+from material.summaries import summary_of
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.run import graph

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layouts import open_dataset
+from material.layouts import open_dataset
 
 from enat.metrics.classifier import ClassifierExtractor
 from enat.metrics.inception import random_inception_weights

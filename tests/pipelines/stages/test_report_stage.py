@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from html_page import Page, assert_self_contained
 from PIL import Image
+from services.html_page import Page, assert_self_contained
 
 from enat.checkpoint import load_vqgan
 from enat.images import to_uint8

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hostile import corpus, photo
+from material.hostile import corpus, photo
 from PIL import Image
-from workers import kill_a_worker, titled_processes
+from services.workers import kill_a_worker, titled_processes
 
 from enat.tokenizer import VQGAN
 from pipelines.artifacts.manifest import Manifest

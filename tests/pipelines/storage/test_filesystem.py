@@ -11,19 +11,19 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from dataset_hub import TOKEN, DatasetHub, Repository, dataset_hub
-from digits_run import DIGITS
-from layouts import KINDS, Layouts, found_in, read
+from material.digits_run import DIGITS
+from material.layouts import KINDS, Layouts, found_in, read
+from services.dataset_hub import TOKEN, DatasetHub, Repository, dataset_hub
 
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.jobs import places
-from pipelines.run import config as run_config
+from pipelines.run.loading import load_run
 from pipelines.storage import filesystem
 from pipelines.storage.base import AccessError, MissingFileError, StorageError
 from pipelines.storage.external import content_digest, local_file, local_folder
 from pipelines.storage.open import forget_commits, open_folder, pinned
 
-PLUGIN = Path(__file__).parents[2] / "gs_plugin"
+PLUGIN = Path(__file__).parents[2] / "services" / "gs_plugin"
 FILES = {"a.txt": b"first", "b/c.bin": bytes(range(256)) * 40, "b/é.txt": b"", "b.txt": b"x" * 10, "b/deeper/d.jpg": b"jpeg"}
 
 
@@ -178,7 +178,7 @@ def test_weights_and_captions_are_fetched_once(place: str, request: pytest.Fixtu
 def test_a_job_is_refused_if_nothing_is_at_its_address(place: str) -> None:
     def check(address: str) -> list[str]:
         overrides = ["dataset.kind=images", f"dataset.path={address}"]
-        return places.check(run_config.load_run(DIGITS, overrides, is_dataset_here=False), is_this_machine=False)
+        return places.check(load_run(DIGITS, overrides, is_dataset_here=False), is_this_machine=False)
 
     for there in ("", "/b", "/b/", "/b.txt", "/b/*.bin", "/{a,b}.txt"):
         assert check(place + there) == [], there

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import S3Endpoint, only_moto
+from services.s3_server import S3Endpoint, only_moto
 
 from pipelines.storage import s3, s3_client
 from pipelines.storage.base import AccessError, MissingFileError, StorageError, StoredFile, in_parallel

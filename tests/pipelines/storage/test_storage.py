@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import write
+from material.layouts import write
 
 from pipelines.storage import cache as storage_cache
 from pipelines.storage import local

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from https_server import Page, WebServer, https_server
+from services.https_server import Page, WebServer, https_server
 
 from pipelines.storage import web
 from pipelines.storage.base import AccessError

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_database import mlflow_database
-from mlflow_server import mlflow_server
+from services.mlflow_database import mlflow_database
+from services.mlflow_server import mlflow_server
 
 from pipelines.tracking import models
 from pipelines.tracking.models import Checkpoint, TrackedModel

@@ -18,27 +18,28 @@ from typing import Any
 
 import pytest
 import requests
-from free_ports import free_ports
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_model_name
-from mlflow_database import mlflow_database
-from mlflow_server import mlflow_server
+from services.free_ports import free_ports
+from services.mlflow_database import mlflow_database
+from services.mlflow_server import mlflow_server
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
-from pipelines.run import config as run_config
+from pipelines.run.loading import load_run
 from pipelines.tracking import registry as tracking_registry
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import RunHandle, TrackingConfig, start_run
 from pipelines.workflow import config as configuration
 from pipelines.workflow import driver, stage
-from pipelines.workflow.stage import Node, Session, Stage, StageContext, StageResult
+from pipelines.workflow.node_run import Session
+from pipelines.workflow.stage import Node, Stage, StageContext, StageResult
 
 CONFIG = TrackingConfig(experiment="tests")
 CLOSED = "http://127.0.0.1:9"  # the discard port, where nothing listens
@@ -542,7 +543,7 @@ def test_a_server_that_refuses_models_costs_one_warning_and_no_metrics(
 def test_credentials_are_not_recorded(client: MlflowClient, recorded, handle: RunHandle, tiny_config: Path) -> None:
     for run in _stage_runs(client, reused=False).values():
         assert "secret" not in str(run.data.params) + str(run.data.tags) and run.data.params["source"] == "http://host/images"
-    config = run_config.load_run(tiny_config, ("tracking.uri=http://writer:secret@host", "store=ftp://writer:secret@host/store"))
+    config = load_run(tiny_config, ("tracking.uri=http://writer:secret@host", "store=ftp://writer:secret@host/store"))
     handle.log_params(configuration.redacted(config))
     params = client.get_run(handle.run_id).data.params
     assert params["tracking.uri"] == "http://host" and params["store"] == "ftp://host/store"

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[3]), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[3]), str(Path(__file__).parents[2])]
 
 SECONDS = 0.25  # that a step takes longer
 NUM_STEPS = 100_000  # more than any test waits for
@@ -38,8 +38,8 @@ def main(address: str, store_folder: str, key: str, execution: str) -> None:
     from pipelines.cluster import connection
 
     connection.prepare_environment()
+    from material.tiny_training import CONFIG
     from rich.console import Console
-    from tiny_training import CONFIG
 
     from pipelines.artifacts.open import open_store
     from pipelines.stages import train

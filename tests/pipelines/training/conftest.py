@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from plain_training import Plainly, train_plainly
-from tiny_training import CONFIG, Material, Trained
+from material.tiny_training import CONFIG, Material, Trained
+from references.plain_training import Plainly, train_plainly
 
 
 @pytest.fixture

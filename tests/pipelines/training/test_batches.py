@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_training import CONFIG, Material, changed
+from material.tiny_training import CONFIG, Material, changed
 
 from enat.model import ENAT, TextCondition
 from pipelines.training.batches import Batches, GroupBatch, draw_group, pieces_per_group, rows_of

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plain_training import train_plainly
-from ray_nodes import RayNodes, ray_nodes
-from tiny_training import Material, changed, checkpoint_steps, worker_context
+from material.tiny_training import Material, changed, checkpoint_steps, worker_context
+from references.plain_training import train_plainly
+from services.ray_nodes import RayNodes, ray_nodes
 
 from pipelines.artifacts.manifest import DamagedFileError
 from pipelines.training.checkpoints import find_checkpoints, open_checkpoint

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_training import (
+from material.tiny_training import (
     assert_same_bits,
     changed,
     checkpoint_steps,

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_clip import make_tiny_clip
+from material.tiny_clip import make_tiny_clip
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from enat.config import ENATConfig
-from enat.loss import objective
-from enat.masking import MaskingConfig
 from enat.model import ENAT, TextCondition
-from enat.sampler import sample
 from enat.sampler_config import SamplerConfig
+from enat.sampling.sampler import sample
 from enat.text import load_text_encoder
+from enat.training.loss import objective
+from enat.training.masking import MaskingConfig
 from pipelines.data.token_map import TokenMap, TokenMapInfo
 from pipelines.training.batches import draw_group
 from pipelines.training.config import TrainConfig

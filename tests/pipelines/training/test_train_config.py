@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from tiny_training import CONFIG, changed
+from material.tiny_training import CONFIG, changed
 
 from pipelines.data.captions import CaptionFeaturesInfo
 from pipelines.data.token_map import TokenMapInfo

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_training import (
+from material.tiny_training import (
     CONFIG,
     RankLostError,
     assert_close,

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import ray
+from material.tiny_training import CONFIG, Trained, assert_close, changed, read_history
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_training import CONFIG, Trained, assert_close, changed, read_history
 
 from enat.checkpoint import load_enat
 from enat.model import ENAT

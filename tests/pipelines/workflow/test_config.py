@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from pipelines.data.sources.config import DatasetConfig
-from pipelines.run.config import RunConfig, load_run
+from pipelines.run.config import RunConfig
+from pipelines.run.loading import load_run
 from pipelines.stages.token_map import TokenMapConfig
 from pipelines.workflow.config import (
     ConfigError,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from material.places import make
+from material.summaries import summary_of
 from omegaconf import OmegaConf
-from places import make
-from summaries import summary_of
 
 import pipelines
 from pipelines.artifacts.manifest import Manifest
@@ -22,7 +22,8 @@ from pipelines.evaluation.protocol import SCORES
 from pipelines.run import graph
 from pipelines.workflow import config as configuration
 from pipelines.workflow import costs
-from pipelines.workflow.costs import KINDS, LineageCost, Prices
+from pipelines.workflow.costs import KINDS, LineageCost
+from pipelines.workflow.work import Prices
 
 
 def cost_metrics(store: ArtifactStore, manifest: Manifest, prices: Prices | None = None) -> dict[str, float]:

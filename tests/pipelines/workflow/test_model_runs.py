@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_database import mlflow_database
+from services.mlflow_database import mlflow_database
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -20,7 +20,8 @@ from pipelines.tracking.run import RunHandle, TrackingConfig
 from pipelines.workflow import config as configuration
 from pipelines.workflow import driver, model_runs
 from pipelines.workflow.model_runs import ModelRuns
-from pipelines.workflow.stage import MAIN, Node, Session, Stage, StageContext, StageError, StageResult
+from pipelines.workflow.node_run import Session
+from pipelines.workflow.stage import MAIN, Node, Stage, StageContext, StageError, StageResult
 
 CONFIG = TrackingConfig(experiment="models")
 SIZES = {"small": {"train": {"num_steps": 3}}, "steps-12": {"generate": {"sampler": {"num_steps": 12}}}}

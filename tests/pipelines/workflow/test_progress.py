@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import ray
-from ray_nodes import ray_nodes
 from rich.console import Console
+from services.ray_nodes import ray_nodes
 
 from pipelines.workflow.progress import Bar
 

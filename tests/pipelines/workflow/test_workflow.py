@@ -21,8 +21,8 @@ from pipelines.artifacts.lease import Leases
 from pipelines.artifacts.manifest import Manifest, name_of
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution, Workers
-from pipelines.run import config as run_config
 from pipelines.run import graph
+from pipelines.run.loading import load_run
 from pipelines.storage.base import StorageError
 from pipelines.workflow import driver, node_run, stage
 from pipelines.workflow.config import ConfigError
@@ -401,7 +401,7 @@ def test_a_plan_knows_the_keys_whose_inputs_exist_and_writes_nothing(counted: Co
 def _keys(*overrides: str) -> dict[str, str]:
     """Keys of a run's nodes, with stand-ins that have only a key for inputs that do not exist yet."""
     found: dict[str, str] = {}
-    for node in graph.build(run_config.load_run(DIGITS, overrides)):
+    for node in graph.build(load_run(DIGITS, overrides)):
         stand_ins = {
             name: Manifest(stage="any", key=found[id], stage_version=1, config={}, inputs={}, files=())
             for name, id in node.inputs.items()
@@ -460,7 +460,7 @@ def test_nodes_have_the_title_of_the_data_that_they_were_made_from(image_folder:
     """But for a tokenizer, which may have been trained on other images than the model."""
     other = f"tokenizer.dataset={{kind: image_folder, path: {image_folder}}}"
     overrides = ("dataset.name=photos", other, "variants={small: {train: {num_steps: 5}}}")
-    titles = titles_of(graph.build(run_config.load_run(DIGITS, overrides)))
+    titles = titles_of(graph.build(load_run(DIGITS, overrides)))
     assert titles.pop("dataset") == "image_folder", "that of the tokenizer"
     assert set(titles.values()) == {"photos"} and "tokenizer" not in titles
     assert {
@@ -477,7 +477,7 @@ def test_nodes_have_the_title_of_the_data_that_they_were_made_from(image_folder:
 
 def test_a_variant_shares_the_stages_that_it_does_not_change() -> None:
     def nodes(values: str) -> list[str]:
-        return [node.id for node in graph.build(run_config.load_run(DIGITS, (NO_VARIANTS, f"variants={values}")))]
+        return [node.id for node in graph.build(load_run(DIGITS, (NO_VARIANTS, f"variants={values}")))]
 
     own = ["dataset", "tokenizer", "token_map", "reference", "audit", "train", "generate", "memorization", "evaluate"]
     assert nodes("{}") == [*own, "report"]
@@ -510,17 +510,17 @@ def test_targets_run_with_the_stages_that_they_need_under_the_same_keys(targets:
 
 def test_a_target_that_is_not_a_stage_of_the_run_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"targets names 'captions'; the stages of this run are tokenizer, dataset, token_map"):
-        graph.build(run_config.load_run(DIGITS, ("targets=[token_map, captions]",)))
+        graph.build(load_run(DIGITS, ("targets=[token_map, captions]",)))
 
 
 def test_a_model_that_would_not_fit_is_accepted_if_it_is_not_trained() -> None:
     """A config for a token map alone need not know what will be trained on it."""
-    nodes = graph.build(run_config.load_run(DIGITS, ("targets=[token_map]", "train.model.grid_size=16")))
+    nodes = graph.build(load_run(DIGITS, ("targets=[token_map]", "train.model.grid_size=16")))
     assert [node.id for node in nodes] == ["dataset", "tokenizer", "token_map"]
 
 
 def test_the_nodes_of_a_variant_read_from_its_own() -> None:
-    nodes = {node.id: node for node in graph.build(run_config.load_run(DIGITS))}
+    nodes = {node.id: node for node in graph.build(load_run(DIGITS))}
     assert nodes["generate@untrained"].inputs == {"model": "train@untrained"}
     assert nodes["evaluate@untrained"].inputs["samples"] == "generate@untrained"
     assert nodes["evaluate@untrained"].inputs["reference"] == "reference"
@@ -543,7 +543,7 @@ def test_the_nodes_of_a_variant_read_from_its_own() -> None:
 )
 def test_an_invalid_run_is_refused_before_it_starts(override: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        run_config.load_run(DIGITS, (override,))
+        load_run(DIGITS, (override,))
 
 
 def test_invalid_workers_are_refused() -> None:

@@ -1,0 +1,1 @@
+"""Puts this folder on the path: tests import benchmarks by name, as benchmarks import each other."""
