@@ -11,10 +11,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from services.chromium import Browser
 
 import enat
 from pipelines import notebook
+from services.chromium import Browser
 
 REPOSITORY = Path(__file__).parents[1]
 _LOADS = {"src", "srcset", "poster", "data"}  # attributes that a browser fetches without a click; also href of <link>

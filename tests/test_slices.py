@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 import slices
 
 TESTS = [f"tests/test_{file}.py::test_{number}" for file in "abcd" for number in range(20)]

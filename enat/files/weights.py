@@ -4,7 +4,7 @@ read_state_dict            a safetensors file, or a torch file of which only ten
 load_configured            the module of a config, from a safetensors file beside it
 load_strictly              a state dict into any module
 
-Nothing here unpickles: torch files are read with weights_only=True.
+No code of a file is run: torch files are read with weights_only=True.
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from enat.checkpoint import load_enat, load_published_enat, load_published_vqgan, load_vqgan, save_weights
+from enat.files.weights import read_state_dict
 from material.small_models import (
     ARCHITECTURES,
     TEXT,
@@ -20,10 +24,6 @@ from material.small_models import (
     small_enat,
     small_vqgan,
 )
-from safetensors.torch import save_file
-
-from enat.checkpoint import load_enat, load_published_enat, load_published_vqgan, load_vqgan, save_weights
-from enat.files.weights import read_state_dict
 
 
 def published(name):

@@ -5,7 +5,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from material.small_models import ARCHITECTURES, TEXT, conditions, nested_tokens, pairwise_cases, small_config, small_enat
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -27,6 +26,7 @@ from enat.sampling.sampler import sample
 from enat.tokenizer import VQGAN, VQGANConfig
 from enat.training.loss import objective
 from enat.training.masking import MaskedCodes, mask_codes
+from material.small_models import ARCHITECTURES, TEXT, conditions, nested_tokens, pairwise_cases, small_config, small_enat
 
 ONE_PASS = SamplerConfig(guidance_scale=1.0)
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from material.hostile import Hostile, corpus, photo
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from enat.images import MAX_PIXELS, ImageError, center_crop, decode_image
+from material.hostile import Hostile, corpus, photo
 
 pytestmark = pytest.mark.filterwarnings("error")
 FILES = corpus()

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from material.small_models import small_vqgan
 from safetensors.torch import save_file
 
 from enat.checkpoint import load_published_vqgan, open_vqgan
 from enat.config import VQGANConfig
 from enat.tokenizer import VQGAN
+from material.small_models import small_vqgan
 
 
 def open_muse(vqgan):

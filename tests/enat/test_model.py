@@ -2,6 +2,15 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from enat.blocks import FUSED_LINEAR, LinearGELU
+from enat.config import ENATConfig
+from enat.model import ENAT, TextCondition, draw_dropout_mask
+from enat.sampler_config import SamplerConfig
+from enat.sampling.sampler import sample
 from material.small_models import (
     ARCHITECTURES,
     TEXT,
@@ -15,15 +24,6 @@ from material.small_models import (
     small_enat,
 )
 from references import plain
-from torch._dynamo.utils import counters
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
-
-from enat.blocks import FUSED_LINEAR, LinearGELU
-from enat.config import ENATConfig
-from enat.model import ENAT, TextCondition, draw_dropout_mask
-from enat.sampler_config import SamplerConfig
-from enat.sampling.sampler import sample
 
 # All masked, then fewer and fewer, none new from one step to the next, and nothing masked at the end.
 NUM_MASKED = [16, 13, 7, 7, 1, 0]

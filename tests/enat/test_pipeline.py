@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from material.small_models import TEXT, small_enat, small_vqgan
 from safetensors.torch import load_file, save_file
 
 from enat import ENAT, ENATPipeline, SamplerConfig, sample
@@ -15,6 +14,7 @@ from enat.checkpoint import save_weights
 from enat.files import hub
 from enat.images import to_uint8
 from enat.pipeline import HubConfig
+from material.small_models import TEXT, small_enat, small_vqgan
 
 SAMPLER = SamplerConfig(num_steps=3, guidance_scale=2.0)
 NAMES = ("zero", "one", "two", "three", "one")

@@ -7,11 +7,11 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from references.slow_sampler import HALTON, RANDOM, SEARCHED
 
 from enat.config import ENATConfig
 from enat.sampler_config import SamplerConfig
 from enat.schedule import MASK_SCHEDULES
+from references.slow_sampler import HALTON, RANDOM, SEARCHED
 
 
 def test_settings_come_back_from_json_where_tuples_are_lists():

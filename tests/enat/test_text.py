@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from material.tiny_clip import END, START, make_tiny_clip, write_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from enat.text import CAPTIONS_PER_PASS, TextEncoder, TextFeatures, load_text_encoder
+from material.tiny_clip import END, START, make_tiny_clip, write_tokenizer
 
 CAPTIONS = [
     "The cat on the dog",

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from material.small_models import golden, golden_vqgan, randomize, small_vqgan
-from references import plain
 
 from enat.tokenizer import VQGAN, VQGANConfig
+from material.small_models import golden, golden_vqgan, randomize, small_vqgan
+from references import plain
 
 
 @torch.no_grad()

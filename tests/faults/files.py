@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from oracle import Laboratory, Outcome
-from services.s3_server import serve
 
 from pipelines.artifacts.manifest import DamagedFileError, DamagedManifestError, read_sealed
 from pipelines.artifacts.open import open_store
@@ -28,6 +27,7 @@ from pipelines.storage.external import local_folder
 from pipelines.storage.local import LocalFolder
 from pipelines.storage.open import open_folder
 from pipelines.storage.s3_client import S3Config
+from services.s3_server import serve
 
 
 def flips(lab: Laboratory, rng: random.Random) -> list[Outcome]:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from material.hostile import corpus
 from oracle import Laboratory, Outcome
 
 from enat.checkpoint import load_enat
 from enat.files.weights import read_state_dict
 from enat.images import decode_image
+from material.hostile import corpus
 from pipelines.artifacts.inventory import find_all
 from pipelines.artifacts.manifest import sealed
 from pipelines.artifacts.open import open_store

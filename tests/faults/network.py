@@ -16,10 +16,10 @@ from itertools import count
 from typing import Any
 
 from oracle import STAGES, Laboratory, Outcome, differences, leftovers
-from services.s3_server import S3Endpoint, serve
 
 from pipelines.artifacts.open import open_store
 from pipelines.storage.s3_client import S3Config
+from services.s3_server import S3Endpoint, serve
 
 KINDS = ("500", "503", "skew", "reset", "lost", "cut", "flip", "flip sent")
 _REFUSALS = {"500": "InternalError", "503": "SlowDown", "403": "RequestTimeTooSkewed", "400": "BadDigest"}

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from services.s3_server import ENVIRONMENT
 
 from pipelines.cluster import connection
+from services.s3_server import ENVIRONMENT
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]

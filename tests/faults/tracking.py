@@ -11,6 +11,7 @@ from typing import Any
 
 from network import proxy
 from oracle import STAGES, Laboratory, Outcome, differences, wait_until
+
 from services.mlflow_server import mlflow_server
 
 MOMENTS = ("start", "middle", "end", "always")

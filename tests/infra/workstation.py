@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from manifests import INFRA, compose, filled, stages
-from services.free_ports import free_ports
 from what_runs import what_runs
+
+from services.free_ports import free_ports
 
 COMMANDS = what_runs()
 SECRETS = {  # of infra/.env; the password needs at least twelve characters

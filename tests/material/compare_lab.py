@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from services.mlflow_database import mlflow_database
 
 from pipelines.comparison import query, table
 from pipelines.comparison.query import Comparison, Query
@@ -21,6 +20,7 @@ from pipelines.registry.influences import INFLUENCES
 from pipelines.storage.base import canonical_json
 from pipelines.tracking import run as tracking
 from pipelines.tracking.run import RunHandle, TrackingConfig
+from services.mlflow_database import mlflow_database
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 PROTOCOL = {

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from services.listeners import Listeners
 
 REPOSITORY = Path(__file__).parents[2]

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from material.summaries import summary_of
-from services.s3_server import SECOND
 
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.storage.s3 import S3Folder
+from services.s3_server import SECOND
 
 STAGE, KEY = "train", "ab" * 32  # of artifacts of which only one is needed
 

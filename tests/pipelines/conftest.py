@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from material.compare_lab import lab, lab_uri  # noqa: F401 (fixtures)
 from material.digits_run import ENAT, REPOSITORY, fresh_environment
 from material.layouts import Layouts, make_layouts
 from material.tiny_training import material  # noqa: F401 (a fixture)
-from PIL import Image
-from services.s3_server import S3Endpoint, make_bucket, s3_endpoint  # noqa: F401 (fixtures)
-
 from pipelines.storage.s3 import S3Folder
+from services.s3_server import S3Endpoint, make_bucket, s3_endpoint  # noqa: F401 (fixtures)
 
 # Images --------------------------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from material.layouts import write
 
+from material.layouts import write
 from pipelines import doctor
 from pipelines.cli.main import commands
 from pipelines.run.config import RunConfig

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
-from material.digits_run import ENAT, fresh_environment
-from material.layouts import write
 from PIL import Image
 
 from enat.images import png_bytes
+from material.digits_run import ENAT, fresh_environment
+from material.layouts import write
 from pipelines.cli.main import commands
 from pipelines.run.config import RunConfig
 from pipelines.workflow.config import PRESET

@@ -17,8 +17,8 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from material.digits_run import REPOSITORY, CommandLineRun
 
+from material.digits_run import REPOSITORY, CommandLineRun
 from pipelines.cli.main import commands
 from pipelines.run.config import RunConfig
 from pipelines.workflow.config import load_config

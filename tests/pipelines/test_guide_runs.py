@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_guide_commands import LONG, with_keys
+
 from material.digits_run import ENAT, REPOSITORY, TINY_DIGITS, fresh_environment
 from services.mlflow_server import mlflow_server
-from test_guide_commands import LONG, with_keys
 
 _SAMPLES = "enat sample train/3f2a -n 40 --no-gif --no-steps -o other"  # own-samples.md evaluates them
 _SHORT_SEARCH = ("search.num_trials=4", "search.batch_size=2", "search.num_rungs=1", "search.heldout_replicates=2")

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from material.digits_run import DIGITS
 from nbclient import NotebookClient
 from PIL import Image
 from rich.console import Console
 
 from enat.images import make_grid
+from material.digits_run import DIGITS
 from pipelines import notebook
 from pipelines.data.samples import read_samples
 from pipelines.storage.base import StorageError

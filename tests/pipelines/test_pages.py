@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from material.compare_lab import HOSTILE, PROTOCOL, Lab, key_of
-from services.chromium import Browser
 
 from enat.images import make_grid, png_bytes
+from material.compare_lab import HOSTILE, PROTOCOL, Lab, key_of
 from pipelines.comparison import compare
+from services.chromium import Browser
 
 WIDTHS = [(1300, "light"), pytest.param(700, "dark", marks=pytest.mark.slow)]
 

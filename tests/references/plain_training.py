@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from material.tiny_training import Material, Trained
 
 from enat.model import ENAT, TextCondition, draw_dropout_mask
 from enat.training.loss import objective, token_accuracy
 from enat.training.masking import mask_codes
+from material.tiny_training import Material, Trained
 from pipelines.data.captions import CaptionFeatures
 from pipelines.data.token_map import TokenMap
 from pipelines.training.config import TrainConfig

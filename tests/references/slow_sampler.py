@@ -9,10 +9,10 @@ import dataclasses
 import math
 
 import torch
-from references import plain
 from scipy.stats import qmc
 
 from enat.config import ENATConfig
+from references import plain
 
 SEARCHED = {
     "num_steps": 4,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -74,11 +73,6 @@ class Browser:
     def of(self, method: str) -> list[dict[str, Any]]:
         """Parameters of the events of a kind since the page was opened."""
         return [event["params"] for event in self.events if event["method"] == method]
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG."""
-        shot = self.send("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from material.random_weights import randomized
-from material.small_models import small_config
 
 from enat.config import VQGANConfig
 from enat.execution.precision import computing_in
@@ -14,6 +12,8 @@ from enat.sampler_config import SamplerConfig
 from enat.sampling.cuda_graph import GraphedLoop
 from enat.sampling.sampler import sample
 from enat.tokenizer import VQGAN
+from material.random_weights import randomized
+from material.small_models import small_config
 
 TEXT = {"text_width": 24, "num_text_tokens": 5, "num_classes": 0}
 

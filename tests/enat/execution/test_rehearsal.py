@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_cuda import OnGpuOnly, fake_gpu, moved
-from material.small_models import small_config
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from enat.config import DECODER_ATTENTIONS
@@ -17,6 +16,7 @@ from enat.sampling.sampler import decode_steps
 from enat.tokenizer import VQGAN, VQGANConfig
 from enat.training.loss import objective
 from enat.training.masking import MaskedCodes
+from material.small_models import small_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available or torch_xla:UserWarning")  # autocast then does nothing
 TEXT = {"text_width": 24, "num_text_tokens": 5, "num_classes": 0}

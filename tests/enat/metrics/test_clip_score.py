@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from material.tiny_clip import make_tiny_clip
 from PIL import Image
 
 from enat.metrics.clip_score import ClipImages, caption_embeddings, clip_scores
+from material.tiny_clip import make_tiny_clip
 
 CAPTIONS = ["the cat", "a dog on the cat", "", "the the the", "on a dog"]
 

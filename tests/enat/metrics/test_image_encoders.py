@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from material.random_weights import randomized
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 from enat.metrics.extractors import load_extractor
 from enat.metrics.image_encoders import ImageEncoder, read_image_encoder
+from material.random_weights import randomized
 
 
 def uint8_images(count, side):

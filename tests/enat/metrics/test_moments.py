@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from references import plain
-from references.precise import precise_distance
 from safetensors.numpy import save_file
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
@@ -25,6 +23,8 @@ from enat.metrics.moments import (
     kernel_subsets,
     load_moments,
 )
+from references import plain
+from references.precise import precise_distance
 
 
 def drawn_features(count, num_features, seed=0):

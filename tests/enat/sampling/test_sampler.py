@@ -10,6 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from enat.model import ENAT
+from enat.sampler_config import SamplerConfig
+from enat.sampling.sampler import decode_steps, sample
+from enat.schedule import GUIDANCE_SCHEDULES, MASK_SCHEDULES, TEMPERATURE_SCHEDULES
+from enat.training.masking import box_mask
 from material.small_models import TEXT, captions, conditions, golden, golden_enat, small_config, small_enat
 from references.slow_sampler import (
     BOUNDED,
@@ -24,14 +32,6 @@ from references.slow_sampler import (
     reference_sample,
     some_start,
 )
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-
-from enat.model import ENAT
-from enat.sampler_config import SamplerConfig
-from enat.sampling.sampler import decode_steps, sample
-from enat.schedule import GUIDANCE_SCHEDULES, MASK_SCHEDULES, TEMPERATURE_SCHEDULES
-from enat.training.masking import box_mask
 
 GREEDY = {"sampling_temperature": 0.0, "remask_temperature": 0.0}
 MODEL = small_enat()

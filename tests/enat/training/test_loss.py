@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from material.small_models import ARCHITECTURES, TEXT, conditions, golden, golden_enat, nested_tokens, pairwise_cases, small_enat
-from references import plain
 
 from enat.model import draw_dropout_mask
 from enat.training.loss import masked_cross_entropy, objective, previous_features, token_accuracy
 from enat.training.masking import MaskedCodes, MaskingConfig, mask_codes
+from material.small_models import ARCHITECTURES, TEXT, conditions, golden, golden_enat, nested_tokens, pairwise_cases, small_enat
+from references import plain
 
 LABELS = torch.tensor([0, 3, 5])
 

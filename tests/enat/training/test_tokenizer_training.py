@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from material.small_models import randomize, small_vqgan
 from torch.nn import functional as F
 
 from enat.tokenizer import VQGAN, VQGANConfig
 from enat.training.tokenizer import TokenizerRecipe, code_usage, initialize_codebook, revive_unused, train_tokenizer
+from material.small_models import randomize, small_vqgan
 
 
 def tiles(num_images, seed=0):

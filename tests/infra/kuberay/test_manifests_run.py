@@ -23,8 +23,9 @@ from typing import Any
 
 import pytest
 from manifests import INFRA, compose, of_kind, unit
-from services.ray_nodes import ray_nodes
 from workstation import COMMANDS, SECRETS, Workstation, workstation
+
+from services.ray_nodes import ray_nodes
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

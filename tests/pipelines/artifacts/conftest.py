@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from material.places import KEY, STAGE, Place, open_place
 
+from material.places import KEY, STAGE, Place, open_place
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.store import ArtifactStore
 

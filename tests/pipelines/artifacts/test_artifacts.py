@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from material.places import KEY, STAGE, Place, manifest_of
 
+from material.places import KEY, STAGE, Place, manifest_of
 from pipelines.artifacts.manifest import MANIFEST, FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from material.places import KEY, STAGE, Place, manifest_of
 
+from material.places import KEY, STAGE, Place, manifest_of
 from pipelines.artifacts.manifest import MANIFEST, DamagedFileError, DamagedManifestError, FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.storage.base import StorageError, digest_of

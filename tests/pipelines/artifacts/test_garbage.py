@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from material.places import Place, folder_place, key_of, make, make_chain
 
+from material.places import Place, folder_place, key_of, make, make_chain
 from pipelines.artifacts import garbage
 from pipelines.artifacts.garbage import Outcome, Plan
 from pipelines.artifacts.manifest import MANIFEST, USED, Manifest, name_of, sealed

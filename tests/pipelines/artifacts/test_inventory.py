@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from material.places import Place, key_of, make
-from material.summaries import summary_of
 from rich.console import Console
 
+from material.places import Place, key_of, make
+from material.summaries import summary_of
 from pipelines.artifacts import inventory
 from pipelines.artifacts.inventory import Query
 from pipelines.artifacts.manifest import MANIFEST, DamagedManifestError, FileRecord, Manifest, sealed

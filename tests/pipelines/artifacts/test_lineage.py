@@ -11,9 +11,9 @@ import networkx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from material.places import key_of, make, make_chain
 from rich.console import Console
 
+from material.places import key_of, make, make_chain
 from pipelines.artifacts import lineage
 from pipelines.artifacts.lineage import Lineage
 from pipelines.artifacts.manifest import Manifest, name_of

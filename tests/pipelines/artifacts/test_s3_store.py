@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from material.places import KEY, STAGE, manifest_of
-from services.s3_server import S3Endpoint
 
+from material.places import KEY, STAGE, manifest_of
 from pipelines.artifacts import transfer
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.open import open_store
@@ -21,6 +20,7 @@ from pipelines.storage.base import StorageError
 from pipelines.storage.s3 import S3Folder
 from pipelines.workflow import driver
 from pipelines.workflow.stage import Node, Stage, StageContext, StageResult
+from services.s3_server import S3Endpoint
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from material.places import Place, bucket_place, folder_place, key_of, make, make_chain
 
+from material.places import Place, bucket_place, folder_place, key_of, make, make_chain
 from pipelines.artifacts import transfer
 from pipelines.artifacts.manifest import MANIFEST, Manifest, name_of
 from pipelines.artifacts.store import ArtifactStore

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from material.places import Place, make
 
+from material.places import Place, make
 from pipelines.artifacts import verification
 from pipelines.artifacts.manifest import MANIFEST, Manifest
 from pipelines.artifacts.verification import Verdict

@@ -12,11 +12,9 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
+
 from material.places import Place, folder_place, key_of, make, open_place
 from material.summaries import summary_of
-from services.mlflow_database import mlflow_database
-from services.s3_server import S3Endpoint
-
 from pipelines.artifacts.manifest import MANIFEST, Manifest, name_of
 from pipelines.cli.artifacts import artifacts
 from pipelines.cli.options import s3_options
@@ -26,6 +24,8 @@ from pipelines.storage.base import StorageError
 from pipelines.storage.s3_client import S3Config
 from pipelines.tracking import run as tracking
 from pipelines.tracking import search
+from services.mlflow_database import mlflow_database
+from services.s3_server import S3Endpoint
 
 DAY = 86400.0
 

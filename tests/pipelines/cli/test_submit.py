@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from services.ray_nodes import TOKEN, RayNodes, ray_nodes
 
 pytestmark = pytest.mark.faults  # two nodes with a dashboard take half a minute to start; test_jobs.py needs none

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from services.mlflow_server import mlflow_server
-from services.ray_nodes import TOKEN, RayNodes, ray_nodes
 
 from pipelines.artifacts.open import open_store
+from services.mlflow_server import mlflow_server
+from services.ray_nodes import TOKEN, RayNodes, ray_nodes
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

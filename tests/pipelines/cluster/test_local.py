@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from material.digits_run import ENAT, REPOSITORY, fresh_environment
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]

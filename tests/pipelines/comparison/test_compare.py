@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from material.compare_lab import PROTOCOL, Lab, key_of, text_of
 from PIL import Image
-from services.html_page import Page, assert_self_contained
 
+from material.compare_lab import PROTOCOL, Lab, key_of, text_of
 from pipelines.cli import main
 from pipelines.cli.compare import compare as command
 from pipelines.comparison import columns, compare, table
@@ -31,6 +30,7 @@ from pipelines.comparison.query import Query
 from pipelines.comparison.sections import Row
 from pipelines.tracking import search
 from pipelines.tracking.search import TrackingError
+from services.html_page import Page, assert_self_contained
 
 # Rows ----------------------------------------------------------------------------------------------------------------------
 

@@ -9,17 +9,17 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from material.compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
 from matplotlib.figure import Figure
 from PIL import Image
-from services.html_page import Page
 
+from material.compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
 from pipelines.comparison import compare
 from pipelines.comparison.charts import cost_chart, find_sweeps, sweep_charts
 from pipelines.comparison.page import Grids
 from pipelines.comparison.query import Comparison
 from pipelines.comparison.sections import Section
 from pipelines.pages.chart import Chart, Point, Series, plotly_figure, png_of
+from services.html_page import Page
 
 
 def _cost(section: Section) -> Chart:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from material.compare_lab import HOSTILE, Lab, key_of
-from services.html_page import Page
 
+from material.compare_lab import HOSTILE, Lab, key_of
 from pipelines.comparison import compare, table
 from pipelines.comparison.charts import training_charts
 from pipelines.comparison.page import Grids
+from services.html_page import Page
 
 
 def _scores(num_samples: int = 200, reference: str = "reference/abc", **of_steps: float) -> bytes:

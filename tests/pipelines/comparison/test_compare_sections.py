@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from material.compare_lab import PROTOCOL, Lab, key_of, text_of
-from services.html_page import Page
 
+from material.compare_lab import PROTOCOL, Lab, key_of, text_of
 from pipelines.comparison import columns as comparison_columns
 from pipelines.comparison import compare, sentences
 from pipelines.comparison import sections as comparison_sections
 from pipelines.comparison.page import Grids
+from services.html_page import Page
 
 # Protocols -----------------------------------------------------------------------------------------------------------------
 

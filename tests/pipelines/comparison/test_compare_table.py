@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from material.compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
-from services.html_page import Page, assert_self_contained
 
+from material.compare_lab import HOSTILE, PROTOCOL, Lab, key_of, text_of
 from pipelines.comparison import compare, table
 from pipelines.comparison.columns import measured_table, quoted_table
 from pipelines.comparison.page import Grids
@@ -21,6 +20,7 @@ from pipelines.comparison.sections import Section
 from pipelines.comparison.sentences import errors_sentence
 from pipelines.comparison.significance import is_better
 from pipelines.registry.influences import INFLUENCES, save_influences
+from services.html_page import Page, assert_self_contained
 
 
 def _titles(section: Section) -> list[str]:

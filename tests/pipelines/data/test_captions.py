@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from material.summaries import summary_of
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from enat.text import TextFeatures
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data import captions as data_captions

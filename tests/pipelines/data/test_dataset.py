@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from material.layouts import KINDS, Row, make_layouts, open_dataset, tar_bytes, write, write_parquet
-from material.summaries import summary_of
 
 from enat.images import ImageError, center_crop, decode_image, to_array
+from material.layouts import KINDS, Row, make_layouts, open_dataset, tar_bytes, write, write_parquet
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.data import dataset as data_dataset

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from material.layouts import IMAGE_TYPE, Row, found_in, make_layouts, read, scan, tar_bytes, write, write_table
 
+from material.layouts import IMAGE_TYPE, Row, found_in, make_layouts, read, scan, tar_bytes, write, write_table
 from pipelines.data.dataset import write_index
 from pipelines.data.sources.base import Entry
 from pipelines.data.sources.config import DatasetConfig, open_source

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from material.hostile import corpus, photo
-from material.layouts import tar_bytes, write, write_table
 from PIL import Image
 from rich.console import Console
 
+from material.hostile import corpus, photo
+from material.layouts import tar_bytes, write, write_table
 from pipelines.artifacts.manifest import Manifest
 from pipelines.data.image_sets import ImageSet, ImageSetConfig, check_images, label_scheme, resolution_of, scan
 from pipelines.data.labels import scheme_of_labels

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from material.summaries import summary_of
 
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.data.labels import check_stated, scheme_of_labels, stated_scheme
 from pipelines.data.samples import sample_label

@@ -6,9 +6,9 @@ import json
 from dataclasses import replace
 
 import pytest
-from material.digits_run import DIGITS, TINY_DIGITS
 from PIL import Image
 
+from material.digits_run import DIGITS, TINY_DIGITS
 from pipelines.data.image_sets import ImageSetConfig, find_resolution
 from pipelines.evaluation.readers import read_images, sample_reader
 from pipelines.run import graph

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from material.layouts import CLASSES, IMAGE_TYPE, Row, found_in, read, scan, sentence_of, write_parquet, write_table
 
+from material.layouts import CLASSES, IMAGE_TYPE, Row, found_in, read, scan, sentence_of, write_parquet, write_table
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.storage.base import StorageError
 

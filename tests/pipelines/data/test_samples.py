@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from material.summaries import summary_of
 
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.data.samples import (
     NONE,

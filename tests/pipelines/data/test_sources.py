@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
 from material.layouts import (
     CLASSES,
     KINDS,
@@ -20,9 +23,6 @@ from material.layouts import (
     scan,
     write,
 )
-from PIL import Image
-from sklearn.datasets import load_digits
-
 from pipelines.data.sources.base import Entry, _pieces
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.data.sources.digits import DigitsSource

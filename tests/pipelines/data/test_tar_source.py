@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from material.layouts import Row, found_in, read, scan, sentence_of, tar_bytes, write
 
+from material.layouts import Row, found_in, read, scan, sentence_of, tar_bytes, write
 from pipelines.data.sources.config import DatasetConfig, open_source
 
 

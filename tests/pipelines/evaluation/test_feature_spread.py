@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from material.layouts import open_dataset
-from references.precise import precise_distance
 
 from enat.metrics.classifier import ClassifierExtractor
 from enat.metrics.moments import FeatureMoments, frechet_distance
+from material.layouts import open_dataset
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution
@@ -27,6 +26,7 @@ from pipelines.evaluation import features as evaluation_features
 from pipelines.evaluation.extractors import ExtractorFile
 from pipelines.evaluation.features import FeatureSet, FeatureSpec, compute_features, read_rows
 from pipelines.evaluation.readers import PixelBlocks, SourceImages, read_images, run_pass
+from references.precise import precise_distance
 
 KEY = "f" * 64
 NUM_IMAGES, BLOCK, PASS, WIDTH = 150, 32, 4, 12  # five blocks, the last a piece; parts of two blocks

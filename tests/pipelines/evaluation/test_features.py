@@ -16,9 +16,9 @@ import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from material.layouts import open_dataset
 from safetensors.numpy import load_file
 
+from material.layouts import open_dataset
 from pipelines.artifacts.manifest import WORK
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore

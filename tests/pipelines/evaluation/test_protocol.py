@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from material.summaries import summary_of
-from services.mlflow_database import mlflow_database
 
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.comparison import query
 from pipelines.comparison.query import Query
@@ -20,6 +19,7 @@ from pipelines.evaluation.readers import Decoded
 from pipelines.evaluation.scores import ScoreSettings
 from pipelines.storage.base import canonical_json
 from pipelines.tracking.run import TrackingConfig, start_run
+from services.mlflow_database import mlflow_database
 
 FIELDS: dict[str, Any] = {"stage_version": 1, "inputs": {}, "files": ()}
 REFERENCE = Manifest(

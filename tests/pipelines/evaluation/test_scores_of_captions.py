@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from material.layouts import Layouts
-from material.tiny_clip import make_tiny_clip
 
 from enat.images import to_uint8
 from enat.metrics.clip_score import ClipImages, caption_embeddings, clip_scores
 from enat.metrics.errors import standard_error
+from material.layouts import Layouts
+from material.tiny_clip import make_tiny_clip
 from pipelines.artifacts.open import open_store
 from pipelines.data.dataset import Dataset
 from pipelines.data.samples import read_samples

@@ -13,6 +13,14 @@ import numpy as np
 import pytest
 import ray
 import torch
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from enat.images import to_uint8
+from enat.metrics.classifier import ClassifierExtractor
+from enat.metrics.moments import FeatureMoments, frechet_distance
+from enat.metrics.sliced import sliced_distance
+from enat.sampling.sampler import sample
 from material.summaries import summary_of
 from material.tiny_training import (
     CLASSES,
@@ -25,14 +33,6 @@ from material.tiny_training import (
     train,
     worker_context,
 )
-from rich.console import Console
-from safetensors.numpy import save_file
-
-from enat.images import to_uint8
-from enat.metrics.classifier import ClassifierExtractor
-from enat.metrics.moments import FeatureMoments, frechet_distance
-from enat.metrics.sliced import sliced_distance
-from enat.sampling.sampler import sample
 from pipelines.artifacts.manifest import Manifest
 from pipelines.cluster.capacity import Capacity
 from pipelines.cluster.resources import Workers

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from services.mlflow_database import mlflow_database
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -17,6 +16,7 @@ from pipelines.cluster.resources import Workers
 from pipelines.prediction import rates
 from pipelines.prediction.rates import Rates, computed_rate, read_rates
 from pipelines.workflow.work import Done, MeasuredWork, Work, busy_seconds, measured_work, read_prediction, to_provenance, to_tag
+from services.mlflow_database import mlflow_database
 
 HERE = Machines(capacity=Capacity(({"CPU": 2.0},)), cpu="Abacus", gpu=None, described="this machine")
 WORK = Work(name="encoding", count=1000, macs=1e9, workers=Workers(cpus_per_worker=2))

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from material.layouts import open_dataset
-from material.summaries import summary_of
 from mlflow import MlflowClient
 from rich.console import Console
 
@@ -23,6 +21,8 @@ from enat.config import ENATConfig
 from enat.model import ENAT
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN
+from material.layouts import open_dataset
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore

@@ -18,11 +18,8 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from material.places import key_of, make
-from material.summaries import summary_of
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
-from services.mlflow_database import mlflow_database
 
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
@@ -30,6 +27,8 @@ from enat.cost import generation_cost
 from enat.model import ENAT
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN
+from material.places import key_of, make
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -45,6 +44,7 @@ from pipelines.tracking.run import TrackingConfig
 from pipelines.workflow import driver
 from pipelines.workflow.config import load_config, redacted, with_overrides
 from pipelines.workflow.stage import PublishContext
+from services.mlflow_database import mlflow_database
 
 PROVENANCE = {
     "created": "2026-01-02T03:04:05+00:00",

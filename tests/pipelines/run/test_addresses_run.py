@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from material.layouts import Layouts
-from services.dataset_hub import TOKEN, Repository, dataset_hub
 
+from material.layouts import Layouts
 from pipelines.artifacts.open import open_store
 from pipelines.data.dataset import DatasetSummary
+from services.dataset_hub import TOKEN, Repository, dataset_hub
 
 PLUGIN = Path(__file__).parents[2] / "services" / "gs_plugin"
 pytestmark = pytest.mark.slow

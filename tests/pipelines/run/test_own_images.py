@@ -17,11 +17,11 @@ import pytest
 import skimage.data
 import yaml
 from click.testing import CliRunner, Result
-from material.digits_run import fresh_environment
-from material.layouts import Layouts, write
 from PIL import Image
 
 from enat.images import png_bytes
+from material.digits_run import fresh_environment
+from material.layouts import Layouts, write
 from pipelines.artifacts.open import open_store
 from pipelines.cli.main import commands
 from pipelines.cluster import hardware

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from rich.console import Console
-from services.mlflow_database import mlflow_database
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
@@ -31,6 +30,7 @@ from pipelines.tracking.run import TrackingConfig
 from pipelines.workflow import node_run, provenance
 from pipelines.workflow.provenance import CodeState
 from pipelines.workflow.stage import Node, PublishContext, Stage, StageContext, StageError, StageResult
+from services.mlflow_database import mlflow_database
 
 DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
 STATE = CodeState(version="1.0", commit="a" * 40, diff_digest="b" * 64, digest="c" * 64)

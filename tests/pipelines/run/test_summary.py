@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from material.digits_run import DIGITS
 from rich.console import Console
 
+from material.digits_run import DIGITS
 from pipelines.data import inspection
 from pipelines.prediction import show
 from pipelines.run import prediction, runner, summary

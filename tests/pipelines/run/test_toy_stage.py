@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import toy_stage
 from click.testing import CliRunner
-from material.summaries import summary_of
 
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore

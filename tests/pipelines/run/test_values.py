@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from material.layouts import make_layouts
 
+from material.layouts import make_layouts
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cli import main
 from pipelines.run import graph, runner

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from material.digits_run import DIGITS, fresh_environment
 
+from material.digits_run import DIGITS, fresh_environment
 from pipelines.cluster import connection
 from pipelines.run import graph, prediction
 from pipelines.run.loading import load_run

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from material.random_weights import randomized
 
 from enat.config import ENATConfig
 from enat.images import to_uint8
 from enat.model import ENAT
 from enat.sampler_config import SamplerConfig
+from material.random_weights import randomized
 from pipelines.sampling import sample
 from pipelines.sampling.fixed_batches import fixed_numerics, in_a_pass, passes_at_once, split_into_passes
 from pipelines.sampling.models import Generator

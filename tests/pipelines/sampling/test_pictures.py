@@ -7,7 +7,6 @@ import io
 import numpy as np
 import pytest
 import torch
-from material.random_weights import randomized
 from PIL import Image
 
 from enat.config import ENATConfig
@@ -15,6 +14,7 @@ from enat.images import to_uint8
 from enat.model import ENAT
 from enat.sampler_config import SamplerConfig
 from enat.sampling.sampler import sample
+from material.random_weights import randomized
 from pipelines.sampling.pictures import MASKED_GRAY, animation, step_images, strip
 
 SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2, "grid_size": 4, "codebook_size": 32}

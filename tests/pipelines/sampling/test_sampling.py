@@ -17,11 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from material.random_weights import randomized
-from material.summaries import summary_of
-from material.tiny_clip import make_tiny_clip
 from PIL import Image
-from services.mlflow_database import mlflow_database
 
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
@@ -31,6 +27,9 @@ from enat.sampler_config import SamplerConfig
 from enat.sampling.sampler import sample
 from enat.text import load_text_encoder
 from enat.tokenizer import VQGAN
+from material.random_weights import randomized
+from material.summaries import summary_of
+from material.tiny_clip import make_tiny_clip
 from pipelines import notebook
 from pipelines.artifacts import garbage
 from pipelines.artifacts.manifest import Manifest
@@ -48,6 +47,7 @@ from pipelines.stages.generate import GenerateConfig
 from pipelines.storage.base import StorageError
 from pipelines.storage.external import folder_digest
 from pipelines.tracking import run as tracking
+from services.mlflow_database import mlflow_database
 
 SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 32, "num_heads": 2, "grid_size": 4, "codebook_size": 32}
 CLASSES = ("tench", "golden retriever", "crane", "crane", "t-shirt, jersey")

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from material.digits_run import DIGITS, TINY_DIGITS, CommandLineRun
-from services.html_page import Page
 
 from enat.sampler_config import SamplerConfig
+from material.digits_run import DIGITS, TINY_DIGITS, CommandLineRun
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.comparison.query import Query
@@ -27,6 +26,7 @@ from pipelines.run.config import RunConfig
 from pipelines.run.loading import load_run
 from pipelines.tracking.search import versions_at
 from pipelines.workflow.config import ConfigError
+from services.html_page import Page
 
 SEARCH = (
     "name=digits-search",

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+
 from services.json_replies import JsonHandler
 
 TOKEN = "hf_of_this_test"

@@ -17,9 +17,6 @@ import pytest
 import torch
 from hub_server import TOKEN, Hub, hub_server
 from huggingface_hub import ModelCard
-from material.places import key_of, make
-from material.random_weights import randomized
-from material.summaries import summary_of
 from PIL import Image
 
 from enat import ENAT, ENATPipeline
@@ -28,6 +25,9 @@ from enat.config import ENATConfig
 from enat.files import hub
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN
+from material.places import key_of, make
+from material.random_weights import randomized
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore

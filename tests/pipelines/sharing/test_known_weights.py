@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from services.https_server import Page, https_server
 
 from enat.checkpoint import load_vqgan
 from enat.config import ENATConfig, VQGANConfig
@@ -21,6 +20,7 @@ from pipelines.artifacts.open import open_store
 from pipelines.cli import main
 from pipelines.sharing import known
 from pipelines.storage.base import file_digest
+from services.https_server import Page, https_server
 
 ENTRY = """
 tiny:

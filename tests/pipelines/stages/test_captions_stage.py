@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from material.hostile import photo
-from material.tiny_clip import make_tiny_clip
 from PIL import Image
 
 from enat.text import load_text_encoder
+from material.hostile import photo
+from material.tiny_clip import make_tiny_clip
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from material.layouts import CLASSES, Layouts, make_layouts, open_dataset, tar_bytes, write, write_parquet
 from rich.console import Console
-from services.s3_server import S3Endpoint
 
+from material.layouts import CLASSES, Layouts, make_layouts, open_dataset, tar_bytes, write, write_parquet
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -22,6 +21,7 @@ from pipelines.stages import dataset as stage
 from pipelines.storage.s3 import S3Folder
 from pipelines.workflow import driver
 from pipelines.workflow.stage import Node
+from services.s3_server import S3Endpoint
 
 
 @pytest.fixture

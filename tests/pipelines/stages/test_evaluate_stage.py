@@ -15,10 +15,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from material.layouts import open_dataset
-from material.summaries import summary_of
 from PIL import Image
-from services.mlflow_database import mlflow_database
 
 from enat.checkpoint import save_weights
 from enat.config import ENATConfig
@@ -30,6 +27,8 @@ from enat.metrics.inception import random_inception_weights
 from enat.metrics.moments import FeatureMoments, frechet_distance, load_moments
 from enat.sampler_config import SamplerConfig
 from enat.tokenizer import VQGAN
+from material.layouts import open_dataset
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -54,6 +53,7 @@ from pipelines.workflow import stage as workflow_stage
 from pipelines.workflow.models import ModelSummary, TokenizerSummary
 from pipelines.workflow.stage import PublishContext, Sibling, Stage, StageResult
 from pipelines.workflow.work import Prices
+from services.mlflow_database import mlflow_database
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

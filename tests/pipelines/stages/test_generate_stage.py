@@ -18,9 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from material.random_weights import randomized
-from material.summaries import summary_of
-from services.workers import kill_a_worker
 
 from enat import checkpoint
 from enat.checkpoint import save_weights
@@ -32,6 +29,8 @@ from enat.sampling.sampler import sample
 from enat.text import TextFeatures
 from enat.tokenizer import VQGAN
 from enat.training.averages import Average, exponent_of
+from material.random_weights import randomized
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import FileRecord, Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
@@ -49,6 +48,7 @@ from pipelines.stages import generate
 from pipelines.stages.generate import GenerateConfig, GenerateExecution
 from pipelines.workflow import config as configuration
 from pipelines.workflow.models import ModelSummary, average_name
+from services.workers import kill_a_worker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

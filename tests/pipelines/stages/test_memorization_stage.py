@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from material.summaries import summary_of
 from scipy.spatial.distance import cdist
 
 from enat.checkpoint import save_weights
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from material.summaries import summary_of
 
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.run import graph
 from pipelines.workflow.summary import SummaryError

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from material.layouts import open_dataset
 
 from enat.metrics.classifier import ClassifierExtractor
 from enat.metrics.inception import random_inception_weights
 from enat.metrics.moments import FeatureMoments, FeatureStatistics, load_moments
+from material.layouts import open_dataset
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster.resources import Execution

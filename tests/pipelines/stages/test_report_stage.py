@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from services.html_page import Page, assert_self_contained
 
 from enat.checkpoint import load_vqgan
 from enat.images import to_uint8
@@ -23,6 +22,7 @@ from pipelines.data.token_map import TokenMap
 from pipelines.registry.influences import with_interval
 from pipelines.stages import evaluate, report
 from pipelines.workflow.models import ModelSummary
+from services.html_page import Page, assert_self_contained
 
 PAIRS = ("closest pairs of samples", "closest pairs of real images")
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'

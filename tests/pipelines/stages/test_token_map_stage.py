@@ -15,17 +15,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from material.hostile import corpus, photo
 from PIL import Image
-from services.workers import kill_a_worker, titled_processes
 
 from enat.tokenizer import VQGAN
+from material.hostile import corpus, photo
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.data.token_map import TokenMap
 from pipelines.stages import token_map as stage
 from pipelines.workflow import driver
+from services.workers import kill_a_worker, titled_processes
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -11,10 +11,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+
 from material.digits_run import DIGITS
 from material.layouts import KINDS, Layouts, found_in, read
-from services.dataset_hub import TOKEN, DatasetHub, Repository, dataset_hub
-
 from pipelines.data.sources.config import DatasetConfig, open_source
 from pipelines.jobs import places
 from pipelines.run.loading import load_run
@@ -22,6 +21,7 @@ from pipelines.storage import filesystem
 from pipelines.storage.base import AccessError, MissingFileError, StorageError
 from pipelines.storage.external import content_digest, local_file, local_folder
 from pipelines.storage.open import forget_commits, open_folder, pinned
+from services.dataset_hub import TOKEN, DatasetHub, Repository, dataset_hub
 
 PLUGIN = Path(__file__).parents[2] / "services" / "gs_plugin"
 FILES = {"a.txt": b"first", "b/c.bin": bytes(range(256)) * 40, "b/é.txt": b"", "b.txt": b"x" * 10, "b/deeper/d.jpg": b"jpeg"}

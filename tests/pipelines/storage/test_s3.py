@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from services.s3_server import S3Endpoint, only_moto
 
 from pipelines.storage import s3, s3_client
 from pipelines.storage.base import AccessError, MissingFileError, StorageError, StoredFile, in_parallel
 from pipelines.storage.open import open_folder
 from pipelines.storage.s3 import S3Folder
 from pipelines.storage.s3_client import S3Config
+from services.s3_server import S3Endpoint, only_moto
 
 PART = 5 << 20  # the smallest that S3 takes
 BIG = random.Random(0).randbytes(2 * PART + 1234)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from material.layouts import write
 
+from material.layouts import write
 from pipelines.storage import cache as storage_cache
 from pipelines.storage import local
 from pipelines.storage.base import Folder, MissingFileError, StorageError, StoredFile, WrongContentError

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from services.https_server import Page, WebServer, https_server
 
 from pipelines.storage import web
 from pipelines.storage.base import AccessError
 from pipelines.storage.external import content_digest, local_file, local_folder
+from services.https_server import Page, WebServer, https_server
 
 KEY = "tokenizer.weights"
 WEIGHTS = bytes(range(256)) * 1000

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from services.mlflow_database import mlflow_database
-from services.mlflow_server import mlflow_server
 
 from pipelines.tracking import models
 from pipelines.tracking.models import Checkpoint, TrackedModel
 from pipelines.tracking.registry import CREATED_TAG, DIGEST_TAG
 from pipelines.tracking.run import RunHandle, TrackedInput, TrackingConfig, start_run
+from services.mlflow_database import mlflow_database
+from services.mlflow_server import mlflow_server
 
 CONFIG = TrackingConfig(experiment="models")
 FIRST, LAST = (Checkpoint(artifact="train/abc", step=step) for step in (40, 80))

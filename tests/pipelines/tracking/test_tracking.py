@@ -24,9 +24,6 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_model_name
-from services.free_ports import free_ports
-from services.mlflow_database import mlflow_database
-from services.mlflow_server import mlflow_server
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
@@ -40,6 +37,9 @@ from pipelines.workflow import config as configuration
 from pipelines.workflow import driver, stage
 from pipelines.workflow.node_run import Session
 from pipelines.workflow.stage import Node, Stage, StageContext, StageResult
+from services.free_ports import free_ports
+from services.mlflow_database import mlflow_database
+from services.mlflow_server import mlflow_server
 
 CONFIG = TrackingConfig(experiment="tests")
 CLOSED = "http://127.0.0.1:9"  # the discard port, where nothing listens

@@ -38,9 +38,9 @@ def main(address: str, store_folder: str, key: str, execution: str) -> None:
     from pipelines.cluster import connection
 
     connection.prepare_environment()
-    from material.tiny_training import CONFIG
     from rich.console import Console
 
+    from material.tiny_training import CONFIG
     from pipelines.artifacts.open import open_store
     from pipelines.stages import train
     from pipelines.tracking.run import RunHandle

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+
 from material.tiny_training import CONFIG, Material, Trained
 from references.plain_training import Plainly, train_plainly
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from material.tiny_training import CONFIG, Material, changed
 
 from enat.model import ENAT, TextCondition
+from material.tiny_training import CONFIG, Material, changed
 from pipelines.training.batches import Batches, GroupBatch, draw_group, pieces_per_group, rows_of
 from pipelines.training.config import TrainConfig
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from material.tiny_training import Material, changed, checkpoint_steps, worker_context
-from references.plain_training import train_plainly
-from services.ray_nodes import RayNodes, ray_nodes
 
+from material.tiny_training import Material, changed, checkpoint_steps, worker_context
 from pipelines.artifacts.manifest import DamagedFileError
 from pipelines.training.checkpoints import find_checkpoints, open_checkpoint
+from references.plain_training import train_plainly
+from services.ray_nodes import RayNodes, ray_nodes
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 PATIENCE = 240

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from material.tiny_training import (
     assert_same_bits,
     changed,
@@ -19,7 +20,6 @@ from material.tiny_training import (
     train,
     worker_context,
 )
-
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.training.batches import GroupBatch

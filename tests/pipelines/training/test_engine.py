@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from material.tiny_training import CONFIG, Material, changed, run_ranks
 from safetensors.torch import save_file
 
 from enat.model import ENAT
 from enat.training.loss import objective
+from material.tiny_training import CONFIG, Material, changed, run_ranks
 from pipelines.training.batches import draw_group
 from pipelines.training.checkpoints import Fragments, own_share
 from pipelines.training.config import TrainConfig

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from material.tiny_clip import make_tiny_clip
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from enat.config import ENATConfig
@@ -25,6 +24,7 @@ from enat.sampling.sampler import sample
 from enat.text import load_text_encoder
 from enat.training.loss import objective
 from enat.training.masking import MaskingConfig
+from material.tiny_clip import make_tiny_clip
 from pipelines.data.token_map import TokenMap, TokenMapInfo
 from pipelines.training.batches import draw_group
 from pipelines.training.config import TrainConfig

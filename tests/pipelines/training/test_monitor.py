@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from material.tiny_training import run_ranks
 
 from enat.execution.peak import matmul_peak
+from material.tiny_training import run_ranks
 from pipelines.training.monitor import GroupRecord, first_not_finite, squared_distance, summarize, total_macs
 
 CPU = torch.device("cpu")

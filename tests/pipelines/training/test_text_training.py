@@ -10,13 +10,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from material.tiny_clip import make_tiny_clip
 from transformers import Dinov2Config, Dinov2Model
 
 from enat.checkpoint import load_enat
 from enat.model import TextCondition
 from enat.sampler_config import SamplerConfig
 from enat.sampling.sampler import sample
+from material.tiny_clip import make_tiny_clip
 from pipelines.artifacts.open import open_store
 from pipelines.data.captions import EMPTY_INDEX, CaptionFeatures
 from pipelines.data.dataset import INDEX

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 import pytest
-from material.tiny_training import CONFIG, changed
 
+from material.tiny_training import CONFIG, changed
 from pipelines.data.captions import CaptionFeaturesInfo
 from pipelines.data.token_map import TokenMapInfo
 from pipelines.training.config import ModelConfig, TrainConfig, TrainExecution

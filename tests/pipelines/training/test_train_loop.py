@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+
 from material.tiny_training import (
     CONFIG,
     RankLostError,
@@ -29,7 +30,6 @@ from material.tiny_training import (
     train,
     worker_context,
 )
-
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore

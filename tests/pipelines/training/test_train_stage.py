@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import ray
-from material.tiny_training import CONFIG, Trained, assert_close, changed, read_history
 from rich.console import Console
 from safetensors.torch import load_file
 
 from enat.checkpoint import load_enat
 from enat.model import ENAT
+from material.tiny_training import CONFIG, Trained, assert_close, changed, read_history
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.cluster import connection
 from pipelines.stages import train

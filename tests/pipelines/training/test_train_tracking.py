@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from material.tiny_training import CONFIG, Trained, changed, checkpoint_steps, read_weights, train
 
 from enat.training.averages import Average, combine, decay_of, exponent_of, read_combination
+from material.tiny_training import CONFIG, Trained, changed, checkpoint_steps, read_weights, train
 from pipelines.artifacts.manifest import FileRecord
 from pipelines.artifacts.store import ArtifactStore
 from pipelines.stages import train as train_stage

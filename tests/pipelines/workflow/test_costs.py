@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from material.places import make
-from material.summaries import summary_of
 from omegaconf import OmegaConf
 
 import pipelines
+from material.places import make
+from material.summaries import summary_of
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.open import open_store
 from pipelines.artifacts.store import ArtifactStore

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from services.mlflow_database import mlflow_database
 
 from pipelines.artifacts.manifest import Manifest
 from pipelines.artifacts.store import ArtifactStore
@@ -22,6 +21,7 @@ from pipelines.workflow import driver, model_runs
 from pipelines.workflow.model_runs import ModelRuns
 from pipelines.workflow.node_run import Session
 from pipelines.workflow.stage import MAIN, Node, Stage, StageContext, StageError, StageResult
+from services.mlflow_database import mlflow_database
 
 CONFIG = TrackingConfig(experiment="models")
 SIZES = {"small": {"train": {"num_steps": 3}}, "steps-12": {"generate": {"sampler": {"num_steps": 12}}}}

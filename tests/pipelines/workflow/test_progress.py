@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import ray
 from rich.console import Console
-from services.ray_nodes import ray_nodes
 
 from pipelines.workflow.progress import Bar
+from services.ray_nodes import ray_nodes
 
 
 @pytest.fixture
