@@ -8,7 +8,6 @@ hold a `RunHandle` (rank 0 of training logs through one), which opens its own cl
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import json
 import logging
@@ -20,11 +19,9 @@ import threading
 import time
 import traceback
 import uuid
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from typing import Any
 from pipelines.cluster import process
 from pipelines.storage.redaction import without_credentials
 from pipelines.tracking import models
+from pipelines.tracking.client import client_of, quiet
 from pipelines.tracking.errors import NO_ANSWER, AccessProblem, access_problem, first_line, is_away
 from pipelines.tracking.models import Checkpoint, TrackedModel
 from pipelines.tracking.registry import (
@@ -56,7 +54,6 @@ _PLACE = re.compile(r"(https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://|databr
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
 _RETRY_SECONDS = 60.0  # between attempts to reach a server that does not answer; each may take 20
 _START_TAG = "enat.start"  # identifies a run before its server has named it
-_LOCK_ATTEMPTS = 600
 _MODEL_FOLDER = "model"  # of a run's files, the source of the version that the run registers
 HOST_TAG, PROCESS_TAG = "enat.host", "enat.process"  # where a run's command runs
 _ERROR_TAG, ERROR_FILE = "enat.error", "error.txt"  # of a failed run
@@ -551,51 +548,6 @@ def _user() -> dict[str, str]:
 def _artifact_location(uri: str) -> str | None:
     """Files of a local sqlite store are beside it, in any working directory. A server chooses its own place."""
     return str(Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts") if uri.startswith("sqlite:///") else None
-
-
-@cache
-def client_of(uri: str) -> Any:
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default waits for minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # read when mlflow is imported
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # of single small files
-    from mlflow import MlflowClient
-
-    if not uri.startswith("sqlite:///"):
-        return MlflowClient(tracking_uri=uri)
-    path = Path(uri.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _held(path.with_name(f"{path.name}.lock")):
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)  # makes the tables, or migrates them: processes that do so at once collide
-        client.search_registered_models(max_results=1)
-    return client
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Hold a lock among the processes of this machine, if one can be written. A process that hangs holds up others for a minute."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a reader without the right to write needs no tables
-            file = stack.enter_context(path.open("a"))
-            for _ in range(_LOCK_ATTEMPTS):
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.1)
-        yield
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence Alembic and MLflow, which log every migration, and the deprecation warnings of MLflow's libraries."""
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _values_of(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, float, int]]:

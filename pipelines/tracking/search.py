@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.storage.redaction import without_credentials
+from pipelines.tracking.client import client_of, quiet
 from pipelines.tracking.errors import access_problem, first_line
 from pipelines.tracking.registry import ModelVersion, as_model_version, set_version_tags
-from pipelines.tracking.run import OUT_OF_ORDER, client_of, quiet
+from pipelines.tracking.run import OUT_OF_ORDER
 
 _FILTER_AT_MOST = 10_000  # characters
 _ARTIFACT_TAGS = ("enat.artifact", "enat.evaluation")  # tags of a version that name an artifact as stage/key

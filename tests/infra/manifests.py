@@ -29,7 +29,7 @@ def _parsed(path: Path) -> bytes:
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    """Anew for each caller, which may change them."""
+    """A copy for each caller, which may change it."""
     found: list[dict[str, Any]] = pickle.loads(_parsed(path))
     return found
 
