@@ -130,6 +130,7 @@ class ENATConfig:
 
     @property
     def num_blocks(self) -> int:
+        """Of encoder and decoder."""
         return self.encoder_layers + self.decoder_layers
 
     @property
@@ -218,7 +219,7 @@ class VQGANConfig:
 
     @property
     def num_blocks(self) -> int:
-        """Of the levels of the encoder; the decoder has as many."""
+        """Residual blocks of the encoder's levels, as many as the decoder's."""
         return self.num_res_blocks * len(self.channel_multipliers)
 
     @property

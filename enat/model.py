@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from enat.blocks import Block, Head, PreviousProjection
 from enat.config import DECODER_ATTENTIONS, REUSED_FEATURES, ENATConfig
 from enat.files.hub import CONFIG, MODEL, HubConfig, fetch
-from enat.files.weights import load_configured
 
 __all__ = ["DECODER_ATTENTIONS", "ENAT", "REUSED_FEATURES", "ENATConfig", "ENATOutput", "TextCondition", "draw_dropout_mask"]
 
@@ -140,6 +139,8 @@ class ENAT(nn.Module):
 
         Raises ValueError for a folder that does not hold such a model.
         """
+        from enat.files.weights import load_configured  # not above: the network needs no safetensors
+
         folder = fetch(source, revision)
         return load_configured(folder / MODEL, cls, HubConfig.read(folder / CONFIG).model)
 

@@ -69,7 +69,8 @@ def sample(
     `labels`: an unconditional model has one, 0. Guidance leads away from the null label, or from the empty caption.
     `seeds`: one int per image. An image depends only on its own seed, label and start, not on the rest of the batch.
     `start`: codes that are given and stay, and the mask id V where codes are sampled, equally many in every image. Inpainting,
-        outpainting and editing with another label differ only in what is masked; see training.masking.box_mask. None gives nothing.
+        outpainting and editing with another label differ only in what is masked; see enat.training.masking.box_mask. None gives
+        nothing.
     `guide`: a smaller or less trained model of the same codes and conditions (autoguidance, Karras et al. 2024, arXiv 2406.02507).
         Guidance then leads away from its prediction for the same condition: guide + w (model - guide). It is reused and sampled as
         the model is.

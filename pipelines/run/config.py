@@ -1,4 +1,4 @@
-"""One YAML file as dataclasses, checked as far as possible without computing anything.
+"""One YAML file as dataclasses. loading.py reads and checks one.
 
 A section without `dataset` or `seed` takes those of the run.
 """

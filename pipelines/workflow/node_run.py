@@ -1,4 +1,4 @@
-"""One node of a run: its artifact is reused, or computed and committed, and made known to tracking."""
+"""One node of a run: its artifact is reused, or computed and committed, and made known to tracking. What all nodes share."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import re
 import shlex
 
 from manifests import REPOSITORY, dockerfile_text
-from test_manifest_commands import _parse
+from what_runs import parse
 
 FILE = REPOSITORY / ".devcontainer" / "devcontainer.json"
 # Properties of containers.dev's reference that are used here.
@@ -24,7 +24,7 @@ def test_the_development_container_runs_what_exists() -> None:
     make, target = shlex.split(container["postCreateCommand"])
     assert make == "make" and target in targets
     program, *words = shlex.split(container["postAttachCommand"])
-    assert program == ".venv/bin/enat" and _parse(words) is not None and (REPOSITORY / words[1]).is_file()
+    assert program == ".venv/bin/enat" and parse(words) is not None and (REPOSITORY / words[1]).is_file()
     assert {str(port) for port in container["forwardPorts"]} == container["portsAttributes"].keys()
 
 

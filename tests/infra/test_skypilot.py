@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 from manifests import INFRA, REPOSITORY
-from test_manifest_commands import _parse
+from what_runs import parse
 
 TEXT = (INFRA / "skypilot" / "enat.yaml").read_text()
 TASK: dict[str, Any] = yaml.safe_load(TEXT)
@@ -88,5 +88,5 @@ def test_ray_and_enat_accept_its_commands() -> None:
     parsed = [start.make_context("start", words[2:]).params for words in starts]
     assert [each["head"] for each in parsed] == [False, True] and all(each["block"] and each["num_gpus"] == 8 for each in parsed)
     (line,) = [line for line in run.splitlines() if line.startswith("enat run")]
-    context = _parse(shlex.split(line)[1:])
+    context = parse(shlex.split(line)[1:])
     assert context is not None and "store=s3://enat/store" in context.params["overrides"]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import click
 from manifests import INFRA, compose, containers, cron_line, of_kind, pod_templates, stages, unit
+
+from pipelines.cli.main import commands
 
 Words = list[str]
 
@@ -79,3 +82,20 @@ def _of_one_machine() -> Iterator[tuple[str, Words]]:
     text = (folder / "enat-reevaluate.cron").read_text()
     (shell,) = re.findall(r"^SHELL=(\S+)$", text, flags=re.MULTILINE)
     yield "enat-reevaluate.cron", [shell, "-c", cron_line()[2]]
+
+
+def parse(words: Sequence[str]) -> click.Context | None:
+    """Parse as `enat` does, without running anything. Returns None for --help. Raises click.UsageError."""
+    command: click.Command = commands
+    context = click.Context(commands, info_name="enat")
+    rest = list(words)
+    while isinstance(command, click.Group):
+        if rest[:1] == ["--help"]:
+            return None
+        name = rest.pop(0)
+        found = command.get_command(context, name)
+        if found is None:
+            raise click.UsageError(f"no command {name}")
+        command = found
+        context = click.Context(command, info_name=name, parent=context)
+    return None if "--help" in rest else command.make_context(command.name, rest, parent=context.parent)

@@ -92,7 +92,7 @@ def test_runs_of_training_use_the_device_and_precision_of_the_figures(tmp_path: 
 
 _WITHOUT_PIPELINE = """
 import importlib.util, json, sys
-absent = {"ray", "pyarrow", "deepspeed", "mlflow", "pipelines"}
+absent = {"ray", "pyarrow", "deepspeed", "mlflow", "safetensors", "pipelines"}
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in absent:

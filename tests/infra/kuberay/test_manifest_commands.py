@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,30 +11,12 @@ import pytest
 import yaml
 from manifests import IN_IMAGE, INFRA, KUBERAY, REPOSITORY, compose, enat_commands, environment, secret_values
 from test_manifests_run import OF_OTHERS, RUN_BY
-from what_runs import what_runs
+from what_runs import parse, what_runs
 
-from pipelines.cli.main import commands
 from pipelines.run.config import RunConfig
 from pipelines.workflow.config import load_config
 
 COMMANDS = enat_commands()
-
-
-def _parse(words: Sequence[str]) -> click.Context | None:
-    """Parse as `enat` does, without running anything. Returns None for --help. Raises click.UsageError."""
-    command: click.Command = commands
-    context = click.Context(commands, info_name="enat")
-    rest = list(words)
-    while isinstance(command, click.Group):
-        if rest[:1] == ["--help"]:
-            return None
-        name = rest.pop(0)
-        found = command.get_command(context, name)
-        if found is None:
-            raise click.UsageError(f"no command {name}")
-        command = found
-        context = click.Context(command, info_name=name, parent=context)
-    return None if "--help" in rest else command.make_context(command.name, rest, parent=context.parent)
 
 
 def test_the_command_line_accepts_what_manifests_and_pages_run() -> None:
@@ -43,13 +24,13 @@ def test_the_command_line_accepts_what_manifests_and_pages_run() -> None:
     assert expected | {"RayJob imagenet256-train"} <= {place for place, _ in COMMANDS}
     for place, words in COMMANDS:
         try:
-            parsed = _parse(words)
+            parsed = parse(words)
         except click.UsageError as error:
             pytest.fail(f"{place}: enat {' '.join(words)}: {error.format_message()}")
         assert parsed is None or parsed.command.name in words, (place, words)
     for words in (["no-such-command"], ["plan"], ["run", "configs/digits.yaml", "--no-such-option"]):
         with pytest.raises(click.UsageError):
-            _parse(words)
+            parse(words)
 
 
 def test_configs_exist_and_accept_the_overrides_of_the_commands() -> None:

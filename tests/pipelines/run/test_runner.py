@@ -258,7 +258,7 @@ def test_no_control_character_and_no_password_reaches_the_terminal(
 
     def run(**_: Any) -> None:
         runner.log_to(tmp_path / "logs" / "run.log")
-        for package in ("pipelines.stages", "enat.checkpoint"):
+        for package in ("pipelines.stages", "enat.files.weights"):
             logging.getLogger(package).warning("%s", foreign)
         raise ValueError(foreign)
 

@@ -1,6 +1,6 @@
 """The training loop: it equals a plain loop on any number of workers, and survives their loss.
 
-Ranks are plain processes (tiny_training.py); what Ray adds to them is in test_train_stage.py.
+Ranks are plain processes (material/tiny_training.py); what Ray adds to them is in test_train_stage.py.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ from pipelines.artifacts.store import ArtifactStore
 from pipelines.cluster import connection, waiting
 from pipelines.cluster.capacity import Capacity, Room
 from pipelines.cluster.resources import Execution, Workers
-from pipelines.workflow import driver, stage
+from pipelines.workflow import driver
 from pipelines.workflow.interruption import StageThread, on_interrupt
+from pipelines.workflow.node_run import Session
 from pipelines.workflow.progress import Bar
 from pipelines.workflow.stage import Node, Stage, StageContext, StageError, StageResult
 
@@ -60,7 +61,7 @@ def _meeting(number: int) -> Act:
 
 
 @pytest.fixture
-def session(local_store: ArtifactStore, make_session: Callable[..., Any]) -> stage.Session:
+def session(local_store: ArtifactStore, make_session: Callable[..., Any]) -> Session:
     return make_session(local_store)
 
 
@@ -78,7 +79,7 @@ def _connecting(config: WordConfig, context: StageContext) -> None:
 # Running -------------------------------------------------------------------------------------------------------------------
 
 
-def test_stages_that_do_not_need_each_other_overlap(session: stage.Session, cpus: Callable[[float], None]) -> None:
+def test_stages_that_do_not_need_each_other_overlap(session: Session, cpus: Callable[[float], None]) -> None:
     cpus(3)
     meet = _meeting(3)
     first = _node("first", _connecting)
@@ -90,7 +91,7 @@ def test_stages_that_do_not_need_each_other_overlap(session: stage.Session, cpus
 
 @pytest.mark.parametrize(("num_jobs", "of_siblings"), [(None, False), (1, True)])
 def test_a_stage_that_all_others_wait_for_is_alone(
-    num_jobs: int | None, of_siblings: bool, session: stage.Session, cpus: Callable[[float], None]
+    num_jobs: int | None, of_siblings: bool, session: Session, cpus: Callable[[float], None]
 ) -> None:
     cpus(3)
     alone: dict[str, bool] = {}
@@ -109,7 +110,7 @@ def test_a_stage_that_all_others_wait_for_is_alone(
 
 @pytest.mark.parametrize("num_jobs", [1, 2, None])
 def test_artifacts_are_the_same_however_many_stages_run_at_once(
-    num_jobs: int | None, session: stage.Session, cpus: Callable[[float], None], tmp_path: Path, make_session: Callable[..., Any]
+    num_jobs: int | None, session: Session, cpus: Callable[[float], None], tmp_path: Path, make_session: Callable[..., Any]
 ) -> None:
     from pipelines.artifacts.open import open_store
 
@@ -123,7 +124,7 @@ def test_artifacts_are_the_same_however_many_stages_run_at_once(
 
 @pytest.mark.parametrize(("num_cpus", "num_jobs", "most"), [(2, None, 2), (8, 3, 3), (8, None, 4), (1, None, 1), (8, 1, 1)])
 def test_no_more_stages_run_at_once_than_there_is_room_for(
-    num_cpus: float, num_jobs: int | None, most: int, session: stage.Session, cpus: Callable[[float], None]
+    num_cpus: float, num_jobs: int | None, most: int, session: Session, cpus: Callable[[float], None]
 ) -> None:
     cpus(num_cpus)
     lock, running, counts = threading.Lock(), set[str](), list[int]()
@@ -148,7 +149,7 @@ def test_no_more_stages_run_at_once_than_there_is_room_for(
 def test_all_workers_are_a_number_when_a_stage_runs(
     variables: dict[str, str],
     num_workers: int,
-    session: stage.Session,
+    session: Session,
     cpus: Callable[[float], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -167,7 +168,7 @@ def test_all_workers_are_a_number_when_a_stage_runs(
 
 
 def test_work_is_committed_even_if_the_cluster_cannot_name_its_devices(
-    session: stage.Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> None:
         raise RuntimeError("the node is gone")
@@ -178,13 +179,13 @@ def test_work_is_committed_even_if_the_cluster_cannot_name_its_devices(
     assert done.manifest.provenance["work"] == [] and "could not be read" in caplog.text
 
 
-def test_a_cluster_that_grows_without_a_limit_has_no_all(session: stage.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_grows_without_a_limit_has_no_all(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENAT_CLUSTER_GROWS", "1")
     with pytest.raises(ValueError, match=r"write.execution.num_workers is all, but .* adds nodes on demand; give a number, or set"):
         driver.execute([_node("a", execution=Workers(num_workers="all"))], session)
 
 
-def test_a_stage_of_all_workers_waits_until_all_are_free(session: stage.Session, cpus: Callable[[float], None]) -> None:
+def test_a_stage_of_all_workers_waits_until_all_are_free(session: Session, cpus: Callable[[float], None]) -> None:
     cpus(2)
     running: list[str] = []
 
@@ -199,7 +200,7 @@ def test_a_stage_of_all_workers_waits_until_all_are_free(session: stage.Session,
     assert len(driver.execute(nodes, session, num_jobs=None)) == 3
 
 
-def test_stages_that_share_work_run_one_after_the_other(session: stage.Session, cpus: Callable[[float], None]) -> None:
+def test_stages_that_share_work_run_one_after_the_other(session: Session, cpus: Callable[[float], None]) -> None:
     """Scores by two protocols of the same samples. Those of other samples run beside them."""
     cpus(8)
     at_work: list[str] = []
@@ -219,7 +220,7 @@ def test_stages_that_share_work_run_one_after_the_other(session: stage.Session, 
     assert len(driver.execute([*sources, *nodes], session, num_jobs=None)) == 5
 
 
-def test_a_stage_that_fails_ends_only_those_that_read_it(session: stage.Session, cpus: Callable[[float], None]) -> None:
+def test_a_stage_that_fails_ends_only_those_that_read_it(session: Session, cpus: Callable[[float], None]) -> None:
     cpus(8)
     meet = _meeting(2)
 
@@ -237,7 +238,7 @@ def test_a_stage_that_fails_ends_only_those_that_read_it(session: stage.Session,
     assert shown.getvalue().count("no memory [red]is[/] left") == 1, "it is told while others go on"
 
 
-def test_one_by_one_the_first_failure_ends_the_run(session: stage.Session) -> None:
+def test_one_by_one_the_first_failure_ends_the_run(session: Session) -> None:
     def fail(config: WordConfig, context: StageContext) -> None:
         raise RuntimeError("no memory is left")
 
@@ -246,7 +247,7 @@ def test_one_by_one_the_first_failure_ends_the_run(session: stage.Session) -> No
     assert not [*session.store.manifests()]
 
 
-def test_after_bad_input_nothing_new_is_started(session: stage.Session, cpus: Callable[[float], None]) -> None:
+def test_after_bad_input_nothing_new_is_started(session: Session, cpus: Callable[[float], None]) -> None:
     cpus(8)
     meet = _meeting(2)
 
@@ -266,7 +267,7 @@ def test_after_bad_input_nothing_new_is_started(session: stage.Session, cpus: Ca
     assert {manifest.config["word"] for manifest in session.store.manifests()} == {"first", "b"}
 
 
-def test_connecting_happens_in_the_main_thread(session: stage.Session, make_session: Callable[..., Any], cpus: Any) -> None:
+def test_connecting_happens_in_the_main_thread(session: Session, make_session: Callable[..., Any], cpus: Any) -> None:
     """The processes of a local cluster end with the thread that started them."""
     cpus(8)
     threads: list[threading.Thread] = []
@@ -285,7 +286,7 @@ def test_connecting_happens_in_the_main_thread(session: stage.Session, make_sess
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_interrupt_ends_all_stages(session: stage.Session) -> None:
+def test_an_interrupt_ends_all_stages(session: Session) -> None:
     """One of them waits for Ray, one wants to save first."""
     import ray
 

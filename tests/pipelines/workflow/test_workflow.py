@@ -26,6 +26,7 @@ from pipelines.run.loading import load_run
 from pipelines.storage.base import StorageError
 from pipelines.workflow import driver, node_run, stage
 from pipelines.workflow.config import ConfigError
+from pipelines.workflow.node_run import Session
 from pipelines.workflow.stage import Node, Stage, StageContext, StageError, StageResult, titles_of
 from pipelines.workflow.summary import Summary
 
@@ -78,14 +79,14 @@ def counted() -> Counted:
 
 
 @pytest.fixture
-def session(local_store: ArtifactStore, make_session: Callable[..., Any]) -> stage.Session:
+def session(local_store: ArtifactStore, make_session: Callable[..., Any]) -> Session:
     return make_session(local_store)
 
 
 # Running -------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_makes_every_node_from_its_inputs_and_a_second_run_reuses_all(counted: Counted, session: stage.Session) -> None:
+def test_a_run_makes_every_node_from_its_inputs_and_a_second_run_reuses_all(counted: Counted, session: Session) -> None:
     done = driver.execute(counted.nodes(workers=3), session)
     assert [(item.node.id, item.is_reused) for item in done] == [("first", False), ("second", False)]
     first, second = (item.manifest for item in done)
@@ -112,7 +113,7 @@ def test_a_run_makes_every_node_from_its_inputs_and_a_second_run_reuses_all(coun
     ],
 )
 def test_only_the_stages_that_a_change_affects_run_again(
-    counted: Counted, session: stage.Session, changed: dict[str, Any], run_again: list[str]
+    counted: Counted, session: Session, changed: dict[str, Any], run_again: list[str]
 ) -> None:
     """The new version of "first" makes the same bytes, but under another key, which its digest holds."""
     driver.execute(counted.nodes(), session)
@@ -121,7 +122,7 @@ def test_only_the_stages_that_a_change_affects_run_again(
     assert counted.runs == run_again
 
 
-def test_parts_are_removed_after_the_commit(session: stage.Session) -> None:
+def test_parts_are_removed_after_the_commit(session: Session) -> None:
     def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
         context.store.put_part(context.stage, context.key, "part-0", {"rows": 1})
         return StageResult(files=[context.write("text", lambda path: path.write_text("text"))])
@@ -147,7 +148,7 @@ def _third(run: Callable[..., StageResult]) -> Node:
     return Node("third", Stage("third", 1, run), WordConfig(), {"text": "second"})
 
 
-def test_an_active_stage_has_recorded_all_artifacts_of_the_run(counted: Counted, session: stage.Session) -> None:
+def test_an_active_stage_has_recorded_all_artifacts_of_the_run(counted: Counted, session: Session) -> None:
     """Also inputs of a later stage: they must not be removed as unused while this stage runs for weeks."""
     recorded: list[tuple[str, str]] = []
 
@@ -160,7 +161,7 @@ def test_an_active_stage_has_recorded_all_artifacts_of_the_run(counted: Counted,
 
 
 def test_use_is_recorded_again_while_a_stage_runs(
-    counted: Counted, local_store: ArtifactStore, session: stage.Session, monkeypatch: pytest.MonkeyPatch
+    counted: Counted, local_store: ArtifactStore, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(last_used, "_EVERY", 0.01)
     given = driver.execute(counted.nodes(first="given")[:1], session)[0].manifest
@@ -184,7 +185,7 @@ def test_use_is_recorded_again_while_a_stage_runs(
 
 
 def test_use_that_cannot_be_recorded_costs_one_warning(
-    counted: Counted, session: stage.Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    counted: Counted, session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -205,7 +206,7 @@ def _published(counted: Counted, publish: Callable[..., None]) -> list[Node]:
     return [first, dataclasses.replace(second, stage=dataclasses.replace(second.stage, publish=publish))]
 
 
-def test_new_and_reused_artifacts_are_published_after_the_commit(counted: Counted, session: stage.Session) -> None:
+def test_new_and_reused_artifacts_are_published_after_the_commit(counted: Counted, session: Session) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def publish(manifest: Manifest, inputs: Mapping[str, Manifest], context: stage.PublishContext) -> None:
@@ -220,7 +221,7 @@ def test_new_and_reused_artifacts_are_published_after_the_commit(counted: Counte
 
 
 def test_publishing_that_fails_is_one_warning_and_the_run_continues(
-    counted: Counted, session: stage.Session, caplog: pytest.LogCaptureFixture
+    counted: Counted, session: Session, caplog: pytest.LogCaptureFixture
 ) -> None:
     def publish(*arguments: Any) -> None:
         raise KeyError("license")
@@ -243,7 +244,7 @@ def test_publishing_that_fails_is_one_warning_and_the_run_continues(
     ],
 )
 def test_a_stage_that_fails_leaves_its_parts_and_no_artifact(
-    counted: Counted, session: stage.Session, error: BaseException, raised: type[BaseException], message: str
+    counted: Counted, session: Session, error: BaseException, raised: type[BaseException], message: str
 ) -> None:
     def fail(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
         context.write("half", lambda path: path.write_text("half"))
@@ -262,7 +263,7 @@ def test_a_stage_that_fails_leaves_its_parts_and_no_artifact(
     assert planned[2].parts_done == 1, "the next run resumes from committed parts"
 
 
-def test_an_error_while_an_interrupt_is_handled_is_an_interrupt(counted: Counted, session: stage.Session) -> None:
+def test_an_error_while_an_interrupt_is_handled_is_an_interrupt(counted: Counted, session: Session) -> None:
     """Python may interrupt the taking of a lock, whose release then fails in place of the interrupt."""
 
     def interrupted(*_: Any) -> StageResult:
@@ -293,7 +294,7 @@ def test_the_message_of_a_failure_is_that_of_the_innermost_cause() -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_bad_input_found_by_a_ray_worker_keeps_its_sentence(counted: Counted, session: stage.Session) -> None:
+def test_bad_input_found_by_a_ray_worker_keeps_its_sentence(counted: Counted, session: Session) -> None:
     """Not as Ray words it, with the worker's traceback in it."""
     import ray
 
@@ -316,7 +317,7 @@ def without_leases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_leases")
-def test_a_run_adopts_an_artifact_that_another_run_has_just_made(local_store: ArtifactStore, session: stage.Session) -> None:
+def test_a_run_adopts_an_artifact_that_another_run_has_just_made(local_store: ArtifactStore, session: Session) -> None:
 
     def make(depth: int) -> Callable[..., StageResult]:
         def run(config: WordConfig, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
@@ -336,7 +337,7 @@ def test_a_run_adopts_an_artifact_that_another_run_has_just_made(local_store: Ar
 
 @pytest.mark.usefixtures("without_leases")
 def test_a_run_whose_parts_an_identical_run_cleaned_up_adopts_its_artifact(
-    counted: Counted, session: stage.Session, monkeypatch: pytest.MonkeyPatch
+    counted: Counted, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other run commits and removes the parts that this one is about to count."""
     store = session.store
@@ -359,7 +360,7 @@ def test_a_run_whose_parts_an_identical_run_cleaned_up_adopts_its_artifact(
 
 
 def test_cleaning_up_that_fails_is_one_warning_and_is_repeated(
-    counted: Counted, session: stage.Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    counted: Counted, session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def run(config: Any, inputs: Mapping[str, Manifest], context: StageContext) -> StageResult:
         context.store.put_part(context.stage, context.key, "part", {"rows": 1})
@@ -378,7 +379,7 @@ def test_cleaning_up_that_fails_is_one_warning_and_is_repeated(
     assert session.store.read_parts(*name) == {}
 
 
-def test_a_plan_knows_the_keys_whose_inputs_exist_and_writes_nothing(counted: Counted, session: stage.Session) -> None:
+def test_a_plan_knows_the_keys_whose_inputs_exist_and_writes_nothing(counted: Counted, session: Session) -> None:
     nodes = [*counted.nodes(), Node("third", Stage("append", 1, counted.write), WordConfig(word="c"), {"text": "second"})]
 
     def planned() -> list[tuple[bool, bool]]:
